@@ -1,10 +1,12 @@
-"""Scores answers to held-out questions against the true answers, and against answers that only match the format.
+"""Scores the model's answers to held-out questions, and answers that only have the right format, against the true
+answers.
 
-A question is a held-out chat up to its last learnt turn, with the tokens of training; the true answer is that turn. The
-model answers greedily, up to the chats' stop token or ANSWER_TOKENS tokens. The score is ROUGE-L: F1 of the longest
-common subsequence of words (Lin 2004; lower case, letters and digits). Words that nearly all answers share raise the
-score of any answer in that form. So two baselines are reported: the model's answers moved to other questions, and the
-commonest training answer for all questions.
+A question is a held-out chat up to its last learnt turn, with the same tokens as in training. The true answer is that
+turn. The model answers greedily, until the chats' stop token or for ANSWER_TOKENS tokens. The score is ROUGE-L: F1 of
+the longest common subsequence of words (Lin 2004; lower case, letters and digits). If nearly all true answers share
+some words, any answer with these words gets a higher score. So two baselines are reported. The first gives each
+question the model's answer to another question. The second answers every question with the most frequent training
+answer.
 """
 
 import re
@@ -24,18 +26,18 @@ from train.generate.sampling import Sampler
 
 ANSWER_TOKENS = 64
 ANSWERED_AT_ONCE = 32
-"""Number of questions answered in one batch."""
+"""Number of questions that are answered in one batch."""
 SHOWN_QUESTIONS = 5
 """Number of questions whose answers are kept as text."""
 
 
 @dataclass(frozen=True)
 class HeldOutQuestion:
-    """A chat up to an answer, and the answer."""
+    """A chat up to an answer, and the true answer."""
 
     prompt: list[int]
     answer: list[int]
-    """Tokens of the answer, its stop token included."""
+    """Tokens of the true answer, its stop token included."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class JudgedAnswers:
 
 
 def find_questions(documents: Documents, count: int) -> list[HeldOutQuestion]:
-    """At most `count` questions, spread over the chats, whose answer ends with the most frequent stop token."""
+    """Returns at most `count` questions, spread over the chats. Only chats whose answer ends with the most frequent
+    stop token are used."""
     found = list(_last_turns(documents))
     stop = Counter(each.answer[-1] for each in found).most_common(1)[0][0]
     whole = [each for each in found if each.answer[-1] == stop and len(each.answer) > 1]
@@ -117,7 +120,7 @@ def mean_rouge_l(answers: list[str], truth: list[str]) -> float:
 
 
 def to_other_questions(answers: list[str]) -> list[str]:
-    """The answers in another order, so that each is at another question's place."""
+    """Returns the answers in another order, so that each question gets another question's answer."""
     order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(0)).tolist()
     moved = [""] * len(answers)
     for here, there in zip(order, [*order[1:], order[0]], strict=True):

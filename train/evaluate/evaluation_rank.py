@@ -1,4 +1,4 @@
-"""One rank of an evaluation, in reading order. The driver starts `python -m train.evaluate.evaluation_rank CONFIG`."""
+"""Runs one rank of an evaluation. The driver starts `python -m train.evaluate.evaluation_rank CONFIG`."""
 
 import sys
 from collections.abc import Callable
@@ -59,15 +59,15 @@ from train.show.writer import open_wandb
 
 # Runs a model, in any layout, on the texts of the needle test (train/evaluate/needle.py).
 #
-# Each text is one sequence without document borders. Logits are computed only for the main model's states at the key's
-# tokens, on the rank that has them.
+# Each text is one sequence without document borders. Logits of the main model are computed only at the tokens of the
+# key, on the rank that has these tokens.
 #
 # Shapes: B texts, S = T + 1 tokens, N tokens of keys.
 
 
 def read_fillers(config: Config, corpus: Corpus, part: CorpusPart) -> list[list[int]]:
-    """Tokens of held-out text, one list for each text of a cell, as long as the longest text; eos is replaced by
-    line ends."""
+    """Tokens of held-out text: one list for each text of a cell. Each list is as long as the longest text. A line end
+    replaces eos."""
     longest, count = max(config.evaluate.needle), NEEDLE_TEXTS
     data = ValidationData(replace(corpus, parts=[part]), replace(config, seq_len=longest), count)
     tokens_BS, newline = data.batch(0, len(data)).tokens_BS, corpus.tokenizer.encode("\n")[-1]
@@ -84,7 +84,8 @@ def search_needles(
     fillers: list[list[int]],
     start_id: int,
 ) -> list[NeedleCell]:
-    """A cell for each length and depth, equal on every rank. Collective. start_id: first token of every text."""
+    """Returns one result cell for each length and depth, with the same values on every rank. Collective: all ranks must
+    call it. start_id: first token of every text."""
     needles = make_needles(config, tokenizer)
     keys = [len(needle.key) for needle in needles]
     watch = _Watch(pipeline.modules[-1] if pipeline.has_last else None)
@@ -106,11 +107,12 @@ def _score(
     keys: list[int],
     size: int,
 ) -> tuple[int, float]:
-    """Number of found keys, and mean nats of a key; the data-parallel ranks share the texts."""
+    """Returns the number of found keys, and the mean nats of a key. Each data-parallel rank runs a part of the
+    texts."""
     sums_B2 = torch.zeros(len(keys), 2, dtype=torch.float64)
     for first in range(0, len(keys), size * mesh.layout.dp):
-        # Experts are shared, so every rank must run the same number of forward passes. A rank without texts repeats the
-        # first ones.
+        # The ranks exchange tokens with each other's experts, so all must run the same number of forward passes. A rank
+        # that has no texts left repeats the first texts.
         mine = first + mesh.dp_rank * size
         rows = slice(mine, mine + size) if mine < len(keys) else slice(0, size)
         part_B2 = watch.over(
@@ -125,7 +127,7 @@ def _score(
 
 
 class _Watch:
-    """Scores the keys on the last chunk of a model; does nothing on other ranks."""
+    """Scores the keys on the rank with the last chunk of the model. On other ranks it does nothing."""
 
     def __init__(self, last: DeepSeekV3 | None):
         self._keys: list[int] = []
@@ -133,8 +135,8 @@ class _Watch:
             last.observer = partial(self._observe, last)
 
     def over(self, keys: list[int], forward: Callable[[], object]) -> Tensor:
-        """For each text, the key's nats and its number of tokens that are not the likeliest, for the part on this rank:
-        (B, 2).
+        """Returns for each text the nats of its key, and the number of key tokens that are not the likeliest token: (B,
+        2). Only the tokens on this rank count.
 
         keys: number of tokens in each text's key. forward: runs the texts through the model.
         """
@@ -156,7 +158,7 @@ class _Watch:
 
 
 EVALUATION_FOLDER = "evaluate"
-"""Folder in the run folder for configuration and logs of an evaluation on several ranks."""
+"""Folder in the run folder. It has the configuration and the logs of an evaluation on several ranks."""
 
 
 def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
@@ -221,7 +223,7 @@ def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline[DeepSeek
 def _loss(
     config: Config, source: EvaluatedSource, pipeline: Pipeline[DeepSeekV3], mesh: Mesh, device: torch.device
 ) -> Sums:
-    if config.data.chats:  # positions are not measured, because chats share a sequence
+    if config.data.chats:  # no loss by position, because several chats share a sequence
         return held_out_loss(pipeline, source.data, mesh, config.micro_batch_size, device)
     last = pipeline.modules[-1] if pipeline.has_last else None
     observed = ObservedChunk(config.model.mtp_depth, config.seq_len, last)
@@ -237,8 +239,8 @@ def _answers(
     mesh: Mesh,
     device: torch.device,
 ) -> JudgedAnswers:
-    """Answers of these weights to questions of the first source, and of the run's initial weights if they still
-    exist."""
+    """Judges the answers of these weights to questions of the first source. If the run's initial weights still exist,
+    it judges their answers too."""
     config, part, tokenizer = target.config, sources[0].part, corpus.tokenizer
     questions = find_questions(part.validation, config.evaluate.answers)
     truth = [text_of(tokenizer, each.answer) for each in questions]
@@ -272,7 +274,7 @@ def _answers(
 
 
 def _start_id(target: Target, corpus: Corpus) -> int:
-    """First token of a text: eos, as in our training, or the token that a Hugging Face folder requires."""
+    """First token of a text: eos, as in our training, or the begin token that a Hugging Face folder requires."""
     return corpus.tokenizer.eos_id if target.meta is not None else start_token(target.checkpoint, corpus.tokenizer)
 
 

@@ -1,8 +1,9 @@
 """Runs standard tasks on our models through lm-evaluation-harness (the package lm-eval, extra `eval`).
 
 The harness makes three requests: the probability of a continuation, the probability of a whole text, and a continuation
-up to a stop word. Each text starts with eos, because every document in our training follows eos; or with the begin
-token that a Hugging Face folder requires. A context that is too long loses its beginning.
+up to a stop word. Each text starts with eos, because every document in our training follows eos. For a Hugging Face
+folder that requires a begin token, each text starts with this token. A context that is too long is cut at its
+beginning.
 
 Shapes: B rows, T positions, V vocabulary.
 """
@@ -29,14 +30,14 @@ from train.generate.sampling import Sampler
 from train.model.deepseek import DeepSeekV3
 
 BOOTSTRAPS = 1000
-"""Number of resamplings for a standard error without closed form."""
+"""Number of bootstrap samples for a standard error that has no closed form."""
 NEW_TOKENS = 256
 """Maximum tokens of an answer if the task sets no limit."""
 
 
 def run_tasks(config: Config, model: DeepSeekV3, tokenizer: Tokenizer, start_id: int) -> dict[str, dict[str, float]]:
-    """Results: task (or group of tasks) -> metric -> value, under the harness's own names. Raises UserError for unknown
-    tasks.
+    """Returns the results: task (or group of tasks) -> metric -> value, with the names of the harness. Raises UserError
+    for unknown tasks.
 
     model: whole, in eval mode. start_id: first token of every text.
     """
@@ -58,8 +59,8 @@ def run_tasks(config: Config, model: DeepSeekV3, tokenizer: Tokenizer, start_id:
 
 
 def load_tasks(config: Config) -> TaskManager:
-    """The harness's tasks; the wanted tasks are loaded with their data. Raises UserError for an unknown or
-    unavailable task."""
+    """Returns the harness's tasks, after it has loaded the wanted tasks with their data. Raises UserError for an
+    unknown or unavailable task."""
     wanted = config.evaluate
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     offline = offline_reason()
@@ -86,7 +87,8 @@ def _require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _numbers(results: dict[str, Any]) -> dict[str, float]:
-    """The numeric results. The harness writes METRIC,FILTER; the filter `none` is left out."""
+    """Returns the numeric results. The harness names them METRIC,FILTER; if the filter is `none`, the name here is
+    METRIC."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in results.items()
@@ -128,7 +130,7 @@ class Harness(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """log p of each continuation, and whether greedy decoding would produce it."""
+        """Returns log p of each continuation, and whether greedy decoding would produce this continuation."""
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         order = sorted(range(len(requests)), key=lambda place: -len(requests[place][1]) - len(requests[place][2]))
         for places in _cut(order, self._rows):
@@ -138,7 +140,8 @@ class Harness(TemplateLM):
 
     @torch.inference_mode()
     def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Scores a batch of (context, continuation). Rows are padded at the end, which causal attention ignores."""
+        """Scores a batch of (context, continuation). Rows are padded at the end; in causal attention no token sees this
+        padding."""
         for _, continuation in pairs:
             if len(continuation) > self._seq_len:
                 raise UserError("seq_len", self._seq_len, f"an answer has {len(continuation)} tokens", "omit this task")
@@ -184,7 +187,7 @@ class Harness(TemplateLM):
 
 
 def _read(generation: Generation, decode: Callable[[list[int]], str], stops: list[str]) -> list[str]:
-    """Run until every text has ended or contains a stop word; returns the texts before the first stop word."""
+    """Run until every text has ended or contains a stop word. Returns each text up to its first stop word."""
     texts: list[str] = []
     for _ in generation.steps():
         texts = [decode(ids) for ids in generation.tokens]

@@ -1,13 +1,15 @@
 """The needle test: does the model find one sentence in a long text?
 
-A pass key of five digits is placed in held-out text, and the text ends with a question for it:
+A pass key of five digits is inserted into held-out text. The text ends with a question about this key:
     [text] The pass key is 48213. Remember it. [more text] What is the pass key? The pass key is 48213
 
-Each length of the text and depth of the key (0: at the beginning, 1: right before the question) gets several texts with
-different keys. A key counts as found if each of its tokens is the model's likeliest token, as in greedy generation.
+The test runs several texts, with different keys, for each length of the text and each depth of the key (0: at the
+beginning, 1: right before the question). A key counts as found if each of its tokens is the model's likeliest token, as
+in greedy generation.
 
-The test also reports the nats of a key. Keys are uniform over 100,000, so a model that ignores the needle pays at least
-ln 100000 = 11.5 on average. A lower value shows that a model uses the needle, even if it is too weak to name the key.
+The test also reports the loss of a key in nats. The keys are uniform over 100,000 values, so a model that ignores the
+needle has a loss of at least ln 100000 = 11.5 on average. A lower value shows that a model uses the needle, even if it
+is too weak to name the key.
 
 The key is encoded separately and has the same tokens in needle and answer, so any tokenizer works. The text contains no
 eos, because a model may have learnt not to look back across eos. Imports no torch.
@@ -26,11 +28,11 @@ from train.data.tokenizer import Tokenizer
 
 NEEDLE_KEYS = 100_000
 NEEDLE_TEXTS = 10
-"""Texts of each length and depth; each has a different key."""
+"""Number of texts for each length and depth; each text has a different key."""
 NEEDLE_DEPTHS = 0.0, 0.25, 0.5, 0.75, 1.0
 """Position of the key in the text: 0 at the beginning, 1 right before the question."""
 GUESSING = math.log(NEEDLE_KEYS)
-"""Minimum mean nats of a key without use of the needle."""
+"""Lowest possible mean loss of a key, in nats, for a model that does not use the needle."""
 BEFORE, AFTER = "\nThe pass key is", ". Remember it.\n"
 NEEDLE_QUESTION = "\nWhat is the pass key? The pass key is"
 
@@ -49,7 +51,7 @@ class Needle:
         return 1 + len(self.sentence) + len(self.question) + len(self.key)
 
     def text(self, start_id: int, filler: list[int], length: int, depth: float) -> list[int]:
-        """A text of length + 1 tokens that ends with the key. filler: at least that many tokens."""
+        """A text of length + 1 tokens that ends with the key. filler: at least length + 1 tokens."""
         room = length + 1 - self.size
         place = round(depth * room)
         return [start_id, *filler[:place], *self.sentence, *filler[place:room], *self.question, *self.key]
@@ -73,7 +75,7 @@ class NeedleCell:
 
 def make_needles(config: Config, tokenizer: Tokenizer) -> list[Needle]:
     """One needle for each text of a cell; all cells use the same keys. Raises UserError if a length is too short for
-    them."""
+    the needles."""
     draw = random.Random(config.seed)
     before, after, question = (tokenizer.encode(part) for part in (BEFORE, AFTER, NEEDLE_QUESTION))
     needles = []

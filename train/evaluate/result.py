@@ -22,9 +22,9 @@ Keys of total and of each source:
     mtp                             one object per depth, none for chats: depth, loss (as mtp_loss in metrics.jsonl), and agreement,
                                     the share of positions where it names the same token as the main model
 
-If the run has trained on a source, only the held-out documents count; otherwise all documents count. A source is the
-run's own if the run knows its path or its content. So a moved folder does not count as new, nor does a folder that has
-grown. A checkpoint keeps paths, content hashes and the held-out fraction.
+If the run has trained on a source, only the held-out documents count; otherwise all documents count. The run has
+trained on a source if the checkpoint records its path or its content hash. So a moved folder does not count as new, and
+a folder with additional documents does not either. A checkpoint also records the held-out fraction.
 """
 
 import json
@@ -52,13 +52,14 @@ from train.model.sequence import Positions
 
 # Measures, during the forward pass of the loss, the loss by position and the predictions of the MTP modules.
 #
-# Position i (counted from 1) sees i tokens and predicts the next. A model that uses long text has less loss at late
-# positions than at early ones. A model whose usable context ends earlier has more. Ranges of positions end at seq_len,
-# half of it, a quarter and so on. So two evaluations with powers of two as lengths have the same borders.
+# Position i (counted from 1) sees i tokens and predicts the next. If a model uses long text, its loss is lower at late
+# positions than at early positions. If its usable context is shorter than the text, its loss rises at late positions.
+# Ranges of positions end at seq_len, half of seq_len, a quarter and so on. So two evaluations whose lengths are powers
+# of two have the same borders.
 #
-# Depth k at position i and the main model at position i + k predict the same token, i + k + 1. In greedy speculative
-# decoding the main model accepts a draft exactly if both name the same token. So this agreement on given text estimates
-# the acceptance rate of depth k (paper 5.4.3: 85 to 90 % for the second token).
+# MTP depth k at position i and the main model at position i + k predict the same token, i + k + 1. In greedy
+# speculative decoding the main model accepts a draft token exactly if it predicts this token too. So the agreement on
+# given text estimates the acceptance rate of depth k (paper 5.4.3: 85 to 90 % for the second token).
 #
 # Shapes: B sequences, S = T + 1 tokens, T positions (those on this rank if sequences are shared), D width, V vocabulary,
 # N positions in a row.
@@ -66,18 +67,19 @@ from train.model.sequence import Positions
 RANGES = 6
 """Maximum number of ranges of positions."""
 SHORTEST = 32
-"""Minimum number of positions in a range; fewer would be noise. Applies if there are several ranges."""
+"""Minimum number of positions in a range, if there are several ranges. The loss of a smaller range would be noise."""
 
 
 def position_ranges(seq_len: int) -> list[range]:
-    """Ranges that cover all positions, from 0, in order: the rest, ..., the quarter before the last half, the last
-    half."""
+    """Returns ranges that cover all positions, counted from 0. The last range is the last half, the range before it is
+    the quarter before this half, and so on; the first range has the remaining positions."""
     ends = [seq_len >> halvings for halvings in reversed(range(RANGES))]
     return [range(*ends) for ends in pairwise([0, *(end for end in ends if end >= SHORTEST or end == seq_len)])]
 
 
 class ObservedChunk:
-    """Observes the last chunk of a model; `take` returns the sums of the latest forward pass."""
+    """Measures losses and predictions on the last chunk of a model. `take` returns the sums of the latest forward
+    pass."""
 
     def __init__(self, depths: int, seq_len: int, last: DeepSeekV3 | None):
         """last: the chunk with the head; None on a rank without it."""
@@ -89,8 +91,8 @@ class ObservedChunk:
     def take(self) -> Tensor:
         """Sums of the latest forward pass.
 
-        For each range of positions: the nats of its targets. For each depth: the nats of its targets, and the number of
-        positions where it agrees.
+        For each range of positions: the nats of its targets. For each MTP depth: the nats of its targets, and the
+        number of positions where it agrees with the main model.
         """
         return self._sums
 
@@ -117,9 +119,10 @@ def here(positions: Positions, device: torch.device) -> Tensor:
 
 
 def read(last: DeepSeekV3, hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest token at each position, and -log p of the target in nats, fp32. Any shapes (..., D) and (...).
+    """Returns the likeliest token at each position, and -log p of the target in nats, fp32. Any shapes (..., D) and
+    (...).
 
-    It computes the logits for model.loss_chunk positions at a time.
+    The logits are computed for model.loss_chunk positions at a time.
     """
     head_VD, chunk = last.head.weight.to(hidden_BTD.dtype), last.config.loss_chunk
     named, nats = [], []
@@ -141,7 +144,7 @@ def _of_whole_sequences(own_BT: Tensor, positions: Positions) -> Tensor:
 
 
 ALL = 1 << 62
-"""A number larger than the sequences of any source."""
+"""A number of sequences that is larger than that of any source."""
 
 
 @dataclass(frozen=True)
@@ -150,14 +153,15 @@ class EvaluatedSource:
 
     name: str
     own: bool
-    """Whether the run has trained on the source; then only its held-out documents count."""
+    """Whether the run has trained on the source. If so, only the held-out documents count."""
     part: CorpusPart
     """The corpus part; the evaluation reads its validation documents."""
     data: ValidationData
 
 
 def choose_sources(corpus: Corpus, config: Config, held_out: dict[str, Any] | None) -> list[EvaluatedSource]:
-    """The sources that get sequences, in the order of the mix. held_out: record of the run's data in the checkpoint."""
+    """The sources that get evaluated sequences, in the order of the mix. held_out: the checkpoint's record of the run's
+    data."""
     known = {word for source in held_out["sources"] for word in source} if held_out else set()
     wanted = config.evaluate.sequences
     wanted = config.log.validation_sequences if wanted is None else wanted
@@ -175,7 +179,8 @@ def choose_sources(corpus: Corpus, config: Config, held_out: dict[str, Any] | No
 
 
 def _same_side(config: Config, held_out: dict[str, Any]) -> None:
-    """Raise UserError if the rule for held-out documents has changed, because trained documents would then count."""
+    """Raise UserError if the rule for held-out documents has changed. With another rule, the run would be evaluated on
+    documents that it has trained on."""
     for key, was in (
         ("validation_fraction", held_out["fraction"]),
         ("hold_out_by", held_out.get("by", HoldOutBy.name)),
@@ -230,7 +235,7 @@ class Evaluation:
 
 
 def figures(sums: Sums, seq_len: int) -> dict[str, Any]:
-    """Rates computed from sums; `more` of the sums has the layout of train/evaluate/result.py."""
+    """Computes rates from sums. `more` of the sums has the layout of `ObservedChunk.take`."""
     ranges = position_ranges(seq_len) if sums.more else []
     by_range, by_depth = sums.more[: len(ranges)], sums.more[len(ranges) :]
     mtp = []

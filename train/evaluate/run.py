@@ -17,8 +17,8 @@ from train.program import install_words
 
 
 def evaluate(config: Config, alone: bool) -> int:
-    """Evaluate a checkpoint; returns the exit code. alone: this is the process's only job, so it may be the rank
-    itself."""
+    """Evaluate a checkpoint; returns the exit code. alone: whether this is the only job of the process. Then the
+    process may itself run as the rank."""
     if config.evaluate.tasks:
         _require_harness(config)
     target = find_target(config)

@@ -27,8 +27,8 @@ class Target:
 
 
 def find_target(config: Config) -> Target:
-    """The weights to evaluate. Raises UserError without an intact checkpoint, or without the moving average if that
-    is wanted."""
+    """Finds the weights to evaluate. Raises UserError if there is no intact checkpoint, or if the configuration asks
+    for a moving average that the checkpoint lacks."""
     given = config.evaluate.checkpoint
     if given is not None and is_hf_folder(Path(given).expanduser()):
         return _of_hf_folder(config, Path(given).expanduser().absolute())

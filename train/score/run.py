@@ -4,12 +4,13 @@ One row per sample, in the order of the file. Its columns are:
 
     sample     its index
     tokens     its token ids
-    logprobs   of every token given the previous tokens, in nats, at temperature 1; null for the first token
-    first      the first token of the completion, or 1
+    logprobs   log-probability of every token given the previous tokens, in nats, at temperature 1; null for the first
+    first      index of the completion's first token; 1 without a completion
     logprob    the sum of logprobs from `first` on
     count      the number of tokens in that sum
     experts    the chosen experts (RoutingTap), with score.routing=write
-    keys       the keys that sparse attention chose (KeyTap), with score.keys=write; null for a sample that is attended to whole
+    keys       the keys that sparse attention chose (KeyTap), with score.keys=write; null if the sample has at most top_k
+               tokens, because every token then attends to all earlier tokens
 
 Samples are computed one at a time, without padding, so no sample affects another's numbers.
 """
@@ -43,15 +44,15 @@ SCORE_COLUMNS = pyarrow.schema(
     }
 )
 EXPERTS_COLUMN = pyarrow.field("experts", pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.int16()))))
-"""By token except the last, and by MoE layer."""
+"""Ids of the chosen experts, by token (except the last) and by MoE layer."""
 KEYS_COLUMN = pyarrow.field("keys", pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.int32()))))
-"""By token except the last, and by layer that chooses; ascending positions."""
+"""Ascending positions of the chosen keys, by token (except the last) and by layer with an indexer."""
 ROWS_AT_ONCE = 256
 """Number of samples that are written together."""
 
 
 def score(config: Config) -> int:
-    """Write the file score.to; returns the exit code. Raises UserError, and then leaves no file."""
+    """Write the file score.to; returns the exit code. Raises UserError; after this error there is no file."""
     assert config.score.data is not None and config.score.to is not None, "conf/check.py asks for them"
     target = Path(config.score.to).expanduser().absolute()
     if target.exists():
@@ -102,7 +103,7 @@ def logprobs(decoder: Decoder, tokens: list[int], chunk: int) -> Tensor:
 def _rows(
     decoder: Decoder, samples: list[ScoredSample], chunk: int, tap: RoutingTap | None, keys: KeyTap | None
 ) -> Iterator[dict]:
-    """Yield all possible columns; the schema selects from them."""
+    """Yield rows with all possible columns. The schema selects the columns that are written."""
     for number, sample in enumerate(samples):
         if tap is not None and sample.experts is not None:
             tap.given_TLK = torch.tensor(sample.experts, device=decoder.device)
@@ -130,7 +131,7 @@ def _rows(
 
 
 def _write(target: Path, rows: Iterator[dict], columns: pyarrow.Schema) -> None:
-    """Write all rows to a hidden file beside the target, which is renamed when complete."""
+    """Write all rows to a hidden file beside the target. The complete file is renamed to the target."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""The input samples of mode=score: from JSONL or Parquet to token ids, or an error that names the line. No torch."""
+"""Reads the input samples of mode=score from JSONL or Parquet and converts them to token ids. An error names the line.
+No torch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from train.data.sources import find_files
 
 SCORE_DATA = "score.data"
 FORMS = (("tokens",), ("prompt", "completion"), ("text",))
-"""Possible keys of a sample; the first form whose keys are all present applies."""
+"""The forms of a sample, each with its keys. The first form whose keys are all present applies."""
 RULE = "must have tokens (a list of ids), prompt and completion, or text"
 
 
@@ -25,9 +26,10 @@ class ScoredSample:
     log-probability.
     """
     experts: list | None = None
-    """Expert ids by token (except the last), MoE layer and rank of choice, if they are replayed."""
+    """Expert ids to replay, by token (except the last), MoE layer and order of choice; None: no replay."""
     keys: list | None = None
-    """Positions that each token (except the last) attends to, by layer that chooses, if they are replayed."""
+    """Positions to replay: those that each token (except the last) attends to, by layer with an indexer. None: no
+    replay."""
 
 
 def read_scored_samples(
@@ -41,10 +43,10 @@ def read_scored_samples(
 ) -> list[ScoredSample]:
     """Read all samples of a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), in order.
 
-    encode: text to ids; start_id: the token before every text; longest: maximum tokens of a sample. replayed: MoE
-    layers, experts per token and experts per layer, if samples name their experts. replayed_keys: layers that choose
-    and keys per token, if samples name their keys. Raises UserError for a file that cannot be read, and for the first
-    invalid sample.
+    encode: text to ids; start_id: the token before every text; longest: maximum tokens of a sample. replayed: number of
+    MoE layers, of experts per token and of experts per layer, if samples name their experts. replayed_keys: number of
+    layers with an indexer and of keys per token, if samples name their keys. Raises UserError for a file that cannot be
+    read, and for the first invalid sample.
     """
     if not path.is_file():
         raise UserError(SCORE_DATA, path, "no such file", "give a .jsonl or .parquet of samples")
@@ -98,8 +100,8 @@ def _sample(place: str, record: dict[str, Any], encode: Callable[[str], list[int
 def _with_experts(
     sample: ScoredSample, place: str, record: dict[str, Any], layers: int, top_k: int, experts: int
 ) -> ScoredSample:
-    """Return the sample with its experts; the file may include experts of the last token, which predicts nothing.
-    Raises UserError.
+    """Return the sample with its experts. The file may have experts of the last token; they are ignored, because this
+    token predicts nothing. Raises UserError.
     """
     given, positions = record.get("experts"), len(sample.tokens) - 1
     good = isinstance(given, list) and len(given) in (positions, positions + 1)
@@ -113,7 +115,7 @@ def _with_experts(
 
 
 def _with_keys(sample: ScoredSample, place: str, record: dict[str, Any], layers: int, top_k: int) -> ScoredSample:
-    """Return the sample with its keys, which a sample of at most top_k positions may leave out. Raises UserError."""
+    """Return the sample with its keys. A sample of at most top_k positions may have no keys. Raises UserError."""
     given, positions = record.get("keys"), len(sample.tokens) - 1
     if given is None and positions <= top_k:
         return sample
@@ -147,7 +149,7 @@ def _is_choice(of_token: Any, layers: int, top_k: int, experts: int) -> bool:
 
 
 def _read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the location (for errors) and the keys of every sample."""
+    """Yield the location (for errors) and the record of every sample."""
     file = find_files(path, SCORE_DATA)[0]
     parquet = path.suffix == ".parquet"
     records = read_parquet_records(file, SCORE_DATA, list) if parquet else read_jsonl_records(file, SCORE_DATA)
