@@ -1,7 +1,7 @@
 """Compares several runs on one page: settings that differ, final results, and overlaid curves.
 
-`mode=report name=SWEEP` compares the jobs of a sweep, `mode=report 'name=[a,b,c]'` any runs. The x axis is tokens,
-because runs with different batch sizes do different work per step.
+`mode=report name=SWEEP` compares the jobs of a sweep; `mode=report 'name=[a,b,c]'` compares any runs. The x axis shows
+tokens, because runs with different batch sizes do different work per step.
 """
 
 import html
@@ -52,14 +52,14 @@ DRAWN = (
     ("max_vio_running", "Imbalance of the mean load", "MaxVio of the mean load of about 100 steps; 0 is even."),
     ("lr", "Learning rate", "From the schedules."),
 )
-"""Metric, title, and advice on reading the figure."""
+"""For each figure: metric, title, and advice on how to read it."""
 
 
 @dataclass(frozen=True)
 class RunToCompare:
     name: str
     settings: dict[str, Any]
-    """Settings by dotted key."""
+    """All settings, by dotted key."""
     series: Series
     gpu: bool
     """Whether the run trained on GPUs."""
@@ -166,7 +166,8 @@ RESULT_FORMATS = {
 
 
 def _results(run: RunToCompare, runs: Sequence[RunToCompare]) -> Iterator[str]:
-    """Formatted results of one run. A CPU's MFU is left out beside a GPU's, because the CPU's peak is only measured."""
+    """Formatted results of one run. If any of the runs is on a GPU, the MFU of a CPU run is left out: the peak of a CPU
+    is measured, so the two MFUs are not comparable."""
     for label, measure in COMPARED_RESULTS:
         value, style = measure(run.series), RESULT_FORMATS.get(label, ".4f")
         if label == "MFU" and not run.gpu and any(other.gpu for other in runs):
@@ -193,19 +194,19 @@ def _figures(runs: list[RunToCompare]) -> Iterator[Figure]:
 
 
 def _tokens(series: Series) -> np.ndarray:
-    """Tokens at every recorded step, or the steps if tokens were not recorded."""
+    """Number of trained tokens at every recorded step, or the step numbers if tokens were not recorded."""
     return series.columns["tokens"] if series.has("tokens") else series.step_N
 
 
-# End of a sweep: one table of its jobs.
+# At the end of a sweep the screen shows one table of its jobs.
 
 WIDE = 200
-"""Width in columns of a table that goes to a file, so that nothing wraps."""
+"""Width in columns of a table that goes to a file. It is so large that no cell wraps."""
 
 
 def sweep_screen(configs: Sequence[Config], codes: Sequence[int], console: Console | None = None) -> None:
-    """Prints job, varied settings, held-out loss, speed and exit code on stdout. codes: of the started jobs, in
-    order."""
+    """Prints job, varied settings, held-out loss, speed and exit code on stdout. codes: exit codes of the
+    started jobs, in order."""
     console = console or Terminal()
     settings = [flat(settings_of(config)) for config in configs]
     keys = varied(settings)
@@ -228,7 +229,7 @@ def _word(value: object) -> str:
 
 
 def _job_results(config: Config) -> tuple[str, str]:
-    """Held-out loss and median speed of a job; empty before its first step."""
+    """Held-out loss and median speed of a job; empty texts if the job has no step yet."""
     path = Path(config.runs) / config.name / METRICS_FILE
     series = read_series(path)
     loss = f"{last(series, 'validation_loss'):.4f}" if series.has("validation_loss") else ""

@@ -1,8 +1,8 @@
 """Builds a W&B workspace for a run with the library wandb-workspaces: `mode=dashboard`.
 
 The content is plain data: each metric in train/metrics/names.py names its panel, and SECTIONS below lists the panels.
-With a W&B key the workspace is saved and its link printed. Its definition is always written to dashboard.json in the
-run folder, so no account is needed to see it.
+With a W&B key, the workspace is saved at W&B and its link is printed. The definition of the workspace is always written
+to dashboard.json in the run folder, so no account is needed to read it.
 """
 
 import json
@@ -90,7 +90,7 @@ SECTIONS = {
     },
     "Memory": {"memory": "Peak of the logging rank, and as planned"},
 }
-"""Panels of each section: the panel key that metrics use, and the panel's title."""
+"""For each section its panels: the key by which metrics name the panel, and the panel's title."""
 
 
 def sections(model: Model) -> dict[str, tuple[Panel, ...]]:
@@ -104,7 +104,8 @@ def sections(model: Model) -> dict[str, tuple[Panel, ...]]:
 
 
 def _panel(word: str, title: str) -> Panel:
-    """The panel with the metrics of this key; a name with a placeholder, such as mtp_loss_K, becomes a pattern."""
+    """The panel of all metrics with this key. A metric's name with a placeholder, such as mtp_loss_K, becomes a
+    pattern."""
     shown = [metric for metric in (*SCALARS, *WANDB) if metric.panel == word]
     first, names = shown[0], tuple(metric.name for metric in shown)
     pattern = first.name.replace("_K", r"_\d+").replace("LAYER", ".+")
@@ -114,8 +115,8 @@ def _panel(word: str, title: str) -> Panel:
 
 
 def build_dashboard(config: Config) -> int:
-    """Write dashboard.json, and save the workspace if there is a W&B key. Prints where they are. Returns the exit
-    code."""
+    """Write dashboard.json, and save the workspace at W&B if there is a key. Prints the path and the link. Returns the
+    exit code."""
     folder = Path(config.runs) / config.name
     if not (folder / "config.yaml").is_file():
         raise UserError(
@@ -138,7 +139,7 @@ def build_dashboard(config: Config) -> int:
         return EXIT_OK
     try:
         workspace.save()
-    except Exception as error:  # the library passes on any exception of its transport
+    except Exception as error:  # the library can raise any exception of its HTTP client
         raise _no_answer(config, error) from error
     say(f"the workspace: {workspace.url}")
     return EXIT_OK
@@ -181,7 +182,7 @@ def specification(workspace: Any) -> dict[str, Any]:
 def _entity(wandb: Any, config: Config) -> str:
     try:
         return wandb.Api(timeout=10).default_entity
-    except Exception as error:  # any exception of the transport
+    except Exception as error:  # any exception of the HTTP client
         raise _no_answer(config, error) from error
 
 

@@ -1,4 +1,4 @@
-"""The figures of report.html, each with a title and a caption that says how to read it.
+"""Builds the figures of report.html. Each has a title and a caption that says how to read it.
 
 Shape suffixes as in series.py.
 
@@ -26,7 +26,8 @@ from train.show.plot import (
 from train.show.series import Series
 
 LOAD_COLOURS = [[0.0, "#0b3c5d"], [0.166, "#7fb2d6"], [0.333, "#f7f7f7"], [0.6, "#f4a582"], [1.0, "#8c1c13"]]
-"""From blue (no token) through white (fair share, a third of the scale) to red (three fair shares or more)."""
+"""Colour scale of the tokens per expert: blue is no token, white is the fair share (a third of the scale), red is three
+fair shares or more."""
 LOAD_PERCENT_TOP = 300
 
 
@@ -108,7 +109,7 @@ CURVE_FIGURES = {
         quiet=True,
     ),
 }
-"""Figures by the key that metrics name in train/metrics/names.py."""
+"""Figures by key. Each metric in train/metrics/names.py names the key of its figure."""
 
 
 MFU_OF_GPUS = "DeepSeek-V3 reports 38.9 % (causal) and 43.7 % (full) on its H800s, also without MTP."
@@ -118,7 +119,7 @@ MFU_OF_PROCESSORS = (
 
 
 def curves_of(key: str) -> dict[str, Curve]:
-    """The curves of a figure by metric, in the order of the metrics table."""
+    """The curves of a figure, by metric, in the order of train/metrics/names.py."""
     return {metric.name: metric.curve for metric in SCALARS if metric.curve is not None and metric.curve.figure == key}
 
 
@@ -205,7 +206,8 @@ def _layer_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
 
 
 def _layer_norms(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    """Three heat maps in one figure, of which the reader chooses one; values as powers of ten."""
+    """Three heat maps in one figure; the reader chooses which one is visible. Colours show the logarithm to base
+    ten."""
     if not series.norms:
         return None
     steps, layers = [one["step"] for one in series.norms], list(series.norms[0]["layer_weight_norm"])
@@ -242,7 +244,7 @@ def _load_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     if not len(series.layer_step_S):
         return None
     mean_SL1 = series.load_SLE.mean(axis=2, keepdims=True)
-    # Two bytes a cell keep the page small; whole percents are fine enough.
+    # Integer percents take two bytes per cell, so the page stays small; they are exact enough for colours.
     share_SLE = np.round(np.minimum(series.load_SLE / np.maximum(mean_SL1, 1e-9) * 100, 60000)).astype(np.uint16)
     plot = go.Figure()
     for index, layer in enumerate(series.layers):

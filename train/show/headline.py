@@ -1,4 +1,4 @@
-"""The first screen of report.html: the key numbers, and sentences about notable facts."""
+"""Builds the first screen of report.html: the key numbers, and sentences about notable facts."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from train.metrics.quantities import duration, short
 from train.show.series import Series, last, median, tail_mean
 
 RESUMES = 8
-"""Number of resumes with changed settings that the report mentions; it takes the newest."""
+"""Maximum number of resumes with changed settings that the report mentions: the newest ones."""
 
 
 SETTING = 60
@@ -169,13 +169,13 @@ def _changes(resumed: Record) -> str:
 
 
 def clipped(value: Any) -> str:
-    """A setting's value as text for a sentence, shortened; config.yaml has the full value."""
+    """A setting's value as text for a sentence. A long value is shortened; config.yaml has the full value."""
     text = value if isinstance(value, str) and value else json.dumps(value)
     return text if len(text) <= SETTING else f"{text[: SETTING // 2]}...{text[-SETTING // 2 :]}"
 
 
 def _stretches(series: Series, name: str) -> list[tuple[int, float]]:
-    """First step and value of each stretch of steps with an unchanged value."""
+    """For each series of steps with an unchanged value: its first step, and the value."""
     found: list[tuple[int, float]] = []
     for step, value in zip(series.step_N, series.columns.get(name, ()), strict=False):
         if math.isfinite(value) and (not found or found[-1][1] != value):
@@ -188,8 +188,8 @@ def total(series: Series, name: str) -> float:
 
 
 def _seconds(series: Series) -> float:
-    """Seconds of training. A record has the time of its own step, and the stalls of all steps since the previous
-    record."""
+    """Seconds of training. A record has the duration of its own step only, but the checkpoint stalls of all steps since
+    the previous record."""
     return _steps_per_record(series) * total(series, "step_seconds") + total(series, "checkpoint_stall_seconds")
 
 

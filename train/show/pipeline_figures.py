@@ -21,7 +21,7 @@ ACTION_COLOURS = {
 }
 """For each kind of action: its name, the colour on a rank's first stage, and the colour on its other stages."""
 NUMBERED = 800
-"""Maximum number of actions for which a number fits into each bar."""
+"""Maximum number of actions at which each bar is wide enough for its micro-batch number."""
 
 
 def timeline_figure(sampled: SampledStep | None) -> Figure | None:
@@ -64,7 +64,8 @@ def _row_name(pp_rank: int, stages: list[int]) -> str:
 def _bars(
     actions: list[dict[str, Any]], rows: Mapping[int, str], later: bool, scale: float, unit: str, numbered: bool
 ) -> go.Bar:
-    """All actions of one kind: on the first stages of their ranks, or on the later stages."""
+    """The bars of all actions of one kind. later: whether they are on the later stages of their ranks or on the first
+    stage."""
     name, strong, pale = ACTION_COLOURS[actions[0]["kind"]]
     numbers = {
         "text": [_label(action) for action in actions],
@@ -80,7 +81,7 @@ def _bars(
         base=[action["start_seconds"] * scale for action in actions],
         x=[action["seconds"] * scale for action in actions],
         orientation="h",
-        # Among very many bars, only the lines between them would be visible.
+        # With very many bars, white lines between the bars would hide their colours.
         marker={"color": pale if later else strong, "line": {"color": "#fff", "width": 1 if numbered else 0}},
         customdata=[_words(action) for action in actions],
         hovertemplate=f"%{{customdata}}<br>%{{x:.4g}} {unit} from %{{base:.4g}} {unit}<extra></extra>",

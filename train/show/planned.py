@@ -1,8 +1,7 @@
-"""Compares the predictions of mode=plan with the run's measurements. They come from plan.json in the run folder, if its
-recipe matches.
+"""Compares the predictions of mode=plan with the run's measurements. The predictions come from plan.json in the run
+folder, if its recipe is the run's recipe.
 
-Memory means the tensors on the device. Step time is compared only if the plan is for the device that trains, by its
-device description or a calibration.
+Memory means the tensors on the device. Step time is compared only if the plan is for the device that trains.
 """
 
 import json
@@ -42,7 +41,7 @@ def recipe_of(config: Config) -> dict[str, Any]:
 
 
 def planned(config: Config, run_folder: Path) -> Record:
-    """The predictions for the reporting rank; empty without a plan, or if the plan has another recipe."""
+    """The predictions for the reporting rank. They are empty if there is no plan, or if the plan has another recipe."""
     plan = _read(run_folder)
     if plan is None or plan.get("recipe") != recipe_of(config):
         return {}
@@ -69,7 +68,7 @@ def _is_here(plan: dict[str, Any], config: Config) -> bool:
 
     A GPU matches if CUDA's name contains the plan's name. A CPU must have the same name and number of threads.
     """
-    import torch  # imported here, because a writer starts without torch
+    import torch  # imported here, because a process without torch can also write the report
 
     if config.cluster.device != "cpu" and torch.cuda.is_available():
         return plan["device"] in torch.cuda.get_device_name()
@@ -77,11 +76,11 @@ def _is_here(plan: dict[str, Any], config: Config) -> bool:
 
 
 PlanRow = tuple[str, str, str, str]
-"""Quantity, planned, measured, error of the plan."""
+"""Quantity, planned value, measured value, and error of the plan."""
 
 
 def plan_rows(run_folder: Path, series: Series) -> list[PlanRow]:
-    """Predictions beside the run's measured medians; empty if the run had no plan."""
+    """Rows with the predicted value and the run's measured median of each quantity; empty if the run had no plan."""
     plan, predicted = _read(run_folder), last(series, "memory_predicted_bytes")
     if plan is None or predicted != plan["peak"]:
         return []
@@ -102,7 +101,7 @@ def plan_rows(run_folder: Path, series: Series) -> list[PlanRow]:
 
 def _memory(plan: dict[str, Any], series: Series) -> PlanRow:
     peak, measured = plan["peak"], max(series.finite("memory_bytes"), default=0.0)
-    if plan["on_cpu"]:  # a process uses more than its tensors; mode=dry_run measures the tensors
+    if plan["on_cpu"]:  # on a CPU only the memory of the whole process is measured; mode=dry_run measures the tensors
         return "memory of tensors", gib(peak), f"{gib(measured)} of the whole process", ""
     return "peak memory", gib(peak), gib(measured), error(peak, measured)
 

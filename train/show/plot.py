@@ -1,10 +1,10 @@
-"""Drawing tools for the figures of report.html: colours, curves over steps, the common look.
+"""Draws the common parts of the figures in report.html: colours, curves over steps, layout.
 
 Shape suffixes as in series.py.
 
-A noisy curve is drawn twice: every step as a pale line, and a moving average as a strong line. A long run is thinned so
-that the page stays small. Then a pale band shows the lowest and highest point of each stretch, so every spike stays
-visible, and the line shows the mean.
+A noisy curve is drawn twice: a pale line shows every step, and a strong line shows a moving average. A long run is
+thinned so that the page stays small: its steps are divided into short intervals. A pale band then shows the lowest and
+highest value of each interval, so every spike stays visible. The line shows the mean.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,9 +28,9 @@ DARK = {
     GREY: "#A5ABB4",
     IDLE: "#3A3F48",
 }
-"""Replacement of each colour on a dark page: the same hue, lighter."""
+"""The colour that replaces each colour on a dark page: the same hue, but lighter."""
 DOTTED_STEPS = 60
-"""Up to this number of steps each step is a dot, and nothing is smoothed."""
+"""If a run has at most this number of steps, each step is drawn as a dot, and no curve is smoothed."""
 TICKS = 6
 """Maximum number of labels on the tokens axis."""
 
@@ -49,7 +49,7 @@ class Figure:
 def curves(
     series: Series, wanted: Mapping[str, Curve], unit: str, *, log: bool = False, zero: bool = False, height: int = 320
 ) -> go.Figure | None:
-    """Line plot over steps of the metrics that have values; None if no metric has any."""
+    """Line plot, over steps, of the metrics that have values. None if no metric has a value."""
     plot = go.Figure()
     for metric, curve in wanted.items():
         if series.has(metric):
@@ -68,7 +68,7 @@ def log_axis(plot: go.Figure) -> None:
 
 
 def add_curve(plot: go.Figure, curve: Curve, x_N: np.ndarray, y_N: np.ndarray) -> None:
-    """Draw a curve of these values; the beginning of this file describes how."""
+    """Draw a curve of these values, as the module docstring describes."""
     if curve.markers:  # occasional measurements are joined without gaps
         measured = np.isfinite(y_N)
         x_N, y_N = x_N[measured], y_N[measured]
@@ -87,7 +87,8 @@ def add_curve(plot: go.Figure, curve: Curve, x_N: np.ndarray, y_N: np.ndarray) -
 
 
 def add_tokens_axis(plot: go.Figure, series: Series) -> None:
-    """Adds an axis of trained tokens above a figure over steps. If the batch grows, its labels are unevenly spaced."""
+    """Adds an axis of trained tokens above a figure over steps. If the batch size grows during the run, the labels of
+    this axis are unevenly spaced."""
     tokens_N = series.columns.get("tokens", np.zeros(0))
     known = np.isfinite(tokens_N)
     if known.sum() < 2:
@@ -105,7 +106,7 @@ def add_tokens_axis(plot: go.Figure, series: Series) -> None:
 
 
 def set_look(plot: go.Figure, height: int = 320) -> go.Figure:
-    """Sets the look that all figures share; train/show/report_page.py adds the light and dark colours."""
+    """Sets the layout that all figures share. train/show/report_page.py adds the light and dark colours."""
     plot.update_layout(
         height=height,
         margin={"l": 70, "r": 20, "t": 30, "b": 50},
@@ -118,9 +119,9 @@ def set_look(plot: go.Figure, height: int = 320) -> go.Figure:
 
 
 def style(plot: go.Figure, step_N: np.ndarray, height: int = 320) -> go.Figure:
-    """Sets the look of figures whose x axis shows the steps step_N."""
+    """Sets the layout of a figure whose x axis shows the steps step_N."""
     set_look(plot, height).update_xaxes(title="step", nticks=10, tickformat=",d")
-    if len(step_N) <= 10:  # otherwise the axis would show half steps
+    if len(step_N) <= 10:  # otherwise the axis would have labels between two steps
         plot.update_xaxes(tickvals=step_N.tolist())
     return plot
 

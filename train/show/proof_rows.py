@@ -1,4 +1,5 @@
-"""Rows of prove.json for the report, and the recipe, layout and code that the certificate covers. Imports no torch."""
+"""Builds the rows about prove.json for the report, and identifies the recipe, layout and code that a certificate
+covers. Imports no torch."""
 
 import hashlib
 import json
@@ -11,7 +12,7 @@ from train import __version__
 from train.metrics.origin import code_version
 
 PROOF_FILE, PROOF_CARD_FILE = "prove.json", "card.md"
-"""Files of mode=prove: all figures, and the summary for a reader of the run."""
+"""Files of mode=prove: prove.json has all figures, card.md is a summary for people."""
 
 
 PROVEN_RECIPE = (
@@ -25,13 +26,13 @@ PROVEN_RECIPE = (
     "data.mask_documents",
 )
 PROVEN_LAYOUT = ("parallel", "micro_batch_size")
-"""Keys that the result of mode=prove depends on. mode=prove draws its own tokens and trains a few steps, so the
-recipe's data and steps do not matter."""
+"""The result of mode=prove depends on the settings in PROVEN_RECIPE and PROVEN_LAYOUT. mode=prove draws its own tokens and
+trains a few steps, so the result does not depend on the recipe's data and steps."""
 
 
 def describe_proven(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Identifies what a certificate of mode=prove covers: hashes of recipe and layout, and the program's version and
-    commit. settings: all settings, resolved, as JSON values."""
+    commit. settings: all resolved settings, as JSON values."""
     commit, modified = code_version()
     hashes = {"recipe": _hash(settings, PROVEN_RECIPE), "layout": _hash(settings, PROVEN_LAYOUT)}
     return hashes | {"version": __version__, "commit": commit, "modified": modified}
@@ -48,7 +49,7 @@ def _hash(settings: Mapping[str, Any], keys: tuple[str, ...]) -> str:
 
 
 def _other(proven: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """Parts of the certificate that differ from this run: recipe, layout, version, commit."""
+    """Those of recipe, layout, version and commit in which the certificate differs from this run."""
     own = describe_proven(settings)
     return [
         f"{name} {_shown(proven[name])}"
@@ -64,7 +65,7 @@ def _shown(value: Any) -> str:
 def report_rows(run_folder: Path, settings: Mapping[str, Any]) -> tuple[str, list[tuple[str, ...]]] | None:
     """A sentence and a table about prove.json for the report; None if no certificate is readable.
 
-    settings: of the run. The sentence is about the run only if the certificate has the same recipe, layout and code.
+    settings: the settings of the run. If the certificate has another recipe, layout or code, the sentence says so.
     """
     try:
         record = read_plain_json(run_folder / PROOF_FILE)

@@ -40,16 +40,17 @@ REPORT = "report.html"
 SAMPLE = "sample.json"
 """The newest generated text: step, temperature, text; and under `earlier` the previous texts, oldest first."""
 RELOADED = 60
-"""Seconds after which the page of a training run reloads itself."""
+"""Interval in seconds at which the page of a training run reloads itself."""
 TRUSTED = 900.0 + REPORT_EVERY
-"""Seconds for which the page still assumes that the run trains if no newer page is written."""
+"""Seconds after its writing during which the page says that the run trains. A page that is rewritten in time starts
+this period again."""
 
 
 def write_report(run_folder: Path, ended: bool = False) -> Path:
     """Write report.html into the run folder and return its path. An older report is replaced atomically.
 
-    ended: the run has ended, although its process, which writes this page, still holds the folder. Raises OSError.
-    Raises UserError if a damaged file of the run prevents the page.
+    ended: the run has ended, but the process of the run writes this page and still holds the run folder's lock. Raises
+    OSError. Raises UserError if a file of the run is so damaged that no page can be built.
     """
     try:
         page = _whole_page(run_folder, ended)
@@ -87,7 +88,7 @@ def _whole_page(run_folder: Path, ended: bool) -> str:
 
 
 def _made(what: str, make: Callable[[], list[str]]) -> list[str]:
-    """Builds a part of the page; if a file of the run is damaged, the part says so instead."""
+    """Builds a part of the page. If a file for this part is damaged, the part shows this error instead."""
     try:
         return make()
     except (UserError, OSError):
@@ -98,14 +99,14 @@ def _made(what: str, make: Callable[[], list[str]]) -> list[str]:
 
 
 def _until(run_folder: Path) -> float | None:
-    """Unix time until which the page may say that the run trains; None if it does not train."""
+    """Unix time until which the page may say that the run trains; None if the run does not train."""
     if not is_held(run_folder):
         return None
     return time.time() + TRUSTED
 
 
 def _incident_parts(run_folder: Path) -> list[str]:
-    """The newest incident: the rank that broke or blocked the run, see cluster/incident.py."""
+    """The part about the newest incident, with the rank that failed or blocked the others (cluster/incident.py)."""
     if (found := newest_incident(run_folder / "logs")) is None:
         return []
     path, incident = found
@@ -113,7 +114,7 @@ def _incident_parts(run_folder: Path) -> list[str]:
 
 
 def _profile_parts(run_folder: Path) -> list[str]:
-    """Tables of the profiled ranks, see train/loop/hooks/profiler.py."""
+    """Tables of the profiled ranks (train/loop/hooks/profiler.py)."""
     found = []
     for file in sorted(run_folder.glob("profile/rank_*.json")):
         try:
@@ -130,7 +131,7 @@ def _profile_parts(run_folder: Path) -> list[str]:
                 for row in body["rows"]
             ]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # the rest of the page does not need this file
+            continue  # the other parts of the page do not need this file
         head = (
             f"<h2>Time by operation</h2><p>Rank {html.escape(str(body.get('rank')))}, a step of {first} to {last}.</p>"
         )
@@ -151,7 +152,7 @@ def _answer_parts(run_folder: Path) -> list[str]:
         examples = [tuple(str(text) for text in example.values()) for example in found["examples"]]
         heads = tuple(found["examples"][0])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-        return []  # no evaluation, or one by an earlier version
+        return []  # no evaluation, or an evaluation that an earlier version wrote
     words = (
         f"Answers to {found['questions']} held-out questions, compared with the true ones by ROUGE-L (the longest common subsequence of words, "
         "0 to 1). A common form of all answers raises it, so the table also has answers to other questions and the most common answer. Loss: nats "
@@ -196,7 +197,7 @@ def _page(
     gpu: bool,
     until: float | None,
 ) -> str:
-    """The whole page. sections: parts below the figures. gpu: whether the run used GPUs. until: see `_until`."""
+    """The complete page. sections: parts below the figures. gpu: whether the run used GPUs. until: see `_until`."""
     written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     trains = "" if until is None else " The run trains: this page reloads every minute."
     parts = opening(f"Training report: {name}", f"{_description(settings)} Written {written}.{trains}")
@@ -288,7 +289,7 @@ def _text(sample: Mapping[str, Any]) -> str:
 
 
 def _origin_parts(run_folder: Path) -> list[str]:
-    """Command, code and machine of the run's starts."""
+    """Command, code and machine of each start of the run."""
     starts = read_starts(run_folder)
     if not starts:
         return []
@@ -351,7 +352,7 @@ def _wall_time_parts(found: WallTime | None) -> list[str]:
 
 
 def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:
-    """Events of the run on its machines."""
+    """Table of the run's events on its machines."""
     if cluster is None:
         return []
     sentence, rows = cluster
@@ -362,7 +363,7 @@ def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:
 
 
 def _proof_parts(proof: tuple[str, list] | None) -> list[str]:
-    """Result of mode=prove."""
+    """The part about the result of mode=prove."""
     if proof is None:
         return []
     sentence, rows = proof
@@ -377,5 +378,5 @@ def _checkpoint_table(checkpoints: list[tuple[str, str, str]]) -> list[str]:
 
 
 if __name__ == "__main__":  # ReportSink starts this module
-    os.nice(10)  # at 19 it would get almost no CPU time beside ranks that use all cores
+    os.nice(10)  # at 19 this process would get almost no CPU time if the ranks use all cores
     write_report(Path(sys.argv[1]))

@@ -1,7 +1,7 @@
 """Common parts of report.html, plan.html and the comparison page: one file with figures, without network or server.
 
-plotly.js and the figures' data are in the page as gzip in base64, because plotly.js alone takes 4.8 MB. The browser
-unpacks them (DecompressionStream). Colours follow the reader's light or dark setting. On a narrow screen figures get
+The page has plotly.js and the figures' data as gzip in base64, because plotly.js alone would take 4.8 MB. The browser
+unpacks them (DecompressionStream). Colours follow the reader's light or dark setting. On a narrow screen, figures get
 smaller margins, and the colour scale is below the figure.
 """
 
@@ -110,7 +110,7 @@ else document.getElementById("old").textContent = "The figures need a newer brow
 
 
 def opening(title: str, subtitle: str) -> list[str]:
-    """The beginning of a page; `closing` returns the end."""
+    """Returns the beginning of a page; `closing` returns its end."""
     return [
         "<!DOCTYPE html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
@@ -123,13 +123,13 @@ def opening(title: str, subtitle: str) -> list[str]:
 
 
 def reloading(seconds: float, until: float) -> str:
-    """Script that reloads the page after `seconds`, until this Unix time. So a page that is no longer rewritten
-    stops reloading."""
+    """Script that reloads the page every `seconds` until the Unix time `until`. If the page is no longer rewritten, it
+    stops reloading at this time."""
     return f"<script>if (Date.now() < {1000 * until:.0f}) setTimeout(() => location.reload(), {1000 * seconds:.0f});</script>"
 
 
 def closing(figures: Sequence[Figure]) -> list[str]:
-    """The end of a page that draws these figures; figure_html has placed them."""
+    """Returns the end of a page. Its script draws these figures into the placeholders of `figure_html`."""
     if not figures:
         return ["</main></body></html>"]
     plain = {figure.key: _plain(figure) for figure in figures}
@@ -145,7 +145,7 @@ def closing(figures: Sequence[Figure]) -> list[str]:
 
 @cache
 def _packed_plotly() -> str:
-    """plotly.js, compressed once per process (0.2 s of a core), because a run writes its report repeatedly."""
+    """plotly.js, compressed. It is compressed once per process (0.2 s), because a process can write several pages."""
     return _packed(get_plotlyjs())
 
 
@@ -154,7 +154,7 @@ def _packed(text: str) -> str:
 
 
 def _plain(figure: Figure) -> dict[str, Any]:
-    """Data and layout without the template: the page holds each colour scheme's template once."""
+    """A figure's data and layout without the template. The page has the template of each colour scheme only once."""
     plain = figure.plot.to_plotly_json()
     return {
         "data": plain["data"],
@@ -163,7 +163,7 @@ def _plain(figure: Figure) -> dict[str, Any]:
 
 
 def _theme(name: str, label: str) -> Mapping[str, Any]:
-    """A plotly template on the page's own background. label: background colour of the hover label."""
+    """A plotly template with the page's background. label: background colour of the hover label."""
     theme = plotly.io.templates[name].to_plotly_json()
     see_through = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "hoverlabel": {"bgcolor": label}}
     return {**theme, "layout": {**theme["layout"], **see_through}}
@@ -198,7 +198,7 @@ def _cell(text: str) -> str:
 
 
 def table_html(head: Iterable[str], rows: Iterable[Iterable[str]], whole: bool = False) -> str:
-    """An HTML table that scrolls if it is too wide. whole: no cell wraps."""
+    """An HTML table that scrolls if it is too wide. whole: whether no cell wraps."""
     titles = "".join(f"<th>{html.escape(text)}</th>" for text in head)
     body = "".join("<tr>" + "".join(_cell(text) for text in row) + "</tr>" for row in rows)
     kind = ' class="whole"' if whole else ""

@@ -1,6 +1,6 @@
 """Screens at the end of a run, and the progress line while it trains.
 
-A screen is a line with the outcome, then labelled lines. Nothing is boxed or wrapped, so paths and commands can be
+A screen is a line with the outcome, and then labelled lines. No text is boxed or wrapped, so paths and commands can be
 copied from any window.
 """
 
@@ -42,9 +42,9 @@ def final_screen(
 ) -> None:
     """Prints the end of a run on stdout. None leaves a line out. seconds: wall time of the run.
 
-    training_loss: next-token loss, mean of the last steps, to compare with the held-out loss. plan: planned and
-    measured quantities. report: its path, or why there is none. wandb: address of the W&B run, or folder of the offline
-    run.
+    training_loss: mean next-token loss of the last steps, comparable with the held-out loss. plan: planned and measured
+    quantities. report: path of the report, or why there is no report. wandb: address of the W&B run, or folder of the
+    offline run.
     """
     took = f" in {duration(seconds)}" if seconds is not None else ""
     rows = []
@@ -74,7 +74,7 @@ def stopped_screen(
     command: str,
     console: Console | None = None,
 ) -> None:
-    """Prints on stdout that a signal or a limit stopped the run. command: resumes the run."""
+    """Prints on stdout that a signal or a limit stopped the run. command: the command that resumes the run."""
     rows = [
         ("Why", reason),
         ("Checkpoint", str(checkpoint) if checkpoint else "none yet: the run would start from step 0"),
@@ -109,30 +109,30 @@ def show_rows(console: Console, title: str, style: str, rows: list[tuple[str, st
 
 
 def printable(text: str, encoding: str) -> str:
-    """The text without control characters, limited to the terminal's encoding. A generated escape sequence must not
-    reach the terminal."""
+    """The text without control characters, and without characters that the terminal's encoding lacks. So a generated
+    escape sequence cannot reach the terminal."""
     safe = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return safe.encode(encoding, "replace").decode(encoding)
 
 
 # Progress at the terminal while a run trains.
 #
-# On a terminal: one live line, fitted to the window's width. Elsewhere (a file, a CI log): one plain line for each of
-# the first steps, then a line every few seconds or every tenth of the run. The interval grows with the run's duration.
-# Both forms show the same numbers.
+# On a terminal there is one live line, fitted to the window's width. Elsewhere (a file, a CI log) there is one plain
+# line for each of the first steps. After these, a line appears every few seconds or every tenth of the run. The
+# interval grows with the run's duration. Live and plain lines show the same numbers.
 
 FIRST_STEPS = 3
 PLAIN_SECONDS, PLAIN_SHARE = 5.0, 1 / 60
-"""Minimum interval between plain lines: seconds, or a share of the time since the start if that is longer (a minute
-after an hour)."""
+"""Minimum interval between plain lines: a number of seconds, or a share of the time since the start, whichever is
+longer. After an hour the interval is a minute."""
 SMOOTHING = 0.05
-"""Weight of the newest step in the mean step time, which gives the time left."""
+"""Weight of the newest step in the mean step time. This mean gives the estimate of the time left."""
 MIN_BAR, MAX_BAR = 8, 40
 ASCII_BAR = str.maketrans("━╌", "#-")
 
 
 class StepClock:
-    """Mean wall time between steps, stalls included, with exponential forgetting. The caller passes `now` in
+    """Exponential moving average of the wall time between steps, stalls included. The caller passes `now` in
     seconds."""
 
     def __init__(self, now: float):
@@ -150,7 +150,7 @@ class StepClock:
 class Progress:
     """Shows records of a run of `steps` steps, of which `done` were completed before.
 
-    Safe to call from several threads. clock: seconds, for tests.
+    Safe to call from several threads. clock: returns the time in seconds; tests replace it.
     """
 
     def __init__(
@@ -203,12 +203,12 @@ class Progress:
         )
 
     def event(self, text: str | None) -> None:
-        """Shows the run's current activity other than steps; None when it ends."""
+        """Shows what the run does other than steps, such as a validation. None: this activity has ended."""
         with self._lock:
             self._event = text
 
     def note(self, text: str) -> None:
-        """Print a sentence above the live line; also when progress is switched off."""
+        """Print a sentence above the live line. The sentence is printed even if progress is switched off."""
         self._print(sentence(text, indent=2))
 
     def close(self) -> None:
@@ -224,7 +224,7 @@ class Progress:
         yield Segment(line.translate(ASCII_BAR) if options.ascii_only else line)
 
     def line(self, width: int | None) -> str:
-        """The current state on one line of at most `width` characters; None: no limit and no bar."""
+        """The current state on one line of at most `width` characters. None: there is no limit and no bar."""
         with self._lock:
             record, event = self._record, self._event
             left = (self._steps - record["step"]) * self._pace.seconds_per_step()
@@ -232,9 +232,9 @@ class Progress:
 
 
 def parts(record: Record, steps: int, seconds_left: float, event: str | None) -> list[str]:
-    """Pieces of the progress line, the most important first."""
+    """The parts of the progress line, the most important part first."""
     found = [f"step {record['step']}/{steps}"]
-    if "main_loss" in record:  # not the total loss, which changes with the weights of the other losses
+    if "main_loss" in record:  # the total loss is not shown, because it depends on the weights of the other losses
         found.append(f"loss {record['main_loss']:.4g}")
     if event:
         found.append(f"[{event}]")
@@ -254,7 +254,7 @@ def parts(record: Record, steps: int, seconds_left: float, event: str | None) ->
 
 
 def fit(pieces: list[str], fraction: float, width: int | None) -> str:
-    """Join as many pieces as fit, first ones first, with a bar in the remaining space; never longer than width."""
+    """Join the first pieces, as many as fit into `width` characters. A bar fills the remaining space."""
     if width is None:
         return "  ".join(pieces)
     while len(pieces) > 1 and len("  ".join(pieces)) > width:

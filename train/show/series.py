@@ -22,7 +22,7 @@ HEAT_STEPS, HEAT_CELLS = 240, 600_000
 
 @dataclass(frozen=True)
 class Series:
-    """Data of the figures: the scalars of every recorded step, and the layers of some steps."""
+    """Data of the figures: the scalars of every recorded step, and the values by layer of some steps."""
 
     step_N: np.ndarray
     columns: Mapping[str, np.ndarray]
@@ -33,7 +33,7 @@ class Series:
     load_SLE: np.ndarray
     """Tokens per expert."""
     norms: Sequence[Record] = ()
-    """Records that hold the norms of weights and updates by layer."""
+    """Records with the norms of weights and updates by layer."""
     resumes: Sequence[Record] = ()
     """Events `resumed`, oldest first."""
 
@@ -47,7 +47,8 @@ class Series:
 
 
 def thin(x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `points` points, with the lowest and highest of each of points/2 stretches."""
+    """Returns about `points` points or fewer. The curve is divided into points/2 intervals, and the lowest and the
+    highest point of each interval stay."""
     if len(x_N) <= points:
         return x_N, y_N
     kept = {0, len(x_N) - 1}
@@ -63,14 +64,16 @@ def thin(x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS) -> tuple[np.nda
 
 
 def stretch_means(x_N: np.ndarray, y_N: np.ndarray, stretches: int = POINTS // 4) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the finite values in each stretch, placed at its middle; NaN if it has no finite value."""
+    """Divides the curve into intervals. Returns the mean of the finite values in each interval, placed at the middle of
+    the interval; NaN if an interval has no finite value."""
     parts = np.array_split(np.arange(len(x_N)), stretches)
     means = [float(np.mean(good)) if len(good := y_N[part][np.isfinite(y_N[part])]) else np.nan for part in parts]
     return np.array([x_N[part[len(part) // 2]] for part in parts]), np.array(means)
 
 
 def smoothed(y_N: np.ndarray) -> np.ndarray:
-    """Moving average of the finite values over a fortieth of the curve; NaN where a value is not finite."""
+    """Moving average of the finite values, over a fortieth of the curve. If a value is not finite, the average at its
+    place is NaN."""
     half = max(1, len(y_N) // 80)
     finite = np.isfinite(y_N)
     window = np.ones(2 * half + 1)
@@ -80,8 +83,8 @@ def smoothed(y_N: np.ndarray) -> np.ndarray:
 
 
 def read_series(path: Path) -> Series:
-    """The scalars of every step, and layers and loads of evenly spaced steps. A missing file gives a run without
-    steps."""
+    """Reads the scalars of every step, and the values by layer and tokens per expert of evenly spaced steps. If the
+    file is missing, the series has no steps."""
     heads, loaded = [], []
     for head, has_loads in read_heads_with_loads(path) if path.exists() else ():
         heads.append(head)
@@ -96,7 +99,7 @@ def read_series(path: Path) -> Series:
 
 
 def _norms(path: Path, steps: list[int]) -> list[Record]:
-    """Norms of evenly spaced steps, at most one per heat map column."""
+    """Norm records of evenly spaced steps, at most one record for each column of a heat map."""
     if not steps:
         return []
     wanted = {steps[i] for i in np.linspace(0, len(steps) - 1, min(HEAT_STEPS, len(steps))).round().astype(int)}
@@ -104,7 +107,7 @@ def _norms(path: Path, steps: list[int]) -> list[Record]:
 
 
 def _layers(path: Path, loaded: list[int]) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Layer names, steps_S, MaxVio_SL and load_SLE of as many steps as fit in the page."""
+    """Returns layer names, steps_S, MaxVio_SL and load_SLE, for as many steps as fit in the page."""
     if not loaded:
         return [], np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0, 0))
     (first,) = read_steps(path, {loaded[0]})
@@ -129,11 +132,11 @@ def last(series: Series, name: str) -> float:
 
 
 def median(series: Series, name: str) -> float:
-    """Median without the first tenth, which is warm-up; NaN if there is no value."""
+    """Median of the values without the first tenth, which is warm-up; NaN if there is no value."""
     values = series.finite(name)
     return float(np.median(values[len(values) // 10 :])) if len(values) else math.nan
 
 
 def tail_mean(values: np.ndarray) -> float:
-    """Mean of the last tenth, at most 20 values; NaN if there is none."""
+    """Mean of the last tenth of the values, at most 20 values; NaN if there is no value."""
     return float(values[-max(1, min(20, len(values) // 10)) :].mean()) if len(values) else math.nan

@@ -1,16 +1,17 @@
-"""Logs to Weights & Biases in a separate thread, offline without an account, without disturbing the training.
+"""Logs to Weights & Biases in a separate thread, so that the training does not wait. Without an account it logs
+offline.
 
 The thread imports wandb (about a second), starts the run, and takes records from a queue. So neither the import nor a
-slow server delays a step, and no record is lost. After any error it prints one note and switches W&B off; metrics.jsonl
-has everything.
+slow server delays a step, and no record is lost. After any error the thread prints one note and switches W&B off;
+metrics.jsonl still has all records.
 
-Mode `offline`, or no API key: offline, and nobody is asked for a key. With a key: online, unless the server does not
-answer in time. WANDB_MODE in the environment overrides `auto`.
+In mode `offline`, or without an API key, the W&B run is offline, and W&B does not ask for a key. With a key the run is
+online, unless the server does not answer in time. WANDB_MODE in the environment overrides `auto`.
 
 All attempts of a run folder are one W&B run. Its id is in wandb/run_id; its project, entity and group are in
 wandb/place.json. A resumed attempt repeats some logged steps; wandb/last_step holds the last logged step, and repeated
-steps are not logged again. After kill -9 this number can be ahead of W&B's file by the last second, which W&B had not
-flushed.
+steps are not logged again. After kill -9, wandb/last_step can be ahead of W&B's file by the steps of the last second,
+because W&B had not yet flushed them.
 """
 
 import os
@@ -33,18 +34,18 @@ from conf.words import harmless, one_line
 from train.checkpoint.run_folder import WANDB_PLACE, wandb_place
 from train.metrics.names import LAYER_LOAD_EVERY, Record, is_event, is_layer_metric
 
-# Content for W&B other than step records: axes and minima, checkpoints, tables, alerts.
+# Items are what W&B gets in addition to step records: axes and minima, checkpoints, tables, alerts.
 #
 # Each item is a function of the module wandb, the run and the newest logged step, for WandbSink.write. A table is
-# logged one step later, because W&B accepts only one row per step. A resumed run writes its own row of that step into
-# another file.
+# logged under the next step, because W&B accepts only one row per step. A resumed run writes its own row of that step
+# into another file.
 
 Item = Callable[[ModuleType, Any, int], None]
 
 OVER_TOKENS = ("main_loss", "mtp_loss", "mtp_loss_*", "balance_loss")
-"""Curves that W&B draws over trained tokens, so that runs with different batch sizes are comparable."""
+"""Metrics that W&B draws over trained tokens. So runs with different batch sizes are comparable."""
 WITH_MINIMUM = ("validation_loss", "validation_bits_per_byte")
-"""Curves over trained tokens whose W&B summary has the smallest value (NAME.min) and the newest value (NAME.last)."""
+"""Metrics over trained tokens. Their W&B summary has the smallest value (NAME.min) and the newest value (NAME.last)."""
 FILES = 1_000_000
 """Maximum number of files in a checkpoint; each rank writes two or more."""
 FIGURES = ("sequences", "tokens", "text_bytes", "loss", "perplexity", "bits_per_byte")
@@ -83,8 +84,8 @@ def sample_table(step: int, text: str) -> Item:
 
 
 def evaluation_tables(found: dict[str, Any]) -> Item:
-    """An evaluation in the form of evaluate.json: the tables `evaluations` and `evaluated_positions`, and if
-    requested `evaluated_needle` and `evaluated_tasks`."""
+    """The tables of an evaluation in the form of evaluate.json: `evaluations` and `evaluated_positions`. If the
+    evaluation has them, also `evaluated_needle` and `evaluated_tasks`."""
 
     def log(wandb: ModuleType, run: Any, logged: int) -> None:
         head = [found["step"], found["checkpoint"], found["weights"]]
@@ -106,7 +107,7 @@ def evaluation_tables(found: dict[str, Any]) -> Item:
 
 
 def alert(title: str, text: str) -> Item:
-    """A message that W&B forwards as the account is configured."""
+    """An alert. The settings of the W&B account decide how W&B forwards it."""
 
     def send(wandb: ModuleType, run: Any, _: int) -> None:
         run.alert(title=one_line(title), text=harmless(text), level=wandb.AlertLevel.WARN)
@@ -122,9 +123,9 @@ FLUSH_SECONDS = 1.0
 """Interval at which W&B writes its file; its default of 15 s loses the end of a killed run."""
 WAITING_RECORDS = 10_000
 LAYER_SCALARS = ("layer_max_vio", "layer_entropy")
-"""Metrics that W&B gets for every MoE layer in every step; tokens per expert are sent as histograms."""
+"""Metrics that W&B gets for every MoE layer in every step. Tokens per expert are sent separately, as histograms."""
 LOAD_BINS, LOAD_TOP = 40, 4.0
-"""The histogram of loads runs from 0 to 4 fair shares; its last bin holds everything above."""
+"""The histogram of tokens per expert runs from 0 to 4 fair shares. Its last bin also counts all larger values."""
 
 
 def wants_wandb(mode: WandbMode) -> bool:
@@ -135,9 +136,9 @@ def wants_wandb(mode: WandbMode) -> bool:
 class WandbSink:
     """Logs records and Items to the W&B run of a run folder.
 
-    config: the configuration that W&B shows, plain values. group: see `place_at_wandb`; wandb itself reads WANDB_TAGS
-    and WANDB_NOTES. commit: of the program. note: called with one sentence when W&B goes offline unexpectedly or is
-    switched off. online_seconds: maximum wait for the server, for tests.
+    config: the configuration that W&B shows, as plain values. group: see `place_at_wandb`. The library wandb itself
+    reads WANDB_TAGS and WANDB_NOTES. commit: the commit of the program. note: called with one sentence when W&B goes
+    offline unexpectedly or is switched off. online_seconds: maximum wait for the server, for tests.
     """
 
     def __init__(
@@ -211,19 +212,21 @@ class WandbSink:
                 if callable(record):
                     self._do(record, wandb, run, logged)
                     continue
-                if (resumed := record.get("resumed")) is not None:  # also if an earlier attempt has logged this step
+                if (resumed := record.get("resumed")) is not None:  # even if an earlier attempt has logged this step
                     run.config.update({f"resumed_at_step_{resumed['step']}": resumed}, allow_val_change=True)
                 if record["step"] > logged:
                     run.log(to_wandb(record), step=record["step"], commit=True)
                     logged = record["step"]
-                    os.pwrite(file.fileno(), b"%020d\n" % logged, 0)  # fixed width and one call: never half a number
+                    os.pwrite(
+                        file.fileno(), b"%020d\n" % logged, 0
+                    )  # one call of fixed width never leaves half a number
         run.finish()
         wandb.teardown()  # finish alone returns before the last records are on disk
 
     def _do(self, item: Item, wandb: ModuleType, run: Any, logged: int) -> None:
         try:
             item(wandb, run, logged)
-        except Exception as error:  # for example a checkpoint removed meanwhile; the records continue
+        except Exception as error:  # for example, the checkpoint was removed meanwhile; later records are still logged
             self._note(f"W&B gets no {item.__qualname__.partition('.')[0]}: {first_line(error)}")
 
     def _start(self, wandb: ModuleType) -> Any:
@@ -246,7 +249,7 @@ class WandbSink:
                 run = wandb.init(**arguments, mode="online", settings=wandb.Settings(**settings))
             except Exception as error:
                 self._note(f"W&B is offline, because the server did not create a run: {first_line(error)}")
-                wandb.teardown()  # otherwise the id counts as in use
+                wandb.teardown()  # without this, W&B would treat the id as in use
                 wandb.setup(wandb.Settings(silent=True))
             else:
                 self.where = run.url
@@ -281,7 +284,8 @@ def has_netrc_key(base_url: str) -> bool:
 
 
 def place_at_wandb(run_folder: Path, group: str | None = None) -> dict[str, str | None]:
-    """Project, entity and group of a folder's W&B run: from its first attempt, otherwise from the environment.
+    """Project, entity and group of the W&B run of a run folder. They come from the first attempt, or in this first
+    attempt from the environment.
 
     group: W&B's group, unless WANDB_RUN_GROUP is set.
     """
@@ -301,7 +305,8 @@ def run_id(run_folder: Path) -> str:
 
 
 def to_wandb(record: Record) -> dict[str, Any]:
-    """A record for W&B: scalars by name, some scalars per MoE layer, and histograms of tokens per expert."""
+    """Converts a record for W&B: scalars by name, some scalars for each MoE layer, and histograms of tokens per
+    expert."""
     import wandb
 
     scalars = (name for name in record if name != "step" and not is_layer_metric(name) and not is_event(name))
@@ -319,12 +324,13 @@ def to_wandb(record: Record) -> dict[str, Any]:
 
 
 def layer_key(layer: str) -> str:
-    """A layer's name for W&B, which would read a dot as nesting."""
+    """A layer's name for W&B, without dots, because W&B would read a dot as nesting."""
     return layer.replace(".", "_")
 
 
 def load_histogram(load: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Histogram of tokens per expert, in fair shares of the layer: numbers of experts and LOAD_BINS + 1 edges."""
+    """Histogram of the layer's tokens per expert, in multiples of the fair share: the number of experts in each bin,
+    and LOAD_BINS + 1 edges."""
     counts_LE = np.array([np.asarray(row, np.float64) for row in load.values()])
     shares_LE = counts_LE / np.maximum(counts_LE.mean(axis=1, keepdims=True), 1e-9)
     return np.histogram(np.minimum(shares_LE, LOAD_TOP), bins=LOAD_BINS, range=(0.0, LOAD_TOP))

@@ -1,7 +1,7 @@
-"""Distributes the numbers of a step: to metrics.jsonl, the terminal, and Weights & Biases.
+"""Writes the metrics of a step to metrics.jsonl, the terminal, and Weights & Biases.
 
-The trainer of the logging rank opens one MetricsWriter and passes it one flat record a step, with names as in
-train/metrics/names.py. Sinks are independent, and none of them stops the training.
+The trainer of the logging rank opens one MetricsWriter and passes it one flat record per step, with names as in
+train/metrics/names.py. The sinks are independent, and an error in a sink does not stop the training.
 """
 
 import subprocess
@@ -28,29 +28,29 @@ from train.show.wandb_sink import Item, WandbSink, alert, wants_wandb
 
 # While a run trains, a separate low-priority process writes report.html, so that no step waits for it.
 #
-# Writing takes some seconds of a core. The pause before the next writing is at least ten times as long as the last
-# writing took.
+# This process uses a core for some seconds. The pause before the next report process is at least ten times as long as
+# the last one ran.
 
 REPORT_EVERY = 300.0
-"""Minimum seconds between two writings of the page while the run trains."""
+"""Minimum seconds between the starts of two report processes while the run trains."""
 FIRST_REPORT = 60.0
-"""Seconds from the start of the run to the first writing."""
+"""Seconds after the start of the run at which the first report process is due."""
 IDLE_TIMES = 10.0
-"""Minimum ratio of the pause after a writing to the time that the writing took."""
+"""Minimum ratio of the pause after a report process to the time that this process ran."""
 
 
 class ReportSink:
-    """Starts a report process when it is due. `close` ends it."""
+    """Starts a process that writes report.html whenever one is due. `close` ends a running process."""
 
     def __init__(self, run_folder: Path, every: float = REPORT_EVERY):
-        """every: minimum seconds between two writings."""
+        """every: minimum seconds between the starts of two report processes."""
         self._folder, self._every = run_folder, every
         self._child: subprocess.Popen | None = None
         self._began = time.monotonic()
         self._next = self._began + min(FIRST_REPORT, every)
 
     def write(self, record: Record) -> None:
-        """Start the next writing if it is due; the cost falls on another process."""
+        """Start a report process if one is due. The training process does not wait for it."""
         now = time.monotonic()
         if self._child is not None and self._child.poll() is not None:
             self._child = None
@@ -62,7 +62,7 @@ class ReportSink:
             self._began = now
 
     def close(self) -> None:
-        """End a running writing, so that it cannot replace the final report."""
+        """End a running report process, so that its report cannot replace the final report."""
         if self._child is not None:
             self._child.kill()
             self._child.wait()
@@ -82,7 +82,7 @@ class Sink(Protocol):
 
 
 class MetricsWriter:
-    """Passes records to sinks. Use it as a context manager, so that an exception leaves a readable terminal."""
+    """Passes records to sinks. Use it as a context manager, so that the terminal stays readable after an exception."""
 
     def __init__(
         self,
@@ -95,11 +95,11 @@ class MetricsWriter:
         extra: Callable[[], Record] = dict,
         alerts: str | None = None,
     ):
-        """every: steps between records to the sinks. The first step, the last step and steps with a metric in SELDOM
-        are always recorded.
+        """every: interval, in steps, between records that the sinks get. The sinks always get the first step, the last
+        step and each step with a metric in SELDOM.
 
-        The terminal shows every record. first: events for the first record. extra: further scalars for the sinks.
-        alerts: beginning of the titles of W&B alerts; None sends none.
+        The terminal shows every record. first: events for the first record. extra: returns further scalars for the
+        sinks. alerts: beginning of the titles of W&B alerts; None: no alerts are sent.
         """
         self._sinks, self._progress, self._extra = list(sinks), progress, extra
         self._every, self._last_step, self._first = every, last_step, first or {}
@@ -107,7 +107,7 @@ class MetricsWriter:
         self._alerts, self._closed = alerts, False
 
     def write(self, record: Record) -> bool:
-        """Record one step; the record needs at least `step`. Returns whether the sinks got it."""
+        """Record one step. The record must have at least the key `step`. Returns whether the sinks got the record."""
         self._progress.write(record)
         step = record["step"]
         due = (
@@ -121,7 +121,7 @@ class MetricsWriter:
         return due
 
     def event(self, text: str | None) -> None:
-        """Shows the run's current activity other than steps (`validation`, `checkpoint`); None when it ends."""
+        """Shows what the run does other than steps (`validation`, `checkpoint`). None: this activity has ended."""
         self._progress.event(text)
 
     def note(self, text: str) -> None:
@@ -144,7 +144,7 @@ class MetricsWriter:
         return self._wandb.where if self._wandb is not None else None
 
     def close(self) -> None:
-        """Finish every sink; may wait for W&B. Calling it again does nothing."""
+        """Finish every sink. This may wait for W&B. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -162,10 +162,10 @@ class MetricsWriter:
 
 
 def what_ended(error: BaseException) -> str:
-    """Short words for the error that ended a run."""
+    """Describes the error that ended a run, in a few words."""
     from parallel.exchange import (
         is_timeout,
-    )  # imports torch, which the driver does not need, because it never has this error
+    )  # imports torch; the driver does not need torch and never has this error
 
     if getattr(error, "code", None) == EXIT_DIVERGED:
         return "diverged"
@@ -179,10 +179,10 @@ def what_ended(error: BaseException) -> str:
 def open_writer(
     config: Config, run_folder: Path, *, resumed_step: int = 0, resumed: Record | None = None
 ) -> MetricsWriter:
-    """A writer with the sinks that config.log selects. resumed_step: last step in the loaded checkpoint, 0 for a new
-    run.
+    """Opens a writer with the sinks that config.log selects. resumed_step: last step in the loaded checkpoint, 0 for a
+    new run.
 
-    resumed: as in train/metrics/names.py, the origin of the run and the settings that differ from the earlier run.
+    resumed: the origin of the run and the settings that differ from the earlier run, as in train/metrics/names.py.
     """
     name = config.name or run_folder.name
     progress = Progress(name, config.steps, enabled=config.log.progress, done=resumed_step)
@@ -215,8 +215,8 @@ def open_writer(
 
 
 def _with_steps_again(metrics: Path, resumed_step: int, resumed: Record | None) -> Record | None:
-    """Adds to `resumed` the number of recorded steps after the resumed step, which will be repeated, and the time of
-    the last one."""
+    """Returns `resumed` with two more entries about the recorded steps after the resumed step, which the run repeats:
+    their number, and the time of the last record."""
     last = read_last(metrics)
     again = last.get("step", 0) - resumed_step
     if again <= 0:
@@ -227,8 +227,8 @@ def _with_steps_again(metrics: Path, resumed_step: int, resumed: Record | None) 
 def open_wandb(
     config: Config, run_folder: Path, note: Callable[[str], None], settings: Mapping[str, Any] | None = None
 ) -> WandbSink:
-    """The W&B run of a run folder. note: prints a sentence at the terminal. settings: configuration to show with the
-    run."""
+    """Opens the W&B run of a run folder. note: prints a sentence at the terminal. settings: the configuration that W&B
+    shows."""
     starts = read_starts(run_folder)
     name = config.name or run_folder.name
     return WandbSink(
@@ -243,7 +243,8 @@ def open_wandb(
 
 
 def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
-    """Send the alert that a run has failed for good, if its rank 0 cannot: on a cluster, or after a hang."""
+    """Send the alert that a run has finally failed, in the cases where rank 0 cannot send it: on a cluster, or after a
+    hang."""
     text = last_failure(run_folder) if config.cluster.backend == "ray" else _hang_of(run_folder)
     if text and wants_wandb(config.log.wandb) and (run_folder / "wandb" / "run_id").is_file():
         sink = open_wandb(config, run_folder, lambda text: say(text, file=sys.stderr))
@@ -252,7 +253,7 @@ def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
 
 
 def _hang_of(run_folder: Path) -> str:
-    """The sentence about the hang that ended the newest start; empty if no hang ended it."""
+    """The sentence about the hang that ended the run's newest start; empty if no hang ended this start."""
     _, incident = newest_incident(run_folder / "logs") or (None, {})
     begun = next((start["time"] for start in reversed(read_starts(run_folder))), 0.0)
     return incident["text"] if incident.get("kind") == Kind.hang.value and incident["time"] >= begun else ""
