@@ -1,7 +1,7 @@
 """Names the rank that broke a run: the first rank to fail, never one of its victims.
 
-When one rank fails, its peers lose their connection or wait until a time-out. They fail too, and often report it
-sooner. The rules apply in this order:
+When one rank fails, its peers lose their connection to it or wait until a time-out. The peers then fail too, and often
+report their failure first. The rules apply in this order:
 
     1. A rank whose input was wrong (exit code 2): the user must act.
     2. A node that no longer answers: all other failures follow from it.
@@ -31,11 +31,11 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_U
 from conf.files import atomic_write_text, open_plain, read_plain_json, read_tail
 
 CERTAIN = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
-"""Exit codes that no victim has; a victim may still abort, because libraries abort when they lose a peer."""
+"""Exit codes that no victim has. SIGABRT is not among them, because libraries abort when they lose a peer."""
 NCCL_TIMEOUT = "Watchdog caught collective operation timeout"
 """Text that torch prints before it aborts a rank that waited too long in a GPU collective."""
 OUTPUT_TAIL = 4 << 10
-"""Bytes of output kept to explain a rank that ended without a report."""
+"""Maximum bytes of output that are kept to explain a rank that ended without a report."""
 LAST_WORDS_BYTES = 64 << 10
 """Bytes of disk that a rank reserves at its start for a failure report on a full disk."""
 NEWS_BYTES = 16 << 20
@@ -59,7 +59,7 @@ CURE_OF_EXITS = (
 
 
 class Kind(Enum):
-    """Kind of failure that ended an attempt; each kind has its own budget."""
+    """Kind of failure that ended an attempt. The driver has a separate failure budget for each kind."""
 
     user = "bad input"
     node = "node lost"
@@ -76,18 +76,20 @@ class Failure:
 
     rank: int
     time: float
-    """Time by `cluster.clocks.uptime`, because no rank's own clock is trusted; an agent converts it to Unix time."""
+    """Time by `cluster.clocks.uptime`, because the driver does not trust a rank's wall clock. The agent converts it to
+    Unix time.
+    """
     kind: str
-    """user, timeout, stopped or crash."""
+    """One of: user, timeout, stopped, crash."""
     message: str
-    """Our error screen, or the traceback of the error that was raised first."""
+    """Sluice's error screen, or the traceback of the error that was raised first."""
     code: int
     ranks: list[int] = field(default_factory=list)
     """Ranks where the failure began, if the reporting rank knows them."""
     headline: str = ""
-    """One line; empty if the message has its own headline."""
+    """One line; empty if the message contains a headline."""
     whole: str = ""
-    """The traceback with all errors that followed from the first; empty if there are none."""
+    """The traceback with all errors that followed from the first error; empty if none followed."""
 
     def write(self, logs: Path) -> None:
         """Write the report.
@@ -106,7 +108,7 @@ class Failure:
 
 
 def begin_work(logs: Path, rank: int) -> None:
-    """Write the mark of a working rank, which `end_work` removes. Raises OSError if the disk refuses it."""
+    """Write the file that marks a working rank; `end_work` removes it. Raises OSError if the disk refuses it."""
     logs.mkdir(parents=True, exist_ok=True)
     path = at_work_path(logs, rank)
     with naming(path, LAST_WORDS_BYTES), open(path, "wb", opener=open_plain) as file:
@@ -114,7 +116,7 @@ def begin_work(logs: Path, rank: int) -> None:
 
 
 def end_work(logs: Path, rank: int) -> None:
-    """Remove the mark: the work is over, and an exit code or a Failure tells its outcome.
+    """Remove the mark of a working rank. From now on, an exit code or a Failure tells the outcome.
 
     Raises OSError if the disk refuses it.
     """
@@ -123,7 +125,7 @@ def end_work(logs: Path, rank: int) -> None:
 
 @dataclass
 class RankReport:
-    """State of one rank as its agent, or the driver of local ranks, sees it."""
+    """State of one rank, as seen by the rank's agent or by the driver of local ranks."""
 
     rank: int
     code: int | None = None
@@ -135,26 +137,28 @@ class RankReport:
     phase: str = "start"
     """start, step, validation, checkpoint, or the hook of a callback, as the rank reports it."""
     busy: float | None = None
-    """Seconds of its own work in the last step, without waits for other ranks; None if not reported."""
+    """Seconds of the last step in which the rank did its own work, without waits for other ranks; None if not
+    reported.
+    """
     seconds: float | None = None
-    """Seconds of that whole step."""
+    """Seconds of the complete last step."""
     memory: int = 0
     """Peak bytes of its device, or of the process on a CPU; 0 if not reported."""
     sequences: float = 0.0
     """Sequences in the current step, over all ranks; 0 if not reported."""
     on_gpu: bool = False
     done: int = 0
-    """Pieces of work done so far, which measure progress between steps; see cluster/comm_ring.py."""
+    """Number of completed work units so far, which measures progress between steps; see cluster/comm_ring.py."""
     written: int = 0
     """Bytes of checkpoints written so far."""
     waited_for_core: float = 0.0
-    """Seconds so far; see cluster/spawn.py."""
+    """Seconds so far in which the rank waited for a core; see cluster/spawn.py."""
     state: str = ""
     """Letter of the process state of Linux; T means stopped."""
     log_tail: str | None = ""
     """Last lines of its output, filled in after a failure. None if its output went to the driver's terminal."""
     deserted: bool = False
-    """The rank ended before the end of its work, so its exit code is none of ours."""
+    """Whether the rank ended before the end of its work. In that case Sluice did not choose its exit code."""
 
     @property
     def ended(self) -> bool:
@@ -164,7 +168,7 @@ class RankReport:
     def bad(self) -> bool:
         """Whether the rank failed.
 
-        A rank that was asked to stop did not fail, even if it wrote a failure that made others fail.
+        A rank that stopped on request did not fail, even if it wrote a failure report because other ranks had failed.
         """
         if self.failure is not None:
             return self.failure.code != EXIT_STOPPED
@@ -177,15 +181,15 @@ class RankReport:
 
     @property
     def certain(self) -> bool:
-        """Whether the rank ended in a way in which no victim ends."""
+        """Whether the rank ended in a way in which a victim never ends."""
         return self.code is not None and (self.code in CERTAIN or (self.deserted and self.code >= 0))
 
 
 def read_report(rank: int, code: int | None, logs: Path, pid: int | None = None) -> RankReport:
-    """Read what a rank with this exit code left in its folder.
+    """Read the files that a rank left in its folder. code: the rank's exit code.
 
-    Call it once the code is known: an ended rank writes nothing more. pid: process id, if the process is on this
-    machine.
+    Call it once the exit code is known, because an ended rank writes nothing more. pid: process id, if the process is
+    on this machine.
     """
     report = RankReport(rank, code)
     if pid is not None and code is None:
@@ -245,9 +249,9 @@ class Cause:
 
 
 def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None:
-    """Return the cause among these ranks, all on answering nodes; None if none of them failed.
+    """Return the cause of the failure, or None if no rank failed. reports: of all ranks on answering nodes.
 
-    names: node of each rank; empty if all share one machine, so that no text names it.
+    names: node of each rank; empty if all ranks are on one machine, and then no text names the machine.
     """
     failed = sorted((report.failure for report in reports if report.failure), key=lambda failure: failure.time)
     first = failed[0] if failed else None
@@ -300,7 +304,7 @@ def _cause(
 
 
 def _headline(message: str) -> str:
-    """Return what happened: a whole screen with rule and cure, or the first line of another message."""
+    """Return what happened: the complete error screen if the message is one, else the first line of the message."""
     return message.strip() if "\n  rule: " in message else message.strip().splitlines()[0]
 
 
@@ -313,7 +317,7 @@ def _tail(report: RankReport) -> str:
 
 
 def _how(report: RankReport) -> str:
-    """Describe how a rank without a Failure ended."""
+    """Describe how a rank that left no Failure ended."""
     assert report.code is not None, "it has ended"
     if report.code < 0:
         memory = " (out of memory?)" if -report.code == signal.SIGKILL else ""
@@ -331,7 +335,7 @@ def signal_name(number: int) -> str:
 
 
 def cure_of_end(code: int | None) -> str:
-    """Return advice for a rank that ended with this exit code, or minus a signal, and without a report."""
+    """Return advice for a rank that ended without a report. code: its exit code, or minus a signal."""
     if code is None or code >= 0:
         return CURE_OF_EXITS
     return CURES_OF_SIGNALS.get(-code, CURE_OF_OTHER_SIGNALS)
@@ -340,16 +344,18 @@ def cure_of_end(code: int | None) -> str:
 WAITS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier", "recv", "send", "wait")
 """Names of functions in which a rank waits for other ranks."""
 NATIVE_HEAD = "Native threads, by pystack: "
-"""Heading in a rank's stacks; the stacks of its native threads follow it."""
+"""Heading in a rank's stacks. The stacks of native threads follow this heading."""
 _OF_PYTHON = re.compile(r"/lib/python3[.]\d+/(?!site-packages|dist-packages)")
-"""A file of Python's own library: a `wait` there waits for a thread, queue or process of this machine."""
+"""Matches files of Python's standard library. A `wait` in these files waits for a thread, queue or process of this
+machine, not for another rank.
+"""
 
 
 def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int, str], seconds: float) -> Cause:
-    """Name the ranks that hang, from their stacks: stopped ranks, else silent ranks, else ranks that wait for no
-    other rank.
+    """Name the ranks that hang. These are the stopped ranks; if there are none, the ranks without a stack; if there are
+    none, the ranks that do not wait for other ranks.
 
-    stacks: rank -> traceback of its threads by faulthandler; ranks without an answer are missing.
+    stacks: rank -> traceback of its threads by faulthandler; ranks that did not answer are missing.
     """
     stopped = [report for report in reports if report.state == "T"]
     silent = [report for report in reports if report.rank not in stacks and not report.ended]
@@ -369,7 +375,7 @@ def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int
 
 
 def main_thread_frames(stack: str) -> list[str]:
-    """Return the lines of the main thread, innermost first; faulthandler prints this thread last."""
+    """Return the frames of the main thread, innermost first. faulthandler prints the main thread last."""
     start = max(stack.rfind("\nThread "), stack.rfind("\nCurrent thread "), 0)
     return [line.strip() for line in stack[start:].splitlines() if line.lstrip().startswith("File ")]
 
@@ -377,13 +383,13 @@ def main_thread_frames(stack: str) -> list[str]:
 def waits_for_ranks(stack: str) -> bool:
     """Whether the innermost frames of the main thread wait for other ranks.
 
-    Waits in Python's threads and queues are local and do not count.
+    Waits for Python threads and queues do not count, because they are local.
     """
     frames = [frame for frame in main_thread_frames(stack)[:4] if not _OF_PYTHON.search(frame)]
     return any(frame.rpartition(" in ")[2].lstrip("_").startswith(WAITS) for frame in frames)
 
 
 def innermost(stack: str) -> str:
-    """Say where the main thread of a stack is."""
+    """Return text that says at which line the main thread of a stack is."""
     frames = main_thread_frames(stack)
     return f", at {frames[0]}" if frames else ""

@@ -11,9 +11,9 @@ so the kernel keeps its content even if SIGKILL ends the process.
                      number
     records      88 bytes each; the oldest is overwritten
 
-One or more threads write without a lock. Each record has a unique number at both of its ends, and the record is
-complete when both are equal. So a reader in another process can skip incomplete records at any time. Nothing here knows
-torch.
+One or more threads write without a lock. Each record has a unique number at its start and at its end, and the record is
+complete when both are equal. So a reader in another process can skip incomplete records at any time. This file does not
+import torch.
 """
 
 import itertools
@@ -39,20 +39,20 @@ from conf.files import read_plain
 MAGIC, RING_FORMAT = b"SLUICERING\0\0", 1
 MOST_RANKS = 1 << 20
 RING_BYTES = 16 << 20
-"""Maximum bytes of a ring that is read."""
+"""Maximum bytes of a ring that a reader reads."""
 RECORDS = 8192
 """Records per file; enough for some steps of a large layout."""
 NOW_AT, TABLE_AT, RECORDS_AT = 80, 128, 64 << 10
-"""Offsets in bytes."""
+"""Offsets in bytes of the current state, the table and the records."""
 HEADER = struct.Struct("<12sIIIIId32s")
 NOW = struct.Struct("<IhBxHHH2xd")
-"""Step, layer, phase, kind of action, stage, micro-batch, Unix time."""
+"""Current state: step, layer, phase, kind of action, stage, micro-batch, Unix time."""
 RECORD = struct.Struct("<QIHHBBhIi4xQQHHHBxdddQ")
-"""Serial, seq, group, place, kind, type, layer, step, peer, sent, received, action, stage, micro-batch, phase,
-began, waited, ended, serial.
+"""A record: serial, seq, group, place, kind, type, layer, step, peer, sent, received, action, stage, micro-batch,
+phase, began, waited, ended, serial.
 """
 WAITED_AT, ENDED_AT = 64, 72
-"""Offsets of two times in a record."""
+"""Offsets of the fields `waited` and `ended` in a record."""
 RANK_PHASES = ("start", "data", "schedule", "reduction", "update", "record", "validation", "checkpoint")
 """Phases of a rank's work."""
 KINDS = (
@@ -73,18 +73,18 @@ ELEMENT_TYPES = (
     "float8_e4m3fn",
     "other",
 )
-"""Element types; the first is used if nothing is sent."""
+"""Element types; the first one, "", means that nothing is sent."""
 _KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 _DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(ELEMENT_TYPES)}
 _OTHER = ELEMENT_TYPES.index("other")
 _TIME, _SERIAL, _COUNT = struct.Struct("<d"), struct.Struct("<Q"), struct.Struct("<I")
 LEAST_SENT, ALL_SENT = 128, 1 << 20
-"""Minimum number of records that a rank sends, and the maximum for all ranks together."""
+"""Minimum number of records in one rank's packed ring, and maximum number in the packed rings of all ranks together."""
 NO_LAYER = -1
 
 
 class CommGroup(NamedTuple):
-    """Ranks that communicate. name: equal on all of them; label: the layout's name for the group."""
+    """Ranks that communicate. name: the same on all of them. label: the layout's name for the group."""
 
     name: str
     label: str
@@ -92,11 +92,13 @@ class CommGroup(NamedTuple):
 
 
 class CommRecord(NamedTuple):
-    """One collective, send or receive, as one rank saw it."""
+    """One collective, send or receive, as recorded by one rank."""
 
     group: CommGroup
     seq: int
-    """Number in the group on this rank, from 1; for sends and receives the number between the two ranks."""
+    """Number of the operation in its group on this rank, from 1. Sends and receives are numbered separately for each
+    pair of ranks.
+    """
     kind: str
     dtype: str
     sent: int
@@ -107,20 +109,20 @@ class CommRecord(NamedTuple):
     step: int
     phase: str
     layer: int
-    """Block that was entered last in this action; -1 if none was."""
+    """Layer that was entered last in this action; -1 if none was entered."""
     action: str
     """For example `F2.0`: the forward of micro-batch 0 through stage 2; empty outside pipeline actions."""
     place: str
     """File and line of the caller."""
     began: float
     waited: float
-    """Unix time from which the rank only waited for it; 0 if the rank did not wait."""
+    """Unix time at which the rank started to wait for the operation; 0 if the rank did not wait."""
     ended: float
-    """Unix time at which the rank knew that it was complete; 0 if the rank does not know."""
+    """Unix time at which the rank learned that the operation was complete; 0 if the rank does not know."""
 
     @property
     def blocks(self) -> bool:
-        """Whether the rank is waiting for this record."""
+        """Whether the rank is now waiting for this operation."""
         return self.waited > 0 and self.ended == 0
 
 
@@ -133,7 +135,7 @@ class RankTrace:
     pid: int
     host: str
     started: float
-    """Unix time."""
+    """Unix time at which the ring was created."""
     records: list[CommRecord] = field(default_factory=list)
     """The newest records, oldest first."""
     step: int = 0
@@ -150,18 +152,18 @@ class RankTrace:
 
     @property
     def blocked(self) -> list[CommRecord]:
-        """Records that the rank waits for, oldest first."""
+        """Records of operations that the rank waits for, oldest first."""
         return [record for record in self.records if record.blocks]
 
 
 class CommRing:
-    """Writer of a ring. Raises OSError if the disk has no room for the whole file; later writes need no more room."""
+    """Writes a ring. Raises OSError if the disk has no room for the complete file; later writes need no more space."""
 
     def __init__(self, path: Path, rank: int, world: int, records: int = RECORDS):
         path.parent.mkdir(parents=True, exist_ok=True)
         size = RECORDS_AT + records * RECORD.size
         with suppress(FileNotFoundError):
-            path.unlink()  # a reader of an earlier attempt's file keeps that file
+            path.unlink()  # a process that reads an earlier attempt's file keeps that file
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.posix_fallocate(handle, 0, size)  # otherwise a full disk would end the rank by SIGBUS
@@ -194,7 +196,7 @@ class CommRing:
         self.count()
 
     def count(self, written: int = 0) -> None:
-        """Count a piece of work. written: if nonzero, count this many bytes of a checkpoint instead."""
+        """Count one unit of work. written: if not 0, count this many bytes of a checkpoint instead."""
         self._done, self._written = self._done + (not written), self._written + written
         COUNTS.pack_into(self._map, COUNTS_AT, self._done, self._written)
 
@@ -207,7 +209,7 @@ class CommRing:
         return self._number((file, line), ["place", file, line])
 
     def _number(self, key: Any, entry: list) -> int:
-        """Return the number of an entry, in table order; 0 if the table has no room for it."""
+        """Return the number of a table entry, counted in table order; 0 if the table has no room for the entry."""
         found = self._numbers.get(key)
         if found is None:
             text = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
@@ -221,8 +223,9 @@ class CommRing:
     def begin(
         self, group: int, seq: int, kind: str, dtype: str, sent: int, received: int, peer: int, place: int
     ) -> int:
-        """Record that a communication begins; returns the record's offset for `wait` and `end`. group, place:
-        numbers; kind: one of KINDS.
+        """Record that an operation begins. Returns the record's offset, which `wait` and `end` take.
+
+        group, place: numbers from `name_group` and `place`. kind: one of KINDS.
         """
         self.count()
         serial, now = next(self._serials), self._now()
@@ -235,11 +238,11 @@ class CommRing:
         return at
 
     def wait(self, at: int) -> None:
-        """Record that the rank starts to wait for this communication."""
+        """Record that the rank starts to wait for this operation."""
         _TIME.pack_into(self._map, at + WAITED_AT, self._now())
 
     def end(self, at: int) -> None:
-        """Record that this communication is complete, as far as this rank can know."""
+        """Record that this operation is complete, as far as this rank knows."""
         _TIME.pack_into(self._map, at + ENDED_AT, self._now())
 
     def close(self) -> None:
@@ -252,7 +255,9 @@ def _host() -> bytes:
 
 
 def _as_range(ranks: Sequence[int]) -> list[int]:
-    """Encode ranks as [first, last + 1, step] if they form a range; else as -1 followed by the ranks."""
+    """Encode ranks as [first, last + 1, step] if they form a range. Otherwise encode them as -1 followed by the
+    ranks.
+    """
     if len(ranks) > 1:
         stride = ranks[1] - ranks[0]
         if stride > 0 and list(ranks) == list(range(ranks[0], ranks[-1] + 1, stride)):
@@ -263,7 +268,7 @@ def _as_range(ranks: Sequence[int]) -> list[int]:
 def _from_range(said: list[int]) -> tuple[int, ...]:
     """Decode ranks.
 
-    Earlier versions wrote 0 instead of -1 before ranks that form no range. Raises ValueError for too many ranks.
+    For ranks that form no range, earlier versions wrote 0 instead of -1. Raises ValueError for too many ranks.
     """
     ranks = range(*said) if len(said) == 3 and said[0] >= 0 else said[1:]
     if len(ranks) > MOST_RANKS:
@@ -274,7 +279,7 @@ def _from_range(said: list[int]) -> tuple[int, ...]:
 def read_trace(raw: bytes, last: int = RECORDS) -> RankTrace:
     """Parse a ring.
 
-    last: maximum number of records, the newest are kept. Raises ValueError if the bytes are no ring.
+    last: maximum number of records to return; these are the newest. Raises ValueError if the bytes are not a ring.
     """
     if len(raw) < RECORDS_AT or raw[: len(MAGIC)] != MAGIC:
         raise ValueError("no ring of a rank")
@@ -300,7 +305,7 @@ def read_trace(raw: bytes, last: int = RECORDS) -> RankTrace:
 def _read_table(table: bytes) -> tuple[dict[int, CommGroup], dict[int, str]]:
     groups, places = dict[int, CommGroup](), dict[int, str]()
     for number, line in enumerate(table.split(b"\0", 1)[0].splitlines(), 1):
-        with suppress(ValueError, RecursionError):  # an incomplete line has no record yet
+        with suppress(ValueError, RecursionError):  # an incomplete line belongs to an entry that no record uses yet
             match json.loads(line):
                 case ["group", str(name), str(label), [int(), *_] as said] if all(isinstance(one, int) for one in said):
                     groups[number] = CommGroup(name, label, _from_range(said))
@@ -346,11 +351,12 @@ def _action(kind: int, stage: int, micro_batch: int) -> str:
 def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
     """Read the rings of a run's ranks from this folder, by rank.
 
-    since: Unix time; rings that started before it belong to an earlier start.
+    since: Unix time. Rings that were created before it belong to an earlier start and are skipped.
     """
     traces = dict[int, RankTrace]()
     for path in logs.glob("rank_*.ring"):
-        with suppress(OSError, ValueError):  # the rank has just begun, or another version wrote the ring
+        # Skip the ring of a rank that has just started, and a ring that another version wrote.
+        with suppress(OSError, ValueError):
             trace = read_trace(read_plain(path, RING_BYTES))
             if trace.started >= since:
                 traces[trace.rank] = trace
@@ -359,7 +365,7 @@ def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
 
 
 def living_ranks(logs: Path, traces: Mapping[int, RankTrace]) -> dict[int, int]:
-    """Return, by rank, the processes of this host and user that currently write these rings."""
+    """Return the processes that currently write these rings, by rank. Only processes of this host and user count."""
     return {
         rank: trace.pid
         for rank, trace in traces.items()
@@ -370,7 +376,7 @@ def living_ranks(logs: Path, traces: Mapping[int, RankTrace]) -> dict[int, int]:
 def pack_ring(path: Path, world: int) -> bytes:
     """Return a ring packed for transfer; empty if there is no ring.
 
-    It keeps the newest records, up to a rank's share in a run of `world` ranks.
+    The packed ring has the newest records; their number is a rank's share in a run of `world` ranks.
     """
     try:
         raw = read_plain(path, RING_BYTES)
@@ -386,16 +392,15 @@ def pack_ring(path: Path, world: int) -> bytes:
     return zlib.compress(bytes(head) + b"".join(newest), 1)
 
 
-# Progress between two steps, counted in the rank's ring, so that no watcher mistakes a slow rank for a hung one.
+# Counts progress between two steps in the rank's ring, so that no watcher mistakes a slow rank for a hung rank.
 #
-# Slow code calls `got_on` after each piece of work: a batch is read, a pass of a validation is complete, a token of a
-# sample is written.
-# The writer of a checkpoint calls `wrote`. Its bytes count only while a rank waits for a checkpoint, because most are
-# written beside the steps.
-# Both functions do nothing in a process without a ring.
+# Slow code calls `got_on` after each unit of work: a batch is read, a micro-batch of a validation is complete, a token
+# of a sample is generated. The writer of a checkpoint calls `wrote`. These bytes count as progress only while a rank
+# waits for a checkpoint, because most checkpoints are written while steps go on. Both functions do nothing in a process
+# without a ring.
 
 _rings: list[CommRing] = []
-"""Active rings; the last entry is the ring of this process's rank."""
+"""Active rings; the last one is the ring of this process's rank."""
 
 
 @contextmanager
@@ -409,7 +414,7 @@ def counted_in(ring: CommRing) -> Iterator[None]:
 
 
 def got_on() -> None:
-    """Count one piece of work of this rank."""
+    """Count one unit of work of this rank."""
     for ring in _rings[-1:]:
         ring.count()
 

@@ -13,7 +13,7 @@ The rules apply in this order; the first rule that matches decides:
     6. stuck      All ranks are in the collective and none of them returns: a fault of a network or a device.
     7. unknown
 
-Nothing is guessed: if the rank is unknown, none is named. All of this is a pure function.
+If the wrong rank is unknown, no rank is named. The comparison is a pure function.
 """
 
 import linecache
@@ -37,12 +37,12 @@ from cluster.rank_differences import find_difference, first_change
 from conf.schema import ROOT
 
 LOADER_THREAD = re.compile(r"/train/data/")
-"""Files that make batches."""
+"""Matches files that create batches."""
 WAITS_HERE = re.compile(r"\b(acquire|join|wait|get|result)\(|\bwith \S*lock|_lock\b", re.IGNORECASE)
-"""Source line that waits for something in its own process."""
+"""Matches a source line that waits for something in its own process."""
 OF_THREADS = re.compile(r"/(threading|queue|selectors|subprocess|multiprocessing/\w+|concurrent/\w+)\.py")
 PROGRESS_SECONDS = 2.0
-"""A run has made progress recently if something happened within this time."""
+"""A run has made progress recently if an event occurred within this many seconds."""
 
 
 def compare_ranks(
@@ -50,8 +50,8 @@ def compare_ranks(
 ) -> Judgement:
     """Apply the rules at the top of the file.
 
-    stacks: faulthandler stacks of the ranks that returned some; stopped: ranks whose processes are stopped; gone: ranks
-    that have ended, which are never named as absent.
+    stacks: faulthandler stacks, by rank, of the ranks that returned them. stopped: ranks whose processes are stopped.
+    gone: ranks that have ended; they are never named as absent.
     """
     held, gone = sorted(set(stopped)), set(gone)
     waits = find_waits({rank: trace for rank, trace in traces.items() if rank not in gone and rank not in held})
@@ -98,7 +98,7 @@ def compare_ranks(
 
 
 def _entered(traces: Mapping[int, RankTrace]) -> dict[tuple, int]:
-    """Return the highest number that each rank reached, by rank and channel."""
+    """Return, by rank and channel, the highest number of a record."""
     entered = dict[tuple, int]()
     for rank, trace in traces.items():
         for record in trace.records:
@@ -108,7 +108,7 @@ def _entered(traces: Mapping[int, RankTrace]) -> dict[tuple, int]:
 
 
 def find_waits(traces: Mapping[int, RankTrace]) -> list[RankWait]:
-    """Return all waits of these ranks, the earliest first."""
+    """Return all waits of these ranks, the earliest wait first."""
     entered, waits = _entered(traces), []
     for rank, trace in traces.items():
         for record in trace.blocked:
@@ -158,8 +158,8 @@ def _say_absent(
 
 
 def _where(traces: Mapping[int, RankTrace], stacks: Mapping[int, str], rank: int) -> str:
-    """Return file and line of the program's innermost function on the main thread's stack; else the place of the
-    last record.
+    """Return where the main thread is: file and line of the innermost function that is not in a thread library. Without
+    a stack, return the place of the rank's last record.
     """
     frames = main_thread_frames(stacks.get(rank, ""))
     frame = next((frame for frame in frames if not OF_THREADS.search(frame)), frames[0] if frames else "")
@@ -189,7 +189,7 @@ _FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')
 
 
 def _source(frames: Sequence[str]) -> str:
-    """Return the source line at which the main thread is, if its file is on this machine."""
+    """Return the source line at which the main thread is; empty if its file is not on this machine."""
     frame = next((frame for frame in frames if not OF_THREADS.search(frame)), "")
     found = _FRAME.match(frame)
     return linecache.getline(found[1], int(found[2])).strip()[:120] if found and Path(found[1]).suffix == ".py" else ""
@@ -199,7 +199,7 @@ def _source(frames: Sequence[str]) -> str:
 
 
 def _crossed(traces: Mapping[int, RankTrace], waits: Sequence[RankWait]) -> Judgement:
-    """Name the rank, among ranks that wait for each other, that differs from its own last step."""
+    """Find the rank that differs from its own last step, among ranks that wait for each other."""
     ring = sorted({wait.rank for wait in waits if wait.missing})
     changed = dict[int, tuple[Fault, CommRecord]]()
     for rank in ring:

@@ -1,8 +1,9 @@
-"""An incident of a run: the rank that broke it or holds it up, the place, the waiting ranks, and what to do.
+"""An incident of a run: the rank that broke or blocks the run, the place in the code, the waiting ranks, and what to
+do.
 
-The judgement comes from cluster/cause.py if ranks reported a failure themselves. cluster/compare_ranks.py replaces it
-if the recorded communication shows more: a rank that skips a collective makes another rank fail. A screen summarises
-the incident; logs/incident_N.json has all of it:
+If ranks reported a failure, cluster/cause.py judges it. If the recorded communication shows more, the judgement of
+cluster/compare_ranks.py replaces that one; for example, a rank that skips a collective makes another rank fail. A
+screen summarises the incident. logs/incident_N.json contains all of it:
 
     time, kind, text     Unix time, the kind of the cause and its sentence
     fault, ranks, among  of judgement.Fault; the culprits; if the culprit is unknown, the ranks that include it
@@ -39,11 +40,11 @@ from conf.words import one_line, say
 
 INCIDENT = re.compile(r"incident_(\d{1,9})\.json")
 _CONSEQUENCE = re.compile(r"\n  (?:consequence|what failed of it): ")
-"""Separates the fault from its consequence in an incident's text; earlier versions wrote the second form."""
+"""Separates the fault from its consequence in an incident's text. Earlier versions wrote the second form."""
 SHOWN_RECORDS = 40
-"""Last records of each rank that the file keeps."""
+"""Number of last records of each rank that the file stores."""
 SHOWN_WAITS, LINE = 6, 400
-"""Maximum waiting ranks, and maximum characters of a sentence, on the screen."""
+"""Maximum number of waiting ranks on the screen, and maximum characters of a sentence."""
 ADVICE_OF_CAUSE = {
     Kind.killed: "check the log of this rank, dmesg and its device",
     Kind.crash: "see the lines above, from the first rank that failed",
@@ -59,7 +60,7 @@ def judge_hang(
     names: dict[int, str],
     seconds: float,
 ) -> tuple[Cause, Judgement]:
-    """Name the rank that holds up a run without news for `seconds`. names: node of each rank, or empty."""
+    """Name the rank that blocks a run, which has had no news for `seconds`. names: node of each rank, or empty."""
     by_stacks = name_hang(list(reports), stacks, names, seconds)
     if not traces and len(reports) == 1 and reports[0].rank in stacks:
         return _judge_alone(reports[0], stacks[reports[0].rank], seconds)
@@ -79,7 +80,7 @@ def judge_hang(
 
 
 def _judge_alone(report: RankReport, stack: str, seconds: float) -> tuple[Cause, Judgement]:
-    """Judge a rank that has no data about the others."""
+    """Judge a rank that has no data about the other ranks."""
     waits = waits_for_ranks(stack)
     what = "waits for other ranks" if waits else "is not in a collective"
     text = f"no step finished for {seconds:.0f} s: rank {report.rank} in step {report.step} {what}{innermost(stack)}"
@@ -90,13 +91,13 @@ def _judge_alone(report: RankReport, stack: str, seconds: float) -> tuple[Cause,
 def judge_failure(
     cause: Cause, traces: Mapping[int, RankTrace], stacks: Mapping[int, str], names: dict[int, str]
 ) -> tuple[Cause, Judgement]:
-    """Return the cause that ranks reported, or a cause found in their recorded communication.
+    """Return the cause that ranks reported, or a better one from their recorded communication.
 
-    Ranks that do different things as the same collective fail in it or in a later one, and often the failing ranks are
-    not the wrong ones.
+    If ranks call different operations as the same collective, ranks fail in this collective or in a later one. Often
+    the failing ranks are not the wrong ones.
     """
     finding = None
-    if cause.kind is Kind.hang and traces:  # the ranks gave up waiting; their rings hold what each did
+    if cause.kind is Kind.hang and traces:  # the ranks gave up waiting; the rings show what each rank did
         finding = compare_ranks(traces, stacks)
     elif cause.kind in (Kind.crash, Kind.killed) and not _is_certain(cause):
         finding = find_difference(traces)
@@ -108,7 +109,7 @@ def judge_failure(
 
 
 def _is_certain(cause: Cause) -> bool:
-    """Whether the rank ended in a way in which no victim ends."""
+    """Whether the rank ended in a way in which a victim never ends."""
     return any(signal.Signals(-code).name in cause.text for code in CERTAIN)
 
 
@@ -189,7 +190,7 @@ def write_incident(logs: Path, incident: dict[str, Any]) -> Path:
 
 
 def keep_incident(logs: Path, incident: dict[str, Any], note: Callable[[str], None], reported: bool = False) -> str:
-    """Write an incident and return its screen; if the disk refuses it, call `note` with the reason.
+    """Write an incident and return its screen. If the disk refuses the file, call `note` with the reason.
 
     reported: see `incident_screen`.
     """
@@ -210,7 +211,7 @@ def newest_incident(logs: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def incident_files(logs: Path) -> list[Path]:
-    """Return all files with an incident's name, whatever they contain, the newest last."""
+    """Return all files that have an incident's name, whatever they contain; the newest file comes last."""
     found = list[tuple[float, Path]]()
     for path in logs.glob("incident_*.json"):
         with suppress(OSError):  # the file is gone
@@ -219,9 +220,9 @@ def incident_files(logs: Path) -> list[Path]:
 
 
 def read_incident(path: Path) -> dict[str, Any]:
-    """Read an incident.
+    """Read an incident. The file may be untrusted, so its content is checked.
 
-    Raises OSError; ValueError if the file is not an incident file, because it may be an untrusted file.
+    Raises OSError, and ValueError if the file is not an incident file.
     """
     found = read_plain_json(path)
     if not isinstance(found, dict) or not all(
@@ -254,13 +255,14 @@ INCIDENT_FIELDS: dict[str, Callable[[Any], bool]] = {
     "time": _is_time, "kind": _is_text, "text": _is_text, "fault": _is_text, "ranks": _are_ranks, "among": _are_ranks, "where": _is_text,
     "advice": _is_text, "waits": lambda found: isinstance(found, list) and all(map(_is_wait, found)),
 }  # fmt: skip
-"""Fields that readers rely on, each with its check."""
+"""Fields that readers require, and a check for each field."""
 
 
 def incident_screen(incident: Mapping[str, Any], path: Path | None = None, reported: bool = False) -> str:
     """Return one screen of the incident.
 
-    reported: the failure text is printed above the incident, so the screen omits text that a rank reported itself.
+    reported: whether the failure text is printed above the screen. If so, the screen omits text that a rank reported
+    itself.
     """
     ranks, among = incident["ranks"], incident["among"]
     who = ", ".join(map(str, ranks)) or (f"one of {', '.join(map(str, among[:8]))}" if among else "not known")
@@ -286,7 +288,7 @@ def incident_screen(incident: Mapping[str, Any], path: Path | None = None, repor
 
 
 def unpack_traces(rings: Mapping[int, bytes]) -> dict[int, RankTrace]:
-    """Read rings in the format in which agents send them."""
+    """Parse rings that agents sent."""
     traces = dict[int, RankTrace]()
     for rank, packed in rings.items():
         with suppress(ValueError, zlib.error):
@@ -294,20 +296,20 @@ def unpack_traces(rings: Mapping[int, bytes]) -> dict[int, RankTrace]:
     return traces
 
 
-# A late run that has not been ended: its incident is shown as a warning. If the run goes on, the incident's file says
-# so.
+# A late run that has not been ended. Its incident is shown as a warning. If the run continues, `pass_incident` records
+# that in the incident's file.
 
 PASSED = "passed"
-"""Kind of an incident after which the run went on; before that its kind is hang."""
+"""Kind of an incident after which the run continued. Until then, its kind is hang."""
 
 
 def warning_of(text: str, seconds_left: float) -> str:
-    """Return the warning about the ranks that hold up a run, before the driver ends it."""
+    """Return the warning about the ranks that block a run, before the driver ends the run."""
     return f"{text}; the run is ended in {seconds_left:.0f} s without progress (cluster.kill_after)"
 
 
 def pass_incident(logs: Path, seconds: float) -> None:
-    """Record in the newest incident that the run went on after `seconds` of silence.
+    """Record in the newest incident that the run continued after `seconds` of silence.
 
     Raises OSError if the disk refuses it.
     """
@@ -318,7 +320,7 @@ def pass_incident(logs: Path, seconds: float) -> None:
 
 
 def tell_went_on(logs: Path, seconds: float) -> None:
-    """Report that a late run goes on."""
+    """Report that a late run makes progress again."""
     say(f"the run makes progress again after {seconds:.0f} s", file=sys.stderr)
-    with suppress(OSError):  # the disk is full: the message above is enough
+    with suppress(OSError):  # the disk is full; the message above is enough
         pass_incident(logs, seconds)

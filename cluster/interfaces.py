@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 
 NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""Variables that name the interface. A value that the user set is never changed."""
+"""Environment variables that name the interface. Sluice never changes a value that the user set."""
 ANYWHERE = "192.0.2.1"
-"""A documentation address (RFC 5737) to which nothing is sent: its route is the default route."""
+"""A documentation address (RFC 5737). Sluice sends nothing to it; the route to it is the default route."""
 
 
 def interface_of(address: str) -> str:
@@ -26,14 +26,16 @@ def interface_of(address: str) -> str:
 def interface_to(host: str) -> str:
     """Return the interface of the route to this host. Raises OSError for a host without address or route.
 
-    On the host itself, its name often resolves to 127.0.1.1, which other machines cannot reach; then the default route
-    counts.
+    On that host itself, the host name often resolves to 127.0.1.1, which other machines cannot reach. In this case the
+    function uses the default route.
     """
     return interface_of(address_to(host))
 
 
 def address_to(host: str) -> str:
-    """IP address of this machine on the route to this host, by which other machines reach it. OSError as above."""
+    """Return the IP address of this machine on the route to this host; other machines can reach this machine there.
+    Raises OSError for a host without address or route.
+    """
     address = _source_address(host)
     return _source_address(ANYWHERE) if address.startswith("127.") else address
 
@@ -48,11 +50,11 @@ def _source_address(host: str) -> str:
     """Return this machine's IP address from which packets to this host are sent."""
     family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)  # chooses the route and sends nothing
+        probe.connect(target)  # connect chooses the route and sends nothing
         return probe.getsockname()[0]
 
 
-# Ports for processes that open them later.
+# Free ports. Another process opens the port later.
 
 LOWEST = 20000
 """Ray's own processes use ports below this number."""
@@ -62,9 +64,9 @@ RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 def free_port(address: str = "") -> int:
     """Return a port that is free now on this address, or on all addresses of this machine.
 
-    The port lies outside the range from which the system assigns ports to connections and servers. Between the answer
-    and the port's use a rank imports its modules, and a busy machine opens hundreds of ports meanwhile. Raises OSError
-    if no port is free.
+    The port lies outside the range from which the system assigns ports to connections and servers. A rank uses the port
+    only after it has imported its modules, and a busy machine opens hundreds of ports of that range meanwhile. Raises
+    OSError if no port is free.
     """
     lowest_given = int(RANGE.read_text().split()[0]) if RANGE.exists() else 32768
     ports = range(LOWEST, lowest_given) if lowest_given > LOWEST else range(1024, 1 << 16)

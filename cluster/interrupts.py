@@ -1,9 +1,9 @@
-"""Ctrl-C at any moment of a command gives one line, an exit code, and no traceback.
+"""Makes Ctrl-C end a command at any moment with one line and an exit code, and without a traceback.
 
-While the command imports its own modules it holds nothing, so the first Ctrl-C ends it at once. Later, the first Ctrl-C
-raises KeyboardInterrupt, so that open resources are closed; the second one ends the process, and file writes tolerate
-that. An import would turn a KeyboardInterrupt into another error, and a destructor would drop it; so the interrupt is
-raised right after them.
+While the command imports its own modules, it holds no resources, so the first Ctrl-C ends it at once. Later, the first
+Ctrl-C raises KeyboardInterrupt, so that open resources are closed. The second Ctrl-C ends the process; file writes
+tolerate that. An import would turn a KeyboardInterrupt into another error, and a destructor would drop it. So during an
+import or a destructor, the interrupt is raised right afterwards.
 """
 
 import atexit
@@ -28,12 +28,14 @@ def end_at_once(text: str) -> None:
     """Print the text and end the process without the exit handlers of libraries."""
     if sys.stderr.isatty():  # a progress bar hides the cursor
         text = f"{SHOW_CURSOR}\n{text}"
-    os.write(2, f"{text}\n".encode())  # the interrupted code may itself be a print
+    os.write(2, f"{text}\n".encode())  # os.write, because the interrupted code may be a print
     os._exit(EXIT_INTERRUPTED)
 
 
 def interrupt(number: int = signal.SIGALRM, frame: FrameType | None = None) -> None:
-    """Signal handler that raises StopInterrupt; inside an import, where it would be lost, it tries again later."""
+    """Signal handler that raises StopInterrupt. Inside an import the exception would be lost, so the handler tries
+    again later.
+    """
     if _imports(frame):
         signal.signal(signal.SIGALRM, interrupt)
         signal.setitimer(signal.ITIMER_REAL, RAISE_AGAIN_S)
@@ -64,7 +66,7 @@ def handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> 
 
 
 def every_interrupt() -> AbstractContextManager[None]:
-    """Make every Ctrl-C in the block a KeyboardInterrupt that does not end the process: in conversations, Ctrl-C
+    """Make every Ctrl-C in the block raise a KeyboardInterrupt, and never end the process. In conversations, Ctrl-C
     ends a reply.
     """
     return handled(interrupt, signal.SIGINT)
@@ -81,7 +83,7 @@ class Interrupts:
         signal.signal(signal.SIGINT, self._take)
 
     def __enter__(self) -> None:
-        """The modules are imported: from here on there may be something to close."""
+        """Note that the modules are imported. From now on the command may have resources to close."""
         self._begun = True
         sys.unraisablehook = self._dropped
 
@@ -94,9 +96,9 @@ class Interrupts:
         return interrupted
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a fork of this process, which ends with it
+        if os.getpid() != self._process:  # a fork of this process, which ends together with this process
             os._exit(EXIT_INTERRUPTED)
-        if self._ended:  # only exit handlers of libraries are left
+        if self._ended:  # only exit handlers of libraries still run
             os._exit(self.code)
         if not self._begun:
             end_at_once(NOTHING_STARTED)
@@ -118,10 +120,9 @@ class Interrupts:
 
 # Exits at once and skips slow library shutdown.
 #
-# At the end of the interpreter, Ray waits for more than a minute for a head that is gone and then ends the process with
-# its own exit code.
-# After all exit handlers, Python destroys the modules of torch and other libraries one object after another. That takes
-# 0.9 s of a core, though the process ends anyway.
+# When the interpreter ends, Ray waits for more than a minute for a head that is gone, and then ends the process with
+# Ray's exit code. After all exit handlers, Python destroys the modules of torch and other libraries one object after
+# another. That takes 0.9 s of a core, although the process ends anyway.
 
 _short = threading.Event()
 _codes: list[int] = []
@@ -134,7 +135,7 @@ def cut_short() -> None:
 
 
 def leave(code: int) -> int:
-    """Return a command's exit code as its last action.
+    """Return a command's exit code. Call it as the last action of a command.
 
     The process ends with this code after threads and libraries have finished, or at once if `cut_short` was called.
     """
@@ -146,8 +147,8 @@ def leave(code: int) -> int:
 
 @atexit.register
 def _end() -> None:
-    """Exit handlers run last to first and this module is imported before the libraries, so this runs after their
-    handlers.
+    """End the process. Exit handlers run in reverse order of registration, and this module is imported before the
+    libraries. So this handler runs after the handlers of libraries.
     """
     if _codes:
         sys.stdout.flush()

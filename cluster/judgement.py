@@ -1,6 +1,6 @@
-"""The verdict on a failed or hung run: the fault, its rank, who waits for whom, and the text for each.
+"""The verdict on a failed or hung run: the fault, its rank, which rank waits for which, and a text for each.
 
-cluster/compare_ranks.py derives the verdict from what ranks did, cluster/cause.py from what they reported.
+cluster/compare_ranks.py derives the verdict from what ranks did. cluster/cause.py derives it from what ranks reported.
 """
 
 from collections.abc import Iterable
@@ -51,12 +51,12 @@ FAULT_ADVICE = {
 
 
 class RankWait(NamedTuple):
-    """A rank that waits: for which communication and for which ranks."""
+    """A waiting rank, the operation that it waits for, and the ranks that it waits for."""
 
     rank: int
     record: CommRecord
     missing: tuple[int, ...]
-    """Ranks that have not entered; empty if all are in."""
+    """Ranks that have not entered the operation; empty if all ranks have."""
 
 
 @dataclass
@@ -69,10 +69,10 @@ class Judgement:
     text: str = ""
     """A sentence about the culprits."""
     where: str = ""
-    """File and line."""
+    """File and line of the fault."""
     waits: list[RankWait] = field(default_factory=list)
     among: tuple[int, ...] = ()
-    """If the culprit is unknown, the ranks that include it."""
+    """If the culprit is unknown, these ranks include it."""
 
     @property
     def advice(self) -> str:
@@ -87,7 +87,7 @@ def name_record(record: CommRecord) -> str:
 
 
 def channel_of(record: CommRecord) -> tuple:
-    """Return the key of the sequence in which a record is numbered."""
+    """Return the key of the numbered sequence to which a record belongs."""
     group = record.group.name, record.group.ranks
     return (*group, record.kind, record.peer) if record.peer >= 0 else group
 

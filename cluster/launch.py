@@ -1,8 +1,8 @@
 """Chooses how the ranks of a run start.
 
 One command serves all cases. With RANK and WORLD_SIZE set (torchrun, also under Slurm), this process is one rank. With
-cluster=ray, it drives ranks on the nodes of Ray. A world of one runs in this process. Otherwise this process becomes
-the driver and starts the ranks as children.
+cluster=ray, this process drives ranks on the nodes of Ray. A run with one rank runs in this process. Otherwise this
+process becomes the driver and starts the ranks as children.
 """
 
 import os
@@ -19,11 +19,12 @@ from conf.schema import Config
 
 
 def given_run() -> tuple[Config, Place]:
-    """Return the configuration (its file is the first argument) and the place of a rank that a driver started.
+    """Return the configuration and the place of a rank that a driver started. The first command-line argument names the
+    configuration's file.
 
-    Call it first. It changes to the folder where the command was typed, because relative paths of a recipe refer to
-    that folder; Ray starts ranks in its copy of the program. A node without that folder can still use a recipe with
-    absolute paths.
+    Call it before anything else. It changes to the folder in which the user typed the command, because relative paths
+    of a recipe refer to that folder; Ray starts ranks in its copy of the program. On a node without that folder, a
+    recipe with absolute paths still works.
     """
     place = given_place()
     assert place is not None, "the driver starts the ranks, with RANK and WORLD_SIZE"
@@ -42,18 +43,19 @@ def launch(
     planner: Sequence[str] = (),
     watched: bool = False,
 ) -> int:
-    """Run all ranks (or this one); returns the exit code of the run.
+    """Run all ranks, or only this rank if another program started it. Returns the exit code of the run.
 
-    command: starts one rank as a child process. run_rank: runs one rank in this process; only the sole run of a process
-    may use it, because torch's process groups and DeepSpeed leave traces. planner: command for a driver, as in
-    cluster/driver/driver.py. watched: ranks report their progress at every step, so that a hung rank can be found.
+    command: starts one rank as a child process. run_rank: runs one rank in this process. alone: whether this run is the
+    only one of this process; run_rank is not used for others, because torch's process groups and DeepSpeed leave state
+    behind. planner: command for a driver, as in cluster/driver/driver.py. watched: whether ranks report their progress
+    at every step, so that a hung rank can be found.
     """
     parallel, place = config.parallel, given_place()
     if place is not None:
         check_world(parallel.pp, parallel.dp, parallel.cp, place.world, f"WORLD_SIZE = {place.world}")
         return run_rank(config, place)
     if config.cluster.backend == "ray":
-        # The import of Ray takes half a second, which other runs do not pay
+        # The import of Ray takes half a second, which other runs need not spend.
         from cluster.driver.ray_backend import run_ray
 
         return run_ray(config, folder, command, planner)

@@ -1,8 +1,8 @@
 """Announces that this node will be removed:  python -m cluster.leave [--within SECONDS]
 
-Run it on the node itself: by hand before maintenance, as the preStop hook of a pod, or when a cloud announces that it
-takes the machine back. Ray then lists the node as draining; the run writes a checkpoint at once and goes on without the
-node. The command returns when no raylet runs here any longer, or when the time is up.
+Run it on the node itself: by hand before maintenance, as the preStop hook of a pod, or when a cloud provider announces
+that it takes the machine back. Ray then lists the node as draining. The run writes a checkpoint at once and continues
+without the node. The command returns when no raylet runs on the node any longer, or when the time is up.
 """
 
 import argparse
@@ -23,23 +23,23 @@ from conf.words import say
 def raylets() -> list[tuple[psutil.Process, str, str]]:
     """Return every raylet that serves an address of this host, with its node id and the address of its head.
 
-    A raylet in another network namespace, for example in a container, may have the same address (at least 127.0.0.1);
-    it does not count.
+    A raylet in another network namespace, for example in a container, does not count. It may have the same address as a
+    raylet of this host (at least 127.0.0.1).
     """
     mine = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
     found = []
     for process, line in processes_named("raylet"):
         if shares_network(process):
             pairs = re.findall(r"--([\w-]+)=(\S*)", " ".join(line))
-            words = {name.replace("_", "-"): value for name, value in pairs}  # Ray writes both
+            words = {name.replace("_", "-"): value for name, value in pairs}  # Ray writes option names with - or with _
             if words.get("node-ip-address") in mine:
                 found.append((process, words["node-id"], words["gcs-address"]))
     return found
 
 
 def shares_network(process: psutil.Process) -> bool:
-    """Whether the process is in this process's network namespace; True if that cannot be read, as for another user's
-    process.
+    """Whether the process is in this process's network namespace. Returns True if that cannot be read, as for a process
+    of another user.
     """
     try:
         return os.readlink(f"/proc/{process.pid}/ns/net") == os.readlink("/proc/self/ns/net")

@@ -1,9 +1,9 @@
-"""The ranks of a run as child processes of one driver on this machine.
+"""Runs the ranks of a run as child processes of one driver on this machine.
 
-When a rank fails, its peers lose their connection and fail too, often sooner. So the report names the cause by the
-rules of cluster/cause.py, not the first process that ended.
+When a rank fails, its peers lose their connection to it and fail too, and often end first. So the report does not name
+the first process that ended; it names the cause by the rules of cluster/cause.py.
 
-The ranks meet in a file of a folder that only this user can enter, and communicate over loopback.
+The ranks find each other through a file in a folder that only this user can enter. They communicate over loopback.
 """
 
 import os
@@ -45,9 +45,11 @@ RANKS_LOOK_SECONDS = 0.05
 """Seconds between checks of the ranks."""
 Child = subprocess.Popen | ForkedProcess
 StartRank = Callable[[dict[str, str], IO | None], Child]
-"""Starts a rank with this environment; its output goes to this file, or to the terminal."""
+"""A function that starts a rank. It takes the rank's environment and an output file, or None for the terminal."""
 CLOSE = 60.0
-"""Seconds that running ranks then get to end by themselves: rank 0 may have much to send to W&B."""
+"""Seconds that running ranks get to end by themselves after another rank has failed. Rank 0 may have much data to send
+to W&B.
+"""
 
 
 def run_local(command: list[str], world: int, logs: Path, patience: Patience | None = None) -> int:
@@ -56,16 +58,17 @@ def run_local(command: list[str], world: int, logs: Path, patience: Patience | N
 
 
 def run_children(start: StartRank, world: int, logs: Path, patience: Patience | None = None) -> int:
-    """Start `world` ranks and wait for all; returns the exit code of the run.
+    """Start `world` ranks and wait for all. Returns the exit code of the run.
 
-    All ranks are ended when one fails, or when reporting ranks have no news for longer than `patience` allows. SIGTERM
-    and Ctrl-C are passed to the ranks as SIGTERM; a second Ctrl-C ends them at once, as KeyboardInterrupt.
+    The driver ends all ranks when one fails, or when ranks that report progress have no news for longer than `patience`
+    allows. SIGTERM and Ctrl-C are passed to the ranks as SIGTERM. A second Ctrl-C raises KeyboardInterrupt, which ends
+    the ranks at once.
     """
     logs.mkdir(parents=True, exist_ok=True)
     _remove(logs, FAILURES, AT_WORK, PROGRESS, RINGS)
     with PrivateFolder("sluice-store-") as folder:
         code = _run(start, world, logs, folder.path / "store", patience)
-    if code == EXIT_STOPPED:  # ranks that were asked to stop have not failed
+    if code == EXIT_STOPPED:  # ranks that stopped on request have not failed
         _remove(logs, FAILURES)
     return code
 
@@ -82,14 +85,14 @@ def _run(start: StartRank, world: int, logs: Path, store: Path, patience: Patien
 
     def take(number: int, frame: FrameType | None) -> None:
         if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt  # as a rank in this process does at a second Ctrl-C, see train/loop/stop.py
+            raise KeyboardInterrupt  # a rank in this process does the same at a second Ctrl-C, see train/loop/stop.py
         asked.append(number)
         _forward(ranks)
 
     try:
         with handled(take, signal.SIGTERM, signal.SIGINT):
             _start(ranks, start, world, logs, store)
-            if asked:  # also reaches ranks that had not started yet
+            if asked:  # some ranks had not started when the signal arrived
                 _forward(ranks)
             return _watch(ranks, logs, asked, patience)
     finally:
@@ -106,7 +109,7 @@ def _start(ranks: list[Child], start: StartRank, world: int, logs: Path, store: 
         "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo"),
     }
     for rank in range(world):
-        # Rank 0 keeps the terminal, because it draws the progress. The others write to their logs.
+        # Rank 0 uses the terminal, because it draws the progress. The others write to their logs.
         output = None if rank == 0 else open(log_path(logs, rank), "w", opener=open_plain)  # noqa: SIM115
         ranks.append(start(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, output))
         if output:
@@ -131,18 +134,20 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
             return max(codes)
         if asked and EXIT_STOPPED in codes and all(report.step < 0 for report in reports):
             _wait(ranks, SETTLE)
-            # A rank that still runs waits inside a library, where it handles no signal, for a rank that has ended.
+            # A rank that still runs waits for an ended rank. It waits inside a library, where it handles no signal.
             if any(rank.poll() is None for rank in ranks):
                 return _stopped_early()
             continue
         if watch is not None:
             watch.forgive(now, held_up.since_last_look(now))
             watch.take(now, reports)
-            if watch.first_step is not None and watch.is_hung(now):  # before the first step, making data may take hours
+            # A run is never hung before its first step, because data preparation may take hours.
+            if watch.first_step is not None and watch.is_hung(now):
                 return _show(_name_hang(ranks, logs, now - watch.silent_since), ranks, logs)
             if watch.first_step is not None and watch.is_late(now):
                 _warn(ranks, logs, watch, now)
-                held_up.since_last_look(time.monotonic())  # time spent on collecting stacks is not the ranks' time
+                # The time for collecting stacks does not count against the ranks.
+                held_up.since_last_look(time.monotonic())
             elif (seconds := watch.went_on()) is not None:
                 tell_went_on(logs, seconds)
             elif text := watch.tell_quiet(now):
@@ -153,7 +158,7 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
 
 
 def _warn(ranks: list[Child], logs: Path, watch: RankWatch, now: float) -> None:
-    """Name the ranks that hold up a late run; the run goes on."""
+    """Name the ranks that block a late run. The run continues."""
     watch.name_late()
     traces, stacks, seconds = read_traces(logs), _stacks(ranks, logs), now - watch.silent_since
     cause, finding = judge_hang(_reports(ranks, logs), traces, stacks, {}, seconds)
@@ -180,9 +185,9 @@ def _name_failure(ranks: list[Child], logs: Path, cause: Cause) -> Cause:
 
 
 def _tell_difference(logs: Path) -> bool:
-    """Report whether ranks did different things as the same collective.
+    """Report whether ranks called different operations as the same collective.
 
-    That need not fail, but it makes every number wrong.
+    Such ranks need not fail, but all their results are wrong.
     """
     traces = read_traces(logs)
     if (finding := find_difference(traces)) is None:
@@ -218,19 +223,19 @@ def _stacks(ranks: list[Child], logs: Path, native: bool = False) -> dict[int, s
 
 def _reports(ranks: list[Child], logs: Path) -> list[RankReport]:
     reports = [read_report(number, rank.poll(), logs, rank.pid) for number, rank in enumerate(ranks)]
-    reports[0].log_tail = None  # an existing log would belong to an earlier run
+    reports[0].log_tail = None  # an existing log of rank 0 belongs to an earlier run
     return reports
 
 
 def _explain(ranks: list[Child], logs: Path, asked: list[int]) -> int:
-    """Let the other ranks report, name the cause, and let the ranks that can end by themselves do so."""
+    """Give the other ranks time to report, then name the cause. Ranks that can end by themselves get time to do so."""
     _wait(ranks, SETTLE)
     reports = _reports(ranks, logs)
     cause = name_cause(reports, {})
     assert cause is not None, "a rank has failed"
     if asked and cause.kind is Kind.killed and all(reports[rank].code == -signal.SIGTERM for rank in cause.ranks):
-        # Between their imports and their end, ranks treat the signal as a request to stop; outside, it ends them. Their
-        # peers have not failed either.
+        # Ranks treat the signal as a request to stop only after their imports and before their end. At other times the
+        # signal ends them. Their peers have not failed either.
         say(
             f"stopped: ranks {list(cause.ranks)} were outside the training loop and were ended at once", file=sys.stderr
         )
@@ -246,7 +251,7 @@ def _stopped_early() -> int:
 
 
 def _show(cause: Cause, ranks: list[Child], logs: Path) -> int:
-    """Print the cause, and let the ranks that can end by themselves do so; returns the exit code."""
+    """Print the cause, and give the ranks time to end by themselves. Returns the exit code."""
     say(f"error: {cause.text}", file=sys.stderr)
     if cause.kind is not Kind.user:
         if cause.log.strip() not in cause.text:
@@ -262,7 +267,7 @@ def _show(cause: Cause, ranks: list[Child], logs: Path) -> int:
 
 
 def _wait(ranks: list[Child], seconds: float) -> None:
-    """Wait until all ranks have ended, at most `seconds`, not counting time in which this process itself is held up."""
+    """Wait until all ranks have ended, at most `seconds`. Time in which this process is held up does not count."""
     now = time.monotonic()
     ends, held_up = now + seconds, HeldUp(2 * RANKS_LOOK_SECONDS, now)
     while now < ends and any(rank.poll() is None for rank in ranks):

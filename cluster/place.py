@@ -1,4 +1,4 @@
-"""This process's place among the ranks of its run, read from the environment that the driver or torchrun set."""
+"""This process's place among the ranks of its run. It is read from the environment that the driver or torchrun set."""
 
 import os
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Place:
-    """This process among the ranks of the run; by default the only one."""
+    """This process's place among the ranks of the run; by default it is the only rank."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
-    """Ranks on this machine; they share its cores."""
+    """Number of ranks on this machine, which share its cores."""
 
 
 def given_place() -> Place | None:
@@ -31,7 +31,7 @@ def given_attempt() -> int | None:
 
 @dataclass(frozen=True)
 class Meeting:
-    """Meeting point of the ranks that a driver started: a file of this machine, or an address of rank 0 and a
+    """Meeting point of the ranks that a driver started: either a file of this machine, or an address of rank 0 with a
     secret.
     """
 
@@ -42,9 +42,10 @@ class Meeting:
 
 
 def given_meeting() -> Meeting | None:
-    """Return the meeting point from the driver; None for ranks of torchrun, which has its own store.
+    """Return the meeting point that the driver set; None for ranks of torchrun, which has its own store.
 
-    Call it once: the secret is removed from the environment, because every child of the rank would inherit it.
+    Call it only once: it removes the secret from the environment, because every child of the rank would inherit the
+    secret.
     """
     if file := os.environ.get("SLUICE_STORE"):
         return Meeting(file)
@@ -54,6 +55,8 @@ def given_meeting() -> Meeting | None:
 
 
 def is_driver() -> bool:
-    """Whether this process owns the run folder: the driver, or rank 0 of ranks that were started otherwise."""
+    """Whether this process owns the run folder. The owner is the driver, or rank 0 if another program started the
+    ranks.
+    """
     place = given_place()
     return place is None or place.rank == 0

@@ -1,8 +1,8 @@
 """A folder of one process that no other user can reach, and that is cleaned up even if the process is killed.
 
-The process holds a lock on the folder, which the system releases however the process ends. The next process that makes
-such a folder removes those without a lock. A process id cannot show whether the owner is alive: containers may share a
-folder for temporary files and have their own process ids.
+The process holds a lock on the folder; the system releases the lock however the process ends. The next process that
+creates such a folder removes all folders without a lock. A process id could not show whether the owner is alive,
+because containers may share a folder for temporary files and have their own process ids.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from conf.files import try_lock
 
 FRESH = 60.0
-"""Seconds after its creation in which a folder without a lock may be about to get one."""
+"""A folder without a lock that is younger than this many seconds is not removed: its owner may be about to lock it."""
 
 
 class PrivateFolder:
@@ -30,7 +30,7 @@ class PrivateFolder:
         try_lock(self._lock)
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)  # left-overs in a temporary folder are harmless
+        shutil.rmtree(self.path, ignore_errors=True)  # remaining files in a temporary folder are harmless
         os.close(self._lock)
 
     def __enter__(self) -> "PrivateFolder":
@@ -41,7 +41,9 @@ class PrivateFolder:
 
 
 def remove_dead(kind: str, parent: Path | None = None) -> None:
-    """Remove this user's folders of a kind whose process has ended. Links and folders of other users stay."""
+    """Remove this user's folders of a kind whose process has ended. Links and folders of other users are not
+    removed.
+    """
     for folder in (parent or Path(tempfile.gettempdir())).glob(f"{kind}*"):
         with contextlib.suppress(OSError):  # another process removes it, or it is not a folder
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -1,4 +1,4 @@
-"""Finds the first collective or message that ranks did differently, and the wrong rank; see compare_ranks.py."""
+"""Finds the first collective or message in which ranks differ, and the wrong rank; see compare_ranks.py."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,11 +18,11 @@ from cluster.judgement import (
 
 Signature = tuple[Any, ...]
 EVEN = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "receive")
-"""Kinds in which all ranks of a group, or both ends, have the same number of elements in every step."""
+"""Kinds in which all ranks of a group, or both ends of a message, have the same number of elements in every step."""
 
 
 def _common(record: CommRecord) -> Signature:
-    """Return what must be equal on all ranks of a group in a collective."""
+    """Return the properties that must be equal on all ranks of a group in a collective."""
     if record.kind in EVEN:
         return record.kind, record.dtype, record.sent, record.received
     return (record.kind, record.dtype) if record.kind == "all_to_all" else (record.kind,)
@@ -33,7 +33,7 @@ def _whole(record: CommRecord) -> Signature:
 
 
 def find_difference(traces: Mapping[int, RankTrace]) -> Judgement | None:
-    """Return the first collective that ranks did differently, or the first message whose ends disagree."""
+    """Return the first collective in which ranks differ, or the first message whose ends disagree."""
     by_group = defaultdict[tuple, dict[int, dict[int, CommRecord]]](lambda: defaultdict(dict))
     for rank, trace in traces.items():
         for record in trace.records:
@@ -57,7 +57,7 @@ def find_difference(traces: Mapping[int, RankTrace]) -> Judgement | None:
 
 
 def _loses(members: Mapping[int, CommRecord]) -> bool:
-    """Whether the amounts sent in an exchange differ from the amounts received."""
+    """Whether the total amount sent in an all-to-all differs from the total amount received."""
     records = list(members.values())
     if records[0].kind != "all_to_all" or len(records) < len(records[0].group.ranks):
         return False
@@ -70,7 +70,7 @@ def _blame(
     members: Mapping[int, CommRecord],
     key: Callable[[CommRecord], Signature],
 ) -> Judgement:
-    """Name the wrong rank among those that did different things as the same collective."""
+    """Name the wrong rank among ranks that called different operations as the same collective."""
     changed = {rank: deviation for rank, record in members.items() if (deviation := _deviation(traces[rank], record))}
     votes = Counter(key(record) for record in members.values())
     (most, count), *_ = votes.most_common(1)
@@ -100,7 +100,9 @@ def _blame(
 
 
 def _against_others(by_group: Mapping, members: Mapping[int, CommRecord], key: Callable) -> list[int]:
-    """Return the ranks that differ from groups of the same kind elsewhere, if those groups agree."""
+    """Return the ranks that differ from other groups with the same label and size, if those groups agree with each
+    other.
+    """
     example = next(iter(members.values()))
     elsewhere = {
         key(record)
@@ -132,13 +134,15 @@ def _by_step(trace: RankTrace, record: CommRecord) -> dict[int, list[CommRecord]
 
 
 def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord] | None:
-    """Find how a rank's communication in this step, up to this record, differs from its own earlier steps.
+    """Find how a rank's communication in the step of this record differs from the rank's earlier steps. Only records up
+    to this one count.
 
-    The comparison uses the step one period earlier, for example 10 steps if the rank gathers metrics every 10 steps.
-    Returns None if the steps agree, if the step equals an earlier step that no period explains, or if nothing is known
-    of earlier steps.
+    The step is compared with the step one period earlier; for example, the period is 10 if the rank gathers metrics
+    every 10 steps. Returns None if both steps agree, if the step equals an earlier step that no period explains, or if
+    no earlier step is known.
     """
-    done, first = _by_step(trace, record), trace.records[0].step  # the ring may lack a part of the first step
+    # The ring may have lost the beginning of the first step.
+    done, first = _by_step(trace, record), trace.records[0].step
     known, begin = {one.step for one in trace.records}, record.step
     while begin - 1 > first and begin - 1 in known:
         begin -= 1
@@ -152,14 +156,13 @@ def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord]
 
 
 def _find_period(history: Sequence[list[Signature]]) -> tuple[int, int]:
-    """Return the period after which a rank repeats its steps, and how many of its last steps repeat.
+    """Return the period in which a rank repeats its steps, and how many of its last steps this repetition covers.
 
-    The longest repetition wins; it must cover at least twice the period.
-
-    Returns 1 and 0 if there is no period.
+    The period with the longest repetition is chosen. A repetition must cover at least two periods. Returns 1 and 0 if
+    there is no period.
     """
     numbers = dict[tuple, int]()
-    kinds = [numbers.setdefault(tuple(one), len(numbers)) for one in reversed(history)]  # the last step first
+    kinds = [numbers.setdefault(tuple(one), len(numbers)) for one in reversed(history)]  # the last step comes first
     best = 1, 0
     for period in range(1, len(kinds) // 2 + 1):
         pairs = zip(kinds, kinds[period:], strict=False)
@@ -174,7 +177,8 @@ def _against_other(
 ) -> tuple[Fault, CommRecord] | None:
     """Find how a rank's step differs from another rank's step.
 
-    If an earlier step of the rank began like the other rank's step, that earlier step is the reference.
+    If an earlier step of the rank began like the other rank's step, the rank's step is compared with that earlier step
+    instead.
     """
     done, right = _by_step(trace, mine), _by_step(other, theirs)[theirs.step]
     wanted = _signatures(one for one in right if one.seq <= theirs.seq)
@@ -190,19 +194,19 @@ def _signatures(records: Iterable[CommRecord]) -> list[Signature]:
 def first_change(
     trace: RankTrace, step: int, before: list[CommRecord], now: list[CommRecord], until: int | None
 ) -> tuple[Fault, CommRecord] | None:
-    """Return the first difference between two steps of a rank.
+    """Return the first difference of the records `now` from the records `before` of another step.
 
     until: number of the last record that counts; None for all.
     """
-    if not before or trace.records[0].step >= step - 1:  # the ring has lost the beginning of that step
+    if not before or trace.records[0].step >= step - 1:  # the ring has lost the beginning of the earlier step
         return None
 
     def alike(one: CommRecord, other: CommRecord) -> bool:
         return _common(one) == _common(other) and one.peer == other.peer
 
     def matches(i: int, j: int) -> int:
-        """Return how many records of `now` from i on equal those of `before` from j on; a record from the same place
-        counts twice.
+        """Return how many records of `now` from i on equal the records of `before` from j on, until the first
+        difference. A record from the same place in the program counts twice.
         """
         count = 0
         for one, other in zip(now[i:], before[j:], strict=False):
@@ -234,8 +238,8 @@ def first_change(
 
 
 def _odd_messages(traces: Mapping[int, RankTrace]) -> list[tuple[float, tuple[int, CommRecord, int, CommRecord]]]:
-    """Return sends whose receive with the same number has another size or type: the later start time of both, and
-    both records.
+    """Return sends that differ in size or type from the receive with the same number. Each comes with the later start
+    time of the two and with both records.
     """
     sends = {
         (record.group.name, rank, record.peer, record.seq): record
@@ -255,7 +259,7 @@ def _odd_messages(traces: Mapping[int, RankTrace]) -> list[tuple[float, tuple[in
 def _blame_message(
     traces: Mapping[int, RankTrace], sender: int, sent: CommRecord, receiver: int, received: CommRecord
 ) -> Judgement:
-    """Name the wrong end of a message."""
+    """Name the rank at the wrong end of a message."""
     changed = {
         rank: found
         for rank, record in ((sender, sent), (receiver, received))

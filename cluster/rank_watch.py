@@ -1,7 +1,7 @@
 """Follows the ranks of an attempt by their reports, and decides whether they still make progress.
 
-Values that every tick needs are counted as reports arrive, so that the cost of an answer depends only on the ranks of
-its node.
+The values that every tick needs are updated when a report arrives. So the cost of an agent's answer depends only on the
+number of ranks of that agent.
 """
 
 from collections import Counter
@@ -17,29 +17,32 @@ NAMED_RANKS = 8
 class RankWatch:
     """Follows ranks from their start.
 
-    names: node of each rank, empty if all share one machine; saved: step of the newest checkpoint when they began.
+    names: node of each rank; empty if all ranks are on one machine. saved: step of the newest checkpoint at the start
+    of the ranks.
     """
 
     def __init__(self, ranks: Iterable[int], names: dict[int, str], patience: Patience, now: float, saved: int = 0):
         self.reports = {rank: RankReport(rank) for rank in ranks}
         self.names, self.saved = names, max(saved, 0)
         self.moved = now
-        """Time of the last news: a rank came to another step or phase."""
+        """Time of the last news. News means that a rank reached another step or phase."""
         self.alive = now
-        """Time at which a rank last did a piece of work."""
+        """Time at which a rank last completed a unit of work."""
         self.step = -1
-        """The highest step that a rank was seen to work on."""
+        """Highest step that a rank has been seen to work on."""
         self.first_step: int | None = None
-        """The first step that a rank was seen to work on."""
+        """First step that a rank has been seen to work on."""
         self._patience, self._told_quiet = patience, False
         self._step_began = now
-        """Time at which a rank first reached the highest step, or at which the ranks returned to it."""
+        """Time at which a rank first reached the highest step, or at which the ranks returned to this step from another
+        phase.
+        """
         self._silences = 0
         """Number of events that ended a silence."""
         self._late: tuple[int, float] | None = None
-        """The silence that was reported: its number, and its start time."""
+        """The silence that was reported: its number and its start time; None if there is none."""
         self._ended = self._bad = 0
-        """Number of ranks that ended, and of ranks that failed."""
+        """Number of ranks that have ended, and number of ranks that have failed."""
         self._phases = Counter({START_PHASE: len(self.reports)})
         """Number of running ranks, by phase."""
         self._elsewhere = set[str]()
@@ -51,21 +54,21 @@ class RankWatch:
 
     @property
     def stepping(self) -> bool:
-        """Whether the attempt has finished a step of its own."""
+        """Whether the attempt has completed a step."""
         return self.first_step is not None and self.step > min(self.first_step, self.saved + 1)
 
     @property
     def doing(self) -> str:
-        """Phase of the running ranks: step if all are in steps, else another phase among them.
+        """Return the phase of the running ranks: step if all are in steps, else another phase among them.
 
-        Known ranks outside this watch are included.
+        Ranks outside this watch count if their phases are known.
         """
         phases = {phase for phase, count in self._phases.items() if count > 0} | self._elsewhere
         others = sorted(phases - {STEP_PHASE})
         return START_PHASE if not self.stepping else others[0] if others else STEP_PHASE
 
     def take(self, now: float, reports: Collection[RankReport]) -> None:
-        """Process reports of some ranks. A rank that got no core on a busy machine is not late."""
+        """Process reports of some ranks. A rank that got no core on a busy machine does not count as late."""
         starved = max(
             (report.waited_for_core - self.reports[report.rank].waited_for_core for report in reports), default=0.0
         )
@@ -98,16 +101,18 @@ class RankWatch:
         self._learn(now, doing, step)
 
     def see_others(self, now: float, phases: set[str], moved: bool) -> None:
-        """Record the phases of ranks outside this watch while its own ranks are silent.
+        """Record the phases of ranks outside this watch while this watch's ranks are silent.
 
-        moved: whether they did anything since the last look.
+        moved: whether the other ranks made progress since the last look.
         """
         self._elsewhere = phases
         if moved:
             self.alive = now
 
     def _learn(self, now: float, did: str, step: int) -> None:
-        """Record how long a step took and which phases are complete. did, step: values before these reports."""
+        """Record how long a step took and which phases are complete. did, step: phase and step before the new
+        reports.
+        """
         left, comes = did in STEP_PHASES, self.doing in STEP_PHASES
         if left and (self.step > step or not comes):
             self._patience.take(STEP_PHASE, now - self._step_began)
@@ -117,30 +122,34 @@ class RankWatch:
             self._patience.finish(STEP_PHASE if left else did)
 
     def forgive(self, now: float, slept: float) -> None:
-        """Extend the limits by `slept` seconds, in which the watching process or a rank was held up and may have
-        missed news.
+        """Extend the limits by `slept` seconds, in which the watching process or a rank was held up. News may have been
+        missed in this time.
         """
         self.moved, self.alive = min(self.moved + slept, now), min(self.alive + slept, now)
 
     @property
     def silent_since(self) -> float:
-        """Time of the last news: in steps, of another step or phase; elsewhere, of any piece of work."""
+        """Return the time of the last news. In steps, only another step or phase is news; in other phases, any unit of
+        work is.
+        """
         return self.moved if self.doing in STEP_PHASES else self.alive
 
     def is_late(self, now: float) -> bool:
-        """Whether the run has had no news for longer than usual in this phase, and no rank was named for it yet."""
+        """Whether the run has had no news for longer than usual in this phase, and no rank has been named for this
+        silence.
+        """
         return self._late is None and now - self.silent_since > self._patience.limit(self.doing)
 
     def name_late(self) -> None:
-        """Note that the blocking rank was named, so that it is named once per silence."""
+        """Record that the blocking rank was named, so that it is named once per silence."""
         self._late = self._silences, self.silent_since
 
     def over(self, now: float) -> float | None:
-        """Return the seconds of a reported silence that lasts until the ranks end well, or None."""
+        """Return the seconds of a reported silence that lasted until the ranks ended well, or None."""
         return now - self._late[1] if self._late is not None else None
 
     def went_on(self) -> float | None:
-        """Return the seconds of a reported silence once it is over; each silence is returned once."""
+        """Return the seconds of a reported silence after it has ended, or None. Each silence is returned once."""
         if self._late is None or self._late[0] == self._silences:
             return None
         seconds, self._late = self.silent_since - self._late[1], None
@@ -155,7 +164,9 @@ class RankWatch:
         return self.alive + self._patience.kill_limit(self.doing) - now
 
     def tell_quiet(self, now: float) -> str | None:
-        """Return a sentence, once per silence, if a step takes much longer than usual."""
+        """Return a sentence if the current step takes much longer than usual, else None. Each silence is reported
+        once.
+        """
         usual, silent = self._patience.usual_step(), now - self.moved
         if self._told_quiet or self.doing != STEP_PHASE or usual is None:
             return None

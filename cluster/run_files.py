@@ -1,4 +1,4 @@
-"""Files that the processes of a run leave on disk for each other: names and formats, for ranks and drivers alike.
+"""Names and formats of the files by which the processes of a run, ranks and drivers, exchange data on disk.
 
 checkpoints/.fence                       highest attempt number that may write there; see train/checkpoint/commit.py
 checkpoints/.lock                        held while the fence or the name of a checkpoint changes
@@ -48,23 +48,27 @@ RINGS = "rank_*.ring"
 """Pattern of `ring_path`."""
 COUNTS_AT = 104
 COUNTS = struct.Struct("<QQ")
-"""Pieces of work done and bytes of checkpoints written by the rank (cluster/comm_ring.py); both only grow."""
+"""Two counts of the rank, which only grow: completed units of work, and bytes of checkpoints written
+(cluster/comm_ring.py).
+"""
 RANK_FILE = re.compile(r"rank_(\d{5,18})\.(safetensors|json)")
 LATEST = 1e11
-"""Upper bound of Unix times in a run's files: the year 5138."""
+"""Upper bound of Unix times in a run's files; it lies in the year 5138."""
 LOCK = ".lock"
 _FENCE = ".fence"
 
 
 class Age(NamedTuple):
-    """Order of writing: a later attempt is newer even if it resumed from an earlier step."""
+    """Age of a checkpoint. Checkpoints of a later attempt are newer, even if that attempt resumed from an earlier
+    step.
+    """
 
     attempt: int
     step: int
 
 
 NONE = Age(0, -1)
-"""Older than every state of a run."""
+"""An age below that of every state of a run."""
 
 
 def step_name(step: int) -> str:
@@ -100,8 +104,8 @@ def ring_path(logs: Path, rank: int) -> Path:
 
 
 def read_counts(logs: Path, rank: int) -> tuple[int, int]:
-    """Return the pieces of work that a rank has done, and the bytes of checkpoints that it has written; zeros
-    without a ring.
+    """Return the number of work units that a rank has completed, and the bytes of checkpoints that it has written.
+    Returns zeros if the rank has no ring.
     """
     with suppress(OSError, struct.error):
         handle = open_plain(ring_path(logs, rank), os.O_RDONLY)
@@ -122,7 +126,7 @@ def stop_path(logs: Path) -> Path:
 
 
 def read_fence(checkpoints: Path) -> int:
-    """Return the highest attempt number that may write there; -1 if there is none.
+    """Return the highest attempt number that may write checkpoints; -1 if there is no fence.
 
     Raises UserError if the fence is damaged.
     """
@@ -148,7 +152,7 @@ def read_fence(checkpoints: Path) -> int:
 def hold_lock(checkpoints: Path, timeout: float) -> Iterator[None]:
     """Hold the lock of checkpoints/ while a start changes the folder.
 
-    Raises UserError if it stays locked for `timeout` seconds.
+    Raises UserError if another process holds the lock for `timeout` seconds.
     """
     with ExitStack() as stack:
         try:
@@ -160,5 +164,5 @@ def hold_lock(checkpoints: Path, timeout: float) -> Iterator[None]:
 
 
 def write_fence(checkpoints: Path, attempt: int) -> None:
-    """Shut out all attempts before this one."""
+    """Forbid all attempts before this one to write checkpoints."""
     atomic_write_text(checkpoints / _FENCE, str(attempt))

@@ -36,18 +36,22 @@ from conf.words import say
 LOOK_SECONDS = 0.25
 """Seconds between two checks."""
 OTHERS_AFTER_SECONDS, RANKS_IN_A_SECOND = 2.0, 50.0
-"""Silence after which a rank checks the progress of the others, and how many ranks it checks per second."""
+"""Seconds of silence after which a rank checks the progress of the other ranks, and number of ranks that it checks per
+second.
+"""
 STACKS_WITHIN_SECONDS = 2.0
 """Seconds that other ranks of this host get to write their stacks."""
 SAME_INCIDENT_SECONDS = 60.0
-"""A rank that fails this soon after another rank reported an incident does not report it again."""
+"""If a rank fails within this many seconds after another rank reported an incident, the failing rank does not report
+the incident again.
+"""
 
 
 class SelfWatch:
-    """Watches the work of this process; use it in `with`. It reports the rank's position when progress stops.
+    """Watches the progress of this process and reports a hang. Use it in `with`.
 
-    ends: whether the watch then also ends the process, so that the program that started the ranks ends or restarts them
-    all. It must not end a process that belongs to the user, such as a notebook.
+    ends: whether the watch also ends a hung process, so that the program that started the ranks ends or restarts all of
+    them. It must be false for a process that belongs to the user, such as a notebook.
     """
 
     def __init__(self, logs: Path, place: Place, patience: Patience, ends: bool):
@@ -89,22 +93,24 @@ class SelfWatch:
             elif self._watch.is_late(now):
                 self._watch.name_late()
                 self._tell_hang(now - self._watch.silent_since, self._watch.seconds_left(now))
-                held_up.since_last_look(time.monotonic())  # time spent on collecting stacks is not the rank's time
+                # The time for collecting stacks does not count against the rank.
+                held_up.since_last_look(time.monotonic())
             elif (seconds := self._watch.went_on()) is not None:
                 tell_went_on(self._logs, seconds)
             elif text := self._watch.tell_quiet(now):
                 say(text, file=sys.stderr)
 
     def _look_at_others(self) -> list[tuple]:
-        """Return the progress of the other ranks that this rank sees, on this host or in a shared run folder.
+        """Return the progress of the other ranks whose files this rank can read, on this host or in a shared run
+        folder.
 
-        A rank that works holds this rank up, but the run does not hang.
+        While another rank makes progress, this rank may wait for it, but the run does not hang.
         """
         reports = [read_report(rank, None, self._logs) for rank in range(self._world) if rank != self._rank]
         return [(one.phase, one.rank, one.step, one.done, one.written) for one in reports if one.step >= 0]
 
     def _tell_hang(self, seconds: float, left: float | None) -> None:
-        """Name the rank that holds this one up. left: seconds until this rank is ended; None if it is ended now."""
+        """Name the rank that blocks this rank. left: seconds until this rank is ended; None if it is ended now."""
         traces = read_traces(self._logs)
         reports = self._reports(traces)
         stacks = self._stacks(traces, native=left is None)
@@ -118,13 +124,14 @@ class SelfWatch:
             self._tell(f"warning: {text}", incident | {"late": True})
 
     def _tell_failure(self, error: BaseException) -> None:
-        """Report an error of this rank, which may follow from another rank's action."""
+        """Report an error of this rank. Another rank's action may have caused the error."""
         traces = read_traces(self._logs)
         stacks = self._stacks(traces)
         code = error.code if isinstance(error, RunEnded) else EXIT_CRASH
         kind = Kind.diverged if code not in (EXIT_CRASH, EXIT_USER) else Kind.crash
         ranks = tuple(getattr(error, "ranks", ())) or (self._rank,)
-        first = list(causes(error))[-1]  # the pipeline wraps an error inside it in a message of its own
+        # If an error occurs inside the pipeline, the pipeline wraps it in an error with another message.
+        first = list(causes(error))[-1]
         words = next((line for line in str(first).splitlines() if line.strip()), "")
         cause = Cause(kind, f"rank {self._rank} failed: {type(first).__name__}: {words}", ranks, code=code)
         if gone := [rank for rank, trace in traces.items() if trace.is_here and not lives(trace.pid)]:
@@ -134,7 +141,9 @@ class SelfWatch:
         self._tell(f"error: {cause.text}", describe_incident(cause, finding, traces, stacks))
 
     def _tell(self, text: str, incident: dict) -> None:
-        """Report the incident from one rank of a run, the first; each other rank only says that it ends with it."""
+        """Report the incident once per run: the first rank reports it, and each other rank only says that it ends
+        because of it.
+        """
         path, late = None, incident.get("late", False)
         try:
             with exclusive(self._logs / ".incident.lock", STACKS_WITHIN_SECONDS):
@@ -151,7 +160,7 @@ class SelfWatch:
         say(f"{text}\n{incident_screen(incident, path, reported=True)}", file=sys.stderr)
 
     def _reports(self, traces: dict[int, RankTrace]) -> list[RankReport]:
-        """Return reports of all ranks that left a ring, as far as this rank sees them."""
+        """Return reports of all ranks whose rings this rank can read."""
         here = {rank: trace.pid for rank, trace in traces.items() if trace.is_here}
         return [read_report(rank, None, self._logs, here.get(rank)) for rank in sorted({*traces, self._rank})]
 

@@ -14,7 +14,9 @@ from conf.words import say
 
 
 def nodes_of(text: str) -> list[Node]:
-    """Return the nodes of a hypothetical cluster; UserError if the text is not NODESxDEVICES or NODESxDEVICES/RACK."""
+    """Return the nodes of a hypothetical cluster. Raises UserError if the text is not NODESxDEVICES or
+    NODESxDEVICES/RACK.
+    """
     match = re.fullmatch(r"(\d+)x(\d+)(?:/(\d+))?", text)
     if match is None:
         raise UserError("nodes", text, "must be NODESxDEVICES or NODESxDEVICES/NODES_PER_RACK", "for example 256x8/32")

@@ -16,15 +16,15 @@ import psutil
 from conf.schema import Config
 
 PR_SET_PDEATHSIG = 1
-"""The prctl option for the signal that a process gets when its parent dies."""
+"""Number of the prctl option that sets the signal for a process whose parent dies."""
 LEASE = 4.0
-"""An agent kills its ranks after this many heartbeats without a question."""
+"""An agent that gets no question for this many heartbeats kills its ranks."""
 ENDING = 60.0
-"""Seconds that a killed rank may take to free its memory."""
+"""Seconds that a killed rank may need to free its memory."""
 
 
 def longest_afterlife(config: Config) -> float:
-    """Return the seconds that a rank may live on after its driver was killed."""
+    """Return the maximum seconds for which a rank may stay alive after its driver was killed."""
     return ENDING + (LEASE * config.cluster.heartbeat if config.cluster.backend == "ray" else 0.0)
 
 
@@ -35,10 +35,10 @@ def spawn(
     folder: str | None = None,
     stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen:
-    """Start a child in its own session. Ctrl-C then reaches only the driver, which passes it on once.
+    """Start a child in its own session, so that Ctrl-C reaches only the driver, which passes it on once.
 
-    However this process dies, the kernel kills the child with it. output: for stdout and stderr; None lets the child
-    use the terminal. folder: working folder; None for that of this process.
+    If this process dies in any way, the kernel kills the child too. output: file for stdout and stderr; with None, the
+    child uses the terminal. folder: working folder; None for the working folder of this process.
     """
     bind, parent = _binder(), os.getpid()
     return subprocess.Popen(
@@ -56,12 +56,12 @@ def spawn(
 class ForkedProcess:
     """A child forked from this process, with all modules that the process has imported.
 
-    It has the Popen methods that cluster/local.py uses, and is tied to its parent as by `spawn`. The parent must not
-    have computed before: OpenMP threads and GPU contexts do not survive a fork.
+    It has the Popen methods that cluster/local.py uses. Like a child of `spawn`, it dies with its parent. The parent
+    must not have computed anything before, because OpenMP threads and GPU contexts do not survive a fork.
     """
 
     def __init__(self, work: Callable[[], int], environment: dict[str, str], output: IO | None):
-        """work: function that the child runs in this environment; returns its exit code."""
+        """work: function that the child runs in this environment. The function returns the child's exit code."""
         bind, parent = _binder(), os.getpid()
 
         def run() -> None:
@@ -100,15 +100,16 @@ class ForkedProcess:
 def die_with_parent() -> None:
     """Make the kernel kill this process when its parent dies, even if nobody reaps the parent.
 
-    A zombie parent still has a process id, and Ray uses that id to check whether its parent is alive.
+    A check of the parent's process id, which Ray uses, does not notice a zombie parent, because a zombie keeps its
+    process id.
     """
     _binder()(os.getppid())
 
 
 def _binder() -> Callable[[int], None]:
-    """Return a function that ties the calling process to its parent.
+    """Return a function that makes the calling process die with its parent.
 
-    Create it before a fork: a fresh fork of a threaded process must not load libraries.
+    Create the function before a fork: a child that was forked from a threaded process must not load libraries.
     """
     prctl = ctypes.CDLL(None).prctl
 
@@ -121,7 +122,7 @@ def _binder() -> Callable[[int], None]:
 
 
 def lives(pid: int) -> bool:
-    """Whether the process exists and is not a zombie: a zombie has ended, even if nobody ever reaps it."""
+    """Whether the process exists and is not a zombie. A zombie has ended, even if nobody ever reaps it."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -129,22 +130,22 @@ def lives(pid: int) -> bool:
 
 
 def holds_open(pid: int, path: Path) -> bool:
-    """Whether this process belongs to this user and has this very file open.
+    """Whether this process belongs to this user and has exactly this file open.
 
-    Then the process id in the file is valid and may be signalled. The folder may be untrusted, and its process id may
-    belong to another process by now.
+    If so, the process id that the file contains is valid, and the process may be signalled. The file may be untrusted,
+    and its process id may belong to another process by now.
     """
     with contextlib.suppress(OSError):
         wanted = os.lstat(path)
         for handle in os.scandir(f"/proc/{pid}/fd") if os.stat(f"/proc/{pid}").st_uid == os.geteuid() else ():
-            with contextlib.suppress(OSError):  # closed meanwhile
+            with contextlib.suppress(OSError):  # the process has closed the file meanwhile
                 if os.path.samestat(os.stat(handle.path), wanted):
                     return True
     return False
 
 
 def processes_named(name: str) -> list[tuple[psutil.Process, list[str]]]:
-    """Return this host's processes with that name, with their command lines.
+    """Return this host's processes with that name, together with their command lines.
 
     Zombies and processes with an unreadable command line are left out.
     """
@@ -161,7 +162,9 @@ def is_stopped(pid: int) -> bool:
 
 
 def waited_for_core(pid: int) -> float:
-    """Return the seconds in which a process's main thread was ready but had no core; 0 if the kernel does not say."""
+    """Return the seconds in which the main thread of a process was ready but had no core; 0 if the kernel does not
+    report it.
+    """
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError):

@@ -1,7 +1,7 @@
 """Collects the stacks of a rank's threads: SIGUSR1 makes the rank write them to a file in its logs.
 
-The state of its TCP connections follows: which hosts have not acknowledged data. For a hung rank, stacks of native
-threads follow, those of libraries included, if pystack is installed and may inspect the process.
+The state of the rank's TCP connections is added: the hosts that have not acknowledged data. For a hung rank, the stacks
+of native threads, including threads of libraries, are added too, if pystack is installed and may inspect the process.
 """
 
 import contextlib
@@ -26,37 +26,38 @@ from cluster.spawn import is_stopped, spawn
 from conf.files import open_plain
 
 STACKS_BYTES = 256 << 10
-"""Maximum bytes of a rank's stacks; many threads have more than anybody reads."""
+"""Maximum bytes of a rank's stacks. Many threads produce more text than anyone reads."""
 STACKS_LOOK_SECONDS = 0.05
 """Seconds between two checks for requested stacks."""
 PYSTACK = Path(sys.executable).with_name("pystack")
 NO_PYSTACK = ["echo", "it is not installed; run `pip install pystack`"]
 """A command that prints that pystack is missing."""
 NATIVE_SECONDS = 1.5
-"""Seconds that pystack gets."""
+"""Maximum seconds that pystack may take."""
 PR_SET_PTRACER = 0x59616D61
-"""The prctl option that names who may inspect a process under Yama: another process and its descendants."""
+"""Number of the prctl option that allows another process and its descendants to inspect this process under Yama."""
 _natives: dict[int, tuple[subprocess.Popen, float]] = {}
-"""By process: the pystack process that inspects it, and its deadline."""
+"""For each inspected process: the pystack process that inspects it, and the deadline of this pystack process."""
 TCP_ESTABLISHED = "01"
 """The state of an established connection in /proc/net/tcp."""
 TCP_RETRANSMITS = "01:"
-"""The timer of a connection with sent but unacknowledged data; if the other end accepts no more data, the timer
-differs.
+"""Code of a connection's timer if sent data is not acknowledged. If the other end accepts no more data, the code is
+different.
 """
 _kept_open: list[IO] = []
 
 
 def answer_requests(logs: Path | None, rank: int) -> None:
-    """Make this process write its stacks at SIGUSR1: to the file of `stacks_path`, or to stderr without logs.
+    """Make this process write its stacks at SIGUSR1. They go to the file of `stacks_path`, or to stderr if there are no
+    logs.
 
-    The parent process and the parent's other children may then inspect this process.
+    The parent process and the parent's other children are then allowed to inspect this process.
     """
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, os.getppid())
     if logs is None:
         faulthandler.register(
             signal.SIGUSR1, sys.__stderr__ or sys.stderr, all_threads=True
-        )  # a notebook's own stderr has no file
+        )  # in a notebook, sys.stderr has no file
         return
     logs.mkdir(parents=True, exist_ok=True)
     file = open(stacks_path(logs, rank), "a", opener=open_plain)  # noqa: SIM115  open as long as this process lives
@@ -65,9 +66,9 @@ def answer_requests(logs: Path | None, rank: int) -> None:
 
 
 def ask_stacks(logs: Path, rank: int, pid: int) -> bool:
-    """Ask a rank for its stacks; returns whether it can answer.
+    """Ask a rank for its stacks. Returns whether the rank can answer.
 
-    A rank that is still importing is not asked: the signal would end it.
+    A rank that is still importing modules is not asked: the signal would end it.
     """
     if not handles(pid, signal.SIGUSR1):
         return False
@@ -80,8 +81,9 @@ def ask_stacks(logs: Path, rank: int, pid: int) -> bool:
 
 
 def gather_stacks(logs: Path, pids: Mapping[int, int], seconds: float, native: bool = False) -> dict[int, str]:
-    """Return the stacks of these processes, by rank, as far as they answer within `seconds`. pids: by rank; native:
-    see `read_stacks`.
+    """Return the stacks of these processes, by rank. Processes that do not answer within `seconds` are missing.
+
+    pids: process ids by rank. native: see `read_stacks`.
     """
     asked = [rank for rank, pid in pids.items() if not is_stopped(pid) and ask_stacks(logs, rank, pid)]
     ends, stacks = time.monotonic() + seconds, dict[int, str]()
@@ -103,8 +105,8 @@ def own_stacks() -> str:
 def read_stacks(logs: Path, rank: int, pid: int, native: bool = False) -> str | None:
     """Return the stacks that a rank wrote since the request, or None before they are complete.
 
-    Incomplete stacks would suggest that a rank waits for no other rank. native: for a rank that waits for no other
-    rank, add its native threads, which holds it up for about a second.
+    Incomplete stacks could wrongly suggest that a rank waits for no other rank. native: whether to add the stacks of
+    native threads, for a rank that waits for no other rank. This holds up the rank for about a second.
     """
     with contextlib.suppress(OSError), open(stacks_path(logs, rank), "rb", opener=open_plain) as file:
         piece = file.read(STACKS_BYTES)
@@ -117,7 +119,7 @@ def read_stacks(logs: Path, rank: int, pid: int, native: bool = False) -> str | 
 
 
 def _native_threads(logs: Path, rank: int, pid: int) -> str | None:
-    """Return pystack's output for the process; None while pystack works."""
+    """Return pystack's output for the process; None while pystack is still running."""
     path = stacks_path(logs, rank).with_suffix(".native")
     if pid not in _natives:
         words = [str(PYSTACK), "remote", "--native-all", "--no-color", str(pid)] if PYSTACK.exists() else NO_PYSTACK
@@ -135,7 +137,7 @@ def _native_threads(logs: Path, rank: int, pid: int) -> str | None:
 
 
 def is_looked_into(pid: int) -> bool:
-    """Whether pystack is inspecting the process now, which then looks stopped."""
+    """Whether pystack is inspecting the process now. An inspected process looks stopped."""
     return pid in _natives
 
 
@@ -165,14 +167,16 @@ def _link(path: str) -> str:
 
 
 def _address(said: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Parse an address field of /proc/net/tcp: words of 4 bytes, each in reverse order, and a port."""
+    """Parse an address field of /proc/net/tcp. It has words of 4 bytes, each in reverse byte order, and a port."""
     raw = bytes.fromhex(said.partition(":")[0])
     found = ipaddress.ip_address(b"".join(raw[at : at + 4][::-1] for at in range(0, len(raw), 4)))
     return getattr(found, "ipv4_mapped", None) or found
 
 
 def _is_whole(stacks: str) -> bool:
-    """Whether faulthandler has printed all threads: the main thread comes last and ends with its outermost function."""
+    """Whether faulthandler has printed all threads. The main thread comes last, and its last line is its outermost
+    function.
+    """
     _, header, last = stacks.rpartition("(most recent call first):\n")
     return bool(header and re.search(r" in (<module>|_run_module_as_main)\n|^  \.\.\.\n", last, re.MULTILINE))
 

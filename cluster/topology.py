@@ -1,8 +1,8 @@
 """Assigns ranks to devices: a pure function from nodes and degrees of parallelism to an ordered list.
 
-The ranks of one expert-parallel group (`ep` contiguous ranks, see parallel/layout.py) exchange tokens in every MoE
-layer, so a group uses as few nodes as possible, within one rack if it can. The stages of a pipeline communicate next
-most, so consecutive stages of the same data-parallel block get consecutive groups of devices:
+The ranks of one expert-parallel group (`ep` consecutive ranks, see parallel/layout.py) exchange tokens in every MoE
+layer. So a group uses as few nodes as possible, and if possible all of them are in one rack. Pipeline stages have the
+second most communication. So consecutive stages of the same data-parallel block get consecutive groups of devices:
 
     1. Sort nodes by rack, name, address. Cut them into seats: a seat holds one expert group. If a group fits on a node,
        a node has devices // ep seats; else a seat is ep / g nodes with g ranks each, where g is the largest divisor of
@@ -36,26 +36,28 @@ class Node:
     address: str
     """IP address at which the other nodes reach it."""
     devices: int
-    """Ranks that it can hold: its GPUs, or an agreed number on CPU."""
+    """Number of ranks that the node can hold: its GPUs, or a configured number on CPU."""
     rack: str = ""
     device_bytes: int = 0
-    """Memory of a device; 0 if unknown."""
+    """Memory of a device in bytes; 0 if unknown."""
 
 
 @dataclass(frozen=True)
 class StageShape:
-    """Number of ranks in a stage, number of ranks that share experts, and the load of the busiest rank."""
+    """Number of ranks in a stage, number of ranks that share experts, and number of micro-batches of the busiest
+    rank.
+    """
 
     dp: int
     """parallel.dp x parallel.cp."""
     ep: int
     micro_batches: int = 0
-    """Micro-batches of the busiest rank in a step."""
+    """Number of micro-batches of the busiest rank in a step."""
 
 
 @dataclass(frozen=True)
 class Seat:
-    """The place of one rank."""
+    """The node and device of one rank."""
 
     rank: int
     node: Node
@@ -65,12 +67,12 @@ class Seat:
 
 @dataclass(frozen=True)
 class Placement:
-    """An ordered rank list."""
+    """The seats of all ranks, in rank order."""
 
     pp: int
     shape: StageShape
     seats: tuple[Seat, ...]
-    """By rank."""
+    """Seats by rank."""
     spares: tuple[Node, ...]
 
     @property
@@ -87,9 +89,9 @@ class Placement:
 
     @cached_property
     def by_node(self) -> dict[str, list[Seat]]:
-        """Seats by node id, for nodes with seats, ordered by local rank.
+        """Return the seats by node id, for nodes that have seats; the seats of a node are ordered by local rank.
 
-        Cached, because it is read often for thousands of nodes.
+        The result is cached, because it is read often for thousands of nodes.
         """
         found: dict[str, list[Seat]] = {}
         for seat in self.seats:
@@ -98,7 +100,7 @@ class Placement:
 
     @property
     def nodes(self) -> list[Node]:
-        """Nodes with ranks, each once."""
+        """Return the nodes that have ranks, each node once."""
         return [seats[0].node for seats in self.by_node.values()]
 
 
@@ -111,7 +113,7 @@ def place(
 ) -> Placement | None:
     """Return the placement of the first shape that fits the nodes and is allowed; None if there is none.
 
-    near: an earlier placement, whose ranks stay on their nodes if the shape is the same.
+    near: an earlier placement. If the shape is the same, its ranks stay on their nodes.
     """
     ordered = sorted(nodes, key=_position)
     seats_of = cache(lambda ep, inside: list(_seats(ordered, ep, inside)))
@@ -135,7 +137,7 @@ def count_group_places(nodes: Iterable[Node], ep: int) -> int:
 
 
 def require(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement:
-    """Return the placement of exactly pp x dp ranks; UserError if the nodes cannot hold them."""
+    """Return a placement of exactly pp x dp ranks. Raises UserError if the nodes cannot hold them."""
     found = place(nodes, pp, [StageShape(size, ep) for size in range(dp, 0, -ep)])
     if found is not None and found.dp == dp:
         return found
@@ -154,7 +156,7 @@ def require(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement:
 
 
 def _replace_missing(ordered: list[Node], near: Placement) -> Placement | None:
-    """Return an earlier placement with a spare for every missing node; None if there are too few spares."""
+    """Return an earlier placement in which a spare replaces every missing node; None if there are too few spares."""
     index = {node.id: place for place, node in enumerate(ordered)}
     used = near.by_node
     spares = [node for node in ordered if node.id not in used]
@@ -187,7 +189,7 @@ def _position(node: Node) -> tuple:
 
 @cache
 def _natural(text: str) -> list[tuple[bool, int, str]]:
-    """Sort key by which node10 comes after node9."""
+    """Return a sort key for which node10 comes after node9."""
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", text)]
 
 
@@ -195,15 +197,13 @@ _Seats = list[list[tuple[Node, int]]]
 
 
 def _parts(ep: int) -> Iterator[int]:
-    """Yield how many ranks of an expert group a node may have, the largest first; the number is equal on all nodes
-    of a group.
-    """
+    """Yield possible numbers of ranks that an expert group has on each of its nodes, the largest first."""
     return (inside for inside in range(ep, 0, -1) if ep % inside == 0)
 
 
 def _seats(nodes: list[Node], ep: int, inside: int) -> Iterator[list[tuple[Node, int]]]:
-    """Yield places of whole expert groups with `inside` ranks per node, as (node, first device) of each part, the
-    best first.
+    """Yield the places of complete expert groups, the best place first. A place is a list of parts, as (node, first
+    device). Each part has `inside` ranks.
     """
     if inside == ep:
         for node in nodes:
@@ -260,7 +260,7 @@ def placement_table(placement: Placement) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> 0-2,5"""
+    """Return numbers as text in which ranges are shortened: [0, 1, 2, 5] -> 0-2,5"""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][1] + 1:

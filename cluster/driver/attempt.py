@@ -12,20 +12,20 @@ from cluster.topology import Placement
 from conf.errors import EXIT_USER
 
 NAMED_NODES = 8
-"""Number of lost nodes that a cause names; events.jsonl has a line for each lost node."""
+"""Maximum number of lost nodes that a cause names. events.jsonl has a line for each lost node."""
 
 
 class Attempt(RankWatch):
     """Facts of one attempt; the supervisor decides what follows from them."""
 
     def __init__(self, number: int, placement: Placement, now: float, saved: int, patience: Patience):
-        """saved: step of the newest checkpoint, on disk or in memory, when the attempt begins."""
+        """saved: step of the newest checkpoint, on disk or in memory, at the start of the attempt."""
         names = {seat.rank: seat.node.name for seat in placement.seats}
         super().__init__(names, names, patience, now, saved)
         self.number, self.placement = number, placement
         self.ranks_of = {node: [seat.rank for seat in seats] for node, seats in placement.by_node.items()}
         self.lost: dict[str, str] = {}
-        """Nodes that the attempt lost, with the reason; they may have returned to the cluster already."""
+        """Nodes that the attempt lost, with the reason. A node may have returned to the cluster since then."""
         self.cause: Cause | None = None
         self.hang_since: float | None = None
         self.stacks: dict[int, str] = {}
@@ -37,7 +37,7 @@ class Attempt(RankWatch):
 
     @property
     def reachable(self) -> tuple[str, ...]:
-        """All nodes with ranks that were not lost; for a single node call `reaches`."""
+        """All nodes with ranks that were not lost. To check a single node, call `reaches`."""
         return tuple(node for node in self.ranks_of if node not in self.lost)
 
     def reaches(self, node: str) -> bool:
@@ -53,8 +53,8 @@ class Attempt(RankWatch):
         return bool(self.lost or self.cause or self._bad)
 
     def count_repeated(self, reached: int) -> int:
-        """Return the number of steps that this attempt, which has begun, repeats if the run had worked on step
-        `reached` before.
+        """Return the number of steps that this attempt repeats. reached: highest step that the run had worked on
+        before. Call it once the attempt has begun.
         """
         assert self.first_step is not None
         return max(0, reached - min(self.first_step, self.saved + 1))
@@ -67,15 +67,15 @@ class Attempt(RankWatch):
         super().take(now, reports)
 
     def look_again(self, hang_since: float | None) -> None:
-        """Clear stacks and rings before they are collected again.
+        """Clear stacks and rings, before the driver collects them again.
 
-        hang_since: time of the last news; None if ranks are judged for a failure.
+        hang_since: time of the last progress; None if the attempt is judged for a failure.
         """
         self.hang_since = hang_since
         self.stacks, self.rings, self.incident = {}, {}, None
 
     def is_settled(self, now: float, until: float) -> bool:
-        """Whether to stop waiting for ranks to report why they failed, and for their communication rings."""
+        """Whether the driver stops waiting for failure reports and communication rings of ranks."""
         reports = self.live_reports
         if now >= until or any(report.said == EXIT_USER for report in reports):
             return True
@@ -90,7 +90,7 @@ class Attempt(RankWatch):
         }
 
     def judge(self, now: float) -> Cause:
-        """Return the first failure, based on all reports; `incident` gets the details."""
+        """Return the first failure, judged from all reports. Sets `incident` to the details."""
         found = name_cause(self.live_reports, self.names)
         if found is not None and found.kind is Kind.user:
             return found

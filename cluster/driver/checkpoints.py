@@ -1,4 +1,4 @@
-"""Reads from a run's checkpoints, for the driver: ages and attempt numbers."""
+"""Reads ages and attempt numbers from a run's checkpoints, for the driver."""
 
 import functools
 import json
@@ -10,22 +10,22 @@ from cluster.run_files import MANIFEST, NONE, STEP_FOLDERS, Age, hold_lock, read
 
 
 def newest(folder: Path) -> Age:
-    """Return the age of the newest committed checkpoint, else NONE.
+    """Return the age of the newest committed checkpoint, or NONE.
 
-    A manifest is complete before its folder gets its name.
+    A manifest is complete before its checkpoint folder gets its final name.
     """
     return max(_ages(folder), default=NONE)
 
 
 def claim_attempt(folder: Path, timeout: float) -> int:
-    """Return a number (1 or more) above that of every earlier attempt, and lock earlier attempts out of the run from
-    now on.
+    """Return a number (1 or more) above that of every earlier attempt. From now on, earlier attempts cannot write
+    checkpoints.
 
-    A rank that an earlier driver started may be about to begin only now. Raises UserError for a damaged fence, and if a
-    rank keeps the folder locked for longer than `timeout` seconds.
+    This is necessary because a rank that an earlier driver started may begin only now. Raises UserError for a damaged
+    fence, and if a rank keeps the folder locked for longer than `timeout` seconds.
     """
     started = [int(path.stem) for path in (folder / "attempts").glob("*.yaml") if re.fullmatch(r"\d{1,15}", path.stem)]
-    # Includes an attempt that ended before its ranks started
+    # the events also name attempts that ended before their ranks started
     recorded = [event["attempt"] for event in read_events(folder)]
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
@@ -43,7 +43,7 @@ def written_since(folder: Path, attempt: int) -> bool:
 def _ages(folder: Path) -> list[Age]:
     """Return the ages of all checkpoints with a readable manifest.
 
-    The age of the others is unknown, and no rank resumes from them.
+    Other checkpoints have no known age, and no rank resumes from them.
     """
     found = []
     for path in (folder / "checkpoints").glob(f"{STEP_FOLDERS}/{MANIFEST}"):
@@ -61,7 +61,8 @@ def _ages(folder: Path) -> list[Age]:
 def _attempt_of(path: Path, inode: int, written: int) -> int | None:
     """Return the attempt that wrote a manifest, or None if the file is not a manifest.
 
-    The result is cached per file, because a large run's manifests have megabytes and the driver checks every second.
+    The result is cached for each file, because manifests of a large run have several megabytes and the driver checks
+    them every second.
     """
     try:
         return int(json.loads(path.read_bytes())["attempt"])

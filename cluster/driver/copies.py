@@ -1,9 +1,9 @@
 """The driver's view of the in-memory copies (cluster/node/copy_store.py): which node holds which copies.
 
-Agents report the copies that they hold with every answer. Before an attempt starts, the driver writes
-attempts/NUMBER.memory.json for its ranks: where each node keeps its copies, which node is next to which, and the newest
-set that is complete on the answering nodes, if any. Rank 0 compares the age of that set with the newest checkpoint on
-disk (train/loop/resume.py).
+With every answer, an agent reports the copies that it holds. Before an attempt starts, the driver writes
+attempts/NUMBER.memory.json for its ranks. The file says where each node stores its copies, which node is next to which
+node, and which set is the newest complete one on the answering nodes, if any. Rank 0 compares the age of that set with
+the newest checkpoint on disk (train/loop/resume.py).
 """
 
 import hashlib
@@ -37,18 +37,18 @@ class Shelf:
 
 @dataclass(frozen=True)
 class Shelves:
-    """Everything that the ranks of one attempt know about the copies."""
+    """Everything that the ranks of one attempt know about the copies in memory."""
 
     nodes: list[Shelf]
-    """Nodes with ranks first, in placement order; they form a ring, in which each node's next node is the following
+    """Nodes with ranks first, in placement order. The nodes form a ring: the next node of each node is the following
     one.
     """
     resume: str | None
     """Name of the newest complete set; None if there is none."""
     holders: list[list[int]]
-    """For every rank that wrote that set, the indexes of the nodes that hold its part."""
+    """For every rank that wrote the set `resume`, the indexes of the nodes that hold the rank's part."""
     full_size: bool
-    """Whether the attempt has all the ranks that the run wants; then its copies must fit into memory."""
+    """Whether the attempt has all the ranks that the run wants. If so, its copies must fit into memory."""
 
     @staticmethod
     def read(path: Path) -> "Shelves":
@@ -56,11 +56,11 @@ class Shelves:
         return Shelves(**(text | {"nodes": [Shelf(**node) for node in text["nodes"]]}))
 
     def home(self, rank: int) -> int:
-        """Return the index of the node that a rank runs on."""
+        """Return the index of the node on which a rank runs."""
         return next(index for index, node in enumerate(self.nodes) if rank in node.ranks)
 
     def next(self, index: int) -> int | None:
-        """Return the index of the node that also stores what this node's ranks write; None if there is no other
+        """Return the index of the node that also stores the parts written on this node; None if there is no other
         node.
         """
         count = sum(bool(node.ranks) for node in self.nodes)
@@ -70,7 +70,7 @@ class Shelves:
 class Copies:
     """Copies that the agents of a run hold.
 
-    folder: of the run; base: where every node keeps copies; first: first attempt of this launch.
+    folder: run folder. base: folder under which every node stores copies. first: first attempt of this launch.
     """
 
     def __init__(self, folder: Path, base: str, first: int):
@@ -79,18 +79,18 @@ class Copies:
         self._run = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
         self._ports: dict[str, int] = {}
         self._held: dict[str, dict[str, list[int]]] = {}
-        """By node id: the ranks in each set, by set name."""
+        """For each node id: the ranks whose parts the node holds, by set name."""
 
     @cached_property
     def _id(self) -> str:
         """Random id, stored in the run folder.
 
-        A process that knows the id could create the memory folder before the run does.
+        The id is random, because a process that knew it could create the memory folder before the run does.
         """
         path = self._folder / "attempts" / "memory_id"
         path.parent.mkdir(exist_ok=True)
         found = read_plain(path).decode() if path.exists() else ""
-        if not re.fullmatch("[0-9a-f]{8}", found):  # the id becomes part of a path, so any other text is replaced
+        if not re.fullmatch("[0-9a-f]{8}", found):  # the id becomes part of a path, so invalid text is replaced
             found = secrets.token_hex(4)
             with naming(path):
                 atomic_write_text(path, found, mode=0o600)
@@ -124,10 +124,10 @@ class Copies:
         return max((id for id, held in found if id and len(held) == id.world), default=None)
 
     def shelves(self, placement: Placement, nodes: dict[str, Node], full_size: bool, auto: bool) -> Shelves:
-        """Return what the ranks of an attempt need. nodes: all answering nodes, by id.
+        """Return the shelves for the ranks of an attempt. nodes: all answering nodes, by id.
 
-        auto: whether the run resumes from the newest state of any launch; otherwise only from a state that this launch
-        wrote.
+        auto: whether the run may resume from the newest state of any launch; otherwise it resumes only from a state
+        that this launch wrote.
         """
         ranks = {id: [seat.rank for seat in seats] for id, seats in placement.by_node.items()}
         ids = [*ranks, *(id for id in nodes if id not in ranks and id in self._ports)]
@@ -147,7 +147,7 @@ class Copies:
         return Shelves(shelves, found.name, holders, full_size)
 
     def write(self, number: int, shelves: Shelves) -> dict[str, str]:
-        """Write the shelves to a file for the ranks of an attempt; returns the environment variables that name the
+        """Write the shelves to a file for the ranks of an attempt. Returns the environment variables that name this
         file.
         """
         path = self._folder / "attempts" / f"{number:05d}.memory.json"
@@ -157,9 +157,11 @@ class Copies:
 
 
 def given_shelves() -> tuple[Shelves, str] | None:
-    """Read what the driver told this rank, with the token of the stores; None without copies in memory.
+    """Return the shelves that the driver wrote for this rank, and the token of the stores; None if the run has no
+    copies in memory.
 
-    Call once: the token is removed from the environment, because every child of the rank would inherit it.
+    Call it only once: it removes the token from the environment, because every child of the rank would inherit the
+    token.
     """
     if "SLUICE_MEMORY" not in os.environ:
         return None

@@ -1,4 +1,6 @@
-"""Final report of a run that cannot go on: what failed, where, the log lines that show it, and what to do."""
+"""Final report of a run that cannot continue: what failed, where it failed, the log lines that show it, and what to
+do.
+"""
 
 from cluster.cause import Cause, Kind
 from cluster.driver.policy import Policy
@@ -54,7 +56,7 @@ def too_few(policy: Policy, free: list[Node], found: Placement | None, last: Cau
 
 
 def no_node_comes(last: Cause | None, saved: int) -> str:
-    """Explain why a run ends after the Ray that it started on this machine has ended."""
+    """Explain why a run ends after its own Ray on this machine has ended."""
     before = f"\n  earlier: {last.text}" if last else ""
     return (
         f"the Ray that this run started on this machine has ended, and it cannot be replaced by another node{before}\n  newest checkpoint: {_step(saved)}\n"

@@ -1,4 +1,6 @@
-"""The driver's loop: queries the agents, reports to the supervisor and carries out its decisions."""
+"""The driver's loop: it queries the agents, passes events to the supervisor and carries out the supervisor's
+decisions.
+"""
 
 import contextlib
 import dataclasses
@@ -42,35 +44,34 @@ from conf.own_code import targets_of
 from conf.schema import Config
 
 NEWS_SECONDS = 0.25
-"""Seconds after which an agent without news answers; the driver then asks it again at once."""
+"""Seconds after which an agent answers even without news. The driver then asks the agent again at once."""
 ANSWERS = 150
-"""Upper bound of answers per second.
-With many agents, each waits longer, so that answers without news do not flood the driver.
+"""Upper bound of answers per second from all agents together. With many agents, each agent waits longer, so that
+answers without news do not flood the driver.
 """
 LONGEST_PATIENCE = 30.0
-"""Upper bound, in seconds, of an agent's wait if its node answers the pulse.
-Without a pulse the bound is half a heartbeat, because only the agent's answer then shows that the node is alive.
+"""Upper bound, in seconds, of an agent's wait for news if its node answers the pulse. Without a pulse, the bound is
+half a heartbeat, because only the agent's answer shows that the node is alive.
 """
 TICK_EVERY = 0.05
-"""Minimum seconds between decisions."""
+"""Minimum seconds between two decisions."""
 LOOK_EVERY = 1.0
 """Seconds between checks of the node list and of the checkpoints."""
 HELD_BACK = 2.0
-"""Seconds until the next check of a node that was refused because another agent holds its copy folder."""
+"""Seconds until the driver checks a node again that it refused because another agent holds the node's copy folder."""
 REFUSED_SECONDS = 10.0
-"""Seconds until the next check of a node that was refused for another reason: an admin may fix its clock or
-free its disk.
+"""Seconds until the driver checks a node again that it refused for another reason. Meanwhile an admin may correct the
+node's clock or free its disk.
 """
 
 
 class Driver:
     """Runs one launch of a run on a fleet.
 
-    arguments: command line of a rank, after the interpreter. Its last item is the configuration file; each attempt gets
-    its own file with its layout.
-    rank_folder: working folder of the ranks, None if Ray ships the code. gpus: whether the nodes' devices are GPUs.
-    planner: command that writes layouts.json for cluster/driver/shapes.py. The driver appends cpu or cuda and starts
-    the command once the run trains.
+    arguments: command line of a rank, after the interpreter. The last argument is the configuration file; each attempt
+    gets a configuration file with its own layout. rank_folder: working folder of the ranks; None if Ray copies the code
+    to the nodes. gpus: whether the nodes' devices are GPUs. planner: command that writes layouts.json for
+    cluster/driver/shapes.py. The driver appends cpu or cuda, and starts the command once the run trains.
     """
 
     def __init__(
@@ -101,35 +102,37 @@ class Driver:
         self.vitals, self._rank_table = Vitals(), RankTable(folder)
         self._finish: m.FinishRun | None = None
         self._known: dict[str, Node] = {}
-        """Listed nodes, by id. The supervisor knows only the nodes that passed the checks."""
+        """Listed nodes, by id. The supervisor has only those nodes that passed the checks."""
         self._overdue: dict[str, float] = {}
-        """Latest time, by node, at which a node that answers the pulse should have reported its ranks."""
+        """For each node: the time by which the agent must have answered. After it, an answer to the pulse no longer
+        counts for the node.
+        """
         self._ask_later: set[str] = set()
-        """Nodes whose agent could not answer; the driver asks them again at the next check of the node list."""
+        """Nodes whose agent the driver asks at the next check of the node list instead of at once."""
         self._released: set[str] = set()
-        """Nodes that were draining and hold nothing of the run any more."""
+        """Draining nodes whose agents the driver has ended; they hold nothing of the run any more."""
         self._probed_from = 0
-        """Number of the newest pulse question when the probe of all links began."""
+        """Number of the newest pulse question at the time when the supervisor asked for a probe of all nodes."""
         self._starting: tuple[int, Placement] | None = None
         self._network: NetworkTest | None = None
         self._test_ports: dict[str, int] = {}
         """Port on which each node listens for the network test, which runs before the first attempt."""
         self._refused: dict[str, str] = {}
         self._check_again: dict[str, float] = {}
-        """Time of the next check, by id of a refused node."""
+        """Time of the next check of each refused node, by id."""
         self._without_folder: set[str] = set()
         """Nodes without a folder for copies."""
         self._started_at = clock()
         self._first_step: int | None = None
         self._offsets: dict[int, int] = {}
         self._logged: set[int] = set()
-        """Ranks of the attempt whose failure is in their log."""
+        """Ranks of the attempt whose failure is already in their log."""
         self._looked, self._ticked = -LOOK_EVERY, -TICK_EVERY
         self._held_up, self._slept = HeldUp(NAP * config.cluster.heartbeat, clock()), 0.0
         self._stop: str | None = None
 
     def run(self) -> m.FinishRun:
-        """Run the loop until the run ends; returns its exit code and the reason."""
+        """Run the loop until the run ends. Returns the exit code and the reason."""
         self.journal.write("launch", 0, f"{self.config.name}", world=self.config.parallel.world)
         try:
             with handled(self._signalled, signal.SIGTERM, signal.SIGINT), self.view:
@@ -164,7 +167,7 @@ class Driver:
         if self.clock() - self._ticked < TICK_EVERY:
             return  # the rest visits all nodes, and thousands of nodes answer one by one
         self._ticked = self.clock()
-        if self.supervisor.phase is not DriverPhase.running:  # a savable state is about to matter
+        if self.supervisor.phase is not DriverPhase.running:  # the supervisor may soon need the age of the copies
             self._look_at_copies()
         self._tell(m.Tick())
         self.view.update(self.supervisor)
@@ -173,11 +176,12 @@ class Driver:
     def _feel_pulse(self) -> None:
         """Ask nodes by UDP whether they are alive.
 
-        A node with a stuck agent does not answer, even if its system would.
+        The agent answers these questions, so a node with a stuck agent does not answer, even if its system works.
         """
         now, states = self._awake(), self.supervisor.nodes
         judging = self.supervisor.phase is DriverPhase.judging
-        for id, number in self.pulse.answers(now):  # answers to the last questions, before new questions go out
+        # Take the answers to the last questions before the driver asks new questions.
+        for id, number in self.pulse.answers(now):
             if now < self._overdue.get(id, now):
                 self._tell(m.NodeHeard(id))
             if judging and number > self._probed_from:
@@ -185,7 +189,9 @@ class Driver:
         self.pulse.ask(now, lambda id: id in states and states[id].health is NodeHealth.ok)
 
     def _awake(self) -> float:
-        """Clock for everything about the pulse; it stands still while this process itself is held up."""
+        """Return the time for everything about the pulse. This clock stands still while the driver process is held
+        up.
+        """
         now = self.clock()
         self._slept += self._held_up.since_last_look(now)
         return now - self._slept
@@ -250,10 +256,10 @@ class Driver:
         self._tell(m.CopyHeld(Age(held.attempt, held.step) if held else NONE))
 
     def _ask(self, id: str) -> None:
-        """Ask an agent for its next news; each agent has one such question at a time."""
+        """Ask an agent for its next news. Only one such question per agent is pending at a time."""
         now, heartbeat, ranks = self._awake(), self.config.cluster.heartbeat, self._ranks_on(id)
         longest = NEWS_SECONDS if 0 in ranks else LONGEST_PATIENCE if self.pulse.hears(id, now) else heartbeat / 2
-        # All agents were asked at once when the attempt began, and must not all answer at once
+        # The driver asked all agents at once when the attempt began. The random factor spreads their answers.
         spread = random.uniform(0.5, 1.5)
         patience = min(max(NEWS_SECONDS, spread * len(self._known) / ANSWERS), longest)
         self._overdue[id] = now + patience + heartbeat
@@ -263,7 +269,7 @@ class Driver:
         return self.supervisor.attempt.ranks_of.get(id, []) if self.supervisor.attempt else []
 
     def _offsets_on(self, id: str) -> dict[int, int]:
-        """Bytes of output that the driver already has, for each rank of a node."""
+        """Return, for each rank of a node, the number of output bytes that the driver already has."""
         return {rank: self._offsets[rank] for rank in self._ranks_on(id) if rank in self._offsets}
 
     def _take(self, reply: Reply) -> None:
@@ -295,7 +301,7 @@ class Driver:
             self._send_orders(reply)
         elif reply.error is not None and reply.is_of(Agent.start):
             self._tell(m.StartFailed(self.supervisor.number, reply.node, f"{reply.method}: {reply.error}"))
-        elif reply.error is not None:  # reserve ranks, for example: the attempt can do without them
+        elif reply.error is not None:  # for example reserve ranks: the attempt does not need them
             name = self._known[reply.node].name
             self._note("call_failed", f"{name}: {reply.method}: {reply.error}", node=name, method=reply.method)
 
@@ -327,7 +333,8 @@ class Driver:
         )
         if opened.absent:
             self._without_folder.add(node.id)
-            if self._without_folder >= set(self._known):  # more nodes will not have the folder either
+            # If all known nodes lack the folder, further nodes will lack it too.
+            if self._without_folder >= set(self._known):
                 self._do(m.FinishRun(EXIT_USER, f"no node has checkpoint.memory_folder = {self.copies.base}"))
 
     def _admit(self, node: Node) -> None:
@@ -336,12 +343,15 @@ class Driver:
         if len(self._known) < ANSWERS * NEWS_SECONDS:
             self._ask(node.id)
         else:
-            self._ask_later.add(node.id)  # by then the node has answered the pulse, and its agent may wait longer
+            # At the next check the node will have answered the pulse, so its agent may wait longer.
+            self._ask_later.add(node.id)
         if self.supervisor.phase is DriverPhase.running and self._first_step is not None:
             self._warm([node])
 
     def _refuse(self, node: Node, problem: str, again: float = REFUSED_SECONDS) -> None:
-        """Keep a node out until a later check passes, and report it once. again: seconds until that check."""
+        """Keep a node out until a later check passes, and report the problem once. again: seconds until the next
+        check.
+        """
         self._check_again[node.id] = self.clock() + again
         if node.name not in self._refused:
             self._note("node_refused", f"{node.name}: {problem}", node=node.name)
@@ -375,14 +385,14 @@ class Driver:
             self._plan_layouts()
 
     def _log_wholes(self, answer: Answer) -> None:
-        """Write to a failed rank's log the part of its failure that its own output leaves out."""
+        """Write failures to the logs of the failed ranks, with the parts that the ranks' own output leaves out."""
         failures = [report.failure for report in answer.ranks if report.failure and report.rank not in self._logged]
         for failure in failures:
             self._logged.add(failure.rank)
             self.journal.output(failure.rank, failure.whole.encode())
 
     def _tell_of_pulse(self) -> None:
-        """Name the nodes without a pulse if there are enough of them to slow down the driver."""
+        """Name the nodes without a pulse, if so many lack it that the driver becomes slow."""
         nodes, now = self.supervisor.answering, self._awake()
         without = [node.name for id, node in nodes.items() if not self.pulse.hears(id, now)]
         if without and len(nodes) / ANSWERS > self.config.cluster.heartbeat / 2:
@@ -393,9 +403,9 @@ class Driver:
             self._note("no_pulse", text, nodes=without)
 
     def _tell_of_priority(self) -> None:
-        """Name the nodes where other work slows the ranks and delays the agents' answers."""
-        # An embedded Ray has this process's priority; on a cluster, a submitted job has the priority that Ray gives to
-        # all workers.
+        """Name the nodes where other processes have a higher priority and slow down ranks and agents."""
+        # A Ray that this run started has this process's priority. On a cluster, a submitted job has the priority that
+        # Ray gives to all workers.
         if low := self.vitals.low(os.nice(0) if self.config.cluster.address is None else 0):
             name, niceness = next(iter(low.items()))
             where = name + (f" and {len(low) - 1} more" if len(low) > 1 else "")
@@ -411,7 +421,7 @@ class Driver:
             self._planning = spawn(self._planner, dict(os.environ), subprocess.DEVNULL)
 
     def _warm(self, nodes: Iterable[Node]) -> None:
-        """Start reserve ranks on these nodes, now that their start delays no other start."""
+        """Start reserve ranks on these nodes. The attempt has started, so they delay no start of a rank."""
         if self.config.cluster.standby:
             for node in nodes:
                 seats = self.supervisor.current.ranks_of.get(node.id, ())
@@ -442,7 +452,7 @@ class Driver:
             case m.StopRanks(number, nodes, why, in_memory):
                 for id in nodes:
                     call_agent(self.fleet, id, Agent.stop, number, in_memory, why)
-            # Nodes with a pulse answer its next questions; calls to thousands of nodes take too long
+            # Nodes with a pulse answer the next UDP questions, because calls to thousands of nodes take too long.
             case m.ProbeLinks(nodes):
                 self._probed_from, now = self.pulse.number, self._awake()
                 self.pulse.hurry()
@@ -459,14 +469,14 @@ class Driver:
                 screen = keep_incident(self.folder / "logs", incident, partial(self._note, "incident"))
                 self._note("incident", screen, ranks=incident["ranks"], fault=incident["fault"])
             case m.PassIncident(seconds):
-                with contextlib.suppress(OSError):  # the disk is full: the event has the text
+                with contextlib.suppress(OSError):  # the disk is full; the event contains the text
                     pass_incident(self.folder / "logs", seconds)
             case m.FinishRun(code, text):
                 refused = "".join(f"\n  refused: {name}: {why}" for name, why in self._refused.items())
                 self._finish = m.FinishRun(code, text + (refused if code != EXIT_OK else ""))
 
     def _let_go(self) -> None:
-        """End the agents of draining nodes; they hold nothing of the run any more."""
+        """End the agents of draining nodes, which hold nothing of the run any more."""
         for id in self.supervisor.draining & set(self._known):
             self._forget(id)
             self._released.add(id)
@@ -480,7 +490,7 @@ class Driver:
             return
         number, placement = self._starting
         self._starting = None
-        # The attempt is broken and about to end; the location of the copies is not known
+        # The attempt is broken and about to end, and the location of the copies is unknown.
         if self.supervisor.current.lost:
             return
         if reply.error is not None:
@@ -503,7 +513,8 @@ class Driver:
             "SLUICE_STORE_SECRET": secrets.token_hex(32),
             "SLUICE_FOLDER": os.getcwd(),
         }
-        if safe := os.environ.get("PYTHONSAFEPATH"):  # a rank imports no package from its working folder
+        # The variable keeps a rank from importing packages from its working folder.
+        if safe := os.environ.get("PYTHONSAFEPATH"):
             shared["PYTHONSAFEPATH"] = safe
         shared |= {name: os.environ[name] for name in NAMES if name in os.environ}
         for id, seats in placement.by_node.items():
@@ -520,7 +531,9 @@ class Driver:
         return self.copies.write(number, shelves)
 
     def _drop_copies(self, code: int) -> None:
-        """Drop the copies once the disk holds a state at least as new; otherwise the next launch needs them."""
+        """Drop the copies in memory if the disk holds a state that is at least as new. Otherwise the next launch needs
+        the copies.
+        """
         saved = newest(self.folder)
         safe = saved > NONE and saved >= self.supervisor.held
         if self.config.checkpoint.every_memory and code in (EXIT_OK, EXIT_STOPPED) and safe:
@@ -528,8 +541,8 @@ class Driver:
                 call_agent(self.fleet, id, Agent.drop_memory)
 
     def _attempt_config(self, number: int, shape: StageShape) -> Path:
-        """Write the configuration of an attempt: its layout, and resume=auto once this launch has written a
-        checkpoint.
+        """Write the configuration of an attempt. It has the attempt's layout, and resume=auto once this launch has
+        written a checkpoint.
         """
         config = self.config if shape == self.shapes.own else with_shape(self.config, shape)
         if written_since(self.folder, self.first):
@@ -552,8 +565,8 @@ class Driver:
         waiting, quiet = {id for id in attempt.reachable if id in self._known}, 0
         for id in waiting:
             call_agent(self.fleet, id, Agent.last_words, self._offsets_on(id), attempt.number)
-        # Ends after 20 empty polls (2 s of silence), not after 2 s: this process may be held up longer while answers
-        # wait.
+        # The loop ends after 20 empty polls in a row (2 s of silence). A limit of 2 s on the clock would lose answers
+        # if this process is held up while they wait.
         while waiting and quiet < 20:
             replies = self.fleet.replies(0.1)
             quiet += not replies

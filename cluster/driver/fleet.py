@@ -1,4 +1,4 @@
-"""The interface between a driver and the agents: calls that never block, and answers as they arrive.
+"""The interface between a driver and the agents. Calls never block; the driver takes answers as they arrive.
 
 Runs use cluster/driver/ray_backend.py; tests use a fleet whose agents live in the same process.
 """
@@ -13,7 +13,7 @@ from cluster.topology import Node
 Arguments = ParamSpec("Arguments")
 
 WAITING = (Agent.ask.__name__, Agent.network.__name__)
-"""Agent methods that may block; the others return at once."""
+"""Agent methods that may block; all other methods return at once."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Reply:
     method: str
     value: Any = None
     error: str | None = None
-    """The exception of the method, or how the agent died."""
+    """The exception that the method raised, or how the agent died."""
     dead: bool = False
-    """The agent is gone; the next call starts a new one."""
+    """Whether the agent is gone. The next call then starts a new agent."""
 
     def is_of(self, method: Callable) -> bool:
         """Whether this is the outcome of a call to this method of `Agent`."""
@@ -34,11 +34,11 @@ class Reply:
 
 
 class FleetLost(RuntimeError):
-    """The list of nodes is no longer available; agents that were reached before may still answer."""
+    """The list of nodes is no longer available. Agents that were reached before may still answer."""
 
 
 class Fleet(Protocol):
-    """Agents by node id."""
+    """The agents of all nodes, by node id."""
 
     def nodes(self) -> list[Node]:
         """Return the nodes that are believed to be alive. Raises FleetLost."""
@@ -47,7 +47,9 @@ class Fleet(Protocol):
         """Return the nodes that will be removed soon, and why."""
 
     def describe_return(self, node: Node) -> str:
-        """Say what a person must do to bring back a node that is listed as dead; empty if no node can come."""
+        """Return text that says what a person must do to bring back a node that is listed as dead; empty if no node can
+        come.
+        """
 
     def release(self, node: str) -> None:
         """End the agent of a draining node, so that the node can be removed."""
@@ -55,15 +57,17 @@ class Fleet(Protocol):
     def call(self, node: str, method: str, *arguments: Any) -> None:
         """Call the method of `Agent` with this name on a node; see `call_agent`. The first call starts the agent.
 
-        Calls of one WAITING method run one after another, and so do all calls of the other methods; the groups do not
-        wait for each other.
+        Each WAITING method is a group of its own, and the other methods are one group. The calls of a group run one
+        after another; groups do not wait for each other.
         """
 
     def replies(self, timeout: float) -> list[Reply]:
-        """Return the outcomes since the last call; waits up to `timeout` seconds for the first."""
+        """Return the outcomes that arrived since the last call. If there are none, wait up to `timeout` seconds for the
+        first.
+        """
 
     def close(self) -> None:
-        """End all agents, and with them their ranks."""
+        """End all agents. Their ranks end with them."""
 
 
 def call_agent(

@@ -1,6 +1,6 @@
 """runs/NAME/events.jsonl and the collected output of the ranks: the history of a run, for people and tools.
 
-One JSON object per line, written with one call:
+Each line of events.jsonl is one JSON object, written with one call:
 
     time      Unix time in seconds, from a clock that nobody sets while the driver runs
     kind      see EVENT_KINDS
@@ -70,8 +70,8 @@ EVENT_KINDS = {
 class Journal:
     """Appends to events.jsonl and to logs/rank_N.log of a run folder.
 
-    note: called once, with a sentence, when the disk refuses data. The run goes on: events wait for room, output is
-    lost.
+    note: called once, with a sentence, when the disk refuses data. The run continues: events wait until there is space,
+    output is lost.
     """
 
     def __init__(self, folder: Path, note: Callable[[str], None] = say):
@@ -81,7 +81,7 @@ class Journal:
         self._logs = folder / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
         if read_tail(self._path, 1) not in (b"", b"\n"):
-            self._try(self._append, self._path, b"\n")  # ends the line that a crash of an earlier launch cut off
+            self._try(self._append, self._path, b"\n")  # ends a line that a crash of an earlier launch left incomplete
 
     def write(self, kind: str, attempt: int, text: str, **fields: Any) -> None:
         """Append one event."""
@@ -96,7 +96,7 @@ class Journal:
         self._try(self._append, log_path(self._logs, rank), piece)
 
     def _append(self, path: Path, piece: bytes) -> None:
-        """Append the whole piece or nothing."""
+        """Append either all bytes or none."""
         with naming(path, len(piece)), open(path, "ab", buffering=0, opener=open_plain) as file:
             size = file.tell()
             if (written := file.write(piece)) != len(piece):
@@ -115,7 +115,9 @@ class Journal:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return all events in order, without incomplete lines and lines of other writers; empty if there is no file."""
+    """Return all events in order; empty if there is no file. Incomplete lines and lines of other writers are
+    skipped.
+    """
     path = folder / EVENTS_FILE
     events = []
     for line in read_plain(path).splitlines() if path.exists() else []:
@@ -142,18 +144,18 @@ def _is_event(found: Any) -> bool:
 
 RANKS_FILE = "ranks.json"
 WRITTEN_EVERY, SLOWER_FROM = 2.0, 1000
-"""Seconds between two writes, and the number of ranks from which the interval grows in proportion to the ranks."""
+"""Seconds between two writes, and the number of ranks from which this interval grows in proportion to the ranks."""
 
 
 class RankTable:
-    """Writes ranks.json at intervals. If the disk refuses the file, only the file is lost."""
+    """Writes ranks.json at intervals. If the disk refuses the file, the run continues without it."""
 
     def __init__(self, folder: Path):
         self._path, self._clock = folder / RANKS_FILE, SteadyClock()
         self._due, self._phase = 0.0, DriverPhase.gathering
 
     def update(self, supervisor: "Supervisor", now: float) -> None:
-        """Write the file if it is due, or if the phase of the run has changed. now: seconds of any clock."""
+        """Write the file if it is due or if the phase of the run has changed. now: seconds of any clock."""
         attempt = supervisor.attempt
         if attempt is None or (now < self._due and supervisor.phase is self._phase):
             return

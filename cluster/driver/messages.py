@@ -1,4 +1,4 @@
-"""Inputs of the supervisor (events) and its outputs (actions)."""
+"""Events, which are the supervisor's inputs, and actions, which are its outputs."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -32,13 +32,13 @@ class NodeState:
     heard: float
     health: NodeHealth = NodeHealth.ok
     live: set[int] = field(default_factory=set)
-    """Ranks that run there, as far as is known."""
+    """Ranks that run on the node, as far as the driver knows."""
     draining: bool = False
-    """The node will be removed soon and gets no further ranks."""
+    """Whether the node will be removed soon. It then gets no further ranks."""
 
     @property
     def usable(self) -> bool:
-        """Whether an attempt may start on the node, once no rank lives there."""
+        """Whether an attempt may start on the node once no rank is alive there."""
         return self.health is NodeHealth.ok and not self.draining
 
 
@@ -47,25 +47,25 @@ class NodeState:
 
 @dataclass(frozen=True)
 class NodeJoined:
-    """A node is present, its agent answers, and it passed the checks; it holds no rank of ours."""
+    """A node is present, its agent answers, and it passed the checks. It holds no rank of this run."""
 
     node: Node
 
 
 @dataclass(frozen=True)
 class NodeLost:
-    """A node, or just its agent (returning), is known to be dead."""
+    """A node is dead, or (returning) only its agent is dead."""
 
     node: str
     why: str
     returning: bool = False
     last: bool = False
-    """Neither this node nor any other can come."""
+    """Whether neither this node nor any other node can come."""
 
 
 @dataclass(frozen=True)
 class AgentBeat:
-    """An agent's answer: the attempt whose ranks it holds (0 for none) and their reports."""
+    """An agent's answer: the attempt whose ranks it holds (0 for none) and the reports of these ranks."""
 
     node: str
     attempt: int
@@ -109,7 +109,9 @@ class CheckpointSaved:
 
 @dataclass(frozen=True)
 class CopyHeld:
-    """Age of the newest copy of the state that is complete in the memory of the answering nodes, or NONE."""
+    """Age of the newest copy of the state that is complete in the memory of the answering nodes; NONE if there is no
+    such copy.
+    """
 
     age: Age
 
@@ -129,7 +131,7 @@ class StopAsked:
 
 @dataclass(frozen=True)
 class LayoutsPlanned:
-    """The memory need of smaller layouts is known."""
+    """The memory need of smaller layouts is now known."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class StartAttempt:
 
 @dataclass(frozen=True)
 class EndRanks:
-    """Kill the ranks of this attempt and older ones on these nodes."""
+    """Kill the ranks of this attempt and of older attempts on these nodes."""
 
     attempt: int
     nodes: tuple[str, ...]
@@ -173,7 +175,9 @@ class EndRanks:
 
 @dataclass(frozen=True)
 class StopRanks:
-    """Ask the ranks for a checkpoint and exit code 75. in_memory: a copy in memory is enough; why: text for people."""
+    """Ask the ranks to write a checkpoint and exit with code 75. in_memory: whether a copy in memory is enough. why:
+    text for people.
+    """
 
     attempt: int
     nodes: tuple[str, ...]
@@ -188,7 +192,7 @@ class ProbeLinks:
 
 @dataclass(frozen=True)
 class CollectStacks:
-    """native: also collect the stacks of native threads."""
+    """Ask the ranks of these nodes for their stacks. native: also collect the stacks of native threads."""
 
     attempt: int
     nodes: tuple[str, ...]
@@ -207,7 +211,7 @@ class Note:
 
 @dataclass(frozen=True)
 class KeepIncident:
-    """Write the incident in the format of cluster/incident.py, and show its screen."""
+    """Write the incident to disk in the format of cluster/incident.py, and show its screen."""
 
     attempt: int
     incident: dict
@@ -215,7 +219,7 @@ class KeepIncident:
 
 @dataclass(frozen=True)
 class PassIncident:
-    """Record in the newest incident that the run goes on after this silence."""
+    """Record in the newest incident that the run continued after a silence of this many seconds."""
 
     seconds: float
 

@@ -1,10 +1,10 @@
 """Network test before step 0: measures latency and bandwidth between pairs of nodes, and names slow pairs.
 
-Pairs are tested in the rounds of a tournament: every node has one partner at a time, and N nodes take N - 1 rounds. The
-nodes run the rounds among themselves (cluster/node/network_probe.py), because a call to each node for each round would
-take the driver longer than the transfers. At most 63 rounds are run, and for thousands of nodes fewer, down to 7; every
-node still meets that many others. The transfer over a plain socket is short: it finds a bad cable or a route over the
-wrong interface, but is not a benchmark.
+Pairs are tested in rounds: in each round, every node has one partner, so N nodes need N - 1 rounds to test all pairs.
+The nodes run the rounds without the driver (cluster/node/network_probe.py), because calls to every node in every round
+would take longer than the transfers. At most 63 rounds are run. Thousands of nodes run fewer rounds, at least 7; every
+node then tests as many partners as there are rounds. The transfer over a plain socket is short: it finds a bad cable or
+a route over the wrong interface, but is not a benchmark.
 """
 
 import statistics
@@ -16,18 +16,18 @@ from cluster.node.network_probe import PAIR_SECONDS, NodeLink
 from cluster.topology import Node
 
 SLOW_FACTOR = 3.0
-"""A pair is slow below 1/3 of the median bandwidth, or above both 3 times the median latency and the median plus 1
-ms.
+"""A pair is slow if its bandwidth is below the median bandwidth divided by this factor. It is also slow if its latency
+is above the median latency times this factor and above the median plus 1 ms.
 """
 ROUNDS = 63
 LEAST_ROUNDS = 7
 PAIRS = 16384
-"""If 63 rounds have more pairs than this, fewer rounds are run."""
+"""If 63 rounds would test more pairs than this number, fewer rounds are run."""
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
-    """Circle method: each node has at most one partner per round; all rounds together give all pairs, up to the
-    limits above.
+    """Return rounds of pairs by the circle method. Each node has at most one partner per round. All rounds together
+    have all pairs, up to the limits above.
     """
     players = list(range(count + count % 2))
     found = []
@@ -43,15 +43,16 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
 class LinkVerdict:
     text: str
     slow: list[tuple[str, str, float, float]]
-    """Pairs of nodes that are much slower than the median: (from, to, Gbit/s, ms)."""
+    """Pairs of nodes that are much slower than the median, as (from, to, Gbit/s, ms)."""
     unreachable: list[str]
-    """One sentence for every pair without a connection."""
+    """One sentence for every pair that cannot connect."""
     pairs: int
     median_gbit: float
 
 
 class NetworkTest:
-    """The driver's side: makes the nodes of a fleet run the test. Call `advance` often and `take` with every reply.
+    """The driver's side of the test: it makes the nodes of a fleet run it. Call `advance` often, and `take` with every
+    reply.
 
     ports: port on which each node listens, by node id.
     """
@@ -59,7 +60,7 @@ class NetworkTest:
     def __init__(self, nodes: list[Node], ports: dict[str, int], fleet: Fleet, now: float):
         self._nodes = nodes
         self._partners: dict[str, list[Node]] = {}
-        """The partners that each node measures, until its results arrive."""
+        """For each node: the partners to which it measures the connection, until its results arrive."""
         self._links: dict[tuple[str, str], NodeLink] = {}
         played = rounds(len(nodes))
         self._deadline = now + PAIR_SECONDS * (2 + len(played))
@@ -82,7 +83,7 @@ class NetworkTest:
                 self._links[reply.node, partner.id] = link
 
     def advance(self, now: float) -> LinkVerdict | None:
-        """Return the verdict after all rounds, else None."""
+        """Return the verdict once all rounds are complete, else None."""
         if self._partners and now < self._deadline:
             return None
         for id, partners in self._partners.items():

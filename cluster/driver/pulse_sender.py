@@ -1,7 +1,7 @@
 """The driver's side of the pulse: asks every node by UDP whether it is alive (cluster/node/pulse_echo.py).
 
-The driver asks a node that answers by UDP less often through Ray. It asks a node that no datagram reaches through Ray
-as often as before.
+If a node answers by UDP, the driver asks it less often through Ray. If no datagram reaches a node, the driver asks it
+through Ray at the usual rate.
 """
 
 import collections
@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from cluster.node.pulse_echo import ANSWER, LONGEST_DATAGRAM, QUESTION, seal_datagram, unseal
 
 QUESTION_TRIES = 5
-"""Minimum number of questions to a node within a heartbeat."""
+"""Minimum number of questions to a node during one heartbeat."""
 OFTEN = 1.0
-"""Maximum seconds between questions to a node: several must be sent before a probe ends (cluster/driver/policy.py)."""
+"""Maximum seconds between two questions to a node. A probe must contain several questions
+(cluster/driver/policy.py).
+"""
 QUESTIONS_AT_ONCE = 200
-"""Questions sent at once, so that their answers fit into the socket's buffer."""
+"""Maximum number of questions sent at once, so that all answers fit into the socket's buffer."""
 
 
 class Pulse:
@@ -29,12 +31,12 @@ class Pulse:
         self.key = secrets.token_bytes(32)
         self._heartbeat, self._every = heartbeat, min(heartbeat / QUESTION_TRIES, OFTEN)
         self._sockets: dict[str, socket.socket] = {}
-        """By the local address from which nodes are asked."""
+        """Sockets by the local address from which they send."""
         self._places: dict[str, tuple[socket.socket, tuple[str, int]]] = {}
         self._turn: collections.deque[str] = collections.deque()
-        """Nodes in the order of their questions."""
+        """Nodes in the order in which they are asked."""
         self._asked: dict[str, int] = {}
-        """Number of the last question to each node."""
+        """For each node: the number of its last question."""
         self._heard: dict[str, float] = {}
         self.number = 0
         """Number of the newest question to any node."""
@@ -53,7 +55,7 @@ class Pulse:
 
     def _socket_to(self, place: tuple[str, int]) -> socket.socket:
         family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:  # sends nothing, but finds the route
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connect sends nothing; it only chooses the route
             probe.connect(place)
             own = probe.getsockname()[0]
         if own not in self._sockets:
@@ -73,7 +75,7 @@ class Pulse:
         return now - self._heard.get(node, -self._heartbeat) < self._heartbeat
 
     def ask(self, now: float, wanted: Callable[[str], bool]) -> None:
-        """Ask the nodes that are due and wanted; the question also tells a node that it still belongs to the run."""
+        """Ask the nodes that are due and wanted. A question also tells a node that it still belongs to the run."""
         due = min(int(len(self._turn) * (now - self._last) / self._every), len(self._turn), QUESTIONS_AT_ONCE)
         if not due:
             return
@@ -93,12 +95,14 @@ class Pulse:
     def hurry(self) -> None:
         """Make all nodes due now.
 
-        With many nodes, the first ones are asked at once and the others at the usual rate.
+        With many nodes, only the first ones are asked at once; the others are asked at the usual rate.
         """
         self._last -= self._every
 
     def answers(self, now: float) -> Iterator[tuple[str, int]]:
-        """Yield each node that answered its last question since the previous call, with the number of that question."""
+        """Yield nodes whose answer to their last question arrived since the previous call, with the number of that
+        question.
+        """
         for way in self._sockets.values():
             while True:
                 try:

@@ -1,8 +1,8 @@
 """The Ray backend: connects to a Ray cluster, or starts Ray on this machine, and holds one agent actor per node.
 
-This is the only file that imports ray, and only when a run asks for Ray. Ray carries the calls to agents and lists the
-nodes; ranks, placement, failure detection and restarts are ours. No placement group is needed: each agent is pinned to
-its node by id and takes all devices of the node, so that no other job shares them.
+This is the only file that imports ray, and it does so only when a run asks for Ray. Ray transports the calls to agents
+and lists the nodes. Sluice does the rest: ranks, placement, failure detection and restarts. No placement group is
+needed: each agent is pinned to its node by id and takes all devices of the node, so that no other job shares them.
 """
 
 import collections
@@ -37,30 +37,30 @@ from conf.schema import ROOT, Config
 from conf.words import say
 
 OBJECT_STORE = 100 << 20
-"""Size of Ray's object store, in bytes; no tensor goes through Ray."""
+"""Size of Ray's object store in bytes. Sluice sends no tensor through Ray."""
 CONNECT_LIMIT = 5
 """Seconds allowed for a connection to cluster.address."""
 CONNECT_TRIES = "8"
-"""Number of Ray's own attempts, one per second, at a reachable head.
-By default, Ray would ask a head that rejects the token 20 times.
+"""How often Ray tries to connect to a reachable head, once per second. By default, Ray would try 20 times with a head
+that rejects the token.
 """
 HEAD_START = "60"
-"""Seconds allowed for the head to start when the run starts its own Ray.
-Ray's default of 30 can be too short on a busy machine.
+"""Seconds that the head may take to start when the run starts its own Ray. Ray's default of 30 s can be too short on a
+busy machine.
 """
 HEAD_LIMIT = 1
-"""Seconds allowed for a connection to Ray's head while the run goes on."""
+"""Seconds allowed for a connection to Ray's head during the run."""
 CLOSE_LIMIT = 3
-"""Seconds allowed for agents to clean up after the run; the driver kills agents that do not answer."""
+"""Seconds that agents get to clean up after the run. The driver kills agents that do not answer."""
 CALLS_AT_ONCE = 32
-"""Number of calls made, and of answers taken, before the driver checks the clock and the pulse again.
-That takes some 20 ms, because the driver has to ask thousands of nodes every second.
+"""Number of calls that the driver makes, and of answers that it takes, before it checks the clock and the pulse again.
+Such a round takes some 20 ms. It must be short, because the driver has to ask thousands of nodes every second.
 """
 CALLS_WHEN_SILENT = 20
-"""Calls made per round when too many calls are pending and no answer arrives."""
+"""Number of calls per round when too many calls are pending and no answer arrives."""
 MOST_OUT = 256
-"""Maximum number of pending calls; further calls wait.
-Each pending call takes Ray some 30 KiB and makes thousands of others wait.
+"""Maximum number of pending calls; further calls wait. Each pending call takes some 30 KiB of Ray's memory and delays
+the others when there are thousands.
 """
 RAYLET = "raylet"
 """Name of Ray's process on a node."""
@@ -68,9 +68,9 @@ SHIPPED = ["conf", "train", "parallel", "cluster"]
 
 
 def run_ray(config: Config, folder: Path, command: list[str], planner: Sequence[str] = ()) -> int:
-    """Run all ranks on Ray; returns the exit code of the run.
+    """Run all ranks on Ray. Returns the exit code of the run.
 
-    command: starts one rank; its last item is the configuration file. planner: as in cluster/driver/driver.py.
+    command: starts one rank; the last argument is the configuration file. planner: as in cluster/driver/driver.py.
     """
     assert command[0] == sys.executable, "agents start their own interpreter"
     folder = folder.absolute()
@@ -89,7 +89,7 @@ def run_ray(config: Config, folder: Path, command: list[str], planner: Sequence[
 
 
 class RayAbsent(UserError):
-    """The Ray that a run starts on this machine did not start."""
+    """Ray did not start on this machine."""
 
     code = EXIT_CRASH
 
@@ -104,10 +104,10 @@ class RayAbsent(UserError):
 
 
 class RayFleet:
-    """Agents as Ray actors, by Ray's node id; see cluster/driver/fleet.py."""
+    """Agents that are Ray actors, by Ray's node id; see cluster/driver/fleet.py."""
 
     _raylet: int | None = None
-    """Process id of the raylet that holds the agent, if this run started Ray."""
+    """Process id of the raylet that runs the agent, if this run started Ray."""
 
     def __init__(self, config: Config):
         _settings(embedded=config.cluster.address is None)
@@ -118,9 +118,9 @@ class RayFleet:
         self._folder: PrivateFolder | None = None
         """Folder of a Ray that this run started on this machine."""
         self._sweeper: subprocess.Popen | None = None
-        """Process that cleans up if this process is killed."""
+        """Process that cleans up after this process if this process is killed."""
         self.ships = config.cluster.address is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
-        """Whether Ray copies the program to the nodes; a submitted job has copied it already."""
+        """Whether Ray must copy the program to the nodes. For a submitted job, Ray has already copied it."""
         if config.cluster.address is None:
             self._start_embedded()
         else:
@@ -131,26 +131,26 @@ class RayFleet:
         self.gpus = config.cluster.device != "cpu" and any(node["Resources"].get("GPU") for node in ray.nodes())
         self._actors: dict[str, Any] = {}
         self._resources: dict[str, dict[str, float]] = {}
-        """Resources of every node that was listed, by node id."""
+        """Resources of every node that has been listed, by node id."""
         self._named: set[str] = set()
         """Ids of nodes whose name comes from a label."""
         self._next: collections.deque[tuple[Any, str, str, tuple]] = collections.deque()
-        """Calls that wait for their turn, as (actor, node, method, arguments)."""
+        """Calls that wait until they can be made, as (actor, node, method, arguments)."""
         self._out = 0
-        """Number of pending calls, without calls of WAITING methods."""
+        """Number of pending calls; calls of WAITING methods do not count."""
         self._look: Future | None = None
-        """Pending question to the head, asked at `_look_began`."""
+        """Pending question to the head; it was asked at `_look_began`."""
         self._look_began = 0.0
         self._leaving: dict[str, str] = {}
         self._taken = 0
-        """Number of answers that the last round found."""
+        """Number of answers that the last round took."""
         self._done: queue.SimpleQueue[tuple[str, str, Future]] = queue.SimpleQueue()
-        """Finished calls, as (node, method, outcome).
-        Ray's own thread adds them, so that the cost of a call does not depend on the number of pending calls.
+        """Finished calls, as (node, method, outcome). Ray's own thread adds them, so that the cost of a call does not
+        depend on the number of pending calls.
         """
 
     def _start_embedded(self) -> None:
-        """Start Ray on this machine, with a second try if it fails.
+        """Start Ray on this machine; try a second time if the first start fails.
 
         Ray waits only 30 s for its processes, and a busy machine may take longer.
         """
@@ -167,15 +167,15 @@ class RayFleet:
                 raise RayAbsent(first_line(again)) from again
 
     def _try_embedded(self) -> None:
-        # Ray opens its folder, with the sockets in it, to every user of the machine; so it gets a folder that no other
-        # user can reach.
-        self._folder = PrivateFolder("sluice-ray-", Path("/tmp"))  # TMPDIR may be too long for the path of a socket
+        # Ray lets every user of the machine enter its folder, which contains its sockets. So Ray gets a folder inside
+        # one that no other user can enter.
+        self._folder = PrivateFolder("sluice-ray-", Path("/tmp"))  # the path of TMPDIR may be too long for a socket
         words = [sys.executable, "-m", "cluster.node.sweep_ray", str(self._folder.path)]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self._sweeper = subprocess.Popen(words, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True, **quiet)
         try:
-            # Agents import packages from the folder in which Ray starts: use the program's folder, because the user's
-            # folder may hold packages with our names.
+            # Agents import packages from the folder in which Ray starts. This must be the program's folder, because the
+            # user's folder may contain packages with the same names.
             with contextlib.chdir(ROOT):
                 self._ray.init(
                     _temp_dir=str(self._folder.path / "ray"),
@@ -207,13 +207,13 @@ class RayFleet:
                 raise _explain(address, f"{error}\n{said.read().decode(errors='replace')}") from error
 
     def nodes(self) -> list[Node]:
-        # The head would notice the dead raylet many seconds later
+        # Ray's head would notice the dead raylet many seconds later.
         if self._raylet is not None and not lives(self._raylet):
             return []
         is_new = self._look is None and self._head_answers()
         if is_new:
             self._look, self._look_began = _in_thread(lambda: (self._list(), self._list_draining())), time.monotonic()
-        if self._look is not None:  # the head may die, or hang, just after it answered
+        if self._look is not None:  # the head may die or hang just after it answered
             silent = time.monotonic() - self._look_began
             is_last = silent > CONNECT_LIMIT  # this process itself may have been held up while the answer waited
             try:
@@ -243,7 +243,8 @@ class RayFleet:
         return found
 
     def _head_answers(self) -> bool:
-        """Whether something listens at Ray's head. Raises FleetLost after CONNECT_LIMIT seconds without a listener.
+        """Whether a process listens at the address of Ray's head. Raises FleetLost after CONNECT_LIMIT seconds without
+        a listener.
 
         Without a head, Ray's own calls wait for a minute and then end this process.
         """
@@ -321,11 +322,11 @@ class RayFleet:
         )
 
     def replies(self, timeout: float) -> list[Reply]:
-        # If many nodes do not answer, make one call for each answer of the last round, or a few calls if there was
-        # none.
+        # Many nodes may not answer. In that case, make one call for each answer of the last round, or a few calls if
+        # there was no answer.
         self._make_calls(min(CALLS_AT_ONCE, max(MOST_OUT - self._out, self._taken or CALLS_WHEN_SILENT)))
         found: list[Reply] = []
-        with contextlib.suppress(queue.Empty):  # take the first answer and all that are ready
+        with contextlib.suppress(queue.Empty):  # take the first answer and all others that are ready
             found.append(self._reply(*self._done.get(timeout=timeout)))
             while len(found) < CALLS_AT_ONCE:
                 found.append(self._reply(*self._done.get_nowait()))
@@ -369,7 +370,8 @@ def _settings(embedded: bool) -> None:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if embedded:
-        # Ray would start a worker for every core, each of which costs half a second; a run has one agent.
+        # By default Ray starts a worker for every core, and each start takes half a second. A run needs only one agent
+        # per node.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.setdefault(
             "RAY_worker_niceness", "0"
@@ -394,7 +396,7 @@ def _settings(embedded: bool) -> None:
 
 
 def _kill_started(folder: Path) -> None:
-    """Kill the processes that a failed start of Ray leaves behind: children of this process that use its folder."""
+    """Kill the processes that a failed start of Ray left: the children of this process that use its folder."""
     for child in _started(folder):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
@@ -410,7 +412,7 @@ def _started(folder: Path) -> list[psutil.Process]:
 
 
 def _require_answer(address: str) -> None:
-    """Raise UserError within CONNECT_LIMIT seconds if nothing listens; Ray itself would try for a minute."""
+    """Raise UserError within CONNECT_LIMIT seconds if no process listens; Ray itself would try for a minute."""
     if address == "auto":
         return
     try:
@@ -427,7 +429,7 @@ def _require_answer(address: str) -> None:
 def _in_thread(call: Callable[[], Any]) -> Future:
     """Run a call in a daemon thread and return its future.
 
-    The thread delays neither the caller nor the end of this process.
+    A daemon thread delays neither the caller nor the end of this process.
     """
     outcome: Future = Future()
 
@@ -451,7 +453,7 @@ def _connect(address: str, limit: float) -> None:
 def _stderr_in_file() -> Iterator[IO[bytes]]:
     """Capture stderr in a file.
 
-    Ray's native code repeats its errors on the terminal; the caller makes one sentence of them.
+    Ray's native code prints its errors several times; the caller shows one sentence instead.
     """
     with tempfile.TemporaryFile() as file:
         terminal = os.dup(2)
@@ -477,5 +479,5 @@ def _explain(address: str, text: str) -> UserError:
 
 
 def _excludes() -> list[str]:
-    """Patterns for everything except the program; the data of runs must not travel."""
+    """Return patterns of the files that Ray must not copy: all files that are not part of the program."""
     return [f"/{path.name}" for path in ROOT.iterdir() if path.name not in SHIPPED]

@@ -1,13 +1,13 @@
-"""The layouts that a run may use: its own and, when nodes are missing, smaller ones.
+"""The layouts that a run may use: its full layout and, when nodes are missing, smaller layouts.
 
-The number of pipeline stages stays the same. The unit of a layout is a block: one expert group of every stage. A
-smaller layout has fewer blocks, or blocks of fewer ranks (a smaller ep: fewer ranks share the experts of a layer), or
-both. If the batch does not divide evenly, the shares of expert groups differ by one micro-batch per rank
+All layouts have the same number of pipeline stages. The unit of a layout is a block, which has one expert group of
+every stage. A smaller layout has fewer blocks, or smaller blocks (a smaller ep: fewer ranks share the experts of a
+layer), or both. If the batch does not divide evenly, some expert groups get one micro-batch per rank more than others
 (parallel.uneven).
 
 A step takes as long as its busiest rank. So the best layout is the one whose busiest rank has the fewest micro-batches.
-Among equally fast layouts, the largest ep wins, because it is closest to the recipe and needs the least memory; then
-the fewest ranks, which leaves spares.
+Among equally fast layouts, the layout with the largest ep is best, because it is closest to the recipe and needs the
+least memory. Among layouts with the same ep, the layout with the fewest ranks is best, because it leaves spares.
 
 The program that starts the run plans the memory that a smaller layout needs on every device. It writes layouts.json in
 the run folder:
@@ -17,8 +17,8 @@ the run folder:
                parallel.cp all ranks of a stage count as dp
     problem    why there is no plan, else null
 
-If there is no plan, or if by the plan the run's own layout does not fit, the memory need is unknown; then ep does not
-change.
+The memory need is unknown if there is no plan, or if the plan says that the run's full layout does not fit. In that
+case ep does not change.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def digest_of(folder: Path) -> str:
 
 
 def with_shape(config: Config, shape: StageShape) -> Config:
-    """Return the configuration of a run in another layout."""
+    """Return the configuration of a run with another layout."""
     dp = shape.dp // config.parallel.cp
     uneven = config.parallel.uneven or any(batch % (config.micro_batch_size * dp) for batch in batch_sizes(config))
     parallel = dataclasses.replace(config.parallel, dp=dp, ep=shape.ep, uneven=uneven)
@@ -51,12 +51,12 @@ def with_shape(config: Config, shape: StageShape) -> Config:
 
 
 def smaller_shapes(config: Config) -> list[StageShape]:
-    """Return all shapes with fewer data-parallel ranks or a smaller ep, the best first; other rules are not checked
-    here.
+    """Return all shapes with fewer data-parallel ranks or a smaller ep, the best shape first. Other rules of a layout
+    are not checked here.
     """
     own, size, found = config.parallel, config.micro_batch_size, []
     for ep in range(own.ep, 0, -1):
-        group = math.lcm(ep, own.cp)  # ranks that work in lockstep
+        group = math.lcm(ep, own.cp)  # number of ranks that work in lockstep
         rounds, rest = divmod(config.batch_size, size * group // own.cp)
         if rest or config.model.experts % ep:
             continue
@@ -66,7 +66,7 @@ def smaller_shapes(config: Config) -> list[StageShape]:
 
 
 class Shapes:
-    """The layouts of a run. folder: run folder; None for a run without one, for which no memory is planned."""
+    """The layouts of a run. folder: run folder; None for a run without a folder, for which no memory is planned."""
 
     def __init__(self, config: Config, folder: Path | None = None):
         self._config, self._folder = config, folder
@@ -75,19 +75,19 @@ class Shapes:
         self.smaller = [shape for shape in smaller_shapes(config) if shape != self.own]
         self._broken: dict[StageShape, str | None] = {}
         self._planned: dict[int, dict[int, int]] | None = None
-        """Bytes per device, by ep and dp."""
+        """Planned bytes per device, by ep and dp; None if unknown."""
         self._there = 0
-        """Bytes of the smallest device among the nodes checked last; 0 while none is known."""
+        """Memory in bytes of the smallest device of the nodes that were checked last; 0 before the first check."""
         self.problem: str | None = None
         """Why the memory need is unknown."""
 
     @property
     def is_planned(self) -> bool:
-        """Whether the plan has been written, with or without success."""
+        """Whether the planner has written its result, which may be a failure."""
         return self._folder is not None and (self._planned is not None or self._read(self._folder))
 
     def why_not(self, shape: StageShape, nodes: Sequence[Node]) -> str | None:
-        """Explain why a layout may not run on these nodes, or return None if it may; the number of nodes is not
+        """Return the reason why a layout may not run on these nodes, or None if it may. The number of nodes is not
         checked.
         """
         if shape == self.own:
@@ -133,7 +133,7 @@ class Shapes:
             plan = read_plain_json(folder / LAYOUTS_FILE)
         except FileNotFoundError:
             return False
-        if plan["config"] != digest_of(folder):  # the plan of an earlier launch
+        if plan["config"] != digest_of(folder):  # the plan belongs to an earlier launch
             return False
         self._planned, self.problem = {}, plan["problem"]
         for layout in plan["layouts"]:
@@ -148,7 +148,7 @@ class Shapes:
         return f"pp {self.pp} x dp {shape.dp // cp}" + (f" ({', '.join(more)})" if more else "")
 
     def words(self, shape: StageShape) -> str:
-        """Return the command-line words that ask for a shape."""
+        """Return the command-line arguments that set a shape."""
         parallel = with_shape(self._config, shape).parallel
         found = [f"parallel.dp={parallel.dp}"]
         found += [f"parallel.ep={shape.ep}"] if shape.ep != self.own.ep else []
@@ -157,7 +157,7 @@ class Shapes:
         )
 
     def why_idle(self, shape: StageShape, nodes: Sequence[Node]) -> str:
-        """Explain why these nodes cannot run a larger layout, and what would allow it."""
+        """Explain why these nodes cannot run a larger layout, and what would make it possible."""
         faster = [other for other in (self.own, *self.smaller) if other.micro_batches < shape.micro_batches]
         rooms = {ep: count_group_places(nodes, ep) // self.pp * ep for ep in {other.ep for other in faster}}
         refused = [other for other in faster if rooms[other.ep] >= other.dp]
@@ -172,7 +172,7 @@ class Shapes:
         )
 
     def why_nothing(self, nodes: Sequence[Node]) -> str:
-        """Explain what would let these nodes run a layout, when none fits."""
+        """Explain what would allow these nodes to run a layout, if no layout fits."""
         every = (self.own, *self.smaller)
         least = min((s for s in every if self.allows(s, nodes)), key=lambda shape: shape.dp)
         text = f"add nodes: the smallest layout that may run, {self.name(least)}, takes {self.pp * least.dp} devices"

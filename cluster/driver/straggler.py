@@ -1,9 +1,9 @@
-"""Finds ranks that are slower than other ranks with the same work, in spite of the noise of a busy machine.
+"""Finds ranks that are slower than other ranks with the same work, even if step times are noisy.
 
 After every step, a rank reports how long its own work took. Its peers are the ranks of the same pipeline stage. The
-window holds the last WINDOW_BLOCKS x BLOCK_STEPS steps of every rank. For each block of steps, the file takes the
-logarithm of the rank's median time over the median of its peers' medians. One slow step, or a short burst, changes no
-more than one block. A rank is slow if
+window holds the last WINDOW_BLOCKS x BLOCK_STEPS steps of every rank. Each rank gets a value for each block of steps:
+the logarithm of (the rank's median time / the median of its peers' median times). One slow step, or a short series of
+slow steps, changes at most one block. A rank is slow if
 
     - its mean over the blocks is at least `factor` times its peers' time,
     - that mean is at least NOISE times the noise of one block, which is NOISE x sqrt(WINDOW_BLOCKS) standard errors of
@@ -24,25 +24,25 @@ from dataclasses import dataclass
 import numpy as np
 
 BLOCK_STEPS, WINDOW_BLOCKS = 10, 8
-"""Steps of a block, and blocks of the window."""
+"""Number of steps of a block, and number of blocks of the window."""
 NOISE = 2.0
 SPREAD = 1.4826
-"""Standard deviation of normal noise over its median absolute value."""
+"""Ratio of the standard deviation of normal noise to its median absolute deviation."""
 MEDIAN_ERROR = 1.2533
 """Ratio of the standard error of a median to the standard error of a mean."""
 LEAST_SECONDS = 0.01
-"""Minimum excess per step for which a rank is named."""
+"""Minimum excess in seconds per step. A rank below it is not named."""
 COUNTED_SECONDS = 1e-9
-"""Lower bound of a step's seconds, because the code takes the logarithm."""
+"""Lower bound of the seconds of a step; the logarithm of 0 does not exist."""
 LONE_FACTOR = 2.0
-"""A stage of one rank has no peers.
-Its rank is compared with all ranks, whose work may differ by design, so it must exceed them by this factor.
+"""Minimum factor for a rank that is alone in its stage. Such a rank has no peers and is compared with the ranks of all
+stages, whose work may differ by design.
 """
 
 
 @dataclass(frozen=True)
 class SlowRank:
-    """A rank that computes longer than its peers; both times in seconds per step."""
+    """A rank that computes longer than its peers. Both times are in seconds per step."""
 
     rank: int
     seconds: float
@@ -53,18 +53,18 @@ class Stragglers:
     """Collects the step times of ranks and names the slow ranks."""
 
     def __init__(self, stages: Sequence[Sequence[int]]):
-        """stages: ranks with the same work, stage by stage; ranks are numbered from 0 over all stages."""
+        """stages: the ranks of each stage, which have the same work. Ranks are numbered from 0 over all stages."""
         everyone = [rank for ranks in stages for rank in ranks]
         self._groups = [np.array(ranks) for ranks in stages if len(ranks) > 1]
         self._lone = np.array([ranks[0] for ranks in stages if len(ranks) == 1], int)
         self._everyone = np.array(everyone) if len(self._lone) and len(everyone) > 1 else None
         self._steps_RW = np.ones((len(everyone), BLOCK_STEPS * WINDOW_BLOCKS))
-        """Seconds of the newest steps of each rank; step s of a rank is in column s modulo the window."""
+        """Seconds of the newest steps of each rank. Step s of a rank is in column s modulo the window length."""
         self._seen_R = np.zeros(len(everyone), int)
         self._filled = 0
         """Number of filled blocks, summed over all ranks."""
         self._judged = 0
-        """Number of blocks at the last check."""
+        """Number of filled blocks of every rank at the last check."""
         self._named: set[int] = set()
 
     def take(self, rank: int, busy: float) -> None:
@@ -75,8 +75,8 @@ class Stragglers:
         self._filled += (seen + 1) % BLOCK_STEPS == 0
 
     def new(self, factor: float) -> list[SlowRank]:
-        """Return the ranks that became slow since the last call; checks only when all ranks have one more block of
-        steps.
+        """Return the ranks that became slow since the last call. A check is made only when all ranks have one more
+        block of steps.
         """
         if not factor or self._filled < len(self._seen_R) * max(WINDOW_BLOCKS, self._judged + 1):
             return []
@@ -100,7 +100,7 @@ class Stragglers:
         seconds_RW = np.take_along_axis(self._steps_RW[ranks], order_RW, 1)
         logs_RBS = np.log(seconds_RW).reshape(len(ranks), WINDOW_BLOCKS, BLOCK_STEPS)
         medians_RB = np.median(logs_RBS, 2)
-        # With two ranks, compare with the faster one; with more, with the middle one.
+        # With two ranks, compare with the faster one; with more ranks, compare with the median.
         middle_B = np.sort(medians_RB, 0)[(len(ranks) - 1) // 2]
         over_RB = medians_RB - middle_B
         spread_R = np.median(np.abs(logs_RBS - medians_RB[..., None]).reshape(len(ranks), -1), 1)
@@ -110,7 +110,7 @@ class Stragglers:
         limits_R = np.maximum(math.log(factor), NOISE * noise_R)
         means_R, usual = over_RB.mean(1), math.exp(np.median(middle_B))
         medians_R = np.median(seconds_RW, 1)
-        again_R = over_RB.max(1) < limits_R / 2  # as fast as the others for a whole window
+        again_R = over_RB.max(1) < limits_R / 2  # as fast as the peers for a complete window
         self._named -= set(ranks[again_R & np.isin(ranks, wanted)].tolist())
         slow_R = (means_R >= limits_R) & (over_RB.min(1) >= means_R / 2) & (medians_R - usual >= LEAST_SECONDS)
         found = [

@@ -6,9 +6,9 @@
         +---- ending <-------- judging        judging: probe every node of the attempt, let the others report, collect
         +---- stopping                        stacks; then name the cause (cluster/cause.py) and end all ranks
 
-`handle(now, event)` returns actions and performs none itself, so that a test can try any schedule of faults. It
-receives the time with every event, stores events, and decides at the next tick, so that an answer of one of thousands
-of nodes costs little. These rules always hold:
+`handle(now, event)` returns actions and performs none itself, so that a test can try any schedule of faults. It gets
+the time with every event. It only stores most events and decides at the next tick, so that each answer of thousands of
+nodes costs little. These rules always hold:
 
     - An attempt starts only when no rank of an earlier attempt is alive on an answering node. On a node that does not
       answer, the agent ends the ranks itself after its lease, and their checkpoints carry an older attempt number.
@@ -41,15 +41,15 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_U
 from conf.words import some_of
 
 NAP = 0.25
-"""Share of a heartbeat that the driver may be busy between two ticks; a longer pause counts as sleep.
-An agent answers within half a heartbeat, so a live node stays within its heartbeat however long the driver slept.
+"""Share of a heartbeat that the driver may be busy between two ticks. A longer pause counts as time in which the driver
+slept. An agent answers within half a heartbeat, so a live node never counts as late, however long the driver slept.
 """
 SHOWN_NODES = 8
-"""Number of idle nodes that a sentence names; the event lists all."""
+"""Number of idle nodes that a sentence names; the event lists all idle nodes."""
 
 
 def _budgets(cause: Cause) -> list[tuple[Kind, str]]:
-    """Return the budgets that a failure is counted against."""
+    """Return the budgets that a failure counts against."""
     return [(cause.kind, name) for name in cause.nodes] if cause.kind is Kind.node else [(cause.kind, "")]
 
 
@@ -65,36 +65,40 @@ class Supervisor:
         self.saved = NONE
         """Age of the newest checkpoint."""
         self.held = NONE
-        """Age of the newest copy in the memory of the answering nodes."""
+        """Age of the newest complete copy in the memory of the answering nodes."""
         self.failures: list[tuple[int, Cause]] = []
         self._spent = Counter[tuple[Kind, str]]()
         self._patience = Patience(policy.hang_after, policy.start_timeout, policy.kill_after, policy.timeout)
         self._out: list[m.SupervisorAction] = []
         self._held_up = HeldUp(NAP * policy.heartbeat, now)
         self._late_from = now
-        """Before this time no node can count as lost for its silence; the driver may hear from nodes meanwhile."""
+        """Time before which no node can count as lost for its silence. Nodes that answer meanwhile may have even more
+        time.
+        """
         self._deadline = now + policy.wait
         self._no_node_comes = False
         self._stop_why: str | None = None
         self._placed: tuple[tuple | None, Placement | None] = None, None
-        """The nodes that were placed last, and the resulting placement."""
+        """The nodes for which the placement was computed last, and this placement."""
         self._probing: set[str] = set()
         self._settled_at = self._probed_at = now
         self._failed_at: float | None = None
         self._named_by: float | None = None
-        """Time until which the supervisor waits for the stacks of a run without news; None if it names no rank."""
+        """Time until which the supervisor waits for stacks to name the rank that blocks a late run; None if it does not
+        wait.
+        """
         self._quiet_since = now
-        """Time of the ranks' last progress before the failure that is being judged."""
+        """Time of the ranks' last progress before the failure that the supervisor is judging."""
         self._again_until: int | None = None
-        """Steps up to this one were done before and are being repeated."""
+        """The run had done the steps up to this one before and is repeating them; None if it repeats no step."""
         self._reached = -1
         """Highest step that a rank of this launch worked on."""
         self._safe = -1
-        """Highest step that an attempt of this launch saved or held."""
+        """Highest step that an attempt of this launch has saved, on disk or in memory."""
 
     @property
     def current(self) -> Attempt:
-        """The attempt that runs, is ending or ran last; it exists in every phase but the first."""
+        """The attempt that is running or ending, or the last one. It exists in every phase but the first."""
         assert self.attempt is not None
         return self.attempt
 
@@ -109,7 +113,7 @@ class Supervisor:
         return {id for id, state in self.nodes.items() if state.draining}
 
     def handle(self, now: float, event: m.Event) -> list[m.SupervisorAction]:
-        """Process one event at this time (seconds, monotonic); returns actions in order."""
+        """Process one event. Returns actions in order. now: seconds of a monotonic clock."""
         self._out = []
         if self.phase is DriverPhase.done:
             return []
@@ -127,7 +131,7 @@ class Supervisor:
             case m.NodeProbed(node):
                 if node in self._probing:
                     self._probing.discard(node)
-                    # A node that was held up gets as long as the other nodes to say why its ranks failed.
+                    # A node that was held up gets as much time as the other nodes to report why its ranks failed.
                     self._settled_at = max(self._settled_at, now + self.policy.settle)
             case m.StacksPrinted(number, texts, rings):
                 if self.attempt and number == self.number:
@@ -179,11 +183,12 @@ class Supervisor:
             state.live = live
             self._take(now, ranks)
             return
-        if live:  # the node slept through the end of its attempt
+        if live:  # the node slept while its attempt ended
             self._out.append(m.EndRanks(number, (id,)))
         elif state.health is NodeHealth.silent:
             self._join(now, state.node)
-        if not current:  # otherwise the attempt has not begun: its ranks count as alive since the order to start
+        # If current, the attempt has not begun on the node: its ranks count as alive since the order to start them.
+        if not current:
             self.nodes[id].live = live
 
     def _take(self, now: float, ranks: list) -> None:
@@ -225,10 +230,10 @@ class Supervisor:
             self._grow(now)
 
     def _got_on(self, age: Age) -> None:
-        """Refill the failure budgets if a new step is safe from failures.
+        """Refill the failure budgets if a later step than before is saved.
 
-        A step that another attempt of this launch had reached does not count: a run that repeats the same steps would
-        never end. Steps of earlier launches do not matter, because this launch may resume before them.
+        A step that this launch saved before does not count: otherwise a run that repeats the same steps would never
+        end. Steps of earlier launches do not matter, because this launch may resume from an earlier step.
         """
         if age.attempt >= self.policy.first_attempt and age.step > self._safe:
             self._safe = age.step
@@ -253,7 +258,7 @@ class Supervisor:
                 self._stop_ranks(now, why) if asked else self._end_ranks(now)
 
     def _tell_limits(self) -> None:
-        """Report it if the run has no layout left once any of its nodes is lost."""
+        """Report it if the loss of one more node would leave the run without a layout."""
         placement, shapes = self.current.placement, self.policy.shapes
         usable = [node for node in self._usable() if node.id != placement.nodes[0].id]
         if place(usable, shapes.pp, [shapes.own, *shapes.smaller], partial(shapes.allows, nodes=usable)) is None:
@@ -269,8 +274,8 @@ class Supervisor:
             self._name_stragglers()
 
     def _forgive(self, now: float, slept: float) -> None:
-        """Extend all deadlines by the time that this process, or the whole machine, slept: no node is late because
-        of it.
+        """Extend all deadlines by `slept` seconds, in which this process or the machine slept. No node is late because
+        of this time.
         """
         for state in self.nodes.values():
             state.heard = min(state.heard + slept, now)
@@ -327,7 +332,7 @@ class Supervisor:
         hoped = any(state.health is NodeHealth.returning or state.live for state in states)
         first = self.attempt is None
         if (first or hoped) and now < self._deadline and sum(node.devices for node in free) < self.policy.world:
-            return  # only the whole run may start now, and it cannot
+            return  # only the full layout may start now, and it cannot
         found = self._place(free)
         if found and (found.shape == self.policy.shapes.own or (not first and (not hoped or now >= self._deadline))):
             self._start(now, found)
@@ -377,8 +382,8 @@ class Supervisor:
             self._grow(now)
 
     def _name_late(self, now: float) -> bool:
-        """Name the ranks that hold up a run without news, before the driver ends it; returns whether there was
-        something to do.
+        """Name the ranks that block a run without news, before the driver ends the run. Returns whether it took an
+        action.
         """
         attempt = self.current
         if attempt.is_late(now):
@@ -416,7 +421,7 @@ class Supervisor:
         self._judge(now, self.policy.settle)
 
     def _leave(self, now: float) -> None:
-        """Finish the attempt: all ranks ended well."""
+        """Finish the attempt, whose ranks have all ended well."""
         if self._named_by is None and (seconds := self.current.over(now)) is not None:
             self._tell_went_on(seconds)
         if all(report.code == EXIT_OK for report in self.current.reports.values()):
@@ -430,7 +435,7 @@ class Supervisor:
         return f"step {self.saved.step} is saved" if self.saved > NONE else "there is no checkpoint"
 
     def _left_alone(self) -> str:
-        """Describe what becomes of ranks that this driver cannot reach."""
+        """Return text that says what happens to ranks that this driver cannot reach."""
         lost = self.attempt.lost if self.attempt else ()
         names = [
             state.node.name for id, state in self.nodes.items() if id in lost and state.health is NodeHealth.silent
@@ -441,7 +446,7 @@ class Supervisor:
         return f"; ranks on {some_of(names, SHOWN_NODES)} cannot be reached: their agents end them {lease:.0f} s after this driver's last request, without a checkpoint"
 
     def _judge(self, now: float, settle: float) -> None:
-        """React to a failure: ask every node whether it is alive, and give the ranks time to report."""
+        """React to a failure: probe every node, and give the ranks time to report."""
         self.phase, self._quiet_since = DriverPhase.judging, min(now, self.current.moved)
         self._named_by = None
         if self._failed_at is None:
@@ -471,7 +476,7 @@ class Supervisor:
         self._out.append(m.EndRanks(self.number, self.current.reachable))
 
     def _calls(self) -> float:
-        """Seconds that a call to every node of the attempt, with its answer, may take."""
+        """Return the seconds that calls to all nodes of the attempt, with their answers, may take."""
         return len(self.current.reachable) / self.policy.calls
 
     def _await_end(self, now: float) -> None:
@@ -481,7 +486,7 @@ class Supervisor:
         for id in stuck:  # SIGKILL does not end a process that waits in the kernel for a dead disk or device
             self._lose(id, NodeHealth.silent, f"its ranks are still alive after SIGKILL and {self.policy.kill:.0f} s")
         cause = self.current.cause
-        if cause is None and self._stop_why is None:  # a node was draining before the first step
+        if cause is None and self._stop_why is None:  # a node started to drain before the first step
             self._regroup(now)
             return
         if cause is None:
@@ -501,7 +506,7 @@ class Supervisor:
             self._regroup(now)
 
     def _regroup(self, now: float) -> None:
-        """Start the next attempt: at once, or later if a node is about to return or no layout fits."""
+        """Start the next attempt at once, or later if a node is about to return or if no layout fits."""
         self.phase = DriverPhase.gathering
         enough = self._place(self._usable())
         self._deadline = now + (self.policy.return_wait if enough else self.policy.wait)

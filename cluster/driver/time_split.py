@@ -9,9 +9,9 @@ The parts add up to the time in which a driver ran:
     restart     from the cause, or from the decision to regroup, to the first step of the next attempt; waiting excluded
     again       steps that the run had done before
 
-The time between two launches belongs to no part, because no training was wanted then. Effective time is training time
-weighted by ranks: time on half of the wanted ranks counts half. Waiting spare nodes are held as well; `held_share`
-shows their cost.
+The time between two launches belongs to no part, because the user wanted no training in that time. Effective time is
+training time weighted by ranks: time on half of the wanted ranks counts half. A run also occupies spare nodes, which
+only wait; `held_share` shows the cost of these nodes.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ from typing import Any
 
 
 class TimePart(StrEnum):
-    """Parts of a run's wall time, as the top of this file defines them, in display order."""
+    """Parts of a run's wall time, in display order. The module's docstring defines them."""
 
     training = "training"
     again = "again"
@@ -40,15 +40,17 @@ class TimeSplit:
 
     seconds_in: dict[TimePart, float] = field(default_factory=lambda: dict.fromkeys(TimePart, 0.0))
     spans: list[tuple[float, float]] = field(default_factory=list)
-    """Unix times (start, end) of the stretches of lasting training steps."""
+    """Unix times (start, end) of the intervals of training steps whose result lasts."""
     attempts: int = 0
     nodes: int = 0
-    """Nodes with ranks in the newest attempt."""
+    """Number of nodes with ranks in the newest attempt."""
     spares: int = 0
     effective_seconds: float = 0.0
-    """Training seconds, weighted by the share of the wanted ranks that worked."""
+    """Training seconds, weighted by the number of working ranks divided by the number of wanted ranks."""
     held_seconds: float = 0.0
-    """All seconds, weighted by held nodes (spares included) over the nodes that the whole run needs."""
+    """All seconds, weighted by the number of occupied nodes (spares included) divided by the number of nodes that the
+    full layout needs.
+    """
 
     @property
     def seconds(self) -> float:
@@ -57,27 +59,27 @@ class TimeSplit:
 
     @property
     def downtime_seconds(self) -> float:
-        """Seconds without steps, starts included."""
+        """Seconds without training steps, starts included."""
         return sum(seconds for part, seconds in self.seconds_in.items() if part not in STEPPING)
 
     @property
     def share(self) -> float:
-        """Share of the time with steps; 1 is best."""
+        """Training time divided by all time; 1 is best."""
         return 1 - self.downtime_seconds / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def effective_share(self) -> float:
-        """Training time x working ranks / wanted ranks, over all time; 1 is best."""
+        """Training time x working ranks / wanted ranks, divided by all time; 1 is best."""
         return self.effective_seconds / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def held_share(self) -> float:
-        """Effective time over the time of all nodes that the run held, spares included."""
+        """Effective time divided by the time of all nodes that the run occupied, spares included."""
         return self.effective_seconds / self.held_seconds if self.held_seconds > 0 else 0.0
 
 
 class _Clockwork:
-    """Walks through the events and assigns each stretch of time to a part."""
+    """Reads the events in order and assigns each interval of time to a part."""
 
     def __init__(self) -> None:
         self.split = TimeSplit()
@@ -88,7 +90,7 @@ class _Clockwork:
         self._asked_at: float | None = None
         """Time at which the driver asked the attempt to stop for the next one."""
         self._failed: tuple[float, bool] | None = None
-        """Time of the newest failure event, and whether that event says how long the ranks had made no progress."""
+        """Time of the newest failure event, and whether the event says for how long the ranks had made no progress."""
 
     def switch(self, now: float, part: TimePart | None) -> None:
         """End the current part now and begin another."""
@@ -103,7 +105,7 @@ class _Clockwork:
         self._part, self._since = part, now
 
     def launch(self, now: float, before: float, event: dict[str, Any]) -> None:
-        self.switch(before, None)  # ends the previous launch, if it logged no end
+        self.switch(before, None)  # ends the previous launch if that launch logged no end
         self.switch(now, TimePart.waiting)
         self._world, self._first, self._weight, self._held = event.get("world") or 0, True, 1.0, 1.0
 
@@ -126,7 +128,7 @@ class _Clockwork:
 
     def recover(self, now: float, event: dict[str, Any]) -> None:
         failed, reported = self._failed or (now, True)
-        # Earlier versions reported the time of hangs this way
+        # earlier versions reported the time of a hang in this way
         if not reported and (late := max(0.0, event["seconds"] - (now - failed))):
             self.split.seconds_in[TimePart.training] -= late
             self.split.effective_seconds -= late
@@ -135,7 +137,9 @@ class _Clockwork:
 
 
 def split_time(events: Iterable[dict[str, Any]], now: float | None = None) -> TimeSplit:
-    """Add up the events of a run. now: Unix time while the run goes on; None if the last event ended it."""
+    """Add up the events of a run. now: current Unix time while the run continues; None if the last event ended the
+    run.
+    """
     work, before = _Clockwork(), 0.0
     for event in events:
         time = event["time"]

@@ -1,4 +1,4 @@
-"""The run on the driver's terminal: one live status line; above it, events and the output of rank 0.
+"""Shows a run on the driver's terminal: one live status line and, above it, events and the output of rank 0.
 
 If the output is not a terminal (a file, a job's log), the notes and the lines of rank 0 are printed as plain lines.
 """
@@ -25,7 +25,7 @@ REFRESH = 0.5
 
 
 class View:
-    """Shows a supervisor. Use it in `with`; `metrics` is the run's metrics.jsonl."""
+    """Shows the state of a supervisor. Use it in `with`. `metrics` is the run's metrics.jsonl."""
 
     def __init__(self, name: str, metrics: Path, steps: int, console: Console | None = None):
         self._console = console or Terminal()
@@ -57,7 +57,7 @@ class View:
             self._print(f"{time.strftime('%H:%M:%S')} {kind.replace('_', ' ')}: {text}")
 
     def output(self, piece: bytes) -> None:
-        """Show further output of rank 0."""
+        """Show new output of rank 0."""
         *lines, self._line = (self._line + piece).split(b"\n")
         for line in lines:
             self._print(line.decode(errors="replace"))

@@ -1,11 +1,12 @@
-"""Node health that agents report besides their ranks: process priority, clock jumps during a run, and full disks.
+"""Node health that agents report in addition to their ranks: process priority, clock jumps during a run, and full
+disks.
 
-None of the three ends a run. With a low priority, other work on the node slows its ranks.
+None of these three problems ends a run. With a low priority, other work on the node slows its ranks.
 
-The driver orders the errors of several ranks by time, so it converts a node's times to its own clock here. An agent
-counts time from the node's check with a clock that nobody sets; this file subtracts how far the node's clock was ahead
-at that check. The travel time of an answer must not count: it is longer than the time between an error and the errors
-of its victims.
+The driver orders the errors of several ranks by time, so this file converts the times of each node to the driver's
+clock. When the driver checks a node, the agent reads the node's clock once; later times follow from a clock that nobody
+can set. This file subtracts the seconds by which the node's clock was ahead at that check. The arrival time of an
+answer would be useless: a transfer takes longer than the time between an error and the errors of its victims.
 
 A full disk for temporary files loses the output of ranks and makes the next start on that node fail. The driver reports
 each clock jump and each full disk once.
@@ -22,9 +23,9 @@ from cluster.topology import Node
 class _Vitals:
     name: str
     ahead: float = 0.0
-    """Seconds by which the node's clock was ahead at the check."""
+    """Seconds by which the node's clock was ahead of the driver's at the check."""
     reported: float = 0.0
-    """Seconds by which the clock has been set since then, as last reported."""
+    """Seconds by which the node's clock has been set ahead since the check, as last reported."""
     full: bool = False
     niceness: int = 0
 
@@ -34,17 +35,17 @@ class Vitals:
 
     def __init__(self) -> None:
         self._nodes: dict[str, _Vitals] = {}
-        """By node id."""
+        """Vitals by node id."""
         self._low: set[str] = set()
         """Names of the low-priority nodes that were already reported."""
 
     def know(self, node: Node, ahead: float, niceness: int = 0) -> None:
-        """Record a checked node: how many seconds its clock is ahead, and the niceness of its agent."""
+        """Record a checked node. ahead: seconds by which its clock is ahead. niceness: of its agent."""
         self._nodes[node.id] = _Vitals(node.name, ahead, niceness=niceness)
 
     def low(self, niceness: int) -> dict[str, int]:
-        """Return the niceness, by node name, of nodes whose agents have a lower priority than this; each node is
-        returned once.
+        """Return the niceness, by node name, of nodes whose agents have a lower priority than this. Each node is
+        returned only once.
         """
         found = {each.name: each.niceness for each in self._nodes.values() if each.niceness > niceness}
         fresh = {name: value for name, value in found.items() if name not in self._low}
@@ -52,7 +53,7 @@ class Vitals:
         return fresh
 
     def take(self, node: Node, answer: Answer) -> list[tuple[str, str]]:
-        """Correct the times of failures; return (kind, text) pairs to report."""
+        """Convert the times of failures to the driver's clock. Returns (kind, text) pairs to report."""
         known = self._nodes[node.id]
         for report in answer.ranks:
             if report.failure is not None:

@@ -1,1 +1,1 @@
-"""The programs on every node of a cluster: the agent, processes that wait to become ranks, copies in memory, checks."""
+"""Programs that run on every node of a cluster: the agent, reserve processes, copies in memory and checks."""

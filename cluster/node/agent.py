@@ -1,9 +1,10 @@
-"""The agent of a node: starts the node's ranks as child processes and reports their state. Knows nothing of Ray.
+"""The agent of a node: it starts the node's ranks as child processes and reports their state. It does not use Ray.
 
-Two methods wait: `ask` for news, and `network` for measurements; RayFleet gives each its own thread. All others return
-at once, because a late answer means that the node is lost. A rank reports through files (cluster/run_files.py) in a
-scratch folder of the attempt on the node's own disk, never through the shared run folder, so that a rank of an old
-attempt cannot be mistaken for a new one. The agent sends its output to the driver piece by piece.
+Two methods wait: `ask` waits for news, and `network` waits for measurements. RayFleet gives each of them a thread. All
+other methods return at once, because the driver takes a late answer as the loss of the node. A rank reports through
+files (cluster/run_files.py) in a scratch folder of the attempt on the node's own disk. It never reports through the
+shared run folder, so that a rank of an old attempt cannot be mistaken for a new one. The agent sends the output of its
+ranks to the driver in parts.
 
 The environment of a rank has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, and
 
@@ -14,8 +15,8 @@ The environment of a rank has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MA
     SLUICE_STORE_SECRET                       secret that seals the store where the ranks of this attempt meet, see
                                               parallel/signed_store.py
 
-An agent that gets no question for `lease` seconds, not even a pulse (cluster/node/pulse_echo.py), is cut off. It kills
-its ranks, because a new attempt may run elsewhere.
+If an agent gets no question for `lease` seconds, not even a pulse (cluster/node/pulse_echo.py), it has lost the driver.
+It then kills its ranks, because a new attempt may run elsewhere.
 """
 
 import contextlib
@@ -50,9 +51,9 @@ from cluster.stacks import ask_stacks, handles, is_looked_into, read_stacks
 from conf.errors import EXIT_STOPPED
 
 NEWS_LOOK_SECONDS = 0.05
-"""Seconds between an agent's checks for news while a question waits."""
+"""Seconds between two checks for news while a question waits."""
 STACKS_WITHIN = 0.25
-"""A question waits at most this long for requested stacks."""
+"""Maximum seconds that a question waits for requested stacks."""
 OUTPUT_BYTES = 64 << 10
 """Maximum bytes of one rank's output in one answer."""
 
@@ -63,15 +64,15 @@ class Order:
 
     attempt: int
     ranks: list[tuple[int, int]]
-    """(rank, local rank)."""
+    """The ranks, as (rank, local rank)."""
     arguments: list[str]
     """Command line after the Python interpreter."""
     environment: dict[str, str]
     """Variables that are equal for all ranks of the run."""
     address: str
-    """IP address of the node, whose network interface the ranks use."""
+    """IP address of the node. Ranks use the network interface that has this address."""
     folder: str | None = None
-    """Working folder; None for the agent's own, where Ray unpacked the code."""
+    """Working folder; None for the agent's working folder, where Ray unpacked the code."""
 
 
 @dataclass
@@ -81,21 +82,25 @@ class Answer:
     attempt: int
     ranks: list[RankReport]
     output: dict[int, bytes] = field(default_factory=dict)
-    """New output of ranks, from the requested offset."""
+    """New output of ranks. It starts at the requested offsets."""
     stacks: dict[int, str] = field(default_factory=dict)
     """Tracebacks that arrived since the last request for stacks."""
     rings: dict[int, bytes] = field(default_factory=dict)
-    """Packed communication rings of the ranks (cluster/comm_ring.py); sent once, immediately after each request for
-    stacks.
+    """Packed communication rings of the ranks (cluster/comm_ring.py). Only the first answer after a request for stacks
+    has them.
     """
     held: dict[str, list[int]] = field(default_factory=dict)
-    """Copies of the state in this node's memory: ranks by set, see cluster/node/copy_store.py."""
+    """Copies of the state in this node's memory: for each set, the ranks whose parts are complete; see
+    cluster/node/copy_store.py.
+    """
     clock_set: float = 0.0
-    """Seconds by which somebody has set the node's clock ahead since the check; times in `ranks` are free of it."""
+    """Seconds by which the node's clock has been set ahead since the check. The times in `ranks` do not include
+    them.
+    """
     free_bytes: float = math.inf
     """Free bytes in the folder for temporary files."""
     leaving: bool = False
-    """The agent was told to end, because the node will be removed."""
+    """Whether the agent was told to end, because the node will be removed."""
 
 
 @dataclass
@@ -103,22 +108,22 @@ class _Child:
     process: subprocess.Popen
     log: Path
     world: int
-    """Ranks of the run."""
+    """Number of ranks of the run."""
     stopped_by: int | None = None
-    """Signal by which the rank was asked to stop."""
+    """Signal that asked the rank to stop."""
     stacks_asked: bool = False
     native: bool = False
-    """Whether its native threads are requested as well."""
+    """Whether the stacks of native threads are requested as well."""
     ring_due: bool = False
     """Whether the next answer must include its communication ring."""
 
 
 class Agent:
-    """The agent described at the top of the file.
+    """The agent of a node; see the module's docstring.
 
-    lease: seconds without a question before the ranks are killed. own_process: the process belongs to the agent alone.
-    Then SIGTERM means that the node will be removed, and the process ends with its parent; create the agent in the main
-    thread.
+    lease: seconds without a question after which the agent kills the ranks. own_process: whether the agent is alone in
+    its process. If so, SIGTERM means that the node will be removed, and the process ends with its parent. Create such
+    an agent in the main thread.
     """
 
     def __init__(self, lease: float, own_process: bool = False):
@@ -126,17 +131,17 @@ class Agent:
         self._attempt = 0
         self._children: dict[int, _Child] = {}
         self._standbys: dict[tuple[str, str | None], list[subprocess.Popen]] = {}
-        """By module and working folder."""
+        """Reserve processes by module and working folder."""
         self._scratch: PrivateFolder | None = None
         self._asked = time.monotonic()
         self._clock = SteadyClock()
-        """Clock, started when the facts of this node were last gathered."""
+        """Clock that was started when `facts` was last called."""
         self._probe = NetworkProbe()
         self._store: Store | None = None
         self._echo: Echo | None = None
         self._leaving = False
         self._told: tuple = (0, [], [], False, {})
-        """The news that the driver knows."""
+        """The news that the driver has already received."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
         if own_process:
@@ -148,14 +153,15 @@ class Agent:
     def facts(self, question: Question) -> Facts:
         """Gather the facts that the checks before a start need.
 
-        From then on, this node answers the driver's pulse, and also the other nodes if there will be a network test.
+        From now on, this node answers the driver's pulse. It also answers the other nodes if there will be a network
+        test.
         """
         port, self._clock = 0, SteadyClock()
         if question.tests_network:
-            with contextlib.suppress(OSError):  # the test reports it
+            with contextlib.suppress(OSError):  # the network test will report the error
                 port = self._probe.listen(question.address)
         if question.key and self._echo is None:
-            with contextlib.suppress(OSError):  # then the driver asks this node more often
+            with contextlib.suppress(OSError):  # without a pulse the driver asks this node more often
                 self._echo = Echo(question.node, question.address, question.key, self._renew)
         return dataclasses.replace(
             gather_facts(question), pulse=self._echo.place if self._echo else None, test_port=port
@@ -165,11 +171,11 @@ class Agent:
         self._asked = time.monotonic()
 
     def network(self, turns: list[tuple[str, int] | None]) -> list[NodeLink]:
-        """Take this node's turns of the network test, see cluster/driver/network.py; waits for the results."""
+        """Run this node's part of the network test, see cluster/driver/network.py. Waits for the results."""
         return self._probe.play(turns)
 
     def open_memory(self, folder: str, token: str, address: str) -> OpenedCopy:
-        """Hold copies of the run's state in this folder and serve them."""
+        """Open a store in this folder that holds copies of the run's state, and serve it."""
         try:
             self._store = Store(Path(folder), token, address, lambda: self._attempt)
         except OSError as error:
@@ -178,7 +184,7 @@ class Agent:
         return OpenedCopy(self._store.port)
 
     def drop_memory(self) -> None:
-        """Free the memory of the copies: nobody will need them."""
+        """Free the memory of the copies, because nobody will need them."""
         if self._store is not None:
             self._store.close(remove=True)
             self._store = None
@@ -200,7 +206,7 @@ class Agent:
             self._scratch = scratch = PrivateFolder(scratch_prefix())
             for rank, local_rank in order.ranks:
                 self._children[rank] = self._spawn(order, rank, local_rank, scratch.path)
-            # Thousands of nodes that begin as ordered are no news; the driver follows rank 0
+            # If thousands of nodes begin as ordered, that is no news: the driver only waits for the node of rank 0.
             if 0 not in self._children:
                 self._told = self._attempt, [], [], *self._told[3:]
 
@@ -224,7 +230,7 @@ class Agent:
         if standby := self._take_standby(order):
             line = {"environment": environment, "arguments": order.arguments[2:], "log": str(log)}
             assert standby.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # the process ended just now; its exit code is reported
+            with contextlib.suppress(BrokenPipeError):  # the process has just ended; its exit code is reported
                 standby.stdin.write(json.dumps(line).encode() + b"\n")
                 standby.stdin.close()
             return _Child(standby, log, world)
@@ -237,7 +243,9 @@ class Agent:
         return spawn([sys.executable, *arguments], _inherited() | environment, output, folder, stdin)
 
     def warm(self, arguments: list[str], folder: str | None, count: int) -> None:
-        """Keep `count` processes that have imported the program of these arguments, see cluster/node/standby.py."""
+        """Keep `count` reserve processes that have imported the program of these arguments, see
+        cluster/node/standby.py.
+        """
         if arguments[:1] != ["-m"]:
             return
         with self._lock:
@@ -257,11 +265,13 @@ class Agent:
         return None
 
     def ask(self, offsets: dict[int, int], attempt: int | None = None, patience: float = 0.0) -> Answer:
-        """Return the state of the ranks, and their output from these byte offsets on (0 by default).
+        """Return the state of the ranks, and their output. offsets: first byte of the output to return, by rank (0 by
+        default).
 
-        attempt: the attempt of the offsets; the answer has no output of any other attempt. patience: seconds to wait
-        for news. News are: an attempt that began with rank 0 here or ended before it began, a rank's failure report or
-        end, a complete part of the state in memory, and the coming removal of the node.
+        attempt: the attempt to which the offsets belong; the answer has no output of other attempts. patience: maximum
+        seconds to wait for news. These events are news: an attempt began with rank 0 on this node; an attempt ended
+        before it began; a rank reported a failure or ended; a part of the state in memory is complete; the node will be
+        removed.
         """
         self._asked = asked = time.monotonic()
         while (left := asked + patience - time.monotonic()) > 0 and not self._has_news(patience - left):
@@ -286,11 +296,11 @@ class Agent:
             return answer
 
     def last_words(self, offsets: dict[int, int], attempt: int) -> Answer:
-        """Run `ask` for a driver that ends: at once, whatever other question waits."""
+        """Answer as `ask`, for a driver that ends. It returns at once, even while another question waits."""
         return self.ask(offsets, attempt)
 
     def _news(self) -> tuple:
-        """Return the values whose change answers a waiting question at once."""
+        """Return the values that are news: if one of them changes, a waiting question is answered at once."""
         ended = [rank for rank, child in self._children.items() if child.process.poll() is not None]
         failed = [rank for rank, child in self._children.items() if failure_path(child.log.parent, rank).exists()]
         return self._attempt, ended, failed, self._leaving, self._held()
@@ -318,8 +328,8 @@ class Agent:
     def ask_stacks(self, attempt: int, native: bool = False) -> None:
         """Make every rank write its stacks.
 
-        They come with later answers; the communication rings of all ranks come with the next one. native: include the
-        threads of native libraries.
+        Later answers contain the stacks. The next answer contains the communication rings of all ranks. native: also
+        collect the stacks of native threads.
         """
         if attempt != self._attempt:
             return
@@ -330,16 +340,16 @@ class Agent:
                 child.stacks_asked = ask_stacks(child.log.parent, rank, child.process.pid)
 
     def stop(self, attempt: int, in_memory: bool = False, why: str = "") -> None:
-        """Ask the ranks of this attempt for a checkpoint and exit.
+        """Ask the ranks of this attempt to write a checkpoint and exit.
 
-        in_memory: a copy in memory is enough, see train/loop/stop.py. why: text for rank 0's last screen. The ranks
-        agree on the stop, so a rank on another node may have stopped these already. A rank without a handler is about
-        to exit, and the signal would kill it. If the signal still kills a rank, it had just removed its handler, and
-        counts as stopped.
+        in_memory: whether a copy in memory is enough, see train/loop/stop.py. why: text for rank 0's last screen. The
+        ranks agree on the stop, so a rank on another node may already have stopped these ranks. A rank without a signal
+        handler gets no signal: it is about to exit, and the signal would kill it. If the signal still kills a rank, the
+        rank had just removed its handler, and it counts as stopped.
         """
         wanted = [signal.SIGUSR2, signal.SIGTERM] if in_memory else [signal.SIGTERM]
         if why and attempt == self._attempt and 0 in self._children:
-            with contextlib.suppress(OSError):  # the disk is full: rank 0 then only knows of a signal
+            with contextlib.suppress(OSError):  # the disk is full; rank 0 then only knows that it got a signal
                 stop_path(self._children[0].log.parent).write_text(why)
         for child in self._running() if attempt == self._attempt else []:
             handled = [number for number in wanted if handles(child.process.pid, number)]
@@ -348,7 +358,7 @@ class Agent:
                 child.process.send_signal(handled[0])
 
     def end(self, attempt: int) -> None:
-        """Kill the ranks of this attempt and older ones, and start none of them later."""
+        """Kill the ranks of this attempt and of older attempts. Later orders to start these attempts are ignored."""
         with self._lock:
             if attempt < self._attempt:
                 return
@@ -358,7 +368,7 @@ class Agent:
                 self._attempt = attempt
 
     def close(self) -> None:
-        """End everything but the copies in memory, which a new launch may need."""
+        """End everything except the copies in memory, which a new launch may need."""
         self._closed.set()
         if self._echo is not None:
             self._echo.close()
@@ -379,10 +389,12 @@ class Agent:
 
     def _kill(self) -> None:
         for child in self._running():
-            with contextlib.suppress(ProcessLookupError):  # the whole session: a rank may have started helpers
+            # Kill the complete session: a rank may have started helper processes.
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal.SIGKILL)
         for child in self._children.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it waits in the kernel; the next answers report it
+            # If the process waits in the kernel, it does not end; the next answers report it.
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(1.0)
 
     def _forget(self) -> None:

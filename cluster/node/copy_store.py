@@ -1,6 +1,7 @@
-"""Copies of a run's state in the memory of its nodes: what a node holds, and how ranks reach it.
+"""Copies of a run's state in the memory of its nodes: the files of a node, and the server through which ranks reach
+them.
 
-Checkpoints on disk are rare, and a lost node would cost every step since the last one. So every few steps
+Checkpoints on disk are rare, and the loss of a node would cost every step since the last checkpoint. So every few steps
 (checkpoint.every_memory) each rank writes its part of the state to a folder in its own node's memory, and sends the
 same part to the next node. A node holds
 
@@ -11,13 +12,14 @@ same part to the next node. A node holds
             rank_00003.safetensors             a part, as in a checkpoint on disk
             rank_00003.json                    its index, written last: the part is complete once the index exists
 
-There is no commit. A set counts as a checkpoint when the answering nodes together hold every rank's part; a resuming
-run then merges the indexes into a manifest. At most two sets are kept: one that is known to be complete on all nodes,
-and one in progress. Every writer removes the others before it writes.
+There is no commit. A set counts as a checkpoint when the answering nodes together hold the parts of all ranks. A run
+that resumes from the set merges the indexes into a manifest. At most two sets exist: one that is known to be complete
+on all nodes, and one in progress. Every rank removes all other sets before it writes.
 
 The agent of a node serves its folder to other nodes: PUT stores a file, GET reads a part of a file. Both need the token
-of the run. A PUT of an attempt older than the agent's own is refused, because ranks on a disconnected node live on for
-a while. The files outlive agents and drivers, so that a new launch finds them. Knows nothing of Ray; imports no torch.
+of the run. The agent refuses a PUT of an attempt that is older than its own, because ranks on a disconnected node stay
+alive for a while. The files outlive agents and drivers, so that a new launch finds them. This file uses neither Ray nor
+torch.
 """
 
 import contextlib
@@ -43,20 +45,20 @@ from cluster.run_files import RANK_FILE
 from conf.disk import cure_of_writing
 
 PIECE_BYTES = 1 << 20
-"""Bytes transferred per call."""
+"""Maximum bytes transferred per call."""
 CONNECTIONS = 256
-"""Connections served at once, each by a thread; further connections wait."""
+"""Maximum number of connections served at once, each in a thread; further connections wait."""
 ADMISSION = 10.0
-"""Seconds that a connection gets to show the token."""
+"""Seconds within which a connection must show the token."""
 STALE = 24 * 3600.0
-"""Seconds after which another run's folder without an agent is removed."""
+"""Seconds after which the folder of another run is removed if no agent holds it."""
 _SET = re.compile(r"attempt_(\d{5,18})\.step_(\d{8,18})\.world_(\d{1,18})")
 _PATH = re.compile(rf"/({_SET.pattern})/({RANK_FILE.pattern})")
 
 
 @dataclass(frozen=True, order=True)
 class SetId:
-    """One state of the run in memory; sets are ordered by age, as checkpoints are."""
+    """One state of the run in memory. Sets are ordered by age, like checkpoints."""
 
     attempt: int
     step: int
@@ -73,7 +75,7 @@ class SetId:
 
 
 def held(folder: Path) -> dict[str, list[int]]:
-    """Return the ranks whose part is complete, by name of the set."""
+    """Return, for each set, the ranks whose parts are complete."""
     found: dict[str, list[int]] = {}
     for inner in folder.glob("attempt_*"):
         with contextlib.suppress(FileNotFoundError):  # a writer is removing it
@@ -85,11 +87,11 @@ def held(folder: Path) -> dict[str, list[int]]:
 
 
 def prune(folder: Path, keep: Collection[str], attempt: int) -> None:
-    """Remove all sets except these and those of later attempts."""
+    """Remove all sets except `keep` and the sets of later attempts."""
     for inner in folder.glob("attempt_*"):
         found = SetId.parse(inner.name)
         if found is not None and found.attempt <= attempt and inner.name not in keep:
-            shutil.rmtree(inner, ignore_errors=True)  # another writer of this node removes it as well
+            shutil.rmtree(inner, ignore_errors=True)  # another writer of this node may be removing it as well
 
 
 def folder_bytes(folder: Path) -> int:
@@ -103,20 +105,22 @@ def folder_bytes(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class OpenedCopy:
-    """Result of the request to hold copies on a node."""
+    """Result of the request to store copies on a node."""
 
     port: int = 0
-    """Port where the copies are served; 0 if they are not."""
+    """Port where the store serves the copies; 0 if it does not."""
     problem: str = ""
-    """Why they are not served, with the cure."""
+    """Why the store does not serve the copies, and how to fix it."""
     passes: bool = False
-    """Temporary: another agent holds the folder."""
+    """Whether the problem is temporary: another agent holds the folder."""
     absent: bool = False
-    """The folder does not exist."""
+    """Whether the folder does not exist."""
 
 
 def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
-    """Describe the error of a Store. An agent whose Ray died may live on for a moment and hold the folder."""
+    """Convert an error of `Store` to a result. If Ray died, its agent may stay alive for a moment and hold the
+    folder.
+    """
     if isinstance(error, BlockingIOError):
         return OpenedCopy(
             problem=f"another agent of this run holds {folder}; the driver repeats the request until that agent has ended",
@@ -132,8 +136,8 @@ def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
 
 
 class Store:
-    """The agent's side: holds the folder and serves it on `address`; `attempt` returns the newest attempt of the
-    node.
+    """The agent's side: it holds the folder and serves it on `address`. `attempt` is a function that returns the node's
+    newest attempt.
     """
 
     def __init__(self, folder: Path, token: str, address: str, attempt: Callable[[], int]):
@@ -155,15 +159,15 @@ class Store:
         self._server.shutdown()
         self._server.server_close()
         if remove:
-            shutil.rmtree(self.folder, ignore_errors=True)  # a rank that is being killed may write once more
+            shutil.rmtree(self.folder, ignore_errors=True)  # a rank that is being killed may still write a file
         os.close(self._lock)
 
 
 def _own(folder: Path) -> None:
-    """Create the folder, or check that it is ours.
+    """Create the folder, or check that this user owns it.
 
-    In memory that all users share, another user could have placed a link there to one of our folders, so links are not
-    followed.
+    Links are not followed. All users share this memory, so another user could have placed a link to one of this user's
+    folders.
     """
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -179,7 +183,7 @@ def _own(folder: Path) -> None:
 
 
 def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
-    """Take the lock; waits for an agent that is just being killed."""
+    """Take the lock. If an agent that is being killed holds it, wait for at most `patience` seconds."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -194,16 +198,16 @@ def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
 def folder_name(run: str, id: str, node: str) -> str:
     """Return the name of a run's folder on a node.
 
-    id: created with each new run folder, so that no copy outlives its run.
+    id: created with each new run folder, so that copies of a removed run are not used again.
     """
     return f"sluice-{os.geteuid()}-{run}-{id}-{re.sub(r'[^A-Za-z0-9.]', '_', node)}"
 
 
 def sweep(mine: Path) -> None:
-    """Remove folders beside this node's own that no agent holds.
+    """Remove folders next to this node's folder that no agent holds.
 
     These are folders of the same run and node from before the run folder was removed, and folders of any run of this
-    user that are STALE.
+    user that are older than STALE.
     """
     kind, user, run, id, node = mine.name.split("-")
     for folder in mine.parent.glob(f"{kind}-{user}-*-*-*"):
@@ -211,7 +215,7 @@ def sweep(mine: Path) -> None:
             continue
         with contextlib.suppress(
             OSError
-        ):  # an agent holds it, another one sweeps it, or it is another user's, or a link
+        ):  # an agent holds it, another agent removes it, or it is a link or another user's folder
             lock = _open_lock(folder)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -224,7 +228,7 @@ def sweep(mine: Path) -> None:
 
 
 def _open_lock(folder: Path) -> int:
-    """Open the lock file of a real folder of this user; OSError if it is not one."""
+    """Open the lock file of a real folder of this user. Raises OSError if the path is something else."""
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise PermissionError(f"{folder} was not created by Sluice")
@@ -232,19 +236,19 @@ def _open_lock(folder: Path) -> int:
 
 
 class _Server(socketserver.ThreadingTCPServer):
-    """Serves a bounded number of connections and soon cuts those without the token.
+    """Serves a bounded number of connections, and soon closes those that do not show the token.
 
-    The default server of http.server would ask the name service for this host.
+    The default server of http.server would ask the name service for the name of this host.
     """
 
     daemon_threads = True
-    request_queue_size = 1024  # all resuming ranks read at once
+    request_queue_size = 1024  # all ranks of a resuming run read at once
     store: Store
 
     def __init__(self, *arguments: Any):
         self._slots = threading.Semaphore(CONNECTIONS)
         self._unadmitted: dict[socket.socket, float] = {}
-        """Connections that have not shown the token yet, and their deadlines."""
+        """Deadlines of connections that have not shown the token yet."""
         self._closing = False
         super().__init__(*arguments)
 
@@ -263,7 +267,7 @@ class _Server(socketserver.ThreadingTCPServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Cut late connections. The server's own thread calls it ten times a second."""
+        """Close connections that are past their deadline. The server's own thread calls it ten times a second."""
         for connection, deadline in list(self._unadmitted.items()):
             if time.monotonic() > deadline:
                 self.admit(connection)
@@ -281,12 +285,13 @@ class _Server(socketserver.ThreadingTCPServer):
         super().shutdown()
 
     def handle_error(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
-        if not isinstance(sys.exception(), OSError):  # the other side disconnected, and reports it
+        # For an OSError, the other side has disconnected and reports the problem itself.
+        if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """PUT and GET of /SET/FILE. X-Keep: the other set that must stay."""
+    """Handles PUT and GET of /SET/FILE. The header X-Keep names the other set that must stay."""
 
     protocol_version = "HTTP/1.1"
     server: _Server  # pyrefly: ignore[bad-override-mutable-attribute]  socketserver gives a handler the server that made it
@@ -362,7 +367,7 @@ class _Handler(BaseHTTPRequestHandler):
         return start, max(0, min(int(match[2]) + 1, whole) - start)
 
     def _admit(self) -> re.Match[str] | None:
-        """Return the parts of the path; None, with the answer sent, if token or path are wrong."""
+        """Return the parts of the path. If the token or the path is wrong, send the error response and return None."""
         given = self.headers.get("Authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {self.server.store.token}".encode()):
             self._refuse(401, "wrong token")
@@ -390,18 +395,18 @@ class Peer:
         self._headers = {"Authorization": f"Bearer {token}"}
 
     def put(self, name: str, path: Path, keep: str) -> None:
-        """Store a file under the set `name`; the peer removes all sets but this one and `keep`."""
+        """Store a file in the set `name`. The peer removes all sets except this one and `keep`."""
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             headers = self._headers | {"X-Keep": keep, "Content-Length": str(length)}
             self._ask("PUT", f"/{name}/{path.name}", headers, file)
 
     def get(self, name: str, file: str) -> bytes:
-        """Return a whole file of a set."""
+        """Return the complete content of a file of a set."""
         return self._ask("GET", f"/{name}/{file}", self._headers)
 
     def read(self, name: str, file: str, view: memoryview, position: int) -> int:
-        """Fill `view` from this byte of a file on; returns how many bytes there were."""
+        """Fill `view` with the bytes of a file from `position` on. Returns the number of bytes that were read."""
         headers = self._headers | {"Range": f"bytes={position}-{position + len(view) - 1}"}
         body = self._ask("GET", f"/{name}/{file}", headers)
         view[: len(body)] = body

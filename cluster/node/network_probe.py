@@ -8,7 +8,7 @@ from dataclasses import dataclass
 PINGS = 10
 BYTES = 4 << 20
 PAIR_SECONDS = 5.0
-"""Seconds after which a pair counts as unreachable."""
+"""Seconds after which a connection between two nodes counts as unreachable."""
 
 
 @dataclass(frozen=True)
@@ -17,19 +17,19 @@ class NodeLink:
 
     address: str
     milliseconds: float = 0.0
-    """Shortest round trip of a byte."""
+    """Shortest round-trip time of one byte."""
     gbit: float = 0.0
-    """Gigabits per second, one stream."""
+    """Gigabits per second of a single stream."""
     error: str | None = None
 
 
 class NetworkProbe:
-    """The agent's side: an echo server in a thread, and measurements of other servers."""
+    """The agent's side: a thread with an echo server, and measurements to other nodes' servers."""
 
     def __init__(self) -> None:
         self._server: socket.socket | None = None
         self._served = threading.Semaphore(0)
-        """Measurements by other nodes that no turn has waited for yet."""
+        """Counts measurements by other nodes that are complete and that no turn of `play` has waited for yet."""
 
     def listen(self, address: str) -> int:
         """Start the server on this address of the node and return its port; the server ends with `close`."""
@@ -45,10 +45,10 @@ class NetworkProbe:
             self._server = None
 
     def play(self, turns: list[tuple[str, int] | None]) -> list[NodeLink]:
-        """Measure the connection to each of these servers, one after another.
+        """Measure the connections to these servers one after another.
 
-        At None, wait until another node has measured the connection to this node, so that a node does only one of both
-        at a time. A turn takes at most about PAIR_SECONDS.
+        If a turn is None, wait until another node has measured the connection to this node. So a node never measures
+        and is measured at the same time. A turn takes at most about PAIR_SECONDS.
         """
         found = []
         for turn in turns:
@@ -62,7 +62,7 @@ class NetworkProbe:
         while True:
             try:
                 connection, _ = server.accept()
-            except OSError:  # closed
+            except OSError:  # the server is closed
                 return
             threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
@@ -78,7 +78,7 @@ class NetworkProbe:
                 while left and (piece := connection.recv(1 << 20)):
                     left -= len(piece)
                 connection.sendall(b"!")
-            except OSError:  # the other side reports it
+            except OSError:  # the other node reports the error
                 return
         self._served.release()
 

@@ -1,8 +1,8 @@
-"""Checks of a node before it may hold ranks: same program, same recipe, an accurate clock, storage, devices.
+"""Checks a node before it may hold ranks: same program, same recipe, an accurate clock, storage, devices.
 
-The driver asks the agent of every node that joins; a problem in the answer keeps the node out and says why. The shared
-folder is tested in both directions: each node reads a file that the driver wrote, and writes a file that the driver
-reads, because the same path on every node need not be the same storage.
+The driver asks the agent of every node that joins. If an answer shows a problem, the driver refuses the node and
+reports the reason. The shared folder is tested in both directions: each node reads a file that the driver wrote, and
+writes a file that the driver reads. This is necessary because the same path may lead to different storage on each node.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from conf.own_code import is_findable
 from conf.schema import ROOT
 
 CLOCK_LIMIT = 2.0
-"""Maximum seconds that a node's clock may be off: errors of several ranks are ordered by time."""
+"""Maximum seconds by which a node's clock may differ: the driver orders errors of several ranks by time."""
 SCRATCH_LIMIT = 256 << 20
 """Free bytes that a node needs for the output of its ranks."""
 DRIVER_LEAVES = 0.99
-"""Share of a GPU's memory that its driver leaves: 81008 of 81559 MiB of an H100."""
+"""Share of a GPU's memory that is left beside its driver. On an H100, 81008 of 81559 MiB are left."""
 PROBES = ".preflight"
 SOURCE_SUFFIXES = (".py", ".cpp", ".h")
-"""C++ is compiled on every node, so its source must be the same too."""
+"""Suffixes of source files. Every node compiles the C++ code, so its source must be the same too."""
 
 
 @dataclass(frozen=True)
@@ -42,27 +42,27 @@ class Question:
     folder: str
     """Run folder."""
     word: str
-    """Content of the file that the driver wrote there."""
+    """Content of the file that the driver wrote to the run folder."""
     node: str
     devices: int
-    """Ranks that the node may hold."""
+    """Number of ranks that the node may hold."""
     on_gpus: bool
     """Whether each rank has a GPU."""
     address: str = ""
     """The node's address."""
     key: bytes = b""
-    """Key of the driver's pulse, see cluster/node/pulse_echo.py; empty if the driver sends none."""
+    """Key of the driver's pulse, see cluster/node/pulse_echo.py. It is empty if the driver sends no pulse."""
     tests_network: bool = False
-    """Whether the network test will need a port of this node, see cluster/driver/network.py."""
+    """Whether the network test will need a port on this node, see cluster/driver/network.py."""
     targets: tuple[str, ...] = ()
     """Import paths of the user's own code."""
     typed_in: str = ""
-    """The folder in which the command was typed."""
+    """The folder in which the user typed the command."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A node's facts about itself."""
+    """What a node reports about itself."""
 
     python: str
     torch: str
@@ -73,19 +73,19 @@ class Facts:
     clock: float
     gpus: int
     device_bytes: int
-    """Memory of the smallest device; on CPU, each rank's share of the node's memory."""
+    """Memory of the smallest device in bytes. On CPU, each rank's share of the node's memory."""
     free_bytes: int
     """Free bytes in the folder for temporary files."""
     storage: str
     """Problem with the run folder; empty if there is none."""
     lacking: tuple[str, ...] = ()
-    """Import paths of the question that cannot be found."""
+    """Those import paths of the question that the node cannot find."""
     niceness: int = 0
-    """Niceness of the agent, and so of its ranks: the higher, the more other work on the node takes precedence."""
+    """Niceness of the agent and its ranks. The higher it is, the more other processes of the node take precedence."""
     pulse: tuple[str, int] | None = None
     """Address and port where the node answers the driver's pulse."""
     test_port: int = 0
-    """Port where the node listens for the network test; 0 if it does not."""
+    """Port where the node listens for the network test; 0 if it does not listen."""
 
 
 def gather_facts(question: Question) -> Facts:
@@ -140,21 +140,23 @@ def _try_storage(question: Question) -> tuple[str, str]:
 
 
 def _gpu_bytes() -> list[int]:
-    """Return the usable memory of every GPU that nvidia-smi lists; 0 if it does not say."""
+    """Return the usable memory in bytes of every GPU that nvidia-smi lists; 0 for a GPU whose memory it does not
+    show.
+    """
     words = ["nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"]
     try:
         result = subprocess.run(words, capture_output=True, text=True, timeout=20)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return []
     found = re.findall(r"^\d+, (.*)$", result.stdout, re.MULTILINE)
-    return [int(DRIVER_LEAVES * int(size)) << 20 if size.isdecimal() else 0 for size in found]  # in MiB
+    return [int(DRIVER_LEAVES * int(size)) << 20 if size.isdecimal() else 0 for size in found]  # nvidia-smi prints MiB
 
 
 class Preflight:
-    """The driver's side: questions to nodes, and problems in their answers."""
+    """The driver's side: the questions to nodes, and the problems in their answers."""
 
     def __init__(self, folder: Path, gpus: bool, clock: SteadyClock, key: bytes = b"", targets: Sequence[str] = ()):
-        """key: of the driver's pulse. targets: import paths of the user's own code."""
+        """key: key of the driver's pulse. targets: import paths of the user's own code."""
         self._targets = tuple(targets)
         self._folder, self._gpus, self._clock, self._key = folder, gpus, clock, key
         self._word = secrets.token_hex(8)
@@ -169,7 +171,7 @@ class Preflight:
         return Question(*words, tests_network, self._targets, os.getcwd())
 
     def problem(self, node: Node, facts: Facts) -> str | None:
-        """Explain why this node must not hold ranks, with the cure; None if it may."""
+        """Return the reason why this node must not hold ranks, and how to fix it; None if the node may hold ranks."""
         for what, cure in (
             ("python", "use the same Python on every node"),
             ("torch", "install the same torch on every node"),
@@ -198,12 +200,13 @@ class Preflight:
         return None
 
     def ahead(self, node: Node, facts: Facts) -> float:
-        """Return the seconds by which the node's clock is ahead of the driver's, negative if it lags.
+        """Return the seconds by which the node's clock is ahead of the driver's; negative if it is behind.
 
-        Returns 0 if the travel time of question and answer could explain the whole difference.
+        Returns 0 if the travel time of question and answer could explain the complete difference.
         """
         return max(0.0, facts.clock - self._clock.now()) - max(0.0, self._sent[node.id] - facts.clock)
 
     def close(self) -> None:
-        """Remove the files of the check."""
-        shutil.rmtree(self._folder / PROBES, ignore_errors=True)  # a node may write there once more; harmless
+        """Remove the files that the checks wrote."""
+        # A node may still write a file there, which is harmless.
+        shutil.rmtree(self._folder / PROBES, ignore_errors=True)

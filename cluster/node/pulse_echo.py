@@ -1,8 +1,8 @@
 """A node's side of the pulse: answers every datagram of the driver (cluster/driver/pulse_sender.py).
 
-Answers are sealed. The driver asks by UDP every second or so whether a node is alive. The state of its ranks is asked
-through Ray, which costs the driver far more, when there is news. Without the key of the launch nobody can ask or
-answer, and an old datagram does not count.
+About once a second, the driver asks by UDP whether a node is alive. It asks for the state of the node's ranks through
+Ray, only when there is news, because a call through Ray costs the driver far more. Questions and answers are sealed
+with the key of the launch: without the key nobody can ask or answer. An old datagram does not count.
 """
 
 import contextlib
@@ -13,23 +13,23 @@ import threading
 from collections.abc import Callable
 
 SEAL = 16
-"""Bytes of a datagram that sign the others."""
+"""Number of bytes of a datagram that sign the other bytes."""
 NUMBER = struct.Struct("!cQ")
 QUESTION, ANSWER = b"?", b"!"
 LONGEST_DATAGRAM = 512
-"""Maximum bytes of a datagram; the id of a node is much shorter."""
+"""Maximum bytes of a datagram; a node's id is much shorter."""
 END_LOOK_SECONDS = 0.5
-"""Seconds between checks whether to end."""
+"""Seconds between two checks whether the thread must end."""
 
 
 def seal_datagram(key: bytes, kind: bytes, number: int, node: str) -> bytes:
-    """Return a datagram: a question to the node with this id, or the answer to it."""
+    """Return a sealed datagram. It is a question to the node with this id, or the answer to such a question."""
     word = NUMBER.pack(kind, number) + node.encode()
     return hmac.digest(key, word, "sha256")[:SEAL] + word
 
 
 def unseal(key: bytes, kind: bytes, datagram: bytes) -> tuple[int, str] | None:
-    """Return number and node of a datagram of this kind; None if it was not sealed with the key."""
+    """Return the number and the node of a datagram of this kind; None if the datagram was not sealed with the key."""
     signed, word = datagram[:SEAL], datagram[SEAL:]
     if not hmac.compare_digest(signed, hmac.digest(key, word, "sha256")[:SEAL]) or word[:1] != kind:
         return None
@@ -37,8 +37,7 @@ def unseal(key: bytes, kind: bytes, datagram: bytes) -> tuple[int, str] | None:
 
 
 class Echo:
-    """Answers the driver's questions to this node from a thread until it is closed, and calls `heard` at each
-    question.
+    """A thread that answers the driver's questions to this node until it is closed. It calls `heard` at each question.
 
     Raises OSError if the address does not belong to this machine.
     """
@@ -54,14 +53,14 @@ class Echo:
             raise
         self._socket.settimeout(END_LOOK_SECONDS)
         self.place: tuple[str, int] = self._socket.getsockname()[:2]
-        """Address and port."""
+        """Address and port of the socket."""
         threading.Thread(target=self._answer, daemon=True).start()
 
     def _answer(self) -> None:
         newest = 0
         with self._socket:
             while not self._closed.is_set():
-                with contextlib.suppress(OSError):  # nobody asked, or the answer cannot be sent
+                with contextlib.suppress(OSError):  # no question arrived, or the answer cannot be sent
                     datagram, driver = self._socket.recvfrom(LONGEST_DATAGRAM)
                     asked = unseal(self._key, QUESTION, datagram)
                     if asked is not None and asked[1] == self._node and asked[0] > newest:

@@ -1,9 +1,10 @@
 """A process that has imported a rank's program and waits to become a rank:  python -m cluster.node.standby MODULE
 
-Imports take most of the time in which a small rank restarts. The agent keeps one such process per rank. For a restart
-it sends the process one line of JSON with the environment, arguments and log of the rank, and the process calls
-MODULE.main(). If the module has preload(), it runs before the wait and imports what main() would import later. Until
-then the process holds no device and no connection. End of input ends it.
+Imports take most of the time of a small rank's restart. So the agent keeps one such reserve process per rank. For a
+restart, the agent sends the process one line of JSON with the environment, arguments and log of the rank. The process
+then calls MODULE.main(). If the module has a function preload(), the process calls it before it waits; preload()
+imports the modules that main() would import later. A waiting process holds no device and no connection. It ends when
+its standard input is closed.
 """
 
 import gc
@@ -16,7 +17,7 @@ from cluster.interrupts import leave
 
 
 def main() -> int:
-    gc.disable()  # otherwise collections take a sixth of the import time
+    gc.disable()  # garbage collections would take a sixth of the import time
     module = importlib.import_module(sys.argv[1])
     if hasattr(module, "preload"):
         module.preload()

@@ -1,7 +1,7 @@
-"""Cleans up a Ray that a run started on its own machine, after the run's driver was killed.
+"""Cleans up after a Ray that a run started on its own machine, if the run's driver was killed.
 
-Some of Ray's processes check by process id whether their parent is alive, and a dead parent that nobody reaps keeps its
-id.
+This is necessary because some of Ray's processes check by process id whether their parent is alive. A dead parent that
+nobody reaps keeps its process id.
 
 python -m cluster.node.sweep_ray FOLDER    waits for the end of its standard input, which the driver holds. It then
                                            kills all processes of this user whose command line names the folder, and Ray
@@ -22,7 +22,9 @@ from cluster.node.agent import scratch_prefix
 from cluster.private_folder import FRESH, remove_dead
 
 SWEEPS, PAUSE_SECONDS = 50, 0.1
-"""Number of searches for such processes, because one may start another, and seconds between them."""
+"""Number of searches for such processes, and seconds between two searches. Several searches are needed, because a
+process may start another one.
+"""
 
 
 def sweep_ray(folder: Path) -> None:
@@ -32,21 +34,21 @@ def sweep_ray(folder: Path) -> None:
         for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        shutil.rmtree(folder, ignore_errors=True)  # an ending process may still write there
+        shutil.rmtree(folder, ignore_errors=True)  # a process that is ending may still write there
         if not found and not folder.exists():
             return
         time.sleep(PAUSE_SECONDS)
 
 
 def _uses(process: psutil.Process, folder: str) -> bool:
-    """Whether this is a live process of this user that belongs to such a Ray; Ray's agents replace their command
-    lines by titles.
+    """Whether this is a live process of this user that belongs to a Ray in this folder. Some of Ray's processes have a
+    title instead of their command line.
     """
     with contextlib.suppress(psutil.Error, OSError):
         line = process.cmdline()
         if process.pid == os.getpid() or process.uids().real != os.getuid() or not line:
             return False
-        # A reader of Ray's logs is not one
+        # a process that only reads Ray's logs does not belong to Ray
         if any(folder in word for word in line) and any("/ray/" in word for word in line):
             return True
         handles = os.scandir(f"/proc/{process.pid}/fd") if line[0].startswith("ray::") else ()

@@ -249,7 +249,7 @@ class Pipeline(Generic[Chunk]):
         schedule = drives([*stages], micro_batches, loss_fn=loss_fn, scale_grads=False)
         if self._lanes is not None:
             pair = overlapped_pair(self._lanes, self._acting)
-            schedule.register_custom_function(OVERLAP_F_B, pair)  # schedules with pairs have this method
+            schedule.register_custom_function(OVERLAP_F_B, pair)  # pyrefly: ignore[missing-attribute]  a schedule with pairs has it
         return schedule
 
     def _actions(self, micro_batches: int) -> tuple[list[Action], list[int]]:
