@@ -54,6 +54,7 @@ LAYOUTS = {
                                                     "batch_size=12", "model.recompute=[norm,mla_up,swiglu,layer:1]", "model.offload=[layer]"],
     "zero 3, offload": ["parallel.dp=2", "parallel.zero=3", "model.offload=[layer]"],
     "cp2 zbv": ["parallel.pp=2", "parallel.cp=2", "parallel.schedule=zbv", "model.layers=4", "dry_run.rank=1"],
+    "cp2 zbv, uneven": ["parallel.pp=2", "parallel.cp=2", "parallel.schedule=zbv", "model.layers=4", "parallel.split=[2,1,1,0]", "dry_run.rank=1"],
     "cp2 ep2, split, offload": ["parallel.pp=2", "parallel.cp=2", "parallel.ep=2", "model.layers=4", "parallel.split=[3,1]", "dry_run.rank=0",
                                 "model.offload=[layer:2]"],
     "sparse, shared keys": [*SPARSE, "precision=bf16"],
@@ -71,7 +72,7 @@ def check(_: int, overrides: list[str]) -> None:
     before = sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
     measured = run_alone(piece, torch.device("cpu"))
     config, parallel = piece.config, piece.config.parallel
-    plan = phases(config, piece.pp_rank, piece.rank % parallel.dp, piece.scene, piece.layers)
+    plan = phases(config, piece.pp_rank, piece.rank % parallel.stage_ranks, piece.scene, piece.layers)
     planned = {name: one.device for name, one in plan.items()}
     assert measured.peak == pytest.approx(max(planned.values()), rel=TOLERANCE)
     assert {name: one.device for name, one in measured.phases.items()} == pytest.approx(planned, rel=TOLERANCE)
