@@ -26,8 +26,8 @@ PROVEN_RECIPE = (
     "data.mask_documents",
 )
 PROVEN_LAYOUT = ("parallel", "micro_batch_size")
-"""The result of mode=prove depends on the settings in PROVEN_RECIPE and PROVEN_LAYOUT. mode=prove draws its own tokens and
-trains a few steps, so the result does not depend on the recipe's data and steps."""
+"""The result of mode=prove depends on the settings in PROVEN_RECIPE and PROVEN_LAYOUT. mode=prove draws its own tokens
+and trains a few steps, so the result does not depend on the recipe's data and steps."""
 
 
 def describe_proven(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def _hash(settings: Mapping[str, Any], keys: tuple[str, ...]) -> str:
 
 
 def _other(proven: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """Those of recipe, layout, version and commit in which the certificate differs from this run."""
+    """What differs between the certificate and this run: recipe, layout, version, commit."""
     own = describe_proven(settings)
     return [
         f"{name} {_shown(proven[name])}"
