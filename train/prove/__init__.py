@@ -1,4 +1,5 @@
-"""mode=prove: checks that a layout trains the model, by comparison with a plain process (train/docs/prove.md).
+"""mode=prove: checks that a layout trains the model correctly, by comparison with one plain process
+(train/docs/prove.md).
 
-A proof consists of the checks `exact`, `fp32`, `recipe` and `tiles`; messages call them passes.
+A proof consists of the checks `exact`, `loop`, `fp32`, `recipe` and `tiles`. Messages call them passes.
 """

@@ -1,7 +1,7 @@
-"""Bounds for the difference between two correct computations of the same quantity, with reasons.
+"""Bounds on the difference between two correct computations of the same quantity, each with its reason.
 
-u is the unit roundoff of a format: rounding changes a result by at most u, relative. A chain of n matmuls with sums of
-K terms rounds about n sqrt(K) times in the direction in which errors usually add up.
+u is the unit roundoff of a format: rounding changes a result by at most a fraction u. A chain of n matmuls with sums of
+K terms has rounding errors that usually add up to about n sqrt(K) roundings in the worst direction.
 """
 
 from dataclasses import dataclass
@@ -9,40 +9,42 @@ from dataclasses import dataclass
 from conf.schema import Config, Model
 
 EXACT = 1e-10
-"""Bound of check exact, relative to the tensor's largest value."""
+"""Bound of check exact, as a fraction of the tensor's largest value."""
 UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8, "e4m3": 2.0**-4}
 SMALLEST = 2.0**-126
-"""Smaller values in fp32 or bf16 are rounded with less than the format's precision, or to 0."""
+"""In fp32 and bf16, smaller values lose precision or become 0."""
 LOW = ("recipe", "tiles")
-"""Checks in the recipe's own precision."""
+"""Checks in the recipe's own number formats."""
 MOST = 0.75
-"""Largest bound in low precision, for any chain: a missing or doubled value has an error of 1."""
+"""Upper limit of a bound in low precision, however long the chain of matmuls is. A missing or doubled value has an
+error of 1."""
 ROOM = 8.0
 """Factor by which norms, softmax and the router's sigmoid may enlarge an error."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The largest allowed difference."""
+    """The largest allowed difference, and the reason for it."""
 
     value: float
     reason: str
 
 
 def chain(model: Model) -> int:
-    """Number of matmuls from a token to the loss and back: 8 per block and direction (attention six, FFN two), and the
-    head."""
+    """Number of matmuls from a token to the loss and back. Each block has 8 in each direction (attention six, FFN two);
+    the head has one."""
     return 2 * (8 * (model.layers + model.mtp_depth) + 1)
 
 
 def terms(config: Config) -> int:
-    """Number of terms of the longest sum: over a width, over a vocabulary, or over the tokens of a batch."""
+    """Number of terms in the longest sum. A sum runs over a width, over the vocabulary, or over the tokens of a
+    batch."""
     model = config.model
     return max(model.hidden, model.dense_width, model.vocab_size, config.batch_size * config.seq_len)
 
 
 def computed(proof: str, config: Config) -> Bound:
-    """Bound of outputs, losses and gradients in a check: the rounding errors of the chain of matmuls."""
+    """Bound of outputs, losses and gradients in a check. It covers the rounding errors of the chain of matmuls."""
     if proof == "exact":
         return Bound(EXACT, "fp64 rounds by 1e-16, and sums in any order differ by much less than this bound")
     n, K = chain(config.model), terms(config)
@@ -64,15 +66,16 @@ def is_tiled(config: Config) -> bool:
 
 
 def coarsest(config: Config) -> str:
-    """The format in UNIT with the coarsest rounding of a recipe. An FP8 wire rounds rows for the experts in any
-    precision."""
+    """The number format of the recipe that rounds most coarsely, as a key of UNIT. An FP8 wire rounds the rows for
+    experts in every precision."""
     if is_tiled(config):
         return "e4m3"
     return "bf16" if config.precision.name != "fp32" else "fp32"
 
 
 def averaged(proof: str, config: Config, sequences: int) -> Bound:
-    """Bound of losses. In low precision, tokens have independent rounding errors, which average out in a mean."""
+    """Bound of losses. In low precision, the rounding errors of tokens are independent, so they average out in a
+    mean."""
     bound, tokens = computed(proof, config), sequences * config.seq_len
     if not is_rounded(proof, config):
         return bound
@@ -80,9 +83,10 @@ def averaged(proof: str, config: Config, sequences: int) -> Bound:
 
 
 def chosen(proof: str, config: Config) -> Bound:
-    """Largest error of scores for which a different expert choice is correct.
+    """Maximum error of scores with which another choice of experts is still correct.
 
-    The slope of a sigmoid is at most a quarter. If all logits change, a softmax score changes by at most twice as much.
+    The slope of a sigmoid is at most a quarter. A softmax score has a slope of at most a quarter too, but if all logits
+    change, it may change by twice as much.
     """
     if proof == "exact":
         return Bound(0.0, "the same experts in the same order")
@@ -94,7 +98,7 @@ def chosen(proof: str, config: Config) -> Bound:
 
 
 def is_rounded(proof: str, config: Config) -> bool:
-    """Whether a format below fp32 is used, so outputs and gradients are measured by their norm."""
+    """Whether a format below fp32 is used. Outputs and gradients are then compared by their norm."""
     return proof in LOW and coarsest(config) != "fp32"
 
 

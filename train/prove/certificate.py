@@ -31,9 +31,9 @@ BLIND = {
     "recipe": "errors of whole outputs and gradients below the loosest bound; single parts of a recipe with rounding have much tighter bounds",
     "tiles": "whole outputs, updates and checkpoints, which other checks cover; pipelines, which change no scale",
 }
-"""What a check cannot detect."""
+"""For each check, the faults that it cannot detect."""
 WIDTH = 100
-"""Columns of wrapped text."""
+"""Width of wrapped text, in characters."""
 VERIFIED = {
     "forward": (
         ("start", "settings", "forward", "validation"),
@@ -48,12 +48,12 @@ VERIFIED = {
         "a checkpoint, read in another layout, is the saved state bit for bit, and training resumes from it",
     ),
 }
-"""Fields that a proof can verify, with the phases of a comparison that belong to each, and the verified statement."""
+"""Fields that a proof can verify. Each has the phases of its comparisons, and the statement that they verify."""
 NOT_HERE = {
     "conversion": "a proof does not convert weights; `mode=export` writes a Hugging Face folder, and `init_from` reads one",
     "speed": "a proof does not measure speed; `python -m bench` and the metrics of a run do",
 }
-"""Fields that a proof does not verify, with other sources."""
+"""Fields that a proof does not verify, with the place that does."""
 NEVER_PROVEN = [
     "kernels of GPUs, and NCCL, unless the ranks ran on GPUs",
     "sizes beyond the miniature: memory, overflow of counters, speed",
@@ -64,27 +64,28 @@ NEVER_PROVEN = [
 
 @dataclass(frozen=True)
 class Certificate:
-    """The result of a proof for one recipe in one layout."""
+    """The result of a proof of one recipe in one layout."""
 
     name: str
     layout: str
     second_layout: str
-    """The layout that read the checkpoint."""
+    """The layout that read the checkpoint of the first layout."""
     ranks: int
     device: str
     steps: int
     cuts: Sequence[str]
-    """A sentence for each reduction of the recipe."""
+    """One sentence for each reduction of the recipe."""
     seconds: float
     verdicts: Sequence[ProofVerdict]
     differences: Sequence[Difference]
     """Failed comparisons, in the order of the computation."""
     acted: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Mechanisms that act only on some steps or heads: how often they acted, and the number of opportunities."""
+    """Mechanisms that act only on some steps or heads. For each: how often it acted, and how often it could have
+    acted."""
     proven: Mapping[str, Any] = field(default_factory=dict)
-    """The proven recipe, layout and code, see `train.show.proof_rows.describe_proven`."""
+    """The proven recipe, layout and code; see `train.show.proof_rows.describe_proven`."""
     own_code: Mapping[str, str] = field(default_factory=dict)
-    """Import paths of the user's code by key; a proof does not run this code."""
+    """Import paths of the user's own code, by key. A proof does not run this code."""
 
     @property
     def holds(self) -> bool:
@@ -102,11 +103,12 @@ class Certificate:
 
     @property
     def first(self) -> Difference | None:
-        """The difference closest to the origin of a fault."""
+        """The failed comparison that is closest to the origin of a fault."""
         return first_of(self.differences)
 
     def record(self) -> dict[str, Any]:
-        """The content of prove.json. Errors and bounds are relative; null for a difference without a measure."""
+        """The content of prove.json. Errors and bounds are relative. A difference that could not be measured is
+        null."""
         return {
             "name": self.name,
             "proven": dict(self.proven),
@@ -132,7 +134,7 @@ class Certificate:
         return folder / PROOF_FILE
 
     def show(self, path: Path, console: Console | None = None) -> None:
-        """Print the result on one screen."""
+        """Prints the result on one screen."""
         said = "this layout trains this model" if self.holds else "this layout does NOT train this model"
         rows = [("Layout", f"{self.layout}, {self.ranks} ranks on {self.device}, {self.steps} steps")]
         same = self.second_layout.startswith(f"{self.layout}, {self.ranks} ")
@@ -154,23 +156,24 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Sharpness:
-    """Amount and tightness of a check's comparisons. Bounds are relative to the size of the compared tensor."""
+    """How many numbers a check has compared, and how tight its bounds are. Bounds are relative to the size of the
+    compared tensor."""
 
     proof: str
     compared: int
     untold: int
     quantities: int
     bit_for_bit: int
-    """Number of quantities that had to be equal in every bit."""
+    """Number of quantities that had to match bit for bit."""
     sharpest: float | None
-    """The tightest bound of the quantities with rounding; None without such a quantity."""
+    """The tightest bound on quantities with rounding errors; None if the check has no such quantity."""
     sharpest_quantity: str
     loosest: float | None
     loosest_quantity: str
     does_not_see: str
 
     def text(self) -> str:
-        """The amount and the bounds as text."""
+        """Number of comparisons and their bounds, as text."""
         left = (
             f"; {self.untold:,} inconclusive, as rounding alone may change them by their own size"
             if self.untold
@@ -212,8 +215,8 @@ def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
 
 
 def _lines(proof: str, verdicts: list[ProofVerdict]) -> list[str]:
-    """Failures of a check; without failures the amount and tightness of its comparisons, the largest error, and its
-    blind spots."""
+    """The failures of a check. Without failures: what it compared and how tightly, the largest error, and what it
+    cannot detect."""
     if not verdicts:
         return ["did not run"]
     if failed := [verdict for verdict in verdicts if verdict.failed]:
@@ -231,13 +234,14 @@ def _lines(proof: str, verdicts: list[ProofVerdict]) -> list[str]:
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with null for infinity and NaN, which JSON does not have."""
+    """The record with null in place of infinity and NaN, because JSON has neither."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
 
 
-# card.md: what a proof has verified and what not, for readers who get the run folder but do not see the screen
+# card.md tells what a proof has verified and what not. It is for readers who get the run folder but do not see the
+# screen.
 
 
 def write_card(certificate: Certificate, folder: Path) -> Path:

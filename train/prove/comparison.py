@@ -1,8 +1,8 @@
-"""Comparison of two values of a named quantity, and the record of its result.
+"""Compares two values of a named quantity, and records the result.
 
-All comparisons use `Comparisons.compare`. A `DifferenceMeasure` defines the unit of a difference: the size of the
-tensor (`in_size`), an allowed error per element (`in_each`), or the error beyond a rounding of the result
-(train/prove/step_parts.py).
+All comparisons use `Comparisons.compare`. A `DifferenceMeasure` defines the unit in which a difference is measured. The
+unit is the size of the tensor (`in_size`), or an allowed error of each element (`in_each`). train/prove/step_parts.py
+measures only the error that remains beyond one rounding of the result.
 """
 
 import math
@@ -19,36 +19,36 @@ from train.prove.findings import Difference, ProofFindings, ProofVerdict, share_
 from train.prove.recipe_values import read_values
 
 MISSING = 1.0
-"""The error of a missing tensor; a bound of this size or more detects nothing."""
+"""The error of a missing tensor. A bound of this size or more detects nothing."""
 LOOSE = ("outputs", "losses", "gradients of weights", "gradients of outputs")
-"""Quantities that check recipe measures by their norm."""
+"""Quantities that check recipe compares by their norm."""
 BITS, WHOLE_NUMBERS = Bound(0.0, "bit for bit"), Bound(0.0, "whole numbers")
 
 
 class Measurement(NamedTuple):
-    """A difference, in the unit of the bound."""
+    """A measured difference, in the unit of its bound."""
 
     errors: Tensor
-    """Error of each element, to find the worst."""
+    """Error of each element. It shows which element is worst."""
     error: float
     """The error that is compared with the bound."""
     scale: float | None = None
-    """The unit if all elements share it; None if each element has its own."""
+    """The unit if all elements share one; None if each element has its own unit."""
     share: float = 1.0
-    """The unit divided by the size of the compared tensor."""
+    """The unit as a fraction of the size of the compared tensor."""
     inconclusive: int = 0
-    """Number of inconclusive elements, whose whole value rounding may hide."""
+    """Number of inconclusive elements. Rounding alone may change such an element by its full size."""
     most_inconclusive: float = math.inf
-    """More inconclusive elements than this fail, because the comparison would prove too little."""
+    """Maximum number of inconclusive elements. With more, the comparison fails, because it would prove too little."""
 
 
 DifferenceMeasure = Callable[[Tensor, Tensor], Measurement]
-"""Called with (got, want), both flat and fp64."""
+"""A function that measures the difference of two tensors (got, want). Both are flat and fp64."""
 
 
 def in_size(scale: float | None = None, by_norm: bool = False) -> DifferenceMeasure:
-    """Measures in the size of the expected tensor, or in a given size. by_norm: root mean squares, else largest
-    values."""
+    """Measures a difference as a fraction of the expected tensor's size, or of `scale`. by_norm: compare root mean
+    squares; else largest values."""
 
     def measure(got: Tensor, want: Tensor) -> Measurement:
         unit, errors = size_of(want, by_norm) if scale is None else scale, (got - want).abs()
@@ -58,8 +58,8 @@ def in_size(scale: float | None = None, by_norm: bool = False) -> DifferenceMeas
 
 
 def in_each(allowed: Tensor, before: Tensor | None = None) -> DifferenceMeasure:
-    """Measures each element in its allowed error. before: values before an update, whose small moves rounding may
-    hide."""
+    """Measures the error of each element as a fraction of its allowed error. before: values before an update. If
+    rounding may hide an element's complete change, the element is inconclusive."""
 
     def measure(got: Tensor, want: Tensor) -> Measurement:
         each, difference = allowed.flatten(), (got - want).abs()
@@ -74,10 +74,10 @@ def in_each(allowed: Tensor, before: Tensor | None = None) -> DifferenceMeasure:
 
 
 class Comparisons:
-    """The comparisons of one check. Each is added to the findings with the current part, step and phase."""
+    """The comparisons of one check. Each result is added to the findings, with the current part, step and phase."""
 
     def __init__(self, proof: str, config: Config, findings: ProofFindings):
-        """config: as the ranks ran it."""
+        """config: the configuration that the ranks ran."""
         self.proof, self.findings = proof, findings
         self.run_as(config)
         self.is_low, self.is_rounded = is_low(proof, config), is_rounded(proof, config)
@@ -85,7 +85,7 @@ class Comparisons:
         self.part = self.step = 0
 
     def run_as(self, config: Config) -> None:
-        """Set the configuration that the ranks run from now on."""
+        """Set the configuration that the ranks run from this point on."""
         self.config, self.values = config, read_values(config)
 
     def compare(
@@ -101,10 +101,10 @@ class Comparisons:
         measure: DifferenceMeasure | None = None,
         widen: Callable[[Bound, float], Bound] | None = None,
     ) -> None:
-        """Compare an actual with an expected value.
+        """Compare an actual value with the expected value.
 
-        scale: of `in_size`, which is the default measure. widen: returns a wider bound; called if the error exceeds
-        this bound.
+        scale: passed to `in_size`, the default measure. widen: called if the error exceeds the bound; returns a wider
+        bound.
         """
         flat = (torch.as_tensor(one, dtype=torch.float64).detach().flatten() for one in (got, want))
         got_N, want_N = flat
@@ -132,7 +132,7 @@ class Comparisons:
             self.fail(quantity, name, reason, made.inconclusive, len(got_N), rank)
 
     def acted(self, name: str, times: int, of: int = 1) -> None:
-        """Count how often a mechanism acted that does not always act."""
+        """Count how often a mechanism acted that acts only sometimes. of: number of times that it could have acted."""
         name = f"{name} (check {self.proof})"
         before = self.findings.acted.get(name, (0, 0))
         self.findings.acted[name] = before[0] + times, before[1] + of
@@ -184,6 +184,6 @@ class Comparisons:
 
 
 def size_of(tensor: Tensor, by_norm: bool) -> float:
-    """Root mean square, or the largest absolute value."""
+    """The root mean square of a tensor (by_norm), or its largest absolute value."""
     tensor = tensor.detach().double()
     return (tensor.square().mean().sqrt() if by_norm else tensor.abs().max()).item()

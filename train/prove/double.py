@@ -1,10 +1,11 @@
 """Runs Sluice's own code in fp64: all fp32 tensors become fp64, and nothing else changes.
 
-In fp64 two orders of the same sum differ by about 1e-15 of its terms. A wrong scale, a missing term or another order of
-tokens differs by its full size. So agreement to 1e-10 proves the same function, and not only a similar result.
+In fp64, two orders of the same sum differ by only about 1e-15 of its terms. A wrong scale, a missing term or a wrong
+order of tokens causes a large difference. So agreement to 1e-10 proves that two programs compute the same function, and
+not only similar results.
 
-A torch dispatch mode sees every operation below autograd, on all threads of a pipeline. There a new tensor, a cast or a
-sum in fp32 becomes fp64. Operations without fp64 support have a plain form here.
+A torch dispatch mode sees every operation below autograd, on all threads of a pipeline. It turns each new tensor, cast
+or sum in fp32 into fp64. Some operations do not support fp64; this file has plain versions of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 @contextmanager
 def in_double() -> Iterator[None]:
-    """Inside the block, new fp32 tensors are fp64. Tensors from outside stay fp32."""
+    """Inside the block, new fp32 tensors become fp64. Tensors from outside stay fp32."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -43,7 +44,8 @@ class _AtLeastDouble(TorchDispatchMode):
 def grouped_matmul(
     left: Tensor, right: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
 ) -> Tensor:
-    """F.grouped_mm: each group of rows times its own matrix; for two matrices, each group of columns times its rows."""
+    """F.grouped_mm in fp64. Multiplies each group of rows by its own matrix. With two matrices, multiplies each group
+    of columns by its group of rows."""
     assert offs is not None and bias is None
     ends = offs.tolist()
     spans = list(zip([0, *ends], ends, strict=False))

@@ -1,6 +1,6 @@
-"""The evidence of one rank for one step of a proof, and its safetensors file, which the judge reads.
+"""The evidence that one rank records in one step of a proof, and the safetensors file with it, which the judge reads.
 
-Keys of tensors are KIND/NAME, or KIND/NAME/NUMBER for tensors of a micro-batch:
+Tensors have the key KIND/NAME. A tensor of one micro-batch has the key KIND/NAME/NUMBER:
 
     forward, backward      output of a part of the model, and the gradient that returned to it, by micro-batch; NAME.ids and NAME.keys:
                            chosen experts, and the numbers of chosen keys
@@ -41,30 +41,30 @@ from train.model.router import Router
 from train.prove.watched_dispatcher import WatchedDispatcher
 
 State = dict[str, Tensor]
-"""Whole tensors by the name of their shards, fp64: master.NAME, STATE.NAME for the optimizer's state, ema.NAME,
+"""Complete fp64 tensors by the name of their shards: master.NAME; STATE.NAME for optimizer state; ema.NAME;
 bias.LAYER."""
 EVIDENCE = "evidence"
-"""Folder of the ranks' evidence, in the folder of the proof."""
+"""Name of the folder with the ranks' evidence, inside the proof's folder."""
 WATCHED = (Block, Embedding, FFN, MLA, MTP, MoE, Router)
 
 
 @dataclass
 class StepInfo:
-    """The settings and numbers of a step on one rank."""
+    """Settings and counters of one step on one rank."""
 
     proof: str
-    """The check: exact, fp32, recipe or tiles."""
+    """The check: exact, loop, fp32, recipe or tiles."""
     part: int
     """0, or 1 for the part of the run that resumes from the checkpoint in another layout."""
     step: int
-    """0 for the state at the start of a part."""
+    """Number of the step; 0 for the state at the start of a part."""
     rank: int
     layout: str
     device: str
     dp: int = 1
     dp_rank: int = 0
     first: int = 0
-    """The rank's first sample, in the step's batch."""
+    """Index of the rank's first sample in the step's batch."""
     cp: int = 1
     cp_rank: int = 0
     ep: int = 1
@@ -77,11 +77,11 @@ class StepInfo:
     balance_loss: float = 0.0
     index_loss: float = 0.0
     loads: list[list[float]] = field(default_factory=list)
-    """Tokens per expert, by layer with experts."""
+    """Tokens per expert, for each layer with experts."""
     grad_norm: float = 0.0
     applied: bool = True
     sums_in_fp32: bool = False
-    """Whether matmuls add weight gradients of bf16 operands to their fp32 sums without rounding them to bf16 before."""
+    """Whether weight gradients of bf16 operands are added to fp32 sums without rounding them to bf16 first."""
     validation_loss: float | None = None
     updates: int = 0
     samples: int = 0
@@ -90,18 +90,18 @@ class StepInfo:
 
 @dataclass
 class Evidence:
-    """One rank's data of one step."""
+    """The data of one rank in one step."""
 
     info: StepInfo
     tensors: dict[str, Tensor] = field(default_factory=dict)
     places: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
-    """For every shard the index of its first element in the flattened tensor, and the tensor's shape."""
+    """For each shard: the index of its first element in the flattened tensor, and the shape of that tensor."""
 
     def add(self, kind: str, name: str, tensor: Tensor) -> None:
         self.add_seen({f"{kind}/{name}": tensor})
 
     def add_seen(self, seen: dict[str, Tensor]) -> None:
-        """Add tensors that a watch kept, under its keys."""
+        """Add the tensors that a watch has recorded, under the watch's keys."""
         self.tensors |= {key: tensor.detach().cpu().clone().contiguous() for key, tensor in seen.items()}
 
     def add_shard(self, kind: str, name: str, shard: Shard) -> None:
@@ -109,19 +109,19 @@ class Evidence:
         self.places[f"{kind}/{name}"] = shard.offset, tuple(shard.shape)
 
     def of_kind(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Tensors of a kind, as (name, tensor)."""
+        """All tensors of a kind, as (name, tensor)."""
         for key, tensor in self.tensors.items():
             if key.startswith(f"{kind}/"):
                 yield key.removeprefix(f"{kind}/"), tensor
 
     def calls_of_kind(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
-        """Tensors of a kind with one tensor per micro-batch, as (name, number of the micro-batch, tensor)."""
+        """All tensors of a kind that has one tensor per micro-batch, as (name, number of the micro-batch, tensor)."""
         for key, tensor in self.of_kind(kind):
             name, number = key.rsplit("/", 1)
             yield name, int(number), tensor
 
     def rows(self, number: int) -> slice:
-        """The sequences of a micro-batch, in the step's batch."""
+        """The sequences of a micro-batch, as a slice of the step's batch."""
         first = self.info.first + number * self.info.micro_batch_size
         return slice(first, first + self.info.micro_batch_size)
 
@@ -145,8 +145,8 @@ class Evidence:
 
 
 def read_evidence(folder: Path, proof: str) -> Iterator[tuple[int, int, list[Evidence]]]:
-    """The evidence of a check, in order, as (part, step, evidence of all ranks). Files are read on demand, because all
-    together have gigabytes."""
+    """The evidence of a check, in order, as (part, step, evidence of all ranks). All files together have gigabytes, so
+    each is read only when it is needed."""
     found: dict[tuple[int, int], list[Path]] = {}
     for path in folder.glob(f"{proof}_*.safetensors"):
         part, step = path.name.split(".", 1)[0].removeprefix(f"{proof}_").split("_")
@@ -156,7 +156,7 @@ def read_evidence(folder: Path, proof: str) -> Iterator[tuple[int, int, list[Evi
 
 
 def assemble(ranks: list[Evidence], kind: str) -> State:
-    """Whole fp64 tensors, from the shards of all ranks; NaN where no rank has a shard."""
+    """Joins the shards of all ranks to complete fp64 tensors. Elements that no rank has are NaN."""
     found: State = {}
     for rank in ranks:
         for name, tensor in rank.of_kind(kind):
@@ -167,7 +167,7 @@ def assemble(ranks: list[Evidence], kind: str) -> State:
 
 
 def calls_by_name(ranks: list[Evidence], kind: str) -> dict[str, list[tuple[Evidence, int, Tensor]]]:
-    """All calls of every part on all ranks, by name, as (rank, number of the micro-batch, tensor)."""
+    """All calls of every part on all ranks, by name. A call is (rank, number of the micro-batch, tensor)."""
     found: dict[str, list[tuple[Evidence, int, Tensor]]] = {}
     for rank in ranks:
         for name, number, tensor in rank.calls_of_kind(kind):
@@ -176,19 +176,19 @@ def calls_by_name(ranks: list[Evidence], kind: str) -> dict[str, list[tuple[Evid
 
 
 def count_keys(keys_BTK: Tensor, length: int) -> Tensor:
-    """How often each key of a sequence is among the numbers of a query, fp64 (B, T, length); -1 is none."""
+    """How often each key is among the chosen keys of a query: fp64 (B, T, length). A chosen key of -1 means no key."""
     counts = torch.zeros(*keys_BTK.shape[:2], length, dtype=torch.float64)
     return counts.scatter_add_(-1, keys_BTK.long().clamp(min=0), (keys_BTK >= 0).double())
 
 
 def depth_of(name: str) -> int:
-    """MTP depth of an output: the number of positions that it lacks compared with the main model."""
+    """MTP depth of an output. An output at depth k has k positions fewer than the main model's outputs."""
     return int(name.split(".")[1]) + 1 if name.startswith("mtp.") else 0
 
 
 def places_of(info: StepInfo, seq_len: int, depth: int) -> list[int]:
-    """Positions of a sequence on a rank at an MTP depth (0: the main model): of 2 cp pieces, one from the front and one
-    from the back."""
+    """The positions of a sequence that a rank has, at an MTP depth (0: the main model). A sequence is cut into 2 cp
+    pieces; each rank has one from the front and one from the back."""
     last, size = seq_len - depth, seq_len // (2 * info.cp)
     if info.cp == 1:
         return list(range(last))
@@ -197,25 +197,25 @@ def places_of(info: StepInfo, seq_len: int, depth: int) -> list[int]:
 
 
 class EvidenceWatch:
-    """Keeps the outputs of the chunks' parts in training, and the gradients that return to them.
+    """Records the outputs of the chunks' parts in training, and the gradients that reach these outputs.
 
-    In every schedule, micro-batches pass a chunk in order, so the number of calls identifies the micro-batch.
+    In every schedule, micro-batches pass a chunk in order. So the number of calls tells the micro-batch.
     """
 
     def __init__(self, chunks: list[DeepSeekV3], sent: bool = False):
-        """sent: also keep the dispatchers' inputs and outputs, while `keeps_sent`."""
+        """sent: also record the dispatchers' inputs and outputs, while `keeps_sent`."""
         self.keeps_sent = True
         self.is_open = True
-        """Whether passes belong to the step, and not to a diagnosis of its error."""
+        """False while a pass is only repeated to diagnose an error."""
         self.spoils = False
-        """Whether to make the next gradient that returns to a part NaN."""
+        """Whether to replace the next gradient that reaches a part by NaN."""
         self.seen: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}
         self._dispatchers: list[WatchedDispatcher] = []
         tables = [chunk.embedding for chunk in chunks if hasattr(chunk, "embedding")]
         for chunk in chunks:
             for name, module in chunk.named_modules():
-                shared = name == "embedding" and len(tables) > 1  # calls of two chunks could not be distinguished
+                shared = name == "embedding" and len(tables) > 1  # calls of the two chunks could not be told apart
                 if (isinstance(module, WATCHED) or name == "norm") and not shared:
                     module.register_forward_hook(partial(self._take, name))
                 if isinstance(module, MLA):
@@ -230,12 +230,12 @@ class EvidenceWatch:
             dispatcher.start_step()
 
     def _choose(self, name: str, module: MLA, choose: Callable[..., Any], *given: Any) -> Any:
-        """Replaces a layer's choice of keys."""
+        """Replaces a layer's method that chooses keys."""
         index, keys_BTK = choose(*given)
         if keys_BTK is not None and module.training and not is_repeated() and self.is_open:
             number = self._calls[f"{name}.keys"] = self._calls.get(f"{name}.keys", -1) + 1
             self.seen[f"forward/{name}.keys/{number}"] = keys_BTK.clone()
-        if index is not None and index.q_BTHI.requires_grad:  # in a warm-up no other gradient comes back
+        if index is not None and index.q_BTHI.requires_grad:  # in a warm-up, only indexers get gradients
             index.q_BTHI.register_hook(self._spoil)
         return index, keys_BTK
 
@@ -252,7 +252,7 @@ class EvidenceWatch:
             self.seen[f"forward/{name}.ids/{number}"] = ids.detach().clone()
             name, output = f"{name}.gates", gates
         self.seen[f"forward/{name}/{number}"] = output.detach().clone()
-        if output.requires_grad and name != "embedding":  # the embedding's gradient has two parts if two ranks hold it
+        if output.requires_grad and name != "embedding":  # if two ranks hold the embedding, its gradient has two parts
             output.register_hook(partial(self._take_gradient, f"backward/{name}/{number}"))
 
     def _take_gradient(self, key: str, gradient: Tensor) -> Tensor | None:

@@ -1,9 +1,9 @@
-"""Repeats the updates of whole matrices in fp64, with the run's shards, owners and groups.
+"""Repeats the updates of complete matrices in fp64, with the same shards, owners and groups as the run.
 
-In fp32, rounding errors in directions with a small singular value would hide a fault.
+In fp32, rounding errors in directions with a small singular value could hide a fault.
 
-The code is the same optimizer, with its own handover and with weights, gradients and state in fp64. Its results are
-evidence; the run continues from its own update.
+The repeated update uses the run's own optimizer code and data exchange, but weights, gradients and state are in fp64.
+The results are only evidence. The run continues from its own update.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from train.prove.evidence import Evidence
 
 
 class ExactUpdates:
-    """fp64 updates of whole matrices, for one step of this rank."""
+    """fp64 updates of complete matrices, for one step of this rank."""
 
     def __init__(self, config: Config, zero: Zero):
         self._config, self._zero = config, zero
@@ -58,7 +58,7 @@ class ExactUpdates:
             kept.copy_(client.allocate(param)[name])
         gradients, factor = made.handover.of(weight)
         factor = 1.0 if factor is None else factor
-        if len(gradients) > 1:  # of weights that no other rank shares, each from its first element on
+        if len(gradients) > 1:  # no other rank shares these weights
             self._keep(
                 shard, "exact_gradient", "", lambda at, place, held: gradients[at][held.start : held.stop] * factor
             )

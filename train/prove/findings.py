@@ -1,4 +1,4 @@
-"""The findings of a proof: a verdict on every quantity of every check, and every failed comparison."""
+"""The findings of a proof: one verdict on every quantity in every check, and all failed comparisons."""
 
 import math
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ class Difference:
     phase: str
     quantity: str
     name: str
-    """Name of the tensor, or of the part of the model with this output."""
+    """Name of the tensor, or of the model part that computed it."""
     rank: int | None
-    """None for a tensor assembled from all ranks."""
+    """The rank; None if the tensor was assembled from all ranks."""
     got: float
     want: float
     error: float
@@ -27,7 +27,7 @@ class Difference:
     reason: str
 
     def text(self) -> str:
-        """The difference as one sentence."""
+        """Describes the difference in one sentence."""
         who = "" if self.rank is None else f", rank {self.rank}"
         return (
             f"check {self.proof}, step {self.step}{who}, {self.phase}: {self.quantity} of {self.name} is {self.got:.9g} and "
@@ -36,14 +36,14 @@ class Difference:
 
 
 WHOLE = ("outputs", "losses", "gradients of weights", "gradients of outputs", "chosen experts", "loads")
-"""Quantities of the whole model. In low precision, their first difference may be anywhere after a fault."""
+"""Quantities of the complete model. In low precision, a fault may first show in a quantity far from its origin."""
 
 
 def first_of(differences: Sequence[Difference]) -> Difference | None:
-    """The difference closest to the origin of a fault.
+    """The failed comparison that is closest to the origin of a fault.
 
-    Differences are in the order of the computation. In the recipe's own precision, bounds on whole outputs are wide.
-    There, a difference of a single part says more, even from a later step.
+    The differences are in the order of the computation. In low precision, bounds on outputs of the complete model are
+    wide. There, a difference in a single part is a better sign, even if it is from a later step.
     """
     if not differences or not is_blurred(differences[0]):
         return differences[0] if differences else None
@@ -61,7 +61,7 @@ def is_of_a_part(difference: Difference) -> bool:
 
 @dataclass
 class ProofVerdict:
-    """The verdict of a check on one quantity."""
+    """The verdict of one check on one quantity."""
 
     proof: str
     quantity: str
@@ -72,14 +72,14 @@ class ProofVerdict:
     reason: str = ""
     failed: int = 0
     untold: int = 0
-    """Inconclusive numbers, which rounding alone may change by their own size. They must be finite and are not compared
-    otherwise."""
+    """Number of inconclusive numbers, which rounding alone may change by their full size. They must be finite, but are
+    not compared in any other way."""
     sharpest: float = math.inf
     loosest: float = 0.0
-    """Smallest and largest applied bound, relative to the size of the compared tensor."""
+    """The smallest and the largest bound that were applied, relative to the size of the compared tensor."""
 
     def take(self, error: float, bound: Bound, numbers: int, inconclusive: int, unit: float, where: str) -> None:
-        """Add a comparison of `numbers` numbers. unit: the unit of the bound, relative to the size of the compared
+        """Add one comparison of `numbers` elements. unit: the bound's unit, relative to the size of the compared
         tensor."""
         share = bound.value * unit
         self.compared, self.untold = self.compared + numbers - inconclusive, self.untold + inconclusive
@@ -89,7 +89,7 @@ class ProofVerdict:
 
     @property
     def share(self) -> float:
-        """The worst error as a fraction of its bound."""
+        """The worst error, as a fraction of its bound."""
         return share_of_bound(self.worst, self.bound)
 
 
@@ -99,17 +99,18 @@ class ProofFindings:
 
     verdicts: dict[tuple[str, str], ProofVerdict] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
-    """In the order of the computation."""
+    """Failed comparisons, in the order of the computation."""
     acted: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Mechanisms that act only on some steps or heads: how often they acted, and the number of opportunities."""
+    """Mechanisms that act only on some steps or heads. For each: how often it acted, and how often it could have
+    acted."""
     device: str = "cpu"
-    """Kind of device of the ranks."""
+    """Kind of the ranks' devices."""
     second_layout: str = ""
-    """Layout and number of ranks that read the checkpoint."""
+    """The layout that read the checkpoint, and its number of ranks."""
 
 
 def together(passes: Sequence[ProofFindings]) -> ProofFindings:
-    """The findings of several checks as one, in their order."""
+    """Joins the findings of several checks in their order."""
     findings = ProofFindings()
     for one in passes:
         findings.verdicts |= one.verdicts
@@ -120,5 +121,5 @@ def together(passes: Sequence[ProofFindings]) -> ProofFindings:
 
 
 def share_of_bound(error: float, bound: float) -> float:
-    """The error as a fraction of the bound; infinite for an error with a bound of 0."""
+    """The error as a fraction of the bound. Infinite if the bound is 0 and the error is not."""
     return error / bound if bound else (math.inf if error else 0.0)

@@ -1,10 +1,11 @@
-"""Reference formulas of the parts that stay in bf16 and fp32 in every recipe (3.3.1): norms, attention, router.
+"""Reference formulas of the parts that every recipe computes in bf16 and fp32 (paper 3.3.1): norms, attention and
+router.
 
-Inputs are the rank's actual inputs. All arithmetic is fp64, and values are rounded only where the recipe stores a
-result. Every result includes the sum of the magnitudes of its terms, the unit of rounding errors (`Total` of
-train/prove/low_precision.py).
+The inputs are the rank's actual inputs. All arithmetic is in fp64. Values are rounded only where the recipe stores a
+result. Each result also has the sum of the magnitudes of its terms, which is the unit of its rounding errors (`Total`
+in train/prove/low_precision.py).
 
-Shapes as in train/prove/reference.py; N rows.
+Shapes: as in train/prove/reference.py; N rows.
 """
 
 import math
@@ -23,7 +24,7 @@ from train.prove.reference import best, group_scores, rotate, stretched, turns
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Total:
-    """x over its root mean square, times the norm weight."""
+    """x divided by its root mean square, times the norm weight."""
     made = x_ND / (x_ND.square().mean(-1, keepdim=True) + eps).sqrt() * weight_D
     return Total(made, made.abs(), None)
 
@@ -43,7 +44,7 @@ def rms_norm_back(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> 
 
 
 def softmax_scale(config: Values) -> float:
-    """1 / sqrt(width of queries), times mscale^2 if YaRN is active (4.3)."""
+    """1 / sqrt(width of queries), multiplied by mscale^2 if YaRN is active (paper 4.3)."""
     model = config.model
     scale = (model.nope_head_dim + model.rope_head_dim) ** -0.5
     if stretched(model, config.seq_len) and model.yarn.factor > 1:
@@ -52,7 +53,8 @@ def softmax_scale(config: Values) -> float:
 
 
 def unseen(length: int, documents_BT: Tensor | None) -> Tensor:
-    """Mask (1 or B, 1, T, T) of the keys that a query does not see: later keys, and keys of other documents."""
+    """Mask (1 or B, 1, T, T) that is True for the keys that a query does not see: later keys, and keys of other
+    documents."""
     later = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     if documents_BT is None:
         return later
@@ -68,13 +70,13 @@ class AttentionSlopes(NamedTuple):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, unseen: Tensor) -> Total:
-    """softmax(scale q k^T) v, (B, H, T, ...)."""
+    """Computes softmax(scale q k^T) v: (B, H, T, ...)."""
     p, off = _shares(q, k, scale, unseen)
     return Total(p @ v, p @ v.abs(), off @ v.abs())
 
 
 def _shares(q: Tensor, k: Tensor, scale: float, unseen: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax of the scores, and its possible error from rounding of their sums in fp32."""
+    """The softmax of the scores, and its possible error if scores are summed in fp32."""
     p = (q @ k.mT * scale).masked_fill(unseen, -math.inf).softmax(-1)
     off = 8 * FP32 * q.size(-1) ** 0.5 * scale * (q.abs() @ k.abs().mT)
     return p, p * (off + (p * off).sum(-1, keepdim=True))
@@ -83,7 +85,7 @@ def _shares(q: Tensor, k: Tensor, scale: float, unseen: Tensor) -> tuple[Tensor,
 def attend_back(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, unseen: Tensor
 ) -> AttentionSlopes:
-    """Gradients of attention. out: the rank's actual output."""
+    """The gradients of attention. out: the output that the rank computed."""
     p, off = _shares(q, k, scale, unseen)
     ds = scale * p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True))
     sizes = scale * (dout.abs() @ v.abs().mT + (dout * out).abs().sum(-1, keepdim=True))
@@ -96,14 +98,16 @@ def attend_back(
 
 
 def query_sizes(config: Values, places: Sequence[int]) -> Tensor:
-    """Factors of the queries at these positions (Llama 4's growth): fp64 (T, 1), all 1 in a model without it."""
+    """Factors of the queries at these positions (Llama 4's growth): fp64 (T, 1). All are 1 in a model without this
+    growth."""
     yarn = config.model.yarn
     steps = [place // yarn.original_seq_len for place in places]
     return torch.tensor([[1 + yarn.query_growth * math.log1p(step)] for step in steps], dtype=torch.float64)
 
 
 def rotated(x: Tensor, config: Values, places: Sequence[int], back: bool = False) -> Total:
-    """Adjacent pairs rotated by the angle of their position, (..., T, R); for gradients rotated back."""
+    """Rotates adjacent pairs by the angle of their position: (..., T, R). back: rotates gradients in the opposite
+    direction."""
     model = config.model
     angle = turns(model, config.seq_len, max(places) + 1, x)[list(places)]
     size = model.yarn.attention_factor if stretched(model, config.seq_len) else 1.0
@@ -112,10 +116,11 @@ def rotated(x: Tensor, config: Values, places: Sequence[int], back: bool = False
 
 
 def key_excess(index_BTS: Tensor, chosen_BTS: Tensor, top_k: int) -> float:
-    """Smallest error of the index scores that explains the choice: 0 if every chosen key is among the best. -inf: not seen."""
+    """Smallest error of the index scores that explains the rank's choice. It is 0 if every chosen key is among the
+    best. Scores of -inf mark keys that the query does not see."""
     kth_BT1 = index_BTS.sort(dim=-1, descending=True).values[..., top_k - 1 : top_k]
     worst_BT1 = index_BTS.masked_fill(~chosen_BTS, math.inf).amin(-1, keepdim=True)
-    behind = (kth_BT1 - worst_BT1).nan_to_num(0.0, 0.0, 0.0)  # a query sees fewer keys
+    behind = (kth_BT1 - worst_BT1).nan_to_num(0.0, 0.0, 0.0)  # the query sees fewer than top_k keys
     return behind.clamp_min(0).max().item() / 2
 
 
@@ -123,7 +128,7 @@ def key_excess(index_BTS: Tensor, chosen_BTS: Tensor, top_k: int) -> float:
 
 
 class HeadSlopes(NamedTuple):
-    """The loss, and its gradients of the states and of the weight."""
+    """The loss, its gradient of the states, and its gradient of the weight."""
 
     loss: Total
     x: Total
@@ -133,10 +138,10 @@ class HeadSlopes(NamedTuple):
 def head(
     x_ND: NearNumbers, weight_VD: Tensor, targets_N: Tensor, positions: float, high: PlainFormat, order: float
 ) -> HeadSlopes:
-    """Sum of -log softmax(x W^T)[target], divided by `positions`, with its gradients.
+    """The sum of -log softmax(x W^T)[target] divided by `positions`, with its gradients.
 
-    Logits and their gradients are stored in the activation dtype. order: error from the order of their sums, relative
-    to the sum of magnitudes.
+    Logits and their gradients are stored in the activation dtype. order: error of a sum because of its order, relative
+    to the sum of the magnitudes.
     """
     summed = matmul(x_ND, NearNumbers(weight_VD))
     logits = rounded(summed, high, order * summed.size)
@@ -148,7 +153,8 @@ def head(
         each.sum() / positions, each.abs().sum() / positions, (off.gather(-1, targets_N1) + mean_off).sum() / positions
     )
     slopes = (p - F.one_hot(targets_N, p.size(-1))) / positions
-    # A share moves by its own logit and, the other way, by the mean of all: one of almost 1 by neither.
+    # A share depends on its own logit, and in the other direction on the mean of all logits. For a share of almost 1,
+    # both effects are almost 0.
     p_off = p * ((1 - p) * off + (mean_off - p * off))
     made = rounded(NearNumbers(slopes, p_off / positions), high, CURVED * (p + (slopes < 0)) / positions)
     return HeadSlopes(loss, matmul(made, NearNumbers(weight_VD.mT)), matmul(transposed(made), transposed(x_ND)))
@@ -158,27 +164,28 @@ def head(
 
 
 class RouterSlopes(NamedTuple):
-    """Gradients of the input and of the weight."""
+    """Gradients of the router's input and weight."""
 
     x: Total
     weight: Total
 
 
 def route_scores(x_BTD: Tensor, weight_ED: Tensor, softmax: bool) -> tuple[Tensor, Tensor]:
-    """Scores, and the magnitudes of the terms of their logits, (B, T, E)."""
+    """The scores, and the sum of magnitudes of the terms in each logit: (B, T, E)."""
     logits_BTE = x_BTD @ weight_ED.T
     return logits_BTE.softmax(-1) if softmax else logits_BTE.sigmoid(), x_BTD.abs() @ weight_ED.abs().T
 
 
 def gates(scores_BTE: Tensor, sizes_BTE: Tensor, ids_BTK: Tensor, route_scale: float) -> Total:
-    """Gates of these experts. Rounding errors of the logits change a gate by at most twice their size, relative."""
+    """The gates of these experts. A rounding error of the logits changes a gate by at most twice that error, relative
+    to the gate."""
     chosen_BTK = scores_BTE.gather(-1, ids_BTK)
     made = route_scale * chosen_BTK / (chosen_BTK.sum(-1, keepdim=True) + 1e-20)
     return Total(made, made * (1 + 2 * sizes_BTE.amax(-1, keepdim=True)), None)
 
 
 def among_best(scores_BTE: Tensor, top_k: int) -> Tensor:
-    """Whether each expert is among the best without bias: 1 or 0, (B, T, E)."""
+    """Whether each expert is among the top_k best if the bias is ignored: 1 or 0, (B, T, E)."""
     return F.one_hot(best(scores_BTE, top_k), scores_BTE.size(-1)).sum(2).double()
 
 
@@ -192,19 +199,19 @@ def route_back(
     off_B1E: Tensor,
     softmax: bool,
 ) -> RouterSlopes:
-    """Gradients of the router.
+    """The gradients of the router.
 
-    balance: factor of the balance loss for an expert's share of a token's scores; off: its possible error.
+    balance: derivative of the balance loss by an expert's share of a token's scores. off: its possible error.
     """
     scores_BTE, _ = route_scores(x_BTD, weight_ED, softmax)
     chosen_BTK = scores_BTE.gather(-1, ids_BTK)
     sum_BT1 = chosen_BTK.sum(-1, keepdim=True) + 1e-20
     factor_BT1 = route_scale / sum_BT1
-    # gate = scale * s / sum(s): its gradient is the gradient of the quotient
+    # gate = scale * s / sum(s), so this is the gradient of a quotient.
     inner_BT1 = (dgates_BTK * chosen_BTK).sum(-1, keepdim=True) / sum_BT1
     size_BT1 = (dgates_BTK * chosen_BTK).abs().sum(-1, keepdim=True) / sum_BT1
     total_BT1 = scores_BTE.sum(-1, keepdim=True)
-    # share = s / sum(s) over all experts
+    # share = s / sum(s), where the sum runs over all experts.
     mean_BT1 = (scores_BTE * balance_BTE).sum(-1, keepdim=True) / total_BT1
     dscores = (balance_BTE - mean_BT1) / total_BT1
     size = (balance_BTE + mean_BT1).abs() / total_BT1
@@ -224,7 +231,7 @@ def route_back(
 
 
 def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:
-    """Smallest error of the scores that explains the choice: 0 for the reference's own choice."""
+    """Smallest error of the scores that explains the rank's choice. It is 0 if the choice is the reference's own."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     excess = 0.0
     open_NE = torch.ones_like(biased_NE, dtype=torch.bool)
@@ -234,7 +241,7 @@ def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:
         least_N1 = groups_NG.sort(dim=-1, descending=True).values[:, model.top_groups - 1 : model.top_groups]
         behind_NK = (least_N1 - groups_NG.gather(1, ids_NK // size)).clamp_min(0)
         excess = behind_NK.max().item() / (2 * count)
-        # A group is certainly open only if its score exceeds the limit by more than that error.
+        # A group is certainly open only if its score is above the limit by more than this error.
         open_NE = (groups_NG >= least_N1 + 2 * count * excess).repeat_interleave(size, 1)
     inside_NE = biased_NE.masked_fill(~open_NE, -math.inf)
     kth_N1 = inside_NE.sort(dim=-1, descending=True).values[:, model.top_k - 1 : model.top_k]

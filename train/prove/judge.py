@@ -1,24 +1,21 @@
 """Compares the ranks' evidence with the reference.
 
-Every step is judged separately: the reference starts from the ranks' state before the step, which was already judged
-after the previous step. So differences do not grow from step to step, and each bound is for one step. Together the
-steps cover the run.
+Every step is judged separately. The reference starts from the ranks' state before the step, which was judged after the
+previous step. So differences do not grow from step to step, and each bound applies to one step. All steps together
+cover the run.
 
-The order of the comparisons is the order of the computation, so the first failure shows the origin of a fault:
-    start          the state equals the given or the saved state, bit for bit                          judge_state.py
-    forward        outputs of all parts, first to last; losses; tokens per expert                      judge_model.py
-    backward       from the last part to the first: the gradient that returns to a part,
-                   then the gradients of its weights
-    reduction      sums of gradients over micro-batches and ranks                                      judge_gradients.py
-    update         norm, masters, moments, average of the weights, biases; none of them in a
-                   step whose gradient is not finite                                                   judge_update.py
-    validation     loss on held-out sequences
-    checkpoint     the files hold the state of their step, bit for bit                                 judge_state.py
+The comparisons follow the order of the computation. So the first failed comparison shows the origin of a fault: start
+the state equals the given or the saved state, bit for bit judge_state.py forward outputs of all parts, first to last;
+losses; tokens per expert judge_model.py backward from the last part to the first: the gradient that reaches a part's
+output, then the gradients of the part's weights reduction sums of gradients over micro-batches and ranks
+judge_gradients.py update norm, masters, moments, average of the weights, biases; a step whose gradient is not finite
+changes none of them judge_update.py validation loss on held-out sequences checkpoint the files hold the state of their
+step, bit for bit judge_state.py
 
-In precisions with rounding, single parts (judge_parts.py) and the dispatched rows (judge_rows.py) are judged before
-whole outputs. All comparisons use `Comparisons.compare` (comparison.py).
+In precisions with rounding, single parts (judge_parts.py) and dispatched rows (judge_rows.py) are judged before the
+outputs of the complete model. All comparisons use `Comparisons.compare` (comparison.py).
 
-Shapes as in train/prove/reference.py.
+Shapes: as in train/prove/reference.py.
 """
 
 import math
@@ -65,9 +62,10 @@ from train.prove.step_parts import StepParts
 
 
 def judge_all(config: Config, proofs: Sequence[str] | None = None, at_a_time: int = 1) -> ProofFindings:
-    """The findings of these checks, or of all checks, after their ranks have ended. config: as the ranks read it.
+    """Judges these checks, or all checks, after their ranks have ended. config: the configuration that the ranks read.
 
-    at_a_time: values above 1 use forks of this process, which must not have computed with torch before.
+    at_a_time: number of checks that are judged at once. Above 1, forks of this process judge them; this process must
+    not have computed with torch before.
     """
     given = [*PROOFS] if proofs is None else proofs
     if at_a_time == 1:
@@ -77,7 +75,7 @@ def judge_all(config: Config, proofs: Sequence[str] | None = None, at_a_time: in
 
 
 def judge_pass(config: Config, proof: str) -> ProofFindings:
-    """The findings of one check."""
+    """Judges one check and returns the findings."""
     findings = ProofFindings()
     Judge(proof, PROOFS[proof](config), RunPaths(config).path / EVIDENCE, findings).judge()
     return findings
@@ -87,17 +85,17 @@ class Judge:
     """Judges one check."""
 
     def __init__(self, proof: str, config: Config, folder: Path, findings: ProofFindings):
-        """config: as the ranks ran it. folder: of their evidence."""
+        """config: the configuration that the ranks ran. folder: the folder of their evidence."""
         self.at, self.job, self._folder = Comparisons(proof, config, findings), config, folder
         self.checkpoints = RunPaths(replace(config, name=f"{config.name}/{proof}")).checkpoints
         self.tally = Tally()
         self.losses: dict[int, float] = {}
-        """Held-out losses of the first part, by step."""
+        """Validation losses of the first part, by step."""
         self.run: RunPart | None = None
-        """The part of the run to which the step belongs."""
+        """The part of the run that contains the current step."""
 
     def judge(self) -> None:
-        """Judge all steps, up to a step after which no comparison is possible."""
+        """Judge all steps. Ends early if, after a step, nothing can be compared any more."""
         at, before, saved = self.at, None, None
         if at.proof == "loop":
             judge_loop(at, self._folder)
@@ -121,7 +119,7 @@ class Judge:
             saved = (before, self.tally) if is_saved else saved
             is_best, path = self._is_best(), self.checkpoints / step_name(step)
             if step == self.run.last:
-                is_saved = part > 0 or step < self.job.steps  # otherwise the second part has overwritten it
+                is_saved = part > 0 or step < self.job.steps  # else the second part has overwritten it
             if is_saved or (is_best and step < self.run.last):
                 judge_checkpoint(at, path, before)
                 if is_best is not None:
@@ -145,14 +143,14 @@ class Judge:
         return False
 
     def _judge_tiles(self, ranks: list[Evidence], before: State | None) -> State:
-        """Judge only single parts, with the weights that the ranks report."""
+        """Judge only single parts, with the weights that the ranks recorded."""
         at = self.at
         if at.step in watched_steps(at.config) and before is not None:
             self._judge_parts(ranks, before, reference_step.plan_step(at.values, at.step))
         return state_after(at.config, ranks)
 
     def _judge_parts(self, ranks: list[Evidence], before: State, plan: reference_step.PlainPlan) -> None:
-        if not self.at.values.optim.index_warmup:  # rows of experts have no gradients there
+        if not self.at.values.optim.index_warmup:  # else rows of experts have no gradients
             judge_rows(self.at, ranks)
         batch = Samples(self.at.config).batch(plan.first_sample, plan.batch_size)
         judge_parts(StepParts(self.at, ranks, before, batch))
@@ -167,7 +165,7 @@ class Judge:
         return got
 
     def _judge_step(self, ranks: list[Evidence], before: State) -> State | None:
-        """The state after the step; None if nothing after it can be compared."""
+        """Judge one step. Returns the state after it; None if nothing after this step can be compared."""
         at, exact = self.at, self.at.proof == "exact"
         plan = replace(reference_step.plan_step(at.values, at.step), first_sample=self.tally.samples)
         at.phase = "settings"
@@ -211,8 +209,8 @@ class Judge:
         return after
 
     def judge_skip(self, ranks: list[Evidence], before: State, batch_size: int) -> State:
-        """Judge a step in which one rank had a gradient that is not finite: all ranks only advance the position in the
-        data."""
+        """Judge a step that was skipped because one rank had a gradient that is not finite. All ranks must only advance
+        the position in the data."""
         self.at.phase = "update"
         self._count(ranks, batch_size, False, "a gradient that is not finite on one rank skips the step on all")
         after = judge_same(self.at, "state after a skipped step", ranks, before)
@@ -228,7 +226,8 @@ class Judge:
         judge_tally(self.at, ranks, self.tally)
 
     def _is_best(self) -> bool | None:
-        """Whether checkpoint.keep_best keeps the state after this step; None if it does not act here."""
+        """Whether checkpoint.keep_best keeps the state after this step. None if keep_best is off, in the second part,
+        or without a validation loss."""
         if not self.at.config.checkpoint.keep_best or self.at.part or not self.losses:
             return None
         is_best = min(self.losses, key=self.losses.__getitem__) == self.at.step
@@ -236,13 +235,15 @@ class Judge:
         return is_best
 
     def _judge_validation(self, ranks: list[Evidence], after: State) -> None:
-        """Judge the validation loss of every step that has one: the last of each part, or all of the first."""
+        """Judge the validation loss of every step that has one. This is the last step of each part, or every step of
+        the first part."""
         if self.run is not None and (self.at.step == self.run.last or self.run.config.log.validate_every == 1):
             judge_validation(self.at, ranks, self._plain(after))
             self.losses[self.at.step] = ranks[0].info.validation_loss or math.inf
 
     def _plain(self, state: State) -> PlainModel:
-        """The reference with these weights, and with the frozen base weights of an adapter, which no step changes."""
+        """The reference with these weights. With an adapter, it also has the frozen base weights, which no step
+        changes."""
         config = self.at.config
         base = initial_weights(config) if config.adapter.on else {}
         masters = {name.removeprefix("master."): value for name, value in state.items() if name.startswith("master.")}

@@ -1,10 +1,12 @@
-"""Judges attention on single ranks, with whole or shared sequences, and the rotation of its queries and keys.
+"""Judges attention on single ranks, including the rotation of queries and keys. A rank has complete sequences or shares
+them.
 
-A rank with whole sequences records the inputs and outputs of its attention. If ranks share sequences, each has the
-queries of its positions, and computes keys and values of all positions from received latents. Here these keys and
-values are computed from the recorded outputs of the linear layers around attention.
+A rank with complete sequences records the inputs and outputs of its attention. If ranks share sequences, each rank has
+the queries of its own positions. It receives latents, and computes the keys and values of all positions from them. In
+this case the judge computes the keys and values itself, from the recorded outputs of the linear layers around
+attention.
 
-Shapes as in train/prove/reference.py; L positions of whole sequences, T of them on a rank.
+Shapes: as in train/prove/reference.py; L positions of a complete sequence, of which a rank has T.
 """
 
 import math
@@ -22,24 +24,25 @@ from train.prove.low_precision import FORMATS, Total
 from train.prove.step_parts import ELEMENTS, PartCall, StepParts
 
 SCORES = 4 * 2.0**-9
-"""Attention cores may store probabilities and then their gradients in bf16, each rounded by 2^-9 relative. If ranks
-share sequences, each block of keys is rounded separately, and the sum once more."""
+"""Bound on the relative error of attention in bf16. Attention kernels may store probabilities in bf16, and later their
+gradients. Each rounding changes a number by at most 2^-9 of it. If ranks share sequences, each block of keys is rounded
+separately, and then the sum again."""
 
 
 OVERFLOW = 88.8
-"""An exponential of more is infinite in fp32."""
+"""In fp32, the exponential of a larger number is infinite."""
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """Attention of a micro-batch on a rank."""
+    """Attention of one micro-batch on one rank."""
 
     call: PartCall
-    """The call that shows its output: of attention itself, or of the output projection."""
+    """The call that recorded the output: the call of attention itself, or of the output projection."""
     what: str
-    """Name of the output in that call."""
+    """Name under which that call recorded the output."""
     out: PartCall | None
-    """The call of the output projection, if gradients went through it; else None."""
+    """The call of the output projection; None if no gradients went through it."""
     q: Tensor
     k: Tensor
     v: Tensor
@@ -48,12 +51,12 @@ class AttentionCall:
     """Positions of the queries."""
 
     def heads(self, tensor: Tensor) -> Tensor:
-        """A tensor (B, T, H * X) by heads: (B, H, T, X)."""
+        """Splits a tensor (B, T, H * X) into heads: (B, H, T, X)."""
         return tensor if tensor.dim() == 4 else tensor.unflatten(-1, (self.q.size(1), -1)).transpose(1, 2)
 
 
 def judge_attention(step: StepParts, name: str) -> None:
-    """Judge the outputs; for whole sequences also the rotation."""
+    """Judge the outputs of attention. For complete sequences, also judge the rotation."""
     scale, shared = high.softmax_scale(step.config), step.cp > 1
     for one in _shared_calls(step, name) if shared else _whole_calls(step, name):
         total, got = high.attend(one.q, one.k, one.v, scale, one.unseen), one.heads(one.call.get(one.what))
@@ -73,7 +76,8 @@ def judge_attention_back(step: StepParts, name: str) -> None:
         dout = "dx" if shared else "dy"
         if one.out is None or not one.call.has(dout):
             continue
-        # Attention's output as its backward takes it: in the saved form of the output projection's input (3.3.3).
+        # The output of attention in the form in which its backward reads it. This is the saved form of the output
+        # projection's input (paper 3.3.3).
         kept = low.kept(one.out.rows("x"), step.rounding.output.kept).x.view(one.out.tensors["x"].shape)
         slopes = high.attend_back(
             one.heads(one.call.get(dout)), one.q, one.k, one.v, _heads_of(kept, one.q.size(1)), scale, one.unseen
@@ -101,11 +105,11 @@ def _unseen(step: StepParts, rank: Evidence, number: int, length: int) -> Tensor
 
 
 def _heads_of(x_BTX: Tensor, heads: int) -> Tensor:
-    """A tensor (B, T, H * X) by heads: (B, H, T, X)."""
+    """Splits a tensor (B, T, H * X) into heads: (B, H, T, X)."""
     return x_BTX.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-# Whole sequences
+# Complete sequences
 
 
 def _whole_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
@@ -117,8 +121,8 @@ def _whole_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
 
 
 def _judge_heads(step: StepParts, name: str, one: AttentionCall) -> None:
-    """Judge queries, keys and values from the outputs of the linear layers: rotated by their positions, with one rope
-    key for all heads."""
+    """Judge queries, keys and values against the outputs of the linear layers. They must be rotated by their positions,
+    and all heads must have the same rope key."""
     model, call = step.config.model, one.call
     q_BTX, kv_BTX, down_BTX = (
         step.through(part, call.rank)[call.number].get("y")
@@ -141,7 +145,7 @@ def _judge_heads(step: StepParts, name: str, one: AttentionCall) -> None:
 
 
 def _grown(step: StepParts, q_BHTQ: Tensor, places: Sequence[int]) -> Tensor:
-    """Queries of these positions before the rotation; a model with growing queries rounds them once more."""
+    """Queries of these positions before the rotation. In a model with growing queries, they are rounded once more."""
     if not step.config.model.yarn.query_growth:
         return q_BHTQ
     return low.nearest(q_BHTQ * high.query_sizes(step.config, places), step.rounding.high)
@@ -151,7 +155,7 @@ def _grown(step: StepParts, q_BHTQ: Tensor, places: Sequence[int]) -> Tensor:
 
 
 def _shared_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
-    """Attention calls of every micro-batch on every rank."""
+    """Calls of attention, for every micro-batch on every rank."""
     model, high_format, depth = step.config.model, step.rounding.high, depth_of(name)
     heads, nope, length = model.heads, model.nope_head_dim, step.config.seq_len - depth
     for rank in step.ranks:
@@ -170,9 +174,9 @@ def _shared_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
 
 
 def _blocks(step: StepParts, name: str, rank: Evidence, number: int) -> list[PartCall]:
-    """Calls that computed keys and values of a micro-batch, one for every block of positions."""
+    """Calls that computed keys and values of a micro-batch. There is one call for every block of positions."""
     blocks, calls = 2 * step.cp, step.through(f"{name}.kv_up", rank, back=False)
-    if f"{name}.indexer.q" in step.calls:  # whose loss has computed them once more
+    if f"{name}.indexer.q" in step.calls:  # the indexer's loss has computed them a second time
         calls = [one for at, one in enumerate(calls) if not any(_is_same(one, other) for other in calls[:at])]
     return calls[number * blocks : (number + 1) * blocks]
 
@@ -182,7 +186,7 @@ def _is_same(one: PartCall, other: PartCall) -> bool:
 
 
 def _rope_keys(step: StepParts, name: str, rank: Evidence, number: int, length: int) -> Tensor:
-    """Rotated rope keys of all positions, from the ranks that have them: (B, L, R)."""
+    """Rotated rope keys of all positions, collected from the ranks that have them: (B, L, R)."""
     whole = None
     for mate in (mate for mate in step.ranks if mate.info.dp_rank == rank.info.dp_rank):
         if calls := step.through(f"{name}.kv_down", mate):
@@ -196,7 +200,7 @@ def _rope_keys(step: StepParts, name: str, rank: Evidence, number: int, length: 
 
 
 def _judge_shared_slopes(step: StepParts, name: str, one: AttentionCall, slopes: high.AttentionSlopes) -> None:
-    """Judge the gradients of queries, and the contributions of these queries to the gradients of each block of keys and
+    """Judge the gradients of queries. Also judge what these queries add to the gradients of each block of keys and
     values."""
     nope, heads, rank, bound = step.config.model.nope_head_dim, one.q.size(1), one.call.rank, _in_scores(step)
     grown = high.query_sizes(step.config, one.places)
