@@ -1,12 +1,14 @@
-"""Judges gradients summed over micro-batches and over ranks.
+"""Judges gradients that are summed over micro-batches and over ranks.
 
-The sum is fp32 in every recipe (paper 3.3.1), also with bf16 weights and activations. So each element of a reduced
-gradient must match within fp32 rounding. A missing rank, or a sum in bf16, exceeds this bound.
+Every recipe computes these sums in fp32 (paper 3.3.1), even with bf16 weights and activations. So each element of a
+reduced gradient must match within fp32 rounding. If a rank is missing, or if a sum is in bf16, the difference exceeds
+this bound.
 
-For a sum over micro-batches a rank records only the total; train/prove/judge_matmuls.py judges it with its matmuls.
-Here only its format is tested: a total of several terms has bits that bf16 does not have, unless it was stored in bf16.
-A term is a micro-batch whose gradient returns to the part. Some micro-batches of chats have nothing to learn, and a
-single term may be a matmul result rounded to bf16.
+A rank records only the total of a sum over micro-batches. train/prove/judge_matmuls.py judges this total together with
+its matmuls. The code here only tests the format of the total. A total of several terms has bits that bf16 does not
+have, unless it was stored in bf16. There is one term for each micro-batch whose gradient reaches the part. Some
+micro-batches of chats have nothing to learn. A total of a single term is not tested, because it may be a matmul result
+that was rounded to bf16.
 """
 
 import re
@@ -20,15 +22,15 @@ from train.prove.comparison import Comparisons, in_each
 from train.prove.evidence import Evidence, State, assemble, depth_of
 
 MORE = 4
-"""Roundings of a sum over ranks, in addition to one per term: divisions by the number of ranks, and the second sum of
-the tied embedding."""
+"""Number of roundings in a sum over ranks, in addition to one per term: divisions by the number of ranks, and the
+second sum of the tied embedding."""
 MOST_IN_BF16, ENOUGH = 0.9, 16
-"""Largest fraction of a total's numbers that may fit bf16 by chance, and the minimum of numbers for a conclusive
-test."""
+"""Largest fraction of a total's numbers that may be exact in bf16 by chance, and the smallest number of numbers for a
+conclusive test."""
 
 
 def judge_totals(at: Comparisons, ranks: list[Evidence]) -> None:
-    """Judge sums over the micro-batches of a rank, for weights that process every token."""
+    """Judge the totals over a rank's micro-batches, for weights that process every token."""
     why = "fraction of numbers that are exact in bf16: few for sums in fp32, all for sums in bf16"
     for rank in ranks:
         came: Counter[str] = Counter()
@@ -36,9 +38,7 @@ def judge_totals(at: Comparisons, ranks: list[Evidence]) -> None:
             came[part] += bool(gradient.any())
         for name, total in () if _is_by_micro_batch(rank) else rank.of_kind("local"):
             held, everyone = total[total != 0].float(), name != "embedding.weight" and ".experts." not in name
-            everyone &= not (
-                at.config.data.chats and ".indexer." in name
-            )  # learns from micro-batches with learnt tokens
+            everyone &= not (at.config.data.chats and ".indexer." in name)  # only some micro-batches train indexers
             if everyone and len(held) >= ENOUGH and _terms_of(name, came) > 1:
                 share = (held == held.bfloat16().float()).double().mean().item()
                 bound = Bound(MOST_IN_BF16, why)
@@ -46,7 +46,7 @@ def judge_totals(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def judge_reduction(at: Comparisons, ranks: list[Evidence]) -> None:
-    """Judge sums over the ranks of a stage."""
+    """Judge the sums over the ranks of a stage."""
     shapes, info = reference.trained_shapes(at.values), ranks[0].info
     reduced, want = assemble(ranks, "reduced"), sum_over_ranks(ranks, shapes)
     sizes = sum_over_ranks(ranks, shapes, signs=False)
@@ -62,13 +62,14 @@ def judge_reduction(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def _is_by_micro_batch(rank: Evidence) -> bool:
-    """Whether each micro-batch was reduced separately (ZeRO 3)."""
+    """Whether each micro-batch was reduced separately, as at ZeRO 3."""
     return any(True for _ in rank.of_kind("sizes"))
 
 
 def _terms_of(weight: str, came: Counter[str]) -> int:
-    """Number of micro-batches in the gradient of a weight: of the smallest part around it; for the head, of its inputs; 1 in a
-    warm-up of indexers, in which no gradient comes back to a part.
+    """Number of micro-batches that contribute to the gradient of a weight. It is counted at the smallest recorded part
+    that contains the weight. For the head, it is the sum over the head's inputs. In a warm-up of indexers, gradients
+    reach no part, so the number is 1.
 
     came: number of micro-batches with a non-zero gradient, by part.
     """
@@ -81,9 +82,9 @@ def _terms_of(weight: str, came: Counter[str]) -> int:
 
 
 def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]], signs: bool = True) -> State:
-    """The mean of the ranks' local gradients over a stage, computed here and not by Sluice's own reduction.
+    """The mean of all local gradients over the ranks of a stage. It is computed here, without Sluice's own reduction.
 
-    signs: False adds the absolute values of each rank's gradient.
+    signs: if False, the absolute values of the gradients are added.
     """
     found: State = {}
     for rank in ranks:

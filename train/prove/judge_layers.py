@@ -1,5 +1,4 @@
-"""Judges the parts in bf16 and fp32 around the linear layers: embedding, norms, residual sums, output
-head and routers."""
+"""Judges the bf16 and fp32 parts around the linear layers: embedding, norms, residual sums, output head and routers."""
 
 from collections.abc import Iterator
 
@@ -17,12 +16,12 @@ from train.prove.low_precision import FORMATS, FP32, NearNumbers, Total
 from train.prove.step_parts import ELEMENTS, MOST_INCONCLUSIVE, PartCall, StepParts, SumOverCalls
 
 HALF = 2.0**-9
-"""Largest relative error of rounding to bf16."""
+"""Largest relative error when a number is rounded to bf16."""
 MOST_INCONCLUSIVE_ADAPTED = 0.2
-"""Allowed fraction of inconclusive gradients at the input of an adapted head. An uncertain logit makes a whole row
-inconclusive, and rounded low-rank inputs increase the number of such rows."""
+"""Maximum fraction of inconclusive gradients at the input of an adapted head. One uncertain logit makes a complete row
+inconclusive, and rounded low-rank inputs make more logits uncertain."""
 SPLIT = 2.0**-15
-"""Relative error of a router's gradient on a GPU, which multiplies it as two bf16 numbers."""
+"""Relative error of a router's gradient on a GPU. The GPU splits each fp32 operand into two bf16 numbers."""
 NO_GRADIENT = Bound(0.0, "positions that are not learnt have no gradient")
 
 
@@ -30,7 +29,7 @@ NO_GRADIENT = Bound(0.0, "positions that are not learnt have no gradient")
 
 
 def judge_norm(step: StepParts, name: str) -> None:
-    """Judge the outputs."""
+    """Judge the outputs of a norm."""
     norm_weight = step.weights[f"{name}.weight"]
     for call in step.calls.get(name, []):
         step.compare(
@@ -43,7 +42,7 @@ def judge_norm(step: StepParts, name: str) -> None:
 
 
 def judge_norm_back(step: StepParts, name: str) -> None:
-    """Judge the gradients of inputs and of the weight."""
+    """Judge the gradients of a norm's inputs and of its weight."""
     norm_weight, made = step.weights[f"{name}.weight"], SumOverCalls()
     for call in step.calls.get(name, []):
         if call.has("dy"):
@@ -64,15 +63,15 @@ def _eps(step: StepParts, name: str) -> float:
 
 
 def judge_embedding(step: StepParts, name: str) -> None:
-    """Judge the rows of the table."""
+    """Judge the rows that the embedding returns."""
     for call in step.calls[name]:
         rows = step.weights[f"{name}.weight"][call.tensors["ids"].long()]
         step.compare("embedding", call, "y", Total(rows, rows.abs(), None), BITS)
 
 
 def judge_embedding_back(step: StepParts, name: str) -> None:
-    """Judge the gradient of the table: the sum of the gradients of each token's row over all micro-batches and ranks,
-    in fp32."""
+    """Judge the gradient of the embedding table. For each token, it is the fp32 sum of its row's gradients over all
+    micro-batches and ranks."""
     made, table = SumOverCalls(), step.weights[f"{name}.weight"]
     for call in step.calls[name]:
         if call.has("dy"):
@@ -82,11 +81,11 @@ def judge_embedding_back(step: StepParts, name: str) -> None:
     step.compare_gradient(f"{name}.weight", made)
 
 
-# Residual sums: inputs that skip attention and FFN, and are added to their outputs
+# Residual sums: the inputs of attention and FFN are added to their outputs
 
 
 def judge_sums(step: StepParts, name: str) -> None:
-    """Judge the sums in a block: with attention, then with the FFN."""
+    """Judge the two sums in a block: first with attention, then with the FFN."""
     ffn = f"{name}.ffn" if f"{name}.ffn.w13" in step.calls else f"{name}.moe"
     for call in step.calls[f"{name}.ffn_norm"]:
         before = next(
@@ -98,7 +97,7 @@ def judge_sums(step: StepParts, name: str) -> None:
 
 
 def judge_sums_back(step: StepParts, name: str) -> None:
-    """Judge the gradients of both sums."""
+    """Judge the gradients of both sums in a block."""
     for call in step.calls[f"{name}.ffn_norm"]:
         got, out = (_seen(call, "backward", one) for one in (f"{name}.attention", name))
         _judge_sum(step, call, f"gradients after {name}.attention", got, out, call.get("dx"))
@@ -111,7 +110,7 @@ def _judge_sum(step: StepParts, call: PartCall, name: str, got: Tensor, one: Ten
 
 
 def _seen(call: PartCall, phase: str, name: str) -> Tensor:
-    """A tensor of the call's micro-batch from `EvidenceWatch`: fp64."""
+    """A tensor that `EvidenceWatch` recorded in the call's micro-batch, in fp64."""
     return call.rank.tensors[f"{phase}/{name}/{call.number}"].double()
 
 
@@ -119,14 +118,14 @@ def _seen(call: PartCall, phase: str, name: str) -> Tensor:
 
 
 def judge_head(step: StepParts, name: str) -> None:
-    """Judge the losses of every depth."""
+    """Judge the losses of every MTP depth, and of the main model."""
     bound = Bound(2 * ELEMENTS, "a logarithm and a sum in fp32")
     for call, made, _ in _head_calls(step):
         step.compare("output head", call, "y", made.loss, bound, FORMATS["fp32"])
 
 
 def judge_head_back(step: StepParts, name: str) -> None:
-    """Judge the gradients of states, of the weight and of its LoRA A and B."""
+    """Judge the gradients of the head's states, of its weight, and of its LoRA A and B."""
     whole, lora, order = SumOverCalls(), WeightLora(step, "head.weight"), step.in_rows(step.config.model.vocab_size)
     for call, made, learnt_N in _head_calls(step):
         if not call.has("dx", "dy"):
@@ -136,7 +135,8 @@ def judge_head_back(step: StepParts, name: str) -> None:
         x, weight = _times(made.x, low.nearest(slope, step.rounding.high)), _times(made.weight, slope)
         twice = low.spacing(x.x, step.rounding.high)  # the matmul is rounded, and then its multiple
         x = Total(x.x, x.size, twice if x.off is None else twice + x.off)
-        # A piece of the tokens is rounded; on a CPU without bf16 instructions, also sums within a piece.
+        # The sum over each piece of the tokens is rounded. On a CPU without bf16 instructions, sums within a piece are
+        # rounded too.
         pieces = 2 * HALF * weight.size if step.rounds_gradients else torch.zeros_like(weight.x)
         weight = weight._replace(off=pieces if weight.off is None else pieces + weight.off)
         if learnt_N is not None:
@@ -160,7 +160,8 @@ def judge_head_back(step: StepParts, name: str) -> None:
 
 
 def _head_calls(step: StepParts) -> Iterator[tuple[PartCall, high.HeadSlopes, Tensor | None]]:
-    """The calls of the head for the main model and every MTP depth, with the learnt rows; None for all rows."""
+    """The calls of the head, for the main model and every MTP depth. The last value tells which rows are learnt; None
+    for all rows."""
     order, lora = step.in_rows(step.config.model.hidden).value, WeightLora(step, "head.weight")
     for depth in range(1 + step.config.model.mtp_depth):
         seats = reference.Seats.of(step.batch, depth)
@@ -173,7 +174,7 @@ def _head_calls(step: StepParts) -> Iterator[tuple[PartCall, high.HeadSlopes, Te
                 learnt_N = seats.learnt_BT[rows][:, places].flatten()
                 main_BT = reference.Seats.of(step.batch, 0).learnt_BT
                 assert main_BT is not None
-                micro_batches = info.plan["batch_size"] / (info.micro_batch_size * info.dp)  # of a rank, on average
+                micro_batches = info.plan["batch_size"] / (info.micro_batch_size * info.dp)  # mean number on a rank
                 x_ND, targets_N = x_ND[learnt_N], targets_N[learnt_N]
                 count = int(main_BT.sum()) / (step.shared * micro_batches)
             given = LoraCall(call, "dropped", NearNumbers(x_ND), low.matmul)
@@ -189,7 +190,7 @@ def _times(one: Total, factor: Tensor) -> Total:
 
 
 def judge_router(step: StepParts, name: str) -> None:
-    """Judge the gates, and the score distance between chosen and better experts."""
+    """Judge the gates. Also judge by how much the score of a chosen expert is below that of a better one."""
     model, weight, order = step.config.model, step.weights[f"{name}.weight"], step.in_rows(step.config.model.hidden)
     for call in step.calls.get(name, []):
         ids_BTK, gates = _routed(call, "forward", "ids"), _routed(call, "forward", "gates")
@@ -205,7 +206,7 @@ def judge_router(step: StepParts, name: str) -> None:
 
 
 def judge_router_back(step: StepParts, name: str) -> None:
-    """Judge the gradients of the input and of the weight."""
+    """Judge the gradients of the router's input and weight."""
     model, weight, made = step.config.model, step.weights[f"{name}.weight"], SumOverCalls()
     order = step.in_rows(max(model.experts, model.hidden))
     order = Bound(max(order.value, SPLIT), "a product of two parts of bf16") if step.on_gpu else order
@@ -219,15 +220,16 @@ def judge_router_back(step: StepParts, name: str) -> None:
         if call.has("dx"):
             step.compare("router", call, "dx", slopes.x, order)
         made.add(slopes.weight, False, ids_BTK[..., 0].numel())
-    if not step.config.optim.freeze_routers:  # otherwise its gradient is zero, as other checks show
+    if not step.config.optim.freeze_routers:  # otherwise its gradient is zero, which other checks show
         bound = Bound(order.value + step.in_rows(made.terms).value, order.reason)
         step.compare_gradient(f"{name}.weight", made, bound)
 
 
 def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the balance loss (eq. 17-20) for shares of scores, (B, T, E), and their possible change by near ties.
+    """Derivative of the balance loss (paper eq. 17-20) by each share of the scores, and its possible error from near
+    ties: (B, T, E) both.
 
-    They are counted over whole sequences, or over each sample in them.
+    The loss counts experts over complete sequences, or over each sample in a sequence.
     """
     model, info, depth, config = step.config.model, call.rank.info, depth_of(call.name), step.config
     seats = reference.Seats.of(step.batch, depth)
@@ -258,6 +260,6 @@ def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, T
 
 
 def _routed(call: PartCall, phase: str, what: str) -> Tensor | None:
-    """A routing tensor of the call, (B, T, K), fp64."""
+    """A routing tensor that was recorded in the call's micro-batch: (B, T, K), fp64."""
     found = call.rank.tensors.get(f"{phase}/{call.name}.{what}/{call.number}")
     return None if found is None else found.double().view(*call.tensors["x"].shape[:2], -1)

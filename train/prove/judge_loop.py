@@ -1,6 +1,8 @@
-"""Judges check `loop`: log-probabilities, losses, tokens per expert, gradients and biases of a custom loop's steps.
+"""Judges check `loop`. A custom loop's steps must have the right log-probabilities, losses, tokens per expert,
+gradients and biases.
 
-The reference runs all calls of a step as one batch, because sums over tokens are divided by the tokens of the step.
+The reference runs all calls of a step as one batch, because sums over tokens are divided by the number of tokens in the
+step.
 """
 
 from collections.abc import Sequence
@@ -27,7 +29,7 @@ WITH_LORA = Bound(EXACT, "fp64 rounds by 1e-16, and A and B of unit size enlarge
 
 
 def judge_loop(at: Comparisons, folder: Path) -> None:
-    """Judge the evidence of all ranks. folder: of the evidence."""
+    """Judge the evidence of all ranks. folder: the folder of this evidence."""
     LoopJudge(at).judge([ranks for *_, ranks in read_evidence(folder, at.proof)])
 
 
@@ -45,7 +47,7 @@ class LoopJudge:
         self._experts_BTLK = loop_experts(at.config, self._batches[0])
 
     def judge(self, steps: Sequence[list[Evidence]]) -> None:
-        """Judge all steps. steps: the evidence of the ranks of each."""
+        """Judge all steps. steps: for each step, the evidence of all ranks."""
         at = self._at
         assert len(steps) == len(LOOP_STEPS), "a rank left no evidence of a step"
         at.findings.device, at.phase = steps[0][0].info.device, "forward"
@@ -54,8 +56,8 @@ class LoopJudge:
             self._judge_step(step, ranks)
 
     def _judge_logprobs(self, step: LoopStep, ranks: list[Evidence]) -> None:
-        """Judge what the ranks asked for between two calls, where a target belongs to the sample of the token before
-        it."""
+        """Judge the log-probabilities that the ranks asked for between two calls. There, a target belongs to the same
+        sample as the token before it."""
         batch = self._batches[0]
         want_BT = self._plain([batch], replayed=True, with_balance=False).logprobs(batch)
         assert batch.documents_BS is not None
@@ -124,13 +126,13 @@ class LoopJudge:
         self._at.compare(quantity, f"{name} by {step.name}", got, want, bound, rank=rank)
 
     def _plain(self, batches: list[Batch], replayed: bool, with_balance: bool) -> PolicyModel:
-        """The reference of a step."""
+        """The reference model for a step."""
         values = self._at.values
         if not with_balance:
             values = Values(values, optim=Values(values.optim, balance_loss=0.0))
         choices = {}
         if replayed:
-            ids_BTLK = self._experts_BTLK.clamp_min(0)  # at positions that do not count, any will do
+            ids_BTLK = self._experts_BTLK.clamp_min(0)  # any experts will do at positions that do not count
             for number, name in enumerate(reference.layers_with_experts(values.model)[: ids_BTLK.size(2)]):
                 choices[f"{name}.moe.router"] = ids_BTLK[:, :, number].flatten(0, 1)
         plain = PolicyModel(values, self._weights, self._biases, choices)
@@ -140,7 +142,7 @@ class LoopJudge:
 
 
 def _joined(batches: list[Batch]) -> Batch:
-    """The rows of all batches as one."""
+    """Joins the rows of all batches into one batch."""
     first = batches[0]
     assert all(one.documents_BS is not None and one.supervised_BS is not None for one in batches)
     fields = {

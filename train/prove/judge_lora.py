@@ -1,8 +1,8 @@
-"""Reference of LoRA A and B on single ranks, forward and backward: y = W x + scale B (A x), in the activation dtype.
+"""Reference for LoRA A and B on single ranks, forward and backward: y = W x + scale B (A x), in the activation dtype.
 
-Every matmul with A or B is rounded once, and so are its multiple by the scale and every sum. Only A and B learn. The
-input after dropout is taken from the rank. Its dropped fraction and its factor are judged, but not the choice of the
-dropped elements.
+Every matmul with A or B is rounded once. Its product with the scale is also rounded once, and so is every sum. Only A
+and B are trained. The input after dropout is the input that the rank recorded. The judge checks the dropped fraction
+and the factor of dropout, but not which elements were dropped.
 """
 
 import math
@@ -19,43 +19,46 @@ from train.prove.reference_adapter import lora_prefixes
 from train.prove.step_parts import MOST_INCONCLUSIVE, PartCall, StepParts, SumOverCalls
 
 RowMatmul = Callable[[NearNumbers, NearNumbers], Total]
-"""Rows (N, C) and a weight (..., O, C): rows times the weight; for experts, each row times its own matrix."""
+"""Multiplies rows (N, C) by a weight (..., O, C). For experts, it multiplies each row by the matrix of its expert."""
 AddTo = Callable[[SumOverCalls, NearNumbers, NearNumbers], None]
-"""Adds to a weight's gradient the contribution of output gradients (N, O) and inputs (N, I)."""
+"""Adds one contribution to the gradient of a weight. The arguments are the sum, output gradients (N, O) and inputs (N,
+I)."""
 HEAD_PIECES = 2.0**-8
-"""Largest relative error of rounding a sum of pieces and each piece to bf16."""
+"""Largest relative error when a sum over pieces of the tokens, and each piece, is rounded to bf16."""
 DEVIATIONS = 6.0
-"""Allowed difference between the dropped fraction and its expected value, in standard deviations."""
+"""Maximum difference between the dropped fraction and its expected value, in standard deviations."""
 
 
 class LoraCall(NamedTuple):
-    """A call of a linear layer with LoRA A and B."""
+    """One call of a linear layer that has LoRA A and B."""
 
     call: PartCall
     dropped: str
-    """Name of the call's input after dropout."""
+    """Name under which the call recorded its input after dropout."""
     x: NearNumbers
     """The input (N, I)."""
     times: RowMatmul
 
     def taken(self) -> NearNumbers:
-        """The input of LoRA A: the input, or the input after dropout."""
-        has = self.call.has(self.dropped) and self.call.rows(self.dropped).shape == self.x.x.shape  # not of no rows
+        """The input of LoRA A: the layer's input, after dropout if there is dropout."""
+        # The shapes differ if the call recorded no rows.
+        has = self.call.has(self.dropped) and self.call.rows(self.dropped).shape == self.x.x.shape
         return NearNumbers(self.call.rows(self.dropped)) if has else self.x
 
 
 class WeightLora:
-    """LoRA A and B of a weight, and the sums of their gradients over calls."""
+    """LoRA A and B of one weight, and the sums of their gradients over all calls."""
 
     def __init__(self, step: StepParts, weight: str):
         self._step, self._high, self._share = step, step.rounding.high, step.config.adapter.dropout
         self._scale = step.config.adapter.alpha / step.config.adapter.rank
         self.names = lora_prefixes(step.config, weight)
-        """Name prefixes of A and B, one per matrix in the weight; empty if the weight is not adapted."""
+        """Name prefixes of A and B. There is one prefix for each matrix in the weight; none if the weight is not
+        adapted."""
         self._made = {f"{name}{end}": SumOverCalls() for name in self.names for end in "BA"}
 
     def add(self, base: Total, given: LoraCall) -> Total:
-        """The result of a linear layer plus the LoRA term of its input."""
+        """The result of a linear layer: `base`, plus the LoRA term of its input."""
         if not self.names:
             return base
         self._judge_dropout(given)
@@ -67,7 +70,7 @@ class WeightLora:
         return self._sum([self._round(base), added])
 
     def add_back(self, base: Total | None, dy: NearNumbers, given: LoraCall, add_to: AddTo) -> Total:
-        """Gradient of an input, including its path through A and B. Accumulates the gradients of A and B."""
+        """The gradient of an input, including the path through A and B. Also adds to the gradients of A and B."""
         terms, taken = [] if base is None else [self._round(base)], given.taken()
         for name, dy_p in zip(self.names, dy.x.chunk(len(self.names), -1), strict=True):
             inner, dy_p = self._inner(name, taken, given.times), NearNumbers(dy_p)
@@ -78,8 +81,8 @@ class WeightLora:
         return self._sum(terms)
 
     def widen(self, given: LoraCall, weight: Tensor) -> tuple[NearNumbers, Tensor]:
-        """Operands of one matmul that includes LoRA, as the head uses it: low-rank inputs concatenated to x, and B to
-        the weight."""
+        """Operands with which a single matmul computes the layer and LoRA, as in the head. The low-rank inputs are
+        concatenated to x, and B is concatenated to the weight."""
         x = given.x
         for name in self.names:
             self._judge_dropout(given)
@@ -87,8 +90,8 @@ class WeightLora:
         return x, weight
 
     def narrow(self, dx: Total, dweight: Total, given: LoraCall) -> Total:
-        """Gradient of the input of a matmul from `widen`, from the gradients of its operands. Accumulates the gradients
-        of A and B."""
+        """The gradient of the layer's input, from the gradients of the operands that `widen` returned. Also adds to the
+        gradients of A and B."""
         if not self.names:
             return dx
         (name,), width, taken = self.names, given.x.x.size(-1), given.taken()
@@ -100,20 +103,18 @@ class WeightLora:
         dA = low.matmul(low.transposed(dinner), low.transposed(taken))
         self._made[f"{name}A"].add(dA, self._step.rounds_gradients, len(taken.x))
         dB, size, off = (one[:, width:].clone() for one in (dweight.x, dweight.size, low.slack(dweight)))
-        in_bf16 = (
-            0.0 if self._high == FORMATS["fp32"] else HEAD_PIECES * size
-        )  # a part of an operand that is not a separate weight
+        in_bf16 = 0.0 if self._high == FORMATS["fp32"] else HEAD_PIECES * size  # B is only a part of an operand
         self._made[f"{name}B"].add(Total(dB, size, off + in_bf16), False, len(taken.x))
         return self._sum([own, self._through(given, self._round(low.matmul(dinner, low.transposed(self._a(name)))))])
 
     def judge_gradients(self, most: float = MOST_INCONCLUSIVE) -> None:
-        """Compare the gradients of A and B, over all calls. most: allowed fraction of inconclusive numbers."""
+        """Compare the gradients of A and B, summed over all calls. most: maximum fraction of inconclusive numbers."""
         for name, made in self._made.items():
             self._step.compare_gradient(name, made, most=most)
 
     def _judge_dropout(self, given: LoraCall) -> None:
-        """Compare the fraction and the factor of dropout. The choice of dropped inputs depends on random bits that the
-        reference does not have."""
+        """Compare the dropped fraction and the factor of dropout. Which inputs were dropped depends on random bits that
+        the reference does not have."""
         at, name, share, given_x = self._step.at, given.call.name, self._share, given.x.x
         if share and not given.call.has(given.dropped):
             at.fail("dropout", name, "no rank recorded the input after dropout", rank=given.call.rank)
@@ -131,7 +132,7 @@ class WeightLora:
         self._step.compare("dropout", given.call, "x", Total(x, x.abs(), off), rounded, got=got, name=name)
 
     def _through(self, given: LoraCall, dx: Total) -> Total:
-        """A gradient of the input after the backward of dropout. For an input of 0 it is unknown whether it was
+        """The backward of dropout, applied to a gradient. If an input is 0, the judge cannot know whether it was
         dropped."""
         if not given.call.has(given.dropped):
             return dx
@@ -146,13 +147,13 @@ class WeightLora:
         return NearNumbers(self._step.weights[f"{name}B"])
 
     def _inner(self, name: str, taken: NearNumbers, times: RowMatmul = low.matmul) -> NearNumbers:
-        """scale A x."""
+        """Computes scale A x."""
         return self._scaled(self._round(times(taken, self._a(name))))
 
     def _scaled(self, given: Total) -> NearNumbers:
         x, off = given.x * self._scale, low.slack(given) * self._scale
         if math.frexp(self._scale)[0] == 0.5:
-            return NearNumbers(x, off)  # a power of two rounds nothing
+            return NearNumbers(x, off)  # multiplying by a power of two needs no rounding
         return low.rounded(NearNumbers(x, off), self._high, FP32 * x.abs())
 
     def _round(self, total: Total) -> Total:
@@ -161,14 +162,15 @@ class WeightLora:
         return Total(made, total.size, torch.maximum(more - made, made - less))
 
     def _sum(self, terms: list[Total]) -> Total:
-        """The sum of the terms, rounded after each addition, in any order."""
+        """The sum of the terms, if each addition is rounded. The order of the additions may be any."""
         sides = zip(*((one.x, one.size, low.slack(one)) for one in terms), strict=True)
         x, size, off = (torch.stack(side).sum(0) for side in sides)
         sizes = sum(one.x.abs() for one in terms)
-        roundings = max(len(terms) - 2, 0) + 2 * (self._share > 0)  # of sums, and of multiplications by dropout
+        # Roundings of the sums, and of the multiplications by dropout's factor.
+        roundings = max(len(terms) - 2, 0) + 2 * (self._share > 0)
         return Total(x, size, off + roundings * low.spacing(torch.as_tensor(sizes), self._high) / 2)
 
 
 def _beside(parts: list[NearNumbers]) -> NearNumbers:
-    """The parts, concatenated along the last axis."""
+    """Concatenates the parts along the last axis."""
     return NearNumbers(torch.cat([one.x for one in parts], -1), torch.cat([low.slack(one) for one in parts], -1))

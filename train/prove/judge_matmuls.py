@@ -1,4 +1,4 @@
-"""Judges linear layers, experts and their SwiGLU: forward, backward and weight gradients on single ranks."""
+"""Judges the linear layers, experts and their SwiGLU on single ranks: forward, backward and weight gradients."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +14,7 @@ from train.prove.step_parts import IN_ELEMENTS, PartCall, StepParts, SumOverCall
 
 
 def judge_linear(step: StepParts, name: str) -> None:
-    """Judge the outputs."""
+    """Judge the outputs of a linear layer."""
     rules, whole, lora = _rules(step, name), step.weights[f"{name}.weight"], WeightLora(step, f"{name}.weight")
     weight = low.weight_for("fprop", whole, rules)
     for call in step.calls.get(name, []):
@@ -23,7 +23,7 @@ def judge_linear(step: StepParts, name: str) -> None:
 
 
 def judge_linear_back(step: StepParts, name: str) -> None:
-    """Judge the gradients of inputs, of the weight and of its LoRA A and B."""
+    """Judge a linear layer's gradients of its inputs, its weight and its LoRA A and B."""
     rules, whole, lora = _rules(step, name), step.weights[f"{name}.weight"], WeightLora(step, f"{name}.weight")
     weight, made = low.weight_for("dgrad", whole, rules), SumOverCalls()
     for call in step.calls.get(name, []):
@@ -47,7 +47,7 @@ def _with_lora(call: PartCall) -> LoraCall:
 
 
 def _add(step: StepParts, made: SumOverCalls, dy: NearNumbers, x: NearNumbers) -> None:
-    """Add a call's contribution to the gradient of LoRA A or B."""
+    """Add one call's contribution to the gradient of LoRA A or B."""
     made.add(low.matmul(low.transposed(dy), low.transposed(x)), step.rounds_gradients, len(x.x))
 
 
@@ -56,7 +56,7 @@ def _rules(step: StepParts, name: str) -> LinearRules:
 
 
 def _rounds_gradients(step: StepParts) -> bool:
-    """Whether gradients are rounded to bf16 in linear layers that a recipe may run in FP8."""
+    """Whether gradients are rounded to bf16 in those linear layers that a recipe may run in FP8."""
     return step.rounds_gradients and not step.rounding.is_fp8
 
 
@@ -64,14 +64,14 @@ def _rounds_gradients(step: StepParts) -> bool:
 
 
 def judge_swiglu(step: StepParts, name: str) -> None:
-    """Judge the inputs of the second linear layer."""
+    """Judge SwiGLU's outputs, which are the inputs of the second linear layer."""
     for first, second in _swiglu_calls(step, name):
         a_NF = low.swiglu(first.rows("y"), None)
         step.compare("SwiGLU", second, "x", Total(a_NF, a_NF.abs(), None), IN_ELEMENTS)
 
 
 def judge_swiglu_back(step: StepParts, name: str) -> None:
-    """Judge the gradients of the first linear layer's output."""
+    """Judge the gradients of SwiGLU's input, which is the first linear layer's output."""
     for first, second in _swiglu_calls(step, name):
         if second.has("dx") and first.has("dy"):
             da_NF = NearNumbers(second.rows("dx"))
@@ -80,7 +80,7 @@ def judge_swiglu_back(step: StepParts, name: str) -> None:
 
 
 def _swiglu_calls(step: StepParts, name: str) -> Iterator[tuple[PartCall, PartCall]]:
-    """Calls of both linear layers on the same rows."""
+    """The calls of the first and of the second linear layer on the same rows."""
     seconds = {(call.rank.info.rank, call.number): call for call in step.calls.get(f"{name}.w2", [])}
     for call in step.calls.get(f"{name}.w13", []):
         yield call, seconds[call.rank.info.rank, call.number]
@@ -90,7 +90,7 @@ def _swiglu_calls(step: StepParts, name: str) -> Iterator[tuple[PartCall, PartCa
 
 
 def judge_experts(step: StepParts, name: str) -> None:
-    """Judge both matmuls."""
+    """Judge both matmuls of the experts."""
     up, down = step.rounding.up, step.rounding.down
     (whole13, lora13), (whole2, lora2) = _sides(step, name)
     w13, w2 = low.weight_for("fprop", whole13, up), low.weight_for("fprop", whole2, down)
@@ -108,7 +108,7 @@ def judge_experts(step: StepParts, name: str) -> None:
 
 
 def judge_experts_back(step: StepParts, name: str) -> None:
-    """Judge the gradients of rows, of the first matmul, of gates, of both weights and of their LoRA A and B."""
+    """Judge the experts' gradients of rows, first matmul, gates, both weights, and their LoRA A and B."""
     up, down, high = step.rounding.up, step.rounding.down, step.rounding.high
     (whole13, lora13), (whole2, lora2) = _sides(step, name)
     w13, w2 = (
@@ -131,7 +131,7 @@ def judge_experts_back(step: StepParts, name: str) -> None:
             da_RF = lora2.add_back(da_RF, given, dropped, of_w2)
         back = back_of(low.cast_rows(h, counts, step.rounding.swiglu, -1), da_RF)
         dh, dgates = back.dh, back.dgates
-        if lora2.names and step.rounding.is_fp8:  # LoRA has its own SwiGLU
+        if lora2.names and step.rounding.is_fp8:  # LoRA has a SwiGLU of its own
             more = back_of(h, lora2.add_back(None, given, dropped, of_w2))
             dh, dgates = _added(back.dh, more.dh, high), _added(back.dgates, more.dgates, FORMATS["fp32"])
         step.compare("SwiGLU of experts", call, "dh", dh, IN_ELEMENTS)
@@ -156,18 +156,18 @@ def judge_experts_back(step: StepParts, name: str) -> None:
 
 
 def _sides(step: StepParts, name: str) -> list[tuple[Tensor, WeightLora]]:
-    """The weights of both matmuls, with their LoRA A and B."""
+    """The weights of the first and of the second matmul, each with its LoRA A and B."""
     names = [f"{name}.experts.{part}" for part in ("w13", "w2")]
     return [(step.weights[each], WeightLora(step, each)) for each in names]
 
 
 def _rows(call: PartCall) -> list[int]:
-    """Number of rows of each expert on the rank."""
+    """Number of rows that each expert has on the rank."""
     return call.tensors["counts"].tolist()
 
 
 def _here(call: PartCall) -> range:
-    """Indices of this rank's experts among all experts."""
+    """The indices of this rank's experts in the list of all experts."""
     first = int(call.tensors["first"])
     return range(first, first + len(call.tensors["counts"]))
 
@@ -177,7 +177,7 @@ def _times(call: PartCall) -> RowMatmul:
 
 
 def _by_expert(counts: list[int], here: range, rows: NearNumbers, weight: NearNumbers) -> Total:
-    """Rows of each expert times its own matrix. weight: (E, N, C), of all experts."""
+    """Multiplies the rows of each expert by the expert's matrix. weight: matrices (E, N, C) of all experts."""
     empty = rows.x.new_zeros(0, weight.x.size(1))
     parts = [Total(empty, empty, empty)]
     for expert, one in zip(here, low.split_rows(rows, counts), strict=True):
@@ -191,15 +191,15 @@ def _by_expert(counts: list[int], here: range, rows: NearNumbers, weight: NearNu
 def _add_rows(
     step: StepParts, call: PartCall, base: Tensor, made: SumOverCalls, dy: NearNumbers, x: NearNumbers
 ) -> None:
-    """Add a call's contribution to the gradient of LoRA A or B of experts. base: the adapted weight."""
+    """Add one call's contribution to the gradient of LoRA A or B of experts. base: the adapted weight."""
     made.add_rows(dy, x, _rows(call), _here(call), len(base), step.rounds_gradients)
 
 
 def _swiglu_back(
     call: PartCall, high: PlainFormat, order: Bound, cancels: bool, h: NearNumbers, da: Total
 ) -> low.SwigluSlopes:
-    """Gradients of SwiGLU. cancels: da is a sum of rounded terms that may cancel, so its size is the sum of their
-    magnitudes."""
+    """The gradients of SwiGLU. cancels: whether da is a sum of rounded terms that may cancel. Its size is then the sum
+    of their magnitudes."""
     back = low.swiglu_backward(h, call.get("gates"), low.rounded(da, high, order.value * da.size), high)
     if not cancels:
         return back
@@ -208,6 +208,6 @@ def _swiglu_back(
 
 
 def _added(one: Total, other: Total, form: PlainFormat) -> Total:
-    """The sum of two results that were rounded to a format before."""
+    """The sum of two results, each of which was rounded to `form` before."""
     off = low.slack(one) + low.slack(other) + (low.spacing(one.x, form) + low.spacing(other.x, form)) / 2
     return Total(one.x + other.x, one.size + other.size, off)

@@ -1,4 +1,4 @@
-"""Compares outputs, choices, losses and gradients of the whole model in a step with the reference's step."""
+"""Compares one step of the complete model with the reference's step: outputs, choices, losses and gradients."""
 
 import math
 from collections.abc import Callable
@@ -19,26 +19,27 @@ from train.prove.reference import PlainModel
 from train.prove.samples import Samples
 
 StepPart = Callable[[ReferenceStep], Tensor]
-"""Selects a tensor of a step of the reference."""
+"""A function that selects one tensor of a reference step."""
 
 
 @dataclass
 class WholeModel:
-    """A step of the whole model: the ranks' evidence, and the reference's result."""
+    """One step of the complete model: the evidence of the ranks, and the result of the reference."""
 
     at: Comparisons
     ranks: list[Evidence]
     want: ReferenceStep
     perturbed: PerturbedRuns | None
-    """The perturbed runs of the reference; None in fp64."""
+    """The perturbed runs of the reference; None if the check is in fp64."""
     batch_size: int
 
     def judge_forward(self) -> None:
-        """Judge outputs from the first part to the last; then losses, tokens per expert and attention scores."""
+        """Judge the outputs from the first part to the last. Then judge losses, tokens per expert and attention
+        scores."""
         at, seen, made = self.at, self.want.seen, calls_by_name(self.ranks, "forward")
         for name, value in seen.values.items():
             if name.endswith((".biased", ".index")) or (name == "embedding" and name not in made):
-                continue  # if one rank holds the table for two stages, the next layer shows the same
+                continue  # one rank may hold the table for two stages; the next layer then shows a fault
             if name not in made:
                 at.fail("outputs", name, "no rank computed it")
             for rank, number, got in made.get(name, ()):
@@ -55,7 +56,8 @@ class WholeModel:
                 self._compare("attention scores", name, rank, got, lambda step, name=name: step.seen.scores[name])
 
     def judge_backward(self) -> None:
-        """Judge gradients from the last part to the first: of its output, then of its weights."""
+        """Judge the gradients from the last part to the first. For each part, the gradient of its output comes first,
+        then those of its weights."""
         at, came, wanted = self.at, calls_by_name(self.ranks, "backward"), self.want.gradients
         exact, shapes = at.proof == "exact", reference.trained_shapes(at.values)
         found = sum_over_ranks(self.ranks, shapes) if exact else assemble(self.ranks, "reduced")
@@ -81,8 +83,8 @@ class WholeModel:
         scale: float | None = None,
         bound: Bound | None = None,
     ) -> None:
-        """Compare with a tensor of the reference's step. If the step is more sensitive than the bound assumes,
-        perturbed runs widen the bound."""
+        """Compare a tensor with the same tensor of the reference's step. If the step is more sensitive to rounding than
+        the bound assumes, perturbed runs widen the bound."""
         bound, widen = bound or computed(self.at.proof, self.at.config), partial(self._widen, part, self.at.is_rounded)
         self.at.compare(quantity, name, got, part(self.want), bound, rank=rank, scale=scale, widen=widen)
 
@@ -93,7 +95,7 @@ class WholeModel:
         return max(bound, wider, key=lambda one: one.value)
 
     def _output(self, name: str, rank: Evidence, number: int, count: int | None, step: ReferenceStep) -> Tensor:
-        """The expected output of a rank in a micro-batch."""
+        """The output that a rank should have in a micro-batch."""
         return self._here(step.seen.values[name], name, rank, number, count)
 
     def _output_gradient(self, name: str, rank: Evidence, number: int, step: ReferenceStep) -> Tensor:
@@ -102,14 +104,14 @@ class WholeModel:
         return self._here(gradient * (rank.info.dp * rank.info.cp), name, rank, number)
 
     def _here(self, value: Tensor, name: str, rank: Evidence, number: int, count: int | None = None) -> Tensor:
-        """The samples and positions of a rank; rows of all samples may be in one axis. count: number of positions, if
-        there may be more."""
+        """The part of `value` that belongs to a rank's samples and positions. Samples and positions may share one axis.
+        count: number of positions, if there may be more than usual."""
         by_sample = value if value.size(0) == self.batch_size else value.unflatten(0, (self.batch_size, -1))
         return by_sample[rank.rows(number)][:, self._places(rank, name, count)]
 
     def _places(self, rank: Evidence, name: str, count: int | None) -> list[int]:
-        """Positions of an output that a rank has in a sequence. count: their number: embeddings extend after every
-        piece as far as MTP modules look."""
+        """The positions of an output in a sequence that a rank has. count: their number. Embeddings have more positions
+        after every piece, because MTP modules look ahead."""
         config, info = self.at.config, rank.info
         here = places_of(info, config.seq_len, depth_of(name))
         if info.cp == 1 or count in (None, len(here)):
@@ -119,7 +121,7 @@ class WholeModel:
         return here + [t for end in ends for t in range(end, min(end + config.model.mtp_depth, last))]
 
     def _judge_choice(self, name: str, rank: Evidence, number: int, ids: Tensor) -> None:
-        """Judge the chosen experts; if rounding may change the choice, judge the distance between their scores."""
+        """Judge the chosen experts. If rounding may change the choice, judge how far apart their scores are."""
         at = self.at
         bound = chosen(at.proof, at.config)
         if at.proof == "exact":
@@ -129,7 +131,7 @@ class WholeModel:
         scores = partial(self._output, f"{name}.biased", rank, number, None)
 
         def widen(bound: Bound, _: float) -> Bound:
-            """The bound for a comparison of two scores, each with its own error."""
+            """The bound on the difference of two scores, which both have an error."""
             wider = self._widen(scores, False, Bound(bound.value / 2, bound.reason), 1.0)
             return Bound(2 * wider.value, wider.reason)
 
@@ -137,8 +139,8 @@ class WholeModel:
         at.compare("chosen experts", name, excess, 0.0, bound, rank=rank, scale=1.0, widen=widen)
 
     def _judge_keys(self, name: str, rank: Evidence, number: int, keys_BTK: Tensor) -> None:
-        """Judge the chosen keys; if rounding may change the choice, that each is one that the query sees and that they are
-        as many as they should be, and the distance between their scores."""
+        """Judge the chosen keys. Outside of check exact, rounding may change the choice. There, the query must see each
+        chosen key, the number of keys must be right, and their scores must be close to the best."""
         at, chooser = self.at, self._chooser(name)
         index_of = partial(self._output, f"{chooser}.index", rank, number, None)
         index_BTS, want_BTS = index_of(self.want).detach(), self._output(f"{name}.keys", rank, number, None, self.want)
@@ -156,14 +158,15 @@ class WholeModel:
         bound, scale = computed(at.proof, at.config), size_of(index_BTS[seen_BTS], False)
 
         def widen(bound: Bound, _: float) -> Bound:
-            """The bound for a comparison of two scores, each with its own error."""
+            """The bound on the difference of two scores, which both have an error."""
             return self._widen(lambda step: index_of(step).nan_to_num(neginf=0.0), False, bound, scale)
 
         excess = key_excess(index_BTS, got_BTS > 0, top_k)
         at.compare("chosen keys", f"{name}, their scores", excess, 0.0, bound, rank=rank, scale=scale, widen=widen)
 
     def _chooser(self, name: str) -> str:
-        """The attention whose choice this one takes: itself, or the newest before it with an indexer."""
+        """The attention that chose the keys of this attention. It is this attention itself, or the nearest earlier one
+        with an indexer."""
         names = [key.removesuffix(".keys") for key in self.want.seen.values if key.endswith(".keys")]
         before = names[: names.index(name) + 1]
         return next(one for one in reversed(before) if f"{one}.index" in self.want.seen.values)
@@ -183,7 +186,7 @@ class WholeModel:
 
 
 def judge_batch(at: Comparisons, ranks: list[Evidence], batch_size: int) -> bool:
-    """Whether the ranks' shares form the batch; otherwise nothing can be compared."""
+    """Checks that the ranks' shares form the batch. If this is False, nothing can be compared."""
     shares = {(rank.info.first, rank.info.first + rank.micro_batches() * rank.info.micro_batch_size) for rank in ranks}
     starts, ends = (sorted(side) for side in zip(*shares, strict=True))
     if [*starts, batch_size] == [0, *ends]:
@@ -194,7 +197,7 @@ def judge_batch(at: Comparisons, ranks: list[Evidence], batch_size: int) -> bool
 
 
 def judge_validation(at: Comparisons, ranks: list[Evidence], plain: PlainModel) -> None:
-    """Judge the loss on held-out sequences. plain: with the weights after the step."""
+    """Judge the loss on validation sequences. plain: the reference with the weights after the step."""
     at.phase, count = "validation", at.config.log.validation_sequences
     with torch.no_grad():
         want = plain.losses(Samples(at.config).batch(-count, count), trains=False).main
@@ -204,8 +207,8 @@ def judge_validation(at: Comparisons, ranks: list[Evidence], plain: PlainModel) 
 
 
 def chosen_by_ranks(ranks: list[Evidence], seq_len: int) -> dict[str, Tensor]:
-    """The ranks' choices for all tokens of the batch: experts (N, K) by router, and whether a query attends to a key (B, T, T), by the
-    name of the attention and `.keys`."""
+    """The choices of the ranks for all tokens of the batch. A router's name has the chosen experts (N, K). The name of
+    an attention plus `.keys` tells whether each query attends to each key (B, T, T)."""
     found: dict[str, Tensor] = {}
     for name, calls in calls_by_name(ranks, "forward").items():
         if name.endswith((".ids", ".keys")):
@@ -224,9 +227,9 @@ def chosen_by_ranks(ranks: list[Evidence], seq_len: int) -> dict[str, Tensor]:
 
 
 def backward_order(weights: list[str], outputs: list[str]) -> list[str]:
-    """Names of weights and outputs in the order in which their gradients are computed.
+    """Names of weights and outputs, in the order in which backward computes their gradients.
 
-    Gradients of the last part come first; the gradient of an output comes before the gradients of its weights.
+    The last part comes first. In each part, the gradient of its output comes before the gradients of its weights.
     """
     place = {name: float(number) for number, name in enumerate(weights)}
 

@@ -1,14 +1,15 @@
-"""Judges single parts of the ranks in precisions with rounding: each output is compared with the result for the actual
-input.
+"""Judges single parts of the ranks in precisions with rounding. Each output is compared with the result for the part's
+actual input.
 
-A rank's own inputs and output gradients (train/prove/parts.py) go through train/prove/low_precision.py and
-high_precision.py, which round where the recipe rounds. The remaining differences are the order of a sum and one
-rounding. So a bound is a few millionths of a sum's magnitudes, instead of the three quarters for outputs of a whole FP8
-model. A difference is measured beyond half a step of the result's format, relative to the sum of the magnitudes of the
-terms. The gradient of a weight is the sum over all micro-batches and the mean over all ranks, as the update takes it.
+The recorded inputs and output gradients of a rank (train/prove/parts.py) go through the formulas of
+train/prove/low_precision.py and high_precision.py. These formulas round wherever the recipe rounds. Correct results
+differ from them only by the order of a sum and by one rounding. So a bound is a few millionths of the sum of
+magnitudes. For outputs of a complete FP8 model, it would be three quarters. Only the part of a difference beyond half a
+step of the result's format counts, relative to the sum of the magnitudes of the terms. The gradient of a weight is the
+sum over all micro-batches and the mean over all ranks, as in the update.
 
-Numbers that rounding ties may change by more than INCONCLUSIVE of that sum are inconclusive. More than a fraction MOST_INCONCLUSIVE of
-them in a tensor fails, because the comparison would prove nothing.
+If rounding ties may change a number by more than INCONCLUSIVE of that sum, the number is inconclusive. If more than a
+fraction MOST_INCONCLUSIVE of a tensor is inconclusive, the comparison fails, because it would prove nothing.
 
 PART_JUDGES assigns a judge to each part: judge_matmuls.py, judge_attention.py, judge_layers.py.
 """
@@ -21,7 +22,7 @@ from train.prove.reference_adapter import is_adapted
 from train.prove.step_parts import StepParts
 
 PartJudge = Callable[[StepParts, str], None]
-"""Judges the forward or the backward of all calls of a part."""
+"""A function that judges the forward or the backward of all calls of a part."""
 PART_JUDGES: tuple[tuple[str, PartJudge, PartJudge], ...] = (
     (r"(embedding)", judge_layers.judge_embedding, judge_layers.judge_embedding_back),
     (r"(head)", judge_layers.judge_head, judge_layers.judge_head_back),
@@ -37,15 +38,15 @@ PART_JUDGES: tuple[tuple[str, PartJudge, PartJudge], ...] = (
     (r"(.*\.(?:ffn|shared))\.w13", judge_matmuls.judge_swiglu, judge_matmuls.judge_swiglu_back),
     (r"(.*)\.kv_up", judge_attention.judge_attention, judge_attention.judge_attention_back),
 )
-"""Patterns for the name of a weight, without its ending: the name of the part that begins there, and the judges of its
-forward and backward."""
+"""A pattern for the name of a weight without its ending, then the judges of forward and backward. The match is the name
+of the judged part."""
 WITHIN = ("", ".w13", ".0", ".out", ".ffn_norm")
-"""Name endings of the watched layers of a part, for an FFN, the head, attention and a block."""
+"""Name endings of the recorded layers inside an FFN, the head, attention and a block."""
 
 
 def judge_parts(step: StepParts) -> None:
-    """Judge forward from the first part to the last, backward from the last to the first; neither if evidence is
-    missing."""
+    """Judge forward from the first part to the last, then backward from the last part to the first. Judge neither if
+    evidence is missing."""
     at, parts = step.at, list(_parts_of(reference.weight_shapes(step.config.model)))
     if step.config.optim.index_warmup:  # the others run without gradients, and as in the sparse stage
         parts = [part for part in parts if ".indexer." in part[0]]
@@ -71,7 +72,7 @@ def judge_parts(step: StepParts) -> None:
 
 
 def _parts_of(weights: Iterable[str]) -> Iterable[tuple[str, PartJudge, PartJudge]]:
-    """Parts by name with their judges, in the order of a forward pass. weights: in that order."""
+    """Names of parts with their judges, in the order of a forward pass. weights: names of weights in this order."""
     for weight in weights:
         for pattern, forward, backward in PART_JUDGES:
             if match := re.fullmatch(pattern, weight.removesuffix(".weight")):
@@ -79,9 +80,9 @@ def _parts_of(weights: Iterable[str]) -> Iterable[tuple[str, PartJudge, PartJudg
 
 
 def _judge_returns(step: StepParts, name: str) -> None:
-    """Check that every micro-batch gives the part a gradient."""
+    """Check that the part receives a gradient from every micro-batch."""
     if is_adapted(step.config) and name.endswith("embedding_norm"):
-        return  # no layer before it learns
+        return  # no layer before it is trained
     if ".indexer." in name and (is_adapted(step.config) or step.at.config.data.chats):
         return  # it learns nothing, or only where targets are learnt
     for rank in step.ranks:

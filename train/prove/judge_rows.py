@@ -1,13 +1,13 @@
 """Judges dispatch and combine: compares the rows that arrive with the rows that were sent.
 
-Every layer, micro-batch and expert group is judged separately, with the ranks' actual rows. So a difference is a fault
-of dispatch or combine, and not of an earlier part. The order of rows is not taken from Sluice: rows and tokens are
-matched by expert and gate.
+Every layer, micro-batch and expert group is judged separately, with the rows that the ranks recorded. So a difference
+is a fault of dispatch or combine, and not of an earlier part. The judge does not rely on Sluice's order of rows. It
+matches rows and tokens by expert and gate.
 
     forward     gates at the experts, rows at the experts, sums of expert outputs
     backward    gradients at the experts, gradients of gates, sums of gradients of rows
 
-Shapes: T tokens of all ranks of the group, K experts of a token, P pairs (T K) of a token and an expert, D channels.
+Shapes: T tokens of all ranks of the group, K experts of a token, P = T K pairs of a token and an expert, D channels.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ AT_TOKENS = ("x", "ids", "gates", "y", "d_x", "d_gates", "d_y")
 AT_EXPERTS = ("rows", "row_gates", "counts", "out", "d_rows", "d_row_gates", "d_out")
 ROWS = Bound(0.0, "bit for bit: rows are rounded once, by the sender")
 SeenTensors = dict[str, Tensor]
-"""Tensors of one layer and micro-batch, concatenated over the ranks of a group, by the names of
+"""Tensors of one layer and micro-batch. Each is concatenated over the ranks of a group. The names are those of
 watched_dispatcher.py."""
 
 
@@ -45,22 +45,23 @@ class SentRows:
     seen: SeenTensors
 
     def place(self) -> tuple[int, bool, int, int]:
-        """Sort key for the order of the computation."""
+        """Sort key that puts rows in the order of the computation."""
         kind, layer, *_ = self.name.split(".")
         return self.number, kind == "mtp", int(layer), self.ranks[0].info.rank
 
     def order_at_experts(self) -> Tensor:
-        """The order (P,) that sorts rows by expert, gate and gradient of the gate."""
+        """The order (P,) that sorts rows by expert, then by gate, then by gradient of the gate."""
         counts_E, seen = self.seen["counts"], self.seen
         return _order(torch.arange(len(counts_E)).repeat_interleave(counts_E), seen["row_gates"], seen["d_row_gates"])
 
     def order_at_tokens(self) -> Tensor:
-        """The order (P,) that sorts pairs of tokens and experts in the same way, if the gates arrived unchanged."""
+        """The order (P,) that sorts pairs of token and expert like `order_at_experts`, if the gates arrived
+        unchanged."""
         return _order(*(self.seen[name].flatten() for name in ("ids", "gates", "d_gates")))
 
     def hops(self) -> list[int]:
-        """Number of experts per place where the rows of a token are added before they reach its rank: per rank, per
-        node."""
+        """The places where the rows of a token are added before they reach its rank: first on each rank, then on each
+        node. Returns the number of experts at each kind of place."""
         info = self.ranks[0].info
         return DISPATCHES[info.dispatch].find_sums(len(self.seen["counts"]), info.ep, info.ep_ranks_per_node)
 
@@ -88,7 +89,7 @@ def judge_rows(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def _judge_sent(at: Comparisons, sent: SentRows, quantity: str, names: tuple[str, str], floor: float) -> None:
-    """Judge rows from tokens to experts. names: of the sent tensor, and of the received tensor."""
+    """Judge rows that tokens sent to experts. names: of the sent and of the received tensor."""
     given, arrived = (sent.seen[name] for name in names)
     rows_TD, top_k = given.double(), sent.seen["ids"].size(1)
     if at.config.parallel.wire == "fp8" and sent.ranks[0].info.ep > 1:
@@ -100,10 +101,10 @@ def _judge_sent(at: Comparisons, sent: SentRows, quantity: str, names: tuple[str
 
 
 def _judge_sums(at: Comparisons, sent: SentRows, rows: str, sums: str, quantity: str) -> None:
-    """Judge sums of rows from experts to tokens."""
+    """Judge sums of rows that experts sent to tokens."""
     seen, at_experts, at_tokens = sent.seen, sent.order_at_experts(), sent.order_at_tokens()
     if len(at_experts) != len(at_tokens):
-        return  # already reported
+        return  # this fault was already reported
     rows_PD = torch.empty(seen[rows].shape, dtype=torch.float64)
     rows_PD[at_tokens] = seen[rows][at_experts].double()
     in_bf16, by_addition = seen[sums].dtype == torch.bfloat16, DISPATCHES[sent.ranks[0].info.dispatch].in_bf16
@@ -130,7 +131,7 @@ def sent_rows(ranks: list[Evidence]) -> Iterator[SentRows]:
 
 
 def _order(*keys: Tensor) -> Tensor:
-    """Order by the first key, then by the second key, and so on."""
+    """The order that sorts by the first key, then by the second key, and so on."""
     order = torch.arange(len(keys[0]))
     for key in reversed(keys):
         order = order[key[order].sort(stable=True).indices]

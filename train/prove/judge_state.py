@@ -1,4 +1,4 @@
-"""Judges the state of a run between its steps: at the start, after a skipped step, in a checkpoint, and its
+"""Judges the state of a run between its steps: at the start, after a skipped step and in a checkpoint. Also judges its
 counters."""
 
 import math
@@ -33,7 +33,7 @@ from train.prove.updates import update_of
 
 @dataclass(frozen=True)
 class Tally:
-    """Counters of a run."""
+    """The counters of a run."""
 
     updates: int = 0
     samples: int = 0
@@ -45,9 +45,9 @@ class Tally:
 
 
 def state_after(config: Config, ranks: list[Evidence]) -> State:
-    """The state, assembled from the shards of all ranks."""
+    """The state of the run after a step, assembled from the shards of all ranks."""
     found = {name: tensor for name, tensor in assemble(ranks, "after").items() if not name.startswith("running.")}
-    if config.adapter.on:  # the biases belong to the base, which is not saved
+    if config.adapter.on:  # the biases belong to the base weights, which are not saved
         found |= {name: bias.double() for rank in ranks for name, bias in rank.of_kind("own")}
     return found
 
@@ -66,7 +66,8 @@ def given_state(config: Config) -> State:
 
 
 def state_from_checkpoint(config: Config, saved: State, tally: Tally) -> tuple[State, Tally]:
-    """The state after a resume: everything that was saved, except state of another optimizer."""
+    """The state after a resume, and its counters. It is the saved state. If the optimizer has changed, the optimizer's
+    state starts anew."""
     if config.prove.first_optimizer in (None, config.optim.name):
         return saved, tally
     kept = {name: tensor for name, tensor in saved.items() if name.startswith(("master.", "bias.", "ema."))}
@@ -74,9 +75,10 @@ def state_from_checkpoint(config: Config, saved: State, tally: Tally) -> tuple[S
 
 
 def judge_same(at: Comparisons, quantity: str, ranks: list[Evidence], want: State, own: str | None = None) -> State:
-    """Compare the state of all ranks, and every rank's own copy of the biases, with this state, bit for bit.
+    """Compare the state of all ranks bit for bit with the state `want`. Also compare every rank's own copy of the
+    biases.
 
-    own: quantity name of the copies. Returns the ranks' state.
+    own: name of the quantity for these copies. Returns the state of the ranks.
     """
     got = state_after(at.config, ranks)
     at.same_names("state", got, want)
@@ -89,7 +91,7 @@ def judge_same(at: Comparisons, quantity: str, ranks: list[Evidence], want: Stat
 
 
 def judge_schedules(config: Config, findings: ProofFindings) -> None:
-    """Judge the settings of all steps of a run; a proof trains only a few of them."""
+    """Judge the settings of all steps of a run. A proof trains only a few of these steps."""
     at, plans = Comparisons("fp32", config, findings), Schedules(config)
     at.phase, want = "settings", [vars(plan) for plan in reference_step.plan_steps(at.values)]
     got = [vars(plans.plan(step)) for step in range(1, config.steps + 1)]
@@ -111,7 +113,8 @@ def judge_tally(at: Comparisons, ranks: list[Evidence], tally: Tally) -> None:
 
 
 def judge_drawn(at: Comparisons, ranks: list[Evidence]) -> None:
-    """Judge the initial weights of a run: in every layout equal to the undivided model's."""
+    """Judge the initial weights of a run. They must be the same in every layout, and equal to those of a model on one
+    rank."""
     drawn, config = assemble(ranks, "drawn"), at.config
     if not drawn or at.proof != "fp32":
         return
@@ -138,7 +141,8 @@ def judge_drawn(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def judge_weights(at: Comparisons, ranks: list[Evidence], state: State) -> None:
-    """Judge the weights that the engine handed out in this state, with balance biases and an adapter's contribution."""
+    """Judge the weights that the engine returned for this state. They include balance biases, and an adapter is added
+    to the weights."""
     if at.proof != "fp32" or at.values.adapter.base == "fp8":
         return
     got = {name: weight for rank in ranks for name, weight in rank.of_kind("weights")}
@@ -157,7 +161,7 @@ def judge_weights(at: Comparisons, ranks: list[Evidence], state: State) -> None:
 
 
 def judge_checkpoint(at: Comparisons, path: Path, state: State) -> None:
-    """Judge the checkpoint of a step on disk. An adapter's checkpoint has no biases."""
+    """Judge the files of a checkpoint. The checkpoint of an adapter contains no biases."""
     at.phase = "checkpoint"
     own = {name: value for name, value in state.items() if not (at.config.adapter.on and name.startswith("bias."))}
     found: dict[str, Tensor] = {name: torch.full_like(value, math.nan) for name, value in own.items()}

@@ -1,4 +1,4 @@
-"""Judges an update: norm, masters, moments, average of the weights and biases, compared with the reference."""
+"""Judges an update: compares norm, masters, moments, average of the weights, and biases with the reference."""
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ QUANTITIES = {
     "exp_avg": "first moments",
     "exp_avg_sq": "second moments",
 }
-"""Names of compared tensors in findings. The state of another optimizer has its own name."""
+"""Name of each compared tensor in the findings. State that only one optimizer has uses that optimizer's own name."""
 ROUNDINGS = {"master": 4, "ema": 2, "bias": 2}
-"""Maximum number of fp32 roundings per kind of state; train/prove/updates.py has the numbers for the optimizer's
+"""Maximum number of fp32 roundings for each kind of state. train/prove/updates.py has the numbers for the optimizer's
 state."""
 STATE_ROUNDINGS = {kind: count for formula in UPDATES.values() for kind, count in formula.roundings.items()}
 SMALLEST_BF16 = 2.0**-133
@@ -30,9 +30,10 @@ SMALLEST_BF16 = 2.0**-133
 def judge_update(
     at: Comparisons, ranks: list[Evidence], before: State, loads: dict[str, Tensor], plan: PlainPlan, number: int
 ) -> State:
-    """Judge an update with the ranks' gradients, which were judged separately. number: 1, 2, ... of the run's updates.
+    """Judge an update. It starts from the ranks' gradients, which were judged before. number: index of the update in
+    the run, from 1.
 
-    Returns the state after it.
+    Returns the state after the update.
     """
     reduced, after, optim = assemble(ranks, "reduced"), state_after(at.config, ranks), at.values.optim
     at.same_names("state", after, before)
@@ -76,7 +77,7 @@ def judge_update(
 def judge_biases(
     at: Comparisons, ranks: list[Evidence], before: State, loads: dict[str, Tensor], plan: PlainPlan
 ) -> None:
-    """Judge the biases in check exact, which updates nothing else."""
+    """Judge the biases in check exact. This check updates nothing else."""
     bound = Bound(4 * UNIT["fp64"], "two roundings of a sum in fp64")
     for rank in ranks:
         for name, bias in rank.of_kind("after"):
@@ -87,7 +88,8 @@ def judge_biases(
 def _judge_exact(
     at: Comparisons, ranks: list[Evidence], before: State, clipped: State, plan: PlainPlan, number: int
 ) -> None:
-    """Judge the ranks' fp64 updates from the same gradients. clipped: the gradients as the reference clips them."""
+    """Judge the fp64 updates that the ranks computed from the same gradients. clipped: the gradients after the
+    reference has clipped them."""
     found, gradients = assemble(ranks, "exact"), assemble(ranks, "exact_gradient")
     fp64 = Bound(
         EXACT,
@@ -113,7 +115,7 @@ def _judge_exact(
 
 
 def _row_factors(at: Comparisons, ranks: list[Evidence]) -> State:
-    """Row factors of the weights that optim.qk_clip scales, from the scores that the ranks used."""
+    """Row factors of the weights that optim.qk_clip scales. They are computed from the scores that the ranks used."""
     found: State = {}
     for rank in ranks:
         for name, scores_H in rank.of_kind("scores"):
@@ -124,16 +126,16 @@ def _row_factors(at: Comparisons, ranks: list[Evidence]) -> State:
 
 
 def _size(before: Tensor, after: Tensor, moved: Tensor) -> Tensor:
-    """One fp32 rounding error of a number and of the value added to it."""
+    """The size of one fp32 rounding error, for a number and for a value that is added to it."""
     return UNIT["fp32"] * (torch.maximum(before.abs(), after.abs()) + moved.abs())
 
 
 def _judge_moved(
     at: Comparisons, name: str, got: State, want: Tensor, before: State, rounded: Tensor, rank: Evidence | None = None
 ) -> None:
-    """Judge a tensor that an update moved. rounded: one fp32 rounding error of each element.
+    """Judge a tensor that an update changed. rounded: one fp32 rounding error of each element.
 
-    Elements whose whole move may be hidden by rounding are inconclusive.
+    If rounding may hide the complete change of an element, the element is inconclusive.
     """
     if name not in got:
         return
@@ -149,8 +151,8 @@ def _judge_moved(
 def _judge_decay(at: Comparisons, name: str, before: Tensor, got: Tensor, want: Tensor, rounded: Tensor) -> None:
     """Judge the part of an error that is proportional to the weights.
 
-    Rounding errors of single weights average out in it. So it reveals a wrong decay, even if no weight moves by more
-    than its rounding.
+    In this part, the rounding errors of single weights average out. So it reveals a wrong weight decay, even if no
+    weight changes by more than its rounding.
     """
     square = before.square().sum().clamp_min(SMALLEST)
     error = float(((got - want) * before).sum() / square)

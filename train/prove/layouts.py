@@ -1,4 +1,5 @@
-"""The configurations of a recipe in a proof: for each check, and for the layout that reads the checkpoint."""
+"""The configurations that a proof runs for a recipe: one for each check, and one in the layout that reads the
+checkpoint."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -27,43 +28,44 @@ from train.prove.bounds import is_tiled
 
 
 def in_fp32(config: Config) -> Config:
-    """The recipe in fp32, without features that exist only in other formats."""
+    """The recipe in fp32. Features that exist only in other formats are off."""
     config = without_dropout(config)
-    parallel = replace(config.parallel, wire=WireFormat.bf16)  # the activation dtype
+    parallel = replace(config.parallel, wire=WireFormat.bf16)  # the wire uses the activation dtype
     if parallel.dispatch_facts.in_bf16:
         parallel = replace(parallel, dispatch=DispatchKind(FLAT_DISPATCH))
     return replace(config, precision=Precision(name=PrecisionName.fp32, moments=HighFormat.fp32), parallel=parallel)
 
 
 def in_loop(config: Config) -> Config:
-    """The recipe in fp32 without optim.qk_clip, which the engine refuses for batches with padding."""
+    """The recipe in fp32 without optim.qk_clip. The engine refuses optim.qk_clip for batches with padding."""
     return in_fp32(replace(config, optim=replace(config.optim, qk_clip=None)))
 
 
 def without_dropout(config: Config) -> Config:
-    """The recipe without dropout, for comparisons of whole outputs: the reference does not have dropout's random
-    bits."""
+    """The recipe without dropout, to compare outputs of the complete model. The reference does not have dropout's
+    random bits."""
     return replace(config, adapter=replace(config.adapter, dropout=0.0))
 
 
 TILED = 136
-"""Every width, and the tokens of a micro-batch, in check `tiles`: two tiles of 128, the second not full. With a single
-tile no value could get the scale of a neighbouring tile."""
+"""Value of every width, and number of tokens of a micro-batch, in check `tiles`. It gives two tiles of 128, of which
+the second is not full. With a single tile, no value could get the scale of a neighbouring tile by mistake."""
 TILED_HEADS = 4
 WARP, WIDE_RANKS = 32, 2
-"""Threads of a warp: a rank has more experts if the model has as many. With more ranks in an expert group, all experts
-together would take a gigabyte."""
+"""Number of threads in a warp, and largest expert group in check `tiles`. A rank has as many experts as a warp has
+threads, if the model has that many. In a larger group, all experts together would take a gigabyte."""
 SLOW = 1e-9
-"""Learning rate of that check then: an update must not lift a norm weight over the floor of a scale."""
-FAINT = 1e-13
-"""Weight of the MTP loss in check `tiles` if something is in FP8: tiles of its gradients are below the floor of a
+"""Learning rate of check `tiles` if something is in FP8. An update must not raise a norm weight above the floor of a
 scale."""
+FAINT = 1e-13
+"""Weight of the MTP loss in check `tiles` if something is in FP8. With it, some tiles of the loss's gradient are below
+the floor of a scale."""
 
 
 def with_two_tiles(config: Config) -> Config:
-    """The recipe with few wide layers, for two steps.
+    """The recipe with few but wide layers, for two steps.
 
-    A pipeline changes no scale, so all ranks have all layers; shared sequences, dispatch and combine stay.
+    All ranks have all layers, because a pipeline changes no scale. Shared sequences, dispatch and combine stay.
     """
     model, parallel, ranks = config.model, config.parallel, config.parallel.world
     dense, depth, multiple = min(model.dense_layers, 1), min(model.mtp_depth, 1), parallel.dispatch_facts.width
@@ -99,8 +101,8 @@ def with_two_tiles(config: Config) -> Config:
 
 
 def with_pattern(sparse: SparseAttention, stages: Sequence[int]) -> SparseAttention:
-    """With as many layers, by stage, that share choices as fit: every stage begins with a choice, and keys of the second choice are
-    shared where there is one."""
+    """The pattern with as many layers that share choices as fit. Every stage begins with a layer that chooses. If a
+    second layer chooses, a later layer shares its keys. stages: number of layers of each stage."""
     if "S" not in sparse.pattern:
         return sparse
     letters = {0: "", 1: "F", 2: "FS"}
@@ -114,32 +116,32 @@ PROOFS: dict[str, Callable[[Config], Config]] = {
     "recipe": without_dropout,
     "tiles": with_two_tiles,
 }
-"""The checks, and the function that converts a recipe for each."""
+"""The checks. Each has a function that converts a recipe for it."""
 IN_FP64 = ("exact", "loop")
 """Checks without an optimizer."""
 
 
 LOOSE_CLIP = 1e4
-"""Clip of the second part of a run, which clips no gradient; the first part clips every gradient."""
+"""Clip of the second part of a run. It clips no gradient; the first part clips every gradient."""
 
 
 @dataclass(frozen=True)
 class RunPart:
-    """The steps of a run in one layout. A user may change the number of steps, the batch and the clip between two
-    parts."""
+    """The steps of a run in one layout. As a user may do between two parts, the second part has another number of
+    steps, batch and clip."""
 
     number: int
-    """0, or 1 for the part that resumes from a checkpoint of part 0."""
+    """0 for the first part; 1 for the part that resumes from its checkpoint."""
     config: Config
     last: int
-    """The step after which it stops, with a checkpoint."""
+    """The step after which the part stops and saves a checkpoint."""
     spoilt: int | None
-    """The step in which one rank has a gradient that is not finite, so nothing is updated."""
+    """The step in which one rank gets a gradient that is not finite. This step must update nothing."""
 
 
 def save_step(config: Config) -> int:
-    """The step whose checkpoint the second part resumes from. The first part trains one more step while it is
-    written."""
+    """The step whose checkpoint the second part resumes from. The first part trains one more step while this checkpoint
+    is written."""
     return max(1, config.steps // 2)
 
 
@@ -149,15 +151,16 @@ def stop_step(config: Config) -> int:
 
 
 def watched_steps(config: Config) -> set[int]:
-    """Steps whose single parts are judged: the first step after the checkpoint, in both parts.
+    """Steps in which single parts are judged: in both parts, the first step after the checkpoint.
 
-    There the ranks that wrote the checkpoint have made an update before, so held weights must have followed it.
+    In this step, the ranks that wrote the checkpoint have already made an update. So stored casts of weights must have
+    followed the update.
     """
     return {stop_step(config)}
 
 
 def run_part(config: Config, number: int, ranks: int) -> RunPart:
-    """A part of a recipe's run, on this number of ranks. config: as a check runs it."""
+    """Configures one part of a recipe's run, for this number of ranks. config: the configuration of the check."""
     held_out = replace(config.log, validation_sequences=_held_out(config, ranks))
     if number:
         return RunPart(number, replace(_go_on(config, ranks), log=held_out), config.steps, None)
@@ -166,7 +169,7 @@ def run_part(config: Config, number: int, ranks: int) -> RunPart:
     first = replace(
         config,
         optim=replace(own, name=config.prove.first_optimizer or own.name),
-        steps=max(stop, config.steps ^ 1),  # a different number with the same first half
+        steps=max(stop, config.steps ^ 1),  # a different number of steps with the same first half
         log=replace(held_out, validate_every=1 if config.checkpoint.keep_best else stop),
         checkpoint=replace(config.checkpoint, every=saved),
     )
@@ -174,7 +177,7 @@ def run_part(config: Config, number: int, ranks: int) -> RunPart:
 
 
 def run_parts(proof: str, config: Config, ranks: int, numbers: Sequence[int]) -> list[RunPart]:
-    """The parts of a run that a check has, among these numbers."""
+    """The parts of a run that a check has. numbers: selects from them."""
     if proof == "tiles":
         return [RunPart(0, config, config.steps, None) for number in numbers if number == 0]
     return [run_part(config, number, ranks) for number in numbers]
@@ -183,7 +186,8 @@ def run_parts(proof: str, config: Config, ranks: int, numbers: Sequence[int]) ->
 def _go_on(config: Config, ranks: int) -> Config:
     """The configuration of the second part: another layout, and another batch size from the first step on.
 
-    So the position in the data differs from the position that a schedule with this batch size computes.
+    A schedule with the new batch size would compute another position in the data than the checkpoint has. So the proof
+    shows that the position is read from the checkpoint.
     """
     other = in_layout(config, second_layout(config, ranks))
     optim = replace(
@@ -200,8 +204,8 @@ def _go_on(config: Config, ranks: int) -> Config:
 
 
 def _held_out(config: Config, ranks: int) -> int:
-    """Number of validation sequences: the smallest number from three on that all ranks' passes do not divide, in either
-    layout."""
+    """Number of validation sequences. All ranks together take some sequences at a time. The number is the smallest one
+    from three on that is no multiple of these, in both layouts."""
     other = second_layout(config, ranks)
     passes = {config.micro_batch_size * config.parallel.dp, other.dp} - {1}
     return next(count for count in itertools.count(3) if all(count % size for size in passes))
@@ -217,19 +221,19 @@ def _is_allowed(config: Config) -> bool:
 
 
 def second_layout(config: Config, ranks: int) -> Parallel:
-    """Another layout with this number of ranks; the recipe's own if the rules allow no other."""
+    """Another layout for this number of ranks. If the rules allow no other, it is the recipe's own."""
     return next((each for each in _others(config, ranks) if _is_allowed(in_layout(config, each))), config.parallel)
 
 
 def in_layout(config: Config, parallel: Parallel) -> Config:
-    """The recipe in another layout, with micro-batches of one sequence, so that more layouts divide the batch."""
+    """The recipe in another layout. Micro-batches have one sequence, so that more layouts divide the batch."""
     ranks_per_node = 0 if parallel.dispatch_facts.per_expert else config.cluster.ranks_per_node
     cluster = replace(config.cluster, ranks_per_node=ranks_per_node)
     return replace(config, parallel=parallel, micro_batch_size=1, cluster=cluster)
 
 
 def _others(config: Config, world: int) -> Iterator[Parallel]:
-    """Other layouts, the most different first."""
+    """Other layouts, beginning with the most different one."""
     own = config.parallel
     plain = replace(
         own,

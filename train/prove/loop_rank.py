@@ -1,6 +1,6 @@
-"""A rank in check `loop`: drives the engine as a custom loop does, in fp64, and writes its evidence.
+"""Runs one rank in check `loop`. It drives the engine as a custom loop does, in fp64, and writes its evidence.
 
-Between two calls of a step it asks for log-probabilities with replayed experts.
+Between two calls of a step, it asks for log-probabilities with replayed experts.
 """
 
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ from train.prove.proof_rank import exact_engine, in_groups, info_of
 
 
 def prove_loop(config: Config, place: Place, device: torch.device) -> None:
-    """The steps of LOOP_STEPS, whose updates change nothing but biases."""
+    """Runs the steps of LOOP_STEPS. Their updates change only biases."""
     rank, schedules = in_groups(config, place, device), Schedules(config)
     first, count = share_of(config, config.batch_size, rank.mesh.dp_rank)
-    # Drawn outside, because fp64 would draw other numbers.
+    # Computed before fp64 starts, because fp64 would give other random numbers.
     whole = loop_batches(config)
     mine = [_rows(batch, first, count) for batch in whole]
     replayed = replace(mine[0], experts_BTLK=loop_experts(config, whole[0])[first : first + count])
@@ -52,7 +52,7 @@ def prove_loop(config: Config, place: Place, device: torch.device) -> None:
 
 
 def _loss_of(call: LoopCall) -> tuple[str | TokenLoss, Mapping[str, float]]:
-    """The loss and its settings, as a caller gives them."""
+    """The loss and its settings, in the form in which a caller passes them."""
     if len(call.losses) == 1:
         return next(iter(call.losses.items()))
 
@@ -64,7 +64,7 @@ def _loss_of(call: LoopCall) -> tuple[str | TokenLoss, Mapping[str, float]]:
 
 
 def _rows(batch: Batch, first: int, count: int) -> Batch:
-    """A data-parallel rank's rows."""
+    """The rows of one data-parallel rank."""
     assert batch.documents_BS is not None and batch.supervised_BS is not None
     rows = slice(first, first + count)
     tensors = {name: tensor_BS[rows] for name, tensor_BS in batch.tensors.items()}

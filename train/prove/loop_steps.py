@@ -1,8 +1,8 @@
-"""The steps of check `loop`: what a custom loop asks of the engine, with values that ranks and judge draw alike.
+"""Defines the steps of check `loop`: the calls of a custom loop. Ranks and judge compute the same values for them.
 
-Rows are chats of one or two samples, with padding and rows without a learnt token. Every token has its own temperature and
-weight. Old and reference log-probabilities are about those of an even choice, so that some ratios are clipped and
-others are not.
+Rows are chats of one or two samples. Some have padding, and some have no learnt token. Every token has its own
+temperature and weight. Old and reference log-probabilities are close to those of an even choice, so some ratios are
+clipped and others are not.
 """
 
 import math
@@ -22,21 +22,21 @@ LOGPROB_SPREAD = 0.3
 
 @dataclass(frozen=True)
 class LoopCall:
-    """A call of forward_backward on `Engine`."""
+    """One call of forward_backward on `Engine`."""
 
     losses: Mapping[str, Mapping[str, float]]
-    """Names of losses, with their settings; several are added up, as a loss of the caller's own."""
+    """Losses by name, with their settings. Several losses are added, as in a custom loss of the caller."""
     replayed: bool = False
-    """Whether the batch has experts to replay."""
+    """Whether the batch prescribes the experts to use."""
 
 
 @dataclass(frozen=True)
 class LoopStep:
-    """The calls before one update."""
+    """The calls that come before one update."""
 
     calls: tuple[LoopCall, ...]
     terms: tuple[str, ...] | None = None
-    """Terms that the caller names; None for all that fit."""
+    """Loss terms that the caller selects; None for all terms that apply."""
 
     @property
     def name(self) -> str:
@@ -47,7 +47,7 @@ class LoopStep:
         return any(call.replayed for call in self.calls)
 
     def has(self, term: str) -> bool:
-        """Whether the step has this term; replayed experts move no biases."""
+        """Whether the step has this loss term. With replayed experts, biases do not change."""
         return not (self.replayed and term == "biases") if self.terms is None else term in self.terms
 
 
@@ -60,11 +60,12 @@ LOOP_STEPS = (
     ),
     LoopStep((LoopCall({"cispo": {"clip": 0.3, "clip_high": 0.2}}, replayed=True),), ("mtp",)),
 )
-"""Every policy loss, by name and in a loss of the caller's own; a step of two calls, and one with replayed experts."""
+"""Steps with every policy loss, by name and in a custom loss; a step with two calls; and a step with replayed
+experts."""
 
 
 def loop_batches(config: Config) -> tuple[Batch, Batch]:
-    """The rows of the first and of the second call of a step, for all ranks together."""
+    """The rows for the first and for the second call of a step. They are the rows of all ranks together."""
     return _batch(config, 0), _batch(config, config.batch_size)
 
 
@@ -74,7 +75,7 @@ def _batch(config: Config, first: int) -> Batch:
     assert batch.documents_BS is not None
     advantages_BN = _draw(config, "advantages", first, batch.tokens_BS.shape)
     tensors = {
-        "advantages": advantages_BN.gather(1, batch.documents_BS.clamp_min(0).long()),  # one for each sample
+        "advantages": advantages_BN.gather(1, batch.documents_BS.clamp_min(0).long()),  # one advantage for each sample
         "temperatures": 0.7 + 0.6 * _draw(config, "temperatures", first, batch.tokens_BS.shape).sigmoid(),
         "weights": 0.5 + _draw(config, "weights", first, batch.tokens_BS.shape).sigmoid(),
         **{
@@ -86,7 +87,7 @@ def _batch(config: Config, first: int) -> Batch:
 
 
 def loop_experts(config: Config, batch: Batch) -> Tensor:
-    """Experts to replay, (B, T, L, K), within the limit of groups; -1 at positions that do not count."""
+    """Experts to replay: (B, T, L, K). They respect the limit of groups. Positions that do not count have -1."""
     model, documents_BS = config.model, batch.documents_BS
     assert documents_BS is not None
     shape = *batch.tokens_BS[:, 1:].shape, model.layers - model.dense_layers
@@ -99,7 +100,7 @@ def loop_experts(config: Config, batch: Batch) -> Tensor:
 
 
 def _draw(config: Config, name: str, first: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Normal numbers, fp32, in each row by its number alone."""
+    """Random normal numbers in fp32. Each row depends only on its number."""
     rows = [torch.randn(shape[1:], generator=drawing(f"{config.seed}/loop/{name}/{first + row}"), dtype=torch.float32)
             for row in range(shape[0])]  # fmt: skip
     return torch.stack(rows)
