@@ -1,1 +1,1 @@
-"""Optimizers of the weights, their moving average, and the schedules of their settings."""
+"""Optimizers of the weights, and the schedules of their settings."""

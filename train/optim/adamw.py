@@ -1,6 +1,6 @@
-"""AdamW with fp32 weights and bf16 moments (paper 3.3.3), on flat shards from ZeRO.
+"""AdamW with fp32 weights and bf16 moments (paper 3.3.3). It updates flat shards from ZeRO.
 
-torch's fused kernel is the reference. CPUs with AVX2 use compiled code (train/kernels/cpu/adamw.cpp), GPUs use
+The reference is torch's fused kernel. CPUs with AVX2 use compiled code (train/kernels/cpu/adamw.cpp). GPUs use
 train/kernels/gpu/triton_adamw.py.
 """
 
@@ -19,7 +19,8 @@ from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, 
 from train.kernels.cpu.libraries import library
 
 VECTOR = 16
-"""Elements of torch's widest vectors. torch computes the remainder of a tensor one element at a time, in double."""
+"""Number of elements in torch's widest vector. torch updates the elements after the last full vector one by one, in
+double precision."""
 
 _load = partial(library, "adamw")
 _sum_of_squares = Kernel(
@@ -39,7 +40,7 @@ _adamw = Kernel(
 
 
 class UpdatePiece(NamedTuple):
-    """Operands of an update of adjacent elements, all flat."""
+    """Operands for the update of adjacent elements. All tensors are flat."""
 
     weight: Tensor
     grad: Tensor
@@ -48,10 +49,11 @@ class UpdatePiece(NamedTuple):
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW with decoupled weight decay, `moments` dtype for the moments and fp32 arithmetic, on the weights' device.
+    """AdamW with decoupled weight decay. It computes in fp32, on the device of the weights.
 
-    A parameter is a flat fp32 tensor: ZeRO's shard of the master weights. Element order does not matter, so any
-    sharding gives the same update bit for bit. compiled: whether a CPU uses compiled code, see `Kernels.parts`.
+    A parameter is a flat fp32 tensor, which is ZeRO's shard of the master weights. The update of an element does not
+    depend on other elements, so any sharding gives the same bits. moments: dtype of the moments. compiled: whether a
+    CPU uses compiled code, see `Kernels.parts`.
     """
 
     def __init__(self, groups: list[dict], optim: Optim, moments: torch.dtype, compiled: bool):
@@ -60,22 +62,24 @@ class AdamW(torch.optim.Optimizer):
         self.moments, self._compiled = moments, compiled
         self.handover = GradientHandover()
         self.updates = 0
-        """Number of updates before this step, for bias correction; the same for all groups."""
+        """Number of updates before this step. Bias correction uses it. It is the same for all groups."""
 
     @classmethod
     def make(cls, groups: list[dict], config: Config, parts: Collection[str]) -> "AdamW":
-        """AdamW with the run's settings, for these parameter groups. parts: parts of a step that use compiled code,
-        see `Kernels.parts`."""
+        """Creates AdamW with the run's settings, for these parameter groups.
+
+        parts: the parts of a step that use compiled code, see `Kernels.parts`.
+        """
         return cls(groups, config.optim, moments_dtype(config.precision), "adamw" in parts)
 
     @staticmethod
     def count_scratch_bytes(kind: str, precision: Precision, elements: int, compiled: bool) -> int:
-        """Scratch memory of an update of this many elements. kind: of the device."""
+        """Returns the bytes of scratch memory for an update of `elements` elements. kind: of the device."""
         none = kind == "cuda" or compiled or moments_dtype(precision) == torch.float32
         return 0 if none else 8 * min(THRESHOLDS.adamw_elements, elements)
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
-        """The two moments of a parameter, allocated on first use."""
+        """Allocate the two moments of a parameter, unless they exist."""
         state = self.state[param]
         if not state:
             state["exp_avg"] = torch.zeros_like(param, dtype=self.moments)
@@ -83,7 +87,7 @@ class AdamW(torch.optim.Optimizer):
         return state
 
     def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Sum of squares of each flat fp32 tensor, in fp64: (pieces,)."""
+        """Returns the sum of squares of each flat fp32 tensor, as an fp64 tensor (pieces,)."""
         if pieces and pieces[0].is_cuda:
             from train.kernels.gpu import triton_adamw
 
@@ -92,8 +96,11 @@ class AdamW(torch.optim.Optimizer):
         return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
 
     def _sum_of_squares(self, x: Tensor) -> Tensor:
-        """Sum of squares, by rows: relative error 1e-7, like fp64 throughout, and ten times as fast. torch's norm of
-        the whole tensor has an error of 1e-4."""
+        """Returns the sum of squares, which it first computes by rows.
+
+        The relative error is 1e-7. This is as accurate as fp64 arithmetic, and ten times as fast. torch's norm of the
+        complete tensor would have an error of 1e-4.
+        """
         if self._compiled:
             return torch.tensor(_sum_of_squares(x), dtype=torch.float64)
         row = THRESHOLDS.norm_row
@@ -106,7 +113,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]  nobody computes the loss again here
-        """One update of every group that has gradients; the owner increments `updates` once per step."""
+        """Update every group that has gradients. The caller increments `updates` once in each step."""
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -116,7 +123,7 @@ class AdamW(torch.optim.Optimizer):
                     self.handover.shards[param].scale_rows(param.view(-1), factors)
 
     def update(self, param: Tensor, group: dict) -> None:
-        """Update one flat parameter, with the gradient from ZeRO."""
+        """Update one flat parameter with its gradient from ZeRO."""
         state = self.allocate(param)
         held = param.view(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         gradients, factor = self.handover.of(param)
@@ -136,12 +143,14 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
-    """One pass over memory by torch's fused kernel. The gradient stays multiplied by `factor`.
+    """Update with torch's fused kernel, in one pass over memory. The kernel leaves the gradient multiplied by `factor`.
 
-    Moments of another dtype go through an fp32 copy, chunk by chunk.
+    Moments of another dtype are copied to fp32 and back, chunk by chunk.
     """
     weight, grad, exp_avg, exp_avg_sq = piece
-    step = torch.full((), float(count), device=weight.device)  # created on the device: a copy would block
+    step = torch.full(
+        (), float(count), device=weight.device
+    )  # created on the device, because a copy would block the host
     if factor is not None:
         grad.mul_(factor)
     whole = weight.numel() // VECTOR * VECTOR
@@ -161,7 +170,7 @@ def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float 
 
 
 def _update_compiled(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
-    """An update by compiled code, for bf16 moments."""
+    """Update with compiled code, for bf16 moments."""
     _adamw(*piece, *_settings(group, count, factor).values())
 
 
@@ -172,7 +181,7 @@ def _update_on_gpu(
     count: int,
     factor: Tensor | float | None,
 ) -> None:
-    """An update in one launch for all pieces of the gradient. held: weight and moments, flat."""
+    """Update all pieces of the gradient in one launch. held: weight and moments, flat."""
     from train.kernels.gpu import triton_adamw
 
     weight, mean, square = held
@@ -180,7 +189,7 @@ def _update_on_gpu(
 
 
 def _settings(group: dict, count: int, factor: Tensor | float | None) -> dict[str, float]:
-    """The factors of update number `count`, see `Settings` in train/kernels/cpu/adamw.cpp."""
+    """Returns the factors of update number `count`. See `Settings` in train/kernels/cpu/adamw.cpp."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     return {
         "factor": 1.0 if factor is None else float(factor), "lerp": 1 - beta1,
@@ -190,7 +199,7 @@ def _settings(group: dict, count: int, factor: Tensor | float | None) -> dict[st
 
 
 def _update_rest(rest: list[Tensor], group: dict, step: Tensor) -> None:
-    """Update the last elements as one padded vector, so that their arithmetic does not depend on the shard borders."""
+    """Update the last elements as one padded vector. So the result does not depend on the shard borders."""
     padded = [torch.zeros(VECTOR, device=tensor.device) for tensor in rest]
     for vector, tensor in zip(padded, rest, strict=True):
         vector[: tensor.numel()] = tensor
@@ -200,7 +209,7 @@ def _update_rest(rest: list[Tensor], group: dict, step: Tensor) -> None:
 
 
 def _fused(operands: list[Tensor], group: dict, step: Tensor) -> None:
-    """torch's kernel over a weight, its gradient and its moments."""
+    """Call torch's kernel for a weight, its gradient and its moments."""
     (weight, grad, exp_avg, exp_avg_sq), (beta1, beta2) = operands, group["betas"]
     torch._fused_adamw_(
         [weight], [grad], [exp_avg], [exp_avg_sq], [], [step], lr=group["lr"], beta1=beta1, beta2=beta2,

@@ -1,11 +1,11 @@
-"""Splits a weight into logical matrices by its name; Muon orthogonalises each of them separately.
+"""Splits a weight into logical matrices by its name. Muon orthogonalises each logical matrix separately.
 
-A weight holds several logical matrices if it stacks independent matrices: the heads of attention, keys and values of a
-head, the latent and the rope key, w1 and w3, experts. In one joint matrix, the largest block would dominate the
-singular values of the others. MLA was worse under Muon until its heads were split (GLM-5's report). conf/optimizers.py
-decides which weights Muon updates.
+A weight contains several logical matrices if it stacks independent matrices: attention heads, the keys and values of a
+head, the latent and the rope key, w1 and w3, or experts. If Muon orthogonalised the stack as one matrix, the largest
+block would dominate the singular values of the other blocks. With Muon, MLA was worse until its heads were split
+(GLM-5's report). conf/optimizers.py decides which weights Muon updates.
 
-Every logical matrix is a rectangle of its weight, in rows and columns: (E, R, C) has E * R rows.
+Every logical matrix is a rectangle in the rows and columns of its weight. A weight (E, R, C) has E * R rows.
 """
 
 import re
@@ -20,7 +20,7 @@ from conf.schema import Model
 
 
 class LogicalMatrix(NamedTuple):
-    """A rectangle of a weight's rows and columns."""
+    """A rectangle in the rows and columns of a weight."""
 
     rows: range
     columns: range
@@ -31,10 +31,10 @@ class LogicalMatrix(NamedTuple):
 
 
 class MatrixStack(NamedTuple):
-    """How a weight stacks its logical matrices. by_head: the split applies only if heads are split."""
+    """Describes how a weight stacks its logical matrices. by_head: the split applies only if heads are split."""
 
     sizes: Callable[[Model, int], Sequence[int]]
-    """Sizes of the stacked matrices, from the model and the length of that axis."""
+    """Computes the sizes of the stacked matrices from the model and the length of the stacked axis."""
     axis: int = -2
     by_head: bool = False
 
@@ -46,11 +46,11 @@ STACKS: dict[str, MatrixStack] = {
     r"attention\.kv_down\.": MatrixStack(lambda m, _: [m.kv_rank, m.rope_head_dim]),
     r"\.w13(\.|$)": MatrixStack(lambda _, rows: [rows // 2] * 2),
 }
-"""Stacks by a pattern in the weight's name; a weight without a pattern is one matrix."""
+"""Maps a pattern in a weight's name to its stack. A weight whose name has no pattern is one matrix."""
 
 
 def logical_matrices(name: str, shape: Sequence[int], model: Model, by_head: bool) -> list[LogicalMatrix]:
-    """The logical matrices of a weight that Muon updates.
+    """Returns the logical matrices of a weight that Muon updates.
 
     shape: (rows, columns), or (E, rows, columns) for any number of experts. by_head: whether attention weights are
     split by heads.
@@ -82,9 +82,16 @@ def _ranges(sizes: Sequence[int]) -> list[range]:
 #
 #     X <- a X + (b A + c A A) X,   A = X X^T,   from X = G / |G|   (Frobenius norm)
 #
-# The singular values approach 1, and X approaches U V^T. The iteration needs only matmuls, no decomposition. A matrix with more rows than columns is transposed, which makes A the smaller of the two Gram matrices. A zero matrix gives zeros.
+# The singular values approach 1, and X approaches U V^T. The iteration needs only matmuls and no decomposition. A
+# matrix with more rows than columns is transposed, so that A is the smaller of its two Gram matrices. A zero matrix
+# gives zeros.
 #
-# The coefficients: `quintic` is Jordan's, with resulting singular values between about 0.68 and 1.2 (Muon, kellerjordan.github.io/posts/muon; Moonlight, arXiv 2502.16982). `polar_express` has different coefficients for each step, each optimal for the result of the previous step (arXiv 2505.16932, algorithm 1). `deepseek_v4` takes eight steps of `quintic` and then two that converge to 1 (DeepSeek-V4's report).
+# There are three sets of coefficients:
+# - `quintic` has Jordan's coefficients. They give singular values between about 0.68 and 1.2 (Muon,
+#   kellerjordan.github.io/posts/muon; Moonlight, arXiv 2502.16982).
+# - `polar_express` has different coefficients in each step. They are optimal for the result of the previous step (arXiv
+#   2505.16932, algorithm 1).
+# - `deepseek_v4` has eight steps of `quintic`, and then two steps that converge to 1 (DeepSeek-V4's report).
 #
 # Shapes: B matrices, M rows, N columns.
 
@@ -109,10 +116,10 @@ ITERATIONS: dict[str, tuple[Coefficients, ...]] = {
 
 
 def orthogonalise(g_BMN: Tensor, iteration: str) -> Tensor:
-    """The orthogonal factor of each matrix, in the dtype of g, which its matmuls use too.
+    """Returns the orthogonal factor of each matrix. The matmuls and the result have the dtype of g.
 
-    The result does not depend on the scale of a matrix, over the whole range of the dtype. The matrix is divided by its
-    largest element before its norm is computed.
+    Each matrix is divided by its largest element before its norm is computed. So the result does not depend on the
+    scale of a matrix, even for the largest and smallest numbers of the dtype.
     """
     x_BMN = g_BMN / _or_one(g_BMN.abs().amax((-2, -1), keepdim=True))
     x_BMN = x_BMN / _or_one(torch.linalg.matrix_norm(x_BMN, keepdim=True))
@@ -129,6 +136,6 @@ def _or_one(sizes: Tensor) -> Tensor:
 
 
 def newton_schulz_flops(rows: int, columns: int, iteration: str) -> float:
-    """Operations for one matrix: three matmuls a step, one of them with the small Gram matrix only."""
+    """Returns the operations for one matrix. Each step has three matmuls, and one of them squares the Gram matrix."""
     short, long = sorted((rows, columns))
     return len(ITERATIONS[iteration]) * (4.0 * short * short * long + 2.0 * short**3)

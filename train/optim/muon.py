@@ -4,12 +4,13 @@
     O  = NS(G + mu M)         Nesterov; NS of each logical matrix (train/optim/matrices.py)
     W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) O
 
-The last factor scales an update to the size of AdamW's, so AdamW's learning rate and decay can be reused.
-train/optim/matrices.py defines logical matrices. AdamW updates embedding, head, routers and norm weights.
+The factor 0.2 sqrt(max(rows, columns)) scales an update to the size of AdamW's updates. So AdamW's learning rate and
+decay can be reused. train/optim/matrices.py defines logical matrices. AdamW updates the embedding, the head, the
+routers and the norm weights.
 
-ZeRO passes flat shards, which may be cut anywhere. Momentum is updated in the shards, element by element. A matrix on
-several ranks is sent to its owner, which orthogonalises it once and sends the factor back to the shards
-(parallel/owners.py).
+ZeRO passes flat shards, whose borders may be anywhere. Momentum is updated in the shards, element by element. If a
+matrix is on several ranks, they send its parts to one of them, its owner. The owner orthogonalises the matrix once and
+sends the result back to the shards (parallel/owners.py).
 """
 
 from collections.abc import Collection, Sequence
@@ -27,18 +28,18 @@ from train.optim.adamw import AdamW, moments_dtype
 from train.optim.matrices import logical_matrices, newton_schulz_flops, orthogonalise
 
 UPDATE_SIZE = 0.2
-"""Root mean square of AdamW's updates, as Moonlight measured it."""
+"""Root mean square of an AdamW update, as measured in the Moonlight paper."""
 
 
 class _Placed(NamedTuple):
-    """The logical matrices of a flat parameter, and the rank that orthogonalises each of them."""
+    """The logical matrices of a flat parameter, and their owners: the ranks that orthogonalise them."""
 
     matrices: list[SharedMatrix]
     owners: MatrixOwners
 
 
 class Muon(AdamW):
-    """Updates the weights whose rule selects Muon; AdamW updates all others."""
+    """Updates weights with Muon if their rule in conf/optimizers.py selects it, and other weights with AdamW."""
 
     def __init__(self, groups: list[dict], config: Config, compiled: bool):
         super().__init__(groups, config.optim, moments_dtype(config.precision), compiled)
@@ -51,12 +52,15 @@ class Muon(AdamW):
 
     @staticmethod
     def count_scratch_bytes(kind: str, precision: Precision, elements: int, compiled: bool) -> int:
-        """Scratch memory in bytes: matrices of a pack, their factors and Newton-Schulz results, about six copies;
-        two packs in transfer."""
+        """Returns the bytes of scratch memory.
+
+        A pack of matrices needs about six copies, including factors and Newton-Schulz results. Two more packs are in
+        transfer.
+        """
         return 32 * min(THRESHOLDS.muon_elements, elements)
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
-        """The momentum of matrices, allocated on first use; AdamW's moments for other parameters."""
+        """Allocate the momentum of matrices, or AdamW's moments for other parameters, unless they exist."""
         shard = self.handover.shards.get(param)
         if shard is None or not shard.rule.is_whole:
             return super().allocate(param)
@@ -77,7 +81,7 @@ class Muon(AdamW):
         self._move(param, shard, gradients, group)
 
     def _add_momentum(self, param: Tensor, gradients: Sequence[Tensor], factor: Tensor | float | None) -> None:
-        """Compute M <- mu M + G, and replace the gradients by G + mu M, which is then orthogonalised."""
+        """Compute M <- mu M + G, and replace the gradients with G + mu M, the input of the orthogonalisation."""
         mu, first = self._muon.momentum, 0
         momentum = self.allocate(param)["momentum"].view(-1)
         for gradient in gradients:
@@ -91,10 +95,10 @@ class Muon(AdamW):
                 new.add_(summed, alpha=mu)
 
     def _move(self, param: Tensor, shard: FlatShard, gradients: Sequence[Tensor], group: dict) -> None:
-        """Decay the weights, and subtract the orthogonal factors of the matrices in `gradients`."""
+        """Decay the weights, and subtract the scaled orthogonal factors of the matrices in `gradients`."""
         matrices, owners = self._place(param, shard)
         masters, decay = param.detach().view(-1), 1 - group["lr"] * group["weight_decay"]
-        one_by_one = len(gradients) > 1  # gradients of weights that no other rank shares
+        one_by_one = len(gradients) > 1  # one gradient for each weight, whose matrices no other rank shares
 
         def read(weight: int, piece: WeightPiece) -> Tensor:
             flat, place = (gradients[weight], 0) if one_by_one else (gradients[0], None)
@@ -108,7 +112,8 @@ class Muon(AdamW):
         owners.each(read, lambda _, whole: self._factors(whole), write, masters[:0])
 
     def _factors(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Orthogonal factors; adjacent matrices of one shape form a batch; on a GPU in bf16, as published."""
+        """Returns the orthogonal factors. Adjacent matrices of one shape form a batch. A GPU uses bf16, as
+        published."""
         found: list[Tensor] = []
         for _, same in groupby(matrices, key=lambda matrix: matrix.shape):
             batch = torch.stack(list(same))

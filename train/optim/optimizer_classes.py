@@ -1,4 +1,4 @@
-"""The table of optimizer classes by name. conf/optimizers.py describes the state of each optimizer."""
+"""Maps names to optimizer classes. conf/optimizers.py describes the state of each optimizer."""
 
 from collections.abc import Collection
 from typing import Protocol
@@ -11,14 +11,16 @@ from train.optim.muon import Muon
 
 
 class OptimizerClass(Protocol):
-    """Functions of an optimizer class that are called before an instance exists."""
+    """The functions of an optimizer class that are called before an instance exists."""
 
     def make(self, groups: list[dict], config: Config, parts: Collection[str]) -> ShardedOptimizer:
-        """The optimizer with the run's settings, for these parameter groups. parts: parts of a step that use
-        compiled code, see `Kernels.parts`."""
+        """Creates the optimizer with the run's settings, for these parameter groups.
+
+        parts: the parts of a step that use compiled code, see `Kernels.parts`.
+        """
 
     def count_scratch_bytes(self, kind: str, precision: Precision, elements: int, compiled: bool) -> int:
-        """Scratch memory of an update of this many elements. kind: of the device."""
+        """Returns the bytes of scratch memory for an update of `elements` elements. kind: of the device."""
 
 
 OPTIMIZER_CLASSES: dict[str, OptimizerClass] = {ADAMW: AdamW, MUON: Muon}

@@ -3,11 +3,11 @@
     eta = min(1, tau / S),   S: the largest score of a head in the step, over all its tokens
     q_nope, k_nope  times  sqrt(eta),   q_rope  times  eta
 
-So every score of the head is multiplied by eta. All heads share one rope key, which is not scaled. The scaled rows
-belong to the weights that produce queries and keys. They are scaled in the fp32 masters, after the update and before
-rounding; momentum is not scaled.
+So every score of the head is multiplied by eta. The rope key is not scaled, because all heads share it. To scale
+queries and keys, QK-clip scales rows of the weights that produce them. It scales the fp32 master weights after the
+update, before they are rounded. Momentum is not scaled.
 
-Scores come from training passes only: from all micro-batches of a step, and all ranks that hold the head.
+S covers all micro-batches of a step, on all ranks that hold the head. Only training passes count.
 
 Shapes: L attention layers of this rank, H heads, R rows of a weight.
 """
@@ -23,9 +23,9 @@ from train.model.mla import MLA
 
 
 class QKClip:
-    """Records the attention scores of this rank's chunks.
+    """Records the largest attention scores of this rank's chunks, and computes the factors of their weights.
 
-    limit: tau. most: replaces (L, H) in place by the maximum over all ranks that hold these layers.
+    limit: tau. most: a function that replaces a tensor (L, H) with its maximum over all ranks that hold these layers.
     """
 
     def __init__(self, chunks: Sequence[nn.Module], model: Model, limit: float, most: Callable[[Tensor], None]):
@@ -43,13 +43,15 @@ class QKClip:
             watch.clear()
 
     def largest(self) -> Tensor:
-        """The largest score of every head in this step: (L, H). Collective over the ranks that hold these layers."""
-        scores_LH = torch.stack([watch.most_H for watch in self._watches])  # a stage has at least one layer
+        """Returns the largest score of every head in this step: (L, H). Collective over the ranks with these layers."""
+        scores_LH = torch.stack(
+            [watch.most_H for watch in self._watches]
+        )  # not empty, because a stage has at least one layer
         self._most(scores_LH)
         return scores_LH
 
     def factors(self, scores_LH: Tensor) -> dict[str, Tensor]:
-        """Row factors of each weight: (R,), fp32."""
+        """Returns the factors for the rows of each weight: (R,), fp32."""
         model, found = self._model, {}
         eta_LH = (self.limit / scores_LH).where(scores_LH > self.limit, 1.0)
         for name, eta_H in zip(self.layers, eta_LH, strict=True):
@@ -61,5 +63,5 @@ class QKClip:
 
 
 def _by_rows(*parts: tuple[Tensor, int]) -> Tensor:
-    """Each head's factor of each part, repeated for each row."""
+    """Repeats each head's factor of a part for each row of the part."""
     return torch.cat([factor_H.unsqueeze(1).expand(-1, rows) for factor_H, rows in parts], 1).flatten()

@@ -1,7 +1,7 @@
-"""Schedules over the run: learning rate, MTP weight, bias speed and batch size, as pure functions of the step.
+"""Computes the scheduled settings of each step: learning rate, MTP weight, bias speed and batch size.
 
-Everything is measured in tokens: `until` of a phase is a fraction of the run's total tokens. So a shorter run keeps the
-shape of the schedule.
+A schedule depends only on the tokens that the run has consumed. `until` of a phase is a fraction of the run's total
+tokens. So the schedule of a shorter run has the same shape.
 """
 
 import math
@@ -16,18 +16,18 @@ class StepPlan:
     """The settings of one optimizer step."""
 
     step: int
-    """Number of the step, from 1."""
+    """Number of the step. The first step is 1."""
     first_sample: int
-    """Samples consumed before this step, which is the data position."""
+    """Number of samples that were consumed before this step. This is the data position."""
     batch_size: int
-    """Sequences of this step, over all ranks."""
+    """Number of sequences in this step, over all ranks."""
     lr: float
     mtp_weight: float
     bias_speed: float
 
 
 class Schedules:
-    """Plans of all steps of a run."""
+    """Plans the steps of a run."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -35,9 +35,13 @@ class Schedules:
         self.samples = [0, *accumulate(self.batch_sizes)]
 
     def plan(self, step: int, shift: int = 0) -> StepPlan:
-        """Settings of step 1..steps. shift: samples that an earlier part of the run consumed beyond this schedule."""
+        """Returns the settings of a step.
+
+        step: 1 to the number of steps. shift: added to the data position of this schedule. A resumed run needs it if
+        its batch size has changed: it has consumed a different number of samples.
+        """
         index, optim = step - 1, self.config.optim
-        # Middle of the step: a run of one step is evaluated at the middle of its schedule, not at an end.
+        # Use the middle of the step. So a run of one step gets the middle of its schedule, not the start or the end.
         fraction = (self.samples[index] + self.batch_sizes[index] / 2) / self.samples[-1]
         warmup = min(1.0, step / optim.warmup_steps) if optim.warmup_steps else 1.0
         return StepPlan(
@@ -51,7 +55,7 @@ class Schedules:
 
 
 def value_at(phases: list[Phase], fraction: float) -> float:
-    """Value of a schedule at a fraction (0..1) of the run's tokens."""
+    """Returns the value of a schedule at a fraction (0..1) of the run's tokens."""
     start, before = 0.0, phases[0].value
     for phase in phases:
         if fraction <= phase.until:
@@ -70,7 +74,10 @@ def _between(shape: Shape, before: float, after: float, done: float) -> float:
 
 
 def _batch_size(config: Config, index: int) -> int:
-    """Sequences of the step with this index, from 0: linear in steps, rounded down to the increment."""
+    """Returns the number of sequences in a step. It grows linearly with the steps, rounded down to the increment.
+
+    index: of the step, from 0.
+    """
     optim: Optim = config.optim
     if optim.batch_ramp_start is None or index >= optim.batch_ramp_steps:
         return config.batch_size
