@@ -1,4 +1,4 @@
-"""Models and their training loop. From Python: `import train`, see train/docs/python.md."""
+"""Contains the models and their training loop. `import train` is the Python interface, see train/docs/python.md."""
 
 from importlib import import_module
 from typing import Any
@@ -30,11 +30,11 @@ FOR_LOOPS = {
     "session": "train.loop.session",
     "SessionFailed": "train.loop.session",
 }
-"""Modules of the names that are not in train/api.py, because they import torch."""
+"""Maps names to their modules. These names are not in train/api.py, because their modules import torch."""
 
 
 def __getattr__(name: str) -> Any:
-    """The functions of train/api.py, and the parts of custom loops; each is imported on first access."""
+    """Imports a function of train/api.py, or a part of custom loops, on first access."""
     if name == "train_step":
         cure = "engine = train.open_engine(config); engine.forward_backward(train.Batch(tokens)); engine.update()"
         raise AttributeError(f"train.train_step is now the engine (train/docs/loops.md): {cure}")

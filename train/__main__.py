@@ -9,12 +9,14 @@ import signal
 import sys
 
 IS_COMMAND = __name__ == "__main__" or os.path.basename(sys.argv[0]) == "sluice"
-"""False if another program imports this module."""
+"""Whether this process runs the command. False if another program imports this module."""
 COMMAND_MODULES = {"doctor": "doctor", "runs": "runs", "launch": "job_file", "why": "why", "top": "top"}
-"""Commands that can follow `sluice` instead of a recipe, and their modules in train/command. --help prints a
-module's docstring."""
+"""Maps the commands that can follow `sluice` instead of a recipe to their modules in train/command. --help prints the
+docstring of the module."""
 if IS_COMMAND:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a handler is set: no traceback from an import
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # until a handler is set, so that Ctrl-C during an import shows no traceback
 
 from pathlib import Path  # noqa: E402
 from types import TracebackType  # noqa: E402
@@ -60,13 +62,17 @@ MODE_FUNCTIONS = {
     Mode.prove: "train.prove.run:prove",
     Mode.show_data: "train.data.show_data:show_data",
 }
-"""Function of each mode as module:function, imported on use. It takes the settings and returns the exit code."""
+"""Maps each mode to its function, as module:function. The function is imported on use. It takes the settings and
+returns the exit code."""
 STARTS_RANKS = (Mode.evaluate, Mode.prove)
-"""Modes whose function also takes whether the job is the only one of this process, see `do`."""
+"""Modes whose function has a second argument: whether the job is the only job of this process, see `do`."""
 
 
 def main(configs: list[Config]) -> int:
-    """Run one job, or those of a sweep in sequence, until one is told to stop; returns the worst exit code."""
+    """Run one job, or the jobs of a sweep one after another. Returns the worst exit code.
+
+    If a job is asked to stop, the later jobs do not run.
+    """
     codes: list[int] = []
     try:
         for config in configs:
@@ -74,7 +80,7 @@ def main(configs: list[Config]) -> int:
             if codes[-1] in (
                 EXIT_STOPPED,
                 EXIT_INTERRUPTED,
-            ):  # a signal is for the whole command, not for the current job only
+            ):  # a signal stops all jobs of the command, not only the current job
                 if left := len(configs) - len(codes):
                     say(f"stopped: {left} of {len(configs)} jobs of the sweep were not started", file=sys.stderr)
                 break
@@ -90,8 +96,10 @@ def main(configs: list[Config]) -> int:
 
 
 def do(config: Config, alone: bool) -> int:
-    """Run `mode`; returns the exit code. alone: whether it is the only job of this process, which may then be its
-    rank."""
+    """Run the job's `mode`. Returns the exit code.
+
+    alone: whether this is the only job of this process. Then this process may be a rank of the job.
+    """
     try:
         if config.mode is Mode.train:
             return _train(config, alone)
@@ -104,8 +112,10 @@ def do(config: Config, alone: bool) -> int:
 
 
 def _train(config: Config, alone: bool) -> int:
-    """Train a run; returns the exit code. alone: whether it is the only run of this process, which may then be its
-    rank."""
+    """Train a run. Returns the exit code.
+
+    alone: whether this is the only run of this process. Then this process may be a rank of the run.
+    """
     from train.checkpoint.run_folder import RunFolder
     from train.metrics.origin import record_start
     from train.show.writer import tell_of_end
@@ -130,10 +140,10 @@ def _train(config: Config, alone: bool) -> int:
 
 
 def check_before_start(config: Config) -> None:
-    """Checks before anything is written, the quickest first.
+    """Run all checks of a start before anything is written, the quickest check first.
 
-    They find a layout that cannot run, a disk or a memory that is too small, a checkpoint of another model, and
-    unreadable data.
+    They find a layout that cannot run, too little disk space or memory, a checkpoint of another model, and unreadable
+    data.
     """
     from train.checkpoint.run_folder import check_space, resume_point
     from train.checkpoint.trained_with import describe_base, refuse_mean, require_adapter, require_base, require_model
@@ -146,7 +156,7 @@ def check_before_start(config: Config) -> None:
 
     check_layout(config)
     if given_place() is not None:
-        return  # ranks started by another program wait for rank 0 only as long as training does, until they know each other
+        return  # another program started the ranks: until they have joined, they wait for rank 0 only as long as in training
     check_space(config, checkpoint_bytes(config))
     check_memory(config, checkpoint_bytes(config))
     check_gpu(config)
@@ -174,7 +184,7 @@ def check_before_start(config: Config) -> None:
 
 
 def _run_rank(config: Config, place: Place) -> int:
-    gc.disable()  # garbage collection during these imports would take a sixth of their time
+    gc.disable()  # garbage collection would take a sixth of the time of these imports
     from train.worker import run_rank  # imports torch, which the driver of other ranks does not need
 
     gc.enable()
@@ -182,7 +192,7 @@ def _run_rank(config: Config, place: Place) -> int:
 
 
 def _plan_of_job(config: Config) -> tuple[str, float, float]:
-    """Summary line of a run's plan, its hours, and the host memory of the fullest node in bytes."""
+    """Plans a run. Returns a summary line, the hours, and the host memory in bytes of the node that needs most."""
     from train.plan.budget import make_plan
 
     plan = make_plan(config)
@@ -194,14 +204,14 @@ def _plan_of_job(config: Config) -> tuple[str, float, float]:
 
 
 def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an uncaught exception like Python, but with untrusted text made harmless."""
+    """Print an uncaught exception like Python does, but replace dangerous characters of untrusted text."""
     import traceback
 
     say("".join(traceback.format_exception(kind, error, trace)).rstrip(), file=sys.stderr)
 
 
 def command() -> int:
-    """Run the words typed after `sluice` or `python -m train`; returns the exit code."""
+    """Run the command with the arguments after `sluice` or `python -m train`. Returns the exit code."""
     os.environ |= environment_of_children()
     sys.excepthook = _show_bug
     let_output_be_lost()
@@ -234,7 +244,7 @@ def _command(words: list[str]) -> int:
 
 
 def command_alone() -> int:
-    """Run the command in a process that exists only for it and ends with it, see `leave`."""
+    """Run the command in a process that exists only for this command, and end the process. See `leave`."""
     return leave(command())
 
 

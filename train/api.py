@@ -1,12 +1,12 @@
-"""Sluice from Python and notebooks: the commands as functions. `import train` gives all of them.
+"""Defines Sluice's commands as functions for Python programs and notebooks. `import train` makes them available.
 
     config = train.compose("conf=tiny", "steps=20", "name=first")
     run = train.run(config)
     model = train.load(run.folder)
     print(train.complete(model, "def main(", tokens=40))
 
-Settings are the words of the command line. Invalid ones raise conf.errors.UserError, with field, value, rule and
-cure.
+A setting is a string like an argument of the command line. An invalid setting raises conf.errors.UserError, which
+contains the field, the value, the rule and the fix.
 """
 
 import os
@@ -37,7 +37,7 @@ __all__ = ["RunFailed", "RunResult", "build_model", "complete", "compose", "load
 
 
 class RunFailed(RuntimeError):
-    """A run ended with a nonzero exit code; its output gives the cause. code: of conf/errors.py."""
+    """A run ended with a nonzero exit code. Its output gives the cause. code: an exit code of conf/errors.py."""
 
     def __init__(self, folder: Path, code: int):
         super().__init__(f"the run in {folder} ended with exit code {code}; see its last output")
@@ -46,24 +46,25 @@ class RunFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run folder, finished or not."""
+    """The results in a run folder. The run may still train."""
 
     folder: Path
     code: int = EXIT_OK
-    """Exit code of the last command; 75 if a signal stopped it."""
+    """Exit code of the last command. It is 75 if a signal stopped the command."""
 
     @property
     def checkpoint(self) -> Path | None:
-        """The newest intact checkpoint, or None."""
+        """The path of the newest intact checkpoint; None if there is none."""
         return newest_intact(self.folder / "checkpoints").path
 
     def records(self) -> list[dict[str, Any]]:
-        """One dictionary per recorded step, with the scalars of train/metrics/names.py; non-finite values are NaN."""
+        """The scalars of train/metrics/names.py, as one dictionary for each recorded step. Non-finite values are
+        NaN."""
         path = self.folder / METRICS_FILE
         return list(read_heads(path)) if path.is_file() else []
 
     def frame(self) -> "pandas.DataFrame":
-        """The records as a data frame with the step as index. Raises UserError if pandas is not installed."""
+        """Returns the records as a data frame with the step as index. Raises UserError if pandas is not installed."""
         try:
             import pandas
         except ImportError as error:
@@ -74,16 +75,18 @@ class RunResult:
 
 
 def compose(*words: str) -> Config:
-    """The checked settings for words of the command line. Raises UserError for unknown, invalid or conflicting
-    settings."""
+    """Composes settings from command-line arguments and checks them.
+
+    Raises UserError for unknown, invalid or conflicting settings.
+    """
     return load_settings.compose(*words)
 
 
 def run(config: Config) -> RunResult:
-    """Run config.mode, as the command does: train (or resume), evaluate, export, plan, ...
+    """Run config.mode like the command `sluice`: train (or resume), evaluate, export, plan, ...
 
-    Ranks are separate processes, so this process can start another run afterwards. Raises UserError for a refused
-    start, and RunFailed for a run that fails later.
+    Ranks are separate processes, so this process can start another run later. Raises UserError if the start is refused,
+    and RunFailed if the run fails after its start.
     """
     from train.__main__ import do
 
@@ -96,7 +99,7 @@ def run(config: Config) -> RunResult:
 
 
 def open_run(folder: Path | str) -> RunResult:
-    """An existing run, which may still train. Raises UserError if the folder is not a run."""
+    """Opens an existing run, which may still train. Raises UserError if the folder is not a run."""
     folder = Path(folder).expanduser().absolute()
     if not (folder / "config.yaml").is_file():
         raise UserError("folder", folder, "is not a run: it has no config.yaml", "give runs/NAME of a run")
@@ -104,12 +107,12 @@ def open_run(folder: Path | str) -> RunResult:
 
 
 def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
-    """The whole model of a recipe with a run's initial weights, in the recipe's precision.
+    """Builds the model of a recipe in this process, with the initial weights of a run and the recipe's precision.
 
-    `model(tokens)` takes token ids (B, T + 1) and returns the loss (1,), nats per token; `model.logits(tokens)`
-    takes (B, T) and returns (B, T, vocabulary). The model is in train mode, and the loss is of the next token; MTP's
-    loss is added with `model.mtp_weight`. An engine makes whole steps (`open_engine`). Raises UserError if the memory
-    is too small.
+    `model(tokens)` takes token ids (B, T + 1) and returns the loss (1,) in nats per token. This is the loss of the next
+    token plus MTP's loss times `model.mtp_weight`. `model.logits(tokens)` takes token ids (B, T) and returns logits
+    (B, T, vocabulary). The model is in train mode. For complete training steps, use an engine (`open_engine`). Raises
+    UserError if the memory is too small.
     """
     import torch
 
@@ -133,10 +136,11 @@ def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
 
 
 def load(path: Path | str, *overrides: str) -> "LoadedModel":
-    """A model for text generation from a run, a checkpoint or a Hugging Face folder, for `complete`.
+    """Loads a model from a run, a checkpoint or a Hugging Face folder, to generate text with `complete`.
 
-    `.decoder.model` is the torch module, in eval mode. overrides: as on the command line, for example
-    cluster.device=cpu. Raises UserError for a source that is missing, damaged or too large for the memory.
+    The attribute `decoder.model` of the result is the torch module, in eval mode. overrides: settings as on the command
+    line, for example cluster.device=cpu. Raises UserError if the source is missing, damaged or too large for the
+    memory.
     """
     from cluster.place import Place
     from train.generate.source import open_weights
@@ -147,9 +151,9 @@ def load(path: Path | str, *overrides: str) -> "LoadedModel":
 
 
 def complete(model: "LoadedModel", prompt: str, *, tokens: int = 200, **how: Any) -> str:
-    """The continuation of a prompt. tokens: maximum number of new tokens.
+    """Returns the continuation of a prompt. tokens: maximum number of new tokens.
 
-    how: temperature, top_p and seed, as in the section `generate`.
+    how: temperature, top_p and seed, as in the section `generate` of the settings.
     """
     from train.generate.generation import complete as continuation
 
@@ -157,13 +161,13 @@ def complete(model: "LoadedModel", prompt: str, *, tokens: int = 200, **how: Any
 
 
 def _quoted(text: str) -> str:
-    """A value for Hydra's command line, with any characters; backslashes count only before a quote."""
+    """Quotes a value with any characters for Hydra's command line. A backslash is special only before a quote."""
     return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), text) + '"'
 
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set these environment variables for processes that are started inside the context."""
+    """A context that sets these environment variables for processes that are started inside it."""
     before = {name: os.environ.get(name) for name in values}
     os.environ |= values
     try:

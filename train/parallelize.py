@@ -1,4 +1,4 @@
-"""Builds the chunks of a rank in a fixed order: split, build on meta, materialise, initialise, wrap."""
+"""Builds the chunks of a rank: splits the model, builds its chunks on meta, materialises, initialises and wraps them."""
 
 from collections import ChainMap
 from collections.abc import Callable
@@ -46,14 +46,12 @@ def parallelize(
     layers: list[range] | None = None,
     share: ContextParallel | None = None,
 ) -> ParallelModel:
-    """Build this rank's chunks with the weights of config.seed, and wrap them for training.
+    """Build this rank's chunks with weights drawn from config.seed, and wrap them for training.
 
-    restored: the caller fills all weights from a checkpoint, so none are drawn. dispatcher, layers (of every stage),
-    share: for a dry run, replace those of the layout.
+    restored: the caller fills all weights from a checkpoint, so no weights are drawn. dispatcher, layers (of every
+    stage), share: a dry run passes them to replace those of the layout.
     """
-    in_turn = (
-        config.parallel.zero == 3 and not config.adapter.on
-    )  # weights get their memory one after another, each as it is sharded
+    in_turn = config.parallel.zero == 3 and not config.adapter.on  # each weight gets its memory only when it is sharded
     model = build_rank_model(config, mesh, device, kernels, restored, dispatcher, layers, share, hollow=in_turn)
     chunks, optim = model.chunks, config.optim
     draws = [first_draws(chunk, None if restored else config.seed) for chunk in chunks if in_turn]
@@ -93,7 +91,7 @@ def build_rank_model(
     share: ContextParallel | None = None,
     hollow: bool = False,
 ) -> RankModel:
-    """A rank's model without an optimizer, for a proof. hollow: as in `build_chunks`."""
+    """Builds a rank's model without an optimizer, for mode=prove. hollow: as in `build_chunks`."""
     if dispatcher is None and mesh.layout.ep > 1:
         dispatcher = make_dispatcher(config, mesh)
     if share is None and mesh.layout.cp > 1:
@@ -111,7 +109,7 @@ def build_rank_model(
 
 
 def make_loss(section: CodeSection) -> Callable[[ModelOutputs], Tensor]:
-    """The user's loss term. Raises UserError."""
+    """Returns the user's loss term. Raises UserError."""
     key = "optim.extra_loss"
     loss = make(key, section)
     require_arguments(key, section, loss, 1, "one argument, the outputs of the model")
@@ -131,7 +129,7 @@ def build_pipeline(
     overlap: bool,
     host: HostStore | None = None,
 ) -> Pipeline[DeepSeekV3]:
-    """The schedule over these chunks; a whole model is one chunk, stage 0 of 1."""
+    """Builds the pipeline schedule of these chunks. A model without a pipeline is one chunk: stage 0 of 1."""
     parallel = config.parallel
     fits = num_stages == sum(map(len, parallel.placement))
     return Pipeline(
@@ -151,7 +149,10 @@ def build_pipeline(
 
 
 def stage_layers(config: Config) -> list[range]:
-    """Layers of every stage, by parallel.split; a split by cost balances the operations of a training step."""
+    """Returns the layers of every stage, according to parallel.split.
+
+    A split by cost gives all pipeline ranks about the same number of operations in a training step.
+    """
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
     if isinstance(parallel.split, list):
         return split_as_given(parallel.split)
@@ -166,7 +167,7 @@ def stage_layers(config: Config) -> list[range]:
 
 @cache
 def _split(costs: tuple[float, ...], last: float, placement: tuple[tuple[int, ...], ...]) -> tuple[range, ...]:
-    """Cached, because a planner needs the same split many times."""
+    """Splits the layers by cost. The result is cached, because a planner needs the same split many times."""
     return tuple(split_layers(costs, 0.0, last, placement))
 
 
@@ -182,10 +183,11 @@ def build_chunks(
     host: HostStore | None = None,
     hollow: bool = False,
 ) -> tuple[list[DeepSeekV3], list[int], int]:
-    """This rank's chunks with the weights of config.seed, their stage numbers, and the number of stages.
+    """Builds this rank's chunks with weights drawn from config.seed.
 
-    layers: of every stage; None for `stage_layers`. restored: as in `parallelize`. host: stores the activations of
-    model.offload. hollow: weights get no memory; the caller draws them.
+    Returns the chunks, their stage numbers, and the number of stages. layers: of every stage; None for `stage_layers`.
+    restored: as in `parallelize`. host: stores the activations that model.offload moves. hollow: the weights get no
+    memory, and the caller draws them.
     """
     placement = config.parallel.placement
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
@@ -193,7 +195,7 @@ def build_chunks(
     held = config.model.experts // mesh.layout.ep
     dtype, in_blocks = activation_dtype(config.precision), config.adapter.base is BaseFormat.fp8
     chunks: list[DeepSeekV3] = []
-    embedding = None  # if the first and last stage share a rank, they share the table
+    embedding = None  # if one rank has the first and the last stage, both use the same embedding
     for stage in stage_ids:
         chunk = DeepSeekV3(
             config.model,
@@ -208,7 +210,9 @@ def build_chunks(
             share=share,
             host=host,
             dtype=dtype,
-            device="meta" if hollow or in_blocks else device,  # never whole in memory next to their blocks
+            device="meta"
+            if hollow or in_blocks
+            else device,  # the weights must not be in memory in addition to their blocks
         )
         if in_blocks:
             hold_in_blocks(chunk)
@@ -229,12 +233,13 @@ def build_chunks(
 
 
 def make_share(mesh: Mesh) -> ContextParallel:
-    """The object that exchanges other positions of this rank's sequences, shared by all layers."""
+    """Builds the object that exchanges positions of sequences with the ranks that hold the rest. All layers share
+    it."""
     return ContextParallel(mesh.cp_group, mesh.layout.cp > mesh.layout.ranks_per_node)
 
 
 def make_dispatcher(config: Config, mesh: Mesh) -> ExchangeDispatcher:
-    """The object that brings tokens to experts on other ranks, shared by all layers."""
+    """Builds the object that sends tokens to experts on other ranks. All layers share it."""
     return build_dispatcher(
         config.parallel.dispatch,
         experts=config.model.experts,
@@ -250,7 +255,7 @@ def make_dispatcher(config: Config, mesh: Mesh) -> ExchangeDispatcher:
 
 
 def tied_embedding(config: Config, mesh: Mesh, chunks: list[DeepSeekV3]) -> nn.Parameter | None:
-    """The embedding, if the first and the last stage hold it on different ranks and the last needs it for MTP."""
+    """Returns the embedding if the last stage needs it for MTP, and another rank has the first stage; else None."""
     placement = config.parallel.placement
     same_rank = sum(len(ids) for ids in placement) - 1 in placement[0]
     holders = [chunk.embedding.weight for chunk in chunks if hasattr(chunk, "embedding")]

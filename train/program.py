@@ -1,8 +1,8 @@
-"""How the program was started and installed: protects its imports, checks its packages, and prepares child processes.
+"""Protects the program's imports, checks its packages, and prepares child processes.
 
-`python -m` looks for packages in the working folder first, so a user's conf.py, cluster/ or torch.py there would
-replace the real package. The command `sluice` does not look there. This file is imported before all others, which
-may be hidden, and needs only the standard library.
+`python -m` looks for packages in the working folder first. So a file such as conf.py or torch.py in this folder would
+replace the real package. The command `sluice` does not search the working folder. This file is imported before all
+others, because files of the user may hide them. It needs only the standard library.
 """
 
 import importlib.metadata
@@ -13,31 +13,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-"""Root of the program, equal to conf.schema.ROOT, which cannot be imported yet."""
+"""Root folder of the program. It equals conf.schema.ROOT, which cannot be imported yet."""
 COMMAND = "sluice"
 DISTRIBUTION = "sluice-train"
-"""The program's name for pip; PyPI's `sluice` is another project."""
+"""The program's name for pip. The package `sluice` on PyPI is another project."""
 
 
 def require_linux() -> None:
-    """On a system other than Linux, end with a one-line error."""
+    """End with a one-line error if the system is not Linux."""
     if problem := other_system():
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
 
 
 def other_system() -> str | None:
-    """The error text on a system other than Linux; None on Linux."""
+    """Returns an error text if the system is not Linux; None on Linux."""
     if sys.platform == "linux":
         return None
     return f"Sluice runs only on Linux, and this system is {sys.platform}; use Linux, a container, or WSL 2"
 
 
 def guard_names() -> None:
-    """Remove the working folder from the import path, where `python -m` has put it.
+    """Remove the working folder from the import path, to which `python -m` has added it.
 
-    This does not help against a user's train.py or train/__init__.py, which `python -m train` runs instead of the
-    program. `sluice` is not affected.
+    If the working folder contains train.py or train/__init__.py, `python -m train` runs this file instead of the
+    program. This function cannot prevent that. The command `sluice` is not affected.
     """
     first = sys.path[0] if sys.path and not sys.flags.safe_path else None
     if first is not None and Path(first or ".").resolve() == Path.cwd() != ROOT:
@@ -47,7 +47,7 @@ def guard_names() -> None:
 def require_packages() -> None:
     """End with a one-line error if this Python lacks a required package, for example outside of the environment.
 
-    Checks only in a checkout: pip installs the program elsewhere, together with its packages.
+    It checks only a checkout. For an installed program, pip has installed the packages too.
     """
     if lacking := list(_lacking()):
         named = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} others" if len(lacking) > 3 else "")
@@ -58,7 +58,7 @@ def require_packages() -> None:
 
 
 def _lacking() -> Iterator[str]:
-    """Packages that pyproject.toml requires and this Python lacks."""
+    """Returns the packages that pyproject.toml requires but this Python lacks."""
     project = ROOT / "pyproject.toml"
     if not project.is_file():
         return
@@ -73,16 +73,17 @@ def _lacking() -> Iterator[str]:
 
 
 def environment_of_children() -> dict[str, str]:
-    """Environment variables with which Python processes find this program, and no modules in their working folder."""
+    """Returns environment variables for child processes. Python then finds this program, and ignores modules in the
+    working folder."""
     found = {"PYTHONSAFEPATH": "1"}
-    if ROOT.name != "site-packages":  # a checkout, possibly found only through the working folder
+    if ROOT.name != "site-packages":  # a checkout, which Python may have found only through the working folder
         others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
         found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *others])
     return found
 
 
 def typed_command() -> list[str] | None:
-    """The words with which the user started the program; None if another program started it, such as torchrun."""
+    """Returns the command with which the user started the program; None if another program, such as torchrun, did."""
     started = Path(sys.argv[0]).name
     if started == COMMAND:
         return [COMMAND]
@@ -90,7 +91,7 @@ def typed_command() -> list[str] | None:
 
 
 def install_words(extra: str) -> str:
-    """The command that installs an extra of the program in its present place."""
+    """Returns the command that installs an extra of the program. It differs for a checkout and an installed program."""
     if (ROOT / "pyproject.toml").is_file():
         return f"in the program's folder: pip install -e '.[{extra}]'"
     return f"pip install '{DISTRIBUTION}[{extra}]'"

@@ -1,4 +1,4 @@
-"""A process as one rank: handles its errors, chooses its device, joins the other ranks, and builds the groups."""
+"""Sets up a process as one rank: handles errors, chooses the device, joins the other ranks, and builds the groups."""
 
 import os
 import sys
@@ -36,14 +36,14 @@ from train.rank_parts import RankSetup
 
 T = TypeVar("T")
 PREPARATION = timedelta(days=7)
-"""Longest wait for data preparation: tokenising a large text takes longer than any collective in training may."""
+"""Longest wait for data preparation. Tokenising a large text may take longer than the timeout of collectives."""
 
 
 def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int:
-    """Run the work of a rank; errors, and exits in the middle of the work, become an exit code.
+    """Run the work of a rank. Errors, and exits in the middle of the work, become an exit code.
 
-    failures: the folder in which a driver reads the ranks' errors, and then reports them. None without a driver, in
-    the only process of a run and under torchrun: errors are printed, and a UserError is raised.
+    failures: the folder from which a driver reads and reports the errors of ranks. None without a driver: the process
+    is the only process of a run, or torchrun started it. Then errors are printed, and a UserError is raised.
     """
     with _marked(place, failures):
         return _guarded(place, failures, work)
@@ -51,9 +51,9 @@ def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int
 
 @contextmanager
 def _marked(place: Place, failures: Path | None) -> Iterator[None]:
-    """Mark the rank as working.
+    """A context that marks the rank as working.
 
-    The driver uses the mark to detect a process that ended before it completed this block.
+    The driver uses the mark to detect a process that ended inside the context.
     """
     if failures is None:
         yield
@@ -66,7 +66,7 @@ def _marked(place: Place, failures: Path | None) -> Iterator[None]:
             file=sys.stderr,
         )
     yield
-    with suppress(OSError):  # the disk has become read-only, which stops the run anyway
+    with suppress(OSError):  # the disk is read-only, and this stops the run anyway
         end_work(failures, place.rank)
 
 
@@ -81,9 +81,9 @@ def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> in
             raise
         if not isinstance(error, StopInterrupt):
             return _report(error, place, failures)
-        if place.rank == 0:  # if all ranks end like this, no other message says so
+        if place.rank == 0:  # if all ranks end in this way, nothing else reports it
             say("stopped before the first step; the same command resumes", file=sys.stderr)
-        with suppress(OSError):  # if only this rank was asked, the others fail
+        with suppress(OSError):  # if only this rank was asked to stop, the other ranks fail
             words = "this rank alone received a stop signal, before it completed a step"
             Failure(place.rank, uptime(), "stopped", words, EXIT_STOPPED).write(failures)
         return EXIT_STOPPED
@@ -98,16 +98,16 @@ def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> in
 
 
 def set_up_rank(config: Config, place: Place) -> RankSetup:
-    """The device of this rank and its groups. Collective over all ranks; raises UserError."""
+    """Sets up the device and the process groups of this rank. Collective over all ranks. Raises UserError."""
     device = choose_device(config, place)
-    if not dist.is_initialized():  # an engine that this process opened before has initialised it
+    if not dist.is_initialized():  # an earlier engine of this process may have initialised it
         start_process_group(config, place, device)
     mesh = build_mesh(read_layout(config, place.local_world), timedelta(seconds=config.cluster.timeout))
     return RankSetup(device, mesh)
 
 
 def choose_device(config: Config, place: Place) -> torch.device:
-    """The device of this rank, and its share of this machine's cores; with a GPU, cores of its NUMA node."""
+    """Chooses this rank's device, and limits the rank to its share of the cores; for a GPU, near its NUMA node."""
     wanted = config.cluster.device
     torch.set_num_threads(threads_of(config.cluster.threads, place.local_world))
     if config.cluster.deterministic:
@@ -122,12 +122,14 @@ def choose_device(config: Config, place: Place) -> torch.device:
 
 
 def start_process_group(config: Config, place: Place, device: torch.device) -> None:
-    """The default group of all ranks, which meet at the driver's address or through torchrun's store."""
+    """Start the default group of all ranks. The ranks meet at the driver's address, or through torchrun's store."""
     refuse_pickles()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    bound = device if device.type == "cuda" and place.world > 1 else None  # one rank needs no communicator
+    bound = device if device.type == "cuda" and place.world > 1 else None  # a single rank needs no communicator
     if bound is not None:
-        record_collectives(RunPaths(config).path / "logs")  # in the run's own folder: an agent's is removed
+        record_collectives(
+            RunPaths(config).path / "logs"
+        )  # in the run's own folder, because the folder of a node's agent is removed
     timeout = timedelta(seconds=config.cluster.timeout)
     store: dist.Store | None = None  # torchrun's
     meeting = given_meeting()
@@ -139,7 +141,7 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
         store.set_timeout(timeout)
     elif meeting is not None:
         store = open_sealed_store(place.rank, meeting.address, meeting.port, meeting.secret, timeout)
-    elif place.local_world < place.world:  # torchrun's on several nodes
+    elif place.local_world < place.world:  # torchrun started ranks on several nodes
         name_interface(os.environ["MASTER_ADDR"])
     dist.init_process_group(
         backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout, device_id=bound
@@ -149,7 +151,8 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
 
 
 def in_turn(place: Place, make: Callable[[ReportProgress], T]) -> T:
-    """The first rank of every machine runs `make` and fills the cache; then the others run it and use the cache."""
+    """Run `make` first on one rank of every machine, which fills the cache. Then the other ranks run it with the
+    cache."""
     with patient_group(PREPARATION) as everybody:
         if place.local_rank == 0:
             with show_progress() as progress:
@@ -181,9 +184,9 @@ def _report(error: BaseException, place: Place, failures: Path | None) -> int:
 
 
 def _tell(failure: Failure, chain: list[BaseException]) -> None:
-    """Put the error that was raised first at the front, because the pipeline wraps errors in long texts of its own.
+    """Put the error that was raised first at the front, because the pipeline wraps an error in a long text.
 
-    chain: the error and its causes; the last was raised first.
+    chain: the error and its causes. The last of them was raised first.
     """
     first = chain[-1]
     frames = traceback.extract_tb(first.__traceback__)
@@ -201,6 +204,6 @@ def _tell(failure: Failure, chain: list[BaseException]) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """Type and first line of an error."""
+    """Returns the type and the first line of an error."""
     words = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {words}" if words else type(error).__name__

@@ -1,4 +1,4 @@
-"""The parts of a rank that many files use: its device and groups, its model, and the optimizer of its weights."""
+"""Defines the parts of a rank that many files use: its device and groups, its model, and its optimizer."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,18 +32,18 @@ class RankModel:
     chunks: "list[DeepSeekV3]"
     pipeline: "Pipeline[DeepSeekV3]"
     dispatcher: "ExchangeDispatcher | None"
-    """None if this rank holds all experts."""
+    """Sends tokens to experts on other ranks; None if this rank holds all experts."""
     precision: "HighPrecision | Fp8Precision"
     share: "ContextParallel | None"
-    """None if this rank has whole sequences."""
+    """Exchanges positions with the ranks that share this rank's sequences; None if this rank has complete sequences."""
 
     def routers(self) -> "dict[str, Router]":
-        """Routers of all chunks, by layer."""
+        """Returns the routers of all chunks, by layer name."""
         return {name: router for chunk in self.chunks for name, router in chunk.routers().items()}
 
 
 @dataclass
 class ParallelModel(RankModel):
-    """A rank's model with ZeRO, which updates its weights."""
+    """A rank's model, and the ZeRO object that updates its weights."""
 
     zero: "Zero"

@@ -1,4 +1,4 @@
-"""Runs one rank from start to end. `python -m train.worker CONFIG` is a rank that the driver started."""
+"""Runs one rank from start to end. The driver starts each rank as `python -m train.worker CONFIG`."""
 
 import sys
 import time
@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
-from cluster.interrupts import leave  # before libraries, see there
+from cluster.interrupts import leave  # before other libraries; cluster/interrupts.py gives the reason
 
 # isort: split
 import torch
@@ -60,13 +60,13 @@ from train.show.writer import open_writer
 
 
 def preload() -> None:
-    """Import modules that a rank needs later, if its device can only be the CPU; see cluster/node/standby.py."""
+    """Import modules that a rank needs later, if its device can only be the CPU. See cluster/node/standby.py."""
     if not torch.cuda.is_available():
         import_deepspeed(on_cuda=False)
 
 
 def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
-    """Train as one rank; returns the exit code. failures: see train.rank.guarded."""
+    """Train as one rank. Returns the exit code. failures: see train.rank.guarded."""
     stop = StopRequest()
     try:
         return guarded(place, failures, disk_errors(config)(lambda: _run_explained(config, place, stop, failures)))
@@ -75,7 +75,7 @@ def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
 
 
 def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Path | None) -> int:
-    """Train as one rank; explain its errors, and record its communication.
+    """Train as one rank, explain its errors, and record its communication.
 
     failures: None if no Sluice driver watches this rank for hangs.
     """
@@ -83,7 +83,7 @@ def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Pa
     watch = SelfWatch(paths.logs, place, patience_of(config.cluster), ends=given_place() is not None)
     logs = failures or paths.logs
     if not driven and given_place() is not None:
-        answer_requests(logs, place.rank)  # in the folder where a comparison of ranks looks for them
+        answer_requests(logs, place.rank)  # answers go to the folder in which a comparison of ranks looks for them
     with (
         held_by_rank_0(paths) if place.rank == 0 else nullcontext(),
         nullcontext() if driven else watch,
@@ -96,7 +96,7 @@ def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Pa
 def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) -> int:
     rank = set_up_rank(config, place)
     device, mesh = rank.device, rank.mesh
-    # Until the first step is done, a rank that loads or compiles slowly is waited for as long as its driver waits.
+    # Until the first step is done, the timeout is as long as the driver's, because a rank may load or compile slowly.
     mesh.wait_at_most(max(config.cluster.timeout, config.cluster.start_timeout))
     link_notes = []
     if device.type == "cuda" and place.world > 1:
@@ -176,7 +176,7 @@ def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) 
 
 
 def count_flops(config: Config, device: torch.device, kernels: Kernels) -> Flops:
-    """Operations per token, and the peak of this rank's device."""
+    """Returns the operations for each token, and the peak FLOP/s of this rank's device."""
     kept = Path(config.data.cache)
     peak = peak_flops(device, activation_dtype(config.precision), kernels, given=config.log.peak_flops, cache=kept)
     return Flops(
