@@ -1,4 +1,4 @@
-"""Parses the words of the `sluice` commands that read run folders: names, flags and runs=FOLDER, in any order."""
+"""Parses the arguments of the `sluice` commands that read run folders: names, flags and runs=FOLDER, in any order."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -8,22 +8,23 @@ from conf.errors import UserError
 
 
 class CommandWords(NamedTuple):
-    """The parsed words of a command."""
+    """The parsed arguments of a command."""
 
     command: str
-    """The command for errors, such as `sluice why`."""
+    """The command, as errors name it, such as `sluice why`."""
     names: list[str]
     flags: list[str]
     runs: Path
     """The folder that contains the runs."""
 
     def require_flags(self, known: Collection[str], cure: str) -> None:
-        """Raise UserError for an unknown flag."""
+        """Raise UserError for a flag that is not in `known`."""
         if unknown := sorted(set(self.flags) - set(known)):
             raise UserError(self.command, unknown[0], "is not a flag of this command", cure)
 
     def one_run(self) -> str:
-        """The name of the single run that the command takes; --json is also allowed. UserError for anything else."""
+        """Returns the run name, for a command that takes one run. The only allowed flag is --json. Raises UserError for
+        other arguments."""
         cure = f"`{self.command} NAME [runs=FOLDER] [--json]`; `sluice runs` lists the names"
         self.require_flags({"--json"}, cure)
         if len(self.names) != 1:
@@ -32,7 +33,8 @@ class CommandWords(NamedTuple):
 
 
 def sort_words(command: str, words: Sequence[str]) -> CommandWords:
-    """Sort the words into names, flags and the runs folder; the last runs= counts."""
+    """Sort the arguments into names, flags and the runs folder. If runs= is given several times, the last one
+    counts."""
     flags = [word for word in words if word.startswith("-")]
     folders = [word.removeprefix("runs=") for word in words if word.startswith("runs=")]
     names = [word for word in words if not word.startswith(("runs=", "-"))]

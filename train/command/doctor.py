@@ -1,9 +1,9 @@
 """`sluice doctor [KEY=VALUE ...]`: checks this machine for a run of the recipe.
 
 It shows the program, packages, device, compiled code and disks that a run would
-use, and a cure for everything that is missing. The checks call the same code as
-a run. They start and write nothing, except compiled code, which is built and
-kept as in a run.
+use. For everything that is missing it says what to do. The checks call the same
+code as a run. They start no process and write no file, with one exception: they
+build the compiled code and cache it, as a run does.
 """
 
 import os
@@ -36,8 +36,8 @@ FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve",
 
 
 class DoctorLine(NamedTuple):
-    """One line of the screen. cure: what to do, None if nothing is missing. stops: whether no run can start in this
-    state."""
+    """One line of the screen. cure: what to do; None if nothing is missing. stops: whether this finding prevents every
+    run."""
 
     label: str
     state: str
@@ -47,7 +47,8 @@ class DoctorLine(NamedTuple):
 
 @reported
 def main(words: list[str]) -> int:
-    """Check this machine and print the result; returns the exit code. words: overrides of a recipe."""
+    """Check this machine and print the result; returns the exit code. words: the KEY=VALUE arguments, which override a
+    recipe."""
     return doctor_screen(list(find_all(compose(*words))), Terminal())
 
 
@@ -57,7 +58,7 @@ def version_line() -> str:
 
 
 def doctor_screen(findings: list[DoctorLine], console: Console) -> int:
-    """Print all findings. Returns EXIT_USER if a finding prevents runs."""
+    """Print all findings. Returns EXIT_USER if a finding prevents every run."""
     bad, lacks = [one for one in findings if one.stops], [one for one in findings if one.cure]
     rows = [
         (one.label, one.state + (f"\n{'error' if one.stops else 'to do'}: {one.cure}" if one.cure else ""))
@@ -82,7 +83,7 @@ def find_all(config: Config) -> Iterator[DoctorLine]:
 
 
 def _packages() -> DoctorLine:
-    """Whether the installed packages meet the program's requirements."""
+    """A line that says whether the installed packages meet the program's requirements."""
     wanted = [
         one for one in map(Requirement, requirements()) if one.marker is None or one.marker.evaluate({"extra": ""})
     ]
@@ -97,7 +98,7 @@ def _packages() -> DoctorLine:
 
 
 def requirements() -> list[str]:
-    """Requirements of the installed distribution, or else those in the checkout's pyproject.toml."""
+    """Requirements of the installed distribution. If there is none, those in the checkout's pyproject.toml."""
     try:
         return metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
@@ -145,7 +146,7 @@ def _device(config: Config) -> Iterator[DoctorLine]:
 
 
 def _cpu() -> Iterator[DoctorLine]:
-    """The CPU, and whether the compiled parts of a step can be built."""
+    """A line about the CPU, and whether the compiled code for a step can be built."""
     from train.kernels.cpu.cpp_build import compiler_name, cpu_features, has_avx2
     from train.kernels.cpu.libraries import LIBRARY_NAMES, library, source
 

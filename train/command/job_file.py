@@ -1,10 +1,10 @@
 """`sluice launch --print KIND hardware=NAME [KEY=VALUE ...]`: prints a job file.
 
 KIND: slurm, kuberay, skypilot or torchrun. More flags: --queue=NAME,
---image=IMAGE. The file starts the recipe on a cluster of that kind. It goes to
-standard output, with a reason beside every value; nothing is started or sent.
-Nodes, devices, memory and the time limit follow from the recipe and its plan
-(mode=plan).
+--image=IMAGE. The file starts the recipe on a cluster of this kind. The command
+prints the file on standard output, with a reason beside every value. It starts
+no job and sends nothing. Nodes, devices, memory and the time limit follow from
+the recipe and its plan (mode=plan).
 """
 
 import math
@@ -27,32 +27,35 @@ from train.model.count import checkpoint_bytes
 from train.program import DISTRIBUTION
 
 PROCESS_BYTES = 12e9
-"""Estimated host memory of a rank without its checkpoint: libraries of CUDA and torch, tokens, pinned buffers."""
+"""Estimated host memory of a rank without its checkpoint buffers: libraries of CUDA and torch, tokens, pinned
+memory."""
 CORES_PER_DEVICE = 8
-"""Estimated number of cores that a rank needs, with its threads for data and checkpoints."""
+"""Estimated number of cores that a rank needs, including its threads for data and checkpoints."""
 SAVES = 2
-"""Maximum number of checkpoint buffers in use: one is still written when the next save begins."""
+"""Maximum number of checkpoint buffers in use. The previous buffer may still be written to disk when the next save
+begins."""
 LONGEST = 24
-"""Maximum hours that a job requests. A longer run saves before the end of a job, and is queued again."""
+"""Maximum hours that a job requests. A longer run saves a checkpoint before the job's end, and a new job continues
+it."""
 SPARE_TIME = 1.25
-"""Factor on the planned time of all steps, for starts, checkpoints and validations."""
+"""Factor on the planned time of all steps. It leaves time for starts, checkpoints and validations."""
 FILE_KINDS = ("slurm", "kuberay", "skypilot", "torchrun")
 """Kinds of files; each has a template."""
 ON_RAY = ("slurm", "kuberay")
-"""Kinds whose file starts Ray and adds the settings for it."""
+"""Kinds whose file starts Ray and adds the settings for Ray."""
 LAUNCH_FLAGS = ("--print", "--queue", "--image")
 
 
 @dataclass(frozen=True)
 class Job:
-    """Values for the template of any kind of file."""
+    """The values that the template of any kind needs."""
 
     config: Config
     words: list[str]
-    """The recipe's words from the command line."""
+    """The recipe's arguments from the command line."""
     nodes: int
     devices: int
-    """Devices per node."""
+    """Number of devices per node."""
     gpu: str | None
     """Name of the GPUs; None for CPUs."""
     memory_bytes: float
@@ -73,7 +76,7 @@ class Job:
         return self.devices * self.cores_per_device
 
     def plain_name(self, characters: str) -> str:
-        """The run's name, with all other characters replaced by hyphens."""
+        """The run's name. Every character that is not in `characters` is replaced by a hyphen."""
         name = self.config.name if "A" in characters else self.config.name.lower()
         return re.sub(f"[^{characters}]+", "-", name).strip("-")
 
@@ -95,7 +98,7 @@ class Job:
 
     @property
     def mounts(self) -> dict[str, str]:
-        """Top-level folders that every node must see, with the keys that use them."""
+        """Top-level folders that every node must be able to read, each with the keys whose paths are in it."""
         config, found = self.config, {}
         named = {"runs": config.runs, "data.path": config.data.path, "data.tokenizer": config.data.tokenizer,
                  "init_from": config.init_from, "data.cache": config.data.cache}  # fmt: skip
@@ -109,8 +112,8 @@ class Job:
 
 @reported
 def main(words: Sequence[str], plan: Callable[[Config], tuple[str, float, float]]) -> int:
-    """Print the file; returns the exit code. words: after `launch`. plan: returns the verdict in words, hours, and
-    the bytes that a node offloads."""
+    """Print the file; returns the exit code. words: the arguments after `launch`. plan: returns the verdict as text,
+    the hours, and the bytes that a node offloads."""
     kind, options, recipe = _split(words)
     say(_written(kind, _job(kind, recipe, options, plan)).rstrip())
     say(f"how to start it: cluster/docs/launch.md#{kind}", file=sys.stderr)
@@ -118,7 +121,7 @@ def main(words: Sequence[str], plan: Callable[[Config], tuple[str, float, float]
 
 
 def _split(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
-    """The kind, the flags with values, and the words of the recipe."""
+    """Returns the kind, the flags with their values, and the recipe's arguments."""
     rest, options = list(words), {}
     for flag in LAUNCH_FLAGS:
         for place, word in enumerate(rest):
@@ -173,7 +176,8 @@ def _job(
 
 
 def _written(kind: str, job: Job) -> str:
-    """The filled template of this kind. In a file that is also used directly, template blocks are inside comments."""
+    """The filled template of this kind. Some templates are also used directly as a file; their template blocks are
+    inside comments."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ROOT / "cluster" / "files"), undefined=jinja2.StrictUndefined,
         block_start_string="#%", block_end_string="%#",

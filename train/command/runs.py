@@ -3,9 +3,9 @@
 
 Without --yes, clean only shows the space that it would free. With names, it
 removes these runs completely. Without names, it removes runs without any step,
-and checkpoints of stopped and finished runs. Of each run these checkpoints stay:
-the newest intact one, those of checkpoint.keep_every, and the best one
-(checkpoint.keep_best).
+and checkpoints of stopped and finished runs. It does not remove a run's newest
+intact checkpoint, the checkpoints of checkpoint.keep_every, and the best
+checkpoint (checkpoint.keep_best).
 """
 
 import json
@@ -43,12 +43,14 @@ class RunSummary:
 
     name: str
     state: str
-    """trains now; done; stopped: it can continue from a checkpoint; lost: steps but no checkpoint; empty: no steps."""
+    """`trains now`; `done`; `stopped`: the run can continue from a checkpoint; `lost`: the run has steps but no
+    checkpoint; `empty`: the run has no steps."""
     step: int
     steps: int | None
-    """Planned steps; None if config.yaml does not give them."""
+    """Number of planned steps; None if config.yaml does not have it."""
     loss: float | None
-    """Next-token loss of the last step, without MTP, in nats per token, as in the progress line."""
+    """Next-token loss of the last step, without the MTP loss, in nats per token. The progress line shows the same
+    loss."""
     age_s: float
     """Seconds since the run last wrote a file."""
     disk_bytes: int
@@ -56,7 +58,7 @@ class RunSummary:
 
 @reported
 def main(words: Sequence[str]) -> int:
-    """Run `sluice runs` with the words after it; returns the exit code."""
+    """Run `sluice runs` with these arguments; returns the exit code."""
     given = sort_words("sluice runs", words)
     names, flags, folder = given.names, given.flags, given.runs
     cleans = names[:1] == ["clean"]
@@ -79,7 +81,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def summaries(folder: Path) -> Iterator[RunSummary]:
-    """The runs in a folder, including jobs of sweeps, most recently written first."""
+    """The runs in a folder, including the jobs of sweeps. The run with the newest file is first."""
     configs = [*folder.glob("*/config.yaml"), *folder.glob("*/*/config.yaml")]
     runs = [_summary(folder, config.parent) for config in configs]
     yield from sorted(runs, key=lambda run: run.age_s)
@@ -106,7 +108,7 @@ def _summary(folder: Path, run: Path) -> RunSummary:
 
 
 def _setting(run: Path, *keys: str) -> Any:
-    """A value in a run's config.yaml. None if it is unreadable, so that the other runs are still shown."""
+    """A value in a run's config.yaml. None if the file is unreadable, so that the other runs are still shown."""
     try:
         value = yaml.safe_load(read_plain(run / "config.yaml"))
         for key in keys:
@@ -117,13 +119,13 @@ def _setting(run: Path, *keys: str) -> Any:
 
 
 def disk_bytes(path: Path) -> int:
-    """Disk space of a folder; links are not followed."""
+    """Disk space of a folder in bytes. Links are not followed."""
     total = 0
     for place, _, files in os.walk(path):
         for file in files:
             try:
                 total += os.lstat(os.path.join(place, file)).st_blocks * 512
-            except FileNotFoundError:  # a checkpoint that is removed meanwhile
+            except FileNotFoundError:  # the run has removed a checkpoint meanwhile
                 continue
     return total
 
@@ -148,14 +150,14 @@ def _clean(folder: Path, found: dict[str, RunSummary], names: Sequence[str], doe
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder. It is renamed first, so that no reader takes it for a complete folder."""
+    """Remove a folder. It is renamed first, so that no reader mistakes the rest of it for a complete folder."""
     gone = path.with_name(f".{path.name}.removed")
     path.rename(gone)
     shutil.rmtree(gone)
 
 
 def _superfluous(folder: Path, runs: Iterable[RunSummary]) -> Iterator[Path]:
-    """Folders that can be removed without loss of the run's results."""
+    """Yields the folders that can be removed without losing the results of a run."""
     for run in runs:
         path = folder / run.name
         if run.state == "empty":
@@ -166,7 +168,7 @@ def _superfluous(folder: Path, runs: Iterable[RunSummary]) -> Iterator[Path]:
                 _setting(path, "checkpoint", "keep_every"),
             )
             if newest is None or not isinstance(every, int):
-                continue  # without its settings it is unknown which checkpoints to keep
+                continue  # without the run's settings it is unknown which checkpoints must stay
             best = best_step(path)
             for other in sorted((path / "checkpoints").glob(STEP_FOLDERS)):
                 if (

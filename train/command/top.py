@@ -1,11 +1,12 @@
 """`sluice top NAME [runs=FOLDER] [--json]`: shows the present state of a run.
 
-It works while the run trains or hangs, and after its end. Heat maps show busy
-time, waiting time and memory of the ranks, by stage and replica. Above them are
-step, loss, speed, time left and effective time; below them the newest events.
-All data come from the run folder, so any machine with this folder can show them.
-In a terminal the screen is updated until Ctrl-C. Elsewhere it is printed once;
---json prints the data for scripts.
+The command works while the run trains or hangs, and after the run's end. Heat
+maps show busy time, waiting time and memory of the ranks, by stage and replica.
+Step, loss, speed, time left and effective time are above the heat maps; the
+newest events are below them. All data come from the run folder, so any machine
+that can read this folder can show them. In a terminal the screen is updated
+until Ctrl-C. Without a terminal it is printed once. --json prints the data for
+scripts.
 """
 
 import json
@@ -30,11 +31,11 @@ from train.command.top_state import read_picture
 from train.metrics.quantities import duration, gib, short
 
 LOOKS_EVERY = 1.0
-"""Seconds between reads of the run folder."""
+"""Seconds between two reads of the run folder."""
 HARD_SPACE = "\N{NO-BREAK SPACE}"
 SHADES = "·░▒▓█"
 COLOURS = ("grey37", "dodger_blue2", "green3", "gold3", "red3")
-"""Colours of cells, from the least to the most; the characters show the same without colour."""
+"""Colours of cells, from the smallest to the largest value. The characters show the same values without colour."""
 STATES = {
     "trains": "bold green",
     "done": "bold green",
@@ -45,7 +46,8 @@ STATES = {
 }
 NEWS_STYLES = {"failure": "red", "incident": "red", "straggler": "yellow", "node lost": "yellow", "quiet": "yellow"}
 LEAST_RANGE = 0.2
-"""Minimum share of the median between the lightest and the darkest cell; a smaller difference is noise."""
+"""Minimum difference between the values of the lightest and the darkest cell, as a share of the median. A smaller
+difference is noise."""
 MAP_ROWS, WIDEST_CELL, LABEL_WIDTH = 16, 6, 9
 LISTED_RANKS = LISTED_NEWS = 8
 
@@ -59,7 +61,7 @@ MAPS = {
     "waiting": ("waiting time for other ranks or data in its newest step", _seconds),
     "memory": ("its peak", gib),
 }
-"""Values of ranks that have a heat map: description and formatter."""
+"""The values of a rank that have a heat map, each with its description and formatter."""
 HEAD = {
     "main_loss": "loss {:.4g}",
     "validation_loss": "held-out {:.4g}",
@@ -70,12 +72,12 @@ HEAD = {
     "grad_norm": "gradient {:.3g}",
     "skipped_steps": "{} skipped",
 }
-"""Numbers of the newest record that the head shows; zeros are left out."""
+"""Metrics of the newest record that the top line shows, with their formats. A value of 0 is left out."""
 
 
 @reported
 def main(words: Sequence[str]) -> int:
-    """Run `sluice top` with the words after it; returns the exit code."""
+    """Run `sluice top` with these arguments; returns the exit code."""
     given = sort_words("sluice top", words)
     name, console = given.one_run(), Terminal()
     folder = given.runs / name
@@ -87,7 +89,7 @@ def main(words: Sequence[str]) -> int:
     elif not console.is_terminal or console.is_dumb_terminal:
         console.print(run_screen(read_picture(folder, name), console.width))
     else:
-        stop = threading.Event()  # a KeyboardInterrupt is lost where it falls into a finalizer
+        stop = threading.Event()  # a KeyboardInterrupt that is raised in a finalizer is lost
         signal.signal(signal.SIGINT, lambda *_: stop.set())
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while not stop.is_set():
@@ -97,7 +99,8 @@ def main(words: Sequence[str]) -> int:
 
 
 def run_screen(picture: dict[str, Any], width: int, height: int | None = None) -> Group:
-    """The whole screen. height: of the terminal, which limits maps and rows; None shows all."""
+    """Returns the complete screen. height: height of the terminal; it limits the heat maps and their rows. None: no
+    limit."""
     lines, news = [*_head(picture, width)], [*_news(picture, width)][-LISTED_NEWS:]
     room = 10**6 if height is None else height - len(lines) - min(len(news), 3) - 5
     for name in MAPS if picture["ranks"] else ():
@@ -131,14 +134,14 @@ def _head(picture: dict[str, Any], width: int) -> Iterator[Text]:
 
 
 def _lines_of(pieces: Sequence[str], width: int) -> Iterator[Text]:
-    """Lines with as many pieces as fit; no piece is broken at its spaces."""
+    """Packs the pieces into lines of at most `width` characters. No piece is broken at its spaces."""
     whole = "  ".join(piece.replace(" ", HARD_SPACE) for piece in pieces)
     yield from (Text(line.replace(HARD_SPACE, " ")) for line in textwrap.wrap(whole, width))
 
 
 def heat_map(picture: dict[str, Any], name: str, width: int, rows: int) -> list[Text]:
-    """A heat map with stages as rows and replicas as columns. If it does not fit, a cell shows the largest value of
-    several ranks."""
+    """A heat map with stages as rows and replicas as columns. If the map does not fit, each cell shows the largest
+    value of several ranks."""
     (title, words), stages, replicas = MAPS[name], picture["stages"], picture["replicas"]
     values = {rank["rank"]: rank[name] for rank in picture["ranks"] if rank[name] is not None}
     lines = [Text(f"{name}: {title}"[:width], style="bold")]
@@ -169,7 +172,7 @@ def heat_map(picture: dict[str, Any], name: str, width: int, rows: int) -> list[
 
 
 def _share(index: int, parts: int, count: int) -> range:
-    """The part of `count` items that belongs to this index."""
+    """The range of items that belongs to part `index`, if `count` items are divided into `parts` parts."""
     return range(index * count // parts, (index + 1) * count // parts)
 
 

@@ -1,8 +1,7 @@
-"""Reads the data of `sluice top` from the run folder alone; the run may train here or elsewhere, hang, be dead or done.
+"""Reads the data of `sluice top` from the run folder alone. The run may train on any machine, hang, be dead or be done.
 
-With cluster=ray the driver writes the state of all ranks (cluster/driver/journal.py). Otherwise each rank has its
-own file (cluster/run_files.py). Fields that are missing in a file are left out, for example in files of another
-version.
+With cluster=ray the driver writes the state of all ranks (cluster/driver/journal.py). Otherwise each rank writes its
+own file (cluster/run_files.py). If a file of another version lacks a field, this field is left out.
 """
 
 import contextlib
@@ -27,15 +26,16 @@ from train.show.report import read_settings
 
 SHOWN_EVENTS = 200
 WALL_TIME_EVERY = 10
-"""Seconds between reads of the run's whole record, which the wall time needs."""
+"""Seconds between two reads of the run's complete record. Only the wall time needs the complete record."""
 PACE_STEPS = 20
-"""Number of newest records for the estimate of the time left."""
+"""Number of newest records from which the time left is estimated."""
 QUIET_FACTOR, QUIET_LEAST = 5.0, 30.0
-"""A run is shown as quiet after this multiple of the usual step time without a step, and at least this many seconds."""
+"""A run without a new step is shown as quiet after QUIET_FACTOR times its usual step time, but not before QUIET_LEAST
+seconds."""
 
 
 def read_picture(folder: Path, name: str) -> dict[str, Any]:
-    """A run at one moment, as --json prints it; null for unknown values.
+    """Returns the state of a run at this moment, as --json prints it. Unknown values are null.
 
     name, step, steps, stages, replicas, restarts
     state         trains, quiet, stopped, failed, done or empty
@@ -78,12 +78,13 @@ def read_picture(folder: Path, name: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _wall_time(folder: Path, moment: int) -> WallTime | None:
-    """The split of the wall time, cached for `moment`, because it reads the whole run."""
+    """The parts of the run's wall time. The result is cached for one value of `moment`, because the computation reads
+    the complete record of the run."""
     return split_wall_time(folder)
 
 
 def _news(folder: Path, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Events except checkpoints, oldest first. The ranks' newest incident, one sentence, replaces the driver's
+    """Events except checkpoints, oldest first. One sentence about the ranks' newest incident replaces the driver's
     incident events."""
     found = [event for event in events if event["kind"] != "checkpoint"][-SHOWN_EVENTS:]
     if (newest := newest_incident(folder / "logs")) is not None:
@@ -110,7 +111,7 @@ def _whole(value: Any, otherwise: int) -> int:
 
 
 def _pace(records: Sequence[Record]) -> float | None:
-    """Mean seconds per step in the newest records, stalls included."""
+    """Mean seconds per step in the newest records, checkpoint stalls included."""
     begun = max((place for place, one in enumerate(records) if "resumed" in one), default=0)
     timed = [one for one in records[begun:][-PACE_STEPS:] if isinstance(one.get("time"), int | float)]
     steps = timed[-1]["step"] - timed[0]["step"] if timed else 0
@@ -118,7 +119,7 @@ def _pace(records: Sequence[Record]) -> float | None:
 
 
 def _read_table(folder: Path) -> dict[str, Any]:
-    """The driver's rank table; empty if there is no readable one."""
+    """The driver's rank table; empty if there is no readable table."""
     with contextlib.suppress(OSError, ValueError):
         table = read_plain_json(folder / RANKS_FILE)
         return table if isinstance(table, dict) and isinstance(table.get("ranks"), list) else {}

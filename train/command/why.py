@@ -1,10 +1,11 @@
 """`sluice why NAME [runs=FOLDER] [--json]`: explains why a run failed or hangs.
 
-It names the rank that caused the problem, the operation and its place in the
-code, and the ranks that wait for it, with the start of their wait. If the run's
-ranks are on this machine, it reads their last operations from ring buffers and
-their threads' stacks, without stopping them. If the run has ended, or its ranks
-are on other machines, it shows the newest logs/incident_N.json.
+It names the rank that caused the problem, the operation of this rank and its
+place in the code. It also names the ranks that wait for this rank, and since
+when they wait. If the run's ranks are on this machine, it reads their last
+operations from ring buffers and the stacks of their threads; the ranks do not
+stop. If the run has ended, or its ranks are on other machines, it shows the
+newest logs/incident_N.json.
 """
 
 import json
@@ -27,12 +28,12 @@ from train.checkpoint.run_folder import is_held
 from train.command.command_words import sort_words
 
 ASKED_SECONDS = 3.0
-"""Seconds that ranks have to report their stacks."""
+"""Time limit in seconds for the ranks' reports of their stacks."""
 
 
 @reported
 def main(words: Sequence[str]) -> int:
-    """Run `sluice why` with the words after it; returns the exit code."""
+    """Run `sluice why` with these arguments; returns the exit code."""
     given = sort_words("sluice why", words)
     name = given.one_run()
     folder = given.runs / name
@@ -82,14 +83,14 @@ def _tell(folder: Path) -> None:
 
 
 def alive_traces(logs: Path) -> dict[int, RankTrace]:
-    """Traces of the run's ranks, if some live on this machine; includes ranks that have ended since they started.
-    Empty if none lives."""
+    """Traces of the run's ranks, if any of its ranks is alive on this machine. Traces of ranks that have ended are
+    included. Empty if no rank is alive."""
     traces = read_traces(logs)
     return traces if living_ranks(logs, traces) else {}
 
 
 def last_news(traces: dict[int, RankTrace]) -> float:
-    """Unix time of the newest start or end of any action on any rank."""
+    """Unix time at which a rank last started or ended an action."""
     return max(
         max(trace.since, *(max(record.began, record.ended) for record in trace.records[-50:]), 0.0)
         for trace in traces.values()
@@ -97,7 +98,7 @@ def last_news(traces: dict[int, RankTrace]) -> float:
 
 
 def look_at(logs: Path, traces: dict[int, RankTrace]) -> dict[str, Any]:
-    """The state of a run on this machine, in the form of an incident."""
+    """Returns the state of a run on this machine, in the form of an incident."""
     here = living_ranks(logs, traces)
     reports = [
         RankReport(
