@@ -1,8 +1,8 @@
 """Low-rank adapters: which parameters each target adapts, and the names of the adapter's parameters. Imports no torch.
 
 An adapted matmul is y = W x + (alpha / rank) B (A dropout(x)), with frozen W (LoRA, arXiv 2106.09685). At the start A
-is random and B is 0. If a base parameter stacks several matrices, each matrix has its own A and B: w13 stacks w1 and
-w3, and every routed expert has its own matrices.
+is random and B is 0. A base parameter may stack several matrices: w13 stacks w1 and w3, and a parameter of experts
+stacks the matrices of all experts. In that case each matrix has its own A and B.
 
     base                    its A and B
     q_up.weight  (O, I)     q_up.lora_A (rank, I)                  q_up.lora_B (O, rank)
@@ -24,22 +24,23 @@ ADAPTER_TARGETS: dict[str, tuple[str, ...]] = {
     "dense": ("ffn.w13.weight", "ffn.w2.weight"),
     "head": ("head.weight",),
 }
-"""Per target: name endings of the base parameters that it adapts, including the blocks of MTP modules."""
+"""For each target: the name endings of the base parameters that it adapts, including those in the blocks of MTP
+modules."""
 ON_REQUEST = ("head",)
 """Targets that are adapted only if a recipe names them."""
 
 
 class LoraNames(NamedTuple):
-    """Names of one pair of parameters, LoRA A and B."""
+    """Names of the two parameters of one adapted matrix, LoRA A and B."""
 
     a: str
-    """Name of A: (rank, inputs); for stacked experts (experts of this rank, rank, inputs)."""
+    """Name of A. Its shape is (rank, inputs), or (experts of this rank, rank, inputs) for stacked experts."""
     b: str
-    """Name of B: (outputs, rank); for stacked experts (experts of this rank, outputs, rank)."""
+    """Name of B. Its shape is (outputs, rank), or (experts of this rank, outputs, rank) for stacked experts."""
 
 
 def target_of(base: str) -> str | None:
-    """The target that adapts the base parameter with this global name; None if no target adapts it."""
+    """Return the target that adapts the base parameter with this global name; None if no target adapts it."""
     return next(
         (target for target, ends in ADAPTER_TARGETS.items() if f".{base}".endswith(tuple(f".{end}" for end in ends))),
         None,
@@ -47,14 +48,14 @@ def target_of(base: str) -> str | None:
 
 
 def is_held_in_blocks(base: str) -> bool:
-    """Whether adapter.base=fp8 stores this base parameter as block FP8: the weights whose matmuls precision.fp8
-    casts."""
+    """Whether adapter.base=fp8 stores this base parameter as block FP8. It does so for the weights whose matmuls
+    precision.fp8 casts."""
     return target_of(base) not in (None, *ON_REQUEST)
 
 
 def name_lora(base: str) -> list[LoraNames]:
-    """Names of A and B for an adapted base parameter: one pair, or for w13 two pairs (w1, w3), each for half of the
-    outputs."""
+    """Return the names of A and B for an adapted base parameter. This is one pair; for w13 it is two pairs (w1, w3),
+    each for half of the outputs."""
     stem, _, last = base.rpartition(".")
     is_weight = last == "weight"
     matrix = stem.rpartition(".")[2] if is_weight else last

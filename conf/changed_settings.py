@@ -1,8 +1,8 @@
 """Reports how a resumed run differs from the run that wrote its checkpoint: each key with its old and new value.
 
-A checkpoint stores the resolved settings of the run that wrote it. Every key with a different value is reported,
-grouped by its possible effect. Keys are not reported if EFFECTS says that they cannot change the training. A key
-without an entry in EFFECTS counts as a change of the training, so new fields of the schema are reported by default.
+A checkpoint stores the resolved settings of the run that wrote it. Keys whose values differ are reported in groups by
+their possible effect. A key is not reported if EFFECTS says that it cannot change the training. A key without an entry
+in EFFECTS is assumed to change the training, so new fields of the schema are reported by default.
 """
 
 import json
@@ -21,12 +21,12 @@ from conf.schema import Config, Data, Fp8, HoldOutBy, Optim, OptimizerName, Prec
 from conf.words import harmless, one_line
 
 LINE_WIDTH, AROUND = 100, 60
-"""LINE_WIDTH: characters of a line, above which the old and the new value get a line each. AROUND: characters of a long
-value that are shown before and after the first difference."""
+"""LINE_WIDTH: maximum characters of a line. If the old and the new value do not fit, each value gets a line. AROUND:
+characters of a long value that are shown before and after the first difference."""
 
 
 class Effect(Enum):
-    """The possible effect of a setting; the value is the heading of its group on the screen."""
+    """The possible effect of a setting. The value is the heading of the effect's group on the screen."""
 
     training = "change the training"
     rounding = "change only rounding and speed"
@@ -75,7 +75,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "export": (Effect.none, "mode=export reads it"),
     "average": (Effect.none, "mode=average reads it"),
 }
-"""Effect and reason by key or group of keys; the longest matching entry applies."""
+"""Effect and reason for each key or group of keys. The longest entry that matches a key applies."""
 
 REMARKS = {
     "steps": "the schedules are scaled to the new length",
@@ -90,14 +90,14 @@ class Changes:
     """Differences between this run and the run that wrote a checkpoint."""
 
     settings: dict[str, tuple[Any, Any]]
-    """Old and new value by key; None if there was or is no value."""
+    """Old and new value by key. A value is None if the key did not exist in that run."""
     known: bool
-    """False for a checkpoint that does not contain its settings."""
+    """Whether the checkpoint contains its settings."""
     facts: tuple[str, ...] = ()
-    """Sentences about differences that are not settings: the data themselves, the average of the weights."""
+    """Sentences about differences that are not settings: differences of the data and of the weight average."""
 
     def notes(self) -> list[str]:
-        """Notes for the user; settings by group."""
+        """Return notes for the user, with settings in groups."""
         groups = {effect: [key for key in self.settings if effect_of(key) is effect] for effect in Effect}
         lines = []
         for effect, keys in groups.items():
@@ -122,7 +122,7 @@ class Changes:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """All settings, resolved, as JSON values."""
+    """Return all settings, resolved, as JSON values."""
     return json.loads(json.dumps(asdict(config)))
 
 
@@ -133,10 +133,11 @@ def effect_of(key: str) -> Effect:
 
 
 def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
-    """The differences between this run and the run whose checkpoint has this meta. fingerprint: of this run's data.
+    """Return the differences between this run and the run that wrote a checkpoint. fingerprint: of this run's data.
+    meta: of the checkpoint.
 
-    A setting that did not exist yet in the checkpoint's version counts as its default. Raises UserError for a setting
-    that this version has removed, if its value changed results.
+    If a setting did not exist in the checkpoint's version, its default is used as the old value. Raises UserError for a
+    setting that this version has removed, if its value changed results.
     """
     new = settings_of(config)
     if "config" in meta:
@@ -152,10 +153,7 @@ def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    """Every setting's value before its key existed, including the FP8 settings.
-
-    The location of the cache is left out, because its default depends on the environment.
-    """
+    """Return the value that every setting had before its key existed, including the FP8 settings."""
     config = Config(
         data=Data(cache="", hold_out_by=HoldOutBy.name),
         optim=Optim(name=OptimizerName[ADAMW]),
@@ -166,7 +164,8 @@ def _defaults() -> dict[str, Any]:
 
 
 def _pairs(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Old and new value of every key of both sides. A group that is null on one side counts as one key."""
+    """Yield the old and the new value of every key of both sides. A group that is null on one side counts as one
+    key."""
     old, new = _shut(old, new), _shut(new, old)
     for key in [*new, *(key for key in old if key not in new)]:
         before, after = old.get(key, defaults.get(key)), new.get(key)
@@ -174,7 +173,7 @@ def _pairs(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -
 
 
 def _shut(here: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
-    """The leaves of `here`; a group that is null in `there` becomes one leaf."""
+    """Return the leaves of `here`. A group that is null in `there` becomes one leaf."""
     found: dict[str, Any] = {}
     for key, value in here.items():
         group = next((key[:dot] for dot in _dots(key) if there.get(key[:dot], ...) is None), None)
@@ -211,7 +210,8 @@ def _facts(config: Config, fingerprint: str, meta: dict[str, Any], found: dict[s
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves by dotted key. A list of groups has its index in the key; a list of numbers or words is a leaf."""
+    """Return all leaves by dotted key. The key of a list entry that is a group contains its index. A list of numbers or
+    words is one leaf."""
     if isinstance(node, dict) and node:
         parts = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in node.items()]
     elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
@@ -232,7 +232,7 @@ def _line(key: str, old: Any, new: Any) -> str:
 
 
 def _cut(text: str, start: int) -> str:
-    """The text around the first difference, and the length of the whole text."""
+    """Return the text around the first difference, and the length of the complete text."""
     first, last = max(0, start - AROUND), start + AROUND
     before, after = "..." if first else "", "..." if last < len(text) else ""
     return f"{before}{text[first:last]}{after} ({len(text)} characters)"

@@ -35,14 +35,14 @@ from conf.schema import (
 )
 
 OF_STDLIB = (DataFormat.stdlib, DataFormat.docstrings)
-"""Formats that need no path."""
+"""Formats that need no data.path."""
 NEEDS_NO_DATA = (Mode.generate, Mode.score, Mode.plan, Mode.dry_run, Mode.prove)
 NOT_CHATS, FOR_CHATS = (
     "applies to chats, and this recipe's data are not chats",
     "set data.format=chat, or leave it out",
 )
 MAX_EXPERTS = 32767
-"""Expert ids are sorted and sent as int16."""
+"""Upper bound of the number of experts, because expert ids are sorted and sent as int16."""
 IN_EVERY_LAYER = (AdapterTarget.q_up, AdapterTarget.kv_up, AdapterTarget.down, AdapterTarget.out)
 """Adapter targets that exist in every block."""
 ADDS_ADAPTERS = (Mode.evaluate, Mode.generate, Mode.score, Mode.export)
@@ -50,12 +50,12 @@ ADDS_ADAPTERS = (Mode.evaluate, Mode.generate, Mode.score, Mode.export)
 SMALLEST_SHARE = 1e-6
 """The smallest share of a mix that train/data/dataset.py can distinguish from zero."""
 IN_PARTS = next(name for name, facts in SCHEDULES.items() if facts.stages is None)
-"""The schedule that reads parallel.virtual_stages."""
+"""Name of the schedule that reads parallel.virtual_stages."""
 OPERAND = re.compile(r"(e4m3|e5m2)/((1x128|128x128|row|tensor)/(fp32|pow2)|1x32/pow2)")
 
 
 class ConfigCheck(Protocol):
-    """An entry of a table of rules: a `JoinedRule`, a group of rules, or a function for a rule that is not a
+    """An entry of a table of rules. It is a `JoinedRule`, a group of rules, or a function for a rule that is not a
     comparison."""
 
     def __call__(self, config: Config, /) -> None:
@@ -63,25 +63,25 @@ class ConfigCheck(Protocol):
 
 
 Text = str | Callable[[Config, Any], str]
-"""A sentence with placeholders for keys and the value ({seq_len}, {model.layers}, {v}), or a function of configuration
-and value that returns a sentence."""
+"""A sentence with placeholders for keys and the value ({seq_len}, {model.layers}, {v}); or a function that takes the
+configuration and the value and returns a sentence."""
 
 
 @dataclass(frozen=True)
 class JoinedRule:
-    """A rule for the value of a key, given the values of other keys. In functions `c` is the configuration and `v` the
-    value."""
+    """A rule for the value of a key, which depends on the values of other keys. In functions, `c` is the configuration
+    and `v` is the value."""
 
     key: str
     holds: Callable[[Config, Any], Any]
     rule: Text
     cure: Text
     each: bool = False
-    """Whether the rule applies to every entry of the key, whose value is a list."""
+    """Whether the key's value is a list and the rule applies to every entry."""
     named: str = ""
-    """Name of the key in the error, if not `key`."""
+    """Name of the key in the error, if it differs from `key`."""
     shown: Callable[[Config, Any], Any] = lambda c, v: v
-    """The value as the error shows it."""
+    """Returns the value as the error shows it."""
 
     def __call__(self, config: Config) -> None:
         """Raise UserError if the configuration breaks the rule."""
@@ -89,7 +89,7 @@ class JoinedRule:
             raise error
 
     def errors(self, config: Config) -> Iterator[UserError]:
-        """An error for every value that breaks the rule."""
+        """Yield an error for every value that breaks the rule."""
         found = attrgetter(self.key)(config)
         for value in found if self.each else (found,):
             if not self.holds(config, value):
@@ -103,13 +103,13 @@ def _written(text: Text, config: Config, value: Any) -> str:
 
 @dataclass(frozen=True)
 class ConditionalRules:
-    """Rules that apply only to configurations with a certain property."""
+    """Rules that apply only if `so` is true for the configuration."""
 
     so: Callable[[Config], Any]
     rules: Iterable[ConfigCheck]
 
     def __call__(self, config: Config) -> None:
-        """Raise UserError if `so` is true for the configuration and it breaks a rule."""
+        """Raise UserError if the rules apply to the configuration and it breaks one of them."""
         if self.so(config):
             hold(self.rules, config)
 
@@ -127,21 +127,21 @@ def check(config: Config) -> None:
 
 
 def notes_of_typed_keys(config: Config, keys: Collection[str]) -> Iterator[str]:
-    """A sentence for every key that was typed and does nothing in this configuration."""
+    """Yield a sentence for every key that the user typed and that has no effect in this configuration."""
     for error in (error for rule in WHERE_READ if rule.key in keys for error in rule.errors(config)):
         yield f"{error.field} does nothing here: it {error.rule}; {error.cure}"
 
 
 def check_spread(config: Config) -> None:
-    """Check the rules that a different layout can break in an otherwise valid recipe: batch, ramp and section
-    parallel."""
+    """Check the rules that an otherwise valid recipe can break in another layout: the rules of the batch, of the ramp
+    and of section parallel."""
     check_batch(config)  # cheap, and most layouts of a search fail here
     check_fields(config.parallel, "parallel.")
     hold((*OPTIM, *ADAPTERS, *PARALLEL), config)
 
 
 def check_model(model: Model) -> None:
-    """The rules of the model section alone, for models from other sources than a recipe."""
+    """Check only the rules of the model section, for models that do not come from a recipe."""
     check_fields(model, "model.")
     hold(MODEL, Config(model=model))
 
@@ -157,8 +157,8 @@ def check_experts(experts: int, ep: int) -> None:
 
 
 def check_world(pp: int, dp: int, cp: int, world: int, given: str) -> None:
-    """Raise UserError unless the layout uses all started ranks. given: the source of the number of ranks, for the
-    error."""
+    """Raise UserError unless the layout uses exactly the started ranks. given: the source of the number of ranks, for
+    the error."""
     if pp * dp * cp != world:
         raise UserError(
             "parallel.pp x parallel.dp" if cp == 1 else "parallel.pp x parallel.dp x parallel.cp",
@@ -175,7 +175,7 @@ def _is_name(c: Config, v: str) -> bool:
 
 
 def _parts(key: str, parts: Iterable[str]) -> ConfigCheck:
-    """The rule of a list of parts to recompute or to offload to the host. parts: all allowed words except layer:N."""
+    """Return the rule for a list of parts to recompute or to offload. parts: all allowed words except layer:N."""
 
     def check_parts(config: Config) -> None:
         words = attrgetter(key)(config)
@@ -209,7 +209,7 @@ def _check_operands(config: Config) -> None:
 
 
 def adapted_targets(model: Model) -> list[AdapterTarget]:
-    """The targets of an adapter that a model has, the head last."""
+    """Return the adapter targets that a model has; the head comes last."""
     has_experts = _has_experts(Config(model=model))
     lacking = {
         AdapterTarget.routed: not has_experts,
@@ -237,8 +237,8 @@ def _phases(key: str) -> tuple[ConfigCheck, ...]:
 
 
 def _pieces(key: str, each: bool = False) -> ConfigCheck:
-    """Rules for sequences shared by cp ranks, which are cut into 2 cp pieces of equal length. key: of the sequence
-    length."""
+    """Return the rules for sequences that cp ranks share. Such a sequence is cut into 2 cp pieces of equal length. key:
+    the key of the sequence length."""
     return ConditionalRules(
         lambda c: c.parallel.cp > 1,
         (
@@ -276,7 +276,7 @@ def _pieces(key: str, each: bool = False) -> ConfigCheck:
     )
 
 
-# Each rule is written as its key and condition, its rule, and its cure.
+# Each rule has this order: its key and condition, its text, and its fix.
 # fmt: off
 TOP: tuple[ConfigCheck, ...] = (
     JoinedRule("name", _is_name,
@@ -312,7 +312,7 @@ TOP: tuple[ConfigCheck, ...] = (
     JoinedRule("profile.ranks", lambda c, v: 0 <= v < c.parallel.world,
                lambda c, v: f"must be a rank, 0 to {c.parallel.world - 1}", "use 0", each=True),
     ConditionalRules(
-        lambda c: c.cluster.deterministic,  # other projects' packages do not promise bitwise repeatable results
+        lambda c: c.cluster.deterministic,  # packages of other projects do not promise bitwise repeatable results
         (
             JoinedRule("parallel.dispatch", lambda c, v: DISPATCHES[v].repeats,
                        "excludes cluster.deterministic=true: the order of its arriving rows may differ between runs",
@@ -386,7 +386,7 @@ MODEL: tuple[ConfigCheck, ...] = (
 )
 
 def _set_here(section: MuonOptim | Adapter) -> dict[str, Any]:
-    """The keys of a section that differ from their defaults."""
+    """Return the keys of a section whose values differ from their defaults."""
     plain = vars(type(section)())
     return {key: value for key, value in vars(section).items() if value != plain[key]}
 
@@ -534,8 +534,8 @@ DATA: tuple[ConfigCheck, ...] = (
     )),
 )
 
-# train/loop/layout_check.py (`check_schedule`) checks layers and micro-batches of a pipeline, in the modes that build
-# one. `check_world` checks the number of ranks when it is known.
+# train/loop/layout_check.py (`check_schedule`) checks layers and micro-batches of a pipeline, in modes that build a
+# pipeline. `check_world` checks the number of ranks once it is known.
 PARALLEL: tuple[ConfigCheck, ...] = (
     JoinedRule("parallel.split", lambda c, v: all(type(n) is int and n >= 0 for n in v) if isinstance(v, list) else v in ("cost", "even"),
                "must be cost, even, or a list with the number of layers of every stage",
@@ -645,7 +645,7 @@ WHERE_READ: tuple[JoinedRule, ...] = (
     JoinedRule("text_only", lambda c, v: not v or c.init_from, "applies to weights of init_from, which is not set",
                "set init_from, or leave it out"),
 )
-"""Keys without effect in some configurations, with the condition under which they are read. A typed key without effect
-gets a note."""
+"""Keys that have no effect in some configurations. Each entry has the condition under which the key is read. If a user
+types a key that is not read, he gets a note."""
 # fmt: on
 RULES = (*TOP, *MODEL, *OPTIM, *ADAPTERS, *DATA, *PARALLEL, *PRECISION, *PLAN, *EVALUATE, *SCORE, *EXPORT)

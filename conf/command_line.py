@@ -1,8 +1,9 @@
-"""Explains an invalid command line: the word, the rule that it breaks, and one cure.
+"""Explains an invalid command line: the wrong argument, the rule that it breaks, and one fix.
 
-Hydra composes first. The error of Hydra or OmegaConf names the word or the key. The schema then gives types, choices
-and bounds, and difflib finds similar keys. Only flags are checked before Hydra, because Hydra exits at an unknown flag.
-conf/check.py checks bounds and rules over several fields on the typed configuration.
+First, Hydra composes the configuration. If this fails, the error of Hydra or OmegaConf names the argument or the key.
+This file looks up types, choices and bounds in the schema, and difflib finds similar keys. Only flags are checked
+before Hydra runs, because Hydra exits at an unknown flag. conf/check.py checks bounds and rules over several fields on
+the typed configuration.
 """
 
 import difflib
@@ -40,20 +41,20 @@ FLAGS = {
     )
     for name in names.split()
 }
-"""Hydra's flags, and whether the next word is the flag's value."""
+"""Hydra's flags. The value says whether the flag's value is the next argument."""
 COMPLETION = {"--shell-completion", "-sc", "--hydra-help"}
-"""Flags that turn off the reading of the other words as settings."""
+"""If one of these flags is present, the other arguments are not read as settings."""
 LISTS = "`sluice --help` tells how to list recipes, groups and keys"
 OF_YOUR_OWN = "for a custom one, write MINE/{group}/NAME.yaml and add --config-dir MINE"
 NAMES_A_WORD = re.compile(
     r"(?:merging override |config use \+|for argument '|parameters '|prefix: ')(.*?)(?:'?$|' requires)", re.M
 )
-"""Finds the rejected word in an error of Hydra."""
+"""Finds the rejected argument in an error of Hydra."""
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Raise UserError for the first word that makes Hydra exit, or that Hydra would misread: an unknown or unsuitable
-    flag, or a word that deletes a key."""
+    """Raise UserError for the first argument that makes Hydra exit or that Hydra would misread. This is an unknown or
+    unsuitable flag, or an argument that deletes a key."""
     if COMPLETION & {*words}:
         return
     rest = iter(enumerate(words))
@@ -81,7 +82,7 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def explain(error: Exception, words: Sequence[str]) -> UserError:
-    """Return an error of Hydra or OmegaConf as field, value, rule and cure; raise any other error again."""
+    """Return an error of Hydra or OmegaConf as field, value, rule and fix. Raise any other error again."""
     wrong = _explained(error, words)
     typed = (wrong.field, wrong.field.rpartition(".")[2], str(wrong.value))
     cure = next((CURES[each.lower()] for each in typed if each.lower() in CURES), wrong.cure)
@@ -98,7 +99,7 @@ def _explained(error: Exception, words: Sequence[str]) -> UserError:
         return _wrong_option(group, name, groups) if slash else _wrong_option("conf", group, groups)
     typed = {key.partition("@")[0]: text for key, _, text in (word.lstrip("+").partition("=") for word in settings)}
     if not isinstance(error, (HydraException, OmegaConfBaseException)) or "hydra.runtime" in str(error):
-        # OmegaConf raises AssertionError for a key in a null section; Hydra raises it for an option that is not a word
+        # OmegaConf raises AssertionError for a key in a null section. Hydra raises it for an option that is not a word.
         odd = (group for group, text in typed.items() if group in groups and text not in groups[group])
         unknown = (key for key in typed if type_of(key) is None and key not in groups and not key.startswith("hydra"))
         if "" in typed:
@@ -137,8 +138,8 @@ def _explained(error: Exception, words: Sequence[str]) -> UserError:
 def _wrong_setting(
     key: str, text: str, typed: dict[str, str], inside: str, problem: Exception, said: str, groups: dict[str, list[str]]
 ) -> UserError:
-    """The error for a typed word. inside: the key in OmegaConf's error, which may belong to a mapping; said: Hydra's
-    message."""
+    """Return the error for a typed argument. inside: the key in OmegaConf's error, which may be a key of a mapping.
+    said: Hydra's message."""
     if (kind := type_of(key)) is None and key not in groups:
         return _unknown_key(key, typed.get(key, text), groups)
     if said.startswith(("Ambiguous", "Sweep")):
@@ -158,14 +159,14 @@ def _wrong_setting(
 
 
 def _own(words: Sequence[str]) -> list[Path]:
-    """Folders with the user's recipes."""
+    """Return the folders with the user's recipes."""
     flags = [value for name, value in zip(words, [*words[1:], ""], strict=False) if name in ("--config-dir", "-cd")]
     given = [match[1] for word in words if (match := re.fullmatch(r'hydra\.searchpath=\["(.*)"\]', word))]
     return [Path(value) for value in (*flags, *given)]
 
 
 def settings_in(words: Sequence[str]) -> list[str]:
-    """The words that are neither flags nor values of flags."""
+    """Return the arguments that are neither flags nor values of flags."""
     return [
         word
         for place, word in enumerate(words)
@@ -174,7 +175,7 @@ def settings_in(words: Sequence[str]) -> list[str]:
 
 
 def _groups(own: Iterable[Path] = ()) -> dict[str, list[str]]:
-    """Option names by group. own: folders with the user's recipes."""
+    """Return the option names of each group. own: folders with the user's recipes."""
     files = sorted(file for folder in (ROOT / "conf", *own) for file in folder.glob("*/*.yaml"))
     groups: dict[str, list[str]] = {}
     for file in files:
@@ -183,7 +184,7 @@ def _groups(own: Iterable[Path] = ()) -> dict[str, list[str]]:
 
 
 def _wrong_value(key: str, value: Any, problem: Exception) -> UserError:
-    """The error if the value of this key does not fit its type in the schema. problem: OmegaConf's error."""
+    """Return the error for a value that does not fit the key's type in the schema. problem: OmegaConf's error."""
     kind, default = type_of(key), _default(key)
     example = f"for example {_written(key, default)}" if default not in (None, [], "", 0) else LISTS
     if value == "" and kind is not str:
@@ -217,7 +218,8 @@ def _wrong_value(key: str, value: Any, problem: Exception) -> UserError:
 
 
 def _number_meant(key: str, value: Any, kind: type) -> str | None:
-    """A cure for a fraction, a percentage or a number with a unit, as text; None for other values."""
+    """If the value is a fraction, a percentage or a number with a unit, return a fix with the number that the user
+    meant. Otherwise return None."""
     if kind is int and isinstance(value, float) and math.isfinite(value):
         if value.is_integer():
             return f"write it out: {key}={int(value)}"
@@ -242,7 +244,7 @@ def _wrong_list(key: str, value: Any, kind: Any, default: Any) -> UserError:
 
 
 def _unknown_part(key: str, value: Any, kind: Any) -> UserError:
-    """The error for a mapping, or a list of mappings, with a key that its section does not have."""
+    """Return the error for a mapping, or a list of mappings, that has a key which its section lacks."""
     section = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
     known = [field.name for field in fields(section)] if is_dataclass(section) else []
     given = [name for part in (value if isinstance(value, list) else [value]) for name in part]
@@ -253,7 +255,7 @@ def _unknown_part(key: str, value: Any, kind: Any) -> UserError:
 
 
 def _wrong_option(group: str, value: str, groups: dict[str, list[str]]) -> UserError:
-    """The error for a word that is not an option of the group."""
+    """Return the error for a word that is not an option of the group."""
     if (meant := VALUES.get((group, value.lower()))) is not None:
         return UserError(group, value, f"is not accepted; {meant[0]} {meant[1]}", f"write {group}={meant[0]}")
     if value == "":
@@ -283,7 +285,8 @@ def _unknown_key(key: str, text: str, groups: dict[str, list[str]]) -> UserError
 
 
 def _close_keys(key: str, more: Sequence[str] = ()) -> list[str]:
-    """Keys that the user may have meant: by synonym, else by the same last part, else by similar spelling."""
+    """Return keys that the user may have meant: synonyms; if there are none, keys with the same last part; if there are
+    none, keys with a similar spelling."""
     known = [*dict.fromkeys([*dotted_keys(), *more])]
     section, _, last = key.rpartition(".")
     if synonym := KEYS.get(key.lower()) or KEYS.get(last.lower()):
@@ -304,15 +307,16 @@ def _close_keys(key: str, more: Sequence[str] = ()) -> list[str]:
 def _may_be_in(section: str, key: str) -> bool:
     """Whether a user who typed this section may have meant that key.
 
-    True if the section is one of the schema, perhaps the wrong one, or is similar to the key's own section. Two keys
-    with the same last part may otherwise be unrelated.
+    This is true if the typed section exists in the schema (although it may be the wrong one), or if its name is similar
+    to the key's section. Otherwise two keys with the same last part may be unrelated.
     """
     first, own = section.partition(".")[0], key.rpartition(".")[0]
     return not section or first in kinds(Config) or bool(difflib.get_close_matches(section, [own, key]))
 
 
 def _unread(word: str, before: Sequence[str], after: Sequence[str], groups: dict[str, list[str]]) -> UserError:
-    """The error for a word that Hydra cannot parse: without `key=`, or with a value that Hydra does not accept."""
+    """Return the error for an argument that Hydra cannot parse. It has no `key=`, or its value is not valid for
+    Hydra."""
     key, equals, text = word.lstrip("+").partition("=")
     if equals and key:
         return _unreadable(key, text, after)
@@ -344,7 +348,8 @@ def _unread(word: str, before: Sequence[str], after: Sequence[str], groups: dict
 
 
 def _unreadable(key: str, text: str, after: Sequence[str]) -> UserError:
-    """The error for a value that the shell has cut, or that contains characters with a meaning in Hydra."""
+    """Return the error for a value that the shell has cut, or that contains characters with a special meaning in
+    Hydra."""
     if text.count("[") + text.count("{") > text.count("]") + text.count("}"):
         whole = " ".join([text, *after])
         end = max(whole.rfind("]"), whole.rfind("}")) + 1
@@ -366,7 +371,7 @@ def _unreadable(key: str, text: str, after: Sequence[str]) -> UserError:
 
 
 def _closing(text: str) -> str:
-    """The missing closing brackets of a text."""
+    """Return the closing brackets that a text lacks."""
     while (rest := re.sub(r"\[[^][{}]*\]|\{[^][{}]*\}", "", text)) != text:
         text = rest
     return "".join({"[": "]", "{": "}"}[bracket] for bracket in reversed(re.findall(r"[\[{]", text)))
@@ -394,7 +399,7 @@ def _unknown_flag(flag: str, value: str) -> UserError:
 
 
 def refuse_keys_of_other_modes(mode: Mode, overrides: Sequence[str]) -> None:
-    """Raise UserError for the first word of a command line that this mode does not read. Recipes may contain keys of
+    """Raise UserError for the first setting of a command line that this mode does not read. Recipes may contain keys of
     all modes."""
     for override in overrides:
         key, _, value = override.partition("=")
@@ -406,8 +411,8 @@ def refuse_keys_of_other_modes(mode: Mode, overrides: Sequence[str]) -> None:
 
 
 def _in_null_section(typed: dict[str, str]) -> UserError | None:
-    """The error for the first typed key of an optional section that is null under the chosen options; None without such
-    a key."""
+    """Return the error for the first typed key whose optional section is null under the chosen options; None if there
+    is no such key."""
     for key, value in typed.items():
         section = next((each for each in dotted_keys() if key.startswith(f"{each}.") and is_nullable(each)), "")
         if is_dataclass(type_of(section)):
@@ -420,8 +425,8 @@ def _in_null_section(typed: dict[str, str]) -> UserError | None:
 
 
 def _in_recipe(name: str, inside: str, own: Sequence[Path]) -> tuple[str, Any] | None:
-    """Key and value in a recipe that caused an error: OmegaConf's key, or a section whose value is not a mapping. name:
-    GROUP/OPTION."""
+    """Return the key and value in a recipe that caused an error. The key is the one in OmegaConf's error, or a section
+    whose value is not a mapping. name: GROUP/OPTION."""
     files = (folder / f"{name}.yaml" for folder in (*own, ROOT / "conf"))
     given = read_yaml(next(file for file in files if file.is_file()))
     for key in dotted_keys():
@@ -438,12 +443,12 @@ def _default(key: str) -> Any:
 
 
 def _written(key: str, value: Any) -> str:
-    """A setting as a user types it."""
+    """Return a setting in the form in which a user types it."""
     word = f"{key}={_plain(value)}"
     return f"'{word}'" if set(word) & set(" [{") else word
 
 
 def _plain(value: Any) -> str:
-    """A value as a user types it."""
+    """Return a value in the form in which a user types it."""
     held: Any = OmegaConf.to_container(OmegaConf.create({"_": value}), enum_to_str=True)
     return yaml_words(held["_"])

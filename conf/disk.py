@@ -6,7 +6,7 @@ Three rules hold for every file that the program writes:
   Lines of metrics and events wait in memory for free space (`Backlog`).
 - Other errors become one screen (`disk_errors`) with the setting, the disk, the needed bytes and the cure.
 
-The cure depends on the system's error; only `cure_of_reading` and `cure_of_writing` choose it.
+The fix depends on the system's error. Only `cure_of_reading` and `cure_of_writing` choose it.
 """
 
 import errno
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 BACKLOG = 64 << 20
-"""Bytes that may wait in memory for free space on a disk."""
+"""Maximum bytes that wait in memory for free space on a disk."""
 FULL = {errno.ENOSPC, errno.EDQUOT}
 RIGHTS = {errno.EACCES, errno.EPERM}
 DISK_FAILED = {
@@ -45,7 +45,7 @@ DISK_FAILED = {
     errno.EUCLEAN,
     errno.EBADMSG,
 }
-"""The disk, its file system, or the network to it is broken; no setting of the user can help."""
+"""System errors that mean: the disk, its file system, or the network to it is broken. No setting can fix this."""
 HANDLES = {errno.EMFILE, errno.ENFILE}
 REFUSED = FULL | RIGHTS | DISK_FAILED | {errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG, errno.ELOOP}
 
@@ -53,7 +53,7 @@ REFUSED = FULL | RIGHTS | DISK_FAILED | {errno.EROFS, errno.ENOTDIR, errno.EISDI
 @contextmanager
 def naming(path: Path, needed: int | None = None, way: str = "written") -> Iterator[None]:
     """Add the file's name to an OSError of this block, which writes the file. needed: size of the file in bytes. way:
-    the failed operation."""
+    the operation that may fail."""
     try:
         yield
     except OSError as error:
@@ -64,24 +64,24 @@ def naming(path: Path, needed: int | None = None, way: str = "written") -> Itera
 
 
 def reading(path: Path) -> AbstractContextManager[None]:
-    """Add the file's name to an OSError of this block, which reads the file. The error of `read` does not contain the
-    name."""
+    """Add the file's name to an OSError of this block, which reads the file. Without this, an error of `read` does not
+    contain the name."""
     return naming(path, way="read")
 
 
 def is_refusal(error: Exception) -> TypeGuard[OSError]:
-    """Whether the system refuses access to the file, so its content is unknown."""
+    """Whether the system refuses access to the file. In that case the file's content is unknown."""
     return isinstance(error, OSError) and _number(error) in RIGHTS | DISK_FAILED | HANDLES
 
 
 def _number(error: OSError) -> int | None:
-    """The errno; libraries in Rust and C++ give it only in the error text."""
+    """Return the error's errno. Libraries in Rust and C++ give it only in the error text."""
     found = re.search(r"\b(?:os error|errno) (\d+)", str(error)) if error.errno is None else None
     return int(found[1]) if found else error.errno
 
 
 def cure_of_reading(error: OSError) -> str:
-    """The cure for a file that cannot be read."""
+    """Return the fix for a file that cannot be read."""
     if _number(error) in RIGHTS:
         return f"let user {os.geteuid()} read it (`ls -l`, and `ls -ld` of the folders above it)"
     if _number(error) in {errno.ENOENT, errno.ENOTDIR}:
@@ -90,7 +90,7 @@ def cure_of_reading(error: OSError) -> str:
 
 
 def cure_of_writing(error: OSError) -> str:
-    """The cure for a file or folder that cannot be written."""
+    """Return the fix for a file or folder that cannot be written."""
     if error.errno in FULL:
         return "free space on this disk"
     if error.errno == errno.EISDIR:
@@ -103,7 +103,7 @@ def cure_of_writing(error: OSError) -> str:
 
 
 def _cure(error: OSError) -> str | None:
-    """The cure if it is the same for reading and writing; None otherwise."""
+    """Return the fix if it is the same for reading and writing; otherwise None."""
     if _number(error) in DISK_FAILED:
         return "the disk, or the network to it, has failed: see `dmesg` on this machine, repair it, and start again"
     if error.errno == errno.ELOOP:
@@ -114,7 +114,7 @@ def _cure(error: OSError) -> str | None:
 
 
 def describe_room(path: Path | str) -> str:
-    """A sentence on the disk that holds, or would hold, this path, and its free space."""
+    """Return a sentence about the disk that holds (or would hold) this path, and about its free space."""
     place = Path(path).absolute()
     while not place.exists():
         place = place.parent
@@ -134,7 +134,7 @@ def size_in_words(count: float) -> str:
 
 
 def explain_disk_error(error: OSError) -> str:
-    """The system's message; for a full disk also the disk's name, its free space and the needed bytes."""
+    """Return the system's message. For a full disk, add the disk's name, its free space and the needed bytes."""
     if error.errno not in FULL or not isinstance(error.filename, str):
         return str(error)
     needed = getattr(error, "needed", None)
@@ -142,21 +142,21 @@ def explain_disk_error(error: OSError) -> str:
 
 
 class Backlog:
-    """Appends pieces to a file in order. Pieces that the disk refuses wait in memory until there is space."""
+    """Appends data to a file in order. Data that the disk refuses waits in memory until there is space."""
 
     def __init__(self, write: Callable[[bytes], None]):
-        """write: appends a whole piece, or raises OSError and leaves the file unchanged."""
+        """write: function that appends all given bytes, or raises OSError and leaves the file unchanged."""
         self._write = write
         self._waiting: deque[bytes] = deque()
         self._bytes = 0
         self.dropped = 0
-        """Number of lost pieces: the oldest are dropped when more than BACKLOG bytes wait."""
+        """Number of lost items. If more than BACKLOG bytes wait, the oldest items are dropped."""
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, piece: bytes) -> None:
-        """Write the piece after the waiting pieces. OSError: the piece now waits too."""
+        """Write the data after all waiting data. Raises OSError if the disk refuses; the data then waits too."""
         self._waiting.append(piece)
         self._bytes += len(piece)
         while self._bytes > BACKLOG and len(self._waiting) > 1:
@@ -165,7 +165,7 @@ class Backlog:
         self.flush()
 
     def flush(self) -> None:
-        """Write the waiting pieces. OSError: the disk still refuses."""
+        """Write the waiting data. Raises OSError if the disk still refuses."""
         while self._waiting:
             self._write(self._waiting[0])
             self._bytes -= len(self._waiting.popleft())
@@ -173,7 +173,7 @@ class Backlog:
 
 @contextmanager
 def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator[None]:
-    """Convert a disk's OSError into an error of this kind, which names the setting of the path."""
+    """Convert a disk's OSError into an error of this kind. The error names the setting that contains the path."""
     try:
         yield
     except OSError as error:
@@ -195,7 +195,7 @@ def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator
 
 
 def _way(error: OSError) -> str:
-    """Whether the file was read or written, if known; only some errors say so."""
+    """Return whether the file was read or written, if that is known. Only some errors contain it."""
     if way := getattr(error, "way", None):
         return way
     if error.errno in FULL | {errno.EROFS, errno.EFBIG}:
@@ -206,7 +206,7 @@ def _way(error: OSError) -> str:
 
 
 def _setting(path: Path, configs: tuple[Config, ...]) -> tuple[str, str]:
-    """The key whose folder contains the path, and its value."""
+    """Return the key whose folder contains the path, and the key's value."""
     for config in configs:
         for key, value in (
             ("export.to", config.export.to),
@@ -219,12 +219,13 @@ def _setting(path: Path, configs: tuple[Config, ...]) -> tuple[str, str]:
 
 
 def let_output_be_lost() -> None:
-    """From now on, drop output to a file while its disk is full, instead of ending this process."""
+    """From now on, if a disk is full, drop output to files on it instead of ending this process."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         try:
             in_file = stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
-        except (OSError, ValueError, AttributeError):  # closed, or not a file: tests capture it
+        # The stream is closed, or it is not a file because tests capture it.
+        except (OSError, ValueError, AttributeError):
             continue
         if in_file:
             stream.flush()
@@ -240,7 +241,7 @@ def let_output_be_lost() -> None:
 
 
 class _Lossy(io.FileIO):
-    """A file that drops writes if its disk refuses them."""
+    """A file that drops data if its disk refuses it."""
 
     def write(self, data: "Buffer", /) -> int:
         try:

@@ -1,7 +1,7 @@
 """The dispatches of tokens to experts on other ranks: requirements on the layout, and costs. Imports no torch.
 
-Code asks a dispatch's entry here for its properties and never compares its name. The table in parallel/expert/build.py
-has the code that sends the rows. A new dispatch needs an entry in both tables.
+Other code reads a dispatch's properties from its entry in this table, and never compares its name. The table in
+parallel/expert/build.py names the class that sends the rows. A new dispatch needs an entry in both tables.
 """
 
 from dataclasses import dataclass, replace
@@ -11,31 +11,31 @@ from conf.errors import UserError
 
 @dataclass(frozen=True)
 class Reach:
-    """How far a token travels, on average. Experts are placed in order on the ranks of an expert group."""
+    """Average number of destinations of a token. Experts are placed in order on the ranks of an expert group."""
 
     nodes: float
-    """Number of nodes with at least one expert of the token."""
+    """Number of nodes that hold at least one expert of the token."""
     ranks: float
     experts: int
     ep: int
-    """Ranks of the expert group."""
+    """Number of ranks of the expert group."""
     per_node: int
-    """Ranks of the expert group on one node."""
+    """Number of ranks of the expert group on one node."""
 
 
 @dataclass(frozen=True)
 class Messages:
-    """Messages per token and MoE layer, on average, on the rank that has the most."""
+    """Average number of messages per token and MoE layer, on the rank that has the most messages."""
 
     copies: tuple[float, ...]
-    """Row copies per hop that Sluice's own kernels make in addition to the exchange, including rows that stay on the
-    rank."""
+    """Copies of rows per hop that Sluice's own kernels make in addition to the exchange. They include rows that stay on
+    the rank."""
     arrivals: float
-    """Rows that arrive at the experts' ranks, per token of a rank."""
+    """Rows that arrive at the ranks of the experts, per token of a rank."""
     inside: float
-    """To other ranks of the same node."""
+    """Messages to other ranks of the same node."""
     across: float
-    """To other nodes."""
+    """Messages to other nodes."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,16 @@ class DispatchFacts:
 
     name: str
     per_expert: bool = False
-    """True: a token is sent once per expert. False: once per node with one of its experts, and there once per rank."""
+    """True: a token is sent once for each of its experts. False: a token is sent once to each node with one of its
+    experts; inside the node it is sent once to each rank with one of its experts."""
     by_nodes: bool = False
-    """One hop between nodes, then one inside a node. Nodes must have equal numbers of ranks of an expert group, and
-    whole groups of experts."""
+    """Whether one hop between nodes precedes one hop inside the node. If so, each node must hold equally many ranks of
+    an expert group, and no expert group of the router may straddle two nodes."""
     needs_gpu: bool = False
     package: str | None = None
-    """The package that it needs."""
+    """Name of the Python package that the dispatch needs; None if it needs none."""
     in_bf16: bool = False
-    """Whether the dispatch takes only bf16 rows, and adds the rows of a rank one after another in bf16."""
+    """Whether the dispatch takes only bf16 rows. Such a dispatch adds the rows of a rank one after another in bf16."""
     repeats: bool = True
     """Whether rows arrive in the same order in every run."""
     width: int = 1
@@ -61,12 +62,12 @@ class DispatchFacts:
     """Supported sizes of an expert group; None for any size."""
 
     def is_able(self, ep: int, hidden: int, on_gpu: bool) -> bool:
-        """Whether it supports ep ranks and rows of this width, on this device."""
+        """Whether the dispatch supports ep ranks and rows of this width on this device."""
         fits = hidden % self.width == 0 and (self.sizes is None or ep in self.sizes)
         return fits and (on_gpu or not self.needs_gpu)
 
     def count_messages(self, reach: Reach) -> Messages:
-        """Messages of a token, see `Messages`."""
+        """Return the messages of a token; see `Messages`."""
         other_node, same_node = 1 - reach.per_node / reach.ep, (reach.per_node - 1) / reach.ep
         if self.per_expert:
             experts = reach.experts
@@ -76,24 +77,25 @@ class DispatchFacts:
         return Messages(copies, reach.ranks, reach.ranks * (1 - 1 / reach.per_node), reach.nodes * other_node)
 
     def side_bytes(self, top_k: int) -> int:
-        """Bytes sent with a row to the experts: one gate, or all gates and experts of the token."""
+        """Return the bytes that are sent with a row to the experts: one gate, or all gates and experts of the token."""
         return 4 if self.per_expert else 4 * top_k + -(-2 * top_k // 4) * 4
 
     def gate_bytes(self, top_k: int) -> int:
-        """Bytes sent back with the gradient of a row: the gradients of its gates."""
+        """Return the bytes that are sent back with the gradient of a row: the gradients of its gates."""
         return 4 if self.per_expert else 4 * top_k
 
     def find_links(self, ep: int, per_node: int) -> tuple[range, ...]:
-        """Per hop: ranks of the expert group with which its first rank exchanges rows through NCCL."""
+        """Return, for each hop, those ranks of the expert group with which its first rank exchanges rows through
+        NCCL."""
         return (range(0, ep, per_node), range(per_node)) if self.by_nodes else (range(ep),)
 
     def count_buffer_bytes(self, ep: int, hidden: int) -> int | None:
-        """Bytes of the dispatch's own buffers on every device; None if NCCL's buffers carry the rows."""
+        """Return the bytes of the dispatch's own buffers on every device; None if NCCL's buffers hold the rows."""
         return None
 
     def find_sums(self, experts: int, ep: int, per_node: int) -> list[int]:
-        """Numbers of consecutive experts whose rows of a token are added before they return to its rank: those of a
-        rank, of a node."""
+        """Return sizes of groups of consecutive experts: the experts of a rank, and those of a node. The rows of a
+        token from such a group are added before they return to the token's rank."""
         if self.per_expert or ep == 1:
             return []
         of_rank = experts // ep
@@ -105,16 +107,16 @@ class DispatchFacts:
 class DeepEPFacts(DispatchFacts):
     """The package DeepEP (github.com/deepseek-ai/DeepEP), which copies and adds rows during transfer.
 
-    Sizes follow its deep_ep/buffer.py.
+    The supported sizes are those of its file deep_ep/buffer.py.
     """
 
     def count_messages(self, reach: Reach) -> Messages:
         return replace(super().count_messages(reach), copies=())
 
     def count_buffer_bytes(self, ep: int, hidden: int) -> int:
-        """Buffer size by the formulas of csrc/config.hpp, for bf16 rows.
+        """Return the buffer size for bf16 rows, by the formulas of csrc/config.hpp.
 
-        There are ten channels. Each has slots for every rank of a node and, twice, for every node.
+        There are ten channels. Each channel has slots for every rank of a node, and twice as many slots for every node.
         """
         inside, nodes = min(ep, 8), -(-ep // 8)
         slots = 256 if ep <= 8 else 288 if ep <= 64 else 560 if ep <= 128 else 720
@@ -123,7 +125,7 @@ class DeepEPFacts(DispatchFacts):
 
 
 FLAT_DISPATCH = "flat"
-"""The default dispatch of a recipe; it runs on every layout."""
+"""The default dispatch of a recipe. It supports every layout."""
 
 DISPATCHES: dict[str, DispatchFacts] = {
     each.name: each
@@ -146,9 +148,9 @@ DISPATCHES: dict[str, DispatchFacts] = {
 def check_groups(ep: int, ranks_per_node: int, groups: int) -> None:
     """Raise UserError unless the router's expert groups match the nodes (paper 2.1.2, 3.2.2).
 
-    A node holds ranks_per_node consecutive ranks of an expert-parallel group. A group of experts must not straddle two
-    nodes. Otherwise a token limited to M groups could reach more than M nodes. A single group means no limit and always
-    fits.
+    A node holds ranks_per_node consecutive ranks of an expert-parallel group. A router's group of experts must not
+    straddle two nodes. Otherwise a token that is limited to M groups could reach more than M nodes. If there is only
+    one group, tokens have no limit, and the layout always fits.
     """
     if ep % ranks_per_node:
         raise UserError(

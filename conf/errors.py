@@ -1,4 +1,4 @@
-"""Errors with a complete text for the user: invalid input, and the end of a run."""
+"""Errors with a complete text for the user: errors for invalid input, and errors that end a run."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,14 +14,15 @@ EXIT_CODES = {
     EXIT_STOPPED: "a signal stopped a training, with a checkpoint if a step was completed; the same command without `resume=` continues it",
     EXIT_INTERRUPTED: "Ctrl-C ended the process at once: in a mode other than training, during the start, or by a second Ctrl-C in a training",
 }
-"""Meanings of a command's exit codes; scripts may rely on them. train/docs/troubleshooting.md has the same table."""
+"""Meaning of each exit code of a command; scripts may rely on them. train/docs/troubleshooting.md has the same
+table."""
 
 
 class UserError(ValueError):
-    """Invalid input: the field and its value, the broken rule, and the cure.
+    """Invalid input: the field and its value, the rule that it breaks, and the fix.
 
-    Every command prints it on one screen without a traceback and exits with `code`. It sanitises untrusted text in its
-    parts (conf/words.py).
+    Every command prints the error on one screen without a traceback, and exits with `code`. The error sanitises
+    untrusted text (conf/words.py).
     """
 
     code = EXIT_USER
@@ -36,14 +37,14 @@ class UserError(ValueError):
 
 
 class DiskFailed(UserError):
-    """A disk refused a file that a running run cannot do without; trained steps may be lost."""
+    """A disk refused a file that the running run needs. Completed steps may be lost."""
 
     code = EXIT_CRASH
 
 
 class RunEnded(RuntimeError):
-    """A run cannot continue; the text gives the reason, without a traceback. ranks: where the failure began, empty if
-    unknown."""
+    """A run cannot continue. The text gives the reason, without a traceback. ranks: the ranks where the failure began;
+    empty if unknown."""
 
     code = EXIT_CRASH
 
@@ -53,11 +54,13 @@ class RunEnded(RuntimeError):
 
 
 class StopInterrupt(KeyboardInterrupt):
-    """A signal asked this process to stop. Any other KeyboardInterrupt is an error of the code that raised it."""
+    """A signal asked this process to stop. In contrast, any other KeyboardInterrupt is an error of the code that raised
+    it."""
 
 
 def causes(error: BaseException | None, contexts: bool = False) -> Iterator[BaseException]:
-    """The error and its causes, the outermost error first. contexts: include the exceptions that were being handled."""
+    """Yield the error and its causes, the outermost error first. contexts: also yield exceptions during whose handling
+    a later error was raised."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -66,5 +69,5 @@ def causes(error: BaseException | None, contexts: bool = False) -> Iterator[Base
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text; the name of its class if it has no text."""
+    """Return the first line of an error's text; if it has no text, the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,6 +1,6 @@
-"""Metadata of a schema field: the bounds of a number, and whether it is an expert key.
+"""Metadata of a schema field: the bounds of a number, and whether the field is an expert key.
 
-conf/schema.py declares the metadata beside the default. `check_fields` checks every value, and conf/command_line.py
+conf/schema.py declares the metadata together with the default. `check_fields` checks every value. conf/command_line.py
 uses the metadata to explain an invalid command line.
 """
 
@@ -28,9 +28,9 @@ class Bounds:
     most: float = math.inf
     below: float = math.inf
     slip: float = dataclasses.field(default=math.inf, compare=False)
-    """A larger value must be a mistake. Only the error for such a value mentions this bound."""
+    """Values above this bound can only be mistakes. The error mentions this bound only for such a value."""
     what: str = ""
-    """Kind of the number, if it explains the bounds: a share, a probability."""
+    """Kind of the number, such as a share or a probability, if the kind explains the bounds."""
 
     def hold(self, value: float) -> bool:
         """Whether the value is within the bounds."""
@@ -41,13 +41,13 @@ class Bounds:
         )
 
     def rule(self) -> str:
-        """The bounds as a rule for the user."""
+        """Return the bounds as a rule for the user."""
         if self.what:
             return f"is {self.what}, {self.words()}"
         return "must not be negative" if self == Bounds(least=0) else f"must be {self.words()}"
 
     def words(self) -> str:
-        """The bounds as text: `1 or more`, `above 0 and at most 1`."""
+        """Return the bounds as text, such as `1 or more` or `above 0 and at most 1`."""
         if self == Bounds(what=self.what):
             return "finite"
         if math.isfinite(self.least) and math.isfinite(self.most):
@@ -62,29 +62,29 @@ class Bounds:
 
 
 LEFT_OUT: Any = None
-"""The value of a `FilledKey` key before it is filled."""
+"""Value of a key of type `FilledKey` before loading fills it."""
 
 if TYPE_CHECKING:
     FilledKey = Annotated[T, "null only in a recipe"]
 else:
 
     class FilledKey:
-        """The type of a key that loading fills if a recipe leaves it out or sets it to null. In a loaded configuration
-        it has a value."""
+        """Type of a key that may be null or missing in a recipe. Loading then fills it, so in a loaded configuration it
+        has a value."""
 
         def __class_getitem__(cls, kind: type) -> types.UnionType:
             return kind | None
 
 
 def number(default: Any, **bounds: Any) -> Any:
-    """A field with a number or null, and its `Bounds` as keyword arguments."""
+    """Declare a field that is a number or null. bounds: keyword arguments of `Bounds`."""
     return dataclasses.field(default=default, metadata={"bounds": Bounds(**bounds)})
 
 
 def expert(default: Any = dataclasses.MISSING, *, make: Callable[[], Any] | None = None, **bounds: Any) -> Any:
-    """An expert field, with all keys below it: `sluice --help` shows it only on request (`expert`).
+    """Declare an expert field. `sluice --help` shows it and all keys below it only on request (`expert`).
 
-    make: returns the default of a list or a section. bounds: of a number.
+    make: returns the default of a list or a section. bounds: keyword arguments of `Bounds` for a number.
     """
     given = {"default": default} if make is None else {"default_factory": make}
     return dataclasses.field(**given, metadata={"bounds": Bounds(**bounds), "expert": True})
@@ -93,8 +93,8 @@ def expert(default: Any = dataclasses.MISSING, *, make: Callable[[], Any] | None
 def check_fields(section: Any, prefix: str = "") -> None:
     """Raise UserError for the first value in a section or its subsections that is out of its bounds.
 
-    Raises OmegaConf's error for an added name (`+KEY=VALUE`) that is not a key of the section. prefix: of the section's
-    keys, such as `model.`.
+    Raises OmegaConf's error for an added name (`+KEY=VALUE`) that is not a key of the section. prefix: start of the
+    section's keys, such as `model.`.
     """
     if added := vars(section).keys() - {field.name for field in _fields(type(section))}:
         raise ConfigKeyError(f"is no key\nfull_key: {prefix}{min(added)}")
@@ -112,17 +112,17 @@ def check_fields(section: Any, prefix: str = "") -> None:
 
 
 def wrong_choice(key: str, value: Any, choices: Iterable[str], instead: str) -> UserError:
-    """The error for a word that is not one of the choices. instead: the cure if no choice is similar."""
+    """Return the error for a word that is not one of the choices. instead: the fix if no choice is similar."""
     choices = list(choices)
     close = difflib.get_close_matches(
         str(value), choices, n=1, cutoff=0.8
-    )  # the cutoff must separate online from offline
+    )  # with a lower cutoff, online would match offline
     cure = f"did you mean {close[0]}?" if close else instead
     return UserError(key, value, f"must be one of {', '.join(choices)}", cure)
 
 
 def _cure(key: str, field: dataclasses.Field, bounds: Bounds) -> str:
-    """The cure; it also names the default if that says more than the bounds, as for a fraction."""
+    """Return the fix. It also names the default if this says more than the bounds, for example for a fraction."""
     default, words = field.default, bounds.words()
     example = f", such as {_text(default)}" if isinstance(default, float) and default and bounds.hold(default) else ""
     return f"set {key} to {'a number ' if words[0].isalpha() else ''}{words}{example}"
@@ -133,7 +133,7 @@ def _text(value: float) -> str:
 
 
 def _sections(value: Any) -> Iterator[tuple[str, Any]]:
-    """The sections in a value, each with the prefix of its keys."""
+    """Yield the sections in a value, each with the start of its keys."""
     if dataclasses.is_dataclass(value):
         yield "", value
     elif isinstance(value, list):

@@ -1,7 +1,7 @@
 """Small file operations that survive a crash at any instruction.
 
-A reader sees the old file or the new file, never a part. The writer writes under a temporary name, calls fsync and
-renames. It then calls fsync on the folder, because a rename is durable only after the folder is.
+A reader sees the complete old file or the complete new file. The writer writes a temporary file, calls fsync and
+renames the file. It then calls fsync on the folder, because a rename is durable only once the folder is on disk.
 """
 
 import errno
@@ -23,20 +23,20 @@ from conf.errors import UserError
 
 NO_PLAIN_FILE = "it is a link, a pipe or a device, not a plain file"
 RUN_FILE_BYTES = 256 << 20
-"""Maximum bytes of a run folder's file that is read whole into memory."""
+"""Maximum bytes of a run folder's file that is read into memory at once."""
 
 
 def open_plain(path: str | Path, flags: int, mode: int = 0o666) -> int:
-    """A handle of a plain file, for the `opener` argument of `open`. Raises OSError for links, pipes, devices and
-    anything else.
+    """Open a plain file and return its handle, for the `opener` argument of `open`. Raises OSError for links, pipes,
+    devices and everything else.
 
-    Files in a run folder are opened with this function. The folder may belong to another user, who may have placed a
-    link to a file of this user. A pipe would block this process for ever.
+    Code opens the files of a run folder with this function, because the folder may belong to another user. That user
+    may have placed a link to a file of this user, or a pipe, which would block this process for ever.
     """
     try:
         handle = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a pipe that nobody reads, or a socket
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # ELOOP: a link; ENXIO: a socket, or a pipe that nobody reads
             raise OSError(errno.ELOOP, NO_PLAIN_FILE, str(path)) from error
         raise
     found = os.fstat(handle).st_mode
@@ -51,7 +51,8 @@ def open_plain(path: str | Path, flags: int, mode: int = 0o666) -> int:
 
 
 def read_plain(path: Path, most: int = RUN_FILE_BYTES) -> bytes:
-    """The content of a file in a run folder. Raises OSError; ValueError if it has more than `most` bytes."""
+    """Return the content of a file in a run folder. Raises OSError, and ValueError if the file has more than `most`
+    bytes."""
     with open(path, "rb", opener=open_plain) as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
             raise ValueError(f"{path} has {size} bytes; the limit is {most}")
@@ -59,7 +60,7 @@ def read_plain(path: Path, most: int = RUN_FILE_BYTES) -> bytes:
 
 
 def read_plain_json(path: Path, most: int = RUN_FILE_BYTES) -> Any:
-    """The JSON value in a file of a run folder. Raises OSError; ValueError if the file is not JSON."""
+    """Return the JSON value in a file of a run folder. Raises OSError, and ValueError if the file is not JSON."""
     try:
         return json.loads(read_plain(path, most))
     except RecursionError:
@@ -67,7 +68,7 @@ def read_plain_json(path: Path, most: int = RUN_FILE_BYTES) -> Any:
 
 
 def fsync_folder(path: Path) -> None:
-    """Make created, renamed and removed names in this folder durable."""
+    """Call fsync on this folder, so that created, renamed and removed names in it are durable."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -76,9 +77,10 @@ def fsync_folder(path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str, durable: bool = True, mode: int = 0o666) -> None:
-    """Replace the file by `text` (UTF-8) in one step. After an OSError the old file is unchanged.
+    """Replace the file's content by `text` (UTF-8) in one step. After an OSError the old file is unchanged.
 
-    durable: survive a crash of the machine, not only of this process. mode: permissions of the file, before the umask.
+    durable: whether the file must survive a crash of the machine, and not only of this process. mode: permissions of
+    the file, before the umask.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -91,7 +93,7 @@ def atomic_write_text(path: Path, text: str, durable: bool = True, mode: int = 0
                     os.fsync(file.fileno())
             os.replace(temporary, path)
     except BaseException:
-        with suppress(OSError):  # it was not created
+        with suppress(OSError):  # the temporary file was not created
             temporary.unlink(missing_ok=True)
         raise
     if durable:
@@ -99,12 +101,12 @@ def atomic_write_text(path: Path, text: str, durable: bool = True, mode: int = 0
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
-    """Replace the file by `value` as JSON in one step."""
+    """Replace the file's content by `value` as JSON in one step."""
     atomic_write_text(path, json.dumps(value))
 
 
 def read_tail(path: Path, most: int) -> bytes:
-    """The last bytes of a file, at most `most`; empty if the file cannot be read."""
+    """Return the last bytes of a file, at most `most`; empty if the file cannot be read."""
     with suppress(OSError), open(path, "rb", opener=open_plain) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - most))
         return file.read(most)
@@ -112,27 +114,29 @@ def read_tail(path: Path, most: int) -> bytes:
 
 
 def open_lock(path: Path) -> int:
-    """A handle of a lock file, created if missing. Only users who can write the folder may open it.
+    """Open a lock file and return its handle; create the file if it is missing. Only users who can write the folder may
+    open it.
 
-    Any user who can open a file can lock it, and so keep others out. Users who can write the folder could replace the
-    file anyway.
+    This is necessary because any user who can open a file can lock it, and so block others. Users who can write the
+    folder could replace the file anyway.
     """
     handle = open_plain(path, os.O_RDWR | os.O_CREAT, 0o600)
     found = os.fstat(handle)
-    if found.st_uid == os.geteuid():  # also a file of an earlier version, open to all users
+    if found.st_uid == os.geteuid():  # this includes a file of an earlier version, which all users may open
         writers = os.stat(path.parent).st_mode & 0o022
         mode = 0o600 | writers << 1 | writers
         if stat.S_IMODE(found.st_mode) != mode:
-            with suppress(PermissionError):  # a file system without modes
+            with suppress(PermissionError):  # the file system has no modes
                 os.fchmod(handle, mode)
     return handle
 
 
 @contextmanager
 def exclusive(path: Path, timeout: float) -> Iterator[None]:
-    """Hold the advisory lock on this file, created if missing; TimeoutError after `timeout` seconds.
+    """Hold the advisory lock on this file; create the file if it is missing. Raises TimeoutError after `timeout`
+    seconds.
 
-    The kernel frees the lock when its holder dies.
+    The kernel releases the lock when the process that holds it dies.
     """
     handle = open_lock(path)
     try:
@@ -147,7 +151,7 @@ def exclusive(path: Path, timeout: float) -> Iterator[None]:
 
 
 def try_lock(handle: int) -> bool:
-    """Take the advisory lock of an open file; False if another process holds it."""
+    """Take the advisory lock of an open file. Returns False if another process holds it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -156,8 +160,8 @@ def try_lock(handle: int) -> bool:
 
 
 def new_folder(given: str | None, field: str) -> Path:
-    """The folder that a mode creates. given: the value of field. Raises UserError if a file or a non-empty folder is
-    there."""
+    """Return the path of the folder that a mode creates. given: the value of `field`. Raises UserError if the path is a
+    file or a folder with content."""
     assert given is not None, "conf/check.py asks for it"
     target = Path(given).expanduser().absolute()
     if target.is_dir() and any(target.iterdir()):
@@ -169,8 +173,8 @@ def new_folder(given: str | None, field: str) -> Path:
 
 @contextmanager
 def written_whole(target: Path, field: str) -> Iterator[Path]:
-    """A hidden folder, which is renamed to the target after success and removed after a failure. field: the key of the
-    target."""
+    """Provide a hidden folder. After success it is renamed to the target; after a failure it is removed. field: the key
+    of the target."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -180,7 +184,7 @@ def written_whole(target: Path, field: str) -> Iterator[Path]:
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         fsync_folder(temporary)
-        temporary.rename(target)  # replaces an empty folder too
+        temporary.rename(target)  # rename also replaces an empty folder
         fsync_folder(target.parent)
     except OSError as error:
         raise UserError(
@@ -190,18 +194,20 @@ def written_whole(target: Path, field: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-# JSON of a user's file, read in one place: for any content the user gets a rule and no traceback.
+# Reads JSON files of the user. This is the only place that does so, so that any content leads to a rule and never to a
+# traceback.
 
 LARGEST_FILE = 128 << 20
-"""Maximum size of a file in bytes. The index of DeepSeek-V3's 91,991 tensors has 9 MB, tokenizers of large vocabularies
-10 to 40."""
+"""Maximum size of a file in bytes. For comparison, the index of DeepSeek-V3's 91,991 tensors has 9 MB, and tokenizers
+of large vocabularies have 10 to 40 MB."""
 TYPE_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 
 
 def read_json(path: Path, field: str, cure: str, kind: type = dict, value: object = None) -> Any:
-    """The JSON value of a file, of the given type. Raises UserError(field, value or else the path, the problem, cure).
+    """Return the JSON value in a file, which must have the given type. Raises UserError(field, value or else the path,
+    the problem, cure).
 
-    cure: for wrong content; disk errors have their own cure.
+    cure: fix for wrong content; disk errors have their own fix.
     """
     try:
         return parse_json(read_plain_text(path), kind)
@@ -212,7 +218,7 @@ def read_json(path: Path, field: str, cure: str, kind: type = dict, value: objec
 
 
 def read_plain_text(path: Path) -> str:
-    """The text of a plain file. Raises ValueError with a message for the user."""
+    """Return the text of a plain file. Raises ValueError with a message for the user."""
     try:
         if not path.is_file():
             raise ValueError("it is not a plain file" if path.exists() else "no such file")
@@ -226,12 +232,13 @@ def read_plain_text(path: Path) -> str:
 
 
 def parse_json(text: str, kind: type = dict) -> Any:
-    """The JSON value in a text, of the given type. Raises ValueError with a message for the user."""
+    """Return the JSON value in a text, which must have the given type. Raises ValueError with a message for the
+    user."""
     try:
         body = json.loads(text)
     except RecursionError:
         raise ValueError("it has too many nested brackets") from None
-    except ValueError as error:  # broken JSON, or a number of thousands of digits
+    except ValueError as error:  # invalid JSON, or a number with thousands of digits
         raise ValueError(f"it is not JSON: {error}") from error
     if not isinstance(body, kind):
         raise ValueError(f"it must contain {TYPE_NAMES[kind]}, and contains {TYPE_NAMES.get(type(body), 'a number')}")

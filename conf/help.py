@@ -1,4 +1,5 @@
-"""`sluice --help`: the possible words of a command line, read from the schema and the folders of conf/.
+"""Implements `sluice --help`, which shows the possible arguments of a command line. They are read from the schema and
+from the folders of conf/.
 
 sluice --help                      one screen: examples, commands, and the following words
 sluice --help recipes              recipes; also modes, groups (with their options) and keys (sections)
@@ -23,7 +24,7 @@ from conf.load import compose_node, explained, reported
 from conf.schema import ROOT, Mode
 
 EXPERT = "expert"
-"""The word that asks for expert keys, which are rarely used."""
+"""The argument that asks for expert keys, which are rarely used."""
 FIRST_SCREEN = {
     "Examples": (
         ("sluice", "train the recipe tiny, a small DeepSeek-V3"),
@@ -51,12 +52,12 @@ FIRST_SCREEN = {
     ),
 }
 TABLE_WIDTH = 120
-"""Columns of a terminal from which the keys are a table. Narrower terminals show a list."""
+"""Minimum columns of a terminal for which the keys are shown as a table. Narrower terminals show a list."""
 
 
 @reported
 def show_help(words: list[str], console: Console | None = None) -> int:
-    """Print the help for a command line that asks for it; returns the exit code."""
+    """Print the help for a command line that asks for it. Returns the exit code."""
     overrides, names = _sorted_out(words)
     console = console or Console(highlight=False)
     with explained(overrides):
@@ -75,8 +76,8 @@ def show_help(words: list[str], console: Console | None = None) -> int:
 
 
 def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
-    """Overrides (a folder of recipes, --config-dir, becomes one of them), and names of sections or keys. Ignores other
-    flags."""
+    """Split the arguments into overrides, and names of sections or keys. --config-dir, a folder of recipes, becomes an
+    override; other flags are ignored."""
     overrides, names, left = [], [], iter(words)
     for word in left:
         flag, _, value = word.partition("=")
@@ -88,22 +89,22 @@ def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def recipe_lines() -> dict[str, str]:
-    """Every recipe with the first comment line of its file."""
+    """Return every recipe, with the first comment line of its file."""
     return {name: option_line(ROOT / "conf" / "conf" / f"{name}.yaml") for name in options("conf")}
 
 
 def options(group: str) -> list[str]:
-    """Names of the files of a Hydra group."""
+    """Return the names of the files of a Hydra group."""
     return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
 
 
 def option_groups() -> list[str]:
-    """Folders of conf/ with options, except the folder of recipes."""
+    """Return the folders of conf/ that contain options, except the folder of recipes."""
     return sorted(path.name for path in (ROOT / "conf").iterdir() if path.name != "conf" and any(path.glob("*.yaml")))
 
 
 def option_line(path: Path) -> str:
-    """The first comment line of an option's file that is not a directive; empty if there is none."""
+    """Return the first comment line of an option's file that is not a directive; empty if there is none."""
     comments = (line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
     return next((line for line in comments if not line.startswith(("@package", "yaml-language-server"))), "")
 
@@ -119,14 +120,14 @@ def _sections() -> tuple[str, Iterable[tuple[str, str]]]:
 
 
 TOP_KEYS = "keys"
-"""The word that asks for the list of sections and for the keys at the top."""
+"""The argument that asks for the list of sections and for the top-level keys."""
 WORD_LISTS = {
     "modes": _modes,
     "recipes": lambda: ("Recipes (conf=)", recipe_lines().items()),
     "groups": lambda: ("Groups (GROUP=OPTION)", [(group, ", ".join(options(group))) for group in option_groups()]),
     TOP_KEYS: _sections,
 }
-"""Functions for the title and the rows of a list, by the word that asks for it."""
+"""For each argument that asks for a list: a function that returns the title and the rows of this list."""
 
 
 def _two_columns(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -140,7 +141,8 @@ def _two_columns(console: Console, title: str, rows: Iterable[tuple[str, str]]) 
 
 
 def _section(name: str, values: DictConfig, expert: bool, width: int) -> Iterator[RenderableType]:
-    """The help screen of a section, a part of a section, or a key. expert: show the expert keys of a section."""
+    """Yield the help screen of a section, of a part of a section, or of a key. expert: whether to show the expert keys
+    of a section."""
     everything = groups()
     for group in everything:
         if name == group.name:
@@ -166,7 +168,8 @@ def _section(name: str, values: DictConfig, expert: bool, width: int) -> Iterato
 
 
 def _screen(group: KeyGroup, values: DictConfig, width: int, more: str = "") -> Iterator[RenderableType]:
-    """A title, the notes of the subsections, the keys, and how to see more; nothing for a group without keys."""
+    """Yield a title, the notes of the subsections, the keys, and a hint how to see more. Yields nothing for a group
+    without keys."""
     if not group.keys and not more:
         return
     yield f"\n[bold]{escape(group.name or 'Keys at the top')}[/]  {escape(group.meaning)}"
@@ -196,7 +199,7 @@ def _list(group: KeyGroup, values: DictConfig) -> Iterator[RenderableType]:
 
 
 def takes(key: Key) -> str:
-    """The accepted values of a key as text: its choices, else its type."""
+    """Return the accepted values of a key as text: its choices, or its type if there are none."""
     words = " | ".join(key.choices) if key.choices else key.type
     words = f"list of {words}" if key.choices and key.type.startswith("list") else words
     return f"({words}{' or null' if key.nullable else ''})"

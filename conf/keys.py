@@ -1,6 +1,6 @@
-"""Every key of the schema with its type, choices and meaning, read from conf/schema.py itself.
+"""Lists every key of the schema with its type, choices and meaning. The source is the text of conf/schema.py.
 
-`sluice --help`, the page train/docs/keys.md and the editors' JSON schema are generated from this.
+`sluice --help`, the page train/docs/keys.md and the JSON schema for editors are generated from this list.
 """
 
 import ast
@@ -23,37 +23,39 @@ from conf.schema import Config
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "word or list of whole numbers"}
 """Names of the types for the user."""
 ITEM, NAME = "[]", "NAME"
-"""In a path: any entry of a list, and any name in a mapping."""
+"""Placeholders in a path: ITEM for any entry of a list, NAME for any name in a mapping."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One setting. path: as on a command line, `optim.lr`; `optim.lr_schedule[].until` is a key of a list entry."""
+    """One setting. path: as on a command line, such as `optim.lr`. `optim.lr_schedule[].until` is a key of a list's
+    entries."""
 
     path: str
     type: str
     """The type as text."""
     choices: tuple[str, ...]
-    """All accepted words; empty if the key accepts every value of its type."""
+    """All accepted words; empty if the key accepts any value of its type."""
     nullable: bool
     meaning: str
-    """One line, with the unit."""
+    """The meaning in one line, with the unit."""
     expert: bool = False
     """Whether it is an expert key, which is rarely used."""
 
 
 @dataclass(frozen=True)
 class KeyGroup:
-    """A section of the configuration, or a section in a section. name: its path, empty for the keys at the top."""
+    """A section or subsection of the configuration. name: its path; empty for the top-level keys."""
 
     name: str
     meaning: str
     keys: tuple[Key, ...]
     notes: tuple[tuple[str, str], ...] = ()
-    """Paths of its subsections, each with a note for all keys of the subsection."""
+    """Paths of the subsections. Each path has a note that concerns all keys of the subsection."""
 
     def part(self, expert: bool) -> "KeyGroup":
-        """The group with only its expert keys, or only the other keys, and with the notes on their subsections."""
+        """Return the group with either only its expert keys or only its other keys. Notes are included for the
+        subsections of these keys."""
         keys = tuple(key for key in self.keys if key.expert is expert)
         notes = tuple((path, note) for path, note in self.notes if any(key.path.startswith(path) for key in keys))
         return replace(self, keys=keys, notes=notes)
@@ -61,29 +63,30 @@ class KeyGroup:
 
 @dataclass(frozen=True)
 class SchemaField:
-    """A field of a section, as everything generated from the schema uses it."""
+    """A field of a section, for all texts that are generated from the schema."""
 
     name: str
     kind: Any
     """The type without `| None`."""
     nullable: bool
     section: type | None
-    """The section in its type, if there is one."""
+    """The section that the type contains, if there is one."""
     mark: str
-    """Placeholder for an entry of a list or mapping of sections in a path; empty for a section itself."""
+    """Placeholder for an entry of a list or mapping of sections, as it is written in a path; empty if the field is a
+    single section."""
     meaning: str
     expert: bool
     default: Any
 
     @property
     def is_key(self) -> bool:
-        """Whether the field has a value of its own, and is not a section."""
+        """Whether the field has a value of its own, which means that it is not a section."""
         return self.section is None or bool(self.mark)
 
 
 @cache
 def fields_of(cls: type) -> dict[str, SchemaField]:
-    """Every field of a section by name, in the order of the schema."""
+    """Return every field of a section by name, in the order of the schema."""
     hints, meanings, found = typing.get_type_hints(cls), attribute_meanings(cls), {}
     usual = cls()
     for item in dataclasses.fields(cls):
@@ -98,8 +101,8 @@ def fields_of(cls: type) -> dict[str, SchemaField]:
 
 @cache
 def groups() -> tuple[KeyGroup, ...]:
-    """All sections in the order of the schema; the keys at the top come first."""
-    top = tuple(key for key in _keys(Config, "") if "." not in key.path)  # other keys belong to their sections
+    """Return all sections in the order of the schema. The top-level keys come first."""
+    top = tuple(key for key in _keys(Config, "") if "." not in key.path)  # the other keys belong to their sections
     found = [KeyGroup("", "The run as a whole.", top)]
     for name, item in fields_of(Config).items():
         if (cls := item.section) is not None and not item.is_key:
@@ -109,7 +112,7 @@ def groups() -> tuple[KeyGroup, ...]:
 
 
 def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
-    """The keys of a section and its subsections. expert: whether the whole section is for experts."""
+    """Yield the keys of a section and its subsections. expert: whether all keys of the section are expert keys."""
     for item in fields_of(cls).values():
         path, rare = prefix + item.name, expert or item.expert
         if item.is_key:
@@ -119,7 +122,8 @@ def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
 
 
 def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, str]]:
-    """Notes on subsections: the field's docstring, and at the first use of a class the docstring of the class."""
+    """Yield notes on subsections. A note is the field's docstring. Where a class occurs for the first time, the
+    docstring of the class is a note too."""
     for item in fields_of(cls).values():
         if (inner := item.section) is None:
             continue
@@ -133,8 +137,8 @@ def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, 
 
 
 def inner_section(found: Any) -> tuple[type | None, str]:
-    """The section in a type, and its placeholder in a path: an entry of a list or mapping, or empty for a section
-    itself."""
+    """Return the section that a type contains, and its placeholder in a path. The placeholder is empty unless the type
+    is a list or a mapping."""
     inner = next(iter(typing.get_args(found)[-1:]), found)
     if not dataclasses.is_dataclass(inner):
         return None, ""
@@ -142,7 +146,7 @@ def inner_section(found: Any) -> tuple[type | None, str]:
 
 
 def plain(found: Any) -> tuple[Any, bool]:
-    """A type without `| None`, and whether it had `| None`."""
+    """Return a type without `| None`, and whether it had `| None`."""
     if isinstance(found, types.UnionType):
         (inner,) = (each for each in typing.get_args(found) if each is not type(None))
         return inner, True
@@ -163,7 +167,7 @@ def type_words(found: Any) -> str:
 
 
 def choices_of(found: Any) -> tuple[str, ...]:
-    """All words of an enumeration, or of a list of its members; empty for other types."""
+    """Return all words of an enumeration, or of a list of its members; empty for other types."""
     inner = typing.get_args(found)[0] if typing.get_origin(found) is list else found
     return tuple(inner.__members__) if isinstance(inner, type) and issubclass(inner, enum.Enum) else ()
 
@@ -181,12 +185,12 @@ def dotted_keys() -> list[str]:
 
 
 def kinds(section: type) -> dict[str, Any]:
-    """The type of every field of a section; int for `int | None`."""
+    """Return the type of every field of a section; int for `int | None`."""
     return {name: item.kind for name, item in fields_of(section).items()}
 
 
 def type_of(key: str) -> Any:
-    """The type of a key, None if the schema does not have the key. Names in mappings are free."""
+    """Return the type of a key; None if the schema does not have the key. Names in mappings may be any text."""
     kind: Any = Config
     for name in key.split("."):
         if typing.get_origin(kind) is dict:
@@ -206,13 +210,13 @@ def is_nullable(key: str) -> bool:
 
 
 def docstring(cls: type) -> str:
-    """The docstring of a section, in one line."""
+    """Return the docstring of a section in one line."""
     return " ".join((inspect.getdoc(cls) or "").split())
 
 
 @cache
 def attribute_meanings(cls: type) -> dict[str, str]:
-    """The docstring under each field of a section, or member of an enumeration, in one line."""
+    """Return the docstring after each field of a section, or after each member of an enumeration, in one line."""
     (node,) = (each for each in _tree().body if isinstance(each, ast.ClassDef) and each.name == cls.__name__)
     found = {}
     for before, after in zip(node.body, node.body[1:], strict=False):
@@ -231,7 +235,8 @@ def _tree() -> ast.Module:
 
 
 def value_words(path: str, values: DictConfig) -> str:
-    """The value of a key in a composed configuration, as YAML; the default for a key of a list entry."""
+    """Return the value of a key in a composed configuration, as YAML. For a key of a list's entries, return its
+    default."""
     place: Any = values
     for part in path.split("."):
         place = None if ITEM in part or part == NAME else place._get_node(part) if place is not None else None
@@ -242,7 +247,7 @@ def value_words(path: str, values: DictConfig) -> str:
 
 
 def _default_words(path: str) -> str:
-    """The schema's default, for sections that a configuration does not have."""
+    """Return the schema's default as text, for sections that a configuration does not have."""
     cls: Any = Config
     *sections, last = path.replace(ITEM, "").split(".")
     for name in sections:
@@ -251,7 +256,7 @@ def _default_words(path: str) -> str:
 
 
 def yaml_words(value: Any) -> str:
-    """A value as a user types it."""
+    """Return a value in the form in which a user types it."""
     if isinstance(value, enum.Enum):
         return value.name
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()

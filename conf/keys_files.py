@@ -1,4 +1,4 @@
-"""Generates the files from the schema: the page train/docs/keys.md, and conf/recipe.schema.json for editors.
+"""Generates two files from the schema: the page train/docs/keys.md, and conf/recipe.schema.json for editors.
 
 python -m conf.keys_files
 """
@@ -51,7 +51,7 @@ INTERPOLATION = {"type": "string", "pattern": r"\$\{"}
 
 
 def keys_page() -> str:
-    """The text of train/docs/keys.md."""
+    """Return the text of train/docs/keys.md."""
     values = compose_node()
     common, rare = (
         "".join(_section(group.part(expert), values, expert) for group in groups()) for expert in (False, True)
@@ -60,7 +60,7 @@ def keys_page() -> str:
 
 
 def _section(group: KeyGroup, values: Any, expert: bool) -> str:
-    """One table; empty for a group without keys. expert: whether the table belongs to the part with expert keys."""
+    """Return one table; empty for a group without keys. expert: whether the table contains the expert keys."""
     if not group.keys:
         return ""
     name = group.name or "At the top"
@@ -80,7 +80,7 @@ def _cell(text: str) -> str:
 
 
 def recipe_schema() -> str:
-    """The JSON schema of a recipe (conf/conf/NAME.yaml), for YAML support in editors. Each key has one line."""
+    """Return the JSON schema of a recipe (conf/conf/NAME.yaml), for YAML support in editors. Each key has one line."""
     sections = {Config.__name__: Config}
     _collect(Config, sections)
     bodies = ",\n".join(f' "{name}": {_object(cls)}' for name, cls in sections.items())
@@ -89,7 +89,7 @@ def recipe_schema() -> str:
 
 
 def _collect(cls: type, sections: dict[str, type]) -> None:
-    """Add all sections below a section, by name."""
+    """Add all sections below a section to `sections`, by name."""
     for item in fields_of(cls).values():
         if item.section is not None and item.section.__name__ not in sections:
             sections[item.section.__name__] = item.section
@@ -97,7 +97,7 @@ def _collect(cls: type, sections: dict[str, type]) -> None:
 
 
 def _object(cls: type) -> str:
-    """One section as JSON."""
+    """Return one section as JSON."""
     properties = {name: _property(item) for name, item in fields_of(cls).items()}
     if cls is Config:
         properties["defaults"] = {"type": "array", "description": "What the recipe starts from (Hydra)."}
@@ -127,7 +127,7 @@ def _value(found: Any) -> dict[str, Any]:
 
 
 def _json_value(default: Any) -> Any:
-    """A default of the schema as a JSON value: enumerations by name, entries as objects."""
+    """Return a default of the schema as a JSON value. Enumerations become names, and entries become objects."""
     plain = OmegaConf.to_container(OmegaConf.structured({"_": default}), enum_to_str=True)
     assert isinstance(plain, dict)
     return plain["_"]

@@ -1,7 +1,8 @@
 """Composes a checked Config from a command line, with plain Hydra.
 
-Folders in conf/ are Hydra groups: conf/ has the recipes, then model/, data/ and so on. No other folder is searched,
-because each folder there would be a group. A folder of runs would then hide the key `runs`.
+The folders in conf/ are Hydra groups: conf/ contains the recipes; model/, data/ and others contain options. Hydra
+searches no other folder, because each subfolder of it would become a group. For example, a folder of runs would hide
+the key `runs`.
 """
 
 import contextlib
@@ -47,11 +48,12 @@ from conf.words import say_folded, say_note
 from conf.yaml_file import UNREADABLE, escaped, read_yaml, yaml_error
 
 SPREADS = (Mode.train, Mode.plan, Mode.dry_run)
-"""Modes in which the layout belongs to this job, so the user sees a line about chosen values."""
+"""Modes whose layout is the layout of this job. In these modes the user gets a line about each value that was
+chosen."""
 PLANNED = "h800"
-"""The hardware of mode=plan if a user gives none."""
+"""The hardware of mode=plan if the user names none."""
 COMPOSING = threading.Lock()
-"""Hydra has global state, which each composition replaces and restores. So only one thread composes at a time."""
+"""Only one thread may compose at a time, because each composition replaces and restores Hydra's global state."""
 
 
 @dataclass
@@ -73,7 +75,7 @@ class _Primary(Config):
             {"conf": "tiny"},
         ]
     )
-    """The recipe comes after the default groups, so it overrides them, and before groups that a user types, see
+    """The recipe follows the default groups, so it overrides them. It precedes the groups that a user types, see
     `_following`."""
     hydra: Any = field(
         default_factory=lambda: {
@@ -86,9 +88,9 @@ class _Primary(Config):
 
 
 def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Config:
-    """Typed and checked configuration from a node of the schema; raises UserError. said: receives a sentence about each
-    chosen value."""
-    if _takes_over(node):  # OmegaConf checks the type of a referenced value only for single values
+    """Convert a node of the schema to a typed and checked configuration. Raises UserError. said: called with a sentence
+    about each value that was chosen."""
+    if _takes_over(node):  # if a referenced value is a list or a mapping, OmegaConf does not check its type
         whole = OmegaConf.masked_copy(node, [key for key in node if key != "hydra"])
         node = cast(DictConfig, OmegaConf.merge(_schema(), escaped(OmegaConf.to_container(whole, resolve=True))))
     config = Config()
@@ -105,20 +107,20 @@ def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Co
 
 
 def _takes_over(node: DictConfig) -> bool:
-    """Whether a setting refers to another setting, as `${KEY}`. The cache's default, which reads the environment, does
-    not count."""
+    """Whether a setting refers to another setting, as `${KEY}`. The cache's default is ignored; it reads the
+    environment."""
     keys, place = [str(key) for key in node if key != "hydra"], Config().data.cache
     return any(OmegaConf.is_interpolation(node, key) or "${" in str(node[key]).replace(place, "") for key in keys)
 
 
 @cache
 def _schema() -> DictConfig:
-    """The schema with its defaults, for OmegaConf, which copies it before merging."""
+    """Return the schema with its defaults for OmegaConf, which copies it before it merges."""
     return OmegaConf.structured(Config)
 
 
 def _choose(config: Config) -> Iterator[str]:
-    """Fill the values that the recipe leaves open, with a sentence about each. No later code changes a
+    """Fill the values that the recipe leaves open; yield a sentence about each. No later code changes a
     configuration."""
     if config.optim.name is None:
         config.optim.name, why = _choose_optimizer(config)
@@ -149,9 +151,9 @@ def _choose(config: Config) -> Iterator[str]:
 
 
 def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
-    """The optimizer, and the reason if it is not the usual choice.
+    """Return the optimizer, and a reason if it is not the usual choice.
 
-    An existing run keeps its optimizer; a new run takes the optimizer of its initial weights.
+    An existing run does not change its optimizer. A new run takes the optimizer of its initial weights.
     """
     own = Path(config.runs, config.name, "config.yaml")
     if config.adapter.on:
@@ -160,7 +162,7 @@ def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
         found = _setting_of(own, "optim.name")
         return OptimizerName[found if found in OPTIMIZERS else ADAMW], ""
     known = None
-    with contextlib.suppress(UserError):  # an unreadable folder is reported elsewhere
+    with contextlib.suppress(UserError):  # other code reports an unreadable folder
         known = pretrained_with(read_json(Path(config.init_from).expanduser() / "config.json", "init_from", ""))
     if known is None:
         return OptimizerName[ADAMW], ""
@@ -168,9 +170,10 @@ def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
 
 
 def _choose_hold_out(config: Config) -> HoldOutBy:
-    """The hold-out rule of the existing run, else of the run whose weights or state this run starts from.
+    """Return the hold-out rule of the existing run; for a new run, the rule of the run whose weights or state it starts
+    from.
 
-    So documents that were learnt stay out of the held-out data.
+    With the same rule, documents that were trained on are not held out.
     """
     folders = [Path(config.runs, config.name)]
     for given in (config.resume, config.init_from):
@@ -188,20 +191,21 @@ def _setting_of(run: Path, key: str) -> Any:
 
 
 def read_config(path: str) -> Config:
-    """The configuration in a run folder, as the driver wrote it. The file holds plain values; a file that calls a
-    function is refused."""
+    """Return the configuration in a run folder, which the driver wrote. The file contains plain values. If it calls a
+    function, UserError is raised."""
     node = OmegaConf.merge(_schema(), read_yaml(Path(path)))
     assert isinstance(node, DictConfig)
     return to_config(node)
 
 
 def write_config(config: Config, path: str) -> None:
-    """Write every value, resolved, so a rank needs no Hydra. A concurrent reader sees the old file or the new file."""
+    """Write every value, resolved, so that a rank needs no Hydra. A concurrent reader sees the old file or the new
+    file."""
     atomic_write_text(Path(path), OmegaConf.to_yaml(OmegaConf.create(escaped(asdict(config)))))
 
 
 def compose(*overrides: str) -> Config:
-    """The checked configuration for these words of a command line. Raises UserError for invalid words or
+    """Return the checked configuration for these command-line arguments. Raises UserError for invalid arguments or
     combinations."""
     overrides = tuple(map(_reworded, overrides))
     with explained(overrides):
@@ -209,7 +213,7 @@ def compose(*overrides: str) -> Config:
 
 
 def compose_node(*overrides: str) -> DictConfig:
-    """The settings before interpolation and checks, with Hydra's own settings."""
+    """Return the settings, together with Hydra's settings, before interpolation and checks."""
     with COMPOSING, hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name="train"):
         register()
         node = hydra.compose("train", [_reworded(word) for word in overrides], return_hydra_config=True)
@@ -220,7 +224,8 @@ def compose_node(*overrides: str) -> DictConfig:
 
 @contextmanager
 def explained(words: Sequence[str]) -> Iterator[None]:
-    """Convert errors of Hydra and OmegaConf in this block to UserError. words: of the command line that is composed."""
+    """Convert errors of Hydra and OmegaConf in this block to UserError. words: arguments of the composed command
+    line."""
     check_words(words)
     try:
         yield
@@ -231,10 +236,10 @@ def explained(words: Sequence[str]) -> Iterator[None]:
 
 
 def _reworded(word: str) -> str:
-    """The word in the form that Hydra needs.
+    """Return the argument in the form that Hydra needs.
 
-    `name=[a,b]`, several runs for mode=report, becomes text, because Hydra would read a list. `optim=muon` becomes
-    optim.name=muon: the options of group optim are schedules for any optimizer.
+    `name=[a,b]`, which names several runs for mode=report, becomes text, because Hydra would read a list. `optim=muon`
+    becomes optim.name=muon, because the options of group optim are schedules for any optimizer.
     """
     key, _, value = word.partition("=")
     if key == "conf" and "/" not in value:
@@ -245,7 +250,8 @@ def _reworded(word: str) -> str:
 
 
 def _following(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
-    """Wrap Hydra's composition so that typed groups override the recipe, also for the jobs of a sweep and for --cfg."""
+    """Wrap Hydra's composition so that groups that a user types override the recipe. This includes the jobs of a sweep
+    and --cfg."""
 
     @wraps(load)
     def load_typed(
@@ -264,14 +270,14 @@ def _following(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
 
 
 def _empty_beside_typed(node: DictConfig, words: Sequence[str]) -> None:
-    """Clear keys of the recipe that would disable a typed key, as `epochs` disables `steps`. UserError if both are
-    typed."""
+    """Clear keys of the recipe that would disable a typed key, as `epochs` disables `steps`. Raises UserError if the
+    user typed both keys."""
     settings = {
         key: value for key, _, value in (word.lstrip("+").partition("=") for word in words)
-    }  # the last setting of a key counts
+    }  # the last setting of a key is used
     given = [key for key, value in settings.items() if value.lower() not in ("", "null", "[]")]
-    # Keys inside a dictionary such as data.source count as typed for it. `data` is a group: keys inside it do not type
-    # the group.
+    # A typed key inside a dictionary, such as data.source, counts as typing the dictionary. `data` is a group, and a
+    # typed key inside it does not count as typing the group.
     inside = [key for key in given if "." in key]
     typed = [
         name
@@ -287,10 +293,10 @@ def _empty_beside_typed(node: DictConfig, words: Sequence[str]) -> None:
 
 
 class RecipeFiles(FileConfigSource):
-    """Hydra's reader of recipe and group files, which drops the keys of earlier versions."""
+    """Hydra's reader of recipe and group files, which also drops the keys of earlier versions."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Raises UserError for a removed key whose value is not its last default."""
+        """Read a file. Raises UserError for a removed key whose value is not its last default."""
         found = super().load_config(config_path)
         package = found.header["package"] or config_path.rpartition("/")[0].replace("/", ".")
         plain = OmegaConf.to_container(found.config)
@@ -303,8 +309,8 @@ class RecipeFiles(FileConfigSource):
 
 @cache
 def register() -> None:
-    """Register the schema with Hydra, once per process, and `${is_set:${KEY}}` for recipes: whether a key is not
-    null."""
+    """Register the schema with Hydra once per process. Also register `${is_set:${KEY}}` for recipes, which says whether
+    a key is not null."""
     OmegaConf.register_new_resolver("is_set", lambda value: value is not None, replace=True)
     schema = OmegaConf.structured(_Primary)
     for key in (*OWN_CODE, "data.template_keys"):
@@ -312,20 +318,21 @@ def register() -> None:
         place = OmegaConf.select(schema, section) if section else schema
         OmegaConf.set_struct(
             place._get_node(name), False
-        )  # the keys of user code and of a template are not keys of the schema
+        )  # keys of user code and of a template are not keys of the schema
     ConfigStore.instance().store(name="train", node=schema)
-    Plugins.instance()  # Plugins would otherwise register its own reader later
+    Plugins.instance()  # otherwise Plugins would register its own reader later
     SourcesRegistry.instance().types["file"] = RecipeFiles
     ConfigLoaderImpl.load_configuration = _following(ConfigLoaderImpl.load_configuration)
 
 
 def run(job: Callable[[list[Config]], int]) -> int:
-    """Compose the configuration from sys.argv, or with -m every combination; returns the exit code of job.
+    """Compose the configuration from sys.argv, or with -m every combination. Returns the exit code of job.
 
-    All configurations are checked before job is called, so an error in the last job of a sweep shows at once.
+    All configurations are checked before job is called, so an error in the last job of a sweep is shown at once.
     """
     words = sys.argv[1:] = [_reworded(word) for word in sys.argv[1:]]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so all errors have the same form
+    # Hydra then raises errors instead of printing them, so all errors have the same form.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         settings = settings_in(words)  # Hydra accepts no flags between settings
         sys.argv[1:] = [*(word for word in words if word not in settings), *settings]
@@ -354,14 +361,15 @@ def run(job: Callable[[list[Config]], int]) -> int:
 
 
 def _composed(words: Sequence[str]) -> DictConfig:
-    """The settings of one run, for words that are only settings. Hydra's own command would compose them twice."""
+    """Return the settings of one run, for arguments that are only settings. Hydra's own command would compose them
+    twice."""
     node = compose_node(*words)
     return over_run_settings(node, list(words), list(node.hydra.runtime.choices))
 
 
 def _composed_by_hydra() -> list[DictConfig]:
-    """The settings of every job of the command in sys.argv; empty if the command asks Hydra for output, which Hydra
-    prints."""
+    """Return the settings of every job of the command in sys.argv. If the command asks Hydra for output, Hydra prints
+    it, and the result is empty."""
     register()
     nodes: list[DictConfig] = []
 
@@ -375,20 +383,20 @@ def _composed_by_hydra() -> list[DictConfig]:
             node.name = f"{node.name}/{hydra_config.job.num}"
         nodes.append(over_run_settings(node, hydra_config.overrides.task, list(hydra_config.runtime.choices)))
 
-    with tempfile.TemporaryDirectory() as scratch:  # for Hydra's own files of a sweep
+    with tempfile.TemporaryDirectory() as scratch:  # Hydra writes its own files of a sweep there
         OmegaConf.register_new_resolver("scratch", lambda: scratch, replace=True)
         collect()
     return nodes
 
 
 def _say(choice: str) -> None:
-    """Print a note, on only one of the ranks that torchrun starts."""
+    """Print a note on only one of the ranks that torchrun starts."""
     if os.environ.get("RANK", "0") == "0":
         say_note(choice)
 
 
 def reported(main: Callable[..., int]) -> Callable[..., int]:
-    """A command's main function that prints a UserError and returns its exit code."""
+    """Wrap a command's main function: it prints a UserError and returns the error's exit code."""
 
     @wraps(main)
     def run_main(*arguments: Any) -> int:
@@ -401,6 +409,6 @@ def reported(main: Callable[..., int]) -> Callable[..., int]:
 
 
 def report(error: UserError) -> int:
-    """Print the error on one screen; returns its exit code."""
+    """Print the error on one screen. Returns its exit code."""
     say_folded(f"error: {error}", 8, sys.stderr)
     return error.code

@@ -1,9 +1,9 @@
 """Splits the sequences of a step into micro-batches: the automatic size, and the rules.
 
 Every data-parallel rank has a share of the batch, and cuts it into micro-batches of one size. A share is batch_size /
-dp. With parallel.uneven, the ranks of one expert group may each have one micro-batch more than the ranks of another.
-Ranks of an expert group work in lockstep; with parallel.cp, so do all ranks that expert groups and shared sequences
-connect.
+dp sequences. With parallel.uneven, the ranks of one expert group may each have one micro-batch more than the ranks of
+another expert group. Ranks of an expert group work in lockstep. With parallel.cp, all ranks that are connected by
+expert groups or shared sequences work in lockstep.
 """
 
 import math
@@ -12,22 +12,22 @@ from conf.errors import UserError
 from conf.schema import Config, Parallel
 
 MICRO_BATCH_TOKENS = 4096
-"""Maximum tokens per forward pass of one rank, for an automatic size."""
+"""Maximum tokens in one forward pass of a rank if the size is chosen automatically."""
 
 
 def batch_sizes(config: Config) -> list[int]:
-    """All possible numbers of sequences per step: the steps of the ramp, and the full batch."""
+    """Return all possible numbers of sequences per step: the steps of the ramp, and the full batch."""
     start, step = config.optim.batch_ramp_start or config.batch_size, config.optim.batch_ramp_increment
     return [*range(start, config.batch_size, step), config.batch_size]
 
 
 def in_lockstep(parallel: Parallel) -> int:
-    """Number of data-parallel ranks that run their micro-batches together."""
+    """Return the number of data-parallel ranks that run their micro-batches in lockstep."""
     return parallel.ep // math.gcd(parallel.ep, parallel.cp)
 
 
 def share_of(config: Config, batch: int, dp_rank: int) -> tuple[int, int]:
-    """First sequence and number of sequences of a data-parallel rank, in a step of `batch` sequences."""
+    """Return the first sequence and the number of sequences of a data-parallel rank, in a step of `batch` sequences."""
     size, together = config.micro_batch_size, in_lockstep(config.parallel)
     group, index = divmod(dp_rank, together)
     each, more = divmod(batch // (size * together), config.parallel.dp // together)
@@ -37,12 +37,14 @@ def share_of(config: Config, batch: int, dp_rank: int) -> tuple[int, int]:
 
 
 def most_micro_batches(config: Config) -> int:
-    """Maximum micro-batches of a rank in a step with the full batch; rank 0 has the largest share."""
+    """Return the maximum number of micro-batches of a rank in a step with the full batch. Rank 0 has the largest
+    share."""
     return share_of(config, config.batch_size, 0)[1] // config.micro_batch_size
 
 
 def micro_batch_counts(config: Config) -> set[int]:
-    """The numbers of micro-batches of a rank in a step, over the whole ramp, for the largest and the smallest share."""
+    """Return the numbers of micro-batches that a rank may have in a step. They include all steps of the ramp, and the
+    largest and the smallest share."""
     ranks = 0, config.parallel.dp - 1
     return {
         share_of(config, batch, rank)[1] // config.micro_batch_size for batch in batch_sizes(config) for rank in ranks
@@ -50,14 +52,14 @@ def micro_batch_counts(config: Config) -> set[int]:
 
 
 def batch_unit(config: Config) -> int:
-    """Number of sequences that every batch must be a multiple of."""
+    """Return the number of sequences of which every batch must be a multiple."""
     return config.micro_batch_size * (in_lockstep(config.parallel) if config.parallel.uneven else config.parallel.dp)
 
 
 def choose_micro_batch_size(config: Config) -> int:
-    """The largest valid micro-batch size; 1 if no size is valid.
+    """Return the largest valid micro-batch size; 1 if no size is valid.
 
-    A valid size divides a rank's share of every batch, respects MICRO_BATCH_TOKENS, and gives the schedule enough
+    A valid size divides a rank's share of every batch, stays within MICRO_BATCH_TOKENS, and gives the schedule enough
     micro-batches.
     """
     batches, parallel = batch_sizes(config), config.parallel
@@ -71,9 +73,10 @@ def choose_micro_batch_size(config: Config) -> int:
 
 
 def check_batch(config: Config) -> None:
-    """Raise UserError unless every data-parallel rank has the same whole number of micro-batches.
+    """Raise UserError unless every data-parallel rank has the same integer number of micro-batches.
 
-    With parallel.uneven only the ranks of one expert group must have equal numbers. The cure is the smallest change.
+    With parallel.uneven, only the ranks of one expert group must have equal numbers. The proposed fix is the smallest
+    change.
     """
     batch, size, dp = config.batch_size, config.micro_batch_size, config.parallel.dp
     if batch % (size * dp) == 0:
@@ -116,6 +119,6 @@ def _check_uneven(config: Config) -> None:
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors of a number, ascending."""
+    """Return all divisors of a number in ascending order."""
     small = [each for each in range(1, math.isqrt(number) + 1) if number % each == 0]
     return sorted({*small, *(number // each for each in small)})

@@ -1,8 +1,8 @@
-"""The optimizers: the state of each per weight, and its memory and traffic. Imports no torch.
+"""The optimizers: the state that each stores per weight, its memory and its memory traffic. Imports no torch.
 
-Code asks an optimizer's entry here for its properties and never compares its name or the names of its state. A new
-optimizer needs an entry in three tables: here, in train/optim/optimizer_classes.py (the code of the update), and in
-train/prove/updates.py (its reference for mode=prove).
+Other code reads an optimizer's properties from its entry in this table. It never compares the optimizer's name or the
+names of its state. A new optimizer needs an entry in three tables: here, in train/optim/optimizer_classes.py (the code
+of the update), and in train/prove/updates.py (its reference for mode=prove).
 """
 
 import re
@@ -11,29 +11,30 @@ from typing import Any
 
 TABLE = re.compile(r"^(embedding|head)\.|\.(router|indexer)\.")
 ADAMW, MUON = "adamw", "muon"
-"""ADAMW is also the optimizer of a checkpoint that does not name its optimizer."""
+"""Names of optimizers. ADAMW is also the optimizer of a checkpoint that does not name its optimizer."""
 
 UPDATE_BYTES = 16
-"""Bytes per element of an update: weight and gradient are read, the weight is written, and read again for rounding."""
+"""Bytes of memory traffic per element in an update: weight and gradient are read, the weight is written, and it is read
+again for rounding."""
 
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """State of some weights besides their fp32 masters, and whether they decay."""
+    """The state of some weights in addition to their fp32 masters, and whether these weights decay."""
 
     name: str
-    """Name of their parameter group."""
+    """Name of the weights' parameter group."""
     state: tuple[str, ...]
-    """State tensors with the shape of the weight, in dtype precision.moments. A checkpoint stores each as
-    STATE.WEIGHT."""
+    """State tensors, which have the shape of the weight and the dtype of precision.moments. A checkpoint stores each
+    one as STATE.WEIGHT."""
     decays: bool = True
     formula: str = ADAMW
-    """Name of the update formula, which mode=prove checks."""
+    """Name of the update formula. mode=prove checks this formula."""
     is_whole: bool = False
-    """Whether an update needs whole matrices, and not only single elements."""
+    """Whether an update needs complete matrices, and not only single elements."""
 
     def count_state_bytes(self, moment_bytes: int) -> int:
-        """Bytes of state per weight element. moment_bytes: of one element of a state tensor."""
+        """Return the bytes of state per weight element. moment_bytes: bytes of one element of a state tensor."""
         return len(self.state) * moment_bytes
 
 
@@ -48,7 +49,7 @@ class OptimizerFacts:
     meanings: tuple[tuple[str, str], ...]
     """Name and meaning of each state tensor, for the user."""
     tables: UpdateRule | None = None
-    """Rule of embedding, head, routers and indexers. None: the rule of matrices."""
+    """Rule of embedding, head, routers and indexers. None: these weights have the rule of matrices."""
 
     @property
     def rules(self) -> tuple[UpdateRule, ...]:
@@ -56,18 +57,18 @@ class OptimizerFacts:
         return tuple(rule for rule in (self.matrices, self.tables, self.vectors) if rule is not None)
 
     def choose_rule(self, weight: str, dims: int) -> UpdateRule:
-        """The rule of a weight by its global name and number of dimensions."""
+        """Return the rule of a weight. weight: its global name. dims: its number of dimensions."""
         if dims < 2:
             return self.vectors
         return self.tables if self.tables is not None and TABLE.search(weight) else self.matrices
 
     def count_state_bytes(self, moment_bytes: int) -> int:
-        """Maximum bytes of state per weight element, over all rules."""
+        """Return the maximum bytes of state per weight element over all rules."""
         return max(rule.count_state_bytes(moment_bytes) for rule in self.rules)
 
     def count_update_bytes(self, moment_bytes: int, element: int) -> int:
-        """Upper bound of the bytes that an update reads and writes per weight element. element: bytes of the rounded
-        weight."""
+        """Return an upper bound of the bytes that an update reads and writes per weight element. element: bytes per
+        element of the rounded weight."""
         return UPDATE_BYTES + 2 * self.count_state_bytes(moment_bytes) + element
 
 
@@ -100,12 +101,13 @@ PRETRAINED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Moonlight", MUON, {"vocab_size": 163840, "hidden_size": 2048, "n_routed_experts": 64}),
     ("DeepSeek-V3", ADAMW, {"vocab_size": 129280, "hidden_size": 7168, "n_routed_experts": 256}),
 )
-"""Models with a published optimizer, and entries of their config.json. Tuning works best with the optimizer of the
-pretraining (Moonlight, arXiv 2502.16982, 3.5; Kimi K2, arXiv 2507.20534, 3.1)."""
+"""Models whose optimizer is published, each with entries that identify its config.json. Fine-tuning works best with the
+optimizer of the pretraining (Moonlight, arXiv 2502.16982, section 3.5; Kimi K2, arXiv 2507.20534, section 3.1)."""
 
 
 def pretrained_with(config_json: dict[str, Any]) -> tuple[str, str] | None:
-    """Names of the model with this config.json and of its optimizer; None for an unknown model."""
+    """Return the name of the model that has this config.json and the name of its optimizer; None for an unknown
+    model."""
     return next(
         ((model, name) for model, name, its in PRETRAINED if its.items() <= config_json.items()),
         None,
@@ -113,5 +115,5 @@ def pretrained_with(config_json: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def written_by(meta: dict[str, Any]) -> str:
-    """Name of the optimizer whose state a checkpoint holds. meta: of its manifest."""
+    """Return the name of the optimizer that wrote a checkpoint's state. meta: entry of the checkpoint's manifest."""
     return meta.get("config", {}).get("optim", {}).get("name") or ADAMW

@@ -1,8 +1,8 @@
 """User code, which a recipe names by its import path: `_target_: my_pkg.my_mod.Thing`, with arguments as further keys.
 
-All keys of OWN_CODE have this form. A class is called with the keys. A function gets them after the arguments that its
-caller passes. Modules are searched on Python's path, then in the folder of the command. Code is imported only when
-needed, so a mode that does not use it never runs it.
+All keys of OWN_CODE have this form. A class is called with the further keys as keyword arguments. A function gets them
+in addition to the arguments that its caller passes. Python searches modules on its path, then in the folder of the
+command. Code is imported only when it is needed, so a mode that does not use the code never runs it.
 """
 
 import difflib
@@ -24,23 +24,23 @@ from conf.schema import ROOT, Config, Mode
 
 TARGET = "_target_"
 CodeSection = Mapping[str, Any]
-"""A recipe's entry for user code: its target, and its keys."""
+"""A recipe's section for user code: its import path, and its arguments."""
 OWN_CODE = ("data.source", "data.template_function", "model.block", "model.router", "optim.extra_loss", "callbacks")
-"""The keys that accept code; the last key accepts a list."""
+"""The keys that accept user code. The last key accepts a list."""
 READ_FROM_RUNS: dict[str, tuple[Mode, ...]] = {
     "data.source": (Mode.evaluate,),
     "data.template_function": (Mode.evaluate, Mode.generate),
     "model.block": (Mode.evaluate,),
     "model.router": (Mode.evaluate, Mode.generate, Mode.score),
 }
-"""Modes that read an existing run, by key: these modes import the code named in the run's config.yaml, if the user
-allows it."""
+"""For each key: modes that read an existing run. These modes import the code that the run's config.yaml names, if the
+user allows it."""
 _FILES: dict[str, str] = {}
 """For each imported file, the key that named it."""
 
 
 def sections_of(config: Any) -> dict[str, CodeSection]:
-    """The code sections of a configuration, by key."""
+    """Return the code sections of a configuration, by key."""
     found: dict[str, CodeSection] = {}
     for key in OWN_CODE:
         value = attrgetter(key)(config)
@@ -50,12 +50,12 @@ def sections_of(config: Any) -> dict[str, CodeSection]:
 
 
 def targets_of(config: Config) -> dict[str, str]:
-    """Import paths by key."""
+    """Return the import paths in a configuration, by key."""
     return {key: section[TARGET] for key, section in sections_of(config).items()}
 
 
 def check_targets(config: Config) -> None:
-    """Raise UserError for a section without an import path. Imports nothing."""
+    """Raise UserError for a section without an import path. This function imports no user code."""
     for key, section in sections_of(config).items():
         target = section.get(TARGET)
         if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
@@ -64,23 +64,23 @@ def check_targets(config: Config) -> None:
 
 
 def is_findable(target: str, folder: str) -> bool:
-    """Whether the top-level package of an import path exists on this node. folder: the working directory of the
-    command."""
+    """Whether the top-level package of an import path exists on this node. folder: working directory of the command."""
     return importlib.machinery.PathFinder.find_spec(target.partition(".")[0], [*sys.path, folder]) is not None
 
 
 def import_target(key: str, section: CodeSection) -> Any:
-    """The class or function that the section names. Raises UserError if it does not exist or its import fails."""
+    """Return the class or function that the section names. Raises UserError if it does not exist or if its import
+    fails."""
     target: str = section[TARGET]
     module_name, _, name = target.rpartition(".")
     if (folder := os.getcwd()) not in sys.path:
-        sys.path.append(folder)  # last, so it cannot hide a package of Sluice
+        sys.path.append(folder)  # appended last, so that it cannot hide a package of Sluice
     with refused(key, target, "importing it"):
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if not f"{module_name}.".startswith(f"{error.name}."):
-                raise  # a package that the user's module imports
+                raise  # a package that the user's module imports is missing
             rule = f"there is no module {error.name}: searched in {_searched(folder)}"
             cure = "run the command in the module's folder, add that folder to PYTHONPATH, or install the module, on every node"
             raise UserError(f"{key}.{TARGET}", target, rule, cure) from error
@@ -99,7 +99,7 @@ def _searched(folder: str) -> str:
 
 
 def make(key: str, section: CodeSection) -> Any:
-    """An object of the named class, or the named function with its keys bound. Raises UserError."""
+    """Return an object of the named class, or the named function with its arguments bound. Raises UserError."""
     found = import_target(key, section)
     keys = {name: value for name, value in section.items() if name != TARGET}
     if not callable(found):
@@ -113,7 +113,8 @@ def make(key: str, section: CodeSection) -> Any:
 
 
 def subclass(key: str, section: CodeSection | None, base: type) -> Callable[..., Any]:
-    """The named class, which must be a subclass of `base`, with its keys bound; `base` itself without a section."""
+    """Return the named class with its arguments bound; it must be a subclass of `base`. Without a section, return
+    `base`."""
     if not section:
         return base
     found = import_target(key, section)
@@ -124,14 +125,14 @@ def subclass(key: str, section: CodeSection | None, base: type) -> Callable[...,
 
 
 def require_arguments(key: str, section: CodeSection, called: Any, count: int, what: str) -> None:
-    """UserError unless `called` accepts `count` arguments. what: these arguments as text."""
+    """Raise UserError unless `called` accepts `count` arguments. what: text that describes these arguments."""
     try:
         inspect.signature(called).bind(*[None] * count)
     except TypeError as error:
         rule = f"must take {what}: {error}{_defined(called)}"
         raise UserError(f"{key}.{TARGET}", section[TARGET], rule, "correct its arguments, or its keys here") from error
     except ValueError:
-        pass  # a builtin without a signature
+        pass  # a builtin function has no signature
 
 
 def _defined(called: Any) -> str:
@@ -142,7 +143,7 @@ def _defined(called: Any) -> str:
 
 @contextmanager
 def refused(key: str, target: str, doing: str) -> Iterator[None]:
-    """Convert an exception of user code before the start into a UserError with file and line."""
+    """Convert an exception of user code before the start of the run into a UserError with file and line."""
     try:
         yield
     except UserError:
@@ -162,8 +163,8 @@ def _raised_at(error: Exception) -> str:
 
 
 def named_by(frames: traceback.StackSummary) -> str | None:
-    """The place in user code where an error occurred, with the key that names the code; None if no user code was on the
-    stack."""
+    """Return the place in user code where an error occurred, with the key that names the code. Returns None if no user
+    code was on the stack."""
     frame = next((frame for frame in reversed(frames) if frame.filename in _FILES), None)
     return (
         frame

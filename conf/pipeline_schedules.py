@@ -1,7 +1,7 @@
 """The pipeline schedules: requirements on the layout, and costs. Imports no torch.
 
-Code asks a schedule's entry here for its properties and never compares its name. The table in
-parallel/pipeline/orders.py has the order of its actions. A new schedule needs an entry in both tables.
+Other code reads a schedule's properties from its entry in this table, and never compares its name. The table in
+parallel/pipeline/orders.py has the order of the schedule's actions. A new schedule needs an entry in both tables.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,15 +12,15 @@ from conf.errors import UserError
 
 @dataclass(frozen=True)
 class ActionSeconds:
-    """Seconds of the actions of one stage, if all stages are equal."""
+    """Seconds that each action of one stage takes, if all stages are equal."""
 
     forward: float
     inputs: float
     """Seconds of the backward of inputs, I."""
     weights: float
-    """Seconds of the backward of weights, W; a whole backward is B = I + W."""
+    """Seconds of the backward of weights, W. A complete backward is B = I + W."""
     pair: float
-    """Seconds of a forward and a backward that run together, FB."""
+    """Seconds of an overlapped forward and backward, FB."""
 
 
 @dataclass(frozen=True)
@@ -29,38 +29,38 @@ class ScheduleFacts:
 
     name: str
     idle_per_hop: Callable[[ActionSeconds], float]
-    """Idle seconds of a rank in one step, divided by pp - 1, for equal stages, free transfers and enough
-    micro-batches."""
+    """Returns the idle seconds of a rank in one step, divided by pp - 1. It assumes equal stages, transfers without
+    cost and enough micro-batches."""
     stages: int | None = 1
-    """Stages of every rank; None: parallel.virtual_stages."""
+    """Number of stages of every rank. None: parallel.virtual_stages."""
     folds: bool = False
-    """True: the stages form a V. Rank 0 then has the first and the last stage, with embedding and head, which are tied
-    there at no cost. False: rank r has the stages r, r + pp, r + 2 pp and so on."""
+    """True: the stages form a V. Then rank 0 has the first and the last stage, so weights that both stages use need no
+    communication. False: rank r has the stages r, r + pp, r + 2 pp and so on."""
     least: int = 0
     """Minimum number of micro-batches, divided by the number of pipeline ranks."""
     rounds: bool = False
-    """Micro-batches run in rounds of about pp."""
+    """Whether micro-batches run in rounds of about pp micro-batches."""
     splits: bool = False
-    """True: a backward is split into I and W. False: a rank begins after the forward of all stages before its first
-    stage, and ends before their backward."""
+    """True: a backward is split into I and W. False: a rank starts after the forward of all stages before its first
+    stage, and ends before the backward of these stages."""
     pairs: bool = False
-    """The forward of one micro-batch and the backward of another run together, if parallel.overlap is true."""
+    """Whether the forward of one micro-batch and the backward of another run together if parallel.overlap is true."""
     in_parts: str | None = None
-    """The schedule of the same order with several stages per rank."""
+    """Name of the schedule that has the same order with several stages per rank."""
 
     def rank_stages(self, virtual: int = 2) -> int:
-        """Stages per rank. virtual: parallel.virtual_stages."""
+        """Return the number of stages per rank. virtual: parallel.virtual_stages."""
         return virtual if self.stages is None else self.stages
 
     def place_stages(self, pp: int, virtual: int = 2) -> list[list[int]]:
-        """Stage numbers of every pipeline rank, ascending. virtual: as in `rank_stages`."""
+        """Return the stage numbers of every pipeline rank, in ascending order. virtual: as in `rank_stages`."""
         if self.folds:
             return [[r, 2 * pp - 1 - r] for r in range(pp)]
         return [[*range(r, pp * self.rank_stages(virtual), pp)] for r in range(pp)]
 
     def find_broken_rule(self, pp: int, micro_batches: int) -> str | None:
-        """The reason why a pipeline of pp ranks cannot run this number of micro-batches per step and data-parallel
-        rank; None if it can."""
+        """Return why a pipeline of pp ranks cannot run this number of micro-batches per step and data-parallel rank;
+        None if it can."""
         least, rounds = max(1, self.least * pp), max(1, micro_batches // pp)
         if micro_batches < least:
             return f"{self.name} needs at least {least} micro-batches to fill {pp} pipeline ranks"
@@ -69,35 +69,38 @@ class ScheduleFacts:
         return None
 
     def count_idle_seconds(self, pp: int, seconds: ActionSeconds) -> float:
-        """Idle seconds of a rank in one step, in closed form.
+        """Return the idle seconds of a rank in one step, by a closed formula.
 
-        parallel/pipeline/simulate.py counts them in torch's action lists, without the limits of the formula. Tests
-        compare both.
+        parallel/pipeline/simulate.py computes them from torch's action lists and does not have the limits of the
+        formula. Tests compare both results.
         """
         return (pp - 1) * self.idle_per_hop(seconds)
 
 
 def _forward_and_backward(seconds: ActionSeconds) -> float:
-    """With v stages per rank, a stage takes 1 / v of the time of a single stage, and so does the idle time."""
+    """Return the idle seconds per hop of a rank with one stage. With v stages per rank, a stage takes 1 / v of this
+    time, and so does the idle time."""
     return seconds.forward + seconds.inputs + seconds.weights
 
 
 def _inputs(seconds: ActionSeconds) -> float:
-    """For F <= I <= 2 W. Never 0, although the paper's title says zero bubble: there, ranks start a step before other
-    ranks end the previous step. Here the optimizer runs in between."""
+    """Return the idle seconds per hop for F <= I <= 2 W. They are never 0, although the title of the paper says zero
+    bubble. In the paper, ranks start a step before other ranks end the previous step. In Sluice, the optimizer runs
+    between two steps."""
     return seconds.inputs
 
 
 def _pair(seconds: ActionSeconds) -> float:
-    """For I <= F pp / (pp - 1), on the ranks before the last rank, which leaves one pair without overlap.
+    """Return the idle seconds per hop for I <= F pp / (pp - 1), on every rank except the last one. That rank leaves one
+    pair without overlap.
 
-    Equal to (PP/2 - 1)(FB + B - 3 W) of the paper's Table 2 if F = I.
+    If F = I, the result equals (PP/2 - 1)(FB + B - 3 W) of the paper's Table 2.
     """
     return seconds.pair + seconds.forward - 2 * seconds.weights
 
 
 PLAIN_SCHEDULE = "1f1b"
-"""The schedule of a pipeline with one stage, and the default of a recipe."""
+"""The schedule of a pipeline with one stage, and the default schedule of a recipe."""
 
 SCHEDULES: dict[str, ScheduleFacts] = {
     each.name: each
@@ -111,9 +114,9 @@ SCHEDULES: dict[str, ScheduleFacts] = {
 
 
 def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual: int = 2) -> None:
-    """Raise UserError if the schedule cannot run with these sizes. Pure; called before anything starts.
+    """Raise UserError if the schedule cannot run with these sizes. Call it before any rank starts.
 
-    micro_batches: micro-batches per step and data-parallel rank, batch_size / (micro_batch_size x dp).
+    micro_batches: number of micro-batches per step and data-parallel rank, batch_size / (micro_batch_size x dp).
     """
     schedule, plain = SCHEDULES[name], SCHEDULES[PLAIN_SCHEDULE]
     each = schedule.rank_stages(virtual)
@@ -123,7 +126,7 @@ def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual:
         if layers + 2 >= pp and each > 1 and not plain.find_broken_rule(pp, micro_batches):
             able += [f"parallel.schedule={PLAIN_SCHEDULE}" + " without parallel.virtual_stages" * (virtual != 2)]
         fewer = (layers + 2) // each
-        able += [f"parallel.pp <= {fewer}"] * (fewer > 1 or (fewer == 1 and not able))  # 1 would not be a pipeline
+        able += [f"parallel.pp <= {fewer}"] * (fewer > 1 or (fewer == 1 and not able))  # pp = 1 would not be a pipeline
         raise UserError(
             "parallel.pp",
             f"{pp} with {_given(name, virtual)}",
@@ -141,13 +144,12 @@ def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual:
 
 
 def _given(name: str, virtual: int) -> str:
-    """A schedule as on a command line."""
+    """Return a schedule in the form in which a user types it."""
     return f"parallel.schedule={name}" + (f" parallel.virtual_stages={virtual}" if virtual != 2 else "")
 
 
 def check_split(lengths: Sequence[int], name: str, pp: int, layers: int, virtual: int = 2) -> None:
-    """Raise UserError unless `lengths` is a valid number of layers for every stage. Pure; called before anything
-    starts."""
+    """Raise UserError unless `lengths` has a valid number of layers for every stage. Call it before any rank starts."""
     stages, given = pp * SCHEDULES[name].rank_stages(virtual), "[" + ",".join(map(str, lengths)) + "]"
     if len(lengths) != stages:
         raise UserError(

@@ -1,8 +1,8 @@
-"""Keys of earlier versions, as data: how to treat them in recipes, run folders and checkpoints.
+"""A table of keys of earlier versions: how to treat them in recipes, run folders and checkpoints.
 
-A removed key whose value is in force now is dropped silently. Another value asked for a removed feature, which is an
-error with a cure. Files that a run wrote (config.yaml, checkpoints) contain every key. There, a key that never changed
-results is dropped at any value.
+If a removed key has the value that this version always uses, it is dropped silently. Any other value asks for a removed
+feature, so it is an error with a fix. Files that a run wrote (config.yaml, checkpoints) contain every key. In these
+files, a key that never changed results is dropped whatever its value is.
 """
 
 from dataclasses import dataclass
@@ -16,17 +16,18 @@ class RemovedKey:
     """Properties of a key that is no longer in the schema."""
 
     default: Any
-    """The value in force now, which was the default of the last version with the key. `${KEY}`: the value of another
-    key."""
+    """The value that this version always uses, which was the default of the last version with the key. `${KEY}`: the
+    value of another key."""
     version: str
     """The first version without the key."""
     cure: str
-    """The cure for users who set another value."""
+    """The fix for users who set another value."""
     changes_results: bool = True
-    """Whether another value changes results, and not only speed, memory, readings or plans."""
+    """Whether another value changes results. If not, it changes only speed, memory, metrics or plans."""
 
     def error(self, key: str, value: Any, place: str = "") -> UserError:
-        """The error for the key with this value. place: the file that holds it, empty for the command line."""
+        """Return the error for the key with this value. place: the file that contains it; empty for the command
+        line."""
         rule = f"was removed in {self.version}; its value is now always {self.default}"
         return UserError(key, value, f"in {place}: it {rule}" if place else rule, self.cure)
 
@@ -47,7 +48,7 @@ OPERANDS = {
     }.items()
     for operand, value in operands.items()
 }
-"""Removed precision.fp8 keys of single operands, and the key of precision.fp8 that sets their value now."""
+"""Removed precision.fp8 keys of single operands. Each comes with the key of precision.fp8 that now sets its value."""
 REMOVED_KEYS: dict[str, RemovedKey] = {
     "precision.fp8.gradient_floor": RemovedKey(1e-12, "0.2.0", LEAVE_OUT),
     **{
@@ -104,23 +105,26 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
         )
     },
 }
-"""By dotted key. A removed key needs a line here, and a line in the last table of 0.2.0 in CHANGELOG.md."""
+"""Removed keys by dotted key. A newly removed key needs a line in this table, and a line in the last table of 0.2.0 in
+CHANGELOG.md."""
 REMOVED_VALUES: dict[tuple[str, Any], Any] = {("precision.fp8.backend", "specialized"): "triton"}
-"""By dotted key and value of an existing key: the new value with the same results, for settings that a run wrote."""
+"""For a key that still exists and one of its old values: the new value with the same results. It is used for settings
+that a run wrote."""
 
 
 def drop_removed_keys(settings: dict[Any, Any], place: str, package: str = "", *, by_run: bool = True) -> bool:
-    """Take removed keys out of nested settings of an earlier version; returns whether there were any.
+    """Remove the removed keys from nested settings of an earlier version. Returns whether there were any.
 
-    place: the file with the settings, for the error. package: the section of the settings, such as `precision.fp8`;
-    empty for a whole configuration. by_run: whether a run wrote the settings, and not a person. Raises UserError for a
-    removed key whose value is not its last default.
+    place: the file with the settings, for the error. package: the section to which the settings belong, such as
+    `precision.fp8`; empty for a complete configuration. by_run: whether a run wrote the settings, and not a person.
+    Raises UserError for a removed key whose value is not its last default.
     """
     return _drop(settings, settings, place, package, package, by_run)
 
 
 def _drop(section: dict[str, Any], settings: dict[str, Any], place: str, top: str, package: str, by_run: bool) -> bool:
-    """Drop removed keys in a section. section: settings of `package`, inside the `settings` of `top`."""
+    """Drop removed keys in a section. section: the settings of `package`. It is a part of `settings`, which are the
+    settings of `top`."""
     dropped = False
     for name, value in list(section.items()):
         key = f"{package}.{name}" if package else str(name)
@@ -143,8 +147,8 @@ def _drop(section: dict[str, Any], settings: dict[str, Any], place: str, top: st
 
 
 def _value_of(default: Any, settings: dict[str, Any], package: str) -> Any:
-    """The value of the key that a default refers to, in the settings of `package`; the default itself if it refers to
-    no key there."""
+    """Return the value of the key to which a default refers, in the settings of `package`. If the default refers to no
+    key there, return the default."""
     if not (isinstance(default, str) and default.startswith(f"${{{package}")):
         return default
     found: Any = settings

@@ -7,7 +7,7 @@ from conf.schema import Config
 
 
 class RunPaths:
-    """The names in a run folder. Accesses no file."""
+    """The paths in a run folder. The class accesses no file."""
 
     def __init__(self, config: Config):
         self.path = Path(config.runs).absolute() / config.name
@@ -15,7 +15,8 @@ class RunPaths:
         self.rank_lock = self.path / ".rank_0.lock"
         self.checkpoints = self.path / "checkpoints"
         self.logs = Path(os.environ.get("SLUICE_LOGS", self.path / "logs"))
-        """Under cluster=ray, an agent sets SLUICE_LOGS to a folder of its own and collects the ranks' output."""
+        """Folder of the logs. Under cluster=ray, the agent of a node sets SLUICE_LOGS to a scratch folder, and collects
+        the ranks' output from there."""
         self.metrics = self.path / "metrics.jsonl"
         self.report = self.path / "report.html"
         self.wandb = self.path / "wandb"

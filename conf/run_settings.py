@@ -2,12 +2,12 @@
 
     python -m train mode=evaluate name=mine data.path=OTHER
 
-The run's own settings (model, precision, seq_len, tokenizer, ...) come from its config.yaml. The command line overrides
-them. The layout of this job (parallel, cluster) comes only from the command line. With an explicit conf=RECIPE, or
-without an existing run, the composed configuration is used unchanged.
+The settings of the run (model, precision, seq_len, tokenizer, ...) come from its config.yaml. The command line
+overrides them. The layout of this job (parallel, cluster) comes only from the command line. If the user types
+conf=RECIPE, or if the run does not exist, the composed configuration is used unchanged.
 
-The run may belong to another user. Only with trust=true may its config.yaml read this machine (conf/yaml_file.py) or
-name code to run (conf/own_code.py).
+The run may belong to another user. Its config.yaml may read data of this machine (conf/yaml_file.py) or name code to
+run (conf/own_code.py) only with trust=true.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,15 @@ from conf.yaml_file import escaped, read_yaml
 
 LOOKS_AT_A_RUN = (Mode.export, Mode.evaluate, Mode.generate, Mode.score, Mode.dashboard)
 SOURCES = ("path", "mix", "format", "text_key", "source")
-"""Fields of data that locate the documents. They change together, because path, mix and source exclude each other."""
+"""Fields of section data that locate the documents. They are replaced together, because path, mix and source exclude
+each other."""
 
 
 def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequence[str]) -> DictConfig:
-    """The composed node with the settings of the existing run, if the mode reads a run; otherwise the node itself.
+    """Return the composed node with the settings of the existing run if the mode reads a run; otherwise return the node
+    unchanged.
 
-    overrides: the command line, KEY=VALUE each; groups: names of Hydra's groups.
+    overrides: arguments of the command line, KEY=VALUE each. groups: names of Hydra's groups.
     """
     keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
     if node.mode not in LOOKS_AT_A_RUN or "conf" in keys:
@@ -43,9 +45,9 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
         rule = f"has settings that this version does not support: {str(error).splitlines()[0]}"
         cure = "use the version that trained the run, or correct the file"
         raise UserError(file.name, file, rule, cure) from error
-    if settings.data.hold_out_by is None:  # an earlier version without this key
+    if settings.data.hold_out_by is None:  # the run was written by an earlier version without this key
         settings.data.hold_out_by = HoldOutBy.name
-    if (file.parent / "tokenizer.json").is_file():  # the path in the settings may not exist here
+    if (file.parent / "tokenizer.json").is_file():  # the path in the settings may not exist on this machine
         settings.data.tokenizer = escaped(str(file.parent))
     if any(key.startswith("data.") and key.split(".")[1] in SOURCES for key in keys):
         keys += [f"data.{name}" for name in SOURCES]
@@ -68,13 +70,14 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
     if "micro_batch_size" not in keys and settings.micro_batch_size:
         share, rest = divmod(settings.batch_size, settings.parallel.dp)
         if rest or share % settings.micro_batch_size or "seq_len" in keys:
-            settings.micro_batch_size = None  # it was chosen for the training's layout and sequence length
+            settings.micro_batch_size = None  # the run chose it for the layout and sequence length of the training
     assert isinstance(settings, DictConfig)
     return settings
 
 
 def _folders(node: DictConfig) -> list[Path]:
-    """Possible folders of the run: around the named checkpoint, else by the run's name."""
+    """Return folders where the run may be: the folder around the named checkpoint; without a checkpoint, the folders of
+    the run's name."""
     sections = {mode: node[mode.value] for mode in (Mode.export, Mode.evaluate, Mode.generate, Mode.score)}
     named = sections[node.mode].checkpoint if node.mode in sections else None
     if named is None:

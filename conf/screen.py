@@ -8,7 +8,8 @@ from conf.words import harmless
 
 
 class Terminal(Console):
-    """Shows text literally: [red] is not markup, :smile: is not an emoji, and escape sequences are visible."""
+    """A console that shows text literally: [red] is not markup, :smile: is not an emoji, and escape sequences are
+    visible."""
 
     def __init__(self, **settings: Any):
         """settings: arguments of rich's Console."""

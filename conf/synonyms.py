@@ -1,8 +1,8 @@
-"""Words with a known meaning, as data: other programs' names for keys and values, keys of a single mode, keys that
-exclude each other.
+"""Tables of words: names that other programs use for keys and values, keys of a single mode, and keys that exclude each
+other.
 
-conf/command_line.py uses them to name the intended key. Spelling mistakes need no entry; an entry is for a word that
-resembles no key, or the wrong key.
+conf/command_line.py uses these tables to name the key that the user meant. Spelling mistakes need no entry. A word
+needs an entry if it resembles no key or the wrong key.
 """
 
 from conf.schema import Mode
@@ -80,7 +80,7 @@ KEYS = {
     "wandb_mode": "log.wandb",
     "zero_stage": "parallel.zero",
 }
-"""A typed word, alone or as the last part of a key, and the intended key."""
+"""Maps a typed word, which is a complete key or the last part of a key, to the intended key."""
 
 VALUES = {
     ("log.wandb", "online"): ("auto", "is online if W&B has an API key"),
@@ -95,7 +95,7 @@ VALUES = {
     ("precision", "float32"): ("fp32", "is float32"),
     ("cluster.device", "gpu"): ("cuda", "uses GPUs"),
 }
-"""A key and a typed value, in lower case; the intended value, and its effect."""
+"""Maps a key and a typed value, in lower case, to the intended value and its effect."""
 
 NO_TENSOR_PARALLELISM = "there is no tensor parallelism: parallel.pp distributes layers, parallel.ep experts, parallel.cp positions, and parallel.zero=3 weights"
 ACCUMULATION = "each rank accumulates gradients over batch_size / (micro_batch_size x parallel.dp) micro-batches: set batch_size and micro_batch_size"
@@ -111,10 +111,11 @@ CURES = {
     "tensor_parallel_size": NO_TENSOR_PARALLELISM,
     "tp": NO_TENSOR_PARALLELISM,
 }
-"""A typed key, last part of a key, value or single word, and the cure if no single key is intended."""
+"""Maps a typed word to a fix if no single key is intended. The word is a key, the last part of a key, a value, or an
+argument without `=`."""
 
 COMMANDS = ("doctor", "runs", "launch", "why", "top")
-"""Commands that follow `sluice` instead of settings; train/__main__.py runs them."""
+"""Commands that may follow `sluice` instead of settings; train/__main__.py runs them."""
 
 OWN_KEYS: dict[str, tuple[Mode, ...]] = {
     "average": (Mode.average,),
@@ -131,7 +132,7 @@ OWN_KEYS: dict[str, tuple[Mode, ...]] = {
     "prove": (Mode.prove,),
     "score": (Mode.score,),
 }
-"""A key or section, and the modes that read it. In any other mode it would silently do nothing."""
+"""Maps a key or section to the modes that read it. In any other mode it would silently have no effect."""
 
 INSTEAD_OF: dict[str, tuple[str, ...]] = {
     "steps": ("epochs",),
@@ -145,4 +146,5 @@ INSTEAD_OF: dict[str, tuple[str, ...]] = {
     "data.template": ("data.template_function",),
     "data.template_function": ("data.template",),
 }
-"""A key, and the keys that disable it while they have a value. Typing the key clears these keys of the recipe."""
+"""Maps a key to the keys that disable it while they have a value. If a user types the key, these keys of the recipe are
+cleared."""

@@ -1,8 +1,8 @@
-"""Sizes above which code takes another path: a second block, bucket, page or piece. One table for all packages.
+"""Sizes above which code takes another path: a second block, bucket, page or part. One table serves all packages.
 
-They affect only speed; results are the same for all values. So mode=prove lowers all of them in some runs, where even
-its small tensors take both paths. Every such size must be in this table: tests/test_thresholds.py refuses a comparison
-with a constant elsewhere. Sizes that are keys of the schema (`model.loss_chunk`) are not in it.
+They affect only speed; results are the same for all values. So mode=prove lowers all of them in some of its runs, and
+then even its small tensors take both paths. Every such size must be in this table: tests/test_thresholds.py refuses a
+comparison with a constant in other files. Sizes that are keys of the schema (`model.loss_chunk`) are not in the table.
 """
 
 from collections.abc import Iterator
@@ -12,49 +12,52 @@ from dataclasses import dataclass, fields
 
 @dataclass
 class Thresholds:
-    """Sizes of the paths. Code reads them at each use, so a change takes effect at once."""
+    """The sizes. Code reads them at each use, so a change takes effect at once."""
 
     attention_queries: int = 128
-    """Queries per block of attention; half as many in a rectangle below four blocks, to waste less above the
-    diagonal."""
+    """Number of queries per block of attention. A rectangle of fewer than four blocks uses half of this number, which
+    computes fewer useless scores above the diagonal."""
     attention_scores: int = 1 << 20
-    """Scores per block on a CPU, in fp32 4 MiB: as many heads as fit, so that the scores stay in the cache."""
+    """Number of attention scores per block on a CPU (4 MiB in fp32). A block has as many heads as fit, so that its
+    scores stay in the cache."""
     gate_and_up: int = 1 << 18
-    """Elements of [gate | up] whose fp32 copies stay in a CPU's cache."""
+    """Number of elements of [gate | up] that are processed at a time. Their fp32 copies fit into a CPU's cache."""
     fp8_gate_and_up: int = 1 << 19
-    """Elements of [gate | up] of FP8 experts at a time, whose rows and scales are processed together."""
+    """Number of elements of [gate | up] of FP8 experts that are processed at a time, both rows and scales."""
     logits: int = 1 << 18
-    """Logits in fp32 at a time on a CPU: 1 MiB."""
+    """Number of logits that are processed at a time on a CPU (1 MiB in fp32)."""
     matmul_tiles: int = 400
-    """Number of 128x128 tiles of an FP8 grouped GEMM from which a GPU program computes two adjacent tiles. Two tiles
-    take an estimated 1.6 times as long. Below this number, half as many programs would leave some of 132
-    multiprocessors idle and save no time."""
+    """Minimum number of 128x128 tiles of an FP8 grouped GEMM for which each GPU program computes two adjacent tiles.
+    Two tiles take an estimated 1.6 times as long as one. With fewer tiles, half as many programs would leave some of
+    the 132 multiprocessors idle and save no time."""
     expert_rows: int = 32
-    """The rows of an expert are padded to a multiple of this number. 16 and 64 are as fast: more kernels, or more
-    padding."""
+    """The number of rows of an expert is padded to a multiple of this number. 16 and 64 are as fast: 16 needs more
+    kernels, and 64 needs more padding."""
     stays_bytes: int = 1 << 10
-    """Bytes of the largest storage that is not offloaded."""
+    """Maximum bytes of a storage that stays on the device instead of being offloaded."""
     adamw_elements: int = 1 << 18
-    """Elements per update piece if moments are bf16: their fp32 copies stay in the cache, so memory is read and written
-    once."""
+    """Number of elements that an update processes at a time if moments are bf16. Their fp32 copies stay in the cache,
+    so memory is read and written once."""
     muon_elements: int = 1 << 24
-    """Maximum elements of matrices that a rank orthogonalises at a time, except for a single larger matrix."""
+    """Maximum number of matrix elements that a rank orthogonalises at a time. A single matrix may be larger."""
     norm_row: int = 4096
-    """Elements whose squares are summed in fp32."""
+    """Number of elements whose squares are summed in fp32."""
     base_elements: int = 1 << 26
-    """Maximum elements of a frozen base's matrices that are read into blocks together, except for a single larger
-    matrix: 256 MB in fp32."""
+    """Maximum number of elements of a frozen base's matrices that are read and cast to blocks together (256 MB in
+    fp32). A single matrix may be larger."""
     compared_elements: int = 1 << 24
-    """Elements of a weight that are compared at a time with their values before an update: 64 MB on the device."""
+    """Number of elements of a weight that are compared at a time with their values before an update (64 MB on the
+    device)."""
     bucket_elements: int = 50_000_000
     """Maximum number of gradient elements that are reduced together."""
     host_page_bytes: int = 1 << 16
-    """Bytes of a page of the host store for a CPU."""
+    """Bytes of a page of the host store if the device is a CPU."""
     gpu_page_bytes: int = 1 << 23
-    """Bytes of a page for a GPU: large enough that a copy takes longer than its launch."""
+    """Bytes of a page of the host store if the device is a GPU. It is so large that a copy takes longer than its
+    launch."""
     staging_bytes: int = 1 << 28
-    """Bytes of one staging buffer of a checkpoint. A power of two, because page-locked allocations are rounded up to
-    powers of two."""
+    """Bytes of one staging buffer of a checkpoint. It is a power of two, because page-locked allocations are rounded up
+    to powers of two."""
 
 
 THRESHOLDS = Thresholds()
@@ -77,13 +80,14 @@ LOWERED = Thresholds(
     gpu_page_bytes=1 << 12,
     staging_bytes=1 << 12,
 )
-"""The sizes in mode=prove: smaller than most tensors of a miniature, and mostly not divisors of their sizes."""
+"""The sizes that mode=prove uses. They are smaller than most tensors of a miniature, and mostly do not divide the
+tensors' sizes."""
 
 
 @contextmanager
 def lowered() -> Iterator[None]:
-    """Use the LOWERED sizes in this process inside the block. Objects built before keep the sizes of their
-    construction."""
+    """Use the LOWERED sizes in this process inside the block. Objects that were built before the block do not change
+    their sizes."""
     before = {entry.name: getattr(THRESHOLDS, entry.name) for entry in fields(Thresholds)}
     try:
         vars(THRESHOLDS).update(vars(LOWERED))

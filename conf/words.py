@@ -1,5 +1,4 @@
-"""Sanitises displayed text, some of which comes from untrusted files: keys of JSONL, file names, fields of a
-config.json.
+"""Sanitises displayed text. Some of it comes from untrusted files: keys of JSONL, file names, fields of a config.json.
 
 In a terminal, an escape sequence could clear the screen or type for the user. An override of the writing direction
 could disguise a command, and a line end could forge a log line. So all output goes through `say`, or through a console
@@ -17,25 +16,25 @@ from typing import TextIO
 
 
 def harmless(text: str) -> str:
-    """The text with visible escapes for invisible characters, except tabs and line ends."""
+    """Return the text with visible escapes instead of invisible characters. Tabs and line ends are not replaced."""
     if text.isprintable():
         return text
     return "".join(c if c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs" else _shown(c) for c in text)
 
 
 def sentence(text: object, indent: int = 8) -> str:
-    """Untrusted text, sanitised for a message whose continuation lines have at least `indent` spaces: no line can be
-    forged."""
+    """Sanitise untrusted text for a message, so that it cannot forge a line. Continuation lines have at least `indent`
+    spaces."""
     return re.sub(rf"\n(?! {{{indent}}})", r"\\n", harmless(str(text)))
 
 
 def one_line(text: object) -> str:
-    """Untrusted text, sanitised for a name or value on one line."""
+    """Sanitise untrusted text for a name or value on one line."""
     return harmless(str(text)).replace("\n", r"\n")
 
 
 def some_of(names: Sequence[object], most: int) -> str:
-    """The first `most` names, and the number of the others."""
+    """Return the first `most` names, and the number of the other names."""
     return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -44,7 +43,7 @@ def _shown(character: str) -> str:
 
 
 def say(*words: object, sep: str = " ", file: TextIO | None = None, flush: bool = False) -> None:
-    """Print words, to standard output unless `file` is given; the only function that prints."""
+    """Print words, to standard output unless `file` is given. No other function prints."""
     print(harmless(sep.join(map(str, words))), file=file or sys.stdout, flush=flush)
 
 
@@ -54,13 +53,14 @@ def say_note(text: str) -> None:
 
 
 def say_folded(text: str, indent: int, file: TextIO | None = None) -> None:
-    """Print text, in a terminal with lines that break between words (`folded`)."""
+    """Print text. In a terminal, its lines break between words (see `folded`)."""
     columns = shutil.get_terminal_size().columns if (file or sys.stdout).isatty() else None
     say(folded(text, columns, indent), file=file, flush=True)
 
 
 def folded(text: str, columns: int | None, indent: int) -> str:
-    """The text with line ends between words, but not inside `commands` and 'words'; unchanged without a terminal.
+    """Return the text with line ends between words, but not inside `commands` and 'words'. Without a terminal (columns
+    is None), the text is unchanged.
 
     indent: spaces before continuation lines.
     """

@@ -1,8 +1,8 @@
-"""Reads a YAML file, and explains in one sentence why a file cannot be read.
+"""Reads a YAML file. If the file cannot be read, it gives the reason in one sentence.
 
-A run folder may belong to another user, so its file is treated as data. A reference such as ${model.layers} means
-another value of the file. A resolver such as ${oc.env:HOME} calls a function that can read this machine, and is
-refused.
+A run folder may belong to another user, so its file is only data. A reference such as ${model.layers} is allowed; it
+means another value of the file. A resolver such as ${oc.env:HOME} is refused, because it calls a function that can read
+data of this machine.
 """
 
 import re
@@ -22,13 +22,15 @@ from conf.errors import UserError
 from conf.removed_keys import drop_removed_keys
 
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError)
-"""Exceptions of a settings file with wrong content; ValueError: not UTF-8, or a date that does not exist."""
+"""Exceptions that a settings file with wrong content can cause. ValueError: the file is not UTF-8, or has a date that
+does not exist."""
 
 
 def read_yaml(path: Path, trust: bool = False) -> DictConfig:
-    """The settings in a file, such as a run's config.yaml, also of an earlier version (conf/removed_keys.py).
+    """Return the settings in a file, such as a run's config.yaml. The file may be of an earlier version
+    (conf/removed_keys.py).
 
-    Raises UserError if the file cannot be read, or names a resolver without `trust`.
+    Raises UserError if the file cannot be read, or if it contains a resolver and `trust` is false.
     """
     try:
         found = OmegaConf.load(path)
@@ -47,7 +49,7 @@ def read_yaml(path: Path, trust: bool = False) -> DictConfig:
 
 
 def _calls(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in nested mappings and lists that contains a resolver, with its key."""
+    """Yield every text in nested mappings and lists that contains a resolver, with its key."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _calls(inner, f"{key}.{name}" if key else str(name))
@@ -66,8 +68,8 @@ def _holds_resolver(tree: Any) -> bool:
 
 
 def escaped(value: Any) -> Any:
-    """Plain values, escaped for OmegaConf: a ${ in their text is not a reference, because references are already
-    resolved."""
+    """Return plain values, escaped for OmegaConf. References are already resolved, so a ${ in a text is not a
+    reference."""
     if isinstance(value, dict):
         return {key: escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -78,7 +80,7 @@ def escaped(value: Any) -> Any:
 
 
 def yaml_error(error: Exception, path: Path | None = None) -> UserError:
-    """An exception of UNREADABLE as a UserError. path: the file, if known; YAML errors know their file."""
+    """Return a UserError for an exception of UNREADABLE. path: the file, if known; YAML errors contain their file."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = mark.name if mark else getattr(error, "name", None) or getattr(error, "filename", None) or path
     line = f", line {mark.line + 1}" if mark else ""
