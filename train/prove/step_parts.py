@@ -11,7 +11,7 @@ from torch import Tensor
 from train.data.batch import Batch
 from train.prove import low_precision as low
 from train.prove import reference
-from train.prove.bounds import SMALLEST, Bound
+from train.prove.bounds import Bound
 from train.prove.comparison import Comparisons, DifferenceMeasure, Measurement
 from train.prove.evidence import Evidence, State, assemble
 from train.prove.low_precision import FORMATS, FP32, NearNumbers, PlainFormat, Total
@@ -23,6 +23,8 @@ of such numbers in a tensor."""
 FEW = 16
 """Inconclusive numbers that any tensor may have: one tie in a tile changes several numbers, a large fraction of a small
 tensor."""
+FLUSHED = 2.0**-110
+"""Absolute error of a sum in which a factor below 2^-126 became 0, such as a probability; other factors are below 2^16."""
 SHORT = 2.0**-12
 """Relative error of a GPU's tensor cores, which sum FP8 multiplications in about 14 bits, 128 at a time (3.3.2)."""
 ELEMENTS = 2.0**-19
@@ -141,7 +143,7 @@ def beyond_rounding(want: Total, form: PlainFormat, most: float = MOST_INCONCLUS
 
     def measure(got: Tensor, want_N: Tensor) -> Measurement:
         size, off = want.size.flatten(), low.slack(want).flatten()
-        beyond = ((got - want_N).abs() - low.spacing(got, form) / 2 - off - SMALLEST).clamp_min_(0)
+        beyond = ((got - want_N).abs() - low.spacing(got, form) / 2 - off - FLUSHED).clamp_min_(0)
         errors = torch.where(beyond == 0, 0.0, beyond / size).nan_to_num_(math.inf, math.inf)
         inconclusive, limit = int((off > INCONCLUSIVE * size).sum()), max(most * len(got), FEW)
         return Measurement(errors, errors.max().item(), inconclusive=inconclusive, most_inconclusive=limit)
