@@ -60,8 +60,7 @@ LOOP_STEPS = (
     ),
     LoopStep((LoopCall({"cispo": {"clip": 0.3, "clip_high": 0.2}}, replayed=True),), ("mtp",)),
 )
-"""Steps with every policy loss, by name and in a custom loss; a step with two calls; and a step with replayed
-experts."""
+"""Two steps that use every policy loss, by name or in a custom loss. One has two calls, the other has replayed experts."""
 
 
 def loop_batches(config: Config) -> tuple[Batch, Batch]:

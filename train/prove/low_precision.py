@@ -1,28 +1,29 @@
-"""Mixed precision (3.3), written like the paper's formulas: the reference for single parts of a rank in check `recipe`.
+"""Mixed precision, written like the formulas of the paper (section 3.3). It is the reference for single parts of a rank
+in check `recipe`.
 
-A linear layer has three matmuls, each with a left and a right operand (3.3.1):
+A linear layer has three matmuls, each with a left and a right operand (paper 3.3.1):
 
     Fprop   y  = x w^T      summed over the inputs
     Dgrad   dx = dy w       summed over the outputs
     Wgrad   dw = dy^T x     summed over the tokens, in fp32, also over micro-batches (3.3.3)
 
-An FP8 operand is cut along the sum into tiles of 1x128 for activations and gradients, or into blocks of 128x128 for
-weights. Each tile has one scale, computed from its largest magnitude (3.3.2):
+An FP8 operand is divided along the axis of the sum. Activations and gradients have tiles of 1x128, and weights have
+blocks of 128x128. Each tile has one scale, which is computed from its largest magnitude (paper 3.3.2):
 
     scale = max(largest, floor) / largest number of the format, or the next power of two above
     q     = x * (1 / scale), rounded to the nearest number of the format, and the matmul multiplies q * scale
 
-Each value is rounded to fp32, and 1 / scale is a separate division (as in DeepSeek's TileKernels).
+Each of these values is rounded to fp32. 1 / scale is computed by a division of its own, as in DeepSeek's TileKernels.
 
-Matmuls are summed in fp32 (promoted every 128 terms, 3.3.2) and rounded once, to bf16 (Fprop, Dgrad) or not at all
-(Wgrad). Inputs are saved for Wgrad in FP8, or in E5M6 after the attention, and are cast again along the tokens (3.3.3,
-3.5.2).
+Matmuls are summed in fp32, with promotion every 128 terms (paper 3.3.2). The results of Fprop and Dgrad are rounded
+once, to bf16. The result of Wgrad is not rounded. Inputs are saved for Wgrad in FP8; the input after attention is saved
+in E5M6. Wgrad casts them again along the tokens (paper 3.3.3, 3.5.2).
 
-This file shares only the values of the recipe with the judged code. All arithmetic here is fp64. Correct ranks may use
-another order of a sum, so a result may fall on the other side of a rounding tie. Both effects are counted:
-`NearNumbers` holds numbers and their possible errors, for values near the middle between two numbers of a format.
+This file shares only the recipe's values with the judged code. All its arithmetic is in fp64. A correct rank may
+compute a sum in another order. If the result is near the middle between two numbers of a format, it may then be rounded
+to the other number. `NearNumbers` holds numbers with the possible error from both effects.
 
-Shapes: T rows, K inputs, N outputs; of experts R rows sorted by expert, D width, F inner width.
+Shapes: T rows, K inputs, N outputs. For experts: R rows sorted by expert, D model width, F inner width.
 """
 
 from collections.abc import Sequence
@@ -37,18 +38,19 @@ from train.prove.recipe_values import Values
 
 TILE = 128
 FLOOR = 1e-4
-"""Lower bound of the max-abs of activations and weights in a scale, as in DeepSeek's kernels."""
+"""Lower bound for the largest magnitude of a tile of activations or weights, when its scale is computed. DeepSeek's
+kernels use the same bound."""
 FP32 = 2.0**-24
-"""Unit roundoff."""
+"""Unit roundoff of fp32."""
 EXPONENT = 0x7FF << 52
-"""Exponent bits of fp64."""
+"""Mask of the exponent bits in fp64."""
 CURVED = 16 * FP32
-"""Largest relative error of an exponential and the multiplications around it."""
+"""Largest relative error of an exponential together with the multiplications around it."""
 
 
 @dataclass(frozen=True)
 class PlainFormat:
-    """Numbers with 1 + mantissa significant bits, down to 2^least; equally spaced below."""
+    """Numbers with 1 + mantissa significant bits, down to 2^least. Below 2^least, the numbers are equally spaced."""
 
     mantissa: int
     least: int
@@ -65,20 +67,20 @@ FORMATS = {
 
 
 class NearNumbers(NamedTuple):
-    """fp64 numbers, and the largest correct deviation of each; None for exact numbers."""
+    """fp64 numbers, and by how much a correct result may differ from each of them. None: the numbers are exact."""
 
     x: Tensor
     off: Tensor | None = None
 
 
 class Total(NamedTuple):
-    """A sum of products before rounding."""
+    """A sum of products before it is rounded."""
 
     x: Tensor
     size: Tensor
-    """The sum of the products' magnitudes, the unit of rounding errors of sums."""
+    """The sum of the products' magnitudes. Rounding errors of sums are proportional to it."""
     off: Tensor | None
-    """Largest change by rounding ties of the operands."""
+    """Largest change of the sum if rounding ties of the operands are resolved differently."""
 
 
 def slack(given: NearNumbers | Total) -> Tensor:
@@ -87,8 +89,9 @@ def slack(given: NearNumbers | Total) -> Tensor:
 
 
 def spacing(x: Tensor, form: PlainFormat) -> Tensor:
-    """Distance of adjacent numbers of the format around x."""
-    leading = x.abs().clamp_min_(2.0**form.least).view(torch.int64) & EXPONENT  # of fp64, without its mantissa
+    """Distance between neighbouring numbers of the format, near x."""
+    # The exponent bits alone give x rounded down to a power of two.
+    leading = x.abs().clamp_min_(2.0**form.least).view(torch.int64) & EXPONENT
     return leading.view(torch.float64).mul_(2.0**-form.mantissa)
 
 
@@ -98,13 +101,15 @@ def power(exponent: Tensor) -> Tensor:
 
 
 def nearest(x: Tensor, form: PlainFormat) -> Tensor:
-    """x rounded to the format, to nearest, ties to even; larger magnitudes become the largest number."""
+    """x rounded to the nearest number of the format, with ties to even. Larger magnitudes become the format's largest
+    number."""
     step = spacing(x, form)
     return ((x / step).round_() * step).clamp_(-form.largest, form.largest)
 
 
 def rounded(given: NearNumbers | Total, form: PlainFormat, noise: Tensor | float = 0.0) -> NearNumbers:
-    """Numbers rounded to the format. noise: possible error in addition to `off`, which may change the side of a tie."""
+    """Rounds numbers to the format. noise: possible error besides `off`. It may change to which side a number is
+    rounded."""
     x, margin = nearest(given.x, form), noise if given.off is None else given.off + noise
     if isinstance(margin, float) and margin == 0:
         return NearNumbers(x)
@@ -116,27 +121,29 @@ def rounded(given: NearNumbers | Total, form: PlainFormat, noise: Tensor | float
 
 @dataclass(frozen=True)
 class Rule:
-    """The cast of an operand."""
+    """How an operand is cast."""
 
     form: PlainFormat
     shared: str
-    """Range of a scale: 1x128, 1x32, 128x128, row (the whole sum) or tensor."""
+    """Which numbers share a scale: 1x128, 1x32, 128x128, row (all numbers along the sum) or tensor."""
     is_power: bool
     """Whether scales are powers of two."""
     floor: float
-    """Lower bound of the magnitude in a scale."""
+    """Lower bound of the largest magnitude from which a scale is computed."""
 
     def block(self, along: int) -> tuple[int | None, int | None]:
-        """Rows and columns that share a scale, None for all, of a matrix that is summed over this axis."""
+        """Number of rows and of columns that share a scale; None for all. along: axis over which the matrix is
+        summed."""
         sides = {"1x128": (1, TILE), "1x32": (1, 32), "128x128": (TILE, TILE), "row": (1, None), "tensor": (None, None)}
         across_along = sides[self.shared]
         return across_along if along == -1 else across_along[::-1]
 
 
 def cast(given: NearNumbers, rule: Rule | None, along: int, noise: float = 0.0) -> NearNumbers:
-    """An operand (..., M, N) as the matmul takes it, summed over axis `along` (-1 or -2); unchanged without a rule.
+    """An operand (..., M, N) in the form in which the matmul reads it. The matmul sums over axis `along` (-1 or -2).
+    Without a rule, the operand is unchanged.
 
-    noise: relative error of the numbers in addition to `off`.
+    noise: relative error of the numbers, besides `off`.
     """
     if rule is None:
         return given
@@ -156,11 +163,11 @@ def cast(given: NearNumbers, rule: Rule | None, along: int, noise: float = 0.0) 
 
 
 def _cast(blocks: Tensor, largest: Tensor, rule: Rule) -> Tensor:
-    """q * scale of blocks with these largest magnitudes."""
+    """q * scale for these blocks. largest: the largest magnitude of each block."""
     amax, most = largest.clamp_min(rule.floor).float(), torch.tensor(rule.form.largest, dtype=torch.float32)
     scale, inverse = (amax / most).double(), (most / amax).double()
     if rule.is_power:
-        mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, mantissa from 0.5 on
+        mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, with 0.5 <= mantissa < 1
         exponent = exponent - (mantissa == 0.5).int()
         scale, inverse = power(exponent), power(-exponent)
     q = nearest((blocks * inverse).float().double(), rule.form)
@@ -168,7 +175,7 @@ def _cast(blocks: Tensor, largest: Tensor, rule: Rule) -> Tensor:
 
 
 def _blocks(x: Tensor, rule: Rule, along: int) -> Tensor:
-    """x in blocks: (..., M, N) as (..., m, rows, n, columns), padded with zeros at the end."""
+    """Divides x into blocks: (..., M, N) becomes (..., m, rows, n, columns). Zeros pad the end."""
     height, width = x.shape[-2:]
     rows, columns = (side or size for side, size in zip(rule.block(along), (height, width), strict=True))
     rows, columns = max(1, min(rows, height)), max(1, min(columns, width))
@@ -185,7 +192,8 @@ def _whole(blocks: Tensor, shape: torch.Size) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearRules:
-    """The operands of the three matmuls, each in FP8 or bf16 (None), and the cast of the input saved for Wgrad."""
+    """Formats of the operands of the three matmuls, and the cast of the input that is saved for Wgrad. A rule of None
+    means bf16."""
 
     fprop: tuple[Rule | None, Rule | None]
     dgrad: tuple[Rule | None, Rule | None]
@@ -195,23 +203,23 @@ class LinearRules:
 
 @dataclass(frozen=True)
 class PlainRounding:
-    """The casts of all linear layers, by kind."""
+    """The casts of all linear layers, by kind of layer."""
 
     high: PlainFormat
-    """Format of activations between the matmuls."""
+    """Format of activations between matmuls."""
     dense: LinearRules
     output: LinearRules
     """The attention's output projection."""
     up: LinearRules
     down: LinearRules
-    """The two linear layers of experts, with SwiGLU between them."""
+    """Casts of the experts' second linear layer. `up` has those of the first, and SwiGLU is between them."""
     swiglu: Rule | None
-    """The cast of the saved input of the experts' SwiGLU."""
+    """The cast with which the input of the experts' SwiGLU is saved."""
     is_fp8: bool
 
 
 def read_rounding(precision: Values) -> PlainRounding:
-    """The casts of a recipe, which writes an operand as FORMAT/GRANULARITY/SCALE."""
+    """The casts of a recipe. A recipe describes an operand as FORMAT/GRANULARITY/SCALE."""
     fp8, high = precision.fp8, FORMATS["fp32" if precision.name == "fp32" else "bf16"]
     if fp8 is None:
         plain = LinearRules((None, None), (None, None), (None, None), None)
@@ -236,7 +244,7 @@ def read_rounding(precision: Values) -> PlainRounding:
 
 
 def matmul(left: NearNumbers, right: NearNumbers) -> Total:
-    """left (O, C) right (N, C)^T, summed over C."""
+    """left (O, C) times right (N, C)^T, summed over C."""
     x, size = left.x @ right.x.mT, left.x.abs() @ right.x.abs().mT
     off = None
     if left.off is not None:
@@ -248,33 +256,33 @@ def matmul(left: NearNumbers, right: NearNumbers) -> Total:
 
 
 def fprop(x_TK: Tensor, weight: NearNumbers, rules: LinearRules) -> Total:
-    """Fprop. weight: (N, K), cast for this matmul."""
+    """Fprop of a linear layer. weight: (N, K), already cast for this matmul."""
     return matmul(cast(NearNumbers(x_TK), rules.fprop[0], -1), weight)
 
 
 def transposed(given: NearNumbers) -> NearNumbers:
-    """Numbers and errors, transposed."""
+    """Transposes numbers and their errors."""
     return NearNumbers(given.x.mT, None if given.off is None else given.off.mT)
 
 
 def dgrad(dy_TN: NearNumbers, weight: NearNumbers, rules: LinearRules) -> Total:
-    """Dgrad. weight: (N, K), cast for this matmul."""
+    """Dgrad of a linear layer. weight: (N, K), already cast for this matmul."""
     return matmul(cast(dy_TN, rules.dgrad[0], -1), transposed(weight))
 
 
 def wgrad(dy_TN: NearNumbers, kept_TK: NearNumbers, rules: LinearRules) -> Total:
-    """The weight gradient (Wgrad): (N, K)."""
+    """Wgrad of a linear layer: the weight's gradient (N, K)."""
     left, right = cast(dy_TN, rules.wgrad[0], -2), cast(kept_TK, rules.wgrad[1], -2)
     return matmul(transposed(left), transposed(right))
 
 
 def kept(x_TK: Tensor, rule: Rule | None) -> NearNumbers:
-    """An input as Wgrad takes it from its saved form."""
+    """An input in the form in which Wgrad reads it, after it was saved."""
     return NearNumbers(x_TK) if rule is None else cast(NearNumbers(x_TK), rule, -1)
 
 
 def weight_for(which: str, weight: Tensor, rules: LinearRules) -> NearNumbers:
-    """A weight (..., N, K) as Fprop or Dgrad takes it."""
+    """A weight (..., N, K) in the form in which Fprop or Dgrad reads it."""
     return (
         cast(NearNumbers(weight), rules.fprop[1], -1)
         if which == "fprop"
@@ -289,24 +297,24 @@ class SwigluSlopes(NamedTuple):
     """Gradients of SwiGLU."""
 
     a: NearNumbers
-    """Output of SwiGLU, recomputed, in the activation dtype."""
+    """Recomputed output of SwiGLU, in the activation dtype."""
     dh: Total
     dgates: Total
 
 
 def swiglu(h_R2F: Tensor, gates_R: Tensor | None) -> Tensor:
-    """silu(gate) * up, times the router's gate value if given (3.3.3): (R, F)."""
+    """silu(gate) * up: (R, F). If router gates are given, each row is multiplied by its gate (paper 3.3.3)."""
     gate_RF, up_RF = h_R2F.chunk(2, -1)
     made = gate_RF * gate_RF.sigmoid() * up_RF
     return made if gates_R is None else made * gates_R[:, None]
 
 
 def swiglu_backward(h_R2F: NearNumbers, gates_R: Tensor | None, da_RF: NearNumbers, high: PlainFormat) -> SwigluSlopes:
-    """Gradients of h and of the gates from the gradient of the output. h: in its saved form."""
+    """Gradients of h and of the gates, from the gradient of SwiGLU's output. h: in its saved form."""
     factor_R1 = 1.0 if gates_R is None else gates_R[:, None]
 
     def parts(h_R2F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """silu(gate) * up, its derivatives by gate and up, and the magnitudes of their terms."""
+        """Returns silu(gate) * up, its derivatives by gate and by up, and the magnitudes of their terms."""
         gate_RF, up_RF = h_R2F.chunk(2, -1)
         sigmoid_RF = gate_RF.sigmoid()
         silu_RF, rest_RF = gate_RF * sigmoid_RF, gate_RF * (1 - sigmoid_RF)
@@ -337,7 +345,7 @@ def swiglu_backward(h_R2F: NearNumbers, gates_R: Tensor | None, da_RF: NearNumbe
 def cast_rows(
     given: NearNumbers, counts: Sequence[int], rule: Rule | None, along: int, noise: float = 0.0
 ) -> NearNumbers:
-    """Cast rows of several experts; no tile contains rows of two experts."""
+    """Casts the rows of several experts. No tile contains rows of two experts."""
     rows = None if rule is None else rule.block(along)[0]
     if rule is None or rows in (None, 1):
         return cast(given, rule, along, noise)
@@ -348,6 +356,6 @@ def cast_rows(
 
 
 def split_rows(given: NearNumbers, counts: Sequence[int]) -> list[NearNumbers]:
-    """The rows of each expert."""
+    """Splits rows by expert."""
     offs = [None] * len(counts) if given.off is None else given.off.split(list(counts))
     return [NearNumbers(x, off) for x, off in zip(given.x.split(list(counts)), offs, strict=True)]

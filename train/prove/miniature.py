@@ -1,18 +1,19 @@
-"""The recipe in miniature: it runs on this machine in seconds, and keeps everything that a layout can get wrong.
+"""Reduces a recipe to a miniature. It runs on this machine in seconds, but keeps everything in which a layout can be
+wrong.
 
-Widths, vocabulary, sequence, layers, experts of a group and the number of micro-batches become small. Pipeline, data
-and expert parallelism, expert groups and their nodes, top-k, schedule, ZeRO stage, dispatch, wire, MTP, recomputation,
-masks, clipping, ramp and precision stay. If the recipe has more than `prove.ranks` ranks, every degree becomes the
-smallest with the same structure:
+Some values become small: widths, vocabulary, sequence, layers, experts of a group and the number of micro-batches.
+These stay: pipeline, data and expert parallelism, expert groups and their nodes, top-k, schedule, ZeRO stage, dispatch,
+wire, MTP, recomputation, masks, clipping, ramp and precision. If the recipe has more than `prove.ranks` ranks, each
+degree of parallelism becomes the smallest with the same structure:
 
     pipeline ranks x copies of every expert x nodes of an expert group x ranks of the group on a node
 
-Each degree is 1 if the recipe's is 1, else 2 (or a divisor of the recipe's, if routing needs it). If ranks share
-sequences, two ranks of a stage do. If there are still too many ranks, degrees become 1, starting with the least
-important for a proof. `cuts` lists every reduction.
+A degree of 1 stays 1. A larger degree becomes 2, or another divisor of the recipe's degree if routing needs it. If
+ranks share sequences, two ranks of a stage share them in the miniature. If there are still too many ranks, some degrees
+become 1. The degree that matters least for a proof is reduced first. `cuts` lists every reduction.
 
-Small odd sizes are chosen on purpose: the vocabulary leaves a remainder in every split, so ZeRO pads its shards, and
-the last chunk of the loss is shorter than the others.
+Some small sizes are odd on purpose. The vocabulary has a remainder in every split, so ZeRO pads its shards. The last
+chunk of the loss is shorter than the other chunks.
 """
 
 import itertools
@@ -55,25 +56,27 @@ STEPS = 4
 SEQUENCE = 24
 VOCABULARY = 97
 MINIATURE_WIDTH, TILED_WIDTH = 32, 136
-"""Hidden width without and with FP8 matmuls or an FP8 wire. The second is two tiles of 128, the last not full. Other
-widths have two tiles only in check `tiles` (train/prove/layouts.py)."""
+"""Hidden width: the first value without FP8, the second if matmuls or the wire use FP8. The second is two tiles of 128,
+of which the last is not full. Other widths have two tiles only in check `tiles` (train/prove/layouts.py)."""
 ROPE = 16
-"""Eight pairs: some are on YaRN's ramp, which covers the middle third of the pairs in DeepSeek-V3."""
+"""Width of the rotated part of a head. It has eight pairs, and some of them are on YaRN's ramp. In DeepSeek-V3, this
+ramp covers the middle third of the pairs."""
 ODD = 15
-"""Width of the latent of keys and values, so that no vector length divides its norm weight or a shard; GPU GEMMs need
-multiples of 16 bytes."""
+"""Width of the latent of keys and values. It is odd, so no vector length divides its norm weight or a shard. With a
+GPU, the width is 16 instead, because GEMMs on a GPU need multiples of 16 bytes."""
 HEADS = 3
-"""With two heads, the first, last and next head would coincide in too many places."""
+"""Number of heads. With only two heads, the first, last and next head would often be the same head."""
 EXPERTS = 32
 RANK = 8
-"""The rank of an adapter; its scale is unchanged."""
+"""Rank of an adapter. The adapter's scale stays as in the recipe."""
 CLIP = 0.1
-"""Gradient norms of the miniature are larger than this, so clipping acts."""
+"""Clip of the gradient norm. Gradient norms of the miniature are larger, so clipping acts."""
 RATE = 1e-3
-"""Lower bound of the learning rate. With a smaller rate, the change of the weights or of their average could be below
-their rounding. No code path depends on the rate."""
+"""Smallest learning rate of the miniature. With a smaller rate, rounding could hide the change of the weights or of
+their average. No code path depends on the rate."""
 BUFFER = 4096.0
-"""Bytes of the host buffer of a checkpoint if the recipe limits it: a checkpoint is written in several pieces."""
+"""Bytes of a checkpoint's host buffer, if the recipe limits this buffer. It is so small that a checkpoint is written in
+several parts."""
 SHOWN = (
     "model.",
     "adapter.",
@@ -86,18 +89,18 @@ SHOWN = (
     "batch_size",
     "micro_batch_size",
 )
-"""Prefixes of the keys whose values a proof shows next to the recipe's values."""
+"""Prefixes of keys. A proof shows their values next to the values of the recipe."""
 OWN = ("mode", "resume")
-"""Keys whose values always differ in a proof."""
+"""Keys whose values always differ between a proof and the recipe."""
 
 
 @dataclass(frozen=True)
 class Miniature:
-    """The small configuration that is proven instead of a recipe."""
+    """The small configuration that a proof runs in place of the recipe."""
 
     cfg: Config
     cuts: list[str]
-    """A sentence for every value that is smaller than in the recipe."""
+    """One sentence for every value that is smaller than in the recipe."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +121,14 @@ LOST = {
     "nodes": "expert groups over several nodes",
     "pp": "the pipeline",
 }
-"""Structure that is dropped, in this order, if even the smallest layout has too many ranks."""
+"""Structures that may be dropped if even the smallest layout has too many ranks. They are dropped in this order."""
 
 
 def shrink(cfg: Config) -> Miniature:
-    """The miniature of a recipe that has passed check_layout; it passes the same checks. Starts nothing."""
+    """The miniature of a recipe. The recipe has passed check_layout, and the miniature passes the same checks. Starts
+    no process."""
     model, optim = replace(cfg.model, block=None, router=None), replace(cfg.optim, extra_loss=None)
-    whole = cfg = replace(cfg, model=model, optim=optim, callbacks=[])  # the reference does not run the user's code
+    whole = cfg = replace(cfg, model=model, optim=optim, callbacks=[])  # the reference does not run the user's own code
     if cfg.parallel.dispatch_facts.needs_gpu and not _has_gpu(cfg):
         cfg = replace(cfg, parallel=replace(cfg.parallel, dispatch=DispatchKind(FLAT_DISPATCH)))
     layout, structure = _shrink_layout(cfg)
@@ -138,7 +142,7 @@ def shrink(cfg: Config) -> Miniature:
     share, less = micro_batch_size * layout.dp, 0
     together = in_lockstep(replace(cfg.parallel, cp=layout.cp, ep=layout.ep))
     if cfg.parallel.uneven and layout.dp > together:
-        start = full  # a ramp has larger steps than the difference between the shares
+        start = full  # steps of a ramp are larger than the difference between the shares
         less = micro_batch_size * together
     adapter, rank = cfg.adapter, min(cfg.adapter.rank, RANK)
     if adapter.on:
@@ -181,7 +185,7 @@ def shrink(cfg: Config) -> Miniature:
 
         with ProcessPoolExecutor(
             1, get_context("fork")
-        ) as other:  # ranks are forks of this process, which must not have computed with torch
+        ) as other:  # ranks are forks of this process, so this process must not have computed with torch
             limit = other.submit(middle_score, small).result()
         small = replace(small, optim=replace(small.optim, qk_clip=limit))
     axes, parallels = ("pp", "dp", "cp", "ep"), (small.parallel, second_layout(small, max(2, layout.world)))
@@ -198,14 +202,14 @@ def shrink(cfg: Config) -> Miniature:
 
 
 def _has_gpu(cfg: Config) -> bool:
-    from train.kernels.device import usable_gpu  # imports torch, which takes seconds
+    from train.kernels.device import usable_gpu  # this import loads torch, which takes seconds
 
     return cfg.cluster.device != "cpu" and usable_gpu(cfg.cluster.device)
 
 
 def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
-    """A layout of at most prove.ranks ranks with the structure of the recipe's layout, and sentences on lost
-    structure."""
+    """A layout with at most prove.ranks ranks and the structure of the recipe's layout. Also returns a sentence for
+    each structure that was dropped."""
     whole, most = layout_of(cfg), cfg.prove.ranks
     inside = whole.ep_ranks_per_node if cfg.parallel.dispatch_facts.by_nodes else whole.ep
     if whole.world <= most:
@@ -218,13 +222,12 @@ def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
             degrees = replace(degrees, **{name: 1})
             lost.append(f"prove.ranks = {most} is too small for {what}, which this proof does not cover.")
     if given.pp >= 3 and degrees.pp == 2 and degrees.ranks // 2 * 3 <= most:
-        degrees = replace(degrees, pp=3)  # a rank with neither end of the pipeline
+        degrees = replace(degrees, pp=3)  # one rank has neither end of the pipeline
     ep = degrees.nodes * degrees.inside
     ranks, cp = degrees.edp * ep, 1
     if whole.cp > 1:
-        wanted = 2 * min(
-            whole.dp, 2
-        )  # two ranks that share a sequence, and two shares of the batch if the recipe has several
+        # Two ranks share a sequence. If the recipe has several shares of the batch, there are two.
+        wanted = 2 * min(whole.dp, 2)
         while ranks % wanted and 2 * ranks * degrees.pp <= most:
             ranks *= 2
         cp = 2 - ranks % 2
@@ -236,7 +239,8 @@ def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
 
 
 def _sequence(cfg: Config, layout: Layout) -> int:
-    """About SEQUENCE tokens; every piece of a rank is longer than the reach of MTP modules."""
+    """A sequence length of about SEQUENCE tokens. Every piece of a rank is longer than the distance over which MTP
+    modules look ahead."""
     if layout.cp == 1:
         return min(cfg.seq_len, SEQUENCE)
     pieces = 2 * layout.cp
@@ -244,24 +248,26 @@ def _sequence(cfg: Config, layout: Layout) -> int:
 
 
 def _least(degree: int) -> int:
-    """The smallest prime factor, which divides experts and groups if the degree does."""
+    """The smallest prime factor. It divides experts and groups if the degree does."""
     return next((part for part in range(2, degree + 1) if degree % part == 0), 1)
 
 
 def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
-    """The number of layers, and parallel.split.
+    """The number of layers, and the value of parallel.split.
 
-    If the recipe's split is a list for more stages, ends without layers stay so. If its inner stages differ, one inner
-    stage differs here too.
+    The recipe's split may be a list for more stages. If its first or last stage has no layer, this stays so. If its
+    inner stages differ in length, one inner stage of the miniature differs too.
     """
     model, given = cfg.model, cfg.parallel.split
     stages = layout.pp * cfg.parallel.schedule_facts.rank_stages(cfg.parallel.virtual_stages)
     dense, moe = min(model.dense_layers, 1), min(model.layers - model.dense_layers, 2)
-    # with an adapter every rank needs a block, also a rank with the embedding or the head
+    # With an adapter, every rank needs a block, even a rank with the embedding or the head.
     shares = "S" in model.sparse.pattern
     layers = min(model.layers, max(dense + moe, stages * (1 + (cfg.adapter.on or shares))))
     if not isinstance(given, list):
-        if (shares or cfg.optim.index_warmup) and stages > 1:  # a stage begins with a layer that chooses, and learns
+        if (
+            shares or cfg.optim.index_warmup
+        ) and stages > 1:  # each stage begins with a layer that chooses keys and learns
             return layers, [layers // stages + (stage < layers % stages) for stage in range(stages)]
         return layers, given
     split = [1] * stages
@@ -276,11 +282,10 @@ def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
     multiple, width = cfg.parallel.dispatch_facts.width, TILED_WIDTH if is_tiled(cfg) else MINIATURE_WIDTH
     hidden = min(model.hidden, max(multiple, width // multiple * multiple))
     yarn = model.yarn
-    if cfg.seq_len > yarn.original_seq_len:  # YaRN is active because of the length, and must stay active
+    if cfg.seq_len > yarn.original_seq_len:  # the sequence length makes YaRN active, so it must stay active
         length = max(1, seq_len * yarn.original_seq_len // cfg.seq_len)
-        by = (
-            length / yarn.original_seq_len
-        )  # the ramp between fast and slow pairs covers the same fraction of the pairs
+        # The ramp between fast and slow pairs must cover the same fraction of the pairs.
+        by = length / yarn.original_seq_len
         yarn = replace(yarn, original_seq_len=length, beta_fast=by * yarn.beta_fast, beta_slow=by * yarn.beta_slow)
     return replace(
         model,
@@ -303,7 +308,8 @@ def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
 
 
 def _shrink_sparse(cfg: Config, seq_len: int, model: Model, stages: list[int]) -> SparseAttention:
-    """A small indexer. Queries choose a quarter to a half of the keys if they choose in the recipe. stages: layers of each."""
+    """A small indexer. If queries choose keys in the recipe, they choose a quarter to a half of them here. stages:
+    layers of each stage."""
     sparse = cfg.model.sparse
     if cfg.seq_len > sparse.top_k:
         share = sparse.top_k * seq_len // cfg.seq_len
@@ -313,8 +319,8 @@ def _shrink_sparse(cfg: Config, seq_len: int, model: Model, stages: list[int]) -
 
 
 def _experts(model: Model, ep: int) -> int:
-    """About EXPERTS, a multiple of groups and ranks. A token still chooses from more than its top_k, if it did in the
-    recipe."""
+    """About EXPERTS experts, as a multiple of groups and ranks. If a token chooses from more than its top_k experts in
+    the recipe, it also does here."""
     size = model.experts // model.groups
     needed = max(model.resolved_group_top_k + 1, math.ceil(2 * model.top_k / model.top_groups))
     least = min(size, max(needed, EXPERTS // model.groups))
@@ -322,7 +328,8 @@ def _experts(model: Model, ep: int) -> int:
 
 
 def _chunk(cfg: Config, tokens: int) -> int:
-    """Tokens per chunk of the loss: several chunks if the recipe has several, with a shorter last chunk."""
+    """Tokens per chunk of the loss. If the recipe has several chunks, the miniature has several, and the last one is
+    shorter."""
     whole = cfg.micro_batch_size * cfg.seq_len
     if cfg.model.loss_chunk >= whole:
         return tokens
@@ -330,14 +337,14 @@ def _chunk(cfg: Config, tokens: int) -> int:
 
 
 def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
-    """Micro-batches of a rank in a step, at the start of the ramp and after it: enough for every phase of the
+    """Micro-batches of a rank in a step, at the start of the ramp and after it. There are enough for every phase of the
     schedule."""
     sizes = [batch // (cfg.micro_batch_size * cfg.parallel.dp) for batch in batch_sizes(cfg)]
     wanted = max(1, cfg.parallel.schedule_facts.least) * layout.pp + 1
 
     def allowed(count: int) -> bool:
         try:
-            for each in {count, count - cfg.parallel.uneven}:  # of the largest share and of the smallest
+            for each in {count, count - cfg.parallel.uneven}:  # the largest and the smallest share
                 check_schedule(cfg.parallel.schedule, layout.pp, each, layers, cfg.parallel.virtual_stages)
         except UserError:
             return False
@@ -350,7 +357,7 @@ def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
 
 
 def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
-    """The recipe's schedules over the few steps; gradients are clipped if the recipe clips."""
+    """The recipe's schedules, fitted to the few steps. Gradients are clipped if the recipe clips them."""
     if optim.batch_ramp_start is not None:
         optim = replace(optim, batch_ramp_start=start, batch_ramp_steps=2, batch_ramp_increment=more or start)
     clip = min(optim.clip, CLIP)
@@ -359,8 +366,8 @@ def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
 
 
 def _differences(cfg: Config, small: Config) -> list[str]:
-    """A sentence for every changed setting of the model, its training and its layout, and one for all settings that a
-    proof ignores."""
+    """One sentence for every changed setting of the model, its training and its layout. Another one lists all settings
+    that a proof ignores."""
     changed = [
         (name, there, here) for name, there, here in _both_values("", cfg, small) if here != there and name not in OWN
     ]
@@ -372,7 +379,7 @@ def _differences(cfg: Config, small: Config) -> list[str]:
 
 
 def _both_values(prefix: str, cfg: Any, small: Any) -> Iterator[tuple[str, Any, Any]]:
-    """All keys as (key, the recipe's value, the miniature's value)."""
+    """All keys, as (key, value in the recipe, value in the miniature)."""
     for entry in fields(cfg):
         there, here = getattr(cfg, entry.name), getattr(small, entry.name)
         if is_dataclass(there):

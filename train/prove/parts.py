@@ -1,16 +1,16 @@
-"""Records inputs and outputs of single parts of the model on a rank, so each can be judged separately
+"""Records inputs and outputs of single parts of the model on a rank. Each part can then be judged separately
 (train/prove/judge_parts.py).
 
-Parts are watched at their borders, by hooks on modules, tensors and autograd nodes, by replaced methods of a layer, and
-by a wrapper of its kernels. So GPU kernels are watched like CPU kernels, in every schedule and recomputation. No
-computation changes.
+Parts are recorded at their borders: by hooks on modules, tensors and autograd nodes, by replaced methods of a layer,
+and by a wrapper of its kernels. So GPU kernels are recorded like CPU kernels, under every schedule and recomputation.
+No computation changes.
 
-Keys are part.WHAT/NAME/NUMBER. NUMBER counts the calls of the part, micro-batch after micro-batch:
+Keys are part.WHAT/NAME/NUMBER. NUMBER counts the calls of the part, from one micro-batch to the next:
 
     linear layer, norm     x, y, and the gradients dy, dx; of every call, also of recomputed calls
     router                 x, dx; `EvidenceWatch` records gates and choices
-    experts                x, gates, counts, y, dy, dx, dgates, and h, dh between the matmuls, rows sorted by expert
-    LoRA A and B           dropped, the input after dropout; for the second matmul of experts dropped_a
+    experts                x, gates, counts, y, dy, dx, dgates; between the matmuls h and dh; rows sorted by expert
+    LoRA A and B           dropped, which is the input after dropout; dropped_a for the second matmul of experts
     attention              q, k, v, y, and the gradients dq, dk, dv, dy; not if ranks share sequences
     embedding              ids, y, dy
     output head            x, dx of each depth, under head.DEPTH, and its loss y with dy
@@ -37,19 +37,19 @@ from train.model.recompute import is_repeated
 from train.model.router import Router
 
 TILE = 128
-"""Expert rows may be padded to a multiple of this."""
+"""Rows of experts may be padded to a multiple of this number."""
 BETWEEN = 8
-"""More than the number of autograd nodes between the output of experts and their input."""
+"""Upper bound of the number of autograd nodes between the output of experts and their input."""
 
 
 class PartsWatch:
-    """Records inputs and outputs of the chunks' parts while `is_on`. precision: the object that the chunks use."""
+    """While `is_on`, records inputs and outputs of the chunks' parts. precision: the object that the chunks use."""
 
     def __init__(self, chunks: list[DeepSeekV3], precision: HighPrecision | Fp8Precision):
         self.is_on = False
         self.seen: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}
-        self._here = threading.local()  # an overlapped pair runs in two threads
+        self._here = threading.local()  # an overlapped pair of passes runs in two threads
         self._watch_swiglu(precision)
         tables: set[Embedding] = set()
         for chunk in chunks:
@@ -58,7 +58,7 @@ class PartsWatch:
                     module.register_forward_pre_hook(partial(self._take_input, name))
                     if not isinstance(module, Router):
                         module.register_forward_hook(partial(self._take_output, name))
-                elif isinstance(module, Embedding) and module not in tables:  # two chunks may share it
+                elif isinstance(module, Embedding) and module not in tables:  # two chunks may share a table
                     tables.add(module)
                     module.register_forward_hook(self._take_embedded)
                 elif isinstance(module, Head):
@@ -76,11 +76,12 @@ class PartsWatch:
         self.seen, self._calls = {}, {}
 
     def is_watching(self) -> bool:
-        """Whether to record now: the recomputation of a layer has its own graph, and no gradients go through it."""
+        """Whether to record now. A layer's recomputation has a graph of its own, which gradients do not reach, so it is
+        not recorded."""
         return self.is_on and not is_repeated()
 
     def begin(self, name: str) -> str:
-        """NAME/NUMBER of the key of a part's next call."""
+        """Returns NAME/NUMBER for the key of the part's next call."""
         number = self._calls[name] = self._calls.get(name, -1) + 1
         return f"{name}/{number}"
 
@@ -88,7 +89,7 @@ class PartsWatch:
         self.seen[f"part.{what}/{key}"] = tensor.detach().clone()
 
     def keep_gradient(self, what: str, key: str, tensor: Tensor) -> None:
-        """Keep the gradient of a tensor when it is computed."""
+        """Record the gradient of a tensor when backward computes it."""
         if tensor.requires_grad:
             tensor.register_hook(lambda gradient: self.keep(what, key, gradient))
 
@@ -111,7 +112,7 @@ class PartsWatch:
 
     def _take_embedded(self, table: Embedding, given: tuple, y: Tensor) -> None:
         if self.is_watching() and table.training and torch.is_grad_enabled():
-            key = self.begin("embedding")  # of all tables of a rank, which share one gradient
+            key = self.begin("embedding")  # all tables of a rank share one gradient
             self.keep("ids", key, given[0])
             self.keep("y", key, y)
             self.keep_gradient("dy", key, y)
@@ -132,11 +133,11 @@ class PartsWatch:
             self.keep_gradient("dy", key, loss)
 
     def _open(self) -> dict[str, Any]:
-        """Keys of the calls that run in this thread."""
+        """The keys of calls that run in this thread."""
         return self._here.__dict__.setdefault("keys", {})
 
     def _run_experts(self, name: str, first: Tensor, run: Callable[[RoutedRows], Tensor], routed: RoutedRows) -> Tensor:
-        """Replaces a layer's `run_experts`, which is passed as `run`. first: index of its first expert on this rank."""
+        """Replaces a layer's `run_experts`. run: the original method. first: index of this rank's first expert."""
         if not (self.is_watching() and torch.is_grad_enabled()):
             return run(routed)
         rows_RD, gates_R, counts = routed.rows_RD, routed.gates_R, routed.counts_E
@@ -176,7 +177,7 @@ class PartsWatch:
         """Replaces the dropout of LoRA inputs."""
         dropped, context = drop(x)
         key = self._open().get(name) or getattr(self._here, "experts", (None,))[0]
-        if isinstance(key, list):  # of the head, whose depths come in order
+        if isinstance(key, list):  # the head's depths come in order
             key = next(self._open()["depths"])
         if key is not None and dropped is not x:
             self.keep(what, key, dropped)
@@ -189,7 +190,7 @@ class PartsWatch:
         setattr(owner, name, _WatchedSwiGLU(getattr(owner, name), self))
 
     def enter_experts(self, key: str | None, counts: Sequence[int] = ()) -> None:
-        """Set the experts whose SwiGLU runs next in this thread; None if they are not watched."""
+        """Set the experts whose SwiGLU runs next in this thread. key: None if these experts are not recorded."""
         self._here.experts = key, counts
 
     def saw_swiglu(self, h: Tensor) -> None:
@@ -199,7 +200,7 @@ class PartsWatch:
 
 
 class _Passed(Function):
-    """The tensor as a new view, so that only its gradient on this path is seen."""
+    """Returns the tensor as a new view. A hook on this view sees only the gradient that comes along this path."""
 
     @staticmethod
     def forward(ctx, x: Tensor, saw) -> Tensor:
@@ -213,7 +214,7 @@ class _Passed(Function):
 
 
 class _WatchedSwiGLU:
-    """Wraps an engine or kernels and forwards all calls; records SwiGLU's input."""
+    """Wraps an engine or kernels. Forwards all calls, and records the input of SwiGLU."""
 
     def __init__(self, inner: Any, watch: PartsWatch):
         self._inner, self._watch = inner, watch
@@ -227,7 +228,7 @@ class _WatchedSwiGLU:
 
 
 def _lora_modules(module: nn.Module) -> dict[str, Any]:
-    """LoRA modules of a module, by the name of their recorded input."""
+    """LoRA modules inside a module, by the name under which their input is recorded."""
     found = {
         "dropped": getattr(module, "added_up" if isinstance(module, Experts) else "added", None),
         "dropped_a": getattr(module, "added_down", None),
@@ -236,7 +237,7 @@ def _lora_modules(module: nn.Module) -> dict[str, Any]:
 
 
 def first_node(y: Tensor, x: Tensor) -> Any:
-    """The autograd node that takes x, on the backward path from y along the first argument of each node."""
+    """The autograd node that takes x. The search starts at y and follows the first argument of each node."""
     node = y.grad_fn
     for _ in range(BETWEEN):
         assert node is not None
@@ -248,7 +249,7 @@ def first_node(y: Tensor, x: Tensor) -> Any:
 
 
 def own_rows(rows_PX: Tensor, counts: Sequence[int]) -> Tensor:
-    """The rows of each expert, without the padding between them."""
+    """The rows of all experts without the padding between them."""
     if len(rows_PX) == sum(counts):
         return rows_PX
     starts = accumulate((-(-count // TILE) * TILE for count in counts), initial=0)

@@ -1,12 +1,12 @@
-"""Measures the effect of rounding on the reference itself: the change of a step if every part is randomly perturbed by
-a unit roundoff.
+"""Measures how rounding changes the reference itself. To do so, it perturbs every part of a step at random by a unit
+roundoff.
 
-A bound from the number of matmuls does not consider the sensitivity of a step. With a sharp softmax, a gradient that is
-the difference of large numbers, or a width of 16 that averages few roundings, correct ranks differ by several times
-that bound. So the reference runs the step again, with every weight, every output of a part and its gradient perturbed
-by the unit roundoff of the format. Sums of rounding errors are unlikely to be larger. If rounding alone may change a
-tensor by its own size, as FP8 does in some thin models, this check is inconclusive for the tensor, and the certificate
-counts it as inconclusive. The checks exact and fp32 are conclusive for it.
+A bound that depends only on the number of matmuls ignores how sensitive a step is. Some steps have a sharp softmax, a
+gradient that is the difference of large numbers, or a width of 16 that averages only few roundings. In such steps,
+correct ranks differ by several times that bound. So the reference runs the step again. It perturbs every weight, every
+output of a part and its gradient by the unit roundoff of the format. Sums of real rounding errors are unlikely to be
+larger. In some thin models, rounding to FP8 alone may change a tensor by its own size. This check is then inconclusive
+for the tensor, and the certificate counts it as inconclusive. The checks exact and fp32 are still conclusive for it.
 """
 
 import math
@@ -23,25 +23,25 @@ from train.prove.reference_step import PlainPlan
 from train.prove.samples import Samples
 
 RUNS, FP32_RUNS = 3, 8
-"""Numbers of perturbed runs. fp32 rarely needs them, but uses more runs. The maximum of few runs is too small for a
-weight with few elements: a norm weight of 8 elements differed by 4.8 times the maximum of three runs on one processor.
-"""
+"""Numbers of perturbed runs: in low precision, and in fp32. Checks in fp32 rarely need these runs, so they can use
+more. The maximum of few runs is too small for a weight with few elements: a norm weight of 8 elements differed by 4.8
+times the maximum of three runs on one processor."""
 MARGIN = 4.0
-"""Allowed ratio of a difference to the maximum of these runs. A run perturbs a part once, but a rank rounds about ten
-times inside it (attention: projections, norms, RoPE, scores, softmax, sums), which adds up to sqrt(10) = 3.2 times as
-much. The number of runs is also small."""
+"""Maximum ratio of a difference to the largest change in these runs. A run perturbs each part once. A rank rounds about
+ten times in a part (attention: projections, norms, RoPE, scores, softmax, sums), which gives sqrt(10) = 3.2 times as
+much. The rest allows for the small number of runs."""
 
 
 @dataclass(frozen=True)
 class ReferenceStep:
-    """The reference's result of a step."""
+    """What the reference computes in one step."""
 
     seen: WatchedPass
     gradients: Weights
 
 
 def run_reference_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> ReferenceStep:
-    """Forward and backward of the batch of a step. The gradient of an unused weight is zero."""
+    """Forward and backward of one step's batch. The gradient of an unused weight is zero."""
     batch = samples.batch(plan.first_sample, plan.batch_size)
     seen = reference.gradients(plain, batch, plan.mtp_weight)
     return ReferenceStep(
@@ -51,20 +51,20 @@ def run_reference_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> 
 
 
 class PerturbedRuns:
-    """The perturbed runs of one step, computed at the first request."""
+    """The perturbed runs of one step. They are computed when they are first needed."""
 
     def __init__(self, plain: PlainModel, samples: Samples, plan: PlainPlan, unit: float, near: float | None):
         """unit: roundoff of the format, relative to the value.
 
-        near: score distance at which two experts may change places in the balance loss. Random runs rarely show such a
-        change, so one run swaps them. None: random runs show it.
+        near: if two experts' scores are closer than this, they may change places in the balance loss. Random runs
+        rarely show such a change, so one more run swaps these experts. None: random runs show it.
         """
         self._plain, self._samples, self._plan, self._unit, self._near = plain, samples, plan, unit, near
         self._runs: list[ReferenceStep] = []
 
     def bound(self, part: Callable[[ReferenceStep], Tensor], want: Tensor, scale: float, by_norm: bool) -> Bound:
-        """Allowed distance of `part` of a step from `want`, in units of `scale`: by the norm, or by the largest
-        value."""
+        """The bound on the distance between `part` of a step and `want`, in units of `scale`. by_norm: compare norms;
+        else largest values."""
         if not self._runs:
             self._runs = [self._run(seed) for seed in range(FP32_RUNS if self._unit == UNIT["fp32"] else RUNS)]
             if self._near is not None:
@@ -99,7 +99,8 @@ class PerturbedRuns:
         return run_reference_step(moved, self._samples, self._plan)
 
     def _run_swapped(self, near: float) -> ReferenceStep:
-        """A run whose balance losses count the other of two experts that nearly tie for the last place."""
+        """A run in which two experts change places in the balance loss, wherever they nearly tie for a token's last
+        choice."""
 
         def best(scores: Tensor, count: int) -> Tensor:
             ordered, ids = scores.sort(dim=-1, descending=True, stable=True)

@@ -1,15 +1,15 @@
-"""One rank of a proof, top to bottom. `python -m train.prove.proof_rank CONFIG [PART]` is a rank that the driver
-started.
+"""Runs one rank of a proof. The driver starts it as `python -m train.prove.proof_rank CONFIG [PART]`.
 
-It trains with Sluice's own code and writes evidence. It judges nothing.
+The rank trains with Sluice's own code and writes evidence. It judges nothing.
 
-    exact      one step in fp64 with the gradients of this rank alone, before any reduction; the sizes at which code takes
+    exact      one step in fp64, with the gradients of this rank alone, before any reduction; sizes at which code takes
                another path (conf/thresholds.py) are lowered
     loop       steps of a custom loop in fp64, in train/prove/loop_rank.py
-    fp32       steps of the Trainer through DeepSpeed, a checkpoint that is written during a later step, and steps from there in
-               another layout, with another batch and lowered sizes; one step has a gradient that is not finite
-    recipe     the same in the recipe's own precision
-    tiles      two steps in the recipe's precision with two tiles in every width
+    fp32       steps of the Trainer through DeepSpeed; a checkpoint that is written during a later step; then steps from
+               this checkpoint in another layout, with another batch and lowered sizes; one step has a gradient that is
+               not finite
+    recipe     as fp32, but in the recipe's own precision
+    tiles      two steps in the recipe's precision, with two tiles in every width
 """
 
 import sys
@@ -79,7 +79,7 @@ from train.rank import choose_device, guarded, start_process_group
 from train.rank_parts import ParallelModel, RankModel, RankSetup
 
 PARTS = (0, 1)
-"""The parts of a run, see run_pass."""
+"""The parts of a run; see `run_pass`."""
 
 
 def run_rank(
@@ -89,8 +89,8 @@ def run_rank(
     proofs: Sequence[str] | None = None,
     parts: Sequence[int] = PARTS,
 ) -> int:
-    """Write this rank's evidence of these checks, or of all; returns the exit code. failures: see train.rank.guarded.
-    parts: see run_pass."""
+    """Write this rank's evidence of these checks, or of all checks. Returns the exit code. failures: see
+    train.rank.guarded. parts: see `run_pass`."""
     given = [*PROOFS] if proofs is None else proofs
     return guarded(place, failures, disk_errors(config)(lambda: _run(config, place, given, parts)))
 
@@ -104,9 +104,9 @@ def _run(config: Config, place: Place, proofs: Sequence[str], parts: Sequence[in
 
 
 def run_pass(proof: str, config: Config, place: Place, device: torch.device, parts: Sequence[int] = PARTS) -> None:
-    """Write the evidence of one check. Needs the process group of all ranks.
+    """Write the evidence of one check. All ranks must be in a process group.
 
-    parts: of a run: 0 up to the checkpoint, 1 from there in another layout of all ranks.
+    parts: parts of a run. Part 0 runs up to the checkpoint. Part 1 continues from it, with all ranks in another layout.
     """
     as_run = PROOFS[proof](config)
     if proof not in IN_FP64:
@@ -119,7 +119,7 @@ def run_pass(proof: str, config: Config, place: Place, device: torch.device, par
 
 
 def in_groups(config: Config, place: Place, device: torch.device) -> RankSetup:
-    """The rank in the groups of a layout, which may differ from the layout of the previous part."""
+    """The rank in the process groups of this layout. The previous part may have had another layout."""
     mesh = build_mesh(read_layout(config, place.local_world), timedelta(seconds=config.cluster.timeout))
     return RankSetup(device, mesh)
 
@@ -128,7 +128,7 @@ def in_groups(config: Config, place: Place, device: torch.device) -> RankSetup:
 
 
 def prove_exact(config: Config, place: Place, device: torch.device) -> None:
-    """One step of the engine, without an optimizer."""
+    """Runs one step of the engine without an optimizer."""
     rank, plan = in_groups(config, place, device), Schedules(config).plan(1)
     first, count = share_of(config, plan.batch_size, rank.mesh.dp_rank)
     batch = ProofData.of(config).train.batch(plan.first_sample + first, count)
@@ -148,8 +148,8 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
 def exact_engine(
     config: Config, rank: RankSetup, device: torch.device
 ) -> Iterator[tuple[Engine, RankModel, "LocalGradients"]]:
-    """An engine in fp64 with the weights and biases of a proof, its model and its gradients."""
-    # Drawn outside, because fp64 would draw other numbers.
+    """An engine in fp64 with the proof's weights and biases, its model, and its gradients."""
+    # Computed before fp64 starts, because fp64 would give other random numbers.
     weights, biases = initial_weights(config), initial_biases(config)
     with in_double(), lowered():
         kernels = build_kernels(
@@ -164,14 +164,14 @@ def exact_engine(
 
 
 def add_scores(evidence: Evidence, step: Engine, outcome: StepOutcome) -> None:
-    """Add the largest attention scores, by layer, if they are recorded."""
+    """Add the largest attention scores by layer, if the engine has recorded them."""
     if step.clip is not None:
         for name, scores_H in zip(step.clip.layers, outcome.scores_LH, strict=True):
             evidence.add("scores", name, scores_H)
 
 
 class LocalGradients(Zero):
-    """Replaces ZeRO: gradients stay on their rank, and no weight changes."""
+    """Used instead of ZeRO. Gradients stay on their rank, and no weight changes."""
 
     def __init__(self, chunks: list[DeepSeekV3]):  # without ZeRO's own state
         self._chunks = chunks
@@ -181,10 +181,10 @@ class LocalGradients(Zero):
         yield
 
     def set_lr(self, lr: float) -> None:
-        """Nothing is updated."""
+        """Does nothing, because no weight changes."""
 
     def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
-        """Nothing is updated."""
+        """Does nothing, because no weight changes."""
 
     def step(self, valid: bool | Tensor = True) -> Update:
         return Update(0.0, bool(valid), [])
@@ -195,16 +195,16 @@ class LocalGradients(Zero):
             chunk.zero_grad(set_to_none=True)
 
     def give(self, evidence: Evidence) -> None:
-        """Add the local gradients to the evidence; for experts, the offset identifies them."""
+        """Add the local gradients to the evidence. For experts, an offset tells which experts they are."""
         done: set[int] = set()
         for chunk in self._chunks:
             for prefix, module in chunk.named_modules():
                 for name, weight in module.named_parameters(recurse=False):
                     if id(weight) in done:
-                        continue  # a table that two chunks share
+                        continue  # another chunk has the same table
                     done.add(id(weight))
                     if not weight.requires_grad and weight.grad is None:
-                        continue  # the base of an adapter
+                        continue  # base weight of an adapter
                     first = module.local.start * weight[0].numel() if isinstance(module, Experts) else 0
                     gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
                     evidence.add("local", f"{prefix}.{name}", gradient)
@@ -213,7 +213,7 @@ class LocalGradients(Zero):
 
 @torch.no_grad()
 def fill_chunks(chunks: list[DeepSeekV3], weights: dict[str, Tensor]) -> None:
-    """Copy the weights of a proof into whole chunks."""
+    """Copy the proof's weights into chunks with complete weights."""
     for chunk in chunks:
         for prefix, module in chunk.named_modules():
             for name, weight in module.named_parameters(recurse=False):
@@ -227,7 +227,7 @@ def fill_chunks(chunks: list[DeepSeekV3], weights: dict[str, Tensor]) -> None:
 
 
 def fill_biases(model: RankModel, biases: dict[str, Tensor]) -> None:
-    """Copy the biases into the routers of this rank."""
+    """Copy the proof's biases into the routers of this rank."""
     for name, router in model.routers().items():
         router.bias_E.copy_(biases[name])
 
@@ -236,7 +236,8 @@ def fill_biases(model: RankModel, biases: dict[str, Tensor]) -> None:
 
 
 def prove_trained(proof: str, config: Config, place: Place, device: torch.device, parts: Sequence[int]) -> None:
-    """Some steps, a checkpoint, and the remaining steps from it in another layout; in check `tiles` only steps."""
+    """Trains some steps, saves a checkpoint, and trains the remaining steps from it in another layout. In check
+    `tiles`, there is no checkpoint."""
     config = replace(config, name=f"{config.name}/{proof}")
     for folder in (RunPaths(config).checkpoints, RunPaths(config).logs):
         folder.mkdir(parents=True, exist_ok=True)
@@ -250,7 +251,7 @@ def prove_trained(proof: str, config: Config, place: Place, device: torch.device
 def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> None:
     config = part.config
     rank, paths = in_groups(config, place, device), RunPaths(config)
-    data = cast("PreparedData", ProofData.of(config))  # has everything that a run needs
+    data = cast("PreparedData", ProofData.of(config))  # ProofData has everything that a run needs
     kernels, _ = choose_kernels(config, device)
     attempt = from_rank_0(lambda: next_attempt(paths.checkpoints))
     checkpointer = _LateCheckpointer(
@@ -265,7 +266,7 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
     parts = parallelize(config, rank.mesh, device, kernels, restored=part.number > 0)
     in_memory = CopiesInMemory(None)
     hooks = build_hooks(config, rank, parts, Flops(0.0, 0.0, 1.0, ""), in_memory, None)
-    if proof == "tiles":  # its values may overflow in a faulty part, which the judge names
+    if proof == "tiles":  # in a faulty part, its values may overflow; the judge then names the part
         hooks = [hook for hook in hooks if not isinstance(hook, SkippedSteps)]
     state = RunState(config, rank.mesh, parts, hooks)
     start = Evidence(StepInfo(proof, part.number, 0, place.rank, layout_name(config), device.type))
@@ -289,7 +290,7 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
 
 @torch.no_grad()
 def fill_state(config: Config, state: RunState, parts: ParallelModel) -> None:
-    """Copy the weights of a proof into the masters, and the biases into the routers; set moments to 0."""
+    """Copy the proof's weights into the masters and its biases into the routers. Set the moments to 0."""
     weights = initial_weights(config)
     for name, shard in state.zero.shards(copies=True).items():
         kind, weight = name.split(".", 1)
@@ -305,7 +306,7 @@ def fill_state(config: Config, state: RunState, parts: ParallelModel) -> None:
 
 @torch.no_grad()
 def fill_base(config: Config, state: RunState) -> None:
-    """Give an adapter its base weights, which no checkpoint contains, and their biases."""
+    """Give an adapter its base weights and their biases. No checkpoint contains them."""
     given = {f"master.{name}": weight for name, weight in initial_weights(config).items()}
     given |= {f"bias.{name}": bias for name, bias in initial_biases(config).items()}
 
@@ -321,17 +322,17 @@ def _fill(shard: Shard, whole: Tensor) -> None:
 
 
 class _Stop(StopRequest):
-    """Replaces stop signals: only the proof itself asks to stop."""
+    """Used instead of stop signals. Only the proof itself asks to stop."""
 
     def __init__(self) -> None:
         self.signal, self.has_stepped = None, False
 
 
 class _LateCheckpointer(Checkpointer):
-    """Writes a copied checkpoint only at the next save or at the end of training, like a slow disk; a checkpoint in
-    pieces at once, as the training waits for it.
+    """Behaves like a slow disk: a copied checkpoint is written only at the next save, or at the end of training. A
+    checkpoint in several parts is written at once, because training waits for it.
 
-    A checkpoint that contains later values than the values at its save is then detected.
+    So the proof detects a checkpoint that contains values from after its save.
     """
 
     def __init__(self, *arguments, **settings) -> None:
@@ -358,7 +359,7 @@ class _LateCheckpointer(Checkpointer):
 
 
 class _ProvenTrainer(Trainer):
-    """Sluice's Trainer, which also writes evidence of every step."""
+    """Sluice's Trainer that also writes evidence of every step."""
 
     def prove(self, rank: RankSetup, part: RunPart, start: Evidence) -> None:
         """Train as `run` does. start: the evidence of the state before the first step."""
@@ -376,11 +377,12 @@ class _ProvenTrainer(Trainer):
         self.train()
 
     def leave_state(self, evidence: Evidence) -> None:
-        """Add the rank's state of the run to the evidence, and write it."""
+        """Add the rank's state to the evidence of a step, and write this evidence."""
         info, state = evidence.info, self.run.state
         info.updates, info.samples, info.skipped = state.zero.client.updates, state.samples, state.skipped
         for name, shard in self.run.state.shards().items():
-            if self._proof != "tiles" or name.startswith(("master.", "bias.")):  # the weights after the step
+            # In check `tiles`, the evidence needs only weights and biases.
+            if self._proof != "tiles" or name.startswith(("master.", "bias.")):
                 evidence.add_shard("after", name, shard)
         for name, router in self.run.parts.routers().items():
             evidence.add("own", f"bias.{name}", router.bias_E)
@@ -420,9 +422,9 @@ class _ProvenTrainer(Trainer):
         return stop
 
     def _add_weights(self, evidence: Evidence) -> None:
-        """Add the weights that the engine hands out, on rank 0; all ranks take part."""
+        """Add the weights that the engine returns on rank 0. All ranks must call this."""
         if self.run.config.adapter.base is BaseFormat.fp8:
-            return  # which are not handed out as a whole
+            return  # then the engine does not return complete weights
         for name, weight in self.run.engine.weights():
             if self._rank.mesh.rank == 0:
                 evidence.add("weights", name, weight)
@@ -432,7 +434,7 @@ class _ProvenTrainer(Trainer):
 
 
 class _Gradients:
-    """Gradients of one step: of this rank before the reduction, and its shard of the reduced gradients."""
+    """The gradients of one step: this rank's own before the reduction, and its shard of the reduced gradients."""
 
     def __init__(self) -> None:
         self.reduced: dict[str, Shard] = {}
@@ -440,7 +442,7 @@ class _Gradients:
         self._sizes: dict[str, Shard] = {}
 
     def add_local(self, name: str, gradient: Shard) -> None:
-        """Sum gradients that are reduced by micro-batch, with more precision than Sluice's own rounding."""
+        """Add up gradients that are reduced in each micro-batch. The sum is more precise than Sluice's own."""
         held = self._local.get(name)
         if held is None:
             self._local[name] = replace(gradient, local=gradient.local.clone())
@@ -456,10 +458,11 @@ class _Gradients:
 
 
 class _WatchedStep(Engine):
-    """An engine that copies gradients before the reduction and before the update. last: the step that asks to stop."""
+    """An engine that copies the gradients before the reduction and before the update. last: the step after which it
+    asks to stop."""
 
     def __init__(self, step: Engine, zero: Zero, saw: Callable[[StepOutcome, _Gradients], None], last: int):
-        vars(self).update(vars(step))  # it has the state of the given engine
+        vars(self).update(vars(step))  # takes over the state of the given engine
         self._zero, self._saw, self._last = zero, saw, last
 
     def run(

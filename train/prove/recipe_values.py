@@ -1,4 +1,5 @@
-"""A recipe as the references take it: a plain mapping of its values, without values derived by Sluice."""
+"""A recipe in the form in which the references read it: a plain mapping of its values. It has no values that Sluice
+derives."""
 
 from dataclasses import asdict
 from typing import Any
@@ -14,5 +15,5 @@ class Values(dict[str, Any]):
 
 
 def read_values(recipe: Any) -> Values:
-    """The fields of a dataclass and of nested dataclasses, as a mapping."""
+    """Converts a dataclass and its nested dataclasses to a mapping of their fields."""
     return asdict(recipe, dict_factory=Values)

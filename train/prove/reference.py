@@ -1,15 +1,15 @@
 """DeepSeek-V3 in one file, written like its formulas: the reference that mode=prove compares every layout with.
 
-Read it from top to bottom to learn the model. Nothing here is fast: one process, one expert after another, autograd,
-all in the dtype of the given weights, which is fp64 in a proof. It shares no code with the judged code, only the
-values of the recipe and names of weights.
+Read it from top to bottom to learn the model. Nothing here is fast: it runs in one process, computes one expert after
+another, and uses autograd. All arithmetic has the dtype of the given weights, which is fp64 in a proof. The reference
+shares no code with the judged code, only the recipe's values and the names of weights.
 
     forward                embedding -> blocks -> head and MTP modules -> losses             PlainModel
     backward               autograd                                                          gradients
 
 reference_sparse.py has sparse attention, reference_step.py the settings of a step and the update.
 
-Equations and sections are those of the DeepSeek-V3 report (arXiv 2412.19437).
+Numbers of equations and sections refer to the DeepSeek-V3 report (arXiv 2412.19437).
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocabulary, H heads, Q = nope + rope width of
 a head, R rope width, N tokens in a row (B*T), E experts, G groups, K experts of a token, F inner width.
@@ -30,11 +30,12 @@ from train.prove.reference_adapter import adapted, adapter_shapes, is_adapted
 from train.prove.reference_sparse import indexer_shapes, over_chosen
 
 Weights = dict[str, Tensor]
-"""Every weight by its name; experts are stacked: w13 (E, 2F, D) has the rows of w1, then of w3; w2 (E, D, F)."""
+"""All weights by name. The weights of experts are stacked: w13 (E, 2F, D) has the rows of w1 and then those of w3; w2
+is (E, D, F)."""
 
 
 def weight_shapes(model: Values) -> dict[str, tuple[int, ...]]:
-    """Every weight, in the order of a forward pass. Linear layers have no bias; norm weights are vectors."""
+    """Shapes of all weights, in the order of a forward pass. Linear layers have no bias. Norm weights are vectors."""
     D, H, E, F_ = model.hidden, model.heads, model.experts, model.expert_width
     Q = model.nope_head_dim + model.rope_head_dim
     queries: dict[str, tuple[int, ...]] = {"q.weight": (H * Q, D)}
@@ -79,7 +80,7 @@ def trained_shapes(config: Values) -> dict[str, tuple[int, ...]]:
 
 
 def layers_with_experts(model: Values) -> list[str]:
-    """Layers with experts in the order of a forward pass, including every MTP module."""
+    """Names of the layers with experts, in the order of a forward pass. Every MTP module is included."""
     main = [f"layers.{layer}" for layer in range(model.dense_layers, model.layers)]
     return main + [f"mtp.{depth}" for depth in range(model.mtp_depth)]
 
@@ -88,7 +89,7 @@ def layers_with_experts(model: Values) -> list[str]:
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x over its root mean square, times a learnt norm weight."""
+    """x divided by its root mean square, times a learnt norm weight."""
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight_D
 
 
@@ -99,10 +100,11 @@ def swiglu(x_ND: Tensor, w13_2FD: Tensor, w2_DF: Tensor) -> Tensor:
 
 
 def turns(model: Values, seq_len: int, length: int, like: Tensor) -> Tensor:
-    """Rotation angle of pair j at position t, (T, R/2): t / theta^(2j/R), stretched by YaRN for long sequences (4.3).
+    """Rotation angle of pair j at position t: (T, R/2). It is t / theta^(2j/R). YaRN stretches it for long sequences
+    (paper 4.3).
 
-    YaRN keeps pairs that rotate more than beta_fast times over the original length. It divides the angle of pairs that
-    rotate less than beta_slow times by `factor`, and interpolates linearly between.
+    Some pairs rotate more than beta_fast times over the original length. YaRN keeps their angles. Other pairs rotate
+    less than beta_slow times. YaRN divides their angles by `factor`. Between the two, it interpolates linearly.
     """
     yarn, width = model.yarn, model.rope_head_dim
     pair = torch.arange(width // 2, dtype=like.dtype, device=like.device)
@@ -127,7 +129,7 @@ def stretched(model: Values, seq_len: int) -> bool:
 
 
 def rotate(x: Tensor, angle: Tensor, size: float) -> Tensor:
-    """Rotate the adjacent pairs of the last axis: (a, b) -> (a cos - b sin, a sin + b cos), times size."""
+    """Rotates the adjacent pairs of the last axis, times size: (a, b) -> (a cos - b sin, a sin + b cos)."""
     a, b = x[..., 0::2], x[..., 1::2]
     cos, sin = angle.cos() * size, angle.sin() * size
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
@@ -138,28 +140,28 @@ def rotate(x: Tensor, angle: Tensor, size: float) -> Tensor:
 
 @dataclass
 class WatchedPass:
-    """Results of a forward pass; `values` keep their gradients through the backward pass."""
+    """The results of a forward pass. The tensors in `values` keep their gradients in the backward pass."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
-    """Outputs of the parts, by name, in the order of computation."""
+    """Outputs of the parts by name, in the order of the computation."""
     main: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Cross-entropy of the next token, nats."""
+    """Cross-entropy of the next token, in nats."""
     mtp: list[Tensor] = field(default_factory=list)
-    """Loss of every MTP depth, unweighted."""
+    """Loss of every MTP depth, without its weight."""
     balance: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Sequence-wise balance losses of all layers, weighted."""
+    """Sum of the sequence-wise balance losses of all layers, with their weight."""
     index: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Losses of all indexers, weighted."""
+    """Sum of the losses of all indexers, with their weight."""
     loads: dict[str, Tensor] = field(default_factory=dict)
-    """Tokens per expert, by the name of the layer."""
+    """Tokens per expert, by name of the layer."""
     scores: dict[str, Tensor] = field(default_factory=dict)
-    """The largest score of every head (H,), by the name of the attention."""
+    """Largest score of each head (H,), by name of the attention."""
     trains: bool = True
-    """Whether it is a pass of training: with MTP modules and losses of indexers."""
+    """Whether this pass trains. It then includes MTP modules and the losses of indexers."""
     learnt: int = 1
-    """Number of the main model's learnt targets, at least 1."""
+    """Number of learnt targets of the main model, but at least 1."""
     open_BTT: Tensor | None = None
-    """The keys of every query that the newest layer with an indexer chose."""
+    """The keys of each query that the most recent layer with an indexer chose."""
 
     def keep(self, name: str, value: Tensor) -> Tensor:
         if value.requires_grad:
@@ -169,31 +171,33 @@ class WatchedPass:
 
 
 class PlainBatch(Protocol):
-    """Samples that are trained together."""
+    """The samples that are trained together."""
 
     @property
     def tokens_BS(self) -> Tensor: ...
 
     @property
     def documents_BS(self) -> Tensor | None:
-        """Index of the document of every token, which limits attention; -1 for padding."""
+        """Index of each token's document, or -1 for padding. A token attends only to its own document."""
         ...
 
     @property
     def supervised_BS(self) -> Tensor | None:
-        """Which tokens are learnt; documents are then independent samples. None: all tokens of one text."""
+        """Which tokens are learnt. Documents are then independent samples. None: all tokens of one text are learnt."""
         ...
 
 
 @dataclass(frozen=True)
 class Seats:
-    """Documents, samples and learnt targets at MTP depth k: position i has token i, and predicts token i + k + 1."""
+    """Documents, samples and learnt targets at MTP depth k. There, position i has token i, and predicts token i + k +
+    1."""
 
     documents_BT: Tensor | None
     samples_BT: Tensor | None = None
-    """Sample of a position, -1 if its target is padding or in another sample; None: samples are not independent."""
+    """Sample of each position; -1 if its target is padding or in another sample. None if samples are not
+    independent."""
     learnt_BT: Tensor | None = None
-    """Whether the target is learnt; None for all."""
+    """Whether the target of each position is learnt; None if all are."""
     samples: int = 0
     """Number of samples in the batch."""
 
@@ -212,9 +216,10 @@ class Seats:
 
 
 class PlainModel:
-    """The model with given weights and routers' biases.
+    """The model with given weights, and given biases of its routers.
 
-    choices: experts (N, K) for the tokens of a layer, and chosen keys (B, T, T), by name, instead of its own choice.
+    choices: experts (N, K) of a layer's tokens, or chosen keys (B, T, T), by name. They replace the model's own
+    choices.
     """
 
     def __init__(
@@ -223,12 +228,13 @@ class PlainModel:
         self.config, self.model, self.optim = config, config.model, config.optim
         self.weights, self.biases, self.choices = weights, biases, choices or {}
         self.is_whole = False
-        """Whether the weights include the adapter's contribution."""
+        """Whether the adapter is already added to the weights."""
         self.watched: type[WatchedPass] = WatchedPass
         self.best_without_bias: Callable[[Tensor, int], Tensor] = best
 
     def losses(self, batch: PlainBatch, trains: bool = True) -> WatchedPass:
-        """Main, MTP (eq. 21-25) and balance losses of a batch, means over all learnt targets; 0 without targets."""
+        """Main loss, MTP losses (eq. 21-25) and balance losses of a batch. Each is a mean over all learnt targets;
+        without targets it is 0."""
         if is_adapted(self.config) and not self.is_whole:
             whole = copy(self)
             whole.is_whole, whole.weights = True, adapted(self.config, self.weights)
@@ -244,7 +250,7 @@ class PlainModel:
         state_BTD = seen.keep("norm", rms_norm(x_BTD, self.weights["norm.weight"], model.norm_eps))
         seen.main = self.cross_entropy(state_BTD, tokens_BS[:, 1:], seats, learnt)
         for depth in range(1, model.mtp_depth + 1) if trains else ():
-            # Position i of depth k knows tokens up to i + k and predicts token i + k + 1.
+            # At depth k, position i knows the tokens up to i + k, and predicts token i + k + 1.
             seats = Seats.of(batch, depth)
             if self.optim.detach_mtp and depth == 1:
                 state_BTD, embedded_BTD = state_BTD.detach(), embedded_BTD.detach()
@@ -257,10 +263,10 @@ class PlainModel:
     def cross_entropy(
         self, state_BTD: Tensor, targets_BT: Tensor, seats: "Seats", learnt: int, alone: bool = False
     ) -> Tensor:
-        """Sum of -log softmax(head state)[target], over the number of the main model's targets, also at MTP depths (eq.
-        24).
+        """Sum of -log softmax(head state)[target], divided by the number of the main model's targets. MTP depths use
+        this number too (eq. 24).
 
-        alone: the head learns nothing from it.
+        alone: whether the head learns nothing from this loss.
         """
         head_VD = self.weights["head.weight"]
         logits_NV = state_BTD.flatten(0, 1) @ (head_VD.detach() if alone else head_VD).T
@@ -268,7 +274,7 @@ class PlainModel:
         return (each_N if seats.learnt_BT is None else each_N[seats.learnt_BT.flatten()]).sum() / learnt
 
     def mtp(self, name: str, state_BTD: Tensor, next_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
-        """One MTP module: join the state with the embedding of a later token, and run a whole block (eq. 21, 22)."""
+        """One MTP module: joins the state with the embedding of a later token, and runs one more block (eq. 21, 22)."""
         w, eps = self.weights, self.model.norm_eps
         embedding_BTD = rms_norm(next_BTD, w[f"{name}.embedding_norm.weight"], eps)
         hidden_BTD = rms_norm(state_BTD, w[f"{name}.hidden_norm.weight"], eps)
@@ -288,7 +294,7 @@ class PlainModel:
         return seen.keep(name, x_BTD + self.experts(f"{name}.moe", normed_BTD, seats, seen))
 
     def attention(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
-        """Multi-head latent attention (eq. 1-11): queries, keys and values are computed from two small latents."""
+        """Multi-head latent attention (eq. 1-11). Queries, keys and values are computed from two small latents."""
         model, w = self.model, self.weights
         (B, T, _), H, nope, R = x_BTD.shape, model.heads, model.nope_head_dim, model.rope_head_dim
         eps = model.norm_eps if model.latent_norm_eps is None else model.latent_norm_eps
@@ -323,7 +329,8 @@ class PlainModel:
         return seen.keep(name, out_BHTV.transpose(1, 2).flatten(2) @ w[f"{name}.out.weight"].T)
 
     def experts(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
-        """Shared experts, for every token, plus the gated sum of the chosen experts (eq. 12). No token is dropped."""
+        """Shared experts, which process every token, plus the gated sum of the chosen experts (eq. 12). No token is
+        dropped."""
         w, x_ND = self.weights, x_BTD.flatten(0, 1)
         gates_NK, ids_NK = self.route(f"{name}.router", x_BTD, seats, seen)
         y_ND = torch.zeros_like(x_ND)
@@ -338,9 +345,10 @@ class PlainModel:
         return seen.keep(name, y_ND.view(x_BTD.shape))
 
     def route(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> tuple[Tensor, Tensor]:
-        """Gates (N, K) and expert ids (N, K) (eq. 13-16). The bias affects only the choice, never the gate.
+        """Gates (N, K) and ids (N, K) of the chosen experts (eq. 13-16). The bias affects only the choice, and never a
+        gate.
 
-        Positions without a target in their own sample count neither for the tokens per expert nor for the balance loss.
+        A position without a target in its own sample does not count in tokens per expert or in the balance loss.
         """
         layer = name.removesuffix(".moe.router").removesuffix(".block")
         weight_ED = self.weights[f"{name}.weight"]
@@ -358,7 +366,7 @@ class PlainModel:
         return seen.keep(f"{name}.gates", gates_NK), ids_NK
 
     def balance_losses(self, scores_BTE: Tensor, seats: "Seats") -> Tensor:
-        """Mean over sequences, or over independent samples, each computed separately."""
+        """Mean of the balance losses of all sequences, or of all independent samples. Each is computed separately."""
         if seats.samples_BT is None:
             return self.balance_loss(scores_BTE)
         total = scores_BTE.new_zeros(())
@@ -368,10 +376,10 @@ class PlainModel:
         return total / seats.samples
 
     def balance_loss(self, scores_BTE: Tensor) -> Tensor:
-        """sum_i f_i P_i of every sequence (eq. 17-20), mean over sequences.
+        """sum_i f_i P_i of every sequence (eq. 17-20), as a mean over sequences.
 
-        f_i is how often expert i is among the K best without bias, relative to an even share. P_i is its mean share of
-        the scores.
+        f_i tells how often expert i is among the K best without bias, relative to an even share. P_i is the expert's
+        mean share of the scores.
         """
         model, (B, T, E) = self.model, scores_BTE.shape
         best_BTK = self.best_without_bias(scores_BTE.detach(), model.top_k)
@@ -381,12 +389,13 @@ class PlainModel:
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the largest values of the last axis; the lower index wins for equal values."""
+    """Indices of the largest values in the last axis. Of equal values, the one with the lower index comes first."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def choose(model: Values, biased_NE: Tensor) -> Tensor:
-    """The K experts with the highest biased scores inside the top_groups best groups (2.1.2, node-limited routing)."""
+    """The K experts with the highest biased scores in the top_groups best groups (paper 2.1.2, node-limited
+    routing)."""
     if model.top_groups < model.groups:
         open_NG = torch.zeros(len(biased_NE), model.groups, dtype=torch.bool, device=biased_NE.device)
         open_NG.scatter_(1, best(group_scores(model, biased_NE), model.top_groups), True)
@@ -396,7 +405,8 @@ def choose(model: Values, biased_NE: Tensor) -> Tensor:
 
 
 def group_scores(model: Values, biased_NE: Tensor) -> Tensor:
-    """Scores of the groups (N, G): the sum of a group's best, as many as a token takes from a group on average."""
+    """The score of each group: (N, G). It is the sum of the group's best scores. Their number is how many experts a
+    token takes from a group on average."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     return biased_NE.unflatten(1, (model.groups, -1)).sort(dim=-1, descending=True).values[..., :count].sum(-1)
 

@@ -1,7 +1,7 @@
-"""An adapter, written like its formula: every adapted matrix W counts as W + alpha / rank B A, and only B and A learn.
+"""An adapter, written like its formula. Every adapted matrix W acts as W + alpha / rank B A. Only B and A are trained.
 
-Shares no code with the judged code, only the settings and the names of weights. w13 is two matrices, one below the
-other, each with its own A and B; so has every expert.
+The reference shares no code with the judged code, only the settings and the names of weights. w13 consists of two
+matrices, one below the other. Each of them has an A and a B of its own. Every expert also has its own.
 
 Shapes: O outputs, I inputs, E experts, F inner width.
 """
@@ -21,16 +21,16 @@ ADAPTED_ENDS = {
     "dense": ("ffn.w13.weight", "ffn.w2.weight"),
     "head": ("head.weight",),
 }
-"""Name endings of the weights of each target."""
+"""For each target of an adapter, the endings of its weights' names."""
 
 
 def is_adapted(config: Values) -> bool:
-    """Whether only LoRA A and B learn."""
+    """Whether only LoRA A and B are trained."""
     return config.adapter.name != "none"
 
 
 def lora_prefixes(config: Values, weight: str) -> list[str]:
-    """Name prefixes of A and B of a weight, one per matrix in it; empty if it is not adapted."""
+    """Name prefixes of A and B. A weight has one prefix for each matrix in it; none if it is not adapted."""
     targets = config.adapter.targets or ()
     if not is_adapted(config) or not any(weight.endswith(end) for target in targets for end in ADAPTED_ENDS[target]):
         return []
@@ -43,12 +43,14 @@ def lora_prefixes(config: Values, weight: str) -> list[str]:
 
 
 def is_stored_in_blocks(name: str) -> bool:
-    """Whether adapter.base=fp8 stores this weight in blocks: all weights that can be adapted, except the head."""
+    """Whether adapter.base=fp8 stores this weight in blocks. It does so for all weights that can be adapted, except the
+    head."""
     return any(name.endswith(end) for target, ends in ADAPTED_ENDS.items() if target != "head" for end in ends)
 
 
 def in_blocks(weight: Tensor) -> Tensor:
-    """Values (..., O, I) of E4M3 with a scale per 128x128 block, the largest value of a block at 448."""
+    """The values (..., O, I) after a cast to E4M3. Each 128x128 block has a scale that maps its largest value to
+    448."""
     found = torch.empty_like(weight)
     for top in range(0, weight.shape[-2], 128):
         for left in range(0, weight.shape[-1], 128):
@@ -59,7 +61,7 @@ def in_blocks(weight: Tensor) -> Tensor:
 
 
 def adapter_shapes(config: Values, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """All A (rank, I) and B (O, rank), stacked for experts. shapes: of the weights."""
+    """Shapes of all A (rank, I) and B (O, rank); those of experts are stacked. shapes: shapes of the weights."""
     found: dict[str, tuple[int, ...]] = {}
     for weight, (*experts, outputs, inputs) in ((name, shape) for name, shape in shapes.items() if len(shape) > 1):
         prefixes = lora_prefixes(config, weight)
@@ -70,7 +72,7 @@ def adapter_shapes(config: Values, shapes: dict[str, tuple[int, ...]]) -> dict[s
 
 
 def adapted(config: Values, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The effective weights of the model, with the contribution of A and B."""
+    """The weights of the model with the adapter added to them."""
     scale, found = config.adapter.alpha / config.adapter.rank, dict(weights)
     for name in weights:
         if prefixes := lora_prefixes(config, name):

@@ -12,18 +12,19 @@ from torch import Tensor
 from train.prove.recipe_values import Values
 
 DISTANCE = 3.0
-"""Kolmogorov distance times the root of the count; correct draws exceed it in 3 of 10^8 cases."""
+"""Bound on the Kolmogorov distance times the square root of the count. Correct random weights exceed it in 3 of 10^8
+cases."""
 
 
 def constant_of(name: str, dims: int) -> float | None:
-    """The initial value of all elements of a weight; None for random weights."""
+    """The initial value if all elements of the weight have the same; None for random weights."""
     if name.endswith(("lora_B", ".bias")):
         return 0.0
     return 1.0 if dims == 1 else None
 
 
 def shares(config: Values, name: str, weight: Tensor) -> Tensor:
-    """The value of the distribution function at every number of a random weight."""
+    """The value of the distribution function for each element of a random weight."""
     x = weight.double().flatten()
     if name.endswith("lora_A"):
         return (x * weight.size(-1) ** 0.5 + 1).clamp(0, 2) / 2
@@ -31,13 +32,13 @@ def shares(config: Values, name: str, weight: Tensor) -> Tensor:
 
 
 def distance(shares_N: Tensor) -> float:
-    """Kolmogorov distance of shares from an even distribution, times the root of the count."""
+    """Kolmogorov distance between the shares and an even distribution, times the square root of the count."""
     below, count = shares_N.sort().values, len(shares_N)
     steps = torch.arange(count + 1, dtype=torch.float64) / count
     return float(torch.maximum(steps[1:] - below, below - steps[:-1]).max()) * count**0.5
 
 
 def repeated(weight: Tensor) -> int:
-    """Number of rows of a weight, over all its experts, that repeat another row."""
+    """Number of rows that are equal to another row of the weight. All its experts count."""
     rows = weight.flatten(0, -2)
     return len(rows) - len(rows.unique(dim=0))

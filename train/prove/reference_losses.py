@@ -22,7 +22,8 @@ from torch import Tensor
 from train.prove.reference import PlainBatch, PlainModel, Seats
 
 LearntTokens = Mapping[str, Tensor]
-"""Values of the learnt tokens of one sample by name, (N,): `logprobs` with gradient, and the tensors of a batch."""
+"""Values of the learnt tokens of one sample by name: (N,). They are `logprobs`, which has a gradient, and the tensors
+of a batch."""
 
 
 def ratio(sample: LearntTokens) -> Tensor:
@@ -64,28 +65,28 @@ PLAIN_LOSSES: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class PlainCall:
-    """A loss over some rows of a step's batch."""
+    """One call: a loss over some rows of a step's batch."""
 
     losses: Mapping[str, Mapping[str, float]]
-    """Losses that are added up, with their settings."""
+    """Losses with their settings. They are added."""
     rows: slice
 
 
 class PolicyModel(PlainModel):
-    """The model, whose main loss is one of this file; losses of MTP modules stay cross-entropies.
+    """The model with a main loss from this file. The losses of MTP modules are still cross-entropies.
 
-    calls: the losses of a step. tensors_BT: values per target, (B, T), by name: what the losses name, `temperatures`
-    and `weights`.
+    calls: the losses of a step. tensors_BT: values for each target by name: (B, T). They are the inputs of the losses,
+    `temperatures` and `weights`.
     """
 
     calls: Sequence[PlainCall] = ()
     tensors_BT: Mapping[str, Tensor]
     made: list[Tensor]
-    """Log-probabilities of each pass."""
+    """The log-probabilities of each pass."""
 
     @torch.no_grad()
     def logprobs(self, batch: PlainBatch) -> Tensor:
-        """log p(target | tokens before it), (B, T)."""
+        """log p(target | all tokens before it): (B, T)."""
         self.made = []
         self.losses(batch, False)
         return self.made[0]
@@ -94,7 +95,7 @@ class PolicyModel(PlainModel):
         self, state_BTD: Tensor, targets_BT: Tensor, seats: Seats, learnt: int, alone: bool = False
     ) -> Tensor:
         temperatures_BT = self.tensors_BT["temperatures"]
-        if targets_BT.shape != temperatures_BT.shape:  # an MTP depth, which has fewer targets
+        if targets_BT.shape != temperatures_BT.shape:  # an MTP depth has fewer targets
             return super().cross_entropy(state_BTD, targets_BT, seats, learnt, alone)
         logits_BTV = state_BTD @ self.weights["head.weight"].T / temperatures_BT.unsqueeze(-1)
         logprobs_BT = logits_BTV.log_softmax(-1).gather(-1, targets_BT.unsqueeze(-1)).squeeze(-1)

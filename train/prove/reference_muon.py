@@ -1,6 +1,7 @@
-"""Muon and the limit of attention scores, written like their formulas: the reference of mode=prove for train/optim.
+"""Muon and the limit of attention scores, written like their formulas. mode=prove compares train/optim with this
+reference.
 
-As in reference.py: one matrix after another, in the dtype of the inputs, without the judged code.
+It computes one matrix after another, in the dtype of the inputs, and shares no code with the judged code.
 
 Sources: Muon, arXiv 2502.16982, 2.2; QK-clip, arXiv 2507.20534, 2.1; Newton-Schulz, kellerjordan.github.io/posts/muon.
 """
@@ -27,8 +28,8 @@ NEWTON_SCHULZ = {
 
 
 def newton_schulz(matrix: Tensor, name: str) -> Tensor:
-    """Approximates the orthogonal factor U V^T of a matrix U S V^T: every step is an odd polynomial of the singular
-    values."""
+    """Approximates the orthogonal factor U V^T of a matrix U S V^T. Every step applies an odd polynomial to the
+    singular values."""
     x = matrix / matrix.norm().clamp_min(1e-300)
     for a, b, c in NEWTON_SCHULZ[name]:
         gram = x @ x.T
@@ -46,7 +47,7 @@ def is_matrix(name: str, dims: int) -> bool:
 
 
 def split_matrices(config: Values, name: str, weight: Tensor) -> list[Tensor]:
-    """Views of a weight's logical matrices: experts, w1 and w3, heads, keys and values, latent and rope key."""
+    """Views of the logical matrices in a weight: experts, w1 and w3, heads, keys and values, latent and rope key."""
     model, heads = config.model, config.optim.muon.by_head
     part = name.removesuffix(".weight").rpartition(".")[2]
     stacked = list(weight) if weight.dim() == 3 else [weight]
@@ -70,7 +71,8 @@ def split_matrices(config: Values, name: str, weight: Tensor) -> list[Tensor]:
 def muon(
     config: Values, name: str, lr: float, weight: Tensor, gradient: Tensor, momentum: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weight and momentum after an update (arXiv 2502.16982, 2.2): Nesterov momentum, orthogonalised per matrix.
+    """The weight and its momentum after an update (arXiv 2502.16982, 2.2). The Nesterov momentum of each matrix is
+    orthogonalised.
 
     The update is scaled to the size of Adam's updates.
     """
@@ -84,8 +86,8 @@ def muon(
 
 
 def qk_factors(config: Values, name: str, scores_H: Tensor) -> dict[str, Tensor]:
-    """Row factors by weight that keep all scores at or below the limit (arXiv 2507.20534, 2.1). name: of the
-    attention."""
+    """Factors for the rows of each weight. They keep all scores at or below the limit (arXiv 2507.20534, 2.1). name:
+    name of the attention."""
     model, limit = config.model, config.optim.qk_clip
     assert limit is not None
     eta_H1 = (limit / scores_H.double()).clamp(max=1.0).unsqueeze(1)

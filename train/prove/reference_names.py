@@ -1,8 +1,9 @@
-"""All weights and balance biases under the names of DeepSeek-V3's folders on Hugging Face, from the reference's names.
+"""Gives all weights and balance biases the names of DeepSeek-V3's folders on Hugging Face, instead of the reference's
+names.
 
-Linear layers have the same values there. Stacked matrices are apart: the gate and the up projection of an FFN, and the
-experts. MTP module k is layer `layers + k`, with copies of the embedding and the head. Shares no code with the judged
-product.
+A folder has the same values of linear layers. Stacked matrices become separate tensors: the gate and the up projection
+of an FFN, and each expert. MTP module k is layer `layers + k`, with copies of the embedding and the head. Shares no
+code with the judged product.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ FFNS = {"ffn": "mlp", "moe.shared": "mlp.shared_experts"}
 
 
 def folder_weights(model: Values, weights: dict[str, Tensor], biases: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor of a folder by its name. weights: with the contribution of an adapter."""
+    """All tensors of a folder by name. weights: with the adapter added."""
     found = {"lm_head.weight": weights["head.weight"]}
     for name, weight in weights.items():
         if name.startswith(("layers.", "mtp.")):
@@ -56,7 +57,7 @@ def folder_weights(model: Values, weights: dict[str, Tensor], biases: dict[str, 
 
 
 def _parts(part: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one weight of a layer, under their names in the layer. part: the weight's name in its layer."""
+    """The tensors for one weight of a layer, by their name in the layer. part: the weight's name in its layer."""
     inside, stem = part.startswith("block."), part.removeprefix("block.")
     if stem.startswith("moe.experts."):
         for expert, matrix in enumerate(weight):

@@ -1,4 +1,5 @@
-"""Sparse attention, written like its formulas: an indexer chooses the keys of every query, and learns from the attention.
+"""Sparse attention, written like its formulas. An indexer chooses the keys of every query, and learns from the
+attention.
 
     index score     I_ts = sum_j w_tj ReLU(q_tj . k_s)                               DeepSeek-V3.2 (arXiv 2512.02556), 2.1, eq. 1
     choice          the top_k keys with the largest scores of those that a query sees               eq. 2
@@ -6,9 +7,11 @@
     sparse stage    the same over the chosen keys, beside the language loss                         eq. 4
     shared choice   a layer without an indexer takes the keys of the last layer with one            arXiv 2603.12201
 
-Gradients end at the indexer: its inputs and p are constants. The paper leaves ties open: of equal scores the earlier key wins.
+The indexer's inputs and p count as constants, so its gradients go no further. The paper does not define ties. Here, the
+earlier of two keys with equal scores is chosen.
 
-Shapes: B sequences, T queries or keys, D width, H heads of the indexer (of attention in scores_BHTT), I their width.
+Shapes: B sequences, T queries or keys, D width, H heads of the indexer, I width of these heads. In scores_BHTT, H are
+the heads of attention.
 """
 
 import math
@@ -21,11 +24,12 @@ from train.prove.recipe_values import Values
 from train.prove.reference_adapter import is_adapted
 
 INDEX_NORM_EPS = 1e-6
-"""Epsilon of the LayerNorm of the indexer's keys, in every released model."""
+"""Epsilon of the LayerNorm of the indexer's keys. All released models use it."""
 
 
 def indexer_shapes(model: Values, layer: int | None) -> dict[str, tuple[int, ...]]:
-    """Weights of the indexer of a layer of the main model, or of an MTP module (None); empty without an indexer."""
+    """Shapes of an indexer's weights, in a layer of the main model or in an MTP module (layer None). Empty without an
+    indexer."""
     sparse = model.sparse
     if not sparse.heads or (layer is not None and sparse.pattern and sparse.pattern[layer] != "F"):
         return {}
@@ -40,12 +44,13 @@ def indexer_shapes(model: Values, layer: int | None) -> dict[str, tuple[int, ...
 
 
 def is_frozen(optim: Values, name: str) -> bool:
-    """Whether a weight keeps its value: in a warm-up all weights but the indexers."""
+    """Whether a weight is not trained. In a warm-up of indexers, only indexers are trained."""
     return optim.index_warmup and ".indexer." not in name
 
 
 def turned(x: Tensor, angle: Tensor, size: float, interleaved: bool) -> Tensor:
-    """Rotates the first elements by their position: adjacent pairs (GLM-5), or element j with j + R/2 (DeepSeek-V3.2)."""
+    """Rotates the first elements of each vector by the angle of its position. Pairs are adjacent (GLM-5), or element j
+    with j + R/2 (DeepSeek-V3.2)."""
     width = 2 * angle.size(-1)
     first, rest = x[..., :width], x[..., width:]
     a, b = (first[..., 0::2], first[..., 1::2]) if interleaved else first.chunk(2, -1)
@@ -57,7 +62,7 @@ def turned(x: Tensor, angle: Tensor, size: float, interleaved: bool) -> Tensor:
 def score_keys(
     model: Values, w: dict[str, Tensor], x_BTD: Tensor, latent_BTC: Tensor, angle: Tensor, size: float
 ) -> Tensor:
-    """I of all queries and keys, (B, T, T). latent: of the queries, after its norm."""
+    """The index scores I of all queries and keys: (B, T, T). latent: the latent of the queries, after its norm."""
     heads, width, interleaved = model.sparse.heads, model.sparse.head_dim, model.sparse.interleaved
     q_BHTI = (latent_BTC @ w["q.weight"].T).unflatten(-1, (heads, width)).transpose(1, 2)
     k_BTI = x_BTD @ w["k.weight"].T
@@ -72,13 +77,15 @@ def score_keys(
 
 
 def chosen_keys(index_BTT: Tensor, top_k: int) -> Tensor:
-    """Whether a query attends to a key: to the top_k of the largest scores above -inf, of equal ones the earlier."""
+    """Whether each query attends to each key. It attends to the top_k keys with the largest scores above -inf. Of equal
+    scores, the earlier key comes first."""
     order = index_BTT.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     return torch.zeros_like(index_BTT, dtype=torch.bool).scatter(-1, order, True) & (index_BTT > -math.inf)
 
 
 def index_kl(index_BTT: Tensor, scores_BHTT: Tensor, open_BTT: Tensor) -> Tensor:
-    """KL divergence (B, T) of the softmax of I from the attention summed over heads and normalised, both over the open keys."""
+    """KL divergence (B, T) between the attention and the softmax of I, both over the open keys. The attention is summed
+    over heads and normalised."""
     p_BTT = scores_BHTT.detach().masked_fill(~open_BTT.unsqueeze(1), -math.inf).softmax(-1).sum(1)
     p_BTT = p_BTT / p_BTT.sum(-1, keepdim=True)
     log_BTT = index_BTT.masked_fill(~open_BTT, -math.inf).log_softmax(-1).masked_fill(~open_BTT, 0)
@@ -95,9 +102,10 @@ def over_chosen(
     learnt_BT: Tensor | None,
     seen: Any,
 ) -> Tensor:
-    """Scores of attention, -inf for keys that a query does not attend to; adds the indexer's loss to the pass.
+    """The scores of attention. They are -inf for keys that a query does not attend to. Adds the indexer's loss to the
+    pass.
 
-    plain: the PlainModel. name: of the attention. scores: -inf for keys that a query does not see. seen: the pass.
+    plain: the PlainModel. name: name of the attention. scores: -inf for keys that a query does not see. seen: the pass.
     """
     config, weights = plain.config, plain.weights
     model, optim, top_k = config.model, config.optim, config.model.sparse.top_k

@@ -1,10 +1,10 @@
-"""Settings and update of a step, written like their formulas; reference.py has the forward and backward between them.
+"""Settings and update of a step, written like their formulas. reference.py has the forward and backward pass.
 
     settings of a step     learning rate, weights and batch size during the run              plan_step
     update                 clip by the global norm, AdamW, average of the weights            clip_factor, adamw, moving_average
     balance                the routers' biases follow the tokens per expert                  move_bias
 
-Sections are those of the DeepSeek-V3 report (arXiv 2412.19437). Shares no code with the judged code.
+Numbers of sections refer to the DeepSeek-V3 report (arXiv 2412.19437). This file shares no code with the judged code.
 """
 
 import math
@@ -31,12 +31,13 @@ class PlainPlan:
 
 
 def plan_step(config: Values, step: int) -> PlainPlan:
-    """Settings of step 1, 2, ..."""
+    """The settings of one step. step: its number, from 1."""
     return next(islice(plan_steps(config), step - 1, None))
 
 
 def plan_steps(config: Values) -> Iterator[PlainPlan]:
-    """Settings of all steps. Schedules are functions of samples; a step is at the middle of its batch."""
+    """The settings of all steps. A schedule depends on the number of samples. A step takes the value at the middle of
+    its batch."""
     sizes = [batch_size(config, index) for index in range(config.steps)]
     optim, before, whole = config.optim, 0, sum(sizes)
     for step, size in enumerate(sizes, 1):
@@ -48,7 +49,7 @@ def plan_steps(config: Values) -> Iterator[PlainPlan]:
 
 
 def batch_size(config: Values, index: int) -> int:
-    """Sequences of the step with this index, from 0: a linear ramp in whole increments."""
+    """Number of sequences in a step. index: from 0. A ramp is linear, rounded down to a multiple of its increment."""
     optim = config.optim
     if optim.batch_ramp_start is None or index >= optim.batch_ramp_steps:
         return config.batch_size
@@ -58,8 +59,8 @@ def batch_size(config: Values, index: int) -> int:
 
 
 def scheduled(phases: list[Values], done: float) -> float:
-    """Value of a schedule after this fraction of the run. Each phase starts at the final value of the previous
-    phase."""
+    """Value of a schedule after the fraction `done` of the run. Each phase starts at the previous phase's final
+    value."""
     index = next(i for i, phase in enumerate(phases) if done <= phase.until)
     phase, earlier = phases[index], phases[index - 1] if index else None
     start, value = (0.0, phase.value) if earlier is None else (earlier.until, earlier.value)
@@ -77,14 +78,15 @@ def global_norm(gradients_of: dict[str, Tensor]) -> Tensor:
 
 
 def clip_factor(norm: float, optim: Values) -> float:
-    """Factor of the gradients that limits their norm to optim.clip; 1e-6 as in torch.nn.utils."""
+    """Factor on the gradients that limits their norm to optim.clip. It adds 1e-6 to the norm, as torch.nn.utils
+    does."""
     return 1.0 if optim.clip == 0 else min(1.0, optim.clip / (norm + 1e-6))
 
 
 def adamw(
     optim: Values, lr: float, update: int, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight, mean and mean of squares after update number 1, 2, ..."""
+    """The weight, the mean and the mean of squares after an AdamW update. number: index of the update, from 1."""
     beta1, beta2 = optim.betas
     mean = beta1 * mean + (1 - beta1) * gradient
     square = beta2 * square + (1 - beta2) * gradient.square()
@@ -93,22 +95,22 @@ def adamw(
 
 
 def decays(optim: Values, weight: Tensor) -> bool:
-    """Whether a weight decays: every matrix, and norm weights if the recipe says so."""
+    """Whether weight decay applies: to every matrix, and to norm weights if the recipe says so."""
     return weight.dim() > 1 or optim.decay_norms
 
 
 def rate_of(optim: Values, name: str, lr: float) -> float:
-    """Learning rate of a weight; 0 for frozen weights."""
+    """Learning rate of a weight. It is 0 for frozen weights."""
     frozen = is_frozen(optim, name) or (optim.freeze_routers and name.endswith(".router.weight"))
     return 0.0 if frozen else lr
 
 
 def moving_average(before: Tensor, weight: Tensor, decay: float) -> Tensor:
-    """The moving average of the weights (3.2.3)."""
+    """The moving average of the weights (paper 3.2.3)."""
     return decay * before + (1 - decay) * weight
 
 
 def move_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> Tensor:
-    """Balance without a loss (2.1.2): an expert with more tokens than the mean is chosen less from now on, and the
-    reverse."""
+    """Balance without a loss (paper 2.1.2). If an expert has more tokens than the mean, its bias falls, so it is chosen
+    less. Otherwise its bias rises."""
     return bias_E + speed * torch.sign(load_E.to(bias_E.dtype).mean() - load_E)

@@ -25,13 +25,13 @@ from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
 from train.show.proof_rows import PROOF_CARD_FILE, PROOF_FILE, describe_proven
 
 PROOF_FOLDER = "prove"
-"""In the run's folder: configuration and logs, and during a proof its checkpoints and evidence."""
+"""Folder in the run's folder. It has the configuration and the logs; during a proof also checkpoints and evidence."""
 
 
 def prove(config: Config, alone: bool) -> int:
-    """Run a proof. Returns the exit code: 0 only if all comparisons hold. alone: the only job of this process, which
-    may then be its rank."""
-    tune_cpu()  # for the ranks, which are forks of this process
+    """Run a proof. Returns the exit code, which is 0 only if all comparisons hold. alone: whether this process has no
+    other job. It may then be the proof's rank."""
+    tune_cpu()  # the ranks are forks of this process
     from train.prove.miniature import shrink
 
     started = time.monotonic()
@@ -58,8 +58,8 @@ def prove(config: Config, alone: bool) -> int:
 def _launch(small: Config, folder: Path, alone: bool) -> int:
     """Run the ranks.
 
-    If one rank saves and this process may start more ranks, two ranks read the checkpoint; otherwise as many as saved
-    it.
+    If one rank saves the checkpoint and this process may start more ranks, two ranks read it. Otherwise as many ranks
+    read it as saved it.
     """
     other = in_layout(small, second_layout(small, 2))
     runs: list[tuple[Config, tuple[int, ...]]] = [(small, (0, 1))]
@@ -81,7 +81,7 @@ def _launch(small: Config, folder: Path, alone: bool) -> int:
 def forks(config: Config) -> bool:
     """Whether ranks and judges are forks of this process, which then imports torch once for all of them.
 
-    False with GPUs, whose driver does not survive a fork, and if another program started the ranks.
+    False with GPUs, because a GPU's driver does not survive a fork. False if another program has started the ranks.
     """
     from train.kernels.device import sees_gpu
 
@@ -91,7 +91,7 @@ def forks(config: Config) -> bool:
 def _fork(
     small: Config, world: int, parts: Sequence[int], environment: dict[str, str], output: IO | None
 ) -> ForkedProcess:
-    """Start a rank out of `world` ranks, which runs these parts."""
+    """Start one of `world` ranks. It runs these parts."""
     import train.prove.judge  # noqa: F401  once, for all forks
     from parallel.zero.deepspeed_patches import import_deepspeed
     from train.prove.proof_rank import run_rank
@@ -103,7 +103,7 @@ def _fork(
 
 
 def _run_rank(config: Config, place: Place, parts: Sequence[int]) -> int:
-    from train.prove.proof_rank import run_rank  # imports torch, which the driver of other ranks does not need
+    from train.prove.proof_rank import run_rank  # imports torch, which a driver does not need otherwise
 
     return run_rank(config, place, parts=parts)
 
@@ -139,7 +139,7 @@ def _judge(config: Config, small: Config, cuts: list[str], started: float) -> in
 
 
 def _clear(run_folder: Path) -> None:
-    """Remove the old results, so they cannot be mistaken for results of a proof that fails."""
+    """Remove the results of earlier proofs. If this proof fails, they must not be mistaken for its results."""
     for name in (PROOF_FILE, PROOF_CARD_FILE):
         (run_folder / name).unlink(missing_ok=True)
     shutil.rmtree(run_folder / PROOF_FOLDER, ignore_errors=True)

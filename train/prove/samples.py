@@ -1,10 +1,10 @@
-"""Training samples and initial state of a proof: both depend only on the seed and an index or a name.
+"""Training samples and initial state of a proof. Both depend only on the seed, and on an index or a name.
 
-Tokens are drawn unevenly, so some are frequent and some never occur, as in text. Weights are larger than a training's
-initial weights, norm weights are not 1 and biases not 0: a multiplication by 1 or an addition of 0 would not be proven.
-If a width has several tiles of 128, every second tile is scaled by STEP or its inverse, in weights, activations and
-gradients, so the scale of a neighbouring tile is far off. If the experts' width has several tiles, all tokens choose
-one expert and none chooses another.
+Tokens have uneven frequencies, so some are frequent and some never occur, as in text. Weights are larger than at the
+start of a training. Norm weights are not 1, and biases are not 0: a fault in a multiplication by 1 or in an addition of
+0 would not be noticed. If a width has several tiles of 128, every second tile of weights, activations and gradients is
+multiplied by STEP or its inverse. So the scale of a neighbouring tile would be far wrong. If the experts' width has
+several tiles, all tokens choose one expert, and no token chooses another one.
 
 Shapes: B sequences, S = seq_len + 1.
 """
@@ -26,20 +26,23 @@ from train.prove.reference import PlainModel, layers_with_experts, trained_shape
 from train.prove.reference_adapter import in_blocks, is_stored_in_blocks
 
 BIAS = 0.05
-"""Standard deviation of the routers' initial biases; scores are between 0 and 1."""
+"""Standard deviation of the initial biases of routers. Scores are between 0 and 1."""
 CROWDED = 1.0
-"""Bias of the first expert, which all tokens choose; the negative bias of the last expert, which no token chooses."""
+"""Bias of the first expert; all tokens choose this expert. The last expert has the negative bias; no token chooses
+it."""
 TILE, STEP = 128, 2.0**-6
-"""Channels of a tile, and the factor of every second tile."""
+"""Number of channels in a tile, and the factor on every second tile."""
 LOUD = 64.0
-"""Factor of the first head's queries and of a row of the output head, in wide models: without its maximum a softmax of
-these scores overflows."""
+"""In wide models, factor on the first head's queries and on one row of the output head. A softmax of these scores
+overflows if it does not subtract the maximum."""
 BELOW_FLOOR = 2.0**-26
-"""Factor of the second tile of what the last experts take, if something is in FP8: it is below the floor of a scale."""
+"""Factor on the second tile of the last experts' inputs, if something is in FP8. The tile is then below the floor of a
+scale."""
 
 
 class Samples:
-    """Training samples by index, with the interface of train/data/dataset.py; negative indices are held out."""
+    """Training samples by index, with the interface of train/data/dataset.py. Negative indices are validation
+    samples."""
 
     def __init__(self, config: Config):
         self._config = config
@@ -59,14 +62,14 @@ class Samples:
         return []
 
     def _sample(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, document of each token, and supervised tokens.
+        """The tokens, the document of each token, and which tokens are supervised.
 
-        For chats, some rows are padded, and every third row has nothing to learn, so micro-batches differ.
+        For chats, some rows are padded. Every third row has nothing to learn, so micro-batches differ.
         """
         draw, length = drawing(f"{self._config.seed}/sample/{number}"), self._config.seq_len + 1
         share_S = torch.rand(length, generator=draw, dtype=torch.float64)
         is_wide = self._config.model.expert_width > TILE
-        tokens_S = (share_S**2 * (self._config.model.vocab_size - is_wide)).long()  # never the loud token
+        tokens_S = (share_S**2 * (self._config.model.vocab_size - is_wide)).long()  # never the token with the loud row
         ends_S = torch.rand(length, generator=draw) < 3 / length
         documents_S = ends_S.cumsum(0).int()
         if not self._config.data.chats:
@@ -83,7 +86,7 @@ class Samples:
 
 @dataclass
 class HeldOut:
-    """Held-out sequences, with the interface of train/data/dataset.py."""
+    """Validation sequences, with the interface of train/data/dataset.py."""
 
     samples: Samples
     count: int
@@ -100,7 +103,7 @@ class HeldOut:
 
 @dataclass
 class ProofData:
-    """Replaces train.data.prepare.PreparedData."""
+    """Used instead of train.data.prepare.PreparedData."""
 
     train: Samples
     validation: HeldOut
@@ -116,9 +119,10 @@ class ProofData:
 
 
 def initial_weights(config: Config) -> dict[str, Tensor]:
-    """Every weight, including an adapter's, fp32, by name, with norm weights of about 1 and tiles as described above.
+    """All weights by name in fp32, including those of an adapter. Norm weights are about 1, and tiles are scaled as
+    described above.
 
-    Inputs of unit size give outputs of unit size.
+    Inputs of size 1 give outputs of size 1.
     """
     weights, values = {}, read_values(config)
     for name, shape in (weight_shapes(values.model) | trained_shapes(values)).items():
@@ -141,12 +145,13 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
 
 
 def _stretch(config: Config, weights: dict[str, Tensor]) -> None:
-    """Give the weights of a wide model values at which limits act: softmaxes that overflow, and tiles below a floor."""
+    """Give the weights of a wide model values at which limits act: some softmaxes would overflow, and some tiles are
+    below a floor."""
     queries = config.model.nope_head_dim + config.model.rope_head_dim
     for name in weights:
         if re.search(r"attention\.q(_up)?\.weight$", name):
             weights[name][:queries] *= LOUD
-    weights["head.weight"][-1] *= LOUD  # of a token that never occurs: as a target its gradient would be rounding
+    weights["head.weight"][-1] *= LOUD  # a token that never occurs: as a target, its gradient would be only rounding
     for last in layers_with_experts(read_values(config).model)[-1:] if is_tiled(config) else ():
         prefix = f"{last}.block" if last.startswith("mtp.") else last
         weights[f"{prefix}.ffn_norm.weight"][TILE:] *= BELOW_FLOOR
@@ -155,14 +160,14 @@ def _stretch(config: Config, weights: dict[str, Tensor]) -> None:
 
 
 def _by_tile(width: int, halves: bool = False) -> Tensor:
-    """The factor of each channel. halves: two parts of half the width are adjacent."""
+    """The factor of each channel. halves: the width consists of two equal parts next to each other."""
     if halves:
         return _by_tile(width // 2).repeat(2)
     return torch.where(torch.arange(width) // TILE % 2 == 0, 1.0, STEP)
 
 
 def initial_biases(config: Config) -> dict[str, Tensor]:
-    """Biases of every router, fp32 (E,)."""
+    """The biases of every router, in fp32 (E,)."""
     biases = {}
     for name in layers_with_experts(read_values(config).model):
         biases[name] = BIAS * torch.randn(config.model.experts, generator=drawing(f"{config.seed}/bias/{name}"))
@@ -178,7 +183,8 @@ def drawing(key: str) -> torch.Generator:
 
 
 def middle_score(config: Config) -> float:
-    """A limit of attention scores that is below the initial scores of some heads and above others. Uses one thread."""
+    """A limit of attention scores between the initial scores: some heads are above it and others below. Uses one
+    thread."""
     torch.set_num_threads(1)
     values, batch = read_values(config), Samples(config).batch(0, 1)
     weights = {name: weight.double() for name, weight in initial_weights(config).items()}

@@ -4,8 +4,8 @@
                applied to the activation gradient before MoE down-projections"; the scales are "integral powers of 2".
     combine    "for both the forward and backward combine components, we retain them in BF16".
 
-All arithmetic is fp64, without Sluice's code. It gives the values of received rows, and the places where a sum of
-rows is rounded.
+All arithmetic is in fp64, without Sluice's code. It computes the values of the received rows. It also knows at which
+places a sum of rows is rounded.
 
 Shapes: R rows, D channels, T tokens, K experts of a token.
 """
@@ -19,14 +19,15 @@ from train.prove.low_precision import FORMATS, NearNumbers, Rule, cast, nearest
 
 BF16 = FORMATS["bf16"]
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
-"""Lower bound of a tile's max-abs in its scale: as in DeepSeek's kernels; for gradients, which may all be smaller, only
-to avoid a scale of 0."""
+"""Lower bounds of a tile's largest magnitude when its scale is computed. For activations, it is the bound of DeepSeek's
+kernels. All gradients may be smaller than that, so their bound only avoids a scale of 0."""
 
 
 def sent_in_fp8(x_RD: Tensor, floor: float) -> Tensor:
-    """The received rows: each tile divided by its power of two, rounded to E4M3, and multiplied by it again.
+    """The rows as they are received. Each tile is divided by its power of two, rounded to E4M3, and multiplied by this
+    power again.
 
-    "We group and scale elements on a 1x128 tile basis", in the format of "all tensors" (3.3.2).
+    "We group and scale elements on a 1x128 tile basis", in the format of "all tensors" (paper 3.3.2).
     """
     return cast(NearNumbers(x_RD.double()), Rule(FORMATS["e4m3"], "1x128", True, floor), -1).x
 
@@ -34,13 +35,13 @@ def sent_in_fp8(x_RD: Tensor, floor: float) -> Tensor:
 def summed_rows(
     rows_TKD: Tensor, ids_TK: Tensor, hops: Sequence[int], in_bf16: bool, by_addition: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The sum of the K rows of every token, and the possible error of a correct sum per element: (T, D) both.
+    """The sum of the K rows of every token, and by how much a correct sum may differ from it. Both are (T, D).
 
-    A correct sum adds in fp32 and is rounded once, at the token, to bf16 (in_bf16) or fp32. ids_TK: the expert of each
-    row. hops: numbers of experts per place, from the first place where rows are added to later places; each place
-    rounds and sends its sum. by_addition: the last sum may be rounded after each addition. The order of additions may
-    also change a result, but only if the sum is so close to the middle of two bf16 numbers that it may be rounded to
-    either.
+    A correct sum is added in fp32 and rounded once, at the token: to bf16 (in_bf16) or to fp32. ids_TK: the expert of
+    each row. hops: places where rows are added on their way to the token, from the first place on. Each is given by its
+    number of experts. Each place rounds its sum and sends it on. by_addition: whether the last sum may be rounded after
+    each addition. The order of additions may also change a result. This happens only if the sum is so close to the
+    middle of two bf16 numbers that it may be rounded to either.
     """
     value, off, label = rows_TKD, torch.zeros_like(rows_TKD), ids_TK
     for experts in (*hops, None):

@@ -1,5 +1,5 @@
-"""Data and measures for judging single parts of a step: recorded inputs and outputs, comparison of results, and sums
-over calls."""
+"""Data and measures to judge single parts of a step: recorded inputs and outputs, comparisons of results, and sums over
+calls."""
 
 import math
 from collections.abc import Sequence
@@ -18,17 +18,19 @@ from train.prove.low_precision import FORMATS, FP32, NearNumbers, PlainFormat, T
 from train.prove.samples import initial_weights
 
 INCONCLUSIVE, MOST_INCONCLUSIVE = 0.05, 0.01
-"""A number is inconclusive if ties may change it by more than INCONCLUSIVE of its sum of magnitudes. MOST_INCONCLUSIVE: allowed fraction
-of such numbers in a tensor."""
+"""If rounding ties may change a number by more than INCONCLUSIVE of its sum of magnitudes, the number is inconclusive.
+MOST_INCONCLUSIVE is the maximum fraction of such numbers in a tensor."""
 FEW = 16
-"""Inconclusive numbers that any tensor may have: one tie in a tile changes several numbers, a large fraction of a small
-tensor."""
+"""Number of inconclusive numbers that every tensor may have. One tie in a tile changes several numbers, which is a
+large fraction of a small tensor."""
 FLUSHED = 2.0**-110
-"""Absolute error of a sum in which a factor below 2^-126 became 0, such as a probability; other factors are below 2^16."""
+"""Absolute error of a sum if fp32 rounds one factor, such as a probability below 2^-126, to 0. The other factors are below
+2^16."""
 SHORT = 2.0**-12
-"""Relative error of a GPU's tensor cores, which sum FP8 multiplications in about 14 bits, 128 at a time (3.3.2)."""
+"""Relative error of a GPU's tensor cores. They sum FP8 products with about 14 bits, 128 products at a time (paper
+3.3.2)."""
 ELEMENTS = 2.0**-19
-"""Relative error of elementwise fp32 arithmetic: an exponential and some multiplications."""
+"""Relative error of elementwise arithmetic in fp32 with one exponential and some multiplications."""
 IN_ELEMENTS = Bound(ELEMENTS, "an exponential and some multiplications in fp32, and one rounding of the result")
 WHAT = {
     "x": "input", "y": "output", "dy": "gradient of the output", "dx": "gradient of the input", "h": "first matmul",
@@ -39,7 +41,7 @@ WHAT = {
 
 @dataclass(frozen=True)
 class PartCall:
-    """A call of a part on a rank, with its recorded inputs and outputs."""
+    """One call of a part on a rank, with its recorded inputs and outputs."""
 
     rank: Evidence
     name: str
@@ -50,19 +52,19 @@ class PartCall:
         return all(what in self.tensors for what in whats)
 
     def get(self, what: str) -> Tensor:
-        """A tensor of the call, in fp64."""
+        """A recorded tensor of the call, in fp64."""
         return self.tensors[what].double()
 
     def rows(self, what: str) -> Tensor:
-        """A tensor of the call as fp64 (rows, width)."""
+        """A recorded tensor of the call, as fp64 (rows, width)."""
         return self.get(what).flatten(0, -2)
 
 
 class StepParts:
-    """The single parts of one step of all ranks."""
+    """The recorded parts of all ranks in one step."""
 
     def __init__(self, at: Comparisons, ranks: list[Evidence], before: State, batch: Batch):
-        """before: the state before the step, which gives the weights. batch: of the step."""
+        """before: the state before the step; it has the weights. batch: the batch of the step."""
         info, self.at, self.ranks, self.batch, self.config = ranks[0].info, at, ranks, batch, at.values
         self.rounding = low.read_rounding(self.config.precision)
         self.on_gpu, self.cp = info.device == "cuda", info.cp
@@ -74,29 +76,29 @@ class StepParts:
         self.biases = {name.removeprefix("bias."): bias for name, bias in before.items() if name.startswith("bias.")}
         self.reduced, self.calls = assemble(ranks, "reduced"), calls_of(ranks)
         self.shared = info.dp * info.cp
-        """Ranks over which gradients are averaged."""
+        """Number of ranks over which gradients are averaged."""
         in_fp32 = self.rounding.high == FORMATS["fp32"] or all(one.info.sums_in_fp32 for one in ranks)
         self.rounds_gradients = not in_fp32
-        """Whether the gradient of a micro-batch may be rounded to bf16 before it is added, as by torch's matmuls on a
-        CPU."""
+        """Whether the gradient of a micro-batch may be rounded to bf16 before it is added to the sum. torch's matmuls
+        on a CPU do so."""
 
     def through(self, name: str, rank: Evidence, back: bool = True) -> list[PartCall]:
-        """Calls of a part on a rank, in order: with gradients (back), or without.
+        """The calls of a part on a rank, in order. back: True for calls with gradients, False for calls without.
 
-        Calls with gradients are the calls of the micro-batches, without recomputed calls.
+        Each micro-batch has one call with gradients. Recomputed calls do not count among these.
         """
         those = [one for one in self.calls.get(name, []) if one.rank is rank and one.has("dy") == back]
         return sorted(those, key=lambda one: one.number)
 
     def order(self, terms: int) -> Bound:
-        """Bound for the order of a sum, relative to the sum of magnitudes."""
+        """Bound on the error from the order of a sum, relative to the sum of magnitudes."""
         if self.on_gpu and self.rounding.is_fp8:
             return Bound(SHORT, "tensor cores sum FP8 multiplications in about 14 bits")
         value = 8 * FP32 * max(terms, 1) ** 0.5
         return Bound(value, f"8 x 2^-24 x sqrt({terms} terms), of their magnitudes, and one rounding of the result")
 
     def in_rows(self, terms: int) -> Bound:
-        """Bound for the order of a sum in fp32 and some elementwise multiplications."""
+        """Bound on the error from the order of an fp32 sum and from some elementwise multiplications."""
         value = ELEMENTS + 8 * FP32 * max(terms, 1) ** 0.5
         return Bound(value, f"some multiplications and a sum of {terms} terms in fp32, and one rounding of the result")
 
@@ -112,10 +114,10 @@ class StepParts:
         name: str | None = None,
         most: float = MOST_INCONCLUSIVE,
     ) -> None:
-        """Compare a result of a call with the expected result.
+        """Compare one result of a call with the expected result.
 
-        form: of the result. got: a part of the call's tensor, if not the whole. most: allowed fraction of inconclusive
-        numbers.
+        form: format of the result. got: the tensor to compare, if it is only a part of the recorded one. most: maximum
+        fraction of inconclusive numbers.
         """
         found = call.get(what) if got is None else got
         measure = beyond_rounding(want, form or self.rounding.high, most)
@@ -125,11 +127,11 @@ class StepParts:
     def compare_gradient(
         self, name: str, made: "SumOverCalls", bound: Bound | None = None, most: float = MOST_INCONCLUSIVE
     ) -> None:
-        """Compare a weight's gradient as the update took it with the mean over ranks of all micro-batches'
-        contributions."""
+        """Compare the gradient of a weight as the update used it. Expected is the mean over ranks of the contributions
+        of all micro-batches."""
         quantity = "gradients of single weights"
         if name not in self.trained:
-            return  # base of an adapter
+            return  # base weight of an adapter
         if made.total is None:
             self.at.fail(quantity, name, "no rank recorded its inputs and outputs")
             return
@@ -138,8 +140,8 @@ class StepParts:
 
 
 def beyond_rounding(want: Total, form: PlainFormat, most: float = MOST_INCONCLUSIVE) -> DifferenceMeasure:
-    """Measures the difference beyond one rounding of the result and rounding ties, relative to the sum of
-    magnitudes."""
+    """Measures only the difference that one rounding of the result and rounding ties cannot explain. It is relative to
+    the sum of magnitudes."""
 
     def measure(got: Tensor, want_N: Tensor) -> Measurement:
         size, off = want.size.flatten(), low.slack(want).flatten()
@@ -152,14 +154,14 @@ def beyond_rounding(want: Total, form: PlainFormat, most: float = MOST_INCONCLUS
 
 
 class SumOverCalls:
-    """The gradient of a weight, summed over calls."""
+    """The gradient of a weight, added up over calls."""
 
     def __init__(self) -> None:
         self.total: Total | None = None
         self.terms = 0
 
     def add(self, one: Total, is_rounded: bool, terms: int) -> None:
-        """Add the contribution of a call. is_rounded: whether it may be rounded to bf16."""
+        """Add the contribution of one call. is_rounded: whether this contribution may be rounded to bf16."""
         off = low.slack(one)
         if is_rounded:
             off = off + (low.spacing(one.x, FORMATS["bf16"]) / 2).masked_fill_(one.size == 0, 0)  # 0 is not rounded
@@ -174,7 +176,8 @@ class SumOverCalls:
     def add_rows(
         self, left: NearNumbers, right: NearNumbers, counts: Sequence[int], here: range, experts: int, rounded: bool
     ) -> None:
-        """Add the gradients of experts, each from its own rows. experts: number of experts in the weight."""
+        """Add the gradients of experts. Each is computed from the expert's own rows. experts: number of experts in the
+        weight."""
         if self.total is None:
             self.total = Total(*(left.x.new_zeros(experts, left.x.size(-1), right.x.size(-1)) for _ in range(3)))
         rows = zip(here, low.split_rows(left, counts), low.split_rows(right, counts), strict=True)
@@ -187,7 +190,7 @@ class SumOverCalls:
 
 
 def calls_of(ranks: list[Evidence]) -> dict[str, list[PartCall]]:
-    """Calls of every part on all ranks."""
+    """All calls on all ranks, by name of the part."""
     found: dict[tuple[int, str, int], PartCall] = {}
     by_name: dict[str, list[PartCall]] = {}
     for rank in ranks:

@@ -1,4 +1,4 @@
-"""The reference of each optimizer's update: its formula, and bounds of fp32 rounding."""
+"""References for the updates of all optimizers: their formulas, and bounds on their fp32 rounding errors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ from train.prove.bounds import UNIT
 from train.prove.recipe_values import Values
 
 STEP_ROUNDINGS = 8
-"""Rounding errors of a step relative to the rounding errors of its weight: the step is computed from both moments."""
+"""Number of roundings of a step, in units of one rounding of its weight. The step is computed from both moments."""
 
 
 NEWTON_SCHULZ_ROUNDINGS = 4
-"""Roundings of a Newton-Schulz step: three matmuls round their terms, and their sum is rounded once more."""
+"""Number of roundings in a Newton-Schulz step. Three matmuls round their terms, and the sum of the terms is rounded
+once more."""
 
 
 class WeightUpdate(NamedTuple):
@@ -26,38 +27,38 @@ class WeightUpdate(NamedTuple):
     name: str
     lr: float
     number: int
-    """Number of the run's updates: 1, 2, ..."""
+    """Index of the update in the run, from 1."""
 
 
 @dataclass(frozen=True)
 class PlainUpdate:
-    """The formula of an update, with its rounding errors."""
+    """The formula of an update, and its rounding errors."""
 
     make: Callable[..., tuple[Tensor, ...]]
-    """The formula: takes (WeightUpdate, weight, gradient, *state), returns the new weight and the new state, as in the
-    reference."""
+    """Computes the update as in the reference. Takes (WeightUpdate, weight, gradient, *state), and returns the new
+    weight and the new state."""
     size_roundings: Callable[..., list[Tensor]]
-    """The rounding errors: takes (WeightUpdate, before, gradient, new), returns one fp32 rounding error of each element
-    of weight and state."""
+    """Computes the rounding errors. Takes (WeightUpdate, before, gradient, new), and returns one fp32 rounding error
+    for each element of weight and state."""
     roundings: dict[str, int]
-    """Maximum number of roundings per name of a state. A gradient is multiplied by a clip factor whose norm may have 16
-    roundings, and its square by the square of that factor."""
+    """Maximum number of roundings for each kind of state. A gradient is multiplied by a clip factor. The norm in this
+    factor may have 16 roundings. The square of a gradient is multiplied by the square of the factor."""
     is_whole: bool = False
-    """Whether it takes whole matrices, whose update a rank repeats in fp64."""
+    """Whether the formula takes complete matrices. A rank then repeats the update in fp64."""
 
 
 def make_adamw(one: WeightUpdate, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor) -> tuple[Tensor, ...]:
-    """AdamW by the reference."""
+    """An AdamW update by the reference's formula."""
     return reference_step.adamw(one.config.optim, one.lr, one.number, weight, gradient, mean, square)
 
 
 def size_adamw_roundings(
     one: WeightUpdate, before: list[Tensor], gradient: Tensor, new: tuple[Tensor, Tensor, Tensor]
 ) -> list[Tensor]:
-    """One fp32 rounding error of each element of weight, mean and mean of squares.
+    """One fp32 rounding error for each element of weight, mean and mean of squares.
 
-    It is relative to the summed terms: the sum of two terms of opposite signs may be smaller than their rounding
-    errors.
+    It is relative to the terms and not to their sum. If two terms have opposite signs, their sum may be smaller than
+    their rounding errors.
     """
     optim, lr = one.config.optim, one.lr
     (weight, mean, _), unit, (beta1, beta2) = before, UNIT["fp32"], optim.betas
@@ -68,17 +69,17 @@ def size_adamw_roundings(
 
 
 def make_muon(one: WeightUpdate, weight: Tensor, gradient: Tensor, momentum: Tensor) -> tuple[Tensor, ...]:
-    """Muon by the reference."""
+    """A Muon update by the reference's formula."""
     return reference_muon.muon(one.config, one.name, one.lr, weight, gradient, momentum)
 
 
 def size_muon_roundings(
     one: WeightUpdate, before: list[Tensor], gradient: Tensor, new: tuple[Tensor, Tensor]
 ) -> list[Tensor]:
-    """One fp32 rounding error of each element of weight and momentum.
+    """One fp32 rounding error for each element of weight and momentum.
 
-    Newton-Schulz multiplies an error in a singular direction by its factor for that singular value. The factor of the
-    smallest singular value is the largest, and its error may be in any element.
+    Newton-Schulz multiplies an error in a singular direction by its factor for this singular value. The smallest
+    singular value has the largest factor, and its error may be in any element.
     """
     (weight, momentum), unit, muon = before, UNIT["fp32"], one.config.optim.muon
     terms = muon.momentum * momentum.abs() + gradient.abs()
@@ -93,7 +94,8 @@ def size_muon_roundings(
 
 
 def _slope(singular: float, steps: list[tuple[float, float, float]]) -> float:
-    """The factor of Newton-Schulz for a singular value; at 0 the product of the first coefficients."""
+    """The factor of Newton-Schulz for a singular value. At 0, it is the product of the first coefficients of all
+    steps."""
     x = max(singular, 1e-12)
     for a, b, c in steps:
         x = a * x + b * x**3 + c * x**5
@@ -107,7 +109,7 @@ UPDATES: dict[str, PlainUpdate] = {
 
 
 def update_of(config: Values, name: str, dims: int) -> tuple[PlainUpdate, tuple[str, ...]]:
-    """The formula of a weight, and the names of its state."""
+    """The update formula for a weight, and the names of its state."""
     by_muon = config.optim.name == "muon" and reference_muon.is_matrix(name, dims)
     formula = UPDATES["muon" if by_muon else "adamw"]
     return formula, tuple(formula.roundings)

@@ -1,13 +1,13 @@
-"""Records a dispatcher's inputs and outputs on every rank, as evidence.
+"""Records the inputs and outputs of a dispatcher on every rank, as evidence.
 
-It replaces the model's dispatcher and does not depend on the transport of rows, so it works for all dispatchers:
+It replaces the model's dispatcher. It does not depend on how rows are sent, so it works for all dispatchers:
 
     forward     x, ids, gates -> rows, row_gates, counts        tokens of this rank; rows of this rank's experts
                 out -> y                                        their outputs; sums for the tokens of this rank
     backward    d_y -> d_out                                    gradients, in the other direction
                 d_rows, d_row_gates -> d_x, d_gates
 
-Shapes as in train/model/moe.py.
+Shapes: as in train/model/moe.py.
 """
 
 from collections.abc import Callable
@@ -19,20 +19,21 @@ from train.model.moe import Dispatcher, MoE, PendingRows, RoutedRows
 from train.model.recompute import is_repeated
 
 Keep = Callable[[str, int, Tensor], None]
-"""Called with a name from above, the number of the micro-batch, and the tensor."""
+"""A function that records a tensor. Its arguments are a name from above, the number of the micro-batch, and the
+tensor."""
 
 
 class WatchedDispatcher:
-    """The dispatcher of one layer, which passes a copy of every tensor to `keep` while the layer trains."""
+    """The dispatcher of one layer. While the layer trains, it passes a copy of every tensor to `keep`."""
 
     def __init__(self, moe: MoE, inner: Dispatcher, keep: Keep):
         self._moe, self._inner, self._keep = moe, inner, keep
         self._calls = 0
         self._numbers: dict[int, int] = {}
-        """Micro-batches whose rows are at their experts, by the id of the dispatcher's result."""
+        """Numbers of the micro-batches whose rows are at their experts, by id of the dispatcher's result."""
 
     def start_step(self) -> None:
-        """Restart the numbers of micro-batches at 0."""
+        """Count micro-batches from 0 again."""
         self._calls = 0
 
     def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None) -> PendingRows:
@@ -40,7 +41,7 @@ class WatchedDispatcher:
             return self._inner.dispatch_begin(x_TD, expert_ids_TK, gates_TK, again)
         number, self._calls = self._calls, self._calls + 1
         self._keep("ids", number, expert_ids_TK)
-        # On its own views, because other code uses the same tensors and adds to their gradients.
+        # Hooks are on views, because other code uses the same tensors and adds to their gradients.
         x_TD, gates_TK = x_TD.view_as(x_TD), gates_TK.view_as(gates_TK)
         self._watch("x", number, x_TD)
         self._watch("gates", number, gates_TK)
@@ -56,7 +57,7 @@ class WatchedDispatcher:
         return y_TD
 
     def arrived(self, number: int, routed: RoutedRows) -> None:
-        """Record the rows of a micro-batch that have reached this rank's experts."""
+        """Record the rows of a micro-batch after they have reached this rank's experts."""
         self._numbers[id(routed)] = number
         self._watch("rows", number, routed.rows_RD)
         self._watch("row_gates", number, routed.gates_R)
@@ -69,7 +70,7 @@ class WatchedDispatcher:
 
 
 class _WatchedPending:
-    """A dispatch in progress."""
+    """A dispatch that is not complete yet."""
 
     def __init__(self, watched: WatchedDispatcher, number: int, inner: PendingRows):
         self._watched, self._number, self._inner = watched, number, inner
