@@ -1,7 +1,7 @@
 """The typed schema of a run. One dataclass per group; the docstring under a field gives its meaning and unit.
 
-Recipes (conf/conf/NAME.yaml) and groups (conf/GROUP/NAME.yaml) fill these classes; conf/check.py holds the rules
-that join several fields. Nothing here is ever written after load.
+Recipes (conf/conf/NAME.yaml) and groups (conf/GROUP/NAME.yaml) fill these classes. conf/check.py has the rules that
+concern several fields. No code changes a configuration after it is loaded.
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,11 +15,12 @@ from conf.optimizers import ADAMW, OPTIMIZERS, OptimizerFacts
 from conf.pipeline_schedules import PLAIN_SCHEDULE, SCHEDULES, ScheduleFacts
 
 ROOT = Path(__file__).resolve().parent.parent
-"""The folder that holds conf/, train/, parallel/ and cluster/."""
+"""The folder that contains conf/, train/, parallel/ and cluster/."""
 LARGEST_SEED = 2**63 - 1
-"""Every generator takes it."""
+"""The largest seed that every random generator accepts."""
 WIDEST, MOST_EXPERTS = 2**20, 2**16
-"""Far beyond any model, and so small that no product of a model's sizes leaves int64."""
+"""Upper bounds of sizes and of the number of experts. They are far above any model, and so small that no product of a
+model's sizes exceeds int64."""
 
 
 class Mode(StrEnum):
@@ -51,7 +52,7 @@ class Mode(StrEnum):
     """Create a W&B workspace for the run."""
 
 
-# More choices. Members are strings, so code may compare them with plain ones.
+# More choices. The members are strings, so code may compare them with plain strings.
 Shape = StrEnum("Shape", ["constant", "linear", "cosine"])
 """Curve from the previous value of a schedule to the value of the phase."""
 Recompute = StrEnum("Recompute", ["norm", "mla_up", "swiglu", "layer"])
@@ -87,16 +88,16 @@ ModelFamily = StrEnum(
 """Model families, whose folders have different names of fields and tensors (train/hf/families.py)."""
 AdapterKind = StrEnum("AdapterKind", ["none", "lora"])
 AdapterTarget = StrEnum("AdapterTarget", ["q_up", "kv_up", "down", "out", "routed", "shared", "dense", "head"])
-"""Weights that an adapter can adapt (conf/adapters.py)."""
+"""Weights to which an adapter can be added (conf/adapters.py)."""
 BaseFormat = StrEnum("BaseFormat", ["plain", "fp8"])
-"""Storage format of the frozen weights beside an adapter."""
+"""Storage format of the frozen weights of a run with an adapter."""
 ClusterBackend = StrEnum("ClusterBackend", ["local", "ray"])
 DeviceKind = StrEnum("DeviceKind", ["auto", "cpu", "cuda"])
 
 
 @dataclass
 class Phase:
-    """One piece of a schedule."""
+    """One phase of a schedule."""
 
     until: float = number(1.0, above=0, most=1)
     """End of the phase, as a fraction of the run's tokens, 0 < until <= 1."""
@@ -108,7 +109,7 @@ class Phase:
 
 @dataclass
 class Yarn:
-    """YaRN on the decoupled RoPE part (paper 4.3). In force when seq_len > original_seq_len."""
+    """YaRN on the decoupled RoPE part (paper 4.3). It is used when seq_len > original_seq_len."""
 
     always: bool = False
     """Use YaRN at any seq_len. Needed for weights that were extended with YaRN, such as DeepSeek's released weights."""
@@ -119,11 +120,13 @@ class Yarn:
     beta_fast: float = expert(32.0, above=0)
     """RoPE pairs with more than this many turns over original_seq_len keep their frequency."""
     beta_slow: float = expert(1.0, above=0)
-    """RoPE pairs with fewer turns than this have their frequency divided by factor; a ramp lies between both."""
+    """RoPE pairs with fewer turns than this have their frequency divided by factor. For pairs between the two bounds,
+    the change follows a ramp."""
     truncate: bool = expert(True)
     """Round the ends of the ramp outwards to whole pairs."""
     mscale: float = expert(1.0, least=0)
-    """Attention scores are multiplied by (0.1 mscale ln factor + 1)^2; 0 leaves them. Hugging Face: mscale_all_dim."""
+    """Attention scores are multiplied by (0.1 mscale ln factor + 1)^2; with 0 they are unchanged. Hugging Face:
+    mscale_all_dim."""
     attention_factor: float = expert(1.0, above=0)
     """Factor on the RoPE parts of queries and keys. Hugging Face: attention_factor, or its inferred value."""
     query_growth: float = expert(0.0, least=0)
@@ -164,19 +167,19 @@ class Model:
     layers: int = number(4, least=1, slip=10_000)
     """Transformer blocks: dense blocks count, MTP modules do not."""
     dense_layers: int = number(1, least=0)
-    """Number of first blocks with a dense FFN instead of experts."""
+    """Number of blocks at the start of the model that have a dense FFN instead of experts."""
     heads: int = number(4, least=1, slip=WIDEST)
     """Attention heads."""
     q_rank: int | None = number(128, least=1, slip=WIDEST)
-    """Width of the query latent; null projects queries directly."""
+    """Width of the query latent; with null, queries are projected directly."""
     kv_rank: int = number(64, least=1, slip=WIDEST)
     """Width of the key-value latent, which generation caches."""
     nope_head_dim: int = number(32, least=1, slip=WIDEST)
-    """Per-head width of the queries and keys without RoPE."""
+    """Width, per head, of the part of queries and keys without RoPE."""
     rope_head_dim: int = number(16, least=1, slip=WIDEST)
-    """Per-head width of the RoPE part of queries, and width of the shared RoPE key. Even."""
+    """Width, per head, of the RoPE part of queries, and width of the RoPE key that all heads share. Even."""
     v_head_dim: int = number(32, least=1, slip=WIDEST)
-    """Per-head width of values."""
+    """Width of values per head."""
     dense_width: int = number(768, least=1, slip=WIDEST)
     """Inner width of a dense FFN."""
     expert_width: int = number(128, slip=WIDEST)
@@ -209,17 +212,18 @@ class Model:
     norm_eps: float = number(1e-6, above=0)
     """Epsilon of every RMSNorm, added to the mean square."""
     latent_norm_eps: float | None = expert(None, above=0)
-    """norm_eps of the norms of the query and key-value latents; null takes norm_eps. transformers always uses 1e-6."""
+    """norm_eps for the norms of the query and key-value latents; null uses norm_eps. transformers always uses 1e-6."""
     init_std: float = number(0.006, above=0)
     """Standard deviation of initial weights (paper 4.2)."""
     recompute: list[str] = field(default_factory=lambda: [str(what) for what in SELECTIVE])
-    """Activations that backward recomputes: norm (outputs of norms), mla_up (queries, keys and values), swiglu,
-    layer (whole blocks: only the input is kept) or layer:N (the first N blocks of every stage)."""
+    """Activations that backward recomputes: norm (outputs of norms), mla_up (queries, keys and values), swiglu, layer
+    (complete blocks: only their inputs are stored) or layer:N (the first N blocks of every stage)."""
     offload: list[str] = field(default_factory=list)
-    """Parts whose activations wait for backward in host memory: attention, ffn (dense or experts), layer (whole blocks: only the
-    input stays) or layer:N (N blocks of every stage). Recomputed blocks and MTP modules are not offloaded."""
+    """Parts of a block whose activations wait for backward in host memory: attention, ffn (dense or experts), layer
+    (complete blocks: only their inputs stay on the device) or layer:N (N blocks of every stage). Recomputed blocks and
+    MTP modules are not offloaded."""
     loss_chunk: int = expert(2048, least=1)
-    """Tokens per block of the cross-entropy, which bounds the memory of logits."""
+    """Number of tokens for which the cross-entropy is computed at a time; it bounds the memory of logits."""
     block: dict[str, Any] | None = field(default_factory=dict)
     """Subclass of train.model.block.Block for every block: `_target_: my_mod.MyBlock` with its arguments (train/docs/change_model.md)."""
     router: dict[str, Any] | None = field(default_factory=dict)
@@ -227,11 +231,12 @@ class Model:
 
     @property
     def repeated_layers(self) -> int:
-        """Number of first blocks of every stage that backward recomputes as a whole; `layers` if all."""
+        """Number of first blocks of every stage that backward recomputes completely; `layers` for all blocks."""
         return self._share(self.recompute)
 
     def offloaded_part(self, place: int) -> str:
-        """The offloaded part of the block at this place of a stage: attention, ffn, layer for both, or an empty string."""
+        """Return the offloaded part of the block at this place of a stage: attention, ffn, layer for both, or an empty
+        string."""
         repeated = self.repeated_layers
         if place < repeated or not self.offload:
             return ""
@@ -240,7 +245,7 @@ class Model:
         return Offload.layer if whole else parts[0] if parts else ""
 
     def _share(self, words: list[str]) -> int:
-        """Number of blocks of every stage that `layer` or `layer:N` selects; `layers` if all."""
+        """Return the number of blocks of every stage that `layer` or `layer:N` selects; `layers` for all blocks."""
         if "layer" in words:
             return self.layers
         shares = [what.partition(":")[2] for what in words if what.startswith("layer:")]
@@ -248,12 +253,12 @@ class Model:
 
     @property
     def resolved_group_top_k(self) -> int:
-        """The effective group_top_k."""
+        """Value of group_top_k that is used."""
         return self.top_k // self.top_groups if self.group_top_k is None else self.group_top_k
 
     @property
     def resolved_latent_norm_eps(self) -> float:
-        """The effective latent_norm_eps."""
+        """Value of latent_norm_eps that is used."""
         return self.norm_eps if self.latent_norm_eps is None else self.latent_norm_eps
 
 
@@ -264,7 +269,7 @@ class MixSource:
     path: str = ""
     """Path of the source, as data.path; empty for formats stdlib and docstrings."""
     weight: float = number(1.0, above=0)
-    """Share of the samples, relative to the other sources."""
+    """Share of the samples that come from this source, relative to the weights of the other sources."""
     format: DataFormat = DataFormat.auto
     """Format of the source, as data.format."""
     text_key: str = "text"
@@ -273,7 +278,7 @@ class MixSource:
 
 @dataclass
 class Data:
-    """Where tokens come from."""
+    """Source of the tokens."""
 
     path: str | None = None
     """Text folder or file, .jsonl[.gz|.zst], .parquet, a folder of such files, hf://NAME[@CONFIG][:SPLIT], a folder of tokens
@@ -295,9 +300,10 @@ class Data:
     fim_rate: float = number(0.0, least=0, most=1, what="a share")
     """Share of documents rearranged for fill-in-the-middle, PSM order (paper 4.1: 0.1)."""
     min_tokens: int = number(0, least=0)
-    """Shortest document, in tokens, for training and validation: keeps unconnected short documents out of long sequences."""
+    """Length, in tokens, below which a document is not used, in training and validation. It keeps short, unrelated
+    documents out of long sequences."""
     validation_fraction: float = number(0.05, above=0, below=1, what="a share")
-    """Share of documents (whole files for text) held out for validation."""
+    """Share of documents (of complete files for text) that are held out for validation."""
     hold_out_by: FilledKey[HoldOutBy] = expert(None)
     """Property that decides whether a document is held out: content, or name (its file's path in the data with the line or row). null:
     content, or the choice of the run named by resume or init_from. Earlier versions used the name."""
@@ -309,7 +315,8 @@ class Data:
     template_keys: dict[str, bool | int | str] | None = field(default_factory=dict)
     """Chats: variables of the template, as apply_chat_template takes them: `{thinking: true}` of DeepSeek-V3.1, `{enable_thinking: false}`."""
     supervise: Supervise = Supervise.assistant
-    """Chats: the learnt tokens. assistant: all turns of the assistant with their stop tokens; last: its last turn; all: every token."""
+    """Chats: tokens that are learnt. assistant: all turns of the assistant, with their stop tokens; last: the
+    assistant's last turn; all: every token."""
     too_long: TooLong = TooLong.refuse
     """Chats longer than a sequence: refuse (an error before the start), cut (drop the end) or drop (drop the chat)."""
     reasoning: LostReasoning | None = None
@@ -320,11 +327,12 @@ class Data:
     cache: str = "${oc.env:SLUICE_CACHE,${oc.env:HOME}/.cache/sluice}"
     """Folder for tokenizers and tokens, which runs share."""
     workers: int = number(0, least=0)
-    """Threads for tokenising; 0 means one per core."""
+    """Number of threads for tokenising; 0 means one per core."""
 
     @property
     def chats(self) -> bool:
-        """Whether samples are chats: packed, with separate attention, and with only some tokens learnt."""
+        """Whether samples are chats. Chats are packed, attention does not cross chats, and only some tokens are
+        learnt."""
         return any(source.format in CHATS for source in self.mix or [self])
 
 
@@ -347,77 +355,78 @@ class Optim:
     lr: float = number(2.2e-4, above=0)
     """Peak learning rate."""
     name: OptimizerName | None = None
-    """The optimizer; `optim=muon` is short for it. null: the optimizer of the pretraining of init_from's weights, if it is known,
-    else adamw. An existing run keeps its optimizer."""
+    """The optimizer; `optim=muon` is short for it. null: the optimizer of the pretraining of init_from's weights, if it
+    is known, else adamw. An existing run does not change its optimizer."""
     warmup_steps: int = number(2000, least=0)
     """Steps of linear warm-up from 0."""
     lr_schedule: list[Phase] = field(default_factory=lambda: [Phase()])
     """Factor on lr after warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """Decay per step of Adam's averages of the gradient and of its square."""
+    """Decay per step of Adam's two averages: of the gradient, and of the squared gradient."""
     eps: float = expert(1e-8, above=0)
-    """Epsilon of Adam, added to the root of the average square."""
+    """Epsilon of Adam. It is added to the square root of the averaged squared gradient."""
     weight_decay: float = number(0.1, least=0)
     """Weight decay of matrices. Norm weights decay only with decay_norms."""
     decay_norms: bool = expert(False)
     """Apply weight decay to norm weights, as Moonlight does (arXiv 2502.16982, appendix D)."""
     clip: float = number(1.0, least=0)
-    """Largest global gradient norm; 0 for no clipping."""
+    """Global gradient norm above which gradients are scaled down to this norm; 0 for no clipping."""
     mtp_weight: list[Phase] = field(default_factory=lambda: [Phase(value=0.3)])
     """Weight lambda of the MTP loss (paper 2.2)."""
     bias_speed: list[Phase] = expert(make=lambda: [Phase(value=0.001)])
     """Speed gamma of the balance bias, per step (paper 2.1.2)."""
     balance_loss: float = number(1e-4, least=0)
-    """Weight alpha of the sequence-wise balance loss; 0 for none."""
+    """Weight alpha of the sequence-wise balance loss; 0 for no balance loss."""
     batch_ramp_start: int | None = number(None, least=1)
     """Sequences per step at the start of the ramp; null for no ramp."""
     batch_ramp_steps: int = number(0, least=0)
     """Steps over which the batch grows linearly to batch_size."""
     batch_ramp_increment: int = expert(1, least=1)
-    """The growing batch is rounded down to a multiple of this; a multiple of micro_batch_size x dp, or x ep with
-    parallel.uneven."""
+    """The number of sequences per step during the ramp is rounded down to a multiple of this. It must be a multiple of
+    micro_batch_size x dp, or x ep with parallel.uneven."""
     ema_decay: float = number(0.0, least=0, below=1)
-    """Decay of a moving average of the weights, which is kept in CPU memory; 0 for none."""
+    """Decay of a moving average of the weights, which is stored in CPU memory; 0 for no average."""
     muon: MuonOptim = expert(make=MuonOptim)
     """Settings of name=muon."""
     freeze_routers: bool = False
-    """Freeze the weights of all routers. With bias_speed 0 tokens keep their experts."""
+    """Freeze the weights of all routers. If bias_speed is 0 as well, the routers do not change."""
     index_loss: float = number(1.0, least=0)
     """Sparse attention: weight of the indexers' losses. Each loss is the KL divergence between the indexer's scores and the attention, a mean over
     queries; 0 freezes the indexers."""
     index_warmup: bool = False
     """Sparse attention: train only the indexers, with dense attention, before a run that trains all weights with sparse attention."""
     detach_mtp: bool = False
-    """Stop the gradient of MTP losses at the MTP modules: main model, embedding and head do not learn from them."""
+    """Stop the gradients of MTP losses where they leave the MTP modules. Then the main model, the embedding and the
+    head do not learn from these losses."""
     qk_clip: float | None = number(None, above=0)
-    """Largest attention score of a head: after the step, QK-clip scales down the weights of a head with a larger score (Kimi K2, which
-    uses 100); null for no limit."""
+    """Upper limit of attention scores: after a step, QK-clip scales down the weights of every head that had a larger
+    score (Kimi K2 uses 100); null for no limit."""
     extra_loss: dict[str, Any] | None = field(default_factory=dict)
     """Additional term of the training loss: `_target_: my_mod.my_loss` with its arguments, a function of the model's outputs
     (train/docs/change_model.md)."""
     max_bad_steps: int = expert(5, least=1)
-    """Consecutive steps with a non-finite loss or gradient after which the run stops."""
+    """Number of consecutive steps with a non-finite loss or gradient after which the run stops."""
 
     @property
     def facts(self) -> OptimizerFacts:
-        """The facts of the optimizer from conf/optimizers.py."""
+        """The optimizer's entry in conf/optimizers.py."""
         facts = OPTIMIZERS[self.name or ADAMW]
         return replace(facts, vectors=replace(facts.vectors, decays=facts.vectors.decays or self.decay_norms))
 
 
 @dataclass
 class Adapter:
-    """LoRA: small weights that are trained beside frozen weights (train/docs/fine_tuning.md)."""
+    """LoRA: small weights that are trained in addition to frozen weights (train/docs/fine_tuning.md)."""
 
     name: AdapterKind = AdapterKind.none
-    """none: train the weights. lora: freeze them, and train low-rank A and B beside each weight of the targets,
-    y = W x + alpha / rank B A x."""
+    """none: train the weights. lora: freeze the weights, and train low-rank matrices A and B for each weight of the
+    targets, y = W x + alpha / rank B A x."""
     rank: int = number(16, least=1)
-    """Rows of A and columns of B."""
+    """Number of rows of A and of columns of B."""
     alpha: float = number(32.0, above=0)
     """Scale: the output of B A is multiplied by alpha / rank."""
     dropout: float = number(0.0, least=0, below=1, what="a share")
-    """Dropout of the inputs of A, in training."""
+    """Dropout of the inputs of A during training."""
     targets: FilledKey[list[AdapterTarget]] = LEFT_OUT
     """Adapted weights: q_up, kv_up, down (both down projections of attention), out, routed, shared, dense, head; null: all that the model
     has, without head."""
@@ -439,7 +448,7 @@ class Adapter:
 
 
 class RankCounts(Protocol):
-    """Counts of ranks that follow from the degrees of parallelism."""
+    """Numbers of ranks that follow from the degrees of parallelism."""
 
     @property
     def pp(self) -> int: ...
@@ -452,12 +461,13 @@ class RankCounts(Protocol):
 
     @property
     def stage_ranks(self) -> int:
-        """Ranks with the same pipeline stage. ZeRO shards over them, and experts are spread over them."""
+        """Number of ranks with the same pipeline stage. ZeRO shards over these ranks, and experts are spread over
+        them."""
         return self.dp * self.cp
 
     @property
     def world(self) -> int:
-        """All ranks."""
+        """Number of all ranks."""
         return self.pp * self.stage_ranks
 
 
@@ -470,49 +480,50 @@ class Parallel(RankCounts):
     dp: int = number(1, least=1)
     """Data-parallel ranks, which divide the sequences of a batch."""
     cp: int = number(1, least=1)
-    """Ranks that share each sequence; each rank has an early and a late piece of it (train/docs/several_gpus.md). Divides
-    seq_len / 2."""
+    """Number of ranks that share each sequence; each rank has a part from its first half and a part from its second
+    half (train/docs/several_gpus.md). Divides seq_len / 2."""
     ep: int = number(1, least=1)
     """Ranks that share the experts of one layer; divides dp x cp."""
     uneven: bool = False
-    """Allow shares of the batch that differ by one micro-batch per rank between expert groups, if dp does not divide the batch. Losses
-    are weighted by tokens. A run on Ray sets it when it restarts with fewer ranks. Needs zero 1 or 2."""
+    """If dp does not divide the batch, allow that the ranks of some expert groups have one micro-batch more than the
+    ranks of others. Losses are weighted by tokens. A run on Ray sets this key when it restarts with fewer ranks. Needs
+    zero 1 or 2."""
     zero: int = number(1, least=1, most=3)
-    """ZeRO stage, 1 to 3; 1 with pipelines. DeepSpeed's stage 0 would clip with a wrong norm."""
+    """ZeRO stage, 1 to 3; with pipelines only 1. DeepSpeed's stage 0 would clip with a wrong norm."""
     offload_optimizer: bool = False
     """Keep master weights and Adam's moments in host memory, and update them there (DeepSpeed's ZeRO-Offload). Needs ZeRO 1 or 2."""
     schedule: PipelineSchedule = PipelineSchedule[PLAIN_SCHEDULE]
-    """Pipeline schedule: 1f1b, interleaved, zbv or dualpipev. The last three give every rank two stages, interleaved
-    also more."""
+    """Pipeline schedule: 1f1b, interleaved, zbv or dualpipev. The last two give every rank two stages, and interleaved
+    gives every rank two or more."""
     virtual_stages: int = number(2, least=2)
     """interleaved: stages per rank; rank r has stages r, r + pp, r + 2 pp and so on. More and shorter stages reduce idle time
     and send more hidden states."""
     split: Any = "cost"
-    """Layers of each stage: cost (equal operations per rank, head and MTP modules included), even (equal numbers of layers), or a
-    list with the number of layers of each stage, [1,2,2,1]; only the first and the last may be 0."""
+    """Number of layers of each stage: cost (equal operations per rank, head and MTP modules included), even (equal
+    numbers of layers), or a list such as [1,2,2,1], in which only the first and the last number may be 0."""
     overlap: bool = expert(True)
-    """dualpipev, also with pp=1: run the forward of one micro-batch together with the backward of another, so
-    that the all-to-all of each overlaps with the computation of the other; false: one after the other."""
+    """dualpipev, also with pp=1: run the forward of one micro-batch together with the backward of another, so that the
+    compute of each hides the all-to-all of the other; false: run them one after the other."""
     dispatch: DispatchKind = DispatchKind[FLAT_DISPATCH]
-    """All-to-all between experts: flat (one all-to-all with a row per token and expert), node_limited (a token
-    crosses to each node once and is copied inside the node) or deepep (the DeepEP package, on GPUs)."""
+    """All-to-all between experts: flat (one all-to-all with a row per token and expert), node_limited (a token is sent
+    to each node once, and copied inside the node) or deepep (the DeepEP package, on GPUs)."""
     wire: WireFormat = WireFormat.bf16
     """Format of rows in dispatch, and of gradients in the backward of combine: bf16 (the activation dtype) or fp8
     (E4M3 with power-of-two scales per 128 values, paper 3.3.3). Combine always uses the activation dtype."""
 
     @property
     def schedule_facts(self) -> ScheduleFacts:
-        """The facts of the schedule from conf/pipeline_schedules.py."""
+        """The schedule's entry in conf/pipeline_schedules.py."""
         return SCHEDULES[self.schedule]
 
     @property
     def dispatch_facts(self) -> DispatchFacts:
-        """The facts of the dispatch from conf/dispatches.py."""
+        """The dispatch's entry in conf/dispatches.py."""
         return DISPATCHES[self.dispatch]
 
     @property
     def placement(self) -> list[list[int]]:
-        """Stage numbers of every pipeline rank, ascending."""
+        """Stage numbers of every pipeline rank, in ascending order."""
         return self.schedule_facts.place_stages(self.pp, self.virtual_stages)
 
     @property
@@ -535,7 +546,8 @@ class Operands(NamedTuple):
 
 @dataclass
 class Health:
-    """Checks of the quantised tensors (train/kernels/fp8/health.py). A warning names a layer beyond a limit."""
+    """Checks of the quantised tensors (train/kernels/fp8/health.py). A warning names each layer that exceeds a
+    limit."""
 
     every: int = number(100, least=0)
     """Interval of the checks, in steps; 0 for none."""
@@ -563,7 +575,7 @@ class Fp8:
     attention_output: str = "e4m3/1x128/pow2"
     """Input of the attention's output projection."""
     dispatched: str = "e4m3/1x128/pow2"
-    """Rows sent to experts: input of the up-projection, gradient of the expert output."""
+    """Rows sent to experts: the input of the up-projection, and the gradient of the expert output."""
     compiled: bool = expert(True)
     """On a CPU, use compiled code for casts, and with AVX2 for matmuls. The first use needs a C++ compiler and some seconds. false:
     torch's operations, which are slower. Casts have the same bits; matmuls differ only in the order of sums."""
@@ -571,8 +583,8 @@ class Fp8:
     """Kernels on a GPU for grouped GEMMs of experts and for GEMMs that add to a gradient. triton: kernels of Sluice; deepgemm:
     the DeepGEMM package, which needs torch 2.11 and nvcc (the extra [fp8])."""
     hold_weights: bool = expert(False)
-    """Cast weights once per step and keep the casts until the last backward, which needs two more bytes per weight on a GPU; false: cast them
-    again for every matmul. The bits are the same."""
+    """Cast weights once per step and store the casts until the last backward, which needs two more bytes per weight on
+    a GPU; false: cast them again for every matmul. The bits are the same."""
     health: Health = field(default_factory=Health)
 
     def operands(self, family: str) -> Operands:
@@ -595,7 +607,7 @@ class Precision:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of a weight as the model computes with it, and of an activation."""
+        """Bytes of an element of the weights that the model computes with, and of an activation."""
         return 4 if self.name == "fp32" else 2
 
     @property
@@ -611,14 +623,15 @@ class Checkpoint:
     every: int = number(100, least=0)
     """Interval of checkpoints, in steps; 0 saves only at the end and on a signal."""
     every_memory: int = number(0, least=0)
-    """Ray: interval, in steps, of copies of the state in the memory of the own node and of the next node. A run resumes
-    from them when a node is lost; 0 for none."""
+    """Ray: interval, in steps, of copies of the state in the memory of a rank's node and of the next node. A run
+    resumes from these copies when a node is lost; 0 for no copies."""
     memory_folder: str = expert("/dev/shm")
-    """Folder of these copies on every node: memory, or a fast local disk."""
+    """Folder of the copies of every_memory on every node, in memory or on a fast local disk."""
     keep: int = number(3, least=0)
-    """Number of newest checkpoints that stay; 0 keeps all. The checkpoint that the run resumed from stays too."""
+    """Number of newest checkpoints that are not deleted; 0 keeps all. The checkpoint from which the run resumed is not
+    deleted either."""
     keep_every: int = number(0, least=0)
-    """Checkpoints at multiples of this many steps stay for good; 0 for none."""
+    """Checkpoints at multiples of this number of steps are never deleted; 0 for none."""
     keep_best: bool = False
     """Save after a validation with the lowest held-out loss so far (log.validate_every), and keep this checkpoint; best.json names
     it."""
@@ -626,8 +639,8 @@ class Checkpoint:
     """Interval, in steps, of Hugging Face folders as mode=export writes them, during the run and at its end. NAME/weights/newest links to the
     newest of two (train/docs/fine_tuning.md). A multiple of checkpoint.every; 0 for none."""
     staging_bytes: float = expert(0.0, least=0)
-    """Largest host buffer of a rank for a checkpoint, in bytes. A larger checkpoint is written in pieces, and the training waits
-    for the disk. 0: a buffer for the whole checkpoint."""
+    """Maximum bytes of a rank's host buffer for a checkpoint. If a checkpoint is larger, it is written in parts, and
+    the training waits for the disk. 0: a buffer for the complete checkpoint."""
 
 
 @dataclass
@@ -648,19 +661,20 @@ class Cluster:
     """Use only code that gives the same bits in every run on the same machines, also after a resume: torch's deterministic kernels, attention without
     cuDNN, no sums in NVLink switches, and no choices by measurement. Slower on a GPU; the cost has not been measured."""
     timeout: float = number(600.0, above=0)
-    """Longest wait in a collective, in seconds; before the first step at least cluster.start_timeout. Ray: also the longest wait
-    for the last checkpoint after a stop request."""
+    """Longest wait in a collective, in seconds. Before the end of the first step, it is at least cluster.start_timeout.
+    Ray: also the longest wait for the last checkpoint after a stop request."""
     address: str | None = None
     """Ray: HOST:PORT of a running cluster, or auto for a cluster on this machine; null starts Ray here for this run."""
     ranks_per_node: int = number(0, least=0)
-    """Ranks of one node. 0: all ranks that a machine was given; with Ray one per GPU, or per CPU if there is no GPU."""
+    """Number of ranks of one node. 0: all ranks that a machine was given; with Ray, one per GPU, or one per CPU if
+    there is no GPU."""
     wait: float = expert(60.0, above=0)
     """Ray: longest wait for nodes, in seconds."""
     heartbeat: float = expert(5.0, above=0)
     """Ray: seconds without an answer after which a node counts as lost."""
     kill_after: float | None = expert(None, above=0)
-    """Seconds without progress of any rank after which a run is ended as hung; a warning names the culprit long before.
-    null: 60 in steps on CPUs, 120 on GPUs. In checkpoints, uploads and callbacks at least cluster.timeout."""
+    """Seconds without progress of any rank after which a run is ended as hung; a warning names the culprit earlier.
+    null: 60 on CPUs and 120 on GPUs, and at least cluster.timeout in checkpoints, uploads and callbacks."""
     hang_after: float = expert(300.0, above=0)
     """Upper limit, in seconds, of the time without progress in a step."""
     start_timeout: float = expert(900.0, above=0)
@@ -669,12 +683,13 @@ class Cluster:
     """Ray: restarts after failures of one kind without a new checkpoint in between. Losses of different nodes count separately. After the last restart the
     run ends with a diagnosis."""
     standby: bool = expert(True)
-    """Ray: keep a standby process per rank with all imports done, for quick restarts (0.5 GB each)."""
+    """Ray: for each rank, keep a standby process that has completed all imports, for quick restarts (0.5 GB each)."""
 
 
 @dataclass
 class Rate:
-    """Duration of a kernel: calls x seconds + operations / flops + bytes / bandwidth. 0 leaves a term out."""
+    """Duration of a kernel: calls x seconds + operations / flops + bytes / bandwidth. A value of 0 means that its term
+    is left out."""
 
     seconds: float = number(0.0, least=0)
     """Fixed seconds per call."""
@@ -702,16 +717,18 @@ class Hardware:
     devices_per_host: int = expert(0, least=0)
     """Devices that share host_memory_bytes, if fewer than a node's devices, such as the four devices of an NVL72 tray; 0 for all devices of a node."""
     shared_memory_bytes: float = expert(0.0, least=0)
-    """Size of a host's /dev/shm, in bytes, for copies in memory (checkpoint.memory_folder); 0 for half of host_memory_bytes, Linux's default."""
+    """Size of a host's /dev/shm in bytes. It holds copies in memory (checkpoint.memory_folder). 0 for half of
+    host_memory_bytes, which is Linux's default."""
     disk_bytes: float = expert(0.0, least=0)
     """Space for checkpoints and exports of the run on the shared file system, in bytes; 0 if unknown."""
     storage_bandwidth: float = expert(0.0, least=0)
-    """Bytes per second that this file system writes or reads for all nodes together. Llama 3's sustained 2e12. 0 for not known: a
-    plan then leaves the time to write and load checkpoints out, and advises no interval of checkpoints."""
+    """Bytes per second that this file system writes or reads for all nodes together; Llama 3's file system sustained
+    2e12. 0 if unknown: a plan then leaves out the time to write and load checkpoints, and advises no interval of
+    checkpoints."""
     bf16_flops: float = expert(0.0, least=0)
-    """Dense peak of one device, FLOP/s: the base of MFU."""
+    """Dense BF16 peak of one device in FLOP/s, on which MFU is based."""
     fp8_flops: float = expert(0.0, least=0)
-    """Dense peak, FLOP/s; 0 for a device without FP8 GEMMs."""
+    """Dense FP8 peak of one device in FLOP/s; 0 for a device without FP8 GEMMs."""
     communication_share: float = expert(0.0, least=0, most=1, what="a share")
     """Share of a device's compute that a running transfer uses, 0 to 1."""
     price_per_hour: float | None = number(None, least=0)
@@ -743,24 +760,26 @@ class Plan:
     tokens: float | None = number(None, above=0)
     """Tokens for hours, cost and energy; null takes all tokens of the recipe."""
     imbalance: float = expert(1.1, least=1)
-    """Rows of the busiest rank of an expert group, divided by the mean. This rank decides speed and memory."""
+    """Rows of the busiest rank of an expert group, divided by the mean over its ranks. The busiest rank decides speed
+    and memory."""
     phases: list[str] = expert(make=list)
-    """Recipes that follow on the same devices, whose time and cost are added: [deepseek_v3_32k, deepseek_v3_128k]."""
+    """Recipes that follow on the same devices, such as [deepseek_v3_32k, deepseek_v3_128k]. Their time and cost are
+    added."""
     failures: float = number(2e-5, least=0)
-    """Failures that end the run, per device and hour. Meta counted 419 in 54 days of 16,384 H100 (Llama 3): 2.0e-5; InfiniteHBD's trace of
-    servers has 2.2e-5. 0 for none."""
+    """Number of failures that end the run, per device and hour; 0 for none. Meta counted 419 in 54 days of 16,384 H100
+    (Llama 3), which is 2.0e-5. InfiniteHBD's trace of servers has 2.2e-5."""
     reserve: float | None = expert(None, least=0)
     """Reserved bytes of a device; null estimates them: CUDA's context, communicators, buffers of exchanges, fragmentation."""
 
 
 @dataclass
 class DryRun:
-    """mode=dry_run: one rank of the job, alone on the present device (train/docs/plan.md)."""
+    """mode=dry_run: one rank of the job runs alone on this machine's device (train/docs/plan.md)."""
 
     rank: str = "worst"
     """Number of the rank, or worst: the rank with the least free memory by plan."""
     steps: int = number(3, least=1)
-    """Timed steps, after a warm-up step and a step that measures memory."""
+    """Number of timed steps. They follow a warm-up step and a step that measures memory."""
     routing: str = expert("balanced")
     """Rows that other ranks send to this rank's experts: balanced, skewed (1.5 times the mean, decreasing from the first
     to the last expert), or a run folder, for its last recorded tokens per expert."""
@@ -773,9 +792,11 @@ class Prove:
     """mode=prove: whether this layout trains this model, checked on a miniature of the recipe (train/docs/prove.md)."""
 
     ranks: int = number(8, least=1)
-    """Largest number of ranks. A larger layout is replaced by the smallest layout of the same structure, and the card lists the changes."""
+    """Maximum number of ranks. A larger layout is replaced by the smallest layout of the same structure; the card lists
+    the changes."""
     first_optimizer: OptimizerName | None = expert(None)
-    """Optimizer of the first part of the check, before its checkpoint; null: the same as in the second part."""
+    """Optimizer of the first part of the check, which ends with a checkpoint. null: the optimizer of the second
+    part."""
 
 
 @dataclass
@@ -817,7 +838,7 @@ class Profile:
     steps: list[int] = field(default_factory=list)
     """First and last profiled step, such as [10,12]; empty for no profile. mode=dry_run profiles the same number of steps after its timed steps."""
     ranks: list[int] = field(default_factory=lambda: [0])
-    """Profiled ranks; in mode=dry_run its only rank."""
+    """Ranks that are profiled. mode=dry_run profiles its only rank."""
 
 
 @dataclass
@@ -829,18 +850,20 @@ class Evaluate:
     ema: bool = False
     """Use the moving average of the weights (optim.ema_decay)."""
     sequences: int | None = number(None, least=0)
-    """Sequences of seq_len, spread evenly over the documents; null takes log.validation_sequences, 0 reads all."""
+    """Number of sequences of seq_len tokens, spread evenly over the documents; null takes log.validation_sequences, 0
+    reads all."""
     tasks: list[str] = field(default_factory=list)
-    """Tasks of lm-evaluation-harness, run in one process beside the loss (package lm-eval)."""
+    """Tasks of lm-evaluation-harness. One process runs them in addition to the loss (package lm-eval)."""
     task_path: str | None = None
     """Folder with your own task definitions (yaml), which replace the tasks of the harness."""
     task_limit: int = number(0, least=0)
-    """Number of examples of each task, from the first; 0 for all."""
+    """Number of examples that are used of each task, counted from the first; 0 for all."""
     shots: int | None = number(None, least=0)
-    """Solved examples in front of each question; null: the task decides."""
+    """Number of solved examples before each question; null: the task decides."""
     answers: int = number(0, least=0)
-    """Chats: number of held-out questions that the model answers (train/evaluate/answers.py). The table compares the answers with those of
-    the weights before the tune, with shuffled answers and with the most common answer. 0 for none."""
+    """Chats: number of held-out questions that the model answers (train/evaluate/answers.py); 0 for none. A table
+    compares its answers with three others: the answers of the weights before the tune, shuffled answers, and the most
+    common answer."""
     needle: list[int] = field(default_factory=list)
     """Text lengths, in tokens, of the pass-key test (train/evaluate/needle.py); empty for no test."""
 
@@ -854,7 +877,7 @@ class Generate:
     prompt: str | None = None
     """The prompt. null: ask in a terminal; elsewhere each line of standard input is a prompt."""
     tokens: int = number(200, least=1)
-    """Largest number of new tokens; a text also ends with its document or at the end of the context."""
+    """Maximum number of new tokens. A text also ends where its document ends, or at the end of the context."""
     temperature: float = number(0.8, least=0)
     """Sampling temperature; 0 always selects the most likely token."""
     top_p: float = number(1.0, above=0, most=1, what="a probability")
@@ -898,7 +921,7 @@ class Export:
     family: ModelFamily | None = None
     """Family of the names of fields and tensors; null: the family of the folder that the run started from, else deepseek_v3."""
     merge: bool = False
-    """Add the adapter to its base and write a whole model, instead of a PEFT adapter."""
+    """Add the adapter to its base and write a complete model, instead of a PEFT adapter."""
 
 
 @dataclass
@@ -915,7 +938,7 @@ class Average:
 
 @dataclass
 class Config:
-    """A whole run."""
+    """All settings of a run."""
 
     name: FilledKey[str] = LEFT_OUT
     """Name of the run; its folder is runs/<name>. null: the name of the recipe."""
@@ -926,7 +949,8 @@ class Config:
     steps: int = number(300, least=1)
     """Optimizer steps of the whole run."""
     epochs: float | None = number(None, above=0)
-    """Passes over the data, which replace steps; with a mix, a pass has as many sequences as all sources together."""
+    """Number of passes over the data, which replaces steps. With a mix, a pass has as many sequences as all sources
+    together."""
     seq_len: int = number(256, least=1)
     """Tokens per sequence."""
     batch_size: int = number(16, least=1, slip=10_000_000)
@@ -940,7 +964,7 @@ class Config:
     """Weights of a new run: a run, a checkpoint, or a Hugging Face folder of DeepSeek-V3's architecture (safetensors in bf16, fp32 or FP8 blocks; families as in
     export.family). null: random weights. A run with a checkpoint resumes from it instead."""
     text_only: bool = False
-    """Read only the language model of a folder that also holds other parts, such as an image encoder."""
+    """Read only the language model of a folder that also contains other parts, such as an image encoder."""
     runs: str = "runs"
     """Folder that holds the run folders."""
     trust: bool = False
@@ -971,5 +995,5 @@ class Config:
 
     @property
     def holds_weights(self) -> bool:
-        """Whether FP8 casts of weights are held through a step."""
+        """Whether FP8 casts of weights are stored during a step."""
         return self.precision.fp8 is not None and self.precision.fp8.hold_weights
