@@ -1,4 +1,4 @@
-"""Builds the chunks of a rank: splits the model, builds its chunks on meta, materialises, initialises and wraps them."""
+"""Builds the chunks of a rank in a fixed order: split, build on meta, materialise, initialise, wrap."""
 
 from collections import ChainMap
 from collections.abc import Callable

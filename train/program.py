@@ -73,8 +73,10 @@ def _lacking() -> Iterator[str]:
 
 
 def environment_of_children() -> dict[str, str]:
-    """Returns environment variables for child processes. Python then finds this program, and ignores modules in the
-    working folder."""
+    """Returns environment variables for child processes, so that their Python finds this program.
+
+    With them, Python also ignores modules in the working folder.
+    """
     found = {"PYTHONSAFEPATH": "1"}
     if ROOT.name != "site-packages":  # a checkout, which Python may have found only through the working folder
         others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]

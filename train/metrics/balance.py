@@ -1,10 +1,10 @@
-"""Measures how evenly the experts are used, from token counts alone. Pure functions on numpy arrays or torch tensors.
+"""Measures how evenly tokens are distributed to experts. The functions take numpy arrays or torch tensors.
 
 Shape suffixes: L MoE layers (MTP modules last), E routed experts.
 
-MaxVio (LF paper, Tables 2-4) = (busiest expert - mean) / mean: 0 is even, 1 means twice the fair share. MaxVio of one
-batch shows the load of the all-to-all. MaxVio of the running load shows whether the bias balances at all, because the
-noise of single batches averages out.
+MaxVio (paper on loss-free balancing, tables 2 to 4) = (tokens of the busiest expert - mean) / mean. It is 0 for an even
+distribution, and 1 if the busiest expert gets twice the mean. MaxVio of one batch shows the load of the all-to-all.
+MaxVio of the running load shows whether the bias balances the experts, because it averages out the noise of batches.
 """
 
 from collections.abc import Sequence
@@ -15,37 +15,39 @@ import numpy as np
 from train.metrics.names import Record
 
 HORIZON = 100
-"""Time constant of the running load in steps: a past step has a weight of about exp(-age / HORIZON)."""
+"""Time constant of the running load, in steps. The weight of a past step is about exp(-age / HORIZON)."""
 DEAD_STEPS = 20
-"""Steps without a token after which an expert counts as dead.
+"""An expert counts as dead after this number of steps without a token.
 
-An average expert of the smallest recipe gets hundreds of tokens in each step, so 20 steps without one are no accident.
-In 20 steps a bias speed of 0.001 moves the bias by 0.02, which should have revived the expert.
+An average expert of the smallest recipe gets hundreds of tokens in each step. So 20 steps without a token are not an
+accident. In 20 steps a bias speed of 0.001 changes the bias by 0.02, which is enough to revive a healthy expert.
 """
 
 
 class RunningLoad(NamedTuple):
-    """Memory of past steps. Two arrays in a checkpoint keep it, so that the metrics continue smoothly after a
-    resume."""
+    """Token counts of past steps. Checkpoints store the two arrays, so that the metrics continue after a resume."""
 
     load_LE: np.ndarray
-    """Sum of token counts with exponential forgetting. MaxVio ignores scale, so a sum works as well as a mean."""
+    """Sum of token counts in which older steps have exponentially smaller weights. A sum is as good as a mean, because
+    MaxVio does not depend on scale."""
     idle_LE: np.ndarray
-    """Steps since the expert last got a token, or since the start."""
+    """Number of steps since the expert last got a token; since the start if it got none."""
     steps: int
-    """Number of steps included."""
+    """Number of steps in the sum."""
 
 
 def max_vio(counts_LE: Any) -> np.ndarray:
-    """MaxVio of each layer, (L,); 0 for a layer without tokens."""
+    """Returns MaxVio of each layer, (L,); 0 for a layer without tokens."""
     counts_LE = to_numpy(counts_LE)
     mean_L = counts_LE.mean(axis=1)
     return np.where(mean_L > 0, counts_LE.max(axis=1) / np.where(mean_L > 0, mean_L, 1) - 1, 0.0)
 
 
 def load_entropy(counts_LE: Any) -> np.ndarray:
-    """Entropy of the tokens per expert over its maximum log E, (L,): 1 is even; 0 means all tokens on one expert (or
-    no token, or E = 1)."""
+    """Returns, for each layer, the entropy of the tokens per expert, divided by its maximum log E: (L,).
+
+    It is 1 for an even distribution. It is 0 if one expert gets all tokens, if there are no tokens, and for E = 1.
+    """
     counts_LE = to_numpy(counts_LE)
     total_L1 = counts_LE.sum(axis=1, keepdims=True)
     share_LE = counts_LE / np.where(total_L1 > 0, total_L1, 1)
@@ -54,7 +56,7 @@ def load_entropy(counts_LE: Any) -> np.ndarray:
 
 
 def update_running(running: RunningLoad | None, counts_LE: Any) -> RunningLoad:
-    """The running load after one more step. running: None before the first step."""
+    """Returns the running load after one more step. running: the load before this step; None before the first step."""
     counts_LE = to_numpy(counts_LE)
     if running is None:
         running = RunningLoad(np.zeros_like(counts_LE), np.zeros(counts_LE.shape, np.int64), 0)
@@ -63,16 +65,18 @@ def update_running(running: RunningLoad | None, counts_LE: Any) -> RunningLoad:
 
 
 def dead_experts(running: RunningLoad) -> np.ndarray:
-    """Number of dead experts in each layer, (L,): without a token in the last DEAD_STEPS steps, or in all steps
-    while there are fewer."""
+    """Returns the number of dead experts in each layer, (L,).
+
+    Dead experts got no token in the last DEAD_STEPS steps, or in any step of a run that has had fewer steps.
+    """
     return (running.idle_LE >= min(DEAD_STEPS, max(1, running.steps))).sum(axis=1)
 
 
 def balance_record(layers: Sequence[str], counts_LE: Any, bias_LE: Any, running: RunningLoad) -> Record:
-    """All balance metrics of a step, with names as in names.py.
+    """Returns all balance metrics of a step, by the names of names.py. Without MoE layers the record is empty.
 
-    layers: names of the L layers. counts_LE: tokens per expert over the whole batch and all ranks. bias_LE: balance
-    bias that the step used. running: includes this step. Without MoE layers the record is empty.
+    layers: names of the L layers. counts_LE: tokens per expert in the batch of all ranks. bias_LE: balance biases that
+    the step used. running: running load that includes this step.
     """
     if not layers:
         return {}
@@ -95,7 +99,7 @@ def balance_record(layers: Sequence[str], counts_LE: Any, bias_LE: Any, running:
 
 
 def to_numpy(values: Any) -> np.ndarray:
-    """A numpy array, nested list, or torch tensor on any device as a float64 array."""
+    """Converts a numpy array, a nested list, or a torch tensor on any device to a float64 array."""
     if hasattr(values, "detach"):
         values = values.detach().to("cpu").double().numpy()
     return np.asarray(values, np.float64)

@@ -1,8 +1,8 @@
-"""Reads and writes metrics.jsonl, from which every other output of a run can be rebuilt.
+"""Reads and writes metrics.jsonl. Every other output of a run can be rebuilt from this file.
 
-One line a step, whole lines only. A line is written with one unbuffered call, so a killed process loses nothing that it
-had written. A line that does not fit on the disk is removed and waits in memory for space. On resume the file is cut
-after the resumed step, so no step occurs twice.
+The file has one line for each step. One unbuffered call writes a line, so a killed process loses no written line. If
+the disk has no space for a line, the partial line is removed, and the line waits in memory. At a resume, all lines
+after the resumed step are removed, so no step occurs twice.
 """
 
 import contextlib
@@ -20,22 +20,24 @@ from train.metrics.names import LAYERS_MARK, Record, is_layer_metric, order
 
 METRICS_FILE = "metrics.jsonl"
 LOADS_PER_STEP = 1024
-"""Approximate average of expert token counts per line. A larger model (16,000 counts in the 671B model) has them in
-every n-th line."""
+"""Approximate mean number of expert token counts in a line. A model with more counts (the 671B model has 16,000) writes
+them only in every n-th line."""
 TAIL = 1 << 18
-"""Bytes at the end of the file that are searched for the last steps."""
+"""Number of bytes at the end of the file in which the last steps are searched."""
 _STEP = re.compile(rb'\{"step":(\d+)[,}]')
 
 
 def encode_record(record: Record) -> bytes:
-    """One line with newline: known names in the order of the table, null for values that are not finite."""
+    """Encodes a record as one line with a newline. Names have the order of the table. Non-finite values become null."""
     plain = {name: _plain(record[name]) for name in sorted(record, key=order)}
     return json.dumps(plain, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
 def _plain(value: Any) -> Any:
-    """The value with numpy and torch numbers as Python numbers, rounded to 7 significant digits, the precision of
-    fp32."""
+    """Converts numpy and torch numbers in a value to Python numbers.
+
+    They are rounded to 7 significant digits, the precision of fp32.
+    """
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -52,8 +54,8 @@ def _plain(value: Any) -> Any:
 class JsonlSink:
     """Appends lines to metrics.jsonl of a run folder.
 
-    resumed_step: last step in the loaded checkpoint, 0 for a new run; later lines are cut off. note: called with a
-    sentence when the disk refuses a line, and again when all lines are written; training continues meanwhile.
+    resumed_step: step of the loaded checkpoint, 0 for a new run. Lines of later steps are removed. note: called with a
+    sentence when the disk refuses a line, and again when all lines are written. Training continues in between.
     """
 
     def __init__(self, path: Path, resumed_step: int, note: Callable[[str], None]):
@@ -76,13 +78,15 @@ class JsonlSink:
             self._tell_of_room()
 
     def _append(self, line: bytes) -> None:
-        """Writes the whole line or nothing."""
+        """Writes the complete line or nothing."""
         try:
             with naming(self._path, len(line)):
                 if (written := self._file.write(line)) != len(line):
                     raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes written")
         except OSError:
-            with contextlib.suppress(OSError):  # truncation needs no space; if it fails too, readers skip the torn line
+            with contextlib.suppress(
+                OSError
+            ):  # truncation needs no space; if it fails too, readers skip the partial line
                 self._file.truncate(self._size)
             raise
         self._size += len(line)
@@ -113,7 +117,7 @@ def _with_loads_now_and_then(record: Record) -> Record:
 
 
 def _end_of_step(file: Any, step: int) -> int:
-    """Position after the last whole line whose step is <= step."""
+    """Returns the position after the last complete line whose step is <= step."""
     end = 0
     file.seek(0)
     for line in file:
@@ -125,12 +129,12 @@ def _end_of_step(file: Any, step: int) -> int:
 
 
 def read_heads(path: Path) -> Iterator[Record]:
-    """The scalars of every whole line, NaN for null. Damaged lines are skipped."""
+    """Yields the scalars of every complete line, with NaN for null. Damaged lines are skipped."""
     return (head for head, _ in read_heads_with_loads(path))
 
 
 def read_heads_with_loads(path: Path) -> Iterator[tuple[Record, bool]]:
-    """Every record without its values per layer, and whether the line has the token counts of the experts."""
+    """Yields every record without its layer values, and whether its line has the token counts of the experts."""
     for line in _whole_lines(path):
         head, mark, layers = line.partition(LAYERS_MARK)
         for record in _parse(head + b"}" if mark else line):
@@ -138,17 +142,17 @@ def read_heads_with_loads(path: Path) -> Iterator[tuple[Record, bool]]:
 
 
 def read_last_lines(file: Path) -> list[Record]:
-    """Records of the whole lines at the end of metrics.jsonl, oldest first; empty without a file."""
+    """Returns the records of the complete lines at the end of metrics.jsonl, oldest first; empty without a file."""
     return [record for line in read_tail(file, TAIL).splitlines() for record in _parse(line)]
 
 
 def read_last(file: Path) -> Record:
-    """The newest record; empty if there is none."""
+    """Returns the newest record; empty if there is none."""
     return next(reversed(read_last_lines(file)), {})
 
 
 def read_steps(path: Path, steps: Container[int]) -> Iterator[Record]:
-    """Complete records of these steps, values per layer included."""
+    """Returns the complete records of these steps, including layer values."""
     for line in _whole_lines(path):
         match = _STEP.match(line)
         if match and int(match[1]) in steps:

@@ -1,26 +1,27 @@
-"""The one table of metrics: names in metrics.jsonl, with unit, meaning, condition, W&B panel and report curve.
+"""Defines the table of metrics: their names in metrics.jsonl, units, meanings, conditions, W&B panels, report curves.
 
-A line is one JSON object. Scalars come first, in the order of the table, then events, then values per MoE layer. So a
-reader of a long file can cut a line at LAYERS_MARK and parse only the head. An absent key was not measured in that
-step; null means that the number was not finite (JSON has no NaN).
+A line is one JSON object. Scalars are first, in the order of the table. Events and values of MoE layers follow. So a
+reader of a long file can cut a line at LAYERS_MARK and parse only the part before it. If a key is absent, the metric
+was not measured in this step. null means that the number was not finite, because JSON has no NaN.
 
-MoE layers are named as their parameters: `layers.3` in the main model, `mtp.0` for the first MTP module. W&B gets the
-scalars by the same names. It gets the values per layer that WANDB lists, with a layer written as `layers_3`.
+MoE layers have the names of their parameters: `layers.3` in the main model, `mtp.0` for the first MTP module. W&B gets
+the scalars by the same names. It also gets the layer values that WANDB lists, and writes a layer as `layers_3`.
 """
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 Record = dict[str, Any]
-"""One step: metric name -> number; for layer metrics -> {layer name: number or list}; for an event -> object."""
+"""The metrics of one step by name. A value is a number; {layer name: number or list} for a layer metric; an object for
+an event."""
 
 
-# Palette of Okabe and Ito, distinguishable with any colour vision.
+# The palette of Okabe and Ito, whose colours people with any colour vision can distinguish.
 BLUE, ORANGE, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#666666"
 
 
 class Curve(NamedTuple):
-    """A curve of report.html. figure: key of its figure (train/show/figures.py). scale: factor on the values."""
+    """A curve in report.html. figure: key of its figure (train/show/figures.py). scale: factor for the values."""
 
     figure: str
     label: str
@@ -29,7 +30,7 @@ class Curve(NamedTuple):
     markers: bool = False
     dash: str = "solid"
     smooth: bool = False
-    """Whether the curve is noisy; it is then drawn pale, with a moving average over it."""
+    """Whether the curve is noisy. A noisy curve is drawn in a pale colour, with a moving average over it."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class Metric:
     unit: str
     meaning: str
     when: str = ""
-    """Condition for the measurement; empty if every step has the metric."""
+    """Condition under which the metric is measured; empty if every step has it."""
     panel: str = ""
-    """Key of its panel in the W&B workspace (SECTIONS in train/show/dashboard.py)."""
+    """Key of the metric's panel in the W&B workspace (SECTIONS in train/show/dashboard.py)."""
     curve: Curve | None = None
     """Appearance in report.html; None: no curve."""
     log: bool = False
-    """Whether its y axis is logarithmic."""
+    """Whether the y axis of the metric is logarithmic."""
 
 
 FP8_READINGS = (
@@ -460,7 +461,7 @@ EVENTS = (
         "the first step after a resume, or after a start that repeats steps",
     ),
 )
-"""Entries of a line that are objects instead of numbers."""
+"""The events: entries of a line that are objects instead of numbers."""
 
 LAYERS = (
     Metric("layer_max_vio", float, "1", "max_vio of each MoE layer"),
@@ -495,19 +496,21 @@ WANDB = (
     Metric("load", list, "experts", "histogram of all experts by load, in units of the mean load", panel="load"),
     Metric("layer_load/LAYER", list, "experts", "layer_load of one MoE layer", "every LAYER_LOAD_EVERY steps"),
 )
-"""Values per layer that W&B gets."""
+"""The layer metrics that W&B gets."""
 LAYER_LOAD_EVERY = 10
-"""Steps between histograms of single layers, which take more space than all other values."""
+"""Interval, in steps, between histograms of single layers. They need more space than all other values."""
 
 LAYERS_MARK = b',"layer_max_vio":'
-"""End of a line's head, which holds the scalars and events."""
+"""Marks the end of a line's head, which contains the scalars and events."""
 
 _ORDER = [metric.name for metric in SCALARS + EVENTS + LAYERS]
 
 
 def table_name(name: str) -> str:
-    """A metric's name in the table: `mtp_loss_2` becomes mtp_loss_K, W&B's `layer_max_vio/mtp_0` becomes
-    layer_max_vio/LAYER."""
+    """Returns a metric's name in the table.
+
+    `mtp_loss_2` becomes mtp_loss_K, and `layer_max_vio/mtp_0`, a name in W&B, becomes layer_max_vio/LAYER.
+    """
     base, _, depth = name.rpartition("_")
     if base == "mtp_loss" and depth.isdecimal():
         return "mtp_loss_K"
@@ -516,7 +519,7 @@ def table_name(name: str) -> str:
 
 
 def order(name: str) -> tuple[int, int]:
-    """Position of a metric in a line. An unknown name is a bug in Sluice."""
+    """Returns the position of a metric in a line. An unknown name is a bug in Sluice."""
     row = table_name(name)
     assert row in _ORDER, f"metric {name!r} is missing from train/metrics/names.py"
     return _ORDER.index(row), int(name.rpartition("_")[2]) if row == "mtp_loss_K" else 0
@@ -528,5 +531,5 @@ def is_event(name: str) -> bool:
 
 
 def is_layer_metric(name: str) -> bool:
-    """Whether the metric has values per layer."""
+    """Whether the metric has a value for each layer."""
     return any(metric.name == name for metric in LAYERS)

@@ -1,17 +1,17 @@
-"""Reads and writes starts.json: command, code and machine of each start of a run. For the report and W&B.
+"""Reads and writes starts.json: command, code and machine of each start of a run. The report and W&B show them.
 
-The file is one JSON list with an object per start:
-    time        when the command was given, Unix seconds
+The file is one JSON list with an object for each start:
+    time        Unix time of the command, in seconds
     command     the command, quoted for a shell
-    folder      where it was given
-    commit      of the program's own repository; null if it is not in one, for example when installed
-    modified    whether files of that commit were changed
-    machine     of rank 0: host, system, device, cores and memory_bytes; absent until it has started
+    folder      working folder of the command
+    commit      commit of the program's own repository; null without a repository, for example if pip installed it
+    modified    whether files of this commit were changed
+    machine     machine of rank 0: host, system, device, cores and memory_bytes; absent until rank 0 has started
     ranks       number of ranks
-    versions    Python's and those of the packages that compute, on rank 0
+    versions    versions of Python and of the packages that compute, on rank 0
 
-The driver adds an entry. Rank 0, which may run on another machine, completes it. Imports no torch, because the driver
-uses it.
+The driver adds an entry. Rank 0, which may run on another machine, completes the entry. This file does not import
+torch, because the driver uses it.
 """
 
 import os
@@ -36,7 +36,7 @@ from train.program import COMMAND, typed_command
 
 STARTS_FILE = "starts.json"
 KEPT = 100
-"""Maximum number of starts in the file; it keeps the newest."""
+"""Maximum number of starts in the file. The newest starts are kept."""
 PACKAGES = ("torch", "deepspeed", "numpy", "ray", "triton")
 GIT_SECONDS = 10.0
 TYPES = {"time": (int, float), "command": str, "folder": str, "commit": (str, type(None)), "modified": bool}
@@ -53,9 +53,9 @@ def record_start(folder: Path) -> None:
 
 
 def record_machine(folder: Path, device: str, ranks: int, is_gpu: bool = False) -> None:
-    """Complete the newest start. device: name of rank 0's GPU or CPU."""
+    """Complete the entry of the newest start. device: name of rank 0's GPU or CPU."""
     if not (starts := read_starts(folder)):
-        return  # a rank that was started by hand
+        return  # a user has started this rank by hand
     *before, newest = starts
     machine = {
         "host": platform.node(),
@@ -71,7 +71,7 @@ def record_machine(folder: Path, device: str, ranks: int, is_gpu: bool = False) 
 
 
 def read_starts(folder: Path) -> list[StartRecord]:
-    """All starts, oldest first; empty without a file. Raises UserError for a damaged file."""
+    """Returns all starts, oldest first; empty without a file. Raises UserError for a damaged file."""
     path = folder / STARTS_FILE
     try:
         starts = read_plain_json(path) if path.exists() else []
@@ -90,7 +90,7 @@ def read_starts(folder: Path) -> list[StartRecord]:
 
 
 def ran_on_gpu(folder: Path) -> bool:
-    """Whether the newest start with a machine entry trained on GPUs; false if an older version wrote it."""
+    """Whether the newest start with an entry `machine` trained on GPUs. False if an older version wrote the entry."""
     machines = [start["machine"] for start in read_starts(folder) if "machine" in start]
     return bool(machines and machines[-1].get("is_gpu"))
 
@@ -102,7 +102,7 @@ def _require(values: dict[str, Any], types: dict[str, Any]) -> None:
 
 
 def command_to_go_on(folder: Path) -> str:
-    """The last command without resume=. Without this word the command continues the newest checkpoint."""
+    """Returns the last command without its argument `resume=`. So the command continues from the newest checkpoint."""
     starts = read_starts(folder)
     if not starts:
         return "the same command"
@@ -110,7 +110,7 @@ def command_to_go_on(folder: Path) -> str:
 
 
 def typed_words() -> str:
-    """The current command, quoted for a shell."""
+    """Returns the current command, quoted for a shell."""
     if (place := given_place()) is not None:
         nodes = ["--nnodes", str(place.world // place.local_world)] if place.world > place.local_world else []
         start = ["torchrun", *nodes, "--nproc-per-node", str(place.local_world), "-m", "train"]
@@ -120,8 +120,10 @@ def typed_words() -> str:
 
 
 def code_version() -> tuple[str | None, bool]:
-    """Commit of the repository that this program runs from (None if there is none), and whether its files were
-    changed."""
+    """Returns the commit of this program's repository, and whether its files were changed.
+
+    The commit is None if the program does not run from a repository.
+    """
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return None, False
     commit = _git("rev-parse", "HEAD")
@@ -129,7 +131,7 @@ def code_version() -> tuple[str | None, bool]:
 
 
 def code_words(start: StartRecord) -> str:
-    """The version of the code, as text."""
+    """Describes the version of the code."""
     if start["commit"] is None:
         return "installed, not a git repository"
     return f"git commit {start['commit']}{', with changed files' if start['modified'] else ''}"

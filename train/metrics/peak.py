@@ -1,12 +1,12 @@
-"""Finds the peak of a device in FLOP/s, the reference of MFU.
+"""Finds the peak rate of a device in FLOP/s, which MFU is relative to.
 
-For data-centre GPUs it is the maker's dense bf16 figure, also if GEMMs run in FP8, because the paper counts against
-bf16 (ISCA 5.1.2: 432 TFLOPS non-causal is 43.7 % of an H800's 989). For other devices, above all CPUs, no such figure
-is known. There the fastest of a few plain GEMMs replaces it, computed by the same kernels as in training.
+For data-centre GPUs it is the maker's figure for dense bf16 GEMMs, even if GEMMs run in FP8. The paper also uses the
+bf16 figure (ISCA paper 5.1.2: 432 TFLOPS non-causal is 43.7 % of an H800's 989). For other devices, such as CPUs, no
+such figure is known. For them the peak is the rate of the fastest of a few plain GEMMs, with the kernels of training.
 
-A measurement on a busy machine is too low, never too high. So the cache folder keeps the best figure for each kind of
-device, number of threads, number format and code. Every start measures again, in about 0.3 s, and may raise the figure.
-From the second start on, a busy moment no longer changes the reference of MFU.
+A measurement on a busy machine is too low, but never too high. So a cache folder stores the highest rate for each kind
+of device, number of threads, number format and code. Every start measures again, in about 0.3 s, and may raise the
+stored rate. From the second start on, a busy machine has no effect on the peak.
 """
 
 import json
@@ -28,29 +28,31 @@ NAMED_PEAKS = (
     (r"\bH100\b(?!.*(PCIe|NVL))", 989e12),
     (r"\bA100\b", 312e12),
 )
-"""Patterns of the names that CUDA reports. PCIe and NVL cards of the H series are slower, so they are measured."""
+"""Patterns of the names that CUDA reports, with the maker's figures. PCIe and NVL cards of the H series are slower and
+have no entry, so they are measured."""
 MATMUL_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 MATMUL_TRIES = 3
 PEAK_SECONDS = 0.25
 IMPOSSIBLE = 1e17
-"""FLOP/s that no device reaches. Such a figure in the cache is damage, and would otherwise stay for ever."""
+"""FLOP/s that no device reaches. A cached rate above it is damaged and ignored. Otherwise it would never be
+replaced."""
 
 
 class Peak(NamedTuple):
     flops: float
-    """FLOP/s."""
+    """Peak rate in FLOP/s."""
     label: str
-    """Origin of the figure, as text."""
+    """Describes the origin of the rate."""
 
 
 def peak_flops(
     device: torch.device, dtype: torch.dtype, kernels: Kernels, *, given: float = 0.0, cache: Path | None = None
 ) -> Peak:
-    """The peak: `given` (log.peak_flops) if set, else the maker's figure, else the best measured figure, the current
-    one included.
+    """Returns `given` (log.peak_flops) if it is set, else the maker's figure, else the highest measured rate.
 
-    dtype: format of the GEMMs; FP8 counts as bf16. kernels: compute the GEMMs. cache: folder of the best figures; None
-    keeps none. A measurement takes about 0.3 s. If a cached figure cannot be read or written, only the label says so.
+    It measures the rate now, and compares it with the cached rate. A measurement takes about 0.3 s. dtype: format of
+    the GEMMs; FP8 counts as bf16. kernels: compute the GEMMs. cache: folder of the highest rates; None: no cache. If a
+    cached rate cannot be read or written, only the label reports it.
     """
     if given > 0:
         return Peak(given, "log.peak_flops")
@@ -64,7 +66,7 @@ def peak_flops(
 
 
 def named_peak(name: str) -> float | None:
-    """The maker's dense bf16 FLOP/s for a GPU name that CUDA reports; None if unknown."""
+    """Returns the maker's dense bf16 FLOP/s for a GPU name that CUDA reports; None if unknown."""
     return next((flops for pattern, flops in NAMED_PEAKS if re.search(pattern, name) and "MIG" not in name), None)
 
 
@@ -73,7 +75,7 @@ def _format(dtype: torch.dtype) -> str:
 
 
 def _kind(device: torch.device, dtype: torch.dtype, kernels: Kernels) -> dict[str, Any]:
-    """Properties that measurements must share to be comparable."""
+    """Returns the properties that two comparable measurements have in common."""
     on_cuda, compiled = device.type == "cuda", dtype == torch.bfloat16 and "products" in kernels.parts
     return {
         "device": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
@@ -84,10 +86,10 @@ def _kind(device: torch.device, dtype: torch.dtype, kernels: Kernels) -> dict[st
 
 
 def _best_seen(folder: Path, kind: dict[str, Any], now: Peak) -> Peak:
-    """The better of the cached figure and the current figure, which is then cached.
+    """Returns the higher of the cached rate and the current rate, and caches it.
 
-    Each kind has a file, which is replaced atomically. If two processes write at once, the last figure stays, even if
-    it is lower; a later start raises it again.
+    Each kind has a file, which is replaced atomically. If two processes write at the same time, the file contains the
+    rate that was written last, even if it is lower. A later start raises it again.
     """
     path = folder / (re.sub(r"[^A-Za-z0-9.]+", "_", " ".join(map(str, kind.values()))).strip("_")[:200] + ".json")
     kept, problem = _read_kept(path, kind)
@@ -102,7 +104,7 @@ def _best_seen(folder: Path, kind: dict[str, Any], now: Peak) -> Peak:
 
 
 def _read_kept(path: Path, kind: dict[str, Any]) -> tuple[float, str]:
-    """The figure in the file (0 if there is none), and the problem of an unreadable file, which is then replaced."""
+    """Returns the rate in the file (0 without a file), and the problem if the file is unreadable."""
     try:
         found = json.loads(path.read_bytes())
         flops = float(found.pop("flops"))
@@ -116,10 +118,10 @@ def _read_kept(path: Path, kind: dict[str, Any]) -> tuple[float, str]:
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, kernels: Kernels, budget: float = PEAK_SECONDS) -> float:
-    """Best rate of square GEMMs of growing size within about `budget` seconds.
+    """Measures the highest rate of square GEMMs of growing size within about `budget` seconds.
 
     On a busy machine, CPU threads that wait for each other can be a hundred times slower than a single thread. So half
-    of the budget goes to a single thread, and the better rate counts.
+    of the budget measures a single thread. The higher rate counts.
     """
     if device.type != "cpu" or torch.get_num_threads() == 1:
         return _best_rate(device, dtype, kernels, budget)
@@ -138,10 +140,12 @@ def _best_rate(device: torch.device, dtype: torch.dtype, kernels: Kernels, budge
         pair = [torch.randn(size, size, device=device).to(dtype) for _ in range(2)]
         best = min(_seconds(*pair, kernels=kernels) for _ in range(MATMUL_TRIES))
         rate = max(rate, 2 * size**3 / best)
-        used += MATMUL_TRIES * best  # not clock time, because the first GEMM of a size may load a kernel
-        if used + MATMUL_TRIES * 8 * best > budget:  # twice the size takes eight times as long
+        used += (
+            MATMUL_TRIES * best
+        )  # an estimate instead of clock time, because the first GEMM of a size may load a kernel
+        if used + MATMUL_TRIES * 8 * best > budget:  # a GEMM of twice the size takes eight times as long
             break
-    while time.perf_counter() < deadline:  # the fastest of many tries had the fewest interruptions
+    while time.perf_counter() < deadline:  # the fastest try had the fewest interruptions
         rate = max(rate, 2 * size**3 / _seconds(*pair, kernels=kernels))
     return rate
 

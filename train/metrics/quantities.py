@@ -10,7 +10,7 @@ def gib(size: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time with three digits, in a suitable unit."""
+    """Formats a time with three digits, in a suitable unit."""
     for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms"), (600.0, 1.0, "s"), (36000.0, 1 / 60, "min")):
         if value < limit:
             return f"{value * factor:.3g} {unit}"
@@ -18,7 +18,7 @@ def seconds(value: float) -> str:
 
 
 def amount(value: float) -> str:
-    """A count with a suffix: 1.54K, 2.66M, 14.8T."""
+    """Formats a count with a suffix: 1.54K, 2.66M, 14.8T."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if value >= limit:
             return f"{value / limit:.3g}{unit}"
@@ -30,7 +30,7 @@ def share(value: float | None) -> str:
 
 
 def error(planned: float, measured: float) -> str:
-    """The signed error of a plan; empty if nothing was measured."""
+    """Formats the signed prediction error of a plan; empty if nothing was measured."""
     return f"{100 * (planned / measured - 1):+.1f} %" if measured else ""
 
 
@@ -39,7 +39,7 @@ def length_of_run(days: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A duration in short form: 1:05, 2:03:04 or 3d 4h."""
+    """Formats a duration: 1:05, 2:03:04 or 3d 4h."""
     total = round(seconds)
     if total >= 172800:
         return f"{total // 86400}d {total % 86400 // 3600}h"
@@ -48,7 +48,7 @@ def duration(seconds: float) -> str:
 
 
 def short(number: float) -> str:
-    """A number with three significant digits and a suffix: 1234567 -> 1.23M."""
+    """Formats a number with three significant digits and a suffix: 1234567 -> 1.23M."""
     if not math.isfinite(number):
         return str(number)
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -1,24 +1,25 @@
-"""Reads and writes timeline.json: the actions of one pipeline's ranks in one step, for the report and other programs.
+"""Reads and writes timeline.json: the actions of one pipeline's ranks in one step.
 
 The file is one JSON object:
     step             the sampled step
     schedule         parallel.schedule of the run
-    span_seconds     per pipeline rank: duration of forward and backward of all micro-batches, waiting included
+    span_seconds     for each pipeline rank: duration of forward and backward of all micro-batches, including waits
     actions          a list of objects, rank by rank, in order within a rank:
         rank             rank in the run
-        pp_rank          its place in the pipeline
-        stage            stage of the model; for FB the stage of the forward half
+        pp_rank          position of the rank in the pipeline
+        stage            stage of the model; for FB, the stage of the forward half
         kind             F forward, B backward, I backward of inputs only, W backward of weights only,
                          FB the forward of one micro-batch together with the backward of another
-        micro_batch      number of the micro-batch, from 0; for FB the forward half's
+        micro_batch      number of the micro-batch, from 0; for FB, the one of the forward half
         start_seconds    seconds since the step began
         seconds          duration
         backward         only for FB: [stage, micro-batch] of the backward half
 
-A run writes the file in an early step and again in its last step. It shows the first pipeline (data-parallel rank 0);
-the other pipelines do the same at the same time. All ranks enter a collective right before the step, and each starts
-its clock when it leaves the collective. So the clocks differ by about the latency of a message. For two processes on
-two busy CPU cores this is 0.2 ms in the median and 1 ms at most. On CUDA the streams are synchronised, not the hosts.
+A run writes the file in an early step and again in its last step. The file shows the first pipeline (data-parallel rank
+0). The other pipelines have the same schedule. All ranks of the pipeline enter a collective right before the step, and
+each rank starts its clock when it leaves the collective. So the clocks differ by about the latency of a message. For
+two processes on two busy CPU cores, this is 0.2 ms in the median and at most 1 ms. On CUDA the collective synchronises
+the streams, not the hosts.
 """
 
 import json
@@ -43,12 +44,13 @@ class SampledStep:
 
     @property
     def span(self) -> float:
-        """Seconds from the common start until the last rank has finished."""
+        """Seconds from the common start of all ranks until the last rank has finished."""
         return max(self.span_seconds)
 
     @property
     def bubble(self) -> float:
-        """Share of all ranks' time, from the common start until the last rank has finished, without an action."""
+        """Fraction of the time of all ranks without an action, from the common start until the last rank has
+        finished."""
         busy = sum(action["seconds"] for action in self.actions)
         return 1 - busy / (self.span * len(self.span_seconds))
 
@@ -59,7 +61,7 @@ def write_timeline(folder: Path, sampled: SampledStep) -> None:
 
 
 def read_timeline(folder: Path) -> SampledStep | None:
-    """The sampled step of a run; None if there is none."""
+    """Reads the sampled step of a run; None if there is none."""
     path = folder / TIMELINE_FILE
     try:
         return SampledStep(**read_plain_json(path)) if path.exists() else None

@@ -1,12 +1,15 @@
 """Splits the wall time of a run, over all its starts, into parts that add up to the total.
 
-With a driver of cluster=ray most parts come from the driver's events (cluster/driver/time_split.py). Other runs have the time of each start in starts.json, and the time of each step in metrics.jsonl. metrics.jsonl also gives the waits within training time:
+If the run has a driver of cluster=ray, most parts come from the driver's events (cluster/driver/time_split.py). For
+other runs, starts.json gives the time of each start, and metrics.jsonl gives the time of each step. metrics.jsonl also
+gives the waits within the training time:
+
     data        waiting for data
     stall       waiting for a checkpoint, on disk or in memory
-    beside      between steps, for other work: validation, sampled text, lines of the log
+    beside      other work between steps: validation, sampled text, lines of the log
 
-The file loses the records of steps that are done again, so nothing more is known about these. If a run without a driver
-moved to another machine, its end is unknown: its last step counts as the end.
+When a run does steps again, metrics.jsonl loses their earlier records, so their waits are unknown. If a run without a
+driver moved to another machine, its end is unknown. In this case the last step counts as the end.
 """
 
 import datetime
@@ -42,10 +45,10 @@ TimeSpan = tuple[float, float]
 
 @dataclass(frozen=True)
 class WallTime:
-    """Split of the wall time.
+    """The split of a run's wall time.
 
-    seconds_in: seconds of each part in PART_WORDS. effective: share of training time, weighted by the share of wanted
-    ranks.
+    seconds_in: seconds of each part in PART_WORDS. effective: fraction of the wall time that was training, weighted by
+    the fraction of the requested ranks that were running.
     """
 
     seconds_in: dict[str, float]
@@ -57,7 +60,7 @@ class WallTime:
         return sum(self.seconds_in.values())
 
     def rows(self) -> list[tuple[str, str, float]]:
-        """Part, words and share of the wall time, for the parts that took any."""
+        """Returns name, words and fraction of the wall time for each part, without parts of zero seconds."""
         whole = self.seconds or 1.0
         return [
             (part, words, self.seconds_in[part] / whole)
@@ -67,8 +70,11 @@ class WallTime:
 
 
 def split_wall_time(run_folder: Path, now: float | None = None) -> WallTime | None:
-    """The split of a run's wall time; None before the first start. now: Unix time for a run that still trains; by
-    default this machine's time if the run trains here."""
+    """Splits a run's wall time; None before the first start.
+
+    now: current Unix time for a run that is still training. By default it is this machine's time if the run trains
+    here.
+    """
     if now is None and is_held(run_folder):
         now = time.time()
     metrics = run_folder / METRICS_FILE
@@ -97,13 +103,18 @@ def split_wall_time(run_folder: Path, now: float | None = None) -> WallTime | No
 def _of_starts(
     starts: list[float], heads: list[Record], now: float | None
 ) -> tuple[dict[str, float], list[TimeSpan], int]:
-    """Seconds by part, spans with lasting steps, and the number of starts, for a run without driver events."""
+    """Splits the time of a run without driver events.
+
+    Returns the seconds of each part, the time intervals of steps that were not done again, and the number of starts.
+    """
     found, spans = dict.fromkeys(("start", "training", "again"), 0.0), list[TimeSpan]()
     for place, begin in enumerate(starts):
         until = starts[place + 1] if place + 1 < len(starts) else math.inf
         mine = [head for head in heads if begin <= head.get("time", -1.0) < until]
         last = max([begin, *(head["time"] for head in mine)])
-        if until < math.inf:  # a later start may repeat the last steps of this start, and records when they were done
+        if (
+            until < math.inf
+        ):  # a later start may repeat the last steps of this start; its first record has the time of their first run
             later = next((head for head in heads if head.get("time", -1.0) >= until), {})
             cut = (later.get("resumed") or {}).get("until") or begin
             last = max(last, cut) if cut < until else last
@@ -121,7 +132,10 @@ def _of_starts(
 
 
 def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
-    """Seconds of data, stall and beside in the spans, limited to each record's duration."""
+    """Returns the seconds of data, stall and beside in the time intervals.
+
+    The waits of a step are limited to its duration.
+    """
     found = dict.fromkeys(("data", "stall", "beside"), 0.0)
     for before, head, length in _pairs(heads, spans):
         steps = max(1, head["step"] - before["step"])
@@ -135,7 +149,7 @@ def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
 
 
 def _pairs(heads: Iterable[Record], spans: list[TimeSpan]) -> Iterator[tuple[Record, Record, float]]:
-    """Consecutive records within one span, and the seconds between them."""
+    """Yields consecutive records within one time interval, and the seconds between them."""
     before: Record | None = None
     for head in heads:
         if before is not None and "time" in head and "time" in before:
@@ -150,22 +164,22 @@ def _number(head: Record, name: str) -> float:
     return value if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
-# Time split of a cluster run, from the events that its driver writes (cluster/driver/journal.py).
+# The split for a cluster run comes from the events that its driver writes (cluster/driver/journal.py).
 
 EVENT_ROWS = 200
-"""Maximum number of events in the report; it shows the newest."""
+"""Maximum number of events in the report. It shows the newest events."""
 ROUTINE = {"checkpoint"}
 """Kinds of events that the report omits."""
 
 
 ALERTS = {"straggler": "a rank is slow", "node_lost": "a node is lost"}
-"""Kinds of events that send an alert during the run, with the alert's words."""
+"""Maps the kinds of events that send an alert during the run to the text of the alert."""
 
 
 class GoodputRecord:
-    """The cluster metrics for every step; it reads the events again when the file has grown.
+    """Computes the cluster metrics for every step. It reads the events again when their file has grown.
 
-    tell: called with short words and a sentence for each new event in ALERTS.
+    tell: a function that gets a short text and a sentence for each new event in ALERTS.
     """
 
     def __init__(self, run_folder: Path, tell: Callable[[str, str], None] = lambda *_: None):
@@ -174,7 +188,7 @@ class GoodputRecord:
 
     def __call__(self) -> Record:
         path = self._folder / EVENTS_FILE
-        size = path.stat().st_size if path.exists() else -1  # a full disk may have refused the events
+        size = path.stat().st_size if path.exists() else -1  # no file if a full disk has refused the events
         if size != self._size:
             seen, self._events, self._size = len(self._events), read_events(self._folder), size
             for event in self._events[seen:]:
@@ -196,13 +210,13 @@ class GoodputRecord:
 
 
 def last_failure(run_folder: Path) -> str:
-    """The failure that ended the previous attempt; empty if unknown."""
+    """Returns the failure that ended the previous attempt; empty if unknown."""
     texts = [event["text"] for event in read_events(run_folder) if event["kind"] == "failure"]
     return texts[-1] if texts else ""
 
 
 def cluster_summary(run_folder: Path) -> tuple[str, list[tuple[str, str, str, str]]] | None:
-    """A sentence and rows (time, attempt, event, text) for the report; None if the run has no events."""
+    """Returns a sentence and rows (time, attempt, event, text) for the report; None if the run has no events."""
     events = read_events(run_folder)
     if not events:
         return None
