@@ -1,14 +1,14 @@
-"""Chooses the kernels of the model: compiled code or torch operations on a CPU, fused kernels on a GPU (interface:
-`Kernels`).
+"""Chooses the implementation of `Kernels` for a run: compiled code or torch operations on a CPU, fused kernels on a
+GPU.
 
-It also chooses the GPU's attention cores, for whole sequences and for documents: the first core that works in forward
-and backward, with correct values.
+For a GPU it also chooses the attention cores for whole sequences and for documents. It takes the first core that gives
+correct values in forward and backward.
 
-torch selects an attention kernel by the sizes alone. DeepSeek-V3's heads have 192 elements in queries and keys and 128
-in values, which few kernels support. cuDNN's, the fastest, fails in some library versions only when it is called. So
-every core is tested once at the start, with this run's heads and length. The scores are near -120, which reveals a
-running maximum that starts at 0, or a mask that only subtracts. Results and gradients of the first and the last head
-are compared with train/model/attention.py in fp32 on the same device.
+torch selects an attention kernel only by the sizes of its inputs. DeepSeek-V3's heads have 192 elements in queries and
+keys and 128 in values, which few kernels support. cuDNN's kernel is the fastest, but in some library versions it fails
+when it is called. So every core is tested once at the start, with this run's heads and length. The test's scores are
+near -120. Such scores reveal wrong code, for example a running maximum that starts at 0. Results and gradients of the
+first and the last head are compared with train/model/attention.py in fp32 on the same device.
 """
 
 from collections.abc import Sequence
@@ -30,16 +30,16 @@ from train.model.operations import Kernels
 from train.model.sequence import Positions, Rectangle, SeenKeys
 
 ATTENTION_BOUND = 2e-2
-"""Largest allowed relative error, in the norm, of a result and of each gradient. Rounding the result and the
-probabilities to bf16 gives about 3e-3; a wrong mask, scale or head gives at least 0.1."""
+"""Largest allowed relative error, in the norm, of the result and of each gradient. Rounding to bf16 causes an error of
+about 3e-3. A wrong mask, scale or head causes an error of at least 0.1."""
 TRIED_SCORE = -120.0
 """Approximate value of all scores in the test. The softmax does not depend on it."""
 LARGE = 32.0
-"""A large component of every query; its product with a component of every key gives TRIED_SCORE."""
+"""Value of one component of every query. Its product with a component of every key gives TRIED_SCORE."""
 ATTENTION_RESULTS = "its result", "its log-sum-exp", "dq", "dk", "dv"
 
 ATTENTION_PARTS = "whole sequences", "documents", "blocks of keys"
-"""Parts of attention that a run may need; the last only if ranks share sequences."""
+"""Parts of attention that a run may need. It needs the last part only if ranks share sequences."""
 
 CORES: dict[str, AttentionCore] = {
     "cuDNN's attention": CudnnAttention(),
@@ -47,11 +47,11 @@ CORES: dict[str, AttentionCore] = {
     "torch's memory-efficient attention": EfficientAttention(),
     "attention in torch's operations, which is slow,": PlainAttention(),
 }
-"""In the order of torch's own preference on Hopper."""
+"""The attention cores by name, in the order that torch prefers on Hopper."""
 
 
 def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCore, list[str]]:
-    """The attention core of a run on this GPU, and notes on cores that fail.
+    """Returns the attention core of a run on this GPU, and notes on cores that fail.
 
     Raises UserError if no core gives correct values.
     """
@@ -70,7 +70,7 @@ def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCor
 def _first_right(
     config: Config, device: torch.device, parts: Sequence[str], cores: dict[str, AttentionCore]
 ) -> tuple[AttentionCore, list[str]]:
-    """The first core that is correct for all of these parts, and a note on the cores before it."""
+    """Returns the first core that is correct for all of these parts, and a note on the cores that failed before it."""
     failed: list[str] = []
     for name, core in cores.items():
         problem = next(filter(None, (_refusal(core, config, device, part) for part in parts)), None)
@@ -87,30 +87,34 @@ def _first_right(
 
 
 def _refusal(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
-    """The reason why a run cannot use this core; None if it can."""
+    """Returns the reason why a run cannot use this core; None if it can use the core."""
     if isinstance(core, CudnnAttention) and config.cluster.deterministic:
         return "may give other bits in each run, which cluster.deterministic=true excludes"
     return problem_of(core, config, device, part)
 
 
 def _tried(part: str, length: int) -> tuple[int, SeenKeys]:
-    """Number of queries of a sequence, and the keys that they see, of `length` keys."""
-    if part == "blocks of keys":  # a rank that shares sequences: its own piece, and a later piece that sees all of it
+    """Returns the number of queries of a test sequence, and which of its `length` keys they see."""
+    if (
+        part == "blocks of keys"
+    ):  # of a rank that shares sequences: queries of its own block, and of a later block that sees all keys
         rectangles = [Rectangle(None, 0, length, 0, length, 0), Rectangle(None, length, 2 * length, 0, length, length)]
         return 2 * length, SeenKeys(rectangles)
     documents_BT = None
-    if part == "documents":  # of unequal lengths, one of them a single position
+    if part == "documents":  # documents of different lengths, one of them with a single position
         ends = torch.tensor([1, length // 3, length // 2])
         documents_BT = (torch.arange(length) >= ends[:, None]).sum(0)[None].int()
     return length, Positions(length, documents_BT).seen[0]
 
 
 def problem_of(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
-    """A description of a core's error at this run's heads and length; None if it is correct. part: of
-    ATTENTION_PARTS."""
+    """Tests a core with this run's heads and length. Returns a description of its error; None if it is correct.
+
+    part: one of ATTENTION_PARTS.
+    """
     length = config.seq_len // config.parallel.cp
     if part == "blocks of keys":
-        length = max(1, length // 2)  # ranks that share sequences hold two pieces each
+        length = max(1, length // 2)  # a rank that shares sequences holds two pieces of each
     lengths = (length, length - 1) if config.model.mtp_depth else (length,)  # an MTP module has one position fewer
     return next(filter(None, (_problem_at(one, core, config, device, part) for one in lengths)), None)
 
@@ -121,7 +125,7 @@ def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.
     scale, keys = width**-0.5, model.nope_head_dim + values
     queries, seen = _tried(part, length)
     generator = torch.Generator(device).manual_seed(0)
-    # In the model's layout: positions before heads, values after keys in a row.
+    # The tensors have the layout of the model: positions before heads, and in a row keys before values.
     shapes = (queries, width), (length, width), (length, keys), (queries, values)
     numbers = [
         torch.randn(1, rows, model.heads, columns, generator=generator, device=device).to(dtype)
@@ -142,13 +146,13 @@ def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.
 
 
 def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: SeenKeys) -> list[Tensor]:
-    """Result, log-sum-exp, dq, dk and dv of one core."""
+    """Runs forward and backward of one core. Returns the result, log-sum-exp, dq, dk and dv."""
     q, k, kv, dout = (tensor.transpose(1, 2) for tensor in numbers)
     v = kv[..., -dout.size(-1) :]
     given = AttentionInput(q, k, v, scale, seen)
     made = core.forward(given, keep=True)
     met = made
-    if q.size(2) > k.size(2):  # as if other blocks of keys had come before
+    if q.size(2) > k.size(2):  # simulates earlier blocks of keys
         met = AttentionOutput(made.out_BHTV, made.lse_BHT + 1.0)
     dq, dk, dv = core.backward(dout, given, met)
     return [
@@ -157,13 +161,13 @@ def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: S
         dq[..., 1:],
         dk,
         dv,
-    ]  # the first column of dq is zero up to rounding, times a large number
+    ]  # without the first column of dq, which contains only rounding errors times a large number
 
 
 def build_kernels(
     kind: str, compiled: bool = True, core: AttentionCore | None = None, matmuls: bool | None = None
 ) -> Kernels:
-    """The kernels for a kind of device.
+    """Builds the kernels for a kind of device.
 
     kind: cpu or cuda. compiled: whether a CPU uses compiled code if it can. core: attention core of a GPU. matmuls:
     whether a CPU also uses compiled matmuls; None selects the faster choice
@@ -179,7 +183,8 @@ def build_kernels(
 def choose_matmuls(config: Config, device: torch.device, kept: bool | None) -> bool | None:
     """Whether a run on this CPU uses compiled matmuls; None if there is no choice.
 
-    kept: the choice at the start of the run, so a busy machine cannot change the arithmetic at a resume.
+    kept: the choice at the start of the run, if any. A resumed run keeps it, so that a busy machine cannot change the
+    arithmetic.
     """
     if kept is not None or device.type == "cuda" or not config.cluster.compiled or native.why_absent() is not None:
         return kept
@@ -187,7 +192,9 @@ def choose_matmuls(config: Config, device: torch.device, kept: bool | None) -> b
 
 
 def choose_kernels(config: Config, device: torch.device, matmuls: bool | None = None) -> tuple[Kernels, list[str]]:
-    """The kernels of a run, and notes on slow choices. matmuls: see `choose_matmuls`; None to choose here.
+    """Returns the kernels of a run, and notes on slow choices.
+
+    matmuls: result of `choose_matmuls`; None: this function chooses.
 
     Raises UserError if no attention core of a GPU gives correct values.
     """

@@ -1,17 +1,18 @@
-"""cluster.deterministic: bitwise identical results in every run on the same machines.
+"""cluster.deterministic: makes the results of all runs on the same machines bitwise identical.
 
-Sources of differences between two runs, and the measures against them:
+Two runs may differ for the reasons on the left. The right side shows what prevents the difference:
 
-    torch's kernels with atomic additions      torch.use_deterministic_algorithms, which replaces them or raises an error
-    torch's attention in backward              flash and memory-efficient kernels are deterministic in that mode; cuDNN's is excluded
-    cuBLAS with several streams                CUBLAS_WORKSPACE_CONFIG, read when CUDA starts
+    torch's kernels with atomic additions      torch.use_deterministic_algorithms replaces them or raises an error
+    torch's attention in backward              flash and memory-efficient kernels are deterministic in that mode; cuDNN's
+                                               kernel is not used
+    cuBLAS with several streams                CUBLAS_WORKSPACE_CONFIG, which cuBLAS reads when CUDA starts
     NCCL's sums in the switches of NVLink      NCCL_NVLS_ENABLE=0; rings and trees add in an order that the layout fixes
-    choice of matmuls by a timing (CPU)        chosen by the CPU's instruction sets (train/kernels/cpu/libraries.py)
-    DeepEP, DeepGEMM                           refused (conf/check.py)
+    choice of matmuls by a timing (CPU)        the CPU's instruction sets decide (train/kernels/cpu/libraries.py)
+    DeepEP, DeepGEMM                           the settings check refuses them (conf/check.py)
 
-Sluice's own kernels, in Triton and C++, use no atomic additions. Each result belongs to one program or thread. A second
-kernel adds partial sums of several programs in a fixed order. tests/kernels/test_deterministic.py searches for atomic
-additions.
+Sluice's own kernels, in Triton and C++, do not use atomic additions. One program or thread computes each result. If
+several programs compute partial sums, a second kernel adds the sums in a fixed order. The test
+tests/kernels/test_deterministic.py searches for atomic additions.
 """
 
 import os
@@ -19,11 +20,12 @@ import os
 from conf.errors import UserError
 
 LIBRARY_VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"), "NCCL_NVLS_ENABLE": ("0",)}
-"""Environment variables that libraries read when CUDA or NCCL starts, with the allowed values, the best value first."""
+"""Environment variables that libraries read when CUDA or NCCL starts, with their allowed values. The first value is the
+best."""
 
 
 def check_settings() -> None:
-    """Raises UserError if one of these environment variables has another value."""
+    """Raises UserError if a variable in LIBRARY_VARIABLES is set to another value."""
     for name, values in LIBRARY_VARIABLES.items():
         if os.environ.get(name, values[0]) not in values:
             raise UserError(
@@ -35,8 +37,10 @@ def check_settings() -> None:
 
 
 def repeat_bits() -> None:
-    """Make all later computations of this process bitwise repeatable. Call before CUDA starts. Raises UserError like
-    `check_settings`."""
+    """Make all later computations of this process bitwise repeatable. Call this function before CUDA starts.
+
+    Raises UserError like `check_settings`.
+    """
     import torch
     from torch.utils import deterministic
 
@@ -44,6 +48,6 @@ def repeat_bits() -> None:
     for name, values in LIBRARY_VARIABLES.items():
         os.environ.setdefault(name, values[0])
     torch.use_deterministic_algorithms(True)
-    # Every value is written before it is read; filling new memory would cost a pass over it.
+    # Sluice writes every value before it reads the value. Filling new memory would cost one more pass over it.
     deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]  torch sets the module's class at run time
     torch.backends.cudnn.benchmark = False

@@ -1,5 +1,4 @@
-"""A rank's GPU: whether torch and Triton can use it, its memory allocator, and NCCL's records of hanging
-collectives."""
+"""Checks whether torch and Triton can use the GPU, sets up its allocator, and lets NCCL record hanging collectives."""
 
 import glob
 import os
@@ -16,15 +15,16 @@ if TYPE_CHECKING:
     import torch
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Names of the settings of torch's allocator, the current and the old name."""
+"""Environment variables with the settings of torch's allocator: the current name and the old name."""
 FLIGHTS = "flight_recorder_rank_"
-"""Prefix of the files with the last collectives of NCCL's process groups; the rank follows."""
+"""Prefix of the files with the last collectives of NCCL's process groups. The rank number follows the prefix."""
 GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg")
-"""Device files of NVIDIA GPUs on a machine or in a container; the second is for Windows (WSL)."""
+"""Patterns for the device files of NVIDIA GPUs on a machine or in a container. The second is for Windows (WSL)."""
 
 
 def check_memory(config: Config, state_bytes: int) -> None:
-    """UserError if ranks on this machine's CPU have less memory in total than weights and optimizer state need."""
+    """Raise UserError if the ranks on this machine's CPU need more memory for weights and optimizer state than it
+    has."""
     if config.cluster.backend == "ray" or (config.cluster.device != "cpu" and gpu_files()):
         return
     total = psutil.virtual_memory().total
@@ -50,7 +50,7 @@ def usable_gpu(wanted: str) -> bool:
 
 
 def sees_gpu(wanted: str) -> bool:
-    """Whether torch can use a GPU; checks nothing else. Raises UserError for a GPU that torch should use and cannot."""
+    """Whether torch can use a GPU. Does not check Triton. Raises UserError if torch cannot use a required GPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -66,7 +66,7 @@ def sees_gpu(wanted: str) -> bool:
 
 
 def idle_gpu(config: Config, device: "torch.device") -> str | None:
-    """A note for a run on the CPU of a machine with a GPU, if torch is built without CUDA."""
+    """Returns a note if the run uses the CPU although the machine has a GPU, because torch is built without CUDA."""
     import torch
 
     if device.type == "cpu" and config.cluster.device == "auto" and gpu_files() and torch.version.cuda is None:
@@ -75,19 +75,19 @@ def idle_gpu(config: Config, device: "torch.device") -> str | None:
 
 
 def grow_segments() -> None:
-    """Let the allocator extend its segments, unless the user set it. Call before CUDA allocates anything.
+    """Let torch's allocator extend its segments, unless the user has set it. Call it before CUDA allocates anything.
 
-    The row counts of experts change in each step, and blocks of fixed sizes would fragment the memory.
+    The row counts of experts change in each step, so segments of fixed sizes would fragment the memory.
     """
     if not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def bind_to_numa_node(device: "torch.device", folder: Path = Path("/sys")) -> None:
-    """Run all later threads of this process on the cores near the GPU.
+    """Run all later threads of this process on the cores of the GPU's NUMA node.
 
-    Memory of another NUMA node is slower for the optimizer on the host and for copies. Does nothing if the system does
-    not report the node, or allows none of its cores.
+    The optimizer on the host and copies are slower with memory of another node. The function does nothing if the system
+    does not report the node, or does not allow any of its cores.
     """
     import torch
 
@@ -105,10 +105,10 @@ def bind_to_numa_node(device: "torch.device", folder: Path = Path("/sys")) -> No
 
 
 def record_collectives(logs: Path) -> None:
-    """Make every rank record its last 2000 collectives, and write them to logs/flight_recorder_rank_N when one times
-    out.
+    """Make every rank record its last 2000 collectives.
 
-    The variables are named as torch 2.11 to 2.13 reads them when it creates a process group. User settings are kept.
+    When a collective times out, the rank writes them to logs/flight_recorder_rank_N. This function sets environment
+    variables that torch 2.11 to 2.13 reads when it creates a process group. It does not change the user's settings.
     """
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -123,7 +123,7 @@ def gpu_files() -> list[str]:
 
 
 def _why_not() -> str:
-    """torch's reason for seeing no GPU."""
+    """Returns torch's reason why it cannot use a GPU."""
     import torch
 
     if torch.version.cuda is None and torch.version.hip is None:

@@ -1,4 +1,4 @@
-"""Checks before data are read whether torch and Triton can use the GPU, and whether its FP8 GEMMs are correct."""
+"""Checks whether torch and Triton can use the GPU, and whether its FP8 GEMMs are correct, before data are read."""
 
 import importlib.util
 import os
@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     import torch
 
 PROBED = "SLUICE_PROBED"
-"""Environment variable with the FP8 recipe whose GEMMs this command has tested, for the ranks that it starts here."""
+"""Environment variable that tells the ranks on this machine which FP8 recipe the command has already tested."""
 PROBE_PATIENCE = timedelta(hours=1)
-"""Longest wait for the first rank of each machine, which tests GEMMs for at most hopper_probe.PROBE_SECONDS."""
+"""Longest wait for the first rank of each machine. It tests GEMMs for at most hopper_probe.PROBE_SECONDS."""
 
 
 def check_gpu(config: Config) -> None:
-    """Check the GPU in the driver of local ranks. Raises UserError. With cluster=ray, ranks check their own
-    machines."""
+    """Check the GPU in the driver of local ranks. Raises UserError.
+
+    With cluster=ray, the ranks check their own machines instead.
+    """
     wanted, fp8 = config.cluster.device, config.precision.fp8
     if wanted == "cpu" or config.cluster.backend == "ray" or not (wanted == "cuda" or gpu_files()):
         return
@@ -35,7 +37,7 @@ def check_gpu(config: Config) -> None:
 
 
 def require_dispatch(config: Config) -> None:
-    """Raises UserError if the package of the dispatch is not installed, before data are read."""
+    """Raises UserError if the package that the dispatch needs is not installed."""
     package = config.parallel.dispatch_facts.package
     if package is not None and config.parallel.ep > 1 and importlib.util.find_spec(package) is None:
         rule = f"needs the package {package}, which is not installed"
@@ -44,8 +46,10 @@ def require_dispatch(config: Config) -> None:
 
 
 def probe_in_turn(config: Config, place: Place, device: "torch.device") -> None:
-    """The first rank of every machine tests the FP8 GEMMs; the other ranks wait. All ranks raise the error of any
-    rank."""
+    """Test the FP8 GEMMs on the first rank of every machine, while the other ranks wait.
+
+    If a test fails, all ranks raise the error.
+    """
     fp8 = config.precision.fp8
     if device.type == "cuda":
         require_dispatch(config)

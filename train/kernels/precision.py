@@ -1,4 +1,4 @@
-"""Builds the precision object, which computes the model's matmuls, from the precision section."""
+"""Builds the precision object from the settings section `precision`. It computes the model's matmuls."""
 
 import torch
 
@@ -11,10 +11,10 @@ from train.model.operations import Kernels
 def build_precision(
     precision: Precision, device: torch.device, kernels: Kernels, recompute_swiglu: bool = True
 ) -> HighPrecision | Fp8Precision:
-    """The matmuls for a checked section on this device. Raises UserError if the device lacks a requirement of FP8.
+    """Builds the precision object for a checked section. Raises UserError if this device does not support FP8.
 
     kernels: the model's kernels on this device, see train/kernels/choice.py. recompute_swiglu: whether experts in fp32
-    or bf16 recompute their SwiGLU output in backward; FP8 always does.
+    or bf16 recompute their SwiGLU output in backward. In FP8 they always recompute it.
     """
     if precision.fp8 is not None:
         return Fp8Precision(precision.fp8, device, kernels)
@@ -22,6 +22,8 @@ def build_precision(
 
 
 def activation_dtype(precision: Precision) -> torch.dtype:
-    """Dtype of weights and activations between the matmuls. Master weights and gradients are fp32 for all
-    precisions."""
+    """Returns the dtype of weights, and of activations between the matmuls.
+
+    Master weights and gradients are always in fp32.
+    """
     return torch.float32 if precision.name == "fp32" else torch.bfloat16

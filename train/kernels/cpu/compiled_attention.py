@@ -1,4 +1,4 @@
-"""The attention core on a CPU in compiled code: `train/kernels/cpu/attention.cpp`."""
+"""Computes attention on a CPU in compiled code: `train/kernels/cpu/attention.cpp`."""
 
 from ctypes import c_float, c_int64
 from functools import partial
@@ -23,7 +23,7 @@ from train.kernels.plain.plain_attention import PlainAttention
 from train.model.attention import AttentionInput, AttentionOutput
 
 Spans = list[tuple[int, int, int]]
-"""Spans of positions: (sequence, start, end)."""
+"""Intervals of positions that attend to each other: (sequence, start, end)."""
 
 _load = partial(library, "attention")
 _attention_kept = Kernel(
@@ -40,7 +40,7 @@ def _rows(out: bool) -> Array:
 
 
 def _problem(**arrays: Parameter) -> Struct:
-    """`Problem` of attention.cpp."""
+    """Declares the struct `Problem` of attention.cpp."""
     return Struct(
         q=_heads("Q"), k=_heads("Q"), v=_heads("V"), **arrays, heads=Size("H"), length=Size("T"), qk=Size("Q"),
         width=Size("V"), longest=Number(c_int64), scale=Number(c_float),
@@ -66,10 +66,11 @@ _attention_backward = Kernel(
 
 
 class CompiledAttention(PlainAttention):
-    """Compiled attention for bf16, over all positions of sequences or documents; torch operations for other inputs.
+    """Computes causal attention within complete sequences or documents, with compiled code for bf16.
 
-    The probabilities of a span are saved for backward if they need at most about as much memory as its queries, keys
-    and values. For longer spans they are recomputed, so memory is linear in the sequence length.
+    Other inputs use torch operations. The probabilities of a sequence or document are saved for backward if they need
+    at most about as much memory as its queries, keys and values. For longer ones, backward recomputes the
+    probabilities. So memory is linear in the sequence length.
     """
 
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
@@ -81,7 +82,7 @@ class CompiledAttention(PlainAttention):
         rows = rows_of_table((*span, 0) for span in spans)
         kept = v.new_empty(
             _attention_kept(rows, H, _most_kept(given) if keep else 0)
-        )  # also writes the positions of saved values into the table
+        )  # also writes the positions of the saved values into the table `rows`
         out_BHTV = v.new_empty(B, T, H, V).transpose(1, 2)
         lse_BHT = v.new_empty(B, H, T, dtype=torch.float32)
         largest_BHT = torch.empty_like(lse_BHT) if largest else None
@@ -106,7 +107,10 @@ class CompiledAttention(PlainAttention):
 
 
 def _spans(given: AttentionInput) -> Spans | None:
-    """The spans of the input, if compiled code supports it; else None."""
+    """Returns the position intervals of the input; None if the compiled code does not support the input.
+
+    It supports bf16 inputs in which every interval of queries sees exactly its own keys, up to the diagonal.
+    """
     if given.q_BHTQ.dtype != torch.bfloat16:
         return None
     B, _, T, _ = given.q_BHTQ.shape
@@ -123,10 +127,10 @@ def _longest(spans: Spans) -> int:
 
 
 def _most_kept(given: AttentionInput) -> int:
-    """Length of the longest span whose probabilities are saved."""
+    """Returns the largest length of an interval whose probabilities are saved."""
     return 2 * (2 * given.q_BHTQ.size(-1) + given.v_BHSV.size(-1))
 
 
 def _readable(t: Tensor) -> Tensor:
-    """A tensor whose channels of a position are contiguous."""
+    """Returns the tensor with contiguous channels. It copies the tensor only if necessary."""
     return t if t.stride(-1) == 1 else t.contiguous()

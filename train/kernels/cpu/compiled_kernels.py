@@ -1,7 +1,7 @@
-"""The kernels of a CPU with AVX2: compiled code for bf16 operations (train/kernels/cpu), torch operations for the
-others.
+"""Implements the kernels of a CPU with AVX2: bf16 operations in compiled code (train/kernels/cpu), others in torch.
 
-Shapes as in train/model/operations.py. Meta tensors cause the same allocations as real tensors, so plans count them.
+Shapes are those of train/model/operations.py. Meta tensors cause the same allocations as real tensors, so plans count
+them.
 """
 
 import torch
@@ -16,8 +16,10 @@ from train.model.weight_gradient import LinearMatmul
 
 
 class CompiledKernels(PlainKernels):
-    """`Kernels` in compiled code. matmuls: whether GEMMs are compiled too, see
-    `train.kernels.cpu.libraries.compiled_matmuls_pay`."""
+    """Implements `Kernels` in compiled code.
+
+    matmuls: whether matmuls use compiled code too, see `train.kernels.cpu.libraries.compiled_matmuls_pay`.
+    """
 
     def __init__(self, matmuls: bool):
         self._matmuls = matmuls
@@ -55,7 +57,7 @@ class CompiledKernels(PlainKernels):
     def best_keys(self, scores_TS: Tensor, top_k: int) -> Tensor:
         kernel = (
             compiled_rows.largest_keys if scores_TS.dtype == torch.float32 else super().best_keys
-        )  # a proof has fp64
+        )  # mode=prove uses fp64
         return kernel(scores_TS, top_k)
 
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:

@@ -1,7 +1,7 @@
-"""bf16 matmuls on a CPU in compiled code: `train/kernels/cpu/products.cpp`.
+"""Computes bf16 matmuls on a CPU in compiled code: `train/kernels/cpu/products.cpp`.
 
-Values are exact in fp32, and so are their products. Sums are in fp32 and rounded once, to the requested dtype. For a
-weight gradient this is fp32, as in paper 3.3.3.
+The products of two bf16 values are exact in fp32. Their sums are computed in fp32 and rounded once to the requested
+dtype. Weight gradients are requested in fp32 (paper 3.3.3).
 
 Shape suffixes: O, N outer axes of a matmul, C contraction, E experts, R rows sorted by expert.
 """
@@ -31,13 +31,13 @@ from train.kernels.cpu.cpp_function import (
 from train.kernels.cpu.libraries import library
 
 NO_SCALES = (None, 0)
-"""Scales that are all one."""
+"""Stands for scales that are all 1."""
 
 
 def _operand(side: str, matrices: str, outer: str) -> dict[str, Parameter]:
-    """`Operand` of products.cpp: values, (N, C) or (E, N, C), and scales or None.
+    """Declares the struct `Operand` of products.cpp: values, (N, C) or (E, N, C), and scales or None.
 
-    There is a scale for every 1 << shift of the outer axis and every tile of C.
+    A scale applies to 1 << shift elements of the outer axis and to one tile of C.
     """
     return {
         side: Array(torch.bfloat16, f"*{matrices} {outer} C", apart=3, beside=2),
@@ -59,12 +59,12 @@ _matmuls = Kernel(
 )  # fmt: skip
 
 Part = tuple[int, int, int, int, int, int]
-"""One matmul: first row on the left, rows, matrix on the right, begin and end of the contraction, offset of its
-output."""
+"""One matmul: first row of the left operand, number of rows, matrix of the right operand, start and end of the
+contraction, offset of the output."""
 
 
 def matmul(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
-    """left right^T: (O, N). into: fp32 tensor to which the result is added."""
+    """Computes left @ right^T: (O, N). into: fp32 tensor to which the result is added."""
     (rows, contraction), columns = left_OC.shape, right_NC.shape[0]
     out_ON = left_OC.new_empty(rows, columns, dtype=dtype) if into_ON is None else into_ON
     run_matmuls("gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)], into=into_ON is not None)
@@ -72,7 +72,7 @@ def matmul(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tenso
 
 
 def grouped(left_RC: Tensor, right_ENC: Tensor, rows: Sequence[int]) -> Tensor:
-    """Each expert's rows times its own transposed matrix: (R, N). rows: of every expert."""
+    """Multiplies the rows of each expert by its transposed matrix: (R, N). rows: number of rows of every expert."""
     _, columns, contraction = right_ENC.shape
     out_RN = left_RC.new_empty(left_RC.shape[0], columns)
     run_matmuls("grouped_gemm", left_RC, right_ENC, out_RN, parts_by_rows(_starts(rows), rows, columns, contraction))
@@ -82,7 +82,7 @@ def grouped(left_RC: Tensor, right_ENC: Tensor, rows: Sequence[int]) -> Tensor:
 def grouped_weight_gradient(
     left_OR: Tensor, right_NR: Tensor, rows: Sequence[int], dtype: torch.dtype, into_EON: Tensor | None = None
 ) -> Tensor:
-    """For each expert the sum over its rows: (E, O, N). into: as in `matmul`."""
+    """Computes the weight gradient of each expert, a sum over its rows: (E, O, N). into: as in `matmul`."""
     outer, columns = left_OR.shape[0], right_NR.shape[0]
     out_EON = left_OR.new_empty(len(rows), outer, columns, dtype=dtype) if into_EON is None else into_EON
     parts = parts_by_sums(_starts(rows), rows, outer, columns)
@@ -91,13 +91,15 @@ def grouped_weight_gradient(
 
 
 def parts_by_rows(starts: Sequence[int], rows: Sequence[int], columns: int, contraction: int) -> list[Part]:
-    """The matmuls of every expert: its rows on the left times its matrix on the right. starts: first row of each
-    expert."""
+    """Returns one matmul for every expert: its rows (left) times its matrix (right).
+
+    starts: first row of each expert.
+    """
     return [(s, n, e, 0, contraction, s * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=True))]
 
 
 def parts_by_sums(starts: Sequence[int], rows: Sequence[int], outer: int, columns: int) -> list[Part]:
-    """The matmuls of every expert with its rows as the contraction."""
+    """Returns one matmul for every expert, which contracts over the rows of the expert."""
     return [(0, outer, 0, s, s + n, e * outer * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=True))]
 
 
@@ -109,9 +111,9 @@ def run_matmuls(
     name: str, left: Tensor, right: Tensor, out: Tensor, parts: Sequence[Part], left_scales=NO_SCALES, right_scales=NO_SCALES,
     into: bool = False,
 ) -> None:  # fmt: skip
-    """Write the results of all parts into out, or add them to out (fp32). Operands are (O, C) or (E, O, C).
+    """Write the results of all parts into `out`, or add them to `out` (fp32). Operands are (O, C) or (E, O, C).
 
-    name: for torch's profiler, which does not see compiled code. scales: see `_operand`.
+    name: is shown by torch's profiler, which does not record compiled code itself. scales: see `_operand`.
     """
     assert not into or out.dtype == torch.float32, out.dtype
     left, right = readable(left), readable(right)
@@ -122,15 +124,15 @@ def run_matmuls(
         and 0 <= place <= place + rows * columns <= places
         for first, rows, of, begin, end, place in parts
     ), (parts, left.shape, right.shape, out.shape)  # fmt: skip
-    # The profiler's name costs one percent of a step of a small model, even if nothing records it.
+    # Naming a call for the profiler costs 1 % of a small model's step, even if no profiler runs.
     with record_function(name) if torch.autograd._profiler_enabled() else nullcontext():
         _matmuls(left, *left_scales, right, *right_scales, out, int(into), rows_of_table(parts))
 
 
 def readable(x: Tensor) -> Tensor:
-    """A plain tensor that is contiguous along the last axis or the axis before.
+    """Returns x as a plain tensor that is contiguous along one of the last two axes.
 
-    Tensor subclasses may keep their values elsewhere (`parallel.expert.wire`); only torch operations see those.
+    A tensor subclass may store its values elsewhere (`parallel.expert.wire`). Only torch operations can read these.
     """
     x = x if type(x) in PLAIN_CLASSES else x.view(x.shape)
     return x if 1 in x.stride()[-2:] else x.contiguous()

@@ -1,6 +1,7 @@
-"""Norm, SwiGLU, head split, loss and row sorting on a CPU in compiled code, for bf16: `train/kernels/cpu/rows.cpp`.
+"""Computes norm, SwiGLU, head split, loss and row sorting in bf16 in compiled code: `train/kernels/cpu/rows.cpp`.
 
-Shapes as in train/model/operations.py. Meta tensors cause the same allocations as real tensors, so plans count them.
+Shapes are those of train/model/operations.py. Meta tensors cause the same allocations as real tensors, so plans count
+them.
 """
 
 from ctypes import c_bool, c_float, c_int64
@@ -57,7 +58,8 @@ _cross_entropy = Kernel(
 
 
 def _heads(name: str, back: bool) -> Kernel:
-    """Forward reads the first three tensors and writes the others; backward does the reverse."""
+    """Declares the head split. Forward reads the first three tensors and writes the others. Backward does the
+    reverse."""
     first = {"q": "B T H nope+R", "kv": "B T H nope+V", "shared": "B T 1 R"}
     second = {"queries": "B H T nope+R", "keys": "B H T nope+R", "values": "B H T V"}
     split = Struct(
@@ -73,7 +75,7 @@ _heads_forward, _heads_backward = _heads("heads_forward", back=False), _heads("h
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Normalised x, and 1 / rms(x) as fp32 (..., 1)."""
+    """Returns normalised x, and 1 / rms(x) as fp32 (..., 1)."""
     x_ND, y = _rows(x), x.new_empty(x.shape)
     rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     _rms_norm_forward(x_ND, weight_D.contiguous(), y, rstd, eps)
@@ -83,7 +85,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor, x_needed: bool, weight_needed: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x, and of the weight in fp32; None for a gradient that is not needed."""
+    """Returns the gradients of x, and of the weight in fp32. A gradient that is not needed is None."""
     dx = x.new_empty(x.shape) if x_needed else None
     dweight_D = weight_D.new_empty(weight_D.shape, dtype=torch.float32) if weight_needed else None
     _rms_norm_backward(_rows(grad), _rows(x), weight_D.contiguous(), rstd, dx, dweight_D)
@@ -91,7 +93,7 @@ def rms_norm_backward(
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
-    """silu(gate) * up, times the row's gate value if given: (N, F)."""
+    """Returns silu(gate) * up, multiplied by the router's gate value of the row if given: (N, F)."""
     h_N2F, gates_N = _rows(h_N2F), _fp32(gates_N)
     out_NF = h_N2F.new_empty(h_N2F.size(0), h_N2F.size(1) // 2)
     _swiglu_forward(h_N2F, gates_N, out_NF)
@@ -99,7 +101,7 @@ def swiglu(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
 
 
 def swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Gradients of h and of the gate values."""
+    """Returns the gradients of h and of the gate values."""
     h_N2F, grad_NF, gates32_N = _rows(h_N2F), _rows(grad_NF), _fp32(gates_N)
     dh_N2F = h_N2F.new_empty(h_N2F.shape)
     dgates_N = None if gates32_N is None else torch.empty_like(gates32_N)
@@ -157,7 +159,7 @@ class CompiledHeads(Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as (N, D) with contiguous rows; not a copy if the rows are evenly spaced."""
+    """Returns x as (N, D) with contiguous rows. It does not copy x if the rows are evenly spaced."""
     return _readable(x.reshape(-1, x.size(-1)))
 
 

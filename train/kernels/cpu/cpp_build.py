@@ -1,8 +1,8 @@
 """Compiles C++ sources at their first use, and caches the libraries.
 
-The compiler is the machine's own (CXX, g++ or clang++), so the loops use the widest vectors of the CPU. A library is
-stored in $SLUICE_CACHE/kernels under the hash of all its inputs, including the CPU's features. A file that another user
-could have written is not loaded: anyone who can write the folder or a library could run code as this user.
+A compiler on this machine (CXX, g++ or clang++) builds them, so the loops use the widest vectors of the CPU. A library
+is stored in $SLUICE_CACHE/kernels. Its name is a hash of all inputs, including the CPU's features. A library is not
+loaded if another user could have written it, because that user could run code with this user's rights.
 """
 
 import ctypes
@@ -25,9 +25,9 @@ from cluster.comm_ring import got_on
 from conf.errors import UserError
 
 COMPILER_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-shared", "-fPIC"]
-"""Integer overflow wraps, as the code needs for the bits of non-finite values."""
+"""Compiler flags. -fwrapv makes integer overflow wrap, which the code needs for the bits of non-finite values."""
 NATIVE = {"x86_64": ["-march=native", "-mprefer-vector-width=512"], "aarch64": ["-mcpu=native"]}
-"""Flags by machine, for the widest vectors of the CPU."""
+"""Maps the machine type to flags that select the widest vectors of the CPU."""
 
 
 CPU_LIMITS = {
@@ -35,15 +35,15 @@ CPU_LIMITS = {
     "avx512": (("avx512_bf16", "amx"), ("-mno-avx512bf16",)),
     "avx512_bf16": (("amx",), ()),
 }
-"""Allowed values of SLUICE_CPU, the upper limit of CPU features: the features to hide, and compiler flags."""
+"""Maps the values of SLUICE_CPU, which limits the used CPU features, to the features to hide and compiler flags."""
 
 
 @dataclass(frozen=True)
 class CppSource:
-    """A C++ file to compile, and the texts of the error if this is impossible.
+    """A C++ file to compile, and texts for the error if it cannot be compiled.
 
     flags: in addition to COMPILER_FLAGS. headers: Sluice's headers that the file includes. field: the setting that
-    requests it. without: the setting that avoids it, and the consequence.
+    requests the library. without: the setting that avoids the library, and the consequence.
     """
 
     path: Path
@@ -54,14 +54,14 @@ class CppSource:
 
 
 def load_library(source: CppSource) -> ctypes.CDLL:
-    """The loaded library, built if missing. Raises UserError if it cannot be built, stored or loaded."""
+    """Loads the library, and builds it if it is missing. Raises UserError if it cannot be built, stored or loaded."""
     path = _built(source)
     try:
-        handle = os.open(path, os.O_RDONLY)  # stays open: the loader identifies a library by its name
+        handle = os.open(path, os.O_RDONLY)  # stays open: a later file must not get the same name for the loader
         _require_own(os.fstat(handle), path, source)
         name = (
             f"/proc/self/fd/{handle}" if sys.platform.startswith("linux") else str(path)
-        )  # the same file that was checked
+        )  # loads the file that was checked
         return ctypes.CDLL(name)
     except OSError as error:
         rule = f"must contain loadable libraries: {path}: {error}"
@@ -70,7 +70,7 @@ def load_library(source: CppSource) -> ctypes.CDLL:
 
 @cache
 def cpu_features() -> str:
-    """Features of this CPU as the system reports them, without the features that SLUICE_CPU hides."""
+    """Returns the features of this CPU that the system reports, without those that SLUICE_CPU hides."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform.startswith("linux") else []
     features = [line for line in lines if line.startswith(("flags", "Features"))]
     said, (hidden, _) = features[0] if features else platform.processor(), _limit()
@@ -78,7 +78,7 @@ def cpu_features() -> str:
 
 
 def _limit() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The features that SLUICE_CPU hides, and the compiler flags for it."""
+    """Returns the features that SLUICE_CPU hides, and the compiler flags for its value."""
     most = os.environ.get("SLUICE_CPU", "")
     if most and most not in CPU_LIMITS:
         raise UserError(
@@ -88,18 +88,18 @@ def _limit() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def has_avx2() -> bool:
-    """Whether this CPU has the minimum for vectors.h, as nearly all x86 CPUs since 2015."""
+    """Whether this CPU has the features that vectors.h needs. Nearly all x86 CPUs since 2015 have them."""
     return {"avx2", "fma"} <= set(cpu_features().split())
 
 
 def compiler_name(source: CppSource) -> str:
-    """The first line of the C++ compiler's version output. Raises UserError if there is no compiler."""
+    """Returns the first line of the C++ compiler's version output. Raises UserError if there is no compiler."""
     compiler = _compiler(source)
     return (_version(*compiler).decode(errors="replace").splitlines() or [shlex.join(compiler)])[0]
 
 
 def _built(source: CppSource) -> Path:
-    """Path of the shared library for this source, compiler and CPU."""
+    """Returns the path of the shared library for this source, compiler and CPU. Builds the library if it is missing."""
     compiler = _compiler(source)
     openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
     command = [*compiler, *COMPILER_FLAGS, *source.flags, *NATIVE.get(platform.machine(), []), *_limit()[1], *openmp]
@@ -109,7 +109,7 @@ def _built(source: CppSource) -> Path:
         _version(*compiler),
         cpu_features().encode(),
         *texts,
-    ]  # machines that share a home directory may differ
+    ]  # because machines that share a home directory may have different CPUs
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()
     folder = Path(os.environ.get("SLUICE_CACHE") or Path.home() / ".cache" / "sluice") / "kernels"
     path = folder / f"{source.path.stem}_{key[:16]}.so"
@@ -119,9 +119,9 @@ def _built(source: CppSource) -> Path:
         if not path.exists():
             with tempfile.TemporaryDirectory(
                 dir=folder
-            ) as scratch:  # ranks may build at the same time; the last library stays
+            ) as scratch:  # several ranks may build at the same time; the last of their libraries remains
                 library = _build(source, command, Path(scratch) / path.name)
-                library.chmod(library.stat().st_mode & ~0o022)  # for any umask
+                library.chmod(library.stat().st_mode & ~0o022)  # independent of the umask
                 library.replace(path)
     except OSError as error:
         raise UserError("SLUICE_CACHE", folder.parent, f"cannot be written: {error.strerror}", _move(source)) from error
@@ -129,7 +129,7 @@ def _built(source: CppSource) -> Path:
 
 
 def _compiler(source: CppSource) -> list[str]:
-    """The command of the C++ compiler: CXX if set, else the first compiler found."""
+    """Returns the command of the C++ compiler: CXX if it is set, else the first compiler on the PATH."""
     asked = shlex.split(os.environ.get("CXX", ""))
     for command in [asked] if asked else [["g++"], ["clang++"], ["c++"]]:
         if shutil.which(command[0]):
@@ -144,7 +144,7 @@ def _version(*compiler: str) -> bytes:
 
 
 def _build(source: CppSource, command: list[str], library: Path) -> Path:
-    """Run the compiler; returns the library."""
+    """Run the compiler. Returns the library."""
     done = subprocess.run([*command, "-o", str(library), str(source.path)], capture_output=True, text=True)
     got_on()
     if done.returncode:
@@ -155,7 +155,7 @@ def _build(source: CppSource, command: list[str], library: Path) -> Path:
 
 
 def _require_own(found: os.stat_result, path: Path, source: CppSource) -> None:
-    """UserError for a folder or file that users other than this user and root could have written."""
+    """Raise UserError for a folder or file that a user other than this user and root could have written."""
     if found.st_uid not in (os.geteuid(), 0):
         problem, cure = f"belongs to user {found.st_uid}", "remove it"
     elif found.st_mode & 0o002:
@@ -170,7 +170,7 @@ def _require_own(found: os.stat_result, path: Path, source: CppSource) -> None:
 
 
 def _is_private(group: int) -> bool:
-    """Whether only this user, or root, is in the group; many systems give every user such a group."""
+    """Whether the group has no members except this user and root. Many systems give every user such a group."""
     try:
         user, entry = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
     except KeyError:

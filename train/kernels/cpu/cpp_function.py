@@ -1,12 +1,13 @@
-"""Calls compiled C++ functions with tensors; declares each function's parameters once, and checks every call.
+"""Calls compiled C++ functions with tensors. Declares the parameters of each function, and checks every call.
 
-C++ gets addresses and reads the memory there. So a `Kernel` declares every parameter, in C++'s order: for a tensor its
-dtype, its shape in named sizes, the strides that C++ takes, and whether it is written. Any other tensor is a bug in
-Sluice, for example a tensor on another device, with other strides, or of a class that keeps its values elsewhere. It
-raises an AssertionError with function, parameter, expectation and actual value, and C++ is not called. On the meta
-device the same checks run without the call, so a plan sees the allocations of a run.
+A C++ function gets the addresses of tensors and cannot check their memory. So a `Kernel` declares every parameter in
+the order of C++: for a tensor its dtype, its shape in named sizes, the strides that C++ takes, and whether C++ writes
+it. A tensor that does not match is a bug in Sluice, for example a tensor on another device, with other strides, or of a
+class that stores its values elsewhere. It raises an AssertionError with function, parameter, expectation and actual
+value, and C++ is not called. On the meta device only the checks run, so a plan sees the same allocations as a run.
 
-`torch.library.custom_op` is an alternative, but it checks no strides and takes 36 us per call; this code takes 5 to 10.
+`torch.library.custom_op` is an alternative, but it does not check strides and takes 36 us per call. This code takes 5
+to 10 us.
 """
 
 import ctypes
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 PLAIN_CLASSES = (Tensor, torch.nn.Parameter)
-"""Classes whose values are at their address."""
+"""Tensor classes that store their values at their address."""
 
 
 class _Call:
@@ -34,11 +35,11 @@ class _Call:
     def __init__(self):
         self.sizes: dict[str, float] = {}
         self.derived: list[tuple[str, Array, Tensor, CodeType, int]] = []
-        """Axes whose size is an expression of other sizes, with their actual size."""
+        """Axes whose declared size is an expression of other sizes, with their actual size."""
         self.meta: list[tuple[str, Array, Tensor]] = []
-        """Tensors without memory."""
+        """Tensors on the meta device, which have no memory."""
         self.real = False
-        """Whether the call writes to memory."""
+        """Whether the call writes to a tensor that has memory."""
 
 
 class _Unfit(Exception):
@@ -46,7 +47,7 @@ class _Unfit(Exception):
 
 
 def _compiled(sizes: str) -> list[str | CodeType]:
-    """Names unchanged, expressions compiled for evaluation."""
+    """Compiles the sizes that are expressions. Names remain unchanged."""
     return [size if size.isidentifier() else compile(size, "size", "eval") for size in sizes.split()]
 
 
@@ -58,21 +59,22 @@ class Parameter(Protocol):
     """A parameter of a C++ function, or a field of its struct."""
 
     types: list[type]
-    """Types of the words that C++ gets."""
+    """Types of the machine words that C++ gets for this parameter."""
 
     def take(self, name: str, given: Iterator, call: _Call) -> Iterable[Any]:
-        """The words for C++, from the next argument if this parameter has one. Raises _Unfit."""
+        """Returns the machine words for C++. Takes the next argument, if the caller passes this parameter. Raises
+        _Unfit."""
 
 
 class Array:
-    """A tensor parameter: its address, then the strides of its leading axes.
+    """A tensor parameter. C++ gets the tensor's address, and then the strides of its leading axes.
 
-    dtype: one or several; the index of the actual dtype then becomes the size PARAMETER_dtype.
-    sizes: per axis a name, a number or an expression without spaces, as in "N 2*F". "*N": the product of all leading
-        axes, 1 if there are none.
-    apart: number of leading axes with any stride. With 0 the tensor must be contiguous.
-    beside: of this many last axes, one must have stride 1.
-    out: C++ writes it.
+    dtype: one dtype, or several. The index of the actual dtype among several becomes the size PARAMETER_dtype.
+    sizes: for each axis a name, a number or an expression without spaces, as in "N 2*F". "*N": the product of all leading
+        axes; 1 if there are none.
+    apart: number of leading axes that may have any stride. With 0 the tensor must be contiguous.
+    beside: number of last axes of which one must have stride 1.
+    out: C++ writes to the tensor.
     optional: the argument may be None, which becomes a null pointer.
     """
 
@@ -88,7 +90,7 @@ class Array:
     def take(self, name: str, given: Iterator, call: _Call) -> Sequence[int]:
         x = next(given)
         if x is None and self._optional:
-            call.sizes[f"{name}_dtype"] = 0  # has no meaning
+            call.sizes[f"{name}_dtype"] = 0  # any number: without a tensor it has no meaning
             return [0] * len(self.types)
         if type(x) not in PLAIN_CLASSES or x.dtype not in self._dtypes or not self._has_values(name, x, call):
             raise _Unfit(name, self, x)
@@ -108,7 +110,7 @@ class Array:
         raise _Unfit(name, self, x)
 
     def _has_values(self, name: str, x: Tensor, call: _Call) -> bool:
-        """Whether the memory at its address holds its values, or it has no memory."""
+        """Whether x stores its values at its address, or has no memory at all."""
         if x.is_cpu:
             call.real |= self._out
             return not x.is_conj() and not x.is_neg()
@@ -130,9 +132,9 @@ class Array:
         return True
 
     def _lies_right(self, shape: Sequence[int], strides: Sequence[int]) -> bool:
-        """Whether one of the last axes has stride 1 as required, and no element is written twice.
+        """Whether one of the last axes has stride 1 as required, and no two elements share memory.
 
-        The stride of an axis of size 1 has no meaning.
+        The stride of an axis of size 1 is ignored.
         """
         if self._out and any(size > 1 and stride == 0 for size, stride in zip(shape, strides, strict=True)):
             return False
@@ -146,7 +148,7 @@ class Array:
 
 
 class Number:
-    """A number, passed unchanged. Expressions of sizes may use its name."""
+    """A number that C++ gets unchanged. Expressions of sizes may use its name."""
 
     def __init__(self, kind: type):
         self.types = [kind]
@@ -157,7 +159,7 @@ class Number:
 
 
 class Size:
-    """A size of the parameters before it, or an expression of sizes. The caller does not pass it."""
+    """A size from the parameters before this one, or an expression of sizes. The caller does not pass it."""
 
     def __init__(self, size: str, kind: type = c_int64):
         self.types = [kind]
@@ -168,7 +170,7 @@ class Size:
 
 
 class Threads:
-    """torch's number of threads. The caller does not pass it."""
+    """The number of torch's threads. The caller does not pass it."""
 
     def __init__(self, kind: type = c_int64):
         self.types = [kind]
@@ -178,7 +180,7 @@ class Threads:
 
 
 class Zeros:
-    """Words that the function ignores. The caller does not pass them."""
+    """Zeros for parameters that the C++ function ignores. The caller does not pass them."""
 
     def __init__(self, words: int):
         self.types = [c_int64] * words
@@ -188,7 +190,7 @@ class Zeros:
 
 
 class Table:
-    """Rows of `columns` int64 values, built by `rows_of_table`: their address and their number."""
+    """A table with `columns` int64 values in a row, from `rows_of_table`. C++ gets its address and number of rows."""
 
     types = [c_void_p, c_int64]
 
@@ -206,20 +208,20 @@ class Table:
 
 
 def rows_of_table(rows: Iterable[Iterable[int]]) -> ctypes.Array:
-    """The rows as one int64 array, for `Table`."""
+    """Returns the rows as one int64 array, for the parameter `Table`."""
     words = list(chain.from_iterable(rows))
     return (c_int64 * len(words))(*words)
 
 
 class Struct:
-    """Parameters that C++ takes as one struct, by address."""
+    """Several parameters that C++ takes as one struct. C++ gets the address of the struct."""
 
     types = [c_char_p]
 
     def __init__(self, **parts: Parameter):
         self._parts = list(parts.items())
         kinds = chain.from_iterable(part.types for part in parts.values())
-        self._layout = struct.Struct("@" + "".join(kind._type_ for kind in kinds))  # aligned as in C++
+        self._layout = struct.Struct("@" + "".join(kind._type_ for kind in kinds))  # with the alignment of C++
 
     def take(self, name: str, given: Iterator, call: _Call) -> tuple[bytes]:
         return (self._layout.pack(*_words(self._parts, given, call)),)
@@ -233,7 +235,7 @@ def _words(parameters: list[tuple[str, Parameter]], given: Iterator, call: _Call
 
 
 class Kernel:
-    """A C++ function, called with the arguments of its parameters in order."""
+    """A C++ function. A call takes the arguments in the order of the declared parameters."""
 
     declared: list["Kernel"] = []
     """All kernels of this process."""
@@ -241,13 +243,15 @@ class Kernel:
     def __init__(
         self, load: Callable[[], ctypes.CDLL], name: str, returns: type | None = None, **parameters: Parameter
     ):
-        """load: returns the library, at the first call. parameters: C++'s parameters, in order."""
+        """load: a function that returns the library, called at the first use. parameters: in the order of C++."""
         self.name, self._load, self._returns, self._parameters = name, load, returns, list(parameters.items())
         Kernel.declared.append(self)
 
     def __call__(self, *given: Any) -> Any:
-        """C++'s return value, or None on the meta device. Raises AssertionError for an argument that does not match its
-        declaration."""
+        """Calls C++ and returns its result; None on the meta device.
+
+        Raises AssertionError for an argument that does not match its declaration.
+        """
         call, values = _Call(), iter(given)
         try:
             words = _words(self._parameters, values, call)

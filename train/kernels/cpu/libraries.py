@@ -1,8 +1,8 @@
-"""The compiled libraries of a CPU, and whether this machine can use them.
+"""Loads the compiled libraries of a CPU, and tells whether this machine can use them.
 
-They are for bf16, on CPUs with AVX-512 or AVX2. Without these features or a C++ compiler, torch operations do the same
-work; the compiled code is tested against them. Matmuls also use torch if it is faster (`compiled_matmuls_pay`).
-train/kernels/choice.py decides which kernels a run uses.
+The libraries compute in bf16, on CPUs with AVX-512 or AVX2. On CPUs without these features, or without a C++ compiler,
+torch operations do the same work. Tests compare the compiled code with them. Matmuls also use torch if torch is faster
+(`compiled_matmuls_pay`). train/kernels/choice.py decides which kernels a run uses.
 """
 
 import ctypes
@@ -16,16 +16,18 @@ from train.kernels.cpu.cpp_build import CppSource, cpu_features, has_avx2, load_
 from train.kernels.cpu.cpp_function import Kernel
 
 LIBRARY_NAMES = ("adamw", "attention", "products", "rows")
-"""The C++ files, each a library."""
+"""Names of the C++ files. Each file becomes a library."""
 SLOW_SHARE = 0.75
-"""Fraction of the FMA rate below which compiled matmuls are faster: torch's reach 90 % of the CPU's bf16 rate, compiled
-matmuls 80 % of the FMA rate."""
+"""If a bf16 instruction runs at less than this fraction of the FMA rate, compiled matmuls are faster. torch's matmuls
+reach 90 % of the CPU's bf16 rate, and compiled matmuls reach 80 % of its FMA rate."""
 
 
 @cache
 def why_absent() -> str | None:
-    """The reason why this machine cannot use the libraries, None if it can. The first call on a machine builds them,
-    which takes some seconds."""
+    """Returns the reason why this machine cannot use the libraries; None if it can.
+
+    The first call on a machine builds the libraries, which takes some seconds.
+    """
     if not has_avx2():
         return "this CPU has no AVX2"
     try:
@@ -38,14 +40,16 @@ def why_absent() -> str | None:
 
 @cache
 def compiled_matmuls_pay(measured: bool = True) -> bool:
-    """Whether compiled matmuls, with fp32's FMA, are faster on this CPU than torch's, with the CPU's bf16 instructions.
+    """Whether compiled matmuls are faster than torch's matmuls on this CPU.
 
-    A dot product of bf16 pairs does the work of two FMAs. On some CPUs it takes the time of two FMAs, on others of
-    four. The CPU's name does not tell, so the rate is measured; both cases are far from the threshold. With AMX, torch
+    Compiled matmuls use FMA instructions in fp32, and torch's matmuls use the CPU's bf16 instructions. A bf16
+    instruction does the work of two FMAs. On some CPUs it takes the time of two FMAs, on others the time of four. The
+    name of the CPU does not show which, so the rate is measured. Both cases are far from the threshold. With AMX, torch
     is always faster.
 
-    measured: false uses only the CPU's reported features, the same in every run: compiled if it has no bf16
-    instructions. The environment variable SLUICE_PRODUCTS=compiled or torch overrides the answer.
+    measured: False: do not measure, and decide by the CPU's features, so that every run decides equally. Then compiled
+    matmuls are used if the CPU has no bf16 instructions. The environment variable SLUICE_PRODUCTS=compiled or torch
+    overrides the decision.
     """
     if answer := os.environ.get("SLUICE_PRODUCTS"):
         if answer not in ("compiled", "torch"):
@@ -62,7 +66,7 @@ def compiled_matmuls_pay(measured: bool = True) -> bool:
 
 @cache
 def library(name: str) -> ctypes.CDLL:
-    """The library of this name. Raises UserError if it cannot be built, stored or loaded."""
+    """Loads the library with this name. Raises UserError if it cannot be built, stored or loaded."""
     return load_library(source(name, "cluster.compiled", "cluster.compiled=false: torch's operations, slower"))
 
 
@@ -70,7 +74,7 @@ _bf16_rate = Kernel(partial(library, "products"), "bf16_rate", ctypes.c_double)
 
 
 def source(name: str, field: str, without: str) -> CppSource:
-    """A library of LIBRARY_NAMES as a `CppSource`, with the caller's error texts."""
+    """Returns the `CppSource` of a library in LIBRARY_NAMES, with the caller's error texts."""
     here = Path(__file__).parent
-    flags = ("-ffp-contract=off",)  # FMA instructions only where the code asks for them
+    flags = ("-ffp-contract=off",)  # use FMA instructions only where the code requests them
     return CppSource(here / f"{name}.cpp", field, without, flags, (here / "tiles.h", here / "vectors.h"))

@@ -1,4 +1,4 @@
-"""This machine's processor: its name, and settings for faster training, which must be set before torch is imported."""
+"""Finds the name of this machine's processor, and applies settings for faster training before torch is imported."""
 
 import ctypes
 import os
@@ -10,38 +10,42 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 SPINS = "10000"
-"""Spin iterations, about ten microseconds, of an OpenMP thread that waits for the next parallel region. The default is
-milliseconds, which slows other processes on the same cores: with ten processes a matmul took three times as long."""
+"""Number of spin iterations of an OpenMP thread that waits for the next parallel region, about ten microseconds. By
+default it spins for milliseconds, which slows other processes on the same cores: with ten processes a matmul took three
+times as long."""
 PRIMITIVES = "16"
-"""Number of prepared matmuls that torch caches, in addition to the 1024 in oneDNN's own cache. torch's default, also
-1024, needs another 160 MB in a run of `tiny` and makes no step faster."""
+"""Number of prepared matmuls in torch's cache. oneDNN's own cache contains 1024 more. torch's default is 1024, which
+needs 160 MB more in a run of `tiny` and does not make steps faster."""
 
 CUDA_VARIABLES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "TORCH_NCCL_HIGH_PRIORITY": "1"}
-"""A step uses up to ten streams, and CUDA gives them eight connections to the device; streams that share a connection
-wait for each other. NCCL uses its own streams. Without the second variable they do not have the priority of the
-experts' dispatch and combine."""
+"""Environment variables for CUDA and NCCL. A step uses up to ten streams, but by default CUDA has only eight
+connections to the device. Streams that share a connection wait for each other. The second variable gives NCCL's own
+streams high priority, which dispatch and combine of the experts need."""
 
 
 def tune_cpu() -> None:
-    """Let waiting threads sleep, keep freed memory in the process, and cache prepared matmuls only once."""
+    """Let waiting threads sleep, let the process reuse freed memory, and limit torch's cache of prepared matmuls."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     os.environ.setdefault("LRU_CACHE_CAPACITY", PRIMITIVES)
     _tune_malloc()
 
 
 def tune_gpu() -> None:
-    """Set the variables that CUDA and NCCL read at their start, unless the user has set them."""
+    """Set the environment variables that CUDA and NCCL read at their start, unless the user has set them."""
     for name, value in CUDA_VARIABLES.items():
         os.environ.setdefault(name, value)
 
 
 def threads_of(given: int, ranks: int) -> int:
-    """Threads of each of `ranks` ranks on this machine: as given, or for 0 an equal share of the cores."""
+    """Returns the number of threads of a rank: `given`, or for 0 an equal share of the cores.
+
+    ranks: number of ranks on this machine.
+    """
     return given or max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def cpu_name() -> str:
-    """Name of this machine's processor, from the system."""
+    """Returns the name of this machine's processor, as the system reports it."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -49,10 +53,11 @@ def cpu_name() -> str:
 
 
 def _tune_malloc() -> None:
-    """Make glibc's allocator, if present, reuse memory instead of unmapping it.
+    """Let glibc's allocator, if the system has it, reuse memory instead of unmapping it.
 
-    Otherwise a step returns its memory to the kernel and faults it in again. -1 turns trimming off; the largest other
-    value, 2 GB, is less than a step of a large model frees at once.
+    Otherwise each step would return its memory to the kernel, and page faults would allocate it again. The value -1
+    disables trimming. The largest other value, 2 GB, is less than the memory that a step of a large model frees at
+    once.
     """
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if hasattr(libc, "mallopt"):
