@@ -42,7 +42,7 @@ QUICK_CASES = [Case("debug"), Case("v3", mtp=True)]
 
 
 class ProductRates:
-    """Rates of large matrix products by dtype, timed once a round."""
+    """Rates of a large matmul by dtype, timed once per round."""
 
     def __init__(self, case: Case):
         self._cases = {dtype: replace(case, dtype=dtype) for dtype in DTYPES}
@@ -97,7 +97,7 @@ def step(case: Case, rounds: int, seconds: float) -> dict:
 
 
 def parts(case: Case, rounds: int) -> dict:
-    """The parts, in a process of their own as the allocator is tuned before torch starts."""
+    """Measures the parts in a separate process, because the allocator must be tuned before torch starts."""
     from bench.parts import PartResult, show
 
     words = ["--shape", case.shape, "--threads", str(case.threads), "--rounds", str(rounds), "--json"]
@@ -121,7 +121,7 @@ def _title(case: Case) -> str:
 
 
 def machine() -> dict:
-    """Where this ran, and how busy it was before."""
+    """Describes the machine of this run, and how busy the machine was before the run."""
     versions = {}
     for package in ("torch", "transformers", "deepspeed"):
         try:

@@ -19,7 +19,7 @@ class BenchCommand(NamedTuple):
 
 
 def commands() -> list[BenchCommand]:
-    """Every module that says how long it takes, by name; the others are parts of these."""
+    """Every module whose docstring says how long it takes, by name. The other modules are parts of these commands."""
     files = [*FOLDER.glob("*.py"), FOLDER / "gpu" / "__main__.py"]
     found = []
     for file in files:

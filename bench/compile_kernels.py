@@ -48,13 +48,14 @@ ARCHITECTURES = (90, 100)
 ROWS, HIDDEN, WIDTH = 4096, 7168, 2048
 """Tokens, hidden width and expert width of DeepSeek-V3."""
 SHARED = 227 << 10
-"""Most bytes of shared memory that a block gets on either, if it asks."""
+"""Maximum bytes of shared memory that a block can request on H100 and on B200."""
 TENSOR_CORES = "QGMMA|UTCQMMA|HGMMA|UTCHMMA|QMMA|HMMA"
-"""Instructions that multiply matrices: FP8 on Hopper and on Blackwell, bf16 on these, and those of GPUs before."""
+"""Instructions of tensor cores: FP8 on Hopper and on Blackwell, bf16 on Hopper and on Blackwell, and those of older
+GPUs."""
 THEIR_OWN = {"QGMMA", "UTCQMMA", "HGMMA", "UTCHMMA"}
-"""Those of Hopper and of Blackwell: the others reach a fraction of their rate."""
+"""Tensor-core instructions of Hopper and of Blackwell. The older instructions reach only a fraction of the rate."""
 INSTRUCTION = 16
-"""Bytes of a machine instruction of either."""
+"""Bytes of one machine instruction, on both GPUs."""
 EXECUTED = 4
 """The flag of an ELF file's section that holds machine code."""
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -62,27 +63,28 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 @dataclass(frozen=True)
 class Binary:
-    """A compiled kernel. Loads and stores are counted by bits, as they stand in the program, not as often as loops run them."""
+    """A compiled kernel. Loads and stores are counted by their width in bits. Each instruction of the program counts
+    once, even in a loop."""
 
     registers: int
     spilled: int
-    """Bytes of a thread's registers in memory."""
+    """Bytes of registers that a thread spills to memory."""
     shared: int
     """Bytes of shared memory of a block."""
     loads: Counter[int]
-    """Of global memory."""
+    """Loads from global memory: number of instructions by width in bits."""
     stores: Counter[int]
-    """To global memory."""
+    """Stores to global memory: number of instructions by width in bits."""
     shared_bytewise: int
     """Loads and stores of single bytes of shared memory."""
     matmuls: Counter[str]
-    """Instructions of tensor cores."""
+    """Tensor-core instructions, by name."""
     loop: int
-    """Instructions of the innermost loop that multiplies; 0 without one."""
+    """Number of instructions in the innermost loop with tensor-core instructions; 0 if there is no such loop."""
 
     @property
     def problem(self) -> str | None:
-        """What the gate refuses."""
+        """Why the check fails for this kernel; None if it passes."""
         found = [f"spills {self.spilled} bytes"] if self.spilled else []
         found += [f"stores single bytes, {self.stores[8]} a thread"] if self.stores[8] else []
         found += [f"takes {self.shared} bytes of shared memory"] if self.shared > SHARED else []
@@ -97,7 +99,7 @@ def main() -> int:
 
 
 def table(found: dict[tuple[str, int], Binary]) -> list[str]:
-    """Lines to print."""
+    """The result as lines to print."""
     head = f"{f'kernel, triton {triton.__version__}':42}{'sm':>4}{'registers':>10}{'spilled':>8}{'shared':>7}"
     lines = [f"{head}  {'loads':23}{'stores':15}{'tensor cores':14}{'loop':>5}  shared bytewise"]
     for (name, architecture), binary in found.items():
@@ -109,26 +111,27 @@ def table(found: dict[tuple[str, int], Binary]) -> list[str]:
 
 
 def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[tuple[str, int], Binary]:
-    """Every variant for every architecture, by name and architecture."""
+    """Compiles every variant for every architecture. Returns the kernels by name and architecture."""
     found = {}
     for architecture in architectures:
         kernels = {}
         for name, call in variants().items():
-            print(f"compiling {name} for sm_{architecture}", file=sys.stderr, flush=True)  # which one takes too long
+            print(f"compiling {name} for sm_{architecture}", file=sys.stderr, flush=True)  # names a slow variant
             kernels[name, architecture] = _last_of(call, architecture)
         found |= zip(kernels, _read(list(kernels.values()), architecture), strict=True)
     return found
 
 
 def _last_of(call: Callable, architecture: int) -> triton.compiler.CompiledKernel:
-    """The kernel that a call launches, the last where it launches several."""
+    """The kernel that a call launches. If the call launches several kernels, the last one."""
     with compiling(architecture) as compiled:
         call()
     return compiled[-1]
 
 
 def variants() -> dict[str, Callable]:
-    """The calls of the FP8 engine that differ in what is compiled: formats of the input, of the scales, layouts of the result."""
+    """The calls of the FP8 engine for which Triton compiles different code: they differ in the formats of input and
+    scales, and in the layout of the result."""
     x = torch.empty(ROWS, HIDDEN, dtype=torch.bfloat16)
     q, scale = torch.empty(ROWS, HIDDEN, dtype=E4M3.dtype), torch.empty(HIDDEN // TILE, ROWS).t()
     weight, experts = x[:WIDTH], torch.empty(4, 2 * WIDTH, HIDDEN, dtype=torch.bfloat16)
@@ -193,7 +196,7 @@ def variants() -> dict[str, Callable]:
 
 
 def of_the_model() -> dict[str, Callable]:
-    """What the layers call between the products."""
+    """The kernels that the layers call between the matmuls."""
     bf16 = torch.bfloat16
     h, rows, gates = torch.empty(ROWS, 2 * WIDTH, dtype=bf16), torch.empty(ROWS, WIDTH, dtype=bf16), torch.empty(ROWS)
     q, kv, latent = (torch.empty(1, ROWS, *size, dtype=bf16) for size in ((128, 192), (128, 256), (576,)))
@@ -227,7 +230,8 @@ def of_the_model() -> dict[str, Callable]:
 
 
 def of_the_dispatch() -> dict[str, Callable]:
-    """What brings rows to experts and back: nodes, ranks of a node and experts of a rank of 64, and messages with side words."""
+    """The kernels of dispatch and combine, over the nodes, over the ranks of a node and over the experts of one of 64
+    ranks, and for messages with additional words."""
     ids, side = torch.empty(ROWS, 8, dtype=torch.int64), torch.empty(ROWS, 8, dtype=torch.int16)
     rows, wide = torch.empty(ROWS, HIDDEN, dtype=torch.bfloat16), torch.empty(ROWS, HIDDEN + 16, dtype=torch.bfloat16)
     gates, places = torch.empty(ROWS, 8), torch.empty(ROWS, dtype=torch.int64)
@@ -247,7 +251,7 @@ def of_the_dispatch() -> dict[str, Callable]:
 
 
 def products_of() -> dict[str, Callable]:
-    """The calls of the FP8 engine that multiply: experts of w13, and a dense layer of its size."""
+    """The matmul calls of the FP8 engine: the experts' w13, and a dense layer of the same size."""
     outer, E = 2 * WIDTH, 8
     left, left_scale = torch.empty(ROWS, HIDDEN, dtype=E4M3.dtype), torch.empty(HIDDEN // TILE, ROWS).t()
     right, blocks = torch.empty(E, outer, HIDDEN, dtype=E4M3.dtype), torch.empty(E, outer // TILE, HIDDEN // TILE)
@@ -270,7 +274,8 @@ def products_of() -> dict[str, Callable]:
 
 @contextmanager
 def compiling(architecture: int) -> Iterator[list]:
-    """Launches of the block are compiled for this architecture, and not made; the compiled kernels, in a list that grows."""
+    """Inside this context, a launch compiles its kernel for the architecture and does not run it. Yields a list to
+    which each compiled kernel is appended."""
     compiled, run, before = [], JITFunction.run, driver._active
 
     def compile_only(kernel: JITFunction, *args: Tensor, grid: object, warmup: bool, **options: object) -> None:
@@ -286,13 +291,13 @@ def compiling(architecture: int) -> Iterator[list]:
 
 
 class _Device:
-    """What Triton's launcher asks of a driver before it compiles."""
+    """A stand-in for Triton's driver: it has the methods that the launcher calls before it compiles."""
 
     def __init__(self, architecture: int):
         self._architecture = architecture
 
     def get_current_device(self) -> int:
-        return self._architecture  # compiled kernels are kept by device
+        return self._architecture  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -302,7 +307,8 @@ class _Device:
 
 
 def _read(kernels: list[triton.compiler.CompiledKernel], architecture: int) -> list[Binary]:
-    """What came out, kernel by kernel. Nearly all of a disassembler's time is its start, so one reads the code of all."""
+    """Disassembles the kernels. One call of the disassembler reads the code of all kernels, because nearly all of its
+    time is its start."""
     codes = [_code(kernel.asm["cubin"]) for kernel in kernels]
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"".join(codes))
@@ -318,7 +324,7 @@ def _read(kernels: list[triton.compiler.CompiledKernel], architecture: int) -> l
 
 
 def _code(cubin: bytes) -> bytes:
-    """Machine code of a kernel: the section of its ELF file that can be executed, of which a kernel has one."""
+    """Machine code of a kernel: the only executable section of its ELF file."""
     (table,), (size, count) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HH", cubin, 58)
     sections = [struct.unpack_from("<8xQ8xQQ", cubin, table + index * size) for index in range(count)]
     ((start, length),) = [(start, length) for flags, start, length in sections if flags & EXECUTED]
@@ -343,7 +349,8 @@ def _binary(kernel: triton.compiler.CompiledKernel, lines: list[tuple[str, str]]
 
 
 def _loop(lines: list[tuple[str, str]]) -> int:
-    """Instructions from one to a jump back to it, of the shortest such way that multiplies."""
+    """Number of instructions in the shortest loop with a tensor-core instruction. A loop ends with a jump back to its
+    first instruction."""
     places = {int(address, 16): index for index, (address, _) in enumerate(lines)}
     found = []
     for index, (_, text) in enumerate(lines):
@@ -354,7 +361,7 @@ def _loop(lines: list[tuple[str, str]]) -> int:
 
 
 def _bits(suffix: str) -> int:
-    """Of a load or store, from the suffixes of its instruction."""
+    """Width in bits of a load or store, from the suffixes of its instruction."""
     named = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
     return next((named[part] for part in suffix.split(".") if part in named), 32)
 

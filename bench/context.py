@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 
 
 def config_of(tokens: int, ranks: int, precision: str) -> Config:
-    """One sequence a step."""
+    """The configuration of a run with one sequence per step."""
     return compose(
         "conf=tiny", "cluster.device=cpu", f"seq_len={tokens}", f"model.max_seq_len={tokens}", "batch_size=1", "micro_batch_size=1",
         f"parallel.cp={ranks}", f"precision={precision}",
@@ -47,7 +47,8 @@ def config_of(tokens: int, ranks: int, precision: str) -> Config:
 
 
 def build(config: Config) -> tuple[ParallelModel, Callable[..., StepOutcome]]:
-    """A rank in the process group that there is, and its step by number; all steps have the same random tokens."""
+    """Builds a rank in the existing process group. Returns the rank's model, and a function that runs a step by its
+    number. All steps have the same random tokens."""
     mesh = build_mesh(read_layout(config, config.parallel.world))
     parts = parallelize(config, mesh, CPU, build_kernels("cpu", config.cluster.compiled))
     draw = torch.Generator().manual_seed(1)
@@ -63,7 +64,7 @@ def build(config: Config) -> tuple[ParallelModel, Callable[..., StepOutcome]]:
 
 
 def latents_sent(parts: ParallelModel) -> int:
-    """Bytes since the last call."""
+    """Number of bytes that this rank has sent since the last call."""
     if parts.share is None:
         return 0
     taken = parts.share.counters.take()
@@ -71,7 +72,8 @@ def latents_sent(parts: ParallelModel) -> int:
 
 
 def formula(config: Config) -> int:
-    """Bytes that a rank sends in a step of one pipeline rank: of every layer two gathers and a scatter, for each micro-batch."""
+    """Number of bytes that a rank sends in a step, without a pipeline: two gathers and one scatter for every layer and
+    micro-batch."""
     layers = config.model.layers + config.model.mtp_depth
     return 3 * layers * latent_bytes(config) * (config.batch_size // (config.micro_batch_size * config.parallel.dp))
 
@@ -101,7 +103,7 @@ def run_rank(rank: int, store: str, config: Config, results) -> None:
 
 
 def run(config: Config) -> list[dict[str, float]]:
-    """What every rank found."""
+    """Runs all ranks and returns the result of each."""
     context, world = multiprocessing.get_context("spawn"), config.parallel.world
     results = context.Queue()
     with tempfile.TemporaryDirectory() as store:

@@ -100,7 +100,7 @@ def measure_beside_transformers(options: argparse.Namespace) -> None:
 
 
 def take_turns(sides: dict[str, Callable], rounds: int, tokens: int) -> dict[str, list[float]]:
-    """Tokens per second of each side in each round."""
+    """Runs the sides in turns. Returns the tokens per second of each side in each round."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():

@@ -61,7 +61,7 @@ def _optimizer(parameters) -> torch.optim.Optimizer:
 
 
 class _Layer(nn.Module):
-    """A layer of transformers' model that takes nothing but activations, as PipelineModule wants it."""
+    """A layer of transformers' model whose only input is the activations, as PipelineModule requires."""
 
     def __init__(self, layer: nn.Module, rotary: nn.Module):
         super().__init__()
@@ -83,5 +83,5 @@ def _pipeline(model: "DeepseekV3ForCausalLM", stages: int):
         loss_fn=lambda logits_BTV, targets_BT: F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten()),
         partition_method="parameters",
     )
-    pipeline.config = model.config  # AutoEP reads the sizes of the experts here
+    pipeline.config = model.config  # AutoEP reads the sizes of the experts from this attribute
     return pipeline

@@ -89,7 +89,7 @@ def deepspeed_moe(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     from deepspeed.moe.layer import MoE
 
     layer = MoE(HIDDEN, SwiGLU(dtype), num_experts=EXPERTS, ep_size=RANKS, k=TOP_K, drop_tokens=False)
-    with redirect_stdout(None):  # it says that it makes a group
+    with redirect_stdout(None):  # DeepSpeed prints that it creates a group
         layer.set_deepspeed_parallelism()
     return lambda x_TD: layer(x_TD[None])[0][0]
 
@@ -111,7 +111,7 @@ def deepspeed_autoep(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     ).to(dtype)
     config = parse_autoep_config({"enabled": True, "autoep_size": RANKS, "preset_model": "mixtral"})
     (spec,) = AutoEP(model, config).ep_parser()
-    # Made here and not put back into the model: hooking it up there fails with transformers 5's output recorder.
+    # The layer is not put back into the model, because the output recorder of transformers 5 would then fail.
     layer = AutoEPMoELayer(spec, model.model.layers[0].mlp, ep_size=RANKS, ep_rank=dist.get_rank(), config=config)
     layer.set_deepspeed_parallelism()
 
@@ -135,7 +135,8 @@ def contenders(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def step(layer: Callable[[Tensor], Tensor], x_TD: Tensor, grad_TD: Tensor) -> tuple[float, float]:
-    """Seconds of one forward and backward until every rank is done, and CPU seconds of this rank."""
+    """Returns the seconds of one forward and backward until every rank has finished, and the CPU seconds of this
+    rank."""
     dist.barrier()
     start, cpu = time.perf_counter(), time.process_time()
     layer(x_TD).backward(grad_TD)
@@ -145,13 +146,13 @@ def step(layer: Callable[[Tensor], Tensor], x_TD: Tensor, grad_TD: Tensor) -> tu
 
 
 def worker(rank: int, folder: str, rounds: int, tokens: int, malloc: str) -> None:
-    """One rank; rank 0 leaves its times in FOLDER/times.json."""
+    """Runs one rank. Rank 0 writes the times to FOLDER/times.json."""
     if malloc == "tuned":
         tune_cpu()
     import deepspeed
     import deepspeed.ops
 
-    # The shared-memory collective would be compiled for two minutes and has aborted at exit.
+    # DeepSpeed's shared-memory collective would take two minutes to compile, and it can abort at exit.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     torch.set_num_threads(1)
@@ -181,7 +182,7 @@ DispatchTimes = dict[str, list[tuple[float, float]]]
 
 
 def measure(rounds: int, tokens: int = 1024, malloc: str = "tuned") -> dict[str, DispatchTimes]:
-    """Run the ranks; times by dtype (float32, bfloat16)."""
+    """Runs the ranks. Returns the times by dtype (float32, bfloat16)."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(worker, args=(folder, rounds, tokens, malloc), nprocs=RANKS)
         return json.loads((Path(folder) / "times.json").read_text())

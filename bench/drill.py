@@ -60,10 +60,10 @@ TELLING = {
     "attempt",
     "recovered",
 }
-"""Kinds of events that a drill shows of a fault."""
+"""Kinds of events that a drill prints after a fault."""
 TOLERANCE = 1e-3
-"""Relative difference of losses that passes. A restart with the same dp repeats sums in the same order; the bf16 products
-of another dp round differently."""
+"""Largest relative difference of losses that passes. A restart with the same dp repeats all sums in the same order.
+With another dp, bf16 matmuls round differently."""
 
 
 class Drill:
@@ -77,17 +77,19 @@ class Drill:
         only: str | None = None,
         every: int = 0,
     ):
-        """only: names of the faults to inject, one after another, with commas between them; every: steps from one to the next at least."""
+        """only: names of the faults to inject, in order, separated by commas. every: minimum number of steps between
+        two faults."""
         self._overrides, self._ground, self._say, self._only = [*overrides, *ground.overrides], ground, say, only
         self._every = every
         self.met: dict[str, list[float]] = {}
         """Seconds from each fault to the next checkpoint."""
         self._seen = Age(-1, -1)
         self._fault: tuple[str, float, int] | None = None
-        """What the last one does, when it began, and how many events there were."""
+        """The last fault: its description, its time, and the number of the run's events at that time."""
 
     def run(self, faults: int) -> int:
-        """Inject up to `faults` faults, one after another, each once the run works again; returns its exit code."""
+        """Inject up to `faults` faults, one after another. The next fault comes after the run has recovered. Returns
+        the exit code of the run."""
         ground = self._ground
         choices = [*ground.faults(), self.stop_driver, self.kill_driver]
         if self._only is not None:
@@ -121,8 +123,8 @@ class Drill:
         self._ground.launch(self._overrides)
 
     def _await_steps(self, new_attempt: bool = True, pause: bool = True) -> bool:
-        """Until the run has saved since the last fault, with new_attempt in an attempt that began since, and a little longer;
-        False if the run ended.
+        """Wait until the run has saved a checkpoint after the last fault, and a little longer. False if the run ended.
+        new_attempt: whether an attempt that began after the fault must save it.
         """
         ground = self._ground
         while ground.driver.poll() is None:
@@ -138,7 +140,7 @@ class Drill:
         return False
 
     def _await_step(self, step: int) -> bool:
-        """Until this step is done; False if the run ended."""
+        """Wait until this step is done. False if the run ended."""
         ground = self._ground
         while ground.driver.poll() is None and self._step() < step:
             time.sleep(0.05)
@@ -148,7 +150,7 @@ class Drill:
         return last_record(self._ground.folder / "metrics.jsonl").get("step", 0)
 
     def _tell_cost(self, fault: str, began: float, seen: int) -> None:
-        """What the run said of the last fault, and the seconds that it cost."""
+        """Print the run's events after the last fault, and the seconds until the next checkpoint."""
         self.met.setdefault(fault, []).append(time.time() - began)
         for event in read_events(self._ground.folder)[seen:]:
             if event["kind"] in TELLING:
@@ -174,7 +176,8 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def repeated(folder: Path) -> list[int]:
-    """Steps that metrics.jsonl has twice, or behind a later one: two rank 0 wrote at once."""
+    """Steps that metrics.jsonl has twice, or that follow a later step. This happens if two processes of rank 0 write at
+    once."""
     steps = [record["step"] for record in _records(folder)]
     return [step for before, step in pairwise(steps) if step <= before]
 
@@ -184,7 +187,8 @@ def _records(folder: Path) -> list[dict]:
 
 
 def worst_difference(a: dict[int, float], b: dict[int, float]) -> tuple[int, float]:
-    """Step with the largest relative difference, and that difference; infinite if the steps differ."""
+    """The step with the largest relative difference, and this difference. The difference is infinite if the runs have
+    different steps."""
     if a.keys() != b.keys():
         return min(a.keys() ^ b.keys()), float("inf")
     return max(((step, abs(a[step] - b[step]) / abs(a[step])) for step in a), key=lambda pair: pair[1])
@@ -207,7 +211,7 @@ def main(arguments: list[str]) -> int:
     folders = _folders(config)
     if options.hosts and (why := missing()):
         raise UserError("--hosts", options.hosts, why, "leave it out, or run as root with iproute2")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_CRASH))  # leave neither hosts nor mounts behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_CRASH))  # remove hosts and mounts before the exit
     codes = {}
     for kind, faults in (("unbroken", 0), ("drill", options.faults)):
         started = time.monotonic()
@@ -222,7 +226,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _folders(config: Config) -> dict[str, Path]:
-    """Where the two runs will be; UserError if one is there already."""
+    """Folders of the two runs. Raises UserError if one of them already exists."""
     runs = Path(config.runs).absolute()
     folders = {kind: runs / f"{config.name}-{kind}" for kind in ("unbroken", "drill")}
     for folder in folders.values():
@@ -247,7 +251,7 @@ def _ground(folder: Path, options: argparse.Namespace, config: Config) -> Iterat
 
 
 def _verify(folder: Path) -> int:
-    """Read every checkpoint against its checksums; EXIT_CRASH if one is damaged."""
+    """Check the checksums of every checkpoint. Returns EXIT_CRASH if a checkpoint is damaged."""
     words = [sys.executable, "-m", "train.checkpoint.verify", str(folder)]
     return subprocess.run(words, stdout=subprocess.DEVNULL).returncode
 

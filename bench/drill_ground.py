@@ -24,21 +24,21 @@ from cluster.run_files import MANIFEST, STEP_FOLDERS
 from conf.schema import ROOT
 
 NOTICE_SECONDS = 90.0
-"""Longest wait for the run to notice a fault, in seconds."""
+"""Maximum wait, in seconds, until the run notices a fault."""
 RETURN = 30.0
-"""Longest wait for a host whose link has healed, in seconds."""
+"""Maximum wait, in seconds, until the run takes back a host whose link has healed."""
 
 
 class DrillGround:
-    """This machine, with a Ray of its own in every launch. `folder`: of the run. alone: without Ray, where a broken rank ends
-    the run.
+    """This machine, with a separate Ray for every launch. `folder`: the folder of the run. alone: whether there is no
+    Ray; then a broken rank ends the run.
     """
 
     overrides: tuple[str, ...] = ()
     endured = ("fill_disk", "fill_temporary")
-    """Faults through which the attempt goes on."""
+    """Faults that do not end the attempt."""
     driver: subprocess.Popen
-    """The newest launch, from the first on."""
+    """The driver process of the newest launch; it exists after the first launch."""
 
     def __init__(self, folder: Path, chance: random.Random, alone: bool = False):
         self.folder, self.chance, self._alone = folder, chance, alone
@@ -57,7 +57,7 @@ class DrillGround:
         return self.driver.wait()
 
     def processes(self) -> list[psutil.Process]:
-        """All that belong to the run."""
+        """All processes of the run."""
         return psutil.Process(self.driver.pid).children(recursive=True)
 
     def faults(self) -> list[Callable[[], None]]:
@@ -73,14 +73,14 @@ class DrillGround:
 
     def kill_agent(self) -> None:
         """an agent with a rank is killed"""
-        agents = {rank.ppid() for rank in self._ranks()}  # a spare's agent would not be missed
+        agents = {rank.ppid() for rank in self._ranks()}  # the run would not notice the death of a spare's agent
         self._signal([process for process in self.processes() if process.pid in agents], signal.SIGKILL)
 
     def damage(self) -> None:
         """the newest checkpoint is cut short and a rank is killed"""
         manifests = sorted((self.folder / "checkpoints").glob(f"{STEP_FOLDERS}/{MANIFEST}"))
         if len(manifests) > 1:
-            with contextlib.suppress(FileNotFoundError):  # it is being pruned
+            with contextlib.suppress(FileNotFoundError):  # the run is removing this checkpoint
                 victim = max(manifests[-1].parent.iterdir(), key=lambda path: path.stat().st_size)
                 os.truncate(victim, victim.stat().st_size // 2)
         self.kill_rank()
@@ -97,21 +97,22 @@ class DrillGround:
         return (self.folder / "logs" / "rank_0.log").read_text(errors="replace").count("not written")
 
     def _ranks(self) -> list[psutil.Process]:
-        """Ranks by the log that they write to; a rank in reserve has none."""
+        """The processes of ranks, found by the log that each writes to. A reserve process has no log."""
         found = []
         for process in self.processes():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended just now
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the process ended just now
                 if Path(os.readlink(f"/proc/{process.pid}/fd/1")).name.startswith("rank_"):
                     found.append(process)
         return found
 
     def _signal(self, processes: list[psutil.Process], number: int) -> None:
-        if processes:  # none while the run ends or starts again
+        if processes:  # there is no rank while the run ends or restarts
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.chance.choice(processes).pid, number)
 
     def _await(self, kind: str, seen: int) -> None:
-        """Until the run has written an event of this kind behind the first `seen`; at most NOTICE_SECONDS."""
+        """Wait until the run has written an event of this kind after its first `seen` events; at most
+        NOTICE_SECONDS."""
         deadline = time.monotonic() + NOTICE_SECONDS
         while time.monotonic() < deadline and self.driver.poll() is None:
             if any(event["kind"] == kind for event in read_events(self.folder)[seen:]):
@@ -120,7 +121,7 @@ class DrillGround:
 
 
 class HostsGround(DrillGround):
-    """Network namespaces as hosts, Ray on each; the head and the driver are on the first, which stays whole."""
+    """Network namespaces as hosts, each with Ray. The first host runs the head and the driver, and meets no fault."""
 
     def __init__(self, folder: Path, chance: random.Random, hosts: Hosts, memory: Path):
         super().__init__(folder, chance)
@@ -211,7 +212,7 @@ class HostsGround(DrillGround):
         self._signal([rank for rank in self._ranks() if rank.pid in there], signal.SIGKILL)
 
     def _returned(self, index: int) -> bool:
-        """Whether the run takes the host back, with the Ray that it had, within RETURN seconds."""
+        """Whether the run takes the host back within RETURN seconds, without a restart of the host's Ray."""
         seen, deadline = len(read_events(self.folder)), time.monotonic() + RETURN
         while time.monotonic() < deadline and self.hosts.pids(index, "/raylet/raylet"):
             news = read_events(self.folder)[seen:]
@@ -225,7 +226,7 @@ class HostsGround(DrillGround):
         self.hosts.power_on(index)
 
     def _victim(self) -> tuple[int, int]:
-        """A host with ranks that is not the first, and the number of events so far."""
+        """Returns a host with ranks, except the first host, and the number of events so far."""
         events = read_events(self.folder)
         attempt = [event for event in events if event["kind"] == "attempt"][-1]
         index = self.chance.choice([int(name.removeprefix("h")) for name in attempt["nodes"] if name != "h0"])
@@ -234,10 +235,10 @@ class HostsGround(DrillGround):
 
 @contextlib.contextmanager
 def full(folder: Path) -> Iterator[None]:
-    """The disk of this folder has no room."""
+    """Fills the disk of this folder while the context is open."""
     ballast = folder / "ballast"
     with ballast.open("wb") as file:
-        with contextlib.suppress(OSError):  # others take the last bytes meanwhile
+        with contextlib.suppress(OSError):  # other processes take the last bytes meanwhile
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free)
         try:
             yield
@@ -247,7 +248,7 @@ def full(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
-    """A disk of this size, in memory, mounted at the folder."""
+    """Mounts a disk of this size, in memory, at the folder."""
     folder.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
     try:

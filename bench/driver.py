@@ -2,9 +2,9 @@
 
     python -m bench.driver [--nodes N ...] [--hosts 4] [--window 20] [--out driver.json]
 
-The driver is real, and so are its calls, which Ray carries to other processes, and its pulse by UDP. The nodes, with 8
-ranks each, are simulated: a few host processes represent thousands of agents, which answer like cluster/node/agent.py,
-with ranks that take a step every few seconds. For every number of nodes:
+The driver is real. Its calls, which Ray carries to other processes, and its pulse by UDP are real too. The nodes, with
+8 ranks each, are simulated: a few host processes represent thousands of agents. These agents answer like
+cluster/node/agent.py, and their ranks take a step every few seconds. For every number of nodes:
 
     started      seconds from the driver's first round to the first step, which takes 5 s itself; all nodes joined,
                  checked and ordered; also the processor time of the driver's process and of the hosts until then
@@ -46,19 +46,19 @@ from conf.schema import Config
 
 DEVICES = 8
 TARGETS = {"started": 30.0, "cores": 0.5, "rank dead": 1.0, "node lost": 5.0 + 0.5, "memory": 500.0}
-"""Seconds, cores and MiB, up to 4096 nodes. A node is lost after cluster.heartbeat = 5 s without an answer, and half a second
-is for the driver to see it."""
+"""Upper limits in seconds, cores and MiB, for up to 4096 nodes. A node is lost after cluster.heartbeat = 5 s without an
+answer; the driver has half a second more to notice this."""
 TARGET_NODES = 4096
 SIZES = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
 SHOWN = 40
-"""Characters of what went wrong, in the table."""
+"""Maximum characters of an error message in the table."""
 PATIENCE = 600.0
-"""Seconds for anything to happen before the bench gives up."""
+"""Maximum seconds that the bench waits for any single event."""
 
 
 @dataclass
 class StubActor:
-    """What RayFleet takes for an agent's actor: hands each call to the host of the node."""
+    """Replaces an agent's actor in RayFleet: it passes each call to the host process of the node."""
 
     host: Any
     id: str
@@ -81,7 +81,7 @@ class StubMethod:
 
 
 class StubFleet(RayFleet):
-    """The real fleet, but for which nodes there are."""
+    """The real fleet, except that its list of nodes is simulated."""
 
     def __init__(self, config: Config, nodes: int, hosts: int):
         super().__init__(config)
@@ -95,7 +95,7 @@ class StubFleet(RayFleet):
         self.hosts = [kind.remote() for _ in range(hosts)]
 
     def _list(self) -> list[Node]:
-        self._ray.nodes()  # what the real one asks; a cluster of one answers sooner than thousands would
+        self._ray.nodes()  # the real fleet makes this call too; with thousands of nodes it would take longer
         return self.all
 
     def draining(self) -> dict[str, str]:
@@ -111,7 +111,7 @@ class StubFleet(RayFleet):
         return self._ray.get(getattr(self.host_of(node), what).remote(node))
 
     def spent(self) -> float:
-        """Seconds of processor time of all hosts so far."""
+        """Processor seconds of all host processes so far."""
         return sum(self._ray.get([host.spent.remote() for host in self.hosts]))
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ class StubFleet(RayFleet):
 
 
 def run_config(nodes: int, runs: str) -> Config:
-    """A layout of the full model over these nodes."""
+    """The configuration of the full model, in a layout over these nodes."""
     world = nodes * DEVICES
     pp = 16 if world >= 1024 else 8
     ep = min(64, world // pp)
@@ -134,7 +134,7 @@ def run_config(nodes: int, runs: str) -> Config:
 
 
 class FaultWatch(threading.Thread):
-    """Breaks the run of a driver in its own thread, and measures."""
+    """Injects the faults into a driver's run, from a separate thread, and measures the times."""
 
     def __init__(self, driver: Driver, fleet: StubFleet, window: float):
         super().__init__(daemon=True)
@@ -192,7 +192,7 @@ class FaultWatch(threading.Thread):
 
 
 def measure(nodes: int, hosts: int, window: float, answer: Any) -> None:
-    """Put the figures of a run on so many nodes, or what went wrong, into a pipe."""
+    """Measures a run on `nodes` nodes. Sends the figures, or the error, through a pipe."""
     with tempfile.TemporaryDirectory() as runs:
         config = run_config(nodes, runs)
         folder = Path(runs) / "stub"

@@ -16,9 +16,9 @@ from cluster.node.agent import Answer, Order
 from cluster.node.network_probe import NodeLink
 
 STEP = 5.0
-"""Seconds of a stub's step."""
+"""Duration in seconds of a step on a simulated node."""
 LOOK = 0.2
-"""Seconds between a stub's looks for news."""
+"""Interval in seconds at which a simulated node looks for changes."""
 FOREVER = 3600.0
 
 
@@ -28,7 +28,7 @@ class StubNode:
 
     attempt: int = 0
     ranks: dict[int, int | None] = field(default_factory=dict)
-    """Exit codes."""
+    """Exit code of each rank; None while the rank runs."""
     began: float = 0.0
     told: tuple = (0, [])
     silent: bool = False
@@ -45,7 +45,7 @@ class StubHost:
 
     def __init__(self) -> None:
         self._nodes: dict[str, StubNode] = {}
-        for work in ("_digest_of_program", "_version"):  # one program, thousands of nodes
+        for work in ("_digest_of_program", "_version"):  # computed once for all nodes
             setattr(preflight, work, functools.cache(getattr(preflight, work)))
         self._key = b""
         self._echo = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -53,7 +53,7 @@ class StubHost:
         threading.Thread(target=self._answer_pulse, daemon=True).start()
 
     def _answer_pulse(self) -> None:
-        """As cluster/node/pulse_echo.py does, for all nodes of this host."""
+        """Answers the pulse as cluster/node/pulse_echo.py does, for all nodes of this host."""
         while True:
             datagram, driver = self._echo.recvfrom(pulse.LONGEST_DATAGRAM)
             number, id = pulse.unseal(self._key, pulse.QUESTION, datagram)
@@ -67,11 +67,11 @@ class StubHost:
         return await getattr(self, f"_{method}")(node, *arguments)
 
     async def spent(self) -> float:
-        """Seconds of processor time of this host so far."""
+        """Processor seconds of this host process so far."""
         return time.process_time()
 
     async def be_silent(self, id: str) -> float:
-        """From now on nothing is heard of this node; returns the time."""
+        """This node no longer answers from now on. Returns the time."""
         self._nodes[id].silent = True
         return time.time()
 

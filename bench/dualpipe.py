@@ -1,9 +1,9 @@
 """DualPipe's order of actions, for which torch has no class: two pipelines over the same ranks, one from each end.
 
-V3 report 3.2.1, figure 5 and table 2: `pp` stages, each on the two ranks with equal distance from either end.
-Micro-batches with even numbers enter at rank 0, the others at the last rank. torch's DualPipeV folds one pipeline of
-twice as many stages; its idle time is the same if all stages take equal time. There, a last stage with head and MTP
-module is on one rank; here two ranks share it.
+V3 report 3.2.1, figure 5 and table 2: there are `pp` stages. Each stage is on two ranks: one at the same distance from
+the first rank as the other from the last rank. Micro-batches with even numbers enter at rank 0, the others at the last
+rank. torch's DualPipeV folds one pipeline of twice as many stages; its idle time is the same if all stages take equal
+time. In DualPipeV one rank has the last stage, with head and MTP module; in DualPipe two ranks share it.
 """
 
 from collections import Counter, deque
@@ -12,16 +12,18 @@ from parallel.pipeline.orders import Action
 
 
 def dualpipe_actions(pp: int, micro_batches: int) -> list[list[Action]]:
-    """What every rank computes, in order. Both even, and at least two micro-batches a rank."""
+    """Returns the actions of every rank, in order. `pp` and `micro_batches` must be even, with at least two
+    micro-batches per rank."""
     return [_of_rank(rank, pp, micro_batches) for rank in range(pp)]
 
 
 def _of_rank(rank: int, pp: int, micro_batches: int) -> list[Action]:
     near = min(rank, pp - 1 - rank)
-    """Ranks between this one and the nearer end: its stage of the pipeline from there, which is way 0; the other is way 1."""
+    """Number of ranks between this rank and the nearer end. It is the rank's stage in the pipeline from this end (way
+    0); the pipeline from the other end is way 1."""
     stages, rest = (near, pp - 1 - near), pp // 2 - 1 - near
     pairs = ["F0B1", "F1B0"] * (micro_batches // 2 - pp + near + 1)
-    if not rest:  # in the middle the first pair has nothing to wait beside
+    if not rest:  # the middle ranks have no work that could overlap the wait of the first pair
         pairs[:1] = ["F0", "B1"]
     last = [f"{'B' if at <= near else 'I'}{1 - at % 2}" for at in range(2 * near + 2)]
     words = [

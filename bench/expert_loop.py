@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 def expert_loop(rows_RD: Tensor, gates_R: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor) -> Tensor:
-    """w2(silu(w1 x) * w3 x * gate) for every row and its expert, (R, D) in the rows' format."""
+    """Returns w2(silu(w1 x) * w3 x * gate) for every row x and its expert, (R, D) in the rows' dtype."""
     return _ExpertLoop.apply(rows_RD, gates_R, w13_E2FD, w2_EDF, counts_E.tolist())
 
 

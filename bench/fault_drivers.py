@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 FAILURES = 20
-"""Restarts that every system is allowed."""
+"""Maximum number of restarts of every system."""
 
 
 def sluice(runs: str, *overrides: str) -> int:

@@ -1,4 +1,4 @@
-"""Small faults that a callback of the recipe injects into a training rank; the product knows nothing of them.
+"""Small faults that a callback of the recipe injects into a training rank. The product has no code for these faults.
 
 `Saboteur` is the callback. At the end of the previous step it installs its faults on the affected ranks. The fault acts
 in the next step and records its time in the run's folder. See bench/faults_named.py.
@@ -22,19 +22,19 @@ import torch
 import torch.distributed as dist
 
 STRIKES_AFTER = 6
-"""Steps that are as usual."""
+"""Number of normal steps before the fault."""
 LONG = 1e6
 MEMORY_GROUPS, GROUP_PREFIX = Path("/sys/fs/cgroup/memory"), "faults-named-"
-"""Where control groups of version 1 are, and the names of those of this benchmark."""
+"""Folder of the control groups of version 1, and the prefix of the names of this benchmark's groups."""
 _now = time.time
 _step = [0]
-"""The step that is done."""
+"""The newest completed step."""
 _strikes: list[Path] = []
-"""Where the moment of the fault is noted."""
+"""File that records the time of the fault."""
 
 
 class Saboteur:
-    """See the top of the file. faults: by rank the name of one of the table below."""
+    """The callback, see the module docstring. faults: for each faulty rank the name of a fault in FAULTS."""
 
     def __init__(self, faults: dict[int, str]):
         self._faults = {int(rank): name for rank, name in faults.items()}
@@ -48,20 +48,20 @@ class Saboteur:
 
 
 def strike() -> None:
-    """The fault happens now."""
+    """Records that the fault happens now."""
     if not _strikes[0].exists():
         _strikes[0].write_text(str(_now()))
 
 
 class NoWork:
-    """What stands for a collective that was left out."""
+    """Returned in place of the work of a collective that was left out."""
 
     def wait(self, *_: object) -> None:
         pass
 
 
 def meddle(name: str, number: int, act: Callable) -> None:
-    """Have the call of this number of a function of torch.distributed done by `act`."""
+    """Replaces the `number`-th call of a function of torch.distributed by `act`."""
     original, calls = getattr(dist, name), itertools.count(1)
 
     def meddled(*given: Any, **named: Any) -> Any:
@@ -99,7 +99,7 @@ def delay(original: Callable, *given: Any, **named: Any) -> Any:
 
 
 def swap_all_reduces(run: Any) -> None:
-    """The next two change places."""
+    """The next two all-reduces run in the wrong order."""
     original, kept = dist.all_reduce, []
 
     def first(_: Callable, *given: Any, **named: Any) -> None:
@@ -125,7 +125,7 @@ def gather_instead(original: Callable, tensor: Any, *given: Any, **named: Any) -
 
 
 def in_forward(run: Any, act: Callable[[], Any], layer: int = -1) -> None:
-    """At the next forward of a block."""
+    """Calls `act` at the next forward of a block."""
     block = list(run.chunks[0].layers.values())[layer]
 
     def enter(module: Any, given: tuple) -> None:
@@ -148,7 +148,7 @@ def in_backward(run: Any, act: Callable[[], Any]) -> None:
 
 
 def in_loader(act: Callable[[], Any]) -> None:
-    """At the next sequence that the loader makes; some batches are ready."""
+    """Calls `act` at the next sequence that the loader builds. Some earlier batches are already built."""
     from train.data import dataset
 
     original = dataset._Rows.of
@@ -219,7 +219,7 @@ def leave(code: int) -> Callable[[], None]:
 
 
 def poison(kind: str) -> Callable[[Any], None]:
-    """A number that is not finite from the next step on."""
+    """From the next step on, a number is not finite."""
 
     def install(run: Any) -> None:
         strike()
@@ -240,7 +240,7 @@ def poison(kind: str) -> Callable[[Any], None]:
 
 
 def flip_bit(run: Any) -> None:
-    """One bit of one weight of this copy."""
+    """Flips one bit of one weight on this replica."""
     strike()
     block = list(run.chunks[0].layers.values())[-1]
     weight = next(param for param in block.parameters() if param.dim() == 2 and param.numel())
@@ -250,7 +250,7 @@ def flip_bit(run: Any) -> None:
 
 
 def flip_state(name: str) -> Callable[[Any], None]:
-    """One bit of one master weight or moment, behind an update."""
+    """Flips one bit of one master weight or moment, after an update."""
 
     def install(run: Any) -> None:
         strike()
@@ -265,7 +265,7 @@ def flip_state(name: str) -> Callable[[Any], None]:
 
 
 def drop_message(keep: Callable[[Any], bool]) -> Callable[[Any], None]:
-    """Leave a send or a receive of a pipeline out."""
+    """Leaves out one send or receive of a pipeline."""
 
     def install(run: Any) -> None:
         original = dist.batch_isend_irecv
@@ -297,12 +297,12 @@ def resize_message(run: Any) -> None:
 
 
 def die_in_helper(run: Any) -> None:
-    """A thread of the user's ends the process."""
+    """A thread of user code ends the process."""
     threading.Thread(target=lambda: (strike(), os._exit(1)), daemon=True).start()
 
 
 def run_out_of_memory() -> None:
-    """In a control group of its own, as a batch system gives one: the kernel kills it."""
+    """Takes too much memory in a separate control group, as a batch system creates it. The kernel kills the process."""
     group = MEMORY_GROUPS / f"{GROUP_PREFIX}{os.getpid()}"
     group.mkdir()
     (group / "memory.limit_in_bytes").write_text(str(64 << 20))
@@ -313,7 +313,7 @@ def run_out_of_memory() -> None:
 
 
 def set_clock(seconds: float) -> Callable[[Any], None]:
-    """This process takes another time for the right one."""
+    """The clock of this process is wrong by so many seconds."""
 
     def install(run: Any) -> None:
         time.time = lambda: _now() + seconds
@@ -322,7 +322,7 @@ def set_clock(seconds: float) -> Callable[[Any], None]:
 
 
 def hang_in_saves(run: Any) -> None:
-    """The disk takes no checkpoint any more."""
+    """From now on, writing a checkpoint to the disk hangs."""
 
     def wait(file: Any) -> None:
         strike()
@@ -332,7 +332,7 @@ def hang_in_saves(run: Any) -> None:
 
 
 def refuse_saves(run: Any) -> None:
-    """The disk of this rank takes no checkpoint, and no word about that."""
+    """On this rank, the disk refuses every checkpoint, and also the file that would report this failure."""
     from train.checkpoint import commit
     from train.checkpoint.staging import StagingBuffers
 
@@ -344,7 +344,7 @@ def refuse_saves(run: Any) -> None:
 
 
 def fail_by_wrong_clock(run: Any) -> None:
-    """The clock of this process is set an hour ahead, and then it fails."""
+    """The clock of this process is set an hour ahead, and then the process fails."""
     set_clock(3600.0)(run)
     in_forward(run, raise_error)
 
@@ -354,7 +354,7 @@ def raise_interrupt() -> None:
 
 
 def gather_every_third_step(leaves_out: bool) -> Callable[[Any], None]:
-    """All ranks gather something in every third step; one of them leaves that out after some times."""
+    """All ranks gather a value in every third step. With leaves_out, one rank stops doing this after some steps."""
 
     def install(run: Any) -> None:
         original, done = run.chunks[0].forward, [_step[0]]
@@ -374,7 +374,7 @@ def gather_every_third_step(leaves_out: bool) -> Callable[[Any], None]:
 
 
 def keep_other_version(run: Any) -> None:
-    """Of code which sums everything a second time, in half of the precision."""
+    """This rank has another version of the code: it sums every tensor a second time, in half precision."""
     original = dist.all_reduce
 
     def twice(tensor: Any, *given: Any, **named: Any) -> Any:
@@ -465,4 +465,4 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "send_of_half": resize_message,
 }
 EARLY = {"clock_ahead", "clock_behind", "periodic", "periodic_left_out", "version"}
-"""Faults that are there from the first step on."""
+"""Faults that exist from the first step on."""

@@ -20,15 +20,16 @@ from cluster.spawn import die_with_parent
 
 NETWORK, DEVICE = "10.88.0", "tun0"
 LINKS = {"link_cut": (0.0, 1.0), "link_lossy": (0.0, 0.9), "link_slow": (2e-4, 0.0)}
-"""Of a fault, seconds that a byte takes, and the share of packets that are lost."""
+"""For each fault: seconds that a byte takes, and the share of packets that are lost."""
 _NEW_NETWORK, _SET_DEVICE, _TUN_WITHOUT_HEADER = 0x40000000, 0x400454CA, 0x1001
 
 
 class LinkedHosts:
-    """`count` hosts. The links of `faults`, by host, break once there is the file struck_HOST of the folder."""
+    """`count` hosts. `faults` has the fault of a host's link. The link breaks when the file struck_HOST appears in the
+    folder."""
 
     def __init__(self, count: int, faults: dict[int, str], folder: Path):
-        """OSError where namespaces or devices are not allowed."""
+        """Raises OSError if namespaces or devices are not allowed."""
         self._libc = ctypes.CDLL(None, use_errno=True)
         mine, self._spaces, tunnels = os.open("/proc/self/ns/net", os.O_RDONLY), list[int](), list[int]()
         for host in range(count):
@@ -45,7 +46,7 @@ class LinkedHosts:
             relay(tunnels, faults, folder)
 
     def enter(self, host: int) -> None:
-        """This process is on that host from here on."""
+        """From now on this process runs on that host."""
         self._call(self._libc.setns, self._spaces[host], _NEW_NETWORK)
 
     def _call(self, function: Callable[..., int], *given: int) -> None:
@@ -54,7 +55,7 @@ class LinkedHosts:
 
 
 def relay(tunnels: list[int], faults: dict[int, str], folder: Path) -> None:
-    """Hand packets on until killed."""
+    """Forward packets until this process is killed."""
     waiting, free, chance, broken = [], dict[tuple[int | None, bool], float](), random.Random(0), set[int]()
     look = 0.0
     while True:

@@ -27,13 +27,13 @@ from torch import nn
 
 WIDTH = 256
 STEP_SECONDS = 0.1
-"""Of waiting in each step: the work of a device, which here must not compete for the cores."""
+"""Seconds that each step waits. The wait stands for the work of a device, and does not use the cores."""
 SAVE_EVERY = 10
 """Steps between checkpoints."""
 
 
 class StepLog:
-    """Appends to steps.jsonl, one write a line, so that lines of ranks never mix."""
+    """Appends to steps.jsonl. One write call writes one line, so that lines of several ranks never mix."""
 
     def __init__(self, folder: Path, rank: int):
         self._path = folder / "steps.jsonl"
@@ -46,7 +46,8 @@ class StepLog:
 
 
 def train(folder: Path, timeout: float) -> None:
-    """Train until killed. `timeout` is for collectives, where the launcher has not made the process group."""
+    """Train until this process is killed. If the launcher has not created the process group, `timeout` applies to its
+    collectives."""
     rank = int(os.environ["RANK"])
     record = StepLog(folder, rank)
     torch.set_num_threads(1)
@@ -82,7 +83,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.G
 
 
 def _save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Whole or not at all: the manifest, which makes it count, is written last."""
+    """Save a checkpoint. The manifest is written last; without it the checkpoint does not count."""
     path = folder / "checkpoints" / f"step_{step:08d}"
     path.mkdir(parents=True, exist_ok=True)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path / "state.pt")
@@ -91,7 +92,7 @@ def _save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Opti
 
 
 def _load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Step of the newest checkpoint, whose state the model takes; 0 if there is none."""
+    """Load the newest checkpoint into the model. Returns its step; 0 if there is no checkpoint."""
     newest = max((folder / "checkpoints").glob("step_*/manifest.json"), default=None)
     if newest is None:
         return 0

@@ -23,7 +23,7 @@ from cluster.driver.journal import read_events
 from cluster.driver.view import last_record
 
 TIMEOUT = 10
-"""Seconds without a step, or in one collective, after which a system may call it a hang."""
+"""Seconds without a step, or in one collective, after which a system may report a hang."""
 HOSTS = 3
 TOY = [
     "conf=tiny", "model.hidden=32", "model.layers=2", "model.experts=8", "model.vocab_size=512", "seq_len=32",
@@ -37,7 +37,7 @@ SLUICE = [
 
 
 class PlainLog:
-    """What the ranks of the plain loop wrote, see bench/fault_loop.py."""
+    """Reads what the ranks of the plain loop wrote (bench/fault_loop.py)."""
 
     def __init__(self, folder: Path):
         self._path = folder / "steps.jsonl"
@@ -48,22 +48,23 @@ class PlainLog:
         return [line for line in found if line["kind"] == kind]
 
     def first_step(self) -> float | None:
-        """Time of the first step of all."""
+        """Time of the first step of any rank."""
         return min((line["time"] for line in self.lines("step")), default=None)
 
     def step(self) -> int:
-        """The newest step that is done."""
+        """The newest completed step."""
         return max((line["step"] for line in self.lines("step")), default=0)
 
     def victim(self, host: str, hosts: Hosts) -> int:
-        """Process of the rank that steps on this host."""
+        """Process of the rank that runs on this host."""
         return next(line["pid"] for line in reversed(self.lines("step")) if line["host"] == host)
 
     def pids(self) -> set[int]:
         return {line["pid"] for line in self.lines("start")}
 
     def next_step(self, fault: float) -> tuple[float, int] | None:
-        """Time of the first step of ranks started after the fault, and how many steps they did again to get there."""
+        """Time of the first step of the ranks that started after the fault, and the number of steps that these ranks
+        repeated."""
         steps = self.lines("step")
         again = min((line for line in steps if line["born"] > fault), key=lambda line: line["time"], default=None)
         if again is None:
@@ -73,7 +74,8 @@ class PlainLog:
 
 
 class WarmPlainLog(PlainLog):
-    """The same where processes wait in reserve, born before the fault: ranks are told apart by their start in a group."""
+    """A PlainLog for systems with reserve processes. These start before the fault, so a rank's time of joining a group
+    replaces its start."""
 
     def lines(self, kind: str) -> list[dict]:
         starts = {line["pid"]: line["time"] for line in super().lines("start")}
@@ -81,7 +83,7 @@ class WarmPlainLog(PlainLog):
 
 
 class TrainerLog:
-    """What Sluice's driver and trainer wrote to the run folder."""
+    """Reads what Sluice's driver and trainer wrote to the run folder."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -93,7 +95,7 @@ class TrainerLog:
         return last_record(self._folder / "metrics.jsonl").get("step", 0)
 
     def victim(self, host: str, hosts: Hosts) -> int:
-        """A rank, by the log that it writes to; one in reserve has none."""
+        """Process of the rank on this host, found by the log that it writes to. A reserve process has no log."""
         for pid in hosts.pids(int(host[1:])):
             output = Path(f"/proc/{pid}/fd/1")
             if output.exists() and output.readlink().name.startswith("rank_"):
@@ -101,7 +103,7 @@ class TrainerLog:
         raise ProcessLookupError(f"no rank on {host}")
 
     def pids(self) -> set[int]:
-        return set()  # they die with their agent
+        return set()  # the ranks die with their agent
 
     def next_step(self, fault: float) -> tuple[float, int] | None:
         recovered = (e for e in read_events(self._folder) if e["kind"] == "recovered" and e["time"] > fault)
@@ -113,12 +115,13 @@ Words = list[str]
 
 @dataclass(frozen=True)
 class System:
-    """One system. `folder` below is that of a trial."""
+    """One system. In its functions, `folder` is the folder of a trial."""
 
     on_ray: bool
     """Whether the hosts run Ray."""
     commands: Callable[[Path, str | None], dict[int, Words]]
-    """(folder, address of Ray, or None for one machine without) -> command line behind the interpreter, by host."""
+    """(folder, address of Ray; None on one machine without Ray) -> for each host the command line after the
+    interpreter."""
     log: Callable[[Path], PlainLog | TrainerLog]
     detected: Callable[[Path, float], float | None]
     """(folder, time of the fault) -> when the system noticed."""
@@ -169,7 +172,7 @@ def _callback(folder: Path, fault: float) -> float | None:
 
 
 def _agent_log(folder: Path, fault: float) -> float | None:
-    """First line of any torchrun agent that says a rank failed; its clock is this machine's."""
+    """Time of the first line in which a torchrun agent reports a failed rank. The agents use this machine's clock."""
     found = []
     for path in folder.glob("output_*.log"):
         for day, clock in re.findall(r"^[EWI](\d{4}) (\S+) .*(?:exitcode|FAILED|UNHEALTHY)", path.read_text(), re.M):
@@ -196,5 +199,5 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
 }
-"""For every command; Ray Train's defaults for the last two are 2 and 60."""
+"""Environment of every command. Ray Train's defaults for the last two variables are 2 and 60."""
 PYTHON = sys.executable

@@ -44,16 +44,16 @@ from bench.hosts import Hosts, missing
 from conf.schema import ROOT
 
 VICTIM = 1
-"""Host that meets the fault; h0 holds the drivers."""
+"""Number of the host that meets the fault. The drivers run on h0."""
 NODE_FAULTS = ("power_off", "link_cut")
 FAULTS = ("rank_kill", "power_off", "link_cut", "hang")
 KINDS = (*FAULTS, "start", "start_local")
 SETTLED = 20.0
-"""Seconds from the first step to the fault, at least."""
+"""Minimum seconds from the first step to the fault."""
 
 
 class Launch:
-    """The processes of one trial, in `with`."""
+    """The processes of one trial. Use it in `with`."""
 
     def __init__(self, system: System, hosts: Hosts, local: bool):
         self.system, self._hosts = system, hosts
@@ -75,7 +75,8 @@ class Launch:
             )
 
     def wait(self, what: Callable[[], object], deadline: float) -> object:
-        """Its first true value; None once the deadline (Unix time) has passed or the command on h0 has ended."""
+        """Calls `what` until its value is true, and returns this value. None if the deadline (Unix time) has passed or
+        the command on h0 has ended."""
         while time.time() < deadline:
             if value := what():
                 return value
@@ -85,7 +86,7 @@ class Launch:
         return None
 
     def ended(self) -> int | None:
-        """Exit code of the command on h0."""
+        """Exit code of the command on h0; None while it runs."""
         return self._processes[0].poll()
 
     def output(self) -> str:
@@ -102,7 +103,7 @@ class Launch:
             if self._hosts.ray:
                 ours = self.log.pids() & set(self._hosts.pids(host))
                 for pid in ours:
-                    with contextlib.suppress(ProcessLookupError):  # it ended just now
+                    with contextlib.suppress(ProcessLookupError):  # the process ended just now
                         os.kill(pid, signal.SIGKILL)
             else:
                 self._hosts.signal(host, signal.SIGKILL)
@@ -111,7 +112,7 @@ class Launch:
 
 
 def trial(system: System, kind: str, hosts: Hosts, limit: float) -> dict:
-    """One launch and what became of it; see the top of the file for `kind`."""
+    """Runs one launch and returns its result. The module docstring lists the values of `kind`."""
     with Launch(system, hosts, local=kind == "start_local") as launch:
         result = {"outcome": "", "start": None, "detected": None, "next_step": None, "steps_lost": None}
         first = launch.wait(launch.log.first_step, launch.started + limit)
@@ -162,8 +163,8 @@ def _end(launch: Launch, what: str, limit: float) -> dict:
 def run_round(
     cells: list[tuple[str, str]], limit: float, deadline: float, keep: Callable[[str, str, dict], None]
 ) -> None:
-    """One trial of every cell; those with Ray on the hosts first, the others on hosts without. None begins after the
-    deadline (monotonic)."""
+    """Runs one trial of every cell: first the cells that need Ray on the hosts, then the others, on hosts without Ray.
+    No trial begins after the deadline (monotonic clock)."""
     for ray in (True, False):
         mine = [(name, kind) for name, kind in cells if (SYSTEMS[name].on_ray and kind != "start_local") == ray]
         if not mine or time.monotonic() > deadline:
@@ -182,7 +183,7 @@ def run_round(
 
 
 def summary(trials: list[dict]) -> dict:
-    """Medians of the trials that have the figure, and how they ended."""
+    """Medians of each figure over the trials that have it, and how the trials ended."""
     median = {}
     for key in ("start", "detected", "next_step", "steps_lost"):
         values = [one[key] for one in trials if one.get(key) is not None]
@@ -216,7 +217,7 @@ def main() -> None:
     options = parser.parse_args()
     if why := missing():
         parser.error(why)
-    signal.signal(signal.SIGTERM, lambda *_: parser.exit(143))  # so that hosts are removed then, too
+    signal.signal(signal.SIGTERM, lambda *_: parser.exit(143))  # so that SIGTERM removes the hosts too
     results: dict[tuple[str, str], list[dict]] = {}
 
     def keep(name: str, kind: str, result: dict) -> None:

@@ -1,4 +1,4 @@
-"""Small faults in ranks that train: is the right rank named, with the right cause, and after how many seconds?
+"""Small faults in training ranks: does the run name the right rank and the right cause, and after how many seconds?
 
     python -m bench.faults_named [--only NAME ...] [--limit 90] [--address HOST:PORT] [--out faults_named.json]
 
@@ -61,7 +61,7 @@ LAYOUTS = {
 
 
 HARMLESS = ("clock_ahead", "clock_behind", "periodic")
-"""What ranks do that hold nobody up."""
+"""Faults that delay no other rank."""
 
 
 class FaultCase(NamedTuple):
@@ -69,18 +69,18 @@ class FaultCase(NamedTuple):
 
     layout: str
     faults: dict[int, str]
-    """By rank, a fault of bench/fault_hooks.py."""
+    """For each faulty rank, a fault of bench/fault_hooks.py."""
     right: tuple[str, ...]
-    """Faults or kinds of causes that are right."""
+    """Faults or kinds of causes that count as the right answer."""
     words: str = ""
-    """That the sentence must have."""
+    """Text that the incident's sentence must contain."""
     launcher: str = "local"
     settings: tuple[str, ...] = ()
-    """Of the recipe."""
+    """Additional settings of the recipe."""
 
     @property
     def culprits(self) -> list[int]:
-        """A clock that differs holds nobody up: it must not mislead."""
+        """The ranks that the run must name. A harmless fault, such as a wrong clock, has no culprit."""
         return sorted(rank for rank, fault in self.faults.items() if fault not in HARMLESS)
 
     @property
@@ -207,19 +207,20 @@ CASES = (
 
 
 class Judged(NamedTuple):
-    """What came of a trial."""
+    """The result of a trial."""
 
     case: str
     rank: bool
-    """All culprits and no other were named."""
+    """Whether the run named all culprits and no other rank."""
     cause: bool
     seconds: float | None
     said: str
-    """What was named, for a person."""
+    """What the run named, as text."""
 
 
 def run_case(case: FaultCase, folder: Path, limit: float, address: str | None = None) -> Judged:
-    """Try one fault. folder: of corpus, cache and runs. address: of the Ray that plays `ray`, in place of one of its own."""
+    """Run one trial. folder: for corpus, cache and runs. address: a running Ray for the launcher `ray`; None: the trial
+    starts its own Ray."""
     config = _config(case, folder, address)
     run = Path(config.runs) / config.name
     (run / "logs").mkdir(parents=True, exist_ok=True)
@@ -231,29 +232,30 @@ def run_case(case: FaultCase, folder: Path, limit: float, address: str | None = 
     while driver.is_alive() and time.time() < started + limit and not _is_named(case, run, started):
         driver.join(0.1)
     if driver.is_alive():
-        os.kill(driver.pid or 0, signal.SIGKILL)  # its ranks die with it
+        os.kill(driver.pid or 0, signal.SIGKILL)  # the ranks die with the driver
         driver.join()
     for group in MEMORY_GROUPS.glob(f"{GROUP_PREFIX}*"):
-        with suppress(OSError):  # of a rank that is there still
+        with suppress(OSError):  # a process of this group is still alive
             group.rmdir()
     return judge_case(case, run, started)
 
 
 def _is_named(case: FaultCase, run: Path, started: float) -> bool:
-    """Whether a warning names who holds the run up; it would be ended much later. A Ray is left to end by itself."""
+    """Whether a warning already names the blocking rank; the run itself would end much later. A run on Ray ends by
+    itself."""
     found = newest_incident(run / "logs")
     return case.launcher != "ray" and found is not None and found[1]["time"] > started and found[1]["kind"] == "hang"
 
 
 def judge_case(case: FaultCase, run: Path, started: float) -> Judged:
-    """Hold what the run says of its end against the fault."""
+    """Compare the run's incident with the injected fault."""
     struck = [float(path.read_text()) for path in run.glob("struck_*")]
     found = newest_incident(run / "logs")
     if not struck:
         return Judged(case.name, False, False, None, "the fault did not come to pass")
     if found is None and (
         slow := [event for event in read_events(run) if event["kind"] == "straggler"]
-    ):  # which breaks nothing
+    ):  # a slow rank leaves no incident
         found = run, slow[0] | {"ranks": sorted({event["rank"] for event in slow}), "fault": "slow"}
     if found is None or found[1]["time"] < started:
         return Judged(case.name, False, False, None, "no incident")
@@ -287,7 +289,7 @@ def _config(case: FaultCase, folder: Path, address: str | None) -> Config:
 
 
 def drive(case: FaultCase, config: Config, run: Path) -> None:
-    """In a process of its own: start the ranks as the launcher does, and see them end."""
+    """Start the ranks as the launcher does, and wait for their end. Runs in a separate process."""
     with (run / "driver.log").open("wb") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
@@ -315,7 +317,7 @@ def _work_on_host(
 
 
 def _work(config: Config, world: int, logs: Path | None, environment: dict[str, str]) -> int:
-    """One rank, in its own process."""
+    """Runs one rank in its own process."""
     from train.worker import run_rank
 
     rank = int(environment["RANK"])
@@ -323,7 +325,7 @@ def _work(config: Config, world: int, logs: Path | None, environment: dict[str, 
 
 
 def _drive_like_torchrun(work: Callable, world: int, run: Path) -> None:
-    """Ranks meet at rank 0, nobody watches them, and the first to fail ends all."""
+    """Runs the ranks without a driver. They meet at rank 0, and the first failure ends all ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -348,7 +350,7 @@ def _drive_like_torchrun(work: Callable, world: int, run: Path) -> None:
             sys.exit(EXIT_OK)
         time.sleep(0.05)
         if any(rank.poll() not in (None, EXIT_OK) for rank in ranks):
-            time.sleep(3.0)  # torchrun gives the others up to 30 s behind SIGTERM
+            time.sleep(3.0)  # torchrun gives the other ranks up to 30 s after SIGTERM
             break
     for rank in ranks:
         if rank.poll() is None:
@@ -357,7 +359,7 @@ def _drive_like_torchrun(work: Callable, world: int, run: Path) -> None:
 
 
 def show_judged(judged: Sequence[Judged]) -> None:
-    """A table, and what it comes to."""
+    """Prints a table of the results, and a summary."""
     for one in judged:
         seconds = f"{one.seconds:5.1f} s" if one.seconds is not None else "      -"
         say(
@@ -390,7 +392,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def import_ahead() -> None:
-    """What ranks need, once: they are forks of this process, which computes nothing."""
+    """Imports once what the ranks need. The ranks are forks of this process, which itself computes nothing."""
     from parallel.zero.deepspeed_patches import import_deepspeed
     from train import worker  # noqa: F401
 

@@ -27,9 +27,9 @@ from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 
 LINEAR = ((4096, 512, 1536), (4096, 1024, 1024), (4096, 2048, 1024), (2048, 2048, 2048))
-"""Tokens, inputs, outputs: V3's attention and FFN projections at a quarter to a half of their widths."""
+"""Sizes (tokens, inputs, outputs): V3's attention and FFN projections at a quarter to a half of their widths."""
 EXPERTS = ((4096, 8, 64, 512, 256), (4096, 8, 32, 1024, 512), (2048, 4, 16, 2048, 512))
-"""Tokens, experts per token, experts, width, inner width."""
+"""Sizes: tokens, experts per token, experts, width, inner width."""
 MODELS = (("tiny", []), ("tiny", ["model.hidden=512", "model.expert_width=256", "model.kv_rank=128"]))
 """Recipes and settings."""
 

@@ -40,7 +40,7 @@ BASE = "bf16"
 DECAY = 0.9
 BOUND = 0.0025
 SETTLED = 100
-"""Steps after which the mean of the difference is taken."""
+"""First step that counts in the mean of the difference."""
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#a463f2")
 
 
@@ -86,7 +86,7 @@ def settled(by_seed: list[list[float]]) -> tuple[float, float]:
 
 
 def train(recipe: str, seed: int, options: argparse.Namespace, overrides: list[str]) -> list[float]:
-    """Main loss of every step of the run of a recipe and a seed."""
+    """Trains a recipe with a seed. Returns the main loss of every step."""
     name = f"{recipe}_{seed}"
     metrics = options.out / name / "metrics.jsonl"
     if len(read(metrics)) < options.steps:
@@ -101,7 +101,7 @@ def train(recipe: str, seed: int, options: argparse.Namespace, overrides: list[s
 
 
 def read(metrics: Path) -> list[float]:
-    """main_loss of every step; of a step that was taken twice, after a resume, the later."""
+    """main_loss of every step. If a resume repeated a step, its later value."""
     if not metrics.exists():
         return []
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -122,7 +122,7 @@ def relative(values: list[float], base: list[float]) -> list[float]:
 
 
 def draw(difference: dict[str, list[float]], width: int = 720, height: int = 360) -> str:
-    """An SVG of the differences in per cent over the steps, and the paper's bound."""
+    """Returns an SVG: the differences in per cent over the steps, with the paper's bound."""
     left, right, top, bottom = 60, width - 110, 20, height - 40
     steps = max(len(values) for values in difference.values())
     limit = 1.1 * max([2 * BOUND, *(abs(value) for values in difference.values() for value in values)])

@@ -46,17 +46,17 @@ from pathlib import Path
 from bench.growth_cell import Arithmetic, Cell, Sample
 
 SLACK = 1.15
-"""Of time or memory of a row over the row above, beyond what arithmetic allows."""
+"""Factor by which the time or memory of a row may grow beyond the growth that the arithmetic explains."""
 EXPERTS_WIDTH = 16384
-"""Of all experts of a layer together in `finer`."""
+"""Total width of all experts of a layer in the sweep `finer`."""
 LIMIT = 300.0
-"""Seconds that a cell may take."""
+"""Maximum seconds of a cell."""
 
 Sweep = dict[int, Cell]
 
 
 def sweeps(quick: bool) -> dict[str, Sweep]:
-    """Cells by size, of every sweep. quick: two small sizes each, few steps."""
+    """The cells of every sweep, by size. quick: each sweep has only two small sizes and few steps."""
     experts = (8, 16) if quick else (8, 16, 32, 64, 128, 256)
     lengths = (64, 128) if quick else (512, 1024, 2048, 4096, 8192, 16384)
     words = (512, 1024) if quick else (2048, 8192, 32768, 129280)
@@ -77,9 +77,10 @@ def sweeps(quick: bool) -> dict[str, Sweep]:
 
 
 def measure(cell: Cell) -> Sample:
-    """The cell in fresh processes, one a rank: the slowest rank's wall times, their mean CPU time, the largest peaks.
+    """Runs the cell in new processes, one per rank. Returns the wall times of the slowest rank, the mean CPU time of
+    the ranks, and the largest memory peaks.
 
-    RuntimeError, with what it said last, where a rank fails or does not end.
+    If a rank fails or does not end, raises RuntimeError with the last output of this rank.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(cell.threads), "GLOO_SOCKET_IFNAME": "lo"}
     with tempfile.TemporaryDirectory() as store, tempfile.TemporaryFile() as errors:
@@ -107,7 +108,8 @@ def measure(cell: Cell) -> Sample:
 
 
 def count(cells: list[Cell]) -> list[Arithmetic]:
-    """In a process of its own: whoever starts the cells stays small, since a child inherits the peak of its parent."""
+    """Counts the arithmetic in a separate process. A child process inherits its parent's peak memory, so the parent
+    must stay small."""
     words = [sys.executable, "-m", "bench.growth_cell", "count", json.dumps([asdict(cell) for cell in cells])]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return [Arithmetic(**fields) for fields in json.loads(done.stdout)]
@@ -120,17 +122,18 @@ def middle(samples: list[Sample]) -> Sample:
 
 
 def exponent(sizes: list[float], values: list[float]) -> float:
-    """Slope of a straight line through log(value) over log(size)."""
+    """Slope of a straight line fitted to log(value) over log(size)."""
     x, y = ([math.log(one) for one in column] for column in (sizes, values))
     return statistics.linear_regression(x, y).slope
 
 
 COLUMNS = ("cpu", "step", "compute", "update", "flops", "attention", "state", "peak", "tensors", "planned")
-"""Those of Sample and Arithmetic with an exponent each."""
+"""Fields of Sample and Arithmetic for which an exponent is computed."""
 
 
 def rows(sweep: Sweep, samples: dict[int, list[Sample]], arithmetic: dict[int, Arithmetic]) -> list[dict]:
-    """One per size that was measured: figures, exponents to the row above, and whether it grew by more than it may."""
+    """One row for each measured size: figures, exponents relative to the row above, and whether a figure grew by more
+    than SLACK allows."""
     found: list[dict] = []
     for size in sweep:
         if not samples[size]:

@@ -19,18 +19,18 @@ WARM_STEPS = 2
 
 @dataclass(frozen=True)
 class Cell(Case):
-    """`tiny` without MTP in bf16, one thread a rank, with another size somewhere."""
+    """`tiny` without MTP, in bf16, with one thread per rank. One of its sizes is changed."""
 
     shape: str = "tiny"
     threads: int = 1
     sequences: int = 4
-    """Of a rank and step."""
+    """Number of sequences per rank and step."""
     length: int = 256
     dp: int = 1
     ep: int = 1
     overrides: tuple[str, ...] = ()
     steps: int = 4
-    """Timed ones."""
+    """Number of timed steps."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -43,7 +43,7 @@ class Cell(Case):
 
 @dataclass
 class Sample:
-    """What one rank measured: medians over its steps."""
+    """Measurements of one rank: medians over its steps."""
 
     step: float
     """Seconds."""
@@ -54,19 +54,19 @@ class Sample:
     cpu: float
     """CPU seconds of a step, all threads."""
     peak: int
-    """Bytes resident at most, above what the process had with everything imported."""
+    """Peak resident bytes, beyond those of the process after all imports."""
     tensors: int
-    """Bytes of all tensors at their most, in a step of its own that counts them."""
+    """Peak bytes of all tensors, counted in an additional step."""
 
 
 @dataclass
 class Arithmetic:
-    """Of one rank and step."""
+    """The arithmetic of one rank in one step."""
 
     flops: float
-    """As train/model/count.py counts."""
+    """Floating-point operations, as train/model/count.py counts them."""
     attention: float
-    """Those of them that pairs of positions take."""
+    """The part of `flops` that attention spends on pairs of positions."""
     state: int
     """Bytes of weights, fp32 gradients, master weights and moments."""
     planned: int
@@ -79,7 +79,7 @@ def run(cell: Cell, rank: int, store: str) -> Sample:
 
     tune_cpu()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401 so that its memory is not taken for the step's
+    import deepspeed  # noqa: F401 so that its memory does not count as the step's
     import psutil
     import torch
     import torch.distributed as dist
@@ -109,7 +109,7 @@ def _timed(step) -> tuple[float, float, float, float]:
 
 
 def count(cell: Cell) -> Arithmetic:
-    """The least that a rank has to do and to hold."""
+    """The minimum work and memory of a rank."""
     from train.model.count import flops_per_token
     from train.plan.memory.rank_memory import plan_memory
     from train.plan.memory.rank_weights import FP32_BYTES
@@ -119,7 +119,7 @@ def count(cell: Cell) -> Arithmetic:
     weights = plan.items["weights"]
     state = weights + plan.items["master"] + plan.items["moments"] + weights // 2 * FP32_BYTES
     flops, products = (cell.tokens * flops_per_token(config.model, length) for length in (config.seq_len, 0))
-    planned = plan.peak_bytes - plan.items.get("checkpoint", 0)  # a cell saves nothing
+    planned = plan.peak_bytes - plan.items.get("checkpoint", 0)  # a cell saves no checkpoint
     return Arithmetic(flops, flops - products, state, planned)
 
 

@@ -66,14 +66,14 @@ def configure(options: argparse.Namespace) -> Config:
 
 
 def make(config: Config, folder: Path) -> None:
-    """A folder with random weights, made a tensor at a time."""
+    """Writes a folder with random weights, one tensor at a time."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     files = plan_files(list(tensors(config.model)), config.export.dtype, exporting.SHARD_BYTES)
     shared = {
         name: torch.randn(config.model.vocab_size, config.model.hidden, generator=generator) * 0.02
         for name in ("master.embedding.weight", "master.head.weight")
-    }  # written twice
+    }  # the folder has each of these tensors twice, with equal values
     for file in files:
         with PieceWriter(folder / file.name, [out for written in file.written for out in written.outs]) as writer:
             for written in file.written:
@@ -94,14 +94,14 @@ def write(writer: PieceWriter, written: WrittenTensor, values: torch.Tensor) -> 
 
 
 def import_ranks(config: Config, source: Path, ranks: int) -> dict[str, float]:
-    """Each rank's share of the masters, filled and saved; the peak is that of the first fill."""
+    """Fills and saves each rank's shard of the master weights. The peak is measured at the first fill."""
     folder, paths = open_folder(source), RunPaths(config)
     placed = match(folder, read_model(source))
     tokenizer = Tokenizer(train_bpe(["a few words"], 300))
     meta = {"has_ema": False, "tokenizer": tokenizer.fingerprint, "seq_len": config.seq_len, "samples": 0}
     savers = [Checkpointer(paths.checkpoints, rank=rank, world_size=ranks, asynchronous=False) for rank in range(ranks)]
     base, found = peak(), {}
-    for rank in reversed(range(ranks)):  # rank 0 waits for the files of the others
+    for rank in reversed(range(ranks)):  # rank 0 comes last, because it waits for the files of the other ranks
         wanted = shares(config, rank, ranks)
         read = fill_from_folder(folder, placed, wanted)
         size = sum(shard.local.nbytes for shard in wanted.values())
@@ -116,7 +116,7 @@ def import_ranks(config: Config, source: Path, ranks: int) -> dict[str, float]:
 
 
 def shares(config: Config, rank: int, ranks: int) -> dict[str, Shard]:
-    """What ZeRO stage 3 gives a rank: an equal interval of every tensor."""
+    """The shards of a rank under ZeRO stage 3: an equal interval of every tensor."""
     found: dict[str, Shard] = {}
     for each in tensors(config.model):
         if each.ours in found:
@@ -135,10 +135,10 @@ def export(config: Config) -> dict[str, float]:
 
 
 def different(first: Path, second: Path) -> list[str]:
-    """Tensors that are not the same, bit for bit."""
+    """Names of the tensors that are not equal bit for bit."""
     files = [json.loads((folder / index_of("model")).read_text())["weight_map"] for folder in (first, second)]
     wrong = sorted(files[0].keys() ^ files[1].keys())
-    with ExitStack() as opened:  # once each: to read a header takes as long as to read many tensors
+    with ExitStack() as opened:  # once per file: a header takes as long to read as many tensors
         readers = [
             {file: opened.enter_context(safe_open(folder / file, framework="pt")) for file in set(names.values())}
             for folder, names in zip((first, second), files, strict=True)
@@ -156,7 +156,7 @@ def peak() -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """All steps, each in a process of its own, the last of which also compares; the figures together."""
+    """Runs all steps, each in a separate process; the last step also compares the folders. Returns all figures."""
     found: dict[str, float] = {}
     for step in ("make", "import", "export"):
         command = [sys.executable, "-m", "bench.hf_memory", "--step", step, "--folder", str(options.folder)]

@@ -27,11 +27,12 @@ def ahead():
         return float(file.read() or 0)  # empty while it is written
 time.time = lambda: real() + ahead()
 """
-"""What every Python process of a host with a clock starts with. libfaketime, which also has native code, ends Ray's workers."""
+"""Code that every Python process runs at its start on a host with its own clock. libfaketime also changes the clock of
+native code, and then Ray's workers end."""
 
 
 def missing() -> str | None:
-    """Why hosts cannot be made here, or None."""
+    """Why this machine cannot create hosts; None if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
@@ -49,10 +50,10 @@ def ip(*words: str, namespace: str | None = None) -> None:
 
 
 class Hosts:
-    """`count` hosts h0, h1, ... with Ray on each, the head on h0, or without Ray; use it in `with`."""
+    """`count` hosts h0, h1, ..., with or without Ray. With Ray, its head is on h0. Use it in `with`."""
 
     def __init__(self, folder: Path, count: int = 3, devices: int = 1, ray: bool = True, clocks: bool = False):
-        """clocks: with Ray, each host has one of its own, see `set_clock`."""
+        """clocks: whether each host has its own clock (`set_clock`); only with Ray."""
         self.folder, self.count, self.devices, self.ray, self._clocks = folder, count, devices, ray, clocks
         own = f"sl{os.getpid()}{secrets.token_hex(2)}"
         self._prefix, self._switch = f"{own}h", f"{own}sw"
@@ -106,7 +107,7 @@ class Hosts:
         return ["ip", "netns", "exec", self._prefix + str(index), "unshare", "--uts", "sh", "-c", name, "sh", *words]
 
     def temporary(self, index: int) -> Path:
-        """Folder for temporary files of a host with Ray, a disk of its own."""
+        """Folder for temporary files of a host with Ray. It is a separate disk."""
         return self.folder / f"tmp{index}"
 
     def start_rays(self) -> None:
@@ -117,7 +118,7 @@ class Hosts:
             self._wait_started(index, start)
 
     def start_ray(self, index: int) -> None:
-        """Start Ray there and wait until it is up."""
+        """Start Ray on this host and wait until it is up."""
         self._wait_started(index, self._ray_start(index))
 
     def _ray_start(self, index: int) -> subprocess.Popen:
@@ -131,7 +132,8 @@ class Hosts:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
     def _own_clock(self, index: int) -> dict[str, str]:
-        """Environment in which the time of day that Python tells is that of a host; timers go on as they do when a real clock is set."""
+        """Environment in which Python's time of day is the clock of a host. Timers do not change, as on a machine whose
+        clock is set."""
         if not self._clocks:
             return {}
         self.set_clock(index, 0)
@@ -142,7 +144,7 @@ class Hosts:
         return {"PYTHONPATH": path, "HOST_CLOCK": str(self._clock_file(index))}
 
     def set_clock(self, index: int, ahead: int) -> None:
-        """Put the clock of a host so many seconds ahead of this machine's, also for processes that run."""
+        """Set the clock of a host to `ahead` seconds ahead of this machine's clock, also for running processes."""
         self._clock_file(index).write_text(str(ahead))
 
     def _clock_file(self, index: int) -> Path:
@@ -155,7 +157,7 @@ class Hosts:
             str(Path(sys.executable).with_name("ray")),
             "start",
             *(head if index == 0 else [f"--address={self.address}"]),
-            "--include-log-monitor=false",  # a second of a core, for lines that no driver asks for
+            "--include-log-monitor=false",  # it takes a second of a core, and no driver reads its lines
             f"--temp-dir={self.folder}/h{index}",
             f"--node-ip-address={NETWORK}.{index + 1}",
             f"--num-cpus={self.devices}",
@@ -169,7 +171,7 @@ class Hosts:
         assert code == 0, (self.folder / f"ray_start_{index}.log").read_text()[-2000:]
 
     def pids(self, index: int, word: str = "") -> list[int]:
-        """Processes of a host whose command line holds `word`."""
+        """Processes of a host whose command line contains `word`."""
         listed = subprocess.run(
             ["ip", "netns", "pids", self._prefix + str(index)], capture_output=True, text=True
         ).stdout
@@ -184,7 +186,7 @@ class Hosts:
         return found
 
     def signal(self, index: int, number: int, word: str = "") -> int:
-        """Send a signal to those processes; returns how many there were."""
+        """Send a signal to the processes of a host whose command line contains `word`. Returns their number."""
         pids = self.pids(index, word)
         for pid in pids:
             try:
@@ -194,12 +196,12 @@ class Hosts:
         return len(pids)
 
     def power_off(self, index: int) -> None:
-        """Cut the link first: a machine without power sends no FIN."""
+        """Cut the link, then kill all processes. The link goes first, because a machine without power sends no FIN."""
         self.cut(index)
         self.signal(index, signal.SIGKILL)
 
     def leave(self, index: int, seconds: int = 60) -> subprocess.Popen:
-        """What a host runs that will go in so many seconds; it ends once nothing of the run is left there."""
+        """Tell a host to leave in so many seconds. The command ends when no process of the run is left on the host."""
         words = [sys.executable, "-m", "cluster.leave", "--within", str(seconds)]
         return subprocess.Popen(self.command(index, *words), env=self.environment, cwd=ROOT)
 
@@ -213,18 +215,19 @@ class Hosts:
         ip("link", "set", f"p{index}", "down", namespace=self._switch)
 
     def cut_one_way(self, index: int, outgoing: bool) -> None:
-        """Lose all that a host sends, or all that is sent to it: the queue of that end of its link takes no packet."""
+        """Drop all packets that a host sends, or all packets that are sent to it: the queue at one end of its link
+        accepts no packet."""
         namespace, device = self._ends(index)[0 if outgoing else 1]
         words = ["qdisc", "replace", "dev", device, "root", "tbf", "rate", "8bit", "burst", "1", "limit", "1"]
         subprocess.run(["tc", "-n", namespace, *words], check=True, capture_output=True)
 
     def heal(self, index: int) -> None:
         ip("link", "set", f"p{index}", "up", namespace=self._switch)
-        for namespace, device in self._ends(index):  # fails where there is no such queue
+        for namespace, device in self._ends(index):  # fails if there is no such queue
             subprocess.run(["tc", "-n", namespace, "qdisc", "del", "dev", device, "root"], capture_output=True)
 
     def _ends(self, index: int) -> tuple[tuple[str, str], tuple[str, str]]:
-        """Namespace and device of the link's end at the host, and of the one at the switch."""
+        """Namespace and device of both ends of the link: at the host, and at the switch."""
         return (self._prefix + str(index), "eth0"), (self._switch, f"p{index}")
 
     def __exit__(self, *_: object) -> None:
@@ -235,8 +238,8 @@ class Hosts:
                 time.sleep(0.1)
         for i in range(self.count):
             subprocess.run(["ip", "netns", "del", self._prefix + str(i)], capture_output=True)
-            subprocess.run(["umount", "--lazy", str(self.temporary(i))], capture_output=True)  # none without Ray
+            subprocess.run(["umount", "--lazy", str(self.temporary(i))], capture_output=True)  # fails without Ray
             shutil.rmtree(Path("/etc/netns") / (self._prefix + str(i)), ignore_errors=True)
         subprocess.run(["ip", "netns", "del", self._switch], capture_output=True)
-        with contextlib.suppress(OSError):  # others may use it
+        with contextlib.suppress(OSError):  # other processes may use it
             Path("/etc/netns").rmdir()

@@ -53,10 +53,10 @@ from bench.train_step import (
 
 @dataclass(frozen=True)
 class LayoutCase(Case):
-    """What all sides do, over pp x dp ranks."""
+    """The work of all sides, over pp x dp ranks."""
 
     threads: int = 1
-    """Of a rank."""
+    """Number of threads of a rank."""
     pp: int = 1
     dp: int = 1
     ep: int = 1
@@ -67,13 +67,13 @@ class LayoutCase(Case):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Sequences per step of a data-parallel rank, and their length."""
+        """Number of sequences per step of a data-parallel rank, and the length of a sequence."""
         batch, length = super().size
         return max(batch, self.micro_batches), length
 
     @property
     def tokens(self) -> int:
-        """Of a step, all ranks together."""
+        """Number of tokens in a step, over all ranks."""
         return self.dp * super().tokens
 
     def config(self, *more: str):
@@ -92,23 +92,24 @@ LAYOUTS = {
 
 
 def sides_of(case: LayoutCase) -> list[str]:
-    """Who can do it, ours first."""
+    """Names of the sides that can run the case, ours first."""
     return ["ours", "torchtitan", "autoep1"] + (["autoep2"] if case.pp == 1 else [])
 
 
 def compare(case: LayoutCase, names: list[str], rounds: int, seconds: float) -> dict[str, SideResult | str]:
-    """These sides of a case by name, each in its fastest dtype, or why one cannot run."""
+    """Runs these sides of a case, each in its fastest dtype. Returns the result by name, or why a side cannot run."""
     return take_turns({name: in_best_dtype(start, name, case, DTYPES) for name in names}, rounds, seconds)
 
 
 def start(name: str, case: LayoutCase, limit: float = LIMIT) -> Side:
-    """Its ranks, warm. RuntimeError where they cannot run, or have no answer after `limit` seconds."""
+    """Starts the ranks of a side and warms them up. Raises RuntimeError if they cannot run, or do not answer within
+    `limit` seconds."""
     words = ["-m", "bench.layouts", "--side", name, "--case", json.dumps(asdict(case))]
     return Side([interpreter(name), *words], case.tokens, ranks=case.pp * case.dp, threads=case.threads, limit=limit)
 
 
 def figures(results: dict[str, SideResult | str]) -> dict[str, dict]:
-    """Medians and ratios by side, beside every single measurement."""
+    """Medians and ratios of each side, with every single measurement."""
     found, ours = {}, results["ours"]
     for name, result in results.items():
         if isinstance(result, str):
@@ -183,7 +184,8 @@ def main() -> None:
 
 
 def _join(case: LayoutCase) -> int:
-    """Into the ranks' process group; this one's data-parallel rank, the same on all sides."""
+    """Join the process group of the ranks. Returns the data-parallel rank of this process, which is the same on all
+    sides."""
     import torch
     import torch.distributed as dist
 

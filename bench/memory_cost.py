@@ -21,7 +21,7 @@ from typing import NamedTuple
 from bench.sides import Side, SideResult, serve, take_turns
 
 SECONDS = 2.0
-"""Of a side in a round; a step at the least."""
+"""Seconds of a side in a round; a side always takes at least one step."""
 
 
 class SavingCase(NamedTuple):
@@ -42,12 +42,12 @@ CASES = {
 
 
 def start(overrides: list[str]) -> Side:
-    """A rank that trains so."""
+    """Starts a rank that trains with these overrides."""
     return Side([sys.executable, "-m", "bench.memory_cost", "--side", json.dumps(overrides)], tokens=1)
 
 
 def build_step(overrides: list[str]) -> Callable[[], object]:
-    """The step of a rank by itself."""
+    """Builds the training step of a single rank."""
     from train.kernels.cpu.processor import tune_cpu
 
     tune_cpu()

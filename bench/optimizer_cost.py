@@ -19,7 +19,7 @@ from bench.train_step import SHAPES, Case, own_step
 
 OPTIMIZERS = ("adamw", "muon")
 SQUARE = 1024
-"""Side of the product whose rate is taken."""
+"""Side length of the matmul whose rate is measured."""
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Train with each in turn, and print what that took."""
+    """Train with each optimizer in turn, and print the times."""
     import torch
 
     from train.plan.time.update import count_weights

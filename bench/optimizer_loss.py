@@ -27,26 +27,26 @@ from bench.train_step import SHAPES
 OPTIMIZERS = ("adamw", "muon")
 COLOURS = {"adamw": "#4269d0", "muon": "#ff725c"}
 POINTS = 6
-"""Validations of a run."""
+"""Number of validations in a run."""
 
 
 class TrainedRun(NamedTuple):
-    """What a run has measured."""
+    """Measurements of a run."""
 
     tokens: list[int]
     held_out: list[float]
-    """Behind so many tokens."""
+    """Held-out loss at each validation."""
     seconds: list[float]
-    """Core-seconds of every step but the first, which compiles; of that one where it is alone."""
+    """Core-seconds of every step except the first, which compiles. If the run has only one step, those of this step."""
 
 
 class CoreClock:
-    """A callback that writes how many core-seconds the process has used behind every step."""
+    """A callback that records after every step how many core-seconds the process has used."""
 
     FILE = "core_seconds.txt"
 
     def on_step(self, run, step: int, record: dict) -> None:
-        """Called by the run behind each step."""
+        """The run calls this after each step."""
         with (run.folder / self.FILE).open("a") as file:
             file.write(f"{time.process_time()}\n")
 
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def train(optimizer: str, rate: str, seed: str, options: argparse.Namespace, overrides: list[str]) -> TrainedRun:
-    """The run of an optimizer, a rate and a seed."""
+    """Trains with an optimizer, a learning rate and a seed."""
     name = f"{optimizer}_{rate}_{seed}"
     metrics = options.out / name / "metrics.jsonl"
     if len(read(metrics)) < options.steps:
@@ -112,7 +112,7 @@ def train(optimizer: str, rate: str, seed: str, options: argparse.Namespace, ove
 
 
 def run_forked(words: list[str]) -> None:
-    """`python -m train` with these words in a fork, which has all imports behind it."""
+    """Runs `python -m train` with these arguments in a fork, so that all imports are already done."""
     import train.worker  # noqa: F401
     from parallel.zero.deepspeed_patches import import_deepspeed
 
@@ -139,7 +139,7 @@ def read(metrics: Path) -> list[dict]:
 def draw(
     found: dict[str, list[TrainedRun]], per_step: dict[str, float], rates: dict[str, str], width: int = 860
 ) -> str:
-    """An SVG of the losses over tokens, and beside it over time."""
+    """Returns an SVG with two plots: the losses over tokens, and the losses over time."""
     height, panel = 360, (width - 130) // 2
     top, bottom = 40, height - 50
     every = [loss for runs in found.values() for run in runs for loss in run.held_out]

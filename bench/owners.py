@@ -36,7 +36,7 @@ GRADIENT_BYTES, WEIGHT_BYTES, MOMENTUM_BYTES = 4, 2, 4
 
 
 class OwnersCount(NamedTuple):
-    """What the owners of the matrices of some ranks do. Operations, and elements of all ranks together."""
+    """Work and traffic of the owners of matrices, over some ranks: operations, and elements of all ranks together."""
 
     ranks: int
     busiest: float
@@ -44,7 +44,7 @@ class OwnersCount(NamedTuple):
     largest: float
     elements: int
     moved: int
-    """On their way to an owner."""
+    """Number of elements that are sent to an owner."""
 
     @property
     def work(self) -> float:
@@ -55,13 +55,15 @@ class OwnersCount(NamedTuple):
         return self.over_adamw(2 * MOMENTUM_BYTES * self.moved)
 
     def over_adamw(self, sent: float) -> float:
-        """What AdamW under ZeRO 1 sends and these bytes, over the former: a ring sends all but one shard of every rank twice."""
+        """Ratio of traffic: (bytes of AdamW under ZeRO 1 + `sent`) / (bytes of AdamW under ZeRO 1). In a ring, each of
+        reduction and gather sends all shards except one."""
         adamw = (GRADIENT_BYTES + WEIGHT_BYTES) * self.elements * (self.ranks - 1)
         return (adamw + sent) / adamw
 
 
 def count_owners(config: Config, weights: Sequence[Weight], ranks: int) -> OwnersCount:
-    """Of weights that so many ranks share, one after another in flat shards of equal length."""
+    """Counts the owners' work for weights that `ranks` ranks share. The weights follow one another in flat shards of
+    equal length."""
     size, first, matrices = -(-sum(weight.elements for weight in weights) // ranks), 0, []
     for number, weight in enumerate(weights):
         ends = [min(max(rank * size - first, 0), weight.elements) for rank in range(ranks + 1)]
@@ -80,7 +82,8 @@ def count_owners(config: Config, weights: Sequence[Weight], ranks: int) -> Owner
 
 
 def whole_weights(config: Config, layers: int) -> tuple[list[Weight], Orthogonal]:
-    """Those of so many layers with experts that Muon updates and all ranks of a stage share, and what a plan knows of them."""
+    """Returns the weights of `layers` layers with experts that Muon updates and that all ranks of a stage share. Also
+    returns the plan's figures for these weights."""
     model, share = FrozenSection(config.model), config.model.experts // config.parallel.ep
     choose = config.optim.facts.choose_rule
     one = [

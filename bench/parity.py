@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def _train(folder: Path, name: str, overrides: list[str], options: argparse.Namespace) -> list[dict]:
-    """Records of a run, by step."""
+    """Trains one run. Returns its records by step."""
     command = [
         sys.executable, "-m", "train", *MODEL, *RUN, f"precision={options.dtype}", f"precision.moments={options.moments}", f"steps={options.steps}", f"name={name}",
         f"runs={folder}", *options.set, *overrides,

@@ -52,30 +52,30 @@ WARM_STEPS = 2
 
 @dataclass
 class TimedPart:
-    """Two ways to do a part, and its floating-point operations (0 where they are not products)."""
+    """Two implementations of a part, and its floating-point operations (0 if the part has no matmuls)."""
 
     ours: Step
     peer: Step
     flops: float
     floor: Step | None = None
-    """Its products alone."""
+    """Only the matmuls of the part."""
 
 
 @dataclass
 class PartResult:
-    """Medians over the rounds."""
+    """Times of a part: medians over the rounds."""
 
     ours_dtype: str
     peer_dtype: str
     ours_ms: float
     peer_ms: float
     ratio: float
-    """Of the peer's time to ours, median over the rounds."""
+    """Ratio of the peer's time to ours, median over the rounds."""
     gemm_share: float | None
-    """Part of the measured rate of products that ours reaches."""
+    """Share of the measured matmul rate that our implementation reaches."""
     floor_ms: float | None = None
     to_floor: float | None = None
-    """Of ours to the products alone, median over the rounds."""
+    """Ratio of our time to the time of the matmuls alone, median over the rounds."""
 
 
 class TimedParts:
@@ -99,7 +99,7 @@ class TimedParts:
         return torch.randn(self._shape, dtype=self.dtype).requires_grad_()
 
     def _step(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> Step:
-        """Forward and backward from a gradient of ones, also into the input."""
+        """A step of forward and backward. The output's gradient is all ones, and the input gets a gradient too."""
         x_BTD = self._states()
 
         def step() -> None:
@@ -135,7 +135,8 @@ class TimedParts:
         )
 
     def _ffn_matmuls(self) -> Step:
-        """The six products of every expert, all with the same rows, and of the shared experts as one FFN."""
+        """The six matmuls of every expert, with equal rows for all experts, and those of the shared experts as one
+        FFN."""
         model = self.model
         sizes = [(self.case.tokens * model.top_k // model.experts, model.expert_width)] * model.experts
         if model.shared_experts:
@@ -182,14 +183,14 @@ class TimedParts:
 
 
 def small(module: torch.nn.Module) -> torch.nn.Module:
-    """Random weights: the modules leave them to the trainer."""
+    """Sets random weights, because the modules do not initialise their weights."""
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return module
 
 
 def measure(case: Case, rounds: int, dtypes: Sequence[str] = DTYPES) -> dict[str, PartResult]:
-    """Every part of the case, each side in the fastest of these dtypes."""
+    """Measures every part of the case, each side in the fastest of these dtypes."""
     torch.set_num_threads(case.threads)
     torch.manual_seed(1)
     results = {}
@@ -219,7 +220,7 @@ def measure(case: Case, rounds: int, dtypes: Sequence[str] = DTYPES) -> dict[str
 
 
 def _trial(step: Step) -> float:
-    """Seconds of the fastest of the steps that warm it."""
+    """Seconds of the fastest warm-up step."""
     return min(_seconds(step) for _ in range(WARM_STEPS))
 
 

@@ -24,17 +24,17 @@ from train.show.report import write_report
 
 DOCS = ROOT / "train" / "docs"
 PLANNED = ("conf=deepseek_v3", "mode=plan")
-"""The words of the command that the README has beside the picture."""
+"""Arguments of the command that the README shows beside the picture."""
 WIDTH = 1500
 MOST = 150_000
-"""Bytes of a picture, so that a clone stays small."""
+"""Maximum bytes of a picture, so that a clone stays small."""
 GRID = """<style>
 main { max-width: none; padding: 4px 20px; } h1 { margin: 4px 0 0; } h2 { display: none; } main > p:not(.sub), ul { display: none; }
 h2 + p.sub { display: none; } .cards { grid-template-columns: repeat(6, 1fr); margin-bottom: 12px; } .card small { display: none; }
 .figures { grid-template-columns: repeat(6, 1fr); } figure { grid-column: span 3; } figure.wide { grid-column: span 6; } figcaption { display: none; }
 </style>"""
 OF_REPORT = "", 1150, 0.7
-"""What a page gets beside GRID, how much of it the picture shows, and the picture's scale."""
+"""For the report's page: styles in addition to GRID, height of the part in the picture, and scale of the picture."""
 OF_PLAN = "<style>figure:nth-child(5) { display: none; }</style>", 1400, 0.6
 
 
@@ -53,7 +53,8 @@ def main() -> None:
 
 
 def take(page: Path, picture: Path, folder: Path, style: str, height: int, scale: float) -> None:
-    """The upper part of a page as a picture. folder: for a copy; the rest as in OF_REPORT."""
+    """Takes a picture of the upper part of a page. folder: for a copy of the page. style, height, scale: as in
+    OF_REPORT."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         sys.exit("this needs chromium: apt-get install chromium")

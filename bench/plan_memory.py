@@ -56,7 +56,7 @@ ALL_SAVES = [
     "cluster=ray",
     "checkpoint.every_memory=1",
 ]
-"""A run with all phases that a run may have."""
+"""Settings of a run that has all possible phases."""
 ALL = "model.recompute=[norm,mla_up,swiglu]"
 
 
@@ -65,8 +65,9 @@ def _pp(ranks: int, schedule: str, *more: str) -> list[str]:
 
 
 LETS_GO = 0.002
-"""Seconds after each wait for a collective. The thread of gloo that did it holds its tensors until it runs again, which on a busy
-machine can be long after the rank went on: up to 2.3 % of a peak, with those threads last in the line for a core."""
+"""Seconds that a rank sleeps after each wait for a collective. gloo's thread holds the tensors of its collective until
+the thread runs again. On a busy machine, the rank may continue long before this; the held tensors were up to 2.3 % of a
+peak."""
 EP2 = ["parallel.dp=2", "parallel.ep=2"]
 LORA = ["precision=bf16", "adapter=lora", "init_from=X", "optim=tune"]
 CASES = {
@@ -127,8 +128,8 @@ CASES = {
 
 
 def measure(config: Config, rank: int, folder: Path, again: bool = True) -> dict[str, int]:
-    """Peaks of the phases of a run: a later step's, and of all else that it does once. folder: for the files of all ranks. again: also of
-    starts from these.
+    """Measures the peaks of a run's phases: a later step, and everything that the run does once. folder: for the files
+    of all ranks. again: whether to measure starts from these files too.
     """
     parallel, device = config.parallel, torch.device("cpu")
     layout = read_layout(config, parallel.world)
@@ -137,7 +138,7 @@ def measure(config: Config, rank: int, folder: Path, again: bool = True) -> dict
     draw = torch.Generator().manual_seed(layout.dp_rank(rank))
     tokens_BS = torch.randint(0, config.model.vocab_size, (share, config.seq_len + 1), generator=draw)
     documents_BS = None
-    if config.data.mask_documents:  # four to a sample
+    if config.data.mask_documents:  # four documents per sample
         positions_S = torch.arange(config.seq_len + 1, dtype=torch.int32)
         documents_BS = (4 * positions_S // len(positions_S)).repeat(share, 1)
 
@@ -155,8 +156,9 @@ def measure(config: Config, rank: int, folder: Path, again: bool = True) -> dict
         run(1, lambda _: None)
         with life.meter() as meter:
             life.go_on(parts, state, tokens_BS, meter)
-            dist.barrier()  # one of them has exported
-            # DeepSpeed learns the order of modules anew after a validation, and gathers nothing ahead meanwhile.
+            dist.barrier()  # one rank has exported
+            # After a validation, DeepSpeed records the order of modules again, and in this step gathers no weights
+            # ahead.
             if config.parallel.zero == 3:
                 run(2, lambda _: None)
             run(3, lambda phase: life.mark(phase, meter))
@@ -171,7 +173,7 @@ def measure(config: Config, rank: int, folder: Path, again: bool = True) -> dict
 
 @contextmanager
 def _waits_for_threads() -> Iterator[None]:
-    """Leave the core to threads of gloo after each wait for them."""
+    """After each wait for a collective, the rank sleeps, so that gloo's threads can run."""
     wait = dist.Work.wait
 
     def waits(work: dist.Work, timeout: timedelta | None = None) -> bool:
@@ -187,7 +189,7 @@ def _waits_for_threads() -> Iterator[None]:
 
 
 def planned_peaks(config: Config, rank: int) -> dict[str, int]:
-    """Peaks of its phases by plan; of an exported folder it can start again."""
+    """Planned peaks of the phases of a run, including a start from an exported folder."""
     layout = read_layout(config, config.parallel.world)
     if config.checkpoint.weights_every:
         config = replace(config, init_from="its own weights")
@@ -196,7 +198,7 @@ def planned_peaks(config: Config, rank: int) -> dict[str, int]:
 
 
 def even(biased_BTE: torch.Tensor, rule: routing.RoutingRule) -> torch.Tensor:
-    """In place of the router's choice: tokens take the experts in turn."""
+    """Replaces the router's choice: the tokens take the experts in turn."""
     B, T, E = biased_BTE.shape
     first_T = torch.arange(B * T, device=biased_BTE.device) * rule.top_k
     return ((first_T[:, None] + torch.arange(rule.top_k, device=biased_BTE.device)) % E).view(B, T, -1)
@@ -214,7 +216,7 @@ def run_rank(rank: int, store: str, overrides: list[str], world: int, results) -
 
 
 def run(overrides: list[str]) -> dict[int, dict[str, int]]:
-    """What every rank measured."""
+    """Runs all ranks. Returns the measurements of each rank."""
     config = compose(*overrides)
     world = config.parallel.world
     context = multiprocessing.get_context("forkserver")

@@ -1,4 +1,4 @@
-"""The planner beside published jobs of others. Needs no GPU.
+"""Planned speeds beside the published speeds of other teams' jobs. Needs no GPU.
 
     python -m bench.plan_published [--only WORDS]
 
@@ -94,17 +94,18 @@ TRACE = {
 
 @dataclass
 class Seconds:
-    """A step by its parts, as table 4 has them."""
+    """Seconds of a step by the parts of table 4."""
 
     step: float
     by_kind: dict[str, float]
-    """F, I (backward of inputs) and W alone, and pairs, mean over ranks; a whole backward is split into I and W."""
+    """Seconds of F, I (backward of inputs) and W actions that run alone, and of pairs; means over the ranks. A full
+    backward is split into I and W."""
     bubble: float
     update: float
 
 
 def seconds_by_kind(lines: Sequence[Sequence[Action]], length: Callable[[Action], float]) -> dict[str, float]:
-    """By kind of Seconds. length: of an action."""
+    """Seconds by the kinds of `Seconds`. length: returns the seconds of an action."""
     total: dict[str, float] = defaultdict(float)
     for action in (action for line in lines for action in line):
         kind, seconds = action.kind, length(action) / len(lines)
@@ -122,7 +123,7 @@ def own(step: StepTime) -> Seconds:
 
 
 def in_dualpipe(config: Config, step: StepTime) -> Seconds:
-    """The recipe in DualPipe's order. step: as planned."""
+    """The parts of the recipe's step in DualPipe's order. step: the planned step."""
     stages = Stages(config, layout_of(config), load_rates(config, alone=False))
     stages.layers = split_as_given(SIXTEEN)
     last, left = len(stages.layers) - 1, 1 - stages.taken
@@ -141,8 +142,8 @@ def in_dualpipe(config: Config, step: StepTime) -> Seconds:
                 held(stages.directions(backward.stage).backward.segments, 0 if backward.stage == last else None),
                 0.0,
             ).seconds
-        if action.kind in "IW":  # this trainer's W makes norms and SwiGLU again, which theirs need not
-            stage = max(1, action.stage)  # torch cannot split the first; weights as many as of the next
+        if action.kind in "IW":  # this trainer's W recomputes norms and SwiGLU; DeepSeek's W need not
+            stage = max(1, action.stage)  # torch cannot split the first; the next has as many weights
             whole, inputs = (stages.elapsed(Action(kind, stage, 0)).seconds for kind in "BI")
             weights = whole - inputs
             return weights if action.kind == "W" else stages.elapsed(action._replace(kind="B")).seconds - weights
@@ -150,12 +151,12 @@ def in_dualpipe(config: Config, step: StepTime) -> Seconds:
 
     lines = dualpipe_actions(stages.layout.pp, stages.micro_batches)
     found = simulate(lines, length, step.transfer_seconds)
-    update = step.update.seconds + step.update.hidden  # no paper says that DeepSeek hides some of it
+    update = step.update.seconds + step.update.hidden  # no paper says that DeepSeek overlaps a part of the update
     return Seconds(found.makespan + update, seconds_by_kind(lines, length), found.bubble * found.makespan, update)
 
 
 def figures(config: Config, seconds: Seconds) -> dict[str, float]:
-    """The published quantities from a step's parts."""
+    """Computes the published quantities from the parts of a step."""
     devices, tokens = layout_of(config).world, config.batch_size * config.seq_len
     rate = tokens / seconds.step / devices
     causal, full = (rate * flops_per_token(config.model, config.seq_len, mask) for mask in (True, False))
@@ -180,7 +181,8 @@ def figures(config: Config, seconds: Seconds) -> dict[str, float]:
 
 
 def pieces(config: Config) -> dict[str, float]:
-    """Milliseconds of one layer of experts, forward and backward in a pair; kernels on the SMs that transfers leave, as in the trace."""
+    """Milliseconds of one layer with experts, with forward and backward in a pair. Kernels run on the SMs that
+    transfers leave free, as in the trace."""
     stages = Stages(config, layout_of(config), load_rates(config, alone=False))
     stage = next(s for s in range(1, len(stages.layers) - 1) if stages.layers[s].start >= config.model.dense_layers)
     layers, made = len(stages.layers[stage]), stages.directions(stage)
@@ -194,7 +196,7 @@ def pieces(config: Config) -> dict[str, float]:
         return lambda kind: kind.rpartition("_")[0].removeprefix("triton_") in names
 
     transfers = [[one.transfer for one in way.segments if one.transfer] for way in (made.forward, made.backward)]
-    sent = [1e3 * sum(each[place::2]) / layers for each in transfers for place in range(2)]  # out and back
+    sent = [1e3 * sum(each[place::2]) / layers for each in transfers for place in range(2)]  # dispatch and combine
     return {
         "pair of one layer": 1e3 * stages.elapsed(Action("FB", stage, 0, halves)).seconds / layers,
         "Wgrad products": milliseconds(product("wgrad", "grouped_wgrad")),
@@ -222,7 +224,7 @@ def show(title: str, published: dict[str, float], columns: dict[str, dict[str, f
 
 
 def fits(plan: RunPlan) -> str:
-    """Whether this trainer could run the layout."""
+    """Whether the layout fits in memory with this trainer."""
     return f"  (in this trainer the layout {verdict(plan)}; {reserve_words(plan.reserve)})"
 
 
@@ -232,26 +234,26 @@ class PlannedJob:
 
     job: PublishedJob
     speed: float
-    """Planned tokens per second of a device."""
+    """Planned tokens per second and device."""
 
     @property
     def error(self) -> float:
-        """log(published time / planned time): above 0 the plan is too fast."""
+        """log(published time / planned time). Above 0, the planned speed is too high."""
         return math.log(self.speed / self.job.tokens_per_second)
 
 
 FOUR_OF_FIVE = 0.9
-"""Quantile of a symmetric distribution below which four of five are, half of the rest above."""
+"""Quantile (0.9) at which an interval that is symmetric about the middle holds four of five values."""
 
 
 def plan_jobs(only: str = "") -> list[PlannedJob]:
-    """Those whose source or name has the words."""
+    """Plans the published jobs whose source or name contains `only`."""
     jobs = (job for job in published_jobs() if only in f"{job.source}: {job.name}")
     return [PlannedJob(job, plan_time(compose(*job.overrides)).tokens_per_second_per_gpu) for job in jobs]
 
 
 def interval_of(jobs: Sequence[PlannedJob]) -> tuple[float, float]:
-    """The interval of log(time / planned time) that four of five jobs of a further source need."""
+    """The interval of log(time / planned time) that is expected to hold four of five jobs of a new source."""
     from scipy.stats import t  # takes a second to import
 
     sources: dict[str, list[float]] = defaultdict(list)
@@ -264,7 +266,7 @@ def interval_of(jobs: Sequence[PlannedJob]) -> tuple[float, float]:
 
 
 def held_share(jobs: Sequence[PlannedJob]) -> float:
-    """Share of the jobs in intervals that were made without their source."""
+    """Share of the jobs that lie in an interval which was computed without the jobs of their source."""
     held = []
     for source in {one.job.source for one in jobs}:
         low, high = interval_of([one for one in jobs if one.job.source != source])
@@ -273,7 +275,7 @@ def held_share(jobs: Sequence[PlannedJob]) -> float:
 
 
 def by_interval(jobs: Sequence[PlannedJob]) -> dict[str, list[PlannedJob]]:
-    """The jobs of each interval of a plan, and of the other kinds."""
+    """The jobs of each interval that a plan shows, and the jobs of the other kinds."""
     kinds = {kind: [one for one in jobs if one.job.kind == kind] for kind in ("tuned", "untuned", "native")}
     return {OURS_UNTIMED: [one for one in jobs if one.job.kind != "host-bound"], TUNED: kinds.pop("tuned"), **kinds}
 

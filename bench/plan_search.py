@@ -1,13 +1,14 @@
-"""The layouts that plan.search finds, beside ten layouts by hand for each job. Needs no GPU.
+"""The layouts that plan.search finds, beside ten handwritten layouts for each job. Needs no GPU.
 
     python -m bench.plan_search [JOB ...] [--layouts N]
 
-A layout by hand is one that an expert of this trainer would write for the job: pipelines of several lengths, their
-schedules, one or more sequences at a time, recomputed or offloaded blocks, DeepEP, the optimizer on the host, ZeRO 3.
-Each is planned as by `mode=plan`. If a layout by hand fits and is faster than the best result of the search, or if one
-fits and the search finds none, the bench ends with an error. The seconds of a search, and of its first and last
-answer, are core-seconds. Jobs have no ramp of batch sizes, because layouts would have to divide all of them. 48 B200 are the fewest that hold 671B: the
-optimizer does not fit on the devices of 32, and on their hosts a node would need 2.6 TB of its 2 TB.
+A handwritten layout is one that an expert of this trainer would write for the job. The layouts have pipelines of
+several lengths with their schedules, one or more sequences at a time, recomputed or offloaded blocks, DeepEP, the
+optimizer on the host, or ZeRO 3. Each is planned as in `mode=plan`. The bench ends with an error if a handwritten
+layout fits and is faster than the best result of the search, or if the search finds no layout. The seconds of a search,
+and of its first and last result, are core-seconds. The batch size of a job does not grow, because a layout would have
+to divide all batch sizes. 48 is the smallest number of B200 that can hold 671B. With 32, the optimizer does not fit on
+the devices; on the hosts, a node would need 2.6 TB and has 2 TB.
 
 Takes about ten minutes.
 """
@@ -34,11 +35,11 @@ JOBS = {
     "512 H100 (Kimi K2)": (512, f"conf=kimi_k2 hardware=h100 {RAMPLESS}"),
     "4 H800 (tiny)": (4, f"conf=tiny hardware=h800 {RAMPLESS}"),
 }
-"""Devices, and the recipe. The last is there to try the bench."""
+"""For each job: number of devices, and the recipe. The last job is for a quick trial of this bench."""
 
 
 def _layout(pp: int, dp: int, ep: int, schedule: str, size: int, *more: str, cp: int = 1) -> str:
-    """The command line of a layout. size: sequences of a micro-batch. more: words of WORDS, or overrides."""
+    """The command line of a layout. size: sequences per micro-batch. more: names in WORDS, or overrides."""
     spread = f"parallel.pp={pp} parallel.dp={dp} parallel.ep={ep} parallel.cp={cp} parallel.zero=1 parallel.schedule={schedule} micro_batch_size={size}"
     return " ".join([spread, *(WORDS.get(one, one) for one in more)])
 
@@ -139,7 +140,7 @@ BY_HAND = {
 
 
 def plan_by_hand(recipe: str, layout: str) -> tuple[float | None, str]:
-    """Seconds of a step where the layout fits, else None and why it does not."""
+    """Returns the seconds of a step. If the layout does not fit, returns None and the reason."""
     try:
         plan = make_plan(compose(*recipe.split(), *layout.split()))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Planned against measured step time for layouts of small models on this CPU, all from one calibration.
+"""Planned and measured step times for layouts of small models on this CPU. One calibration serves all plans.
 
     python -m bench.plan_time [--calibration FILE] [--only NAME ...] [--steps 12]
 
@@ -49,7 +49,7 @@ LAYOUTS = {
 
 
 def measure(overrides: tuple[str, ...], steps: int, runs: str) -> dict:
-    """Record of the shortest step of a real run."""
+    """Trains a run. Returns the record of its shortest step."""
     with tempfile.TemporaryDirectory(dir=runs) as folder:
         _train(*QUIET, *overrides, f"steps={steps}", f"runs={folder}", "name=timed")
         lines = (Path(folder) / "timed" / "metrics.jsonl").read_text().splitlines()
@@ -57,7 +57,8 @@ def measure(overrides: tuple[str, ...], steps: int, runs: str) -> dict:
 
 
 def imbalance(load: dict[str, list[int]], ep: int) -> float:
-    """Tokens of the busiest of ep ranks over the mean, mean over the layers. load: tokens of every expert by layer."""
+    """Tokens of the busiest of `ep` ranks, divided by the mean over the ranks; then the mean over the layers. load:
+    tokens of every expert, by layer."""
     over_mean = []
     for tokens in load.values():
         held = len(tokens) // ep
@@ -67,7 +68,7 @@ def imbalance(load: dict[str, list[int]], ep: int) -> float:
 
 
 def calibrate(runs: str) -> str:
-    """Path of a calibration of this machine."""
+    """Calibrates this machine. Returns the path of the calibration."""
     _train("mode=plan", "plan.calibrate=true", f"runs={runs}", "name=calibration")
     return f"{runs}/calibration/calibration.json"
 

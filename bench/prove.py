@@ -37,28 +37,30 @@ from conf.schema import Config
 from train.prove.findings import ProofVerdict, first_of
 
 TOGETHER = 8
-"""Rows of the same processes: more would keep what torch and DeepSpeed never give back."""
+"""Maximum number of rows in the same processes. torch and DeepSpeed do not free all memory of a row, so more rows would
+need too much."""
 AT_A_TIME = 2
-"""Groups of such rows that are proven at the same time."""
+"""Number of such groups of rows that run at the same time."""
 TIMEOUT = 120.0
-"""Longest proof of a row, seconds."""
+"""Time limit of a row's check, in seconds."""
 
 
 class RowResult:
-    """What came of a row."""
+    """The result of a row."""
 
     def __init__(self, number: int, row: ProveRow):
         self.number, self.row, self.seconds = number, row, 0.0
         self.verdicts: list[ProofVerdict] = []
         self.first = ""
-        """The first difference, or the error of a rank; empty where all held."""
+        """The first difference, or the error of a rank; empty if all checks passed."""
 
 
 def prove_rows(rows: dict[int, ProveRow], folder: Path, tiles: bool = False) -> Iterator[RowResult]:
-    """Results as they come, rows of as many ranks after one another. folder: for evidence and checkpoints; is emptied. tiles: with
-    that pass, too.
+    """Yields the results as they are ready. Rows with equal numbers of ranks run one after another. folder: for
+    evidence and checkpoints; it is emptied. tiles: whether the check `tiles` runs too.
 
-    Two groups of rows are proven at a time: the ranks of one leave a core free now and then, and a judge takes one.
+    Two groups of rows run at a time, because the ranks of a group do not use all cores all the time, and a judge uses
+    one core.
     """
     from tests.ranks import CONTEXT
 
@@ -80,7 +82,7 @@ def _prove_together(
 ) -> list[RowResult]:
     started = time.perf_counter()
     error = _gather([configs[number] for number in rows], tiles)
-    if error and len(rows) > 1:  # which of them it was shows where each runs alone
+    if error and len(rows) > 1:  # each row then runs alone, which shows the row with the error
         return [result for number in rows for result in _prove_together({number: rows[number]}, configs, judges, tiles)]
     share, results = (time.perf_counter() - started) / len(rows), []
     for number, row in rows.items():
@@ -100,7 +102,7 @@ def _placed(row: ProveRow, folder: Path) -> Config:
 
 
 def _gather(configs: list[Config], tiles: bool) -> str:
-    """Let ranks prove these; returns the first error of one, or nothing."""
+    """Runs the ranks of these rows. Returns the first error of a rank, or an empty text."""
     from tests.ranks import run_processes
 
     world = configs[0].parallel.world
@@ -137,7 +139,7 @@ def _passes(tiles: bool) -> list[str]:
 
 
 def _judge(config: Config, tiles: bool) -> tuple[list, str]:
-    """Verdicts, and the first difference or the judge's own error."""
+    """Returns the verdicts, and the first difference or the error of the judge itself."""
     from train.prove.judge import judge_all
 
     try:
@@ -149,9 +151,9 @@ def _judge(config: Config, tiles: bool) -> tuple[list, str]:
 
 
 def show_worst(results: Iterable[RowResult]) -> None:
-    """A line for every quantity of every pass: its worst difference as a share of what is allowed, where that was, how many numbers
-    were compared, and how many this pass cannot tell. In low precision a share near 1 is no alarm: a difference beyond the bound
-    that follows from the formats alone gets a wider one.
+    """Prints a line for every quantity of every check: its worst difference as a share of the bound, the place of this
+    difference, how many numbers were compared, and how many are inconclusive. In low precision a share near 1 is no
+    alarm: if a difference exceeds the bound that follows from the formats alone, a wider bound applies to it.
     """
     found: dict[tuple[str, str], list[tuple[int, ProofVerdict]]] = {}
     for result in results:
@@ -188,7 +190,7 @@ def main() -> int:
 
         return show_generated(given.generated)
     if given.mutations is not None:
-        from bench.prove_mutations import (  # what tests need is not there where a program is installed
+        from bench.prove_mutations import (  # an installed program lacks the packages that tests need
             chosen,
             show_mutations,
         )

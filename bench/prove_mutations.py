@@ -11,7 +11,8 @@ from tests.prove.mutations.generated import draw
 
 
 def show_mutations(names: Iterable[str]) -> int:
-    """A line for every bug as it comes, and one for every area; returns the exit code, 0 only if all were found."""
+    """Prints a line for every bug as soon as it is judged, and a line for every area. Returns the exit code: 0 only if
+    all bugs were found."""
     started, found = time.perf_counter(), []
     print(f"{'area':10} {'bug':46} {'phase':6} {'part':6} {'seconds':>7} pointed to")
     with tempfile.TemporaryDirectory() as folder:
@@ -32,7 +33,8 @@ def show_mutations(names: Iterable[str]) -> int:
 
 
 def show_generated(count: int) -> int:
-    """So many lines of the product changed by a rule: how many are found, and of every other one why it is not. Returns 0."""
+    """Changes `count` lines of the product by a rule. Prints how many changes are found, and for every other change why
+    it is not found. Returns 0."""
     started, found, failed, idle, alive = time.perf_counter(), 0, 0, [], []
     with tempfile.TemporaryDirectory() as folder:
         for outcome in outcomes(draw(count), Path(folder), timeout=60.0):
@@ -56,7 +58,7 @@ def show_generated(count: int) -> int:
 
 
 def chosen(areas: str | None) -> list[str]:
-    """Names of the bugs of these areas or of these names, with commas; of all where none is given."""
+    """Names of the bugs in `areas`, a comma-separated list of areas or bugs. None: all bugs."""
     given = areas.split(",") if areas else AREAS
     return [name for name, one in MUTATIONS.items() if one.area in given or name in given]
 

@@ -35,7 +35,8 @@ FILE = Path(__file__).with_suffix(".csv")
 ROWS = 200
 LARGEST_WORLD = 4
 MICRO_BATCHES = {1: (2, 1), 2: (4, 2)}
-"""Of a rank in a step, and how many follow where the batch grows, by pipeline ranks: what every schedule takes."""
+"""By number of pipeline ranks: micro-batches of a rank in a step, and how many are added if the batch grows. All
+schedules accept these numbers."""
 SEED = 1
 
 MODEL = {
@@ -78,8 +79,8 @@ SWITCHES: dict[str, list[Any]] = {
     "micro_batch_size": [1, 2],
     "ramp": [False, True],
 }
-"""Settings by name and their values, of which the first go together; `precision` is a group, `recompute` as in RECOMPUTED, `offload`
-what of model.offload, `ramp` whether the batch grows."""
+"""Settings by name, with their values. The first values of all settings can be combined. `precision` is a group of the
+recipe, `recompute` a key of RECOMPUTED, `offload` a value of model.offload, `ramp` whether the batch grows."""
 MUON_SWITCHES: dict[str, list[Any]] = {
     "optim.name": ["adamw", "muon"],
     "prove.first_optimizer": [None, "adamw"],
@@ -89,7 +90,7 @@ MUON_SWITCHES: dict[str, list[Any]] = {
     "parallel.offload_optimizer": [False, True],
     "parallel.uneven": [False, True],
 }
-"""Settings that rows behind ROWS have, which are Muon's; all others have the first values."""
+"""Settings of Muon. Only the rows after the first ROWS rows vary them; all other rows have their first values."""
 MUON_MEETS = (
     "parallel.pp",
     "parallel.dp",
@@ -105,7 +106,7 @@ MUON_MEETS = (
     "optim.clip",
     "micro_batch_size",
 )
-"""Switches that meet those of Muon: every two of all these meet."""
+"""Switches that are combined with those of Muon: every two of all these settings meet in some row."""
 COLUMNS = SWITCHES | MUON_SWITCHES
 RECOMPUTED = {"nothing": [], "parts": [*map(str, SELECTIVE)], "layers": [str(Recompute.layer)]}
 JOINED = (
@@ -123,21 +124,22 @@ JOINED = (
     ),
     ("recompute", "offload"),
 )
-"""The switches that rules of the configuration join; no rule joins two of different groups."""
+"""Groups of switches that occur together in rules of the configuration. No rule joins switches of different groups."""
 MUON_JOINED = ((*MUON_MEETS[:6], "parallel.offload_optimizer", "parallel.uneven"),)
-"""The same of Muon's rows."""
+"""The groups of JOINED for Muon's rows."""
 
 ProveRow = dict[str, Any]
 
 
 def read_rows() -> list[ProveRow]:
-    """The covering array and the rows behind it."""
+    """Reads the covering array and the rows after it."""
     with FILE.open(newline="") as file:
         return [{key: yaml.safe_load(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 def write_rows() -> None:
-    """Make the covering array, fill it up to ROWS, add Muon's rows, and write all; the same at every call."""
+    """Compute the covering array, fill it up to ROWS rows, add Muon's rows, and write all rows. Every call writes the
+    same rows."""
     rows = [_completed(row) for row in (*_fill(covering_rows()), *muon_rows())]
     with FILE.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
@@ -146,18 +148,18 @@ def write_rows() -> None:
 
 
 def covering_rows() -> list[ProveRow]:
-    """Rows in which every three settings meet that the rules allow together."""
+    """Rows in which every allowed combination of three settings occurs."""
     return _cover(SWITCHES, JOINED, strength=3)
 
 
 def muon_rows() -> list[ProveRow]:
-    """Rows of Muon in which every two settings meet that the rules allow together."""
+    """Rows of Muon in which every allowed combination of two settings occurs."""
     switches = {key: COLUMNS[key] for key in (*MUON_MEETS, *MUON_SWITCHES)} | {"optim.name": ["muon"]}
     return _cover(switches, MUON_JOINED, strength=2)
 
 
 def _cover(switches: dict[str, list[Any]], joined: Sequence[tuple[str, ...]], strength: int) -> list[ProveRow]:
-    from covertable import make  # of the extra dev, and of nobody else
+    from covertable import make  # a package of the extra dev; nothing else needs it
 
     named = {key.replace(".", "/"): values for key, values in switches.items()}  # covertable splits names at dots
     made = make(named, strength=strength, constraints=_constraints(joined))
@@ -165,12 +167,13 @@ def _cover(switches: dict[str, list[Any]], joined: Sequence[tuple[str, ...]], st
 
 
 def _completed(row: ProveRow) -> ProveRow:
-    """With all columns, those that it lacks with their first values."""
+    """Returns the row with all columns. A missing column gets its first value."""
     return {key: row.get(key, values[0]) for key, values in COLUMNS.items()}
 
 
 def _fill(rows: list[ProveRow]) -> list[ProveRow]:
-    """Rows drawn at random behind these, up to ROWS; of two ranks at most, as a row of four takes as long as five of two."""
+    """Adds random rows up to ROWS. They have at most two ranks, because a row of four ranks takes as long as five rows
+    of two ranks."""
     rows, drawn = [*rows], random.Random(SEED)
     while len(rows) < ROWS:
         row = {key: drawn.choice(values) for key, values in SWITCHES.items()}
@@ -181,14 +184,16 @@ def _fill(rows: list[ProveRow]) -> list[ProveRow]:
 
 
 def world_of(row: ProveRow) -> int:
-    """Ranks of a row."""
+    """Number of ranks of a row."""
     return row["parallel.pp"] * row["parallel.dp"] * row["parallel.cp"]
 
 
 def _constraints(joins: Sequence[tuple[str, ...]]) -> list[dict[str, Any]]:
-    """For covertable: every two, every three and all of each of these, as the values that allowed rows have there.
+    """Constraints for covertable. For each group in `joins`, they list the allowed values of every two, of every three,
+    and of all settings of the group.
 
-    The small ones follow from the large one, and let a row that cannot be finished be seen at its second or third value.
+    The small constraints follow from the large one. With them, covertable sees at the second or third value that a row
+    cannot be completed.
     """
     sizes = ((joined, size) for joined in joins for size in sorted({2, 3, len(joined)}))
     subsets = [(joined, subset) for joined, size in sizes for subset in itertools.combinations(joined, size)]
@@ -203,7 +208,7 @@ def _constraint(joined: tuple[str, ...], subset: tuple[str, ...]) -> dict[str, A
 
 @cache
 def allowed(joined: tuple[str, ...]) -> set[tuple]:
-    """Values of one of JOINED or MUON_JOINED that the rules allow."""
+    """The combinations of values that the rules allow for one group of JOINED or MUON_JOINED."""
     found = set()
     for values in itertools.product(*(COLUMNS[key] for key in joined)):
         row = _completed({}) | dict(zip(joined, values, strict=True))
@@ -215,7 +220,7 @@ def allowed(joined: tuple[str, ...]) -> set[tuple]:
 
 
 def to_config(row: ProveRow) -> Config:
-    """The run of a row. Raises UserError where its settings do not fit each other."""
+    """Builds the configuration of a row. Raises UserError if its settings contradict each other."""
     cfg = deepcopy(_composed(row["precision"]))
     for key, value in row.items():
         *section, last = key.split(".")
@@ -230,7 +235,7 @@ def to_config(row: ProveRow) -> Config:
     if row["ramp"]:
         cfg.batch_size = first + more
         cfg.optim.batch_ramp_start, cfg.optim.batch_ramp_steps, cfg.optim.batch_ramp_increment = first, 1, more
-    if row["parallel.uneven"]:  # a micro-batch more on some ranks
+    if row["parallel.uneven"]:  # some ranks have one micro-batch more
         cfg.batch_size += cfg.micro_batch_size * in_lockstep(cfg.parallel)
     check(cfg)
     check_layout(cfg)
@@ -239,12 +244,12 @@ def to_config(row: ProveRow) -> Config:
 
 @cache
 def _composed(precision: str) -> Config:
-    """Hydra takes most of a second, so it composes each precision once."""
+    """The composed recipe. Hydra takes most of a second, so each precision is composed only once."""
     return compose(*BASE, f"precision={precision}")
 
 
 def rotated(rows: dict[int, ProveRow], share: int = 10) -> dict[int, ProveRow]:
-    """One in `share` of the rows, other ones at every commit; those from the first one on where there is no git."""
+    """Returns one of every `share` rows. Each commit gets other rows; without git, the rows from the first one on."""
     git = ["git", "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()

@@ -37,7 +37,7 @@ V2 = ("model.hidden=5120", "model.dense_width=12288", "model.expert_width=1536",
       "model.top_k=6", "model.top_groups=3", "model.vocab_size=102400")  # fmt: skip
 FP8_ATTENTION = ("hardware.rates.attention_forward.flops=2920e12", "hardware.rates.attention_backward.flops=2000e12")
 SIXTEEN, EIGHT, THIRTY_TWO = [4] * 15 + [1], [8] * 7 + [5], [1, *[2] * 30, 0]
-"""Layers of every stage."""
+"""Number of layers of every stage."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class PublishedJob:
     name: str
     overrides: tuple[str, ...]
     tokens_per_second: float
-    """Of one device."""
+    """Tokens per second and device."""
 
     @property
     def laboratory(self) -> str:
@@ -68,7 +68,7 @@ class PublishedJob:
 
 
 def published_jobs() -> Iterator[PublishedJob]:
-    """All of them, by source."""
+    """All published jobs, in the order of their sources."""
     yield PublishedJob("DeepSeek HAI-LLM 2024-12", "671B, 2048 H800", DEEPSEEK, 15360 * 4096 / 19.926 / 2048)
     yield from _megatron_bridge()
     yield from _automodel()
@@ -80,7 +80,8 @@ def laid_out(
     devices: int, pp: int, ep: int, batch: int, order: str = "1f1b", stages: int = 0, size: int = 1, again: str = "mla_up",
     split: list[int] | None = None, dispatch: str = "deepep", wire: str = "bf16",
 ) -> tuple[str, ...]:  # fmt: skip
-    """The words of a layout. stages: of a rank, where the order has a choice. size: of a micro-batch. again: what is recomputed."""
+    """The arguments of a layout. stages: number of stages per rank, if the schedule allows several numbers. size:
+    sequences per micro-batch. again: what is recomputed."""
     words = [f"parallel.pp={pp}", f"parallel.dp={devices // pp}", f"parallel.ep={ep}", f"batch_size={batch}", f"micro_batch_size={size}",
              f"model.recompute=[{again}]", f"parallel.dispatch={dispatch}", f"parallel.wire={wire}"]  # fmt: skip
     words += [f"parallel.schedule={order}"] * (pp > 1) + [f"parallel.virtual_stages={stages}"] * (stages > 0)
@@ -88,7 +89,8 @@ def laid_out(
 
 
 OURS = ("conf=deepseek_v3", "data.path=none", "mode=plan", "hardware=h800")
-"""DeepSeek's job as its recipe here has it, by the means of this trainer: what `python -m train conf=deepseek_v3 mode=plan` plans."""
+"""DeepSeek's job with this trainer's recipe and software. `python -m train conf=deepseek_v3 mode=plan` plans this
+job."""
 DEEPSEEK = (
     *OURS, *FP8, "parallel.offload_optimizer=false", "parallel.dispatch=deepep", "plan.imbalance=1", "hardware.rates.across.bandwidth=40.2e9", "hardware.rates.fprop_fp8.seconds=8.3e-6",
     "hardware.rates.fprop_fp8.flops=1700e12", "hardware.rates.fprop_fp8.bandwidth=2.02e12",

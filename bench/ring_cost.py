@@ -1,4 +1,4 @@
-"""Cost of recording a rank's communication, and of summing bits: events per step x cost per event / step time.
+"""Cost of recording a rank's communication, and of summing bits, as events per step x cost per event / step time.
 
     python -m bench.ring_cost [--calls 20000] [--runs FOLDER ...]
 
@@ -38,7 +38,7 @@ ROUNDS = 5
 
 
 def cost_of_one(calls: int) -> dict[str, float]:
-    """Seconds of CPU for a collective with its wait, an action and a phase."""
+    """CPU seconds of recording a collective with its wait, an action, and a phase."""
     with tempfile.TemporaryDirectory() as folder:
         ring = CommRing(ring_path(Path(folder), 0), 0, 1)
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -60,21 +60,21 @@ def cost_of_one(calls: int) -> dict[str, float]:
 
 
 def cost_of_sum(calls: int) -> tuple[float, float]:
-    """Seconds of CPU for the sum of bits of a small tensor, and for a byte of a large one."""
+    """CPU seconds of the sum of bits for a small tensor, and for one byte of a large tensor."""
     small, large = torch.ones(16), torch.ones(4_000_000)
     per_call = _seconds(calls, lambda: sum_of_bits(small))
     return per_call, _seconds(1, lambda: sum_of_bits(large)) / (large.numel() * large.element_size())
 
 
 class _NoWait:
-    """A work that is over."""
+    """A completed work of a collective."""
 
     def wait(self) -> None:
         pass
 
 
 def _seconds(calls: int, call: Callable[[], object]) -> float:
-    """CPU seconds of a call, the least of some rounds."""
+    """CPU seconds of a call: the minimum over some rounds."""
     rounds = []
     for _ in range(ROUNDS):
         began = time.process_time()
@@ -85,8 +85,8 @@ def _seconds(calls: int, call: Callable[[], object]) -> float:
 
 
 def share_of_run(folder: Path, cost: dict[str, float]) -> tuple[int, float, float]:
-    """Events of a step, seconds of a step, and what recording takes of it. Actions and phases count as one for each event, which is
-    more than there are.
+    """Returns the events per step, the seconds of a step, and the share of the step that recording takes. The estimate
+    counts one action and one phase for each event; there are fewer.
     """
     events = 0
     for trace in read_traces(folder / "logs").values():

@@ -20,35 +20,37 @@ from pathlib import Path
 
 WARM_STEPS = 3
 LIMIT = 600.0
-"""Seconds that a side may take to answer."""
+"""Maximum seconds until a side answers."""
 TRIAL = 1.0
-"""Seconds of each of the turns by which `fastest` chooses."""
+"""Seconds of each turn from which `fastest` chooses."""
 TRIALS = 3
-"""Turns of every way, one way after another, so that what else the machine does for a moment does not choose."""
+"""Number of turns of each variant. The variants take turns, so that a short disturbance of the machine does not decide
+the choice."""
 
 
 @dataclass
 class SideResult:
-    """One side of a case."""
+    """The result of one side of a case."""
 
     rates: list[float]
     """Tokens per second, by round."""
     first_step: float
     peak_memory: int
-    """Of its largest rank, bytes resident at most."""
+    """Peak resident bytes of the side's largest rank."""
     cpu_seconds: list[float] = field(default_factory=list)
-    """Of one step, all ranks and threads together, by round. Other work on the machine changes it less than the rates."""
+    """CPU seconds of one step, over all ranks and threads, by round. Other work on the machine changes them less than
+    the rates."""
     choice: str = ""
-    """Which of several ways `fastest` chose."""
+    """Name of the variant that `fastest` chose."""
     tried: dict[str, float | str] = field(default_factory=dict)
-    """Those ways: tokens per second of a short turn, or why one cannot run."""
+    """All variants: tokens per second of a short turn, or why the variant cannot run."""
 
 
 class Side:
-    """Ranks that train on request. RuntimeError, with what the first one to fail said, where they cannot.
+    """Ranks that train on request. If they cannot, raises RuntimeError with the output of the first rank that failed.
 
-    command: starts a rank. tokens: of a step, all ranks together. limit: seconds that it may take to its first step, and to
-    those that warm it.
+    command: starts a rank. tokens: tokens of a step over all ranks. limit: maximum seconds until the first step, and
+    for the warm-up steps.
     """
 
     def __init__(self, command: list[str], tokens: int, *, ranks: int = 1, threads: int = 1, limit: float = LIMIT):
@@ -82,11 +84,11 @@ class Side:
             raise
 
     def turn(self, seconds: float) -> tuple[float, float]:
-        """Steps that about fill this time: tokens per second, and CPU seconds of a step."""
+        """Runs steps for about this time. Returns the tokens per second, and the CPU seconds of a step."""
         return self._steps(max(1, round(seconds / self._step_seconds)))
 
     def peak_memory(self) -> int:
-        """Ends the processes; the most bytes that one of them had resident."""
+        """Ends the processes. Returns the peak resident bytes of the largest process."""
         for process in self.processes:
             process.stdin.close()
         peak = max(self._answers())
@@ -95,7 +97,7 @@ class Side:
         return peak
 
     def kill(self) -> None:
-        """End them, whatever they do."""
+        """Kill the processes."""
         for process in self.processes:
             process.kill()
             process.wait()
@@ -112,7 +114,7 @@ class Side:
         return self._tokens / self._step_seconds, sum(cpu) / number
 
     def _answers(self, limit: float = LIMIT) -> list:
-        """One of every rank."""
+        """Returns one answer of every rank."""
         found, deadline = {}, time.monotonic() + limit
         waiting = {process.stdout: rank for rank, process in enumerate(self.processes)}
         while waiting:
@@ -133,17 +135,19 @@ class Side:
         return Path(self._folder.name) / f"{rank}.errors"
 
     def _last_words(self, rank: int) -> str:
-        """Of a rank that ended without an answer."""
+        """The last output of a rank that ended without an answer."""
         code = self.processes[rank].wait()
         said = self._errors(rank).read_text(errors="replace").strip().splitlines()
         return said[-1] if said else f"exit code {code}"
 
 
 def fastest(starts: Mapping[str, Callable[[float], Side]]) -> Side:
-    """Of sides that do the same work in several ways, the one whose fastest of a few short turns is the fastest; the others are ended.
+    """Chooses among sides that do the same work in several variants. Each variant takes a few short turns, and the one
+    with the fastest turn is returned; the others are ended.
 
-    starts: by name, with the seconds that a side may take to answer. Every one but the first has one and a half times the time to
-    its first step that an earlier one took, and ten seconds, so that none holds up a case. RuntimeError where none can run.
+    starts: functions that start a variant, by name. Their argument is the maximum seconds until the side answers. After
+    the first variant, this limit is one and a half times the time that an earlier variant took to its first step, plus
+    ten seconds. Raises RuntimeError if no variant can run.
     """
     sides: dict[str, Side] = {}
     tried: dict[str, float | str] = {}
@@ -178,7 +182,8 @@ def fastest(starts: Mapping[str, Callable[[float], Side]]) -> Side:
 def take_turns(
     starts: dict[str, Callable[[], Side]], rounds: int, seconds: float, between: Callable[[], None] = lambda: None
 ) -> dict[str, SideResult | str]:
-    """All sides by name, or why one cannot run. `between` is called once a round."""
+    """Runs all sides in turns. Returns the result by name, or why a side cannot run. `between` is called once per
+    round."""
     sides: dict[str, Side] = {}
     failed: dict[str, SideResult | str] = {}
     try:
@@ -203,21 +208,21 @@ def take_turns(
 
 
 def ratios(ours: SideResult, peer: SideResult) -> list[float]:
-    """Of every round."""
+    """The ratio of our rate to the peer's rate, for every round."""
     return [a / b for a, b in zip(ours.rates, peer.rates, strict=True)]
 
 
 def cpu_ratio(ours: SideResult, peer: SideResult) -> float:
-    """The peer's CPU time of a step over ours: above 1 where ours takes less."""
+    """The peer's CPU time of a step divided by ours. It is above 1 if ours takes less."""
     return statistics.median(b / a for a, b in zip(ours.cpu_seconds, peer.cpu_seconds, strict=True))
 
 
 def serve(build: Callable[[], Callable[[], object]], device: str = "cpu") -> None:
-    """One rank: says when its first step is done, answers every number of steps with the seconds and CPU seconds that
-    they took, and at the end says its peak memory; or says why it cannot, and ends.
+    """Runs one rank. It reports the end of its first step. It answers each requested number of steps with the seconds
+    and CPU seconds that they took. At the end it reports its peak memory. If it cannot run, it reports why and ends.
 
-    What libraries print goes to the errors, since the output is for answers. device: whose memory is meant. A step on a GPU
-    has to wait for its end by itself.
+    Output of libraries goes to stderr, because stdout is for answers. device: the device whose memory is reported. On a
+    GPU, the step itself must wait until the GPU has finished.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -31,13 +31,14 @@ from conf.words import say
 
 RECIPE = ["conf=deepseek_v3", "data=stdlib", "cluster=ray"]
 LARGER = ["parallel.dp=1024", "batch_size=32768", "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0"]
-"""The words for that recipe on 16,384 devices, whose pipelines need more sequences."""
+"""Overrides for this recipe on 16,384 devices, where the pipelines need more sequences."""
 COPIES, DISK = ["checkpoint.every_memory=20"], ["checkpoint.every_memory=0", "checkpoint.every=100"]
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A run to simulate. least_ep: the smallest parallel.ep that the memory of the devices holds; None where it stays as it is."""
+    """A run to simulate. least_ep: the smallest parallel.ep for which the devices have enough memory; None if
+    parallel.ep does not change."""
 
     words: list[str]
     faults: str
@@ -49,7 +50,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class ScenarioResult:
-    """What a scenario came to. Shares are of all its time."""
+    """The result of a scenario. Shares are relative to its total time."""
 
     faults: str
     devices: int
@@ -60,14 +61,16 @@ class ScenarioResult:
     attempts: int
     launches: int
     shares: dict[str, float]
-    """By part (cluster/driver/time_split.py); smaller: training that a smaller layout did not do; ended: no driver ran."""
+    """Shares by part (cluster/driver/time_split.py). `smaller`: training that was lost because the layout was smaller.
+    `ended`: no driver ran."""
     effective: float
     effective_held: float
-    """Effective time where spares count as held."""
+    """Share of effective time if the spares count as held nodes."""
 
 
 def play_scenario(scenario: Scenario, pace: Pace) -> ScenarioResult:
-    """Play a scenario. UserError for more servers than the trace has, or a layout that does not fill whole nodes."""
+    """Simulate a scenario. Raises UserError if it needs more servers than the trace has, or if its layout does not fill
+    all devices of its nodes."""
     config = compose(*scenario.words)
     per_node, world = config.cluster.ranks_per_node or config.hardware.devices_per_node, config.parallel.world
     count = math.ceil(world / per_node) + scenario.spares
@@ -103,7 +106,8 @@ def play_scenario(scenario: Scenario, pace: Pace) -> ScenarioResult:
 
 
 def _shapes(config: Config, folder: Path, least_ep: int | None) -> Shapes:
-    """The layouts of a run. With least_ep, memory is known: whatever shares experts among fewer ranks does not fit."""
+    """The layouts that a run may have. With least_ep, a layout that shares experts among fewer than least_ep ranks does
+    not fit in memory."""
     if least_ep is None:
         return Shapes(config)
     write_config(config, str(folder / "config.yaml"))
@@ -111,12 +115,12 @@ def _shapes(config: Config, folder: Path, least_ep: int | None) -> Shapes:
     plan = {"config": digest_of(folder), "layouts": layouts, "problem": None}
     (folder / LAYOUTS_FILE).write_text(json.dumps(plan))
     shapes = Shapes(config, folder)
-    assert shapes.is_planned  # read before the folder goes
+    assert shapes.is_planned  # read before the folder is removed
     return shapes
 
 
 def _shares(split: TimeSplit, seconds: float, stalled: float) -> dict[str, float]:
-    """Shares of all the time; they add up to 1."""
+    """Shares of the total time; they add up to 1."""
     found = {part.value: value / seconds for part, value in split.seconds_in.items()}
     smaller = (split.seconds_in[TimePart.training] - split.effective_seconds) / seconds
     found[TimePart.training.value] -= smaller + stalled / seconds
@@ -124,7 +128,7 @@ def _shares(split: TimeSplit, seconds: float, stalled: float) -> dict[str, float
 
 
 def scenarios(options: argparse.Namespace) -> Iterator[Scenario]:
-    """Those that were asked for, or all of the table."""
+    """The scenarios that the options name, or all scenarios of the table."""
     if options.words or options.faults or options.spares:
         faults = options.faults or "trace"
         days = options.days or (TRACE_DAYS if faults == "trace" else 90.0)
@@ -164,7 +168,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 @reported
 def main(words: Sequence[str]) -> int:
-    """The table, or JSON; returns the exit code."""
+    """Prints the table, or JSON. Returns the exit code."""
     options = _parse(words)
     pace = Pace(**{one.name: getattr(options, one.name) for one in fields(Pace)})
     columns = ["smaller", "again", "stall", "detection", "restart", "waiting", "ended"]

@@ -3,9 +3,9 @@
 Its nodes exist only as numbers.
 
 The clock advances in small steps while the supervisor waits for something, and jumps from one change to the next while
-all ranks train. The supervisor takes a jump for a time in which its own process was held up, and blames no node. One
-rank represents all, because they step together. The supervisor's reports are recorded in the form of its journal, and
-cluster/driver/time_split.py reads them.
+all ranks train. The supervisor treats a jump as a time in which its own process was delayed, and blames no node. One
+rank represents all ranks, because all ranks step together. The supervisor's reports are recorded in the form of its
+journal, and cluster/driver/time_split.py reads them.
 
 A run that gave up is started again `Pace.relaunch` seconds after nodes for the whole layout are available.
 """
@@ -41,29 +41,31 @@ class Pace:
     """How long things take, in seconds."""
 
     step: float = 20.0
-    """A step of the whole layout; a smaller one takes as much longer as its busiest rank has more micro-batches."""
+    """A step of the full layout. In a smaller layout, the step time grows with the number of micro-batches of the
+    busiest rank."""
     start: float = 120.0
-    """From the order to start until the first step is done, with its state read."""
+    """From the order to start until the end of the first step; the time to read the state is included."""
     stall: float = 0.1
-    """For which the training waits at each checkpoint, on disk or in memory."""
+    """Time that the training waits at each checkpoint, on disk or in memory."""
     write: float = 25.0
-    """From then until a checkpoint on disk counts."""
+    """Time after this wait until a checkpoint on disk is complete."""
     send: float = 1.0
-    """From then until a copy in memory counts."""
+    """Time after the wait until a copy in memory is complete."""
     answer: float = 1.0
-    """For agents to answer, and to end their ranks."""
+    """Time in which agents answer and end their ranks."""
     relaunch: float = 600.0
-    """Until somebody starts a run again that gave up."""
+    """Time until somebody restarts a run that gave up."""
 
 
 @dataclass(frozen=True)
 class CopySet:
-    """A state in the memory of nodes: each holds its own part and that of the node before it in a ring."""
+    """A copy of the state in the memory of nodes. Each node has its own part, and the part of the previous node in a
+    ring."""
 
     age: Age
     ring: tuple[str, ...]
     lost: frozenset[str] = frozenset()
-    """Nodes that were gone since, if only for a while."""
+    """Nodes that were away at any time after this copy."""
 
     @property
     def whole(self) -> bool:
@@ -72,27 +74,30 @@ class CopySet:
 
 
 class SimulatedSteps:
-    """The steps of one attempt since its first was done. base: the step that it resumed at; period: seconds a step, stalls included."""
+    """The steps of one attempt after its first step. base: the step at which the attempt resumed. period: seconds per
+    step, stalls included."""
 
     def __init__(self, number: int, base: int, begin: float, period: float):
         self.number, self.base, self.begin, self.period = number, base, begin, period
 
     def done(self, now: float) -> int:
-        """Steps done at this time; the first one is done at the beginning."""
+        """Number of completed steps at this time; the first step is complete at the beginning."""
         return self.base + 1 + int((now - self.begin) / self.period + 1e-9)
 
     def ends(self, step: int) -> float:
-        """When this step is done."""
+        """Time at which this step ends."""
         return self.begin + (step - self.base - 1) * self.period
 
     def newest(self, now: float, every: int, takes: float) -> Age | None:
-        """The newest state that counts, of those that are kept every so many steps and count so many seconds later."""
+        """The newest complete state at this time. A state is saved after every `every` steps, and is complete
+        `takes` seconds later."""
         step = self.done(now - takes) // every * every if every and now - takes >= self.begin else 0
         return Age(self.number, step) if step > self.base else None
 
 
 class SimulatedRun:
-    """See the top of the file. outages: in the order of time, nodes by their index; seconds: how long it is played."""
+    """A simulated run, see the module docstring. outages: in the order of time, with nodes by index. seconds: length of
+    the simulation."""
 
     def __init__(
         self,
@@ -114,29 +119,29 @@ class SimulatedRun:
         self._number, self._launch_at = 0, 0.0
         self._placement: Placement | None = None
         self._hurt = self._may_grow = False
-        """A node of the attempt was lost, or one came back."""
+        """Whether a node of the attempt was lost, and whether a node came back."""
         self._first_step_at = 0.0
         self._caught_up_at: float | None = None
         self._stretch: SimulatedSteps | None = None
         self.stalled = 0.0
         """Seconds of training that waited for checkpoints, weighted by the share of the ranks that waited."""
         self._reached = self._new_from = 0
-        """The step that was worked on last, and the first that was new in this attempt."""
+        """The last step that began, and the first step of this attempt that no earlier attempt had done."""
         self._stalls = 0.0
-        """Seconds of each step."""
+        """Stall seconds per step."""
         self._saved = NONE
         self._copies: CopySet | None = None
         self._due: list[tuple[float, int, Callable[[], None]]] = []
-        """Answers on their way: when, a running number, and what happens."""
+        """Answers that have not arrived yet: time of arrival, running number, and the function to call."""
         self._answers, self._heard_at = 0, 0.0
 
     @property
     def ended(self) -> bool:
-        """Whether no driver runs now."""
+        """Whether no driver runs at this time."""
         return self._supervisor is None
 
     def play(self) -> list[dict[str, Any]]:
-        """All events, with seconds since the beginning as their time."""
+        """Runs the simulation. Returns all events; their time is in seconds since the beginning."""
         while self.now < self.seconds:
             if self._supervisor is None:
                 self._wait_for_launch()
@@ -151,7 +156,7 @@ class SimulatedRun:
     # Time -----------------------------------------------------------------------------------------------------------
 
     def _pass(self, until: float) -> None:
-        """Go there, and let happen what happens until then."""
+        """Advance the clock to `until`, and apply all changes until then."""
         while self._due and self._due[0][0] <= until:
             self.now, _, happens = self._due.pop(0)
             happens()
@@ -174,11 +179,11 @@ class SimulatedRun:
         bisect.insort(self._due, (self.now + after, self._answers, happens))
 
     def _next(self) -> float:
-        """When a node goes or comes."""
+        """Time of the next change of a node: it goes away or comes back."""
         return self._changes[self._next_change][0] if self._next_change < len(self._changes) else self.seconds
 
     def _wait_for_launch(self) -> None:
-        """A launch needs all nodes of the whole layout."""
+        """Wait until the run can be launched, which needs all nodes of the full layout."""
         if self.now < self._launch_at or sum(node.devices for node in self._up.values()) < self.config.parallel.world:
             waits_for = self._launch_at if self.now < self._launch_at else self._next()
             self._pass(min(self.seconds, waits_for))
@@ -194,7 +199,8 @@ class SimulatedRun:
     # Training -------------------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
-        """Until something changes: the first step, the end of steps done again, a state that the run may grow from, or a node."""
+        """Advance to the next change: the end of the first step, the end of repeated steps, a complete state from which
+        the run may grow, or a change of a node."""
         change, stretch = min(self._next(), self.seconds), self._stretch
         first = self._first_step_at if stretch is None else math.inf
         caught_up = math.inf if self._caught_up_at is None else self._caught_up_at
@@ -217,19 +223,19 @@ class SimulatedRun:
             self._tell_states()
 
     def _grows_at(self, stretch: SimulatedSteps) -> float:
-        """When the next state counts that the run may go on from with more nodes."""
+        """Time at which the next state is complete from which the run may continue with more nodes."""
         saving = self.config.checkpoint
         every, takes = (saving.every_memory, self.pace.send) if saving.every_memory else (saving.every, self.pace.write)
         step = (stretch.done(max(stretch.begin, self.now - takes)) // every + 1) * every
         return stretch.ends(step) + takes
 
     def _count_stalls(self) -> None:
-        """Add what the attempt that has ended waited for."""
+        """Add the stalls of the attempt that has ended."""
         self.stalled += self._stalls * max(0, self._reached - self._new_from)
         self._new_from = self._reached
 
     def _jump(self, until: float) -> None:
-        """To a change of nodes, with all that the run has done by then."""
+        """Jump to a change of nodes, and record what the run has done by then."""
         if self._stretch is not None and until >= self._stretch.begin:
             self._beat(max(self.now, self._stretch.ends(self._stretch.done(until))))
             self._keep_states(until)
@@ -260,7 +266,7 @@ class SimulatedRun:
         self._may_grow = placement.shape != own
 
     def _beat(self, now: float, step: int | None = None) -> None:
-        """A rank says which step it works on, at this time."""
+        """A rank reports which step it works on at this time."""
         assert self._stretch is not None and self._placement is not None
         self.now, seat = max(self.now, now), self._placement.seats[0]
         step = self._stretch.done(now) + 1 if step is None else step
@@ -270,7 +276,7 @@ class SimulatedRun:
     # States ---------------------------------------------------------------------------------------------------------
 
     def _keep_states(self, now: float) -> None:
-        """The newest checkpoint and the newest copy in memory that count at this time."""
+        """Record the newest checkpoint and the newest copy in memory that are complete at this time."""
         if self._stretch is None or self._placement is None:
             return
         saving = self.config.checkpoint
@@ -289,7 +295,8 @@ class SimulatedRun:
     # Nodes ----------------------------------------------------------------------------------------------------------
 
     def _lose(self, node: Node) -> None:
-        """It is gone: its ranks and its memory with it. The supervisor hears no more of it; a spare is listed as dead."""
+        """Remove a node with its ranks and its memory. The supervisor gets no more answers from it; a spare is listed
+        as dead."""
         del self._up[node.id]
         if self._copies is not None:
             self._copies = dataclasses.replace(self._copies, lost=self._copies.lost | {node.id})
@@ -342,13 +349,13 @@ class SimulatedRun:
                 self._tell(m.NodeProbed(id))
 
     def _say_ended(self, number: int, nodes: Sequence[str]) -> None:
-        """Agents hold no rank of the attempt any more."""
+        """Agents report that they have no more ranks of the attempt."""
         for id in nodes:
             if id in self._up:
                 self._tell(m.AgentBeat(id, number, []))
 
     def _stop(self, number: int, nodes: Sequence[str], in_memory: bool) -> None:
-        """The ranks end their step, keep their state, and leave."""
+        """The ranks finish their step, save their state, and exit."""
         assert self._stretch is not None
         step = self._stretch.done(self.now) + 1
         takes = (

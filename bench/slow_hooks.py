@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 DRIVER_FILE = "driver.pid"
-"""In the folder of the run: who is asked to stop it."""
+"""File in the run folder with the process that is asked to stop the run."""
 SLOW_AT = 8
-"""The step that is slow, behind some that are quick; the last but four of a run."""
+"""The slow step. It follows some fast steps, and four steps follow it."""
 
 
 class Slowpoke:
-    """The callback. what: of `WAYS`; seconds: how long it takes; ranks: those that are slow, none for all; every: seconds between two pieces of
-    work, 0 for a silence of the whole time.
+    """The callback. what: a key of `WAYS`. seconds: duration of the slow operation. ranks: the slow ranks; empty: all.
+    every: seconds between two reports of progress; 0: no report during the operation.
     """
 
     def __init__(self, what: str, seconds: float, ranks: list[int], every: float):
@@ -40,7 +40,7 @@ class Slowpoke:
             self.pause(run.got_on)
 
     def pause(self, got_on: Callable[[], None]) -> None:
-        """Take the time, in pieces or in silence."""
+        """Wait for the duration, with or without reports of progress."""
         ends = time.monotonic() + self._seconds
         while (left := ends - time.monotonic()) > 0:
             time.sleep(min(left, self._every or left))
@@ -48,7 +48,7 @@ class Slowpoke:
                 got_on()
 
     def slow_down(self, owner: Any, name: str, is_due: Callable[..., bool], got_on: Callable[[], None]) -> None:
-        """Have this function of a module or class take its time, once, where it is due."""
+        """Make this function of a module or class slow, once, when `is_due` says so."""
         original, waiting = getattr(owner, name), [True]
 
         def slow(*given: Any, **named: Any) -> Any:
@@ -61,11 +61,11 @@ class Slowpoke:
 
     @property
     def is_late_in_run(self) -> bool:
-        """Whether the slow step comes next, or is over."""
+        """Whether the next step is the slow step or a later one."""
         return self._step >= SLOW_AT - 1
 
     def stagger(self) -> None:
-        """Ranks are slow one after another: the last one for the whole time."""
+        """Ranks are slow for different times; the last rank for the whole duration."""
         self._seconds *= (self._rank + 1) / int(os.environ["WORLD_SIZE"])
 
 
@@ -105,7 +105,7 @@ def _first_validation(slow: Slowpoke) -> None:
 
 
 def _save(slow: Slowpoke) -> None:
-    """In the middle of the run, beside its steps until the next one is due."""
+    """A save in the middle of the run. It runs beside the steps until the next save is due."""
     _writes(slow, SLOW_AT)
 
 
@@ -123,7 +123,7 @@ def _first_save(slow: Slowpoke) -> None:
 
 
 def _writes(slow: Slowpoke, step: int) -> None:
-    """The disk is slow; its bytes come in pieces, or a sync comes at the end of a silence."""
+    """The disk is slow: bytes are written in small parts, or one sync takes the whole time."""
     from cluster.comm_ring import wrote
     from train.checkpoint.staging import StagingBuffers
 
@@ -134,7 +134,7 @@ def _writes(slow: Slowpoke, step: int) -> None:
 
 
 def _commit(slow: Slowpoke) -> None:
-    """The folder of the last checkpoint gets its name late: a server of metadata is busy."""
+    """The rename of the last checkpoint's folder is slow, as with a busy metadata server."""
     from train.checkpoint.commit import Committer
 
     slow.slow_down(Committer, "commit", lambda _, save, *__: save.step >= SLOW_AT + 4, _silent)
@@ -153,7 +153,7 @@ def _publish(slow: Slowpoke) -> None:
 
 
 def _report(slow: Slowpoke) -> None:
-    """What comes behind the training, on rank 0."""
+    """The work of rank 0 after the training is slow."""
     from train.loop import finish
 
     slow.slow_down(finish, "_report", lambda *_: True, _silent)
@@ -180,4 +180,4 @@ WAYS: dict[str, Callable[[Slowpoke], None]] = {
     "publish": _publish,
     "report": _report,
 }
-"""What a rank can be slow in, beside the hooks of the callback itself."""
+"""The operations in which a rank can be slow, in addition to the hooks of the callback itself."""

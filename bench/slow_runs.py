@@ -32,19 +32,19 @@ from conf.words import say
 
 STEPS = SLOW_AT + 4
 SHOWN_CHARACTERS = 2000
-"""Of what a run printed that did not end well."""
+"""Maximum characters of a failed run's output that are shown."""
 
 
 class SlowCase(NamedTuple):
     """One run."""
 
     what: str
-    """Of bench/slow_hooks.py."""
+    """The slow operation, from bench/slow_hooks.py."""
     seconds: float
     every: float = 0.0
-    """Seconds between two pieces of work; 0 for a silence."""
+    """Seconds between two reports of progress; 0: no report."""
     ranks: tuple[int, ...] = ()
-    """That are slow; none for all."""
+    """The slow ranks; empty: all ranks."""
     layout: str = "dp2"
     launcher: str = "local"
     settings: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ class SlowCase(NamedTuple):
 
     @property
     def right(self) -> tuple[int, int]:
-        """Exit code, and the step that is saved, or a later one."""
+        """The right exit code, and the step that must be saved (or a later step)."""
         return (EXIT_STOPPED, SLOW_AT + 1) if self.what == "stop" else (EXIT_OK, STEPS)
 
 
@@ -113,22 +113,22 @@ CASES = (
 
 
 class Ended(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
     case: str
     right: bool
     code: int | None
     saved: int
-    """The last step that is saved."""
+    """The last saved step."""
     seconds: float
-    """From the launch to the end."""
+    """Seconds from the launch to the end."""
     warnings: int
     said: str
-    """The end of what was printed, of a run that did not end well."""
+    """The end of the output, if the run did not end well."""
 
 
 def run_slow(case: SlowCase, folder: Path, limit: float = 400.0) -> Ended:
-    """Let a run be slow. folder: of corpus, cache and runs."""
+    """Run one case. folder: for corpus, cache and runs."""
     from tests.small import arguments
 
     folder.mkdir(exist_ok=True)
@@ -150,7 +150,7 @@ def run_slow(case: SlowCase, folder: Path, limit: float = 400.0) -> Ended:
     (run / DRIVER_FILE).write_text(str(process.pid))
     process.join(limit)
     if process.is_alive():
-        process.kill()  # its ranks die with it
+        process.kill()  # the ranks die with the driver
         process.join()
     saved = max((int(path.name[5:]) for path in (run / "checkpoints").glob("step_*")), default=-1)
     said = "".join(
@@ -163,7 +163,7 @@ def run_slow(case: SlowCase, folder: Path, limit: float = 400.0) -> Ended:
 
 
 def show_ended(ended: Sequence[Ended]) -> None:
-    """A row each."""
+    """Prints a row for each run."""
     for one in ended:
         word = "well" if one.right else "KILLED"
         row = f"{one.case:50} {word:7} code {one.code}, step {one.saved} saved, {one.seconds:5.1f} s"

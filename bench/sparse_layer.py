@@ -36,7 +36,7 @@ PARTS = ("choose_keys", "attend_chosen", "attend_chosen_backward", "chosen_index
 
 
 def build(shape: str, length: int, top_k: int) -> Callable[[], None]:
-    """Forward and backward of a layer. top_k: 0 for dense attention."""
+    """Builds a step: forward and backward of a layer. top_k: 0 for dense attention."""
     model = compose("conf=tiny_dsa").model
     model = replace(model, sparse=replace(model.sparse, top_k=top_k, heads=model.sparse.heads if top_k else 0))
     model = replace(model, **(WIDE if shape == "wide" else {}))
@@ -53,7 +53,7 @@ def build(shape: str, length: int, top_k: int) -> Callable[[], None]:
 
 
 def seconds(step: Callable[[], None], spent: dict[str, float]) -> float:
-    """Processor seconds of the faster of two steps. spent: gets those of every part."""
+    """Processor seconds of the faster of two steps. Adds the processor seconds of every part to `spent`."""
 
     def timed(name: str) -> Callable[..., Any]:
         original = getattr(PlainKernels, name)

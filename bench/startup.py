@@ -29,7 +29,7 @@ LIMIT = 300.0
 
 
 def first_step(overrides: list[str]) -> float:
-    """Seconds to the first record. RuntimeError, with what the command said last, where none comes."""
+    """Seconds to the first record. If there is no record, raises RuntimeError with the last output of the command."""
     with tempfile.TemporaryDirectory() as runs, tempfile.TemporaryFile() as output:
         words = [sys.executable, "-m", "train", f"runs={runs}", "name=startup", *overrides]
         records, began = Path(runs) / "startup" / "metrics.jsonl", time.perf_counter()
@@ -51,7 +51,7 @@ def first_step(overrides: list[str]) -> float:
 
 
 def ended(words: list[str], code: int) -> float:
-    """Seconds that `python -m train WORDS` takes. RuntimeError where it ends with another code."""
+    """Seconds that `python -m train WORDS` takes. Raises RuntimeError if its exit code is not `code`."""
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "train", *words], capture_output=True, text=True, timeout=LIMIT)
     seconds = time.perf_counter() - began

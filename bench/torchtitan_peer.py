@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from conf.schema import Model
 
-if TYPE_CHECKING:  # whoever only wants the environment need not wait for torch
+if TYPE_CHECKING:  # a process that only needs the environment does not import torch
     import torch
     from torch import Tensor
 
@@ -37,14 +37,15 @@ PACKAGES = [
     "torchtitan==0.3.0", "spmd_types==0.2.3", "torchdata==0.11.0", "torch_checkpointing==0.1.1", "tyro>=1,<2",
     "triton>=3.6,<4", "einops", "tensorboard", "typeguard", "docstring_parser", "shtab",
 ]  # fmt: skip
-"""All without their dependencies: torch and the rest are there already."""
+"""Packages that are installed without their dependencies. torch and the other dependencies are already installed."""
 
 
 def environment(folder: Path) -> Path:
-    """Interpreter of the environment in this folder; made there on first use. RuntimeError if that fails."""
+    """Interpreter of the environment in this folder. The first use creates the environment. Raises RuntimeError if this
+    fails."""
     python = folder / "bin" / "python"
     done = folder / "installed"
-    # a CUDA build of torch brings the triton that fits it
+    # a CUDA build of torch installs the right version of triton
     packages = [one for one in PACKAGES if not (one.startswith("triton") and importlib.util.find_spec("triton"))]
     if done.exists() and done.read_text() == "\n".join(packages):
         return python
@@ -103,7 +104,8 @@ def build_step(
 def build_ranks_step(
     model: Model, tokens_BS: "Tensor", dtype: "torch.dtype", *, pp: int, ep: int, micro_batches: int
 ) -> Callable[[], None]:
-    """The same over the ranks of the default process group, with tokens of this data-parallel rank."""
+    """The step of `build_step`, over the ranks of the default process group, with the tokens of this data-parallel
+    rank."""
     import torch
 
     torch._utils._get_available_device_type = lambda: "cpu"  # read when torchtitan is imported
@@ -148,7 +150,8 @@ def build_ranks_step(
 def _spread(
     model: Model, tokens_BS: "Tensor", dtype: "torch.dtype", pp: int, ep: int, micro_batches: int, loss_of: Callable
 ):
-    """This rank's parts of the model in torchtitan's way, its dimensions, and the schedule of a pipeline or None."""
+    """Returns this rank's parts of the model, as torchtitan builds them, the parallel dimensions, and the pipeline
+    schedule or None."""
     import torch
     import torch.distributed as dist
     from torch.distributed.fsdp import FSDPModule
@@ -204,7 +207,7 @@ def _spread(
 
 
 def _cast(peer: "torch.nn.Module", dtype: "torch.dtype") -> None:
-    """Weights alone: rotations and balance biases keep their format."""
+    """Casts only the weights. Rotations and balance biases keep their dtype."""
     for parameter in peer.parameters():
         parameter.data = parameter.data.to(dtype)
 

@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def show(options: argparse.Namespace) -> int:
-    """Count and print, in a process on the ghost."""
+    """Count and print the traffic. Runs in a process with the simulated GPU."""
     warnings.filterwarnings("ignore")
     from tests.ghost import layers, stand_ins
 

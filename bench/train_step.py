@@ -38,13 +38,13 @@ SHAPES = {
         "nope_head_dim": 128, "rope_head_dim": 64, "v_head_dim": 128, "dense_width": 1024, "expert_width": 256,
         "experts": 8, "shared_experts": 2, "top_k": 3, "groups": 1, "top_groups": 1, "route_scale": 1.0,
     },
-    # DeepSeek-V3 in small: 287M parameters, and 27M more in an MTP module
+    # a small DeepSeek-V3: 287M parameters, and 27M more in an MTP module
     "v3": {
         "vocab_size": 16384, "hidden": 512, "layers": 11, "dense_layers": 1, "heads": 8, "q_rank": 384, "kv_rank": 256,
         "nope_head_dim": 64, "rope_head_dim": 32, "v_head_dim": 64, "dense_width": 1536, "expert_width": 256,
         "experts": 64, "shared_experts": 1, "top_k": 6, "groups": 8, "top_groups": 3, "route_scale": 2.5,
     },
-    # one MoE layer of many experts and tokens, for its distance from its products alone (bench/parts.py)
+    # one MoE layer with many experts and tokens, to compare its time with that of its matmuls alone (bench/parts.py)
     "moe": {
         "vocab_size": 2048, "hidden": 512, "layers": 2, "dense_layers": 1, "heads": 8, "q_rank": 384, "kv_rank": 256,
         "nope_head_dim": 64, "rope_head_dim": 32, "v_head_dim": 64, "dense_width": 1536, "expert_width": 256,
@@ -61,20 +61,20 @@ SHAPES = {
 TOKENS = {"debug": (1, 512), "v3": (1, 1024), "moe": (4, 1024), "gpu": (2, 4096), "tiny": (16, 256)}
 """Sequences per step and their length."""
 DTYPES = ("fp32", "bf16")
-"""Of products. The first is the one in which every side is quick enough to be waited for."""
+"""Dtypes of matmuls. In the first one, every side is fast enough."""
 PEERS = Path.home() / ".cache" / "sluice" / "peers"
-"""Environments of peers."""
+"""Folder of the peers' environments."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What all sides do."""
+    """The work of all sides."""
 
     shape: str
     dtype: str = "bf16"
     threads: int = 2
     mtp: bool = False
-    """One MTP module."""
+    """Whether the model has one MTP module."""
     length: int | None = None
     """Tokens of a sequence; None for the shape's own."""
 
@@ -91,11 +91,11 @@ class Case:
 
     @property
     def micro_batches(self) -> int:
-        """Of a rank and step."""
+        """Number of micro-batches per rank and step."""
         return 1
 
     def config(self, *more: str):
-        """Our configuration of it. more: overrides that come after its own."""
+        """Our configuration of the case. more: overrides that are applied last."""
         from conf.load import compose
 
         sizes = [f"model.{key}={'null' if value is None else value}" for key, value in SHAPES[self.shape].items()]
@@ -107,7 +107,7 @@ class Case:
 
 
 def sides_of(case: Case) -> list[str]:
-    """Who can do it, ours first."""
+    """Names of the sides that can run the case, ours first."""
     return ["ours", "torchtitan"] if case.mtp else ["ours", "transformers", "torchtitan"]
 
 
@@ -118,14 +118,16 @@ def compare(
     between: Callable[[], None] = lambda: None,
     dtypes: Sequence[str] = DTYPES,
 ) -> dict[str, SideResult | str]:
-    """All sides of a case by name, each in the fastest of these dtypes, or why one cannot run. `between` is called once a round."""
+    """Runs all sides of a case, each in the fastest of these dtypes. Returns the result by name, or why a side cannot
+    run. `between` is called once per round."""
     return take_turns(
         {name: in_best_dtype(_start, name, case, dtypes) for name in sides_of(case)}, rounds, seconds, between
     )
 
 
 def in_best_dtype(start: Callable[..., Side], name: str, case: Case, dtypes: Sequence[str]) -> Callable[[], Side]:
-    """Starts a side in the dtype in which it is fastest. start: takes name, case and seconds that it may take to answer."""
+    """Starts a side in its fastest dtype. start: a function of the name, the case and the maximum seconds until the
+    side answers."""
     return partial(fastest, {dtype: partial(start, name, replace(case, dtype=dtype)) for dtype in dtypes})
 
 
@@ -135,7 +137,7 @@ def _start(name: str, case: Case, limit: float) -> Side:
 
 
 def interpreter(side: str) -> str:
-    """What runs this side. RuntimeError where it cannot be installed."""
+    """The Python interpreter of this side. Raises RuntimeError if the side cannot be installed."""
     return str(environment(PEERS / side)) if side == "torchtitan" else sys.executable
 
 
@@ -205,8 +207,8 @@ def own_step(
 ) -> Callable[[], tuple[float, float]]:
     """A step of the case on this rank of the default process group, on random tokens.
 
-    balance_loss: weight of the sequence-wise loss, which the peers do not have. more: other words of the command line. The step returns its seconds of forward
-    and backward, and of what follows: measures, reduction and update.
+    balance_loss: weight of the sequence-wise loss, which the peers do not have. more: further arguments of the command
+    line. The step returns the seconds of forward and backward, and the seconds of metrics, reduction and update.
     """
     import torch
 

@@ -41,7 +41,7 @@ def main() -> None:
         ]
         engine = train.open_engine(train.compose("conf=tiny", "data.path=none", *model, *words))
     seconds, before = [], _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from this point on
     for _ in range(options.rounds):
         began, count, size = time.process_time(), 0, 0
         for _, tensor in engine.weights():
