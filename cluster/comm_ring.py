@@ -163,7 +163,7 @@ class CommRing:
         path.parent.mkdir(parents=True, exist_ok=True)
         size = RECORDS_AT + records * RECORD.size
         with suppress(FileNotFoundError):
-            path.unlink()  # a process that reads an earlier attempt's file keeps that file
+            path.unlink()  # a process that has an earlier attempt's file open can still read it
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.posix_fallocate(handle, 0, size)  # otherwise a full disk would end the rank by SIGBUS

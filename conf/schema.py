@@ -118,10 +118,10 @@ class Yarn:
     original_seq_len: int = number(4096, least=1)
     """Length of pretraining, in tokens."""
     beta_fast: float = expert(32.0, above=0)
-    """RoPE pairs with more than this many turns over original_seq_len keep their frequency."""
+    """RoPE pairs that turn more often than this over original_seq_len positions keep their frequency."""
     beta_slow: float = expert(1.0, above=0)
-    """RoPE pairs with fewer turns than this have their frequency divided by factor. For pairs between the two bounds,
-    the change follows a ramp."""
+    """RoPE pairs that turn less often than this over original_seq_len positions have their frequency divided by factor.
+    For pairs between the two bounds, the change follows a ramp."""
     truncate: bool = expert(True)
     """Round the ends of the ramp outwards to whole pairs."""
     mscale: float = expert(1.0, least=0)
@@ -305,8 +305,9 @@ class Data:
     validation_fraction: float = number(0.05, above=0, below=1, what="a share")
     """Share of documents (of complete files for text) that are held out for validation."""
     hold_out_by: FilledKey[HoldOutBy] = expert(None)
-    """Property that decides whether a document is held out: content, or name (its file's path in the data with the line or row). null:
-    content, or the choice of the run named by resume or init_from. Earlier versions used the name."""
+    """Property that decides whether a document is held out: content, or name (its file's path in the data with the line
+    or row). null: content, or the property of the run that resume or init_from names. Earlier versions used the name.
+    """
     template: str | None = None
     """Chats: the template. A Jinja file, or `plain` for a simple built-in template; null takes the template of the tokenizer's folder."""
     template_function: dict[str, Any] | None = field(default_factory=dict)
@@ -345,7 +346,8 @@ class MuonOptim:
     iteration: NewtonSchulz = NewtonSchulz.quintic
     """Newton-Schulz iteration: quintic (five steps), polar_express (five steps with other coefficients) or deepseek_v4 (ten steps, more exact)."""
     by_head: bool = True
-    """Orthogonalise attention weights head by head; false: each attention weight as one matrix."""
+    """Orthogonalise the part of each head in an attention weight separately; false: orthogonalise each attention weight
+    as one matrix."""
 
 
 @dataclass
@@ -396,7 +398,7 @@ class Optim:
     index_warmup: bool = False
     """Sparse attention: train only the indexers, with dense attention, before a run that trains all weights with sparse attention."""
     detach_mtp: bool = False
-    """Stop the gradients of MTP losses where they leave the MTP modules. Then the main model, the embedding and the
+    """Stop the gradients of MTP losses at the border of the MTP modules, so that the main model, the embedding and the
     head do not learn from these losses."""
     qk_clip: float | None = number(None, above=0)
     """Upper limit of attention scores: after a step, QK-clip scales down the weights of every head that had a larger
@@ -740,7 +742,8 @@ class Hardware:
     rates_from: str = expert("rates of its own")
     """Source of the rates, which a plan prints."""
     rates: dict[str, Rate] = expert(make=dict)
-    """Rates of kernels and links by kind of work (train/plan/time/rates.py), the basis of all times; if empty, plan.calibration is needed."""
+    """Rates of kernels and links by kind of work (train/plan/time/rates.py). All times of a plan follow from these
+    rates; if they are empty, plan.calibration is needed."""
 
 
 @dataclass

@@ -46,7 +46,7 @@ GROUP_METHODS = {
     "send": "send",
     "recv": "receive",
 }
-"""The kind of operation of each method. No torch version has all of these methods."""
+"""The kind of operation of each method. A torch version may lack some of these methods."""
 IN_PLACE = ("all_reduce", "broadcast", "reduce")
 """Kinds whose one tensor is both sent and received."""
 _BETWEEN = ("-packages" + os.sep, sysconfig.get_path("stdlib") + os.sep, __file__)

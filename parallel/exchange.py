@@ -91,7 +91,7 @@ def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
 class RankNotes:
     """Short texts that a rank leaves in the ranks' store for other ranks.
 
-    They are for threads, which may use no collective, in case no disk can be written.
+    Threads use them if no disk can be written, because threads must not use collectives.
     """
 
     def __init__(self, store: dist.Store | None = None):

@@ -452,7 +452,8 @@ class Driver:
             case m.StopRanks(number, nodes, why, in_memory):
                 for id in nodes:
                     call_agent(self.fleet, id, Agent.stop, number, in_memory, why)
-            # Nodes with a pulse answer the next UDP questions, because calls to thousands of nodes take too long.
+            # The driver probes nodes with a pulse by its next UDP questions, because calls to thousands of nodes take
+            # too long.
             case m.ProbeLinks(nodes):
                 self._probed_from, now = self.pulse.number, self._awake()
                 self.pulse.hurry()

@@ -375,7 +375,7 @@ def _settings(embedded: bool) -> None:
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.setdefault(
             "RAY_worker_niceness", "0"
-        )  # with Ray's default, 15, any other work slows the ranks and their agent
+        )  # Ray's default niceness is 15, with which other processes slow the ranks and their agent
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", HEAD_START)
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # this makes Ray listen on loopback only, also on Linux
         os.environ["RAY_AUTH_MODE"] = "token"

@@ -1,5 +1,4 @@
-"""Dispatchers without peers: the real classes with a replaced all-to-all, which makes up the rows that peers would
-send.
+"""Dispatchers without peers: the real classes with another all-to-all, which creates the rows that peers would send.
 
 One rank of a large job runs alone, for a plan (on the meta device) or for a dry run. The real router routes this rank's
 tokens. A `Load` sets how many rows arrive; their values are copies of this rank's own rows. The real dispatcher's code

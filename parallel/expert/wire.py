@@ -114,8 +114,9 @@ def in_tiles(x_RD: Tensor) -> Tensor:
 
 E4M3_MAX = 448.0
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
-"""Lower bounds of amax for activations and for gradients. All values of a gradient can be far below 1e-4, and the bound
-of activations would then cost them their range. So gradients have torchao's value, which only guards the division.
+"""Lower bounds of amax for activations and for gradients. All values of a gradient can be far below 1e-4. With the
+bound of activations, such a gradient would lose its range. So gradients use torchao's value, which only guards the
+division.
 """
 
 

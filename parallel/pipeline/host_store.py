@@ -113,7 +113,7 @@ class HostStore:
         self._left_over, self._leaving, self._current = self._leaving, [], None
         for key in now:
             for batch in self._batches.pop(key):
-                batch.wait()  # also for batches that were never read: their memory is reused
+                batch.wait()  # batches that were never read must also wait, before their memory is reused
 
     def send(self, storages: Sequence[Tensor]) -> list["_Piece"]:
         """Start to copy storages (flat, in bytes) to the host. Returns one object per storage; its `fetched` returns
@@ -189,7 +189,7 @@ class _Piece:
         self.batch: _Batch
 
     def fetched(self) -> Tensor:
-        """Return the storage, flat and in bytes, for later compute."""
+        """Return the storage as a flat tensor of bytes; copy it back to the device first if necessary."""
         self._store.read(self.batch)
         assert self.tensor is not None
         return self.tensor

@@ -95,8 +95,8 @@ def schedule_actions(
 
 
 def without_transfers(drives: type[PipelineScheduleMulti]) -> type[PipelineScheduleMulti]:
-    """Return a subclass that does not build the action lists with communication. They are not needed here, and building
-    them takes most of torch's time.
+    """Return a subclass that does not build the action lists with communication. These lists are not needed here, and
+    torch spends most of its time on them.
     """
 
     class ComputeOnly(drives):  # pyrefly: ignore[invalid-inheritance]  the class is known at run time

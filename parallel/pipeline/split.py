@@ -47,7 +47,7 @@ def split_layers(
         work[-1] += last_cost
         ranks = [sum(work[stage] for stage in own) for own in placement]
         squares = (sum(cost * cost for cost in part) for part in (ranks, work))
-        # Sums of the same costs in another order differ by rounding. This rounding makes them ties.
+        # Sums of the same costs in another order differ in the last digits. Rounding makes these sums equal.
         return *(float(f"{figure:.9e}") for figure in (max(ranks), *squares)), sum(bounds)
 
     def allowed(bounds: list[int]) -> bool:

@@ -71,7 +71,8 @@ class _Clock(Protocol[Moment]):
 
 
 _Mark = tuple[str, int, int, tuple[int, int] | None, Moment, Moment]
-# kind, stage, micro_batch and backward as in ActionRecord, then the clock's marks of the action's start and end
+# A tuple of kind, stage, micro_batch and backward (as in ActionRecord), and of the clock's marks at the action's start
+# and end.
 
 
 class Timeline(Generic[Moment]):

@@ -366,7 +366,7 @@ def make_config(
     first = next(param for param in module.parameters() if param.requires_grad)
     elements = reduced_elements(settings.stage == 3 or first.dtype == torch.float32)
     config: dict[str, Any] = {
-        # The schedule owns micro-batches; DeepSpeed sees one backward per step.
+        # The pipeline schedule splits a step into micro-batches; DeepSpeed sees one backward per step.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.clip,
