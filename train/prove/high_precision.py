@@ -40,7 +40,7 @@ def rms_norm_back(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> 
     return Total(dx, size, None), Total(each.sum(0), each.abs().sum(0), None)
 
 
-# --- Attention (2.1.1) ----------------------------------------------------------------------------------------------
+# --- Attention (paper 2.1.1) ----------------------------------------------------------------------------------------
 
 
 def softmax_scale(config: Values) -> float:
@@ -124,7 +124,7 @@ def key_excess(index_BTS: Tensor, chosen_BTS: Tensor, top_k: int) -> float:
     return behind.clamp_min(0).max().item() / 2
 
 
-# --- Output head (2.2) ----------------------------------------------------------------------------------------------
+# --- Output head (paper 2.2) ----------------------------------------------------------------------------------------
 
 
 class HeadSlopes(NamedTuple):
@@ -160,7 +160,7 @@ def head(
     return HeadSlopes(loss, matmul(made, NearNumbers(weight_VD.mT)), matmul(transposed(made), transposed(x_ND)))
 
 
-# --- Router (2.1.2) -------------------------------------------------------------------------------------------------
+# --- Router (paper 2.1.2) -------------------------------------------------------------------------------------------
 
 
 class RouterSlopes(NamedTuple):

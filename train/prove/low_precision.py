@@ -116,7 +116,7 @@ def rounded(given: NearNumbers | Total, form: PlainFormat, noise: Tensor | float
     return NearNumbers(x, nearest(given.x + margin, form) - nearest(given.x - margin, form))
 
 
-# --- Casts (3.3.2) --------------------------------------------------------------------------------------------------
+# --- Casts (paper 3.3.2) --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def read_rounding(precision: Values) -> PlainRounding:
     return PlainRounding(high, dense, output, up, rules(fp8.activation, fp8.dispatched, None), swiglu, True)
 
 
-# --- Linear layers (3.3.1) ------------------------------------------------------------------------------------------
+# --- Linear layers (paper 3.3.1) ------------------------------------------------------------------------------------
 
 
 def matmul(left: NearNumbers, right: NearNumbers) -> Total:
@@ -290,7 +290,7 @@ def weight_for(which: str, weight: Tensor, rules: LinearRules) -> NearNumbers:
     )
 
 
-# --- Experts (3.3.3) ------------------------------------------------------------------------------------------------
+# --- Experts (paper 3.3.3) ------------------------------------------------------------------------------------------
 
 
 class SwigluSlopes(NamedTuple):

@@ -135,7 +135,7 @@ def rotate(x: Tensor, angle: Tensor, size: float) -> Tensor:
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
-# --- The model (2.1, 2.2) -------------------------------------------------------------------------------------------
+# --- The model (paper 2.1, 2.2) -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -411,7 +411,7 @@ def group_scores(model: Values, biased_NE: Tensor) -> Tensor:
     return biased_NE.unflatten(1, (model.groups, -1)).sort(dim=-1, descending=True).values[..., :count].sum(-1)
 
 
-# --- Backward and update (4.2) --------------------------------------------------------------------------------------
+# --- Backward and update (paper 4.2) --------------------------------------------------------------------------------
 
 
 def gradients(plain: PlainModel, batch: PlainBatch, mtp_weight: float) -> WatchedPass:
