@@ -1,8 +1,9 @@
 """Computes how many rows the absent ranks would send to this rank's experts, from dry_run.routing.
 
-balanced as many rows as every other rank gets, and as many for each of this rank's experts skewed 1.5 times as many;
-the number falls linearly from the rank's first expert to its last a folder the folder of an earlier run: the rows that
-these experts got in its last recorded load, as a mean over the layers
+balanced      as many rows as every other rank gets, and as many for each of this rank's experts
+skewed        1.5 times as many; the number falls linearly from the rank's first expert to its last
+a folder      the folder of an earlier run: the rows that these experts got in its last recorded load, as a mean
+              over the layers
 """
 
 from dataclasses import replace

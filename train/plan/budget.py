@@ -39,7 +39,7 @@ a third.
 
 
 def verdict_of(room: int, memory: int) -> Verdict:
-    """The verdict for a peak that leaves `room` bytes of a device's memory, after its reserve."""
+    """The verdict if a run's peak leaves `room` bytes of a device's memory free, after the reserve."""
     return Verdict.lacks if room < 0 else Verdict.barely if room < BARELY * memory else Verdict.fits
 
 

@@ -55,15 +55,15 @@ COVERED = 0.99
 
 @dataclass(frozen=True)
 class SaveCosts:
-    """Checkpoint and failure times of a run, in seconds."""
+    """Seconds from a failure to the next step. This includes reading the checkpoint."""
 
     between_failures: float
     restart: float
-    """From a failure to the next step, including reading the checkpoint."""
+    """Seconds from the end of the stall until the checkpoint is complete."""
     stall: float
-    """Time that training waits at each checkpoint."""
+    """Seconds that training waits at each checkpoint."""
     write: float
-    """From the end of the stall until the checkpoint is complete."""
+    """Seconds from the end of the stall until the checkpoint is complete."""
 
     def effective(self, interval: float) -> float:
         """Share of the time spent on steps that no failure undoes, if a checkpoint starts every `interval` seconds of

@@ -35,7 +35,7 @@ class ExactUpdates:
         zero.client.update = updated  # pyrefly: ignore[missing-attribute]  see above
 
     def clear(self) -> None:
-        """Clear the evidence at the start of a step."""
+        """Delete the evidence of the previous step."""
         self._seen = {"exact": {}, "exact_gradient": {}}
 
     def give(self, evidence: Evidence) -> None:

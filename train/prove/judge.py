@@ -4,13 +4,17 @@ Every step is judged separately. The reference starts from the ranks' state befo
 previous step. So differences do not grow from step to step, and each bound applies to one step. All steps together
 cover the run.
 
-The comparisons follow the order of the computation. So the first failed comparison shows the origin of a fault: start
-the state equals the given or the saved state, bit for bit judge_state.py forward outputs of all parts, first to last;
-losses; tokens per expert judge_model.py backward from the last part to the first: the gradient that reaches a part's
-output, then the gradients of the part's weights reduction sums of gradients over micro-batches and ranks
-judge_gradients.py update norm, masters, moments, average of the weights, biases; a step whose gradient is not finite
-changes none of them judge_update.py validation loss on held-out sequences checkpoint the files hold the state of their
-step, bit for bit judge_state.py
+The comparisons follow the order of the computation. So the first failed comparison shows the origin of a fault:
+
+    start          the state equals the given or the saved state, bit for bit                          judge_state.py
+    forward        outputs of all parts, first to last; losses; tokens per expert                      judge_model.py
+    backward       from the last part to the first: the gradient that reaches a part's output,
+                   then the gradients of the part's weights
+    reduction      sums of gradients over micro-batches and ranks                                      judge_gradients.py
+    update         norm, masters, moments, average of the weights, biases; a step whose
+                   gradient is not finite changes none of them                                         judge_update.py
+    validation     loss on held-out sequences
+    checkpoint     the files hold the state of their step, bit for bit                                 judge_state.py
 
 In precisions with rounding, single parts (judge_parts.py) and dispatched rows (judge_rows.py) are judged before the
 outputs of the complete model. All comparisons use `Comparisons.compare` (comparison.py).

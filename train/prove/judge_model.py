@@ -139,8 +139,9 @@ class WholeModel:
         at.compare("chosen experts", name, excess, 0.0, bound, rank=rank, scale=1.0, widen=widen)
 
     def _judge_keys(self, name: str, rank: Evidence, number: int, keys_BTK: Tensor) -> None:
-        """Judge the chosen keys. Outside of check exact, rounding may change the choice. There, the query must see each
-        chosen key, the number of keys must be right, and their scores must be close to the best."""
+        """Judge the chosen keys. In checks with rounding, the ranks may choose other keys than the reference. Each
+        chosen key must then be one that the query sees, the number of keys must be right, and their scores must be
+        close to the best."""
         at, chooser = self.at, self._chooser(name)
         index_of = partial(self._output, f"{chooser}.index", rank, number, None)
         index_BTS, want_BTS = index_of(self.want).detach(), self._output(f"{name}.keys", rank, number, None, self.want)

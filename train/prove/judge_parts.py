@@ -48,10 +48,10 @@ def judge_parts(step: StepParts) -> None:
     """Judge forward from the first part to the last, then backward from the last part to the first. Judge neither if
     evidence is missing."""
     at, parts = step.at, list(_parts_of(reference.weight_shapes(step.config.model)))
-    if step.config.optim.index_warmup:  # the others run without gradients, and as in the sparse stage
+    if step.config.optim.index_warmup:  # the other parts run without gradients, and are judged in the sparse stage
         parts = [part for part in parts if ".indexer." in part[0]]
     elif step.config.model.sparse.heads and step.config.seq_len > step.config.model.sparse.top_k:
-        # attention over chosen keys takes the weight itself, and computes no keys
+        # Attention over chosen keys reads the weight itself, and computes no keys.
         parts = [part for part in parts if not part[0].endswith((".attention", ".kv_up"))]
     failed = len(at.findings.differences)
     at.phase = "forward"
@@ -84,7 +84,7 @@ def _judge_returns(step: StepParts, name: str) -> None:
     if is_adapted(step.config) and name.endswith("embedding_norm"):
         return  # no layer before it is trained
     if ".indexer." in name and (is_adapted(step.config) or step.at.config.data.chats):
-        return  # it learns nothing, or only where targets are learnt
+        return  # no gradient, or only from micro-batches with learnt tokens
     for rank in step.ranks:
         those = [call for call in step.calls.get(name, []) if call.rank is rank]
         if not those or name == "embedding" or (rank.info.cp > 1 and name.endswith(".kv_up")):

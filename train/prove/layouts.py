@@ -204,8 +204,8 @@ def _go_on(config: Config, ranks: int) -> Config:
 
 
 def _held_out(config: Config, ranks: int) -> int:
-    """Number of validation sequences. All ranks together take some sequences at a time. The number is the smallest one
-    from three on that is no multiple of these, in both layouts."""
+    """Number of validation sequences. It is the smallest number from three on that leaves a remainder when the ranks of
+    either layout share the sequences."""
     other = second_layout(config, ranks)
     passes = {config.micro_batch_size * config.parallel.dp, other.dp} - {1}
     return next(count for count in itertools.count(3) if all(count % size for size in passes))

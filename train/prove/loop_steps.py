@@ -60,7 +60,8 @@ LOOP_STEPS = (
     ),
     LoopStep((LoopCall({"cispo": {"clip": 0.3, "clip_high": 0.2}}, replayed=True),), ("mtp",)),
 )
-"""Two steps that use every policy loss, by name or in a custom loss. One has two calls, the other has replayed experts."""
+"""Two steps that use every policy loss, by name or in a custom loss. One step has two calls. The other has replayed
+experts."""
 
 
 def loop_batches(config: Config) -> tuple[Batch, Batch]:

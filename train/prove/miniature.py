@@ -226,7 +226,7 @@ def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
     ep = degrees.nodes * degrees.inside
     ranks, cp = degrees.edp * ep, 1
     if whole.cp > 1:
-        # Two ranks share a sequence. If the recipe has several shares of the batch, there are two.
+        # Two ranks share a sequence. If the recipe has several shares of the batch, the miniature has two.
         wanted = 2 * min(whole.dp, 2)
         while ranks % wanted and 2 * ranks * degrees.pp <= most:
             ranks *= 2

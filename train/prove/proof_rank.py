@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import cast
 
 import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
-from cluster.interrupts import leave  # before libraries, see there
+from cluster.interrupts import leave  # must be imported before libraries
 
 # isort: split
 import torch

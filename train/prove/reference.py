@@ -420,7 +420,7 @@ def gradients(plain: PlainModel, batch: PlainBatch, mtp_weight: float) -> Watche
     The minimised loss is
 
         main + mtp_weight / depths * sum of MTP losses + balance_loss * sum over layers of sequence-wise losses
-        + index_loss * sum of the indexers' losses, in a warm-up of indexers the last term alone
+        + index_loss * sum of the indexers' losses, in a warm-up of indexers only this term
     """
     seen = plain.losses(batch)
     loss = seen.index if plain.optim.index_warmup else seen.main + seen.balance + seen.index

@@ -1,7 +1,7 @@
-"""Initial weights of a run by the papers: tests drawn weights against their distribution.
+"""Initial weights of a run according to the papers. Tests whether random weights have the right distribution.
 
-weights     normal with standard deviation init_std, norm weights 1, biases 0          DeepSeek-V3 (arXiv 2412.19437), 4.2
-adapters    A uniform in +-1 / sqrt(inputs), B 0                             LoRA (arXiv 2106.09685), 4.1, as PEFT draws A
+weights     normal with standard deviation init_std, norm weights 1, biases 0     DeepSeek-V3 (arXiv 2412.19437), 4.2
+adapters    A uniform in +-1 / sqrt(inputs), B 0                 LoRA (arXiv 2106.09685), 4.1, as PEFT initialises A
 """
 
 import math

@@ -38,10 +38,10 @@ def newton_schulz(matrix: Tensor, name: str) -> Tensor:
 
 
 def is_matrix(name: str, dims: int) -> bool:
-    """Whether Muon updates a weight: every matrix except embedding, head and routers (arXiv 2502.16982, 2.2), and
-    indexers, for which no paper gives a rule.
+    """Whether Muon updates a weight. It updates every matrix except embedding, head and routers (arXiv 2502.16982,
+    2.2), and except indexers, for which no paper gives a rule.
 
-    Rows of those represent tokens or experts; AdamW updates them and all vectors.
+    Rows of embedding, head and routers represent tokens or experts. AdamW updates these weights and all vectors.
     """
     return dims > 1 and not name.startswith(("embedding.", "head.")) and not {"router", "indexer"} & {*name.split(".")}
 

@@ -1,9 +1,9 @@
 """Gives all weights and balance biases the names of DeepSeek-V3's folders on Hugging Face, instead of the reference's
 names.
 
-A folder has the same values of linear layers. Stacked matrices become separate tensors: the gate and the up projection
-of an FFN, and each expert. MTP module k is layer `layers + k`, with copies of the embedding and the head. Shares no
-code with the judged product.
+Linear layers have the same values in such a folder. Stacked matrices become separate tensors: the gate and the up
+projection of an FFN, and each expert. MTP module k is layer `layers + k`, with copies of the embedding and the head.
+This file shares no code with the judged code.
 """
 
 from collections.abc import Iterator

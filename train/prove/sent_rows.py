@@ -1,4 +1,4 @@
-"""Dispatch and combine of rows by the paper (arXiv 2412.19437, 3.3.2 and 3.3.3), for `mode=prove`.
+"""Dispatch and combine of rows as the paper defines them (arXiv 2412.19437, 3.3.2 and 3.3.3), for `mode=prove`.
 
     dispatch   "we ... quantize the activation before MoE up-projections into FP8 and then apply dispatch"; "a similar strategy is
                applied to the activation gradient before MoE down-projections"; the scales are "integral powers of 2".

@@ -54,8 +54,8 @@ def _scaled_grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor, output_dtype: torc
 
 
 def meta_kernels(kind: str, compiled: bool) -> Kernels:
-    """`build_kernels` for this kind of device. Sparse attention runs for its last blocks of queries alone: these see the most keys, so
-    they need the most memory."""
+    """`build_kernels` for this kind of device. Sparse attention runs only for the last blocks of queries. These queries
+    see the most keys, so they need the most memory."""
     kernels = build_kernels(kind, compiled)
     choose, learn = kernels.choose_keys, kernels.index_loss
     attend, back, learn_chosen = kernels.attend_chosen, kernels.attend_chosen_backward, kernels.chosen_index_loss
@@ -97,12 +97,12 @@ def meta_kernels(kind: str, compiled: bool) -> Kernels:
 
 
 def _last(rows_BTX: Tensor) -> Tensor:
-    """The rows of a block of queries."""
+    """The last block of queries."""
     return rows_BTX[:, -THRESHOLDS.attention_queries :]
 
 
 def last_blocks(seen: SeenKeys) -> SeenKeys:
-    """The newest queries of the last rectangle, as many as make whole blocks."""
+    """The last queries of the last rectangle: four blocks, or all its queries if there are fewer."""
     last = seen.rectangles[-1]
     first = max(last.first_query, last.last_query - 4 * THRESHOLDS.attention_queries)
     return SeenKeys([last._replace(first_query=first, before=last.before + first - last.first_query)])

@@ -457,7 +457,8 @@ def _walk(
     last = max(max(stages) for stages in parallel.placement)
 
     def gradients(*names: str) -> int:
-        """Bytes of the gradients that backward allocates; the reduction fills in the others of a warm-up."""
+        """Bytes of the gradients that backward allocates. In a warm-up of indexers, only the reduction allocates the
+        others."""
         found = (w for name in names for w in part_weights(scene.model, name, share, scene.adapter) if w.is_trained)
         return FP32_BYTES * sum(w.elements for w in found if ".indexer." in w.name or not scene.warms_index)
 

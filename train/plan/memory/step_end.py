@@ -38,7 +38,7 @@ from train.plan.memory.rank_weights import FP32_BYTES, Shards, Weight
 
 @dataclass
 class _Bytes:
-    """Bytes in use, and their maximum since the last mark."""
+    """Counts the bytes in use, and their maximum since the last mark."""
 
     now: int = 0
     peak: int = 0

@@ -207,8 +207,8 @@ def _hidden(
     """Seconds of a rank's reduction that its passes hide, minus the time by which the reduction slows them. whole:
     seconds of the complete reduction.
 
-    When the first stage of the rank has ended, its reduction starts behind the passes of the others. Only the reduction
-    of the last stage to end cannot be hidden (parallel/zero/whole_weights.py).
+    A stage's gradients are reduced while the rank's other stages still run passes. Only the stage that ends last cannot
+    hide its reduction (parallel/zero/whole_weights.py).
     """
     actions = program.actions[rank]
     ahead = stages_ahead(actions)
