@@ -55,11 +55,11 @@ COVERED = 0.99
 
 @dataclass(frozen=True)
 class SaveCosts:
-    """Seconds from a failure to the next step. This includes reading the checkpoint."""
+    """Checkpoint and failure times of a run, in seconds."""
 
     between_failures: float
     restart: float
-    """Seconds from the end of the stall until the checkpoint is complete."""
+    """Seconds from a failure to the next step. This includes reading the checkpoint."""
     stall: float
     """Seconds that training waits at each checkpoint."""
     write: float
