@@ -1,4 +1,4 @@
-"""The tests of a working day, `pytest --quick`; the order of all; what .ci/run has found out beside the tests."""
+"""The tests of `pytest --quick`, the order of all tests, and the results that .ci/run passes on."""
 
 import gc
 import os

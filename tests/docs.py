@@ -1,4 +1,4 @@
-"""Commands of the documentation: where they stand, and what they need.
+"""Finds the commands of the documentation, and what they need.
 
 A command is a line of an indented or fenced block, or a span of code in the text with `-m train` or `sluice` in it. What a block needs
 that a test has not stands in a line of its own in front of it, where readers see it too:  *Needs: 8 GPUs.*   or, for a whole

@@ -1,4 +1,4 @@
-"""The list of `python -m bench --help`: whole, short, and true to the modules."""
+"""The list of `python -m bench --help` is complete and short, and agrees with the modules."""
 
 import ast
 import re

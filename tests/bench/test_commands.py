@@ -1,4 +1,4 @@
-"""Every command of `python -m bench --help` at its smallest: a bench that nothing runs breaks unseen.
+"""Runs every command of `python -m bench --help` at its smallest size, so that no command breaks unnoticed.
 
 Their main functions run here, and the processes that they start come from the fork server of tests/ranks.py.
 """

@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled for GPUs that are not here, as a run on them would compile it."""
+"""Compiles every Triton kernel for GPUs that this machine lacks, as a run on them compiles it."""
 
 import pytest
 import torch

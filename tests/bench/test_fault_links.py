@@ -1,4 +1,4 @@
-"""Links of the benchmark of faults: what is sent over one that was cut is seen as not acknowledged, on the host that sent it."""
+"""Links of the fault benchmark: data that a host sends over a cut link stays unacknowledged on this host."""
 
 import contextlib
 import os

@@ -1,4 +1,5 @@
-"""Owners of matrices in models as large as those that Muon has trained: even work, little traffic, and what a plan says of both."""
+"""Owners of matrices in models as large as those that were trained with Muon: the work is even, the traffic is small,
+and the plan agrees."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The interval that plans show is the one of the published jobs, and its rules."""
+"""The intervals that plans show are those of the published jobs, and follow the stated rules."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What the bench of planned step times tells the plan."""
+"""The options that the benchmark of planned step times passes to the plan."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""Simulated months: the parts add up, losses are those that arithmetic says, and the real supervisor decides."""
+"""Simulated months: the parts add up, the losses equal those of a calculation by hand, and the real supervisor
+decides."""
 
 import json
 import math

@@ -1,4 +1,5 @@
-"""Healthy runs that are slow: all cases of the benchmark on the watch of a driver, with a clock of its own, and one for real."""
+"""Healthy runs that are slow: all cases of the benchmark under a driver's watch with a simulated clock, and one real
+run."""
 
 import json
 import subprocess

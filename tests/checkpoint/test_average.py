@@ -1,4 +1,4 @@
-"""mode=average: the mean of checkpoints, whatever layouts wrote them, and what else takes it."""
+"""mode=average: the mean of checkpoints from any layouts, and who may read the result."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Damage is found, named, and passed over."""
+"""A damaged checkpoint is found, named and skipped."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Death at any moment leaves an intact checkpoint, and never an older one than before."""
+"""A process that dies at any moment leaves an intact checkpoint, which is never older than the one before."""
 
 import os
 import random

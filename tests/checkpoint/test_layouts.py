@@ -1,4 +1,4 @@
-"""Whatever layout wrote a checkpoint, any other reads the same bits."""
+"""Any layout reads the same bits from a checkpoint, whatever layout wrote it."""
 
 import os
 import random

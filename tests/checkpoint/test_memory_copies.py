@@ -1,4 +1,5 @@
-"""Ranks that keep their state in memory: any other number of ranks reads it back, and what a failure leaves is whole."""
+"""Ranks that keep their state in memory: any other number of ranks can read it, and after a failure the remaining state
+is complete."""
 
 import random
 from pathlib import Path

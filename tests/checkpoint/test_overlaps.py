@@ -1,4 +1,5 @@
-"""Intervals of several ranks that overlap, as replicas do: what is covered, what is read, and what does not fit."""
+"""Intervals of several ranks that overlap, as those of replicas do: which elements are covered, which are read, and
+which do not fit."""
 
 import json
 

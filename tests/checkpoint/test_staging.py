@@ -1,4 +1,4 @@
-"""A file that is written from few buffers, piece by piece, is the file that is written from all."""
+"""A file that is written in pieces through few buffers equals the file that is written at once."""
 
 import torch
 

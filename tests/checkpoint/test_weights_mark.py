@@ -1,4 +1,5 @@
-"""The mark of all weights: a sum over whatever intervals ranks read, in whatever lossless format."""
+"""The mark of all weights is a sum that does not depend on the intervals that ranks read, or on the lossless storage
+format."""
 
 import random
 

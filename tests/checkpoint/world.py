@@ -1,4 +1,4 @@
-"""Ranks played by objects of one process, and random ways to spread tensors over them."""
+"""Objects in one process that act as ranks, and random ways to distribute tensors over them."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""What ranks leave when they fail, and whom it blames."""
+"""What ranks record when they fail, and which rank is named as the cause."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""What a process may blame others for when it was held up itself."""
+"""A process that was itself delayed does not blame others for the delay."""
 
 from cluster.clocks import HeldUp
 

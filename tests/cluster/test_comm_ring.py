@@ -1,4 +1,4 @@
-"""The ring of a rank: what is read is what was written, after a wrap, after SIGKILL, and never half a record."""
+"""The ring buffer of a rank: a reader gets what was written, also after a wrap or SIGKILL, and never half a record."""
 
 import os
 import signal

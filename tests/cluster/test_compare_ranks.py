@@ -1,4 +1,5 @@
-"""Who holds a run up, from rings that are written here: every way in which ranks can differ, and what cannot be told."""
+"""Finds the blocking rank from ring buffers that the tests write: every way in which ranks can differ, and cases
+without an answer."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""A command ends with its own exit code, however long a library would take to say goodbye, and Python to take itself apart."""
+"""A command ends with its own exit code, even if a library or Python itself would need long to shut down."""
 
 import subprocess
 import sys

@@ -1,4 +1,5 @@
-"""The files that start a run elsewhere: Slurm's with stand-ins for its commands, KubeRay's against its documented fields."""
+"""The files that start a run on a cluster: Slurm's file with stand-ins for its commands, KubeRay's file against its
+documented fields."""
 
 import copy
 import os

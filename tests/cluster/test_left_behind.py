@@ -1,4 +1,5 @@
-"""Nothing outlives a driver and its Ray where nobody reaps the dead, as in a container whose first process is the command."""
+"""No process outlives a driver and its Ray, even if no init process reaps the dead, as in a container whose first
+process is the command."""
 
 import json
 import os

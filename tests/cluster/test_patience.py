@@ -1,4 +1,4 @@
-"""A run that hangs is noticed by what it is used to, and a noisy one is left alone."""
+"""A hanging run is noticed by comparison with its usual pace, and a run with an uneven pace is left alone."""
 
 import random
 import subprocess

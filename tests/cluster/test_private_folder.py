@@ -1,4 +1,4 @@
-"""Folders of a run among temporary files go with it, also where the driver is killed."""
+"""The temporary folders of a run are removed with it, even if the driver is killed."""
 
 import multiprocessing
 import os

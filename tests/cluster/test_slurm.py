@@ -1,4 +1,5 @@
-"""What cluster/docs/slurm.md says of events, on Slurm itself: three nodes, the script as it is, and stand-ins for Ray and the driver."""
+"""The events that cluster/docs/slurm.md describes, on real Slurm with three nodes and the script unchanged; Ray and the
+driver are stand-ins."""
 
 import tempfile
 import time

@@ -1,4 +1,4 @@
-"""A cluster that exists only as numbers: carries out the supervisor's actions and answers as agents would."""
+"""A simulated cluster without processes: it carries out the supervisor's actions and answers as agents would."""
 
 from dataclasses import dataclass, field
 from functools import cache

@@ -1,4 +1,4 @@
-"""Every word that may follow `sluice` in place of a recipe says what it does."""
+"""Every `sluice` command has a help text."""
 
 import importlib
 

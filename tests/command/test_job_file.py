@@ -1,4 +1,4 @@
-"""`sluice launch`: the files that start a recipe elsewhere, read by those who would read them there.
+"""`sluice launch`: the files that it prints, checked by the programs that would read them.
 
 Slurm's controller and munge are Debian's, and need root; KubeRay's schema is found as tests/cluster/test_files.py says;
 SLUICE_SKYPILOT_PYTHON names the Python of an environment with skypilot 0.14.1 and click<8.2, which cannot be that of the program.

@@ -1,4 +1,4 @@
-"""`sluice top`: what it reads of a run folder, and what it shows of it at any width."""
+"""`sluice top`: what it reads from a run folder, and what it shows at any width."""
 
 import fcntl
 import io

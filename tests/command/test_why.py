@@ -1,4 +1,4 @@
-"""`sluice why`: a run that gets on, one that hangs now, and one that is over."""
+"""`sluice why`: a run that makes progress, a run that hangs now, and a run that has ended."""
 
 import json
 import os

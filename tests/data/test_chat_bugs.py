@@ -1,4 +1,4 @@
-"""Bugs of chat data that a loss curve does not show, put in on purpose: each is seen by a test of tests/data/test_chats.py.
+"""Injected bugs of chat data that a loss curve does not show: a test of tests/data/test_chats.py finds each one.
 
 Those of packing and losses are in tests/prove/mutations/chats.py, where a certificate sees them.
 """

@@ -1,4 +1,5 @@
-"""Chats at the edges: the first token, which nobody predicts, the last that has room, and tokens beside what is learnt."""
+"""Edge cases of chats: the first token, which has no prediction, the last token that fits, and tokens beside learnt
+text."""
 
 from types import SimpleNamespace
 

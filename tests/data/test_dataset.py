@@ -1,4 +1,4 @@
-"""What training and validation read of documents that are there: which windows, which sources, which bytes."""
+"""What training and validation read from given documents: which windows, which sources, which bytes."""
 
 from dataclasses import replace
 from types import SimpleNamespace

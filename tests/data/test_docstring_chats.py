@@ -1,4 +1,5 @@
-"""Chats of docstrings: which there are, that whole files are held out, and those of the running Python's own library."""
+"""Chats from docstrings: which chats there are, that whole files are held out, and the chats of the running Python's
+own library."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""data.template_function: a function of the user's own in the place of a template, and what is said of one that does not fit."""
+"""data.template_function: a user's function replaces the template, and an unsuitable function gets a clear error."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A token folder as it is written, piece by piece, and as it is read, with whatever may be wrong with it."""
+"""A token folder while it is written in pieces, and while it is read, with all kinds of damage."""
 
 import json
 import zlib

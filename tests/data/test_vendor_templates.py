@@ -1,4 +1,5 @@
-"""Templates in the forms of five released models: what is learnt of reasoning, of calls and of stops, beside transformers' text."""
+"""Templates in the style of five released models: what is learnt of reasoning, tool calls and stop tokens, compared
+with transformers' text."""
 
 import pytest
 import transformers

@@ -1,4 +1,5 @@
-"""Five chat templates in the forms of released models, written anew: which turns keep reasoning, what the prompt says, what ends a turn."""
+"""Five chat templates in the style of released models, written for these tests: which turns keep reasoning, what the
+prompt contains, what ends a turn."""
 
 DEEPSEEK_V31 = """{%- set thinking = thinking | default(false) -%}
 {%- set state = namespace(system='', asked=false) -%}

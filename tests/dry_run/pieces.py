@@ -1,4 +1,4 @@
-"""A recipe that takes a second, and the screen of a dry run without the run."""
+"""A recipe that takes a second, and the screen of a dry run without a run."""
 
 from pathlib import Path
 

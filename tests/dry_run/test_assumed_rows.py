@@ -1,4 +1,4 @@
-"""Rows that a rank's experts get from ranks that are not there: as many as asked for, and spread as asked for."""
+"""The rows that a rank's experts get from absent ranks: their number and distribution are as requested."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""Planned times of a rank alone, and the job's step with measured ones put back."""
+"""Planned times of a rank that runs alone, and the planned step of the job with measured times in place of planned
+ones."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Which rank runs, how much of it, and what it says where not all of it does."""
+"""Which rank runs, which part of it, and what it reports if only a part runs."""
 
 import dataclasses
 

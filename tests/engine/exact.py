@@ -1,4 +1,4 @@
-"""The same scenarios in fp64, where two ways to one sum differ by 1e-15 of its terms: gradients of every rank, added up."""
+"""The scenarios in fp64, where two orders of a sum differ by 1e-15 of its terms: gradients of every rank, added up."""
 
 import hashlib
 from collections.abc import Iterator

@@ -1,4 +1,5 @@
-"""One small model on ranks of any layout: a few calls of an engine, and what came of them, as tensors in files that a test compares."""
+"""One small model on ranks of any layout: some calls of an engine, and their results as tensors in files that a test
+compares."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a caller gives that cannot work is refused with field, value, rule and cure, and leaves the engine as it was."""
+"""Bad input of a caller is refused with field, value, rule and cure, and does not change the engine."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A term of the user's own beside chats: its mean is over the learnt tokens of the step, in every layout."""
+"""A user's own loss term on chats: its mean is over the learnt tokens of the step, in every layout."""
 
 import pytest
 import torch

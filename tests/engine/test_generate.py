@@ -1,4 +1,4 @@
-"""Text of a live engine, and what training thinks of it."""
+"""Text that a live engine generates, and the log-probabilities that training computes for it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""An engine of several ranks from this process."""
+"""One process that controls an engine of several ranks."""
 
 import os
 import signal

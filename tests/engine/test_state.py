@@ -1,4 +1,4 @@
-"""A state goes from layout to layout through a checkpoint, and weights are handed out as an export writes them."""
+"""A checkpoint carries a state from one layout to another, and the engine returns weights in the form of an export."""
 
 from pathlib import Path
 

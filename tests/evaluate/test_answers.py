@@ -1,4 +1,5 @@
-"""Answers to held-out questions: questions as training saw them, ROUGE-L, and the rows that say what a format alone gets."""
+"""Answers to held-out questions: the questions are as in training; ROUGE-L; and the baselines that only match the
+format."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on our models: its three questions against plain computations, and a task of local data."""
+"""lm-evaluation-harness on our models: its three requests against plain computations, and a task with local data."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,5 @@
-"""The way of conf=tiny to conf=tiny_2k in small: a model extended by YaRN has less loss at late positions than before."""
+"""A small version of the step from conf=tiny to conf=tiny_2k: a model that YaRN extends has less loss at late positions
+than before."""
 
 import json
 import random

@@ -1,4 +1,5 @@
-"""The needle test of mode=evaluate: a model that copies finds every key, one that does not pays what guessing costs."""
+"""The needle test of mode=evaluate: a model that copies finds every key, and a model that does not copy has the loss of
+guessing."""
 
 import json
 import math

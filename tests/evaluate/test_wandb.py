@@ -1,4 +1,4 @@
-"""An evaluation becomes a table of the W&B run of the run that was evaluated, where it has one."""
+"""An evaluation becomes a table in the W&B run of the evaluated run, if there is one."""
 
 import pytest
 from rich.console import Console

@@ -1,4 +1,4 @@
-"""The model card of an exported folder: what is known, nothing else, and no path of this machine."""
+"""The model card of an exported folder: it has the known facts, nothing else, and no path of this machine."""
 
 import json
 

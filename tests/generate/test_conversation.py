@@ -1,4 +1,5 @@
-"""generate.chat=true: turns by the template of the weights, answers as transformers gives them, and what a person types."""
+"""generate.chat=true: turns use the template of the weights, answers equal those of transformers, and typed commands
+work."""
 
 import io
 import json

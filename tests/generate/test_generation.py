@@ -1,4 +1,4 @@
-"""What comes out of a generation: exactly the model's own choices, whatever the batch."""
+"""The result of a generation: exactly the model's own choices, whatever else is in the batch."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""What the ghost was asked for, in a process that runs on it.
+"""The calls that the ghost received, in a process that runs on it.
 
 with recorded() as calls:
     step()

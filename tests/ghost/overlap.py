@@ -1,4 +1,5 @@
-"""Whether the exchanges of experts' rows, and reductions of gradients, fly beside computing, from the order of launches and waits on the ghost's streams.
+"""Whether exchanges of experts' rows and reductions of gradients overlap with computation, from the order of launches
+and waits on the ghost's streams.
 
 A layer of DeepSeek-V3 on one of 64 ranks, its hops over NCCL's process groups, alone and as a pair of a forward and a backward. DeepEP, whose
 package needs a GPU, is a buffer that exchanges rows over such a group in the stream in which it is called.

@@ -1,4 +1,4 @@
-"""Which FP8 products this torch takes, by its own checks of their arguments.
+"""Which FP8 matmuls the installed torch accepts, according to its own argument checks.
 
 What cuBLASLt has a kernel for, only a GPU tells: torch asks it after its own checks, and the ghost always says yes.
 """

@@ -1,4 +1,4 @@
-"""What a program on the ghost cannot have from a GPU, made up.
+"""Stand-ins for what a program gets from a GPU and the ghost cannot provide.
 
 What a run tries on the GPU at its start, FP8 products and attention, is decided by values: FP8 counts as sound, and of
 attention's kernels the memory-efficient one for whole sequences, since cuDNN asks the GPU, and FlashAttention for documents.

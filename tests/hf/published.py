@@ -1,4 +1,5 @@
-"""config.json of released models, as published (without what they say of Python files and of generation), and what is known of their size."""
+"""config.json of released models, as published (without the fields about Python files and generation), and their known
+sizes."""
 
 from tests.hf.test_config import RELEASED
 

@@ -1,4 +1,4 @@
-"""Adapters as PEFT has them: out of a checkpoint, in again beside a base, and merged.
+"""Adapters in PEFT's form: exported from a checkpoint, imported beside a base, and merged.
 
 The reference is PEFT on transformers' own class, which reads the folder that we wrote, and plain products of the pairs.
 """

@@ -1,4 +1,4 @@
-"""Folders and targets that cannot work: each named before anything is started, and nothing half-written."""
+"""Folders and targets that cannot work: each is named before anything starts, and nothing is half-written."""
 
 import json
 import shutil

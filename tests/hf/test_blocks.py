@@ -1,4 +1,4 @@
-"""FP8 blocks to fp32 and back: which bits survive, by the rule that train/hf/blocks.py states."""
+"""FP8 blocks to fp32 and back: which bits stay the same, by the rule that train/hf/blocks.py states."""
 
 from dataclasses import replace
 

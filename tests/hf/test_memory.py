@@ -1,4 +1,5 @@
-"""A model with all 61 layers, 256 experts and the MTP module of DeepSeek-V3, at small width, never is in memory whole."""
+"""A model with all 61 layers, 256 experts and the MTP module of DeepSeek-V3, but small width, is never completely in
+memory."""
 
 import pytest
 

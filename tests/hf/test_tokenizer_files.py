@@ -1,4 +1,5 @@
-"""The files of a tokenizer in an export: those of the run, and of a run of an earlier version those of the folder that it came from."""
+"""The tokenizer files of an export: those of the run, or for a run of an earlier version those of its original
+folder."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The way of a user: train, export, load with transformers, and start another run from the folder."""
+"""A user's path: train, export, load with transformers, and start another run from the folder."""
 
 import json
 import re

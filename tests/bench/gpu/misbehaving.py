@@ -1,4 +1,5 @@
-"""A part whose checks do all that checks on a new card may do; a process of tests/bench/gpu/test_run.py runs it."""
+"""A benchmark part whose checks misbehave in every way that a check on a new GPU may. A process of
+tests/bench/gpu/test_run.py runs it."""
 
 import faulthandler
 import os

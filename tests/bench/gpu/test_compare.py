@@ -1,4 +1,4 @@
-"""Two sides agree where they differ by rounding, and do not where a value is wrong, is none, or is missing."""
+"""Two sides agree if they differ only by rounding. They disagree if a value is wrong, not a number, or missing."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The dry check as anybody runs it, and what its parts make of figures that are wrong."""
+"""The dry check as a user runs it, and how its parts judge wrong figures."""
 
 import json
 import subprocess

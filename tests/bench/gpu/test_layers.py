@@ -1,4 +1,4 @@
-"""The layer benchmark without a GPU: the arithmetic it reports, and what it makes of kernels and waits."""
+"""The layer benchmark without a GPU: the arithmetic that it reports, and how it counts kernels and waits."""
 
 import warnings
 from collections import Counter

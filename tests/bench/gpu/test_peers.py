@@ -1,4 +1,4 @@
-"""Peers that are not installed are named; sides of a step are told by their medians."""
+"""Peers that are not installed are named. The sides of a step are compared by their medians."""
 
 import importlib.util
 

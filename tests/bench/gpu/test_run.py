@@ -1,4 +1,5 @@
-"""Whatever a check does, its part goes on, each line has a verdict and a reason, and the time is kept."""
+"""Whatever a check does, the other checks of its part run, each line has a verdict and a reason, and the time limit
+holds."""
 
 import json
 import sys

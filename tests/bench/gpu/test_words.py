@@ -1,4 +1,4 @@
-"""What is left of an error or of a dead process is one line that says why."""
+"""An error or a dead process is described by one line that says why."""
 
 import pytest
 

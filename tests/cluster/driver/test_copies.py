@@ -1,4 +1,4 @@
-"""Copies of the state in memory: whole runs of the trainer on agents of this process, one of which is lost."""
+"""Copies of the state in memory: complete training runs on agents in this process, one of which is lost."""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"""Ray on this machine, started by the run itself: fake ranks through the whole path, and the refusals before it."""
+"""A run that starts Ray on this machine: fake ranks run through the complete path, and bad input is refused before
+it."""
 
 import contextlib
 import os

@@ -1,4 +1,5 @@
-"""The layouts that a run may shrink to: what rules and memory leave, the fastest first, and why nodes are idle."""
+"""The layouts that a run may shrink to: those that rules and memory allow, the fastest first, and why nodes are
+idle."""
 
 import json
 from functools import partial

@@ -1,4 +1,5 @@
-"""Where the copies of a run lie, as its driver knows it: rings of nodes, the newest whole set, and whose it is."""
+"""Where the driver places the copies of a run: rings of nodes, the newest complete set, and the run that a set belongs
+to."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""Who is named as slow, on timings with the noise of a busy machine: nobody without a cause, a slow rank once and soon."""
+"""Which rank is named as slow, on timings with the noise of a busy machine: no healthy rank, and a slow rank once and
+soon."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""What a run's wall time went into: every second is in one part, over failures, hangs, growth, waits and launches."""
+"""How a run's wall time is divided: every second is in one part, over failures, hangs, growth, waits and launches."""
 
 import random
 

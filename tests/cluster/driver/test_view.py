@@ -1,4 +1,4 @@
-"""What the driver shows, and the record that it keeps."""
+"""What the driver displays, and the record that it writes."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Clocks that jump and disks that fill are named once, and do not blur which rank failed first."""
+"""Clocks that jump and disks that fill up are named once, and the rank that failed first is still found."""
 
 import time
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""One agent and its ranks: contract, output, stacks, standby, lease, and nobody left behind."""
+"""One agent and its ranks: contract, output, stacks, standby, lease, and no process that outlives them."""
 
 import os
 import signal

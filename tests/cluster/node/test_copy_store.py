@@ -1,4 +1,5 @@
-"""What a node holds in memory: served with a token, fenced by attempts, bounded, and swept."""
+"""The copies in a node's memory: access needs a token, older attempts are refused, the size is limited, and old copies
+are removed."""
 
 import os
 import shutil

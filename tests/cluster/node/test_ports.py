@@ -1,4 +1,4 @@
-"""Ports for processes that open them later."""
+"""Reserves ports for processes that open them later."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""Checks before a start: what keeps a node out, and which pair of nodes is named."""
+"""Checks before a start: which problem excludes a node, and which pair of nodes is named."""
 
 import dataclasses
 import threading

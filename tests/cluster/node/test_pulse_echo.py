@@ -1,4 +1,4 @@
-"""The pulse: both sides on loopback, and strangers."""
+"""The pulse: both sides on loopback, and packets from unknown senders."""
 
 import socket
 import time
