@@ -47,7 +47,7 @@ LINK_RATE = 16.7e9
 """Bytes per second of an all-to-all over one NVLink in one direction: the rate of an H100 in conf/hardware, divided by
 its 18 links."""
 SHARED = 4 * MIB
-"""Bytes on every channel that all sends and receives over a network share."""
+"""All sends and receives over a network share this many bytes on every channel."""
 PEERS_AT_ONCE = 8
 """Number of peers that NCCL sends to at a time."""
 FRAGMENTATION = 0.02

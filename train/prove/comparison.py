@@ -43,7 +43,7 @@ class Measurement(NamedTuple):
 
 
 DifferenceMeasure = Callable[[Tensor, Tensor], Measurement]
-"""A function that measures the difference of two tensors (got, want). Both are flat and fp64."""
+"""A function that measures the difference between the tensors `got` and `want`. Both are flat and in fp64."""
 
 
 def in_size(scale: float | None = None, by_norm: bool = False) -> DifferenceMeasure:

@@ -201,7 +201,8 @@ def route_back(
 ) -> RouterSlopes:
     """The gradients of the router.
 
-    balance: derivative of the balance loss by an expert's share of a token's scores. off: its possible error.
+    balance: derivative of the balance loss with respect to an expert's share of a token's scores. off: its possible
+    error.
     """
     scores_BTE, _ = route_scores(x_BTD, weight_ED, softmax)
     chosen_BTK = scores_BTE.gather(-1, ids_BTK)

@@ -121,8 +121,8 @@ def _whole_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
 
 
 def _judge_heads(step: StepParts, name: str, one: AttentionCall) -> None:
-    """Judge queries, keys and values against the outputs of the linear layers. They must be rotated by their positions,
-    and all heads must have the same rope key."""
+    """Judge the queries, keys and values that follow from the outputs of the linear layers. They must be rotated by
+    their positions, and all heads must have the same rope key."""
     model, call = step.config.model, one.call
     q_BTX, kv_BTX, down_BTX = (
         step.through(part, call.rank)[call.number].get("y")

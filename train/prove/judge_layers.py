@@ -226,8 +226,8 @@ def judge_router_back(step: StepParts, name: str) -> None:
 
 
 def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivative of the balance loss (paper eq. 17-20) by each share of the scores, and its possible error from near
-    ties: (B, T, E) both.
+    """Derivative of the balance loss (paper eq. 17-20) with respect to each share of the scores, and its possible error
+    from near ties: (B, T, E) both.
 
     The loss counts experts over complete sequences, or over each sample in a sequence.
     """

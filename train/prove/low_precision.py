@@ -314,7 +314,8 @@ def swiglu_backward(h_R2F: NearNumbers, gates_R: Tensor | None, da_RF: NearNumbe
     factor_R1 = 1.0 if gates_R is None else gates_R[:, None]
 
     def parts(h_R2F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns silu(gate) * up, its derivatives by gate and by up, and the magnitudes of their terms."""
+        """Returns silu(gate) * up, its derivatives with respect to gate and to up, and the magnitudes of their
+        terms."""
         gate_RF, up_RF = h_R2F.chunk(2, -1)
         sigmoid_RF = gate_RF.sigmoid()
         silu_RF, rest_RF = gate_RF * sigmoid_RF, gate_RF * (1 - sigmoid_RF)

@@ -127,8 +127,8 @@ class StepParts:
     def compare_gradient(
         self, name: str, made: "SumOverCalls", bound: Bound | None = None, most: float = MOST_INCONCLUSIVE
     ) -> None:
-        """Compare the gradient of a weight as the update used it. Expected is the mean over ranks of the contributions
-        of all micro-batches."""
+        """Compare the gradient of a weight, in the form that the update used, with its expected value. The expected
+        value is the mean over ranks of the contributions of all micro-batches."""
         quantity = "gradients of single weights"
         if name not in self.trained:
             return  # base weight of an adapter

@@ -163,8 +163,8 @@ class _Miss(NamedTuple):
     """A layout that does not fit."""
 
     lacking: int
-    """Bytes per device that are lacking, or a lower bound on them. They are lacking in the device's memory or in its
-    share of the host's memory."""
+    """Bytes that the layout lacks per device, or a lower bound on them. It lacks them in the device's memory or in the
+    device's share of the host's memory."""
     what: str
     config: Config
 
