@@ -60,8 +60,8 @@ class SentRows:
         return _order(*(self.seen[name].flatten() for name in ("ids", "gates", "d_gates")))
 
     def hops(self) -> list[int]:
-        """A token's rows are added on each rank, then on each node, before they reach the token's rank. Returns the
-        number of experts at each of these places."""
+        """Number of experts at each kind of place where a token's rows are added before they reach the token's rank: a
+        rank, and a node. Only the kinds that the dispatch uses are listed."""
         info = self.ranks[0].info
         return DISPATCHES[info.dispatch].find_sums(len(self.seen["counts"]), info.ep, info.ep_ranks_per_node)
 
