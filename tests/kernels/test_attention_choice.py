@@ -1,4 +1,4 @@
-"""The first core that computes attention right is taken, and what does not is named."""
+"""The first attention core that computes correctly is used, and a core that does not is named."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""cluster.deterministic: what is asked of libraries, what is refused, and that no kernel of ours adds atomically."""
+"""cluster.deterministic: which settings libraries get, which settings are refused, and that no kernel of ours adds
+atomically."""
 
 import os
 import re

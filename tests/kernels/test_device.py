@@ -1,4 +1,5 @@
-"""A GPU that torch cannot use is named before data are read, and the first rank of a machine tries products for all."""
+"""A GPU that torch cannot use is named before data are read, and the first rank of a machine tests matmuls for all
+ranks."""
 
 import os
 from datetime import timedelta

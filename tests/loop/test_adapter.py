@@ -1,4 +1,5 @@
-"""Adapters in whole runs: a base that stays as it is, checkpoints that hold the adapter alone, and what is refused before a start."""
+"""Adapters in complete runs: the base does not change, checkpoints have only the adapter, and bad input is refused
+before a start."""
 
 import json
 import math

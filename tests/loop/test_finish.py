@@ -1,4 +1,4 @@
-"""What the last screen of a run says."""
+"""The content of a run's last screen."""
 
 from cluster.run_files import stop_path
 from train.loop.finish import _why_stopped

@@ -1,4 +1,5 @@
-"""What a rank's state is made of: which rank saves what, what a checkpoint leaves to the run, and what another optimizer does."""
+"""The state of a rank: which rank saves which part, what a checkpoint leaves to the run, and a resume with another
+optimizer."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""metrics.jsonl holds every step once, whatever happened to the process before."""
+"""metrics.jsonl has every step once, whatever happened to earlier processes."""
 
 import json
 import math

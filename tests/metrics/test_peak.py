@@ -1,4 +1,4 @@
-"""What MFU is measured against."""
+"""The peak rate that MFU is relative to."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Chunked cross-entropy against torch's, and what it saves."""
+"""Chunked cross-entropy against torch's, and the memory that it saves."""
 
 import pytest
 import torch

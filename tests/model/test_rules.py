@@ -1,4 +1,4 @@
-"""Shapes that the grouped product cannot take are refused with a cure."""
+"""Shapes that the grouped GEMM cannot process are refused with a cure."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The memory that Muon's update takes beside its operands is what a plan counts."""
+"""A plan counts the memory that Muon's update takes in addition to its operands."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Failures: the formula against runs that fail at random, the best interval, and what a plan makes of them."""
+"""Failures: the formula against runs that fail at random, the best checkpoint interval, and the figures of a plan."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""Judges compute on one thread: their tensors are small, and a second thread would take a core to wait on."""
+"""Judges compute on one thread: their tensors are small, and a second thread would use a core only to wait."""
 
 from collections.abc import Iterator
 

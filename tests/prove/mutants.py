@@ -1,4 +1,5 @@
-"""Proofs of mutated ranks. Some of a recipe follow one another in the same processes, and two such groups run at a time."""
+"""Proofs of mutated ranks. Several mutants of a recipe run one after another in the same processes, and two such groups
+run at a time."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Proofs of adapters: the reference computes with W + scale B A, and bugs of adapters are seen in fp64."""
+"""Proofs of adapters: the reference computes with W + scale B A, and bugs of adapters are found in fp64."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""How far a proof lets two computations be apart: a wider bound would hide bugs, and no proof would say so."""
+"""The bounds within which a proof accepts two computations. A wider bound would hide bugs, and no proof would show
+this."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The reference of the parts in high precision: against torch's own functions and autograd."""
+"""The reference of the parts in high precision, against torch's own functions and autograd."""
 
 import pytest
 import torch

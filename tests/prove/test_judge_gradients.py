@@ -1,4 +1,4 @@
-"""Sums over ranks are held to what fp32 rounds, whatever the precision of the recipe."""
+"""Sums over ranks are judged by the rounding of fp32, whatever the precision of the recipe."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Single parts of a rank are judged alone: as they are they hold, and whatever is wrong with one is named.
+"""Single parts of a rank are judged separately: unchanged parts hold, and an error in a part is named.
 
 The rank runs once. Its evidence is then spoilt in one place after another, as a bug would spoil it.
 """

@@ -1,4 +1,4 @@
-"""The way to experts and back is judged element by element: what is honest holds, and every bug put into it is seen."""
+"""Dispatch and combine are judged element by element: correct rows hold, and every injected bug is found."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The reference of low precision: against numbers made by hand, and torch's own float8 casts."""
+"""The reference of low precision, against numbers computed by hand and torch's own float8 casts."""
 
 from dataclasses import replace
 

@@ -1,4 +1,5 @@
-"""The miniature of every recipe keeps its structure and passes the same checks. Pure configuration, nothing runs."""
+"""The miniature of every recipe keeps its structure and passes the same checks. These tests only use configurations;
+nothing runs."""
 
 from collections.abc import Iterator
 from copy import deepcopy

@@ -1,4 +1,4 @@
-"""A proof has to be able to fail: it finds the bugs of tests/prove/mutations, and points to the right phase and part."""
+"""A proof must be able to fail: it finds the bugs of tests/prove/mutations, and points to the right phase and part."""
 
 import re
 

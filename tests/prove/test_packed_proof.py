@@ -1,4 +1,4 @@
-"""Proofs of recipes whose samples share sequences and are apart: masks of what is learnt, and what fills sequences up."""
+"""Proofs of recipes whose samples share sequences but are independent: masks of learnt tokens, and padding."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Proofs of the product as it is hold, in one process and in layouts, and what fails is named."""
+"""Proofs of the unchanged product hold, in one process and in layouts, and a failure is named."""
 
 import ast
 import json

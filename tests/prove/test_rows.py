@@ -1,4 +1,5 @@
-"""The rows of `python -m bench.prove`: every three settings meet that may, and some of the rows are proven here."""
+"""The rows of `python -m bench.prove`: every allowed combination of three settings occurs, and some of the rows run as
+tests."""
 
 import itertools
 from functools import cache

@@ -1,4 +1,5 @@
-"""The parts of a proof's run differ as runs do that a user goes on with, and the miniature has what branches need."""
+"""The two parts of a proof's run differ in the ways in which a resumed run may differ, and the miniature has what each
+branch needs."""
 
 import pytest
 import torch

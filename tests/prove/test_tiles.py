@@ -1,4 +1,5 @@
-"""Pass `tiles`: everything that has a scale has two tiles or blocks, positions go beyond 128, and limits act."""
+"""The check `tiles`: everything with a scale has two tiles or blocks, positions go beyond 128, and limits take
+effect."""
 
 import pytest
 import torch

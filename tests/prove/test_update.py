@@ -1,4 +1,5 @@
-"""An update is judged by how far it moves what it moves: bugs fall at every rate at which a recipe trains, and fp32 does not."""
+"""An update is judged relative to the size of its change: bugs are found at every learning rate of a recipe, and fp32
+rounding passes."""
 
 from collections.abc import Callable
 from pathlib import Path

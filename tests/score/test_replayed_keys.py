@@ -1,4 +1,4 @@
-"""score.keys: what the indexers of sparse attention chose is written, and what stands in samples is taken instead."""
+"""score.keys: the keys that indexers chose are written, and keys in samples replace the choice."""
 
 from dataclasses import replace
 

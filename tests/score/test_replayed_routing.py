@@ -1,4 +1,5 @@
-"""score.routing: what routers chose is written, and what stands in samples is taken instead, with the gates of these experts."""
+"""score.routing: the experts that routers chose are written, and experts in samples replace the choice, with the gates
+of these experts."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""mode=score: the numbers are those of the model on whole sequences, and what is no sample is named."""
+"""mode=score: the numbers equal those of the model on whole sequences, and an invalid sample is named."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The W&B workspace: it shows documented names only, all that matter, and is built without a key or a network."""
+"""The W&B workspace: it shows only documented names and all important ones, and is built without a key or a network."""
 
 import json
 import re

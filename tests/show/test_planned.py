@@ -1,4 +1,4 @@
-"""A plan's memory and time stand beside the measured ones, where plan and run are of the same recipe and device."""
+"""A plan's memory and time are shown beside the measured ones if plan and run have the same recipe and device."""
 
 import json
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""The report of a run that trains: written by a process beside it, and never after the last one."""
+"""The report of a training run: a separate process writes it, and never after the final report."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""The last screens: complete, copyable at any width, harmless whatever the model wrote."""
+"""The last screens: complete, copyable at any width, and harmless whatever text the model wrote."""
 
 import io
 from pathlib import Path

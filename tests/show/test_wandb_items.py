@@ -1,4 +1,4 @@
-"""What W&B gets beside steps, offline, read back from its own file."""
+"""What W&B gets in addition to steps, offline, read back from its own file."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""W&B without an account, without a server, and without the end of the process: read back from its own files."""
+"""W&B without an account, without a server, and after a killed process: records are read back from its own files."""
 
 import os
 import signal

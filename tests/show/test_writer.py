@@ -1,4 +1,4 @@
-"""The writer that a configuration asks for."""
+"""The writer opens the sinks that a configuration selects."""
 
 import subprocess
 import sys

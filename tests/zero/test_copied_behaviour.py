@@ -1,4 +1,4 @@
-"""What is copied of DeepSpeed's behaviour, against the source of the installed one."""
+"""DeepSpeed behaviour that our code copies, against the source of the installed DeepSpeed."""
 
 import ast
 import hashlib

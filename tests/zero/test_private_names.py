@@ -1,4 +1,4 @@
-"""The list of DeepSpeed's private names against what the seam uses and what the installed DeepSpeed has.
+"""The list of DeepSpeed's private names, against those that the seam uses and those of the installed DeepSpeed.
 
 Read from the syntax trees: a name counts if the seam takes it as an attribute, by getattr or by import, if DeepSpeed's own
 code knows it, and if it is neither public, nor torch's, nor the seam's own.

@@ -1,4 +1,4 @@
-"""Compiled matrix products of bf16 beside products in fp64, and where they are taken."""
+"""Compiled bf16 matmuls against matmuls in fp64, and when they are used."""
 
 import math
 

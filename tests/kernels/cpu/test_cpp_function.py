@@ -1,4 +1,4 @@
-"""What a declared C++ function refuses, and what reaches it."""
+"""Which arguments a declared C++ function refuses, and which values reach it."""
 
 import ctypes
 from ctypes import c_double, c_float, c_int64

@@ -1,4 +1,4 @@
-"""The C++ parts on CPUs that lack something."""
+"""The C++ parts on CPUs that lack some instructions or libraries."""
 
 import os
 import shlex

@@ -1,4 +1,5 @@
-"""Every path that a processor chooses, forced by switches: each in processes of its own, as torch and its libraries read them once.
+"""Every code path that depends on the processor, forced by switches. Each runs in a separate process, because torch and
+its libraries read the switches once.
 
 The rows are what common servers have: AVX2 alone, AVX-512, AVX-512 with products of bf16, AMX; MKL takes AVX2 on every AMD. What is
 measured (`compiled_matmuls_pay`) is said both ways. A row runs the tests that depend on it, and the whole list takes turns from commit to commit.

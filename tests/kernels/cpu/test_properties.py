@@ -1,4 +1,4 @@
-"""Every compiled function beside torch's operations, on tensors of odd sizes that lie in memory in odd ways.
+"""Every compiled function against torch's operations, on tensors with odd sizes and odd strides.
 
 What is written is written into memory with marks around it, so that a value that strays is seen; around what is read
 there is nothing a number.

@@ -1,5 +1,5 @@
-"""Stand-ins for the products of Hopper and Blackwell GPUs: the contracts of cuBLASLt's, CUTLASS's and DeepGEMM's kernels, checked and computed
-plainly.
+"""Stand-ins for the matmuls of Hopper and Blackwell GPUs: they check the contracts of cuBLASLt's, CUTLASS's and
+DeepGEMM's kernels, and compute the result plainly.
 
 They assert the shapes and strides that the real kernels read (torch 2.11's scaled_mm and scaled_grouped_mm, sgl-deep-gemm 0.1.5), so that a
 test without a GPU sees a wrong layout. What the real ones leave unwritten is not a number here.

@@ -1,4 +1,5 @@
-"""The CUDA path without a GPU: Triton kernels in the interpreter, products by stand-ins that check the kernels' layouts.
+"""The CUDA path without a GPU: Triton kernels run in the interpreter, and stand-ins for matmuls check the kernels'
+layouts.
 
 Collected by test_hopper.py in a process of its own, with TRITON_INTERPRET=1: triton reads it when it is first imported.
 """

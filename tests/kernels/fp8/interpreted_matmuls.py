@@ -1,4 +1,4 @@
-"""FP8 products in Triton's interpreter against the emulation on the CPU; collected as interpreted.py is."""
+"""FP8 matmuls in Triton's interpreter against the emulation on the CPU; collected like interpreted.py."""
 
 import pytest
 import torch

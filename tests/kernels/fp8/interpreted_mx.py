@@ -1,4 +1,4 @@
-"""MXFP8 on Blackwell without one, in Triton's interpreter; collected as interpreted.py is."""
+"""MXFP8 of Blackwell in Triton's interpreter, without a GPU; collected like interpreted.py."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Attention's backward takes its output as the projection keeps it, in E5M6 (paper 3.3.3), which are then one."""
+"""Attention's backward uses the output that the projection stores in E5M6 (paper 3.3.3), so this output is stored only
+once."""
 
 import dataclasses
 from contextlib import nullcontext

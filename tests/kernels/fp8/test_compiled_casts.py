@@ -1,4 +1,4 @@
-"""Compiled casts: the bits of the reference, and what happens where they cannot be built.
+"""Compiled casts give the bits of the reference, and an error names the cure if they cannot be built.
 
 test_quantize.py holds the eager path against the same reference; here it stands in for casts of codes.
 """

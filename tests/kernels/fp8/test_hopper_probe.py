@@ -1,4 +1,5 @@
-"""What does not fit is named with its cure, whether it says so itself, computes nonsense or ends the process."""
+"""A GPU path that does not work is named with its cure, whether it raises an error, computes nonsense or ends the
+process."""
 
 import dataclasses
 import os

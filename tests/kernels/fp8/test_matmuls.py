@@ -1,4 +1,4 @@
-"""Linear layers and experts with FP8 products, against the recipe written out plainly."""
+"""Linear layers and experts with FP8 matmuls, against the recipe in plain operations."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,5 @@
-"""FP8 in the model: what goes through it, what a layer keeps, what a checkpoint holds, and what the readings say."""
+"""FP8 in the model: which layers use it, what a layer stores for backward, what a checkpoint has, and what the readings
+show."""
 
 from dataclasses import replace
 

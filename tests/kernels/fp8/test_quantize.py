@@ -1,4 +1,4 @@
-"""The quantiser against its definition, and the wire against it."""
+"""The quantiser against its definition, and the FP8 dispatch format against the quantiser."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Products of values with fp32 scales, against products in fp32 of the dequantised operands, and against float64."""
+"""Matmuls of values with fp32 scales, against fp32 matmuls of the dequantised operands, and against float64."""
 
 import itertools
 

@@ -1,4 +1,5 @@
-"""A GPU's kernels between the products, in Triton's interpreter, against torch's operations (train/kernels/plain/plain_kernels.py).
+"""The GPU kernels between the matmuls, in Triton's interpreter, against torch's operations
+(train/kernels/plain/plain_kernels.py).
 
 Collected by test_fused_kernels.py in a process of its own, with TRITON_INTERPRET=1: triton reads it when it is first imported.
 """

@@ -1,4 +1,4 @@
-"""Places beyond 32 bits: the last program of every kernel, at sizes beyond 2**31 elements, in Triton's interpreter.
+"""Offsets beyond 32 bits: the last program of every kernel, at sizes beyond 2**31 elements, in Triton's interpreter.
 
 Large tensors are on the meta device and have no memory: the kernel gets an address of each that is far from all others, loads of it give zeros, and
 what is stored there is dropped. Every address must lie in the tensor of its pointer, and one at the least beyond 2**31 elements. Kernels

@@ -1,4 +1,4 @@
-"""The product that makes the gradient of experts' weights on a GPU, in Triton's interpreter.
+"""The matmul that computes the gradient of experts' weights on a GPU, in Triton's interpreter.
 
 Collected by tests/model/test_weight_gradient.py in a process of its own, with TRITON_INTERPRET=1.
 """

@@ -1,4 +1,5 @@
-"""How a GPU's attention cuts rectangles into calls, and puts them together: with torch's kernels by their definition, on the CPU."""
+"""How a GPU's attention is cut into calls on rectangles and how the results are combined, with plain versions of
+torch's kernels on the CPU."""
 
 from itertools import pairwise
 from types import SimpleNamespace

@@ -1,4 +1,5 @@
-"""What Triton lacks on a machine is found as Triton would find it, and named with the package that cures it."""
+"""Tools that Triton needs and a machine lacks are found as Triton would find them, and the error names the package to
+install."""
 
 import stat
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Launches of Triton's kernels in fewer steps, with a kernel that notes its launches: parallel/triton_types.py."""
+"""Faster launches of Triton's kernels, with a kernel that records its launches: parallel/triton_types.py."""
 
 import importlib.util
 import itertools

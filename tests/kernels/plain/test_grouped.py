@@ -1,4 +1,4 @@
-"""Experts' products on a CPU: those of each expert alone, from few shapes."""
+"""Grouped GEMMs of experts on a CPU: the results equal those of each expert alone, and only a few shapes occur."""
 
 import pytest
 import torch

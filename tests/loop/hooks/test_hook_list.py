@@ -1,4 +1,4 @@
-"""Hooks of a whole run: what they communicate is alike on all ranks, and what they keep goes through checkpoints."""
+"""Hooks of a complete run: all ranks communicate the same, and the hooks' state goes through checkpoints."""
 
 import json
 from itertools import pairwise

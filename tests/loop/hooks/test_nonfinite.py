@@ -1,4 +1,4 @@
-"""A NaN at a chosen rank, layer and pass is named as that one, with advice that fits."""
+"""The error about a NaN names the right rank, layer and pass, and gives fitting advice."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Steps that torch's profiler watches: names of our parts in the trace, the table, and a training that does not notice."""
+"""Steps that torch's profiler records: names of our parts in the trace, the table, and an unchanged training."""
 
 import gzip
 import json

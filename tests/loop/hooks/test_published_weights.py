@@ -1,4 +1,5 @@
-"""checkpoint.weights_every: whole folders while the run trains, and a link to the newest that is never broken."""
+"""checkpoint.weights_every: complete folders while the run trains, and a link to the newest folder that is never
+broken."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Copies of a weight that differ in one bit: the rank and the weight are named, before an update is made of it."""
+"""Replicas of a weight that differ in one bit: the rank and the weight are named before an update uses the weight."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""What stands in for kernels on the meta device takes what they take."""
+"""The stand-ins for kernels on the meta device have the same parameters as the kernels, and refuse the same formats."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""Traces of parts are shared by scenes that differ in what a part does not see, and by no others."""
+"""Scenes share the trace of a part only if they differ in nothing that the part depends on."""
 
 from dataclasses import replace
 

@@ -1,4 +1,5 @@
-"""Bugs that training systems had or may have, put into ours on purpose: a certificate that misses one proves nothing.
+"""Bugs that training systems had or may have, injected into ours on purpose. A certificate that misses one proves
+nothing.
 
 registry.py     what is said of every bug, and how to add one
 seams.py        how one is put into the product

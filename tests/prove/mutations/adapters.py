@@ -1,4 +1,4 @@
-"""Adapters: what pairs add to a product, what learns, and what stays as it was."""
+"""Adapters: what LoRA A and B add to a matmul, which weights learn, and which stay unchanged."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Chats that share sequences: what is learnt of them, what they see of each other, and what only fills sequences up."""
+"""Chats that share sequences: which tokens are learnt, what they see of each other, and the padding."""
 
 from dataclasses import replace
 

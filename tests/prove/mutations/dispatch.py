@@ -1,4 +1,4 @@
-"""Tokens on their way to experts and back, flat and node-limited, and the experts' own computing."""
+"""Dispatch and combine, flat and node-limited, and the computation of the experts."""
 
 import torch
 from torch.nn import functional as F

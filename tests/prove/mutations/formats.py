@@ -1,4 +1,4 @@
-"""Formats of FP8, and what waits in them for backward; in the recipe's own precision, on one rank."""
+"""FP8 formats, and tensors that are stored in them for backward; in the recipe's own precision, on one rank."""
 
 from dataclasses import replace
 

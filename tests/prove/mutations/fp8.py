@@ -1,4 +1,5 @@
-"""Products in FP8 and bf16: casts, scales, caches, and what stays high. All in the recipe's own precision, on one rank."""
+"""Matmuls in FP8 and bf16: casts, scales, caches, and what stays in higher precision. All run in the recipe's own
+precision, on one rank."""
 
 from collections.abc import Callable
 from dataclasses import replace

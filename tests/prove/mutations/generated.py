@@ -1,4 +1,4 @@
-"""Bugs that nobody thought of: one line of the product changed by a rule, the same ones for a seed.
+"""Generated bugs: a rule changes one line of the product. A seed always gives the same bugs.
 
 A change is made in the syntax tree of a function, which is compiled again in the place of the old: a sign, a factor, an index, a
 comparison, a reduction that is left out, a sum that becomes a mean. What a proof does not tell from the product as it is survives,

@@ -1,4 +1,5 @@
-"""What stays in bf16 or above beside products in FP8: attention, router, norms, head. In the recipe's own precision, on one rank."""
+"""Computations that stay in bf16 or above while matmuls are in FP8: attention, router, norms, head. In the recipe's own
+precision, on one rank."""
 
 import torch
 from torch import Tensor, nn

@@ -1,5 +1,5 @@
-"""Bugs that show only beyond a size or at a limit: positions from 128 on, experts from 32 on, a third rank, softmaxes that overflow, floors
-of scales."""
+"""Bugs that show only beyond a size or at a limit: positions from 128 on, 32 or more experts, a third rank, softmaxes
+that overflow, floors of scales."""
 
 import torch
 

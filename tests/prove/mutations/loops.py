@@ -1,4 +1,5 @@
-"""Loops that others write: losses of tokens, values per token, several calls in a step, replayed experts, and weights that are handed out."""
+"""Custom training loops: token losses, values per token, several calls in a step, replayed experts, and returned
+weights."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Losses of the main model and of MTP, and how micro-batches and ranks weigh in them."""
+"""Losses of the main model and of MTP, and the weights of micro-batches and ranks in these losses."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Muon's update: momentum, what one matrix is, its owner, and the limit of attention scores."""
+"""Muon's update: momentum, which elements form one matrix, the matrix's owner, and the limit of attention scores."""
 
 import torch
 

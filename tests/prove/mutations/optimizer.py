@@ -1,4 +1,4 @@
-"""The update, the average of the weights, and what changes over the run."""
+"""The update, the moving average of the weights, and settings that change during the run."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The recipes that bugs run in: everything that one may need is switched on, in the smallest sizes."""
+"""The recipes in which the bugs run: everything that a bug may need is switched on, in the smallest sizes."""
 
 MODEL = {
     "vocab_size": 53, "hidden": 16, "layers": 3, "dense_layers": 1, "heads": 2, "q_rank": 8, "kv_rank": 8,

@@ -1,4 +1,4 @@
-"""Gradients on their way into the update: summed over ranks, by ZeRO's stages, their norm, and clipping."""
+"""Gradients before the update: the sum over ranks, ZeRO's stages, the norm, and clipping."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What is said of every bug: its area, who had it, what runs it, and where a certificate should point.
+"""The facts about every bug: its area, the system that had it, what runs it, and where a certificate should point.
 
 To add one, write a function with `@mutation(...)` in the file of its area; the test and `python -m bench.prove --mutations`
 find it. Sources are threads on GitHub, as owner/repository#number; `OURS` are bugs that such code may have, which no thread

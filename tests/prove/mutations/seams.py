@@ -1,4 +1,4 @@
-"""Where a bug is put into the product, and whether it then took part in what ran."""
+"""Injects a bug into the product, and records whether the changed code then ran."""
 
 import inspect
 from collections.abc import Callable

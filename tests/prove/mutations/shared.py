@@ -1,4 +1,4 @@
-"""What a judge could share with the product: the rules of the optimizers, and the weights that a run begins with."""
+"""Code that a judge could share with the product: the rules of the optimizers, and the initial weights of a run."""
 
 import re
 from dataclasses import replace

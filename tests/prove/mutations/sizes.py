@@ -1,4 +1,4 @@
-"""What goes in pieces where it is large: the second piece is wrong, whatever its size."""
+"""Work that is cut into parts if it is large: the second part is wrong, whatever its size."""
 
 import torch
 

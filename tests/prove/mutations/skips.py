@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: they change nothing but where the data are."""
+"""Steps whose loss or gradient is not finite: they change nothing except the position in the data."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Sparse attention: the indexer's scores, its choice, its loss in both stages, and what of it travels."""
+"""Sparse attention: the indexer's scores, its choice, its loss in both stages, and what ranks exchange of it."""
 
 from collections.abc import Callable
 from copy import copy

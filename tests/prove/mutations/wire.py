@@ -1,4 +1,4 @@
-"""The FP8 wire: rows on their way to experts and gradients on theirs, in the recipe's own precision."""
+"""FP8 dispatch: rows that are sent to experts, and their gradients, in the recipe's own precision."""
 
 from collections.abc import Callable
 
