@@ -140,7 +140,7 @@ def test_a_run_ends_well_and_leaves_a_record(tmp_path):
     [
         ("kill", "killed", "rank 2 on n2 ended by signal SIGKILL"),
         ("crash", "crash", "rank 2 on n2 failed: RuntimeError: boom"),
-        ("hang", "hang", "rank 2 does not come: others wait for it in all_reduce"),
+        ("hang", "hang", "rank 2 has not joined: others wait for it in all_reduce"),
         ("stop", "hang", "rank 2 is stopped (on n2)"),
     ],
 )
