@@ -192,12 +192,12 @@ def test_the_commands_of_the_pages_run_one_after_another(page, scratch):
         assert all((scratch / f"exported{kind}" / "export.json").exists() for kind in ("", "_fp8", "_fp32"))
         assert "started from the weights of exported" in said[-1]
     elif page == "resume":
-        assert "all its 20 steps behind it" in said[1] and "resumed from step 20" in said[2]
+        assert "all 20 steps of this run are complete" in said[1] and "resumed from step 20" in said[2]
         assert "resumed from step 26" in said[-1]
         kept = [path.name[-2:] for path in sorted((runs / "often" / "checkpoints").glob("step_*"))]
         assert kept == ["03", "05", "06"]
     elif page == "fine_tuning":
-        assert "before the tune" in said[2] and "the commonest answer" in said[2]
+        assert "before the tune" in said[2] and "the most common answer" in said[2]
         assert "Answers" in (runs / "tuned" / "report.html").read_text()
         assert (scratch / "tuned_hf" / "chat_template.jinja").is_file() and "tuned_hf: " in said[5]
     elif page == "average":

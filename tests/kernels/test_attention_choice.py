@@ -156,12 +156,12 @@ def test_cudnn_is_left_out_where_bits_are_to_be_repeated(config, monkeypatch):
     monkeypatch.setattr(choice, "problem_of", lambda *given: None)
     assert type(choose_attention(config, CPU)[0]) is CudnnAttention
     core, [note] = choose_attention(compose(*HEADS, "cluster.deterministic=true"), CPU)
-    assert type(core) is FlashAttention and "cuDNN's attention need not repeat its bits" in note
+    assert type(core) is FlashAttention and "cuDNN's attention may give other bits in each run" in note
 
 
 def test_where_none_works_the_run_is_refused(config, monkeypatch):
     monkeypatch.setattr(choice, "CORES", {"one": Failing()})
-    with pytest.raises(UserError, match=r"is right on NVIDIA H100: one fails for whole sequences") as refused:
+    with pytest.raises(UserError, match=r"gives correct values on NVIDIA H100: one fails for whole sequences") as refused:
         choose_attention(config, CPU)
     assert "cluster.device=cpu" in refused.value.cure
 
