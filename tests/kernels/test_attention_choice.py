@@ -161,7 +161,9 @@ def test_cudnn_is_left_out_where_bits_are_to_be_repeated(config, monkeypatch):
 
 def test_where_none_works_the_run_is_refused(config, monkeypatch):
     monkeypatch.setattr(choice, "CORES", {"one": Failing()})
-    with pytest.raises(UserError, match=r"gives correct values on NVIDIA H100: one fails for whole sequences") as refused:
+    with pytest.raises(
+        UserError, match=r"gives correct values on NVIDIA H100: one fails for whole sequences"
+    ) as refused:
         choose_attention(config, CPU)
     assert "cluster.device=cpu" in refused.value.cure
 
