@@ -1,12 +1,12 @@
-"""LoRA A and B next to frozen weights (arXiv 2106.09685): y = W x + scale B (A dropout(x)).
+"""Adds LoRA matrices A and B to frozen weights (arXiv 2106.09685): y = W x + scale B (A dropout(x)).
 
-The model's own matmuls do not change, in any precision and with weights of any form: an adapted module adds the result
-of its LoRA matrices to its output. They compute in the activation dtype, and their gradients are summed in fp32 like
-those of any weight. A starts uniform in +-1 / sqrt(inputs), as PEFT draws it, and B at 0.
+The model's own matmuls do not change. An adapted module adds the result of its LoRA matrices to its output. This works
+in any precision and with any storage of the weights. The LoRA matmuls use the activation dtype, and their gradients are
+summed in fp32. The initial values of A are uniform in +-1 / sqrt(inputs), as in PEFT. B is initially 0.
 
-Dropout uses no random generator: a hash of its row, its column, the step and the name of the weight decides whether an
-input counts. So a block that backward runs again, a resumed run and any layout drop the same inputs, and only equal
-rows share a mask.
+Dropout does not use a random generator. A hash of an input's row and column, the step and the name of the weight
+decides whether the input is dropped. So the same inputs are dropped in any layout, in a resumed run, and when backward
+runs a block again. The hash reads the values of a row, so equal rows have equal masks.
 
 Shapes: N rows (any leading axes), R rows sorted by expert, I inputs and O outputs of a matmul, E experts of this rank,
 Q rank.
@@ -35,9 +35,9 @@ MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 
 
 class LoraWeights:
-    """The LoRA A and B of one weight, whose result is added to the output of its matmul.
+    """The LoRA A and B of one weight. Their result is added to the output of the weight's matmul.
 
-    The parameters belong to the module that has the weight.
+    The parameters A and B belong to the module that has the weight.
     """
 
     def __init__(
@@ -56,7 +56,8 @@ class LoraWeights:
         self._scale, self._dropout, self._salt = adapter.scale, adapter.dropout, salt
 
     def add(self, y: Tensor, x: Tensor, groups: ExpertGroups | None = None) -> Tensor:
-        """Return y plus the LoRA result for x (N, I): (N, O). groups: for rows that are sorted by expert."""
+        """Return y plus the LoRA result for x (N, I): (N, O). groups: rows of each expert, if rows are sorted by
+        expert."""
         dropped, keep = self._drop(x)
         parts = []
         for name_a, name_b in self._names:
@@ -66,7 +67,11 @@ class LoraWeights:
         return y + (parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 
     def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Return operands of one matmul with the adapted result: the low-rank inputs next to x, and B next to the weight."""
+        """Return operands of one matmul that gives the adapted result.
+
+        The left operand is x with the outputs of A as more columns. The right operand is the weight with B as more
+        columns.
+        """
         ((name_a, name_b),) = self._names
         dropped, keep = self._drop(x)
         with keep:
@@ -79,7 +84,7 @@ class LoraWeights:
         return GroupedMatmul.apply(x, weight, groups, self._kernels)
 
     def _drop(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
-        """Return x as the LoRA matrices take it, and the context in which saving it keeps nothing."""
+        """Return the input x of the LoRA matrices, and a context in which saving x for backward needs no memory."""
         if not (self._dropout and self._module.training):
             return x, nullcontext()
         drop = partial(_drop, share=self._dropout, salt=key_number(f"{self._chunk.step}/{self._salt}"))
@@ -90,10 +95,10 @@ class LoraWeights:
 
 
 def _drop(x: Tensor, share: float, salt: int) -> Tensor:
-    """Set a share of x's values to 0 and scale the others up.
+    """Set the fraction `share` of x's values to 0, and scale the other values up.
 
-    The top bits of a product of two odd numbers, one of the value's row and one of its column, decide whether it is
-    kept.
+    Each row and each column of x has an odd number. The top bits of the product of both numbers decide whether the
+    value is dropped.
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     column_I = _mixed(torch.arange(x.size(-1), device=x.device)) | 1
@@ -113,14 +118,14 @@ def _mixed(number: Tensor) -> Tensor:
 
 
 ADDED = {"weight": "added", "w13": "added_up", "w2": "added_down"}
-"""Attribute of a module for its adapter, by the last part of the weight's name."""
+"""Maps the last part of a weight's name to the module attribute that contains its adapter."""
 
 
 def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: int) -> None:
-    """Freeze the weights of a chunk, and add LoRA A and B to the target weights, drawn by name so that every layout
-    has equal ones.
+    """Freeze the weights of a chunk, and add LoRA A and B to the target weights.
 
-    On the meta device, for plans, nothing is drawn.
+    The values of A depend on the name of the weight, so they are equal in every layout. On the meta device, which plans
+    use, no values are drawn.
     """
     bases = [(name, param) for name, param in chunk.named_parameters() if target_of(name) in (adapter.targets or ())]
     (dtype,) = {param.dtype for param in chunk.parameters()} - {torch.uint8}  # uint8: bytes of packed weights

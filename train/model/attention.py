@@ -1,9 +1,9 @@
-"""The interface of the attention core, softmax(scale q k^T) v, for queries that see some of the keys.
+"""Defines the interface of the attention core, softmax(scale q k^T) v, for queries that see some of the keys.
 
-train/kernels implements it. Rectangles (train/model/sequence.py) say which queries see which keys: whole sequences and
-packed documents are squares with a diagonal; ranks that share sequences use arbitrary rectangles. Nothing above a
-diagonal or between documents is computed, or kept as a mask. Backward recomputes the probabilities from the log-sum-exp
-of the scores, l, which may cover more keys than these:
+train/kernels implements the core. Rectangles (train/model/sequence.py) describe which queries see which keys. A
+complete sequence or a packed document is a square with a diagonal. Ranks that share sequences use arbitrary rectangles.
+The core computes nothing above a diagonal or between documents, and stores no mask. Backward recomputes the
+probabilities from l, the log-sum-exp of the scores. l may include the scores of keys that are not in this call:
 
     p = exp(scale q k^T - l),  dv = p^T do,  ds = scale p * (do v^T - rowsum(do * o)),  dq = ds k,  dk = ds^T q
 
@@ -30,7 +30,7 @@ class AttentionInput(NamedTuple):
     watch: "LargestScores | None" = None
     """Receives the scores of training calls."""
     lse: "KeptLse | None" = None
-    """Receives the log-sum-exp of the scores of a training call."""
+    """Receives the log-sum-exp of the scores in a training call."""
 
 
 class KeptLse:
@@ -40,10 +40,10 @@ class KeptLse:
 
 
 class LargestScores:
-    """The largest scaled score of each head over all calls since `clear`: most_H, fp32.
+    """Records the largest scaled score of each head over all calls since `clear`: most_H, fp32.
 
-    limit: some cores would have to compute the scores again. For a query whose log-sum-exp is at most `limit`, such a
-    core may return the log-sum-exp instead, which is an upper bound of its scores.
+    limit: some cores would have to compute the scores a second time. If the log-sum-exp of a query is at most `limit`,
+    such a core may return the log-sum-exp instead. It is an upper bound of the scores.
     """
 
     def __init__(self, heads: int, limit: float, device: torch.device):
@@ -63,9 +63,10 @@ class AttentionOutput(NamedTuple):
     """Results of attention."""
 
     out_BHTV: Tensor
-    """In v's dtype, positions first in memory, as the output projection takes it. 0 for a query that sees nothing."""
+    """Output in v's dtype. In memory, positions come before heads, as the output projection needs. The output is 0 for
+    a query that sees no key."""
     lse_BHT: Tensor
-    """Log-sum-exp of the scaled scores of each query, fp32. -inf for a query that sees nothing."""
+    """Log-sum-exp of the scaled scores of each query, fp32; -inf for a query that sees no key."""
     largest_BHT: Tensor | None = None
     """The largest scaled score of each query, fp32, if requested; see `LargestScores.limit`."""
     kept: Tensor | None = None
@@ -76,7 +77,7 @@ class AttentionCore(Protocol):
     """Computes attention, forward and backward."""
 
     takes_documents: bool
-    """Whether it supports pieces of any length."""
+    """Whether the core supports documents, whose parts have any length."""
 
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
         """Compute attention.
@@ -89,8 +90,8 @@ class AttentionCore(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v.
 
-        made: the result of `forward`, or output and log-sum-exp over all keys that the queries see, these keys
-        included.
+        made: the result of `forward`; or an output and a log-sum-exp over more keys, which include the keys of this
+        call.
         """
 
 

@@ -1,4 +1,4 @@
-"""One transformer block: x += attention(norm(x)); x += ffn(norm(x)), the FFN dense or a mixture of experts."""
+"""Defines a transformer block: x += attention(norm(x)); x += ffn(norm(x)). The FFN is dense or a mixture of experts."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -17,12 +17,11 @@ from train.model.sequence import Positions
 
 
 class Block(nn.Module):
-    """Block of the main model or of an MTP module.
+    """A block of the main model or of an MTP module. It maps x (B, T, D) to an output of the same shape.
 
-    dispatcher: None makes a dense block. repeat: backward runs the whole block again, so only the block's input is
-    kept. host: takes the activations of `offload`, which is attention, ffn, or layer for both; None for no offload. chooses: whether it has an
-    indexer.
-    Returns the shape (B, T, D) of its input. positions: those of x; None for all positions of whole sequences.
+    dispatcher: None for a dense block. repeat: backward runs the complete block again, so only its input is saved.
+    host: stores the activations of the part `offload` (attention, ffn, or layer for both); None: no offload. chooses:
+    whether the block has an indexer. positions: the positions of x; None: all positions of complete sequences.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Block(nn.Module):
             return x_BTD + self.moe(normed_BTD, remake, positions)
 
     def _offloaded(self, part: str, x_BTD: Tensor) -> AbstractContextManager:
-        """Return the context of a part of the block that takes x."""
+        """Return the context that offloads the activations of a part of the block. x_BTD: input of the block."""
         if self._host is None or part != self._offload or not torch.is_grad_enabled():
             return nullcontext()
         return OffloadedBlock(self._host, (x_BTD, *self.parameters(), *self.buffers()))

@@ -1,15 +1,19 @@
-"""Attention over the keys that an indexer chose, in MLA's absorbed form (DeepSeek-V2, 2.1.2): work linear in the sequence.
+"""Attention over the keys that an indexer chose, in MLA's absorbed form (DeepSeek-V2 paper 2.1.2).
+
+The work is linear in the sequence length.
 
     q_i . k_s = [W_UK_i^T q_nope_i ; q_rope_i] . [c_s ; k_rope_s]             head i, normed latent c and rotated rope key of position s
     out_i     = W_UV_i sum_s p_is c_s,   p_i = softmax over the chosen s of scale q_i . k_s
 
-All heads of a query share its K keys, so the latents are gathered once for all of them: kv_rank + rope numbers a key instead of
-heads x (qk width + value width). With o_i = sum_s p_is c_s and the gradient u_i = W_UV_i^T do_i, backward computes
+All heads of a query use the same K keys, so the latents are gathered once for all heads. This takes kv_rank + rope
+numbers for each key, instead of heads x (qk width + value width). With o_i = sum_s p_is c_s and the gradient u_i =
+W_UV_i^T do_i, backward computes
 
     ds = scale p (u . c - do . out),  dq = ds [c ; k_rope],  d[c ; k_rope]_s = sum over queries and heads of ds q, and p u for c
     dW_UV_i = do_i o_i^T,  dW_UK_i = q_nope_i dq_i^T
 
-Ranks that share sequences gather the latents of all positions, and send the gradients of latents to the ranks that have the positions.
+Ranks that share sequences gather the latents of all positions. In backward they send the gradients of the latents back
+to the ranks that have the positions.
 
 Shapes: B sequences, T queries here, S positions of the sequence, H heads, Q qk width = nope + rope, X = C + rope of a latent, C kv_rank,
 V value width, K chosen keys, Y = H * (nope + V) rows of the weight.
@@ -31,15 +35,15 @@ class ChosenInput(NamedTuple):
     """Arguments of attention over chosen keys."""
 
     q_BTHQ: Tensor
-    """Rotated."""
+    """Queries, rotated by RoPE."""
     latents_BSX: Tensor
-    """[normed latent | rotated rope key]."""
+    """The normed latent and the rotated rope key of each position: [latent | rope key]."""
     weight_YC: Tensor
-    """Per head W_UK, then W_UV."""
+    """For each head W_UK, then W_UV."""
     nope: int
     scale: float
     chosen_BTK: Tensor
-    """Numbers of the positions that each query attends to, int32; -1 where there are fewer."""
+    """Positions that each query attends to, int32. If there are fewer than K, -1 fills the rest."""
 
     def split_weight(self) -> tuple[Tensor, Tensor]:
         """W_UK (H, nope, C) and W_UV (H, V, C), fp32."""
@@ -57,20 +61,20 @@ class ChosenOutput(NamedTuple):
     largest_BTH: Tensor
     """The largest scaled score, fp32."""
     shares_BTK: Tensor
-    """The attention of each chosen key, averaged over heads, fp32."""
+    """Attention probability of each chosen key, averaged over heads, fp32."""
 
 
 class KeptShares:
-    """The attention of each chosen key of one call, for the loss of the indexer."""
+    """Keeps the attention probabilities of the chosen keys of one call, for the loss of the indexer."""
 
     shares_BTK: Tensor
 
 
 class ChosenAttention(Function):
-    """Attention of the queries here over their chosen keys: (B, H, T, V).
+    """Computes attention of the local queries over their chosen keys: (B, H, T, V).
 
-    latents_BTX: of the positions here; gathering: those of all positions, if ranks share sequences. watch: as in `AttentionInput`. shares:
-    takes the attention of the chosen keys.
+    latents_BTX: latents of the local positions. gathering: a gather of the latents of all positions, if ranks share
+    sequences. watch: as in `AttentionInput`. shares: receives the attention probabilities of the chosen keys.
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""Counts the parameters of a model, and the operations per token. Pure functions of the configuration.
+"""Counts the parameters of a model, and the operations for each token. The counts depend only on the configuration.
 
-Every weight of a matmul costs 2 operations per token forward and 4 backward; attention costs 6 per pair of positions
-and per unit of qk and v width. Embedding lookup, norms and the router (0.3 % of the whole in DeepSeek-V3) are left out,
-as in DeepSeek's own figures; recomputation is not counted.
+For each token, every weight of a matmul costs 2 operations in forward and 4 in backward. Attention costs 6 operations
+for each pair of positions and each element of the qk width and the v width. Embedding lookup, norms and the router are
+left out, as in DeepSeek's own figures (0.3 % of all operations of DeepSeek-V3). Recomputation is not counted.
 """
 
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ def attention_layers(model: Model) -> list[str]:
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters of a model, with MTP separate."""
+    """Numbers of parameters of a model. MTP modules are counted separately."""
 
     total: int
-    """All parameters, embedding and head included."""
+    """All parameters, including embedding and head, but without MTP modules."""
     active: int
-    """Parameters used by one token, embedding and head included."""
+    """Parameters that one token uses, including embedding and head."""
     active_without_embedding: int
     embedding: int
     """The embedding table; the head has the same size."""
@@ -67,7 +67,7 @@ def indexer_matmul_weights(config: Model) -> int:
 
 
 def indexer_layers(config: Model) -> int:
-    """Layers of the main model with an indexer."""
+    """Return the number of layers of the main model that have an indexer."""
     return sum(config.sparse.chooses(layer) for layer in range(config.layers))
 
 
@@ -110,8 +110,8 @@ def count_parameters(config: Model) -> Counts:
 def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, frozen: bool = False) -> float:
     """Return the training operations per token of one block.
 
-    causal: count only the needed half of attention. frozen: the block's weights have no gradient; an adapter next to
-    them is not counted.
+    causal: count only the half of attention that a causal mask needs. frozen: the block's weights have no gradient. The
+    operations of an adapter are not counted.
     """
     if dense:
         ffn = 3 * config.hidden * config.dense_width
@@ -129,7 +129,7 @@ def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, f
 
 
 def _attended(config: Model, seq_len: int, pairs: float) -> float:
-    """Keys that a token attends to, in the mean. pairs: those that it sees."""
+    """Return the mean number of keys that a token attends to. pairs: the mean number of keys that it sees."""
     top_k = config.sparse.top_k
     if not config.sparse.heads or seq_len <= top_k:
         return pairs
@@ -177,8 +177,10 @@ def count_adapter(config: Config) -> int:
 
 
 def count_tables(config: Config) -> int:
-    """Return the trained parameters of embedding, head, routers and indexers, which may have an update rule of their
-    own (conf/optimizers.py)."""
+    """Return the number of trained parameters of embedding, head, routers and indexers.
+
+    An optimizer may have a separate update rule for them (conf/optimizers.py).
+    """
     model = config.model
     if config.adapter.on:
         return config.adapter.rank * (model.hidden + model.vocab_size) * ("head" in (config.adapter.targets or ()))
@@ -188,7 +190,7 @@ def count_tables(config: Config) -> int:
 
 
 def count_vectors(config: Config) -> int:
-    """Return the trained parameters with one dimension: norm weights. An adapter has none."""
+    """Return the number of trained parameters with one dimension, which are norm weights. An adapter has none."""
     model = config.model
     if config.adapter.on:
         return 0
@@ -200,8 +202,8 @@ def count_vectors(config: Config) -> int:
 def checkpoint_bytes(config: Config) -> int:
     """Return the size of one checkpoint.
 
-    It holds fp32 master weights (only the adapter's if one is trained), the optimizer state by the rule of each weight,
-    and the average of the weights if one is kept.
+    A checkpoint contains the fp32 master weights (of the adapter only, if an adapter is trained), the optimizer state
+    by the rule of each weight, and the average of the weights if the run computes it.
     """
     counts, facts = count_parameters(config.model), config.optim.facts
     stored = count_adapter(config) if config.adapter.on else counts.total + counts.mtp

@@ -1,10 +1,10 @@
-"""DeepSeek-V3, whole or as one chunk of a pipeline: the same class with fewer parts.
+"""Defines DeepSeek-V3. One class is both the complete model and a chunk of a pipeline, which has fewer parts.
 
 Parameter names are global in every chunk: `embedding.weight`, `layers.17.attention.kv_up.weight`,
 `layers.17.moe.experts.w13`, `norm.weight`, `head.weight`, `mtp.0.projection.weight`.
 
-The last chunk computes the main and MTP losses itself, so no logits leave it. MTP needs the embedding: the last chunk
-of a pipeline has a table under the same name, which is the first chunk's table if both chunks are in one process.
+The last chunk computes the main loss and the MTP losses itself, so it returns no logits. MTP needs the embedding. So
+the last chunk of a pipeline has a table with the same name. If both chunks are in one process, they share one table.
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocabulary.
 """
@@ -37,7 +37,8 @@ from train.model.token_losses import LossTokens, TokenLoss
 
 
 class Losses:
-    """Losses of the micro-batches since `clear`, without gradient; they stay on the device until read."""
+    """Sums up the losses of the micro-batches since `clear`, without gradient. The sums stay on the device until they
+    are read."""
 
     def __init__(self, depths: int):
         self._depths = depths
@@ -49,7 +50,7 @@ class Losses:
         self.main: Tensor | float = 0.0
         """Sum of the main losses."""
         self.mtp: list[Tensor | float] = [0.0] * self._depths
-        """Sum of the losses of every MTP depth, unweighted."""
+        """Sum of the losses of every MTP depth, without their weight."""
         self.extra: Tensor | float = 0.0
         """Sum of the user's own loss term (optim.extra_loss)."""
 
@@ -60,9 +61,8 @@ class Losses:
         self.mtp = [total + loss.detach() for total, loss in zip(self.mtp, mtp, strict=True)]
 
     def means(self) -> Tensor:
-        """Return the mean over micro-batches of the main loss, of every MTP depth, and of the user's own term: (2 +
-        depths,).
-        """
+        """Return means over micro-batches, (2 + depths,): the main loss, the loss of every MTP depth, and the user's
+        term."""
         device = self.main.device if isinstance(self.main, Tensor) else None
         totals = [
             total if isinstance(total, Tensor) else torch.full((), total, device=device)
@@ -73,7 +73,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """Arguments of the user's own loss term (optim.extra_loss): values of one micro-batch, at this rank's positions."""
+    """Arguments of the user's own loss term (optim.extra_loss): values of one micro-batch at the local positions."""
 
     hidden_BTD: Tensor
     """Hidden states after the final norm."""
@@ -82,26 +82,27 @@ class ModelOutputs:
     head_VD: Tensor
     """The weight of the output head."""
     learnt_BT: Tensor
-    """Whether a target is learnt, bool: in chats the targets in answers, otherwise all."""
+    """Whether a target is learnt, bool. In chats, only targets in answers are learnt; in other texts all targets."""
     divisor: float
-    """Divisor for sums over the local learnt positions, which gives each position the same weight in the whole step."""
+    """Divisor for sums over the local learnt positions. With it, each position has the same weight in the step."""
 
     def mean(self, values_BT: Tensor) -> Tensor:
-        """Return this micro-batch's share of the mean of values over the learnt tokens of the step.
+        """Return this micro-batch's contribution to the mean of values over all learnt tokens of the step.
 
-        If every token is learnt, it is the plain mean.
+        If every token is learnt, the result is the mean over this micro-batch.
         """
         return values_BT.masked_fill(~self.learnt_BT, 0).sum() / self.divisor
 
     def logits(self) -> Tensor:
-        """Return fp32 (B, T, V) of all positions at once, with gradient; the cross-entropy itself never holds so
-        many logits.
+        """Return the logits of all positions, fp32 (B, T, V), with gradient.
+
+        They need much memory. The cross-entropy itself only needs the logits of one chunk at a time.
         """
         return F.linear(self.hidden_BTD, self.head_VD.to(self.hidden_BTD.dtype)).float()
 
 
 class Head(nn.Module):
-    """Output head. It is called once for all depths, because a module call may gather its weights."""
+    """The output head. One call computes the losses of all depths, because each module call may gather its weights."""
 
     def __init__(self, width: int, vocab_size: int, chunk: int, kernels: Kernels, **factory):
         super().__init__()
@@ -129,11 +130,11 @@ class Head(nn.Module):
         """Return the losses of the main model (states[0], (B, T, D)) and of the MTP depths (one position shorter
         each).
 
-        In training, the user's own term follows, if there is one. With `gives_logprobs`, eval mode returns
-        log-probabilities instead. A loss is a sum over the supervised tokens (or all), divided by divisor, also at MTP
-        depths, which have fewer targets (eq. 24); divisor None: the number of local positions of the main model.
-        detaches_mtp: only the main model's loss trains the head's weight. tensors_BS: tensors per token for
-        `token_loss`.
+        In training, the user's own term follows if it exists. With `gives_logprobs`, eval mode returns
+        log-probabilities instead of losses. A loss is the sum over the supervised tokens (or over all tokens), divided
+        by `divisor`. None: divide by the number of local positions of the main model. MTP depths have fewer targets but
+        the same divisor (paper eq. 24). detaches_mtp: only the main model's loss trains the head's weight. tensors_BS:
+        the tensors per token that `token_loss` needs.
         """
         if self.gives_logprobs and not self.training:
             return [self.logprobs(states[0], tokens_BS, positions, tensors_BS)]
@@ -167,8 +168,8 @@ class Head(nn.Module):
         """Return log p(token | previous tokens) of the targets of all positions, fp32 (B, T), also if ranks share
         sequences.
 
-        If the batch has `temperatures`, they divide the logits. rows_N: compute only these rows of the local positions;
-        the others are 0.
+        If the batch has a tensor `temperatures`, the logits are divided by it. rows_N: compute only these rows of the
+        local positions; the results of other rows are 0.
         """
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1), positions.take(tokens_BS, 1).flatten()
         temperature_N = None
@@ -176,8 +177,8 @@ class Head(nn.Module):
             temperature_N = positions.take(tensors_BS["temperatures"], 1).flatten()
         if rows_N is not None:
             if not len(rows_N):
-                # The graph must be complete, because other ranks wait in its backward: use one row, which counts
-                # nowhere and has no temperature of its own.
+                # Use one row that has no effect on the loss. Without a row, the graph would be incomplete, and other
+                # ranks would wait forever in backward. Its temperature is 1.
                 rows_N, temperature_N = rows_N.new_zeros(1), None
             hidden_ND, targets_N = hidden_ND.index_select(0, rows_N), targets_N.index_select(0, rows_N)
             temperature_N = None if temperature_N is None else temperature_N.index_select(0, rows_N)
@@ -198,8 +199,8 @@ class Head(nn.Module):
     ) -> Tensor:
         """Return the sum of `token_loss` over the learnt tokens, divided by divisor.
 
-        If ranks share sequences, each computes the whole sum, and returns its part: the sum divided by the number of
-        these ranks.
+        If ranks share sequences, each of them computes the sum over complete sequences, and returns it divided by the
+        number of these ranks.
         """
         assert self.token_loss is not None
         device, rows_N = hidden_BTD.device, None
@@ -212,7 +213,7 @@ class Head(nn.Module):
             samples_BT = positions.documents_BT.long()
         given_BT = self.logprobs(hidden_BTD, tokens_BS, positions, tensors_BS, rows_N)
         learnt_BT = learnt_BT.to(device)
-        # A token that is not learnt gets no gradient, and spoils no other token's, also if its values are not finite.
+        # A token that is not learnt gets no gradient. Even if its values are not finite, other gradients stay correct.
         logprobs_BT = given_BT.where(learnt_BT, 0)
         cut_BT = {name: tensor_BS[:, 1:] for name, tensor_BS in tensors_BS.items()}
         tensors_BT = {name: tensor.where(learnt_BT | tensor.isfinite(), 0) for name, tensor in cut_BT.items()}
@@ -240,7 +241,8 @@ class Head(nn.Module):
         """
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
         if learnt_N is not None and len(learnt_N) == 0:
-            # The graph must be complete, because other ranks wait in its backward: use one row with weight 0.
+            # Use one row with weight 0. Otherwise the graph would be incomplete, and other ranks would wait in
+            # backward.
             learnt_N, divisor = learnt_N.new_zeros(1), math.inf
         if learnt_N is not None:
             learnt_N = learnt_N.to(hidden_ND.device)
@@ -250,7 +252,7 @@ class Head(nn.Module):
 
 
 def _scalar(loss: Tensor) -> Tensor:
-    """Return the user's own term as a scalar. Raises TypeError if it is not one number."""
+    """Return the user's own loss term as a scalar. Raises TypeError if the term is not one number."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         what = f"a tensor {tuple(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(
@@ -260,14 +262,14 @@ def _scalar(loss: Tensor) -> Tensor:
 
 
 class DeepSeekV3(nn.Module):
-    """The parts of one chunk.
+    """The complete model, or one chunk of it.
 
-    seq_len: length of the run's sequences (decides on YaRN). layers: global indices of the chunk's blocks. has_head:
-    final norm, output head and MTP modules. dispatcher: one object for all MoE layers; None if all experts are local.
-    local_experts: indices of this rank's experts in every layer; None for all. embedding: a table to share. share:
-    exchanges positions with other ranks; None if whole sequences are local. host: takes the activations that
-    config.offload names; None if no backward follows. dtype, device: of the parameters. On the meta device, build
-    first, then call `init.initialise` or load.
+    seq_len: length of the run's sequences, which decides whether YaRN applies. layers: global indices of the chunk's
+    blocks. has_head: whether the chunk has the final norm, the output head and the MTP modules. dispatcher: one object
+    for all MoE layers; None if all experts are local. local_experts: indices of this rank's experts in every layer;
+    None for all. embedding: a table that another chunk shares. share: exchanges positions with other ranks; None if
+    complete sequences are local. host: stores the activations that config.offload names; None if no backward follows.
+    dtype, device: of the parameters. After a build on the meta device, call `init.initialise` or load weights.
     """
 
     def __init__(
@@ -295,13 +297,14 @@ class DeepSeekV3(nn.Module):
         self.config, self.has_embedding, self.has_head = config, has_embedding, has_head
         self.losses = Losses(config.mtp_depth)
         self.step = 0
-        """Number of the step, set by the code that runs it; it decides which inputs an adapter drops."""
+        """Number of the step, set by the code that runs the step. An adapter's dropout depends on it."""
         self.mtp_weight = 0.0
         """Weight lambda of the MTP losses, set by the code that runs the step."""
         self.detaches_mtp = False
         """Whether MTP losses train only the MTP modules, set by the code that builds the model."""
         self.warms_indexers = False
-        """Whether training teaches only the indexers, beside dense attention, set by the code that builds the model."""
+        """Whether training changes only the indexers, while attention is dense. The code that builds the model sets
+        it."""
         self.loss_divisor: float | None = None
         """Divisor of loss sums in training, set by the code that runs the step; None for the number of local positions.
         In eval mode the loss of supervised tokens is their sum.
@@ -309,8 +312,10 @@ class DeepSeekV3(nn.Module):
         self.index_weight = 0.0
         """Weight of the indexers' losses over micro-batches, set by the code that runs the step."""
         self.observer: Callable[[list[Tensor], Tensor, Positions], None] | None = None
-        """Called in eval mode with the head's inputs (the states of the main model (B, T, D) and of every depth),
-        tokens_BS and the local positions. Without an observer the MTP modules do not run in eval mode.
+        """A function that eval mode calls with the head's inputs, tokens_BS and the local positions.
+
+        The head's inputs are the states of the main model (B, T, D) and of every MTP depth. Without an observer, the
+        MTP modules do not run in eval mode.
         """
         self._share = share
         own = bool(config.block or config.router)
@@ -322,7 +327,7 @@ class DeepSeekV3(nn.Module):
         self._dtype = precision.dtype
         if has_embedding or (has_head and config.mtp_depth):
             self.embedding = embedding or Embedding(config.vocab_size, config.hidden, **factory)
-        # torch's containers do not declare the type of their elements.
+        # torch's containers do not declare the types of their elements.
         self.layers = cast("MutableMapping[str, Block]", nn.ModuleDict())
         block = subclass("model.block", config.block, Block)
         for place, index in enumerate(layers):
@@ -344,7 +349,7 @@ class DeepSeekV3(nn.Module):
 
     @classmethod
     def whole(cls, config: Model, precision: LayerPrecision, *, seq_len: int, **rest) -> "DeepSeekV3":
-        """Build the whole model."""
+        """Build the complete model."""
         return cls(
             config,
             precision,
@@ -366,13 +371,13 @@ class DeepSeekV3(nn.Module):
         keys_BTLK: Tensor | None = None,
         **tensors_BS: Tensor,
     ) -> Tensor:
-        """Return hidden states (B, T, D), or for the last chunk the loss, fp32 (1,).
+        """Return hidden states (B, T, D). The last chunk returns the loss instead, fp32 (1,).
 
-        x: tokens (B, S) for the first chunk, else hidden states of the local positions. tokens_BS: of whole sequences;
-        needed by the last chunk (unless it is the first too) and if ranks share sequences. documents_BS: document of
-        every token; attention stays inside documents. supervised_BS: learnt tokens; documents are then separate samples
-        (`Positions.samples_BS`). Both on the host. experts_BTLK, keys_BTLK: see `Positions`. tensors_BS: tensors
-        per token for `Head.token_loss`.
+        x: tokens (B, S) for the first chunk, else hidden states of the local positions. tokens_BS: tokens of complete
+        sequences. They are needed if ranks share sequences, and by a last chunk that is not also the first.
+        documents_BS: document number of every token, on the host; attention does not cross documents. supervised_BS:
+        mask of learnt tokens, on the host; with it, each document is a separate sample (`Positions.samples_BS`).
+        experts_BTLK, keys_BTLK: see `Positions`. tensors_BS: the tensors per token that `Head.token_loss` needs.
 
         The training loss is main + mtp_weight / depths * sum of MTP losses, of the local positions; in eval mode it is
         the main loss.
@@ -401,7 +406,7 @@ class DeepSeekV3(nn.Module):
         supervised_BS: Tensor | None,
         tensors_BS: dict[str, Tensor],
     ) -> Tensor:
-        """`forward` at these positions."""
+        """Run `forward` at these positions."""
         embedding_BTD = None
         if self.has_embedding or self._depths:
             assert tokens_BS is not None
@@ -415,11 +420,12 @@ class DeepSeekV3(nn.Module):
         loss = self._loss(self.norm(hidden_BTD), embedding_BTD, tokens_BS, positions, supervised_BS, tensors_BS)
         if loss.dim():
             return loss
-        return torch.stack([loss])  # no view: pipeline schedules detach it in place
+        return torch.stack([loss])  # a new tensor, not a view, because pipeline schedules detach it in place
 
     def logits(self, x: Tensor, last: bool = False) -> Tensor:
-        """Return fp32 logits (B, T, V) of tokens (B, T), or of hidden states for a last chunk; last: only of the
-        last position.
+        """Return fp32 logits (B, T, V). x: tokens (B, T), or hidden states for a last chunk without the embedding.
+
+        last: return only the logits of the last position.
         """
         hidden_BTD = self.norm(self._run_layers(self._embed(x) if self.has_embedding else x, Positions(x.size(1))))
         if last:
@@ -435,7 +441,7 @@ class DeepSeekV3(nn.Module):
         }
 
     def indexers(self) -> list[Indexer]:
-        """Indexers of this chunk, MTP modules included."""
+        """Return the indexers of this chunk, including those of MTP modules."""
         return [module for module in self.modules() if isinstance(module, Indexer)]
 
     def add_loss(self, extra_loss: Callable[[ModelOutputs], Tensor]) -> None:
@@ -445,7 +451,7 @@ class DeepSeekV3(nn.Module):
 
     @property
     def _depths(self) -> int:
-        """Number of MTP modules that run."""
+        """Number of MTP modules that run in the current mode."""
         return len(self.mtp) if self.has_head and (self.training or self.observer is not None) else 0
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:
