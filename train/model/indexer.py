@@ -3,12 +3,14 @@
     I_ts = sum_j w_tj ReLU(q_tj . k_s)          score of query t and key s over the heads j of the indexer, fp32
     q = W_Q c_Q,  k = LayerNorm(W_K x),  w = W_W x * heads^-0.5 * head_dim^-0.5          RoPE on the first part of q and k
 
-c_Q is the query latent after its norm, and x is the input of the block. All heads share one key. A query attends to the top_k visible
-keys with the largest scores. Of equal scores the earlier key wins, so all layouts select the same keys.
+c_Q is the query latent after its norm, and x is the input of the block. All heads share one key. A query attends to the
+top_k visible keys with the largest scores. If scores are equal, the earlier key wins, so all layouts select the same
+keys.
 
-The loss of an indexer is the mean over learnt queries of KL(p || softmax(I)), where p is the attention summed over heads and divided
-by its sum, both over the keys that the query attends to. Its gradient ends at the indexer: x, c_Q and p are constants for it. The
-gradient is added in the backward of the attention's output, so no loss value is sent to the last pipeline stage.
+The loss of an indexer is the mean of KL(p || softmax(I)) over the learnt queries. p is the attention summed over heads
+and divided by its sum. The softmax and p cover the keys that the query attends to. The loss trains only the indexer: x,
+c_Q and p are constants. Its gradient is added in the backward of the attention's output, so no loss value is sent to
+the last pipeline stage.
 
 Shapes: B sequences, T queries, S keys, D width, H heads of the indexer, I their width, K chosen keys, Q qk width.
 """
@@ -30,7 +32,7 @@ from train.model.router import exact_matmul
 from train.model.sequence import Positions, SeenKeys
 
 LAYER_NORM_EPS = 1e-6
-"""Epsilon of the keys' LayerNorm, in every released model."""
+"""Epsilon of the keys' LayerNorm. Every released model uses this value."""
 
 
 class IndexVectors(NamedTuple):
@@ -39,7 +41,7 @@ class IndexVectors(NamedTuple):
     q_BTHI: Tensor
     k_BSI: Tensor
     w_BTH: Tensor
-    """fp32, with both factors."""
+    """The weights w of the heads, fp32, including both factors."""
 
 
 class LayerNorm(nn.Module):
@@ -79,7 +81,8 @@ class Indexer(nn.Module):
         remake_x: AbstractContextManager | None = None,
         remake_q: AbstractContextManager | None = None,
     ) -> IndexVectors:
-        """table: of RoPE at these positions. remake_x, remake_q: contexts in which saving x and the latent costs nothing."""
+        """table: RoPE table of these positions. remake_x, remake_q: contexts in which saving x and the latent for
+        backward needs no memory."""
         with remake_q or nullcontext():
             q = self.q(q_latent_BTC).unflatten(-1, (self._config.heads, -1))
         with remake_x or nullcontext():
@@ -94,7 +97,9 @@ class Indexer(nn.Module):
 
     def _turn(self, x_BTHI: Tensor, table: Tensor) -> Tensor:
         turning, rest = x_BTHI.split([self._rope_width, x_BTHI.size(-1) - self._rope_width], -1)
-        if not self._config.interleaved:  # element j turns with j + R/2: the same order in q and k changes no product
+        if (
+            not self._config.interleaved
+        ):  # element j rotates with j + R/2; an order that q and k share does not change their products
             turning = turning.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         return torch.cat([rotate(turning, table).to(x_BTHI.dtype), rest], -1)
 
@@ -129,16 +134,16 @@ def query_weights(positions: Positions, batch: int, device: torch.device) -> Ten
 
 
 def whole_keys(positions: Positions, k_BTI: Tensor) -> Tensor:
-    """Gather the keys of all positions, in order, from the local keys of all ranks."""
+    """Gather the local keys of all ranks into the keys of all positions, in order."""
     if positions.share is None:
         return k_BTI
     return torch.cat(positions.share.gather_begin(k_BTI, [len(piece) for piece in positions.pieces]).wait(), 1)
 
 
 class Learn(Function):
-    """Returns y unchanged; its backward gives the indexer's vectors the gradients of the indexer's loss.
+    """Returns y unchanged. Its backward gives the indexer's vectors the gradients of the indexer's loss.
 
-    compute: returns the loss and the gradients, for vectors with all keys.
+    compute: a function that returns the loss and the gradients, from vectors with all keys.
     """
 
     @staticmethod
@@ -167,8 +172,10 @@ class Learn(Function):
 
 
 class LearnAlone(Function):
-    """Returns a chunk's output if only the indexers learn: in backward each of their losses gets the gradient 1, and the chunk's input
-    gets zeros."""
+    """Returns a chunk's output if only the indexers learn.
+
+    In backward, each indexer loss gets the gradient 1, and the chunk's input gets a gradient of zeros.
+    """
 
     @staticmethod
     def forward(ctx, out: Tensor, x: Tensor, *terms: Tensor) -> Tensor:
@@ -184,7 +191,10 @@ class LearnAlone(Function):
 
 
 def index_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor, elements: int) -> Tensor:
-    """Scores I of one sequence, fp32 (C, S). elements: maximum number of elements of the heads that are computed at a time."""
+    """Compute the scores I of one sequence, fp32 (C, S).
+
+    elements: maximum number of elements of all heads that are computed at a time.
+    """
     scores_CS = torch.zeros(len(q_CHI), len(k_SI), device=q_CHI.device)
     for heads in head_slices(w_CH.size(1), scores_CS.numel(), elements):
         products_HCS = (q_CHI[:, heads].float().transpose(0, 1) @ k_SI.float().mT).relu_()
@@ -193,15 +203,16 @@ def index_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor, elements: int) -> Te
 
 
 def head_slices(heads: int, each: int, elements: int) -> Iterator[slice]:
-    """Slices of the heads with at most `elements` elements, or one head. each: elements of a head."""
+    """Split the heads into slices with at most `elements` elements, or with one head. each: elements of a head."""
     count = max(1, elements // max(1, each))
     for first in range(0, heads, count):
         yield slice(first, min(first + count, heads))
 
 
 def best_keys(scores_TS: Tensor, top_k: int) -> Tensor:
-    """Indices of the top_k largest scores of the last axis, ascending, int32 (..., top_k). Of equal scores the lower index wins. The
-    row ends with -1 if fewer scores are above -inf.
+    """Return the indices of the top_k largest scores of the last axis, ascending, int32 (..., top_k).
+
+    If scores are equal, the lower index wins. If fewer than top_k scores are above -inf, -1 fills the end of the row.
     """
     size = scores_TS.size(-1)
     count = min(top_k, size)

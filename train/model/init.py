@@ -1,10 +1,10 @@
-"""Initial weights: every weight normal(0, init_std), every norm weight 1 (paper 4.2).
+"""Draws initial weights: every weight from normal(0, init_std); every norm weight is 1 (paper 4.2).
 
 A value depends only on the seed, the global name of its parameter and, for expert weights, the global index of the
-expert: any layout of chunks and ranks starts from the same model. Each device draws its own numbers; for a layer of
-DeepSeek-V3 this takes a GPU negligible time and a CPU half a minute. All CPUs draw the same numbers. All GPUs of one
-kind draw equal numbers, different from the CPU's: torch's GPU generator distributes its numbers by the count of
-multiprocessors.
+expert. So every layout of chunks and ranks starts from the same model. Each device draws the numbers of its weights.
+For a layer of DeepSeek-V3, a CPU needs half a minute, and a GPU a negligible time. All CPUs draw the same numbers. GPUs
+of one kind draw equal numbers, which differ from those of other kinds and of CPUs, because torch's GPU generator
+distributes its numbers by the count of multiprocessors.
 """
 
 import hashlib
@@ -21,10 +21,9 @@ from train.model.moe import Experts
 
 
 def initialise(chunk: DeepSeekV3, seed: int | None, device: torch.device | str | None = None) -> None:
-    """Allocate parts that are on the meta device (on `device`) and draw all weights; counters and biases become 0.
+    """Move parts from the meta device to `device` and draw all weights. Counters and biases become 0.
 
-    seed: None for weights that a checkpoint will fill. They are NaN until then, so that no uninitialised weight goes
-    unnoticed.
+    seed: None if a checkpoint will fill the weights. Until then they are NaN, so that a missing weight is noticed.
     """
     materialise(chunk, device)
     for draw in first_draws(chunk, seed).values():
@@ -34,8 +33,9 @@ def initialise(chunk: DeepSeekV3, seed: int | None, device: torch.device | str |
 
 
 def first_draws(chunk: DeepSeekV3, seed: int | None) -> dict[nn.Parameter, Callable[[], None]]:
-    """Return, per weight, a function that draws it and first allocates it if it has no memory (`materialise`). seed:
-    as in `initialise`.
+    """Return a function for each weight. It draws the weight, and allocates it first if it has no memory.
+
+    seed: as in `initialise`. The allocation is that of `materialise`.
     """
     return {
         weight: partial(_draw_weight, module, weight, f"{prefix}.{name}", seed, chunk.config.init_std)
@@ -45,9 +45,9 @@ def first_draws(chunk: DeepSeekV3, seed: int | None) -> dict[nn.Parameter, Calla
 
 
 def materialise(chunk: nn.Module, device: torch.device | str | None = None, hollow: bool = False) -> None:
-    """Replace parameters and buffers on the meta device by memory on `device`: weights arbitrary, buffers 0.
+    """Allocate parameters and buffers of the meta device on `device`. Weights have arbitrary values, and buffers are 0.
 
-    hollow: weights have their shape there, but memory of a single element.
+    hollow: weights have their full shape, but the memory of a single element.
     """
     device = device or "cpu"
     for module in chunk.modules():
@@ -66,7 +66,7 @@ def materialise(chunk: nn.Module, device: torch.device | str | None = None, holl
 
 @torch.no_grad()
 def _draw_weight(module: nn.Module, weight: nn.Parameter, name: str, seed: int | None, std: float) -> None:
-    """name: its global name."""
+    """Draw one weight of a module. name: global name of the weight."""
     if weight.untyped_storage().nbytes() < weight.nbytes:
         weight.data = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     if weight.dtype == torch.uint8:  # block FP8 of a frozen weight, where these bytes mean NaN
@@ -80,7 +80,10 @@ def _draw_weight(module: nn.Module, weight: nn.Parameter, name: str, seed: int |
 
 
 def draw_indexer(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
-    """The first values of an indexer's weight of this global name, whole, as `initialise` draws them on a CPU."""
+    """Return the initial values of an indexer's weight, complete, as `initialise` draws them on a CPU.
+
+    name: global name of the weight.
+    """
     values = torch.empty(shape)
     if ".k_norm." in name:
         return values.fill_(0 if name.endswith(".bias") else 1)
@@ -89,22 +92,22 @@ def draw_indexer(name: str, shape: tuple[int, ...], seed: int, std: float) -> Te
 
 
 def draw_uniform(weight: Tensor, key: str, bound: float, experts: range | None = None) -> None:
-    """Fill uniformly in +-bound, by a key.
+    """Fill a weight with uniform values in +-bound. The values depend only on `key`.
 
-    experts: expert indices of the rows along the first dimension, each with its own key.
+    experts: indices of the experts along the first dimension. Each expert has its own key, derived from `key`.
     """
     _fill_drawn(weight, key, experts, lambda exact, generator: exact.uniform_(-bound, bound, generator=generator))
 
 
 def draw_normal(weight: Tensor, key: str, std: float, experts: range | None = None) -> None:
-    """Fill with normal values of mean 0, by a key. experts: as in `draw_uniform`."""
+    """Fill a weight with normal values of mean 0. key, experts: as in `draw_uniform`."""
     _fill_drawn(weight, key, experts, lambda exact, generator: exact.normal_(0, std, generator=generator))
 
 
 def _fill_drawn(
     weight: Tensor, key: str, experts: range | None, draw: Callable[[Tensor, torch.Generator], Tensor]
 ) -> None:
-    """Draw in fp32; only one expert at a time has an fp32 copy."""
+    """Draw the values in fp32. Only one expert at a time has an fp32 copy."""
     for index, one in [(None, weight)] if experts is None else zip(experts, weight, strict=True):
         generator = _generator(weight, key if index is None else f"{key}/{index}")
         one.copy_(draw(torch.empty(one.shape, dtype=torch.float32, device=weight.device), generator))

@@ -1,6 +1,6 @@
-"""Layers that every block uses: linear layers, RMSNorm, SwiGLU, embedding.
+"""Defines the layers that every block uses: linear layers, RMSNorm, SwiGLU, embedding.
 
-The kernels that they receive (train/model/operations.py) do the computing.
+The layers call kernels (train/model/operations.py) for all computation.
 
 Shapes: N rows (any leading axes flattened), D width, F inner width, E experts, R rows routed to experts, V vocabulary.
 """
@@ -19,14 +19,14 @@ from train.model.recompute import RecomputedOutputs
 
 
 class HeldInput(NamedTuple):
-    """A linear layer's input in the form that is kept for backward."""
+    """The input of a linear layer in the form that is saved for backward."""
 
     source: Any
-    """The input in the precision's own form."""
+    """The input in a form that only the precision object reads."""
     tensors: Sequence[Tensor]
-    """The tensors that hold the memory."""
+    """The tensors that contain the saved input."""
     values: Callable[..., Tensor]
-    """Maps the tensors to their values, in the shape and dtype of the input."""
+    """Computes the input from `tensors`, in its original shape and dtype."""
 
 
 class AddedMatmul(Protocol):
@@ -36,32 +36,33 @@ class AddedMatmul(Protocol):
         """Return y (..., O) plus the contribution of x (..., I). groups: for rows that are sorted by expert."""
 
     def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Return operands of one matmul that gives the sum: x with more columns, and the weight with as many."""
+        """Return operands of one matmul that computes the sum: x and the weight, both with the same additional
+        columns."""
 
 
 class PackedWeight(Protocol):
-    """A frozen weight that is stored in another form than the values that matmuls take."""
+    """A frozen weight that is not stored as a plain tensor of values."""
 
     shape: tuple[int, ...]
     """The shape of the values."""
 
     def unpack(self, dtype: torch.dtype) -> tuple[Tensor, AbstractContextManager]:
-        """Return the values, and the context in which saving them for backward keeps nothing."""
+        """Return the values, and a context in which saving them for backward needs no memory."""
 
 
 PACKED = {"weight": "packed", "w13": "packed_up", "w2": "packed_down"}
-"""Attribute of a module for the packed form of a weight, by the last part of the weight's name."""
+"""Maps the last part of a weight's name to the module attribute that contains its packed form."""
 
 
 def open_weight(
     packed: PackedWeight | None, weight: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, AbstractContextManager]:
-    """Return a weight as a matmul takes it, and the context for the matmul."""
+    """Return the values of a weight for a matmul, and the context in which the matmul must run."""
     return (weight, nullcontext()) if packed is None else packed.unpack(dtype)
 
 
 class LayerPrecision(Protocol):
-    """The dtypes of the matmuls. The model calls its methods and never branches on precision."""
+    """Computes the matmuls in some precision. The model calls these methods and never branches on the precision."""
 
     dtype: torch.dtype
     """Dtype of activations between the matmuls."""
@@ -75,8 +76,9 @@ class LayerPrecision(Protocol):
         """
 
     def hold(self, x: Tensor, kind: str) -> "HeldInput | None":
-        """Return the form in which `linear` keeps x for backward, for other code that keeps it too; None if it keeps
-        x unchanged.
+        """Return the form in which `linear` saves x for backward; None if it saves x unchanged.
+
+        Other code that saves x too can share this form.
         """
 
     def expert_ffn(
@@ -90,15 +92,17 @@ class LayerPrecision(Protocol):
     ) -> Tensor:
         """Return the SwiGLU FFN of every expert on its own rows: (R, D).
 
-        rows_RD is sorted by expert and counts_E (int64) has the rows per expert. The gate value of a row scales the
-        SwiGLU output, before the down-projection. added: adapters for the matmuls of w13 and of w2.
+        rows_RD is sorted by expert, and counts_E (int64) contains the number of rows of each expert. The SwiGLU output
+        of a row is multiplied by the gate value of the row, before the down-projection. added: adapters for w13 and for
+        w2.
         """
 
 
 class Linear(nn.Module):
     """A matmul without bias, in the precision of the run.
 
-    kind: `dense`, or `output` for the attention's output projection, whose input FP8 keeps in a finer format.
+    kind: `dense`, or `output` for the attention's output projection. In FP8 training, the input of `output` is saved in
+    a more precise format.
     """
 
     def __init__(self, inputs: int, outputs: int, precision: LayerPrecision, kind: str = "dense", **factory):
@@ -108,7 +112,7 @@ class Linear(nn.Module):
         self.added: AddedMatmul | None = None
         """The adapter of the weight, set by the code that trains one."""
         self.packed: PackedWeight | None = None
-        """The stored form of the weight next to an adapter, if it is not a plain tensor."""
+        """The stored form of a frozen weight that has an adapter; None for a plain tensor."""
 
     def forward(self, x: Tensor, held: HeldInput | None = None) -> Tensor:
         weight, keep = open_weight(self.packed, self.weight, self._precision.dtype)
@@ -117,9 +121,9 @@ class Linear(nn.Module):
         return y if self.added is None else self.added.add(y, x)
 
     def values(self) -> tuple[Tensor, AbstractContextManager]:
-        """Return the weight with what the adapter adds, (O, I), and the context for who saves it. Differentiable.
+        """Return the weight plus the adapter's product, (O, I), and a context for code that saves it. Differentiable.
 
-        An adapter's dropout then drops inputs of all rows together.
+        In this form, an adapter's dropout drops the same inputs for all rows.
         """
         weight, keep = open_weight(self.packed, self.weight, self._precision.dtype)
         if self.added is None:
@@ -133,7 +137,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Table of token vectors. The gradient is summed in fp32 whatever the dtype of the table."""
+    """The table of token vectors. Its gradient is summed in fp32, even if the table has another dtype."""
 
     def __init__(self, rows: int, width: int, **factory):
         super().__init__()
@@ -158,9 +162,9 @@ class _Embed(Function):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, statistics in fp32.
+    """Computes x / rms(x) * weight over the last axis, with statistics in fp32.
 
-    recompute: whether matmuls that take the output keep only the input of the norm for backward.
+    recompute: whether matmuls that take the output save only the input of the norm for backward.
     """
 
     def __init__(self, width: int, eps: float, recompute: bool, kernels: Kernels, **factory):
@@ -172,16 +176,16 @@ class RMSNorm(nn.Module):
         return _RMSNorm.apply(x, self.weight, self._eps, self._kernels)
 
     def with_remake(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
-        """Return the output, and the context for the matmuls that take it (see `RecomputedOutputs`)."""
+        """Return the output, and a context for the matmuls that take it as input (see `RecomputedOutputs`)."""
         y = self(x)
         if not (self._recompute and torch.is_grad_enabled()):
             return y, nullcontext()
-        # The weight is read when it is needed: ZeRO stage 3 may free it in the meantime.
+        # Read the weight only in backward, because ZeRO 3 may free its memory before.
         return y, RecomputedOutputs(lambda source: self._kernels.rms_norm(source, self.weight, self._eps)[0], (x,), y)
 
 
 class _RMSNorm(Function):
-    """Keeps only the input and 1 / rms."""
+    """Saves only the input and 1 / rms for backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight_D: Tensor, eps: float, kernels: Kernels) -> Tensor:
@@ -198,12 +202,12 @@ class _RMSNorm(Function):
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> Tensor:
-    """`Kernels.swiglu`, with gradient."""
+    """Compute `Kernels.swiglu` with a gradient."""
     return _SwiGLU.apply(h_N2F, gates_N, kernels)
 
 
 class _SwiGLU(Function):
-    """Keeps only [gate | up] and recomputes the rest in backward."""
+    """Saves only [gate | up], and recomputes other values in backward."""
 
     @staticmethod
     def forward(ctx, h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> Tensor:
@@ -218,7 +222,7 @@ class _SwiGLU(Function):
 
 
 class FFN(nn.Module):
-    """SwiGLU feed-forward network: w2(silu(w1 x) * w3 x). w13 holds the rows of w1, then those of w3."""
+    """The SwiGLU feed-forward network: w2(silu(w1 x) * w3 x). w13 contains the rows of w1, and then those of w3."""
 
     def __init__(self, width: int, inner: int, precision: LayerPrecision, recompute: bool, **factory):
         super().__init__()
@@ -227,7 +231,7 @@ class FFN(nn.Module):
         self._recompute, self._kernels = recompute, precision.kernels
 
     def forward(self, x_ND: Tensor, remake: AbstractContextManager) -> Tensor:
-        """remake: the context in which saving x costs nothing (`RMSNorm.with_remake`)."""
+        """remake: the context in which saving x for backward needs no memory (`RMSNorm.with_remake`)."""
         with remake:
             h_N2F = self.w13(x_ND)
         a_NF = swiglu(h_N2F, None, self._kernels)
@@ -236,8 +240,9 @@ class FFN(nn.Module):
 
 
 def recomputed_swiglu(a_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> AbstractContextManager:
-    """Return the context in which saving a = swiglu(h, gates) keeps nothing new: h and gates are kept for SwiGLU
-    anyway.
+    """Return a context in which saving a = swiglu(h, gates) needs no memory.
+
+    Backward recomputes `a` from h and gates, which SwiGLU saves anyway.
     """
     if not torch.is_grad_enabled():
         return nullcontext()

@@ -1,12 +1,12 @@
-"""Cross-entropy, and log-probabilities for other losses, over chunks of tokens (model.loss_chunk).
+"""Computes the cross-entropy, and log-probabilities for other losses, chunk by chunk (model.loss_chunk).
 
-So the logits of all tokens never exist at once.
+The logits of all tokens never exist at the same time. With a vocabulary of 129,280, the logits of one sequence of 4096
+tokens would need 2 GiB in fp32, and their gradient another 2 GiB.
 
-Forward takes a chunk of tokens and computes logits, softmax in fp32, the loss, and at once the gradients of the hidden
-states and of the head. So the gradients are ready when backward starts, which only scales them. With a vocabulary of
-129,280, the logits of one 4096-token sequence would be 2 GiB in fp32, and their gradient the same. The matmuls take the
-whole chunk. On CPU, softmax and its gradient in fp32 take a few rows at a time, which stay in the cache; the gradient
-replaces the logits.
+For each chunk of tokens, forward computes the logits, the softmax in fp32 and the loss. It also computes the gradients
+of the hidden states and of the head, and backward only scales these gradients. A matmul processes a complete chunk. On
+a CPU, softmax and its gradient in fp32 process a few rows at a time, which fit in the cache. The gradient overwrites
+the logits.
 
 Shapes: N tokens, C of a chunk, R rows of it, D width, V vocabulary.
 """
@@ -68,8 +68,8 @@ def token_logprobs(
 ) -> Tensor:
     """Return log softmax(hidden head^T / temperature)[target] of every token, fp32 (N,). temperature_N: None for 1.
 
-    Only the logits of one chunk exist at a time. They are computed in forward and again in backward, because the
-    gradient depends on a loss that is not known before. They are fp32, whatever the dtype of hidden states.
+    Only the logits of one chunk exist at a time. Forward and backward both compute them, because the gradient depends
+    on a loss that is not known in forward. They are always in fp32.
     """
     return _TokenLogprobs.apply(hidden_ND, head_VD, targets_N, temperature_N, chunk, kernels)
 
@@ -111,7 +111,7 @@ class _TokenLogprobs(Function):
 def _log_softmax_of_chunks(
     hidden_ND: Tensor, head_VD: Tensor, temperature_N: Tensor | None, chunk: int, kernels: Kernels
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield rows, and their log softmax(logits / temperature), fp32 (C, V)."""
+    """Yield the rows of each chunk, and their log softmax(logits / temperature), fp32 (C, V)."""
     head = head_VD.to(hidden_ND.dtype)
     for first in range(0, len(hidden_ND), chunk):
         rows = slice(first, first + chunk)

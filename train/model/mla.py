@@ -5,11 +5,12 @@
                                    v =  W_UV c_KV
     y = W_O softmax(scale q k^T) v
 
-q_down, q_up, kv_down, kv_up and out hold the W's, packed as in the released weights: kv_down gives [c_KV | rope key],
-q_up per head [nope | rope], kv_up per head [nope key | value]. Without q_rank, `q` projects x directly.
+The matrices W are packed in q_down, q_up, kv_down, kv_up and out, as in the released weights. kv_down computes [c_KV |
+rope key]. For each head, q_up computes [nope | rope], and kv_up computes [nope key | value]. Without q_rank, `q`
+projects x directly.
 
-With sparse attention a query attends to the keys that the indexer of its layer chooses, or that of an earlier one (indexer.py), and keys
-and values are not computed (chosen_attention.py).
+With sparse attention, a query attends to the keys that an indexer chooses (indexer.py). The indexer belongs to this
+layer or to an earlier layer. In this case keys and values are not computed (chosen_attention.py).
 
 Shapes: B sequences, T positions, D width, H heads, Q qk width = nope + rope, R rope width, V value width.
 """
@@ -36,7 +37,7 @@ class MLA(nn.Module):
     """Multi-head latent attention of one block."""
 
     def __init__(self, config: Model, precision: LayerPrecision, rope: Rope, chooses: bool = False, **factory):
-        """chooses: whether it has an indexer."""
+        """chooses: whether this attention has an indexer."""
         super().__init__()
         width, heads = config.hidden, config.heads
         qk_width = config.nope_head_dim + config.rope_head_dim
@@ -58,13 +59,14 @@ class MLA(nn.Module):
         """Records the largest scores in training; None if they are not needed."""
 
     def forward(self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None) -> Tensor:
-        """remake: the context in which saving x costs nothing (`RMSNorm.with_remake`).
+        """Return the output of attention, (B, T, D).
 
-        positions: those of x; None for all positions of whole sequences. Returns (B, T, D).
+        remake: the context in which saving x for backward needs no memory (`RMSNorm.with_remake`). positions: the
+        positions of x; None: all positions of complete sequences.
         """
         positions = positions or Positions(x_BTD.size(1))
         with remake:
-            # q_latent is the whole query if queries are not compressed
+            # If queries are not compressed, q_latent is the complete query.
             q_latent = self.q(x_BTD) if self._config.q_rank is None else self.q_down(x_BTD)
             kv_latent, k_rope_BTR = self.kv_down(x_BTD).split([self._config.kv_rank, self._config.rope_head_dim], -1)
         saved = ReplaceableTensors()
@@ -100,8 +102,10 @@ class MLA(nn.Module):
     def _choose(
         self, x_BTD: Tensor, q_latent: Tensor, remake: AbstractContextManager, positions: Positions
     ) -> tuple[IndexVectors | None, Tensor | None]:
-        """The indexer's vectors (None if it does not learn), and the keys that each local query attends to (None for all visible
-        keys)."""
+        """Return the indexer's vectors, and the keys that each local query attends to.
+
+        The vectors are None if the indexer does not learn. The keys are None for all visible keys.
+        """
         sparse, choices = self._config.sparse, positions.choices
         learns = self.indexer is not None and self.training and choices.weight > 0
         is_dense = not sparse.heads or positions.length <= sparse.top_k or (self.training and choices.alone is not None)
@@ -141,7 +145,10 @@ class MLA(nn.Module):
         positions: Positions,
         loss_of: Callable[..., IndexLoss],
     ) -> Tensor:
-        """y, by which the loss of the indexer reaches it in backward. loss_of: of vectors with all keys, and of weight_BT."""
+        """Return y. In its backward, the indexer gets the gradient of its loss.
+
+        loss_of: a function of the indexer's vectors with all keys, and of weight_BT.
+        """
         indexer, alone = self.indexer, positions.choices.alone
         assert indexer is not None, "who learns"
 
@@ -165,13 +172,13 @@ class MLA(nn.Module):
     def _project(self, out_BHTV: Tensor, saved: ReplaceableTensors) -> Tensor:
         """Return (B, T, D).
 
-        If the projection keeps its input in fewer bits, attention's backward reads that copy too. saved: the tensors
-        that attention saved, in some kernels including its output.
+        If the projection saves its input in fewer bits, attention's backward reads this copy too. saved: the tensors
+        that attention saved. In some kernels they include the output of attention.
         """
         x_BTX = out_BHTV.transpose(1, 2).flatten(2)
         held, heads = self.out.hold(x_BTX), out_BHTV.size(1)
         if held is not None:
-            values = held.values  # the tensors may be moved in the meantime
+            values = held.values  # the tensors may be moved before they are needed
             saved.replace(
                 out_BHTV, lambda *kept: values(*kept).unflatten(-1, (heads, -1)).transpose(1, 2), *held.tensors
             )
@@ -189,8 +196,9 @@ class MLA(nn.Module):
         return self._kernels.to_heads(q, kv, k_rope_BTR, table, config.nope_head_dim)
 
     def _up_queries(self, q_latent: Tensor, pieces: Sequence[range]) -> Tensor:
-        """Return (B, T, H * Q), which the caller may overwrite; without compression q_latent already is the query.
-        pieces: their positions.
+        """Return queries (B, T, H * Q), which the caller may overwrite.
+
+        Without compression, q_latent is already the query. pieces: positions of the queries.
         """
         if self._config.q_rank is None:
             q = q_latent.clone() if self._recompute_up else q_latent  # backward calls this again with the same tensor
@@ -215,8 +223,10 @@ class MLA(nn.Module):
         lse: KeptLse | None,
         shares: KeptShares | None,
     ) -> tuple[Tensor, Tensor, Callable[[], Iterator[tuple[Tensor, SeenKeys, int]]]]:
-        """(B, H, T, V) from normed latents and turned rope keys, which travel once where other ranks have the rest of the sequences. And the
-        queries, and what gathers the latents again for the keys of all positions, as `AttentionTarget` takes them.
+        """Compute attention from normed latents and rotated rope keys: (B, H, T, V).
+
+        If ranks share sequences, latents and rope keys are gathered once. Also returns the queries, and a function that
+        gathers the latents again for the keys of all positions. Both are arguments of `AttentionTarget`.
         """
         config, table = self._config, self._rope.table(positions.whole_length, q_latent.device)
         table = torch.cat([table[piece.start : piece.stop] for piece in positions.here])

@@ -1,12 +1,12 @@
-"""Mixture of experts (paper 2.1.2): shared experts plus the routed ones, through a dispatcher.
+"""Mixture of experts (paper 2.1.2): shared experts, and routed experts that a dispatcher serves.
 
     y = shared(x) + sum over chosen experts of gate * expert(x)
 
-A dispatcher sends each token to the ranks of its experts and returns the results. The gate value acts inside the
-expert, so combine is a plain sum. `LocalDispatcher` serves experts that are all local.
+A dispatcher sends each token to the ranks of its experts and returns their results. An expert multiplies its result by
+the gate value, so combine only adds. `LocalDispatcher` is for experts that are all local.
 
-Shapes: B sequences, T tokens, D width, F inner width, E experts (here: of this rank), K experts per token, R rows, one
-per token and chosen expert.
+Shapes: B sequences, T tokens, D width, F inner width, E experts of this rank, K experts per token, R rows: one for each
+token and chosen expert.
 """
 
 from contextlib import AbstractContextManager
@@ -27,14 +27,14 @@ from train.model.sequence import Positions
 
 
 class RoutedRows(Protocol):
-    """Rows that have reached the rank of their experts."""
+    """Rows that have arrived at the rank of their experts."""
 
     rows_RD: Tensor
-    """Sorted by local expert."""
+    """The rows, sorted by local expert."""
     gates_R: Tensor
     """Gate value of every row, fp32."""
     counts_E: Tensor
-    """Rows per local expert, int64, on the rows' device."""
+    """Number of rows of each local expert, int64, on the device of the rows."""
     state: Any
     """The dispatcher's data for the combine."""
 
@@ -52,11 +52,11 @@ class Dispatcher(Protocol):
     def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None) -> PendingRows:
         """Start to send every token to its K experts.
 
-        again: `RoutedRows.state` of an earlier dispatch of these tokens, whose routes are reused.
+        again: `RoutedRows.state` of an earlier dispatch of these tokens. This dispatch reuses its routes.
         """
 
     def combine(self, out_RD: Tensor, routed: RoutedRows) -> Tensor:
-        """Sum the K results of every token: (T, D)."""
+        """Return the sum of the K results of every token: (T, D)."""
 
 
 class _Sorted(NamedTuple):
@@ -82,7 +82,7 @@ class ArrivedRows:
 
 
 class LocalDispatcher:
-    """For experts that are all local: a stable sort by expert, and its inverse. It never waits for the device."""
+    """Dispatches to local experts by a stable sort, and combines by its inverse. It never waits for the device."""
 
     def __init__(self, experts: int, kernels: Kernels):
         self._experts, self._kernels = experts, kernels
@@ -106,7 +106,8 @@ class LocalDispatcher:
 
 
 class _Permute(Function):
-    """Tokens to sorted rows. Forward and backward gather: without scattered additions, the sum has a fixed order."""
+    """Maps tokens to sorted rows. Forward and backward use gathers, not scattered additions, so sums have a fixed
+    order."""
 
     @staticmethod
     def forward(ctx, x_TD, gates_TK, order: _Sorted, kernels: Kernels):
@@ -123,7 +124,7 @@ class _Permute(Function):
 
 
 class _Unpermute(Function):
-    """Sorted rows back to tokens, summed."""
+    """Sums the sorted rows of each token."""
 
     @staticmethod
     def forward(ctx, out_RD, order: _Sorted, kernels: Kernels):
@@ -138,7 +139,8 @@ class _Unpermute(Function):
 
 
 class Experts(nn.Module):
-    """Weights of this rank's routed experts: w13 (E, 2F, D), the rows of w1 then w3, and w2 (E, D, F)."""
+    """The weights of this rank's routed experts: w13 (E, 2F, D), with the rows of w1 before those of w3; w2 (E, D,
+    F)."""
 
     def __init__(self, config: Model, local: range, **factory):
         super().__init__()
@@ -151,11 +153,11 @@ class Experts(nn.Module):
         """The adapters of w13 and of w2, set by the code that trains them."""
         self.packed_up: PackedWeight | None = None
         self.packed_down: PackedWeight | None = None
-        """Stored forms of w13 and of w2 next to an adapter, if they are not plain tensors."""
+        """The stored forms of frozen w13 and w2 that have adapters; None for plain tensors."""
 
 
 class MoE(nn.Module):
-    """Router, routed experts and shared experts of one block. shared_experts act as one FFN of their total width."""
+    """The router, routed experts and shared experts of one block. All shared experts together are one wide FFN."""
 
     def __init__(
         self, config: Model, precision: LayerPrecision, dispatcher: Dispatcher, local_experts: range, **factory
@@ -171,11 +173,12 @@ class MoE(nn.Module):
         self._precision, self.dispatcher = precision, dispatcher
 
     def forward(self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None) -> Tensor:
-        """remake: the context in which saving x costs nothing (`RMSNorm.with_remake`). Returns (B, T, D)."""
+        """Return the output (B, T, D). remake: the context in which saving x for backward needs no memory
+        (`RMSNorm.with_remake`)."""
         gates_TK, ids_TK = self.router(x_BTD, remake, positions)
         x_TD = x_BTD.flatten(0, 1)
         pending = self.dispatcher.dispatch_begin(x_TD, ids_TK, gates_TK, recall())
-        shared_TD = None if self.shared is None else self.shared(x_TD, remake)  # while the dispatch is in progress
+        shared_TD = None if self.shared is None else self.shared(x_TD, remake)  # runs while the dispatch is in progress
         routed = pending.wait()
         remember(routed.state)
         out_RD = self.run_experts(routed)

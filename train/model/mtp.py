@@ -1,13 +1,13 @@
 """Multi-token prediction (paper 2.2, eq. 21-25).
 
-Depth k predicts the token k+1 ahead. At position i it combines the state of depth k-1, which covers tokens up to i+k-1,
-with the embedding of token i+k, and runs a whole block:
+Depth k predicts the token k+1 positions ahead. At position i it combines the embedding of token i+k with the state of
+depth k-1, which has seen the tokens up to i+k-1. A transformer block processes the combination:
 
     h_k[i] = norm( block( W [ norm(Emb(t[i+k])) ; norm(h_(k-1)[i]) ] ) ),   i = 1 .. T-k
 
-The order of the two halves is that of the released weights. h_0 is the main model's output after its final norm, and
-each depth passes on its output after its own norm (as other implementations do; the paper leaves it open). Nothing is
-detached. Embedding and head are the main model's.
+The order of the two halves is that of the released weights. h_0 is the main model's output after its final norm. Each
+depth passes its output after its own norm to the next depth. The paper does not specify this; other implementations do
+the same. Nothing is detached. Embedding and head are those of the main model.
 
 Shapes: B sequences, T positions of this depth, D width.
 """
@@ -50,8 +50,8 @@ class MTP(nn.Module):
     def forward(self, hidden_BTD: Tensor, embedding_BTD: Tensor, positions: Positions) -> Tensor:
         """Return the normalised hidden states of this depth, for the shared head and for the next depth.
 
-        hidden_BTD: of the previous depth, without its last position. embedding_BTD: of the tokens k further on.
-        positions: of this depth.
+        hidden_BTD: states of the previous depth, without its last position. embedding_BTD: embeddings of the tokens
+        that are k positions later. positions: the positions of this depth.
         """
         joined = torch.cat([self.embedding_norm(embedding_BTD), self.hidden_norm(hidden_BTD)], -1)
         return self.norm(self.block(self.projection(joined), positions))

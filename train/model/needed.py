@@ -1,9 +1,10 @@
 """Finds which gradients a custom autograd Function must compute in the current backward pass.
 
-zbv and dualpipev split a backward into its input part (I) and its weight part (W): autograd runs once for the inputs
-and once for the weights, and skips gradients that a pass does not need. A Function written in Python does not skip by
-itself. Its ctx.needs_input_grad only says what required a gradient in forward, so it would compute both gradients twice
-and discard half of them. So every Function of the model with both gradients asks the engine instead.
+The schedules zbv and dualpipev split a backward into two passes of autograd: one for input gradients (I), and one for
+weight gradients (W). autograd skips gradients that a pass does not need, but a Function written in Python skips
+nothing. Its ctx.needs_input_grad only tells which inputs required a gradient in forward. So it would compute both
+gradients in both passes and discard half of them. To avoid this, every Function with both gradients asks autograd's
+engine which gradients the current pass needs.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch.autograd.graph import Node
 
 
 class Function(torch.autograd.Function):
-    """torch's Function, called without torch's first step for functorch; no functorch transform runs here."""
+    """torch's Function without its preparation for functorch transforms, which Sluice does not use."""
 
     if TYPE_CHECKING:
         backward: Callable[..., Any]  # torch's own annotations do not allow a backward with named arguments
@@ -24,9 +25,7 @@ class Function(torch.autograd.Function):
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's decorator, only for a backward that runs with gradients enabled; any other backward is called
-    directly.
-    """
+    """Apply torch's decorator only in a backward with gradients enabled. Any other backward is called directly."""
     guarded = torch.autograd.function.once_differentiable(backward)
 
     @wraps(backward)
@@ -63,7 +62,7 @@ def node_of(ctx: Any, argument: int) -> Node:
 
 
 def will_accumulate(node: Node) -> bool:
-    """Whether the current pass adds gradients at this leaf to its `.grad`, rather than return them."""
+    """Whether the current pass adds gradients of this leaf to its `.grad`, instead of returning them."""
     return _fate(node) == EXECUTED
 
 
@@ -72,7 +71,7 @@ def _fate(node: Node) -> str:
     try:
         return EXECUTED if torch._C._will_engine_execute_node(node) else SKIPPED
     except RuntimeError as error:
-        # The engine refuses to answer for a leaf whose gradient autograd.grad() was asked for.
+        # The engine raises an error for a leaf whose gradient autograd.grad() must return.
         if "leaf node" not in str(error):
             raise
         return HANDED_OUT

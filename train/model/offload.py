@@ -1,13 +1,13 @@
-"""Offloads activations until backward: tensors saved inside a context go to the host when the context ends.
+"""Offloads activations until backward. Tensors that are saved inside a context go to the host when the context ends.
 
-Whole storages are sent, each once, however many views of it were saved. These stay on the device:
+Each storage is sent completely and only once, even if several views of it were saved. These tensors stay on the device:
 
     the block's input   other code holds it: the previous part as its output, or a pipeline's stage
     weights, buffers    they are on the device anyway
     small tensors       starting their copy takes longer than the copy
 
-Tensors that an inner `RecomputedOutputs` or `ReplaceableTensors` keeps go to the host as well; outputs that it
-recomputes are not stored at all.
+Tensors that an inner `RecomputedOutputs` or `ReplaceableTensors` saves go to the host too. Outputs that an inner
+context recomputes are not stored.
 """
 
 import weakref
@@ -29,14 +29,14 @@ class FetchedStorage(Protocol):
 
 
 class Host(Protocol):
-    """Keeps storages until backward."""
+    """Stores tensors' storages in host memory until backward."""
 
     def send(self, storages: Sequence[Tensor]) -> Sequence[FetchedStorage]:
-        """Take storages, flat and in bytes, which were saved together."""
+        """Take storages that were saved together, as flat byte tensors."""
 
 
 class OffloadedBlock(SavedContext):
-    """The context that offloads, see above. stays: the block's input, weights and buffers."""
+    """The context that offloads. stays: the tensors that stay on the device: the block's input, weights and buffers."""
 
     def __init__(self, host: Host, stays: Iterable[Tensor]):
         self._host = host
@@ -74,7 +74,7 @@ class OffloadedBlock(SavedContext):
                     one.leave(sent)
 
     def _place(self, kept: "weakref.ref[_OnHost | Slot]") -> "_OnHost | None":
-        """Return the entry of a tensor that is still needed; for a tensor of an inner context, create it now."""
+        """Return the entry of a tensor that is still needed. For a tensor of an inner context, create the entry now."""
         found = kept()
         if isinstance(found, Slot):
             return found.hand_over(_OnHost) if found.tensor is not None and self._goes(found.tensor) else None
