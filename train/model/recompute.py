@@ -1,23 +1,22 @@
-"""Recomputation (paper 3.2.3): backward recomputes single outputs or whole layers instead of keeping them.
+"""Recomputation (paper 3.2.3): backward recomputes single outputs or complete layers instead of saving them.
 
-An operation saves tensors for backward. The contexts of this file intercept those saves, so the computing code does not
-change, be it a plain matmul or a hand-written function.
+An operation saves tensors for backward. The contexts of this file intercept these saves. So the code of the operation
+does not change, whether it is a plain matmul or a custom Function.
 
-    RecomputedOutputs    keeps a recipe instead of an output that is cheap to compute from something that is kept anyway
-                         (a norm's output from the norm's input).
-    ReplaceableTensors   keeps saved tensors unchanged, until they are replaced by something that is kept anyway.
-    repeatable           keeps only a layer's input. Tensors that its operations save are counted and dropped. When
-                         backward first needs one, the layer runs once more, and the tensors saved this time fill the
-                         places of the first run, in the same order. So the graph is that of the first run. An ordinary
-                         backward, a backward in two parts (zbv, dualpipev) and one that alternates with a forward all
-                         use it like any other graph. The second run ends with the last needed tensor; the layer's
-                         outputs are not needed.
+    RecomputedOutputs    saves a function instead of an output, if the output is cheap to compute from a tensor that is
+                         saved anyway. For example, a norm's output is recomputed from the norm's input.
+    ReplaceableTensors   saves tensors unchanged, until a function replaces them that uses tensors that are saved anyway.
+    repeatable           saves only the input of a layer. Tensors that its operations save are counted and dropped. When
+                         backward needs the first of them, the layer runs a second time. The tensors of the second run
+                         fill the places of the first run, in the same order. So the graph of the first run is used.
+                         Backward may run in one pass, in two passes (zbv, dualpipev), or alternate with a forward. The
+                         second run stops after the last tensor that backward needs.
 
-A layer makes its decisions once. It `remember`s them (which experts, and which rows go where), so that the second run
-sends the same rows to the same ranks even if a repeated matmul differs in its last bits.
+A layer decides only once which experts it uses, and which rows it sends where. It calls `remember` to store these
+decisions. So the second run sends the same rows to the same ranks, even if a repeated matmul differs in its last bits.
 
-Contexts can be nested. Tensors that an inner context leaves, and the recipes that it creates, go to the enclosing
-context.
+Contexts can be nested. An inner context passes the tensors that it does not intercept, and the functions that it
+creates, to the enclosing context.
 """
 
 import weakref
@@ -33,7 +32,7 @@ T = TypeVar("T")
 
 
 class PackedTensor(Protocol):
-    """A substitute that is kept in place of a tensor."""
+    """A substitute that is saved instead of a tensor."""
 
     def unpack(self) -> "Tensor | PackedTensor":
         """Return the tensor, or the substitute of an inner context."""
@@ -56,28 +55,30 @@ class SavedContext:
         del self._hooks, self._token
 
     def pack(self, saved: Tensor | PackedTensor) -> Tensor | PackedTensor:
-        """Return what to keep instead of the argument."""
+        """Return the tensor or substitute to save instead of the argument."""
         raise NotImplementedError
 
     def makes(self, tensor: Tensor) -> bool:
-        """Whether saving the tensor keeps nothing."""
+        """Whether saving this tensor needs no memory, because the context recomputes it."""
         return False
 
 
 _OPEN: ContextVar[tuple[SavedContext, ...]] = ContextVar("open contexts", default=())
-"""The contexts around the running code, the outermost first."""
+"""The open contexts around the running code, outermost first."""
 
 
 def _pack(tensor: Tensor) -> Tensor | PackedTensor:
-    # With its history, an operation's own output would hold the operation, which holds the kept tensor: it would never
-    # be freed. A weight is no output, and kept as itself its memory may be freed in the meantime (ZeRO stage 3).
+    # An operation's own output must be detached. Otherwise it would refer to the operation, which refers to the saved
+    # tensor, and the memory would never be freed. A weight is not an output. It is saved as it is, so that ZeRO 3 can
+    # free its memory before backward.
     has_history = tensor.requires_grad and not isinstance(tensor, nn.Parameter)
     return pack_outside(tensor.detach() if has_history else tensor, None)
 
 
 def pack_outside(saved: Tensor | PackedTensor, context: SavedContext | None) -> Tensor | PackedTensor:
-    """Return what all open contexts keep instead of the argument, the innermost first; only contexts around
-    `context` if it is given.
+    """Return what the open contexts save instead of the argument. The innermost context is asked first.
+
+    context: ask only the contexts around this one.
     """
     opened = _OPEN.get()
     for one in reversed(opened[: opened.index(context)] if context in opened else opened):
@@ -93,20 +94,18 @@ def unpacked(saved: Tensor | PackedTensor) -> Tensor:
 
 
 def is_free(tensor: Tensor) -> bool:
-    """Whether saving the tensor for backward keeps nothing here, because an enclosing `RecomputedOutputs` recomputes
-    it.
-    """
+    """Whether saving the tensor for backward needs no memory, because an open `RecomputedOutputs` recomputes it."""
     opened = _OPEN.get()
     return bool(opened) and opened[-1].makes(tensor)
 
 
 class RecomputedOutputs(SavedContext):
-    """Context in which saving one of `outputs` for backward keeps only `function`, which recomputes them all.
+    """A context that saves `function` instead of each of `outputs`. The function recomputes all outputs.
 
-    function: called without gradient on `sources`, returns one tensor or a tuple with the values and strides of
-    outputs. It may be called once per backward pass; all tensors saved under one context share the result. A tensor
-    counts as an output if it starts at the same address, so views from the first element (reshapes, transposes) count
-    too.
+    function: is called on `sources` without gradient. It returns one tensor or a tuple, with the values and strides of
+    the outputs. It may be called once in each backward pass, and all tensors saved in one context share its result. A
+    tensor counts as an output if it starts at the same address. So views that start at the first element (reshapes,
+    transposes) count too.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ class RecomputedOutputs(SavedContext):
         return self._output(tensor) is not None
 
     def _output(self, tensor: Tensor) -> int | None:
-        """Return which output the tensor is."""
+        """Return the index of the output that the tensor is; None if it is not an output."""
         index, numel = self._index.get(_address(tensor), (None, 0))
         return index if 0 < tensor.numel() <= numel else None
 
@@ -142,13 +141,13 @@ class RecomputedOutputs(SavedContext):
             self._waiting = self._saved
         base = self._made[index]
         self._waiting -= 1
-        if self._waiting == 0:  # the last reader: free the result; another backward pass recomputes it
+        if self._waiting == 0:  # the last reader: free the result, which another backward pass would recompute
             self._made = None
         return base.as_strided(size, stride, base.storage_offset())
 
 
 class _Again:
-    """One of the outputs of a `RecomputedOutputs`."""
+    """Represents one output of a `RecomputedOutputs`."""
 
     def __init__(self, context: RecomputedOutputs, *place: Any):
         self._context, self._place = context, place
@@ -158,7 +157,7 @@ class _Again:
 
 
 class ReplaceableTensors(SavedContext):
-    """Context after which something else may replace the tensors that were saved inside."""
+    """A context whose saved tensors can be replaced later."""
 
     def __init__(self) -> None:
         self._slots: list[weakref.ref[Slot]] = []
@@ -171,8 +170,9 @@ class ReplaceableTensors(SavedContext):
         return slot
 
     def replace(self, tensor: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> None:
-        """Keep `make` and its sources wherever exactly this tensor was saved; `make` returns nearly equal values in
-        its shape.
+        """Save the function `make` wherever exactly this tensor was saved in the context.
+
+        `make` returns nearly equal values in the same shape.
         """
         kept = [pack_outside(source.detach(), self) for source in sources]
         for slot in filter(None, (ref() for ref in self._slots)):
@@ -185,7 +185,7 @@ class Slot:
 
     def __init__(self, tensor: Tensor):
         self.tensor: Tensor | None = tensor
-        """None if a function returns it."""
+        """The saved tensor; None if a function returns it."""
         self._stride = tensor.stride()
 
     def holds(self, tensor: Tensor) -> bool:
@@ -196,7 +196,7 @@ class Slot:
         self.tensor, self._make = None, make
 
     def hand_over(self, pack: Callable[[Tensor], P]) -> P:
-        """Keep pack(tensor) instead of the tensor, and return it."""
+        """Save pack(tensor) instead of the tensor. Return pack(tensor)."""
         assert self.tensor is not None
         packed = pack(self.tensor)
         self.replace(lambda: unpacked(packed))
@@ -213,7 +213,7 @@ class Slot:
 
 
 def repeatable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return function(x), keeping for backward only x and the decisions that function `remember`s."""
+    """Return function(x). Save only x and the decisions that the function `remember`s for backward."""
     with _FirstRun(function, x):
         return function(x)
 
@@ -237,7 +237,7 @@ class _FirstRun(SavedContext):
         assert self._x is not None, "a layer runs again once"
         x, self._x = unpacked(self._x).detach().requires_grad_(), None
         second = _SecondRun(self._places, self.decisions)
-        token = _OPEN.set(())  # contexts around the code that runs backward do not apply
+        token = _OPEN.set(())  # contexts around the backward must have no effect here
         try:
             with torch.enable_grad(), second:
                 self._function(x)
@@ -287,11 +287,11 @@ class _SecondRun(SavedContext):
 
 
 class _AllThere(Exception):
-    """A second run has filled all places."""
+    """Ends a second run after it has filled all places."""
 
 
 def is_repeated() -> bool:
-    """Whether the running code is the second run of a layer: its values are counted already."""
+    """Whether the running code is the second run of a layer. Counters must ignore this run."""
     return isinstance(_OPEN.get()[0], _SecondRun) if _OPEN.get() else False
 
 
@@ -312,5 +312,5 @@ def recall() -> Any:
 
 
 def _address(tensor: Tensor) -> tuple[int, int | torch.SymInt]:
-    """Return where the tensor starts; also on the meta device, which has no memory."""
+    """Return an identification of the tensor's start. It also works on the meta device, which has no memory."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset()

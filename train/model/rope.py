@@ -1,10 +1,10 @@
-"""Rotary positions on adjacent pairs (paper 2.1.1), and their extension by YaRN (paper 4.3).
+"""Rotary position embedding on adjacent pairs (paper 2.1.1), and its extension by YaRN (paper 4.3).
 
-Pair j of the R rope elements of position t rotates by t * theta^(-2j/R), as a complex multiplication in fp32. YaRN
-keeps fast pairs, slows the slow pairs by `factor`, and interpolates linearly between them. It also sharpens the
-softmax: by `mscale` for whole queries and keys (DeepSeek), by `attention_factor` for their rotated parts (the YaRN
-paper, 3.4), or by both. Mistral Large 3 instead scales queries with their position, in steps of the original length
-(`Rope.grow`).
+Pair j of the R rope elements at position t rotates by the angle t * theta^(-2j/R), as a complex multiplication in fp32.
+YaRN does not change the frequency of fast pairs, divides that of slow pairs by `factor`, and interpolates linearly
+between them. It also sharpens the softmax. DeepSeek scales complete queries and keys by `mscale`. The YaRN paper (3.4)
+scales their rotated parts by `attention_factor`. A model may use both. Mistral Large 3 instead scales queries with
+their position, in steps of the original length (`Rope.grow`).
 
 Shapes: B sequences, T positions, H heads, R rope width, Q qk width, V value width.
 """
@@ -18,7 +18,7 @@ from conf.schema import Model
 
 
 class Rope:
-    """Angles for one run. Tables are built on first use and cached per device.
+    """The rotations of one run. Tables are built on first use and cached for each device.
 
     seq_len: length of the run's sequences, in tokens; YaRN applies if it exceeds yarn.original_seq_len, or always with
     yarn.always.
@@ -31,7 +31,7 @@ class Rope:
 
     @property
     def softmax_scale(self) -> float:
-        """Factor on the attention scores: 1/sqrt(qk width), times mscale^2 under YaRN."""
+        """The factor of the attention scores: 1/sqrt(qk width), times mscale^2 with YaRN."""
         yarn = self._config.yarn
         scale = (self._config.nope_head_dim + self._config.rope_head_dim) ** -0.5
         if self._extended and yarn.factor > 1:
@@ -39,7 +39,7 @@ class Rope:
         return scale
 
     def frequencies(self) -> Tensor:
-        """Return the angle per position of every pair, fp32 (R/2,)."""
+        """Return the angle of every pair from one position to the next, fp32 (R/2,)."""
         width, theta = self._config.rope_head_dim, self._config.rope_theta
         plain = theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
         if not self._extended:
@@ -54,7 +54,7 @@ class Rope:
         return plain / yarn.factor * slowed + plain * (1 - slowed)
 
     def _pair_with_turns(self, turns: float) -> float:
-        """Return the index of the pair that makes this number of turns over the original length."""
+        """Return the (fractional) index of the pair that makes this number of turns over the original length."""
         yarn, width = self._config.yarn, self._config.rope_head_dim
         return width * math.log(yarn.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self._config.rope_theta))
 
@@ -80,7 +80,7 @@ class Rope:
         """
         table = self._tables.get(device)
         if table is None or table.size(0) < length:
-            # All devices use the table that the CPU computes; in a plan no code reads it.
+            # All devices use the table that the CPU computes, except in a plan, where no code reads it.
             maker = device if device.type == "meta" else torch.device("cpu")
             positions = torch.arange(max(length, self._seq_len), dtype=torch.float32, device=maker)
             angles = torch.outer(positions, self.frequencies().to(maker))
@@ -99,6 +99,7 @@ def rotate(x_BTHR: Tensor, table: Tensor) -> Tensor:
 
 
 def turn_queries(q_BTHQ: Tensor, table: Tensor, nope: int) -> Tensor:
-    """Rotate the rope parts and put heads first: (B, H, T, Q). Differentiable, because it uses torch's operations."""
+    """Rotate the rope parts and put heads first: (B, H, T, Q). Differentiable, because it consists of torch
+    operations."""
     turned = rotate(q_BTHQ[..., nope:], table).to(q_BTHQ.dtype)
     return torch.cat([q_BTHQ[..., :nope], turned], -1).transpose(1, 2)

@@ -1,14 +1,14 @@
-"""The router (paper 2.1.2): sigmoid scores, bias for balance, limited groups, sequence-wise balance loss.
+"""The router (paper 2.1.2), with sigmoid scores, balance biases, limited groups and a sequence-wise balance loss.
 
     s = sigmoid(W x)                              fp32; or softmax(W x) over the experts (model.scores)
     chosen = top_k of (s + bias), in the top_groups groups with the largest sum of their best group_top_k biased scores
     gates = route_scale * s[chosen] / sum(s[chosen])
 
-The bias only affects the choice. Of equal scores, the lower index wins. The sequence-wise loss (eq. 17-20) is
+The bias only affects the choice. If scores are equal, the lower index wins. The sequence-wise loss (paper eq. 17-20) is
     weight * mean over sequences of sum_i f_i P_i,    P_i = mean_t s_it / sum_j s_jt,
     f_i = experts / (top_k T) * how often i is in the top_k of the *unbiased* s.
-If separate samples share a sequence, the mean is over samples, and T is the sample's length. The gradient of this loss
-enters here, with the gate's own: no loss value travels to the last pipeline stage.
+If a sequence contains separate samples, the mean is over samples, and T is the length of the sample. The gradient of
+this loss is added here to the gradient of the gates. So no loss value is sent to the last pipeline stage.
 
 Shapes: B sequences, T positions, D width, E experts, K = top_k, G groups.
 """
@@ -27,14 +27,14 @@ from train.model.sequence import Positions
 class Router(nn.Module):
     """Chooses experts and counts its choices.
 
-    bias_E (fp32) is part of the run's state: it is saved and updated, but never trained by gradient. The code that runs
-    the step sets balance_weight: alpha / micro-batches. The code that builds the model sets frozen: whether the weight
-    is not trained.
+    bias_E (fp32) is part of the run's state. It is saved and updated, but it gets no gradient. The code that runs the
+    step sets balance_weight, which is alpha / micro-batches. The code that builds the model sets frozen: whether the
+    weight is not trained.
 
     In training, every forward adds to load_E (tokens per expert, int64), score_E (sum over sequences of P_i) and
-    balance_loss (its weighted value); `clear` starts a new step. Positions that do not count (`Positions.counted_BT`)
-    get experts but are left out of all three. If ranks share sequences, the count of each expert covers whole
-    sequences, and each rank adds its own part.
+    balance_loss (weighted); `clear` starts a new step. Positions that do not count (`Positions.counted_BT`) get
+    experts, but do not change these three sums. If ranks share sequences, f_i covers complete sequences, and each rank
+    adds the part of its own positions to the sums.
     """
 
     bias_E: Tensor
@@ -66,8 +66,8 @@ class Router(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return gate values fp32 (B*T, K), differentiable, and expert ids int64 (B*T, K).
 
-        remake: the context in which saving x costs nothing (`RMSNorm.with_remake`). positions: those of x; None for all
-        positions of whole sequences.
+        remake: the context in which saving x for backward needs no memory (`RMSNorm.with_remake`). positions: the
+        positions of x; None: all positions of complete sequences.
         """
         positions = positions or Positions(x_BTD.size(1))
         logits_BTE = self.score(x_BTD, remake)
@@ -87,8 +87,9 @@ class Router(nn.Module):
             return exact_matmul(x_BTD, weight_ED, self._kernels)
 
     def _apply(self, fn, recurse=True):
-        """Move the buffers with the module but never round them: engines call module.bfloat16() to convert the
-        weights.
+        """Move the buffers with the module, but never round them.
+
+        Rounding is possible, because engines call module.bfloat16() to convert the weights.
         """
         exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
@@ -105,19 +106,20 @@ class Router(nn.Module):
         self.balance_loss.zero_()
 
     def entropy(self) -> Tensor:
-        """Return the entropy in nats of the mean normalised score since `clear`; log(experts) if scores are uniform
-        on average.
+        """Return the entropy, in nats, of the mean normalised scores since `clear`.
+
+        It is log(experts) if the mean scores are equal.
         """
         return torch.special.entr(self.score_E / self.score_E.sum()).sum()
 
 
 def exact_matmul(x_BTD: Tensor, weight_ED: Tensor, kernels: Kernels) -> Tensor:
-    """x W^T in fp32, of operands in any format: (B, T, E). Differentiable."""
+    """Return x W^T in fp32, for operands in any dtype: (B, T, E). Differentiable."""
     return _Logits.apply(x_BTD, weight_ED, kernels)
 
 
 class _Logits(Function):
-    """fp32 matmul of operands in any dtype, which it saves unchanged."""
+    """Multiplies operands of any dtype in fp32. Saves the operands unchanged."""
 
     @staticmethod
     def forward(ctx, x_BTD: Tensor, weight_ED: Tensor, kernels: Kernels) -> Tensor:
@@ -136,11 +138,11 @@ class _Logits(Function):
 
 @torch.no_grad()
 def update_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> None:
-    """Auxiliary-loss-free balancing (paper 2.1.2), after every step: b_i += speed * sign(mean load - load_i), in
-    place.
+    """Update the biases after a step: b_i += speed * sign(mean load - load_i), in place.
 
-    So the bias of an overloaded expert decreases and that of an underloaded one increases. load counts tokens per
-    expert over the whole batch of the step. The bias only affects the choice of experts, never their gate values.
+    This is auxiliary-loss-free balancing (paper 2.1.2). The bias of an overloaded expert decreases, and the bias of an
+    underloaded expert increases. load_E: tokens per expert in the step's batch of all ranks. The bias only affects the
+    choice of experts, not their gate values.
     """
     load_E = load_E.to(bias_E.dtype)
     bias_E.add_(torch.sign(load_E.mean() - load_E), alpha=speed)

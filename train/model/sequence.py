@@ -1,12 +1,13 @@
-"""The positions of its sequences that a process works on, and the exchange with processes that have the others.
+"""Describes the local positions of sequences, and exchanges values with processes that have the other positions.
 
-Usually a process has whole sequences. With context parallelism, N processes share each sequence. Its T positions are
-cut into 2 N equal pieces, and process r works on pieces r and 2 N - 1 - r: an early piece, whose queries see few keys,
-and a late piece, whose queries see many. So all processes have equal work. Each has the tokens of the whole sequence,
-which are few bytes; everything else, from the embedding to the loss, exists only for its own positions.
+Usually a process has complete sequences. With context parallelism, N processes share each sequence. Its T positions are
+cut into 2 N equal pieces, and process r works on the pieces r and 2 N - 1 - r. The queries of an early piece see few
+keys, and those of a late piece see many keys. So all processes have equal work. Each process has the tokens of the
+complete sequence, which are few bytes. All other values, from the embedding to the loss, exist only for local
+positions.
 
-Other positions matter in three places: attention (train/model/attention.py), the balance loss, which counts over them
-(train/model/router.py), and MTP modules, which read the next tokens, also after the end of a piece.
+Three computations need other positions: attention (train/model/attention.py), the balance loss, which counts over all
+positions (train/model/router.py), and MTP modules, which read the tokens after the end of a piece.
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions.
 """
@@ -32,7 +33,7 @@ class PendingGather(Protocol):
 
 
 class SequenceShare(Protocol):
-    """Exchanges values of shared sequences with other processes. All processes must make the same calls."""
+    """Exchanges values of shared sequences with other processes. All these processes must make the same calls."""
 
     parts: int
     """Number of processes, N."""
@@ -40,42 +41,43 @@ class SequenceShare(Protocol):
     """Index of this process, r."""
 
     def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> PendingGather:
-        """Start to gather (B, rows[j], X) of every piece j, in order. own_BTX: this process's two pieces."""
+        """Start to gather the values (B, rows[j], X) of every piece j, in order. own_BTX: the two local pieces."""
 
     def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
-        """Return the sum of all processes' values for this process's pieces, (B, own positions, X).
+        """Add the values of all processes for each piece. Return the sums of the local pieces, (B, own positions, X).
 
         This is the transpose of the gather.
         """
 
     def total(self, counts: Tensor) -> Tensor:
-        """Return the sum over all parts, on each process."""
+        """Return the sum over all processes, on every process."""
 
 
 class Rectangle(NamedTuple):
-    """A range of queries and keys: query i sees the keys j with j - first_key <= i - first_query + before.
+    """A range of queries and a range of keys. Query i sees each key j with j - first_key <= i - first_query + before.
 
-    sequence: None for all. Queries are rows of this process, and keys are rows of a block of keys.
+    sequence: None for all sequences. Queries are numbered by local row, and keys by row in a block of keys.
     """
 
     sequence: int | None
     first_query: int
     last_query: int
-    """One past the last query."""
+    """End of the queries (exclusive)."""
     first_key: int
     last_key: int
     before: int
 
 
 class PackedSamples:
-    """Samples that share sequences, in the form that a router counts.
+    """The samples of sequences, in the form that a router needs for its counts.
 
-    Built once per micro-batch and depth, for all layers.
+    It is built once for each micro-batch and depth, and all layers use it.
     """
 
     def __init__(self, number_BT: Tensor, lengths_N: Tensor):
-        """number_BT: sample number of every local position, over all sequences; N for positions that do not count.
-        lengths_N: number of positions that count in every sample, local or not. Both on the host.
+        """number_BT: sample number of every local position, counted over all sequences; N for positions that do not
+        count. lengths_N: number of positions that count in each sample, including those of other processes. Both are on
+        the host.
         """
         self._number_BT, self._lengths_N = number_BT, lengths_N
         self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -88,14 +90,15 @@ class PackedSamples:
 
 
 class SeenKeys:
-    """Which queries of this process see which keys of one block. Built once per micro-batch, for all layers."""
+    """Describes which local queries see which keys of one block. Built once for each micro-batch and used by all
+    layers."""
 
     def __init__(self, rectangles: list[Rectangle]):
         self.rectangles = rectangles
         self._made: dict[tuple, Any] = {}
 
     def once(self, make: Callable[..., X], *given: Any) -> X:
-        """Return make(rectangles, *given), the data that a kernel needs; the result is cached."""
+        """Return make(rectangles, *given), which is data that a kernel needs. The result is cached."""
         key = (make, *given)
         if key not in self._made:
             self._made[key] = make(self.rectangles, *given)
@@ -104,7 +107,10 @@ class SeenKeys:
 
 @dataclass
 class KeyChoices:
-    """State that the layers of sparse attention share in one micro-batch. Training sets the first three (train/model/indexer.py)."""
+    """State that the layers of sparse attention share in one micro-batch.
+
+    Training sets the first three fields (train/model/indexer.py).
+    """
 
     weight: float = 0.0
     """Weight of the indexers' loss at every learnt query; 0 if they do not learn."""
@@ -113,34 +119,35 @@ class KeyChoices:
     alone: list[Tensor] | None = None
     """Collects the losses if only the indexers learn, with dense attention; None if the whole model learns."""
     chosen_BTK: Tensor | None = None
-    """Keys selected by the latest layer with an indexer: positions in their sequence, int32, followed by -1 if there are fewer."""
+    """Keys that the last layer with an indexer selected: positions in the sequence, int32. If there are fewer keys, -1
+    fills the rest."""
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The positions of a micro-batch: T in each of its sequences, some of which are local."""
+    """The positions of a micro-batch. Each sequence has T positions; some or all of them are local."""
 
     length: int
-    """T."""
+    """Number of positions in a sequence, T."""
     documents_BT: Tensor | None = None
-    """Document number of every position, on the host; None for whole sequences.
-    A document is contiguous, and attention stays inside it.
+    """Document number of every position, on the host; None if attention covers complete sequences.
+    A document is contiguous, and attention does not cross its borders.
     """
     share: SequenceShare | None = None
-    """None if whole sequences are local."""
+    """Exchanges values with the processes that have other positions; None if complete sequences are local."""
     whole: int = field(default=-1)
-    """T of the main model, for an MTP depth, which has fewer positions; -1 if equal to `length`."""
+    """T of the main model, set for an MTP depth, which has fewer positions; -1 if it equals `length`."""
     samples_BS: Tensor | None = None
-    """Sample number of every token, on the host, if separate samples share sequences.
-    Numbers start from 0 in each sequence; -1 is padding. None if every next token may be a target.
+    """Sample number of every token, on the host, if sequences contain separate samples.
+    Numbers start from 0 in each sequence, and -1 is padding. None: every token may be the target of the token before.
     """
     experts_BTLK: Tensor | None = None
     """Expert ids that routers use instead of their own choice; None: routers choose.
     They cover every position in each MoE layer of the main model.
     """
     keys_BTLK: Tensor | None = None
-    """Positions that queries attend to instead of those that the indexers choose, int32 on the host, -1 where there are fewer.
-    They cover every position in each layer of the main model that chooses.
+    """Keys that replace the choice of the indexers: positions, int32, on the host. -1 fills the rest of a row.
+    They cover every position in each layer of the main model that has an indexer.
     """
     choices: KeyChoices = field(default_factory=KeyChoices)
     """State that the layers of sparse attention share."""
@@ -152,7 +159,7 @@ class Positions:
 
     @cached_property
     def pieces(self) -> list[range]:
-        """All pieces, in order."""
+        """All pieces of a sequence, in order."""
         count = 1 if self.share is None else 2 * self.share.parts
         size = self.whole_length // count
         return [range(j * size, min((j + 1) * size, self.length)) for j in range(count - 1)] + [
@@ -173,10 +180,9 @@ class Positions:
 
     @cached_property
     def counted_BT(self) -> Tensor | None:
-        """Whether a position counts, bool on the host: its target is in the same sample. None if all count.
+        """Whether a position counts: its target must be in the same sample. Bool, on the host; None if all count.
 
-        Positions that do not count come after all others of their sample, so attention passes nothing from them to
-        positions that count.
+        Positions that do not count are at the end of their sample. So positions that count do not attend to them.
         """
         if self.samples_BS is None:
             return None
@@ -202,9 +208,7 @@ class Positions:
         return None if self.experts_BTLK is None else self.take(self.experts_BTLK)
 
     def learnt_BT(self, supervised_BS: Tensor) -> Tensor:
-        """Return whether the target of a position, local or not, is supervised and in the same sample; bool on the
-        host.
-        """
+        """Return, for all positions, whether the target is supervised and in the same sample. Bool, on the host."""
         ahead = self.whole_length - self.length + 1
         learnt_BT = supervised_BS[:, ahead : ahead + self.length]
         return learnt_BT if self.counted_BT is None else learnt_BT & self.counted_BT
@@ -214,16 +218,18 @@ class Positions:
         return self.take(self.learnt_BT(supervised_BS)).flatten().nonzero().squeeze(-1)
 
     def gather(self, here_BT: Tensor) -> Tensor:
-        """Return the values of all positions from all processes that share the sequences: (B, length).
+        """Gather the values of all positions from the processes that share the sequences: (B, length).
 
-        Differentiable, if each process computes the same loss from them and takes its part of the sum.
+        It is differentiable if each process computes the same loss from the values, and returns its fraction of the
+        sum.
         """
         return here_BT if self.share is None else _Gather.apply(here_BT, self)
 
     def shorter(self, by: int) -> "Positions":
-        """Return the positions without the last ones of each sequence; of the local ones, the first `count` remain.
+        """Return the positions without the last `by` positions of each sequence, for an MTP depth.
 
-        No experts or keys are replayed there: no inference engine records the choices of MTP modules.
+        Of the local positions, the first `count` remain. MTP modules replay no experts or keys, because inference
+        engines do not record the choices of MTP modules.
         """
         documents_BT = None if self.documents_BT is None else self.documents_BT[:, :-by]
         whole = self.whole_length
@@ -231,20 +237,19 @@ class Positions:
         return replace(self, length=self.length - by, whole=whole, **changes)
 
     def take(self, x: Tensor, shift: int = 0) -> Tensor:
-        """From (B, S, ...) over whole sequences, return the entries of the local positions, shifted by `shift`."""
+        """Return the entries at the local positions plus `shift`. x: (B, S, ...), of complete sequences."""
         return _joined([x[:, piece.start + shift : piece.stop + shift] for piece in self.here])
 
     def take_with_next(self, x: Tensor, more: int) -> Tensor:
-        """From (B, S, ...) over whole sequences, return the entries of the local positions, followed by the next
-        `more` entries after each piece, as far as positions exist.
+        """Return the entries at the local positions, and the next `more` entries after each piece, if they exist.
+
+        x: (B, S, ...), of complete sequences.
         """
         after = [x[:, piece.stop : min(piece.stop + more, self.length)] for piece in self.here]
         return _joined([x[:, piece.start : piece.stop] for piece in self.here] + [y for y in after if y.size(1)])
 
     def shifted(self, x: Tensor, more: int, depth: int) -> Tensor:
-        """From the result of `take_with_next`, return the entries `depth` positions after the local ones of this
-        depth.
-        """
+        """Return the entries that are `depth` positions after the local positions. x: result of `take_with_next`."""
         parts, first, after = [], 0, self.count
         for piece in self.here:
             next_ones = min(more, self.length - piece.stop)
@@ -256,7 +261,10 @@ class Positions:
 
     @cached_property
     def documents(self) -> list[tuple[int | None, range]]:
-        """The positions of every document, by sequence; one entry for all sequences if they are whole."""
+        """The documents, each as sequence number and range of positions.
+
+        Without document numbers there is one entry for all sequences, with the sequence number None.
+        """
         if self.documents_BT is None:
             return [(None, range(self.length))]
         found: list[tuple[int | None, range]] = []
@@ -267,12 +275,13 @@ class Positions:
 
     @cached_property
     def seen(self) -> list[SeenKeys]:
-        """Which local queries see which keys of each piece; if whole sequences are local, there is one piece."""
+        """Describes for each piece which local queries see which of its keys. Complete local sequences are one
+        piece."""
         return [SeenKeys(self._rectangles(block)) for block in self.pieces]
 
     @cached_property
     def seen_whole(self) -> SeenKeys:
-        """Which queries here see which keys of all positions, as one block."""
+        """Describes which local queries see which keys, with the keys of all positions as one block."""
         return self.seen[0] if self.share is None else SeenKeys(self._rectangles(range(self.length)))
 
     def _rectangles(self, block: range) -> list[Rectangle]:

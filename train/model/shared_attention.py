@@ -1,16 +1,17 @@
-"""Attention of this process's positions over all positions of their sequences (context parallelism).
+"""Computes attention of local positions over all positions of their sequences (context parallelism).
 
-The ranks gather latents, never keys and values. The sequence is a row of blocks, one per piece. Keys and values of a
-block are computed from its latents when they are needed, and dropped afterwards. A query attends to one block after
-another; the log-sum-exp of its scores combines the partial results:
+The ranks gather latents, not keys and values. Each piece of the sequence is a block. Keys and values of a block are
+computed from its latents when they are needed, and are then dropped. A query attends to one block after another. The
+log-sum-exps of its scores combine the partial results:
 
     forward    of block j: o_j = softmax(s_j) v_j and l_j = log sum exp s_j
                o = sum_j exp(l_j - l) o_j,  l = log sum_j exp l_j
     backward   p_j = exp(s_j - l),  ds_j = p_j * (do v_j^T - rowsum(do * o))
 
-so that the memory is that of one block. Backward gathers the latents and computes keys and values again; the gradients
-of all latents go to the ranks that have the positions. The weight that computes keys and values also gets its gradient
-here. A pass that needs only weight gradients (needed.py) takes the values that the previous pass stored.
+So keys and values of only one block are in memory. Backward gathers the latents and computes keys and values again. It
+sends the gradients of latents to the ranks that have the positions. It also computes the gradient of the weight that
+produces keys and values. The previous pass may have computed weight gradients already (needed.py). A pass that needs
+only weight gradients then uses the stored values.
 
 Shapes: B sequences, T positions here, H heads, Q qk width, V value width, L positions of a block, C kv_rank, R rope
 width.
@@ -36,7 +37,8 @@ from train.model.sequence import PendingGather, Positions
 
 @dataclass(frozen=True)
 class KeysOfLatents:
-    """Computes keys and values from latents. up: maps (B, L, C) to [nope key | value] per head, for `heads` heads."""
+    """Computes keys and values from latents. up: maps latents (B, L, C) to [nope key | value] for each of `heads`
+    heads."""
 
     up: Callable[[Tensor], Tensor]
     heads: int
@@ -76,10 +78,10 @@ class KeysOfLatents:
 
 
 class SharedAttention(Function):
-    """softmax(scale q k^T) v of this process's queries over the keys of all positions: (B, H, T, V).
+    """Computes softmax(scale q k^T) v of the local queries over the keys of all positions: (B, H, T, V).
 
-    latents_BTX: [latent | rotated rope key] of this process's positions. weights: the trained weights of keys.up.
-    gathering: a gather of all latents. watch, lse: as in `AttentionInput`.
+    latents_BTX: [latent | rotated rope key] of the local positions. weights: the trained weights of keys.up. gathering:
+    a gather of the latents of all positions. watch, lse: as in `AttentionInput`.
     """
 
     @staticmethod
@@ -113,7 +115,9 @@ class SharedAttention(Function):
             part_BHTV, part_BHT, *_ = made
             new_BHT = torch.logaddexp(lse_BHT, part_BHT)
             for sum_BHTV, value, of in ((out_BHTV, None, lse_BHT), (out_BHTV, part_BHTV, part_BHT)):
-                share_BHT1 = (of - new_BHT).exp_().nan_to_num_(0).unsqueeze(-1)  # 0 for a query that has met no key yet
+                share_BHT1 = (
+                    (of - new_BHT).exp_().nan_to_num_(0).unsqueeze(-1)
+                )  # 0 for a query that has seen no key yet
                 if value is None:
                     sum_BHTV.mul_(share_BHT1)
                 else:

@@ -1,11 +1,12 @@
-"""Losses of tokens: functions of log-probabilities and of other tensors in the batch.
+"""Defines losses of tokens, which are functions of log-probabilities and of other tensors in the batch.
 
 A loss is a function `loss(logprobs_BT, tokens, **settings)` that returns the loss of every token, (B, T), with
-gradient. The engine takes losses of this file by name, and your own loss as a function. It multiplies each token's loss
-by its weight, sums over the learnt tokens on all ranks and in all calls of a step, and divides by their number.
+gradient. The engine accepts losses of this file by name, and your own loss as a function. It multiplies each token's
+loss by the token's weight, and sums over the learnt tokens on all ranks and in all calls of a step. Then it divides the
+sum by the number of learnt tokens.
 
-All functions see whole sequences, also if ranks share them. At tokens that are not learnt, log-probabilities are 0 and
-the function's result does not count.
+All functions get complete sequences, even if ranks share sequences. At tokens that are not learnt, log-probabilities
+are 0, and the result of the function is ignored.
 
     r = exp(logprob - old_logprob)     ratio of a token's probability to its probability under the policy that sampled
                                        it
@@ -25,7 +26,7 @@ from conf.errors import UserError
 
 @dataclass(frozen=True)
 class LossTokens:
-    """The tokens of a loss, and the batch's tensors for each."""
+    """The tokens of a batch, and the batch's tensors for them."""
 
     learnt_BT: Tensor
     """Whether a token is learnt, bool."""
@@ -52,11 +53,11 @@ class LossTokens:
 
 
 TokenLoss = Callable[..., Tensor]
-"""A loss of tokens, see the top of the file."""
+"""A loss of tokens, as described at the top of this file."""
 
 
 def negative_logprob(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
-    """-logprob, the cross-entropy of pretraining and supervised fine-tuning.
+    """Returns -logprob, the cross-entropy of pretraining and supervised fine-tuning.
 
     Without weights and temperatures, the head computes it directly.
     """
@@ -115,13 +116,13 @@ TOKEN_LOSSES: dict[str, TokenLoss] = {
     "cross_entropy": negative_logprob,
     **{loss.__name__: loss for loss in (importance_sampling, ppo, cispo, gspo, kl)},
 }
-"""Losses by the names that the engine accepts."""
+"""Maps the names that the engine accepts to losses."""
 _POLICY = ("advantages", "old_logprobs")
 NEEDED_TENSORS: dict[TokenLoss, tuple[str, ...]] = {
     **dict.fromkeys((importance_sampling, ppo, cispo, gspo), _POLICY),
     kl: ("ref_logprobs",),
 }
-"""Tensors that these losses need in a batch."""
+"""Maps a loss to the names of the tensors that it needs in a batch."""
 
 
 def _ratio(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:

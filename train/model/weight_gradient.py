@@ -5,9 +5,9 @@ With plain autograd, a matmul would write a separate tensor, rounded to the weig
 18 bytes of memory traffic per weight for a bf16 matmul. Here the matmul adds directly to the sum: 8 bytes, and nothing
 is rounded in between.
 
-autograd then sees an undefined gradient. It still runs the weight's node after all Functions that use the weight have
-finished. That node shows when the gradient of a pass is complete (parallel/zero/sharded_weights.py), because tensor
-hooks only run for gradients that autograd adds itself.
+Then autograd gets an undefined gradient. It still runs the weight's node after all Functions that use the weight. So
+this node tells when the gradient of a pass is complete (parallel/zero/sharded_weights.py). Tensor hooks cannot tell it,
+because they only run for gradients that autograd adds itself.
 
 Shapes: N rows (any leading axes flattened), I inputs and O outputs of a matmul, R rows sorted by expert, E experts.
 """
@@ -23,15 +23,15 @@ from train.model.needed import Function, gradients_needed, node_of, once_differe
 from train.model.operations import ExpertGroups, Kernels
 
 WeightMatmul = Callable[[torch.dtype, Tensor | None], Tensor]
-"""The matmul: takes the dtype of the gradient, and either the fp32 sum to add to and return, or None."""
+"""Computes the gradient in a dtype. If an fp32 sum is given, adds the gradient to the sum and returns the sum."""
 
 
 def weight_gradient(ctx: Any, argument: int, weight: Tensor, matmul: WeightMatmul) -> Tensor | None:
-    """Return the value that a Function's backward returns for the weight at this argument: None if the matmul added
-    to `.grad`.
+    """Compute a weight's gradient. Return what a Function's backward must return for the weight.
 
-    The matmul adds to `.grad` if the weight's gradient is fp32 and the current pass accumulates it. Autograd gets the
-    gradient if autograd.grad() asked for it, if the weight is no leaf, and for dtypes without a matmul that adds.
+    The result is None if the matmul has added the gradient to `.grad`. It does so if the weight's gradient is fp32 and
+    the current pass accumulates it. Otherwise the gradient is returned: for autograd.grad(), for a weight that is not a
+    leaf, and for dtypes without a matmul that adds.
     """
     node = node_of(ctx, argument)
     leaf = getattr(node, "variable", None)
@@ -52,7 +52,7 @@ class LinearMatmul(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight_OI: Tensor, kernels: Kernels) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight_OI)  # a frozen weight needs no x
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight_OI)  # a frozen weight does not need x
         ctx.kernels = kernels
         return kernels.matmul(_rows(x), weight_OI, x.dtype).view(*x.shape[:-1], -1)
 
@@ -70,10 +70,10 @@ class LinearMatmul(Function):
 
 
 class GroupedMatmul(Function):
-    """x W^T with the weight of each row's expert.
+    """Multiplies each row by the transposed weight of its expert.
 
-    It saves the weight itself. F.grouped_mm's own backward would keep a view, which holds the memory even when the
-    weight is freed until backward (ZeRO stage 3).
+    It saves the weight itself. F.grouped_mm would save a view, which would keep the memory allocated even when ZeRO 3
+    frees the weight until backward.
     """
 
     @staticmethod
