@@ -1,11 +1,12 @@
-"""MXFP8 GEMMs on Blackwell GPUs of compute capability 10: E4M3, and an E8M0 scale per 32 values of the contraction.
+"""MXFP8 GEMMs on Blackwell GPUs of compute capability 10: E4M3 values, with an E8M0 scale for 32 values of the
+contraction.
 
     quantise            Sluice's Triton kernel (`quantize_mx` of train/kernels/fp8/triton_quantize.py)
     dense GEMMs         torch's scaled_mm (cuBLASLt), 1x32 by 1x32
     grouped GEMMs       torch's scaled_grouped_mm (CUTLASS): rows of experts by their weights; in Wgrad sums over the rows of each expert
 
-Neither adds to a sum, and grouped GEMMs round to bf16. So weight gradients are added in a separate pass. Pitfalls of
-the grouped kernels, as of torch 2.11 to 2.13:
+These GEMMs cannot add to a sum, and grouped GEMMs round to bf16. So weight gradients are added in a separate pass. The
+grouped kernels of torch 2.11 to 2.13 have these pitfalls:
 - The scales of each expert's rows begin at a multiple of 128 rows, even if the rows do not.
 - In Wgrad the scales of each expert form a separate matrix.
 - The gradient of an expert without rows is not written, so such an expert gets a tile of zeros.
@@ -111,13 +112,14 @@ class BlackwellEngine(HopperEngine):
 
 
 def _by_row(scale: Tensor) -> Tensor:
-    """Scales in memory order as row-major words of four scales, (O, T)."""
+    """Converts scales from the GEMMs' memory order to row-major words of four scales, (O, T)."""
     tiles = scale.shape[1] // 4
     return scale.view(torch.int32).view(-1, tiles, TILE // 4, 4).permute(0, 3, 2, 1).reshape(-1, tiles)
 
 
 def _scales_by_expert(scale: Tensor, groups: PaddedGroups) -> Tensor:
-    """Scales of rows in memory order, with each expert's scales starting at a multiple of 128 rows."""
+    """Returns the scales of rows in the GEMMs' memory order. The scales of each expert start at a multiple of 128
+    rows."""
     words_PT = groups.whole.pad(_by_row(scale)[: groups.rows])
     blocks = words_PT.view(-1, 4, TILE // 4, words_PT.shape[1]).permute(0, 3, 2, 1)
     return blocks.reshape(words_PT.shape).view(scale.dtype)

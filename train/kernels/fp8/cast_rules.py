@@ -1,4 +1,4 @@
-"""The cast rule of each operand of each matmul, as objects (paper 3.3; `conf.schema.Fp8` is the text form).
+"""Represents the cast rule of each operand of each matmul (paper 3.3). `conf.schema.Fp8` contains the rules as text.
 
 A linear layer has three matmuls, each with a left and a right operand:
 
@@ -21,7 +21,7 @@ from train.kernels.fp8.formats import E4M3, E5M2, E5M6, MX_TILE, TILE, WHOLE_SID
 
 @dataclass(frozen=True)
 class OperandRule:
-    """The quantisation of one operand."""
+    """Defines how one operand is quantised."""
 
     format: Format
     granularity: str = "1x128"
@@ -29,7 +29,10 @@ class OperandRule:
     floor: float = 0.0
 
     def cast(self, transposed: bool = False) -> Cast:
-        """The cast of a tensor contracted over its last dimension, or with `transposed` over the dimension before."""
+        """Returns the cast of a tensor that is contracted over its last dimension.
+
+        transposed: the contraction runs over the dimension before the last.
+        """
         return self._casts[transposed]
 
     @cached_property
@@ -78,7 +81,7 @@ class CastRules:
 
 
 def build_rules(fp8: Fp8) -> CastRules:
-    """The rules of a checked `precision.fp8` section."""
+    """Builds the rules from a checked section `precision.fp8`."""
     dense, output, up, down = (_linear(fp8, family) for family in ("dense", "output", "experts_up", "experts_down"))
     return CastRules(dense, output, up, down, Cast(E4M3, (1, TILE), down.fprop.left.pow2, ACTIVATION_FLOOR))
 
@@ -93,6 +96,6 @@ def _linear(fp8: Fp8, family: str) -> LayerCasts:
 
 
 def parse_rule(text: str, floor: float) -> OperandRule:
-    """The rule of an operand from its text in the configuration, FORMAT/GRANULARITY/SCALE."""
+    """Parses the rule of an operand from its text in the configuration, FORMAT/GRANULARITY/SCALE."""
     name, granularity, scale = text.split("/")
     return OperandRule({"e4m3": E4M3, "e5m2": E5M2}[name], granularity, scale == "pow2", floor)

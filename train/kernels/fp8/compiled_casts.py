@@ -1,4 +1,4 @@
-"""The casts of the CPU emulation in compiled code: `train/kernels/fp8/casts.cpp`."""
+"""Computes the casts of the CPU emulation in compiled code: `train/kernels/fp8/casts.cpp`."""
 
 from ctypes import c_float, c_int32, c_int64
 from functools import cache, partial
@@ -54,10 +54,10 @@ _decode_matrices = Kernel(
 
 
 class CompiledCasts(EagerCasts):
-    """Compiled casts: the same bits as `EagerCasts`, except signed zeros.
+    """Casts in compiled code. They give the same bits as `EagerCasts`, except for the sign of zeros.
 
-    They take CPU tensors, or meta tensors for plans, with the same allocations. A `QuantizedTensor` here may also hold
-    the values of its codes in bf16, which represents every format exactly (`split`).
+    They take CPU tensors. Plans pass meta tensors and see the same allocations. A `QuantizedTensor` from `split`
+    contains the values of the codes in bf16 instead of the codes. bf16 represents the values of every format exactly.
     """
 
     def quantize(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
@@ -69,12 +69,12 @@ class CompiledCasts(EagerCasts):
         return self._quantize(x_MK, q, cast)
 
     def split(self, x: Tensor | QuantizedTensor, cast: Cast) -> QuantizedTensor:
-        """`quantize` with values in bf16 instead of codes."""
+        """Quantise like `quantize`, but return values in bf16 instead of codes."""
         q = (x.q if isinstance(x, QuantizedTensor) else x).new_empty(x.shape, dtype=torch.bfloat16)
         return self._quantize(x, q, fitted(cast, x))
 
     def decoded(self, x: QuantizedTensor) -> QuantizedTensor:
-        """An operand with values in bf16 instead of codes."""
+        """Returns an operand with values in bf16 instead of codes."""
         if x.q.dtype == torch.bfloat16:
             return x
         codes = _contiguous(x)

@@ -1,8 +1,8 @@
-"""CPU emulation with compiled matmuls, which keep values and fp32 scales of operands separate up to the matmul.
+"""Emulates FP8 on a CPU with compiled matmuls, which take values and fp32 scales of operands as separate tensors.
 
-The values are numbers of the FP8 format, exact in bf16, so a matmul costs as much as in bf16
-(train/kernels/cpu/products.cpp). Operands with power-of-two scales include their scales, in bf16 as in `CpuEngine`. Two
-such operands use the plain matmuls of train/kernels/cpu/compiled_matmuls.py, or torch's if these are faster.
+The values are numbers of the FP8 format, which bf16 represents exactly. So a matmul costs as much as in bf16
+(train/kernels/cpu/products.cpp). If the scales are powers of two, the bf16 values include them, as in `CpuEngine`. Two
+such operands use the plain matmuls of train/kernels/cpu/compiled_matmuls.py, or torch's matmuls if these are faster.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,15 @@ from train.kernels.fp8.quantize import QuantizedTensor, fitted
 from train.model.operations import Kernels
 
 ScaledOperand = Tensor | QuantizedTensor
-"""An operand (O, C): a `QuantizedTensor` with values in bf16, or a bf16 tensor whose scales are all one. A scale
-applies to tiles of 128 along the contraction, or to the whole contraction."""
+"""An operand (O, C): a `QuantizedTensor` with values in bf16, or a bf16 tensor without scales. A scale applies to a
+tile of 128 along the contraction, or to the complete contraction."""
 
 
 class CompiledEngine(CpuEngine):
-    """`CpuEngine` with another order of sums; only for CPU and meta tensors. Operands with fp32 scales are never
-    rounded to bf16."""
+    """A `CpuEngine` with another order of sums, only for CPU and meta tensors.
+
+    It never rounds operands with fp32 scales to bf16.
+    """
 
     def __init__(self, casts: CompiledCasts, kernels: Kernels):
         super().__init__(casts)
@@ -88,7 +90,8 @@ class CompiledEngine(CpuEngine):
         return QuantizedTensor(q_PF, scale, parts[0].cast, q_PF.shape)
 
     def _is_torchs(self, left: ScaledOperand, right: ScaledOperand) -> bool:
-        """Whether torch computes the matmul: both operands have no scales, and compiled code is not faster."""
+        """Whether torch computes the matmul. It does so if both operands have no scales, and compiled code is not
+        faster."""
         if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
             return False
         return not (self._plain_too and left.dtype == right.dtype == torch.bfloat16)
@@ -138,7 +141,7 @@ def scaled_grouped_wgrad(
 
 
 def need_compiled() -> None:
-    """Raises UserError if the code cannot be built, stored or loaded."""
+    """Raises UserError if the compiled code cannot be built, stored or loaded."""
     load_library(
         source("products", "precision.fp8.compiled", "precision.fp8.compiled=false: torch's operations, slower")
     )

@@ -1,14 +1,15 @@
-"""The CPU's emulation of FP8 matmuls, on any device that torch supports.
+"""Emulates FP8 matmuls with torch operations. It is used on CPUs, and works on any device that torch supports.
 
-A CPU has no FP8 arithmetic, so the emulation multiplies the dequantised operands and accumulates in fp32. Its operands
-are exact. With power-of-two scales they fit bf16, and a matmul costs as much as in bf16 (an fp32 weight gradient costs
-an fp32 matmul). With fp32 scales `CpuEngine` uses fp32 operands and an fp32 matmul.
+A CPU has no FP8 arithmetic, so the emulation multiplies the dequantised operands and accumulates in fp32. The operands
+are exact. If the scales are powers of two, bf16 represents the operands exactly, and a matmul costs as much as in bf16.
+(An fp32 weight gradient costs as much as an fp32 matmul.) With fp32 scales, `CpuEngine` uses fp32 operands and an fp32
+matmul.
 
-`CompiledEngine` (train/kernels/fp8/compiled_engine.py) keeps values and fp32 scales separate on CPUs with AVX2, so this
-matmul also costs about as much as in bf16. It sums each 128 elements of the contraction separately, like Hopper
-kernels. `CpuEngine` uses one matmul per call. The relative difference is 3e-7, far below the 4e-2 of the quantisation.
-An expert's rows are padded to a multiple of `expert_rows` in conf/thresholds.py (train/kernels/plain/grouped.py gives
-the reason).
+On CPUs with AVX2, `CompiledEngine` (train/kernels/fp8/compiled_engine.py) takes values and fp32 scales as separate
+tensors. So its matmul with fp32 scales also costs about as much as in bf16. It sums each 128 elements of the
+contraction separately, like Hopper kernels. `CpuEngine` uses one matmul for each call. The results of both differ by
+3e-7 (relative). This is far below the quantisation error of 4e-2. An expert's rows are padded to a multiple of
+`expert_rows` in conf/thresholds.py (train/kernels/plain/grouped.py gives the reason).
 
 Shape suffixes: as in train/kernels/fp8/engines.py.
 """
@@ -32,8 +33,7 @@ CpuOperand = Tensor | QuantizedTensor
 
 
 class CpuEngine:
-    """The emulation: an `Fp8Engine` with tensors as operands, on any device of torch, and the reference for
-    `CompiledEngine`.
+    """Implements `Fp8Engine` with torch operations on any device. It is the reference for `CompiledEngine`.
 
     casts: the implementation of casts; torch operations by default.
     """
@@ -115,7 +115,7 @@ class CpuEngine:
         return swiglu.recompute(self._values(h), gates_P)
 
     def _values(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
-        """The values of a source, exact or in a given dtype."""
+        """Returns the values of a source, exactly or rounded to a given dtype."""
         if isinstance(source, QuantizedTensor):
             return self._casts.dequantize(source, dtype or exact_dtype(source.cast))
         values = source.values if isinstance(source, RoundedTensor) else source
@@ -123,7 +123,7 @@ class CpuEngine:
 
 
 def _common(left: CpuOperand, right: CpuOperand, result: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both operands in the dtype that represents both exactly, or in fp32 if the result is fp32.
+    """Converts both operands to a dtype that represents both exactly, or to fp32 if the result is fp32.
 
     torch rounds the result of a matmul to the dtype of its operands.
     """

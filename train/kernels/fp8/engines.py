@@ -1,4 +1,4 @@
-"""The protocol `Fp8Engine` for matmuls of quantised operands, the forms of its inputs, and weights held as operands.
+"""Defines the protocol `Fp8Engine` for matmuls of quantised operands, and stores weights as operands during a step.
 
 An engine converts tensors to operands and multiplies two operands. Every operand is (outer, contraction), so every
 matmul is left @ right^T. The engines:
@@ -42,16 +42,15 @@ class RoundedTensor:
 
 
 Source = Tensor | QuantizedTensor | RoundedTensor
-"""The source of an operand, and the input that a layer saves for backward: the original tensor, or a quantised
-tensor."""
+"""A tensor from which an engine builds an operand, and which a layer saves for backward: original or quantised."""
 
 
 SourceForm = tuple[Cast, torch.Size] | Cast | None
-"""A source without its tensors."""
+"""Describes a source without its tensors, so that `unpack_sources` can rebuild it."""
 
 
 def pack_sources(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
-    """Tensors for autograd to save, and the forms that `unpack_sources` needs to rebuild the sources."""
+    """Returns tensors for autograd to save, and the forms from which `unpack_sources` rebuilds the sources."""
     tensors: list[Tensor] = []
     forms: list[SourceForm] = []
     for one in kept:
@@ -83,38 +82,40 @@ class Fp8Engine(Protocol):
     """Quantises and multiplies on one kind of device."""
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Source:
-        """Quantise a tensor to save it for backward: bitwise equal to `quantize`, perhaps padded."""
+        """Quantise a tensor to save it for backward. The result equals that of `quantize` in all bits, but may be
+        padded."""
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Source:
         """Quantise a tensor for immediate use, in the cheapest form."""
 
     def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
-        """The result of `keep` for values that are already quantised. scale: (M, ceil(K / 128))."""
+        """Returns the result of `keep` for values that arrived quantised. scale: (M, ceil(K / 128))."""
 
     def operand(
         self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
     ) -> Any:
-        """Operand (O, C) of a source (O, C), or with `transposed` of a source (C, O). Leading axes are kept.
+        """Builds the operand (O, C) from a source (O, C), or with `transposed` from a source (C, O). Keeps leading
+        axes.
 
-        groups: the contraction runs over the padded rows of several experts, separately for each.
+        groups: the contraction runs over the padded rows of several experts, separately for each expert.
         """
 
     def cast_again(self, x_MK: Tensor, kept: Cast, rule: OperandRule) -> Any:
-        """The transposed `operand` of the values that the first cast produces."""
+        """Returns the transposed `operand` of the values that the cast of `keep` produces."""
 
     def values(self, source: Any) -> Tensor:
-        """The values of a saved source, in bf16."""
+        """Returns the values of a saved source, in bf16."""
 
     def gradient(
         self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None
     ) -> tuple[Any, Any]:
-        """Both left operands of a gradient (T, N): for Dgrad, and transposed for Wgrad."""
+        """Builds both left operands from a gradient (T, N): one for Dgrad, and a transposed one for Wgrad."""
 
     def groups(self, counts_E: Tensor, rows: int) -> PaddedGroups:
-        """The layout of `rows` rows, of experts with these row counts, for the `groups` arguments of this engine."""
+        """Returns the layout of `rows` rows with these counts per expert, for the `groups` arguments of this engine."""
 
     def matmul(self, left: Any, right: Any, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """left @ right^T. into: the result is added to this tensor of dtype, which is returned."""
+        """Returns left @ right^T. into: a tensor of dtype; the result is added to it, and it is returned."""
 
     def grouped(self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
         """left (P, C), right (E, N, C): each expert's rows times its own matrix, (P, N), zero in the padding."""
@@ -125,24 +126,24 @@ class Fp8Engine(Protocol):
         """left (O, P), right (N, P): for each expert the sum over its rows, (E, O, N). into: as in `matmul`."""
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast) -> tuple[Any, Source]:
-        """Operand of SwiGLU's output (train/kernels/fp8/swiglu.py), and h in the form that is saved for backward."""
+        """Returns the operand of SwiGLU's output (train/kernels/fp8/swiglu.py), and h in the form to save for
+        backward."""
 
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """a (P, F), dh (P, 2F) and the gradient of the gates (P,)."""
+        """Returns a (P, F), dh (P, 2F) and the gradient of the gates (P,)."""
 
     def recompute_swiglu(self, h: Source, gates_P: Tensor) -> Tensor:
-        """Only the a of `swiglu_backward`."""
+        """Returns only the tensor `a` of `swiglu_backward`."""
 
 
 class HeldWeights:
-    """Weights as operands, built once per step and shared by its micro-batches. No weight may change between `hold` and
-    `drop`.
+    """Stores weights as operands, which are built once in each step. No weight may change between `hold` and `drop`.
 
-    A layer uses a weight in two casts: as stored for Fprop, transposed for Dgrad. Weights change only between steps, so
-    every micro-batch would build the same operands. The first step builds each operand at its first use. Later steps
-    build all operands before their passes, so the passes see the same memory use throughout.
+    A layer uses a weight in two casts: as stored for Fprop, and transposed for Dgrad. Weights change only between
+    steps, so all micro-batches can use the same operands. The first step builds each operand at its first use. Later
+    steps build all operands before their passes, so that the memory use is constant during the passes.
 
-    making: a context around the construction of held operands, so that a caller can count them separately.
+    making: a context around the construction of operands, in which a caller can measure their memory separately.
     """
 
     def __init__(self, engine: Fp8Engine, making: Callable[[], AbstractContextManager] = nullcontext):
@@ -152,9 +153,9 @@ class HeldWeights:
         self._made: dict[tuple[int, bool], Any] = {}
 
     def name(self, weight: Tensor) -> int | None:
-        """A key for a weight in backward, where autograd may pass another tensor of the same memory.
+        """Returns a key of a weight. Backward needs it, because autograd may pass another tensor with the same memory.
 
-        None for a weight that is not held, such as a weight just unpacked from bytes.
+        The key is None if the weight's operands are not stored, for example if the weight was just unpacked from bytes.
         """
         if not (self._holds and isinstance(weight, nn.Parameter)):
             return None
@@ -174,7 +175,7 @@ class HeldWeights:
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Build all operands of earlier steps, and hold them together with all later operands."""
+        """Build all operands that earlier steps used. Store them and all operands that are built later."""
         self.drop()
         self._holds = True
         for (name, transposed), rule in self._asked.items():
@@ -186,7 +187,7 @@ class HeldWeights:
         self._made.clear()
 
     def count_bytes(self) -> int:
-        """Bytes of the held operands, without storage of the weights themselves."""
+        """Returns the bytes of the stored operands, without those that share memory with the weights."""
         weights = {weight.untyped_storage()._cdata for weight in self._weights.values()}
         parts = [tensor for made in self._made.values() for tensor in _tensors(made)]
         storages = {one._cdata: one.nbytes() for one in (tensor.untyped_storage() for tensor in parts)}

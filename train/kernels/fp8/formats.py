@@ -1,4 +1,4 @@
-"""Number formats below bf16, and the twelve-bit packing of E5M6.
+"""Defines number formats that are smaller than bf16, and the twelve-bit packing of E5M6.
 
 A format with m mantissa bits represents 1 + m significant bits down to 2**min_exponent, and a fixed step of
 2**(min_exponent - m) below it. E5M6 has no torch dtype. Its code is the top twelve bits of an fp16, and two values
@@ -15,9 +15,10 @@ from torch import Tensor
 from parallel.expert.wire import TILE
 
 MX_TILE = 32
-"""Values along a contraction that share a scale in MXFP8 (OCP Microscaling Formats, v1.0)."""
+"""Number of values along a contraction that share a scale in MXFP8 (OCP Microscaling Formats, v1.0)."""
 AMAX_FLOOR = 1e-4
-"""Lower bound of the max-abs in a scale, so an all-zero tile has a positive scale (paper 3.3.2 kernels)."""
+"""Lower bound of the max-abs from which a scale is computed. So a tile of zeros has a positive scale (kernels of paper
+3.3.2)."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ E5M6 = Format("e5m6", 6, -14, 65024.0, None)
 ScaleBlock = tuple[int, int]
 
 WHOLE_SIDE = 2**62
-"""A block's side that covers the whole tensor."""
+"""Side of a block that covers the complete tensor."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Cast:
 
     format: Format
     block: ScaleBlock
-    """Rows and columns that share a scale; cut to the tensor's size if larger."""
+    """Rows and columns of a block, which share a scale. A block is never larger than the tensor."""
     pow2: bool
     """Whether scales are rounded up to powers of two."""
     floor: float = AMAX_FLOOR

@@ -1,8 +1,8 @@
-"""Frozen weights in block FP8: E4M3 codes and an fp32 scale per 128x128 block, without any other copy.
+"""Stores frozen weights in block FP8: E4M3 codes, and an fp32 scale for each 128x128 block. No other copy exists.
 
-Each matrix is stored as bytes, first its scales, then its codes. DeepSpeed rounds floating-point parameters to the
-run's dtype, and gloo does not gather FP8, but both keep bytes unchanged (ZeRO stage 3). A matmul uses values computed
-from the bytes when it runs, and again in its backward. So no values are stored in between.
+Each matrix is stored as bytes: first its scales, and then its codes. DeepSpeed would round floating-point parameters to
+the run's dtype, and gloo cannot gather FP8, but both leave bytes unchanged (ZeRO 3). A matmul computes the values from
+the bytes when it runs, and again in its backward. So the values are not in memory in between.
 
 Shapes: E experts, M rows, K columns, m and k blocks of rows and columns, B bytes of a matrix.
 """
@@ -47,11 +47,11 @@ class FrozenBlocks:
 
     @property
     def data(self) -> nn.Parameter:
-        """The bytes; empty at ZeRO stage 3 while they are not gathered."""
+        """The bytes. With ZeRO 3 they are empty while they are not gathered."""
         return getattr(self._module, self._name)
 
     def unpack(self, dtype: torch.dtype) -> tuple[Tensor, AbstractContextManager]:
-        """The values, and a context in which saving them for backward keeps no memory."""
+        """Returns the values, and a context in which saving them for backward needs no memory."""
         values = self._values(dtype)
         if not torch.is_grad_enabled():
             return values, nullcontext()

@@ -1,12 +1,12 @@
-"""Rows of several experts, and their tiles of 128 rows.
+"""Describes the rows of several experts, and their tiles of 128 rows.
 
-FP8 kernels work on whole tiles. In Fprop and Dgrad 128 rows of one expert share a kernel block. In Wgrad 128 rows share
-a scale, and a tile must not mix experts. Zeros fill the last tile of an expert; they change neither scales nor sums.
-Some GEMMs need padded rows, and so do casts whose scales cover several rows. Sluice's own GEMMs find the rows of each
-tile in unpadded memory. Then only tensors quantised along the rows, the operands of Wgrad, have padded columns.
+FP8 kernels work on complete tiles. In Fprop and Dgrad a kernel block computes 128 rows of one expert. In Wgrad 128 rows
+of one expert share a scale. Zeros fill the last tile of an expert. They change neither scales nor sums. Some GEMMs need
+padded rows, and so do casts whose scales cover several rows. Sluice's own GEMMs find the rows of each tile in unpadded
+memory. With these GEMMs, only the operands of Wgrad, which are quantised along the rows, have padded columns.
 
-The GPU knows the row counts of experts before the host. GEMMs that read them on the GPU do not wait for the host: from
-the total number of rows they get the largest possible number of tiles.
+The GPU knows the row counts of experts before the host. GEMMs that read the counts on the GPU do not wait for the host.
+They are launched for the largest number of tiles that is possible with the total number of rows.
 
 Shape suffixes: R rows from the dispatcher, P rows as the GEMMs take them, E experts.
 """

@@ -1,16 +1,16 @@
-"""Monitors FP8 matmuls: the losses of the casts, and the errors of the matmuls.
+"""Monitors the precision that FP8 casts lose, and the errors of FP8 matmuls.
 
-Every `every` steps each layer takes readings, per tensor class (activation, weight, gradient):
+Every `every` steps each layer takes readings of each tensor class (activation, weight, gradient):
 
-    flushed       share of the non-zero values that became zero
-    saturated     share of the values beyond the format's maximum, or not finite, which the cast clamps
-    scale_range   log2 of the largest over the smallest scale of the tensor
+    flushed       fraction of the non-zero values that became zero
+    saturated     fraction of the values that are beyond the format's maximum or not finite, so that the cast clamps them
+    scale_range   log2 of the tensor's largest scale divided by its smallest scale
 
-and per matmul (fprop, dgrad)
+and of each matmul (fprop, dgrad):
 
-    error         |y - y'| / |y'| of the first 128 rows, with y' the same matmul of bf16 operands
+    error         |y - y'| / |y'| for the first 128 rows; y' is the result of the same matmul with bf16 operands
 
-A reading stays on the device until the end of the step, so taking it does not wait for the device.
+A reading stays on the device until the end of the step. So taking a reading does not wait for the device.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ from train.model.recompute import is_repeated
 SHADOW_ROWS = 128
 """Rows of a matmul that are recomputed in bf16."""
 LIMITS = {"flushed": 0.05, "saturated": 0.0, "error": 0.1}
-"""By name of a reading, the largest value without a warning."""
+"""Maps the name of a reading to the largest value that causes no warning."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,9 @@ class Report:
     """Results of a monitored step."""
 
     metrics: dict[str, float]
-    """fp8_SUBJECT_NAME: the value of the worst layer."""
+    """Maps fp8_SUBJECT_NAME to the value of the worst layer."""
     layers: dict[str, dict[str, float]]
-    """layer_fp8_SUBJECT_NAME: every layer's value."""
+    """Maps layer_fp8_SUBJECT_NAME to the values of all layers."""
     warnings: list[str]
     """One warning for every limit that a layer exceeded."""
 

@@ -45,7 +45,7 @@ PROBE_TAIL = 1500
 
 
 def probe(config: Config, device: int = 0) -> str:
-    """The installed versions in one line, after all tests pass. Waits at most PROBE_SECONDS.
+    """Runs all tests, and returns the installed versions in one line. Waits at most PROBE_SECONDS.
 
     device: number of the GPU. Raises UserError with all incompatibilities.
     """
@@ -83,7 +83,7 @@ def probe(config: Config, device: int = 0) -> str:
 
 
 def main() -> int:
-    """The child process. It writes the answer again at every stage, so the last stage remains if the process aborts."""
+    """Runs in the child process. It writes its answer at every stage, so the answer shows the stage of an abort."""
     config, answer, device = read_config(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     fp8 = config.precision.fp8
     assert fp8 is not None
@@ -127,7 +127,7 @@ class Trial:
 def wrong_matmuls(
     engine: "Fp8Engine", device: "torch.device", fp8: Fp8, say: Callable[[str], None] = lambda stage: None
 ) -> list[tuple[str, str]]:
-    """Each small GEMM that fails or differs from the reference, with the cure.
+    """Returns each small GEMM that fails or differs from the reference, with the fix.
 
     fp8: names the library of the grouped GEMMs, if any. say: called with the name of each GEMM before it runs.
     """

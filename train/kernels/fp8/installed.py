@@ -15,16 +15,17 @@ from conf.errors import UserError
 DEEP_GEMM = "sgl-deep-gemm"
 """The package on PyPI that contains DeepGEMM, module deep_gemm."""
 DEEP_GEMM_OLDEST, DEEP_GEMM_NEWEST = (0, 1, 4), (0, 1, 5)
-"""From the first version with the K-grouped FP8 kernel to the last version built for this torch."""
+"""The supported versions: from the first with the K-grouped FP8 kernel to the last that is built for this torch."""
 TORCH_OF_DEEP_GEMM = (2, 11)
-"""With torch 2.12 and 2.13 these versions load, but their first call aborts the process (PyObjectSlot)."""
+"""The torch version that DeepGEMM needs. With torch 2.12 and 2.13, DeepGEMM loads, but its first call aborts the
+process (PyObjectSlot)."""
 CUDA_OF_DEEP_GEMM = 13
 OTHER_BUILD = "another build"
-"""A module deep_gemm that is not from the package; its GEMMs are tested all the same."""
+"""Stands for a module deep_gemm that is not from the package. Its GEMMs are tested too."""
 OLDEST_CUDA = (12, 9)
 """The first CUDA version whose cuBLASLt has blockwise FP8 GEMMs."""
 OLDEST_NVCC = (12, 3)
-"""DeepGEMM's own limit."""
+"""Oldest nvcc version that DeepGEMM supports."""
 CAPABILITY = (9, 0)
 """Compute capability of Hopper, whose GEMMs have tiles of 128."""
 MX_CAPABILITIES = (10, 0), (10, 3)

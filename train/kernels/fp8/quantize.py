@@ -98,7 +98,8 @@ def quantize(x_MK: Tensor, cast: Cast) -> QuantizedTensor:
 
 def dequantize(x: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values of a quantised tensor: (..., M, K)."""
-    # fp16 holds every code exactly, and a product of fp16 with the fp32 scale is one rounding to fp32, also where a proof widens fp32 to fp64.
+    # fp16 represents every code exactly, and its product with an fp32 scale is rounded once to fp32. This also holds in
+    # mode=prove, which widens fp32 to fp64.
     values = unpack_e5m6(x.q, x.shape[-1]) if x.cast.format.dtype is None else x.q.half()
     return unblocked((blocked(values, x.cast.block) * x.scale[..., :, None, :, None]).to(dtype), values.shape)
 
