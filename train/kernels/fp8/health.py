@@ -3,7 +3,7 @@
 Every `every` steps each layer takes readings of each tensor class (activation, weight, gradient):
 
     flushed       fraction of the non-zero values that became zero
-    saturated     fraction of the values that are beyond the format's maximum or not finite, so that the cast clamps them
+    saturated     fraction of the values that the cast clamps: beyond the format's maximum, or not finite
     scale_range   log2 of the tensor's largest scale divided by its smallest scale
 
 and of each matmul (fprop, dgrad):
