@@ -1,4 +1,4 @@
-"""Linear layers and the FFN of routed experts with FP8 matmuls by the cast rules; their inputs are saved in FP8.
+"""Computes linear layers and the FFN of routed experts with FP8 matmuls. Their inputs are saved in FP8.
 
     linear      y  = Q(x) Q(w)^T                   saves Q(x): one byte per value, and the scales
       backward  dx = Q(dy) Q(w)
@@ -14,13 +14,13 @@
                 a, dh, dgate from D(Q(h)) and da   SwiGLU's output is recomputed (paper 3.3.3)
                 dw2 = Q'(D(Q(dy)))^T Q'(a)         the dispatcher delivers dy in FP8 already
 
-The saved cast may differ from Fprop's: the attention's output is saved in E5M6 (12 bits). If the model saves or
-recomputes the input anyway (`train.model.recompute`), a layer saves the input itself. It casts the input again in
-backward, with the same result.
+The cast of the saved input may differ from the cast in Fprop. For example, the attention's output is saved in E5M6 (12
+bits). If the model saves or recomputes the input anyway (`train.model.recompute`), a layer saves the original input. In
+backward it casts the input again, with the same result.
 
 If the GEMMs need experts' rows padded to 128, the rows are padded once, on entry (train/kernels/fp8/groups.py). If the
-dispatcher's wire is FP8, x and dy arrive quantised (parallel/expert/wire.py). They are used directly if the rules ask
-for the same cast. Then Q(x) and Q(dy) above are the arrived codes; quantising their values again would give the same.
+dispatcher sends FP8, x and dy arrive quantised (parallel/expert/wire.py). If the rules require the same cast, their
+codes are used directly as Q(x) and Q(dy). Quantising the values again would give the same codes.
 
 Shape suffixes: T tokens (leading axes flattened), K inputs, N outputs; R rows sorted by expert, P rows as the GEMMs
 take them, D width, F inner width, E experts.

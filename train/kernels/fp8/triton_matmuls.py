@@ -3,20 +3,20 @@
     matmul      left (R, C) in 1x128 by right (E, N, C) in 128x128 -> (R, N)       Fprop and Dgrad, each row times its expert's matrix
     wgrad       left (O, P) by right (N, P), both in 1x128 -> (E, O, N) in fp32    Wgrad, summed over each expert's own columns
 
-Tensor cores sum 128 elements of the contraction from zero. This sum is scaled and added to an fp32 sum in registers, so
-their short accumulator never holds more (paper 3.3.2). `wgrad` can add to the existing result, which is then the
-unrounded gradient of several micro-batches.
+Tensor cores sum 128 elements of the contraction, starting from zero. This sum is scaled and added to an fp32 sum in
+registers. So the low-precision accumulator of tensor cores never sums more than 128 elements (paper 3.3.2). `wgrad` can
+add to the existing result. So the result is the unrounded sum of the gradients of several micro-batches.
 
 The kernels read the end of each expert's rows on the device, so nothing waits for the host. Rows of Fprop and Dgrad
-have no padding: a program reads and writes only the rows of its tile that belong to its expert. In Wgrad each expert's
-columns are whole tiles, with zeros after the real columns (`quantize_columns`). All other sizes are multiples of 128. A
-dense GEMM is a grouped GEMM with a single expert.
+have no padding: a program reads and writes only the rows of its tile that belong to its expert. In Wgrad the columns of
+each expert are complete tiles, with zeros after the real columns (`quantize_columns`). All other sizes are multiples of
+128. A dense GEMM is a grouped GEMM with a single expert.
 
-The position of a tile is a number, and its elements have 32-bit offsets from it. 64-bit pointers per element would make
-the loop over the contraction a tenth slower, and the loop of a dense Wgrad a third slower. In a large GEMM a program
-computes two adjacent tiles, 128 rows by 256 columns, which share the rows. It computes them one after another, because
-both sums fill half of the registers, and the GEMM of one tile fills a quarter. bench/RESULTS.md has the
-registers of each variant.
+A tile has one 64-bit position, and its elements have 32-bit offsets from this position. With a 64-bit pointer for each
+element, the loop over the contraction would be 10 % slower, and the loop of a dense Wgrad a third slower. In a large
+GEMM a program computes two adjacent tiles, 128 rows by 256 columns, which share the rows. It computes them one after
+another, because both sums fill half of the registers, and the GEMM of one tile fills a quarter. bench/RESULTS.md lists
+the registers of each variant.
 
 The module needs triton and is imported only where its kernels run. Shape suffixes: O, N outer, C contraction, R rows, P
 columns of whole tiles, E experts.

@@ -1,10 +1,11 @@
-"""The attention cores on a GPU: torch's kernels. train/kernels/choice.py selects the core of a run.
+"""Implements the attention cores on a GPU with torch's kernels. train/kernels/choice.py selects the core of a run.
 
-Consecutive documents of a sequence share one call with their lengths. The call computes each document up to its own
-diagonal and needs no mask. Any other rectangle is a separate call. Calls for one sequence have any length; calls for
-all sequences have only a few lengths. A run may use a different core for each kind (`AttentionByKind`).
+One kernel call computes consecutive documents of a sequence, and gets their lengths. It computes each document up to
+its own diagonal and needs no mask. Any other rectangle needs a separate call. Calls for one sequence have any length.
+Calls for all sequences have only a few different lengths. A run may use different cores for the two kinds of calls
+(`AttentionByKind`).
 
-Shapes as in train/model/attention.py; P documents of a call, M queries of a call.
+Shapes are those of train/model/attention.py; P documents of a call, M queries of a call.
 """
 
 import math
@@ -23,8 +24,8 @@ ATEN = torch.ops.aten
 LSE_ROWS = 32
 """The memory-efficient kernel pads log-sum-exps to multiples of this number of queries."""
 WASTE = 4
-"""In a call with documents the kernel allocates log-sum-exps of the longest document's length for every document. This
-is the maximum ratio of the allocation to the number of queries."""
+"""In a call with documents, the kernel allocates log-sum-exps for every document, as many as the longest document
+needs. WASTE is the maximum ratio of these allocated numbers to the number of queries."""
 
 
 class _Documents(NamedTuple):
@@ -38,8 +39,8 @@ class _Documents(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """A call of an attention kernel: queries that see all keys, or keys up to a diagonal; `documents` have a diagonal
-    each."""
+    """A call of an attention kernel. Queries see all keys, or keys up to a diagonal. Each of `documents` has a
+    diagonal."""
 
     sequences: slice
     queries: slice
@@ -175,8 +176,10 @@ class EfficientAttention(PlainAttention):
 
 
 def _largest(given: AttentionInput, lse_BHT: Tensor) -> Tensor:
-    """The largest score of each query. The kernels do not return scores: where the log-sum-exp is above the limit, they
-    are recomputed."""
+    """Returns the largest score of each query. The kernels do not return scores, so they are computed again.
+
+    Queries whose log-sum-exp is at most the limit get their log-sum-exp instead.
+    """
     if not lse_BHT.is_cuda:
         exact = PlainAttention().forward(given, largest=True).largest_BHT
         assert exact is not None, "was asked for"
@@ -190,8 +193,8 @@ def _largest(given: AttentionInput, lse_BHT: Tensor) -> Tensor:
 class FlashAttention(EfficientAttention):
     """torch's FlashAttention, which torch's variable-length attention calls.
 
-    It needs queries, keys and values of one width: narrower values are padded with zero columns, which change no other
-    column. Its log-sum-exps are packed, so no memory is wasted.
+    It needs queries, keys and values of the same width. Narrower values are padded with columns of zeros, which do not
+    change other columns. Its log-sum-exps are packed, so no memory is wasted.
     """
 
     waste = math.inf
@@ -238,7 +241,7 @@ def _tokens(call: _Call, x_BHTX: Tensor) -> Tensor:
 
 
 class AttentionByKind(EfficientAttention):
-    """One core for calls over all sequences, another core for documents, whose pieces have any length."""
+    """Uses one core for calls over all sequences, and another core for calls with documents, which have any length."""
 
     def __init__(self, whole: EfficientAttention, documents: EfficientAttention):
         self.whole, self.documents, self.waste = whole, documents, documents.waste
@@ -256,7 +259,8 @@ class AttentionByKind(EfficientAttention):
 
 
 class CudnnAttention(EfficientAttention):
-    """cuDNN's kernel, the fastest. It builds a plan for every length, so it is not used for documents."""
+    """cuDNN's kernel, which is the fastest core. It is not used for documents, because it builds a plan for every
+    length."""
 
     takes_documents = False
 

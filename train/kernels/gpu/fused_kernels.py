@@ -1,4 +1,4 @@
-"""A GPU's kernels: torch's fused kernels where they exist, Sluice's Triton kernels elsewhere
+"""Implements a GPU's kernels with torch's fused kernels, or with Sluice's Triton kernels if torch has none
 (train/kernels/gpu/fused_rows.py).
 
 Shapes as in train/model/operations.py.
@@ -113,8 +113,8 @@ class FusedKernels(PlainKernels):
         positions: Positions,
         replayed_BTK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        # Plain code for three cases: fp64 in mode=prove; ranks that share a sequence, which exchange counts between the
-        # two kernels; and softmax scores or counts per sample, which the kernel does not support.
+        # Three cases use plain code: fp64 in mode=prove; ranks that share a sequence, because they exchange counts
+        # between the two kernels; and softmax scores or counts per sample, because the kernel does not support them.
         plain = positions.share is not None or positions.samples_BS is not None or rule.softmax
         one_kernel = logits_BTE.dtype == torch.float32 and not plain
         route = FusedRoute if one_kernel else Route

@@ -1,12 +1,12 @@
 """AdamW of train/optim/adamw.py on a GPU, in one pass over memory, and the norm before it.
 
-An update reads weight, gradient and two moments, and writes all of them except the gradient: 20 bytes per parameter
-with bf16 moments. The number of launches of update and norm does not grow with the number of parameters. One launch
-works on many pieces of memory, and a table on the device holds their addresses. A program processes PROGRAM_ELEMENTS
-elements of one piece. This number is fixed, so the host writes one table row per piece, and the device computes the
-rest.
+An update reads weight, gradient and two moments, and writes all of them except the gradient. This moves 20 bytes for
+each parameter if the moments are bf16. The number of launches does not grow with the number of parameters. One launch
+works on many pieces of memory, and a table on the device contains their addresses. A program processes PROGRAM_ELEMENTS
+elements of one piece. The host writes one table row for each piece, and the device computes the parts of all programs.
 
-Every element gets the same arithmetic for any shard borders, equal to the compiled code for CPUs, in fp32.
+The arithmetic is in fp32. It is the same for every element, does not depend on shard borders, and equals that of the
+compiled code for CPUs.
 
 The module needs triton and is imported only where its kernels run.
 """

@@ -1,8 +1,8 @@
-"""Gradient of the experts' weights on a GPU, summed in fp32 over the micro-batches; torch's grouped GEMM only writes
-bf16.
+"""Computes the gradient of the experts' weights on a GPU, summed in fp32 over the micro-batches.
 
-Each program computes one tile of one expert's gradient: a loop over the expert's rows, then one addition to the sum. It
-reads the end of the rows on the device, so nothing waits for an expert's row count.
+torch's grouped GEMM cannot do this, because it only writes bf16. Each program computes one tile of one expert's
+gradient. It loops over the expert's rows, and then adds the tile to the sum. It reads the end of the rows on the
+device, so the host does not wait for row counts.
 
 The module needs triton and is imported only where its kernel runs.
 

@@ -1,7 +1,7 @@
-"""The scores of an indexer on a GPU, by a Triton kernel (train/model/indexer.py has the formula).
+"""Computes the scores of an indexer on a GPU with a Triton kernel. train/model/indexer.py has the formula.
 
-Each program computes one tile of queries and keys for all heads, so the products of single heads stay in registers; torch's operations
-would write and read heads times as many numbers as there are scores.
+Each program computes one tile of queries and keys for all heads, so the products of single heads stay in registers.
+torch's operations would write and read one number for each score and each head.
 
 The module needs triton and is imported only where its kernel runs.
 

@@ -1,5 +1,6 @@
-"""Router's expert choice as Triton kernels, equal to train/kernels/plain/routing.py except for the order of sums over
-experts and tokens.
+"""Computes the router's expert choice with Triton kernels.
+
+The results equal those of train/kernels/plain/routing.py, except for the order of sums over experts and tokens.
 
     forward     scores, choice, gate values; and per block of tokens the sums for the counters
     finish      adds these sums in the order of the tokens, and adds them to the counters: no atomic addition, so runs are repeatable
@@ -61,7 +62,7 @@ def _route_kernel(
     given: constexpr, counted: constexpr, balanced: constexpr,
     EXPERTS: constexpr, GROUPS: constexpr, CHOSEN: constexpr, ROUTE_TOKENS: constexpr,
 ):  # fmt: skip
-    """given: the ids are inputs, and only the values that depend on them are computed."""
+    """given: the ids are inputs, and the kernel computes only the values that depend on them."""
     batch = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * ROUTE_TOKENS + tl.arange(0, ROUTE_TOKENS)[:, None]
     expert, entry = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOSEN)[None, :]
@@ -147,7 +148,7 @@ def _backward_kernel(
     E: constexpr, K: constexpr, balanced: constexpr,
     EXPERTS: constexpr, CHOSEN: constexpr, ROUTE_TOKENS: constexpr,
 ):  # fmt: skip
-    """weight: of the loss, divided by the number of tokens."""
+    """weight: weight of the balance loss, divided by the number of tokens."""
     batch = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * ROUTE_TOKENS + tl.arange(0, ROUTE_TOKENS)[:, None]
     expert, entry = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOSEN)[None, :]

@@ -1,9 +1,9 @@
-"""SwiGLU and the split into heads on a GPU, in one pass over memory each: Triton kernels, equal to
-train/kernels/plain/plain_kernels.py.
+"""Computes SwiGLU and the split into heads on a GPU with Triton kernels, each in one pass over memory.
 
-Arithmetic is fp32 for all dtypes, and every result is rounded once, as in the plain form. Only the last bit of exp, the
-order of the sum over heads and fused multiply-adds differ. liger-kernel's SwiGLU has no gate value and overwrites the
-saved [gate | up] with gradients; torch.compile would recompile for the experts' row counts.
+The arithmetic is in fp32 for all dtypes, and every result is rounded once, as in train/kernels/plain/plain_kernels.py.
+Only the last bit of exp, the order of the sum over heads and fused multiply-adds differ. Two alternatives are not used:
+liger-kernel's SwiGLU has no gate value and overwrites the saved [gate | up] with gradients, and torch.compile would
+recompile for each row count of the experts.
 
 The module needs triton and is imported only where its kernels run, by train/kernels/gpu/fused_rows.py, which allocates
 the outputs. Shapes as in train/model/operations.py.

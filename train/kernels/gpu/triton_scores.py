@@ -1,8 +1,8 @@
-"""The largest score of each query on a GPU, by a Triton kernel, because attention's own kernels return only the
-log-sum-exp.
+"""Computes the largest score of each query on a GPU with a Triton kernel.
 
-If all log-sum-exps of a block of queries are at most a limit, the kernel returns them instead of the scores. A
-log-sum-exp is never less than the largest score. So for small scores the kernel reads one number per query.
+The kernels of attention return only the log-sum-exp, which is never less than the largest score. If all log-sum-exps of
+a block of queries are at most a limit, this kernel returns them instead of the scores. So for small scores it reads
+only one number for each query.
 
 The module needs triton and is imported only where its kernels run.
 

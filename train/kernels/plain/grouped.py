@@ -1,10 +1,10 @@
 """Grouped matmuls of rows with their expert's weight, given row counts (bf16 on a CPU) or the ends of the rows.
 
-oneDNN compiles a kernel for every new shape, which takes about 0.4 ms, as long as a matmul of a few hundred rows. An
-expert's row count is rarely the same twice. So row counts are rounded up to a multiple of `expert_rows`
-(conf/thresholds.py). If rows are independent, the matmul reads and writes beyond its rows into the next expert's rows,
-whose own matmul overwrites them later. If rows are summed over, they are padded with zeros. In fp32 and on a GPU
-torch's own grouped matmul takes the end of each expert's rows, int32 (E,).
+oneDNN compiles a kernel for every new shape. This takes about 0.4 ms, as long as a matmul of a few hundred rows. An
+expert rarely has the same row count twice. So row counts are rounded up to a multiple of `expert_rows`
+(conf/thresholds.py). If rows are independent, the matmul also reads and writes some rows of the next expert, and the
+matmul of that expert overwrites them later. If the matmul sums over rows, they are padded with zeros. In fp32 and on a
+GPU, torch's own grouped matmul takes the end of each expert's rows, int32 (E,).
 
 Shapes: R rows sorted by expert, E experts, I inputs and O outputs of a matmul.
 """

@@ -1,8 +1,7 @@
-"""The attention core in torch operations on any device, the reference of all others (train/model/attention.py has the
-formulas).
+"""Implements attention in torch operations on any device. It is the reference of all other cores.
 
-A block of queries and all keys that it sees form one matmul, so memory stays linear in the sequence. All arithmetic is
-in fp32.
+train/model/attention.py has the formulas. One matmul computes a block of queries with all keys that they see, so memory
+is linear in the sequence length. All arithmetic is in fp32.
 
 Shapes as in train/model/attention.py; X = B*H rows of a batched matmul, C queries of a block.
 """
@@ -56,10 +55,10 @@ class PlainAttention(AttentionCore):
 
 
 def _blocks(given: AttentionInput) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """Rows of the batched matmuls, positions of the queries, positions of the keys that any of them sees, and the mask
-    (C, S).
+    """Yields rows of the batched matmuls, positions of queries, positions of keys, and the mask (C, S).
 
-    The mask is added to the scores: -inf where a query does not see a key, else 0.
+    The keys are those that any of the queries sees. The mask is added to the scores. It is -inf where a query does not
+    see a key, else 0.
     """
     batch, heads = given.q_BHTQ.shape[:2]
     for sequences, queries, keys, bias_CS in query_blocks(given.seen, given.k_BHSQ.size(2), batch, given.q_BHTQ.device):

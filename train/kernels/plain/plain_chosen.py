@@ -1,8 +1,8 @@
 """Attention over chosen keys, and the loss of an indexer over them, in torch operations on any device: the reference of other kernels
 (train/model/chosen_attention.py has the formulas).
 
-W_UK and W_UV apply to a block of queries at once; the latents of the chosen keys are gathered for some of these queries at a time, and are
-the largest tensor. All arithmetic is in fp32.
+One matmul applies W_UK or W_UV to a block of queries. The latents of the chosen keys are the largest tensor, so they
+are gathered only for some queries of the block at a time. All arithmetic is in fp32.
 
 Shapes as in train/model/chosen_attention.py; C queries of a block, R = kv_rank, I width of the indexer's heads.
 """
@@ -18,7 +18,7 @@ from train.model.indexer import IndexLoss, IndexVectors
 
 
 class PlainChosen:
-    """The two directions of attention over chosen keys. Subclasses replace what is computed of a block."""
+    """Computes forward and backward of attention over chosen keys. Subclasses replace the computation of a block."""
 
     def forward(self, given: ChosenInput) -> ChosenOutput:
         q, latents, _, nope, scale, chosen = given
@@ -64,7 +64,11 @@ class PlainChosen:
     def attend(
         self, q_CHX: Tensor, latents_SX: Tensor, chosen_CK: Tensor, rank: int, scale: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sums of latents (C, H, rank), log-sum-exp and largest score (C, H), and the attention averaged over heads (C, K)."""
+        """Returns the weighted sums of latents (C, H, rank), log-sum-exps and largest scores (C, H), and mean attention
+        (C, K).
+
+        The mean of the attention probabilities is over heads.
+        """
         parts = []
         for some in _some(chosen_CK, q_CHX):
             latents_CKX, none_C1K = gathered(latents_SX, chosen_CK[some])
@@ -87,8 +91,10 @@ class PlainChosen:
         scale: float,
         dlatents_SX: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of q (C, H, X), and the sums of latents (C, H, rank). du: gradient of these sums; mean: its product with the sums;
-        dlatents: the gradients of latents are added to it.
+        """Returns the gradients of q (C, H, X), and the weighted sums of latents (C, H, rank).
+
+        du: gradient of these sums. mean: product of du and the sums. dlatents: receives the gradients of latents by
+        addition.
         """
         rank, dq, out = du_CHR.size(-1), torch.empty_like(q_CHX), torch.empty_like(du_CHR)
         for some in _some(chosen_CK, q_CHX):
@@ -105,26 +111,26 @@ class PlainChosen:
 
 
 def absorbed(q_CHQ: Tensor, w_uk_HPR: Tensor, nope: int) -> Tensor:
-    """Queries on latents, [W_UK^T q_nope | q_rope], fp32 (C, H, X)."""
+    """Returns queries that act on latents, [W_UK^T q_nope | q_rope], fp32 (C, H, X)."""
     q_CHQ = q_CHQ.float()
     return torch.cat([torch.bmm(q_CHQ[..., :nope].transpose(0, 1), w_uk_HPR).transpose(0, 1), q_CHQ[..., nope:]], -1)
 
 
 def gathered(rows_SX: Tensor, chosen_CK: Tensor) -> tuple[Tensor, Tensor]:
-    """The chosen rows (C, K, X), the first one in place of -1; and where there is none, (C, 1, K)."""
+    """Returns the chosen rows (C, K, X), and a mask (C, 1, K) of missing rows. The first row replaces a missing one."""
     rows_CKX = rows_SX.index_select(0, chosen_CK.flatten().clamp(min=0)).view(*chosen_CK.shape, -1)
     return rows_CKX, (chosen_CK < 0).unsqueeze(1)
 
 
 def _blocks(batch: int, length: int) -> Iterator[tuple[int, slice]]:
-    """Sequences and blocks of their queries."""
+    """Yields each sequence with each block of its queries."""
     for b in range(batch):
         for first in range(0, length, THRESHOLDS.attention_queries):
             yield b, slice(first, min(first + THRESHOLDS.attention_queries, length))
 
 
 def _some(chosen_CK: Tensor, q_CHX: Tensor) -> Iterator[slice]:
-    """Queries whose keys are gathered at a time."""
+    """Yields slices of queries whose keys are gathered at one time."""
     (count, keys), (_, heads, width) = chosen_CK.shape, q_CHX.shape
     size = max(1, THRESHOLDS.attention_scores // (keys * (width + heads)))
     for first in range(0, count, size):

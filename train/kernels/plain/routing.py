@@ -1,4 +1,4 @@
-"""The router's computation on its logits, in torch operations (train/model/router.py has the formulas).
+"""Computes a router's choice and gates from its logits, in torch operations. train/model/router.py has the formulas.
 
 Shapes: B sequences, T positions, E experts, K = top_k, G groups, N sequences or samples that are counted separately.
 """
@@ -55,8 +55,10 @@ class _Whole:
         return ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / self._length
 
     def spread(self, frequency_NE: Tensor, length: int) -> Tensor:
-        """The frequency f for every position, times its weight relative to a position of a sequence of `length`
-        positions: (B, 1 or T, E)."""
+        """Returns the frequency f for every position, times the weight of the position: (B, 1 or T, E).
+
+        The weight is relative to the weight of a position in a sequence of `length` positions.
+        """
         return frequency_NE.unsqueeze(1)
 
 
