@@ -1,8 +1,9 @@
 """FP8 matmuls for the model: DeepSeek-V3's mixed precision (paper 3.3).
 
-The model calls this object for its matmuls and never branches on the precision. Embedding, output head, router, norms
-and the attention core do not use it and stay in high precision. Parameters and buffers contain no FP8 state: every
-matmul computes its scales from the current values. So a checkpoint of a bf16 run resumes in FP8, and the reverse.
+The model calls an `Fp8Precision` object for its matmuls and never branches on the precision. Embedding, output head,
+router, norms and the attention core do not use it and stay in high precision. Parameters and buffers contain no FP8
+state, because every matmul computes its scales from the current values. So an FP8 run can resume from a checkpoint of
+a bf16 run, and a bf16 run from one of an FP8 run.
 
 Shape suffixes: R rows sorted by expert, D width, F inner width, E experts.
 """

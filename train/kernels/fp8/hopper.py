@@ -145,7 +145,7 @@ class DeepGemmMatmuls:
 
 
 def load_deep_gemm() -> ModuleType:
-    """The module DeepGEMM, in a version that has the kernels and is compatible with the installed torch."""
+    """Imports DeepGEMM in a version that has the kernels and is compatible with the installed torch."""
     require_fit(deep_gemm=True)
     try:
         return importlib.import_module("deep_gemm")
@@ -270,7 +270,7 @@ class HopperEngine:
         return self._casts.swiglu_backward(h.q, gates_P, da_PF, h.scale)
 
     def recompute_swiglu(self, h: Source, gates_P: Tensor) -> Tensor:
-        # the same kernel, so the same bits; its other results from the zeros are ignored
+        # the same kernel gives the same bits; its other results, computed from the zeros, are ignored
         da_PF = gates_P.new_zeros(h.shape[0], h.shape[1] // 2, dtype=torch.bfloat16)
         return self.swiglu_backward(h, gates_P, da_PF)[0]
 
@@ -286,8 +286,11 @@ def has_mx_tiles(fp8: Fp8) -> bool:
 
 
 def check_gpu_operands(fp8: Fp8) -> None:
-    """Check that the operands suit a GPU: E4M3, on Hopper 1x128 by 128x128 weights, on Blackwell 1x32 by 1x32. Raises
-    UserError."""
+    """Check that a GPU supports the operands. Raises UserError.
+
+    All operands must be E4M3. Hopper needs 1x128 tiles and 128x128 blocks of weights. Blackwell needs 1x32 tiles for
+    both.
+    """
     mx = has_mx_tiles(fp8)
     for name in FP8_OPERANDS:
         operand = getattr(fp8, name)

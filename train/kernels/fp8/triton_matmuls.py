@@ -12,7 +12,7 @@ have no padding: a program reads and writes only the rows of its tile that belon
 each expert are complete tiles, with zeros after the real columns (`quantize_columns`). All other sizes are multiples of
 128. A dense GEMM is a grouped GEMM with a single expert.
 
-A tile has one 64-bit position, and its elements have 32-bit offsets from this position. With a 64-bit pointer for each
+A tile has one position, and its elements have 32-bit offsets from this position. With a 64-bit pointer for each
 element, the loop over the contraction would be 10 % slower, and the loop of a dense Wgrad a third slower. In a large
 GEMM a program computes two adjacent tiles, 128 rows by 256 columns, which share the rows. It computes them one after
 another, because both sums fill half of the registers, and the GEMM of one tile fills a quarter. bench/RESULTS.md lists

@@ -13,16 +13,16 @@ Each kernel reads its input once and writes FP8 values and fp32 scales in the la
     swiglu_backward     a, dh and dw from h and da                                       see train/kernels/fp8/swiglu.py
     quantize_mx         (R, C) -> q (P, Q) and one scale per row and 32 columns          every MXFP8 operand, also SwiGLU's output
 
-The input of `quantize_columns` may itself be FP8 with a scale per row and 128 columns, or E5M6. It is dequantised while
-it is read, so a saved input is converted from 1x128 to 128x1 for Wgrad in one pass (paper 3.5.2). Divisions are IEEE
-(`div_rn`), because `/` is approximate on NVIDIA GPUs and would break the equality. Columns are multiples of 128, and so
-are the rows of weights; the caller pads. Other row counts are arbitrary: the missing rows of the last tile count as
-zeros, are never read, and are written where a GEMM reads them.
+The input of `quantize_columns` may be FP8 with a scale per row and 128 columns, or E5M6. The kernel dequantises such an
+input while it reads it. So one pass converts a saved input from 1x128 to 128x1 for Wgrad (paper 3.5.2). Divisions are
+IEEE divisions (`div_rn`). `/` is approximate on NVIDIA GPUs, and the bits would differ. The number of columns must be a
+multiple of 128, and so must the number of rows of weights; the caller pads. Other row counts are arbitrary. The missing
+rows of the last tile count as zeros. They are never read, and the kernel writes them only if a GEMM reads them.
 
-`quantize_mx` alone reads tensors of any strides and sizes, so a transpose is a view. It writes scales as Blackwell's
-GEMMs read them, in E8M0 (a byte, the exponent of a power of two plus 127). A block of 128 rows by 4 scales has 512
-bytes; the scales of row r begin at byte 16 (r mod 32) + 4 (r div 32). The blocks follow one another along the
-contraction, then along the rows (cuBLAS 13, "1D Block Scaling Factors Layout").
+Only `quantize_mx` reads tensors of any strides and sizes, so its input may be a transposed view. It writes E8M0 scales
+in the layout that Blackwell's GEMMs read. An E8M0 scale is a byte: the exponent of a power of two plus 127. A block of
+128 rows by 4 scales has 512 bytes. The scales of row r begin at byte 16 (r mod 32) + 4 (r div 32). The blocks are
+ordered first along the contraction, and then along the rows (cuBLAS 13, "1D Block Scaling Factors Layout").
 
 The module needs triton and is imported only where its kernels run. Shape suffixes: R rows, P rows of whole tiles, C
 columns, Q columns of whole tiles.
@@ -40,7 +40,7 @@ from train.kernels.fp8.groups import most_tiles, on_device
 QUANTIZE_ROWS = 32
 """Rows per program."""
 BACKWARD_ROWS = 8
-"""Rows per program of `swiglu_backward`, which holds several values per element; more rows would need most of the
+"""Rows per program of `swiglu_backward`. It needs several values for each element, so more rows would need most of the
 registers."""
 QUANTIZE_COLUMNS = 32
 """Columns per program of `quantize_columns`."""
@@ -62,7 +62,7 @@ def _scales(amax, maximum: constexpr, floor: constexpr, pow2: constexpr):
 
 @triton.jit
 def _cast(scaled, maximum: constexpr, dtype: constexpr):
-    """Clamp, and round to the format. NaN stays NaN."""
+    """Clamp the values and round them to the format. NaN stays NaN."""
     return tl.clamp(scaled, -maximum, maximum, propagate_nan=tl.PropagateNan.ALL).to(dtype)
 
 
