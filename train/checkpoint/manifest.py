@@ -79,7 +79,7 @@ class Meta(dict[str, Any]):
     """
 
     def __init__(self, path: Path, stored: dict[str, Any]):
-        """path: of the file that contains the meta."""
+        """path: the path of the file that contains the meta."""
         super().__init__(stored)
         self._path = path
 

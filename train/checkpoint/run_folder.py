@@ -167,7 +167,10 @@ def _me() -> str:
 
 
 def _holder(handle: int, path: Path) -> str:
-    """Returns the process that a lock file names, and whether this process can still hold the lock."""
+    """Returns a text for the process that holds the lock.
+
+    The lock file names a process. If this process has ended, another process holds the lock, and the text says so.
+    """
     text = os.pread(handle, 200, 0).decode(errors="replace").strip()
     holder = re.fullmatch(r"process (\d{1,9}) on host (.+)", text)
     if holder is None or (holder[2] == socket.gethostname() and not lives(int(holder[1]))):

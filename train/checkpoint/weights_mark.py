@@ -22,8 +22,8 @@ from parallel.shard import Shard
 FillShards = Callable[[dict[str, Shard]], Any]
 """Fills shards of weights and balance biases, by their names in a checkpoint."""
 BLOCK, BLOCKS_AT_ONCE = 1 << 14, {"cpu": 4, "cuda": 512}
-"""Elements of a block, and number of blocks that are summed at once on each device. On a CPU they fit in the caches
-of a core. On a GPU they are enough for an efficient kernel launch."""
+"""BLOCK is the number of elements of a block. BLOCKS_AT_ONCE is the number of blocks that one call sums on each device
+type. On a CPU these blocks fit in the caches of a core. On a GPU they are enough for an efficient kernel launch."""
 MODULUS = 1 << 64
 """Sums wrap like 64-bit integers."""
 MarkedPart = tuple[str, int, int, int]

@@ -4,10 +4,10 @@ The documents of a pass stay in their order, and eos ends each document. The pas
 stream of tokens. Sample i covers tokens [i S, i S + S] of the stream, S = seq_len. Every rank reads the whole stream
 and keeps its own samples, so a sample is the same in every layout.
 
-The position is a number of samples, as with other data. A checkpoint also holds a mark, which is a position shortly
-before: the pass, the document, and the number of its tokens before the sample. A resumed run reads the documents before
-the mark from the source again and ignores their content. If the source has `state_dict` and `load_state_dict`, it does
-not produce these documents again.
+The position is a number of samples, as with other data. A checkpoint also holds a mark, which names a place in
+the stream shortly before the next sample: the pass, the document, and the number of tokens of this document that belong
+to earlier samples. A resumed run reads the documents before the mark from the source again and ignores their content.
+If the source has `state_dict` and `load_state_dict`, it does not produce these documents again.
 
 S1 = seq_len + 1, B = sequences.
 

@@ -1,12 +1,11 @@
-"""Scores the model's answers to held-out questions, and answers that only have the right format, against the true
-answers.
+"""Compares the model's answers to held-out questions with the true answers, and scores them. Two baselines get a score
+too.
 
 A question is a held-out chat up to its last learnt turn, with the same tokens as in training. The true answer is that
 turn. The model answers greedily, until the chats' stop token or for ANSWER_TOKENS tokens. The score is ROUGE-L: F1 of
 the longest common subsequence of words (Lin 2004; lower case, letters and digits). If nearly all true answers share
-some words, any answer with these words gets a higher score. So two baselines are reported. The first gives each
-question the model's answer to another question. The second answers every question with the most frequent training
-answer.
+some words, any answer with these words gets a higher score. So two baselines are reported. The first baseline takes the
+model's answer to another question. The second baseline answers every question with the most frequent training answer.
 """
 
 import re

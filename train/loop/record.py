@@ -29,7 +29,8 @@ class RankRecorder:
     recorder: CommRecorder | None = None
 
     def name_groups(self, mesh: Mesh) -> None:
-        """Record groups by their names in the layout from now on. A group with several roles gets the names of all."""
+        """Set the names of groups in later records: the names of the fields of `mesh`. If several fields hold the same group,
+        its name joins the names of these fields."""
         if self.recorder is None:
             return
         labels = defaultdict[ProcessGroup, list[str]](list)
@@ -40,7 +41,7 @@ class RankRecorder:
         self.recorder.labels = {group: "/".join(names) for group, names in labels.items()}
 
     def watch_parts(self, parts: ParallelModel) -> None:
-        """Record the current pipeline action and block of this rank from now on."""
+        """Install hooks that record the current pipeline action and block of this rank."""
         if self.ring is None:
             return
         parts.pipeline.on_action = self.ring.act

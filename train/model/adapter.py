@@ -67,10 +67,10 @@ class LoraWeights:
         return y + (parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 
     def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Return operands of one matmul that gives the adapted result.
+        """Return two operands. One matmul of them computes the result of the weight plus the LoRA result.
 
-        The left operand is x with the outputs of A as more columns. The right operand is the weight with B as more
-        columns.
+        The left operand is x, concatenated with the scaled outputs of A. The right operand is the weight, concatenated
+        with B. Both are concatenated along the columns.
         """
         ((name_a, name_b),) = self._names
         dropped, keep = self._drop(x)

@@ -42,8 +42,9 @@ class KeptLse:
 class LargestScores:
     """Records the largest scaled score of each head over all calls since `clear`: most_H, fp32.
 
-    limit: some cores would have to compute the scores a second time. If the log-sum-exp of a query is at most `limit`,
-    such a core may return the log-sum-exp instead. It is an upper bound of the scores.
+    limit: some attention cores do not return the largest score, and would have to compute the scores a second time to
+    find it. If the log-sum-exp of a query is at most `limit`, such a core may return the log-sum-exp instead. The
+    log-sum-exp is an upper bound of the scores.
     """
 
     def __init__(self, heads: int, limit: float, device: torch.device):

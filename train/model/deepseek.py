@@ -297,7 +297,7 @@ class DeepSeekV3(nn.Module):
         self.config, self.has_embedding, self.has_head = config, has_embedding, has_head
         self.losses = Losses(config.mtp_depth)
         self.step = 0
-        """Number of the step, set by the code that runs the step. An adapter's dropout depends on it."""
+        """Index of the current step, set by the code that runs the step. An adapter's dropout mask depends on this index."""
         self.mtp_weight = 0.0
         """Weight lambda of the MTP losses, set by the code that runs the step."""
         self.detaches_mtp = False
@@ -310,7 +310,7 @@ class DeepSeekV3(nn.Module):
         In eval mode the loss of supervised tokens is their sum.
         """
         self.index_weight = 0.0
-        """Weight of the indexers' losses over micro-batches, set by the code that runs the step."""
+        """Weight of the indexers' losses, divided by the number of micro-batches. The code that runs the step sets it."""
         self.observer: Callable[[list[Tensor], Tensor, Positions], None] | None = None
         """A function that eval mode calls with the head's inputs, tokens_BS and the local positions.
 

@@ -231,7 +231,7 @@ class FFN(nn.Module):
         self._recompute, self._kernels = recompute, precision.kernels
 
     def forward(self, x_ND: Tensor, remake: AbstractContextManager) -> Tensor:
-        """remake: the context in which saving x for backward needs no memory (`RMSNorm.with_remake`)."""
+        """remake: a context manager, inside which autograd saves x without extra memory (`RMSNorm.with_remake`)."""
         with remake:
             h_N2F = self.w13(x_ND)
         a_NF = swiglu(h_N2F, None, self._kernels)

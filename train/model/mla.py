@@ -61,8 +61,8 @@ class MLA(nn.Module):
     def forward(self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None) -> Tensor:
         """Return the output of attention, (B, T, D).
 
-        remake: the context in which saving x for backward needs no memory (`RMSNorm.with_remake`). positions: the
-        positions of x; None: all positions of complete sequences.
+        remake: a context manager, inside which autograd saves x without extra memory (`RMSNorm.with_remake`).
+        positions: the positions of x; None: all positions of complete sequences.
         """
         positions = positions or Positions(x_BTD.size(1))
         with remake:

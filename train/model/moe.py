@@ -173,8 +173,10 @@ class MoE(nn.Module):
         self._precision, self.dispatcher = precision, dispatcher
 
     def forward(self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None) -> Tensor:
-        """Return the output (B, T, D). remake: the context in which saving x for backward needs no memory
-        (`RMSNorm.with_remake`)."""
+        """Return the output (B, T, D).
+
+        remake: a context manager, inside which autograd saves x without extra memory (`RMSNorm.with_remake`).
+        """
         gates_TK, ids_TK = self.router(x_BTD, remake, positions)
         x_TD = x_BTD.flatten(0, 1)
         pending = self.dispatcher.dispatch_begin(x_TD, ids_TK, gates_TK, recall())

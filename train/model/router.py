@@ -66,8 +66,8 @@ class Router(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return gate values fp32 (B*T, K), differentiable, and expert ids int64 (B*T, K).
 
-        remake: the context in which saving x for backward needs no memory (`RMSNorm.with_remake`). positions: the
-        positions of x; None: all positions of complete sequences.
+        remake: a context manager, inside which autograd saves x without extra memory (`RMSNorm.with_remake`).
+        positions: the positions of x; None: all positions of complete sequences.
         """
         positions = positions or Positions(x_BTD.size(1))
         logits_BTE = self.score(x_BTD, remake)

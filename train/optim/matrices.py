@@ -46,7 +46,8 @@ STACKS: dict[str, MatrixStack] = {
     r"attention\.kv_down\.": MatrixStack(lambda m, _: [m.kv_rank, m.rope_head_dim]),
     r"\.w13(\.|$)": MatrixStack(lambda _, rows: [rows // 2] * 2),
 }
-"""Maps a pattern in a weight's name to its stack. A weight whose name has no pattern is one matrix."""
+"""Maps a pattern to the stack of the weights whose names match the pattern. A weight whose name matches no pattern is one
+matrix."""
 
 
 def logical_matrices(name: str, shape: Sequence[int], model: Model, by_head: bool) -> list[LogicalMatrix]:

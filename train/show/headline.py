@@ -188,8 +188,8 @@ def total(series: Series, name: str) -> float:
 
 
 def _seconds(series: Series) -> float:
-    """Seconds of training. A record has the duration of its own step only, but the checkpoint stalls of all steps since
-    the previous record."""
+    """Seconds of training. A record has the duration of its own step only. Its checkpoint stall is the sum over all steps
+    since the previous record."""
     return _steps_per_record(series) * total(series, "step_seconds") + total(series, "checkpoint_stall_seconds")
 
 

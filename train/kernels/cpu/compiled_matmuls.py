@@ -99,7 +99,7 @@ def parts_by_rows(starts: Sequence[int], rows: Sequence[int], columns: int, cont
 
 
 def parts_by_sums(starts: Sequence[int], rows: Sequence[int], outer: int, columns: int) -> list[Part]:
-    """Returns one matmul for every expert, which contracts over the rows of the expert."""
+    """Returns one matmul for every expert. The matmul sums over the rows of the expert."""
     return [(0, outer, 0, s, s + n, e * outer * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=True))]
 
 

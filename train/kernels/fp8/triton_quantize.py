@@ -68,8 +68,10 @@ def _cast(scaled, maximum: constexpr, dtype: constexpr):
 
 @triton.jit
 def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr, least: constexpr = 0):
-    """End of each expert's rows, and its number of tiles of 128 rows, at least `least`; 0 tiles for slots after the
-    last expert."""
+    """Returns the end of each expert's rows, and each expert's number of tiles of 128 rows.
+
+    An expert has at least `least` tiles. Slots after the last expert have 0 tiles.
+    """
     slot = tl.arange(0, slots)
     end = tl.load(ends_ptr + slot, mask=slot < experts, other=0)
     start = tl.load(ends_ptr + slot - 1, mask=(slot > 0) & (slot < experts), other=0)
@@ -484,8 +486,10 @@ def swiglu_tiles(
 
 
 def swiglu_backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor, in_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a (P, F) and dh (P, 2F) in bf16, and the gradient of the gates (P,). in_scale: of h, as returned by
-    `swiglu_tiles`."""
+    """Returns a (P, F) and dh (P, 2F) in bf16, and the gradient of the gates (P,).
+
+    in_scale: the scale of h, as returned by `swiglu_tiles`.
+    """
     rows, width = _sizes(da_PF)
     a_PF = torch.empty_like(da_PF, dtype=torch.bfloat16)
     dh_P2F = da_PF.new_empty(rows, 2 * width, dtype=torch.bfloat16)

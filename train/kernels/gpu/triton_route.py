@@ -20,7 +20,7 @@ from train.model.operations import RouterCounters, RoutingRule
 ROUTE_TOKENS = 8
 """Tokens of one sequence per program."""
 SUM_BLOCKS = 16
-"""Blocks of tokens whose sums are added at a time."""
+"""Number of blocks of tokens whose sums one step of a loop adds."""
 
 
 @triton.jit

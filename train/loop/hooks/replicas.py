@@ -146,7 +146,8 @@ class StateCheck:
     on_skip = on_update
 
     def note(self, step: int) -> None:
-        """Note the sums of bits if this step is due. Call this method after the update of every step."""
+        """Compute and store the sums of bits, if this step is one of the checked steps. Call this method after the update of
+        every step."""
         self._left = (step, self._sums()) if self._every and step % self._every == 0 else None
 
     def require_unchanged(self) -> None:
