@@ -78,12 +78,13 @@ class Interrupts:
     def __init__(self) -> None:
         """Create it before the command imports its modules."""
         self.code = EXIT_INTERRUPTED
-        """Exit code of a command that Ctrl-C ends, once it is known."""
+        """Exit code of this process if Ctrl-C ends it. When the command has returned, its exit code replaces this
+        value."""
         self._process, self._begun, self._ended, self._asked = os.getpid(), False, False, False
         signal.signal(signal.SIGINT, self._take)
 
     def __enter__(self) -> None:
-        """Note that the modules are imported. From now on the command may have resources to close."""
+        """Record that the command's modules are imported. After this call, the command may have resources to close."""
         self._begun = True
         sys.unraisablehook = self._dropped
 

@@ -19,8 +19,8 @@ STEP_PHASES = (STEP_PHASE, "on_step")
 PATIENT_PHASES = ("checkpoint", "on_start", "on_step", "on_save", "on_checkpoint", "on_end")
 """Phases in which a disk, a network or user code may work without news: saves, uploads and callbacks."""
 STEP_FLOOR, OTHER_FLOOR = 7.0, 30.0
-"""Silences up to these seconds are never late: the first in steps, the second in other phases, where a disk may be
-slow.
+"""A run is never late before it was silent for this many seconds. The first value applies to steps. The second value
+applies to other phases, in which a disk may be slow.
 """
 KILL_ON_CPU, KILL_ON_GPU = 60.0, 120.0
 """Defaults of `cluster.kill_after`, in seconds."""
@@ -88,7 +88,7 @@ class Patience:
         return min(ceiling, max(floor, room * max(times, default=ceiling)))
 
     def kill_limit(self, doing: str) -> float:
-        """Return the seconds without any progress after which the run is ended in this phase."""
+        """Return how many seconds the ranks may make no progress in this phase before the run is ended."""
         floor = self._kill_after or (KILL_ON_GPU if self.on_gpu else KILL_ON_CPU)
         if doing in PATIENT_PHASES:
             floor = max(floor, self._timeout)

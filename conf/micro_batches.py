@@ -16,7 +16,7 @@ MICRO_BATCH_TOKENS = 4096
 
 
 def batch_sizes(config: Config) -> list[int]:
-    """Return all possible numbers of sequences per step: the steps of the ramp, and the full batch."""
+    """Return every batch size of the run, in sequences: each size of the batch-size ramp, and the full batch."""
     start, step = config.optim.batch_ramp_start or config.batch_size, config.optim.batch_ramp_increment
     return [*range(start, config.batch_size, step), config.batch_size]
 

@@ -95,7 +95,8 @@ VALUES = {
     ("precision", "float32"): ("fp32", "is float32"),
     ("cluster.device", "gpu"): ("cuda", "uses GPUs"),
 }
-"""Maps a key and a typed value, in lower case, to the intended value and its effect."""
+"""Maps a key and the value that the user typed to the value that the user meant and the effect of that value. The typed
+value is in lower case here."""
 
 NO_TENSOR_PARALLELISM = "there is no tensor parallelism: parallel.pp distributes layers, parallel.ep experts, parallel.cp positions, and parallel.zero=3 weights"
 ACCUMULATION = "each rank accumulates gradients over batch_size / (micro_batch_size x parallel.dp) micro-batches: set batch_size and micro_batch_size"

@@ -100,9 +100,8 @@ class Pulse:
         self._last -= self._every
 
     def answers(self, now: float) -> Iterator[tuple[str, int]]:
-        """Yield nodes whose answer to their last question arrived since the previous call, with the number of that
-        question.
-        """
+        """Yield (node, number of the question) for each node that has answered the driver's newest question since the
+        previous call of this method."""
         for way in self._sockets.values():
             while True:
                 try:

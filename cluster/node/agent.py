@@ -269,9 +269,9 @@ class Agent:
         default).
 
         attempt: the attempt to which the offsets belong; the answer has no output of other attempts. patience: maximum
-        seconds to wait for news. These events are news: an attempt began with rank 0 on this node; an attempt ended
-        before it began; a rank reported a failure or ended; a part of the state in memory is complete; the node will be
-        removed.
+        seconds to wait for news. These events are news: an attempt began with rank 0 on this node; an attempt was ended
+        before this node received the order to start it; a rank reported a failure or ended; a part of the state in
+        memory is complete; the node will be removed.
         """
         self._asked = asked = time.monotonic()
         while (left := asked + patience - time.monotonic()) > 0 and not self._has_news(patience - left):

@@ -80,9 +80,10 @@ def build_dispatcher(
     """Build a dispatcher. All layers of a rank may share it, because it keeps no state between uses.
 
     name: parallel.dispatch. experts: routed experts of a layer. wire, quantized: see `build_wire`. ep_group: the
-    expert-parallel group (None: this rank alone). inter_group: the ranks that have this rank's index on their node;
-    intra_group: the ranks of this node (None: only this rank). ranks_per_node: number of consecutive ranks of the group
-    on one node. groups: the router's expert groups. width: hidden width. Raises UserError if the sizes do not fit.
+    expert-parallel group (None: this rank alone). inter_group: one rank of every node, the rank with the same local
+    index as this rank; intra_group: the ranks of this node (None: only this rank). ranks_per_node: number of
+    consecutive ranks of the group on one node. groups: the router's expert groups. width: hidden width. Raises
+    UserError if the sizes do not fit.
     """
     coded = build_wire(wire, quantized)
     places = ExpertPlaces(experts, coded, ep_group, inter_group, intra_group, ranks_per_node, groups, width)

@@ -287,7 +287,8 @@ class ChainDispatcher(ExchangeDispatcher):
         return collect(rows_CD, flight.plan.fans[0]), side_CX
 
     def _back_message(self, rows_CD: Tensor, fan: FanOut, side_MX: Tensor | None) -> Tensor:
-        """Return summed rows as words, followed by their side words. The sums are written directly into the message."""
+        """Return the messages of one hop back, as int32. Each message is an encoded sum of rows, followed by its side
+        data. The sums are written directly into the messages."""
         wire, width, dtype = self._back_wire, rows_CD.shape[1], rows_CD.dtype
         if side_MX is None:
             return wire.encode(collect(rows_CD, fan)).view(torch.int32)

@@ -119,7 +119,8 @@ def _encode_kernel(
 ):  # fmt: skip
     """Run `Fp8Wire.encode` for four tiles of some rows.
 
-    A row has units * ALIGN bytes, so the compiler knows a divisor.
+    A row has units * ALIGN bytes. ALIGN is a compile-time constant, so the compiler knows that ALIGN divides the size
+    of a row.
     """
     rows = tl.program_id(0) * ENCODE_ROWS + tl.arange(0, ENCODE_ROWS)
     first = tl.program_id(1) * ENCODE_TILES

@@ -46,7 +46,7 @@ def what_runs(action: Action, one_piece: bool) -> str:
 
 
 def stages_ahead(actions: Sequence[Action], one_piece: Collection[int] = ()) -> dict[int, int]:
-    """Return all stages of a rank except the one whose last backward comes last in the rank's list.
+    """Return the stages of a rank whose gradients are complete before the rank's last stage ends.
 
     The keys are these stages, in the order in which they end; each value is the index of the stage's last backward
     action. one_piece: stages as in `what_runs`.
@@ -75,13 +75,11 @@ class Program:
         """Raises AssertionError if the ranks wait for each other in a circle."""
         self.actions = actions
         self._kinds: dict[tuple, tuple[int, Action]] = {}
-        """Actions that differ only in their micro-batches are one kind. Maps each kind to its number and its first
-        action.
-        """
+        """Actions that differ only in their micro-batches are of one kind. Maps each kind to its index and to the first
+        action of this kind."""
         self._steps: list[tuple[int, int, list[int]]] = []
-        """For each action: the rank, the number of its kind, and the indices in this list of inputs from other
-        ranks.
-        """
+        """For each action: its rank, the index of its kind, and a list. The list has the indices, in `_steps`, of the
+        actions on other ranks whose results this action needs."""
         last = max(part.stage for line in actions for action in line for part in _parts(action))
         position = [0] * len(actions)
         made: dict[tuple[str, int, int], int] = {}

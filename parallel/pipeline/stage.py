@@ -80,7 +80,8 @@ class Stage(PipelineStage):
         self._one_piece = getattr(module, "backward_in_one_piece", False)
         """Whether the module's backward cannot be split. In that case the backward of inputs does all of it."""
         self._graphs: dict[int, Node | None] = {}
-        """The graph of every micro-batch between the two parts of its backward; see `kept_graph`."""
+        """Maps a micro-batch to its autograd graph. It has an entry for each micro-batch whose backward of inputs has
+        run and whose backward of weights has not; see `kept_graph`."""
 
     def _get_init_p2p_neighbors_ops(self):
         # torch 2.11 sends a first message to the neighbours of every stage. A rank that holds two neighbouring stages

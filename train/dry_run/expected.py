@@ -103,7 +103,8 @@ def _is_here(job: Config, device: torch.device) -> bool:
 
 
 def _with_load(config: Config, piece: DryRunPiece) -> Config:
-    """The recipe with plan.imbalance set to this rank's rows divided by the mean rank's rows."""
+    """Returns the recipe with plan.imbalance set to this rank's number of expert rows divided by the mean over all
+    ranks."""
     imbalance = sum(piece.load.per_token_L) / piece.job.model.top_k
     return replace(config, plan=replace(config.plan, imbalance=imbalance))
 

@@ -1,8 +1,8 @@
 """Measures the memory of one rank in all phases of a run: its start, a step, other work, and restarts from its files.
 
 Other work is saving to disk, copying to memory, exporting, averaging the weights, and validation. Each phase runs the
-code of a real run. In a dry run, the rank is alone. Its files are then those of a job with one rank, in which each of
-its shards is a complete tensor.
+code of a real run. In a dry run, the rank is alone. So it writes files like a job with one rank. In these files, each
+shard of the rank is stored as a complete tensor.
 """
 
 import gc
@@ -95,12 +95,13 @@ class RunPhases(ExitStack):
         self.peaks[phase] = PhaseBytes(device + copied * on_cpu, host + copied * (not on_cpu))
 
     def go_on(self, parts: ParallelModel, state: RunState, tokens_BS: Tensor, meter: PeakMeter) -> None:
-        """Do all work of a run outside of its steps once. As in a run, its buffers stay. `begin_again` frees them."""
+        """Run each kind of work that a run does outside of its steps, once. As in a run, the buffers of this work are
+        kept. `begin_again` frees these buffers."""
         for phase in self._do(parts, state, tokens_BS[: self._config.micro_batch_size]):
             self.mark(phase, meter)
 
     def begin_again(self) -> None:
-        """Measure restarts, when only the run's files are left."""
+        """Measure restarts. The memory of the previous start is freed, so only the run's files are left."""
         self._held = ()
         for phase, fill, source in (
             ("resume", self._resume, self._paths.checkpoints),

@@ -158,7 +158,8 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
 
 
 def spares(mean: float) -> int:
-    """The smallest number of spare nodes that suffices in a share COVERED of the time.
+    """Returns the smallest sufficient number of spare nodes. Sufficient means: for at least the fraction COVERED of the
+    time, no more nodes are under repair than there are spares.
 
     mean: average number of nodes under repair. The number at any time has a Poisson distribution.
     """

@@ -379,19 +379,22 @@ def _count_index(products: int, index: IndexVectors, seen: SeenKeys, out: Any) -
 
 
 def _count_chosen(out: ChosenOutput, given: ChosenInput) -> Work:
-    """Computes scores and sums of latents, and multiplies queries by W_UK and outputs by W_UV."""
+    """Returns the work of attention over chosen keys. The matmuls are: queries times W_UK, scores with the latents, the
+    weighted sum of the latents, and this sum times W_UV."""
     X, R, up = _widths(given)
     return _over_chosen(given.chosen_BTK, given.q_BTHQ.shape[2], X, X + R, up, _size((out, given)))
 
 
 def _count_chosen_backward(out: Any, dout_BTHV: Tensor, given: ChosenInput, *rest: Any) -> Work:
-    """Recomputes scores and sums. Then computes the gradients of scores, queries, latents and weights."""
+    """Returns the work of the backward of attention over chosen keys. The backward recomputes the scores and the
+    weighted sums of latents. Then it computes the gradients of scores, queries, latents, W_UK and W_UV."""
     X, R, up = _widths(given)
     return _over_chosen(given.chosen_BTK, given.q_BTHQ.shape[2], 2 * X, 3 * X + 3 * R, 3 * up, _size((out, given)))
 
 
 def _count_chosen_loss(out: IndexLoss, index: IndexVectors, chosen_BTK: Tensor, **rest: Any) -> Work:
-    """Computes scores, and the gradients of queries and keys."""
+    """Returns the work of the indexer's loss over chosen keys. It consists of the scores and the gradients of queries
+    and keys."""
     *_, H, I = index.q_BTHI.shape
     return _over_chosen(chosen_BTK, H, 2 * I, 3 * I, 0, _size((out, index)))
 
@@ -489,7 +492,7 @@ def _attention_counter(name: str) -> Callable[..., Work]:
 
 @cache
 def _pairs(seen: Rectangle) -> int:
-    """Number of pairs of a query and a key that it sees."""
+    """Returns the number of pairs (query, key) in which the query attends to the key."""
     keys = seen.last_key - seen.first_key
     return sum(min(max(query + seen.before + 1, 0), keys) for query in range(seen.last_query - seen.first_query))
 

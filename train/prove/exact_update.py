@@ -3,7 +3,7 @@
 In fp32, rounding errors in directions with a small singular value could hide a fault.
 
 The repeated update uses the run's own optimizer code and data exchange, but weights, gradients and state are in fp64.
-The results are only evidence. The run continues from its own update.
+Only the judge reads the results of the repeated update. The run continues from its own update.
 """
 
 from collections.abc import Callable

@@ -198,8 +198,8 @@ def _add_rows(
 def _swiglu_back(
     call: PartCall, high: PlainFormat, order: Bound, cancels: bool, h: NearNumbers, da: Total
 ) -> low.SwigluSlopes:
-    """The gradients of SwiGLU. cancels: whether da is a sum of rounded terms that may cancel. Its size is then the sum
-    of their magnitudes."""
+    """The gradients of SwiGLU. cancels: whether da is a sum of rounded terms that may cancel. If so, rounding errors
+    are measured relative to the sum of the terms' magnitudes."""
     back = low.swiglu_backward(h, call.get("gates"), low.rounded(da, high, order.value * da.size), high)
     if not cancels:
         return back

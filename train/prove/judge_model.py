@@ -105,13 +105,13 @@ class WholeModel:
 
     def _here(self, value: Tensor, name: str, rank: Evidence, number: int, count: int | None = None) -> Tensor:
         """The part of `value` that belongs to a rank's samples and positions. Samples and positions may share one axis.
-        count: number of positions, if there may be more than usual."""
+        count: number of positions that the rank recorded; None: the usual number."""
         by_sample = value if value.size(0) == self.batch_size else value.unflatten(0, (self.batch_size, -1))
         return by_sample[rank.rows(number)][:, self._places(rank, name, count)]
 
     def _places(self, rank: Evidence, name: str, count: int | None) -> list[int]:
-        """The positions of an output in a sequence that a rank has. count: their number. Embeddings have more positions
-        after every piece, because MTP modules look ahead."""
+        """The positions in a sequence for which a rank has this output. count: number of positions that the rank
+        recorded. An embedding also has some positions after every piece, because MTP modules look ahead."""
         config, info = self.at.config, rank.info
         here = places_of(info, config.seq_len, depth_of(name))
         if info.cp == 1 or count in (None, len(here)):

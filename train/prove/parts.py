@@ -9,8 +9,9 @@ Keys are part.WHAT/NAME/NUMBER. NUMBER counts the calls of the part, from one mi
 
     linear layer, norm     x, y, and the gradients dy, dx; of every call, also of recomputed calls
     router                 x, dx; `EvidenceWatch` records gates and choices
-    experts                x, gates, counts, y, dy, dx, dgates; between the matmuls h and dh; rows sorted by expert
-    LoRA A and B           dropped, which is the input after dropout; dropped_a for the second matmul of experts
+    experts                x, gates, counts, y, dy, dx, dgates; the first matmul's output h and its gradient dh; rows
+                           are sorted by expert
+    LoRA A and B           the input after dropout, as `dropped`; for the second matmul of experts, as `dropped_a`
     attention              q, k, v, y, and the gradients dq, dk, dv, dy; not if ranks share sequences
     embedding              ids, y, dy
     output head            x, dx of each depth, under head.DEPTH, and its loss y with dy

@@ -76,8 +76,8 @@ class PlainCall:
 class PolicyModel(PlainModel):
     """The model with a main loss from this file. The losses of MTP modules are still cross-entropies.
 
-    calls: the losses of a step. tensors_BT: values for each target by name: (B, T). They are the inputs of the losses,
-    `temperatures` and `weights`.
+    calls: the losses of a step. tensors_BT: maps a name to a tensor (B, T) with a value for each target. The names are
+    those of the losses' inputs, `temperatures` and `weights`.
     """
 
     calls: Sequence[PlainCall] = ()

@@ -183,8 +183,8 @@ def drawing(key: str) -> torch.Generator:
 
 
 def middle_score(config: Config) -> float:
-    """A limit of attention scores between the initial scores: some heads are above it and others below. Uses one
-    thread."""
+    """Returns a limit for attention scores. The initial scores of some heads are above this limit, and those of other
+    heads are below. Uses one thread."""
     torch.set_num_threads(1)
     values, batch = read_values(config), Samples(config).batch(0, 1)
     weights = {name: weight.double() for name, weight in initial_weights(config).items()}

@@ -1,11 +1,12 @@
 """Measures memory and work of a model part by running its real code on the meta device under a Ledger.
 
 A chunk is a chain of parts: embedding, blocks, and the end (final norm, MTP modules, head and loss). Each part runs
-alone, forward and backward. Before the part, a border creates its input. After the part, a border creates its incoming
-gradient. So input and gradient live as long as in the chain. train/plan/memory/chunk.py joins the passes of parts to
-passes of a chunk. The code here does not need to know which tensors a layer saves.
+alone, forward and backward. `_Entry` creates the part's input, and `_Exit` creates the gradient of its output. Both
+tensors are freed at the same time as in a complete chunk. train/plan/memory/chunk.py combines the passes of parts to
+passes of a chunk. This file does not need to know which tensors a layer saves.
 
-All sizes are in bytes. Weights do not count. Their gradients count only in a first backward, which allocates them.
+All sizes are in bytes. Weights do not count. The gradients of weights count only in a first backward, which allocates
+these gradients.
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D model width.
 """
@@ -101,7 +102,8 @@ class Scene:
     sequence. No rank has more positions."""
     adapter: FrozenSection[Adapter] = NO_ADAPTER
     holds_weights: bool = False
-    """Whether the FP8 casts of weights are computed once per step and stay. Only `trace_casts` counts these casts."""
+    """Whether each FP8 cast of a weight is computed once per step and kept until the step ends. Only `trace_casts`
+    counts the memory of these casts."""
     learns_index: bool = False
     """Whether the indexers of sparse attention are trained."""
     warms_index: bool = False
@@ -153,7 +155,8 @@ Result = TypeVar("Result")
 
 
 def traced_once(trace: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorator that caches a trace. Scenes that differ only in settings that the part does not see share the trace."""
+    """Decorator that caches traces. Two scenes use the same trace if they differ only in settings that do not affect
+    the part (`seen_by`)."""
     made = lru_cache(maxsize=4096)(trace)
     return lru_cache(maxsize=4096)(wraps(trace)(lambda scene, part, *rest: made(seen_by(part, scene), part, *rest)))
 
@@ -233,9 +236,10 @@ def _trace_casts(scene: Scene, part: str) -> int:
 
 @lru_cache(maxsize=4096)
 def seen_by(part: str, scene: Scene) -> Scene:
-    """A copy of the scene with the same fixed values for all settings that this part does not see.
+    """A copy of the scene in which all settings that do not affect this part have fixed values.
 
-    The part's name tells whether its block is recomputed or offloaded. A part without experts sees no expert settings.
+    The part's name tells whether its block is recomputed or offloaded. Expert settings do not affect a part without
+    experts.
     """
     model: Model = scene.model.section
     kind, away = kind_of(part), part.partition(AWAY)[2]
@@ -254,8 +258,8 @@ def seen_by(part: str, scene: Scene) -> Scene:
 
 
 class Run:
-    """Runs one part between its borders under a ledger. Call `forward`, then either `backward`, or `inputs` and
-    `weights`."""
+    """Runs one part under a ledger, between `_Entry` and `_Exit`. Call `forward`, then either `backward`, or `inputs`
+    and `weights`."""
 
     def __init__(self, scene: Scene, part: str, first: bool = False):
         self.device = torch.device("meta")
@@ -297,7 +301,7 @@ class Run:
 
     @property
     def casts(self) -> int:
-        """Bytes of the weight casts that exist so far and stay."""
+        """Bytes of the weight casts that were made so far and are kept for the whole step."""
         return self._precision.weights.count_bytes() if isinstance(self._precision, Fp8Precision) else 0
 
     def forward(self, leaves: bool = False) -> Forward:

@@ -118,8 +118,8 @@ def node_bytes(config: Config, sizes: Sequence[int]) -> int:
 
 
 def host_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Bytes that a host lacks in its memory, or in the folder of copies in memory, whichever is more; 0 if the sizes
-    are unknown."""
+    """Returns how many bytes are missing on a host: in its memory or in the folder of in-memory copies, whichever is
+    more. Returns 0 if the sizes are unknown."""
     has = host_memory(config)
     return max(host_bytes(config, ranks) - has if has else 0, copies_lacking(config, ranks), 0)
 

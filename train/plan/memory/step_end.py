@@ -2,12 +2,13 @@
 weights.
 
 The simulation follows DeepSpeed buffer by buffer (parallel/zero/private_names.py names DeepSpeed's code). On small
-models with few micro-batches, the peak of the step is here. At the start, all gradients are in fp32 and not yet sharded
-(parallel/zero/whole_weights.py):
+models with few micro-batches, the end of the step has the step's memory peak. When it begins, all gradients are in fp32
+and not yet sharded (parallel/zero/whole_weights.py):
 
-    own        gradients of a group with only this rank stay unchanged to the end (with bf16 weights)
-    fill       a gradient is copied into the bucket, and its own memory freed; one larger than the bucket stays
-    reduce     when the bucket is full, the slices of every group are joined in a copy and summed over its ranks
+    own        if a process group contains only this rank, its gradients are neither copied nor reduced (bf16 weights)
+    fill       a gradient is copied into the bucket, and its own memory is freed; a gradient that is larger than the
+               bucket is not copied and keeps its memory
+    reduce     when the bucket is full, the slices of every group are joined in a copy and summed over the group's ranks
     keep       with bf16 weights, sums go to a flat shard per group, allocated on first use; with fp32 weights, complete
                gradients are copied into one buffer if this rank keeps a slice of them
     update     group by group; with fp32 weights the shard is first copied into one tensor; the optimizer needs scratch
@@ -16,8 +17,9 @@ With offload (ZeRO 1 and 2), the shard's gradients go to the host during the red
 soon as this rank's slices are copied. With fp32 weights, the shard is not joined in a copy on the device. The scratch
 memory is on the host.
 
-With bf16 weights, a chunk may end before another chunk of the rank. The gradients of this chunk are then reduced first,
-as a separate block. Afterwards, a shard of every group remains (parallel/zero/whole_weights.py).
+With bf16 weights, one chunk of the rank may complete its last backward before another chunk does. The gradients of the
+earlier chunk are then reduced first, as a separate block. After this reduction, only a shard of every group remains in
+memory (parallel/zero/whole_weights.py).
 
 Some gradients are kept only by other ranks. Stage 2 frees them after their own reduction, and stage 1 after all
 reductions.

@@ -127,7 +127,8 @@ class Zero3Memory:
 
     @cached_property
     def _learnt(self) -> tuple[list[list[SharedWeight]], list[tuple[int, bool]], int]:
-        """The weights of each unit, the sequence of visits that DeepSpeed learns, and DeepSpeed's limit in elements."""
+        """Returns the arguments of `follow_gathers`: the weights of each unit, the order of visits that DeepSpeed
+        records in one micro-batch, and the limit of DeepSpeed's prefetch in elements."""
         units = self._units()
         last, depths = len(units) - 1, self._config.model.mtp_depth
         down = range(last, 0, -1)  # each pass starts with the model itself, a unit without weights

@@ -261,8 +261,8 @@ def _bars(
 
 
 def interval_figure(plan: RunPlan, record: dict[str, Any]) -> Figure | None:
-    """Step times with their intervals: of the plan and its later phases, or of a search's layouts. None if the
-    intervals are unknown."""
+    """Returns a figure of step times with their intervals. The figure shows the plan and its later phases or, after a
+    search, the best layouts. Returns None if the intervals are unknown."""
     intervals = plan.step.intervals
     if not intervals:
         return None

@@ -483,7 +483,8 @@ def _near(config: Config, devices: int) -> str:
 
 
 def _nothing_fits(config: Config, found: Search, nearest: _Miss | None) -> UserError:
-    """The error if no layout fits on the devices. nearest: the layout that lacks the least memory, if there is one."""
+    """Returns the error for the case that no layout fits on the devices. nearest: the tried layout that exceeds the
+    devices' memory by the fewest bytes; None if no layout was tried."""
     rule = f"{found.devices} x {config.hardware.name} cannot fit this recipe with any of {found.tried} layouts"
     cures = []
     if nearest is not None:

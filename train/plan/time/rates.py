@@ -201,7 +201,8 @@ def read_calibration(path: str) -> dict[str, Any]:
 
 
 def check_device(config: Config, calibration: Mapping[str, Any]) -> None:
-    """Raise UserError if a calibration does not match the planned device or its number format."""
+    """Raise UserError if a calibration was measured on another device than the planned one. On a CPU, also raise it for
+    another precision or for other compiled kernels."""
     hardware, device = config.hardware, calibration["device"]
     wanted = cpu_name() if hardware.device == "cpu" else hardware.device
     same = device == wanted if hardware.device == "cpu" else wanted in device
