@@ -5,9 +5,9 @@
 fails again, its folder is removed and `poll` returns a warning to the training loop. The next save starts from the
 beginning. Only the save at the end of the run must succeed: if it fails, `finish(required=True)` raises SaveFailed.
 
-A save can get stuck, for example in a write to a disk that does not answer. A stuck save cannot be ended. When the next
-save is due, the training gives up the stuck save, and a warning names the rank. The next save uses other buffers. No
-rank commits the stuck save, even if its write returns later.
+A save can get stuck, for example in a write to a disk that does not answer. A stuck save cannot be ended. At the step
+of the next save, the training gives up the stuck save, and a warning names the rank. The next save uses other buffers.
+No rank commits the stuck save, even if its write returns later.
 """
 
 import json
@@ -35,7 +35,8 @@ SAVE_PATIENCE = 0.8
 """Fraction of the timeout that a save may take before the next save gives it up. The fraction is less than 1,
 because all other ranks may already wait for this rank."""
 GRACE = 0.1
-"""Fraction of the timeout in which a save that is given up must report the reason. Otherwise it counts as stuck."""
+"""Fraction of the timeout. A save that was given up must report the reason within this time. If it does not, it counts
+as stuck."""
 LEAST_GRACE = 1.0
 """Minimum time for that report, in seconds."""
 MOST_STUCK = 2
@@ -60,7 +61,7 @@ class SaveFailed(DiskFailed):
 
 @dataclass(frozen=True)
 class SaveResult:
-    """Result of one save, as far as this rank knows it."""
+    """Result of one save, as one rank knows it."""
 
     step: int
     path: Path | None
@@ -142,7 +143,7 @@ class Checkpointer:
         self._serial = 0
         self._results: deque[SaveResult] = deque()  # the thread appends while the loop polls
         self._unsaved: int | None = None
-        """Step of the last save, as long as it is not known to have succeeded; otherwise None."""
+        """Step of the last save; None when this save is known to have succeeded."""
         self._protected: Path | None = None
         self._best: list[Path] = []
         """Checkpoints that had the lowest held-out loss when they were saved. The last of them may not be complete
@@ -152,7 +153,7 @@ class Checkpointer:
         """Write the state as the checkpoint of `step`. Returns the seconds that the caller was blocked.
 
         The call waits for the previous save. If saves are not asynchronous, it waits for this save too. `meta`: JSON
-        values; the checkpoint contains those of rank 0.
+        values; the checkpoint contains the `meta` of rank 0.
         """
         began = time.perf_counter()
         save, self._unsaved = Save(step, self._serial), step
@@ -209,7 +210,8 @@ class Checkpointer:
         return meta
 
     def keep_best(self, step: int) -> None:
-        """Protect the checkpoint of this step from pruning, until another checkpoint is the best."""
+        """Protect the checkpoint of this step, which has the lowest held-out loss, from pruning. The protection ends at
+        the next such checkpoint."""
         self._best.append(self.committer.root / step_name(step))
 
     def _longest(self) -> float:

@@ -16,8 +16,8 @@ attempt, or the driver of a new launch, raises the number. An attempt stops when
 A process holds one advisory lock while it raises the number, and also while it checks the number and renames a folder.
 So a new attempt cannot start between the check and the rename of an old one. This needs a file system that shares flock
 between hosts (NFSv4, Lustre with -o flock, or one machine). On other file systems a few microseconds remain between
-check and rename. In this time, an intact checkpoint of the old attempt may appear. It counts as older than all
-checkpoints of the new attempt (`Manifest.age`).
+check and rename. In this time, an intact checkpoint of the old attempt may appear. This checkpoint counts as older than
+all checkpoints of the new attempt (`Manifest.age`).
 """
 
 import os
@@ -49,7 +49,7 @@ class AttemptFenced(RuntimeError):
 class SaveAbandoned(RuntimeError):
     """This save cannot be committed. The text names the failed rank and the reason.
 
-    late: no rank failed, but some ranks were late.
+    late: whether the only cause is that some ranks were late, and no rank failed.
     """
 
     def __init__(self, text: str, ranks: Sequence[int] = (), late: bool = False):
@@ -71,8 +71,8 @@ class Save:
 
     step: int
     serial: int
-    """Number of the save within the attempt. It distinguishes the files of a failed save from those of a later save of
-    the same step."""
+    """Index of the save within the attempt. It distinguishes the files of a failed save from the files of a later save
+    of the same step."""
 
 
 class Committer:
@@ -233,8 +233,8 @@ class Committer:
     def prune(self, keep: int, keep_every: int, *protected: Path | None) -> None:
         """Remove old checkpoints on rank 0.
 
-        It keeps the `keep` newest intact checkpoints (0: all), those at multiples of `keep_every` steps, and the
-        `protected` ones. Damaged folders are neither counted nor removed.
+        It keeps the `keep` newest intact checkpoints (0: all), the checkpoints at multiples of `keep_every` steps, and
+        the `protected` checkpoints. Damaged folders are neither counted nor removed.
         """
         if keep == 0:
             return
@@ -273,8 +273,8 @@ class Committer:
             raise SaveAbandoned("this rank continued without the checkpoint, because it took too long", late=True)
 
     def _wait(self, ready: Callable[[], bool], vain: Callable[[], bool]) -> bool:
-        """Call `ready` at growing intervals until it returns true. Returns False after the timeout, or if `vain` is
-        true."""
+        """Call `ready` at growing intervals until it returns true. Returns False after the timeout, or when `vain`
+        returns true."""
         deadline, pause = time.monotonic() + self.timeout, self.poll
         while not ready():
             if time.monotonic() > deadline or vain():

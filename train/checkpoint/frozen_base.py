@@ -24,8 +24,8 @@ def fill_blocks(
 ) -> None:
     """Fill this rank's bytes of one weight in block FP8.
 
-    name: of the weight in a checkpoint. ep: number of ranks that share the experts. held: the bytes of this rank, from
-    position `first` of the weight on, with padding at the end. mark: receives the values that the bytes represent.
+    name: the weight's name in a checkpoint. ep: number of ranks that share the experts. held: the bytes of this rank,
+    from position `first` of the weight on, with padding at the end. mark: receives the values that the bytes represent.
     """
     size, (rows, columns) = blocks.matrix_bytes, blocks.shape[-2:]
     local = range(1) if blocks.experts is None else blocks.experts

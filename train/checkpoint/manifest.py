@@ -13,10 +13,10 @@ The checksums form a chain. The manifest ends with its own CRC-32 and contains t
 contains checksums of the header and of every block of its data file. So a reader that needs a small part of a file
 reads and checks only the blocks with this part. A run uses no byte that was not checked.
 
-There are two verifications. The fast verification checks the manifest, and calls `stat` once for every file to check
-its size. It detects the effects of crashes, full disks and partial copies. It selects the checkpoint to resume from,
-because one process cannot read terabytes at every start. The full verification reads all bytes; tools and tests use it.
-Flipped bits are detected during loading: each rank checks the blocks that it reads.
+There are two kinds of verification. The fast verification checks the manifest, and calls `stat` once for every file to
+check its size. It detects the effects of crashes, full disks and partial copies. It selects the checkpoint to resume
+from, because one process cannot read terabytes at every start. The full verification reads all bytes; tools and tests
+use it. Flipped bits are detected during loading: each rank checks the blocks that it reads.
 
 Nothing is pickled: an untrusted checkpoint may contain wrong values, but it cannot run code.
 """
@@ -305,8 +305,8 @@ class FoundCheckpoint:
 
     manifest: Manifest | None
     warnings: list[str]
-    """Problems of damaged checkpoints, file by file. They cover checkpoints that are newer than the result, and those
-    whose age is unknown because the manifest is damaged."""
+    """Problems of damaged checkpoints, file by file. The list covers checkpoints that are newer than the result, and
+    checkpoints whose age is unknown because the manifest is damaged."""
 
     @property
     def path(self) -> Path | None:
@@ -340,7 +340,7 @@ def checkpoints(root: Path) -> list[Manifest]:
 
 
 def _newest_first(root: Path, warnings: list[str]) -> list[Manifest]:
-    """Returns the intact manifests in `root`, newest first. Adds problems of the others to `warnings`."""
+    """Returns the intact manifests in `root`, newest first. Adds the problems of damaged checkpoints to `warnings`."""
     while True:
         sound: list[Manifest] = []
         damaged: list[str] = []

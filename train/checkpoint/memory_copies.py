@@ -116,7 +116,7 @@ class MemoryCopies:
         return SetId(self.attempt, step, self.world_size).name if step >= 0 else self._resumed
 
     def _oldest_stored(self) -> int:
-        """Returns the newest step whose parts all ranks have stored on both nodes; -1 if there is none."""
+        """Returns the newest step that all ranks have stored on both nodes; -1 if there is none."""
         stored = torch.tensor([self._stored])
         dist.all_reduce(stored, op=dist.ReduceOp.MIN)
         return int(stored)

@@ -169,7 +169,8 @@ def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], roun
 
 
 def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[tuple[int, FilePiece]]:
-    """Yields (rank, piece) pairs that together cover one wanted shard. Elements in several intervals are read once."""
+    """Yields (rank, piece) pairs that together cover one wanted shard. An element that several intervals contain is
+    read only once."""
     entry = _compatible(manifest, name, shard, rounded)
     stop = shard.offset + shard.local.numel()
     spans = [(start, count) for _, start, count in entry.intervals]

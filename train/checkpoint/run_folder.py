@@ -354,7 +354,8 @@ def best_step(folder: Path) -> int | None:
 def check_space(config: Config, checkpoint_bytes: int) -> None:
     """Raise UserError if the disk does not have enough space for the checkpoints.
 
-    It counts the checkpoints that are still missing from `keep`, the one in progress, and the one to resume from.
+    The space must suffice for the checkpoints that `keep` allows and that do not exist yet, for the checkpoint in
+    progress, and for the checkpoint to resume from.
     """
     paths = RunPaths(config)
     there = len(checkpoints(paths.checkpoints))

@@ -106,7 +106,8 @@ class StagingBuffers:
         """Shards that are not completely copied yet."""
 
     def copy(self, shards: dict[str, Shard]) -> None:
-        """Copy the shards. They may change after this method; if `in_pieces` is true, only after `write`."""
+        """Copy the shards. The caller may change them after this method returns; if `in_pieces` is true, only after
+        `write` returns."""
         self.layout, self._live = lay_out_shards(shards), shards
         self._fit(self._room)
         if not self.in_pieces:
@@ -180,7 +181,8 @@ class StagingBuffers:
 
 
 class Checksums:
-    """Computes the CRC-32 of every block of data. The data arrive in views of any size. The last block may be short."""
+    """Computes the CRC-32 of every block of data. The caller passes the data in views of any size. The last block may
+    be shorter."""
 
     def __init__(self) -> None:
         self.all: list[int] = []

@@ -89,7 +89,7 @@ class StoredLora:
     def require_base(self, gather: Callable[[list[MarkedPart]], Iterable[Iterable]] = lambda parts: [parts]) -> None:
         """Raise UserError if the base differs from the base in training. Call it after the base is read completely.
 
-        gather: as in `WeightsMark.text`.
+        gather: see `WeightsMark.text`.
         """
         if self._weights is not None and not same_weights(self._mark.text(gather), self._weights):
             raise self._other
@@ -166,7 +166,8 @@ class StoredWeights:
 
 
 def plain_name(name: str) -> str:
-    """Returns the name of a weight. name: of its tensor in a checkpoint, or of its average."""
+    """Returns the name of a weight. name: the name of the weight's tensor in a checkpoint, or of the weight's
+    average."""
     return f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
 
 
@@ -248,7 +249,8 @@ def weight_bytes(config: Model, item_bytes: int) -> int:
 
 
 def fits_here(config: Config, device: torch.device) -> bool:
-    """Whether machine and device have memory for one process with all weights, beside a run. Loading needs fp32."""
+    """Whether machine and device have enough memory for another process that loads all weights, in fp32, while a run
+    trains."""
     room = psutil.virtual_memory().available
     if device.type == "cuda":
         room = min(room, torch.cuda.mem_get_info(device)[0])
@@ -334,11 +336,11 @@ def load_hf_model(
 ) -> tuple[Model, DeepSeekV3, Path | None]:
     """Loads all weights of a Hugging Face folder into one model on the CPU, in eval mode.
 
-    Returns the model, its configuration, and the path of its tokenizer.json if it exists. dtype: of the weights and of
-    matmuls. Weights are read directly in this dtype, so memory contains the model only once. field: name of the key in
-    errors. kernels: for the operations of the model; torch's operations by default. text_only: leave out the tensors of
-    other modalities. adapter: a PEFT folder to add to the weights. Raises UserError if the folder does not contain an
-    intact DeepSeek-V3 model.
+    Returns the model, its configuration, and the path of its tokenizer.json if it exists. dtype: the dtype of weights
+    and matmuls. Weights are read directly in this dtype, so memory contains the model only once. field: name of the key
+    in errors. kernels: the kernels of the model's operations; torch's operations by default. text_only: leave out the
+    tensors of other modalities. adapter: a PEFT folder to add to the weights. Raises UserError if the folder does not
+    contain an intact DeepSeek-V3 model.
     """
     path = Path(folder).expanduser()
     headers, config, _ = open_model(path, field, text_only)

@@ -30,7 +30,7 @@ SHAPE = [
     "shared_experts",
     "mtp_depth",
 ]
-"""Fields of the model section that determine the names and shapes of its tensors."""
+"""Fields of the model section that determine the names and shapes of the model's tensors."""
 
 
 def require_model(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ class WeightsMark:
     def add(self, name: str, values: Tensor, offset: int) -> None:
         """Add an interval of a tensor. Elements that were already added do not count again.
 
-        name: of the tensor in a checkpoint, or of its average.
+        name: the tensor's name in a checkpoint, or the name of the tensor's average.
         """
         name = f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
         taken, place, stop = self._taken.setdefault(name, []), offset, offset + values.numel()
@@ -67,7 +67,8 @@ class WeightsMark:
     def text(self, gather: Callable[[list[MarkedPart]], Iterable[Iterable[Any]]] = lambda parts: [parts]) -> str:
         """Returns the mark of the parts of all ranks.
 
-        gather: returns the parts of every rank. If replicas have equal intervals, only one of them counts.
+        gather: a function that returns the parts of every rank. If several replicas have the same interval, it counts
+        only once.
         """
         sums: dict[str, int] = {}
         reached: dict[str, int] = {}
@@ -127,7 +128,7 @@ def _block_factors() -> Tensor:
 
 
 def _odd(first: int, count: int) -> Tensor:
-    """Returns `count` odd 64-bit factors, from number `first` on."""
+    """Returns `count` odd 64-bit factors of the sequence, from index `first` on."""
     return _block_factors() if (first, count) == (0, BLOCK) else _mixed(first, count)
 
 

@@ -34,7 +34,8 @@ def check_layout(config: Config) -> None:
 
 
 def _check_offload(config: Config) -> None:
-    """Raise UserError for offloading if every block is recomputed, because nothing is left to offload."""
+    """Raise UserError if the layout offloads activations but recomputes every block, because no activation is left to
+    offload."""
     from train.parallelize import stage_layers
 
     again, longest = config.model.repeated_layers, max(map(len, stage_layers(config)))

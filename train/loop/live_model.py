@@ -35,7 +35,7 @@ class LiveModel:
     def __init__(self, config: Config, rank: RankSetup, chunks: list[DeepSeekV3], state: RunState):
         self._config, self._rank, self._chunks, self.state = config, rank, chunks, state
         self._meta: dict[str, Any] = {"tokenizer": "", "data": "", "held_out": {}}
-        """Entries about the training text in checkpoints, copied from the loaded checkpoint."""
+        """Checkpoint entries about the training text. They are copied from the loaded checkpoint."""
 
     def save(self, folder: Path, step: int) -> Path:
         """See `Engine.save`. step: the last completed step."""

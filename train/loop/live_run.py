@@ -79,7 +79,7 @@ class LiveRun:
     engine: "Engine"
     saver: "Saver"
     writer: "MetricsWriter | None"
-    """The writer of metrics on rank 0; None on the others."""
+    """The writer of metrics on rank 0; None on all other ranks."""
     hooks: Sequence[Any]
     plan: "StepPlan" = field(init=False)
     """Settings of the current step."""
@@ -91,14 +91,14 @@ class LiveRun:
     seconds: float | None = None
     """Duration of the previous step in seconds, without validation and saving; None in an attempt's first step."""
     wants_save: bool = False
-    """Set by a hook that requests a checkpoint of this step."""
+    """Whether a hook has requested a checkpoint of this step. Hooks set this field."""
 
     def __post_init__(self) -> None:
         self.device, self.mesh = self.setup.device, self.setup.mesh
         self.rank, self.folder, self.chunks = self.mesh.rank, RunPaths(self.config).path, self.parts.chunks
         """Rank number, run folder, and this rank's part of the model."""
         self.step = self.state.step
-        """The current step, or the last one."""
+        """Index of the current step, or of the last step."""
 
     def tell(self, method: str, *what: Any) -> None:
         """Call the method with this name on every hook that has it. An exception from a hook ends the run."""

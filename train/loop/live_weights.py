@@ -2,9 +2,10 @@
 
 Ranks hold intervals of Sluice's tensors (parallel/shard.py). Each tensor of a Hugging Face folder is an interval of one
 of Sluice's tensors (train/hf/tensor_names.py). To read the weights, all ranks fill one bucket of Hugging Face tensors
-after another. Each rank writes its own elements into the bucket, which is zero elsewhere, and an all-reduce adds the
-buckets of all ranks. Each element is nonzero on one rank only, so the sum is exact. A rank needs memory for one bucket
-besides its own part of the model. The values are the fp32 master weights, rounded once.
+after another. On each rank the bucket starts with zeros, and the rank writes its own elements into it. Then an
+all-reduce adds the buckets of all ranks. Each element is nonzero on one rank only, so the sum is exact. Besides its own
+part of the model, a rank needs memory for one bucket. The values are the fp32 master weights, rounded to the requested
+dtype.
 """
 
 from collections.abc import Iterable, Iterator

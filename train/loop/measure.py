@@ -1,9 +1,9 @@
 """Combines all ranks' measurements of a step by one all-reduce.
 
-Each rank holds some of the layers and some of the tokens. All ranks have a vector with a place for every measurement of
-every layer. A rank fills in its own measurements and leaves zeros elsewhere, so the sum over all ranks is complete.
-Losses come from the last pipeline stage. Tokens per expert come from every stage, and balance biases from the first
-rank of a stage. Times and traffic come from every rank.
+Each rank holds some of the layers and some of the tokens. Every rank has a vector with one element for each measurement
+of each layer. A rank writes its own measurements and leaves zeros elsewhere. So the sum over all ranks contains every
+measurement. Losses come from the last pipeline stage. Tokens per expert come from every stage, and balance biases from
+the first rank of a stage. Times and traffic come from every rank.
 
 Dimensions: L MoE layers (including those of MTP modules), E experts.
 """
@@ -34,9 +34,9 @@ class MeasuredStep:
     extra_loss: float
     """The user's own loss term (optim.extra_loss); 0 without one."""
     balance_loss: float
-    """Balance loss of the routers, weighted and summed over layers."""
+    """Balance loss of the routers, multiplied by its weight and summed over layers."""
     index_loss: float
-    """Loss of sparse attention's indexers, weighted and summed over layers."""
+    """Loss of sparse attention's indexers, multiplied by its weight and summed over layers."""
     loads_LE: Tensor
     """Number of tokens of the whole batch that were routed to each expert (float64)."""
     biases_LE: Tensor
@@ -64,8 +64,8 @@ class Measure:
         self.indexers = [indexer for chunk in parts.chunks for indexer in chunk.indexers()]
         self.last = next((chunk for chunk in parts.chunks if chunk.has_head), None)
         self.micro_batches = 1.0
-        """Mean number of micro-batches of the data-parallel ranks in this step. The engine sets it, and this rank's
-        losses are divided by it."""
+        """Mean number of micro-batches of the data-parallel ranks in this step. The engine sets this field. This rank's
+        losses are divided by this mean."""
 
     def clear(self) -> None:
         """Reset the counters for a new step."""
@@ -129,7 +129,8 @@ class CollectedMeasures:
     def read(self) -> MeasuredStep:
         """Returns the sums as a `MeasuredStep`.
 
-        Before this call, the host must have waited for later work of the device. Every training step does that.
+        Before this call, the host must have waited for work that the device ran after the copies. Every training step
+        does that.
         """
         losses, loads, biases, scores, clipped, own = self._host.split(self._sizes)
         main_loss, *mtp_losses, extra_loss, balance_loss, index_loss = losses.tolist()

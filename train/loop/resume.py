@@ -40,8 +40,8 @@ class StartingPoint(NamedTuple):
     """The state that a run starts from, as rank 0 found it."""
 
     copy: dict[str, Any] | None = None
-    """Manifest body of a set of copies in memory, if that set is newer than all checkpoints on disk. In this case rank
-    0 did not search the disk."""
+    """Manifest body of a set of copies in memory, if these copies are newer than all checkpoints on disk. If it is set,
+    rank 0 did not search the disk."""
     checkpoint: str | None = None
     """Path of the checkpoint that config.resume selects."""
     notes: Sequence[str] = ()

@@ -21,7 +21,7 @@ class Saver:
     def __init__(self, config: Config, checkpointer: Checkpointer):
         self.checkpointer, self._settings = checkpointer, settings_of(config)
         self.stall = 0.0
-        """Seconds that training waited for a checkpoint since the last record."""
+        """Seconds that training has waited for checkpoints since the last record."""
 
     def save(self, run: LiveRun, final: bool = False) -> None:
         """Begin a checkpoint. final: wait until the checkpoint is complete, and raise an error if it fails."""

@@ -82,7 +82,7 @@ def session(config: Config) -> "Iterator[Session]":
 
 
 class Session:
-    """Offers the methods of `Engine` for all ranks together.
+    """Has the methods of `Engine`, which act on all ranks together.
 
     A batch contains the shares of all data-parallel ranks, in rank order. Methods return numbers and tensors.
     """

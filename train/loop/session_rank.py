@@ -3,8 +3,8 @@
 `python -m train.loop.session_rank CONFIG` is the driver of the ranks. The driver starts each rank with the same
 program.
 
-Rank 0 receives calls from the controlling process, and all ranks execute them. Before any computation, every rank
-checks the batch of all ranks, so that all ranks refuse the same calls. Then each rank uses its own share of the batch.
+Rank 0 receives calls from the controlling process, and all ranks execute them. Before it computes anything, every rank
+checks the complete batch. So all ranks refuse the same calls. Then each rank uses its own share of the batch.
 """
 
 import json

@@ -25,7 +25,7 @@ from train.hf.folder import Folder, match, open_model
 from train.hf.tokenizer_files import check_tokenizer
 
 INDEXER = ".indexer."
-"""The names of an indexer's weights contain this text."""
+"""Text that the names of all indexer weights contain."""
 
 if TYPE_CHECKING:
     from parallel.shard import Shard

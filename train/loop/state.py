@@ -48,7 +48,7 @@ class RunState:
         self._trains_adapter = config.adapter.on
         self._blocks = {name: blocks for chunk in parts.chunks for name, blocks in frozen_blocks(chunk)}
         self.base: dict[str, str] | None = None
-        """Description of an adapter's base, once it is loaded."""
+        """Description of an adapter's base; it is set when the base is loaded."""
         size_LE = len(moe_layers(config.model)), config.model.experts
         self.load_LE = torch.zeros(size_LE, dtype=torch.float64)
         self.idle_LE = torch.zeros(size_LE, dtype=torch.int64)
@@ -81,8 +81,8 @@ class RunState:
     def wanted(self, meta: Mapping[str, Any], *, own_optimizer: bool = True) -> dict[str, Shard]:
         """Returns the shards that this rank reads from a checkpoint with this meta.
 
-        State of a hook is left out if the checkpoint lacks it. If the checkpoint comes from another optimizer, this
-        optimizer's state is set to zero instead.
+        The shards of a hook are left out if the checkpoint does not contain them. If another optimizer wrote the
+        checkpoint, the state of this run's optimizer is set to zero instead.
         """
         shards = self.zero.shards(copies=True)
         if not own_optimizer:
@@ -133,7 +133,7 @@ class RunState:
                 )
 
     def finish_load(self, meta: dict[str, Any]) -> None:
-        """Finish loading after the shards of `wanted` are filled. meta: of the checkpoint."""
+        """Finish loading after the shards of `wanted` are filled. meta: the meta of the checkpoint."""
         self.step, self.samples, self.skipped = meta["step"], meta["samples"], meta["skipped"]
         self.family = ModelFamily(meta.get("family", self.family))  # older checkpoints have only one family
         if best := meta.get("best"):
@@ -169,7 +169,7 @@ def _has(meta: Mapping[str, Any], hook: Any) -> bool:
 
 
 def _apart(shards: Mapping[str, Shard], more: dict[str, Shard]) -> dict[str, Shard]:
-    """Returns `more`, the state of a hook. Raises UserError if `shards` already has one of its names."""
+    """Returns `more`, the shards of a hook. Raises UserError if `shards` already has one of the names in `more`."""
     if taken := sorted(shards.keys() & more.keys()):
         rule = "names tensors that the state of the run already has"
         raise UserError("callbacks", ", ".join(taken), rule, "give the hook's `shards` other names")

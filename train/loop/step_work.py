@@ -20,7 +20,8 @@ _BYTES = ("dispatch_bytes_inside", "dispatch_bytes_across")
 
 
 class StepWork:
-    """Reads the pipeline's timeline and the dispatcher's counters; names as in train/metrics/names.py."""
+    """Reads the pipeline's timeline and the dispatcher's counters. train/metrics/names.py defines the names of the
+    metrics."""
 
     def __init__(self, parts: RankModel, layout: Layout):
         self._timeline, self._layout = parts.pipeline.timeline, layout
@@ -31,19 +32,19 @@ class StepWork:
         self._names = list(self._read())
 
     def clear(self) -> None:
-        """Reset the counters for a new step. They may still include the traffic of a validation."""
+        """Reset the counters for a new step. Before the reset they may include the traffic of a validation."""
         if self._counters is not None:
             self._counters.take()
 
     def collect(self) -> list[float]:
         """Returns this rank's terms of the sums, for the step that has just ended on the device.
 
-        Every rank returns the same number of terms.
+        The list has the same length on every rank.
         """
         return list(self._read().values())
 
     def named(self, sums: Sequence[float]) -> dict[str, float]:
-        """Returns the metrics by name. sums: over the terms of all ranks."""
+        """Returns the metrics by name. sums: the sums of the terms over all ranks."""
         values = dict(zip(self._names, sums, strict=True))
         return {name: int(value) if name in _BYTES else value for name, value in values.items()}
 

@@ -1,7 +1,7 @@
 """Handles the signals that ask a run to save its state and stop after the current step.
 
 After SIGTERM or Ctrl-C the run saves a checkpoint. After SIGUSR2 it copies its state to memory, if it keeps such
-copies. A second Ctrl-C stops the run at once. Before the first step is done, the first Ctrl-C already does that.
+copies. A second Ctrl-C stops the run at once. Before the first step is done, the first Ctrl-C stops the run at once.
 """
 
 import signal
@@ -24,13 +24,13 @@ class StopKind(Enum):
 class StopRequest:
     """Remembers the first signal. A request to save on disk replaces a request to copy to memory.
 
-    All ranks read `pending` once per step and agree on one value.
+    In every step all ranks read `pending`, and agree on one value.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.has_stepped = False
-        """Whether a step is done since the start. Without a step there is no new state to save.
+        """Whether this attempt has completed a step. Without a completed step there is no new state to save.
 
         Before the first step is done, a signal ends the run at once. Otherwise the user might wait very long for the
         start, or for a step of a far too large model.

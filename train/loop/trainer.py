@@ -1,7 +1,8 @@
 """The training loop: runs one optimizer step after another, the same on every rank.
 
 For each step it plans the step, reads this rank's share of the batch, runs the step (training_engine.py) and records
-its metrics. It saves the state when a checkpoint is due. Hooks (live_run.py), which the loop calls, do all other work.
+its metrics. It saves the state every checkpoint.every steps, and when a hook requests a checkpoint. Hooks
+(live_run.py), which the loop calls, do all other work.
 """
 
 import time
@@ -28,7 +29,7 @@ class Trainer:
     """Trains one rank of a run, until the last step or a request to stop."""
 
     def __init__(self, run: LiveRun, stop: StopRequest, copies: "CopiesInMemory"):
-        """copies: copy the state to memory, from which the next attempt may resume."""
+        """copies: the hook that copies the state to memory. The next attempt may resume from these copies."""
         self.run, self.stop, self._copies = run, stop, copies
         self.goes_on = False
         """Whether the run stopped only to let another attempt resume from memory."""

@@ -59,9 +59,9 @@ TERMS = ("mtp", "balance", "biases")
 
 
 def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: float, index_weight: float) -> None:
-    """Set the step's number and the weights of MTP, balance and indexer losses.
+    """Set the index of the step, and the weights of MTP, balance and indexer losses.
 
-    balance_weight, index_weight: alpha / micro-batches.
+    balance_weight, index_weight: the coefficients of these losses, divided by the number of micro-batches.
     """
     for chunk in chunks:
         chunk.mtp_weight, chunk.step, chunk.index_weight = plan.mtp_weight, plan.step, index_weight
@@ -70,14 +70,14 @@ def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: fl
 
 
 class StepTotal(NamedTuple):
-    """Counts over all calls and ranks of a step. The step's sums are divided by them."""
+    """Counts over all calls and ranks of a step. The engine divides the sums of the step by these counts."""
 
     rows: int
     """Number of token sequences."""
     targets: int | None
     """Number of learnt tokens; None if all tokens are learnt."""
     samples: int
-    """Number of samples; number of sequences if samples are not distinguished."""
+    """Number of samples. If a batch does not mark samples, each sequence is one sample."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,12 @@ class Engine:
     ) -> None:
         """Add the gradients of a loss over this rank's share of a batch to the step's gradients.
 
-        loss: a name of `TOKEN_LOSSES`, a function like those in train/model/token_losses.py, or its import path.
-        settings: further arguments of the loss. last: whether this is the step's last call, which reduces the
-        gradients. total: counts over all calls of the step, from `count`; sums over tokens are divided by them. A step
-        with several calls needs it. None: this call is the whole step. terms: a selection of `TERMS`. None: all of
-        them, but without `biases` if experts are replayed, because the routers did not choose these. Raises UserError.
+        loss: a name of `TOKEN_LOSSES`, a loss function as in train/model/token_losses.py, or the import path of a loss
+        function. settings: further arguments of the loss. last: whether this is the step's last call, which reduces the
+        gradients. total: the result of `count` for all calls of the step; sums over tokens are divided by it. A step
+        with several calls needs `total`. None: the step has only this call. terms: a selection of `TERMS`. None: all of
+        `TERMS`, but without `biases` if experts are replayed, because the routers did not choose the replayed experts.
+        Raises UserError.
         """
         batch = self._checked(batch)
         token_loss = self._find_loss(loss, batch, settings)
@@ -169,8 +170,8 @@ class Engine:
     def update(self, step: int | None = None, *, lr: float | None = None) -> StepOutcome:
         """Clip and apply the gradients of the step.
 
-        step: step number in the recipe's schedules; None for the next step. lr: replaces the schedule's learning rate.
-        Nothing is applied if the loss or a gradient is not finite. Raises UserError.
+        step: index of the step in the recipe's schedules; None for the next step. lr: replaces the schedule's learning
+        rate. The method changes nothing if the loss or a gradient is not finite. Raises UserError.
         """
         number = self.step + 1 if step is None else step
         if not 1 <= number <= self._config.steps:
@@ -241,8 +242,8 @@ class Engine:
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of the last step and wait until it is complete. Returns its path.
 
-        folder: of checkpoints. The path is, for example, FOLDER/step_00000012. Training can resume from the checkpoint
-        in any layout, and every mode reads it. Raises DiskFailed.
+        folder: the folder for checkpoints. The returned path is, for example, FOLDER/step_00000012. Training can resume
+        from the checkpoint in any layout, and every mode reads it. Raises DiskFailed.
         """
         return self._between_steps("save").save(folder, self.step)
 
@@ -267,8 +268,8 @@ class Engine:
     def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace weights and balance biases with tensors under Hugging Face's names.
 
-        weights: for example, from the method `weights` of a session, if this engine is a sampler in one process. The
-        optimizer's state does not change. Raises UserError for an unknown name or a wrong shape.
+        weights: pairs of name and tensor. For example, a sampler in one process passes the result of a session's method
+        `weights`. The optimizer's state does not change. Raises UserError for an unknown name or a wrong shape.
         """
         self._between_steps("fill").fill(weights)
 
@@ -303,7 +304,7 @@ class Engine:
         """Run a whole step with the recipe's loss.
 
         batch: this rank's share. stopping: how this rank was asked to stop; the measurements carry it to all ranks.
-        on_phase: see the field.
+        on_phase: as the field `on_phase`.
         """
         self.on_phase, self._moves_biases = on_phase, True
         self._pass(plan, batch, self.count([batch], plan.batch_size), stopping=stopping)
@@ -471,7 +472,7 @@ class Engine:
     def check(self, batch: Batch, micro_batches: int) -> None:
         """Raise UserError if this layout cannot process a batch.
 
-        batch: of one rank, or of all ranks together. micro_batches: number of micro-batches of each rank.
+        batch: the batch of one rank, or of all ranks together. micro_batches: number of micro-batches of each rank.
         """
         config = self._config
         check_given_batch(batch, config.model.vocab_size)
@@ -598,4 +599,5 @@ def _completed(batch: Batch) -> Batch:
 
 
 def _nothing(chunk: int) -> None:
-    """Does nothing, because gradients are complete only after the step's last call."""
+    """Does nothing. The engine uses it in calls that are not the last of a step, because the gradients are not complete
+    yet."""

@@ -24,7 +24,7 @@ class Sums:
     text_bytes: int = 0
     """Number of text bytes in the targets."""
     nats: float = 0.0
-    """Sum of -log p over all targets, computed by the main model."""
+    """Sum of -log p of the main model over all targets."""
     more: tuple[float, ...] = ()
     """Sums of additional measurements."""
 

@@ -16,8 +16,8 @@ from train.loop.live_run import LiveRun
 class Ema:
     """Averages the fp32 master shards of this rank.
 
-    The copy from the device is asynchronous. The average of a step is computed when the weights of the next step
-    arrive. So training never waits for the average.
+    The copy from the device is asynchronous. The hook adds the weights of a step to the average when the weights of the
+    next step arrive. So training never waits for the average.
     """
 
     def __init__(self, masters: dict[str, Tensor], decay: float):

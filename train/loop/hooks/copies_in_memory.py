@@ -26,7 +26,7 @@ class CopiesInMemory:
     def save_and_wait(self, run: LiveRun) -> bool:
         """Copy the state to memory and return whether the copy is complete.
 
-        Before that, it waits until a checkpoint that is being written is on the disk.
+        If a checkpoint is being written, the method first waits until the checkpoint is on the disk.
         """
         return self._copies is not None and self._copy(run, self._copies, waits=True)
 

@@ -27,7 +27,7 @@ from train.metrics.quantities import gib
 CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 NCCL = "NCCL error"
 NO_MEMORY = re.compile(r"Cuda failure[^\n]*out of memory|Failed to CUDA (c|m)alloc")
-"""Matches NCCL's messages if it cannot allocate its own buffers."""
+"""Matches the messages of NCCL when NCCL cannot allocate its buffers."""
 LESS_ON_HOST = "a smaller model.offload (layer:N, attention, ffn), a smaller micro_batch_size, or more ranks of a pipeline (parallel.pp); mode=plan predicts the memory of a node"
 PHASES = {
     "forward_one_chunk": "forward",
@@ -43,7 +43,7 @@ PHASES = {
 }
 """Maps a function name to the phase of a step. The innermost frame with such a name counts."""
 UPDATE = ("step", "Zero"), ("accumulate", "WholeWeights"), ("accumulate", "ShardedWeights")
-"""Functions, with their classes, that run after the last backward."""
+"""Names of functions that run after the last backward, with the names of their classes."""
 SHOWN_CHARACTERS = 400
 """Maximum number of characters that are quoted from a library's message."""
 
@@ -86,7 +86,7 @@ def _explain(config: Config, error: Exception) -> str | None:
 
 
 def _place(chain: list[BaseException]) -> str:
-    """Finds the layer, the phase and the stage, as far as the frames show them."""
+    """Finds the layer, the phase and the stage that the frames show."""
     frames = [frame for error in chain for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
     modules, weights = _names(frames)
     layer = next((name for frame in frames if (name := _layer(frame, modules, weights))), None)
@@ -97,7 +97,8 @@ def _place(chain: list[BaseException]) -> str:
 
 
 def _names(frames: list[FrameType]) -> tuple[dict[int, str], dict[int, str]]:
-    """Returns the global names of modules: by the id of the module, and by the addresses of its weights."""
+    """Returns two maps to the global names of modules. One map has the id of a module as key, the other the addresses
+    of the module's weights."""
     modules: dict[int, str] = {}
     weights: dict[int, str] = {}
     for frame in frames[::-1]:
@@ -155,7 +156,7 @@ def _words(said: str) -> str:
 
 
 def _lighter(config: Config) -> str:
-    """Suggests changes to the recipe that reduce its memory."""
+    """Suggests changes to the recipe that reduce the memory of a run."""
     parallel, model = config.parallel, config.model
     changes = []
     if config.micro_batch_size > 1:

@@ -22,7 +22,7 @@ class Validation:
 
 
 class BestKept:
-    """Requests a checkpoint when the held-out loss is the lowest so far, and records the step in the state."""
+    """Requests a checkpoint when the held-out loss is the lowest so far, and records the step in the run's state."""
 
     def on_start(self, run: LiveRun) -> None:
         if run.state.best is not None:

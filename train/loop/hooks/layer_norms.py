@@ -41,7 +41,8 @@ class LayerNorms:
         record |= self.collect(step)
 
     def keep(self, step: int) -> None:
-        """Call before the update of every step."""
+        """Store a copy of the master weights if this step is measured. Call this method before the update of every
+        step."""
         if self._measures(step):
             self._before = {name: master.to("cpu", copy=True) for name, master in self._masters()}
 

@@ -33,7 +33,7 @@ class Sighting:
 
     layer: int
     boundary: int
-    """Number of the boundary inside the layer."""
+    """Index of the boundary inside the layer."""
     name: str
     """The module's tensor that was not finite: its input, its output or a weight."""
     catching: bool = False
@@ -50,7 +50,7 @@ class RankSightings:
 
     rank: int
     replica: int
-    """The data-parallel rank. Ranks with the same number work on the same samples."""
+    """The data-parallel rank. Ranks with the same data-parallel rank work on the same samples."""
     loss: bool | None
     """Whether this rank's own loss was finite; None on a rank without a loss."""
     gradients: list[str]
@@ -92,7 +92,7 @@ class Watch:
             handle.remove()
 
     def _visit(self, name: str, module: nn.Module, layer: int, boundary: int) -> int:
-        """Watch a module and its children. Returns the number of the module's last boundary."""
+        """Watch a module and its children. Returns the index of the module's last boundary."""
         start = Sighting(layer, boundary, f"the input of {name}")
         for child_name, child in module.named_children():
             boundary = self._visit(f"{name}.{child_name}", child, layer, boundary + 1)
@@ -124,7 +124,8 @@ class Watch:
             self.backward = at
 
     def _see_weights_gradient(self, at: Sighting, param: nn.Parameter, gradient: Tensor | None) -> None:
-        """Check a weight's gradient. Without a gradient from autograd, check the sum to which the GEMM has added it.
+        """Check a weight's gradient. If autograd returns no gradient, the GEMM has added the gradient to a sum; check
+        this sum.
 
         A sum with one non-finite term stays non-finite.
         """

@@ -49,7 +49,7 @@ DISPATCH = {"dispatch_begin": "dispatch", "combine": "dispatch"}
 TRAVELS = "_Dispatch", "_Combine"
 """Name prefixes of the autograd functions in parallel/expert/dispatcher.py.
 
-These functions also wait for rows outside of the methods of `DISPATCH`.
+These functions also wait for rows, and they run outside of the methods in `DISPATCH`.
 """
 OPTIMIZER = "optimizer"
 PART_NAMES = {*(name for methods in METHODS.values() for name in methods.values()), *DISPATCH.values(), OPTIMIZER}

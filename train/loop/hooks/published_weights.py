@@ -24,7 +24,8 @@ KEPT_FOLDERS = 2
 
 
 class PublishedWeights:
-    """Writes the folder of a due checkpoint on rank 0, as soon as the checkpoint is complete.
+    """Writes the folder on rank 0 every checkpoint.weights_every steps, as soon as the checkpoint of the step is
+    complete.
 
     Other ranks wait for rank 0 in the next step.
     """

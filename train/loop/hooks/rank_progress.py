@@ -26,8 +26,8 @@ class RankProgress:
     """Writes the file `cluster.run_files.progress_path`: step, phase, Unix time and measurements of the rank.
 
     phase: step, validation, checkpoint, or the hook method of a callback. sequences: number of sequences in the step,
-    over all ranks. seconds: duration of the previous step. busy: the same without waits for other ranks. Both are null
-    at the start. memory: peak bytes of the rank's device, or of the process on a CPU.
+    over all ranks. seconds: duration of the previous step. busy: duration of the previous step without waits for other
+    ranks. Both durations are null at the start. memory: peak bytes of the rank's device, or of the process on a CPU.
     """
 
     def __init__(self, logs: Path, rank: int, device: torch.device, ring: CommRing | None = None):
@@ -76,7 +76,8 @@ class RankProgress:
                 self._note(f"progress could not be written ({explain_disk_error(error)}); training continues")
 
     def _write_over(self, text: str) -> None:
-        """Overwrite the old text in place, which works on a full disk. A rank with an unchanged file would look hung.
+        """Overwrite the old text in place. This works on a full disk too. If the file did not change, the rank would
+        look hung.
 
         A reader may find a mix of both texts. This is not valid JSON, so the reader ignores it.
         """

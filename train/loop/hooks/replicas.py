@@ -1,10 +1,11 @@
 """Detects flipped bits in weights that have copies on several ranks, and in optimizer state between its uses.
 
 Weights: ranks compare the copies of a weight bit by bit after the backward passes, before the update. The update rounds
-the weights again from the master weights. That would remove a flip, but not its effect on the gradients. Each rank sums
-the bits of each weight as integers, so one flipped bit changes the sum. A reduction of two numbers for each weight
-gives the smallest and the largest sum of all copies. This check does not detect a flip that is already gone, or flips
-in experts that only one rank holds. With ZeRO 3 it detects nothing, because no weight has a copy.
+the weights again from the master weights. So it would remove the flip, but not the wrong gradients that the flip
+caused. Each rank sums the bits of each weight as integers, so one flipped bit changes the sum. A reduction of two
+numbers for each weight gives the smallest and the largest sum of all copies. This check does not detect a flip that is
+already gone, or flips in experts that only one rank holds. With ZeRO 3 it detects nothing, because no weight has a
+copy.
 
 State: master weights and moments must not change between an update and their next read, by an update or a checkpoint.
 Most of them have no copy on another rank. So each rank sums the bits of its shard's tensors after the update of some
@@ -29,7 +30,7 @@ from train.loop.live_run import LiveRun
 SHOWN_WEIGHTS = 4
 """Maximum number of names in a sentence."""
 TAKE_OUT = "a resume from the last checkpoint restores the correct weights. If this happens again on the same device, replace the device"
-"""The fix for a flipped bit, as the end of a sentence."""
+"""The end of an error message: what to do after a flipped bit."""
 
 
 class ReplicasDiffer(RunEnded):
@@ -56,7 +57,7 @@ class ReplicaCheck:
             self.require_equal(step)
 
     def require_equal(self, step: int) -> None:
-        """Compare the copies in a step that is due. Call this method before the update of every step, on all ranks.
+        """Compare the copies every `every` steps. Call this method before the update of every step, on all ranks.
 
         Raises ReplicasDiffer on the ranks that hold a weight with different copies.
         """

@@ -29,9 +29,9 @@ class SkippedSteps:
     def on_skip(self, run: LiveRun, step: int) -> None:
         """Repeat the step on all ranks to find the origin, if it is the first or the last bad step in a row.
 
-        Raises RunDiverged for too many bad steps in a row. At the end of the run, two in a row are too many. If the
-        attempt has made no update, one is too many. Otherwise the run would save the state of an earlier step, which
-        may already be damaged.
+        Raises RunDiverged for too many bad steps in a row. At the end of the run, two bad steps in a row are too many.
+        If the attempt has made no update, one bad step is too many. Without these two rules, the run would save the
+        state of an earlier step, which may already be damaged.
         """
         run.state.skipped += 1
         self._bad_in_a_row += 1

@@ -109,7 +109,7 @@ class Fp8Readings:
 
 
 SETTLED = 2
-"""Number of steps in which all tensor sizes of a run have occurred. After them, all its kernels are compiled."""
+"""Number of steps after which every tensor size of a run has occurred, so that all kernels are compiled."""
 
 
 class Recorder:

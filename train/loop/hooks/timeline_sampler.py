@@ -15,7 +15,7 @@ from train.metrics.names import Record
 from train.metrics.timeline_file import SampledStep, write_timeline
 
 WARM_UP = 3
-"""Number of the attempt's step that is sampled early. One-time work of the first steps is over by this step."""
+"""Index of the early sampled step within the attempt. The first steps have extra work, and this step does not."""
 
 
 class TimelineSampler:
@@ -23,7 +23,7 @@ class TimelineSampler:
 
     def __init__(self) -> None:
         self._steps = set[int]()
-        """The sampled steps, the same on every rank."""
+        """The steps to sample. They are the same on every rank."""
 
     def on_start(self, run: LiveRun) -> None:
         if run.mesh.layout.pp > 1:

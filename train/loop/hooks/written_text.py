@@ -24,7 +24,7 @@ KEPT_SAMPLES = 100
 
 
 class SampleTexts:
-    """Shows a sample of a due checkpoint on rank 0, as soon as the checkpoint is complete.
+    """Shows a sample on rank 0 every log.sample_every steps, as soon as the checkpoint of the step is complete.
 
     Other ranks wait for rank 0 in the next step.
     """
