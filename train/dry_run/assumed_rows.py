@@ -32,8 +32,8 @@ def group_of(config: Config) -> Group:
 
 
 def load_of(config: Config, rank: int) -> Load:
-    """The load that dry_run.routing describes. Raises UserError for a recorded load of another model, and if there is
-    no other rank that could send rows."""
+    """Returns the load that dry_run.routing describes. Raises UserError if the load was recorded in a run of another
+    model, or if no other rank exists that could send rows."""
     group, routing = group_of(config), config.dry_run.routing
     if routing == "balanced":
         return Load.even(group)

@@ -127,7 +127,8 @@ def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch
 
 
 def _items(piece: DryRunPiece, measured: MeasuredRank, planned_peak: int) -> dict[str, ComparedFigure]:
-    """Memory of the rank's permanent state, of its gradients, and of the rest of the peak."""
+    """Returns the memory of the rank's permanent state, the memory of its gradients, and the rest of the memory
+    peak."""
     plan = rank_memory(piece.config, piece.pp_rank, piece.scene, piece.layers).items
     state = ("weights", "master", "moments")
     items = {name: ComparedFigure(measured.items[name], plan.get(name, 0)) for name in state}

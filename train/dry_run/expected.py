@@ -1,7 +1,7 @@
 """Plans the seconds of a rank that runs alone, and corrects the planned step of the job by the measured times.
 
-A lone rank sends nothing: its exchanges, sends, reductions and gathers between ranks take no time. So the planner
-computes its times with links that cost nothing. The corrected step of the job uses the real links:
+A lone rank sends nothing, so its exchanges, sends, reductions and gathers take no time. To plan the lone rank, the
+planner assumes links on which transfers take no time. To correct the planned step of the job, it uses the real links:
 
     every action    its planned time with transfers; its planned computing time is scaled by measured / planned, by kind
     the update      its planned time; reduction and update on the rank are scaled by measured / planned
@@ -56,8 +56,8 @@ class Times:
 
 
 def expect(piece: DryRunPiece, device: torch.device) -> Times:
-    """Plan the times. Raises UserError for a calibration that cannot be used. Leaves out times for which there are no
-    rates, or which the planner does not support."""
+    """Plan the times. Times without a rate and times that the planner does not support are left out. Raises UserError
+    for a calibration that cannot be used."""
     job = piece.job
     if not job.hardware.rates and job.plan.calibration is None:
         return Times(

@@ -1,9 +1,9 @@
 """Runs one rank without the other ranks. It uses the trainer's own parts, on torch's fake process group, which moves no
 data.
 
-Model, schedule, optimizer and DeepSpeed are those of a run. Stand-in stages create the tensors that neighbours would
-send. A stand-in dispatcher replaces the all-to-all, and returns as many rows as `Load` defines. So the values of losses
-have no meaning.
+Model, schedule, optimizer and DeepSpeed are the same as in a run. Stand-in stages create the tensors that neighbours
+would send. A stand-in dispatcher replaces the all-to-all, and returns as many rows as `Load` defines. These tensors and
+rows have arbitrary values, so the losses have no meaning.
 """
 
 import warnings

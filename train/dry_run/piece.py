@@ -66,7 +66,8 @@ class DryRunPiece:
 
 
 def choose_rank(config: Config) -> int:
-    """The rank that the recipe selects. If it selects a pipeline position, this is the first rank at that position."""
+    """Returns the rank that the recipe selects. If the recipe selects a pipeline position, returns the first rank at
+    that position."""
     if config.dry_run.rank != "worst":
         return int(config.dry_run.rank)
     fullest = max(plan_memory(config), key=lambda rank: rank.peak_bytes)

@@ -51,8 +51,8 @@ class RunPhases(ExitStack):
         *,
         is_alone: bool,
     ):
-        """folder: for the files of all ranks. build: builds the rank's model; its argument is True if the weights need
-        not be drawn.
+        """folder: folder for the files of all ranks. build: a function that builds the rank's model. Its argument is
+        True if the weights need not be initialised at random.
 
         is_alone: whether other ranks, or some layers, are absent.
         """
@@ -72,7 +72,8 @@ class RunPhases(ExitStack):
         """The reason if nothing was saved."""
 
     def begin(self, phase: str, fill: Callable[[RunState], None] | None = None) -> tuple[ParallelModel, RunState]:
-        """Start the rank. fill: fills the weights from a source. None: the weights are drawn from the seed."""
+        """Start the rank. fill: a function that loads the weights from a source; None: the weights are initialised from
+        the seed."""
         with self.meter() as meter:
             # DeepSpeed's caches hold tensors of an earlier engine, which a real run does not have.
             before = meter.mark_both()

@@ -31,8 +31,8 @@ class Bound:
 
 
 def chain(model: Model) -> int:
-    """Number of matmuls from a token to the loss and back. Each block has 8 in each direction (attention six, FFN two);
-    the head has one."""
+    """Returns the number of matmuls from a token to the loss and back. Each block has eight matmuls in each direction
+    (six in attention, two in the FFN), and the head has one."""
     return 2 * (8 * (model.layers + model.mtp_depth) + 1)
 
 
@@ -44,7 +44,8 @@ def terms(config: Config) -> int:
 
 
 def computed(proof: str, config: Config) -> Bound:
-    """Bound of outputs, losses and gradients in a check. It covers the rounding errors of the chain of matmuls."""
+    """Returns the bound on errors of outputs, losses and gradients in a check. This bound covers the rounding errors of
+    the chain of matmuls."""
     if proof == "exact":
         return Bound(EXACT, "fp64 rounds by 1e-16, and sums in any order differ by much less than this bound")
     n, K = chain(config.model), terms(config)
@@ -74,8 +75,8 @@ def coarsest(config: Config) -> str:
 
 
 def averaged(proof: str, config: Config, sequences: int) -> Bound:
-    """Bound of losses. In low precision, the rounding errors of tokens are independent, so they average out in a
-    mean."""
+    """Returns the bound on errors of losses. A loss is a mean over tokens. In low precision, the rounding errors of
+    different tokens are independent, so they partly cancel in this mean."""
     bound, tokens = computed(proof, config), sequences * config.seq_len
     if not is_rounded(proof, config):
         return bound
@@ -83,10 +84,11 @@ def averaged(proof: str, config: Config, sequences: int) -> Bound:
 
 
 def chosen(proof: str, config: Config) -> Bound:
-    """Maximum error of scores with which another choice of experts is still correct.
+    """Returns the largest error of the router's scores that rounding may cause. A rank may choose other experts than
+    the reference if an error of at most this size explains the choice.
 
-    The slope of a sigmoid is at most a quarter. A softmax score has a slope of at most a quarter too, but if all logits
-    change, it may change by twice as much.
+    The slope of a sigmoid is at most a quarter. A softmax score has a slope of at most a quarter too. But if all logits
+    change, a softmax score may change by twice as much as a sigmoid score.
     """
     if proof == "exact":
         return Bound(0.0, "the same experts in the same order")

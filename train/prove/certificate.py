@@ -215,8 +215,8 @@ def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
 
 
 def _lines(proof: str, verdicts: list[ProofVerdict]) -> list[str]:
-    """The failures of a check. Without failures: what it compared and how tightly, the largest error, and what it
-    cannot detect."""
+    """Returns lines about a check. If comparisons failed, these lines describe the failures. Otherwise they say what
+    the check compared, how tight the bounds were, how large the largest error was, and what the check cannot detect."""
     if not verdicts:
         return ["did not run"]
     if failed := [verdict for verdict in verdicts if verdict.failed]:
@@ -234,7 +234,8 @@ def _lines(proof: str, verdicts: list[ProofVerdict]) -> list[str]:
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with null in place of infinity and NaN, because JSON has neither."""
+    """Returns a copy of the record in which null replaces infinity and NaN, because JSON has neither of these
+    values."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }

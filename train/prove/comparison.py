@@ -101,11 +101,8 @@ class Comparisons:
         measure: DifferenceMeasure | None = None,
         widen: Callable[[Bound, float], Bound] | None = None,
     ) -> None:
-        """Compare an actual value with the expected value.
-
-        scale: passed to `in_size`, the default measure. widen: called if the error exceeds the bound; returns a wider
-        bound.
-        """
+        """Compare an actual value with the expected value. scale: argument of `in_size`, which is the default measure.
+        widen: a function that is called if the error exceeds the bound, and that returns a wider bound."""
         flat = (torch.as_tensor(one, dtype=torch.float64).detach().flatten() for one in (got, want))
         got_N, want_N = flat
         if len(got_N) != len(want_N):
@@ -132,7 +129,8 @@ class Comparisons:
             self.fail(quantity, name, reason, made.inconclusive, len(got_N), rank)
 
     def acted(self, name: str, times: int, of: int = 1) -> None:
-        """Count how often a mechanism acted that acts only sometimes. of: number of times that it could have acted."""
+        """Record how often a mechanism acted, for a mechanism that does not act in every case. of: number of cases in
+        which the mechanism could have acted."""
         name = f"{name} (check {self.proof})"
         before = self.findings.acted.get(name, (0, 0))
         self.findings.acted[name] = before[0] + times, before[1] + of

@@ -1,4 +1,5 @@
-"""The evidence that one rank records in one step of a proof, and the safetensors file with it, which the judge reads.
+"""Defines the evidence that one rank records in one step of a proof, and the safetensors file in which the rank stores
+it. The judge reads these files.
 
 Tensors have the key KIND/NAME. A tensor of one micro-batch has the key KIND/NAME/NUMBER:
 
@@ -145,8 +146,8 @@ class Evidence:
 
 
 def read_evidence(folder: Path, proof: str) -> Iterator[tuple[int, int, list[Evidence]]]:
-    """The evidence of a check, in order, as (part, step, evidence of all ranks). All files together have gigabytes, so
-    each is read only when it is needed."""
+    """Yields the evidence of a check, in order, as (part, step, evidence of all ranks). All files together have
+    gigabytes, so each file is read only when it is needed."""
     found: dict[tuple[int, int], list[Path]] = {}
     for path in folder.glob(f"{proof}_*.safetensors"):
         part, step = path.name.split(".", 1)[0].removeprefix(f"{proof}_").split("_")
@@ -182,13 +183,14 @@ def count_keys(keys_BTK: Tensor, length: int) -> Tensor:
 
 
 def depth_of(name: str) -> int:
-    """MTP depth of an output. An output at depth k has k positions fewer than the main model's outputs."""
+    """Returns the MTP depth of an output. An output at depth k has k positions fewer than an output of the main
+    model."""
     return int(name.split(".")[1]) + 1 if name.startswith("mtp.") else 0
 
 
 def places_of(info: StepInfo, seq_len: int, depth: int) -> list[int]:
-    """The positions of a sequence that a rank has, at an MTP depth (0: the main model). A sequence is cut into 2 cp
-    pieces; each rank has one from the front and one from the back."""
+    """Returns the positions of a sequence that a rank has, at an MTP depth (0: the main model). A sequence is cut into
+    2 cp pieces. Each rank has one piece of the first half and one piece of the second half."""
     last, size = seq_len - depth, seq_len // (2 * info.cp)
     if info.cp == 1:
         return list(range(last))

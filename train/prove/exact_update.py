@@ -1,6 +1,6 @@
 """Repeats the updates of complete matrices in fp64, with the same shards, owners and groups as the run.
 
-In fp32, rounding errors in directions with a small singular value could hide a fault.
+In fp32, rounding errors in directions with a small singular value are large, and could hide a fault.
 
 The repeated update uses the run's own optimizer code and data exchange, but weights, gradients and state are in fp64.
 Only the judge reads the results of the repeated update. The run continues from its own update.

@@ -42,8 +42,8 @@ WHOLE = ("outputs", "losses", "gradients of weights", "gradients of outputs", "c
 def first_of(differences: Sequence[Difference]) -> Difference | None:
     """The failed comparison that is closest to the origin of a fault.
 
-    The differences are in the order of the computation. In low precision, bounds on outputs of the complete model are
-    wide. There, a difference in a single part is a better sign, even if it is from a later step.
+    The differences are in the order of the computation. In low precision, the bounds on outputs of the complete model
+    are wide. So a difference in a single part is chosen first, even if this difference is from a later step.
     """
     if not differences or not is_blurred(differences[0]):
         return differences[0] if differences else None

@@ -2,8 +2,8 @@
 router.
 
 The inputs are the rank's actual inputs. All arithmetic is in fp64. Values are rounded only where the recipe stores a
-result. Each result also has the sum of the magnitudes of its terms, which is the unit of its rounding errors (`Total`
-in train/prove/low_precision.py).
+result. Each result also has the sum of the magnitudes of its terms. Rounding errors are measured relative to this sum
+(`Total` in train/prove/low_precision.py).
 
 Shapes: as in train/prove/reference.py; N rows.
 """
@@ -53,8 +53,8 @@ def softmax_scale(config: Values) -> float:
 
 
 def unseen(length: int, documents_BT: Tensor | None) -> Tensor:
-    """Mask (1 or B, 1, T, T) that is True for the keys that a query does not see: later keys, and keys of other
-    documents."""
+    """Returns a mask (1 or B, 1, T, T). The mask is True for keys that a query must not attend to: later keys, and keys
+    of other documents."""
     later = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     if documents_BT is None:
         return later
@@ -76,7 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, unseen: Tensor) -> Tot
 
 
 def _shares(q: Tensor, k: Tensor, scale: float, unseen: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax of the scores, and its possible error if scores are summed in fp32."""
+    """Returns the softmax of the scores, and the error that this softmax may have if scores are summed in fp32."""
     p = (q @ k.mT * scale).masked_fill(unseen, -math.inf).softmax(-1)
     off = 8 * FP32 * q.size(-1) ** 0.5 * scale * (q.abs() @ k.abs().mT)
     return p, p * (off + (p * off).sum(-1, keepdim=True))
@@ -116,8 +116,8 @@ def rotated(x: Tensor, config: Values, places: Sequence[int], back: bool = False
 
 
 def key_excess(index_BTS: Tensor, chosen_BTS: Tensor, top_k: int) -> float:
-    """Smallest error of the index scores that explains the rank's choice. It is 0 if every chosen key is among the
-    best. Scores of -inf mark keys that the query does not see."""
+    """Returns the smallest error of the index scores that would explain the rank's choice. The result is 0 if every
+    chosen key is among the best keys. A score of -inf marks a key that the query must not attend to."""
     kth_BT1 = index_BTS.sort(dim=-1, descending=True).values[..., top_k - 1 : top_k]
     worst_BT1 = index_BTS.masked_fill(~chosen_BTS, math.inf).amin(-1, keepdim=True)
     behind = (kth_BT1 - worst_BT1).nan_to_num(0.0, 0.0, 0.0)  # the query sees fewer than top_k keys
@@ -140,8 +140,8 @@ def head(
 ) -> HeadSlopes:
     """The sum of -log softmax(x W^T)[target] divided by `positions`, with its gradients.
 
-    Logits and their gradients are stored in the activation dtype. order: error of a sum because of its order, relative
-    to the sum of the magnitudes.
+    Logits and their gradients are stored in the activation dtype. order: error that the order of the terms may cause in
+    a sum, relative to the sum of the terms' magnitudes.
     """
     summed = matmul(x_ND, NearNumbers(weight_VD))
     logits = rounded(summed, high, order * summed.size)
@@ -177,8 +177,8 @@ def route_scores(x_BTD: Tensor, weight_ED: Tensor, softmax: bool) -> tuple[Tenso
 
 
 def gates(scores_BTE: Tensor, sizes_BTE: Tensor, ids_BTK: Tensor, route_scale: float) -> Total:
-    """The gates of these experts. A rounding error of the logits changes a gate by at most twice that error, relative
-    to the gate."""
+    """Returns the gates of these experts. If the logits have a rounding error of e, the relative error of a gate is at
+    most 2 e."""
     chosen_BTK = scores_BTE.gather(-1, ids_BTK)
     made = route_scale * chosen_BTK / (chosen_BTK.sum(-1, keepdim=True) + 1e-20)
     return Total(made, made * (1 + 2 * sizes_BTE.amax(-1, keepdim=True)), None)
@@ -232,7 +232,8 @@ def route_back(
 
 
 def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:
-    """Smallest error of the scores that explains the rank's choice. It is 0 if the choice is the reference's own."""
+    """Returns the smallest error of the scores that would explain the rank's choice of experts. The result is 0 if the
+    rank and the reference choose the same experts."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     excess = 0.0
     open_NE = torch.ones_like(biased_NE, dtype=torch.bool)

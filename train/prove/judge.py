@@ -239,15 +239,15 @@ class Judge:
         return is_best
 
     def _judge_validation(self, ranks: list[Evidence], after: State) -> None:
-        """Judge the validation loss of every step that has one. This is the last step of each part, or every step of
-        the first part."""
+        """Judge the validation loss, if this step has one. Depending on the configuration, the last step of each part
+        has one, or every step of the first part."""
         if self.run is not None and (self.at.step == self.run.last or self.run.config.log.validate_every == 1):
             judge_validation(self.at, ranks, self._plain(after))
             self.losses[self.at.step] = ranks[0].info.validation_loss or math.inf
 
     def _plain(self, state: State) -> PlainModel:
-        """The reference with these weights. With an adapter, it also has the frozen base weights, which no step
-        changes."""
+        """Returns the reference model with these weights. With an adapter, the model also has the frozen base weights,
+        which no step changes."""
         config = self.at.config
         base = initial_weights(config) if config.adapter.on else {}
         masters = {name.removeprefix("master."): value for name, value in state.items() if name.startswith("master.")}

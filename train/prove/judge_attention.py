@@ -1,5 +1,5 @@
-"""Judges attention on single ranks, including the rotation of queries and keys. A rank has complete sequences or shares
-them.
+"""Judges attention on single ranks, including the rotation of queries and keys. A rank has complete sequences, or it
+shares each sequence with other ranks.
 
 A rank with complete sequences records the inputs and outputs of its attention. If ranks share sequences, each rank has
 the queries of its own positions. It receives latents, and computes the keys and values of all positions from them. In
@@ -155,7 +155,7 @@ def _grown(step: StepParts, q_BHTQ: Tensor, places: Sequence[int]) -> Tensor:
 
 
 def _shared_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
-    """Calls of attention, for every micro-batch on every rank."""
+    """Yields the calls of attention, one for every micro-batch on every rank."""
     model, high_format, depth = step.config.model, step.rounding.high, depth_of(name)
     heads, nope, length = model.heads, model.nope_head_dim, step.config.seq_len - depth
     for rank in step.ranks:

@@ -62,14 +62,14 @@ def judge_reduction(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def _is_by_micro_batch(rank: Evidence) -> bool:
-    """Whether each micro-batch was reduced separately, as at ZeRO 3."""
+    """Whether the gradients of each micro-batch were reduced separately, as at ZeRO stage 3."""
     return any(True for _ in rank.of_kind("sizes"))
 
 
 def _terms_of(weight: str, came: Counter[str]) -> int:
-    """Number of micro-batches that contribute to the gradient of a weight. It is counted at the smallest recorded part
-    that contains the weight. For the head, it is the sum over the head's inputs. In a warm-up of indexers, gradients
-    reach no part, so the number is 1.
+    """Returns the number of micro-batches that contribute to the gradient of a weight. This number is taken from the
+    smallest recorded part that contains the weight. For the head, it is the sum over the head's inputs. In a warm-up of
+    indexers, gradients reach no part, so the result is 1.
 
     came: number of micro-batches with a non-zero gradient, by part.
     """
@@ -82,7 +82,8 @@ def _terms_of(weight: str, came: Counter[str]) -> int:
 
 
 def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]], signs: bool = True) -> State:
-    """The mean of all local gradients over the ranks of a stage. It is computed here, without Sluice's own reduction.
+    """Returns the mean of all local gradients over the ranks of a stage. This function computes the mean without
+    Sluice's own reduction.
 
     signs: if False, the absolute values of the gradients are added.
     """

@@ -160,8 +160,8 @@ def judge_head_back(step: StepParts, name: str) -> None:
 
 
 def _head_calls(step: StepParts) -> Iterator[tuple[PartCall, high.HeadSlopes, Tensor | None]]:
-    """The calls of the head, for the main model and every MTP depth. The last value tells which rows are learnt; None
-    for all rows."""
+    """Yields the calls of the head, for the main model and every MTP depth. The last value of a call tells which rows
+    have a target to learn; None means all rows."""
     order, lora = step.in_rows(step.config.model.hidden).value, WeightLora(step, "head.weight")
     for depth in range(1 + step.config.model.mtp_depth):
         seats = reference.Seats.of(step.batch, depth)
@@ -190,7 +190,8 @@ def _times(one: Total, factor: Tensor) -> Total:
 
 
 def judge_router(step: StepParts, name: str) -> None:
-    """Judge the gates. Also judge by how much the score of a chosen expert is below that of a better one."""
+    """Judge the gates. Also judge by how much the score of a chosen expert is below the score of an expert that was not
+    chosen."""
     model, weight, order = step.config.model, step.weights[f"{name}.weight"], step.in_rows(step.config.model.hidden)
     for call in step.calls.get(name, []):
         ids_BTK, gates = _routed(call, "forward", "ids"), _routed(call, "forward", "gates")
@@ -226,10 +227,10 @@ def judge_router_back(step: StepParts, name: str) -> None:
 
 
 def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivative of the balance loss (paper eq. 17-20) with respect to each share of the scores, and its possible error
-    from near ties: (B, T, E) both.
+    """Returns the derivative of the balance loss (paper eq. 17-20) with respect to each expert's share of a token's
+    scores, and the error that near ties may cause in this derivative. Both have the shape (B, T, E).
 
-    The loss counts experts over complete sequences, or over each sample in a sequence.
+    The loss counts the tokens per expert over a complete sequence, or separately over each sample in a sequence.
     """
     model, info, depth, config = step.config.model, call.rank.info, depth_of(call.name), step.config
     seats = reference.Seats.of(step.batch, depth)

@@ -56,8 +56,8 @@ class LoopJudge:
             self._judge_step(step, ranks)
 
     def _judge_logprobs(self, step: LoopStep, ranks: list[Evidence]) -> None:
-        """Judge the log-probabilities that the ranks asked for between two calls. There, a target belongs to the same
-        sample as the token before it."""
+        """Judge the log-probabilities that the ranks asked for between two calls. Only targets that belong to the same
+        sample as the previous token count."""
         batch = self._batches[0]
         want_BT = self._plain([batch], replayed=True, with_balance=False).logprobs(batch)
         assert batch.documents_BS is not None

@@ -1,8 +1,8 @@
 """Reference for LoRA A and B on single ranks, forward and backward: y = W x + scale B (A x), in the activation dtype.
 
-Every matmul with A or B is rounded once. Its product with the scale is also rounded once, and so is every sum. Only A
-and B are trained. The input after dropout is the input that the rank recorded. The judge checks the dropped fraction
-and the factor of dropout, but not which elements were dropped.
+The result of every matmul with A or B is rounded once. The product of such a result with the scale is also rounded
+once, and so is every sum. Only A and B are trained. The input after dropout is the input that the rank recorded. The
+judge checks the dropped fraction and the factor of dropout, but not which elements were dropped.
 """
 
 import math
@@ -70,7 +70,8 @@ class WeightLora:
         return self._sum([self._round(base), added])
 
     def add_back(self, base: Total | None, dy: NearNumbers, given: LoraCall, add_to: AddTo) -> Total:
-        """The gradient of an input, including the path through A and B. Also adds to the gradients of A and B."""
+        """Returns the gradient of an input, including the path through A and B. Also adds this call's contribution to
+        the gradients of A and B."""
         terms, taken = [] if base is None else [self._round(base)], given.taken()
         for name, dy_p in zip(self.names, dy.x.chunk(len(self.names), -1), strict=True):
             inner, dy_p = self._inner(name, taken, given.times), NearNumbers(dy_p)
@@ -81,8 +82,8 @@ class WeightLora:
         return self._sum(terms)
 
     def widen(self, given: LoraCall, weight: Tensor) -> tuple[NearNumbers, Tensor]:
-        """Operands with which a single matmul computes the layer and LoRA, as in the head. The low-rank inputs are
-        concatenated to x, and B is concatenated to the weight."""
+        """Returns operands for a single matmul that computes both the layer and the LoRA term, as in the head. The left
+        operand is x concatenated with the low-rank inputs. The right operand is the weight concatenated with B."""
         x = given.x
         for name in self.names:
             self._judge_dropout(given)
@@ -90,8 +91,8 @@ class WeightLora:
         return x, weight
 
     def narrow(self, dx: Total, dweight: Total, given: LoraCall) -> Total:
-        """The gradient of the layer's input, from the gradients of the operands that `widen` returned. Also adds to the
-        gradients of A and B."""
+        """Returns the gradient of the layer's input, computed from the gradients of the operands that `widen` returned.
+        Also adds this call's contribution to the gradients of A and B."""
         if not self.names:
             return dx
         (name,), width, taken = self.names, given.x.x.size(-1), given.taken()
@@ -108,7 +109,7 @@ class WeightLora:
         return self._sum([own, self._through(given, self._round(low.matmul(dinner, low.transposed(self._a(name)))))])
 
     def judge_gradients(self, most: float = MOST_INCONCLUSIVE) -> None:
-        """Compare the gradients of A and B, summed over all calls. most: maximum fraction of inconclusive numbers."""
+        """Compare the gradients of A and B, summed over all calls. most: maximum fraction of inconclusive elements."""
         for name, made in self._made.items():
             self._step.compare_gradient(name, made, most=most)
 
@@ -162,7 +163,8 @@ class WeightLora:
         return Total(made, total.size, torch.maximum(more - made, made - less))
 
     def _sum(self, terms: list[Total]) -> Total:
-        """The sum of the terms, if each addition is rounded. The order of the additions may be any."""
+        """Returns the sum of the terms, where the result of each addition is rounded. The bound covers every order of
+        the additions."""
         sides = zip(*((one.x, one.size, low.slack(one)) for one in terms), strict=True)
         x, size, off = (torch.stack(side).sum(0) for side in sides)
         sizes = sum(one.x.abs() for one in terms)

@@ -167,7 +167,7 @@ def _rows(call: PartCall) -> list[int]:
 
 
 def _here(call: PartCall) -> range:
-    """The indices of this rank's experts in the list of all experts."""
+    """Returns the indices of this rank's experts in the list of all experts."""
     first = int(call.tensors["first"])
     return range(first, first + len(call.tensors["counts"]))
 

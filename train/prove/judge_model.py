@@ -121,7 +121,8 @@ class WholeModel:
         return here + [t for end in ends for t in range(end, min(end + config.model.mtp_depth, last))]
 
     def _judge_choice(self, name: str, rank: Evidence, number: int, ids: Tensor) -> None:
-        """Judge the chosen experts. If rounding may change the choice, judge how far apart their scores are."""
+        """Judge the chosen experts. In checks with rounding, ranks may choose other experts than the reference. The
+        scores of the two choices must then be close to each other."""
         at = self.at
         bound = chosen(at.proof, at.config)
         if at.proof == "exact":
@@ -166,8 +167,8 @@ class WholeModel:
         at.compare("chosen keys", f"{name}, their scores", excess, 0.0, bound, rank=rank, scale=scale, widen=widen)
 
     def _chooser(self, name: str) -> str:
-        """The attention that chose the keys of this attention. It is this attention itself, or the nearest earlier one
-        with an indexer."""
+        """Returns the name of the attention that chose the keys for this attention. This is the attention itself, or
+        the nearest earlier attention with an indexer."""
         names = [key.removesuffix(".keys") for key in self.want.seen.values if key.endswith(".keys")]
         before = names[: names.index(name) + 1]
         return next(one for one in reversed(before) if f"{one}.index" in self.want.seen.values)
@@ -187,7 +188,8 @@ class WholeModel:
 
 
 def judge_batch(at: Comparisons, ranks: list[Evidence], batch_size: int) -> bool:
-    """Checks that the ranks' shares form the batch. If this is False, nothing can be compared."""
+    """Checks that the sequences of all ranks together form the batch. If the result is False, nothing can be
+    compared."""
     shares = {(rank.info.first, rank.info.first + rank.micro_batches() * rank.info.micro_batch_size) for rank in ranks}
     starts, ends = (sorted(side) for side in zip(*shares, strict=True))
     if [*starts, batch_size] == [0, *ends]:
@@ -208,8 +210,9 @@ def judge_validation(at: Comparisons, ranks: list[Evidence], plain: PlainModel) 
 
 
 def chosen_by_ranks(ranks: list[Evidence], seq_len: int) -> dict[str, Tensor]:
-    """The choices of the ranks for all tokens of the batch. A router's name has the chosen experts (N, K). The name of
-    an attention plus `.keys` tells whether each query attends to each key (B, T, T)."""
+    """Returns the choices of the ranks for all tokens of the batch, by name. The name of a router maps to the chosen
+    experts (N, K). The name of an attention plus `.keys` maps to a mask (B, T, T), which is True where a query attends
+    to a key."""
     found: dict[str, Tensor] = {}
     for name, calls in calls_by_name(ranks, "forward").items():
         if name.endswith((".ids", ".keys")):

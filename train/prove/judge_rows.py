@@ -60,8 +60,9 @@ class SentRows:
         return _order(*(self.seen[name].flatten() for name in ("ids", "gates", "d_gates")))
 
     def hops(self) -> list[int]:
-        """Number of experts at each kind of place where a token's rows are added before they reach the token's rank: a
-        rank, and a node. Only the kinds that the dispatch uses are listed."""
+        """Returns sizes of groups of experts. On the way back, some dispatches add a token's rows on the rank of the
+        experts, and again on their node. The result has the number of experts on a rank and on a node, if the dispatch
+        adds rows there."""
         info = self.ranks[0].info
         return DISPATCHES[info.dispatch].find_sums(len(self.seen["counts"]), info.ep, info.ep_ranks_per_node)
 
@@ -89,7 +90,8 @@ def judge_rows(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def _judge_sent(at: Comparisons, sent: SentRows, quantity: str, names: tuple[str, str], floor: float) -> None:
-    """Judge rows that tokens sent to experts. names: of the sent and of the received tensor."""
+    """Judge rows that tokens sent to experts. names: two names, first that of the sent tensor, then that of the
+    received tensor."""
     given, arrived = (sent.seen[name] for name in names)
     rows_TD, top_k = given.double(), sent.seen["ids"].size(1)
     if at.config.parallel.wire == "fp8" and sent.ranks[0].info.ep > 1:

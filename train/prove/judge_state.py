@@ -66,8 +66,8 @@ def given_state(config: Config) -> State:
 
 
 def state_from_checkpoint(config: Config, saved: State, tally: Tally) -> tuple[State, Tally]:
-    """The state after a resume, and its counters. It is the saved state. If the optimizer has changed, the optimizer's
-    state starts at 0."""
+    """Returns the state after a resume, and its counters. Both are as in the checkpoint. But if the optimizer has
+    changed, the optimizer's state is 0."""
     if config.prove.first_optimizer in (None, config.optim.name):
         return saved, tally
     kept = {name: tensor for name, tensor in saved.items() if name.startswith(("master.", "bias.", "ema."))}

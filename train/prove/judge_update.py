@@ -126,7 +126,8 @@ def _row_factors(at: Comparisons, ranks: list[Evidence]) -> State:
 
 
 def _size(before: Tensor, after: Tensor, moved: Tensor) -> Tensor:
-    """The size of one fp32 rounding error, for a number and for a value that is added to it."""
+    """Returns the size of one fp32 rounding error for each element. An element is the sum of an old value and a change,
+    and both may be rounded."""
     return UNIT["fp32"] * (torch.maximum(before.abs(), after.abs()) + moved.abs())
 
 
@@ -151,8 +152,8 @@ def _judge_moved(
 def _judge_decay(at: Comparisons, name: str, before: Tensor, got: Tensor, want: Tensor, rounded: Tensor) -> None:
     """Judge the part of an error that is proportional to the weights.
 
-    In this part, the rounding errors of single weights average out. So it reveals a wrong weight decay, even if no
-    weight changes by more than its rounding.
+    In this part of the error, the rounding errors of single weights average out. So this test reveals a wrong weight
+    decay, even if each weight changes by less than its rounding error.
     """
     square = before.square().sum().clamp_min(SMALLEST)
     error = float(((got - want) * before).sum() / square)

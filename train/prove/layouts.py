@@ -101,8 +101,9 @@ def with_two_tiles(config: Config) -> Config:
 
 
 def with_pattern(sparse: SparseAttention, stages: Sequence[int]) -> SparseAttention:
-    """The pattern with as many layers that share choices as fit. Every stage begins with a layer that chooses. If a
-    second layer chooses, a later layer shares its keys. stages: number of layers of each stage."""
+    """Returns a pattern in which as many layers as possible reuse the keys of an earlier layer. The first layer of
+    every stage chooses its own keys. If a second layer of the stage chooses keys too, a later layer reuses them.
+    stages: number of layers of each stage."""
     if "S" not in sparse.pattern:
         return sparse
     letters = {0: "", 1: "F", 2: "FS"}
@@ -204,8 +205,8 @@ def _go_on(config: Config, ranks: int) -> Config:
 
 
 def _held_out(config: Config, ranks: int) -> int:
-    """Number of validation sequences. It is the smallest number from three on that leaves a remainder when the ranks of
-    either layout share the sequences."""
+    """Returns the number of validation sequences. It is at least three. It is the smallest such number that neither of
+    the two layouts can divide evenly among its ranks."""
     other = second_layout(config, ranks)
     passes = {config.micro_batch_size * config.parallel.dp, other.dp} - {1}
     return next(count for count in itertools.count(3) if all(count % size for size in passes))
@@ -221,7 +222,7 @@ def _is_allowed(config: Config) -> bool:
 
 
 def second_layout(config: Config, ranks: int) -> Parallel:
-    """Another layout for this number of ranks. If the rules allow no other, it is the recipe's own."""
+    """Returns another layout for this number of ranks. If the rules allow no other layout, returns the recipe's own."""
     return next((each for each in _others(config, ranks) if _is_allowed(in_layout(config, each))), config.parallel)
 
 

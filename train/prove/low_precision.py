@@ -50,7 +50,8 @@ CURVED = 16 * FP32
 
 @dataclass(frozen=True)
 class PlainFormat:
-    """Numbers with 1 + mantissa significant bits, down to 2^least. Below 2^least, the numbers are equally spaced."""
+    """A number format. Its numbers have 1 + mantissa significant bits. Below 2^least, the numbers of the format are
+    equally spaced."""
 
     mantissa: int
     least: int
@@ -108,8 +109,8 @@ def nearest(x: Tensor, form: PlainFormat) -> Tensor:
 
 
 def rounded(given: NearNumbers | Total, form: PlainFormat, noise: Tensor | float = 0.0) -> NearNumbers:
-    """Rounds numbers to the format. noise: possible error besides `off`. It may change to which side a number is
-    rounded."""
+    """Rounds numbers to the format. noise: possible error of a number, in addition to `off`. Such an error may change
+    the direction in which a number is rounded."""
     x, margin = nearest(given.x, form), noise if given.off is None else given.off + noise
     if isinstance(margin, float) and margin == 0:
         return NearNumbers(x)

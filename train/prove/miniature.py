@@ -248,15 +248,17 @@ def _sequence(cfg: Config, layout: Layout) -> int:
 
 
 def _least(degree: int) -> int:
-    """The smallest prime factor. It divides experts and groups if the degree does."""
+    """Returns the smallest prime factor of a degree. If a degree divides the number of experts or groups, so does its
+    smallest prime factor."""
     return next((part for part in range(2, degree + 1) if degree % part == 0), 1)
 
 
 def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
     """The number of layers, and the value of parallel.split.
 
-    The recipe's split may be a list for more stages. If its first or last stage has no layer, this stays so. If its
-    inner stages differ in length, one inner stage of the miniature differs too.
+    The recipe's split may be a list for more stages than the miniature has. If the recipe's first or last stage has no
+    layer, the same stage of the miniature has none. If the recipe's inner stages have different numbers of layers, one
+    inner stage of the miniature also has another number.
     """
     model, given = cfg.model, cfg.parallel.split
     stages = layout.pp * cfg.parallel.schedule_facts.rank_stages(cfg.parallel.virtual_stages)
@@ -366,8 +368,8 @@ def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
 
 
 def _differences(cfg: Config, small: Config) -> list[str]:
-    """One sentence for every changed setting of the model, its training and its layout. Another one lists all settings
-    that a proof ignores."""
+    """Returns one sentence for every changed setting of the model, its training and its layout. One more sentence lists
+    all settings that a proof ignores."""
     changed = [
         (name, there, here) for name, there, here in _both_values("", cfg, small) if here != there and name not in OWN
     ]

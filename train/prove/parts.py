@@ -77,8 +77,8 @@ class PartsWatch:
         self.seen, self._calls = {}, {}
 
     def is_watching(self) -> bool:
-        """Whether to record now. A layer's recomputation has a graph of its own, which gradients do not reach, so it is
-        not recorded."""
+        """Whether to record now. A layer's recomputation is not recorded, because it builds a separate graph that no
+        gradient reaches through the recorded tensors."""
         return self.is_on and not is_repeated()
 
     def begin(self, name: str) -> str:
@@ -201,7 +201,7 @@ class PartsWatch:
 
 
 class _Passed(Function):
-    """Returns the tensor as a new view. A hook on this view sees only the gradient that comes along this path."""
+    """Returns the tensor as a new view. A hook on this view receives only the gradient that flows through this view."""
 
     @staticmethod
     def forward(ctx, x: Tensor, saw) -> Tensor:
@@ -238,7 +238,8 @@ def _lora_modules(module: nn.Module) -> dict[str, Any]:
 
 
 def first_node(y: Tensor, x: Tensor) -> Any:
-    """The autograd node that takes x. The search starts at y and follows the first argument of each node."""
+    """Returns the autograd node whose first input is x. The search starts at y and follows the first input of each
+    node."""
     node = y.grad_fn
     for _ in range(BETWEEN):
         assert node is not None

@@ -99,8 +99,8 @@ class PerturbedRuns:
         return run_reference_step(moved, self._samples, self._plan)
 
     def _run_swapped(self, near: float) -> ReferenceStep:
-        """A run in which two experts change places in the balance loss, wherever they nearly tie for a token's last
-        choice."""
+        """Runs the step with one change. Where two experts have nearly equal scores for a token's last choice, the
+        balance loss counts one of them in place of the other."""
 
         def best(scores: Tensor, count: int) -> Tensor:
             ordered, ids = scores.sort(dim=-1, descending=True, stable=True)

@@ -119,7 +119,8 @@ def run_pass(proof: str, config: Config, place: Place, device: torch.device, par
 
 
 def in_groups(config: Config, place: Place, device: torch.device) -> RankSetup:
-    """The rank in the process groups of this layout. The previous part may have had another layout."""
+    """Returns this rank's setup with the process groups of this layout. The previous part may have had another
+    layout."""
     mesh = build_mesh(read_layout(config, place.local_world), timedelta(seconds=config.cluster.timeout))
     return RankSetup(device, mesh)
 
@@ -329,8 +330,8 @@ class _Stop(StopRequest):
 
 
 class _LateCheckpointer(Checkpointer):
-    """Behaves like a slow disk: a copied checkpoint is written only at the next save, or at the end of training. A
-    checkpoint in several parts is written at once, because training waits for it.
+    """A checkpointer that behaves like a slow disk. It writes a copied checkpoint only at the next save, or at the end
+    of training. It writes a checkpoint in several parts at once, because training waits for such a checkpoint.
 
     So the proof detects a checkpoint that contains values from after its save.
     """
@@ -442,7 +443,8 @@ class _Gradients:
         self._sizes: dict[str, Shard] = {}
 
     def add_local(self, name: str, gradient: Shard) -> None:
-        """Add up gradients that are reduced in each micro-batch. The sum is more precise than Sluice's own."""
+        """Add up gradients that are reduced in each micro-batch. This sum is more precise than the sum that Sluice
+        computes."""
         held = self._local.get(name)
         if held is None:
             self._local[name] = replace(gradient, local=gradient.local.clone())
@@ -458,8 +460,8 @@ class _Gradients:
 
 
 class _WatchedStep(Engine):
-    """An engine that copies the gradients before the reduction and before the update. last: the step after which it
-    asks to stop."""
+    """An engine that copies the gradients before the reduction and before the update. last: the step after which the
+    engine asks to stop."""
 
     def __init__(self, step: Engine, zero: Zero, saw: Callable[[StepOutcome, _Gradients], None], last: int):
         vars(self).update(vars(step))  # takes over the state of the given engine

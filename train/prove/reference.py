@@ -100,8 +100,8 @@ def swiglu(x_ND: Tensor, w13_2FD: Tensor, w2_DF: Tensor) -> Tensor:
 
 
 def turns(model: Values, seq_len: int, length: int, like: Tensor) -> Tensor:
-    """Rotation angle of pair j at position t: (T, R/2). It is t / theta^(2j/R). YaRN stretches it for long sequences
-    (paper 4.3).
+    """Returns the rotation angle of pair j at position t: (T, R/2). The angle is t / theta^(2j/R). For long sequences,
+    YaRN reduces some angles (paper 4.3).
 
     Some pairs rotate more than beta_fast times over the original length. YaRN keeps their angles. Other pairs rotate
     less than beta_slow times. YaRN divides their angles by `factor`. Between the two, it interpolates linearly.
@@ -189,8 +189,8 @@ class PlainBatch(Protocol):
 
 @dataclass(frozen=True)
 class Seats:
-    """Documents, samples and learnt targets at MTP depth k. There, position i has token i, and predicts token i + k +
-    1."""
+    """Documents, samples and learnt targets at MTP depth k. At this depth, position i has token i, and predicts token i
+    + k + 1."""
 
     documents_BT: Tensor | None
     samples_BT: Tensor | None = None
@@ -263,8 +263,8 @@ class PlainModel:
     def cross_entropy(
         self, state_BTD: Tensor, targets_BT: Tensor, seats: "Seats", learnt: int, alone: bool = False
     ) -> Tensor:
-        """Sum of -log softmax(head state)[target], divided by the number of the main model's targets. MTP depths use
-        this number too (eq. 24).
+        """Returns the sum of -log softmax(head state)[target], divided by the number of the main model's targets. The
+        losses of MTP depths are divided by the same number (eq. 24).
 
         alone: whether the head learns nothing from this loss.
         """
@@ -405,8 +405,8 @@ def choose(model: Values, biased_NE: Tensor) -> Tensor:
 
 
 def group_scores(model: Values, biased_NE: Tensor) -> Tensor:
-    """The score of each group: (N, G). It is the sum of the group's best scores. Their number is how many experts a
-    token takes from a group on average."""
+    """Returns the score of each group: (N, G). The score is the sum of the group's n best scores. n is the average
+    number of experts that a token takes from a chosen group."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     return biased_NE.unflatten(1, (model.groups, -1)).sort(dim=-1, descending=True).values[..., :count].sum(-1)
 

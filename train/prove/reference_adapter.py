@@ -1,7 +1,8 @@
 """An adapter, written like its formula. Every adapted matrix W acts as W + alpha / rank B A. Only B and A are trained.
 
 The reference shares no code with the judged code, only the settings and the names of weights. w13 consists of two
-matrices, one below the other. Each of them has an A and a B of its own. Every expert also has its own.
+matrices, w1 and w3, stacked along the outputs. Each of the two has its own A and B. Every expert also has its own A and
+B.
 
 Shapes: O outputs, I inputs, E experts, F inner width.
 """
@@ -49,8 +50,8 @@ def is_stored_in_blocks(name: str) -> bool:
 
 
 def in_blocks(weight: Tensor) -> Tensor:
-    """The values (..., O, I) after a cast to E4M3. Each 128x128 block has a scale that maps its largest value to
-    448."""
+    """Returns the values (..., O, I) after a cast to E4M3. Each 128x128 block has a scale that maps the block's largest
+    value to 448."""
     found = torch.empty_like(weight)
     for top in range(0, weight.shape[-2], 128):
         for left in range(0, weight.shape[-1], 128):

@@ -17,7 +17,7 @@ cases."""
 
 
 def constant_of(name: str, dims: int) -> float | None:
-    """The initial value if all elements of the weight have the same; None for random weights."""
+    """Returns the initial value if all elements of the weight have the same initial value; None for random weights."""
     if name.endswith(("lora_B", ".bias")):
         return 0.0
     return 1.0 if dims == 1 else None
@@ -32,13 +32,15 @@ def shares(config: Values, name: str, weight: Tensor) -> Tensor:
 
 
 def distance(shares_N: Tensor) -> float:
-    """Kolmogorov distance between the shares and an even distribution, times the square root of the count."""
+    """Returns the Kolmogorov distance between the distribution of the shares and the uniform distribution, times the
+    square root of the number of shares."""
     below, count = shares_N.sort().values, len(shares_N)
     steps = torch.arange(count + 1, dtype=torch.float64) / count
     return float(torch.maximum(steps[1:] - below, below - steps[:-1]).max()) * count**0.5
 
 
 def repeated(weight: Tensor) -> int:
-    """Number of rows that are equal to another row of the weight. All its experts count."""
+    """Returns the number of rows that are equal to another row of the weight. Rows of different experts are also
+    compared."""
     rows = weight.flatten(0, -2)
     return len(rows) - len(rows.unique(dim=0))

@@ -9,9 +9,9 @@
     gspo        ppo with s for r, s the geometric mean of r        Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7
     kl          exp(d) - d - 1, d = ref_logprob - logprob          DeepSeekMath, arXiv 2402.03300, eq. 4
 
-A loss is a function of the N learnt tokens of one sample. The loss of a step is the sum over all samples, in which each
-token is multiplied by its weight, divided by the number of learnt tokens of the step. This file shares no code with the
-judged code.
+A loss is a function of the N learnt tokens of one sample. The loss of a step is a sum over all learnt tokens of all
+samples, divided by the number of these tokens. In this sum, each token's loss is multiplied by the token's weight. This
+file shares no code with the judged code.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -86,8 +86,8 @@ def muon(
 
 
 def qk_factors(config: Values, name: str, scores_H: Tensor) -> dict[str, Tensor]:
-    """Factors for the rows of each weight. They keep all scores at or below the limit (arXiv 2507.20534, 2.1). name:
-    name of the attention."""
+    """Returns factors for the rows of each weight. With these factors, all attention scores are at or below the limit
+    (arXiv 2507.20534, 2.1). name: name of the attention."""
     model, limit = config.model, config.optim.qk_clip
     assert limit is not None
     eta_H1 = (limit / scores_H.double()).clamp(max=1.0).unsqueeze(1)

@@ -7,8 +7,8 @@ attention.
     sparse stage    the same over the chosen keys, beside the language loss                         eq. 4
     shared choice   a layer without an indexer takes the keys of the last layer with one            arXiv 2603.12201
 
-The indexer's inputs and p count as constants, so its gradients go no further. The paper does not define ties. Here, the
-earlier of two keys with equal scores is chosen.
+The indexer's inputs and p count as constants, so the indexer's loss has no gradient for other weights. The paper does
+not say which of two keys with equal scores is chosen. This reference chooses the earlier key.
 
 Shapes: B sequences, T queries or keys, D width, H heads of the indexer, I width of these heads. In scores_BHTT, H are
 the heads of attention.
@@ -102,10 +102,11 @@ def over_chosen(
     learnt_BT: Tensor | None,
     seen: Any,
 ) -> Tensor:
-    """The scores of attention. They are -inf for keys that a query does not attend to. Adds the indexer's loss to the
-    pass.
+    """Returns the scores of attention, with -inf for keys that a query does not attend to. Also adds the indexer's loss
+    to the pass.
 
-    plain: the PlainModel. name: name of the attention. scores: -inf for keys that a query does not see. seen: the pass.
+    plain: the PlainModel. name: name of the attention. scores: attention scores, with -inf for keys that a query must
+    not attend to. seen: the pass.
     """
     config, weights = plain.config, plain.weights
     model, optim, top_k = config.model, config.optim, config.model.sparse.top_k

@@ -78,8 +78,8 @@ def global_norm(gradients_of: dict[str, Tensor]) -> Tensor:
 
 
 def clip_factor(norm: float, optim: Values) -> float:
-    """Factor on the gradients that limits their norm to optim.clip. It adds 1e-6 to the norm, as torch.nn.utils
-    does."""
+    """Returns a factor for the gradients, with which their norm is at most optim.clip. The formula adds 1e-6 to the
+    norm, as torch.nn.utils does."""
     return 1.0 if optim.clip == 0 else min(1.0, optim.clip / (norm + 1e-6))
 
 

@@ -3,8 +3,8 @@
 Tokens have uneven frequencies, so some are frequent and some never occur, as in text. Weights are larger than at the
 start of a training. Norm weights are not 1, and biases are not 0: a fault in a multiplication by 1 or in an addition of
 0 would not be noticed. If a width has several tiles of 128, every second tile of weights, activations and gradients is
-multiplied by STEP or its inverse. So the scale of a neighbouring tile would be far wrong. If the experts' width has
-several tiles, all tokens choose one expert, and no token chooses another one.
+multiplied by STEP or its inverse. So code that uses the scale of a neighbouring tile gets a large error. If the
+experts' width has several tiles, all tokens choose one expert, and no token chooses another one.
 
 Shapes: B sequences, S = seq_len + 1.
 """
@@ -64,7 +64,8 @@ class Samples:
     def _sample(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens, the document of each token, and which tokens are supervised.
 
-        For chats, some rows are padded. Every third row has nothing to learn, so micro-batches differ.
+        For chats, some rows are padded. Every third row has no token to learn, so micro-batches have different numbers
+        of learnt tokens.
         """
         draw, length = drawing(f"{self._config.seed}/sample/{number}"), self._config.seq_len + 1
         share_S = torch.rand(length, generator=draw, dtype=torch.float64)
@@ -145,8 +146,8 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
 
 
 def _stretch(config: Config, weights: dict[str, Tensor]) -> None:
-    """Give the weights of a wide model values at which limits act: some softmaxes would overflow, and some tiles are
-    below a floor."""
+    """Give the weights of a wide model values at which limits act. Some softmaxes would overflow without protection,
+    and the largest values of some tiles are below a floor."""
     queries = config.model.nope_head_dim + config.model.rope_head_dim
     for name in weights:
         if re.search(r"attention\.q(_up)?\.weight$", name):
@@ -160,7 +161,8 @@ def _stretch(config: Config, weights: dict[str, Tensor]) -> None:
 
 
 def _by_tile(width: int, halves: bool = False) -> Tensor:
-    """The factor of each channel. halves: the width consists of two equal parts next to each other."""
+    """Returns the factor of each channel. halves: whether the width consists of two halves, such as gate and up
+    projection."""
     if halves:
         return _by_tile(width // 2).repeat(2)
     return torch.where(torch.arange(width) // TILE % 2 == 0, 1.0, STEP)

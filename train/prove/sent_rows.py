@@ -37,11 +37,11 @@ def summed_rows(
 ) -> tuple[Tensor, Tensor]:
     """The sum of the K rows of every token, and by how much a correct sum may differ from it. Both are (T, D).
 
-    A correct sum is added in fp32 and rounded once, at the token: to bf16 (in_bf16) or to fp32. ids_TK: the expert of
-    each row. hops: places where rows are added on their way to the token, from the first place on. Each is given by its
-    number of experts. Each place rounds its sum and sends it on. by_addition: whether the last sum may be rounded after
-    each addition. The order of additions may also change a result. This happens only if the sum is so close to the
-    middle of two bf16 numbers that it may be rounded to either.
+    A correct sum is computed in fp32 and rounded once, on the token's rank: to bf16 (in_bf16) or to fp32. ids_TK: the
+    expert of each row. hops: places where rows are added on the way to the token, in order. A place is given as the
+    number of experts whose rows are added there. Each place rounds its sum and sends the rounded sum on. by_addition:
+    whether the last sum may be rounded after each addition. The order of additions may also change a result. This
+    happens only if the sum is so close to the middle between two bf16 numbers that it may be rounded to either of them.
     """
     value, off, label = rows_TKD, torch.zeros_like(rows_TKD), ids_TK
     for experts in (*hops, None):

@@ -64,7 +64,7 @@ class StepParts:
     """The recorded parts of all ranks in one step."""
 
     def __init__(self, at: Comparisons, ranks: list[Evidence], before: State, batch: Batch):
-        """before: the state before the step; it has the weights. batch: the batch of the step."""
+        """before: the state before the step, which contains the weights. batch: the batch of the step."""
         info, self.at, self.ranks, self.batch, self.config = ranks[0].info, at, ranks, batch, at.values
         self.rounding = low.read_rounding(self.config.precision)
         self.on_gpu, self.cp = info.device == "cuda", info.cp
@@ -116,8 +116,8 @@ class StepParts:
     ) -> None:
         """Compare one result of a call with the expected result.
 
-        form: format of the result. got: the tensor to compare, if it is only a part of the recorded one. most: maximum
-        fraction of inconclusive numbers.
+        form: format of the result. got: the tensor to compare, if this is only a part of the recorded tensor. most:
+        maximum fraction of inconclusive elements.
         """
         found = call.get(what) if got is None else got
         measure = beyond_rounding(want, form or self.rounding.high, most)

@@ -57,8 +57,8 @@ def size_adamw_roundings(
 ) -> list[Tensor]:
     """One fp32 rounding error for each element of weight, mean and mean of squares.
 
-    It is relative to the terms and not to their sum. If two terms have opposite signs, their sum may be smaller than
-    their rounding errors.
+    The error is relative to the sizes of the terms, and not to the size of their sum. If two terms have opposite signs,
+    the sum may be smaller than the rounding errors of the terms.
     """
     optim, lr = one.config.optim, one.lr
     (weight, mean, _), unit, (beta1, beta2) = before, UNIT["fp32"], optim.betas
@@ -78,8 +78,8 @@ def size_muon_roundings(
 ) -> list[Tensor]:
     """One fp32 rounding error for each element of weight and momentum.
 
-    Newton-Schulz multiplies an error in a singular direction by its factor for this singular value. The smallest
-    singular value has the largest factor, and its error may be in any element.
+    Newton-Schulz multiplies an error in a singular direction by a factor that depends on the singular value. The
+    smallest singular value has the largest factor. The error in its direction may affect any element.
     """
     (weight, momentum), unit, muon = before, UNIT["fp32"], one.config.optim.muon
     terms = muon.momentum * momentum.abs() + gradient.abs()
