@@ -48,8 +48,8 @@ def parallelize(
 ) -> ParallelModel:
     """Build this rank's chunks with weights drawn from config.seed, and wrap them for training.
 
-    restored: the caller fills all weights from a checkpoint, so no weights are drawn. dispatcher, layers (of every
-    stage), share: a dry run passes them to replace those of the layout.
+    restored: the caller fills all weights from a checkpoint, so no weights are drawn. dispatcher, layers (the layers of
+    every stage), share: a dry run passes these arguments, and they replace the objects of the layout.
     """
     in_turn = config.parallel.zero == 3 and not config.adapter.on  # each weight gets its memory only when it is sharded
     model = build_rank_model(config, mesh, device, kernels, restored, dispatcher, layers, share, hollow=in_turn)
@@ -91,7 +91,7 @@ def build_rank_model(
     share: ContextParallel | None = None,
     hollow: bool = False,
 ) -> RankModel:
-    """Builds a rank's model without an optimizer, for mode=prove. hollow: as in `build_chunks`."""
+    """Builds a rank's model without an optimizer, for mode=prove. hollow: see `build_chunks`."""
     if dispatcher is None and mesh.layout.ep > 1:
         dispatcher = make_dispatcher(config, mesh)
     if share is None and mesh.layout.cp > 1:
@@ -185,9 +185,9 @@ def build_chunks(
 ) -> tuple[list[DeepSeekV3], list[int], int]:
     """Builds this rank's chunks with weights drawn from config.seed.
 
-    Returns the chunks, their stage numbers, and the number of stages. layers: of every stage; None for `stage_layers`.
-    restored: as in `parallelize`. host: stores the activations that model.offload moves. hollow: the weights get no
-    memory, and the caller draws them.
+    Returns the chunks, the indices of their stages, and the number of stages. layers: the layers of every stage; None:
+    the result of `stage_layers`. restored: see `parallelize`. host: stores the activations that model.offload moves.
+    hollow: the weights get no memory, and the caller draws them.
     """
     placement = config.parallel.placement
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)

@@ -1,8 +1,8 @@
 """Protects the program's imports, checks its packages, and prepares child processes.
 
-`python -m` looks for packages in the working folder first. So a file such as conf.py or torch.py in this folder would
-replace the real package. The command `sluice` does not search the working folder. This file is imported before all
-others, because files of the user may hide them. It needs only the standard library.
+`python -m` looks for packages in the working folder first. So a file such as conf.py or torch.py in the working folder
+would replace the real package. The command `sluice` does not search the working folder. The program imports this file
+before all other files, because files of the user may hide these other files. This file needs only the standard library.
 """
 
 import importlib.metadata

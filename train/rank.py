@@ -107,7 +107,8 @@ def set_up_rank(config: Config, place: Place) -> RankSetup:
 
 
 def choose_device(config: Config, place: Place) -> torch.device:
-    """Chooses this rank's device, and limits the rank to its share of the cores; for a GPU, near its NUMA node."""
+    """Chooses this rank's device, and limits the rank to its share of the cores. With a GPU, these are cores of the
+    GPU's NUMA node."""
     wanted = config.cluster.device
     torch.set_num_threads(threads_of(config.cluster.threads, place.local_world))
     if config.cluster.deterministic:
@@ -186,7 +187,7 @@ def _report(error: BaseException, place: Place, failures: Path | None) -> int:
 def _tell(failure: Failure, chain: list[BaseException]) -> None:
     """Put the error that was raised first at the front, because the pipeline wraps an error in a long text.
 
-    chain: the error and its causes. The last of them was raised first.
+    chain: the error and its causes. The last element was raised first.
     """
     first = chain[-1]
     frames = traceback.extract_tb(first.__traceback__)

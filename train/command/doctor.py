@@ -98,7 +98,8 @@ def _packages() -> DoctorLine:
 
 
 def requirements() -> list[str]:
-    """Requirements of the installed distribution. If there is none, those in the checkout's pyproject.toml."""
+    """Requirements of the installed distribution. If there is no installed distribution, the requirements in the
+    checkout's pyproject.toml."""
     try:
         return metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:

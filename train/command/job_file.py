@@ -38,7 +38,8 @@ LONGEST = 24
 """Maximum hours that a job requests. A longer run saves a checkpoint before the job's end, and a new job continues
 it."""
 SPARE_TIME = 1.25
-"""Factor on the planned time of all steps. It leaves time for starts, checkpoints and validations."""
+"""The requested time is the planned time of all steps times this factor. So it includes starts, checkpoints and
+validations."""
 FILE_KINDS = ("slurm", "kuberay", "skypilot", "torchrun")
 """Kinds of files; each has a template."""
 ON_RAY = ("slurm", "kuberay")

@@ -20,8 +20,8 @@ class Batch:
     Padding has -1. None unless data.mask_documents is set or samples are packed."""
     supervised_BS: Tensor | None = None
     """bool, same shape: whether a token is supervised. A supervised token has a loss where it is the target. If this
-    field is set, the samples in `documents_BS` are independent: no loss, count or module crosses a sample's border.
-    None: every token is supervised, and the documents form one continuous text."""
+    field is set, the samples in `documents_BS` are independent: no loss, count or module combines tokens of two
+    samples. None: every token is supervised, and the documents form one continuous text."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     """fp32, same shape: inputs of a token loss (train/model/token_losses.py). Each value belongs to its token as a
     target. `weights` multiply the loss, and `temperatures` divide the logits."""
@@ -44,7 +44,7 @@ class Batch:
         """Whether the main model has a loss on each target, bool (B, seq_len); None: on all targets.
 
         A target counts if it is supervised and is not the first token of a sample, because no token predicts the first
-        one.
+        token of a sample.
         """
         if self.supervised_BS is None or self.documents_BS is None:
             return None

@@ -85,7 +85,7 @@ class RenderedChat:
 
 
 class CannotRender(Exception):
-    """A chat that its template cannot render: the reason and the cure."""
+    """The template cannot render a chat. The exception has the reason and the fix."""
 
     def __init__(self, rule: str, cure: str):
         super().__init__(rule)
@@ -128,7 +128,7 @@ class ChatTemplate:
         """Compiles the templates. Raises UserError if a template is broken.
 
         sources: the template under `default`, and optionally a template for chats with tools under `tool_use`. tokens:
-        names of special tokens and other template variables. field, name: for errors.
+        names of special tokens and other template variables. field, name: the key and the template's name in errors.
         """
         self.name, self._field, self._tokens, self._sources = name, field, tokens, sources
         environment = _environment()
@@ -261,7 +261,7 @@ class ChatTemplate:
         return bool(found) and not CLOSED.search(before) and mark not in in_field
 
     def _lost(self, chat: Chat) -> set[int]:
-        """Numbers of the turns whose reasoning field the template drops."""
+        """Indices of the turns whose reasoning field the template drops."""
         marks = {n: f"{PROBE}{n}{PROBE}" for n, message in enumerate(chat.messages) if message.get(REASONING)}
         if not marks:
             return set()
@@ -394,8 +394,9 @@ class ChatTemplate:
     def _by_prefix(self, plain: str, chat: Chat, number: int, at: int) -> PlacedTurn:
         """Finds a turn if the template renders turns with and without content differently.
 
-        Either the text up to this turn is a prefix of the whole text. Or older turns lose their reasoning; then the
-        rest of this turn's text, without the reasoning, follows position `at`. at: end of the previous turn.
+        There are two cases. In the first, the text up to this turn is a prefix of the complete text. In the second,
+        older turns lose their reasoning; then the rest of this turn's text, without the reasoning, follows position
+        `at`. at: end of the previous turn.
         """
         before, message = chat.messages[:number], chat.messages[number]
         turn = self._run([*before, message], chat.tools).rstrip()
@@ -450,7 +451,7 @@ def _forms(content: str) -> Iterator[tuple[str, bool]]:
 
 def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int, bool]] | None:
     """Finds each content between the pieces of a text. Returns its begin, its end, and whether its reasoning is cut;
-    None if contents and pieces together do not make up the text."""
+    None if the text does not consist of these contents and pieces."""
     if len(pieces) != len(contents) + 1 or not plain.startswith(pieces[0]):
         return None
     at, found = len(pieces[0]), []
@@ -551,7 +552,8 @@ def _of_folder(folder: Path | None) -> tuple[dict[str, str], str]:
 
 
 def stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
-    """Token ids that end an answer: the template's, those in generation_config.json, and eos. Raises UserError."""
+    """Token ids that end an answer: the stop tokens of the template, the ids in generation_config.json, and eos. Raises
+    UserError."""
     try:
         ends = [encoding.ids for encoding in tokenizer.encode_rendered(template.stops())]
     except CannotRender as error:

@@ -59,7 +59,7 @@ class Chat:
     messages: list[Message]
     tools: list[Any] | None
     learnt: list[bool]
-    """For each message: whether it is the assistant's and may be learnt."""
+    """For each message: whether the assistant wrote it and the model may learn it."""
 
     def without_old_reasoning(self) -> "Chat":
         """A copy without the reasoning in assistant turns before the last question."""
@@ -136,7 +136,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All strings in the value, keys included."""
+    """All strings in the value, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

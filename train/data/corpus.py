@@ -204,8 +204,8 @@ class _Builder:
             writer.more = {"unlearnt": unlearnt} | ({"unthought": unthought} if unthought else {})
 
     def _without_short(self, name: str, *sides: Documents) -> tuple[Documents, ...]:
-        """Training documents, held-out documents and both, each filtered by data.min_tokens. The choice of held-out
-        documents does not depend on data.min_tokens."""
+        """Returns the training documents, the held-out documents and all documents, each filtered by data.min_tokens.
+        The choice of held-out documents does not depend on data.min_tokens."""
         least = self.data.min_tokens
         if not least:
             return sides
@@ -310,7 +310,8 @@ class _Builder:
                 raise no_text(source)
 
     def _once(self, path: Path, ready: Callable, make: Callable):
-        """The cached result, or the result of `make`, which one process runs while the others wait."""
+        """Returns the cached result. Without a cached result, one process runs `make` while the other processes
+        wait."""
         if (found := ready()) is not None:
             return found
         with locked(path, lambda: self.progress("waiting for another process with the same work", 0, 0)):

@@ -1,4 +1,4 @@
-"""Batches for training and validation. A batch is addressed by the number of its first sample.
+"""Batches for training and validation. The index of the first sample selects a batch.
 
 S1 = seq_len + 1, B = sequences.
 """
@@ -42,8 +42,8 @@ class Schedule:
         return counts
 
     def assign(self, first: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Splits samples [first, first+count) among the sources. Returns for each source the rows (int64,
-        0..count-1) that it fills, and the numbers of these samples within the source."""
+        """Splits samples [first, first+count) among the sources. Returns two arrays for each source: the rows of the
+        batch that the source fills (int64, 0..count-1), and the indices of these samples within the source."""
         rows_N, place_N = np.arange(count), np.arange(first, first + count, dtype=np.int64)
         taken = []
         for share in self.shares:
@@ -88,7 +88,7 @@ class TrainingData:
         }
 
     def repeats(self, samples: int) -> str | None:
-        """A warning if this many samples read a source more than once; otherwise None."""
+        """A warning if a run of this many samples reads a source more than one time; otherwise None."""
         often = [f"{name} {times:.3g} times" for name, times in self.epochs(samples).items() if times > 1]
         if not often:
             return None

@@ -53,7 +53,7 @@ def all_documents(store: TokenStore) -> Documents:
 
 
 def long_documents(documents: Documents, least: int) -> Documents:
-    """The documents that have at least `least` tokens."""
+    """Returns the documents that have at least `least` tokens."""
     long_D = documents.lengths_D >= least
     return Documents(documents.tokens, documents.starts_D[long_D], documents.lengths_D[long_D], documents.supervised)
 
@@ -85,7 +85,7 @@ def training_texts(sources: list[DocumentSource], limit: int, fraction: float) -
 
 
 def _enough(documents: Iterator[tuple[str, str]], limit: int, fraction: float) -> list[tuple[str, str]]:
-    """The first documents of the iterator: as many as needed for `limit` characters of training documents."""
+    """Returns the first documents of the iterator, until their training documents have `limit` characters."""
     taken, size = [], 0
     for name, text in documents:
         text = text[:LONGEST_DOCUMENT]

@@ -1,5 +1,5 @@
-"""Reads documents from user code (data.source), pass after pass. A document's number within its pass decides whether
-the document is held out.
+"""Reads documents from user code (data.source), pass after pass. A document's index within its pass decides whether the
+document is held out.
 
 D = documents.
 """
@@ -25,7 +25,7 @@ from train.data.tokenizer import Tokenizer, in_parts
 
 KEY = "data.source"
 LOOKED_AT = 16
-"""Number of documents, from the first on, whose hash identifies the data."""
+"""Number of documents that are hashed to identify the data. These are the first documents of the source."""
 END = object()
 
 
@@ -34,13 +34,13 @@ class StreamMark:
     """A position in the stream at which a sample begins."""
 
     sample: int = 0
-    """Number of the sample."""
+    """Index of the sample."""
     passes: int = 0
-    """Completed passes."""
+    """Number of completed passes."""
     document: int = 0
-    """Number of the document with the sample's first token, counted within the pass."""
+    """Index, within the pass, of the document with the sample's first token."""
     skip: int = 0
-    """Tokens of that document before the sample."""
+    """Number of tokens of this document that precede the sample."""
     pass_samples: int = 0
     """Number of samples in the first pass; 0 until it ends."""
     state: str | None = None

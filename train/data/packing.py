@@ -1,9 +1,9 @@
 """Packed training sequences, each a pure function of (seed, index) (paper 4.1).
 
 The algorithm. In epoch e, (seed, e) shuffles the documents, and eos ends each document. The epochs follow one another
-as one endless stream of tokens. Window w covers tokens [w*S, w*S + S], S = seq_len. Neighbours overlap by one token, so
-every token is a target once. The windows that begin inside epoch e are the samples of that epoch. A second shuffle
-orders these windows, so that the parts of a long document are rarely in one batch.
+as one endless stream of tokens. Window w covers tokens [w*S, w*S + S], S = seq_len. Neighbouring windows overlap by one
+token, so every token is the target of exactly one window. The windows that begin inside epoch e are the samples of
+epoch e. A second shuffle orders these windows, so that the parts of a long document are rarely in one batch.
 
 FIM (paper 4.1, PSM order) turns a document into begin, prefix, hole, suffix, end, middle, eos. The two cuts are between
 tokens, not characters. So the text is not tokenised again, and the length of the FIM document is known in advance:
@@ -89,7 +89,7 @@ class Stream:
         return -(-self.tokens_before(epoch) // self.seq_len)
 
     def windows_N(self, samples_N: np.ndarray) -> np.ndarray:
-        """The window number (int64) of each sample; samples_N must increase."""
+        """The window index (int64) of each sample; samples_N must increase."""
         windows_N = np.empty(len(samples_N), dtype=np.int64)
         done = 0
         while done < len(samples_N):
@@ -181,7 +181,8 @@ class Stream:
         return self._epochs[number]
 
     def _epoch_of(self, position: int, before: Callable[[int], int], tokens: int) -> int:
-        """The epoch e with before(e) <= position < before(e + 1); positions are `tokens` tokens apart."""
+        """The epoch e with before(e) <= position < before(e + 1). Two successive positions are `tokens` tokens
+        apart."""
         epoch = int(position * tokens // self.mean_tokens)  # at most a few epochs off
         while before(epoch) > position:
             epoch -= 1
@@ -203,12 +204,13 @@ class Stream:
 
 
 def pack_chats(lengths_D: np.ndarray, room: int, seed: int) -> list[list[int]]:
-    """Chat numbers of each sequence of `room` tokens; every chat stays whole. No chat may be longer than `room`."""
+    """Returns the indices of the chats in each sequence of `room` tokens. No chat is split. No chat may be longer than
+    `room`."""
     order_D = shuffled_D(key(seed, 0), len(lengths_D))
     order_D = order_D[np.argsort(-lengths_D[order_D], kind="stable")]
     sequences: list[list[int]] = []
     with_space: dict[int, list[int]] = {}
-    """Sequence numbers by free space."""
+    """Maps the free space to the indices of the sequences with this space."""
     spaces: list[int] = []
     """The keys of `with_space`, sorted."""
     for chat, length in zip(order_D.tolist(), lengths_D[order_D].tolist(), strict=True):
@@ -248,7 +250,7 @@ class PackedChats:
         return len(self._sequences)
 
     def windows_N(self, samples_N: np.ndarray) -> np.ndarray:
-        """The sequence number (int64) of each sample; samples_N must increase."""
+        """The sequence index (int64) of each sample; samples_N must increase."""
         count = len(self._sequences)
         epochs_N, inside_N = np.divmod(samples_N.astype(np.int64), count)
         found_N = np.empty(len(samples_N), dtype=np.int64)
@@ -260,7 +262,7 @@ class PackedChats:
     def fill(
         self, window: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None, supervised_S: np.ndarray | None
     ) -> None:
-        """Fill in a sequence: tokens, the chat number of each token (-1 for padding), and the supervised mask."""
+        """Fill in a sequence: tokens, the chat index of each token (-1 for padding), and the supervised mask."""
         assert numbers_S is not None and supervised_S is not None
         tokens_S[:], numbers_S[:], supervised_S[:] = self._eos, -1, False
         at = 0

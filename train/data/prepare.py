@@ -35,7 +35,8 @@ class PreparedData:
     not chats."""
 
     def save_words(self, folder: Path) -> None:
-        """Write the tokenizer's files; the templates that rendered the chats replace the tokenizer's own templates."""
+        """Write the tokenizer's files. If a template rendered the chats, write it instead of the tokenizer's own
+        templates."""
         files = self.tokenizer.files
         if self.template_files is not None:
             files = {name: text for name, text in files.items() if name not in TEMPLATE_FILES.values()}

@@ -1,5 +1,5 @@
-"""Checks once whether the Hugging Face Hub is reachable. The check has a time limit; the Hub's libraries would retry
-for minutes."""
+"""Checks whether the Hugging Face Hub is reachable, only one time per process. The check has a time limit; the Hub's
+libraries would retry for minutes."""
 
 import os
 import sys
@@ -19,8 +19,8 @@ def hub() -> str:
 
 @cache
 def offline_reason() -> str | None:
-    """Why the hub is unreachable; None if it is reachable. If the hub is unreachable, its libraries use only their
-    caches from now on."""
+    """Why the hub is unreachable; None if it is reachable. If the hub is unreachable, this call also switches its
+    libraries to their caches for the rest of the process."""
     wanted = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads it
     reason = "HF_HUB_OFFLINE is set" if wanted else _unreachable(hub())
     if reason is not None:

@@ -20,10 +20,10 @@ TEXT_PIECE_BYTES = 16 << 20
 """Size in bytes above which a text file is cut, at the previous line end."""
 READ_BYTES = 1 << 20
 LONGEST_LINE = 128 << 20
-"""Maximum bytes of a JSONL line. The line is in memory as a whole, for a moment twice."""
+"""Maximum bytes of a JSONL line. The complete line is in memory, and for a moment there are two copies of it."""
 LARGEST_RATIO, FREE = 1000, 1 << 30
-"""Limit against decompression bombs: once the output exceeds FREE bytes, it may be at most LARGEST_RATIO times the
-file size. Text compresses to about a tenth."""
+"""Limits against decompression bombs. If the output exceeds FREE bytes, it may be at most LARGEST_RATIO times the file
+size. Text compresses to about a tenth."""
 ZSTD_INPUT = 4 << 10
 """Bytes that one call decompresses. 4 bytes of Zstandard can become 128 KiB, so one call produces at most 128 MiB."""
 SURROGATE = re.compile("[\ud800-\udfff]")

@@ -37,7 +37,7 @@ def show_data(config: Config) -> int:
 
 
 def _spread(count: int) -> list[int]:
-    """Numbers of the chats to show as examples, spread evenly over all chats."""
+    """Indices of the chats to show as examples. They are spread evenly over all chats."""
     return sorted({count * place // SHOWN_CHATS for place in range(SHOWN_CHATS)}) if count else []
 
 

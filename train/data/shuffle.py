@@ -38,7 +38,7 @@ def shuffled_D(seed: int, size: int) -> np.ndarray:
 
 
 def permute_N(seed: int, index_N: np.ndarray, size: int) -> np.ndarray:
-    """Images (int64) of index_N under a random permutation of [0, size): O(1) per index.
+    """Returns the images (int64) of index_N under a random permutation of [0, size), in O(1) per index.
 
     Four Feistel rounds permute the smallest domain of 2^(2k) numbers that holds [0, size). An image outside [0, size)
     is permuted again until it falls inside (cycle walking, fewer than 4 times on average). The result is still a

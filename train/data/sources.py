@@ -90,7 +90,7 @@ class FileSource:
     way: str
     """Format and text key, which are part of the digest."""
     binary: set[str] = field(default_factory=set)
-    """Binary files that were left out; complete once all files were read."""
+    """Binary files that were left out. The list is complete when all files have been read."""
 
     @property
     def size(self) -> int:
@@ -169,7 +169,7 @@ def open_source(source: MixSource, key: str, by_content: bool = False) -> Docume
 def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) -> FileSource:
     """Find the files of a chat source; its documents are `Chat`s.
 
-    way: the other settings that decide the tokens. by_content: see data.hold_out_by.
+    way: the other settings that the tokens depend on. by_content: see data.hold_out_by.
     """
     if source.path.startswith("hf://"):
         rule, cure = (

@@ -65,7 +65,7 @@ class StreamedData:
         return Batch(tokens_BS, numbers_BS.int() if self._mask else None)
 
     def _samples(self, mark: StreamMark) -> Iterator[tuple[StreamMark, np.ndarray, np.ndarray]]:
-        """For each sample from a mark on: its mark, its tokens (S1,) and its document numbers (S1,)."""
+        """Yields each sample from a mark on: its mark, its tokens (S1,), and the document index of each token (S1,)."""
         length, sample, skip = self.seq_len, mark.sample, mark.skip
         tokens = np.empty(0, np.int64)
         held: deque[tuple[OwnDocument, int, int]] = (

@@ -8,9 +8,9 @@ A token folder contains
   tokenizer.json  the tokenizer that made the tokens
   meta.json       version, dtype, tokens, documents, text_bytes, tokenizer (fingerprint), crc32 of each file
 
-A folder is written under another name, synced and renamed, so it is complete or absent. Opening a folder always
-compares the sizes. It compares the checksums too, except for a large tokens.bin whose size and mtime have not changed
-since the last check.
+A folder is written under another name, synced and renamed, so it is complete or absent. When a folder is opened, the
+sizes are always compared. The checksums are compared too, except for a large tokens.bin whose size and mtime have not
+changed since the last check.
 
 D = documents, N = tokens.
 """
@@ -151,8 +151,8 @@ class StoreWriter:
     ) -> None:
         """Add documents: their tokens concatenated, and the length and hash of each document. supervised_N: uint8.
 
-        continues: the first document continues the last one of the previous call. Documents without tokens are left
-        out.
+        continues: the first document continues the last document of the previous call. Documents without tokens are
+        left out.
         """
         raw = ids_N.astype(self.dtype).tobytes()
         with space_errors(self.path.parent, self._needed(len(raw))):

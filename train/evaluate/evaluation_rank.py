@@ -201,7 +201,7 @@ def _run(config: Config, place: Place) -> int:
 
 
 def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline[DeepSeekV3]:
-    """Load the model. Raises UserError if one process must hold all weights and lacks the memory."""
+    """Load the model. Raises UserError if one process must hold all weights and does not have enough memory."""
     dtype = activation_dtype(target.config.precision)
     if mesh.layout.world == 1:
         item_bytes = dtype.itemsize + (4 if target.meta is not None else 0)  # a checkpoint is read in fp32
@@ -239,8 +239,8 @@ def _answers(
     mesh: Mesh,
     device: torch.device,
 ) -> JudgedAnswers:
-    """Judges the answers of these weights to questions of the first source. If the run's initial weights still exist,
-    it judges their answers too."""
+    """Scores the answers of these weights to questions of the first source. If the run's initial weights still exist,
+    the function scores the answers of the initial weights too."""
     config, part, tokenizer = target.config, sources[0].part, corpus.tokenizer
     questions = find_questions(part.validation, config.evaluate.answers)
     truth = [text_of(tokenizer, each.answer) for each in questions]

@@ -39,7 +39,7 @@ def run_tasks(config: Config, model: DeepSeekV3, tokenizer: Tokenizer, start_id:
     """Returns the results: task (or group of tasks) -> metric -> value, with the names of the harness. Raises UserError
     for unknown tasks.
 
-    model: whole, in eval mode. start_id: first token of every text.
+    model: a complete model in eval mode. start_id: first token of every text.
     """
     wanted = config.evaluate
     found = simple_evaluate(
@@ -97,7 +97,7 @@ def _numbers(results: dict[str, Any]) -> dict[str, float]:
 
 
 class Harness(TemplateLM):
-    """Adapts a whole model in eval mode to the harness's interface."""
+    """Adapts a complete model in eval mode to the harness's interface."""
 
     def __init__(self, model: DeepSeekV3, tokenizer: Tokenizer, start_id: int, config: Config):
         super().__init__()

@@ -144,7 +144,7 @@ def _of_whole_sequences(own_BT: Tensor, positions: Positions) -> Tensor:
 
 
 ALL = 1 << 62
-"""A number of sequences that is larger than that of any source."""
+"""A number that is larger than the number of sequences of any source."""
 
 
 @dataclass(frozen=True)

@@ -316,7 +316,7 @@ def _cuts(written: WrittenTensor) -> Iterator[ExportSlice]:
 
 
 def _read(stored: StoredWeights, batch: list[ExportSlice], ema: bool) -> dict[str, Shard]:
-    """The elements of each Sluice tensor that the batch needs. These elements are contiguous, because Sluice and
+    """Reads the elements of each Sluice tensor that the batch needs. These elements are contiguous, because Sluice and
     Hugging Face have them in the same order."""
     spans: dict[str, Shard] = {}
     needed = defaultdict(list)

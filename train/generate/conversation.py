@@ -2,7 +2,7 @@
 
 The template renders the turns so far into a prompt, as in training. An answer ends with a stop token of the template or
 of generation_config.json, or with the end of a document. If the turns no longer fit into the model's context, the
-oldest turns are left out, and the user is told once.
+oldest turns are left out. The user gets one note about this.
 
 In a terminal, a person asks until Ctrl-D or /quit. /reset forgets the turns. Ctrl-C ends an answer, and the text so far
 becomes a turn. Without a terminal, each line of standard input is a question.
@@ -168,7 +168,7 @@ def _one_turn(conversation: Conversation, question: str, title: str = "") -> Non
 
 
 class _WordWrap:
-    """Growing text, broken between words at the width of the terminal."""
+    """Breaks a growing text between words, at the width of the terminal."""
 
     def __init__(self, columns: int):
         self._columns, self._at, self._word = columns, 0, ""

@@ -157,7 +157,7 @@ class KeyTap:
 
     def take(self) -> list | None:
         """Return the keys of the last forward pass by token and layer. None if the sample has at most top_k tokens,
-        because then every token attends to all earlier ones."""
+        because then every token attends to all earlier tokens."""
         chosen, self.chosen = self.chosen, []
         if not chosen:
             return None
@@ -178,7 +178,7 @@ class RoutingTap:
     """Records the experts that all MoE layers choose, or replaces these experts."""
 
     def __init__(self, model: DeepSeekV3):
-        """model: the whole model of a decoder, in eval mode."""
+        """model: the complete model of a decoder, in eval mode."""
         self.given_TLK: Tensor | None = None
         """Experts for the next forward pass, int64 on the model's device; None: the routers choose."""
         self._chosen: list[Tensor] = []

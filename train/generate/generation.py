@@ -56,11 +56,11 @@ class GenerationCounts:
 @dataclass
 class _Row:
     index: int
-    """Index of its prompt."""
+    """Index of the row's prompt."""
     room: int
-    """Number of tokens that may still follow."""
+    """Number of tokens that the row may still generate."""
     full: EndReason
-    """The reason for the end if no token may follow."""
+    """Why the row ends when it has generated this number of tokens."""
     generator: torch.Generator
     tokens: list[int] = field(default_factory=list)
     end: EndReason | None = None
@@ -85,7 +85,7 @@ class DrawnText:
 
 
 class Generation:
-    """The generation of one batch. Iterate over `steps` once; each step updates `tokens`, `ends` and `counts`."""
+    """The generation of one batch. Iterate over `steps` only once. Each step updates `tokens`, `ends` and `counts`."""
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ from train.kernels.fp8.quantize import blocked, quantize, unblocked
 
 CAST = Cast(E4M3, (SCALE_BLOCK, SCALE_BLOCK), pow2=False)
 TOP_BINADE = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
-"""Possible values of a block's largest |q|, after its q were doubled as often as E4M3 allows."""
+"""Possible values of a block's largest |q|, if every q of the block was doubled as often as E4M3 allows."""
 
 
 def dequantize(q_MK: Tensor, scale_mk: Tensor) -> Tensor:

@@ -36,11 +36,12 @@ SHOWN_NAMES = 6
 SCALE_BLOCK = 128
 """Side length of a block in FP8 weights; a block has one scale."""
 MEANINGLESS_NUMBER = 2.0**63
-"""Larger numbers have no meaning in any field."""
+"""Upper limit of every number in the file. A larger number is an error."""
 GROUP_TOP_K = 2
-"""transformers ranks a group of experts by the sum of its two best scores, and ignores config.json in this."""
+"""transformers ranks a group of experts by the sum of the group's two best scores. No field of config.json changes
+this."""
 LATENT_NORM_EPS = 1e-6
-"""transformers uses this eps in the norms of latents, and ignores config.json in this."""
+"""transformers uses this eps in the norms of latents. No field of config.json changes this."""
 YARN = tuple(field.name for field in fields(Yarn) if field.name != "always")
 
 

@@ -1,8 +1,8 @@
 """Model families whose folders hold the same architecture: one row of FAMILIES each, with their names. No torch.
 
 train/model computes all families in the same way. A row says how a folder is recognised, where the configuration file
-and the tensors have the language model, and which tensors have other names than in DeepSeek-V3. Everything else, such
-as the fields that change the model, is defined once, in FIELDS, under DeepSeek's names.
+and the tensors have the language model, and which tensors have other names than in DeepSeek-V3. Everything else is
+defined under DeepSeek's names. FIELDS, for example, has the fields that change the model.
 """
 
 from dataclasses import dataclass, field
@@ -208,7 +208,7 @@ class FamilyFacts:
     scores: ScoreFunction = ScoreFunction.sigmoid
     has_mtp: bool = True
     has_fp8: bool = True
-    """Whether its FP8 weights have the blocks of DeepSeek."""
+    """Whether the FP8 weights of the family have DeepSeek's block size."""
 
     @property
     def has_biases(self) -> bool:

@@ -215,8 +215,8 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
     """Return the model's tensors that the folder holds, in folder order.
 
     Raises UserError if they do not form the model, or if the folder has tensors that Sluice would not read. The copies
-    of embedding and head in MTP modules may be absent. MTP modules beyond model.mtp_depth are checked like the others,
-    and left out of the result.
+    of embedding and head in MTP modules may be absent. MTP modules beyond model.mtp_depth are checked too, but the
+    result does not contain them.
     """
     held, stored = _count_mtp(folder, model.layers), folder.stored
     expected = list(tensors(replace(model, mtp_depth=max(model.mtp_depth, held)), folder.family))

@@ -41,8 +41,8 @@ def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[st
     """Fill every wanted shard with the folder's values. FP8 values are dequantised; values are rounded to the shard's
     dtype.
 
-    placed: from `match`. Returns the bytes read. Raises UserError if a value is not finite, a scale is not above 0, or
-    an MTP module's copy of embedding or head differs from the original.
+    placed: a result of `match`. Returns the bytes read. Raises UserError if a value is not finite, a scale is not above
+    0, or an MTP module's copy of embedding or head differs from the original.
     """
     reader = _Reader(folder)
     originals = parts_of([each for each in placed if not each.copy], wanted)
@@ -97,7 +97,7 @@ class _Reader:
         self.folder, self.bytes = folder, 0
 
     def values(self, parts: list[ShardPart]) -> Iterable[tuple[ShardPart, int, Tensor]]:
-        """Yield (part, first element in its target, values), a few rows at a time; every file is opened once."""
+        """Yield (part, first element in its target, values), a few rows at a time. Every file is opened only once."""
         by_file: dict[str, list[ShardPart]] = {}
         for part in parts:
             by_file.setdefault(self.folder.stored[part.placed.theirs].file, []).append(part)

@@ -5,7 +5,7 @@ no row is permuted. We stack the gate and up projections one after the other. So
 interval of one of our flattened tensors. MTP module k is the Hugging Face layer `layers + k`. That layer has copies of
 the embedding and the head; our MTP modules share these two with the main model.
 
-Our names are those of a checkpoint: `master.PARAMETER` for weights, `bias.BLOCK` for balance biases.
+Our names are the names in a checkpoint: `master.PARAMETER` for weights, `bias.BLOCK` for balance biases.
 
 D width, F inner width, E experts.
 """
@@ -27,7 +27,8 @@ MTP_NAMES = (
     "shared_head.norm.weight",
     "shared_head.head.weight",
 )
-"""Names, after the layer's prefix, of the tensors that an MTP module has in addition to those of a layer."""
+"""Names of the tensors that an MTP module has and an ordinary layer does not have. The names follow the prefix of the
+layer."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class PlacedTensor:
     fp8: bool = False
     """Whether DeepSeek's FP8 release stores this matrix in E4M3 blocks."""
     copy: bool = False
-    """Whether this is an MTP module's copy of a tensor that our model has once."""
+    """Whether this tensor is an MTP module's copy of a tensor that our MTP modules share with the main model."""
 
     @property
     def count(self) -> int:

@@ -28,8 +28,8 @@ class RunningLoad(NamedTuple):
     """Token counts of past steps. Checkpoints store the two arrays, so that the metrics continue after a resume."""
 
     load_LE: np.ndarray
-    """Sum of token counts in which older steps have exponentially smaller weights. A sum is as good as a mean, because
-    MaxVio does not depend on scale."""
+    """Sum of token counts in which older steps have exponentially smaller weights. The sum is not divided by the number
+    of steps, because MaxVio does not depend on scale."""
     idle_LE: np.ndarray
     """Number of steps since the expert last got a token; since the start if it got none."""
     steps: int

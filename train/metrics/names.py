@@ -40,7 +40,7 @@ class Metric:
     unit: str
     meaning: str
     when: str = ""
-    """Condition under which the metric is measured; empty if every step has it."""
+    """Condition under which a step has the metric; empty if every step has it."""
     panel: str = ""
     """Key of the metric's panel in the W&B workspace (SECTIONS in train/show/dashboard.py)."""
     curve: Curve | None = None

@@ -60,7 +60,8 @@ class WallTime:
         return sum(self.seconds_in.values())
 
     def rows(self) -> list[tuple[str, str, float]]:
-        """Returns name, words and fraction of the wall time for each part, without parts of zero seconds."""
+        """Returns the name, the description and the fraction of the wall time of each part. Parts of zero seconds are
+        left out."""
         whole = self.seconds or 1.0
         return [
             (part, words, self.seconds_in[part] / whole)

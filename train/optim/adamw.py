@@ -74,7 +74,7 @@ class AdamW(torch.optim.Optimizer):
 
     @staticmethod
     def count_scratch_bytes(kind: str, precision: Precision, elements: int, compiled: bool) -> int:
-        """Returns the bytes of scratch memory for an update of `elements` elements. kind: of the device."""
+        """Returns the bytes of scratch memory for an update of `elements` elements. kind: the device type."""
         none = kind == "cuda" or compiled or moments_dtype(precision) == torch.float32
         return 0 if none else 8 * min(THRESHOLDS.adamw_elements, elements)
 
@@ -113,7 +113,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]  nobody computes the loss again here
-        """Update every group that has gradients. The caller increments `updates` once in each step."""
+        """Update every group that has gradients. The caller increments `updates` in each step."""
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -199,7 +199,7 @@ def _settings(group: dict, count: int, factor: Tensor | float | None) -> dict[st
 
 
 def _update_rest(rest: list[Tensor], group: dict, step: Tensor) -> None:
-    """Update the last elements as one padded vector. So the result does not depend on the shard borders."""
+    """Update the last elements as one padded vector. So the result does not depend on where a shard begins and ends."""
     padded = [torch.zeros(VECTOR, device=tensor.device) for tensor in rest]
     for vector, tensor in zip(padded, rest, strict=True):
         vector[: tensor.numel()] = tensor

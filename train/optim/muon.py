@@ -8,9 +8,9 @@ The factor 0.2 sqrt(max(rows, columns)) scales an update to the size of AdamW's 
 decay can be reused. train/optim/matrices.py defines logical matrices. AdamW updates the embedding, the head, the
 routers and the norm weights.
 
-ZeRO passes flat shards, whose borders may be anywhere. Momentum is updated in the shards, element by element. If a
-matrix is on several ranks, they send its parts to one of them, its owner. The owner orthogonalises the matrix once and
-sends the result back to the shards (parallel/owners.py).
+ZeRO passes flat shards, which may begin and end at any element. Momentum is updated in the shards, element by element.
+If several ranks hold parts of a matrix, they send these parts to one rank, the owner of the matrix. The owner
+orthogonalises the matrix and sends the result back to the other ranks (parallel/owners.py).
 """
 
 from collections.abc import Collection, Sequence
@@ -28,7 +28,7 @@ from train.optim.adamw import AdamW, moments_dtype
 from train.optim.matrices import logical_matrices, newton_schulz_flops, orthogonalise
 
 UPDATE_SIZE = 0.2
-"""Root mean square of an AdamW update, as measured in the Moonlight paper."""
+"""Root mean square of the elements of an AdamW update, as measured in the Moonlight paper."""
 
 
 class _Placed(NamedTuple):

@@ -20,7 +20,7 @@ class OptimizerClass(Protocol):
         """
 
     def count_scratch_bytes(self, kind: str, precision: Precision, elements: int, compiled: bool) -> int:
-        """Returns the bytes of scratch memory for an update of `elements` elements. kind: of the device."""
+        """Returns the bytes of scratch memory for an update of `elements` elements. kind: the device type."""
 
 
 OPTIMIZER_CLASSES: dict[str, OptimizerClass] = {ADAMW: AdamW, MUON: Muon}

@@ -16,7 +16,7 @@ class StepPlan:
     """The settings of one optimizer step."""
 
     step: int
-    """Number of the step. The first step is 1."""
+    """Index of the step. The first step has index 1."""
     first_sample: int
     """Number of samples that were consumed before this step. This is the data position."""
     batch_size: int
@@ -76,7 +76,7 @@ def _between(shape: Shape, before: float, after: float, done: float) -> float:
 def _batch_size(config: Config, index: int) -> int:
     """Returns the number of sequences in a step. It grows linearly with the steps, rounded down to the increment.
 
-    index: of the step, from 0.
+    index: the index of the step, from 0.
     """
     optim: Optim = config.optim
     if optim.batch_ramp_start is None or index >= optim.batch_ramp_steps:

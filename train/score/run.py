@@ -12,7 +12,7 @@ One row per sample, in the order of the file. Its columns are:
     keys       the keys that sparse attention chose (KeyTap), with score.keys=write; null if the sample has at most top_k
                tokens, because every token then attends to all earlier tokens
 
-Samples are computed one at a time, without padding, so no sample affects another's numbers.
+Samples are computed one at a time, without padding, so no sample affects the results of another sample.
 """
 
 import os

@@ -28,8 +28,8 @@ class ScoredSample:
     experts: list | None = None
     """Expert ids to replay, by token (except the last), MoE layer and order of choice; None: no replay."""
     keys: list | None = None
-    """Positions to replay: those that each token (except the last) attends to, by layer with an indexer. None: no
-    replay."""
+    """Positions to replay: the positions that each token (except the last) attends to, by layer with an indexer. None:
+    no replay."""
 
 
 def read_scored_samples(

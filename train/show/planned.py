@@ -23,7 +23,7 @@ ACTION_SUMS = {
     "backward passes": (("B", "I", "W"), "backward_seconds"),
     "overlapped pairs": (("FB",), "overlapped_seconds"),
 }
-"""For each sum over kinds of actions: the kinds, and the metric that measures the sum."""
+"""For each compared sum of action times: the kinds of actions, and the metric that measures the sum."""
 
 
 def recipe_of(config: Config) -> dict[str, Any]:

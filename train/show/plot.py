@@ -43,7 +43,7 @@ class Figure:
     plot: go.Figure
     wide: bool = False
     choices: Sequence[str] = ()
-    """Names of the traces, if the reader sees one trace at a time."""
+    """Names of the traces, if the figure shows only one trace at a time."""
 
 
 def curves(

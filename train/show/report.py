@@ -42,7 +42,7 @@ SAMPLE = "sample.json"
 RELOADED = 60
 """Interval in seconds at which the page of a training run reloads itself."""
 TRUSTED = 900.0 + REPORT_EVERY
-"""Seconds after its writing during which the page says that the run trains. A page that is rewritten in time starts
+"""Seconds for which a page says that the run trains, from the time at which the page was written. Each new page starts
 this period again."""
 
 

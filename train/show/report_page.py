@@ -145,7 +145,7 @@ def closing(figures: Sequence[Figure]) -> list[str]:
 
 @cache
 def _packed_plotly() -> str:
-    """plotly.js, compressed. It is compressed once per process (0.2 s), because a process can write several pages."""
+    """plotly.js, compressed. A process compresses it only for the first page (0.2 s) and caches the result."""
     return _packed(get_plotlyjs())
 
 
@@ -170,7 +170,7 @@ def _theme(name: str, label: str) -> Mapping[str, Any]:
 
 
 def cards_html(cards: Iterable[Card]) -> str:
-    """One box per number."""
+    """HTML with one box for each number."""
     return "".join(
         f'<div class="card">{html.escape(card.label)}<b>{html.escape(card.value)}</b><small>{html.escape(card.caption)}</small></div>'
         for card in cards

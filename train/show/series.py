@@ -138,5 +138,5 @@ def median(series: Series, name: str) -> float:
 
 
 def tail_mean(values: np.ndarray) -> float:
-    """Mean of the last tenth of the values, at most 20 values; NaN if there is no value."""
+    """Mean of the last tenth of the values, but of at most 20 values; NaN if there is no value."""
     return float(values[-max(1, min(20, len(values) // 10)) :].mean()) if len(values) else math.nan

@@ -120,7 +120,7 @@ ONLINE_SECONDS = 10.0
 FINISH_SECONDS = 60.0
 """Maximum wait for the upload of the last records at the end."""
 FLUSH_SECONDS = 1.0
-"""Interval at which W&B writes its file; its default of 15 s loses the end of a killed run."""
+"""Interval at which W&B writes its file. With W&B's default of 15 s, the end of a killed run would be lost."""
 WAITING_RECORDS = 10_000
 LAYER_SCALARS = ("layer_max_vio", "layer_entropy")
 """Metrics that W&B gets for every MoE layer in every step. Tokens per expert are sent separately, as histograms."""
@@ -163,7 +163,7 @@ class WandbSink:
         self._queue: queue.Queue[Record | Item | None] = queue.Queue(WAITING_RECORDS)
         self._off = False
         self.where: str | None = None
-        """Address of the run, or the folder of the offline run, once it has started."""
+        """Address of the run, or the folder of the offline run. It is set when the run has started."""
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 

@@ -34,13 +34,13 @@ from train.show.wandb_sink import Item, WandbSink, alert, wants_wandb
 REPORT_EVERY = 300.0
 """Minimum seconds between the starts of two report processes while the run trains."""
 FIRST_REPORT = 60.0
-"""Seconds after the start of the run at which the first report process is due."""
+"""Seconds from the start of the run to the first report process."""
 IDLE_TIMES = 10.0
 """Minimum ratio of the pause after a report process to the time that this process ran."""
 
 
 class ReportSink:
-    """Starts a process that writes report.html whenever one is due. `close` ends a running process."""
+    """Starts processes that write report.html, at intervals while the run trains. `close` ends a running process."""
 
     def __init__(self, run_folder: Path, every: float = REPORT_EVERY):
         """every: minimum seconds between the starts of two report processes."""
@@ -50,7 +50,8 @@ class ReportSink:
         self._next = self._began + min(FIRST_REPORT, every)
 
     def write(self, record: Record) -> None:
-        """Start a report process if one is due. The training process does not wait for it."""
+        """Start a report process if the interval since the last one has passed. The training process does not wait for
+        the report."""
         now = time.monotonic()
         if self._child is not None and self._child.poll() is not None:
             self._child = None
@@ -72,7 +73,7 @@ class ReportSink:
 
 
 SELDOM = {"validation_loss", "weight_norm"}
-"""Metrics that are measured in few steps and recorded in each of these steps."""
+"""Metrics that only a few steps measure. Every record with such a metric goes to the sinks."""
 
 
 class Sink(Protocol):
@@ -162,7 +163,7 @@ class MetricsWriter:
 
 
 def what_ended(error: BaseException) -> str:
-    """Describes the error that ended a run, in a few words."""
+    """Describes the error that ended a run in one short phrase."""
     from parallel.exchange import (
         is_timeout,
     )  # imports torch; the driver does not need torch and never has this error
