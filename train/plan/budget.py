@@ -39,13 +39,14 @@ a third.
 
 
 def verdict_of(room: int, memory: int) -> Verdict:
-    """The verdict if a run's peak leaves `room` bytes of a device's memory free, after the reserve."""
+    """Returns the verdict for a run. room: bytes of a device's memory that are free at the run's peak, after the
+    reserve is subtracted; negative if memory is lacking."""
     return Verdict.lacks if room < 0 else Verdict.barely if room < BARELY * memory else Verdict.fits
 
 
 def room_words(room: int, memory: int) -> str:
-    """Describes the memory that a plan leaves free on a device. It says "to spare" only from a share BARELY of free
-    memory on."""
+    """Describes the memory that a plan leaves free on a device. The text says "to spare" only if at least the fraction
+    BARELY of the memory is free."""
     if room < 0:
         return f"{gib(-room)} too little"
     return f"{gib(room)} to spare" if room >= BARELY * memory else f"only {gib(room)} free"
@@ -65,7 +66,8 @@ class Budget:
     """Energy of the devices at their power limit; None if the limit is not given."""
 
     def lasting(self, share: float) -> "Budget":
-        """The budget if only this share of the time is spent on steps that no failure undoes."""
+        """Returns the budget of a run with failures. share: fraction of the time that is spent on steps that no failure
+        undoes."""
         cost, energy = (None if value is None else value / share for value in (self.cost, self.energy_kwh))
         hours = self.gpu_hours / share
         return Budget(self.tokens, self.days / share, hours, hours * TRILLION / self.tokens, cost, energy)
@@ -108,8 +110,8 @@ class DiskBytes:
 
 
 def disk_of(config: Config) -> DiskBytes:
-    """Disk usage of a run (train/checkpoint/commit.py). Assumes the worst case, in which each save waits until the
-    previous save is complete."""
+    """Returns the disk usage of a run for the worst case (train/checkpoint/commit.py). In this case, each save waits
+    until the previous save is complete."""
     saves, steps = config.checkpoint, config.steps
     every = -(-steps // saves.every) if saves.every else 1
     stay = min(saves.keep + 1 if saves.keep else every, every)
@@ -151,8 +153,8 @@ class RunPlan:
 
     @property
     def lasting(self) -> Budget:
-        """The budget including failures. Without planned failures, or if at most 1 % of the time lasts, it is the
-        budget without failures."""
+        """Returns the budget including failures. Returns the budget without failures if failures are not planned, or if
+        at most 1 % of the time is spent on steps that no failure undoes."""
         share = self.failures.effective_share if self.failures is not None else 1.0
         return self.budget.lasting(share) if share > 0.01 else self.budget
 

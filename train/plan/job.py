@@ -116,8 +116,8 @@ def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
 
 
 def program_of(config: Config, micro_batches: int | None = None) -> Program:
-    """The actions of all ranks of a pipeline, in a form that can be timed. micro_batches: replaces the number of a
-    step."""
+    """Returns the actions of all ranks of a pipeline as a `Program`, which can be simulated. micro_batches: number of
+    micro-batches to use instead of those of a step."""
     parallel = config.parallel
     count = micro_batches or micro_batches_of(config)
     return _program(parallel.schedule, parallel.pp, count, parallel.virtual_stages, parallel.overlap)

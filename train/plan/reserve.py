@@ -143,8 +143,8 @@ def _exchange(config: Config, layout: Layout) -> int:
 
 
 def _peers(config: Config, layout: Layout, ranks: range, most: int) -> int:
-    """Bytes for the sends and receives of a group's first rank, with at most `most` other ranks. Ranks of its own node
-    count first."""
+    """Returns the bytes for the sends and receives between a group's first rank and other ranks of the group. most:
+    maximum number of these other ranks. Ranks on the first rank's node count first."""
     others = [layout.node(rank) == layout.node(ranks[0]) for rank in ranks[1:]]
     near, far = min(most, sum(others)), not all(others)
     link = config.hardware.rates.get("inside")

@@ -286,8 +286,8 @@ def _size(value: object) -> float:
 
 
 def _moving(kind: str) -> Callable[..., Work]:
-    """Returns a function that counts the work of a memory-bound call. If the call returns one of its arguments, this
-    tensor counts once."""
+    """Returns a function that counts the work of a memory-bound call. If the call returns one of its arguments, that
+    tensor counts only once."""
 
     def count(out: Any, *args: Any, **kwargs: Any) -> Work:
         given = (*args, *kwargs.values())
@@ -313,8 +313,8 @@ _DIFFERENTIABLE = {"to_heads": "heads", "route": "route"}
 
 
 def matmul_kind(left_OC: Tensor, right_NC: Tensor) -> str:
-    """The kind of the GEMM left right^T, from the memory order of its operands. Fprop: both are row-major. Dgrad: only
-    the left one is. Wgrad: the left one is not."""
+    """Returns the kind of the GEMM left right^T. The memory order of the operands decides. In Fprop, both operands are
+    row-major. In Dgrad, only the left operand is row-major. In Wgrad, the left operand is not row-major."""
     name = "wgrad" if left_OC.stride(-1) != 1 else "fprop" if right_NC.stride(-1) == 1 else "dgrad"
     return f"{name}_{_form(left_OC)}"
 
@@ -365,8 +365,8 @@ def _all_pairs(index: IndexVectors, seen: SeenKeys) -> int:
 
 
 def _count_index_loss(out: IndexLoss, index: IndexVectors, seen: SeenKeys, **rest: Any) -> Work:
-    """The scores are computed twice: once for their sum and once for their values. The gradients need three more
-    GEMMs."""
+    """Returns the work of the indexer's loss over all keys. The scores are computed twice: once for their sum, and once
+    for their values. The gradients need three more GEMMs."""
     return _count_index(5, index, seen, out)
 
 
@@ -409,8 +409,8 @@ def _widths(given: ChosenInput) -> tuple[int, int, int]:
 def _over_chosen(chosen_BTK: Tensor, heads: int, gathered: int, products: int, up: int, made: float) -> Work:
     """Work of attention over chosen keys in torch operations in fp32.
 
-    gathered: width of the rows that are gathered for a key; each row is written once and read twice. products:
-    multiplications for each pair of head and key. up: multiplications for each head.
+    gathered: width of the row that is gathered for a key; each row is written once and read twice. products: number of
+    multiplications for each pair of a head and a key. up: number of multiplications for each head.
     """
     B, T, K = chosen_BTK.shape
     moved = 4 * B * T * K * 3 * gathered + SCORE_BYTES * B * T * K * heads

@@ -11,8 +11,8 @@ outputs of the parts. All are hidden states (B, T, D) of h bytes. The live memor
     dx_i, dE    gradients in use
 
 While part i runs, the memory of all other parts is constant. This constant is added to the measured memory of part i.
-That measurement includes x_i and, while they are alive, x_i+1 and the gradients of both. The output of the end is too
-small to count. Its second input is E.
+The measured memory includes x_i and, while they are alive, x_i+1 and the gradients of both. The output of the last
+part, the end, is too small to count. The second input of the end is E.
 """
 
 from collections import Counter
@@ -110,7 +110,7 @@ class ChunkMemory:
         return sum(self._own[:i]) - sum(self._sent[:i]) + self._newest(i)
 
     def _kept(self, name: str) -> Counter:
-        """Bytes that a part keeps for its backward (own_i), by item. Its input does not count."""
+        """Returns the bytes that a part keeps for its backward (own_i), by item. The part's input does not count."""
         kept = Counter(trace_forward(self.scene, name).kept)
         kept["activations"] -= self.hidden * (1 + (name == "end" and self._joins))
         return kept
@@ -154,7 +154,7 @@ class ChunkMemory:
 
     @cached_property
     def evaluation(self) -> int:
-        """Peak bytes of a forward without gradients. x_0 stays until its end."""
+        """Returns the peak bytes of a forward without gradients. x_0 is in memory until this forward ends."""
         runs = [trace_evaluation(self.scene, name) for name in self.parts]
         first = runs[: 1 + self._has_embedding]
         return max(first + [run + self.hidden for run in runs[len(first) :]])
@@ -175,8 +175,8 @@ class ChunkMemory:
     def descent(self, run_of: Callable[[str, bool], PassMemory]) -> Iterator[tuple[str, PassMemory, int]]:
         """The parts in backward order, each with its pass and the live bytes that this pass does not include.
 
-        run_of: returns the pass of a part; its second argument is `held` of trace_backward. Memory that a pass leaves
-        behind counts in all later passes.
+        run_of: a function that returns the pass of a part; its second argument is `held` of trace_backward. Memory that
+        is still in use after a pass counts in all later passes.
         """
         h, names = self.hidden, self._names
         output = 0 if self.has_end else h

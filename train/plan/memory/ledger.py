@@ -1,11 +1,12 @@
 """Counts every byte of tensor memory that code allocates and frees, without help from the allocator.
 
-A Ledger is a torch dispatch mode. It sees every operation, and records each new storage with its size and the current
-tag. It removes a storage when the last tensor on it dies. On the CPU, a ledger measures real memory. On the meta
-device, it computes the memory that the code would use. It does not see memory that a kernel uses inside one operation.
+A Ledger is a torch dispatch mode. It sees every operation, and records each new storage with the storage's size and the
+current tag. It removes a storage when the last tensor on that storage is freed. On the CPU, a ledger measures real
+memory. On the meta device, a ledger computes the memory that the code would use. A ledger does not see memory that a
+kernel uses inside one operation.
 
-It does not see operations of other threads, unless these threads enter the mode too. On the CPU and on meta, autograd
-runs backward in the thread that starts it.
+A ledger does not see operations of other threads, unless these threads enter the mode too. On the CPU and on the meta
+device, autograd runs a backward in the thread that starts this backward.
 """
 
 import gc
@@ -226,7 +227,7 @@ def _makes_new(func: Any) -> bool:
 
 @cache
 def _writes_alone(func: Any) -> bool:
-    """Whether all that an operation does is to write elementwise into its first argument and return this argument."""
+    """Whether an operation only writes elementwise into its first argument, and returns this argument."""
     first = func._schema.arguments[:1]
     written = [one.alias_info is not None and one.alias_info.is_write for one in first]
     return torch.Tag.pointwise in func.tags and func._schema.name.endswith("_") and written == [True]

@@ -112,7 +112,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Stretch:
-    """One stretch of a pass. Where it ends, an overlapped pair of passes may switch to the other pass."""
+    """One stretch of a pass. At the end of a stretch, an overlapped pair of passes may switch to the other pass."""
 
     peak: int
     end: int
@@ -121,7 +121,8 @@ class Stretch:
 
 @dataclass(frozen=True)
 class PassMemory:
-    """Memory of one pass through a part. Its input and output, or their gradients, count while they are alive."""
+    """Memory of one pass through a part. The part's input and output, and their gradients, count while they are in
+    memory."""
 
     start: int
     pieces: tuple[Stretch, ...]
@@ -181,8 +182,8 @@ def trace_forward(scene: Scene, part: str) -> Forward:
 def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemory:
     """The complete backward of a part.
 
-    first: this pass allocates the gradients of the weights, so they count. held: the caller keeps the incoming gradient
-    to the end, as torch's stage does for the last part of a chunk.
+    first: whether this pass allocates the gradients of the weights; if so, these gradients count. held: whether the
+    caller keeps the incoming gradient until the pass ends, as torch's stage does for the last part of a chunk.
     """
     with Run(scene, part, first) as run:
         forward = run.forward()
@@ -195,8 +196,8 @@ def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemo
 def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemory, PassMemory]:
     """The two halves of a split backward, for inputs and for weights. Torch's own functions run them.
 
-    Output and incoming gradient count, because the stage holds them through both halves. When the second half ends, the
-    only remaining memory is what the graph holds until it is freed.
+    The output and the incoming gradient count, because the stage holds both tensors through both halves. When the
+    second half ends, only the tensors that the graph holds are still in memory.
     """
     with Run(scene, part, first) as run:
         run.forward(leaves=True)
@@ -597,7 +598,7 @@ def kind_of(part: str) -> str:
 
 
 def bare(part: str) -> str:
-    """The part's name with only the suffix that changes its weights, if it has that suffix."""
+    """Returns the part's name without the suffixes that do not change the part's weights."""
     return kind_of(part) + SHARED_KEYS * (SHARED_KEYS in part)
 
 

@@ -130,7 +130,7 @@ def copies_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
 
 
 def copies_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Bytes that the folder of copies in memory lacks."""
+    """Returns how many bytes more the in-memory copies need than their folder has."""
     room = copies_memory(config)
     return 0 if room is None else max(0, copies_bytes(config, ranks) - room)
 
@@ -145,9 +145,9 @@ def rank_memory(
 ) -> RankMemory:
     """Plans the memory of one pipeline rank in a scene.
 
-    layers: layers of every stage; None: the layout's split. shortest: plan a step with only as many micro-batches as
-    its peak needs. The peak may then be reported at another micro-batch. depth: whether to compute the exact peak, or
-    only a bound on it.
+    layers: layers of every stage; None: the layout's split. shortest: whether to plan a shorter step, with only as many
+    micro-batches as the memory peak needs. The peak may then be reported at another micro-batch. depth: whether to
+    compute the exact peak, or only a bound on the peak.
     """
     state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest, depth)
     peak = max(moments.values(), key=lambda moment: moment.total)
@@ -240,7 +240,7 @@ def export_bytes(config: Config) -> int:
 
 
 def _built_bytes(config: Config, pp_rank: int, held: int, layers: list[range] | None) -> int:
-    """Peak bytes while a rank starts. `held` bytes of them stay.
+    """Returns the peak bytes while a rank starts. held: bytes that are still in use after the start.
 
     ZeRO 3 draws weights in fp32, one expert at a time, and shards each weight before it draws the next. With an
     adapter, all weights exist before they are sharded.
@@ -267,8 +267,8 @@ def _moments(
     shortest: bool = False,
     depth: WalkDepth = WalkDepth.whole,
 ) -> tuple[Counter, Counter, dict[str, MemoryPeak]]:
-    """The rank's permanent state, the part of it on the host, and the peak of each phase of a step. A peak does not
-    include the state."""
+    """Returns the rank's permanent state, the part of this state that is on the host, and the peak of each phase of a
+    step. A peak does not include the state."""
     chunks = chunk_parts(config, layers)[pp_rank]
     weights = rank_weights(config, list(chunks.values()))
     groups = shards(config, weights)
@@ -311,8 +311,8 @@ def _moments(
     }
 
     def saves(group: Shards) -> int:
-        """Elements of this rank's part that a checkpoint stores. If two ranks hold a copy of the embedding, only the
-        first rank saves it."""
+        """Returns the number of elements that this rank saves in a checkpoint. If two ranks hold a copy of the
+        embedding, only the first rank saves the embedding."""
         whole = group.scattered if config.parallel.zero == 3 else group.partition
         return whole - sum(copy.get(weight, 0) for weight in group.weights)
 
@@ -457,8 +457,8 @@ def _walk(
     last = max(max(stages) for stages in parallel.placement)
 
     def gradients(*names: str) -> int:
-        """Bytes of the gradients that backward allocates. In a warm-up of indexers, only the reduction allocates the
-        others."""
+        """Returns the bytes of the gradients that backward allocates. In a warm-up of indexers, backward allocates only
+        the gradients of indexers, and the reduction allocates all other gradients."""
         found = (w for name in names for w in part_weights(scene.model, name, share, scene.adapter) if w.is_trained)
         return FP32_BYTES * sum(w.elements for w in found if ".indexer." in w.name or not scene.warms_index)
 

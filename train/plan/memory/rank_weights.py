@@ -139,7 +139,7 @@ def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
 
 
 def state_bytes(config: Config, groups: Sequence[Shards], owned: Callable[[Shards], int]) -> int:
-    """Bytes of optimizer state for the parts that this rank owns. owned: returns the number of elements of a group's
-    part."""
+    """Returns the bytes of optimizer state for the elements that this rank owns. owned: a function that returns the
+    number of elements of a group that this rank owns."""
     moment = config.precision.moment_bytes
     return sum(group.rule.count_state_bytes(moment) * owned(group) for group in groups)

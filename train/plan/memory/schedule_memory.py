@@ -50,7 +50,7 @@ class StagePlan:
 
 
 class WalkDepth(IntEnum):
-    """Which passes a walk traces. If it leaves some out, the result is only a bound on the peak."""
+    """Which passes a walk traces. If a walk leaves out some passes, its result is only a bound on the peak."""
 
     forwards = 0
     """Only forward passes. Between the two halves of a backward, all tensors are assumed to stay, because the graph
@@ -138,7 +138,7 @@ class ScheduleWalk:
         self._gradients += stays
 
     def _fetch(self, action: Action) -> None:
-        """Bring the tensors that a backward reads first back to the device, unless they are still on the device."""
+        """Copy the tensors that a backward reads first to the device, unless these tensors are still there."""
         stage, m = action.stage, action.micro_batch
         chunk = self._stages[stage].chunk
         if self._kind(action) not in ("B", "I") or ("kept", stage, m) not in self._alive or not chunk.sent_last:

@@ -91,7 +91,7 @@ def _gradients(groups: Sequence[Shards], ranks: Sequence[int]) -> Iterator[Gradi
 
 
 def kept_elements(config: Config, groups: Sequence[Shards], stage_rank: int) -> list[tuple[Weight, int]]:
-    """The weights that this rank keeps slices of, each with the number of kept elements."""
+    """Returns the weights of which this rank keeps a slice, each with the number of elements of the slice."""
     if config.parallel.zero == 3:
         return [(weight, -(-weight.elements // group.ranks)) for group in groups for weight in group.weights]
     ranks = [stage_rank * group.ranks // config.parallel.stage_ranks for group in groups]
@@ -216,7 +216,8 @@ class StepEnd:
         return self._bf16 and piece.owner == self._ranks[one.group]
 
     def _end(self, gradients: Sequence[Gradient], ahead: bool) -> None:
-        """All of these gradients are reduced: free the bucket, and large gradients that still exist."""
+        """Free the bucket, and those large gradients that still exist. Call it when all of these gradients are
+        reduced."""
         stays = (
             one
             for one in gradients

@@ -83,7 +83,7 @@ class Zero3Memory:
         """Peak bytes when the remaining gradients of the last micro-batch are reduced.
 
         The embedding's input has no gradient. So DeepSpeed does not notice that the embedding's backward has ended, and
-        keeps its weights.
+        does not free the embedding's weights.
         """
         _, left = self._backward
         outside = 0 if self._bucket.takes(left.elements) else FP32_BYTES * left.elements
@@ -163,8 +163,8 @@ class Zero3Memory:
         return part_weights(FrozenSection(self._config.model), part, share, FrozenSection(self._config.adapter))
 
     def update(self) -> int:
-        """Peak bytes during the update, which runs group by group and needs a copy of the gradients and scratch
-        memory."""
+        """Returns the peak bytes during the update. The update runs group by group. For each group, it needs a copy of
+        the gradients, and scratch memory."""
         scene, precision = self._chunk.scene, self._config.precision
         scratch = OPTIMIZER_CLASSES[self._config.optim.facts.name].count_scratch_bytes
         sizes = [group.scattered for group in self._groups]

@@ -58,7 +58,8 @@ class _Status(Enum):
 
 @dataclass(eq=False)
 class _Weight:
-    """A weight in a simulation. next_use: number of the visit that caused the latest gather or wait."""
+    """A weight in a simulation. next_use: index of the visit that caused the latest gather of this weight, or the
+    latest wait for it."""
 
     shared: SharedWeight
     status: _Status = _Status.away
@@ -69,8 +70,8 @@ class _Weight:
 
 @dataclass(eq=False)
 class _Gather:
-    """Weights that are in one transfer. buffers: bytes of the transfer's buffers, except memory that becomes a weight's
-    own."""
+    """Weights that are in one transfer. buffers: bytes of the transfer's buffers. A buffer that later serves as the
+    memory of a weight does not count."""
 
     waited: list[_Weight]
     copied: list[_Weight] = field(default_factory=list)
@@ -87,15 +88,16 @@ class _Gather:
 def follow_gathers(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int
 ) -> list[GatheredBytes]:
-    """Bytes of gathered weights at every visit. visits: pairs of a unit's number, and whether the unit is finished
-    after the visit."""
+    """Returns the bytes of gathered weights at every visit. visits: pairs of the index of a unit in `units`, and
+    whether the unit is finished after the visit."""
     return _Coordinator(units, visits, limit).run(len(visits))
 
 
 def follow_change(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int, number: int, unit: int
 ) -> GatheredBytes:
-    """Bytes of gathered weights if this unit runs at visit `number` instead of the learnt unit."""
+    """Returns the bytes of gathered weights at one visit, if another unit runs than DeepSpeed has recorded. number:
+    index of the visit. unit: the unit that runs."""
     coordinator = _Coordinator(units, visits, limit)
     coordinator.run(number)
     return coordinator.visit_unlearnt(unit)
@@ -124,8 +126,8 @@ class _Coordinator:
         return found
 
     def visit_unlearnt(self, unit: int) -> GatheredBytes:
-        """Simulates the visit of a unit that is not the learnt one. Buffers stay until all weights in transfer have
-        arrived and are freed."""
+        """Simulates the visit of another unit than DeepSpeed has recorded. The buffers are freed only after all weights
+        in transfer have arrived and are freed."""
         highest = self._size()
         for weight, gather in self._coming.items():
             gather.arrive()

@@ -54,7 +54,8 @@ class Bucket:
         return elements <= self.limit
 
     def reduction(self, waiting: WaitingGradients) -> int:
-        """Peak bytes of a reduction. gloo sums in a copy. The shards of experts are scaled after the sum."""
+        """Returns the peak bytes of a reduction. gloo computes the sum in a copy of the gradients. The shards of
+        experts are scaled after the sum."""
         ranks = self.expert_ranks if waiting.experts else self.dense_ranks
         in_order = 0 if waiting.tensors == 1 and waiting.elements == waiting.padded else waiting.padded
         summed = waiting.padded if self.gloo else 0
@@ -76,7 +77,8 @@ class Visit(NamedTuple):
 
 @traced_once
 def trace_unit_forward(scene: Scene, part: str) -> tuple[Visit, ...]:
-    """The visits of a forward pass. Their unit is the part's own name; in the end: norm, mtp.0 ... and head."""
+    """Returns the visits of a forward pass. The unit of a visit has the name of the part. The part `end` has several
+    units: norm, mtp.0 ... and head."""
     with _UnitRun(scene, part) as run:
         return run.visits(run.forward().run)
 
@@ -147,7 +149,7 @@ class _UnitRun(Run):
             self._begun.append((unit, len(self._pieces)))
 
     def _watch(self, out: Tensor | list[Tensor], unit: str) -> None:
-        """Record when a unit's backward begins. It begins with the gradient of the unit's output."""
+        """Record when a unit's backward begins. This is when the gradient of the unit's output arrives."""
         for tensor in (out if isinstance(out, list) else [out]) if torch.is_grad_enabled() else ():
             tensor.register_hook(lambda _: self._visit(unit))
 

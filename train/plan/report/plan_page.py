@@ -292,7 +292,8 @@ LINKS_SHOWN = {"inside": "inside a node", "across": "between nodes", "host": "to
 
 
 def traffic_figure(record: dict[str, Any]) -> Figure | None:
-    """Bytes that a device sends in a step, by kind of link and by purpose; None if it sends nothing."""
+    """Returns a figure of the bytes that a device sends in a step, by kind of link and by purpose. Returns None if the
+    device sends nothing."""
     found = {link: each for link, each in record["link_bytes"].items() if each}
     plot = go.Figure()
     for colour, what in zip(BAR_COLOURS, sorted({what for each in found.values() for what in each}), strict=False):
@@ -311,7 +312,8 @@ def traffic_figure(record: dict[str, Any]) -> Figure | None:
 
 
 def time_figure(plan: RunPlan) -> Figure | None:
-    """Seconds of a step on an average rank: by action, and inside actions by kind of work."""
+    """Returns a figure of the seconds of a step on an average rank. It shows the time of each action, divided by kind
+    of work."""
     step = plan.step
     names = {"F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of weights", "FB": "pairs"}
     actions = [(names[kind], value) for kind, value in step.action_seconds.items()]

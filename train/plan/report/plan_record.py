@@ -156,7 +156,8 @@ def verdict(plan: RunPlan) -> str:
 
 
 def _lacking_beside(plan: RunPlan) -> str:
-    """What is lacking although the plan fits on its devices: host memory, space for in-memory copies, or disk space."""
+    """Returns text about what is too small although the plan fits on its devices: host memory, space for in-memory
+    copies, or disk space."""
     config = plan.config
     if over := copies_lacking(config, plan.ranks):
         folder, room = config.checkpoint.memory_folder, copies_memory(config) or 0
@@ -237,7 +238,8 @@ def failure_words(plan: RunPlan) -> str | None:
 
 
 def interval_words(step: StepTime) -> str:
-    """The range of step times that real jobs may have around the planned time, by kind of program. Empty if unknown."""
+    """Returns text about the range of step times that real jobs may have, for each kind of program. Returns an empty
+    text if the range is unknown."""
     words = []
     for kind, (least, most) in step.interval_seconds.items():
         one = step.intervals[kind]
@@ -248,8 +250,8 @@ def interval_words(step: StepTime) -> str:
 
 
 def split_words(plan: RunPlan, split: FasterSplit | None) -> str | None:
-    """The number of layers in every stage, the imbalance between ranks, and a better split if there is one. None
-    without a pipeline."""
+    """Returns text about the number of layers in every stage, the imbalance between ranks and, if one exists, a better
+    split. Returns None without a pipeline."""
     simulation, parallel = plan.step.simulation, plan.config.parallel
     if parallel.pp == 1:
         return None

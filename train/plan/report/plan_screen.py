@@ -132,7 +132,8 @@ def cure_words(cure: Cure, plan: RunPlan) -> str:
 
 
 def _matrices(config: Config) -> str:
-    """The matrices that the optimizer orthogonalises. For each kind of weight: their number, rows and columns."""
+    """Returns text about the matrices that the optimizer orthogonalises. For each kind of weight, the text has the
+    number of matrices and their rows and columns."""
     found: dict[str, Counter[tuple[int, int]]] = {}
     for part in ("dense", "moe", *["end"] * (config.model.mtp_depth > 0)):
         for weight in part_weights(FrozenSection(config.model), part, config.model.experts):

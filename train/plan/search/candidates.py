@@ -60,7 +60,8 @@ class Frame:
 
     @property
     def layouts(self) -> int:
-        """Number of layouts. Layouts that differ only in the number of saving blocks count as one."""
+        """Returns the number of layouts. Layouts that differ only in the number of blocks that save activations count
+        as one."""
         return len(self.savings) * len(self.ways) * len(self.hosts)
 
 
@@ -86,8 +87,8 @@ class Candidate:
 
     @cached_property
     def config(self) -> Config:
-        """The recipe with the maximum number of saving blocks. It is built on access, because a search needs only one
-        in ten."""
+        """Returns the recipe in which the maximum number of blocks saves activations. The recipe is built on access,
+        because a search needs the recipe of only one candidate in ten."""
         dispatch, wire = self.way
         return with_changes(self.saving.applied(self.placed, self.blocks), dispatch=dispatch, wire=wire)
 
@@ -120,8 +121,8 @@ def frames(config: Config, devices: int) -> Iterator[Frame]:
 
 
 def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
-    """Schedules, each with its possible numbers of virtual stages. If a schedule has several, every inner stage must
-    have a layer."""
+    """Returns the schedules, each with its possible numbers of virtual stages. If a schedule has several stages per
+    rank, every inner stage must have a layer."""
     if pp == 1:
         yield PLAIN_SCHEDULE, 2
         return
@@ -131,8 +132,8 @@ def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
 
 
 def _contexts(config: Config, ranks: int) -> list[int]:
-    """Numbers of ranks that may share a sequence: 1, and all numbers that give each rank at least CONTEXT_TOKENS tokens
-    of it."""
+    """Returns the possible numbers of ranks that share a sequence. These are 1, and all numbers with which each rank
+    has at least CONTEXT_TOKENS tokens of the sequence."""
     most = max(config.seq_len // CONTEXT_TOKENS, config.parallel.cp)
     return [cp for cp in divisors(ranks) if cp <= most and (cp == 1 or config.seq_len % (2 * cp) == 0)]
 

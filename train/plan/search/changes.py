@@ -22,8 +22,8 @@ LIGHTEST: list[str] = [str(what) for what in SELECTIVE]
 def with_changes(config: Config, **values: Any) -> Config:
     """The recipe with other values of parallel's fields, micro_batch_size, recompute, offload, loss_chunk or moments.
 
-    If `split` lists layers for another number of stages, it becomes a split by cost. If the new schedule has no virtual
-    stages, their number is reset.
+    If `split` lists layers for another number of stages, a split by cost replaces this list. If the new schedule has no
+    virtual stages, the number of virtual stages is reset.
     """
     parallel = {name: value for name, value in values.items() if hasattr(config.parallel, name)}
     model = {name: value for name, value in values.items() if name in ("recompute", "offload", "loss_chunk")}
@@ -71,7 +71,8 @@ def broken_rule(config: Config) -> UserError | None:
 
 
 def broken_layout(config: Config) -> UserError | None:
-    """The rule that the layout breaks. All other settings of the recipe must be valid. None if no rule is broken."""
+    """Returns the rule that the layout breaks; None if the layout breaks no rule. All other settings of the recipe must
+    be valid."""
     try:
         check_spread(config)
         check_layout(with_nodes(config))

@@ -37,8 +37,8 @@ class Cure:
 
 
 def find_cures(plan: RunPlan) -> list[Cure]:
-    """Up to three changes that make the plan fit, with the cheapest step first. If no single change does, pairs of the
-    changes that save most are tried."""
+    """Returns up to three changes that make the plan fit. The change with the fewest GPU seconds per step comes first.
+    If no single change is enough, the function tries pairs of the changes that save the most memory."""
     saved: list[tuple[int, Config]] = []
     found = []
     for config in lighter(plan.config):
@@ -56,10 +56,10 @@ def find_cures(plan: RunPlan) -> list[Cure]:
 
 
 def find_beyond(plan: RunPlan) -> list[Cure]:
-    """Changes that make a layout fit and that a search on its devices does not try.
+    """Returns changes that make a layout fit, and that a search on the same devices does not try.
 
-    It first tries single changes of other settings. Then it looks for the smallest sufficient number of devices, up to
-    twice as many as now.
+    The function first tries single changes of other settings. Then it looks for the smallest sufficient number of
+    devices, up to twice the present number.
     """
     parallel = plan.config.parallel
     more = [with_changes(plan.config, pp=pp) for pp in range(parallel.pp + 1, 2 * parallel.pp + 1)]
@@ -85,7 +85,8 @@ class FasterSplit:
 
 
 def find_split(plan: RunPlan) -> FasterSplit | None:
-    """The split that balances the planned times best. None if it shortens the step by less than WORTH."""
+    """Returns the split that best balances the planned times of the ranks. Returns None if this split shortens the step
+    by less than WORTH."""
     layout = layout_of(plan.config)
     if layout.pp == 1:
         return None
@@ -98,7 +99,8 @@ def find_split(plan: RunPlan) -> FasterSplit | None:
 
 
 def find_stages(plan: RunPlan) -> Cure | None:
-    """The number of stages per rank with the shortest step. None if no number both fits and saves at least WORTH.
+    """Returns the number of stages per rank with the shortest step. Returns None if no such number both fits and
+    shortens the step by at least WORTH.
 
     The order of actions stays the same.
     """

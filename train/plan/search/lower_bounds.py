@@ -128,8 +128,8 @@ class QuickStages(Stages):
 
 
 def _holds(kept: Callable[[int], list[int]], held: list[int], room: int, blocks: int) -> bool:
-    """Whether the fullest rank has room for its state and its kept activations, if this number of blocks saves
-    memory."""
+    """Whether the memory of the fullest rank is large enough for its state and its kept activations. blocks: number of
+    blocks that save activations."""
     return max(map(add, held, kept(blocks))) <= room
 
 
@@ -147,10 +147,12 @@ def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
 
 
 def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
-    """Two lower bounds for each rank: on micro-batches with complete activations at any time, and on those while
-    another micro-batch runs forward.
+    """Returns two lower bounds for each rank. Both are on the maximum number of micro-batches whose complete
+    activations are in memory. The first bound counts at any time. The second bound counts only while another
+    micro-batch runs forward.
 
-    -1: no forward runs at that time. In a pair of micro-batches, only one of the two has complete activations.
+    The second bound is -1 if no forward runs at such a time. In a pair of micro-batches, only one of the two has
+    complete activations.
     """
     most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp), parallel.virtual_stages)
     paired = parallel.schedule_facts.pairs
@@ -218,7 +220,8 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
 
 
 def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
-    """Bytes per device that the node's memory lacks for the optimizer state. 0 or less if the state fits."""
+    """Returns how many bytes more per device the optimizer state needs than the node's memory has. The result is 0 or
+    less if the state fits."""
     has = host_memory(config)
     if not config.parallel.offload_optimizer or not has:
         return 0
@@ -263,8 +266,9 @@ def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flig
 def in_flight(schedule: str, pp: int, micro_batches: int, virtual: int = 2) -> list[tuple[int, int]]:
     """Maximum number of micro-batches in flight for each rank, after all its weights have gradients.
 
-    A micro-batch is in flight between its forward and its backward. There are two numbers per rank: the maximum at any
-    time, and the maximum while a forward runs (0 if no forward runs at that time).
+    A micro-batch is in flight between its forward and its backward. The function returns two numbers per rank. The
+    first is the maximum at any time. The second is the maximum while a forward runs (0 if no forward runs after all
+    weights have gradients).
     """
     most = []
     for line in schedule_actions(schedule, pp, micro_batches, virtual):

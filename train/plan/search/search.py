@@ -170,7 +170,7 @@ class _Miss(NamedTuple):
 
     @classmethod
     def of(cls, config: Config) -> "_Miss":
-        """The memory that a layout lacks according to a full plan (negative: free)."""
+        """Returns the bytes by which a layout exceeds the memory according to a full plan (negative: free bytes)."""
         ranks = plan_memory(config)
         lacking = max(rank.peak_bytes for rank in ranks) - tensor_memory(config)
         if host := host_lacking(config, ranks) // host_ranks(config):
@@ -330,8 +330,8 @@ class _Finder:
                 heappush(queue, (self._seconds(one, blocks + 1), number, blocks + 1))
 
     def _fewest(self, one: Candidate) -> int | None:
-        """The smallest number of saving blocks with which a candidate fits by its memory bound. None if all blocks are
-        not enough."""
+        """Returns the smallest number of blocks that must save activations so that a candidate fits, by its memory
+        bound. Returns None if the candidate does not fit even if all blocks save activations."""
         if id(one) not in self._blocks:
             able = self._lacking(one, one.blocks) <= 0
             fewest = bisect_left(range(one.blocks * able), True, key=lambda blocks: self._lacking(one, blocks) <= 0)
@@ -352,7 +352,8 @@ class _Finder:
         return Stages(config, layout_of(config), self._rates, self._memo)
 
     def _needs_no_host(self, config: Config) -> bool:
-        """For a layout with the optimizer on the host: whether it also fits without that. It is then faster without."""
+        """Whether a layout with the optimizer on the host also fits with the optimizer on the device. If so, the layout
+        is faster with the optimizer on the device."""
         host = config.parallel.offload_optimizer
         return host and self._name(with_changes(config, offload_optimizer=False)) in self._on_devices
 
@@ -360,8 +361,8 @@ class _Finder:
         return tuple(overrides(config, self._base))
 
     def _look(self, one: Candidate, config: Config) -> tuple[int, str]:
-        """`_missed` of a candidate with a certain number of saving blocks. Results are cached, because different
-        savings can give the same layout."""
+        """Returns the result of `_missed` for one configuration of a candidate. Results are cached, because different
+        savings can give the same configuration."""
         name = self._name(config)
         if name not in self._looked:
             self._looked[name] = _missed(config, one.fullest)
@@ -378,8 +379,8 @@ class _Finder:
         return fit
 
     def _faster(self, fit: _Fit) -> _Fit:
-        """The layout with the stage split that the planned times suggest, if that split fits and is faster. Else the
-        layout itself."""
+        """Returns the layout with the stage split that the planned times suggest, if this split fits and is faster.
+        Otherwise returns the layout unchanged."""
         stages = self._stages(fit.config)
         if estimate_step(stages)[1] < UNEVEN:
             return fit
@@ -425,8 +426,8 @@ class _Finder:
 
     @property
     def nearest(self) -> _Miss | None:
-        """If no layout fits: the tried layout that lacks the least memory. Valid only after `rejected` has handled
-        every family."""
+        """Returns the tried layout that exceeds the memory by the fewest bytes. Call it only if no layout fits, and
+        after `rejected` has handled every family."""
         families = self._families.values()
         if nearest := [family.nearest for family in families if family.nearest is not None]:
             return min(nearest, key=lambda miss: miss.lacking)
@@ -435,13 +436,14 @@ class _Finder:
 
 
 def _bytes_lacking(one: tuple[int, str, Candidate]) -> tuple[int, int]:
-    """Sort key: the layout that lacks least comes first. Among equal layouts, the one that needs least memory comes
-    first."""
+    """Sort key. The layout that exceeds the memory by the fewest bytes comes first. Among layouts that exceed it by the
+    same number of bytes, the layout that needs the least memory comes first."""
     return one[0], one[2].least_bytes
 
 
 def _missed(config: Config, fullest: int) -> tuple[int, str]:
-    """Bytes that the fullest rank lacks (negative: free), and the kind of memory. Checks the likely ranks first."""
+    """Returns by how many bytes the fullest rank exceeds its memory (negative: free bytes), and the kind of memory.
+    Checks those ranks first that are most likely to be the fullest."""
     scene, memory, last = scene_of(config), tensor_memory(config), config.parallel.pp - 1
     ranks: list[RankMemory] = []
     for depth in WalkDepth:  # bounds come first, because they rule out most layouts

@@ -180,8 +180,8 @@ def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float
 
 
 def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) -> tuple[Rate, dict[str, float]]:
-    """The time of one rank's step that its kernels do not explain: the rate of a launch, and factors on passes and
-    update.
+    """Measures the part of one rank's step time that the kernels' rates do not explain. Returns the rate of a launch,
+    and factors on the times of passes and of the update.
 
     The number of launches is the same at both micro-batch sizes. This separates the launches from the kernels.
     """

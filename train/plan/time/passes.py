@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Segment:
-    """Durations in seconds. compute: computing first. transfer: the transfer after it (0 for none). beside: computing
-    that may overlap the transfer."""
+    """Durations in seconds. compute: time of the computation before the transfer. transfer: time of the transfer (0 for
+    none). beside: time of the computation that may overlap the transfer."""
 
     compute: float
     transfer: float = 0.0
@@ -79,6 +79,7 @@ def overlapped(forward: list[Segment], backward: list[Segment], taken: float) ->
 
 
 def _compute(now: float, seconds: float, link: float, taken: float) -> float:
-    """The time at which computing ends that starts now. Computing is slower while the link is busy."""
+    """Returns the time at which `seconds` of computing end if they start now. Computing is slower while the link is
+    busy."""
     lost = taken * max(0.0, link - now)
     return now + min(seconds + lost, seconds / max(1 - taken, 1e-9))

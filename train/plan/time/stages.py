@@ -115,15 +115,13 @@ class Stages:
     @property
     def reduces_ahead(self) -> bool:
         """Whether a chunk's gradients are reduced while other chunks still run passes (parallel/zero/whole_weights.py).
-
-        A CPU waits for the reduction instead.
-        """
+        On a CPU, the result is False: the rank waits for the reduction."""
         parallel = self.config.parallel
         return self.on_gpu and self.element == 2 and parallel.zero < 3 and not parallel.offload_optimizer
 
     @cached_property
     def spread(self) -> Spread:
-        """Expected destinations of a token in a layer of experts."""
+        """Returns the expected number of destinations of a token in a layer of experts."""
         return spread_of(self.config, self.layout)
 
     @cached_property
@@ -195,8 +193,8 @@ class Stages:
     def _end(self, way: str) -> PassTime:
         """One pass through the end, if its MTP modules have experts on several ranks.
 
-        The time is that of the end with all experts on this rank, plus the difference for the MTP blocks. So the end
-        need not be traced for every expert layout, which would take most of a search's time.
+        The function takes the time of the end with all experts on this rank. It adds the difference that the expert
+        layout makes for the MTP blocks. To trace the end for every expert layout would take most of a search's time.
         """
         model, parallel = self.config.model, replace(self.config.parallel, ep=1)
         block = "moe" + AGAIN * (Recompute.layer in model.recompute)
@@ -232,8 +230,8 @@ class Stages:
         return made
 
     def _scaled(self, work: Work, share: float) -> Work:
-        """The work for a share of the micro-batches. The trace of each micro-batch includes the work that is done once
-        per step, so this is divided further."""
+        """Returns the work for a share of the micro-batches. The trace of each micro-batch includes the work that is
+        done once per step. So that work is also divided by the number of micro-batches."""
         kind = work.kind.removeprefix(ONCE)
         if kind != work.kind:
             share /= self.micro_batches
@@ -275,8 +273,8 @@ class Stages:
         return self._beside_copies(action, self._computing(action))
 
     def _beside_copies(self, action: Action, computed: ElapsedTime) -> ElapsedTime:
-        """The time of an action, including copies to the host or from it. A link copies in both directions at once. On
-        a CPU, copies take computing time."""
+        """Returns the time of an action, including copies to the host and from the host. A link copies in both
+        directions at once. On a CPU, the copies take computing time."""
         halves = action.halves or (action,)
         there = [self._copies(half.stage) for half in halves if half.kind == "F"]
         back = [self._copies(stage) for half in halves for stage, _ in reads(half)]

@@ -107,8 +107,8 @@ class SimulatedStep:
 
 
 def simulate_step(stages: Stages, micro_batches: int | None = None) -> SimulatedStep:
-    """Simulates the pipeline action by action, and adds the update of the slowest rank. micro_batches: replaces the
-    number of a step."""
+    """Simulates the pipeline action by action, and adds the update of the slowest rank. micro_batches: number of
+    micro-batches to use instead of those of a step."""
     extra = _stage3(stages) if stages.config.parallel.zero == 3 else {}
 
     def duration(action: Action) -> float:
@@ -185,7 +185,8 @@ def _transfer(stages: Stages) -> float:
 
 
 def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
-    """The update time of the slowest rank. Includes the part of the reduction that is left after its passes.
+    """Returns the update time of the slowest rank. This time includes the part of the reduction that the rank's passes
+    do not hide.
 
     simulated: arguments for `_hidden`. Without them, all reduction that can be hidden is assumed to be hidden. This
     gives the minimum time.
@@ -204,8 +205,8 @@ def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
 def _hidden(
     stages: Stages, rank: int, whole: float, program: Program, simulation: Simulation, length: Callable[[Action], float]
 ) -> float:
-    """Seconds of a rank's reduction that its passes hide, minus the time by which the reduction slows them. whole:
-    seconds of the complete reduction.
+    """Returns the seconds of a rank's reduction that the rank's passes hide, minus the time by which the reduction
+    slows these passes. whole: seconds of the complete reduction.
 
     A stage's gradients are reduced while the rank's other stages still run passes. Only the stage that ends last cannot
     hide its reduction (parallel/zero/whole_weights.py).
@@ -220,8 +221,8 @@ def _hidden(
 
 
 def _stage3(stages: Stages) -> dict[str, float]:
-    """Seconds that the gathers of stage 3 add to F and to B: the part that the pass cannot hide, and the time by which
-    gathers slow the pass."""
+    """Returns the seconds that the gathers of stage 3 add to F and to B. They consist of the part of the gathers that
+    the pass cannot hide, and of the time by which gathers slow the pass."""
     held = count_weights(stages.config, stages.layers, stages.placement[0], len(stages.layers) - 1)
     forward, backward = stage3_seconds(stages.config, stages.layout, stages.rates, held)
     added = {}

@@ -48,8 +48,8 @@ class TimedStep:
     ) -> tuple[StepOutcome, dict[str, float]]:
         """Run step `number`. Returns its outcome, and the seconds of `schedule`, `reduction` and `update`.
 
-        on_phase: called at the end of each of them. The learning rate is 0. The work is the same as in training, and
-        the weights stay valid although the shards of other ranks are missing.
+        on_phase: a function that is called at the end of each of these phases. The learning rate is 0. The work is the
+        same as in training, and the weights stay valid although the shards of other ranks are missing.
         """
         plan = StepPlan(number, 0, self._config.batch_size, 0.0, self._config.optim.mtp_weight[0].value, 0.0)
         marks, seconds = [self._clock(self._device)], {}

@@ -66,8 +66,8 @@ def spread_of(config: Config, layout: Layout) -> Spread:
 
 
 def latent_bytes(config: Config) -> int:
-    """Bytes that a rank sends in one gather of a layer's latents, per micro-batch. A scatter of their gradients sends
-    as many.
+    """Returns the bytes that a rank sends in one gather of a layer's latents, per micro-batch. A scatter of the
+    latents' gradients sends the same number of bytes.
 
     Each layer needs two gathers and one scatter (parallel/context.py).
     """
@@ -89,8 +89,8 @@ def _chosen(experts: int, top_k: int, groups: int, top_groups: int, group_top_k:
 
 
 def reached(model: Model, nodes: int, per_node: int) -> tuple[float, float, int]:
-    """For a token: the expected number of nodes and of ranks that hold at least one of its experts, and the number of
-    its experts. Each rank holds consecutive experts."""
+    """Returns three numbers for a token: the expected number of nodes with at least one of the token's experts, the
+    expected number of such ranks, and the number of the token's experts. Each rank holds consecutive experts."""
     rule = model.experts, model.top_k, model.groups, model.top_groups, model.resolved_group_top_k
     return _distinct(nodes, *rule), _distinct(nodes * per_node, *rule), model.top_k
 

@@ -7,10 +7,10 @@ the same experts share these experts. If a chunk ends before another chunk of it
 the work of the pipeline (step_time.py). At stage 3, gathers and reductions run in every micro-batch, so only the update
 is counted here.
 
-If the optimizer orthogonalises matrices, it does so after it has updated the shard. Matrices travel to their owners and
-back while other matrices are computed (parallel/owners.py), so only the longer of the two times counts. With the
-optimizer on the host, the shard's gradients go to the host over the device's link, and the rounded weights come back.
-The update is then limited by the host's memory bandwidth.
+If the optimizer orthogonalises matrices, it does so after it has updated the shard. Matrices are sent to their owners
+and back while other matrices are computed (parallel/owners.py). So only the longer of the two times counts: sending or
+computing. With the optimizer on the host, the shard's gradients are copied to the host over the device's link, and the
+rounded weights are copied back. The update is then limited by the host's memory bandwidth.
 """
 
 import math
@@ -174,13 +174,14 @@ def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: l
 
 
 def ring_bandwidth_share(group: int, per_node: int) -> tuple[str, float]:
-    """Which link limits a ring of `group` ranks (`per_node` per node), and how many such links the ring can use."""
+    """Returns the kind of link that limits a ring, and how many links of this kind the ring can use. group: number of
+    ranks in the ring. per_node: number of these ranks per node."""
     return ("inside", 1.0) if group <= per_node else ("across", float(per_node))
 
 
 def sharers(layout: Layout, held: WeightCounts) -> list[tuple[float, int, int]]:
-    """Numbers of a rank's dense weights and of its experts. Each has two more numbers: how many ranks share the
-    weights, and how many of these are on one node."""
+    """Returns three numbers for a rank's dense weights, and three for its expert weights: the number of weights, how
+    many ranks share these weights, and how many of these ranks are on one node."""
     inside_node = min(layout.stage_ranks, layout.ranks_per_node)
     return [
         (held.dense, layout.stage_ranks, inside_node),
