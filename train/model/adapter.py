@@ -49,8 +49,9 @@ class LoraWeights:
         chunk: DeepSeekV3,
         salt: str,
     ):
-        """names: of the LoRA parameters inside the module; the outputs of several A and B are concatenated. chunk:
-        knows the step. salt: input of the dropout hash, besides step and row.
+        """names: the names of the LoRA parameters inside the module; the outputs of several A and B are concatenated.
+        chunk: the chunk, whose field `step` is the index of the step. salt: input of the dropout hash, besides step and
+        row.
         """
         self._module, self._names, self._kernels, self._chunk = module, names, kernels, chunk
         self._scale, self._dropout, self._salt = adapter.scale, adapter.dropout, salt
@@ -84,7 +85,8 @@ class LoraWeights:
         return GroupedMatmul.apply(x, weight, groups, self._kernels)
 
     def _drop(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
-        """Return the input x of the LoRA matrices, and a context in which saving x for backward needs no memory."""
+        """Return the input of the LoRA matrices, which is x after dropout, and a context. Inside the context, autograd
+        saves this input without extra memory."""
         if not (self._dropout and self._module.training):
             return x, nullcontext()
         drop = partial(_drop, share=self._dropout, salt=key_number(f"{self._chunk.step}/{self._salt}"))
@@ -97,8 +99,8 @@ class LoraWeights:
 def _drop(x: Tensor, share: float, salt: int) -> Tensor:
     """Set the fraction `share` of x's values to 0, and scale the other values up.
 
-    Each row and each column of x has an odd number. The top bits of the product of both numbers decide whether the
-    value is dropped.
+    Each row and each column of x has an odd number. The top bits of the product of the row's and the column's number
+    decide whether the value is dropped.
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     column_I = _mixed(torch.arange(x.size(-1), device=x.device)) | 1
@@ -154,7 +156,7 @@ def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: in
 def _ask_for_gradient(module: nn.Module, given: object, out: Tensor) -> Tensor:
     """Make the values require a gradient.
 
-    As a leaf of the graph, the values and their gradient would stay in memory.
+    The values do not become a leaf of the graph, because a leaf and its gradient would stay in memory.
     """
     return _Asking.apply(out, torch.empty(0, requires_grad=True)) if torch.is_grad_enabled() else out
 

@@ -34,7 +34,7 @@ class AttentionInput(NamedTuple):
 
 
 class KeptLse:
-    """The log-sum-exp of the scores of one call, for callers that need it besides the output."""
+    """The log-sum-exp of the scores of one call, for callers that need it in addition to the output."""
 
     lse_BHT: Tensor
 
@@ -78,7 +78,7 @@ class AttentionCore(Protocol):
     """Computes attention, forward and backward."""
 
     takes_documents: bool
-    """Whether the core supports documents, whose parts have any length."""
+    """Whether the core supports documents. A document may have any length."""
 
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
         """Compute attention.
@@ -91,8 +91,8 @@ class AttentionCore(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v.
 
-        made: the result of `forward`; or an output and a log-sum-exp over more keys, which include the keys of this
-        call.
+        made: the result of `forward`; or an output and a log-sum-exp over a larger set of keys, which includes the keys
+        of this call.
         """
 
 
@@ -103,7 +103,7 @@ def positions_first(x_BHTV: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Attend(Function):
-    """`AttentionInput` to the output, with a core."""
+    """Applies a core to an `AttentionInput`, and returns the output."""
 
     @staticmethod
     def forward(ctx, core: AttentionCore, *given):

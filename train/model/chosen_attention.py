@@ -5,7 +5,7 @@ The work is linear in the sequence length.
     q_i . k_s = [W_UK_i^T q_nope_i ; q_rope_i] . [c_s ; k_rope_s]             head i, normed latent c and rotated rope key of position s
     out_i     = W_UV_i sum_s p_is c_s,   p_i = softmax over the chosen s of scale q_i . k_s
 
-All heads of a query use the same K keys, so the latents are gathered once for all heads. This takes kv_rank + rope
+All heads of a query use the same K keys, so one gather of the latents serves all heads. This takes kv_rank + rope
 numbers for each key, instead of heads x (qk width + value width). With o_i = sum_s p_is c_s and the gradient u_i =
 W_UV_i^T do_i, backward computes
 
@@ -65,7 +65,7 @@ class ChosenOutput(NamedTuple):
 
 
 class KeptShares:
-    """Keeps the attention probabilities of the chosen keys of one call, for the loss of the indexer."""
+    """Stores the attention probabilities of the chosen keys of one call, for the loss of the indexer."""
 
     shares_BTK: Tensor
 
@@ -74,7 +74,7 @@ class ChosenAttention(Function):
     """Computes attention of the local queries over their chosen keys: (B, H, T, V).
 
     latents_BTX: latents of the local positions. gathering: a gather of the latents of all positions, if ranks share
-    sequences. watch: as in `AttentionInput`. shares: receives the attention probabilities of the chosen keys.
+    sequences. watch: see `AttentionInput`. shares: receives the attention probabilities of the chosen keys.
     """
 
     @staticmethod

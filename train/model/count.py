@@ -144,7 +144,7 @@ def head_flops(config: Model, frozen: bool = False) -> float:
 def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool = False, frozen: bool = False) -> float:
     """Return the training operations per token, forward and backward.
 
-    DeepSeek's own MFU figures leave MTP out (mtp=False). frozen: as in `layer_flops`.
+    DeepSeek's own MFU figures leave MTP out (mtp=False). frozen: see `layer_flops`.
     """
     dense, moe = (layer_flops(config, seq_len, kind, causal, frozen) for kind in (True, False))
     total = config.dense_layers * dense + head_flops(config, frozen)
@@ -190,7 +190,8 @@ def count_tables(config: Config) -> int:
 
 
 def count_vectors(config: Config) -> int:
-    """Return the number of trained parameters with one dimension, which are norm weights. An adapter has none."""
+    """Return the number of trained parameters with one dimension, which are norm weights. An adapter has no such
+    parameters."""
     model = config.model
     if config.adapter.on:
         return 0

@@ -4,7 +4,8 @@ Parameter names are global in every chunk: `embedding.weight`, `layers.17.attent
 `layers.17.moe.experts.w13`, `norm.weight`, `head.weight`, `mtp.0.projection.weight`.
 
 The last chunk computes the main loss and the MTP losses itself, so it returns no logits. MTP needs the embedding. So
-the last chunk of a pipeline has a table with the same name. If both chunks are in one process, they share one table.
+the last chunk of a pipeline has an embedding table too, under the same name. If the first and the last chunk are in one
+process, they share one table.
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocabulary.
 """
@@ -50,7 +51,7 @@ class Losses:
         self.main: Tensor | float = 0.0
         """Sum of the main losses."""
         self.mtp: list[Tensor | float] = [0.0] * self._depths
-        """Sum of the losses of every MTP depth, without their weight."""
+        """Sums of the losses of every MTP depth, not multiplied by the MTP weight."""
         self.extra: Tensor | float = 0.0
         """Sum of the user's own loss term (optim.extra_loss)."""
 
@@ -84,7 +85,8 @@ class ModelOutputs:
     learnt_BT: Tensor
     """Whether a target is learnt, bool. In chats, only targets in answers are learnt; in other texts all targets."""
     divisor: float
-    """Divisor for sums over the local learnt positions. With it, each position has the same weight in the step."""
+    """Divisor for sums over the local learnt positions. A sum that is divided by it gives every position of the step
+    the same weight."""
 
     def mean(self, values_BT: Tensor) -> Tensor:
         """Return this micro-batch's contribution to the mean of values over all learnt tokens of the step.
@@ -96,7 +98,7 @@ class ModelOutputs:
     def logits(self) -> Tensor:
         """Return the logits of all positions, fp32 (B, T, V), with gradient.
 
-        They need much memory. The cross-entropy itself only needs the logits of one chunk at a time.
+        All logits together need much memory. The cross-entropy only needs the logits of one chunk at a time.
         """
         return F.linear(self.hidden_BTD, self.head_VD.to(self.hidden_BTD.dtype)).float()
 
@@ -109,7 +111,7 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, width, **factory))
         self._chunk, self._kernels = chunk, kernels
         self.added: AddedMatmul | None = None
-        """The adapter of the weight, set by the code that trains one."""
+        """The adapter of the weight, set by the code that trains an adapter."""
         self.extra_loss: Callable[[ModelOutputs], Tensor] | None = None
         """The user's own loss term, set by the code that builds the model for a training."""
         self.token_loss: TokenLoss | None = None
@@ -132,7 +134,7 @@ class Head(nn.Module):
 
         In training, the user's own term follows if it exists. With `gives_logprobs`, eval mode returns
         log-probabilities instead of losses. A loss is the sum over the supervised tokens (or over all tokens), divided
-        by `divisor`. None: divide by the number of local positions of the main model. MTP depths have fewer targets but
+        by `divisor`. divisor None: the number of local positions of the main model. MTP depths have fewer targets but
         the same divisor (paper eq. 24). detaches_mtp: only the main model's loss trains the head's weight. tensors_BS:
         the tensors per token that `token_loss` needs.
         """
@@ -267,9 +269,10 @@ class DeepSeekV3(nn.Module):
     seq_len: length of the run's sequences, which decides whether YaRN applies. layers: global indices of the chunk's
     blocks. has_head: whether the chunk has the final norm, the output head and the MTP modules. dispatcher: one object
     for all MoE layers; None if all experts are local. local_experts: indices of this rank's experts in every layer;
-    None for all. embedding: a table that another chunk shares. share: exchanges positions with other ranks; None if
-    complete sequences are local. host: stores the activations that config.offload names; None if no backward follows.
-    dtype, device: of the parameters. After a build on the meta device, call `init.initialise` or load weights.
+    None: all experts. embedding: a table that another chunk shares. share: exchanges positions with other ranks; None
+    if complete sequences are local. host: stores the activations that config.offload names; None if no backward
+    follows. dtype, device: dtype and device of the parameters. After a build on the meta device, call `init.initialise`
+    or load weights.
     """
 
     def __init__(
@@ -374,10 +377,11 @@ class DeepSeekV3(nn.Module):
         """Return hidden states (B, T, D). The last chunk returns the loss instead, fp32 (1,).
 
         x: tokens (B, S) for the first chunk, else hidden states of the local positions. tokens_BS: tokens of complete
-        sequences. They are needed if ranks share sequences, and by a last chunk that is not also the first.
-        documents_BS: document number of every token, on the host; attention does not cross documents. supervised_BS:
-        mask of learnt tokens, on the host; with it, each document is a separate sample (`Positions.samples_BS`).
-        experts_BTLK, keys_BTLK: see `Positions`. tensors_BS: the tensors per token that `Head.token_loss` needs.
+        sequences. They are needed if ranks share sequences, and also if the last chunk is not the first chunk.
+        documents_BS: document index of every token, on the host; a token attends only to its own document.
+        supervised_BS: mask of learnt tokens, on the host. If it is given, each document is a separate sample
+        (`Positions.samples_BS`). experts_BTLK, keys_BTLK: see `Positions`. tensors_BS: the tensors per token that
+        `Head.token_loss` needs.
 
         The training loss is main + mtp_weight / depths * sum of MTP losses, of the local positions; in eval mode it is
         the main loss.
@@ -441,7 +445,7 @@ class DeepSeekV3(nn.Module):
         }
 
     def indexers(self) -> list[Indexer]:
-        """Return the indexers of this chunk, including those of MTP modules."""
+        """Return the indexers of this chunk, including the indexers of MTP modules."""
         return [module for module in self.modules() if isinstance(module, Indexer)]
 
     def add_loss(self, extra_loss: Callable[[ModelOutputs], Tensor]) -> None:

@@ -71,7 +71,7 @@ class Indexer(nn.Module):
         self._config, self._rope_width, self._kernels = config.sparse, config.rope_head_dim, precision.kernels
         self.loss: Tensor | float = 0.0
         self.layer: int | None = None
-        """Index of the indexer among those of the main model, set by the model; None in an MTP module."""
+        """Index of the indexer among the indexers of the main model, set by the model; None in an MTP module."""
 
     def forward(
         self,
@@ -81,8 +81,8 @@ class Indexer(nn.Module):
         remake_x: AbstractContextManager | None = None,
         remake_q: AbstractContextManager | None = None,
     ) -> IndexVectors:
-        """table: RoPE table of these positions. remake_x, remake_q: contexts in which saving x and the latent for
-        backward needs no memory."""
+        """table: RoPE table of these positions. remake_x, remake_q: contexts, inside which autograd saves x or the
+        latent without extra memory."""
         with remake_q or nullcontext():
             q = self.q(q_latent_BTC).unflatten(-1, (self._config.heads, -1))
         with remake_x or nullcontext():
@@ -92,7 +92,7 @@ class Indexer(nn.Module):
         return IndexVectors(self._turn(q, table), k, w_BTH * (self._config.heads * self._config.head_dim) ** -0.5)
 
     def clear(self) -> None:
-        """Start a new step."""
+        """Reset `loss` for a new step."""
         self.loss = 0.0
 
     def _turn(self, x_BTHI: Tensor, table: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A value depends only on the seed, the global name of its parameter and, for expert weights, the global index of the
 expert. So every layout of chunks and ranks starts from the same model. Each device draws the numbers of its weights.
 For a layer of DeepSeek-V3, a CPU needs half a minute, and a GPU a negligible time. All CPUs draw the same numbers. GPUs
-of one kind draw equal numbers, which differ from those of other kinds and of CPUs, because torch's GPU generator
+of one kind draw equal numbers. Other kinds of GPUs and CPUs draw different numbers, because torch's GPU generator
 distributes its numbers by the count of multiprocessors.
 """
 
@@ -35,7 +35,7 @@ def initialise(chunk: DeepSeekV3, seed: int | None, device: torch.device | str |
 def first_draws(chunk: DeepSeekV3, seed: int | None) -> dict[nn.Parameter, Callable[[], None]]:
     """Return a function for each weight. It draws the weight, and allocates it first if it has no memory.
 
-    seed: as in `initialise`. The allocation is that of `materialise`.
+    seed: see `initialise`. The function allocates as `materialise` does.
     """
     return {
         weight: partial(_draw_weight, module, weight, f"{prefix}.{name}", seed, chunk.config.init_std)
@@ -80,7 +80,7 @@ def _draw_weight(module: nn.Module, weight: nn.Parameter, name: str, seed: int |
 
 
 def draw_indexer(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
-    """Return the initial values of an indexer's weight, complete, as `initialise` draws them on a CPU.
+    """Return the initial values of an indexer's complete weight, as `initialise` draws them on a CPU.
 
     name: global name of the weight.
     """
@@ -100,7 +100,7 @@ def draw_uniform(weight: Tensor, key: str, bound: float, experts: range | None =
 
 
 def draw_normal(weight: Tensor, key: str, std: float, experts: range | None = None) -> None:
-    """Fill a weight with normal values of mean 0. key, experts: as in `draw_uniform`."""
+    """Fill a weight with normal values of mean 0. key, experts: see `draw_uniform`."""
     _fill_drawn(weight, key, experts, lambda exact, generator: exact.normal_(0, std, generator=generator))
 
 

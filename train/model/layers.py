@@ -33,7 +33,8 @@ class AddedMatmul(Protocol):
     """A second matmul whose result is added to a layer's output."""
 
     def add(self, y: Tensor, x: Tensor, groups: ExpertGroups | None = None) -> Tensor:
-        """Return y (..., O) plus the contribution of x (..., I). groups: for rows that are sorted by expert."""
+        """Return y (..., O) plus the result of the second matmul for x (..., I). groups: the rows of each expert, if
+        rows are sorted by expert."""
 
     def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         """Return operands of one matmul that computes the sum: x and the weight, both with the same additional
@@ -47,7 +48,7 @@ class PackedWeight(Protocol):
     """The shape of the values."""
 
     def unpack(self, dtype: torch.dtype) -> tuple[Tensor, AbstractContextManager]:
-        """Return the values, and a context in which saving them for backward needs no memory."""
+        """Return the values, and a context. Inside the context, autograd saves the values without extra memory."""
 
 
 PACKED = {"weight": "packed", "w13": "packed_up", "w2": "packed_down"}
@@ -110,7 +111,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, **factory))
         self._precision, self._kind = precision, kind
         self.added: AddedMatmul | None = None
-        """The adapter of the weight, set by the code that trains one."""
+        """The adapter of the weight, set by the code that trains an adapter."""
         self.packed: PackedWeight | None = None
         """The stored form of a frozen weight that has an adapter; None for a plain tensor."""
 
@@ -123,7 +124,7 @@ class Linear(nn.Module):
     def values(self) -> tuple[Tensor, AbstractContextManager]:
         """Return the weight plus the adapter's product, (O, I), and a context for code that saves it. Differentiable.
 
-        In this form, an adapter's dropout drops the same inputs for all rows.
+        In a matmul with these values, an adapter's dropout drops the same inputs for all rows.
         """
         weight, keep = open_weight(self.packed, self.weight, self._precision.dtype)
         if self.added is None:
@@ -222,7 +223,8 @@ class _SwiGLU(Function):
 
 
 class FFN(nn.Module):
-    """The SwiGLU feed-forward network: w2(silu(w1 x) * w3 x). w13 contains the rows of w1, and then those of w3."""
+    """The SwiGLU feed-forward network: w2(silu(w1 x) * w3 x). w13 contains the rows of w1, followed by the rows of
+    w3."""
 
     def __init__(self, width: int, inner: int, precision: LayerPrecision, recompute: bool, **factory):
         super().__init__()
@@ -240,7 +242,7 @@ class FFN(nn.Module):
 
 
 def recomputed_swiglu(a_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> AbstractContextManager:
-    """Return a context in which saving a = swiglu(h, gates) needs no memory.
+    """Return a context, inside which autograd saves a = swiglu(h, gates) without extra memory.
 
     Backward recomputes `a` from h and gates, which SwiGLU saves anyway.
     """

@@ -5,7 +5,7 @@ tokens would need 2 GiB in fp32, and their gradient another 2 GiB.
 
 For each chunk of tokens, forward computes the logits, the softmax in fp32 and the loss. It also computes the gradients
 of the hidden states and of the head, and backward only scales these gradients. A matmul processes a complete chunk. On
-a CPU, softmax and its gradient in fp32 process a few rows at a time, which fit in the cache. The gradient overwrites
+a CPU, softmax and its gradient in fp32 process only as many rows at a time as fit in the cache. The gradient overwrites
 the logits.
 
 Shapes: N tokens, C of a chunk, R rows of it, D width, V vocabulary.
@@ -69,7 +69,7 @@ def token_logprobs(
     """Return log softmax(hidden head^T / temperature)[target] of every token, fp32 (N,). temperature_N: None for 1.
 
     Only the logits of one chunk exist at a time. Forward and backward both compute them, because the gradient depends
-    on a loss that is not known in forward. They are always in fp32.
+    on a loss that is not known in forward. The logits are always in fp32.
     """
     return _TokenLogprobs.apply(hidden_ND, head_VD, targets_N, temperature_N, chunk, kernels)
 

@@ -172,8 +172,9 @@ class MLA(nn.Module):
     def _project(self, out_BHTV: Tensor, saved: ReplaceableTensors) -> Tensor:
         """Return (B, T, D).
 
-        If the projection saves its input in fewer bits, attention's backward reads this copy too. saved: the tensors
-        that attention saved. In some kernels they include the output of attention.
+        If the projection saves its input in fewer bits, attention's backward reads this saved input too, and the output
+        of attention is freed. saved: the tensors that attention saved. In some kernels they include the output of
+        attention.
         """
         x_BTX = out_BHTV.transpose(1, 2).flatten(2)
         held, heads = self.out.hold(x_BTX), out_BHTV.size(1)
@@ -225,8 +226,9 @@ class MLA(nn.Module):
     ) -> tuple[Tensor, Tensor, Callable[[], Iterator[tuple[Tensor, SeenKeys, int]]]]:
         """Compute attention from normed latents and rotated rope keys: (B, H, T, V).
 
-        If ranks share sequences, latents and rope keys are gathered once. Also returns the queries, and a function that
-        gathers the latents again for the keys of all positions. Both are arguments of `AttentionTarget`.
+        If ranks share sequences, one gather brings the latents and rope keys of all positions. Also returns the
+        queries, and a function that gathers the latents again for the keys of all positions. Both are arguments of
+        `AttentionTarget`.
         """
         config, table = self._config, self._rope.table(positions.whole_length, q_latent.device)
         table = torch.cat([table[piece.start : piece.stop] for piece in positions.here])

@@ -43,7 +43,7 @@ class PendingRows(Protocol):
     """A dispatch in progress."""
 
     def wait(self) -> RoutedRows:
-        """Return the rows that have reached this rank's experts. Call once."""
+        """Return the rows that have reached this rank's experts. Call this method only once."""
 
 
 class Dispatcher(Protocol):
@@ -82,7 +82,8 @@ class ArrivedRows:
 
 
 class LocalDispatcher:
-    """Dispatches to local experts by a stable sort, and combines by its inverse. It never waits for the device."""
+    """Dispatches to local experts by a stable sort, and combines by the inverse of the sort. It never waits for the
+    device."""
 
     def __init__(self, experts: int, kernels: Kernels):
         self._experts, self._kernels = experts, kernels
@@ -139,8 +140,8 @@ class _Unpermute(Function):
 
 
 class Experts(nn.Module):
-    """The weights of this rank's routed experts: w13 (E, 2F, D), with the rows of w1 before those of w3; w2 (E, D,
-    F)."""
+    """The weights of this rank's routed experts: w13 (E, 2F, D) and w2 (E, D, F). In w13 the rows of w1 precede the
+    rows of w3."""
 
     def __init__(self, config: Model, local: range, **factory):
         super().__init__()

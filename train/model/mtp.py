@@ -5,9 +5,9 @@ depth k-1, which has seen the tokens up to i+k-1. A transformer block processes 
 
     h_k[i] = norm( block( W [ norm(Emb(t[i+k])) ; norm(h_(k-1)[i]) ] ) ),   i = 1 .. T-k
 
-The order of the two halves is that of the released weights. h_0 is the main model's output after its final norm. Each
-depth passes its output after its own norm to the next depth. The paper does not specify this; other implementations do
-the same. Nothing is detached. Embedding and head are those of the main model.
+The two halves have the same order as in the released weights. h_0 is the main model's output after its final norm. Each
+depth applies its own norm to its output, and passes the result to the next depth. The paper does not specify this;
+other implementations do the same. Nothing is detached. Embedding and head are shared with the main model.
 
 Shapes: B sequences, T positions of this depth, D width.
 """

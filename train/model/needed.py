@@ -2,9 +2,9 @@
 
 The schedules zbv and dualpipev split a backward into two passes of autograd: one for input gradients (I), and one for
 weight gradients (W). autograd skips gradients that a pass does not need, but a Function written in Python skips
-nothing. Its ctx.needs_input_grad only tells which inputs required a gradient in forward. So it would compute both
-gradients in both passes and discard half of them. To avoid this, every Function with both gradients asks autograd's
-engine which gradients the current pass needs.
+nothing. Its ctx.needs_input_grad only tells which inputs required a gradient in forward. So a Function would compute
+both gradients in both passes, and each pass would discard one of them. To avoid this, every Function with both
+gradients asks autograd's engine which gradients the current pass needs.
 """
 
 from collections.abc import Callable
@@ -41,14 +41,16 @@ SKIPPED, EXECUTED, HANDED_OUT = "skipped", "executed", "handed out"
 def gradients_needed(ctx: Any) -> tuple[bool, ...]:
     """Return, for every argument of the Function, whether the current pass needs its gradient.
 
-    Call inside backward, with its ctx. In an ordinary backward the result equals ctx.needs_input_grad.
+    Call this function inside backward, with the ctx of backward. In an ordinary backward the result equals
+    ctx.needs_input_grad.
     """
     nodes = iter([node for node, _ in ctx.next_functions if node is not None])
     return tuple([required and _fate(next(nodes)) != SKIPPED for required in ctx.needs_input_grad])
 
 
 def is_recorded(ctx: Any) -> bool:
-    """Whether autograd records the call, so that a backward can follow. Call inside forward, with its ctx.
+    """Whether autograd records the call, so that a backward can follow. Call this function inside forward, with the ctx
+    of forward.
 
     ctx.needs_input_grad does not show this: it is True for every trained weight, also under torch.no_grad.
     """
@@ -56,7 +58,7 @@ def is_recorded(ctx: Any) -> bool:
 
 
 def node_of(ctx: Any, argument: int) -> Node:
-    """Return the node that receives the gradient of an argument that requires one."""
+    """Return the node that receives the gradient of an argument. The argument must require a gradient."""
     nodes = [node for node, _ in ctx.next_functions if node is not None]
     return nodes[sum(ctx.needs_input_grad[:argument])]
 

@@ -1,6 +1,7 @@
 """Offloads activations until backward. Tensors that are saved inside a context go to the host when the context ends.
 
-Each storage is sent completely and only once, even if several views of it were saved. These tensors stay on the device:
+Each storage is sent completely, and only one time even if several views of the storage were saved. These tensors stay
+on the device:
 
     the block's input   other code holds it: the previous part as its output, or a pipeline's stage
     weights, buffers    they are on the device anyway
@@ -36,7 +37,7 @@ class Host(Protocol):
 
 
 class OffloadedBlock(SavedContext):
-    """The context that offloads. stays: the tensors that stay on the device: the block's input, weights and buffers."""
+    """The context that offloads. stays: the tensors that are not offloaded: the block's input, weights and buffers."""
 
     def __init__(self, host: Host, stays: Iterable[Tensor]):
         self._host = host

@@ -72,8 +72,8 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values with heads first and rotated rope parts. Differentiable.
 
-        All heads get the same rope key. q_BTHQ: may be overwritten, so no code may read it later. kv_BTHX: for each
-        head [nope key | value]. The returned values may be a view of it. table: see `Rope.table`.
+        All heads get the same rope key. q_BTHQ: may be overwritten, so no code may read it later. kv_BTHX: [nope key |
+        value] of each head. The returned values may be a view of it. table: see `Rope.table`.
         """
 
     def attention(self, given: AttentionInput) -> Tensor:
@@ -137,9 +137,9 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Return gate values (fp32) and expert ids (int64), (B, T, K), from the router's logits.
 
-        Differentiable; the gradient includes the balance loss. When backward runs a block again, the ids are those of
-        the first run, and nothing is counted (train/model/recompute.py). replayed_BTK: experts that replace the choice
-        by scores. Their gates are computed from this router's scores.
+        Differentiable; the gradient includes the balance loss. When backward runs a block again, the method returns the
+        ids of the first run and counts nothing (train/model/recompute.py). replayed_BTK: experts that replace the
+        choice by scores. The gates of these experts are computed from this router's scores.
         """
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -150,7 +150,7 @@ class Kernels(Protocol):
     def sum_entries(self, rows_RD: Tensor, places_TK: Tensor) -> Tensor:
         """Return the sum of the K rows of every token: (T, D). places: row indices.
 
-        The rows are added in order in fp32, and the sum is rounded once.
+        The rows are added in order in fp32. Only the complete sum is rounded.
         """
 
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:
@@ -175,4 +175,4 @@ class Kernels(Protocol):
     def grouped_weight_gradient(
         self, grad_RO: Tensor, x_RI: Tensor, groups: ExpertGroups, dtype: torch.dtype, into_EOI: Tensor | None = None
     ) -> Tensor:
-        """Return grad^T x, summed over the rows of each expert: (E, O, I). into: as in `matmul`."""
+        """Return grad^T x, summed over the rows of each expert: (E, O, I). into: see `matmul`."""

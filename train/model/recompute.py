@@ -59,7 +59,7 @@ class SavedContext:
         raise NotImplementedError
 
     def makes(self, tensor: Tensor) -> bool:
-        """Whether saving this tensor needs no memory, because the context recomputes it."""
+        """Whether autograd saves this tensor without extra memory, because the context recomputes it."""
         return False
 
 
@@ -94,7 +94,7 @@ def unpacked(saved: Tensor | PackedTensor) -> Tensor:
 
 
 def is_free(tensor: Tensor) -> bool:
-    """Whether saving the tensor for backward needs no memory, because an open `RecomputedOutputs` recomputes it."""
+    """Whether autograd saves the tensor without extra memory, because an open `RecomputedOutputs` recomputes it."""
     opened = _OPEN.get()
     return bool(opened) and opened[-1].makes(tensor)
 
@@ -103,9 +103,9 @@ class RecomputedOutputs(SavedContext):
     """A context that saves `function` instead of each of `outputs`. The function recomputes all outputs.
 
     function: is called on `sources` without gradient. It returns one tensor or a tuple, with the values and strides of
-    the outputs. It may be called once in each backward pass, and all tensors saved in one context share its result. A
+    the outputs. Each backward pass may call it again. All tensors saved in one context share the result of a call. A
     tensor counts as an output if it starts at the same address. So views that start at the first element (reshapes,
-    transposes) count too.
+    transposes) count as outputs too.
     """
 
     def __init__(
@@ -304,9 +304,7 @@ def remember(decision: T) -> T:
 
 
 def recall() -> Any:
-    """Return the next decision of the first run, in the order in which it remembered them; None outside a second
-    run.
-    """
+    """Return the next decision of the first run, in the order of the calls of `remember`; None outside a second run."""
     innermost = next(iter(_OPEN.get()), None)
     return innermost.decision() if isinstance(innermost, _SecondRun) else None
 

@@ -28,8 +28,8 @@ class Router(nn.Module):
     """Chooses experts and counts its choices.
 
     bias_E (fp32) is part of the run's state. It is saved and updated, but it gets no gradient. The code that runs the
-    step sets balance_weight, which is alpha / micro-batches. The code that builds the model sets frozen: whether the
-    weight is not trained.
+    step sets balance_weight: alpha divided by the number of micro-batches. The code that builds the model sets frozen:
+    whether the weight stays unchanged in training.
 
     In training, every forward adds to load_E (tokens per expert, int64), score_E (sum over sequences of P_i) and
     balance_loss (weighted); `clear` starts a new step. Positions that do not count (`Positions.counted_BT`) get
@@ -89,7 +89,7 @@ class Router(nn.Module):
     def _apply(self, fn, recurse=True):
         """Move the buffers with the module, but never round them.
 
-        Rounding is possible, because engines call module.bfloat16() to convert the weights.
+        Engines call module.bfloat16() to convert the weights, and this call would round the buffers too.
         """
         exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)

@@ -2,8 +2,8 @@
 
 Usually a process has complete sequences. With context parallelism, N processes share each sequence. Its T positions are
 cut into 2 N equal pieces, and process r works on the pieces r and 2 N - 1 - r. The queries of an early piece see few
-keys, and those of a late piece see many keys. So all processes have equal work. Each process has the tokens of the
-complete sequence, which are few bytes. All other values, from the embedding to the loss, exist only for local
+keys, and the queries of a late piece see many keys. So all processes have equal work. Each process has the tokens of
+the complete sequence, which are few bytes. All other values, from the embedding to the loss, exist only for local
 positions.
 
 Three computations need other positions: attention (train/model/attention.py), the balance loss, which counts over all
@@ -29,7 +29,7 @@ class PendingGather(Protocol):
     """A gather in progress."""
 
     def wait(self) -> list[Tensor]:
-        """Return the gathered pieces. Call once."""
+        """Return the gathered pieces. Call this method only once."""
 
 
 class SequenceShare(Protocol):
@@ -71,13 +71,13 @@ class Rectangle(NamedTuple):
 class PackedSamples:
     """The samples of sequences, in the form that a router needs for its counts.
 
-    It is built once for each micro-batch and depth, and all layers use it.
+    One object is built for each micro-batch and depth, and all layers use it.
     """
 
     def __init__(self, number_BT: Tensor, lengths_N: Tensor):
-        """number_BT: sample number of every local position, counted over all sequences; N for positions that do not
-        count. lengths_N: number of positions that count in each sample, including those of other processes. Both are on
-        the host.
+        """number_BT: sample index of every local position, over all sequences; N for positions that do not count.
+        lengths_N: number of positions that count in each sample, including positions of other processes. Both tensors
+        are on the host.
         """
         self._number_BT, self._lengths_N = number_BT, lengths_N
         self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -90,8 +90,8 @@ class PackedSamples:
 
 
 class SeenKeys:
-    """Describes which local queries see which keys of one block. Built once for each micro-batch and used by all
-    layers."""
+    """Describes which local queries see which keys of one block. One object is built for each micro-batch, and all
+    layers use it."""
 
     def __init__(self, rectangles: list[Rectangle]):
         self.rectangles = rectangles
@@ -117,7 +117,7 @@ class KeyChoices:
     supervised_BS: Tensor | None = None
     """Mask of learnt tokens, on the host; None for all tokens."""
     alone: list[Tensor] | None = None
-    """Collects the losses if only the indexers learn, with dense attention; None if the whole model learns."""
+    """Collects the losses if only the indexers learn, with dense attention; None if the complete model learns."""
     chosen_BTK: Tensor | None = None
     """Keys that the last layer with an indexer selected: positions in the sequence, int32. If there are fewer keys, -1
     fills the rest."""
@@ -130,16 +130,16 @@ class Positions:
     length: int
     """Number of positions in a sequence, T."""
     documents_BT: Tensor | None = None
-    """Document number of every position, on the host; None if attention covers complete sequences.
-    A document is contiguous, and attention does not cross its borders.
+    """Document index of every position, on the host; None if attention covers complete sequences. A document is
+    contiguous, and a position attends only to positions of its own document.
     """
     share: SequenceShare | None = None
     """Exchanges values with the processes that have other positions; None if complete sequences are local."""
     whole: int = field(default=-1)
     """T of the main model, set for an MTP depth, which has fewer positions; -1 if it equals `length`."""
     samples_BS: Tensor | None = None
-    """Sample number of every token, on the host, if sequences contain separate samples.
-    Numbers start from 0 in each sequence, and -1 is padding. None: every token may be the target of the token before.
+    """Sample index of every token, on the host, if sequences contain separate samples. The indices start from 0 in each
+    sequence, and -1 is padding. None: every token may be the target of the token before.
     """
     experts_BTLK: Tensor | None = None
     """Expert ids that routers use instead of their own choice; None: routers choose.
@@ -180,7 +180,8 @@ class Positions:
 
     @cached_property
     def counted_BT(self) -> Tensor | None:
-        """Whether a position counts: its target must be in the same sample. Bool, on the host; None if all count.
+        """Whether a position counts: its target must be in the same sample. Bool, on the host; None if all positions
+        count.
 
         Positions that do not count are at the end of their sample. So positions that count do not attend to them.
         """

@@ -1,8 +1,8 @@
 """Computes attention of local positions over all positions of their sequences (context parallelism).
 
-The ranks gather latents, not keys and values. Each piece of the sequence is a block. Keys and values of a block are
-computed from its latents when they are needed, and are then dropped. A query attends to one block after another. The
-log-sum-exps of its scores combine the partial results:
+The ranks gather latents, not keys and values. Each piece of the sequence is a block. The keys and values of a block are
+computed from the latents of the block when attention needs them. After that they are dropped. A query attends to one
+block after another. The log-sum-exps of its scores combine the partial results:
 
     forward    of block j: o_j = softmax(s_j) v_j and l_j = log sum exp s_j
                o = sum_j exp(l_j - l) o_j,  l = log sum_j exp l_j
@@ -81,7 +81,7 @@ class SharedAttention(Function):
     """Computes softmax(scale q k^T) v of the local queries over the keys of all positions: (B, H, T, V).
 
     latents_BTX: [latent | rotated rope key] of the local positions. weights: the trained weights of keys.up. gathering:
-    a gather of the latents of all positions. watch, lse: as in `AttentionInput`.
+    a gather of the latents of all positions. watch, lse: see `AttentionInput`.
     """
 
     @staticmethod

@@ -5,9 +5,9 @@ With plain autograd, a matmul would write a separate tensor, rounded to the weig
 18 bytes of memory traffic per weight for a bf16 matmul. Here the matmul adds directly to the sum: 8 bytes, and nothing
 is rounded in between.
 
-Then autograd gets an undefined gradient. It still runs the weight's node after all Functions that use the weight. So
-this node tells when the gradient of a pass is complete (parallel/zero/sharded_weights.py). Tensor hooks cannot tell it,
-because they only run for gradients that autograd adds itself.
+The matmul then returns an undefined gradient to autograd. autograd still runs the weight's node after all Functions
+that use the weight. So this node shows when the gradient of a pass is complete (parallel/zero/sharded_weights.py).
+Tensor hooks cannot show this, because they only run for gradients that autograd adds itself.
 
 Shapes: N rows (any leading axes flattened), I inputs and O outputs of a matmul, R rows sorted by expert, E experts.
 """
