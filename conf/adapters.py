@@ -48,14 +48,14 @@ def target_of(base: str) -> str | None:
 
 
 def is_held_in_blocks(base: str) -> bool:
-    """Whether adapter.base=fp8 stores this base parameter as block FP8. It does so for the weights whose matmuls
+    """Whether adapter.base=fp8 stores this base parameter as block FP8. These are the weights whose matmuls
     precision.fp8 casts."""
     return target_of(base) not in (None, *ON_REQUEST)
 
 
 def name_lora(base: str) -> list[LoraNames]:
-    """Return the names of A and B for an adapted base parameter. This is one pair; for w13 it is two pairs (w1, w3),
-    each for half of the outputs."""
+    """Return the names of A and B for an adapted base parameter. The result has one pair of names. For w13, the result
+    has two pairs (w1, w3), each for half of the outputs."""
     stem, _, last = base.rpartition(".")
     is_weight = last == "weight"
     matrix = stem.rpartition(".")[2] if is_weight else last

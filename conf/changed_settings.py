@@ -133,8 +133,8 @@ def effect_of(key: str) -> Effect:
 
 
 def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
-    """Return the differences between this run and the run that wrote a checkpoint. fingerprint: of this run's data.
-    meta: of the checkpoint.
+    """Return the differences between this run and the run that wrote a checkpoint. fingerprint: fingerprint of this
+    run's data. meta: metadata of the checkpoint.
 
     If a setting did not exist in the checkpoint's version, its default is used as the old value. Raises UserError for a
     setting that this version has removed, if its value changed results.
@@ -164,8 +164,8 @@ def _defaults() -> dict[str, Any]:
 
 
 def _pairs(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Yield the old and the new value of every key of both sides. A group that is null on one side counts as one
-    key."""
+    """Yield the old and the new value of every key that the old or the new settings have. A group that is null in
+    either of them counts as one key."""
     old, new = _shut(old, new), _shut(new, old)
     for key in [*new, *(key for key in old if key not in new)]:
         before, after = old.get(key, defaults.get(key)), new.get(key)

@@ -55,8 +55,8 @@ OPERAND = re.compile(r"(e4m3|e5m2)/((1x128|128x128|row|tensor)/(fp32|pow2)|1x32/
 
 
 class ConfigCheck(Protocol):
-    """An entry of a table of rules. It is a `JoinedRule`, a group of rules, or a function for a rule that is not a
-    comparison."""
+    """An entry of a table of rules. An entry is a `JoinedRule`, a group of rules, or a function for a rule that is not
+    a comparison."""
 
     def __call__(self, config: Config, /) -> None:
         """Raise UserError if the configuration breaks the rule."""
@@ -109,7 +109,7 @@ class ConditionalRules:
     rules: Iterable[ConfigCheck]
 
     def __call__(self, config: Config) -> None:
-        """Raise UserError if the rules apply to the configuration and it breaks one of them."""
+        """Raise UserError if the rules apply to the configuration and the configuration breaks one of these rules."""
         if self.so(config):
             hold(self.rules, config)
 
@@ -238,7 +238,7 @@ def _phases(key: str) -> tuple[ConfigCheck, ...]:
 
 def _pieces(key: str, each: bool = False) -> ConfigCheck:
     """Return the rules for sequences that cp ranks share. Such a sequence is cut into 2 cp pieces of equal length. key:
-    the key of the sequence length."""
+    name of the setting with the sequence length."""
     return ConditionalRules(
         lambda c: c.parallel.cp > 1,
         (

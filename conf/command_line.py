@@ -315,8 +315,8 @@ def _may_be_in(section: str, key: str) -> bool:
 
 
 def _unread(word: str, before: Sequence[str], after: Sequence[str], groups: dict[str, list[str]]) -> UserError:
-    """Return the error for an argument that Hydra cannot parse. It has no `key=`, or its value is not valid for
-    Hydra."""
+    """Return the error for an argument that Hydra cannot parse. Such an argument has no `key=`, or its value is not
+    valid for Hydra."""
     key, equals, text = word.lstrip("+").partition("=")
     if equals and key:
         return _unreadable(key, text, after)

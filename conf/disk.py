@@ -1,6 +1,6 @@
 """Handles disk errors: free space, and error messages for disks that are full, broken, or deny access.
 
-Three rules hold for every file that the program writes:
+Three rules apply to every file that the program writes:
 - Errors name the file (`naming`).
 - If the run can do without the file, such as progress or the report, the program prints a note and the run continues.
   Lines of metrics and events wait in memory for free space (`Backlog`).
@@ -156,7 +156,8 @@ class Backlog:
         return len(self._waiting)
 
     def add(self, piece: bytes) -> None:
-        """Write the data after all waiting data. Raises OSError if the disk refuses; the data then waits too."""
+        """Write the data after all waiting data. Raises OSError if the disk refuses the data. In this case, the new
+        data waits too."""
         self._waiting.append(piece)
         self._bytes += len(piece)
         while self._bytes > BACKLOG and len(self._waiting) > 1:
@@ -173,7 +174,7 @@ class Backlog:
 
 @contextmanager
 def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator[None]:
-    """Convert a disk's OSError into an error of this kind. The error names the setting that contains the path."""
+    """Convert an OSError of a disk into this kind of error. The new error names the setting that contains the path."""
     try:
         yield
     except OSError as error:
@@ -195,7 +196,7 @@ def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator
 
 
 def _way(error: OSError) -> str:
-    """Return whether the file was read or written, if that is known. Only some errors contain it."""
+    """Return whether the file was read or written, if this is known. Only some errors contain this information."""
     if way := getattr(error, "way", None):
         return way
     if error.errno in FULL | {errno.EROFS, errno.EFBIG}:
@@ -219,7 +220,8 @@ def _setting(path: Path, configs: tuple[Config, ...]) -> tuple[str, str]:
 
 
 def let_output_be_lost() -> None:
-    """From now on, if a disk is full, drop output to files on it instead of ending this process."""
+    """Change this process so that a full disk does not end it. After this call, output to files on a full disk is
+    dropped."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         try:

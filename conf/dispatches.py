@@ -94,8 +94,9 @@ class DispatchFacts:
         return None
 
     def find_sums(self, experts: int, ep: int, per_node: int) -> list[int]:
-        """Return sizes of groups of consecutive experts: the experts of a rank, and those of a node. The rows of a
-        token from such a group are added before they return to the token's rank."""
+        """Return sizes of groups of consecutive experts: the number of experts on a rank, and the number of experts on
+        a node. If a dispatch adds the rows of a token from such a group before they return to the token's rank, the
+        result has the size of this group."""
         if self.per_expert or ep == 1:
             return []
         of_rank = experts // ep

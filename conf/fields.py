@@ -69,8 +69,8 @@ if TYPE_CHECKING:
 else:
 
     class FilledKey:
-        """Type of a key that may be null or missing in a recipe. Loading then fills it, so in a loaded configuration it
-        has a value."""
+        """Type of a key that may be null or missing in a recipe. When a recipe is loaded, such a key gets a value. So
+        the key has a value in every loaded configuration."""
 
         def __class_getitem__(cls, kind: type) -> types.UnionType:
             return kind | None
@@ -122,7 +122,8 @@ def wrong_choice(key: str, value: Any, choices: Iterable[str], instead: str) -> 
 
 
 def _cure(key: str, field: dataclasses.Field, bounds: Bounds) -> str:
-    """Return the fix. It also names the default if this says more than the bounds, for example for a fraction."""
+    """Return the fix. The fix also names the default if the default says more than the bounds, for example for a
+    fraction."""
     default, words = field.default, bounds.words()
     example = f", such as {_text(default)}" if isinstance(default, float) and default and bounds.hold(default) else ""
     return f"set {key} to {'a number ' if words[0].isalpha() else ''}{words}{example}"

@@ -117,8 +117,8 @@ def open_lock(path: Path) -> int:
     """Open a lock file and return its handle; create the file if it is missing. Only users who can write the folder may
     open it.
 
-    This is necessary because any user who can open a file can lock it, and so block others. Users who can write the
-    folder could replace the file anyway.
+    This is necessary because every user who can open a file can lock the file, and so block other users. Users who can
+    write the folder could replace the file anyway.
     """
     handle = open_plain(path, os.O_RDWR | os.O_CREAT, 0o600)
     found = os.fstat(handle)
@@ -173,8 +173,8 @@ def new_folder(given: str | None, field: str) -> Path:
 
 @contextmanager
 def written_whole(target: Path, field: str) -> Iterator[Path]:
-    """Provide a hidden folder. After success it is renamed to the target; after a failure it is removed. field: the key
-    of the target."""
+    """Provide a hidden folder. After success, the folder is renamed to the target. After a failure, the folder is
+    removed. field: name of the setting with the target."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -204,8 +204,8 @@ TYPE_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or f
 
 
 def read_json(path: Path, field: str, cure: str, kind: type = dict, value: object = None) -> Any:
-    """Return the JSON value in a file, which must have the given type. Raises UserError(field, value or else the path,
-    the problem, cure).
+    """Return the JSON value in a file. The value must have the given type. If not, raises UserError with `field`, with
+    `value` (by default the path), the problem and `cure`.
 
     cure: fix for wrong content; disk errors have their own fix.
     """

@@ -104,7 +104,8 @@ def option_groups() -> list[str]:
 
 
 def option_line(path: Path) -> str:
-    """Return the first comment line of an option's file that is not a directive; empty if there is none."""
+    """Return the first comment line, in an option's file, that is not a directive. Return an empty text if there is no
+    such line."""
     comments = (line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
     return next((line for line in comments if not line.startswith(("@package", "yaml-language-server"))), "")
 

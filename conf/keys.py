@@ -122,8 +122,8 @@ def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
 
 
 def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, str]]:
-    """Yield notes on subsections. A note is the field's docstring. Where a class occurs for the first time, the
-    docstring of the class is a note too."""
+    """Yield notes on subsections. Each note is the docstring of a field. If the class of the field occurs for the first
+    time, the docstring of the class is a note too."""
     for item in fields_of(cls).values():
         if (inner := item.section) is None:
             continue
@@ -146,7 +146,7 @@ def inner_section(found: Any) -> tuple[type | None, str]:
 
 
 def plain(found: Any) -> tuple[Any, bool]:
-    """Return a type without `| None`, and whether it had `| None`."""
+    """Return a type without `| None`, and whether the given type had `| None`."""
     if isinstance(found, types.UnionType):
         (inner,) = (each for each in typing.get_args(found) if each is not type(None))
         return inner, True

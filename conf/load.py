@@ -88,8 +88,8 @@ class _Primary(Config):
 
 
 def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Config:
-    """Convert a node of the schema to a typed and checked configuration. Raises UserError. said: called with a sentence
-    about each value that was chosen."""
+    """Convert a node of the schema to a typed and checked configuration. Raises UserError. said: a function that is
+    called with a sentence about each value that was chosen."""
     if _takes_over(node):  # if a referenced value is a list or a mapping, OmegaConf does not check its type
         whole = OmegaConf.masked_copy(node, [key for key in node if key != "hydra"])
         node = cast(DictConfig, OmegaConf.merge(_schema(), escaped(OmegaConf.to_container(whole, resolve=True))))
@@ -107,8 +107,8 @@ def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Co
 
 
 def _takes_over(node: DictConfig) -> bool:
-    """Whether a setting refers to another setting, as `${KEY}`. The cache's default is ignored; it reads the
-    environment."""
+    """Whether a setting refers to another setting, as `${KEY}`. The default of the cache is ignored, because that
+    default reads the environment."""
     keys, place = [str(key) for key in node if key != "hydra"], Config().data.cache
     return any(OmegaConf.is_interpolation(node, key) or "${" in str(node[key]).replace(place, "") for key in keys)
 
@@ -396,7 +396,8 @@ def _say(choice: str) -> None:
 
 
 def reported(main: Callable[..., int]) -> Callable[..., int]:
-    """Wrap a command's main function: it prints a UserError and returns the error's exit code."""
+    """Wrap a command's main function. If the function raises a UserError, the wrapper prints the error and returns the
+    error's exit code."""
 
     @wraps(main)
     def run_main(*arguments: Any) -> int:

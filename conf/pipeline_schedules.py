@@ -71,15 +71,15 @@ class ScheduleFacts:
     def count_idle_seconds(self, pp: int, seconds: ActionSeconds) -> float:
         """Return the idle seconds of a rank in one step, by a closed formula.
 
-        parallel/pipeline/simulate.py computes them from torch's action lists and does not have the limits of the
+        parallel/pipeline/simulate.py computes the idle seconds from torch's action lists, without the limits of the
         formula. Tests compare both results.
         """
         return (pp - 1) * self.idle_per_hop(seconds)
 
 
 def _forward_and_backward(seconds: ActionSeconds) -> float:
-    """Return the idle seconds per hop of a rank with one stage. With v stages per rank, a stage takes 1 / v of this
-    time, and so does the idle time."""
+    """Return the idle seconds per hop of a rank with one stage. With v stages per rank, a stage takes 1 / v of the
+    time, and the idle time is 1 / v of this result."""
     return seconds.forward + seconds.inputs + seconds.weights
 
 

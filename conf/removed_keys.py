@@ -1,4 +1,4 @@
-"""A table of keys of earlier versions: how to treat them in recipes, run folders and checkpoints.
+"""A table of keys of earlier versions. It says how to treat these keys in recipes, run folders and checkpoints.
 
 If a removed key has the value that this version always uses, it is dropped silently. Any other value asks for a removed
 feature, so it is an error with a fix. Files that a run wrote (config.yaml, checkpoints) contain every key. In these
@@ -123,7 +123,7 @@ def drop_removed_keys(settings: dict[Any, Any], place: str, package: str = "", *
 
 
 def _drop(section: dict[str, Any], settings: dict[str, Any], place: str, top: str, package: str, by_run: bool) -> bool:
-    """Drop removed keys in a section. section: the settings of `package`. It is a part of `settings`, which are the
+    """Drop removed keys in a section. section: the settings of `package`, which are a part of `settings`. settings: the
     settings of `top`."""
     dropped = False
     for name, value in list(section.items()):
@@ -147,8 +147,8 @@ def _drop(section: dict[str, Any], settings: dict[str, Any], place: str, top: st
 
 
 def _value_of(default: Any, settings: dict[str, Any], package: str) -> Any:
-    """Return the value of the key to which a default refers, in the settings of `package`. If the default refers to no
-    key there, return the default."""
+    """Return the value of the key to which a default refers. The key is looked up in the settings of `package`. If the
+    default refers to no key of these settings, return the default."""
     if not (isinstance(default, str) and default.startswith(f"${{{package}")):
         return default
     found: Any = settings

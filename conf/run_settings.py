@@ -76,8 +76,8 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
 
 
 def _folders(node: DictConfig) -> list[Path]:
-    """Return folders where the run may be: the folder around the named checkpoint; without a checkpoint, the folders of
-    the run's name."""
+    """Return folders in which the run may be. With a named checkpoint, this is the folder that contains the checkpoint.
+    Without a checkpoint, these are the folders with the run's name."""
     sections = {mode: node[mode.value] for mode in (Mode.export, Mode.evaluate, Mode.generate, Mode.score)}
     named = sections[node.mode].checkpoint if node.mode in sections else None
     if named is None:

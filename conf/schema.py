@@ -231,7 +231,8 @@ class Model:
 
     @property
     def repeated_layers(self) -> int:
-        """Number of first blocks of every stage that backward recomputes completely; `layers` for all blocks."""
+        """Number of blocks, counted from the first block of every stage, that backward recomputes completely; `layers`
+        for all blocks."""
         return self._share(self.recompute)
 
     def offloaded_part(self, place: int) -> str:
@@ -332,8 +333,8 @@ class Data:
 
     @property
     def chats(self) -> bool:
-        """Whether samples are chats. Chats are packed, attention does not cross chats, and only some tokens are
-        learnt."""
+        """Whether samples are chats. Several chats are packed into a sequence, attention does not cross chats, and the
+        model learns only some of the tokens."""
         return any(source.format in CHATS for source in self.mix or [self])
 
 

@@ -1,8 +1,9 @@
 """Sizes above which code takes another path: a second block, bucket, page or part. One table serves all packages.
 
-They affect only speed; results are the same for all values. So mode=prove lowers all of them in some of its runs, and
-then even its small tensors take both paths. Every such size must be in this table: tests/test_thresholds.py refuses a
-comparison with a constant in other files. Sizes that are keys of the schema (`model.loss_chunk`) are not in the table.
+These sizes affect only speed; results are the same for all values. So mode=prove lowers all sizes in some of its runs.
+With lowered sizes, even the small tensors of a proof take both paths. Every such size must be in this table:
+tests/test_thresholds.py refuses a comparison with a constant in other files. Sizes that are keys of the schema
+(`model.loss_chunk`) are not in the table.
 """
 
 from collections.abc import Iterator

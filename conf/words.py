@@ -3,7 +3,7 @@
 In a terminal, an escape sequence could clear the screen or type for the user. An override of the writing direction
 could disguise a command, and a line end could forge a log line. So all output goes through `say`, or through a console
 of conf/screen.py. Both make such characters visible (\\x1b). Text that becomes part of a sentence goes through
-`sentence`; errors call it themselves.
+`sentence`; errors call `sentence` themselves.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Reads a YAML file. If the file cannot be read, it gives the reason in one sentence.
+"""Reads a YAML file. If the file cannot be read, the error gives the reason in one sentence.
 
 A run folder may belong to another user, so its file is only data. A reference such as ${model.layers} is allowed; it
 means another value of the file. A resolver such as ${oc.env:HOME} is refused, because it calls a function that can read

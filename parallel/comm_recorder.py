@@ -56,7 +56,7 @@ library and this file.
 
 
 class CommLog(Protocol):
-    """Receiver of the records; see cluster/comm_ring.py."""
+    """The interface of an object that receives the records; see cluster/comm_ring.py."""
 
     def name_group(self, name: str, label: str, ranks: Sequence[int]) -> int:
         """Return the number of a group."""
@@ -164,7 +164,8 @@ class CommRecorder:
         return known
 
     def _place(self) -> int:
-        """Return the innermost caller that is not in a package, which excludes torch and DeepSpeed."""
+        """Return the number of the innermost caller in Sluice's or the user's code. Callers in installed packages, such
+        as torch and DeepSpeed, do not count."""
         frame: FrameType | None = sys._getframe(3)
         while frame is not None:
             code = frame.f_code

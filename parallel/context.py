@@ -6,8 +6,9 @@ before attention. They do not store the gathered values; the backward gathers th
 return by an all-to-all in the activation dtype, and the receiver sums them in fp32. A reduce-scatter would round after
 every rank and would transfer as many bytes.
 
-A rank sends (N - 1) times its own latents in each gather, and (N - 1) / N of all latents' gradients in the scatter,
-which is the same amount. For T positions and B sequences, with C values of b bytes each:
+In each gather, a rank sends its own latents to N - 1 ranks. In the scatter, it sends (N - 1) / N of the gradients of
+all latents, which is the same number of bytes. For T positions and B sequences, with C values of b bytes each, a rank
+sends:
 
     3 (N - 1) / N * B * T * C * b      per layer, forward and backward
 
@@ -81,9 +82,8 @@ class ContextParallel:
 
 
 class LoneContext(ContextParallel):
-    """Context parallelism without the other ranks, for a plan or a dry run. Instead of received values it returns
-    copies of this rank's own values.
-    """
+    """Context parallelism without the other ranks, for a plan or a dry run. Instead of values from other ranks, it
+    returns copies of this rank's own values."""
 
     def __init__(self, ranks: int, rank: int = 0):
         self.parts, self.part, self.counters, self._across = ranks, rank, TrafficCounters(), False

@@ -61,8 +61,8 @@ def gather(value: Any, group: ProcessGroup | None = None) -> list[Any]:
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:
-    """Run `make` on rank 0 and return its result on every rank. The result must be JSON as in `gather`; it may have any
-    size.
+    """Run `make` on rank 0 and return the result of `make` on every rank. The result must be JSON as in `gather`, and
+    may have any size.
 
     Collective over all ranks.
     """
@@ -78,7 +78,7 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
 
 @contextmanager
 def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
-    """Provide a group of all ranks for a wait that may last longer than any collective of the training.
+    """Provide a group of all ranks. A collective of this group may wait longer than any collective of the training.
 
     Collective over all ranks.
     """
@@ -99,7 +99,7 @@ class RankNotes:
         self._store = store or distributed_c10d._get_default_store()
 
     def leave(self, name: str, text: str) -> None:
-        """Leave a note. It is lost if the rank that serves the store is gone."""
+        """Leave a note. The note is lost if the rank that serves the store has ended."""
         with suppress(dist.DistError):
             self._store.set(name, text)
 
@@ -111,7 +111,8 @@ class RankNotes:
 
 
 def refuse_pickles() -> None:
-    """Make torch's object collectives raise in this process from now on, also when torch or DeepSpeed call them."""
+    """Make all later calls of torch's object collectives in this process raise an error, even calls by torch or
+    DeepSpeed."""
     for name in ("_object_to_tensor", "_tensor_to_object", "_pickler", "_unpickler"):
         assert hasattr(distributed_c10d, name), f"torch.distributed.distributed_c10d has no {name}"
         setattr(distributed_c10d, name, _refuse)
@@ -122,7 +123,7 @@ def _refuse(*_: Any, **__: Any) -> None:
 
 
 def _encode(value: Any) -> Tensor:
-    """Return the JSON text as bytes (uint8) on the CPU: every group of ours has a backend for the CPU."""
+    """Return the JSON text as bytes (uint8) on the CPU. Every group that Sluice creates has a backend for the CPU."""
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 

@@ -76,7 +76,8 @@ class Layout(RankCounts):
 
     @property
     def ep_ranks_per_node(self) -> int:
-        """Number of ranks of one expert group on one node. It is the same for every node and every expert group."""
+        """Number of ranks of one expert group on one node. This number is the same for every node and every expert
+        group."""
         inside = min(self.ep, self.ranks_per_node)
         if self.ep % inside or self.ranks_per_node % inside:
             raise UserError(
@@ -99,9 +100,8 @@ class Layout(RankCounts):
         return [group[i : i + size] for group in self.ep_groups() for i in range(0, self.ep, size)]
 
     def inter_groups(self) -> list[list[int]]:
-        """Return groups of ranks; each group holds the ranks of one expert group that have the same index on their
-        nodes.
-        """
+        """Return groups of ranks. Each group has those ranks of one expert group that have the same local index, one
+        rank per node."""
         size = self.ep_ranks_per_node
         return [group[i::size] for group in self.ep_groups() for i in range(size)]
 

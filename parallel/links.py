@@ -151,9 +151,8 @@ def notes_on_links(names: list[str], found: list[LinkRate], expected: dict[str, 
 
 
 def _seconds(exchange: Callable[[], None]) -> float:
-    """Run `exchange` LINK_ROUNDS times after a warm-up, and return the seconds of the fastest one. `exchange` must wait
-    for its transfers.
-    """
+    """Run `exchange` LINK_ROUNDS times after a warm-up, and return the seconds of the fastest run. `exchange` must wait
+    for its transfers."""
     exchange()
     best = float("inf")
     for _ in range(LINK_ROUNDS):

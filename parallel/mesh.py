@@ -53,7 +53,7 @@ class Mesh:
     """Ranks of my expert group that have my index on their nodes."""
 
     def wait_at_most(self, seconds: float) -> None:
-        """Set the timeout of collectives in all groups of this rank, from now on."""
+        """Set the timeout of all later collectives in all groups of this rank."""
         groups = {group for field in fields(self) if isinstance(group := getattr(self, field.name), ProcessGroup)}
         for group in {_all_ranks(), *groups}:
             distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

@@ -42,7 +42,8 @@ class SharedMatrix(NamedTuple):
     cost: float
 
     def pieces(self, rank: int) -> list[WeightPiece]:
-        """Return a rank's part as at most three rectangles: part of a row, complete rows, part of a row."""
+        """Return a rank's part of the matrix as at most three rectangles: part of a row, complete rows, and part of
+        another row."""
         cut = [
             WeightPiece(_common(rows, self.place.rows), _common(columns, self.place.columns))
             for rows, columns in cut_pieces(self.held[rank], self.width)
@@ -105,9 +106,10 @@ class MatrixOwners:
     ) -> None:
         """Compute every matrix on its owner. Collective over the group.
 
-        read: returns a view of the local part of a weight. compute: takes matrix numbers and matrices; returns results
-        of the same shapes. write: takes a matrix number, the number of its weight, a rectangle of the local part, and
-        the result for that rectangle. like: a tensor; elements are sent with its dtype on its device.
+        read: a function that returns a view of the local part of a weight. compute: a function that takes matrix
+        numbers and matrices, and returns results of the same shapes. write: a function that takes a matrix number, the
+        number of the matrix's weight, a rectangle of the local part, and the result for that rectangle. like: a tensor;
+        elements are sent with the dtype and on the device of this tensor.
         """
         gathered: tuple[MatrixPack, Callable[[], dict[int, Tensor]]] | None = None
         returned: Callable[[], None] | None = None
@@ -160,7 +162,8 @@ class MatrixOwners:
     def _gather(self, pack: MatrixPack, read: Callable[[int, WeightPiece], Tensor], like: Tensor) -> Callable[[], dict]:
         """Start to send the matrices of a pack to their owners.
 
-        Returns a function. It waits for the matrices that this rank owns, and returns them by number.
+        Returns a function. This function waits for the matrices that this rank owns, and returns a mapping from matrix
+        number to matrix.
         """
         outgoing = [
             read(self._matrices[number].weight, piece).reshape(-1)

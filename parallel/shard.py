@@ -57,7 +57,7 @@ class Fragment:
 
 
 class Sharing(NamedTuple):
-    """Number of ranks that hold the same weights, and the index of this rank among them."""
+    """Number of ranks that hold the same weights, and the index of this rank among these ranks."""
 
     ranks: int
     rank: int
@@ -151,7 +151,7 @@ class ShardSlice(NamedTuple):
 class GradientHandover:
     """Data that ZeRO hands to the optimizer for the next update, besides the `.grad` of the flat parameters.
 
-    ZeRO fills this object and the optimizer reads it. They share no other object.
+    ZeRO fills this object and the optimizer reads this object. ZeRO and the optimizer share no other object.
     """
 
     shards: dict[Tensor, FlatShard] = field(default_factory=dict)
@@ -168,7 +168,8 @@ class GradientHandover:
     """Unreduced gradients are sums over the data of this number of ranks. Division by it gives the mean."""
 
     def of(self, param: Tensor) -> tuple[list[Tensor], Tensor | float | None]:
-        """Return the gradient of a flat parameter as a list of parts, and the factor to apply to each."""
+        """Return the gradient of a flat parameter as a list of parts, and the factor by which each part must be
+        multiplied."""
         if param not in self.unreduced:
             return [gradient_of(param).view(-1)], self.factor
         if self.divisor == 1:
@@ -206,7 +207,7 @@ class ShardedOptimizer(Protocol):
         """
 
     def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Return the sum of squares of each flat fp32 tensor, in fp64: (pieces,)."""
+        """Return a tensor (pieces,) in fp64 with the sum of squares of each flat fp32 tensor."""
 
     def step(self, closure: None = None) -> None:
         """Update every group that has gradients."""

@@ -1,10 +1,11 @@
 """A store where ranks of several nodes meet, safe in a network with untrusted hosts.
 
-The ranks of torch's process groups find each other through a key-value store. It holds addresses, and the id that
-NCCL's connections require. TCPStore accepts and returns values without authentication. So its socket listens only on
-the node's own address. Every value is encrypted and signed with a secret that only the ranks of the same attempt have;
-the signature covers the value's key. An attacker who finds the port can neither read nor insert an address; he can only
-make the attempt fail. Counters and the existence of keys are not signed, because the ranks read no content from them.
+The ranks of torch's process groups find each other through a key-value store. The store holds addresses, and the id
+that NCCL's connections require. TCPStore accepts and returns values without authentication. So the socket of TCPStore
+listens only on the node's own address. Every value is encrypted and signed with a secret that only the ranks of the
+same attempt have; the signature covers the value's key. An attacker who finds the port can neither read nor insert an
+address; he can only make the attempt fail. Counters and the existence of keys are not signed, because the ranks read no
+content from them.
 """
 
 import hashlib
@@ -80,7 +81,8 @@ class SealedStore(dist.Store):
 
 
 def open_sealed_store(rank: int, address: str, port: int, secret: bytes, timeout: timedelta) -> SealedStore:
-    """Open the store of all ranks; rank 0 serves it on its own `address`. Raises OSError if it cannot listen there."""
+    """Open the store of all ranks. Rank 0 serves the store on its own `address`. Raises OSError if rank 0 cannot listen
+    at this address."""
     listener = None
     if rank == 0:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -1,6 +1,6 @@
 """Every undocumented name of torch that Sluice uses: read this file before an upgrade.
 
-These are names with a leading underscore, and names of the pipeline runtime that torch's documentation lacks.
+These are names with a leading underscore, and names of the pipeline runtime that are missing in torch's documentation.
 tests/test_torch_private.py compares the list with the names in the code and with the installed torch.
 parallel/zero/private_names.py does the same for DeepSpeed.
 """

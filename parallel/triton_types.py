@@ -97,7 +97,8 @@ def _kind_of(number: float) -> tuple:
 
 
 def _width_of(number: int) -> bool:
-    """Return whether an unspecialised integer fits into 32 bits: only this property of it changes the kernel."""
+    """Return whether an unspecialised integer fits into 32 bits. No other property of the integer changes the
+    kernel."""
     return number < 2**31
 
 

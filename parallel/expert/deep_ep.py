@@ -1,7 +1,8 @@
 """DeepEP's kernels with the dispatcher interface, for GPUs with NVLink and RDMA.
 
-This file follows the documentation of `deep_ep.Buffer` (get_dispatch_layout, dispatch, combine). It has never run with
-the package itself, for lack of GPUs. The tests use a stand-in that returns what the documentation promises.
+This file follows the documentation of `deep_ep.Buffer` (get_dispatch_layout, dispatch, combine). This code has never
+run with the package itself, because suitable GPUs were not available. The tests use a stand-in that returns what the
+documentation promises.
 
 DeepEP sends a token once to every rank that holds one of its experts; one rank per node forwards it. For every arrival
 it returns the local expert ids (-1 for experts elsewhere) and gates. This file expands arrivals to rows by expert, and
@@ -54,9 +55,9 @@ class DeepEPDispatcher(ExchangeDispatcher):
     group: NCCL group. experts: number of experts in all. width: D, which sizes the buffers. The class has no traffic
     counters, because it does not count bytes.
 
-    DeepEP waits on the current stream of its caller, which is not the compute stream in this class. So DeepEP's work
-    overlaps with compute until `wait`, the second half of a use. The host waits in the first dispatch of tokens,
-    because DeepEP sizes its output from counts.
+    DeepEP waits on the current stream of its caller. In this class, that stream is not the compute stream. So DeepEP's
+    work overlaps with compute until `wait`, the second half of a use. In the first dispatch of tokens, the host waits,
+    because DeepEP needs the counts to allocate its output.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, experts: int, width: int, wire: Wire):

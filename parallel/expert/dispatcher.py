@@ -1,4 +1,5 @@
-"""The common part of all dispatchers over ranks: four uses by autograd, each in two halves, and our chain of hops.
+"""The common part of all dispatchers over ranks. Autograd uses a dispatcher in four ways, and each use has two halves.
+Sluice's own dispatchers send rows through a chain of hops.
 
 Dispatch sends a token through a chain of fan-outs (parallel/expert/permute.py). After each fan-out except the last, the
 ranks exchange rows; the last fan-out sorts the arrivals by local expert. Combine is the same chain reversed. Training
@@ -192,7 +193,7 @@ class ExchangeDispatcher(ABC):
 
     @abstractmethod
     def _gate_grads_by_token(self, plan: DispatchPlan, side_CX: Tensor) -> Tensor:
-        """Return gradients of gates_TK from the side data that came back to the source."""
+        """Return the gradients of gates_TK, read from the side data that returned to the tokens' rank."""
 
     def _gate_grads_by_message(self, plan: DispatchPlan, grads_R: Tensor) -> Tensor:
         """Transpose of `_row_gates`: return the gradients of the gates of every arrival, (M, X)."""
@@ -205,8 +206,9 @@ class ExchangeDispatcher(ABC):
 class ChainDispatcher(ExchangeDispatcher):
     """A dispatcher over one or two hops; subclasses define the layout of a token's copies and gates.
 
-    links: one per hop, in the order of dispatch. `_plan` exchanges counts. It fills the fan-outs that are known before
-    any arrival; the first is always known. Gates and their gradients travel as fp32 side words of the rows.
+    links: one per hop, in the order of dispatch. `_plan` exchanges counts. It also builds the fan-outs that are known
+    before any row arrives; the first fan-out is always known. Gates and their gradients travel as fp32 side words of
+    the rows.
     """
 
     def __init__(self, links: list[Link], wire: Wire):
@@ -345,11 +347,12 @@ def _sending_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def beside(rows: Tensor) -> AbstractContextManager:
-    """Run a GPU's work in the block on a second stream, after all work that the compute stream has so far.
+    """Run the GPU work of the block on a second stream. This work starts after all work that is already in the compute
+    stream.
 
-    Memory that is allocated in the block is reused only by a later block, after the work that the compute stream had
-    when that block began. The caller must keep buffers from outside the block alive until the compute stream waits for
-    the last work of the block.
+    Memory that is allocated in the block can be reused only in a later block. That block's work starts after all work
+    that was in the compute stream when the block began. The caller must keep buffers from outside the block alive until
+    the compute stream waits for the last work of the block.
     """
     if not rows.is_cuda:
         return nullcontext()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass
 class Traffic:
-    """Sums since the last `take`."""
+    """Sums over all transfers since the last `take`."""
 
     inside_bytes: int = 0
     """Bytes sent to other ranks of the same node."""

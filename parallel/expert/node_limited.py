@@ -6,9 +6,10 @@ With the router's limit of M nodes per token, a token costs M messages between n
     2. inside the node: from there to each rank that holds one of its experts, the bytes forwarded unread,
     3. on the expert's rank: expanded to one row per expert.
 
-In combine, the expert's rank sums outputs, then the forwarding rank, then the source. So only one sum per node crosses
-the network. Each of the three ranks rounds its sum to the activation dtype, while flat dispatch rounds once. In fp32
-the results of the two dispatches differ in the last bits; in bf16 they differ by up to two more roundings.
+In combine, the expert's rank first adds outputs. Then the forwarding rank adds these sums, and at last the token's
+rank. So only one sum per node crosses the network. Each of the three ranks rounds its sum to the activation dtype,
+while flat dispatch rounds once. In fp32, the results of the two dispatches differ in the last bits. In bf16, they
+differ by up to two more roundings.
 
 A message is an encoded row, the token's K gates and its K expert ids (int16). Each rank on the route reads the ids to
 find the next targets. With one node there is only the hop inside the node. With one rank per node there is only the hop
@@ -35,8 +36,8 @@ from parallel.expert.wire import Wire
 class NodeLimitedDispatcher(ChainDispatcher):
     """Experts over N nodes of L ranks, rank l of node n holding experts [(n*L + l)*F, (n*L + l + 1)*F).
 
-    inter_group: the ranks with this rank's index on every node, in node order; None with one node. intra_group: the
-    ranks of this node; None with one rank per node. experts: E, below 32768.
+    inter_group: one rank of every node, in node order: the rank with the same local index as this rank; None with one
+    node. intra_group: the ranks of this node; None with one rank per node. experts: E, below 32768.
     """
 
     def __init__(
@@ -67,9 +68,8 @@ class NodeLimitedDispatcher(ChainDispatcher):
         return DispatchPlan(sent, received, counts[4][0], counts_F, expert_ids_TK, fans)
 
     def _exchange_counts(self, outer_NX: Tensor) -> tuple[list[list[int]], Tensor]:
-        """Return the numbers of sent and received messages of both hops and the number of rows, on the host; also
-        return the rows per local expert, on the device.
-        """
+        """Return, on the host, the numbers of sent and received messages of both hops and the number of rows. Also
+        return, on the device, the number of rows per local expert."""
         ranks = self.intra.size
         arriving_NX = self.inter.start_counts(outer_NX, self.counters.forward).wait()
         totals_X = arriving_NX.sum(0)

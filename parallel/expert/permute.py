@@ -14,9 +14,10 @@ On a GPU, building a fan-out of experts takes two kernels and `collect` takes on
 This file computes the same with torch operations.
 
 Two possible savings were estimated and not implemented (`python -m bench.traffic`: an FP8 layer of DeepSeek-V3's
-experts, one of 64 ranks, 4096 tokens, forward and backward, 3 TB/s). First, GEMMs could read rows where they arrive and
-save the last gather: 0.31 ms of the roughly 39 ms of a pair of layers. Second, the gates are applied inside SwiGLU, so
-combines are plain sums, which take 1.21 ms. GEMMs could absorb 0.61 ms of this, the sums after the experts.
+experts, one of 64 ranks, 4096 tokens, forward and backward, 3 TB/s). First, GEMMs could read rows from the receive
+buffer. This would save the last gather, which takes 0.31 ms of the roughly 39 ms of a pair of layers. Second, the gates
+are applied inside SwiGLU, so combines are plain sums, which take 1.21 ms. GEMMs could do the sums after the experts,
+which take 0.61 ms of these 1.21 ms.
 
 Shapes: S sources, C copies, N targets, K entries per source, X any width.
 """

@@ -1,4 +1,5 @@
-"""Dispatchers without peers: the real classes with another all-to-all, which creates the rows that peers would send.
+"""Dispatchers without peers. They are the real classes with another all-to-all, which creates the rows that peers would
+send.
 
 One rank of a large job runs alone, for a plan (on the meta device) or for a dry run. The real router routes this rank's
 tokens. A `Load` sets how many rows arrive; their values are copies of this rank's own rows. The real dispatcher's code
@@ -41,7 +42,7 @@ class Group:
     top_groups: int
 
     def reached(self, units: int) -> float:
-        """Return how many units hold at least one expert of a token: the expected number, with all experts equally
+        """Return the expected number of units that hold at least one expert of a token, if all experts are equally
         likely.
 
         Units are equal ranges of experts. A token's K experts are any K experts of its top_groups groups.

@@ -48,7 +48,7 @@ Widen = Callable[[Tensor], Tensor]
 
 
 def widen(q_RD: Tensor) -> Tensor:
-    """Convert FP8 values to fp32 by the fastest method of the device.
+    """Convert FP8 values to fp32, with the method that is fastest on the values' device.
 
     torch converts FP8 on a CPU one value at a time; a lookup in a table of 256 values takes a fifth of that time. The
     meta device also uses the table, because plans count the operations of a CPU there.
@@ -124,7 +124,7 @@ class Wire(Protocol):
     """The interface of a wire for dispatchers."""
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
-        """Return the bytes of one message row, a multiple of 4. width: channels of a row."""
+        """Return the size of one message row in bytes, which is a multiple of 4. width: number of channels of a row."""
 
     def encode(self, x_RD: Tensor, *, gradient: bool = False) -> Tensor:
         """Encode rows as bytes, uint8 (R, B)."""

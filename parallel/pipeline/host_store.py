@@ -10,8 +10,9 @@ ends. Batches return in reverse order. The order of the pipeline's actions sets 
             backward reads a batch, the previous batch starts to return: two batches are on the device at a time.
 
 Copies use two device streams, one per direction, because the link works in both directions at once. Copies and
-computing wait for each other by events, so the host never waits. A copy's memory is freed after computing has waited
-for the copy, so the allocator needs to know of no second stream. On a CPU the same code copies synchronously.
+computing wait for each other by events, so the host never waits. The memory of a copied tensor is freed only after the
+compute stream has waited for the copy. So the allocator need not know the second stream. On a CPU, the same code copies
+synchronously.
 
 Host memory is taken in pages (pinned for a GPU), which are kept and reused. Experts' rows differ from one micro-batch
 to the next, so buffers of exact sizes would pile up.
@@ -40,7 +41,8 @@ class HostMemoryFull(RuntimeError):
 
 
 def page_bytes(sizes: Iterable[int], kind: str) -> int:
-    """Return the bytes of the pages that a batch needs. sizes: bytes of its tensors. kind: type of the device."""
+    """Return the total bytes of the pages that a batch needs. sizes: bytes of each tensor of the batch. kind: type of
+    the device."""
     page = _size_of_page(kind)
     return -(-sum(map(_aligned, sizes)) // page) * page
 
@@ -97,7 +99,7 @@ class HostStore:
 
     @contextmanager
     def acting(self, kind: str, stage: int, micro_batch: int) -> Iterator[None]:
-        """Wrap one action of the step; for a pair, pass the forward half."""
+        """Wrap one action of the step. For an overlapped pair, pass the stage and micro-batch of the forward half."""
         if (kind, stage, micro_batch) not in self._reads:  # for an action that computes nothing
             yield
             return
@@ -116,9 +118,8 @@ class HostStore:
                 batch.wait()  # batches that were never read must also wait, before their memory is reused
 
     def send(self, storages: Sequence[Tensor]) -> list["_Piece"]:
-        """Start to copy storages (flat, in bytes) to the host. Returns one object per storage; its `fetched` returns
-        the storage.
-        """
+        """Start to copy storages (flat, in bytes) to the host. Returns one object per storage. The method `fetched` of
+        this object returns the storage."""
         self._let_go(self._leaving)
         sizes = list(map(len, storages))
         before = [] if self._current is None else self._batches[self._current]
@@ -235,7 +236,7 @@ class _Batch:
 
 
 class _Page:
-    """host: the page's bytes. read: event after the last copy that read the page."""
+    """host: the page's memory. read: event that completes after the last copy that reads the page."""
 
     def __init__(self, host: Tensor):
         self.host = host

@@ -49,8 +49,8 @@ class TorchOrder:
 def _one_f_one_b(rank: int, pp: int, micro_batches: int) -> list[Action]:
     """Return the order that Schedule1F1B executes.
 
-    The class also has a list, `pipeline_order`, which it never runs. In torch 2.13 this list is wrong: the last stage
-    starts at micro-batch 1.
+    The class also has a list `pipeline_order`, but Schedule1F1B never runs this list. In torch 2.13 the list is wrong:
+    the last stage starts at micro-batch 1.
     """
     warm_up = min(micro_batches, pp - rank)
     forwards = [Action("F", rank, m) for m in range(micro_batches)]
@@ -95,9 +95,8 @@ def schedule_actions(
 
 
 def without_transfers(drives: type[PipelineScheduleMulti]) -> type[PipelineScheduleMulti]:
-    """Return a subclass that does not build the action lists with communication. These lists are not needed here, and
-    torch spends most of its time on them.
-    """
+    """Return a subclass that does not build the action lists with communication. Plans do not need these lists, and
+    torch spends most of its time building them."""
 
     class ComputeOnly(drives):  # pyrefly: ignore[invalid-inheritance]  the class is known at run time
         def _prepare_schedule_with_comms(self, *_: object, **__: object) -> None:

@@ -31,8 +31,9 @@ collectives in the same order.
 
 Collectives of shared sequences have no yield point (parallel/context.py: the gather of latents before attention and in
 its backward, the scatter of their gradients, the sum of expert counts in the router). A lane issues such a collective
-and waits for it inside one turn. Their number depends on the layers, not on the data. So each has a fixed place between
-two yield points. Pipeline sends and receives happen before and after the pair, never inside it.
+and waits for it inside one turn. The number of these collectives depends on the layers, not on the data. So each of
+these collectives has a fixed place between two yield points. Pipeline sends and receives happen before and after the
+pair, never inside it.
 """
 
 import queue
@@ -155,7 +156,7 @@ class _Pair:
         self._baton[_BACKWARD].release()
 
     def run(self, lane: int, work: Callable[[], Any]) -> None:
-        """Run one lane, from its first turn to its end. It passes the baton on even after an error."""
+        """Run one lane, from its first turn to its end. The lane passes the baton on even after an error."""
         try:
             self._await_turn(lane)
             self.results[lane] = work()
@@ -224,7 +225,8 @@ def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager])
 
 
 def _receive(posted: dict, stage: int, micro_batch: int, local: bool) -> None:
-    """Wait for a neighbour's message. If the neighbour is on this rank, it has already handed over its tensor."""
+    """Wait for the message of a neighbouring stage. If that stage is on this rank, it has already handed over its
+    tensor."""
     if not local:
         for work in posted.pop((stage, micro_batch)):
             work.wait()

@@ -37,8 +37,8 @@ class Simulation:
 def what_runs(action: Action, one_piece: bool) -> str:
     """Return the kind of work that torch runs for an action: F, B, I, W, FB, or "" for nothing.
 
-    one_piece: whether the stage's backward cannot be split; then its I does the complete backward. In the first stage,
-    if its backward can be split, torch does the complete backward in W.
+    one_piece: whether the stage's backward cannot be split. If so, the stage's I does the complete backward. In the
+    first stage, if its backward can be split, torch does the complete backward in W.
     """
     if action.kind not in ("I", "W") or not (one_piece or action.stage == 0):
         return action.kind
@@ -72,7 +72,7 @@ class Program:
     """
 
     def __init__(self, actions: list[list[Action]]):
-        """Raises AssertionError if the ranks wait for each other in a circle."""
+        """Raises AssertionError if ranks would wait for each other in a cycle."""
         self.actions = actions
         self._kinds: dict[tuple, tuple[int, Action]] = {}
         """Actions that differ only in their micro-batches are of one kind. Maps each kind to its index and to the first

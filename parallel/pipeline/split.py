@@ -15,9 +15,8 @@ from itertools import accumulate, pairwise, permutations
 
 
 def split_layers_evenly(layers: int, stages: int) -> list[range]:
-    """Return contiguous layers per stage, as even as possible. With too few layers, the first and the last stage have
-    none.
-    """
+    """Return the contiguous layers of each stage. The numbers of layers are as equal as possible. With too few layers,
+    the first and the last stage have none."""
     bounds = [layers * stage // stages for stage in range(stages + 1)]
     if stages > 2 and layers < stages:
         bounds = [0, *(layers * stage // (stages - 2) for stage in range(stages - 1)), layers]
@@ -32,7 +31,8 @@ def split_as_given(lengths: Sequence[int]) -> list[range]:
 def split_layers(
     costs: Sequence[float], first_cost: float, last_cost: float, placement: Sequence[Sequence[int]]
 ) -> list[range]:
-    """Return contiguous layers per stage: at least one each, except the first and the last, which may have none.
+    """Return the contiguous layers of each stage. Each stage has at least one layer, but the first and the last stage
+    may have none.
 
     costs: cost of every layer, in any unit; first_cost: extra cost of the first stage (embedding); last_cost: extra
     cost of the last stage (head, loss and MTP modules), in the same unit. placement: stages of every rank.

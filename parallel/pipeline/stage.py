@@ -180,7 +180,8 @@ over many tokens are small.
 
 
 class LoneStage(Stage):
-    """A stage without neighbours; see the comment above. Only the values of received tensors differ from a real run."""
+    """A stage without neighbours; see the comment above. Compared with a real run, only the values of received tensors
+    differ."""
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int):
         ops = super().get_fwd_recv_ops(fwd_chunk_id)

@@ -102,7 +102,7 @@ class Timeline(Generic[Moment]):
         self._open.append((kind, stage, micro_batch, backward, start, self._clock.now()))
 
     def newest(self) -> StepRecord:
-        """Return the newest step whose times are known. On CUDA that may be the step before the last one."""
+        """Return the newest step whose times are known. On CUDA, this may be the step before the last step."""
         self._settle()
         return self._newest
 

@@ -64,7 +64,7 @@ def _unused_class(name: str) -> type:
 
 
 def tell_groups(deepspeed: types.ModuleType, mesh: Mesh) -> None:
-    """Enter our expert groups into DeepSpeed's tables."""
+    """Register Sluice's expert groups in DeepSpeed's tables."""
     groups = deepspeed.utils.groups
     require_names(module=groups)
     name, layout, rank = f"ep_size_{mesh.layout.ep}", mesh.layout, mesh.rank

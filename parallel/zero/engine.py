@@ -161,9 +161,8 @@ class Zero:
         return self._weights.accumulate()
 
     def reduce_ahead(self, chunk: int) -> None:
-        """Report that a chunk's gradients are complete while other chunks of the rank still work. Stages 1 and 2 then
-        reduce these gradients at once.
-        """
+        """Report that a chunk's gradients are complete while other chunks of the rank still run passes. ZeRO stages 1
+        and 2 then reduce these gradients at once."""
         if isinstance(self._weights, WholeWeights):
             others = [set(one.parameters()) for one in self.engine.module]
             own = others.pop(chunk)
@@ -190,7 +189,7 @@ class Zero:
         return sum(param.numel() for param in self.names if everything or self._shares(param).ranks > 1)
 
     def _shares(self, param: nn.Parameter) -> Sharing:
-        """Return how many ranks hold the same weights of a parameter, and this rank's index among them."""
+        """Return how many ranks hold the same weights of a parameter, and this rank's index among these ranks."""
         mesh = self.mesh
         if getattr(param, "allreduce", True):
             return Sharing(mesh.layout.stage_ranks, mesh.stage_rank)
@@ -248,7 +247,7 @@ class Zero:
     def shards(self, copies: bool = False) -> dict[str, Shard]:
         """Return the live fp32 master weights and optimizer state of this rank's partition, by logical name.
 
-        copies: also include a tied parameter whose master another rank returns; for loading.
+        copies: whether to include a tied parameter whose master another rank returns. Loading needs these copies.
         """
         found: dict[str, Shard] = {}
         for part in self._weights.fragments():
@@ -360,8 +359,8 @@ def make_config(
 ) -> dict[str, Any]:
     """Return DeepSpeed's configuration.
 
-    reduced_elements: returns the number of elements of those weights whose gradients pass through DeepSpeed's bucket;
-    with True, of all weights.
+    reduced_elements: a function that returns a number of elements. With False, it counts the weights whose gradients
+    pass through DeepSpeed's bucket. With True, it counts all weights.
     """
     first = next(param for param in module.parameters() if param.requires_grad)
     elements = reduced_elements(settings.stage == 3 or first.dtype == torch.float32)
@@ -414,8 +413,8 @@ def build_engine(
 ) -> Any:
     """Build DeepSpeed's engine.
 
-    With `about.draws`, it initialises and shards the weights of stage 3 one after another, so that a rank holds only
-    one complete weight at a time.
+    With `about.draws`, DeepSpeed's engine initialises and shards the weights of stage 3 one after another, so that a
+    rank holds only one complete weight at a time.
     """
     trained = [param for param in module.parameters() if param.requires_grad]
     deepspeed, stage = import_deepspeed(trained[0].is_cuda), config["zero_optimization"]["stage"]

@@ -141,7 +141,7 @@ def require_names(**owners: object) -> None:
 
 
 def _has(owner: object, name: str) -> bool:
-    """Whether an object has the name, or its class's module assigns the name to instances.
+    """Whether an object has the name, or the module of the object's class assigns the name to instances.
 
     The function searches the source of the module, because a search of only the class's source would take 0.2 s.
     """

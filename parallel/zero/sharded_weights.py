@@ -57,8 +57,8 @@ class ShardedWeights:
 
     client: our optimizer, which DeepSpeed's optimizer wraps. shapes: full shapes of the trained parameters, in module
     order; other parameters are only gathered. rules: the update rule of each parameter, which names its state. shares:
-    returns which ranks share a parameter. norm: computes the global gradient norm; called once per step. handing:
-    called before a gradient is reduced.
+    returns which ranks share a parameter. norm: computes the global gradient norm; called once per step. handing: a
+    function that is called before a gradient is reduced.
     """
 
     def __init__(
@@ -107,9 +107,8 @@ class ShardedWeights:
         self._coordinator.release_backward_leftovers()
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Yield each gradient of this rank's shard without padding, and the divisor that the caller must still
-        apply.
-        """
+        """Yield each gradient of this rank's shard without padding, and the number by which the caller must still
+        divide the gradient."""
         from deepspeed.utils import safe_get_local_grad
 
         for param in self._shapes:
@@ -185,7 +184,7 @@ class ShardedWeights:
     def _arrived(self, param: nn.Parameter) -> None:
         """Record that a parameter's gradient is complete: autograd has run the parameter's node.
 
-        Hand over all gradients that are complete up to the first missing one of the fixed order.
+        Then hand over gradients in the fixed order, up to the first gradient that is still missing.
         """
         if param.grad is None or param in self._shared:
             return

@@ -29,11 +29,11 @@ from parallel.zero.private_names import require_names
 class WholeWeights:
     """The weights and gradients of stages 1 and 2.
 
-    client: our optimizer, which DeepSpeed's optimizer wraps. groups: the parameters of each of its groups. shares:
-    returns which ranks share a parameter. ranks: number of ranks over which gradients are averaged. norm: computes the
-    global gradient norm; called once per step. close: called before the last gradients are reduced. show: called with
-    each parameter whose gradient is reduced ahead. clip: the norm to clip to; 0 for no clipping. offload: whether
-    masters and optimizer state are in host memory.
+    client: our optimizer, which DeepSpeed's optimizer wraps. groups: the parameters of each group of our optimizer.
+    shares: a function that returns which ranks share a parameter. ranks: number of ranks over which gradients are
+    averaged. norm: computes the global gradient norm; called once per step. close: called before the last gradients are
+    reduced. show: called with each parameter whose gradient is reduced ahead. clip: the norm to clip to; 0 for no
+    clipping. offload: whether masters and optimizer state are in host memory.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class WholeWeights:
             self._keep_unshared()
 
     def reduce_ahead(self, params: Collection[nn.Parameter]) -> None:
-        """Reduce complete gradients while others still accumulate.
+        """Reduce the gradients of these parameters, which are complete, while other gradients still accumulate.
 
         All ranks that share these gradients call this at the same point of the schedule.
         """
@@ -172,9 +172,8 @@ class WholeWeights:
         return param
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Yield each gradient of this rank's shard without padding, and the divisor that the caller must still
-        apply.
-        """
+        """Yield each gradient of this rank's shard without padding, and the number by which the caller must still
+        divide the gradient."""
         for number, (master, slices) in enumerate(self._slices.items()):
             gradients, divisor = self._handover.unreduced.get(master), self._handover.divisor
             if gradients is None and self._offload:
