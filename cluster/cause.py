@@ -116,7 +116,8 @@ def begin_work(logs: Path, rank: int) -> None:
 
 
 def end_work(logs: Path, rank: int) -> None:
-    """Remove the mark of a working rank. From now on, an exit code or a Failure tells the outcome.
+    """Remove the file that marks a working rank. Without this file, the rank's exit code or its Failure tells the
+    outcome.
 
     Raises OSError if the disk refuses it.
     """
@@ -188,8 +189,8 @@ class RankReport:
 def read_report(rank: int, code: int | None, logs: Path, pid: int | None = None) -> RankReport:
     """Read the files that a rank left in its folder. code: the rank's exit code.
 
-    Call it once the exit code is known, because an ended rank writes nothing more. pid: process id, if the process is
-    on this machine.
+    Call this function only after the exit code is known, because an ended rank writes nothing more. pid: process id, if
+    the process is on this machine.
     """
     report = RankReport(rank, code)
     if pid is not None and code is None:
@@ -249,7 +250,7 @@ class Cause:
 
 
 def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None:
-    """Return the cause of the failure, or None if no rank failed. reports: of all ranks on answering nodes.
+    """Return the cause of the failure, or None if no rank failed. reports: the reports of all ranks on answering nodes.
 
     names: node of each rank; empty if all ranks are on one machine, and then no text names the machine.
     """
@@ -330,12 +331,13 @@ def _how(report: RankReport) -> str:
 
 
 def signal_name(number: int) -> str:
-    """Return the name of a signal, or its number if it has no name, as most real-time signals."""
+    """Return the name of a signal. Most real-time signals have no name; for these, return the number."""
     return signal.Signals(number).name if number in set(signal.Signals) else f"{number}"
 
 
 def cure_of_end(code: int | None) -> str:
-    """Return advice for a rank that ended without a report. code: its exit code, or minus a signal."""
+    """Return advice for a rank that ended without a report. code: the rank's exit code, or the negative number of the
+    signal that ended the rank."""
     if code is None or code >= 0:
         return CURE_OF_EXITS
     return CURES_OF_SIGNALS.get(-code, CURE_OF_OTHER_SIGNALS)
@@ -352,8 +354,8 @@ machine, not for another rank.
 
 
 def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int, str], seconds: float) -> Cause:
-    """Name the ranks that hang. These are the stopped ranks; if there are none, the ranks without a stack; if there are
-    none, the ranks that do not wait for other ranks.
+    """Name the ranks that hang. These are the stopped ranks. If no rank is stopped, these are the ranks without a
+    stack. If every rank has a stack, these are the ranks that do not wait for other ranks.
 
     stacks: rank -> traceback of its threads by faulthandler; ranks that did not answer are missing.
     """
@@ -390,6 +392,6 @@ def waits_for_ranks(stack: str) -> bool:
 
 
 def innermost(stack: str) -> str:
-    """Return text that says at which line the main thread of a stack is."""
+    """Return text that says which line the main thread is executing. stack: stacks of all threads of a rank."""
     frames = main_thread_frames(stack)
     return f", at {frames[0]}" if frames else ""

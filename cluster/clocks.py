@@ -1,5 +1,5 @@
-"""Two clocks. One gives a time of day that no clock change affects; the other measures how long the process was held
-up.
+"""Defines two clocks. `SteadyClock` gives a time of day that no clock change affects. `HeldUp` measures how long the
+process was held up.
 """
 
 import time
@@ -27,9 +27,8 @@ class SteadyClock:
         return self._ahead + uptime
 
     def set_by(self) -> float:
-        """Return the seconds by which somebody has set this machine's clock ahead since construction; negative if it
-        was set back.
-        """
+        """Return the seconds by which somebody has set this machine's clock ahead since construction. The result is
+        negative if somebody has set the clock back."""
         return time.time() - self.now()
 
 
@@ -44,9 +43,8 @@ class HeldUp:
         self._nap, self._looked = nap, now
 
     def since_last_look(self, now: float) -> float:
-        """Return the seconds for which this process was held up; 0 if it was not. No other process may be blamed for
-        this time.
-        """
+        """Return the seconds for which this process was held up since the last look; 0 if it was not held up. No other
+        process may be blamed for this time."""
         held_up = max(0.0, now - self._looked - self._nap)
         self._looked = now
         return held_up

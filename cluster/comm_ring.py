@@ -1,7 +1,7 @@
-"""A rank's recent communication, in a file that outlives the rank.
+"""Stores a rank's recent communication in a file that still exists after the rank has ended.
 
-It records every collective, send and receive with its step, phase and pipeline action. The file is mapped into memory,
-so the kernel keeps its content even if SIGKILL ends the process.
+The file has a record of every collective, send and receive, with the step, phase and pipeline action of the operation.
+The file is mapped into memory, so the kernel keeps its content even if SIGKILL ends the process.
 
     80 bytes     header: magic, version, number of records, rank, ranks of the run, process, Unix time of the start,
                  host
@@ -84,7 +84,8 @@ NO_LAYER = -1
 
 
 class CommGroup(NamedTuple):
-    """Ranks that communicate. name: the same on all of them. label: the layout's name for the group."""
+    """Ranks that communicate. name: name of the group, the same on all its ranks. label: the layout's name for the
+    group."""
 
     name: str
     label: str
@@ -209,7 +210,8 @@ class CommRing:
         return self._number((file, line), ["place", file, line])
 
     def _number(self, key: Any, entry: list) -> int:
-        """Return the number of a table entry, counted in table order; 0 if the table has no room for the entry."""
+        """Return the index of a table entry, counted from 1 in table order. Return 0 if the table has no room for the
+        entry."""
         found = self._numbers.get(key)
         if found is None:
             text = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
@@ -349,10 +351,8 @@ def _action(kind: int, stage: int, micro_batch: int) -> str:
 
 
 def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
-    """Read the rings of a run's ranks from this folder, by rank.
-
-    since: Unix time. Rings that were created before it belong to an earlier start and are skipped.
-    """
+    """Read the rings of a run's ranks from this folder, by rank. since: Unix time. Rings that were created before this
+    time belong to an earlier start and are skipped."""
     traces = dict[int, RankTrace]()
     for path in logs.glob("rank_*.ring"):
         # Skip the ring of a rank that has just started, and a ring that another version wrote.
@@ -376,7 +376,8 @@ def living_ranks(logs: Path, traces: Mapping[int, RankTrace]) -> dict[int, int]:
 def pack_ring(path: Path, world: int) -> bytes:
     """Return a ring packed for transfer; empty if there is no ring.
 
-    The packed ring has the newest records; their number is a rank's share in a run of `world` ranks.
+    The packed ring has only the newest records. The more ranks a run has (`world`), the fewer records a packed ring
+    has.
     """
     try:
         raw = read_plain(path, RING_BYTES)

@@ -98,7 +98,7 @@ def compare_ranks(
 
 
 def _entered(traces: Mapping[int, RankTrace]) -> dict[tuple, int]:
-    """Return, by rank and channel, the highest number of a record."""
+    """Return a mapping from (rank, channel) to the highest sequence number of a record."""
     entered = dict[tuple, int]()
     for rank, trace in traces.items():
         for record in trace.records:
@@ -158,9 +158,8 @@ def _say_absent(
 
 
 def _where(traces: Mapping[int, RankTrace], stacks: Mapping[int, str], rank: int) -> str:
-    """Return where the main thread is: file and line of the innermost function that is not in a thread library. Without
-    a stack, return the place of the rank's last record.
-    """
+    """Return the file and line that the main thread of a rank is executing. They are those of the innermost function
+    that is not in a thread library. Without a stack, return the place of the rank's last record."""
     frames = main_thread_frames(stacks.get(rank, ""))
     frame = next((frame for frame in frames if not OF_THREADS.search(frame)), frames[0] if frames else "")
     if found := _FRAME.match(frame):

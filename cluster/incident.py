@@ -91,7 +91,7 @@ def _judge_alone(report: RankReport, stack: str, seconds: float) -> tuple[Cause,
 def judge_failure(
     cause: Cause, traces: Mapping[int, RankTrace], stacks: Mapping[int, str], names: dict[int, str]
 ) -> tuple[Cause, Judgement]:
-    """Return the cause that ranks reported, or a better one from their recorded communication.
+    """Return the cause that ranks reported, or a better cause that follows from the recorded communication.
 
     If ranks call different operations as the same collective, ranks fail in this collective or in a later one. Often
     the failing ranks are not the wrong ones.

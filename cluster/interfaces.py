@@ -47,7 +47,7 @@ def name_interface(host: str) -> None:
 
 
 def _source_address(host: str) -> str:
-    """Return this machine's IP address from which packets to this host are sent."""
+    """Return the IP address of this machine that is the source of packets to this host."""
     family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)  # connect chooses the route and sends nothing
@@ -62,7 +62,7 @@ RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_port(address: str = "") -> int:
-    """Return a port that is free now on this address, or on all addresses of this machine.
+    """Return a port that is free now, on this address or (without an address) on all addresses of this machine.
 
     The port lies outside the range from which the system assigns ports to connections and servers. A rank uses the port
     only after it has imported its modules, and a busy machine opens hundreds of ports of that range meanwhile. Raises

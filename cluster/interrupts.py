@@ -1,9 +1,10 @@
 """Makes Ctrl-C end a command at any moment with one line and an exit code, and without a traceback.
 
 While the command imports its own modules, it holds no resources, so the first Ctrl-C ends it at once. Later, the first
-Ctrl-C raises KeyboardInterrupt, so that open resources are closed. The second Ctrl-C ends the process; file writes
-tolerate that. An import would turn a KeyboardInterrupt into another error, and a destructor would drop it. So during an
-import or a destructor, the interrupt is raised right afterwards.
+Ctrl-C raises KeyboardInterrupt, so that open resources are closed. The second Ctrl-C ends the process; no file is
+damaged by this. An import would turn a KeyboardInterrupt into another error, and a destructor would drop the
+KeyboardInterrupt. So if Ctrl-C comes during an import or a destructor, the KeyboardInterrupt is raised right after that
+import or destructor.
 """
 
 import atexit
@@ -66,9 +67,8 @@ def handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> 
 
 
 def every_interrupt() -> AbstractContextManager[None]:
-    """Make every Ctrl-C in the block raise a KeyboardInterrupt, and never end the process. In conversations, Ctrl-C
-    ends a reply.
-    """
+    """Make every Ctrl-C in the block raise a KeyboardInterrupt. No Ctrl-C ends the process. Conversations use this,
+    because there Ctrl-C ends only a reply."""
     return handled(interrupt, signal.SIGINT)
 
 

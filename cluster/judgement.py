@@ -1,4 +1,5 @@
-"""The verdict on a failed or hung run: the fault, its rank, which rank waits for which, and a text for each.
+"""The verdict on a failed or hung run: the kind of fault, the rank that caused it, which rank waits for which rank, and
+texts for the user.
 
 cluster/compare_ranks.py derives the verdict from what ranks did. cluster/cause.py derives it from what ranks reported.
 """

@@ -46,9 +46,9 @@ def launch(
     """Run all ranks, or only this rank if another program started it. Returns the exit code of the run.
 
     command: starts one rank as a child process. run_rank: runs one rank in this process. alone: whether this run is the
-    only one of this process; run_rank is not used for others, because torch's process groups and DeepSpeed leave state
-    behind. planner: command for a driver, as in cluster/driver/driver.py. watched: whether ranks report their progress
-    at every step, so that a hung rank can be found.
+    only run of this process. If not, run_rank is not used, because torch's process groups and DeepSpeed leave state in
+    the process. planner: command for a driver, as in cluster/driver/driver.py. watched: whether ranks report their
+    progress at every step, so that a hung rank can be found.
     """
     parallel, place = config.parallel, given_place()
     if place is not None:

@@ -2,7 +2,7 @@
 
 Run it on the node itself: by hand before maintenance, as the preStop hook of a pod, or when a cloud provider announces
 that it takes the machine back. Ray then lists the node as draining. The run writes a checkpoint at once and continues
-without the node. The command returns when no raylet runs on the node any longer, or when the time is up.
+without the node. The command returns when no raylet runs on the node any more, or after SECONDS.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Time limits of a silent run: the silence after which a run is late, and the time without progress after which it is
 ended.
 
-The limits follow from earlier observations of the run. A run is late if it has no news for longer than its earlier
-silences, plus a margin for noise. A late run only gets a warning. A run is ended only when no rank has completed any
+The limits follow from earlier observations of the run. A run is late if its silence is longer than its earlier silences
+plus a margin for noise. For a late run, only a warning is printed. A run is ended only when no rank has completed any
 unit of work (cluster/comm_ring.py) for `cluster.kill_after`.
 
 Observations of a phase count only after the first phase of its kind is complete. Until then, and until the first step
@@ -65,18 +65,18 @@ class Patience:
         self._seconds[doing].append(seconds)
 
     def finish(self, doing: str) -> None:
-        """Record that a phase of this kind is complete; its observations count from now on."""
+        """Record that a phase of this kind is complete. After this call, the observations of such phases count."""
         self._done.add(doing)
 
     def take_work(self, sequences: float) -> None:
-        """Set the number of sequences per step from now on. Known step times are scaled up in proportion."""
+        """Set the number of sequences in each later step. Known step times are scaled up in proportion."""
         if sequences > self._work:
             growth = sequences / self._work
             self._seconds[STEP_PHASE] = deque((growth * seconds for seconds in self._seconds[STEP_PHASE]), REMEMBERED)
         self._work = sequences
 
     def forget_steps(self) -> None:
-        """Forget step times, because another layout begins, whose steps may take any time."""
+        """Forget step times. Call it when another layout begins, because the steps of that layout may take any time."""
         self._seconds[STEP_PHASE].clear()
 
     def limit(self, doing: str) -> float:

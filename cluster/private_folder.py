@@ -1,4 +1,4 @@
-"""A folder of one process that no other user can reach, and that is cleaned up even if the process is killed.
+"""A folder of one process. No other user can reach the folder. It is removed later even if the process is killed.
 
 The process holds a lock on the folder; the system releases the lock however the process ends. The next process that
 creates such a folder removes all folders without a lock. A process id could not show whether the owner is alive,

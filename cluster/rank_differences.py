@@ -134,8 +134,8 @@ def _by_step(trace: RankTrace, record: CommRecord) -> dict[int, list[CommRecord]
 
 
 def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord] | None:
-    """Find how a rank's communication in the step of this record differs from the rank's earlier steps. Only records up
-    to this one count.
+    """Find how a rank's communication in the step of this record differs from the rank's earlier steps. Later records
+    than this record do not count.
 
     The step is compared with the step one period earlier; for example, the period is 10 if the rank gathers metrics
     every 10 steps. Returns None if both steps agree, if the step equals an earlier step that no period explains, or if
@@ -238,9 +238,8 @@ def first_change(
 
 
 def _odd_messages(traces: Mapping[int, RankTrace]) -> list[tuple[float, tuple[int, CommRecord, int, CommRecord]]]:
-    """Return sends that differ in size or type from the receive with the same number. Each comes with the later start
-    time of the two and with both records.
-    """
+    """Return sends that differ in size or type from the receive with the same sequence number. For each such send,
+    return the later of the two start times, and both records."""
     sends = {
         (record.group.name, rank, record.peer, record.seq): record
         for rank, trace in traces.items()

@@ -135,21 +135,22 @@ class RankWatch:
         return self.moved if self.doing in STEP_PHASES else self.alive
 
     def is_late(self, now: float) -> bool:
-        """Whether the run has had no news for longer than usual in this phase, and no rank has been named for this
-        silence.
-        """
+        """Whether the run has had no news for longer than is usual in this phase. False if a rank has already been
+        named for this silence."""
         return self._late is None and now - self.silent_since > self._patience.limit(self.doing)
 
     def name_late(self) -> None:
-        """Record that the blocking rank was named, so that it is named once per silence."""
+        """Record that the blocking rank was named, so that it is named only once per silence."""
         self._late = self._silences, self.silent_since
 
     def over(self, now: float) -> float | None:
-        """Return the seconds of a reported silence that lasted until the ranks ended well, or None."""
+        """Return the seconds of a reported silence, if this silence lasted until the ranks ended without a failure.
+        Otherwise return None."""
         return now - self._late[1] if self._late is not None else None
 
     def went_on(self) -> float | None:
-        """Return the seconds of a reported silence after it has ended, or None. Each silence is returned once."""
+        """If a reported silence has ended, return how many seconds it lasted. Otherwise return None. Each silence is
+        returned only once."""
         if self._late is None or self._late[0] == self._silences:
             return None
         seconds, self._late = self.silent_since - self._late[1], None

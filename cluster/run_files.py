@@ -164,5 +164,5 @@ def hold_lock(checkpoints: Path, timeout: float) -> Iterator[None]:
 
 
 def write_fence(checkpoints: Path, attempt: int) -> None:
-    """Forbid all attempts before this one to write checkpoints."""
+    """Forbid all attempts before this attempt to write checkpoints."""
     atomic_write_text(checkpoints / _FENCE, str(attempt))

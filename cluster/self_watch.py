@@ -104,7 +104,7 @@ class SelfWatch:
         """Return the progress of the other ranks whose files this rank can read, on this host or in a shared run
         folder.
 
-        While another rank makes progress, this rank may wait for it, but the run does not hang.
+        While another rank makes progress, this rank may wait for that rank, but the run does not hang.
         """
         reports = [read_report(rank, None, self._logs) for rank in range(self._world) if rank != self._rank]
         return [(one.phase, one.rank, one.step, one.done, one.written) for one in reports if one.step >= 0]
@@ -141,9 +141,8 @@ class SelfWatch:
         self._tell(f"error: {cause.text}", describe_incident(cause, finding, traces, stacks))
 
     def _tell(self, text: str, incident: dict) -> None:
-        """Report the incident once per run: the first rank reports it, and each other rank only says that it ends
-        because of it.
-        """
+        """Report the incident once per run. The first rank reports the incident. Each other rank only says that it ends
+        because of this incident."""
         path, late = None, incident.get("late", False)
         try:
             with exclusive(self._logs / ".incident.lock", STACKS_WITHIN_SECONDS):

@@ -35,7 +35,8 @@ def spawn(
     folder: str | None = None,
     stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen:
-    """Start a child in its own session, so that Ctrl-C reaches only the driver, which passes it on once.
+    """Start a child in its own session. So Ctrl-C reaches only the driver, and the driver passes it on to the child
+    once.
 
     If this process dies in any way, the kernel kills the child too. output: file for stdout and stderr; with None, the
     child uses the terminal. folder: working folder; None for the working folder of this process.

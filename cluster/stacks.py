@@ -1,7 +1,8 @@
 """Collects the stacks of a rank's threads: SIGUSR1 makes the rank write them to a file in its logs.
 
-The state of the rank's TCP connections is added: the hosts that have not acknowledged data. For a hung rank, the stacks
-of native threads, including threads of libraries, are added too, if pystack is installed and may inspect the process.
+The result also names the hosts that have not acknowledged data on the rank's TCP connections. For a hung rank, the
+stacks of native threads, including threads of libraries, are added too, if pystack is installed and may inspect the
+process.
 """
 
 import contextlib
@@ -167,7 +168,8 @@ def _link(path: str) -> str:
 
 
 def _address(said: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Parse an address field of /proc/net/tcp. It has words of 4 bytes, each in reverse byte order, and a port."""
+    """Parse an address field of /proc/net/tcp. The field has groups of 4 bytes, each group in reverse byte order, and a
+    port."""
     raw = bytes.fromhex(said.partition(":")[0])
     found = ipaddress.ip_address(b"".join(raw[at : at + 4][::-1] for at in range(0, len(raw), 4)))
     return getattr(found, "ipv4_mapped", None) or found

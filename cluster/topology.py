@@ -44,9 +44,8 @@ class Node:
 
 @dataclass(frozen=True)
 class StageShape:
-    """Number of ranks in a stage, number of ranks that share experts, and number of micro-batches of the busiest
-    rank.
-    """
+    """The size of a stage: number of its ranks, number of ranks that share experts, and number of micro-batches of the
+    busiest rank."""
 
     dp: int
     """parallel.dp x parallel.cp."""
@@ -197,7 +196,8 @@ _Seats = list[list[tuple[Node, int]]]
 
 
 def _parts(ep: int) -> Iterator[int]:
-    """Yield possible numbers of ranks that an expert group has on each of its nodes, the largest first."""
+    """Yield the possible numbers of ranks that an expert group has on each of its nodes. The largest number comes
+    first."""
     return (inside for inside in range(ep, 0, -1) if ep % inside == 0)
 
 

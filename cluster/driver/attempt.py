@@ -37,7 +37,7 @@ class Attempt(RankWatch):
 
     @property
     def reachable(self) -> tuple[str, ...]:
-        """All nodes with ranks that were not lost. To check a single node, call `reaches`."""
+        """All nodes of the attempt that have ranks and that were not lost. To check a single node, call `reaches`."""
         return tuple(node for node in self.ranks_of if node not in self.lost)
 
     def reaches(self, node: str) -> bool:
@@ -54,8 +54,7 @@ class Attempt(RankWatch):
 
     def count_repeated(self, reached: int) -> int:
         """Return the number of steps that this attempt repeats. reached: highest step that the run had worked on
-        before. Call it once the attempt has begun.
-        """
+        before. Call this method after the attempt has begun."""
         assert self.first_step is not None
         return max(0, reached - min(self.first_step, self.saved + 1))
 

@@ -18,8 +18,8 @@ def newest(folder: Path) -> Age:
 
 
 def claim_attempt(folder: Path, timeout: float) -> int:
-    """Return a number (1 or more) above that of every earlier attempt. From now on, earlier attempts cannot write
-    checkpoints.
+    """Return a number (1 or more) that is higher than the number of every earlier attempt. After this call, earlier
+    attempts cannot write checkpoints.
 
     This is necessary because a rank that an earlier driver started may begin only now. Raises UserError for a damaged
     fence, and if a rank keeps the folder locked for longer than `timeout` seconds.

@@ -1,9 +1,9 @@
 """The driver's view of the in-memory copies (cluster/node/copy_store.py): which node holds which copies.
 
 With every answer, an agent reports the copies that it holds. Before an attempt starts, the driver writes
-attempts/NUMBER.memory.json for its ranks. The file says where each node stores its copies, which node is next to which
-node, and which set is the newest complete one on the answering nodes, if any. Rank 0 compares the age of that set with
-the newest checkpoint on disk (train/loop/resume.py).
+attempts/NUMBER.memory.json for its ranks. The file says where each node stores its copies, and which other node stores
+a second copy of each node's parts. It also names the newest set that is complete on the answering nodes, if such a set
+exists. Rank 0 compares the age of that set with the newest checkpoint on disk (train/loop/resume.py).
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Shelf:
 
 @dataclass(frozen=True)
 class Shelves:
-    """Everything that the ranks of one attempt know about the copies in memory."""
+    """Everything that the ranks of one attempt know about the in-memory copies."""
 
     nodes: list[Shelf]
     """Nodes with ranks first, in placement order. The nodes form a ring: the next node of each node is the following
@@ -60,9 +60,8 @@ class Shelves:
         return next(index for index, node in enumerate(self.nodes) if rank in node.ranks)
 
     def next(self, index: int) -> int | None:
-        """Return the index of the node that also stores the parts written on this node; None if there is no other
-        node.
-        """
+        """Return the index of the other node that also stores the parts of this node's ranks. Return None if there is
+        no other node."""
         count = sum(bool(node.ranks) for node in self.nodes)
         return (index + 1) % count if count > 1 else None
 

@@ -71,7 +71,7 @@ class Driver:
     arguments: command line of a rank, after the interpreter. The last argument is the configuration file; each attempt
     gets a configuration file with its own layout. rank_folder: working folder of the ranks; None if Ray copies the code
     to the nodes. gpus: whether the nodes' devices are GPUs. planner: command that writes layouts.json for
-    cluster/driver/shapes.py. The driver appends cpu or cuda, and starts the command once the run trains.
+    cluster/driver/shapes.py. The driver appends cpu or cuda, and starts the command when the run has begun to train.
     """
 
     def __init__(
@@ -189,9 +189,8 @@ class Driver:
         self.pulse.ask(now, lambda id: id in states and states[id].health is NodeHealth.ok)
 
     def _awake(self) -> float:
-        """Return the time for everything about the pulse. This clock stands still while the driver process is held
-        up.
-        """
+        """Return the time of a clock that stands still while the driver process is held up. All code about the pulse
+        uses this clock."""
         now = self.clock()
         self._slept += self._held_up.since_last_look(now)
         return now - self._slept
@@ -385,14 +384,15 @@ class Driver:
             self._plan_layouts()
 
     def _log_wholes(self, answer: Answer) -> None:
-        """Write failures to the logs of the failed ranks, with the parts that the ranks' own output leaves out."""
+        """Write the complete failures to the logs of the failed ranks. The output of the ranks itself leaves out some
+        parts."""
         failures = [report.failure for report in answer.ranks if report.failure and report.rank not in self._logged]
         for failure in failures:
             self._logged.add(failure.rank)
             self.journal.output(failure.rank, failure.whole.encode())
 
     def _tell_of_pulse(self) -> None:
-        """Name the nodes without a pulse, if so many lack it that the driver becomes slow."""
+        """Report the nodes that do not answer by UDP, if there are so many of them that the driver becomes slow."""
         nodes, now = self.supervisor.answering, self._awake()
         without = [node.name for id, node in nodes.items() if not self.pulse.hears(id, now)]
         if without and len(nodes) / ANSWERS > self.config.cluster.heartbeat / 2:
@@ -421,7 +421,8 @@ class Driver:
             self._planning = spawn(self._planner, dict(os.environ), subprocess.DEVNULL)
 
     def _warm(self, nodes: Iterable[Node]) -> None:
-        """Start reserve ranks on these nodes. The attempt has started, so they delay no start of a rank."""
+        """Start reserve processes on these nodes. The attempt has already started, so these processes do not delay the
+        start of its ranks."""
         if self.config.cluster.standby:
             for node in nodes:
                 seats = self.supervisor.current.ranks_of.get(node.id, ())
@@ -542,9 +543,8 @@ class Driver:
                 call_agent(self.fleet, id, Agent.drop_memory)
 
     def _attempt_config(self, number: int, shape: StageShape) -> Path:
-        """Write the configuration of an attempt. It has the attempt's layout, and resume=auto once this launch has
-        written a checkpoint.
-        """
+        """Write the configuration of an attempt. The configuration has the attempt's layout. It also has resume=auto if
+        this launch has already written a checkpoint."""
         config = self.config if shape == self.shapes.own else with_shape(self.config, shape)
         if written_since(self.folder, self.first):
             config = dataclasses.replace(config, resume="auto")

@@ -47,9 +47,8 @@ class Fleet(Protocol):
         """Return the nodes that will be removed soon, and why."""
 
     def describe_return(self, node: Node) -> str:
-        """Return text that says what a person must do to bring back a node that is listed as dead; empty if no node can
-        come.
-        """
+        """Return text that says what a person must do to bring back a node that is listed as dead. Return an empty text
+        if no node can come back."""
 
     def release(self, node: str) -> None:
         """End the agent of a draining node, so that the node can be removed."""
@@ -62,9 +61,8 @@ class Fleet(Protocol):
         """
 
     def replies(self, timeout: float) -> list[Reply]:
-        """Return the outcomes that arrived since the last call. If there are none, wait up to `timeout` seconds for the
-        first.
-        """
+        """Return the outcomes that arrived since the last call of this method. If no outcome arrived, wait up to
+        `timeout` seconds for the first."""
 
     def close(self) -> None:
         """End all agents. Their ranks end with them."""

@@ -38,7 +38,7 @@ class NodeState:
 
     @property
     def usable(self) -> bool:
-        """Whether an attempt may start on the node once no rank is alive there."""
+        """Whether an attempt may start on this node when no rank is alive there any more."""
         return self.health is NodeHealth.ok and not self.draining
 
 
@@ -102,16 +102,15 @@ class StartFailed:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """A checkpoint is complete and the newest on disk."""
+    """A new checkpoint on disk is complete. It is the newest checkpoint on disk."""
 
     age: Age
 
 
 @dataclass(frozen=True)
 class CopyHeld:
-    """Age of the newest copy of the state that is complete in the memory of the answering nodes; NONE if there is no
-    such copy.
-    """
+    """Reports the newest copy of the state that is complete in the memory of the answering nodes. `age` is NONE if
+    there is no such copy."""
 
     age: Age
 

@@ -1,6 +1,6 @@
 """Network test before step 0: measures latency and bandwidth between pairs of nodes, and names slow pairs.
 
-Pairs are tested in rounds: in each round, every node has one partner, so N nodes need N - 1 rounds to test all pairs.
+Pairs are tested in rounds. In each round, every node has one partner. So N nodes need N - 1 rounds to test all pairs.
 The nodes run the rounds without the driver (cluster/node/network_probe.py), because calls to every node in every round
 would take longer than the transfers. At most 63 rounds are run. Thousands of nodes run fewer rounds, at least 7; every
 node then tests as many partners as there are rounds. The transfer over a plain socket is short: it finds a bad cable or
@@ -27,8 +27,7 @@ PAIRS = 16384
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
     """Return rounds of pairs by the circle method. Each node has at most one partner per round. All rounds together
-    have all pairs, up to the limits above.
-    """
+    contain all pairs, unless the limits above reduce the number of rounds."""
     players = list(range(count + count % 2))
     found = []
     for _ in range(min(len(players) - 1, ROUNDS, max(LEAST_ROUNDS, 2 * PAIRS // max(count, 1)))):

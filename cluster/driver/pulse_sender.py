@@ -45,7 +45,7 @@ class Pulse:
     def know(self, node: str, place: tuple[str, int] | None) -> None:
         """Start asking this node.
 
-        place: its address, as in cluster/node/pulse_echo.py; None for a node without a pulse.
+        place: address of the node, as in cluster/node/pulse_echo.py; None for a node that does not answer by UDP.
         """
         if place is None:
             return
@@ -75,7 +75,8 @@ class Pulse:
         return now - self._heard.get(node, -self._heartbeat) < self._heartbeat
 
     def ask(self, now: float, wanted: Callable[[str], bool]) -> None:
-        """Ask the nodes that are due and wanted. A question also tells a node that it still belongs to the run."""
+        """Ask the nodes whose turn it is, if `wanted` returns True for them. A question also tells the node that it
+        still belongs to the run."""
         due = min(int(len(self._turn) * (now - self._last) / self._every), len(self._turn), QUESTIONS_AT_ONCE)
         if not due:
             return
@@ -93,7 +94,7 @@ class Pulse:
                     continue
 
     def hurry(self) -> None:
-        """Make all nodes due now.
+        """Make it the turn of all nodes now.
 
         With many nodes, only the first ones are asked at once; the others are asked at the usual rate.
         """

@@ -5,9 +5,10 @@ every stage. A smaller layout has fewer blocks, or smaller blocks (a smaller ep:
 layer), or both. If the batch does not divide evenly, some expert groups get one micro-batch per rank more than others
 (parallel.uneven).
 
-A step takes as long as its busiest rank. So the best layout is the one whose busiest rank has the fewest micro-batches.
-Among equally fast layouts, the layout with the largest ep is best, because it is closest to the recipe and needs the
-least memory. Among layouts with the same ep, the layout with the fewest ranks is best, because it leaves spares.
+A step takes as long as its busiest rank works. So the best layout is the layout whose busiest rank has the fewest
+micro-batches. Among equally fast layouts, the layout with the largest ep is best, because it is closest to the recipe
+and needs the least memory. Among layouts with the same ep, the layout with the fewest ranks is best, because it leaves
+spares.
 
 The program that starts the run plans the memory that a smaller layout needs on every device. It writes layouts.json in
 the run folder:

@@ -10,11 +10,11 @@ slow steps, changes at most one block. A rank is slow if
       the mean,
     - and every block has at least half of that mean, so that the slowness lasts.
 
-The noise of a block is the larger of two values: the standard error of its median, from the spread of single steps
-inside the blocks; and the spread of the peers' blocks around each other, which also covers noise that lasts for many
-steps.
+The noise of a block is the larger of two values. The first is the standard error of the block's median, computed from
+the spread of single steps inside the blocks. The second is the spread between the blocks of the peers, which also
+covers noise that lasts for many steps.
 
-A slow rank is named once. It is named again only after it was as fast as its peers for a whole window.
+A slow rank is named only once. It is named again only if it was as fast as its peers for a complete window in between.
 """
 
 import math

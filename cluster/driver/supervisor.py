@@ -98,7 +98,8 @@ class Supervisor:
 
     @property
     def current(self) -> Attempt:
-        """The attempt that is running or ending, or the last one. It exists in every phase but the first."""
+        """The attempt that is running or ending; otherwise the last attempt. An attempt exists in every phase except
+        the first."""
         assert self.attempt is not None
         return self.attempt
 
@@ -230,7 +231,7 @@ class Supervisor:
             self._grow(now)
 
     def _got_on(self, age: Age) -> None:
-        """Refill the failure budgets if a later step than before is saved.
+        """Refill the failure budgets if the run has saved a later step than before. age: age of the newest saved state.
 
         A step that this launch saved before does not count: otherwise a run that repeats the same steps would never
         end. Steps of earlier launches do not matter, because this launch may resume from an earlier step.
@@ -258,7 +259,7 @@ class Supervisor:
                 self._stop_ranks(now, why) if asked else self._end_ranks(now)
 
     def _tell_limits(self) -> None:
-        """Report it if the loss of one more node would leave the run without a layout."""
+        """Report if, after the loss of one more node, no layout would fit the remaining nodes."""
         placement, shapes = self.current.placement, self.policy.shapes
         usable = [node for node in self._usable() if node.id != placement.nodes[0].id]
         if place(usable, shapes.pp, [shapes.own, *shapes.smaller], partial(shapes.allows, nodes=usable)) is None:
@@ -382,9 +383,8 @@ class Supervisor:
             self._grow(now)
 
     def _name_late(self, now: float) -> bool:
-        """Name the ranks that block a run without news, before the driver ends the run. Returns whether it took an
-        action.
-        """
+        """Name the ranks that block a run without news, before the driver ends the run. Returns whether this method
+        took an action."""
         attempt = self.current
         if attempt.is_late(now):
             attempt.name_late()
@@ -476,7 +476,7 @@ class Supervisor:
         self._out.append(m.EndRanks(self.number, self.current.reachable))
 
     def _calls(self) -> float:
-        """Return the seconds that calls to all nodes of the attempt, with their answers, may take."""
+        """Return how many seconds the driver may need to call all nodes of the attempt and to receive their answers."""
         return len(self.current.reachable) / self.policy.calls
 
     def _await_end(self, now: float) -> None:

@@ -10,8 +10,8 @@ The parts add up to the time in which a driver ran:
     again       steps that the run had done before
 
 The time between two launches belongs to no part, because the user wanted no training in that time. Effective time is
-training time weighted by ranks: time on half of the wanted ranks counts half. A run also occupies spare nodes, which
-only wait; `held_share` shows the cost of these nodes.
+training time weighted by ranks: time in which only half of the wanted ranks work counts half. A run also occupies spare
+nodes, which only wait; `held_share` shows the cost of these nodes.
 """
 
 from collections.abc import Iterable

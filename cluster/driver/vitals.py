@@ -40,13 +40,13 @@ class Vitals:
         """Names of the low-priority nodes that were already reported."""
 
     def know(self, node: Node, ahead: float, niceness: int = 0) -> None:
-        """Record a checked node. ahead: seconds by which its clock is ahead. niceness: of its agent."""
+        """Record a checked node. ahead: seconds by which the node's clock is ahead. niceness: niceness of the node's
+        agent."""
         self._nodes[node.id] = _Vitals(node.name, ahead, niceness=niceness)
 
     def low(self, niceness: int) -> dict[str, int]:
-        """Return the niceness, by node name, of nodes whose agents have a lower priority than this. Each node is
-        returned only once.
-        """
+        """Return the nodes whose agents have a lower priority than `niceness`, each with the niceness of its agent.
+        Each node is returned only once."""
         found = {each.name: each.niceness for each in self._nodes.values() if each.niceness > niceness}
         fresh = {name: value for name, value in found.items() if name not in self._low}
         self._low |= fresh.keys()

@@ -15,8 +15,8 @@ The environment of a rank has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MA
     SLUICE_STORE_SECRET                       secret that seals the store where the ranks of this attempt meet, see
                                               parallel/signed_store.py
 
-If an agent gets no question for `lease` seconds, not even a pulse (cluster/node/pulse_echo.py), it has lost the driver.
-It then kills its ranks, because a new attempt may run elsewhere.
+If an agent gets no question for `lease` seconds, not even by UDP (cluster/node/pulse_echo.py), it assumes that it has
+lost the driver. The agent then kills its ranks, because a new attempt may run on other nodes.
 """
 
 import contextlib
@@ -151,11 +151,8 @@ class Agent:
         threading.Thread(target=self._watch_lease, daemon=True).start()
 
     def facts(self, question: Question) -> Facts:
-        """Gather the facts that the checks before a start need.
-
-        From now on, this node answers the driver's pulse. It also answers the other nodes if there will be a network
-        test.
-        """
+        """Gather the facts that the checks before a start need. After this call, this node answers the driver's pulse.
+        It also answers the other nodes if there will be a network test."""
         port, self._clock = 0, SteadyClock()
         if question.tests_network:
             with contextlib.suppress(OSError):  # the network test will report the error

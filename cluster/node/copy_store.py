@@ -13,13 +13,13 @@ same part to the next node. A node holds
             rank_00003.json                    its index, written last: the part is complete once the index exists
 
 There is no commit. A set counts as a checkpoint when the answering nodes together hold the parts of all ranks. A run
-that resumes from the set merges the indexes into a manifest. At most two sets exist: one that is known to be complete
-on all nodes, and one in progress. Every rank removes all other sets before it writes.
+that resumes from the set merges the indexes into a manifest. At most two sets exist: a set that is known to be complete
+on all nodes, and a set that is being written. Every rank removes all other sets before it writes.
 
 The agent of a node serves its folder to other nodes: PUT stores a file, GET reads a part of a file. Both need the token
-of the run. The agent refuses a PUT of an attempt that is older than its own, because ranks on a disconnected node stay
-alive for a while. The files outlive agents and drivers, so that a new launch finds them. This file uses neither Ray nor
-torch.
+of the run. The agent refuses a PUT of an attempt that is older than the agent's attempt, because ranks on a
+disconnected node stay alive for a while. The files still exist after agents and drivers have ended, so that a new
+launch finds the files. This file uses neither Ray nor torch.
 """
 
 import contextlib
@@ -136,9 +136,8 @@ def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
 
 
 class Store:
-    """The agent's side: it holds the folder and serves it on `address`. `attempt` is a function that returns the node's
-    newest attempt.
-    """
+    """The agent's side of the copies. It locks the folder and serves the folder's files on `address`. `attempt` is a
+    function that returns the node's newest attempt."""
 
     def __init__(self, folder: Path, token: str, address: str, attempt: Callable[[], int]):
         """Raises OSError if the folder cannot be created, belongs to another user, or is held by another agent."""

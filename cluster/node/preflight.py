@@ -140,9 +140,8 @@ def _try_storage(question: Question) -> tuple[str, str]:
 
 
 def _gpu_bytes() -> list[int]:
-    """Return the usable memory in bytes of every GPU that nvidia-smi lists; 0 for a GPU whose memory it does not
-    show.
-    """
+    """Return the usable memory in bytes of every GPU that nvidia-smi lists. The value is 0 for a GPU whose memory
+    nvidia-smi does not show."""
     words = ["nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"]
     try:
         result = subprocess.run(words, capture_output=True, text=True, timeout=20)

@@ -1,8 +1,9 @@
 """A node's side of the pulse: answers every datagram of the driver (cluster/driver/pulse_sender.py).
 
-About once a second, the driver asks by UDP whether a node is alive. It asks for the state of the node's ranks through
-Ray, only when there is news, because a call through Ray costs the driver far more. Questions and answers are sealed
-with the key of the launch: without the key nobody can ask or answer. An old datagram does not count.
+About once a second, the driver asks by UDP whether a node is alive. The driver asks for the state of the node's ranks
+through Ray. It does so only when there is news, because a call through Ray takes much more of the driver's time than a
+datagram. Questions and answers are sealed with the key of the launch: without the key nobody can ask or answer. An old
+datagram does not count.
 """
 
 import contextlib
@@ -37,7 +38,8 @@ def unseal(key: bytes, kind: bytes, datagram: bytes) -> tuple[int, str] | None:
 
 
 class Echo:
-    """A thread that answers the driver's questions to this node until it is closed. It calls `heard` at each question.
+    """A thread that answers the driver's questions to this node until the thread is closed. It calls `heard` at each
+    question.
 
     Raises OSError if the address does not belong to this machine.
     """
