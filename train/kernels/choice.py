@@ -1,14 +1,14 @@
 """Chooses the implementation of `Kernels` for a run: compiled code or torch operations on a CPU, fused kernels on a
 GPU.
 
-For a GPU it also chooses the attention cores for whole sequences and for documents. It takes the first core that gives
-correct values in forward and backward.
+For a GPU it also chooses the attention cores for complete sequences and for documents. It chooses the first core that
+computes correct values in forward and backward.
 
 torch selects an attention kernel only by the sizes of its inputs. DeepSeek-V3's heads have 192 elements in queries and
 keys and 128 in values, which few kernels support. cuDNN's kernel is the fastest, but in some library versions it fails
-when it is called. So every core is tested once at the start, with this run's heads and length. The test's scores are
-near -120. Such scores reveal wrong code, for example a running maximum that starts at 0. Results and gradients of the
-first and the last head are compared with train/model/attention.py in fp32 on the same device.
+when it is called. So the start of a run tests every core, with this run's heads and length. The test's scores are near
+-120. Such scores reveal wrong code, for example a running maximum that starts at 0. Results and gradients of the first
+and the last head are compared with train/model/attention.py in fp32 on the same device.
 """
 
 from collections.abc import Sequence
@@ -33,13 +33,13 @@ ATTENTION_BOUND = 2e-2
 """Largest allowed relative error, in the norm, of the result and of each gradient. Rounding to bf16 causes an error of
 about 3e-3. A wrong mask, scale or head causes an error of at least 0.1."""
 TRIED_SCORE = -120.0
-"""Approximate value of all scores in the test. The softmax does not depend on it."""
+"""Approximate value of all scores in the test. The softmax does not depend on this value."""
 LARGE = 32.0
 """Value of one component of every query. Its product with a component of every key gives TRIED_SCORE."""
 ATTENTION_RESULTS = "its result", "its log-sum-exp", "dq", "dk", "dv"
 
 ATTENTION_PARTS = "whole sequences", "documents", "blocks of keys"
-"""Parts of attention that a run may need. It needs the last part only if ranks share sequences."""
+"""Parts of attention that a run may need. A run needs the last part only if ranks share sequences."""
 
 CORES: dict[str, AttentionCore] = {
     "cuDNN's attention": CudnnAttention(),
@@ -94,7 +94,7 @@ def _refusal(core: AttentionCore, config: Config, device: torch.device, part: st
 
 
 def _tried(part: str, length: int) -> tuple[int, SeenKeys]:
-    """Returns the number of queries of a test sequence, and which of its `length` keys they see."""
+    """Returns the number of queries of a test sequence, and which of the `length` keys these queries see."""
     if (
         part == "blocks of keys"
     ):  # of a rank that shares sequences: queries of its own block, and of a later block that sees all keys
@@ -183,8 +183,8 @@ def build_kernels(
 def choose_matmuls(config: Config, device: torch.device, kept: bool | None) -> bool | None:
     """Whether a run on this CPU uses compiled matmuls; None if there is no choice.
 
-    kept: the choice at the start of the run, if any. A resumed run keeps it, so that a busy machine cannot change the
-    arithmetic.
+    kept: the choice at the start of the run, if any. A resumed run uses the same choice, so that a busy machine cannot
+    change the arithmetic.
     """
     if kept is not None or device.type == "cuda" or not config.cluster.compiled or native.why_absent() is not None:
         return kept

@@ -1,4 +1,4 @@
-"""Builds the precision object from the settings section `precision`. It computes the model's matmuls."""
+"""Builds the precision object from the settings section `precision`. The object computes the model's matmuls."""
 
 import torch
 

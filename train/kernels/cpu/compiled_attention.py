@@ -69,8 +69,8 @@ class CompiledAttention(PlainAttention):
     """Computes causal attention within complete sequences or documents, with compiled code for bf16.
 
     Other inputs use torch operations. The probabilities of a sequence or document are saved for backward if they need
-    at most about as much memory as its queries, keys and values. For longer ones, backward recomputes the
-    probabilities. So memory is linear in the sequence length.
+    at most about as much memory as the queries, keys and values of the sequence. For longer sequences and documents,
+    backward recomputes the probabilities. So memory is linear in the sequence length.
     """
 
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:

@@ -1,7 +1,6 @@
 """Implements the kernels of a CPU with AVX2: bf16 operations in compiled code (train/kernels/cpu), others in torch.
 
-Shapes are those of train/model/operations.py. Meta tensors cause the same allocations as real tensors, so plans count
-them.
+Shapes as in train/model/operations.py. Meta tensors cause the same allocations as real tensors, so plans count them.
 """
 
 import torch

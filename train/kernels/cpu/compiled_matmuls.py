@@ -1,7 +1,7 @@
 """Computes bf16 matmuls on a CPU in compiled code: `train/kernels/cpu/products.cpp`.
 
-The products of two bf16 values are exact in fp32. Their sums are computed in fp32 and rounded once to the requested
-dtype. Weight gradients are requested in fp32 (paper 3.3.3).
+The products of two bf16 values are exact in fp32. Their sums are computed in fp32, and the complete sum is rounded to
+the requested dtype. Weight gradients are requested in fp32 (paper 3.3.3).
 
 Shape suffixes: O, N outer axes of a matmul, C contraction, E experts, R rows sorted by expert.
 """
@@ -82,7 +82,7 @@ def grouped(left_RC: Tensor, right_ENC: Tensor, rows: Sequence[int]) -> Tensor:
 def grouped_weight_gradient(
     left_OR: Tensor, right_NR: Tensor, rows: Sequence[int], dtype: torch.dtype, into_EON: Tensor | None = None
 ) -> Tensor:
-    """Computes the weight gradient of each expert, a sum over its rows: (E, O, N). into: as in `matmul`."""
+    """Computes the weight gradient of each expert, a sum over its rows: (E, O, N). into: see `matmul`."""
     outer, columns = left_OR.shape[0], right_NR.shape[0]
     out_EON = left_OR.new_empty(len(rows), outer, columns, dtype=dtype) if into_EON is None else into_EON
     parts = parts_by_sums(_starts(rows), rows, outer, columns)
@@ -91,7 +91,7 @@ def grouped_weight_gradient(
 
 
 def parts_by_rows(starts: Sequence[int], rows: Sequence[int], columns: int, contraction: int) -> list[Part]:
-    """Returns one matmul for every expert: its rows (left) times its matrix (right).
+    """Returns one matmul for every expert: the expert's rows (left) times the expert's matrix (right).
 
     starts: first row of each expert.
     """

@@ -1,7 +1,6 @@
 """Computes norm, SwiGLU, head split, loss and row sorting in bf16 in compiled code: `train/kernels/cpu/rows.cpp`.
 
-Shapes are those of train/model/operations.py. Meta tensors cause the same allocations as real tensors, so plans count
-them.
+Shapes as in train/model/operations.py. Meta tensors cause the same allocations as real tensors, so plans count them.
 """
 
 from ctypes import c_bool, c_float, c_int64

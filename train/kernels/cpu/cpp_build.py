@@ -42,8 +42,8 @@ CPU_LIMITS = {
 class CppSource:
     """A C++ file to compile, and texts for the error if it cannot be compiled.
 
-    flags: in addition to COMPILER_FLAGS. headers: Sluice's headers that the file includes. field: the setting that
-    requests the library. without: the setting that avoids the library, and the consequence.
+    flags: compiler flags in addition to COMPILER_FLAGS. headers: Sluice's headers that the file includes. field: the
+    setting that requests the library. without: the setting that avoids the library, and the consequence.
     """
 
     path: Path
@@ -70,7 +70,7 @@ def load_library(source: CppSource) -> ctypes.CDLL:
 
 @cache
 def cpu_features() -> str:
-    """Returns the features of this CPU that the system reports, without those that SLUICE_CPU hides."""
+    """Returns the features of this CPU that the system reports. Features that SLUICE_CPU hides are left out."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform.startswith("linux") else []
     features = [line for line in lines if line.startswith(("flags", "Features"))]
     said, (hidden, _) = features[0] if features else platform.processor(), _limit()

@@ -59,10 +59,10 @@ class Parameter(Protocol):
     """A parameter of a C++ function, or a field of its struct."""
 
     types: list[type]
-    """Types of the machine words that C++ gets for this parameter."""
+    """Types of the C++ arguments for this parameter."""
 
     def take(self, name: str, given: Iterator, call: _Call) -> Iterable[Any]:
-        """Returns the machine words for C++. Takes the next argument, if the caller passes this parameter. Raises
+        """Returns the C++ arguments. Takes the next argument of the call, if the caller passes this parameter. Raises
         _Unfit."""
 
 

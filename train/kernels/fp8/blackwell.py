@@ -112,7 +112,7 @@ class BlackwellEngine(HopperEngine):
 
 
 def _by_row(scale: Tensor) -> Tensor:
-    """Converts scales from the GEMMs' memory order to row-major words of four scales, (O, T)."""
+    """Converts scales from the GEMMs' memory order to row-major integers of four scales each, (O, T)."""
     tiles = scale.shape[1] // 4
     return scale.view(torch.int32).view(-1, tiles, TILE // 4, 4).permute(0, 3, 2, 1).reshape(-1, tiles)
 

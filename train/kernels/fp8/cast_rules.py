@@ -75,7 +75,8 @@ class CastRules:
     """The attention's output projection."""
     experts_up: LayerCasts
     experts_down: LayerCasts
-    """The second linear layer of experts. Its `cache` is not used: the input is recomputed from the SwiGLU input."""
+    """The second linear layer of experts. The field `cache` of these casts is not used, because the input is recomputed
+    from the SwiGLU input."""
     swiglu: Cast
     """The cast of the saved input of the experts' SwiGLU."""
 

@@ -19,7 +19,8 @@ CASTS_SOURCE = CppSource(
     "precision.fp8.compiled=false: torch's operations, slower",
     ("-ffp-contract=off",),
 )
-"""No contraction to fused multiply-add: a multiplication is rounded before the addition, as in the reference."""
+"""Compiler flag that forbids fused multiply-add. So a multiplication is rounded before the addition, as in the
+reference."""
 
 
 def _matrices(of: str, out: bool = False) -> Struct:
@@ -56,8 +57,9 @@ _decode_matrices = Kernel(
 class CompiledCasts(EagerCasts):
     """Casts in compiled code. They give the same bits as `EagerCasts`, except for the sign of zeros.
 
-    They take CPU tensors. Plans pass meta tensors and see the same allocations. A `QuantizedTensor` from `split`
-    contains the values of the codes in bf16 instead of the codes. bf16 represents the values of every format exactly.
+    The casts take CPU tensors. For meta tensors, which plans pass, they make the same allocations. A `QuantizedTensor`
+    from `split` contains the values of the codes in bf16 instead of the codes. bf16 represents the values of every
+    format exactly.
     """
 
     def quantize(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:

@@ -30,7 +30,7 @@ tile of 128 along the contraction, or to the complete contraction."""
 
 
 class CompiledEngine(CpuEngine):
-    """A `CpuEngine` with another order of sums, only for CPU and meta tensors.
+    """A `CpuEngine` that adds in another order. It takes only CPU and meta tensors.
 
     It never rounds operands with fp32 scales to bf16.
     """
@@ -131,7 +131,7 @@ def scaled_grouped_wgrad(
     dtype: torch.dtype,
     into_EON: Tensor | None = None,
 ) -> Tensor:
-    """For each expert the sum over its rows: (E, O, N). into: as in `scaled_matmul`."""
+    """For each expert the sum over its rows: (E, O, N). into: see `scaled_matmul`."""
     rows, columns = left_OP.shape[0], right_NP.shape[0]
     shape = len(groups.counts), rows, columns
     out_EON = _values(left_OP).new_empty(shape, dtype=dtype) if into_EON is None else into_EON

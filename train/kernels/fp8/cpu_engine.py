@@ -7,9 +7,9 @@ matmul.
 
 On CPUs with AVX2, `CompiledEngine` (train/kernels/fp8/compiled_engine.py) takes values and fp32 scales as separate
 tensors. So its matmul with fp32 scales also costs about as much as in bf16. It sums each 128 elements of the
-contraction separately, like Hopper kernels. `CpuEngine` uses one matmul for each call. The results of both differ by
-3e-7 (relative). This is far below the quantisation error of 4e-2. An expert's rows are padded to a multiple of
-`expert_rows` in conf/thresholds.py (train/kernels/plain/grouped.py gives the reason).
+contraction separately, like Hopper kernels. `CpuEngine` uses one matmul for each call. The results of the two engines
+differ by 3e-7 (relative). This is far below the quantisation error of 4e-2. An expert's rows are padded to a multiple
+of `expert_rows` in conf/thresholds.py (train/kernels/plain/grouped.py gives the reason).
 
 Shape suffixes: as in train/kernels/fp8/engines.py.
 """

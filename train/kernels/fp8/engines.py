@@ -123,7 +123,7 @@ class Fp8Engine(Protocol):
     def grouped_wgrad(
         self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
-        """left (O, P), right (N, P): for each expert the sum over its rows, (E, O, N). into: as in `matmul`."""
+        """left (O, P), right (N, P): for each expert the sum over its rows, (E, O, N). into: see `matmul`."""
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast) -> tuple[Any, Source]:
         """Returns the operand of SwiGLU's output (train/kernels/fp8/swiglu.py), and h in the form to save for
@@ -137,7 +137,8 @@ class Fp8Engine(Protocol):
 
 
 class HeldWeights:
-    """Stores weights as operands, which are built once in each step. No weight may change between `hold` and `drop`.
+    """Stores weights as operands, which are built only one time in each step. No weight may change between `hold` and
+    `drop`.
 
     A layer uses a weight in two casts: as stored for Fprop, and transposed for Dgrad. Weights change only between
     steps, so all micro-batches can use the same operands. The first step builds each operand at its first use. Later
@@ -187,7 +188,7 @@ class HeldWeights:
         self._made.clear()
 
     def count_bytes(self) -> int:
-        """Returns the bytes of the stored operands, without those that share memory with the weights."""
+        """Returns the bytes of the stored operands. Operands that share memory with the weights are left out."""
         weights = {weight.untyped_storage()._cdata for weight in self._weights.values()}
         parts = [tensor for made in self._made.values() for tensor in _tensors(made)]
         storages = {one._cdata: one.nbytes() for one in (tensor.untyped_storage() for tensor in parts)}
@@ -195,5 +196,5 @@ class HeldWeights:
 
 
 def _tensors(made: Any) -> list[Tensor]:
-    """The tensors of an operand, which is a tensor or has tensors as fields."""
+    """Returns the tensors of an operand. The operand is a tensor, or it has tensors as fields."""
     return [made] if isinstance(made, Tensor) else [one for one in vars(made).values() if isinstance(one, Tensor)]

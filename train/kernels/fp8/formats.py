@@ -1,8 +1,9 @@
 """Defines number formats that are smaller than bf16, and the twelve-bit packing of E5M6.
 
-A format with m mantissa bits represents 1 + m significant bits down to 2**min_exponent, and a fixed step of
-2**(min_exponent - m) below it. E5M6 has no torch dtype. Its code is the top twelve bits of an fp16, and two values
-share three bytes: value i is at bit 12 i of the little-endian stream (reference arithmetic: DeepSeek TileKernels).
+A format with m mantissa bits represents 1 + m significant bits down to 2**min_exponent. Below this value, the step
+between two neighbouring values is 2**(min_exponent - m). E5M6 has no torch dtype. Its code is the top twelve bits of an
+fp16, and two values share three bytes: value i is at bit 12 i of the little-endian stream (reference arithmetic:
+DeepSeek TileKernels).
 
 Shape suffixes: K packed dimension.
 """

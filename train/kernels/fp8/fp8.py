@@ -2,8 +2,8 @@
 
 The model calls an `Fp8Precision` object for its matmuls and never branches on the precision. Embedding, output head,
 router, norms and the attention core do not use it and stay in high precision. Parameters and buffers contain no FP8
-state, because every matmul computes its scales from the current values. So an FP8 run can resume from a checkpoint of
-a bf16 run, and a bf16 run from one of an FP8 run.
+state, because every matmul computes its scales from the current values. So an FP8 run can resume from a checkpoint of a
+bf16 run, and a bf16 run can resume from a checkpoint of an FP8 run.
 
 Shape suffixes: R rows sorted by expert, D width, F inner width, E experts.
 """
@@ -106,7 +106,7 @@ class Fp8Precision:
     def start_step(self, step: int, hold_weights: bool = False) -> None:
         """Start a step. Every `precision.fp8.health.every` steps the matmuls are checked.
 
-        hold_weights: cast the weights once, because none changes before `end_passes`.
+        hold_weights: cast each weight only one time, because no weight changes before `end_passes`.
         """
         self._health.start_step(step)
         if hold_weights:
@@ -122,8 +122,8 @@ class Fp8Precision:
 
 
 def cpu_engine(fp8: Fp8, kernels: Kernels, meta: bool = False) -> CpuEngine:
-    """The CPU emulation for a checked section. kernels: for matmuls without scales. meta: for plans, which run no
-    compiled code.
+    """The CPU emulation for a checked section. kernels: the kernels of matmuls without scales. meta: whether a plan
+    builds the engine; a plan runs no compiled code.
 
     Raises UserError if compiled code is requested and cannot be built, stored or loaded.
     """

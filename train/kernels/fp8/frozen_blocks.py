@@ -1,8 +1,9 @@
-"""Stores frozen weights in block FP8: E4M3 codes, and an fp32 scale for each 128x128 block. No other copy exists.
+"""Stores frozen weights in block FP8: E4M3 codes, and an fp32 scale for each 128x128 block. There is no other copy of
+these weights.
 
 Each matrix is stored as bytes: first its scales, and then its codes. DeepSpeed would round floating-point parameters to
 the run's dtype, and gloo cannot gather FP8, but both leave bytes unchanged (ZeRO 3). A matmul computes the values from
-the bytes when it runs, and again in its backward. So the values are not in memory in between.
+the bytes when it runs, and again in its backward. So the values are not in memory between these two uses.
 
 Shapes: E experts, M rows, K columns, m and k blocks of rows and columns, B bytes of a matrix.
 """
@@ -51,7 +52,7 @@ class FrozenBlocks:
         return getattr(self._module, self._name)
 
     def unpack(self, dtype: torch.dtype) -> tuple[Tensor, AbstractContextManager]:
-        """Returns the values, and a context in which saving them for backward needs no memory."""
+        """Returns the values, and a context. Inside the context, autograd saves the values without extra memory."""
         values = self._values(dtype)
         if not torch.is_grad_enabled():
             return values, nullcontext()

@@ -1,9 +1,10 @@
 """Describes the rows of several experts, and their tiles of 128 rows.
 
 FP8 kernels work on complete tiles. In Fprop and Dgrad a kernel block computes 128 rows of one expert. In Wgrad 128 rows
-of one expert share a scale. Zeros fill the last tile of an expert. They change neither scales nor sums. Some GEMMs need
-padded rows, and so do casts whose scales cover several rows. Sluice's own GEMMs find the rows of each tile in unpadded
-memory. With these GEMMs, only the operands of Wgrad, which are quantised along the rows, have padded columns.
+of one expert share a scale. Zeros fill the last tile of an expert. These zeros change neither scales nor sums. Some
+GEMMs need padded rows. Casts whose scales cover several rows need them too. Sluice's own GEMMs find the rows of each
+tile in unpadded memory. With these GEMMs, only the operands of Wgrad, which are quantised along the rows, have padded
+columns.
 
 The GPU knows the row counts of experts before the host. GEMMs that read the counts on the GPU do not wait for the host.
 They are launched for the largest number of tiles that is possible with the total number of rows.
@@ -24,8 +25,8 @@ class PaddedGroups:
     """Positions of the rows of each expert."""
 
     def __init__(self, counts_E: Tensor, rows: int | None = None, padded: bool = True):
-        """counts_E: rows of each expert. rows: their sum, if the host must not wait for the device. padded: whether
-        GEMMs take rows with padding between the experts."""
+        """counts_E: rows of each expert. rows: the sum of counts_E, if the host must not wait for the device. padded:
+        whether GEMMs take rows with padding between the experts."""
         self._counts_E, self._rows, self._is_padded = counts_E, rows, padded
 
     @cached_property
@@ -58,7 +59,7 @@ class PaddedGroups:
 
     @cached_property
     def whole(self) -> "PaddedGroups":
-        """These rows with padding between the experts."""
+        """Returns these groups with padding between the experts."""
         return PaddedGroups(self._counts_E, self._rows)
 
     @cached_property

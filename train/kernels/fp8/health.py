@@ -86,7 +86,7 @@ class HealthWatch:
     """Selects the monitored steps, and summarises their readings."""
 
     def __init__(self, every: int):
-        """every: steps between checks; 0 for none."""
+        """every: number of steps from one check to the next; 0: no checks."""
         self._every = every
         self._names: dict[int, str] = {}
         self._readings: list[Reading] = []
@@ -97,7 +97,7 @@ class HealthWatch:
         self._names.update((id(parameter), name.removesuffix(".weight")) for name, parameter in parameters)
 
     def start_step(self, step: int) -> None:
-        """Clear the readings, and monitor this step if it is due."""
+        """Clear the readings, and monitor this step if it is one of every `every` steps."""
         self._readings.clear()
         self._watching = self._every > 0 and step % self._every == 0
 

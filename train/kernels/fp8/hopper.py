@@ -325,6 +325,6 @@ def _operand(made: tuple[Tensor, Tensor], tiles: bool, outer: int) -> PaddedOper
 
 
 def _padded_columns(x_RC: Tensor) -> Tensor:
-    """x with its columns padded to whole tiles, contiguous."""
+    """Returns x with columns padded to complete tiles, contiguous."""
     right = -x_RC.shape[-1] % TILE
     return F.pad(x_RC, (0, right)) if right else x_RC.contiguous()

@@ -47,7 +47,7 @@ PROBE_TAIL = 1500
 def probe(config: Config, device: int = 0) -> str:
     """Runs all tests, and returns the installed versions in one line. Waits at most PROBE_SECONDS.
 
-    device: number of the GPU. Raises UserError with all incompatibilities.
+    device: index of the GPU. Raises UserError with all incompatibilities.
     """
     name, fp8 = config.precision.name, config.precision.fp8
     assert fp8 is not None
@@ -117,7 +117,7 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Trial:
-    """One GEMM, which an engine and the reference compute on the same numbers."""
+    """One GEMM. An engine and the reference compute it from the same inputs."""
 
     name: str
     run: "Callable[[Fp8Engine, Callable[[Tensor], Tensor]], Tensor]"

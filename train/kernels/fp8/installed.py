@@ -15,7 +15,8 @@ from conf.errors import UserError
 DEEP_GEMM = "sgl-deep-gemm"
 """The package on PyPI that contains DeepGEMM, module deep_gemm."""
 DEEP_GEMM_OLDEST, DEEP_GEMM_NEWEST = (0, 1, 4), (0, 1, 5)
-"""The supported versions: from the first with the K-grouped FP8 kernel to the last that is built for this torch."""
+"""The supported versions. The first is the first version with the K-grouped FP8 kernel. The last is the last version
+that is built for this torch."""
 TORCH_OF_DEEP_GEMM = (2, 11)
 """The torch version that DeepGEMM needs. With torch 2.12 and 2.13, DeepGEMM loads, but its first call aborts the
 process (PyObjectSlot)."""
@@ -78,7 +79,7 @@ class InstalledVersions:
 
 
 def look_up_versions(device: int | None = None) -> InstalledVersions:
-    """The installed versions. device: number of the GPU, None for the current one. Initialises CUDA if possible."""
+    """The installed versions. device: index of the GPU; None: the current GPU. Initialises CUDA if possible."""
     import torch
     from torch.nn import functional as F
 
@@ -100,7 +101,7 @@ def look_up_versions(device: int | None = None) -> InstalledVersions:
 
 
 def misfits(found: InstalledVersions, deep_gemm: bool, mx: bool = False) -> list[tuple[str, str]]:
-    """Incompatibilities, each with its cure. deep_gemm: whether DeepGEMM runs the grouped GEMMs. mx: whether a scale
+    """Incompatibilities, each with its fix. deep_gemm: whether DeepGEMM runs the grouped GEMMs. mx: whether a scale
     covers 32 values."""
     bad: list[tuple[str, str]] = []
     if found.gpu is None:
@@ -123,7 +124,7 @@ def misfits(found: InstalledVersions, deep_gemm: bool, mx: bool = False) -> list
 
 
 def require_fit(deep_gemm: bool, mx: bool = False) -> None:
-    """Raises UserError for incompatible parts. deep_gemm, mx: as in `misfits`."""
+    """Raises UserError for incompatible parts. deep_gemm, mx: see `misfits`."""
     found = look_up_versions()
     if bad := misfits(found, deep_gemm, mx):
         raise refusal(bad, str(found), "mxfp8" if mx else "fp8")

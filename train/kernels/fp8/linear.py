@@ -18,7 +18,7 @@ The cast of the saved input may differ from the cast in Fprop. For example, the 
 bits). If the model saves or recomputes the input anyway (`train.model.recompute`), a layer saves the original input. In
 backward it casts the input again, with the same result.
 
-If the GEMMs need experts' rows padded to 128, the rows are padded once, on entry (train/kernels/fp8/groups.py). If the
+If the GEMMs need experts' rows padded to 128, the FFN pads the rows at its start (train/kernels/fp8/groups.py). If the
 dispatcher sends FP8, x and dy arrive quantised (parallel/expert/wire.py). If the rules require the same cast, their
 codes are used directly as Q(x) and Q(dy). Quantising the values again would give the same codes.
 
@@ -83,7 +83,8 @@ def gradient_operands(
     weights_needed: bool,
     groups: PaddedGroups | None = None,
 ) -> tuple[Any, Any]:
-    """The left operands of Dgrad and of Wgrad; None for a matmul that is not needed. groups: of the experts' rows."""
+    """The left operands of Dgrad and of Wgrad; None for a matmul that is not needed. groups: the groups of the experts'
+    rows."""
     if inputs_needed and weights_needed:
         return engine.gradient(dy, rules.dgrad.left, rules.wgrad.left, groups)
     for_inputs = engine.operand(dy, rules.dgrad.left) if inputs_needed else None
@@ -145,8 +146,8 @@ def expert_ffn(
 ) -> Tensor:
     """SwiGLU FFN of every expert on its own rows: (R, D) in the rows' dtype. weights, probes, added: of w13 and of w2.
 
-    rows_RD and the gradient of the result may be `QuantizedRows`. kernels: for the added matmuls, which take rows in
-    bf16 or fp32.
+    rows_RD and the gradient of the result may be `QuantizedRows`. kernels: the kernels of the added matmuls, which take
+    rows in bf16 or fp32.
     """
     groups, (w13_E2FD, w2_EDF) = held.engine.groups(counts_E, len(rows_RD)), weights
     up, down = (None, None) if probes is None else probes
@@ -167,8 +168,8 @@ def expert_ffn(
 
 
 class _Moved(Function):
-    """Converts rows between the layouts of the GEMMs and of the dispatcher. there: converts the rows; back: converts
-    their gradients."""
+    """Converts rows between the layout of the GEMMs and the layout of the dispatcher. there: a function that converts
+    the rows. back: a function that converts the gradients of the rows."""
 
     @staticmethod
     def forward(ctx, rows, there, back):
@@ -265,7 +266,8 @@ class _Down(Function):
 
 
 def _arrived(rows_RD: Tensor, groups: PaddedGroups, engine: Fp8Engine, rule: OperandRule) -> Source:
-    """The rows as the GEMMs take them: the arrived codes if the rule asks for their cast, else the values."""
+    """Returns the rows in the form for the GEMMs: the codes that arrived if the rule requires their cast, else the
+    values."""
     if isinstance(rows_RD, QuantizedRows):
         cast = Cast(E4M3, (1, TILE), pow2=True, floor=rows_RD.scale_floor)
         if rule.cast() == cast:

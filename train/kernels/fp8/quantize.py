@@ -9,7 +9,8 @@ Activations and gradients have tiles of 128 along the contraction, weights have 
     q       = cast(clamp(x * inverse, -max, max))     and x is about q * scale
 
 All arithmetic is fp32 with IEEE division and one rounding to the format, to nearest with ties to even. So the CPU and
-the Triton kernels agree in every bit of q and scale. Ragged edges are padded with zeros, which change no amax.
+the Triton kernels agree in every bit of q and scale. Incomplete blocks at the edges are padded with zeros, which do not
+change amax.
 
 `quantize` implements exactly this with torch operations; all other implementations are tested against it. The CPU
 emulation uses compiled code (train/kernels/fp8/compiled_casts.py) if the CPU has AVX2.
@@ -35,7 +36,7 @@ class QuantizedTensor:
     scale: Tensor
     """Scales (..., ceil(M / rows), ceil(K / columns)), fp32."""
     cast: Cast
-    """The cast that produced it; its block is no larger than the tensor."""
+    """The cast that produced q and scale. The cast's block is no larger than the tensor."""
     shape: torch.Size
     """Shape of the tensor, (..., M, K), without the padding that q and scale may have on CUDA."""
 

@@ -6,7 +6,7 @@
                dw = sum over the row of da * silu(g) * u
 
 Arithmetic is in fp32. The forward result is cast to FP8 directly from fp32. Backward returns the recomputed `a` and dh
-in bf16. Both tensors are then cast twice (1x128 and 128x1), and both casts start from the same numbers.
+in bf16. After that, two casts (1x128 and 128x1) read each of these tensors, so both casts start from the same numbers.
 
 Shape suffixes: P rows, F inner width of an expert.
 """
@@ -24,8 +24,8 @@ def forward(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
 
 
 def chunks(x_P: Tensor, h_P2F: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Splits the rows of x into parts. The part of h for these rows has at most the elements that conf/thresholds.py
-    allows. h: x itself if not given."""
+    """Splits the rows of x into parts. For the rows of one part, h has at most as many elements as conf/thresholds.py
+    allows. h: x if not given."""
     h_P2F = x_P if h_P2F is None else h_P2F
     return x_P.split(max(1, THRESHOLDS.fp8_gate_and_up // max(h_P2F.shape[1], 1)))
 

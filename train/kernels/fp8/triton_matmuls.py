@@ -36,8 +36,8 @@ from train.kernels.fp8.groups import most_tiles
 from train.kernels.fp8.triton_quantize import rows_of_tile, tiles_of_experts
 
 BAND = 8
-"""Number of adjacent tiles of the left operand with consecutive programs: together they read each tile of the right
-operand once from memory."""
+"""Number of adjacent tiles of the left operand that consecutive programs compute. Together, these programs read each
+tile of the right operand only once from memory."""
 WARPS, STAGES = 8, 4
 """Two warpgroups, each with 64 rows of the tile. Their sum and the partial sum of 128 elements take half of a thread's
 registers. Four stages of 32 KiB, or 48 KiB for two tiles, fill more than half of a Hopper GPU's shared memory: while
@@ -55,8 +55,8 @@ def _named(kernel: str, specialization) -> str:
 
 @triton.jit
 def tile_of_program(program, tiles_m, tiles_n, band: constexpr):
-    """Tile (m, n) of a program: first down a band of the left operand's tiles, then the next tile of the right
-    operand."""
+    """Returns the tile (m, n) of a program. Consecutive programs take all tiles of a band of the left operand, and then
+    the next tile of the right operand."""
     first = program // (band * tiles_n) * band
     height = tl.minimum(tiles_m - first, band)
     inside = program % (band * tiles_n)
@@ -196,7 +196,8 @@ def check_matmul(left_RC: Tensor, left_scale: Tensor, right_ENC: Tensor, right_s
 def check_wgrad(
     left_OP: Tensor, left_scale: Tensor, right_NP: Tensor, right_scale: Tensor, out_EON: Tensor, added: bool
 ) -> tuple[int, int, int]:
-    """Padded height and width of the result, and number of columns. Asserts the layout of the operands of `wgrad`."""
+    """Asserts the layout of the operands of `wgrad`. Returns the padded height and width of the result, and the number
+    of columns."""
     (height, columns), (width, others) = _whole(left_OP), _whole(right_NP)
     assert others == columns and out_EON.is_contiguous()
     assert _by_column(left_scale) and _by_column(right_scale)
@@ -205,7 +206,7 @@ def check_wgrad(
 
 
 def tiles_at_once(tiles_m: int, right_ENC: Tensor, out_RN: Tensor) -> int:
-    """Number of adjacent tiles per program, 1 or 2. tiles_m: tiles of rows."""
+    """Number of adjacent tiles per program, 1 or 2. tiles_m: number of tiles along the rows."""
     experts, width, contraction = right_ENC.shape
     in_pairs = width == out_RN.shape[1] and width % (2 * TILE) == 0
     in_pairs &= experts > 1 and contraction > TILE  # only there the loop is compiled
@@ -220,8 +221,8 @@ def wgrad(
     columns.
 
     added: add to the existing values, in fp32. Scales (O or N, P / 128), stored column by column. out_EON may omit the
-    last rows and columns. ends_E: as in `matmul`, for rows that are whole tiles of columns here; None if all columns
-    belong to one expert.
+    last rows and columns. ends_E: end of each expert's columns, int32. Each expert has complete tiles of columns. None
+    if all columns belong to one expert.
     """
     height, width, columns = check_wgrad(left_OP, left_scale, right_NP, right_scale, out_EON, added)
     experts, height_out, width_out = out_EON.shape
@@ -240,7 +241,8 @@ def _by_column(scale: Tensor) -> bool:
 
 
 def _whole(x: Tensor) -> tuple[int, int]:
-    """The last two sizes, which must be whole tiles of a contiguous tensor."""
+    """Returns the last two sizes. Asserts that the tensor is contiguous, and that both sizes are multiples of a
+    tile."""
     rows, columns = x.shape[-2:]
     assert x.is_contiguous() and rows % TILE == 0 and columns % TILE == 0, f"{rows} x {columns} is not whole tiles"
     return rows, columns

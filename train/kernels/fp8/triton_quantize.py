@@ -97,7 +97,7 @@ def rows_of_tile(ends_ptr, tile, height, experts: constexpr, slots: constexpr, l
 def _load(x_ptr, scale_ptr, rows, last, columns, tile, width, scale_rows, scaled: constexpr):
     """fp32 values at rows x columns, all in one tile of 128 columns; zero from the row `last` on.
 
-    scaled: FP8 with a scale per row and tile, stored column by column.
+    scaled: whether the input is FP8 with a scale per row and tile. These scales are stored column by column.
     """
     there = rows < last
     x = tl.load(x_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], there[:, None], 0.0).to(tl.float32)
@@ -138,7 +138,7 @@ def _e5m6_kernel(
     x_ptr, q_ptr, scale_ptr, height, width, height_out,
     maximum: constexpr, floor: constexpr, pow2: constexpr, block: constexpr,
 ):  # fmt: skip
-    """Eight values are three words of 32 bits: `train.kernels.fp8.formats.pack_e5m6`."""
+    """Packs eight values into three integers of 32 bits, as `train.kernels.fp8.formats.pack_e5m6` does."""
     rows = tl.program_id(0) * block + tl.arange(0, block)
     columns = tl.program_id(1) * 128 + tl.arange(0, 128)
     x = _load(x_ptr, x_ptr, rows, height, columns, 0, width, height, False)
@@ -163,8 +163,8 @@ def _e5m6_kernel(
 
 @triton.jit
 def _load_e5m6(q_ptr, scale_ptr, rows, start, tile, width, height, count: constexpr):
-    """fp32 values at rows x `count` columns from `start` on, all in one tile of 128 columns, from packed words of 32
-    bits."""
+    """Returns the fp32 values of `count` columns from `start` on, in the given rows. All columns are in one tile of 128
+    columns. The values are read from packed integers of 32 bits."""
     words = rows[:, None].to(tl.int64) * (width // 8 * 3) + (start // 8 + tl.arange(0, count // 8))[None, :] * 3
     low, middle, high = tl.load(q_ptr + words), tl.load(q_ptr + words + 1), tl.load(q_ptr + words + 2)
     first = low & 0xFFFFFF
@@ -214,7 +214,7 @@ def _both_kernel(
 ):  # fmt: skip
     """`_tiles_kernel` and `_columns_kernel` for one tile of rows and 128 columns.
 
-    again: apply the second cast to the result of the first, which is not stored.
+    again: apply the second cast to the result of the first cast. The result of the first cast is not stored.
     """
     tile = tl.program_id(0)
     _, first, last = rows_of_tile(ends_ptr, tile, height, experts, slots)
@@ -397,8 +397,8 @@ def decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
 def quantize_both(
     x_RC: Tensor, cast: Cast, cast_t: Cast, ends_E: Tensor | None = None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`quantize_tiles` by the first cast and `quantize_columns` by the second, with one read of x. With ends_E the
-    first result has no padding rows."""
+    """Returns the result of `quantize_tiles` by the first cast and of `quantize_columns` by the second cast, with one
+    read of x. With ends_E the first result has no padding rows."""
     rows, columns = _sizes(x_RC)
     experts = 1 if ends_E is None else ends_E.shape[0]
     tiles, whole = most_tiles(rows, experts), -(-rows // TILE) * TILE if experts == 1 else rows
@@ -435,8 +435,8 @@ def quantize_columns(
     """q and scale of the transpose, with tiles along R.
 
     q (C, P), scale (C, P / 128) stored column by column. ends_E: end of each expert's rows, int32. Each expert has its
-    own tiles; the tiles after the last expert are zeros. flat, the padded rows of each expert: q is flat, one (C, rows)
-    matrix after another. x_RC may be the q of `quantize_e5m6`, with its scale.
+    own tiles; the tiles after the last expert are zeros. flat: the number of padded rows of each expert. If it is
+    given, q is flat: one (C, rows) matrix after another. x_RC may be the q of `quantize_e5m6`, with its scale.
     """
     packed = x_RC.dtype == torch.uint8
     if packed:
@@ -474,8 +474,8 @@ def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor,
 def swiglu_tiles(
     h_P2F: Tensor, gates_P: Tensor, cast: Cast, cache: Cast
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`quantize_tiles` of SwiGLU's output (P, F), and of h by the cache's cast, with one read of h. Neither result has
-    padding rows."""
+    """Returns the result of `quantize_tiles` for SwiGLU's output (P, F), and for h by the cache's cast, with one read
+    of h. Neither result has padding rows."""
     rows, width = _sizes(h_P2F)[0], h_P2F.shape[1] // 2
     made, kept = cast.empty_tiles(h_P2F, rows, width), cache.empty_tiles(h_P2F, rows, 2 * width)
     _swiglu_kernel[(-(-rows // QUANTIZE_ROWS), width // TILE)](
@@ -509,9 +509,10 @@ def quantize_mx(
 ) -> tuple[Tensor, Tensor]:
     """q (..., P, Q) and its E8M0 scales: (P, Q / 32), or (..., P x Q / 32) for several matrices.
 
-    x_RC: of any strides. in_scale: scale of the transpose of x_RC, from this function. ends_E: end of each expert's
-    columns, int32. Each expert has its own tiles, at least one, and its scales form a separate matrix; the remaining
-    tiles are zeros of the last expert. gates_R: x_RC is SwiGLU's input, and SwiGLU's output is quantised.
+    x_RC: a tensor with any strides. in_scale: scale of the transpose of x_RC, from this function. ends_E: end of each
+    expert's columns, int32. Each expert has its own tiles, at least one, and its scales form a separate matrix; the
+    remaining tiles are zeros of the last expert. gates_R: if given, x_RC is SwiGLU's input, and the function quantises
+    SwiGLU's output.
     """
     *lead, rows, columns = x_RC.shape
     columns = columns if gates_R is None else columns // 2
@@ -539,8 +540,8 @@ def _sizes(x_RC: Tensor) -> tuple[int, int]:
 
 
 def _tile_places(lengths: list[int], columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For every 128 rows: the position of the first row in a flat q of (columns, rows) matrices, and the row stride
-    there."""
+    """Returns, for every 128 rows, the position of the first row in a flat q of (columns, rows) matrices, and the row
+    stride of its matrix."""
     base, stride, before = [], [], 0
     for length in lengths:
         base += range(before * columns, before * columns + length, TILE)

@@ -5,7 +5,7 @@ its own diagonal and needs no mask. Any other rectangle needs a separate call. C
 Calls for all sequences have only a few different lengths. A run may use different cores for the two kinds of calls
 (`AttentionByKind`).
 
-Shapes are those of train/model/attention.py; P documents of a call, M queries of a call.
+Shapes as in train/model/attention.py; P documents of a call, M queries of a call.
 """
 
 import math
@@ -176,7 +176,8 @@ class EfficientAttention(PlainAttention):
 
 
 def _largest(given: AttentionInput, lse_BHT: Tensor) -> Tensor:
-    """Returns the largest score of each query. The kernels do not return scores, so they are computed again.
+    """Returns the largest score of each query. The kernels do not return scores, so this function computes the scores
+    again.
 
     Queries whose log-sum-exp is at most the limit get their log-sum-exp instead.
     """

@@ -23,7 +23,7 @@ from train.model.weight_gradient import LinearMatmul
 
 
 class FusedKernels(PlainKernels):
-    """`Kernels` that never wait for the device. core: of attention, see `train.kernels.choice`."""
+    """`Kernels` that never wait for the device. core: the attention core, see `train.kernels.choice`."""
 
     def __init__(self, core: AttentionCore | None = None):
         self.core = core or EfficientAttention()

@@ -1,9 +1,9 @@
 """Checks the host tools that Triton needs besides a GPU: a C compiler and Python's headers.
 
 Triton compiles every kernel itself, but builds small Python modules in C with the machine's C compiler to launch them.
-The first is built when a process asks for the GPU's driver. So every run on a GPU needs both, also in bf16; a C++
-compiler is not enough. The search follows triton.runtime.build of 3.6 to 3.9. The compiler is also tested, because it
-may be installed without the C library's headers.
+The first module is built when a process asks for the GPU's driver. So every run on a GPU needs the C compiler and the
+headers, also in bf16; a C++ compiler is not enough. The search follows triton.runtime.build of 3.6 to 3.9. The compiler
+is also tested, because it may be installed without the C library's headers.
 """
 
 import os
@@ -33,7 +33,7 @@ INSTALL_HEADERS = f"apt-get install {PYTHON}-dev, or python3-dev for the system'
 
 
 def missing_for_triton() -> tuple[str, str] | None:
-    """A missing requirement for Triton's launchers, and the cure; None if nothing is missing."""
+    """A missing requirement for Triton's launchers, and the fix; None if nothing is missing."""
     compiler = compiler_command()
     if compiler is None:
         return "there is no C compiler: CC is not set, and gcc and clang are not on the PATH", INSTALL_COMPILER

@@ -5,8 +5,8 @@ each parameter if the moments are bf16. The number of launches does not grow wit
 works on many pieces of memory, and a table on the device contains their addresses. A program processes PROGRAM_ELEMENTS
 elements of one piece. The host writes one table row for each piece, and the device computes the parts of all programs.
 
-The arithmetic is in fp32. It is the same for every element, does not depend on shard borders, and equals that of the
-compiled code for CPUs.
+The arithmetic is in fp32. It is the same for every element, does not depend on where shards begin and end, and is the
+same as in the compiled code for CPUs.
 
 The module needs triton and is imported only where its kernels run.
 """
@@ -158,7 +158,7 @@ def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
 
 @lru_cache(maxsize=64)
 def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
-    """Borders of the pieces, which do not change in a run."""
+    """The starts and ends of the pieces, which do not change in a run."""
     starts, firsts = [0], [0]
     for size in sizes:
         starts.append(starts[-1] + size)

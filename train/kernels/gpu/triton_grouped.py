@@ -19,7 +19,7 @@ from parallel.triton_types import constexpr, quick, with_options
 TILE_O, TILE_I, STEP_R = 128, 128, 64
 """Sides of a tile, and rows that are read at a time."""
 NEIGHBOURS = 8
-"""Tiles along O that run together, for each tile along I: their operands stay in the cache."""
+"""Number of tiles along O that run together, for each tile along I. So their operands stay in the cache."""
 
 
 @quick

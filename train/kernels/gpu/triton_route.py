@@ -1,6 +1,6 @@
 """Computes the router's expert choice with Triton kernels.
 
-The results equal those of train/kernels/plain/routing.py, except for the order of sums over experts and tokens.
+The results are the same as in train/kernels/plain/routing.py, except for the order of sums over experts and tokens.
 
     forward     scores, choice, gate values; and per block of tokens the sums for the counters
     finish      adds these sums in the order of the tokens, and adds them to the counters: no atomic addition, so runs are repeatable

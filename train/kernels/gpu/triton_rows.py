@@ -1,6 +1,6 @@
 """Computes SwiGLU and the split into heads on a GPU with Triton kernels, each in one pass over memory.
 
-The arithmetic is in fp32 for all dtypes, and every result is rounded once, as in train/kernels/plain/plain_kernels.py.
+The arithmetic is in fp32 for all dtypes, and only the result is rounded, as in train/kernels/plain/plain_kernels.py.
 Only the last bit of exp, the order of the sum over heads and fused multiply-adds differ. Two alternatives are not used:
 liger-kernel's SwiGLU has no gate value and overwrites the saved [gate | up] with gradients, and torch.compile would
 recompile for each row count of the experts.

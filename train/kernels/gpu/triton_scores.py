@@ -61,7 +61,8 @@ def _largest_kernel(
 
 
 def largest_scores(given: AttentionInput, lse_BHT: Tensor, limit: float) -> Tensor:
-    """The largest scaled score of each query, or its log-sum-exp if that is at most the limit: (B, H, T), fp32."""
+    """Returns the largest scaled score of each query: (B, H, T), fp32. If the log-sum-exp of a query is at most the
+    limit, returns the log-sum-exp instead."""
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in given[:2])
     batch, heads, queries, width = q.shape
     seen = given.seen.once(_seen_by_query, batch, queries, q.device)

@@ -20,7 +20,7 @@ from conf.thresholds import THRESHOLDS
 
 
 def matmul(x_RI: Tensor, weight_EIO: Tensor, rows: Sequence[int]) -> Tensor:
-    """Each row times its expert's weight: (R, O). rows: of every expert."""
+    """Each row times its expert's weight: (R, O). rows: number of rows of every expert."""
     R = len(x_RI)
     out_RO = x_RI.new_empty(R, weight_EIO.size(2))
     for weight_IO, start, end in _parts(weight_EIO, rows):

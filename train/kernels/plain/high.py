@@ -30,7 +30,7 @@ class HighPrecision:
         return self.kernels.linear(x, weight.to(self.dtype))
 
     def hold(self, x: Tensor, kind: str) -> None:
-        """Nothing to hold: inputs are saved unchanged."""
+        """Returns None, because inputs are saved unchanged."""
 
     def expert_ffn(
         self,

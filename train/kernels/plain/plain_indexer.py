@@ -1,7 +1,7 @@
 """The key choice and the loss of an indexer in torch operations on any device (train/model/indexer.py has the formulas).
 
-A block of queries and all keys that it sees are processed together, some heads at a time. So the memory, besides the
-results, is the memory of one block.
+A block of queries and all keys that it sees are processed together, some heads at a time. So the function needs memory
+for the results and for one block.
 
 Shapes as in train/model/indexer.py; C queries of a block.
 """

@@ -76,7 +76,8 @@ class PlainKernels(Kernels):
         return dh_N2F, dgates_N
 
     def _pieces(self, h_N2F: Tensor, *rows: Tensor | None) -> Iterator[tuple]:
-        """Pieces of the rows of all tensors together, in the size that is processed at a time."""
+        """Splits the rows of all tensors into parts that are processed at a time. Yields the parts of all tensors with
+        the same rows together."""
         size = self.rows_at_once(h_N2F, THRESHOLDS.gate_and_up)
         splits = [t.split(size) if t is not None else itertools.repeat(None) for t in (h_N2F, *rows)]
         return zip(*splits, strict=False)

@@ -35,7 +35,7 @@ def count_experts(ids: Tensor, experts: int) -> Tensor:
 
 
 class _Whole:
-    """Counts per sequence: N = B."""
+    """Counts choices per sequence: N = B."""
 
     def __init__(self, length: int):
         self._length = length
