@@ -233,8 +233,8 @@ def build_chunks(
 
 
 def make_share(mesh: Mesh) -> ContextParallel:
-    """Builds the object that exchanges positions of sequences with the ranks that hold the rest. All layers share
-    it."""
+    """Builds the object that exchanges positions of sequences with the ranks that hold the other positions. All layers
+    share it."""
     return ContextParallel(mesh.cp_group, mesh.layout.cp > mesh.layout.ranks_per_node)
 
 

@@ -1,10 +1,10 @@
 """mode=average: writes a run folder with the mean weights of several checkpoints, for evaluate, generate, export and
 init_from.
 
-The mean is computed in fp64 and written in the dtype of the sources. So the mean of equal checkpoints equals each of
-them. The sources may have different layouts. The weights are read, averaged and written part by part. So the mode needs
-memory for a few hundred million elements, even for a large model. The result has no optimizer state, because no
-training continues from a mean.
+The mean is computed in fp64 and written in the dtype of the sources. So the mean of equal checkpoints is equal to these
+checkpoints. The sources may have different layouts. The weights are read, averaged and written part by part. So the
+mode needs memory for a few hundred million elements, even for a large model. The result has no optimizer state, because
+no training continues from a mean.
 """
 
 import math

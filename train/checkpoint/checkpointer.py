@@ -146,8 +146,8 @@ class Checkpointer:
         """Step of the last save; None when this save is known to have succeeded."""
         self._protected: Path | None = None
         self._best: list[Path] = []
-        """Checkpoints that had the lowest held-out loss when they were saved. The last of them may not be complete
-        yet."""
+        """Checkpoints that had the lowest held-out loss when they were saved. The last of these checkpoints may not be
+        complete yet."""
 
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
         """Write the state as the checkpoint of `step`. Returns the seconds that the caller was blocked.

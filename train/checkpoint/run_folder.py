@@ -121,8 +121,8 @@ class RunFolder(RunPaths):
 def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
     """Returns a lock that rank 0 holds while it may write to the run folder.
 
-    Ranks 0 of two attempts may hold the lock at the same time, if one of them is on a disconnected node. A new start
-    may hold it for a moment.
+    Ranks 0 of two attempts may hold the lock at the same time, if one of the two ranks is on a disconnected node. A new
+    start may hold the lock for a moment.
     """
     paths.path.mkdir(parents=True, exist_ok=True)
     handle = open_lock(paths.rank_lock)

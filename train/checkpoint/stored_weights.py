@@ -174,7 +174,7 @@ def plain_name(name: str) -> str:
 def open_base(config: Config, manifest: Manifest) -> FillShards:
     """Returns a reader of the base that a checkpoint's adapter was trained with. Raises UserError.
 
-    It looks for the base at the path of the training, and then at init_from.
+    It searches for the base first at the path that the training used, and then at init_from.
     """
     meta = manifest.meta
     path = Path(meta["base"]["path"])

@@ -99,7 +99,8 @@ class Job:
 
     @property
     def mounts(self) -> dict[str, str]:
-        """Top-level folders that every node must be able to read, each with the keys whose paths are in it."""
+        """Top-level folders that every node must be able to read. Each folder has the keys whose paths are inside
+        it."""
         config, found = self.config, {}
         named = {"runs": config.runs, "data.path": config.data.path, "data.tokenizer": config.data.tokenizer,
                  "init_from": config.init_from, "data.cache": config.data.cache}  # fmt: skip

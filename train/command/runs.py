@@ -150,7 +150,8 @@ def _clean(folder: Path, found: dict[str, RunSummary], names: Sequence[str], doe
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder. It is renamed first, so that no reader mistakes the rest of it for a complete folder."""
+    """Remove a folder. The folder is renamed first, so that no reader finds a partly removed folder under the old
+    name."""
     gone = path.with_name(f".{path.name}.removed")
     path.rename(gone)
     shutil.rmtree(gone)

@@ -119,7 +119,7 @@ class _Builder:
         return Corpus(parts, tokenizer, fingerprint, self.notes)
 
     def _read_own(self, given: tuple[Tokenizer, str] | None) -> Corpus:
-        """The held-out part of data.source as a corpus; training reads the rest as a stream."""
+        """The held-out part of data.source as a corpus. Training reads all other documents as a stream."""
         documents = OwnDocuments(self.config)
         content = documents.digest(self.cache, self.progress)
         tokenizer, name = given or self._tokenizer({}, {KEY: documents}, {KEY: content})

@@ -101,8 +101,8 @@ class TrainingData:
 
 
 class ValidationData:
-    """Fixed sequences that are spread evenly over the held-out documents. They are the same for every seed and contain
-    no FIM.
+    """Fixed sequences that are spread evenly over the held-out documents. The sequences are the same for every seed and
+    contain no FIM.
 
     Bits per byte = nats of all targets / ln 2 / text_bytes of the same sequences. text_bytes is the length of the text
     that the targets decode to. eos is a target: its loss counts in the nats, because the model must predict where a

@@ -65,7 +65,7 @@ class OwnDocuments:
     be endless."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None):
-        """tokenizer: None if it is not trained yet."""
+        """tokenizer: None if the tokenizer is not trained yet."""
         assert config.data.source
         self._section, self._fraction = config.data.source, config.data.validation_fraction
         self.name: str = self._section[TARGET]
@@ -112,8 +112,8 @@ class OwnDocuments:
         return np.append(ids, self._tokenizer.eos_id).astype(np.int64) if len(ids) else np.empty(0, np.int64)
 
     def held_out(self, wanted: int) -> Documents:
-        """Held-out documents from the start of a pass, with `wanted` tokens in total, or all of them if there are
-        fewer. Raises UserError if there is no held-out document."""
+        """Held-out documents from the start of a pass, with `wanted` tokens in total, or all held-out documents if they
+        have fewer tokens. Raises UserError if there is no held-out document."""
         found, size, trains = [], 0, False
         for document in takewhile(lambda one: not one.passes, self.walk()):
             if not self.is_held_out(document):

@@ -198,8 +198,8 @@ def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) 
 
 
 def _canonical(record: Any) -> str:
-    """A record's chat as one canonical text: independent of key order, and the same for JSONL and Parquet, which
-    writes absent keys as null."""
+    """A record's chat as one canonical text. The text does not depend on the order of keys, and is the same for JSONL
+    and for Parquet, which writes absent keys as null."""
     return json.dumps(
         without_nulls({key: record[key] for key in CHAT_KEYS if key in record}), sort_keys=True, default=str
     )

@@ -117,7 +117,8 @@ class LatentCache:
         return self.write(self._index + layer, slots, new_BTI)
 
     def commit(self, count: int) -> None:
-        """Mark the first `count` of the newly written tokens as valid. Later tokens overwrite the other new tokens."""
+        """Mark the first `count` of the newly written tokens as valid. Later tokens overwrite the new tokens that are
+        not valid."""
         self.length += count
 
     def keep(self, rows: list[int]) -> None:

@@ -39,8 +39,8 @@ def require_plain_blocks(config: Model) -> None:
 class Decoder:
     """A whole model in eval mode.
 
-    Its weights must not change, because some of them are copied. seq_len: sequence length of its training; it decides
-    whether YaRN applies.
+    The weights must not change, because the decoder has copies of some weights. seq_len: sequence length of the model's
+    training, which decides whether YaRN applies.
     """
 
     def __init__(self, model: DeepSeekV3, seq_len: int):

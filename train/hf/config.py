@@ -280,8 +280,8 @@ def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
 def _differing(older: dict[str, Any], newer: dict[str, Any], theta: Any) -> list[str]:
     """Return the rotary parameters on which two sections disagree.
 
-    If the newer section has the type `default` and only rope_theta, then only rope_theta is compared. theta:
-    rope_theta of the file, for sections without their own.
+    If the newer section has the type `default` and only rope_theta, then only rope_theta is compared. theta: the file's
+    rope_theta, for sections without rope_theta.
     """
     if newer.keys() <= {"rope_type", "type", "rope_theta"} and newer.get("rope_type", newer.get("type")) in (
         None,

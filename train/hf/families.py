@@ -87,7 +87,7 @@ READ_APART = (
     "num_local_experts",
     "mlp_layer_types",
 )
-"""Fields with their own rule, in this file or in `read_model`."""
+"""Fields for which this file or `read_model` has a special rule."""
 GENERATION = """
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length

@@ -130,7 +130,7 @@ class CollectedMeasures:
         """Returns the sums as a `MeasuredStep`.
 
         Before this call, the host must have waited for work that the device ran after the copies. Every training step
-        does that.
+        waits for such work.
         """
         losses, loads, biases, scores, clipped, own = self._host.split(self._sizes)
         main_loss, *mtp_losses, extra_loss, balance_loss, index_loss = losses.tolist()

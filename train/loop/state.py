@@ -67,8 +67,8 @@ class RunState:
         return running
 
     def shards(self) -> dict[str, Shard]:
-        """Returns this rank's part of the state. State that several ranks share is included only by the first of
-        them."""
+        """Returns this rank's part of the state. If several ranks share state, only the first of these ranks includes
+        it."""
         shards = self.zero.shards()
         for hook in self.keepers:
             shards |= _apart(shards, hook.shards())

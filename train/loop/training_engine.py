@@ -95,7 +95,8 @@ class Engine:
     """Runs the steps of one rank; every rank runs the same steps."""
 
     def __init__(self, config: Config, parts: ParallelModel, rank: RankSetup, live: "LiveModel | None" = None):
-        """live: implements `save`, `load`, `weights`, `fill` and `generate`; None if the caller uses none of them."""
+        """live: implements `save`, `load`, `weights`, `fill` and `generate`; None if the caller uses none of these
+        methods."""
         self._live = live
         self._config, self._parts, self._device = config, parts, rank.device
         self.mesh = rank.mesh
@@ -222,7 +223,7 @@ class Engine:
 
         rows: number of sequences over all ranks, if known. The call is collective, unless rows is given and every token
         is learnt. Raises UserError on all ranks if ranks have different numbers of sequences, because the rank with
-        more sequences would wait forever for the others.
+        more sequences would wait forever for the other ranks.
         """
         if rows is not None and all(batch.supervised_BS is None for batch in batches):
             return StepTotal(rows, None, rows)
@@ -500,7 +501,7 @@ class Engine:
     def _keys(self, batch: Batch) -> Tensor:
         """Checks replayed keys (B, T, L, K) and returns them. Raises UserError.
 
-        Positions that do not count (see `_experts`) get only their own key.
+        A position that does not count (see `_experts`) gets only one key, the position itself.
         """
         keys, model = batch.keys_BTLK, self._config.model
         assert keys is not None

@@ -55,7 +55,7 @@ class JsonlSink:
     """Appends lines to metrics.jsonl of a run folder.
 
     resumed_step: step of the loaded checkpoint, 0 for a new run. Lines of later steps are removed. note: called with a
-    sentence when the disk refuses a line, and again when all lines are written. Training continues in between.
+    sentence when the disk refuses a line, and again when all lines are written. Training continues while lines wait.
     """
 
     def __init__(self, path: Path, resumed_step: int, note: Callable[[str], None]):

@@ -68,7 +68,7 @@ class LoraWeights:
         return y + (parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 
     def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two operands. One matmul of them computes the result of the weight plus the LoRA result.
+        """Return two operands. A matmul of the two operands computes the result of the weight plus the LoRA result.
 
         The left operand is x, concatenated with the scaled outputs of A. The right operand is the weight, concatenated
         with B. Both are concatenated along the columns.

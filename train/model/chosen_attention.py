@@ -43,7 +43,7 @@ class ChosenInput(NamedTuple):
     nope: int
     scale: float
     chosen_BTK: Tensor
-    """Positions that each query attends to, int32. If there are fewer than K, -1 fills the rest."""
+    """Positions that each query attends to, int32. If a query has fewer than K keys, -1 fills the remaining entries."""
 
     def split_weight(self) -> tuple[Tensor, Tensor]:
         """W_UK (H, nope, C) and W_UV (H, V, C), fp32."""

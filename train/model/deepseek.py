@@ -201,8 +201,8 @@ class Head(nn.Module):
     ) -> Tensor:
         """Return the sum of `token_loss` over the learnt tokens, divided by divisor.
 
-        If ranks share sequences, each of them computes the sum over complete sequences, and returns it divided by the
-        number of these ranks.
+        If ranks share sequences, each of these ranks computes the sum over complete sequences, and returns the sum
+        divided by the number of these ranks.
         """
         assert self.token_loss is not None
         device, rows_N = hidden_BTD.device, None

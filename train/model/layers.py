@@ -79,7 +79,7 @@ class LayerPrecision(Protocol):
     def hold(self, x: Tensor, kind: str) -> "HeldInput | None":
         """Return the form in which `linear` saves x for backward; None if it saves x unchanged.
 
-        Other code that saves x too can share this form.
+        If other code saves x too, it can save the same form.
         """
 
     def expert_ffn(

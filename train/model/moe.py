@@ -82,8 +82,8 @@ class ArrivedRows:
 
 
 class LocalDispatcher:
-    """Dispatches to local experts by a stable sort, and combines by the inverse of the sort. It never waits for the
-    device."""
+    """Dispatches tokens to local experts by a stable sort, and combines by the inverse of the sort. It never waits for
+    the device."""
 
     def __init__(self, experts: int, kernels: Kernels):
         self._experts, self._kernels = experts, kernels

@@ -7,7 +7,8 @@ depth k-1, which has seen the tokens up to i+k-1. A transformer block processes 
 
 The two halves have the same order as in the released weights. h_0 is the main model's output after its final norm. Each
 depth applies its own norm to its output, and passes the result to the next depth. The paper does not specify this;
-other implementations do the same. Nothing is detached. Embedding and head are shared with the main model.
+other implementations do the same. No tensor is detached from the graph. Embedding and head are shared with the main
+model.
 
 Shapes: B sequences, T positions of this depth, D width.
 """

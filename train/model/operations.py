@@ -82,8 +82,8 @@ class Kernels(Protocol):
     def choose_keys(self, index: "IndexVectors", seen: SeenKeys, top_k: int) -> Tensor:
         """Return the top_k visible keys with the largest scores, for each local query.
 
-        Keys are positions in ascending order, int32 (B, T, top_k). If fewer keys are visible, -1 fills the rest. If
-        scores are equal, the earlier key wins. seen: the keys of all positions as one block.
+        Keys are positions in ascending order, int32 (B, T, top_k). If fewer keys are visible, -1 fills the remaining
+        entries. If scores are equal, the earlier key wins. seen: the keys of all positions as one block.
         """
 
     def index_loss(

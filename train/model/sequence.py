@@ -120,7 +120,7 @@ class KeyChoices:
     """Collects the losses if only the indexers learn, with dense attention; None if the complete model learns."""
     chosen_BTK: Tensor | None = None
     """Keys that the last layer with an indexer selected: positions in the sequence, int32. If there are fewer keys, -1
-    fills the rest."""
+    fills the remaining entries."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,12 @@ class Positions:
     sequence, and -1 is padding. None: every token may be the target of the token before.
     """
     experts_BTLK: Tensor | None = None
-    """Expert ids that routers use instead of their own choice; None: routers choose.
-    They cover every position in each MoE layer of the main model.
+    """Expert ids that routers use instead of their own choice; None: routers choose. The ids cover every position in
+    each MoE layer of the main model.
     """
     keys_BTLK: Tensor | None = None
-    """Keys that replace the choice of the indexers: positions, int32, on the host. -1 fills the rest of a row.
-    They cover every position in each layer of the main model that has an indexer.
+    """Keys that replace the choice of the indexers: positions, int32, on the host. -1 fills the remaining entries of a
+    row. These keys cover every position in each layer of the main model that has an indexer.
     """
     choices: KeyChoices = field(default_factory=KeyChoices)
     """State that the layers of sparse attention share."""

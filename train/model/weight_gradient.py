@@ -2,8 +2,8 @@
 
 The gradient of a weight is a sum over micro-batches in fp32, its `.grad`, even if the weight is bf16 (paper 3.3.3).
 With plain autograd, a matmul would write a separate tensor, rounded to the weight's dtype, and then add it to the sum:
-18 bytes of memory traffic per weight for a bf16 matmul. Here the matmul adds directly to the sum: 8 bytes, and nothing
-is rounded in between.
+18 bytes of memory traffic per weight for a bf16 matmul. Here the matmul adds directly to the sum. This moves 8 bytes
+per weight, and rounds no intermediate result.
 
 The matmul then returns an undefined gradient to autograd. autograd still runs the weight's node after all Functions
 that use the weight. So this node shows when the gradient of a pass is complete (parallel/zero/sharded_weights.py).

@@ -62,7 +62,7 @@ class AdamW(torch.optim.Optimizer):
         self.moments, self._compiled = moments, compiled
         self.handover = GradientHandover()
         self.updates = 0
-        """Number of updates before this step. Bias correction uses it. It is the same for all groups."""
+        """Number of updates before this step. Bias correction uses this number. All groups have the same number."""
 
     @classmethod
     def make(cls, groups: list[dict], config: Config, parts: Collection[str]) -> "AdamW":

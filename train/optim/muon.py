@@ -54,8 +54,8 @@ class Muon(AdamW):
     def count_scratch_bytes(kind: str, precision: Precision, elements: int, compiled: bool) -> int:
         """Returns the bytes of scratch memory.
 
-        A pack of matrices needs about six copies, including factors and Newton-Schulz results. Two more packs are in
-        transfer.
+        A pack of matrices needs about six copies, including factors and Newton-Schulz results. In addition, the ranks
+        transfer two packs.
         """
         return 32 * min(THRESHOLDS.muon_elements, elements)
 

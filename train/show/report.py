@@ -106,7 +106,7 @@ def _until(run_folder: Path) -> float | None:
 
 
 def _incident_parts(run_folder: Path) -> list[str]:
-    """The part about the newest incident, with the rank that failed or blocked the others (cluster/incident.py)."""
+    """The part about the newest incident, with the rank that failed or blocked other ranks (cluster/incident.py)."""
     if (found := newest_incident(run_folder / "logs")) is None:
         return []
     path, incident = found

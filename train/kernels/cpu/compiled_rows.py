@@ -57,8 +57,8 @@ _cross_entropy = Kernel(
 
 
 def _heads(name: str, back: bool) -> Kernel:
-    """Declares the head split. Forward reads the first three tensors and writes the others. Backward does the
-    reverse."""
+    """Declares the head split. Forward reads the first three tensors and writes the other tensors. Backward reads the
+    other tensors and writes the first three."""
     first = {"q": "B T H nope+R", "kv": "B T H nope+V", "shared": "B T 1 R"}
     second = {"queries": "B H T nope+R", "keys": "B H T nope+R", "values": "B H T V"}
     split = Struct(

@@ -18,8 +18,8 @@ from parallel.expert.wire import TILE
 MX_TILE = 32
 """Number of values along a contraction that share a scale in MXFP8 (OCP Microscaling Formats, v1.0)."""
 AMAX_FLOOR = 1e-4
-"""Lower bound of the max-abs from which a scale is computed. So a tile of zeros has a positive scale (kernels of paper
-3.3.2)."""
+"""Lower bound of the max-abs from which a scale is computed. So a tile of zeros has a positive scale (as in the kernels
+of paper 3.3.2)."""
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ class Report:
 
 
 WARNINGS = 5
-"""Number of warnings of a step that are shown individually; the others are only counted."""
+"""Number of warnings of a step that are shown individually. Further warnings are only counted."""
 
 
 def merge_reports(reports: Sequence[Report]) -> Report:

@@ -41,7 +41,7 @@ MATMUL_BOUND = 1e-2
 Rounding to bf16 gives 1e-3, and Hopper's tensor cores keep fewer bits than fp32 within 128 elements of the contraction.
 A misplaced scale or row gives at least 0.1."""
 PROBE_TAIL = 1500
-"""Characters of the end of the child's output that the error repeats."""
+"""Number of characters, from the end of the child's output, that the error repeats."""
 
 
 def probe(config: Config, device: int = 0) -> str:

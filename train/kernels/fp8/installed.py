@@ -22,7 +22,7 @@ TORCH_OF_DEEP_GEMM = (2, 11)
 process (PyObjectSlot)."""
 CUDA_OF_DEEP_GEMM = 13
 OTHER_BUILD = "another build"
-"""Stands for a module deep_gemm that is not from the package. Its GEMMs are tested too."""
+"""Version text for a module deep_gemm that is not from the package. The GEMMs of this module are tested too."""
 OLDEST_CUDA = (12, 9)
 """The first CUDA version whose cuBLASLt has blockwise FP8 GEMMs."""
 OLDEST_NVCC = (12, 3)

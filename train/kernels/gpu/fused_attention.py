@@ -33,7 +33,7 @@ class _Documents(NamedTuple):
 
     longest: int
     bounds: Tensor
-    """Start of each document, and end of the last: int32 (P + 1,)."""
+    """Start of each document, and end of the last document: int32 (P + 1,)."""
     places: tuple[Tensor, Tensor]
     """The document of every query and its position in the document: int64 (M,)."""
 
@@ -59,7 +59,7 @@ def calls(rectangles: Sequence[Rectangle], device: torch.device, waste: float = 
 
 
 def _runs(rectangles: Sequence[Rectangle], waste: float) -> Iterator[list[Rectangle]]:
-    """Groups of documents that share a call, in order; any other rectangle alone."""
+    """Groups the documents that share a call, in order. Any other rectangle forms its own group."""
     run: list[Rectangle] = []
     for one in rectangles:
         if run:
@@ -267,7 +267,7 @@ class CudnnAttention(EfficientAttention):
 
     def __init__(self) -> None:
         self._last_axis: tuple[int, ...] = ()
-        """Trailing axes of its log-sum-exp, which differ between torch versions."""
+        """Trailing axes of cuDNN's log-sum-exp. They differ between torch versions."""
 
     def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         assert call.sequences == slice(None), "documents have a core of their own"

@@ -17,7 +17,7 @@ from pathlib import Path
 from conf.errors import UserError
 
 COMPILERS = ("gcc", "clang")
-"""Searched on the PATH if CC is not set; `cc` is not searched."""
+"""Names of the compilers that Triton searches on the PATH if CC is not set. It does not search for `cc`."""
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 TRIED_SOURCE = """#include <stdlib.h>
 #include <Python.h>
@@ -25,9 +25,9 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tried", NULL, -1, NU
 PyMODINIT_FUNC PyInit_tried(void) { return PyModule_Create(&module); }
 """
 COMPILER_SECONDS = 60.0
-"""Seconds that the compiler may take; it needs less than one."""
+"""Time limit of the compiler in seconds. It usually needs less than one second."""
 COMPILER_TAIL = 600
-"""Characters of the end of its output that the error repeats."""
+"""Number of characters, from the end of the compiler's output, that the error repeats."""
 INSTALL_COMPILER = "apt-get install build-essential (dnf install gcc), or set CC to a C compiler"
 INSTALL_HEADERS = f"apt-get install {PYTHON}-dev, or python3-dev for the system's own Python ({PYTHON}-devel or python3-devel with dnf)"
 

@@ -5,8 +5,8 @@ each parameter if the moments are bf16. The number of launches does not grow wit
 works on many pieces of memory, and a table on the device contains their addresses. A program processes PROGRAM_ELEMENTS
 elements of one piece. The host writes one table row for each piece, and the device computes the parts of all programs.
 
-The arithmetic is in fp32. It is the same for every element, does not depend on where shards begin and end, and is the
-same as in the compiled code for CPUs.
+The arithmetic is in fp32. The arithmetic is the same for every element, wherever shards begin and end, and the same as
+in the compiled code for CPUs.
 
 The module needs triton and is imported only where its kernels run.
 """
@@ -23,13 +23,13 @@ from torch import Tensor
 from parallel.triton_types import constexpr, with_options
 
 PROGRAM_ELEMENTS, ELEMENTS_AT_ONCE = 1 << 14, 1 << 11
-"""Elements per program, and elements at a time."""
+"""Number of elements per program, and number of elements that a program processes at a time."""
 ALIGNED = 16
 """If a piece's address in bytes and its size in elements are multiples of this, threads read 128 bits at a time."""
 
 
 class _Layout(NamedTuple):
-    """Pieces cut into chunks; the tensors are on the device and int64."""
+    """Describes how pieces are cut into chunks. The tensors are int64 and on the device."""
 
     starts: Tensor
     """The first element of every piece in the concatenation of all pieces, and the end of the last."""
@@ -168,6 +168,7 @@ def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
 
 
 def _there(numbers: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """int64 numbers on the device, copied from page-locked memory, because the host would wait for any other copy."""
+    """Returns int64 numbers on the device. They are copied from page-locked memory, because the host would wait for a
+    copy from other memory."""
     numbers = torch.as_tensor(numbers)
     return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from parallel.triton_types import constexpr, quick, with_options
 
 TILE_O, TILE_I, STEP_R = 128, 128, 64
-"""Sides of a tile, and rows that are read at a time."""
+"""Sides of a tile, and number of rows that a program reads at a time."""
 NEIGHBOURS = 8
 """Number of tiles along O that run together, for each tile along I. So their operands stay in the cache."""
 

@@ -62,7 +62,7 @@ def _route_kernel(
     given: constexpr, counted: constexpr, balanced: constexpr,
     EXPERTS: constexpr, GROUPS: constexpr, CHOSEN: constexpr, ROUTE_TOKENS: constexpr,
 ):  # fmt: skip
-    """given: the ids are inputs, and the kernel computes only the values that depend on them."""
+    """given: the ids are inputs, and the kernel computes only the values that depend on the ids."""
     batch = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * ROUTE_TOKENS + tl.arange(0, ROUTE_TOKENS)[:, None]
     expert, entry = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOSEN)[None, :]

@@ -1,8 +1,8 @@
 """Computes the largest score of each query on a GPU with a Triton kernel.
 
 The kernels of attention return only the log-sum-exp, which is never less than the largest score. If all log-sum-exps of
-a block of queries are at most a limit, this kernel returns them instead of the scores. So for small scores it reads
-only one number for each query.
+a block of queries are at most a limit, this kernel returns them instead of the scores. So for small scores the kernel
+reads only one number for each query.
 
 The module needs triton and is imported only where its kernels run.
 

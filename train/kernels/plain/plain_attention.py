@@ -73,8 +73,9 @@ def query_blocks(
 ) -> Iterator[tuple[range, slice, slice, Tensor]]:
     """Blocks of queries that see the same keys except for a diagonal.
 
-    Yields their sequences, the positions of the queries, the positions of the keys that any of them sees (of `length`),
-    and the mask (C, S), which is added to the scores: -inf where a query does not see a key, else 0.
+    Yields their sequences, the positions of the queries, the positions of the keys that at least one of these queries
+    sees (of `length`), and the mask (C, S), which is added to the scores: -inf where a query does not see a key, else
+    0.
     """
     most = THRESHOLDS.attention_queries
     bias = torch.full((most, most), -torch.inf, device=device).triu_(1)

@@ -216,8 +216,8 @@ def _of(ranks: Sequence[int]) -> str:
 
 
 def shown_ranks(ranks: Sequence[int]) -> str:
-    """Returns text such as `rank 1` or `ranks 1, 2 and 5`. Of many ranks it gives the first few, and counts the
-    rest."""
+    """Returns text such as `rank 1` or `ranks 1, 2 and 5`. If there are many ranks, the text names the first few and
+    counts the others."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if len(ranks) > SHOWN_TENSORS:

@@ -8,8 +8,8 @@ already gone, or flips in experts that only one rank holds. With ZeRO 3 it detec
 copy.
 
 State: master weights and moments must not change between an update and their next read, by an update or a checkpoint.
-Most of them have no copy on another rank. So each rank sums the bits of its shard's tensors after the update of some
-steps, and again before the next read. This check does not detect a flip inside an update, after a step that is not
+Most of this state has no copy on another rank. So each rank sums the bits of its shard's tensors after the update of
+some steps, and again before the next read. This check does not detect a flip inside an update, after a step that is not
 checked, or in a gradient or an activation.
 """
 

@@ -1,4 +1,4 @@
-"""optim.max_bad_steps: counts and explains steps without an update. Too many of them in a row end the run."""
+"""optim.max_bad_steps: counts and explains steps without an update. Too many such steps in a row end the run."""
 
 import math
 from collections.abc import Sequence
