@@ -112,7 +112,7 @@ def place(
 ) -> Placement | None:
     """Return the placement of the first shape that fits the nodes and is allowed; None if there is none.
 
-    near: an earlier placement. If the shape is the same, its ranks stay on their nodes.
+    near: an earlier placement. If the shape is the same, each rank keeps its node.
     """
     ordered = sorted(nodes, key=_position)
     seats_of = cache(lambda ep, inside: list(_seats(ordered, ep, inside)))

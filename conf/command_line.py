@@ -244,7 +244,7 @@ def _wrong_list(key: str, value: Any, kind: Any, default: Any) -> UserError:
 
 
 def _unknown_part(key: str, value: Any, kind: Any) -> UserError:
-    """Return the error for a mapping, or a list of mappings, that has a key which its section lacks."""
+    """Return the error for a mapping, or a list of mappings, with a key that does not exist in its section."""
     section = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
     known = [field.name for field in fields(section)] if is_dataclass(section) else []
     given = [name for part in (value if isinstance(value, list) else [value]) for name in part]

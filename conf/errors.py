@@ -59,8 +59,8 @@ class StopInterrupt(KeyboardInterrupt):
 
 
 def causes(error: BaseException | None, contexts: bool = False) -> Iterator[BaseException]:
-    """Yield the error and its causes, the outermost error first. contexts: also yield exceptions during whose handling
-    a later error was raised."""
+    """Yield the error and its causes, the outermost error first. contexts: whether to yield those exceptions too during
+    whose handling a later error was raised."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -84,7 +84,8 @@ def number(default: Any, **bounds: Any) -> Any:
 def expert(default: Any = dataclasses.MISSING, *, make: Callable[[], Any] | None = None, **bounds: Any) -> Any:
     """Declare an expert field. `sluice --help` shows it and all keys below it only on request (`expert`).
 
-    make: returns the default of a list or a section. bounds: keyword arguments of `Bounds` for a number.
+    make: a function that returns the default of a list or a section. bounds: keyword arguments of `Bounds` for a
+    number.
     """
     given = {"default": default} if make is None else {"default_factory": make}
     return dataclasses.field(**given, metadata={"bounds": Bounds(**bounds), "expert": True})

@@ -28,8 +28,8 @@ ITEM, NAME = "[]", "NAME"
 
 @dataclass(frozen=True)
 class Key:
-    """One setting. path: as on a command line, such as `optim.lr`. `optim.lr_schedule[].until` is a key of a list's
-    entries."""
+    """One setting. path: the key as a user types it on a command line, such as `optim.lr`. `optim.lr_schedule[].until`
+    is a key of a list's entries."""
 
     path: str
     type: str

@@ -77,7 +77,7 @@ def call_agent(
 ) -> None:
     """Call a method of a node's agent.
 
-    method: as an attribute of the class, `Agent.facts`; pass its arguments by position.
+    method: the method as an attribute of the class, such as `Agent.facts`. Pass the method's arguments by position.
     """
     assert not named, named
     fleet.call(node, method.__name__, *arguments)

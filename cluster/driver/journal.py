@@ -70,8 +70,8 @@ EVENT_KINDS = {
 class Journal:
     """Appends to events.jsonl and to logs/rank_N.log of a run folder.
 
-    note: called once, with a sentence, when the disk refuses data. The run continues: events wait until there is space,
-    output is lost.
+    note: a function that is called once, with a sentence, when the disk refuses data. The run then continues. Events
+    wait in memory until there is space; output is lost.
     """
 
     def __init__(self, folder: Path, note: Callable[[str], None] = say):

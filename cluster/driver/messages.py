@@ -191,7 +191,7 @@ class ProbeLinks:
 
 @dataclass(frozen=True)
 class CollectStacks:
-    """Ask the ranks of these nodes for their stacks. native: also collect the stacks of native threads."""
+    """Ask the ranks of these nodes for their stacks. native: whether to collect the stacks of native threads too."""
 
     attempt: int
     nodes: tuple[str, ...]

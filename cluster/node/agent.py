@@ -297,7 +297,8 @@ class Agent:
         return self.ask(offsets, attempt)
 
     def _news(self) -> tuple:
-        """Return the values that are news: if one of them changes, a waiting question is answered at once."""
+        """Return the values whose change is news. If one of these values changes, the agent answers a waiting question
+        at once."""
         ended = [rank for rank, child in self._children.items() if child.process.poll() is not None]
         failed = [rank for rank, child in self._children.items() if failure_path(child.log.parent, rank).exists()]
         return self._attempt, ended, failed, self._leaving, self._held()

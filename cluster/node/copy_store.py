@@ -154,7 +154,7 @@ class Store:
         return self._server.server_address[1]
 
     def close(self, remove: bool) -> None:
-        """Stop serving. remove: also free the memory."""
+        """Stop serving. remove: whether to free the memory too."""
         self._server.shutdown()
         self._server.server_close()
         if remove:
@@ -205,8 +205,8 @@ def folder_name(run: str, id: str, node: str) -> str:
 def sweep(mine: Path) -> None:
     """Remove folders next to this node's folder that no agent holds.
 
-    These are folders of the same run and node from before the run folder was removed, and folders of any run of this
-    user that are older than STALE.
+    Some of these folders belong to the same run and node, and were created before the run folder was removed. Others
+    belong to any run of this user, and are older than STALE.
     """
     kind, user, run, id, node = mine.name.split("-")
     for folder in mine.parent.glob(f"{kind}-{user}-*-*-*"):

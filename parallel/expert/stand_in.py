@@ -131,9 +131,8 @@ class FlatStandIn(AllToAllDispatcher):
 
 
 class NodeLimitedStandIn(NodeLimitedDispatcher):
-    """`NodeLimitedDispatcher` of a rank that runs alone: as many messages arrive as leave, except in the last hop,
-    where `load` sets the number.
-    """
+    """`NodeLimitedDispatcher` of a rank that runs alone. In each hop, the number of arriving messages equals the number
+    of sent messages. Only in the last hop, `load` sets the number of arriving messages."""
 
     def __init__(self, group: Group, wire: Wire, load: Load):
         nodes = group.ranks // group.ranks_per_node

@@ -201,7 +201,7 @@ class Fp8Wire:
 
 
 class Fp8RowsWire(Fp8Wire):
-    """The FP8 wire for experts that compute in FP8. Received rows stay quantized."""
+    """The FP8 wire for experts that compute in FP8. It does not decode received rows."""
 
     def unpack(self, q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, *, gradient: bool) -> Tensor:
         floor = self.gradient_floor if gradient else self.activation_floor

@@ -55,11 +55,12 @@ class Pipeline(Generic[Chunk]):
         """Collective over group.
 
         modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=..., ...), where x is
-        tokens_BS for stage 0 and else hidden states (B, T, D). stage_ids: numbers of their stages. group: ranks of this
-        pipeline in order (None: the world). hidden: D. dtype: of the hidden states between stages. cp: ranks that share
-        the positions of each sequence; T = (S - 1) / cp positions cross stages. overlap: whether the forward and
-        backward of a pair take turns (overlap.py) or run one after the other. timeout: longest wait of one half for the
-        other, in seconds. host: stores activations of the chunks; the pipeline reports every action to it.
+        tokens_BS for stage 0 and else hidden states (B, T, D). stage_ids: the stage index of each chunk. group: ranks
+        of this pipeline in order (None: the world). hidden: D. dtype: dtype of the hidden states between stages. cp:
+        number of ranks that share the positions of each sequence; T = (S - 1) / cp positions cross stages. overlap:
+        whether the forward and backward of a pair take turns (overlap.py) or run one after the other. timeout: longest
+        wait of one half for the other, in seconds. host: stores activations of the chunks; the pipeline reports every
+        action to it.
         """
         each = len(modules)
         self.facts = SCHEDULES[name]

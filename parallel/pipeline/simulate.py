@@ -106,8 +106,8 @@ class Program:
     def run(self, duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:
         """Simulate.
 
-        duration: returns the seconds of an action, whatever its micro-batch (an FB is one action). transfer: seconds
-        until a result reaches a stage on another rank.
+        duration: a function that returns the seconds of an action; the result must not depend on the micro-batch. An FB
+        is one action. transfer: seconds until a result reaches a stage on another rank.
         """
         lengths = [duration(action) for _, action in self._kinds.values()]
         ranks = len(self.actions)

@@ -58,8 +58,8 @@ class Stage(PipelineStage):
     """A PipelineStage with static metadata.
 
     inputs, outputs: example tensors of one micro-batch with the right shape, dtype and requires_grad; their values are
-    not used. With these examples, torch does not run the module to infer them. acting: returns the context manager of
-    an action; called as `Timeline.action`.
+    not used. With these examples, torch does not run the module to infer them. acting: a function with the arguments of
+    `Timeline.action` that returns the context manager of an action.
     """
 
     def __init__(

@@ -57,8 +57,8 @@ class ShardedWeights:
 
     client: our optimizer, which DeepSpeed's optimizer wraps. shapes: full shapes of the trained parameters, in module
     order; other parameters are only gathered. rules: the update rule of each parameter, which names its state. shares:
-    returns which ranks share a parameter. norm: computes the global gradient norm; called once per step. handing: a
-    function that is called before a gradient is reduced.
+    a function that returns which ranks share a parameter. norm: a function that computes the global gradient norm; it
+    is called once per step. handing: a function that is called before a gradient is reduced.
     """
 
     def __init__(

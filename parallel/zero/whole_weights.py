@@ -31,9 +31,10 @@ class WholeWeights:
 
     client: our optimizer, which DeepSpeed's optimizer wraps. groups: the parameters of each group of our optimizer.
     shares: a function that returns which ranks share a parameter. ranks: number of ranks over which gradients are
-    averaged. norm: computes the global gradient norm; called once per step. close: called before the last gradients are
-    reduced. show: called with each parameter whose gradient is reduced ahead. clip: the norm to clip to; 0 for no
-    clipping. offload: whether masters and optimizer state are in host memory.
+    averaged. norm: a function that computes the global gradient norm; it is called once per step. close: a function
+    that is called before the last gradients are reduced. show: a function that is called with each parameter whose
+    gradient is reduced ahead. clip: the norm to clip to; 0 for no clipping. offload: whether masters and optimizer
+    state are in host memory.
     """
 
     def __init__(

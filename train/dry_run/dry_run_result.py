@@ -255,7 +255,7 @@ def _times(found: Findings) -> dict[str, ComparedFigure]:
 
 
 def _size(value: float) -> str:
-    """A size in GiB. Sizes below one GiB are in MiB with three digits."""
+    """Returns a size in GiB. Sizes below one GiB are in MiB with three digits."""
     return gib(value) if value >= 2**30 else f"{value / 2**20:.3g} MiB"
 
 

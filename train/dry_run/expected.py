@@ -80,7 +80,7 @@ def expect(piece: DryRunPiece, device: torch.device) -> Times:
 
 
 def plan_again(times: Times, measured: Mapping[str, float], update: float) -> float:
-    """Seconds of the job's step, corrected by the measured times.
+    """Returns the seconds of the job's step, corrected by the measured times.
 
     measured: seconds of the piece per step, by kind of action. update: seconds of its reduction and update together.
     """

@@ -64,7 +64,7 @@ class MeasuredRank:
 def run_alone(piece: DryRunPiece, device: torch.device, folder: Path | None = None) -> MeasuredRank:
     """Run a warm-up step, a step that measures memory, and the timed steps. Then run every other phase of a run once.
 
-    folder: for temporary files; None: the system's folder. Raises UserError if the device's memory runs out.
+    folder: folder for temporary files; None: the system's folder. Raises UserError if the device's memory runs out.
     """
     config = piece.config
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)

@@ -2,8 +2,9 @@
 
 A rank can be reduced in two ways. With fewer layers, a chunk has fewer blocks, but each has its full width. With less
 width, one number divides the hidden width, heads, latents, FFNs, vocabulary and sequence. The number of experts, the
-layout and the schedule stay. On a GPU, layers are left out first, because the remaining layers do the same work as in
-the job. A CPU would need hours at full width, so it uses the smallest divisor with which a step takes seconds.
+layout and the schedule do not change. On a GPU, layers are left out first, because the remaining layers do the same
+work as in the job. A CPU would need hours at full width, so it uses the smallest divisor with which a step takes
+seconds.
 """
 
 from dataclasses import dataclass, replace
@@ -75,7 +76,7 @@ def choose_rank(config: Config) -> int:
 
 
 def choose_piece(config: Config, rank: int, load: Load, device: torch.device) -> DryRunPiece:
-    """The largest part of the rank that fits the device. Raises UserError if no part fits."""
+    """Returns the largest part of the rank that fits the device. Raises UserError if no part fits."""
     here, room, wanted = for_device(config, device), free_memory(device), config.dry_run.shrink
     factor = wanted or 1
     while factor <= MOST_SHRINK:
@@ -109,7 +110,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def shrunk(config: Config, factor: int) -> Config:
-    """The recipe with widths, vocabulary and sequence divided by `factor`, but not below a model's minimum sizes."""
+    """Returns the recipe with widths, vocabulary and sequence divided by `factor`, but not below a model's minimum
+    sizes."""
     if factor == 1:
         return config
 
@@ -135,7 +137,8 @@ def shrunk(config: Config, factor: int) -> Config:
 
 
 def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: int) -> DryRunPiece | None:
-    """The rank with as many of its layers as fit. None if even the smallest number of layers does not fit."""
+    """Returns the rank with as many of its layers as fit. Returns None if even the smallest number of layers does not
+    fit."""
     pp_rank, scene = rank // job.parallel.stage_ranks, _alone(config, load)
     placement = job.parallel.placement
     layers, stages = stage_layers(job), placement[pp_rank]

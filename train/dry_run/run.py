@@ -39,7 +39,7 @@ def dry_run(config: Config) -> int:
 
 
 def _choose_device(config: Config) -> torch.device:
-    """The device that a run of one rank would use. A CPU gets the number of threads of its calibration."""
+    """Returns the device that a run of one rank would use. A CPU gets the number of threads of its calibration."""
     device = choose_device(config, Place())
     if device.type == "cpu" and config.plan.calibration is not None and not config.cluster.threads:
         torch.set_num_threads(read_calibration(config.plan.calibration)["threads"])

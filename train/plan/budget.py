@@ -206,7 +206,7 @@ def budget_of(config: Config, step: StepTime) -> Budget:
 
 
 def _whole_run(config: Config, step: StepTime) -> tuple[float, float]:
-    """Number of tokens of the run, and the total seconds of its steps.
+    """Returns the number of tokens of the run, and the total seconds of its steps.
 
     Only steps with the smallest and with the full batch are planned. Step times between them are interpolated linearly,
     because every micro-batch takes the same time.
@@ -230,12 +230,12 @@ def _whole_run(config: Config, step: StepTime) -> tuple[float, float]:
 
 
 def with_batch(config: Config, batch: int) -> Config:
-    """The recipe with another batch size, and without a ramp."""
+    """Returns the recipe with another batch size, and without a ramp."""
     return replace(config, batch_size=batch, optim=replace(config.optim, batch_ramp_start=None, batch_ramp_steps=0))
 
 
 def later_phases(config: Config) -> list[tuple[str, RunPlan]]:
-    """The plans of all phases in plan.phases, on the devices of this plan. Only their times are used."""
+    """Returns the plans of all phases in plan.phases, on the devices of this plan. Only their times are used."""
     planned = []
     for name in config.plan.phases:
         phase = compose(f"conf={name}", "data.path=none", "mode=plan")

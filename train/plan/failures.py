@@ -85,7 +85,7 @@ class SaveCosts:
         return max(self.write, self.between_failures * x - self.stall)
 
     def longest_interval(self, loss: float) -> float:
-        """The longest interval whose effective share is at most `loss` below the largest effective share."""
+        """Returns the longest interval whose effective share is at most `loss` below the largest effective share."""
         best = self.best_interval
         low, high, least = best, best + 10 * self.between_failures, self.effective(best) - loss
         for _ in range(50):

@@ -66,12 +66,12 @@ def device_memory(config: Config) -> int:
 
 
 def layout_of(config: Config) -> Layout:
-    """The layout of a recipe on the planned hardware."""
+    """Returns the layout of a recipe on the planned hardware."""
     return read_layout(config, min(config.parallel.world, config.hardware.devices_per_node))
 
 
 def host_ranks(config: Config) -> int:
-    """Number of ranks that share the memory of a host."""
+    """Returns the number of ranks that share the memory of a host."""
     ranks = layout_of(config).ranks_per_node
     return min(config.hardware.devices_per_host or ranks, ranks)
 
@@ -86,13 +86,13 @@ def require_matmuls(config: Config) -> None:
 
 
 def with_nodes(config: Config) -> Config:
-    """The recipe with the hardware's number of ranks per node. Rules about nodes need this number."""
+    """Returns the recipe with the hardware's number of ranks per node. Rules about nodes need this number."""
     nodes = replace(config.cluster, ranks_per_node=layout_of(config).ranks_per_node)
     return replace(config, cluster=nodes)
 
 
 def micro_batches_of(config: Config) -> int:
-    """Number of micro-batches in a step at the full batch size, on the rank with the most micro-batches."""
+    """Returns the number of micro-batches in a step at the full batch size, on the rank with the most micro-batches."""
     return most_micro_batches(config)
 
 
@@ -101,7 +101,7 @@ STEADY = 4
 
 
 def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
-    """The actions of every pipeline rank in a step, in order.
+    """Returns the actions of every pipeline rank in a step, in order.
 
     shortest: plan only as many micro-batches as the memory peak needs.
     """

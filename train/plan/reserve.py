@@ -82,13 +82,14 @@ The rest is an estimate for memory that CUDA and NCCL map and lock.
 
 
 def host_memory(config: Config) -> int:
-    """Bytes of a host's memory that the tensors of its ranks can use; 0 if the host's memory is unknown."""
+    """Returns the bytes of a host's memory that the tensors of its ranks can use; 0 if the host's memory is unknown."""
     has = int(config.hardware.host_memory_bytes)
     return max(1, int(has * (1 - HOST_SYSTEM)) - host_ranks(config) * HOST_PROCESS) if has else 0
 
 
 def copies_memory(config: Config) -> int | None:
-    """Bytes that a host has for copies in memory. None if the copies are on a disk, or if the memory is unknown."""
+    """Returns the bytes that a host has for copies in memory. Returns None if the copies are on a disk, or if the
+    memory is unknown."""
     hardware, folder = config.hardware, config.checkpoint.memory_folder
     if not hardware.host_memory_bytes or not f"{folder}/".startswith("/dev/shm/"):
         return None
@@ -96,18 +97,18 @@ def copies_memory(config: Config) -> int | None:
 
 
 def tensor_memory(config: Config) -> int:
-    """Bytes of one device that tensors can use."""
+    """Returns the bytes of one device that tensors can use."""
     return device_memory(config) - sum(reserve_of(config).values())
 
 
 def fragmentation(memory: int) -> int:
-    """Estimated bytes of gaps between tensors, for a device with this much memory."""
+    """Returns the estimated bytes of gaps between tensors, for a device with this much memory."""
     return int(FRAGMENTATION * memory)
 
 
 @lru_cache(maxsize=4096)
 def _collectives(layout: Layout) -> int:
-    """Bytes of the communicators that serve the collectives of all groups of ranks.
+    """Returns the bytes of the communicators that serve the collectives of all groups of ranks.
 
     The groups are: all ranks, a pipeline, a stage, a context, and the copies of experts. Groups with the same ranks
     share a communicator, and groups of one rank have none (parallel/mesh.py). All groups of one kind are equal, so only

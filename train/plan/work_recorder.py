@@ -128,7 +128,8 @@ class WorkRecorder:
             self._once = False
 
     def run(self, call: Callable[..., Any], count: Callable[..., Work], *args: Any, **kwargs: Any) -> Any:
-        """Run a call and record it as one kernel. count: computes the work from the call's result and arguments."""
+        """Run a call and record it as one kernel. count: a function that computes the work from the call's result and
+        arguments."""
         if self._inside:
             return call(*args, **kwargs)
         started = self._clock()
@@ -359,7 +360,7 @@ def _count_fused_choice(out: Tensor, index: IndexVectors, seen: SeenKeys, top_k:
 
 
 def _all_pairs(index: IndexVectors, seen: SeenKeys) -> int:
-    """Number of pairs of query and key in a micro-batch."""
+    """Returns the number of pairs of query and key in a micro-batch."""
     batch = len(index.q_BTHI)
     return sum((batch if one.sequence is None else 1) * _pairs(one) for one in seen.rectangles)
 

@@ -67,8 +67,8 @@ def is_tiled(config: Config) -> bool:
 
 
 def coarsest(config: Config) -> str:
-    """The number format of the recipe that rounds most coarsely, as a key of UNIT. An FP8 wire rounds the rows for
-    experts in every precision."""
+    """Returns the number format of the recipe that rounds most coarsely, as a key of UNIT. An FP8 wire rounds the rows
+    for experts in every precision."""
     if is_tiled(config):
         return "e4m3"
     return "bf16" if config.precision.name != "fp32" else "fp32"

@@ -173,7 +173,7 @@ class Sharpness:
     does_not_see: str
 
     def text(self) -> str:
-        """Number of comparisons and their bounds, as text."""
+        """Returns text about the number of comparisons and the bounds of these comparisons."""
         left = (
             f"; {self.untold:,} inconclusive, as rounding alone may change them by their own size"
             if self.untold

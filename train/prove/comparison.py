@@ -182,6 +182,6 @@ class Comparisons:
 
 
 def size_of(tensor: Tensor, by_norm: bool) -> float:
-    """The root mean square of a tensor (by_norm), or its largest absolute value."""
+    """Returns the root mean square of a tensor (by_norm), or its largest absolute value."""
     tensor = tensor.detach().double()
     return (tensor.square().mean().sqrt() if by_norm else tensor.abs().max()).item()

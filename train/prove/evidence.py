@@ -110,19 +110,20 @@ class Evidence:
         self.places[f"{kind}/{name}"] = shard.offset, tuple(shard.shape)
 
     def of_kind(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """All tensors of a kind, as (name, tensor)."""
+        """Yields all tensors of a kind, as (name, tensor)."""
         for key, tensor in self.tensors.items():
             if key.startswith(f"{kind}/"):
                 yield key.removeprefix(f"{kind}/"), tensor
 
     def calls_of_kind(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
-        """All tensors of a kind that has one tensor per micro-batch, as (name, number of the micro-batch, tensor)."""
+        """Yields all tensors of a kind that has one tensor per micro-batch, as (name, number of the micro-batch,
+        tensor)."""
         for key, tensor in self.of_kind(kind):
             name, number = key.rsplit("/", 1)
             yield name, int(number), tensor
 
     def rows(self, number: int) -> slice:
-        """The sequences of a micro-batch, as a slice of the step's batch."""
+        """Returns the sequences of a micro-batch, as a slice of the step's batch."""
         first = self.info.first + number * self.info.micro_batch_size
         return slice(first, first + self.info.micro_batch_size)
 
@@ -168,7 +169,7 @@ def assemble(ranks: list[Evidence], kind: str) -> State:
 
 
 def calls_by_name(ranks: list[Evidence], kind: str) -> dict[str, list[tuple[Evidence, int, Tensor]]]:
-    """All calls of every part on all ranks, by name. A call is (rank, number of the micro-batch, tensor)."""
+    """Returns all calls of every part on all ranks, by name. A call is (rank, number of the micro-batch, tensor)."""
     found: dict[str, list[tuple[Evidence, int, Tensor]]] = {}
     for rank in ranks:
         for name, number, tensor in rank.calls_of_kind(kind):
@@ -205,7 +206,7 @@ class EvidenceWatch:
     """
 
     def __init__(self, chunks: list[DeepSeekV3], sent: bool = False):
-        """sent: also record the dispatchers' inputs and outputs, while `keeps_sent`."""
+        """sent: whether to record the dispatchers' inputs and outputs too, while `keeps_sent` is True."""
         self.keeps_sent = True
         self.is_open = True
         """False while a pass is only repeated to diagnose an error."""

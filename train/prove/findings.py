@@ -40,7 +40,7 @@ WHOLE = ("outputs", "losses", "gradients of weights", "gradients of outputs", "c
 
 
 def first_of(differences: Sequence[Difference]) -> Difference | None:
-    """The failed comparison that is closest to the origin of a fault.
+    """Returns the failed comparison that is closest to the origin of a fault.
 
     The differences are in the order of the computation. In low precision, the bounds on outputs of the complete model
     are wide. So a difference in a single part is chosen first, even if this difference is from a later step.
@@ -121,5 +121,5 @@ def together(passes: Sequence[ProofFindings]) -> ProofFindings:
 
 
 def share_of_bound(error: float, bound: float) -> float:
-    """The error as a fraction of the bound. Infinite if the bound is 0 and the error is not."""
+    """Returns the error as a fraction of the bound. The result is infinite if the bound is 0 and the error is not 0."""
     return error / bound if bound else (math.inf if error else 0.0)

@@ -98,8 +98,8 @@ def attend_back(
 
 
 def query_sizes(config: Values, places: Sequence[int]) -> Tensor:
-    """Factors of the queries at these positions (Llama 4's growth): fp64 (T, 1). All are 1 in a model without this
-    growth."""
+    """Returns the factors of the queries at these positions (Llama 4's growth): fp64 (T, 1). All are 1 in a model
+    without this growth."""
     yarn = config.model.yarn
     steps = [place // yarn.original_seq_len for place in places]
     return torch.tensor([[1 + yarn.query_growth * math.log1p(step)] for step in steps], dtype=torch.float64)
@@ -138,7 +138,7 @@ class HeadSlopes(NamedTuple):
 def head(
     x_ND: NearNumbers, weight_VD: Tensor, targets_N: Tensor, positions: float, high: PlainFormat, order: float
 ) -> HeadSlopes:
-    """The sum of -log softmax(x W^T)[target] divided by `positions`, with its gradients.
+    """Returns the sum of -log softmax(x W^T)[target] divided by `positions`, with its gradients.
 
     Logits and their gradients are stored in the activation dtype. order: error that the order of the terms may cause in
     a sum, relative to the sum of the terms' magnitudes.
@@ -171,7 +171,7 @@ class RouterSlopes(NamedTuple):
 
 
 def route_scores(x_BTD: Tensor, weight_ED: Tensor, softmax: bool) -> tuple[Tensor, Tensor]:
-    """The scores, and the sum of magnitudes of the terms in each logit: (B, T, E)."""
+    """Returns the scores, and the sum of magnitudes of the terms in each logit: (B, T, E)."""
     logits_BTE = x_BTD @ weight_ED.T
     return logits_BTE.softmax(-1) if softmax else logits_BTE.sigmoid(), x_BTD.abs() @ weight_ED.abs().T
 

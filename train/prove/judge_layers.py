@@ -110,7 +110,7 @@ def _judge_sum(step: StepParts, call: PartCall, name: str, got: Tensor, one: Ten
 
 
 def _seen(call: PartCall, phase: str, name: str) -> Tensor:
-    """A tensor that `EvidenceWatch` recorded in the call's micro-batch, in fp64."""
+    """Returns a tensor that `EvidenceWatch` recorded in the call's micro-batch, in fp64."""
     return call.rank.tensors[f"{phase}/{name}/{call.number}"].double()
 
 
@@ -261,6 +261,6 @@ def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, T
 
 
 def _routed(call: PartCall, phase: str, what: str) -> Tensor | None:
-    """A routing tensor that was recorded in the call's micro-batch: (B, T, K), fp64."""
+    """Returns a routing tensor that was recorded in the call's micro-batch: (B, T, K), fp64."""
     found = call.rank.tensors.get(f"{phase}/{call.name}.{what}/{call.number}")
     return None if found is None else found.double().view(*call.tensors["x"].shape[:2], -1)

@@ -80,7 +80,7 @@ def judge_swiglu_back(step: StepParts, name: str) -> None:
 
 
 def _swiglu_calls(step: StepParts, name: str) -> Iterator[tuple[PartCall, PartCall]]:
-    """The calls of the first and of the second linear layer on the same rows."""
+    """Yields the calls of the first and of the second linear layer on the same rows."""
     seconds = {(call.rank.info.rank, call.number): call for call in step.calls.get(f"{name}.w2", [])}
     for call in step.calls.get(f"{name}.w13", []):
         yield call, seconds[call.rank.info.rank, call.number]
@@ -156,13 +156,13 @@ def judge_experts_back(step: StepParts, name: str) -> None:
 
 
 def _sides(step: StepParts, name: str) -> list[tuple[Tensor, WeightLora]]:
-    """The weights of the first and of the second matmul, each with its LoRA A and B."""
+    """Returns the weights of the first and of the second matmul, each with its LoRA A and B."""
     names = [f"{name}.experts.{part}" for part in ("w13", "w2")]
     return [(step.weights[each], WeightLora(step, each)) for each in names]
 
 
 def _rows(call: PartCall) -> list[int]:
-    """Number of rows that each expert has on the rank."""
+    """Returns the number of rows that each expert has on the rank."""
     return call.tensors["counts"].tolist()
 
 
@@ -208,6 +208,6 @@ def _swiglu_back(
 
 
 def _added(one: Total, other: Total, form: PlainFormat) -> Total:
-    """The sum of two results, each of which was rounded to `form` before."""
+    """Returns the sum of two results, each of which was rounded to `form` before."""
     off = low.slack(one) + low.slack(other) + (low.spacing(one.x, form) + low.spacing(other.x, form)) / 2
     return Total(one.x + other.x, one.size + other.size, off)

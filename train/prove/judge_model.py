@@ -95,7 +95,7 @@ class WholeModel:
         return max(bound, wider, key=lambda one: one.value)
 
     def _output(self, name: str, rank: Evidence, number: int, count: int | None, step: ReferenceStep) -> Tensor:
-        """The output that a rank should have in a micro-batch."""
+        """Returns the output that a rank should have in a micro-batch."""
         return self._here(step.seen.values[name], name, rank, number, count)
 
     def _output_gradient(self, name: str, rank: Evidence, number: int, step: ReferenceStep) -> Tensor:
@@ -104,14 +104,14 @@ class WholeModel:
         return self._here(gradient * (rank.info.dp * rank.info.cp), name, rank, number)
 
     def _here(self, value: Tensor, name: str, rank: Evidence, number: int, count: int | None = None) -> Tensor:
-        """The part of `value` that belongs to a rank's samples and positions. Samples and positions may share one axis.
-        count: number of positions that the rank recorded; None: the usual number."""
+        """Returns the part of `value` that belongs to a rank's samples and positions. Samples and positions may share
+        one axis. count: number of positions that the rank recorded; None: the usual number."""
         by_sample = value if value.size(0) == self.batch_size else value.unflatten(0, (self.batch_size, -1))
         return by_sample[rank.rows(number)][:, self._places(rank, name, count)]
 
     def _places(self, rank: Evidence, name: str, count: int | None) -> list[int]:
-        """The positions in a sequence for which a rank has this output. count: number of positions that the rank
-        recorded. An embedding also has some positions after every piece, because MTP modules look ahead."""
+        """Returns the positions in a sequence for which a rank has this output. count: number of positions that the
+        rank recorded. An embedding also has some positions after every piece, because MTP modules look ahead."""
         config, info = self.at.config, rank.info
         here = places_of(info, config.seq_len, depth_of(name))
         if info.cp == 1 or count in (None, len(here)):
@@ -140,9 +140,9 @@ class WholeModel:
         at.compare("chosen experts", name, excess, 0.0, bound, rank=rank, scale=1.0, widen=widen)
 
     def _judge_keys(self, name: str, rank: Evidence, number: int, keys_BTK: Tensor) -> None:
-        """Judge the chosen keys. In checks with rounding, the ranks may choose other keys than the reference. Each
-        chosen key must then be one that the query sees, the number of keys must be right, and their scores must be
-        close to the best."""
+        """Judge the chosen keys. In checks with rounding, the ranks may choose other keys than the reference. In this
+        case, the query must be allowed to attend to each chosen key, the number of keys must be right, and the scores
+        of these keys must be close to the best scores."""
         at, chooser = self.at, self._chooser(name)
         index_of = partial(self._output, f"{chooser}.index", rank, number, None)
         index_BTS, want_BTS = index_of(self.want).detach(), self._output(f"{name}.keys", rank, number, None, self.want)
@@ -231,7 +231,7 @@ def chosen_by_ranks(ranks: list[Evidence], seq_len: int) -> dict[str, Tensor]:
 
 
 def backward_order(weights: list[str], outputs: list[str]) -> list[str]:
-    """Names of weights and outputs, in the order in which backward computes their gradients.
+    """Returns the names of weights and outputs, in the order in which backward computes their gradients.
 
     The last part comes first. In each part, the gradient of its output comes before the gradients of its weights.
     """

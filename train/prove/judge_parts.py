@@ -72,7 +72,8 @@ def judge_parts(step: StepParts) -> None:
 
 
 def _parts_of(weights: Iterable[str]) -> Iterable[tuple[str, PartJudge, PartJudge]]:
-    """Names of parts with their judges, in the order of a forward pass. weights: names of weights in this order."""
+    """Yields the names of parts with their judges, in the order of a forward pass. weights: names of weights in this
+    order."""
     for weight in weights:
         for pattern, forward, backward in PART_JUDGES:
             if match := re.fullmatch(pattern, weight.removesuffix(".weight")):

@@ -50,12 +50,12 @@ class SentRows:
         return self.number, kind == "mtp", int(layer), self.ranks[0].info.rank
 
     def order_at_experts(self) -> Tensor:
-        """The order (P,) that sorts rows by expert, then by gate, then by gradient of the gate."""
+        """Returns the order (P,) that sorts rows by expert, then by gate, then by gradient of the gate."""
         counts_E, seen = self.seen["counts"], self.seen
         return _order(torch.arange(len(counts_E)).repeat_interleave(counts_E), seen["row_gates"], seen["d_row_gates"])
 
     def order_at_tokens(self) -> Tensor:
-        """The order (P,) that sorts pairs of token and expert like `order_at_experts`, if the gates arrived
+        """Returns the order (P,) that sorts pairs of token and expert like `order_at_experts`, if the gates arrived
         unchanged."""
         return _order(*(self.seen[name].flatten() for name in ("ids", "gates", "d_gates")))
 
@@ -119,7 +119,7 @@ def _judge_sums(at: Comparisons, sent: SentRows, rows: str, sums: str, quantity:
 
 
 def sent_rows(ranks: list[Evidence]) -> Iterator[SentRows]:
-    """All rows that were sent in a step."""
+    """Yields all rows that were sent in a step."""
     for first in range(0, len(ranks), ranks[0].info.ep):
         group = ranks[first : first + ranks[0].info.ep]
         for key in dict(group[0].of_kind("sent")):
@@ -133,7 +133,7 @@ def sent_rows(ranks: list[Evidence]) -> Iterator[SentRows]:
 
 
 def _order(*keys: Tensor) -> Tensor:
-    """The order that sorts by the first key, then by the second key, and so on."""
+    """Returns the order that sorts by the first key, then by the second key, and so on."""
     order = torch.arange(len(keys[0]))
     for key in reversed(keys):
         order = order[key[order].sort(stable=True).indices]

@@ -45,7 +45,7 @@ class Tally:
 
 
 def state_after(config: Config, ranks: list[Evidence]) -> State:
-    """The state of the run after a step, assembled from the shards of all ranks."""
+    """Returns the state of the run after a step, assembled from the shards of all ranks."""
     found = {name: tensor for name, tensor in assemble(ranks, "after").items() if not name.startswith("running.")}
     if config.adapter.on:  # the biases belong to the base weights, which are not saved
         found |= {name: bias.double() for rank in ranks for name, bias in rank.of_kind("own")}

@@ -28,7 +28,7 @@ from train.prove.bounds import is_tiled
 
 
 def in_fp32(config: Config) -> Config:
-    """The recipe in fp32. Features that exist only in other formats are off."""
+    """Returns the recipe in fp32. Features that exist only in other formats are off."""
     config = without_dropout(config)
     parallel = replace(config.parallel, wire=WireFormat.bf16)  # the wire uses the activation dtype
     if parallel.dispatch_facts.in_bf16:
@@ -42,8 +42,8 @@ def in_loop(config: Config) -> Config:
 
 
 def without_dropout(config: Config) -> Config:
-    """The recipe without dropout, to compare outputs of the complete model. The reference does not have dropout's
-    random bits."""
+    """Returns the recipe without dropout, to compare outputs of the complete model. The reference does not have
+    dropout's random bits."""
     return replace(config, adapter=replace(config.adapter, dropout=0.0))
 
 
@@ -63,9 +63,10 @@ the floor of a scale."""
 
 
 def with_two_tiles(config: Config) -> Config:
-    """The recipe with few but wide layers, for two steps.
+    """Returns the recipe with few but wide layers, for two steps.
 
-    All ranks have all layers, because a pipeline changes no scale. Shared sequences, dispatch and combine stay.
+    All ranks have all layers, because a pipeline changes no scale. Ranks still share sequences, and dispatch and
+    combine are as in the recipe.
     """
     model, parallel, ranks = config.model, config.parallel, config.parallel.world
     dense, depth, multiple = min(model.dense_layers, 1), min(model.mtp_depth, 1), parallel.dispatch_facts.width
@@ -141,8 +142,8 @@ class RunPart:
 
 
 def save_step(config: Config) -> int:
-    """The step whose checkpoint the second part resumes from. The first part trains one more step while this checkpoint
-    is written."""
+    """Returns the step whose checkpoint the second part resumes from. The first part trains one more step while this
+    checkpoint is written."""
     return max(1, config.steps // 2)
 
 
@@ -178,7 +179,7 @@ def run_part(config: Config, number: int, ranks: int) -> RunPart:
 
 
 def run_parts(proof: str, config: Config, ranks: int, numbers: Sequence[int]) -> list[RunPart]:
-    """The parts of a run that a check has. numbers: selects from them."""
+    """Returns the parts of a run that a check has. numbers: indices of the parts to return."""
     if proof == "tiles":
         return [RunPart(0, config, config.steps, None) for number in numbers if number == 0]
     return [run_part(config, number, ranks) for number in numbers]

@@ -52,7 +52,7 @@ def prove_loop(config: Config, place: Place, device: torch.device) -> None:
 
 
 def _loss_of(call: LoopCall) -> tuple[str | TokenLoss, Mapping[str, float]]:
-    """The loss and its settings, in the form in which a caller passes them."""
+    """Returns the loss and its settings, in the form in which a caller passes them."""
     if len(call.losses) == 1:
         return next(iter(call.losses.items()))
 

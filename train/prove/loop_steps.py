@@ -65,7 +65,7 @@ experts."""
 
 
 def loop_batches(config: Config) -> tuple[Batch, Batch]:
-    """The rows for the first and for the second call of a step. They are the rows of all ranks together."""
+    """Returns the rows for the first and for the second call of a step. They are the rows of all ranks together."""
     return _batch(config, 0), _batch(config, config.batch_size)
 
 

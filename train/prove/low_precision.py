@@ -68,7 +68,7 @@ FORMATS = {
 
 
 class NearNumbers(NamedTuple):
-    """fp64 numbers, and by how much a correct result may differ from each of them. None: the numbers are exact."""
+    """fp64 numbers, and for each number the possible distance of a correct result. None: the numbers are exact."""
 
     x: Tensor
     off: Tensor | None = None
@@ -133,16 +133,16 @@ class Rule:
     """Lower bound of the largest magnitude from which a scale is computed."""
 
     def block(self, along: int) -> tuple[int | None, int | None]:
-        """Number of rows and of columns that share a scale; None for all. along: axis over which the matrix is
-        summed."""
+        """Returns the number of rows and of columns that share a scale; None for all. along: axis over which the matrix
+        is summed."""
         sides = {"1x128": (1, TILE), "1x32": (1, 32), "128x128": (TILE, TILE), "row": (1, None), "tensor": (None, None)}
         across_along = sides[self.shared]
         return across_along if along == -1 else across_along[::-1]
 
 
 def cast(given: NearNumbers, rule: Rule | None, along: int, noise: float = 0.0) -> NearNumbers:
-    """An operand (..., M, N) in the form in which the matmul reads it. The matmul sums over axis `along` (-1 or -2).
-    Without a rule, the operand is unchanged.
+    """Returns an operand (..., M, N) in the form in which the matmul reads it. The matmul sums over axis `along` (-1 or
+    -2). Without a rule, the operand is unchanged.
 
     noise: relative error of the numbers, besides `off`.
     """
@@ -278,12 +278,12 @@ def wgrad(dy_TN: NearNumbers, kept_TK: NearNumbers, rules: LinearRules) -> Total
 
 
 def kept(x_TK: Tensor, rule: Rule | None) -> NearNumbers:
-    """An input in the form in which Wgrad reads it, after it was saved."""
+    """Returns an input in the form in which Wgrad reads it, after it was saved."""
     return NearNumbers(x_TK) if rule is None else cast(NearNumbers(x_TK), rule, -1)
 
 
 def weight_for(which: str, weight: Tensor, rules: LinearRules) -> NearNumbers:
-    """A weight (..., N, K) in the form in which Fprop or Dgrad reads it."""
+    """Returns a weight (..., N, K) in the form in which Fprop or Dgrad reads it."""
     return (
         cast(NearNumbers(weight), rules.fprop[1], -1)
         if which == "fprop"
@@ -311,7 +311,8 @@ def swiglu(h_R2F: Tensor, gates_R: Tensor | None) -> Tensor:
 
 
 def swiglu_backward(h_R2F: NearNumbers, gates_R: Tensor | None, da_RF: NearNumbers, high: PlainFormat) -> SwigluSlopes:
-    """Gradients of h and of the gates, from the gradient of SwiGLU's output. h: in its saved form."""
+    """Gradients of h and of the gates, from the gradient of SwiGLU's output. h: the input of SwiGLU, in the form in
+    which it was saved."""
     factor_R1 = 1.0 if gates_R is None else gates_R[:, None]
 
     def parts(h_R2F: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -208,8 +208,8 @@ def _has_gpu(cfg: Config) -> bool:
 
 
 def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
-    """A layout with at most prove.ranks ranks and the structure of the recipe's layout. Also returns a sentence for
-    each structure that was dropped."""
+    """Returns a layout with at most prove.ranks ranks and the structure of the recipe's layout. Also returns a sentence
+    for each structure that was dropped."""
     whole, most = layout_of(cfg), cfg.prove.ranks
     inside = whole.ep_ranks_per_node if cfg.parallel.dispatch_facts.by_nodes else whole.ep
     if whole.world <= most:
@@ -254,7 +254,7 @@ def _least(degree: int) -> int:
 
 
 def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
-    """The number of layers, and the value of parallel.split.
+    """Returns the number of layers, and the value of parallel.split.
 
     The recipe's split may be a list for more stages than the miniature has. If the recipe's first or last stage has no
     layer, the same stage of the miniature has none. If the recipe's inner stages have different numbers of layers, one
@@ -359,7 +359,7 @@ def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
 
 
 def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
-    """The recipe's schedules, fitted to the few steps. Gradients are clipped if the recipe clips them."""
+    """Returns the recipe's schedules, fitted to the few steps. Gradients are clipped if the recipe clips them."""
     if optim.batch_ramp_start is not None:
         optim = replace(optim, batch_ramp_start=start, batch_ramp_steps=2, batch_ramp_increment=more or start)
     clip = min(optim.clip, CLIP)
@@ -381,7 +381,7 @@ def _differences(cfg: Config, small: Config) -> list[str]:
 
 
 def _both_values(prefix: str, cfg: Any, small: Any) -> Iterator[tuple[str, Any, Any]]:
-    """All keys, as (key, value in the recipe, value in the miniature)."""
+    """Yields all keys, as (key, value in the recipe, value in the miniature)."""
     for entry in fields(cfg):
         there, here = getattr(cfg, entry.name), getattr(small, entry.name)
         if is_dataclass(there):

@@ -1,9 +1,9 @@
 """Records inputs and outputs of single parts of the model on a rank. Each part can then be judged separately
 (train/prove/judge_parts.py).
 
-Parts are recorded at their borders: by hooks on modules, tensors and autograd nodes, by replaced methods of a layer,
-and by a wrapper of its kernels. So GPU kernels are recorded like CPU kernels, under every schedule and recomputation.
-No computation changes.
+The inputs and outputs of parts are recorded by hooks on modules, tensors and autograd nodes, by replaced methods of a
+layer, and by a wrapper of the layer's kernels. So GPU kernels are recorded like CPU kernels, under every schedule and
+recomputation. No computation changes.
 
 Keys are part.WHAT/NAME/NUMBER. NUMBER counts the calls of the part, from one micro-batch to the next:
 
@@ -134,7 +134,7 @@ class PartsWatch:
             self.keep_gradient("dy", key, loss)
 
     def _open(self) -> dict[str, Any]:
-        """The keys of calls that run in this thread."""
+        """Returns the keys of calls that run in this thread."""
         return self._here.__dict__.setdefault("keys", {})
 
     def _run_experts(self, name: str, first: Tensor, run: Callable[[RoutedRows], Tensor], routed: RoutedRows) -> Tensor:
@@ -251,7 +251,7 @@ def first_node(y: Tensor, x: Tensor) -> Any:
 
 
 def own_rows(rows_PX: Tensor, counts: Sequence[int]) -> Tensor:
-    """The rows of all experts without the padding between them."""
+    """Returns the rows of all experts without the padding between them."""
     if len(rows_PX) == sum(counts):
         return rows_PX
     starts = accumulate((-(-count // TILE) * TILE for count in counts), initial=0)

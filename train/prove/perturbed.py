@@ -63,8 +63,8 @@ class PerturbedRuns:
         self._runs: list[ReferenceStep] = []
 
     def bound(self, part: Callable[[ReferenceStep], Tensor], want: Tensor, scale: float, by_norm: bool) -> Bound:
-        """The bound on the distance between `part` of a step and `want`, in units of `scale`. by_norm: compare norms;
-        else largest values."""
+        """Returns the bound on the distance between `part` of a step and `want`, in units of `scale`. by_norm: compare
+        norms; else largest values."""
         if not self._runs:
             self._runs = [self._run(seed) for seed in range(FP32_RUNS if self._unit == UNIT["fp32"] else RUNS)]
             if self._near is not None:
@@ -100,7 +100,7 @@ class PerturbedRuns:
 
     def _run_swapped(self, near: float) -> ReferenceStep:
         """Runs the step with one change. Where two experts have nearly equal scores for a token's last choice, the
-        balance loss counts one of them in place of the other."""
+        balance loss counts the expert that was not chosen."""
 
         def best(scores: Tensor, count: int) -> Tensor:
             ordered, ids = scores.sort(dim=-1, descending=True, stable=True)

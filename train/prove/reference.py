@@ -35,7 +35,8 @@ is (E, D, F)."""
 
 
 def weight_shapes(model: Values) -> dict[str, tuple[int, ...]]:
-    """Shapes of all weights, in the order of a forward pass. Linear layers have no bias. Norm weights are vectors."""
+    """Returns the shapes of all weights, in the order of a forward pass. Linear layers have no bias. Norm weights are
+    vectors."""
     D, H, E, F_ = model.hidden, model.heads, model.experts, model.expert_width
     Q = model.nope_head_dim + model.rope_head_dim
     queries: dict[str, tuple[int, ...]] = {"q.weight": (H * Q, D)}
@@ -80,7 +81,7 @@ def trained_shapes(config: Values) -> dict[str, tuple[int, ...]]:
 
 
 def layers_with_experts(model: Values) -> list[str]:
-    """Names of the layers with experts, in the order of a forward pass. Every MTP module is included."""
+    """Returns the names of the layers with experts, in the order of a forward pass. Every MTP module is included."""
     main = [f"layers.{layer}" for layer in range(model.dense_layers, model.layers)]
     return main + [f"mtp.{depth}" for depth in range(model.mtp_depth)]
 
@@ -345,8 +346,8 @@ class PlainModel:
         return seen.keep(name, y_ND.view(x_BTD.shape))
 
     def route(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> tuple[Tensor, Tensor]:
-        """Gates (N, K) and ids (N, K) of the chosen experts (eq. 13-16). The bias affects only the choice, and never a
-        gate.
+        """Returns the gates (N, K) and ids (N, K) of the chosen experts (eq. 13-16). The bias affects only the choice,
+        and never a gate.
 
         A position without a target in its own sample does not count in tokens per expert or in the balance loss.
         """
@@ -366,7 +367,8 @@ class PlainModel:
         return seen.keep(f"{name}.gates", gates_NK), ids_NK
 
     def balance_losses(self, scores_BTE: Tensor, seats: "Seats") -> Tensor:
-        """Mean of the balance losses of all sequences, or of all independent samples. Each is computed separately."""
+        """Returns the mean of the balance losses of all sequences, or of all independent samples. Each is computed
+        separately."""
         if seats.samples_BT is None:
             return self.balance_loss(scores_BTE)
         total = scores_BTE.new_zeros(())
@@ -389,12 +391,13 @@ class PlainModel:
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the largest values in the last axis. Of equal values, the one with the lower index comes first."""
+    """Returns the indices of the largest values in the last axis. Of equal values, the one with the lower index comes
+    first."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def choose(model: Values, biased_NE: Tensor) -> Tensor:
-    """The K experts with the highest biased scores in the top_groups best groups (paper 2.1.2, node-limited
+    """Returns the K experts with the highest biased scores in the top_groups best groups (paper 2.1.2, node-limited
     routing)."""
     if model.top_groups < model.groups:
         open_NG = torch.zeros(len(biased_NE), model.groups, dtype=torch.bool, device=biased_NE.device)

@@ -62,7 +62,8 @@ def in_blocks(weight: Tensor) -> Tensor:
 
 
 def adapter_shapes(config: Values, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Shapes of all A (rank, I) and B (O, rank); those of experts are stacked. shapes: shapes of the weights."""
+    """Returns the shapes of all A (rank, I) and B (O, rank); those of experts are stacked. shapes: shapes of the
+    weights."""
     found: dict[str, tuple[int, ...]] = {}
     for weight, (*experts, outputs, inputs) in ((name, shape) for name, shape in shapes.items() if len(shape) > 1):
         prefixes = lora_prefixes(config, weight)
@@ -73,7 +74,7 @@ def adapter_shapes(config: Values, shapes: dict[str, tuple[int, ...]]) -> dict[s
 
 
 def adapted(config: Values, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the model with the adapter added to them."""
+    """Returns the weights of the model with the adapter added to them."""
     scale, found = config.adapter.alpha / config.adapter.rank, dict(weights)
     for name in weights:
         if prefixes := lora_prefixes(config, name):

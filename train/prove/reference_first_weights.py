@@ -24,7 +24,7 @@ def constant_of(name: str, dims: int) -> float | None:
 
 
 def shares(config: Values, name: str, weight: Tensor) -> Tensor:
-    """The value of the distribution function for each element of a random weight."""
+    """Returns the value of the distribution function for each element of a random weight."""
     x = weight.double().flatten()
     if name.endswith("lora_A"):
         return (x * weight.size(-1) ** 0.5 + 1).clamp(0, 2) / 2

@@ -47,7 +47,8 @@ def is_matrix(name: str, dims: int) -> bool:
 
 
 def split_matrices(config: Values, name: str, weight: Tensor) -> list[Tensor]:
-    """Views of the logical matrices in a weight: experts, w1 and w3, heads, keys and values, latent and rope key."""
+    """Returns the views of the logical matrices in a weight: experts, w1 and w3, heads, keys and values, latent and
+    rope key."""
     model, heads = config.model, config.optim.muon.by_head
     part = name.removesuffix(".weight").rpartition(".")[2]
     stacked = list(weight) if weight.dim() == 3 else [weight]
@@ -71,8 +72,8 @@ def split_matrices(config: Values, name: str, weight: Tensor) -> list[Tensor]:
 def muon(
     config: Values, name: str, lr: float, weight: Tensor, gradient: Tensor, momentum: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The weight and its momentum after an update (arXiv 2502.16982, 2.2). The Nesterov momentum of each matrix is
-    orthogonalised.
+    """Returns the weight and its momentum after an update (arXiv 2502.16982, 2.2). The Nesterov momentum of each matrix
+    is orthogonalised.
 
     The update is scaled to the size of Adam's updates.
     """

@@ -35,7 +35,7 @@ FFNS = {"ffn": "mlp", "moe.shared": "mlp.shared_experts"}
 
 
 def folder_weights(model: Values, weights: dict[str, Tensor], biases: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of a folder by name. weights: with the adapter added."""
+    """Returns all tensors of a folder by name. weights: the model's weights, to which the adapter has been added."""
     found = {"lm_head.weight": weights["head.weight"]}
     for name, weight in weights.items():
         if name.startswith(("layers.", "mtp.")):
@@ -57,7 +57,8 @@ def folder_weights(model: Values, weights: dict[str, Tensor], biases: dict[str, 
 
 
 def _parts(part: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensors for one weight of a layer, by their name in the layer. part: the weight's name in its layer."""
+    """Yields the tensors for one weight of a layer, by their name in the layer. part: the weight's name in its
+    layer."""
     inside, stem = part.startswith("block."), part.removeprefix("block.")
     if stem.startswith("moe.experts."):
         for expert, matrix in enumerate(weight):

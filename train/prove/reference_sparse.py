@@ -28,8 +28,8 @@ INDEX_NORM_EPS = 1e-6
 
 
 def indexer_shapes(model: Values, layer: int | None) -> dict[str, tuple[int, ...]]:
-    """Shapes of an indexer's weights, in a layer of the main model or in an MTP module (layer None). Empty without an
-    indexer."""
+    """Returns the shapes of an indexer's weights, in a layer of the main model or in an MTP module (layer None).
+    Returns an empty mapping for a layer without an indexer."""
     sparse = model.sparse
     if not sparse.heads or (layer is not None and sparse.pattern and sparse.pattern[layer] != "F"):
         return {}
@@ -62,7 +62,8 @@ def turned(x: Tensor, angle: Tensor, size: float, interleaved: bool) -> Tensor:
 def score_keys(
     model: Values, w: dict[str, Tensor], x_BTD: Tensor, latent_BTC: Tensor, angle: Tensor, size: float
 ) -> Tensor:
-    """The index scores I of all queries and keys: (B, T, T). latent: the latent of the queries, after its norm."""
+    """Returns the index scores I of all queries and keys: (B, T, T). latent: the latent of the queries, after its
+    norm."""
     heads, width, interleaved = model.sparse.heads, model.sparse.head_dim, model.sparse.interleaved
     q_BHTI = (latent_BTC @ w["q.weight"].T).unflatten(-1, (heads, width)).transpose(1, 2)
     k_BTI = x_BTD @ w["k.weight"].T
@@ -84,8 +85,8 @@ def chosen_keys(index_BTT: Tensor, top_k: int) -> Tensor:
 
 
 def index_kl(index_BTT: Tensor, scores_BHTT: Tensor, open_BTT: Tensor) -> Tensor:
-    """KL divergence (B, T) between the attention and the softmax of I, both over the open keys. The attention is summed
-    over heads and normalised."""
+    """Returns the KL divergence (B, T) between the attention and the softmax of I, both over the open keys. The
+    attention is summed over heads and normalised."""
     p_BTT = scores_BHTT.detach().masked_fill(~open_BTT.unsqueeze(1), -math.inf).softmax(-1).sum(1)
     p_BTT = p_BTT / p_BTT.sum(-1, keepdim=True)
     log_BTT = index_BTT.masked_fill(~open_BTT, -math.inf).log_softmax(-1).masked_fill(~open_BTT, 0)

@@ -49,7 +49,8 @@ def plan_steps(config: Values) -> Iterator[PlainPlan]:
 
 
 def batch_size(config: Values, index: int) -> int:
-    """Number of sequences in a step. index: from 0. A ramp is linear, rounded down to a multiple of its increment."""
+    """Returns the number of sequences in a step. index: index of the step, from 0. A ramp is linear, rounded down to a
+    multiple of its increment."""
     optim = config.optim
     if optim.batch_ramp_start is None or index >= optim.batch_ramp_steps:
         return config.batch_size
@@ -59,8 +60,8 @@ def batch_size(config: Values, index: int) -> int:
 
 
 def scheduled(phases: list[Values], done: float) -> float:
-    """Value of a schedule after the fraction `done` of the run. Each phase starts at the previous phase's final
-    value."""
+    """Returns the value of a schedule after the fraction `done` of the run. Each phase starts at the previous phase's
+    final value."""
     index = next(i for i, phase in enumerate(phases) if done <= phase.until)
     phase, earlier = phases[index], phases[index - 1] if index else None
     start, value = (0.0, phase.value) if earlier is None else (earlier.until, earlier.value)
@@ -86,7 +87,8 @@ def clip_factor(norm: float, optim: Values) -> float:
 def adamw(
     optim: Values, lr: float, update: int, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The weight, the mean and the mean of squares after an AdamW update. number: index of the update, from 1."""
+    """Returns the weight, the mean and the mean of squares after an AdamW update. number: index of the update, from
+    1."""
     beta1, beta2 = optim.betas
     mean = beta1 * mean + (1 - beta1) * gradient
     square = beta2 * square + (1 - beta2) * gradient.square()
@@ -106,7 +108,7 @@ def rate_of(optim: Values, name: str, lr: float) -> float:
 
 
 def moving_average(before: Tensor, weight: Tensor, decay: float) -> Tensor:
-    """The moving average of the weights (paper 3.2.3)."""
+    """Returns the moving average of the weights (paper 3.2.3)."""
     return decay * before + (1 - decay) * weight
 
 

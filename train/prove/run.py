@@ -79,7 +79,8 @@ def _launch(small: Config, folder: Path, alone: bool) -> int:
 
 
 def forks(config: Config) -> bool:
-    """Whether ranks and judges are forks of this process, which then imports torch once for all of them.
+    """Whether ranks and judges are forks of this process. If so, this process imports torch once, and the forks need
+    not import torch again.
 
     False with GPUs, because a GPU's driver does not survive a fork. False if another program has started the ranks.
     """

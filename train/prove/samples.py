@@ -62,7 +62,7 @@ class Samples:
         return []
 
     def _sample(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens, the document of each token, and which tokens are supervised.
+        """Returns the tokens, the document of each token, and which tokens are supervised.
 
         For chats, some rows are padded. Every third row has no token to learn, so micro-batches have different numbers
         of learnt tokens.
@@ -120,8 +120,8 @@ class ProofData:
 
 
 def initial_weights(config: Config) -> dict[str, Tensor]:
-    """All weights by name in fp32, including those of an adapter. Norm weights are about 1, and tiles are scaled as
-    described above.
+    """Returns all weights by name in fp32, including those of an adapter. Norm weights are about 1, and tiles are
+    scaled as described above.
 
     Inputs of size 1 give outputs of size 1.
     """
@@ -169,7 +169,7 @@ def _by_tile(width: int, halves: bool = False) -> Tensor:
 
 
 def initial_biases(config: Config) -> dict[str, Tensor]:
-    """The biases of every router, in fp32 (E,)."""
+    """Returns the biases of every router, in fp32 (E,)."""
     biases = {}
     for name in layers_with_experts(read_values(config).model):
         biases[name] = BIAS * torch.randn(config.model.experts, generator=drawing(f"{config.seed}/bias/{name}"))

@@ -35,7 +35,7 @@ def sent_in_fp8(x_RD: Tensor, floor: float) -> Tensor:
 def summed_rows(
     rows_TKD: Tensor, ids_TK: Tensor, hops: Sequence[int], in_bf16: bool, by_addition: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The sum of the K rows of every token, and by how much a correct sum may differ from it. Both are (T, D).
+    """Returns the sum of the K rows of every token, and by how much a correct sum may differ from it. Both are (T, D).
 
     A correct sum is computed in fp32 and rounded once, on the token's rank: to bf16 (in_bf16) or to fp32. ids_TK: the
     expert of each row. hops: places where rows are added on the way to the token, in order. A place is given as the

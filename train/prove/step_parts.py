@@ -52,11 +52,11 @@ class PartCall:
         return all(what in self.tensors for what in whats)
 
     def get(self, what: str) -> Tensor:
-        """A recorded tensor of the call, in fp64."""
+        """Returns a recorded tensor of the call, in fp64."""
         return self.tensors[what].double()
 
     def rows(self, what: str) -> Tensor:
-        """A recorded tensor of the call, as fp64 (rows, width)."""
+        """Returns a recorded tensor of the call, as fp64 (rows, width)."""
         return self.get(what).flatten(0, -2)
 
 
@@ -83,7 +83,8 @@ class StepParts:
         on a CPU do so."""
 
     def through(self, name: str, rank: Evidence, back: bool = True) -> list[PartCall]:
-        """The calls of a part on a rank, in order. back: True for calls with gradients, False for calls without.
+        """Returns the calls of a part on a rank, in order. back: True for calls with gradients, False for calls
+        without.
 
         Each micro-batch has one call with gradients. Recomputed calls do not count among these.
         """
@@ -190,7 +191,7 @@ class SumOverCalls:
 
 
 def calls_of(ranks: list[Evidence]) -> dict[str, list[PartCall]]:
-    """All calls on all ranks, by name of the part."""
+    """Returns all calls on all ranks, by name of the part."""
     found: dict[tuple[int, str, int], PartCall] = {}
     by_name: dict[str, list[PartCall]] = {}
     for rank in ranks:

@@ -55,7 +55,7 @@ def make_adamw(one: WeightUpdate, weight: Tensor, gradient: Tensor, mean: Tensor
 def size_adamw_roundings(
     one: WeightUpdate, before: list[Tensor], gradient: Tensor, new: tuple[Tensor, Tensor, Tensor]
 ) -> list[Tensor]:
-    """One fp32 rounding error for each element of weight, mean and mean of squares.
+    """Returns one fp32 rounding error for each element of weight, mean and mean of squares.
 
     The error is relative to the sizes of the terms, and not to the size of their sum. If two terms have opposite signs,
     the sum may be smaller than the rounding errors of the terms.
@@ -76,7 +76,7 @@ def make_muon(one: WeightUpdate, weight: Tensor, gradient: Tensor, momentum: Ten
 def size_muon_roundings(
     one: WeightUpdate, before: list[Tensor], gradient: Tensor, new: tuple[Tensor, Tensor]
 ) -> list[Tensor]:
-    """One fp32 rounding error for each element of weight and momentum.
+    """Returns one fp32 rounding error for each element of weight and momentum.
 
     Newton-Schulz multiplies an error in a singular direction by a factor that depends on the singular value. The
     smallest singular value has the largest factor. The error in its direction may affect any element.
@@ -94,8 +94,8 @@ def size_muon_roundings(
 
 
 def _slope(singular: float, steps: list[tuple[float, float, float]]) -> float:
-    """The factor of Newton-Schulz for a singular value. At 0, it is the product of the first coefficients of all
-    steps."""
+    """Returns the factor of Newton-Schulz for a singular value. At 0, it is the product of the first coefficients of
+    all steps."""
     x = max(singular, 1e-12)
     for a, b, c in steps:
         x = a * x + b * x**3 + c * x**5
@@ -109,7 +109,7 @@ UPDATES: dict[str, PlainUpdate] = {
 
 
 def update_of(config: Values, name: str, dims: int) -> tuple[PlainUpdate, tuple[str, ...]]:
-    """The update formula for a weight, and the names of its state."""
+    """Returns the update formula for a weight, and the names of its state."""
     by_muon = config.optim.name == "muon" and reference_muon.is_matrix(name, dims)
     formula = UPDATES["muon" if by_muon else "adamw"]
     return formula, tuple(formula.roundings)

@@ -41,7 +41,7 @@ activations wait on the host.
 
 @lru_cache(maxsize=4096)
 def chunk_of(scene: Scene, parts: Parts) -> "ChunkMemory":
-    """The chunk with these parts; the same object on every call."""
+    """Returns the chunk with these parts; the same object on every call."""
     return ChunkMemory(scene, parts)
 
 
@@ -106,7 +106,7 @@ class ChunkMemory:
         return next((size for size in reversed(self._sent[:i]) if size), 0)
 
     def _resident(self, i: int) -> int:
-        """Bytes of own_0 ... own_i-1 that are on the device while part i runs, in forward or backward."""
+        """Returns the bytes of own_0 ... own_i-1 that are on the device while part i runs, in forward or backward."""
         return sum(self._own[:i]) - sum(self._sent[:i]) + self._newest(i)
 
     def _kept(self, name: str) -> Counter:
@@ -139,7 +139,8 @@ class ChunkMemory:
         return PassMemory(self._input, _joined([run.pieces for run in lifted]))
 
     def ascent(self) -> Iterator[tuple[str, int]]:
-        """The parts in forward order, each with the live bytes that its own measurement does not include."""
+        """Yields the parts in forward order. Each part comes with the live bytes that the measurement of this part does
+        not include."""
         if self._has_embedding or self._joins:
             yield "embedding", self._input
         early = self.hidden * (self._joins and not self._has_embedding)  # E exists before the blocks run
@@ -173,7 +174,7 @@ class ChunkMemory:
         return PassMemory(start, _joined([_lifted(run, below).pieces for _, run, below in self.descent(run_of)]))
 
     def descent(self, run_of: Callable[[str, bool], PassMemory]) -> Iterator[tuple[str, PassMemory, int]]:
-        """The parts in backward order, each with its pass and the live bytes that this pass does not include.
+        """Yields the parts in backward order, each with its pass and the live bytes that this pass does not include.
 
         run_of: a function that returns the pass of a part; its second argument is `held` of trace_backward. Memory that
         is still in use after a pass counts in all later passes.
@@ -218,7 +219,7 @@ class ChunkMemory:
 
 
 def _lifted(run: PassMemory, below: int) -> PassMemory:
-    """The pass with `below` added to its live bytes."""
+    """Returns the pass with `below` added to its live bytes."""
     return PassMemory(run.start + below, tuple(Stretch(piece.peak + below, piece.end + below) for piece in run.pieces))
 
 

@@ -175,7 +175,7 @@ class PeakMeter:
         return self.mark_both().device
 
     def mark_both(self) -> PhaseBytes:
-        """Peak bytes on the device and on the host."""
+        """Returns the peak bytes on the device and on the host."""
         counted = 0 if self._ledger is None else self._ledger.mark().total
         if not self._on_gpu:
             return PhaseBytes(counted, 0)
@@ -234,7 +234,7 @@ def _writes_alone(func: Any) -> bool:
 
 
 def _shape_of(value: object) -> Hashable:
-    """All properties of an argument that determine a call's result."""
+    """Returns all properties of an argument that determine a call's result."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, list | tuple):

@@ -194,7 +194,7 @@ def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemo
 
 @traced_once
 def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemory, PassMemory]:
-    """The two halves of a split backward, for inputs and for weights. Torch's own functions run them.
+    """Returns the two halves of a split backward, for inputs and for weights. Torch's own functions run them.
 
     The output and the incoming gradient count, because the stage holds both tensors through both halves. When the
     second half ends, only the tensors that the graph holds are still in memory.
@@ -205,8 +205,8 @@ def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemo
 
 
 def trace_evaluation(scene: Scene, part: str) -> int:
-    """Peak bytes of a forward in eval mode without gradients, including its input. Weight casts stay only in training
-    steps, so they do not count."""
+    """Returns the peak bytes of a forward in eval mode without gradients, including its input. Weight casts are kept
+    only in training steps, so they do not count."""
     plain = replace(scene.model.section, recompute=[], offload=[])
     return _trace_evaluation(replace(scene, model=FrozenSection(plain), holds_weights=False), bare(part))
 
@@ -218,7 +218,7 @@ def _trace_evaluation(scene: Scene, part: str) -> int:
 
 
 def trace_casts(scene: Scene, part: str) -> int:
-    """Bytes of the weight casts that a part holds during a step."""
+    """Returns the bytes of the weight casts that a part holds during a step."""
     if not scene.holds_weights:
         return 0
     plain = replace(
@@ -237,7 +237,7 @@ def _trace_casts(scene: Scene, part: str) -> int:
 
 @lru_cache(maxsize=4096)
 def seen_by(part: str, scene: Scene) -> Scene:
-    """A copy of the scene in which all settings that do not affect this part have fixed values.
+    """Returns a copy of the scene in which all settings that do not affect this part have fixed values.
 
     The part's name tells whether its block is recomputed or offloaded. Expert settings do not affect a part without
     experts.
@@ -373,7 +373,7 @@ class Run:
         return self._states(self._scene.seq_len // self._scene.cp)
 
     def _embedded(self) -> Tensor:
-        """The embedding's output that the end reads, including the tokens after a rank's pieces."""
+        """Returns the embedding's output that the end reads, including the tokens after a rank's pieces."""
         positions = Positions(self._scene.seq_len, None, self._module._share)
         return self._states(positions.take_with_next(self._tokens_BS, self._module._depths).size(1))
 
@@ -488,7 +488,7 @@ class Run:
 
     @contextmanager
     def _making(self) -> Iterator[None]:
-        """A context for weight casts that stay for the whole step."""
+        """A context for weight casts that are kept for the whole step."""
         with self._ledger.told_apart(), self._recorder.once():
             yield
 

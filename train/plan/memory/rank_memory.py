@@ -104,13 +104,14 @@ def plan_memory(config: Config) -> list[RankMemory]:
 
 
 def host_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Host memory used by the ranks of the fullest node. ranks: one entry per pipeline rank, in any order."""
+    """Returns the host memory used by the ranks of the fullest node. ranks: one entry per pipeline rank, in any
+    order."""
     return node_bytes(config, [rank.host_bytes for rank in ranks])
 
 
 def node_bytes(config: Config, sizes: Sequence[int]) -> int:
-    """Sum of `sizes` over the ranks of the fullest host. sizes: bytes of one rank at each pipeline position, in any
-    order."""
+    """Returns the sum of `sizes` over the ranks of the fullest host. sizes: bytes of one rank at each pipeline
+    position, in any order."""
     layout, together = layout_of(config), host_ranks(config)
     copies = min(layout.world // layout.pp, together)  # number of ranks at one pipeline position on a node
     most = sorted(sizes, reverse=True)[: max(1, together // copies)]
@@ -197,7 +198,8 @@ def _phases(
     host: Counter,
     moments: dict[str, MemoryPeak],
 ) -> dict[str, PhaseBytes]:
-    """The peaks of one rank in each phase. Starts from the state, host memory and moments that `_moments` returns."""
+    """Returns the peaks of one rank in each phase. The function starts from the state, host memory and moments that
+    `_moments` returns."""
     held, kept = sum(state.values()), sum(host.values())
 
     def on_host(device: int, host: int, more: int) -> PhaseBytes:
@@ -339,7 +341,8 @@ def _moments(
 
 
 def scene_of(config: Config, load: Load | None = None) -> Scene:
-    """The settings that all passes of a run share. load: used instead of an even load times plan.imbalance."""
+    """Returns the settings that all passes of a run share. load: the load of this rank's experts; None: an even load
+    times plan.imbalance."""
     model, parallel = config.model, config.parallel
     layout = layout_of(config)
     if load is None:
@@ -372,7 +375,7 @@ def _is_compiled(kind: str, wanted: bool) -> bool:
 
 
 def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[int, Parts]]:
-    """The parts of every stage, by pipeline rank. layers: layers of every stage; None: the layout's split."""
+    """Returns the parts of every stage, by pipeline rank. layers: layers of every stage; None: the layout's split."""
     layers = layers or stage_layers(config)
     return [{stage: parts_of_stage(config, layers, stage) for stage in stages} for stages in config.parallel.placement]
 
@@ -384,13 +387,13 @@ def parts_of_stage(config: Config, layers: list[range], stage: int) -> Parts:
 
 
 def block_of(model: Model, layer: int) -> str:
-    """The name of a layer's block, without the suffix for recomputation or offloading."""
+    """Returns the name of a layer's block, without the suffix for recomputation or offloading."""
     shares = model.sparse.heads > 0 and not model.sparse.chooses(layer)
     return ("dense" if layer < model.dense_layers else "moe") + SHARED_KEYS * shares
 
 
 def _behind(model: Model, place: int) -> str:
-    """The name suffix of the block at this position in a stage."""
+    """Returns the name suffix of the block at this position in a stage."""
     if place < model.repeated_layers:
         return AGAIN
     part = model.offloaded_part(place)
@@ -412,7 +415,7 @@ def one_piece_stages(config: Config) -> Collection[int]:
 
 
 def state_items(config: Config, groups: list[Shards]) -> Counter:
-    """A rank's permanent state in bytes, by item."""
+    """Returns a rank's permanent state in bytes, by item."""
     owned = sum(group.partition for group in groups)
     whole = sum(group.partition * group.ranks for group in groups)
     return Counter(
@@ -423,15 +426,15 @@ def state_items(config: Config, groups: list[Shards]) -> Counter:
 
 
 def _offload_buffers(config: Config, groups: list[Shards]) -> int:
-    """Bytes of the host buffers of DeepSpeed's ZeRO-Offload: gradients of the shard, its updated weights, and the
-    largest weight."""
+    """Returns the bytes of the host buffers of DeepSpeed's ZeRO-Offload: gradients of the shard, its updated weights,
+    and the largest weight."""
     owned, element = sum(group.partition for group in groups), config.precision.weight_bytes
     largest = max(weight.elements for group in groups for weight in group.weights)
     return (FP32_BYTES + element) * owned + element * largest
 
 
 def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:
-    """Bytes of RoPE tables, router counters, and a step's tokens."""
+    """Returns the bytes of RoPE tables, router counters, and a step's tokens."""
     model = config.model
     tables = len(chunks) * 8 * config.seq_len * model.rope_head_dim // 2
     routers = sum(
@@ -451,7 +454,7 @@ def _walk(
     depth: WalkDepth,
     ahead: dict[int, tuple[int, int]],
 ) -> tuple[MemoryPeak, int]:
-    """The peak of device memory in the schedule, and the peak bytes of activations on the host."""
+    """Returns the peak of device memory in the schedule, and the peak bytes of activations on the host."""
     model, parallel = config.model, config.parallel
     share = model.experts // parallel.ep
     last = max(max(stages) for stages in parallel.placement)

@@ -78,14 +78,14 @@ def part_weights(
 
 
 def held_bytes(config: Config, weights: Sequence[Weight]) -> int:
-    """Bytes of complete weights, in the formats in which a rank stores them."""
+    """Returns the bytes of complete weights, in the formats in which a rank stores them."""
     usual = config.precision.weight_bytes
     return sum(weight.elements * (weight.item_bytes or usual) for weight in weights)
 
 
 def rank_weights(config: Config, chunks: Sequence[Parts]) -> list[Weight]:
-    """The weights of all chunks of a rank. An embedding that two chunks share, or that MTP modules also need, appears
-    once."""
+    """Returns the weights of all chunks of a rank. An embedding that two chunks share, or that MTP modules also need,
+    appears once."""
     model, share = FrozenSection(config.model), config.model.experts // config.parallel.ep
     has_table = any(needs_table(config.model, parts) for parts in chunks)
     names = [(None if config.model.mtp_depth else 0, "embedding")] * has_table

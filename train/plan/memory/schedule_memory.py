@@ -79,8 +79,8 @@ class ScheduleWalk:
         """stages: the rank's stages. holds_sent: whether tensors that were sent to other ranks stay until the step
         ends.
 
-        ahead: for each stage, two numbers about the reduction after its last backward: its peak bytes, and the bytes
-        that remain after it (step_end.py).
+        ahead: for each stage, two numbers about the reduction after the stage's last backward. The first is the peak in
+        bytes during this reduction. The second is the number of bytes that remain after the reduction (step_end.py).
         """
         self._ahead, self._left = ahead, Counter()
         self._stages, self._last, self._holds_sent, self._depth = stages, num_stages - 1, holds_sent, depth

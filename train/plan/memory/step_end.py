@@ -119,8 +119,8 @@ class StepEnd:
         self._bucket = min(max(1, sum(one.weight.elements for one in self._gradients)), THRESHOLDS.bucket_elements)
 
     def peaks(self, ended: Sequence[int]) -> tuple[list[tuple[int, int]], int, int]:
-        """Peak bytes of gradients, buffers and scratch in each early reduction, in the final reduction and in the
-        update.
+        """Returns the peak bytes of gradients, buffers and scratch in each early reduction, in the final reduction and
+        in the update.
 
         ended: chunks whose gradients are reduced early, in order. The first result has two numbers for each of these
         chunks. The first number is the peak, counted from the bytes before the reduction. The second number is the
@@ -195,7 +195,7 @@ class StepEnd:
         return sum(one.size for one in self._gradients if one.mine)
 
     def _copies(self, gradients: Sequence[Gradient]) -> Iterator[int]:
-        """Number of elements of each copy that joins slices. A single slice needs no copy."""
+        """Yields the number of elements of each copy that joins slices. A single slice needs no copy."""
         slices: list[int] = []
         for mine, run in groupby(
             ((one, piece) for one in gradients for piece in one.slices),

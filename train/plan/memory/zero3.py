@@ -50,7 +50,8 @@ class Zero3Memory:
         }
 
     def schedule(self) -> tuple[int, str]:
-        """Peak bytes in the forward and backward passes and between them, and the name of the unit at the peak."""
+        """Returns the peak bytes in the forward and backward passes and between them, and the name of the unit at the
+        peak."""
         forward, (backward, _) = self._forward, self._backward
         held = self._held
         moments = []
@@ -80,7 +81,7 @@ class Zero3Memory:
         )
 
     def reduction(self) -> int:
-        """Peak bytes when the remaining gradients of the last micro-batch are reduced.
+        """Returns the peak bytes when the remaining gradients of the last micro-batch are reduced.
 
         The embedding's input has no gradient. So DeepSpeed does not notice that the embedding's backward has ended, and
         does not free the embedding's weights.

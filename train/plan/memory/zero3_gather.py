@@ -7,10 +7,11 @@ gathers
     2. weights of the next units, one by one, until `limit` elements are in transfer, or 2 limit are gathered in total
 
 All weights of one gather share a buffer. When a unit first waits for one of these weights, DeepSpeed copies all of them
-out of the buffer. The buffer stays until units have waited for all of them. A weight is not copied if it was gathered
-alone, or if only one rank has it. After a unit has run, its weights are freed, unless later gathers already rely on
-them. DeepSpeed waits for a unit's weights in the order of a Python set of objects, which differs between processes. So
-the simulation takes the worst order. If another unit runs than the learnt one, DeepSpeed frees all weights in transfer.
+out of the buffer. The buffer is freed when units have waited for all of these weights. A weight is not copied if it was
+gathered alone, or if only one rank has it. After a unit has run, its weights are freed, unless later gathers already
+rely on them. DeepSpeed waits for a unit's weights in the order of a Python set of objects, which differs between
+processes. So the simulation takes the worst order. If another unit runs than the learnt one, DeepSpeed frees all
+weights in transfer.
 
 Limits are numbers of elements; results are bytes.
 """
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 
 class SharedWeight(NamedTuple):
-    """A weight, the process group whose ranks shard it, and the number of these ranks."""
+    """A weight, the process group whose ranks shard this weight, and the number of these ranks."""
 
     elements: int
     group: str
@@ -113,7 +114,7 @@ class _Coordinator:
         """Number of elements that DeepSpeed counts as gathered. Padding and buffers do not count."""
 
     def run(self, end: int) -> list[GatheredBytes]:
-        """Bytes of gathered weights at the visits before visit `end`."""
+        """Returns the bytes of gathered weights at the visits before visit `end`."""
         found = []
         for number, (unit, done) in enumerate(self._visits[:end]):
             weights = self._units[unit]

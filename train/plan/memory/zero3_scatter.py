@@ -71,7 +71,7 @@ class Visit(NamedTuple):
     peak: int
 
     def lifted(self, below: int) -> "Visit":
-        """A copy of the visit with `below` bytes added to its live bytes."""
+        """Returns a copy of the visit with `below` bytes added to its live bytes."""
         return Visit(self.unit, self.start + below, self.peak + below)
 
 
@@ -85,7 +85,7 @@ def trace_unit_forward(scene: Scene, part: str) -> tuple[Visit, ...]:
 
 @traced_once
 def trace_unit_evaluation(scene: Scene, part: str) -> tuple[Visit, ...]:
-    """The visits of a forward pass without gradients."""
+    """Returns the visits of a forward pass without gradients."""
     with _UnitRun(scene, part) as run:
         return run.visits(run.evaluate())
 
@@ -94,7 +94,8 @@ def trace_unit_evaluation(scene: Scene, part: str) -> tuple[Visit, ...]:
 def trace_unit_backward(
     scene: Scene, part: str, held: bool, bucket: Bucket, waiting: WaitingGradients
 ) -> tuple[PassMemory, tuple[Visit, ...], WaitingGradients]:
-    """The memory of a complete backward pass, its visits, and the gradients that are not yet reduced at its end.
+    """Returns the memory of a complete backward pass, its visits, and the gradients that are not yet reduced at its
+    end.
 
     held: as in trace_backward. waiting: gradients that are not yet reduced at the start.
     """
@@ -132,7 +133,7 @@ class _UnitRun(Run):
         return self
 
     def visits(self, whole: PassMemory) -> tuple[Visit, ...]:
-        """The visits of the pass that has just ended."""
+        """Returns the visits of the pass that has just ended."""
         found, firsts = [], [0, *(first for _, first in self._begun[1:]), len(whole.pieces)]
         for (unit, _), first, end in zip(self._begun, firsts, firsts[1:], strict=False):
             start = whole.pieces[first - 1].end if first else whole.start
@@ -172,8 +173,8 @@ class _UnitRun(Run):
 
 
 def unit_of(name: str) -> str:
-    """The unit of a module or weight after the blocks: norm, head or mtp.N. Empty for all other names, such as the
-    embedding."""
+    """Returns the unit of a module or weight after the blocks: norm, head or mtp.N. Returns an empty text for all other
+    names, such as the embedding."""
     first, *rest = name.split(".")
     if first == "mtp":
         return f"mtp.{rest[0]}" if rest else ""

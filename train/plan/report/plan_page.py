@@ -136,7 +136,7 @@ def _cures(record: dict[str, Any]) -> list[str]:
 
 
 def _search(record: dict[str, Any]) -> list[str]:
-    """The best layouts of a search, side by side."""
+    """Returns a table of the best layouts of a search, side by side."""
     if "search" not in record:
         return []
     best = record["search"]["best"]
@@ -174,7 +174,7 @@ PLANNED_PHASES = {
 
 
 def _phases(plan: RunPlan) -> str:
-    """The fullest rank's peak in each phase, on its device and in its node's host memory."""
+    """Returns a table of the fullest rank's peak in each phase, on its device and in its node's host memory."""
     rank = plan.fullest
     rows = [(PLANNED_PHASES[name], gib(one.device), gib(one.host)) for name, one in rank.phases.items()]
     return table_html((f"phase, of rank {rank.pp_rank}", "device", "host"), rows)
@@ -210,7 +210,7 @@ def _span(first: int, last: int) -> str:
 
 
 def memory_figure(plan: RunPlan) -> Figure | None:
-    """A bar of memory items for each pipeline rank, and a line for the device's memory."""
+    """Returns a figure with a bar of memory items for each pipeline rank, and a line for the device's memory."""
     caption = (
         "What each rank of a pipeline holds at its own peak; ranks with the same place in other pipelines are alike. "
         "The line is what a device has for tensors, the reserve taken off. "
@@ -221,7 +221,7 @@ def memory_figure(plan: RunPlan) -> Figure | None:
 
 
 def host_figure(plan: RunPlan) -> Figure | None:
-    """A bar of host memory per pipeline rank; None if no rank uses any."""
+    """Returns a figure with a bar of host memory per pipeline rank; None if no rank uses any."""
     if not plan.host_bytes:
         return None
     caption = "What each rank keeps in its node's own memory, most of it at one time. The line is its even share of what a host has for tensors."
@@ -234,7 +234,8 @@ def host_figure(plan: RunPlan) -> Figure | None:
 def _bars(
     key: str, title: str, caption: str, ranks: Sequence[Mapping[str, int]], limit: float, what: str
 ) -> Figure | None:
-    """A bar of items for each pipeline rank, and a line at `limit` bytes (no line for 0). what: label of the line."""
+    """Returns a figure with a bar of items for each pipeline rank, and a line at `limit` bytes (no line for 0). what:
+    label of the line."""
     plot = go.Figure()
     totals = {name: sum(rank.get(name, 0) for rank in ranks) for rank in ranks for name in rank}
     for colour, name in zip(BAR_COLOURS, sorted(totals, key=lambda name: -totals[name]), strict=False):

@@ -35,7 +35,7 @@ def plan_record(
     faster_stages: Cure | None = None,
     phases: Sequence[tuple[str, RunPlan]] = (),
 ) -> dict[str, Any]:
-    """The content of plan.json, without the results of a search."""
+    """Returns the content of plan.json, without the results of a search."""
     config, step, budget = plan.config, plan.step, plan.budget
     layout, parallel = layout_of(config), config.parallel
     stages = Stages(config, layout, load_rates(config, alone=layout.world == 1))
@@ -204,7 +204,7 @@ def layout_words(plan: RunPlan) -> str:
 
 
 def budget_words(budget: Budget, hardware: Hardware) -> str:
-    """The time and cost to train on all tokens."""
+    """Returns text about the time and cost to train on all tokens."""
     words = f"{amount(budget.tokens)} tokens in {length_of_run(budget.days)}: {amount(budget.gpu_hours)} device hours"
     if budget.cost is not None:
         words += (
@@ -216,7 +216,8 @@ def budget_words(budget: Budget, hardware: Hardware) -> str:
 
 
 def failure_words(plan: RunPlan) -> str | None:
-    """The budget with failures, the parts of a restart, and the advised interval. None if failures are not planned."""
+    """Returns text about the budget with failures, the parts of a restart, and the advised interval. Returns None if
+    failures are not planned."""
     found, checkpoint, hardware = plan.failures, plan.config.checkpoint, plan.config.hardware
     if found is None:
         return None

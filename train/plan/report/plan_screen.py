@@ -99,7 +99,7 @@ def _fullest(plan: RunPlan) -> str:
 
 
 def _beside(plan: RunPlan) -> str:
-    """The reserve, and the imbalance that the peak takes into account."""
+    """Returns text about the reserve, and the imbalance that the peak takes into account."""
     imbalance = plan.config.plan.imbalance
     more = (
         f"; the busiest experts get {imbalance:g} times the mean (plan.imbalance)"
@@ -148,7 +148,7 @@ def _matrices(config: Config) -> str:
 
 
 def _adapter(plan: RunPlan) -> str:
-    """The trained parameters, and how the frozen ones are stored."""
+    """Returns text about the trained parameters, and about the format of the frozen parameters."""
     counts = count_parameters(plan.config.model)
     frozen = "ZeRO 1 and 2 shard their state alone: frozen weights are whole on every rank of a stage, experts over ep"
     if plan.config.parallel.zero == 3:

@@ -31,7 +31,7 @@ class ActivationSaving:
     uses as few such blocks as memory allows."""
 
     def applied(self, config: Config, blocks: int) -> Config:
-        """The recipe with this saving, applied to this number of blocks per stage."""
+        """Returns the recipe with this saving, applied to this number of blocks per stage."""
         more = [f"layer:{blocks}"] if self.blocks and blocks else []
         recompute = self.recompute + more * (self.blocks == "recompute")
         return with_changes(config, recompute=recompute, offload=self.offload + more * (self.blocks == "offload"))
@@ -139,7 +139,7 @@ def _contexts(config: Config, ranks: int) -> list[int]:
 
 
 def _ramp(config: Config, share: int, pp: int, schedule: str) -> Config:
-    """The recipe with a batch ramp that fits this pipeline.
+    """Returns the recipe with a batch ramp that fits this pipeline.
 
     Some schedules have rounds of pp micro-batches. If the full batch consists of complete rounds, the batches of the
     ramp do too.

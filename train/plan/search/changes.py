@@ -20,7 +20,8 @@ LIGHTEST: list[str] = [str(what) for what in SELECTIVE]
 
 
 def with_changes(config: Config, **values: Any) -> Config:
-    """The recipe with other values of parallel's fields, micro_batch_size, recompute, offload, loss_chunk or moments.
+    """Returns the recipe with other values of parallel's fields, micro_batch_size, recompute, offload, loss_chunk or
+    moments.
 
     If `split` lists layers for another number of stages, a split by cost replaces this list. If the new schedule has no
     virtual stages, the number of virtual stages is reset.
@@ -44,8 +45,8 @@ def with_changes(config: Config, **values: Any) -> Config:
 
 
 def fitted_ramp(config: Config, share: int, least: int) -> Config:
-    """The recipe with a batch ramp whose batches are multiples of `share` sequences. The smallest batch is `least`
-    shares.
+    """Returns the recipe with a batch ramp whose batches are multiples of `share` sequences. The smallest batch is
+    `least` shares.
 
     Another layout may need such a ramp. The recipe stays unchanged if it has no ramp, or if no such multiple divides
     the full batch.
@@ -61,7 +62,7 @@ def fitted_ramp(config: Config, share: int, least: int) -> Config:
 
 
 def broken_rule(config: Config) -> UserError | None:
-    """The first rule that forbids running or planning the recipe. None if no rule does."""
+    """Returns the first rule that forbids running or planning the recipe. Returns None if no rule does."""
     try:
         check(config)
         require_rule(config)
@@ -82,12 +83,12 @@ def broken_layout(config: Config) -> UserError | None:
 
 
 def words(value: Any) -> str:
-    """A value of the section parallel, in command-line syntax."""
+    """Returns a value of the section parallel, in command-line syntax."""
     return str(value).replace(" ", "").lower() if isinstance(value, bool | list) else str(value)
 
 
 def overrides(config: Config, base: Config) -> list[str]:
-    """The command-line arguments that turn the base recipe into this one."""
+    """Returns the command-line arguments that turn the base recipe into this one."""
     found = []
     for name, value in vars(config.parallel).items():
         if value != getattr(base.parallel, name):
@@ -112,7 +113,8 @@ def overrides(config: Config, base: Config) -> list[str]:
 
 
 def lighter(config: Config) -> Iterator[Config]:
-    """Recipes with one change that may save memory. Some of them may not save any, or may not run."""
+    """Yields recipes with one change that may save memory. Some of these recipes may save no memory, or may not be able
+    to run."""
     parallel, model = config.parallel, config.model
     for again in (LIGHTEST, [*LIGHTEST, f"{Recompute.layer}:1"], [Recompute.layer]):
         if set(model.recompute) != set(again):
@@ -146,7 +148,7 @@ def lighter(config: Config) -> Iterator[Config]:
 
 
 def unsearched(config: Config) -> Iterator[Config]:
-    """Recipes with one change that may save memory, in settings that a search does not vary."""
+    """Yields recipes with one change that may save memory, in settings that a search does not vary."""
     if config.precision.moments == "fp32":
         yield with_changes(config, moments="bf16")
     if config.model.loss_chunk > 512:

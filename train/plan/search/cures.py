@@ -118,7 +118,8 @@ def find_stages(plan: RunPlan) -> Cure | None:
 
 
 def _peak_of_fullest(config: Config, plan: RunPlan) -> int:
-    """Peak memory of the pipeline rank that was the fullest. This is a quick check before all ranks are planned."""
+    """Returns the peak memory of the pipeline rank that was the fullest. This is a quick check before all ranks are
+    planned."""
     rank = min(plan.fullest.pp_rank, config.parallel.pp - 1)
     return rank_memory(config, rank, scene_of(config)).peak_bytes
 
@@ -136,7 +137,7 @@ def _cure(config: Config, plan: RunPlan, first_look: int) -> list[Cure]:
 
 
 def _both(base: Config, one: Config, other: Config) -> Config | None:
-    """The recipe with both changes; None if they change the same field."""
+    """Returns the recipe with both changes; None if they change the same field."""
     values = [_values(config, base) for config in (one, other)]
     if values[0].keys() & values[1].keys():
         return None

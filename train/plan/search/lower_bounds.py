@@ -47,7 +47,7 @@ class FrameBounds:
         """Layouts that lack memory: the bytes that each lacks per device, the kind of memory, and the layout."""
 
     def candidates(self) -> Iterator[Candidate]:
-        """The layouts that the memory bound does not rule out."""
+        """Yields the layouts that the memory bound does not rule out."""
         frame = self._frame
         stages = self._stages(frame.config)
         last = len(stages.layers) - 1
@@ -160,7 +160,7 @@ def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
 
 
 def _pipeline_seconds(stages: Stages) -> float:
-    """Seconds of the busiest rank for all micro-batches, plus its idle time.
+    """Returns the seconds of the busiest rank for all micro-batches, plus its idle time.
 
     If backward is not split, a rank starts after the forwards of all stages before its first stage. It ends before the
     backwards of these stages. If all ranks are equal, the last rank gives the closed form. For other schedules, this is
@@ -182,7 +182,8 @@ def _pipeline_seconds(stages: Stages) -> float:
 
 
 def _busy(stages: Stages, ids: list[int]) -> float:
-    """Seconds of one micro-batch on the stages of a rank. If the schedule has pairs, the passes run in pairs."""
+    """Returns the seconds of one micro-batch on the stages of a rank. If the schedule has pairs, the passes run in
+    pairs."""
     if stages.config.parallel.schedule_facts.pairs:
         return 2 * _pair(stages, ids)
     return sum(stages.elapsed(Action(kind, stage, 0)).seconds for stage in ids for kind in "FB")
@@ -205,7 +206,7 @@ def _lengths(stages: Stages, stage: int) -> tuple[float, float, float]:
 
 
 def _state_bytes(config: Config, held: WeightCounts) -> int:
-    """Bytes of a rank's weights, fp32 gradients, master weights and moments, as ZeRO shards them."""
+    """Returns the bytes of a rank's weights, fp32 gradients, master weights and moments, as ZeRO shards them."""
     parallel = config.parallel
     element = config.precision.weight_bytes
     copies = parallel.stage_ranks, parallel.stage_ranks // parallel.ep
@@ -231,7 +232,7 @@ def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
 
 
 def _shard(config: Config, held: WeightCounts) -> float:
-    """Number of trained weights whose optimizer state is on this rank."""
+    """Returns the number of trained weights whose optimizer state is on this rank."""
     parallel = config.parallel
     return held.dense / parallel.stage_ranks + held.experts / (parallel.stage_ranks // parallel.ep)
 
@@ -241,7 +242,7 @@ def _moment_bytes(config: Config) -> int:
 
 
 def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flight: int) -> int:
-    """Lower bound on the bytes that `flight` micro-batches of one stage keep.
+    """Returns a lower bound on the bytes that `flight` micro-batches of one stage keep.
 
     A layer keeps the inputs of both norms and the output of attention. Experts keep their inputs and the inputs of
     their SwiGLU. The first `light` layers are recomputed or offloaded, and keep only their own input.
@@ -264,7 +265,7 @@ def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flig
 
 @cache
 def in_flight(schedule: str, pp: int, micro_batches: int, virtual: int = 2) -> list[tuple[int, int]]:
-    """Maximum number of micro-batches in flight for each rank, after all its weights have gradients.
+    """Returns the maximum number of micro-batches in flight for each rank, after all its weights have gradients.
 
     A micro-batch is in flight between its forward and its backward. The function returns two numbers per rank. The
     first is the maximum at any time. The second is the maximum while a forward runs (0 if no forward runs after all

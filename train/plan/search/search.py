@@ -14,8 +14,8 @@ The optimizer is on the host only if a layout does not fit otherwise. As few blo
 offloaded. Both only cost time. An interrupted search returns the best layouts that it has found.
 
 A family is all layouts of one pipeline length and schedule. If a family has no layout among the best, the search gives
-a reason: the rule that all its layouts break, the memory that its lightest layout lacks, or how much slower its best
-layout is.
+a reason. The reason is the rule that all layouts of the family break, the memory that is missing for the family's
+smallest layout, or how much slower the family's best layout is.
 """
 
 import gc
@@ -79,7 +79,7 @@ class Family:
 
 
 def _choice(found: FoundLayout) -> dict[str, Any]:
-    """One of the best layouts, as plan.json contains it."""
+    """Returns one of the best layouts, as plan.json contains it."""
     budget, failures = budget_of(found.config, plan_time(found.config)), plan_failures(found.config, found.step_seconds)
     return {
         "overrides": found.overrides,
@@ -115,7 +115,7 @@ class Search:
         }
 
     def command(self, name: str) -> list[str]:
-        """The command-line arguments that select the best layout. name: the name under which it was written."""
+        """Returns the command-line arguments that select the best layout. name: the name under which it was written."""
         rest = [part for part in self.best[0].overrides if not part.startswith("parallel.")]
         return [f"parallel={name}", *rest]
 
@@ -123,8 +123,8 @@ class Search:
 def search(config: Config, tell: Callable[[FoundLayout], None] = lambda found: None) -> Search:
     """Finds the ten fastest layouts that fit. After an interrupt (SIGINT), only the layouts tried so far count.
 
-    tell: called with each layout that is faster than all earlier ones. Raises UserError if no layout fits, and
-    KeyboardInterrupt if the interrupt comes before the first layout that fits.
+    tell: a function that is called with each layout that is faster than all earlier layouts. Raises UserError if no
+    layout fits, and KeyboardInterrupt if the interrupt comes before the first layout that fits.
     """
     require_hardware(config.hardware)
     require_host(config)
@@ -224,7 +224,7 @@ class _Finder:
         return any(family.runs for family in self._families.values())
 
     def run(self) -> list[_Fit]:
-        """Up to ten layouts that fit, the fastest first."""
+        """Returns up to ten layouts that fit, the fastest first."""
         try:
             self._find()
         except KeyboardInterrupt:
@@ -264,8 +264,8 @@ class _Finder:
         return sum(abs(math.log2(a / b)) for a, b in (*pairs, (one.micro_batch_size, base.micro_batch_size)))
 
     def _as_given(self, frame: Frame) -> Frame | None:
-        """The frame restricted to the recipe's schedule and dispatch, and to its activation saving or whole layers.
-        None if nothing is left."""
+        """Returns the frame restricted to the recipe's schedule and dispatch, and to its activation saving or whole
+        layers. Returns None if nothing is left."""
         base, model = self._base.parallel, self._base.model
         if (frame.config.parallel.schedule != base.schedule and base.pp > 1) or not (ways := self._ways(frame)):
             return None
@@ -291,7 +291,7 @@ class _Finder:
                 self._tell(self.found(fit))
 
     def _ways(self, frame: Frame) -> list[tuple[str, WireFormat]]:
-        """The pairs of dispatch and wire format that the rules allow.
+        """Returns the pairs of dispatch and wire format that the rules allow.
 
         Flat dispatch has no rules of its own. So if a layout breaks a rule with flat dispatch, it breaks this rule with
         every dispatch.
@@ -398,7 +398,7 @@ class _Finder:
         return FoundLayout(config, overrides(config, self._base), fit.step_seconds, fit.room_bytes, causal)
 
     def rejected(self, fits: list[_Fit]) -> Iterator[Family]:
-        """A reason for every family that has no layout among the best."""
+        """Yields a reason for every family that has no layout among the best."""
         shown = {fit.family for fit in fits}
         names = (name for name in self._families if name not in shown)
         for name in sorted(names, key=lambda name: (int("".join(filter(str.isdigit, name.split()[0]))), name)):
@@ -459,7 +459,7 @@ def _missed(config: Config, fullest: int) -> tuple[int, str]:
 
 
 def _nothing_runs(config: Config, found: Search, devices: int) -> UserError:
-    """The error if no layout can run on this number of devices."""
+    """Returns the error for the case that no layout can run on this number of devices."""
     reasons = "; ".join(f"{family.name}: {family.reason}" for family in found.rejected[:REASONS])
     more = f"; and {len(found.rejected) - REASONS} more" if len(found.rejected) > REASONS else ""
     return UserError(

@@ -119,7 +119,7 @@ def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder
 
 
 def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], dict[str, float]]:
-    """The fitted rates of all kinds, and the largest relative residual of each fit."""
+    """Returns the fitted rates of all kinds, and the largest relative residual of each fit."""
     samples: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     timed = [timed_passes(_alone(config, *batch), device) for batch in batches(config)]
     for (kind, *amounts, calls), seconds in chain(*timed, timed_rows_and_weights(config, device)):
@@ -130,7 +130,7 @@ def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], d
 
 
 def batches(config: Config) -> list[tuple[int, int]]:
-    """The number and the length of sequences in two micro-batches: the recipe's micro-batch and a smaller one.
+    """Returns the number and the length of sequences in two micro-batches: the recipe's micro-batch and a smaller one.
 
     The fit needs two sizes to separate the cost of a call from the cost of an element.
     """
@@ -197,8 +197,8 @@ def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) 
 def _factors_together(
     config: Config, device: torch.device, rates: dict[str, dict], launch: Rate, barrier
 ) -> dict[str, float]:
-    """The factors while all ranks are active. launch: the rate from one rank alone, because each rank launches on its
-    own core."""
+    """Returns the factors on passes and update, measured while all ranks are active. launch: the rate that one rank
+    alone has measured. It is valid here too, because each rank launches on its own core."""
     step = _Step(config, *batches(config)[0], rates, device, barrier)
     return {"passes": (step.passes - launch.seconds * step.launches) / step.kernels, "update": step.update}
 
@@ -219,8 +219,8 @@ class _Step:
 
 
 def _step(config: Config, device: torch.device, barrier) -> tuple[float, float]:
-    """Seconds of the passes over two micro-batches, and of the reduction and update after them. The shortest of several
-    runs counts.
+    """Returns the seconds of the passes over two micro-batches, and of the reduction and update after them. The
+    shortest of several runs counts.
 
     A single rank runs these steps.
     """

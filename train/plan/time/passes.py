@@ -34,7 +34,7 @@ class ElapsedTime:
 
 
 def alone(segments: list[Segment], taken: float) -> ElapsedTime:
-    """The time of one pass that has no other work during its waits."""
+    """Returns the time of one pass that has no other work during its waits."""
     seconds = exposed = 0.0
     for segment in segments:
         beside = _compute(0.0, segment.beside, segment.transfer, taken)
@@ -54,7 +54,8 @@ class _Lane:
 
 
 def overlapped(forward: list[Segment], backward: list[Segment], taken: float) -> ElapsedTime:
-    """The time of a forward and a backward pass that alternate; see parallel/pipeline/overlap.py for the order."""
+    """Returns the time of a forward and a backward pass that alternate; see parallel/pipeline/overlap.py for the
+    order."""
     lanes = [_Lane(backward), _Lane(forward)]
     now = exposed = link = 0.0
     turn = 0

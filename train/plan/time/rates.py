@@ -111,7 +111,7 @@ class Rates:
     """Cache of rates by kind."""
 
     def rate(self, kind: str) -> Rate:
-        """The rate of a kind, or of its fallback. Raises UserError if neither has a rate."""
+        """Returns the rate of a kind, or of its fallback. Raises UserError if neither has a rate."""
         if kind not in self._found:
             self._found[kind] = self._find(kind)
         return self._found[kind]
@@ -134,7 +134,7 @@ class Rates:
         return sum(self.of(one) for one in work)
 
     def passes(self, work: Sequence[Work]) -> float:
-        """Seconds of work inside the passes of a step, including launches.
+        """Returns the seconds of work inside the passes of a step, including launches.
 
         Only calibrations know how long Python and autograd take to launch.
         """
@@ -162,8 +162,8 @@ def _nearest_kind(kind: str) -> str | None:
 
 
 def load_rates(config: Config, alone: bool) -> Rates:
-    """The rates that a plan of this recipe uses. alone: only one rank of a machine is active. (On a CPU, active ranks
-    share memory.)
+    """Returns the rates that a plan of this recipe uses. alone: whether only one rank of a machine is active. (On a
+    CPU, active ranks share the machine's memory.)
 
     Raises UserError if there is no hardware description, if it has no rates, or if the calibration is of another
     device.

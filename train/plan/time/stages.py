@@ -240,12 +240,12 @@ class Stages:
         return Work(kind, work.flops * share, work.bytes * share, work.calls * share)
 
     def seconds(self, works: Sequence[Work]) -> float:
-        """Seconds of computing in a pass, and of the transfers that block it."""
+        """Returns the seconds of computing in a pass, plus the seconds of the transfers that block this pass."""
         sent = [one for one in works if one.kind in LINKS]
         return self.rates.passes([one for one in works if one.kind not in LINKS]) + self.rates.seconds(sent)
 
     def _exchange_seconds(self, hop: Exchange) -> float:
-        """Seconds of one hop of a micro-batch's rows, on the rank with the most rows."""
+        """Returns the seconds of one hop of a micro-batch's rows, on the rank with the most rows."""
         tokens = self.tokens * self.config.plan.imbalance * hop.row_bytes
         return max(
             (
@@ -283,7 +283,7 @@ class Stages:
         return ElapsedTime(max(computed.seconds, *there, *back, 0.0), computed.exposed)
 
     def _copies(self, stage: int) -> float:
-        """Seconds to copy one micro-batch's offloaded activations of a stage to the host."""
+        """Returns the seconds to copy one micro-batch's offloaded activations of a stage to the host."""
         if not self.config.model.offload:
             return 0.0
         if stage not in self._sent:
@@ -291,7 +291,7 @@ class Stages:
         return self._sent[stage]
 
     def count_sent(self, stage: int) -> int:
-        """Bytes of a stage's activations that wait on the host, per micro-batch."""
+        """Returns the bytes of a stage's activations that wait on the host, per micro-batch."""
         return chunk_of(self._scene, self.kind(stage)).sent_bytes
 
     def _computing(self, action: Action) -> ElapsedTime:

@@ -126,8 +126,8 @@ because each further micro-batch takes the same time."""
 
 
 def estimate_step(stages: Stages) -> tuple[float, float]:
-    """Seconds of a step, and the ratio of the busiest rank's time to the mean. Both are extrapolated from shorter
-    steps."""
+    """Returns the seconds of a step, and the ratio of the busiest rank's time to the mean. Both are extrapolated from
+    shorter steps."""
     pp, count = stages.layout.pp, stages.micro_batches
     if count <= (LONG + 1) * pp or count % pp:
         step = simulate_step(stages)
@@ -241,7 +241,8 @@ def _by_kind(actions: list[list[Action]], duration: Callable[[Action], float]) -
 
 
 def _work(stages: Stages, measure: Callable[[Work], float]) -> dict[str, float]:
-    """Sum of `measure` over the computing of all micro-batches, by kind of work. This is the mean over the ranks."""
+    """Returns the sum of `measure` over the computing of all micro-batches, by kind of work. This is the mean over the
+    ranks."""
     total: defaultdict[str, float] = defaultdict(float)
     for stage in range(len(stages.layers)):
         made = stages.directions(stage)

@@ -52,7 +52,7 @@ class TimedRun(Run):
         self._recorder = self._ledger.recorder = WorkRecorder(waits_for_each=True, clock=clock)
 
     def timed(self) -> list[TimedWork]:
-        """All kernels of a forward and a backward pass, each with its shortest time."""
+        """Returns all kernels of a forward and a backward pass, each with its shortest time."""
         passes = []
         for _ in range(TIMED_PASSES):
             self.forward()

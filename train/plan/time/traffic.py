@@ -45,14 +45,14 @@ class Spread:
     """Messages of one token to other nodes."""
 
     def step_bytes(self, tokens: float) -> tuple[float, float]:
-        """Bytes that the exchanges for a layer's tokens send inside nodes and across nodes, in forward and backward
-        together."""
+        """Returns the bytes that the exchanges for a layer's tokens send inside nodes and across nodes, in forward and
+        backward together."""
         row = self.row_bytes + self.gradient_bytes + self.high_bytes + self.high_gradient_bytes
         return tokens * self.inside * row, tokens * self.across * row
 
 
 def spread_of(config: Config, layout: Layout) -> Spread:
-    """The spread of a recipe's tokens over the expert group of a layout."""
+    """Returns the spread of a recipe's tokens over the expert group of a layout."""
     model, element = config.model, config.precision.weight_bytes
     if layout.ep == 1:
         return Spread(1, (), 1.0, 0, 0, 0, 0, 0.0, 0.0)
@@ -97,8 +97,8 @@ def reached(model: Model, nodes: int, per_node: int) -> tuple[float, float, int]
 
 @cache
 def _distinct(holders: int, experts: int, *rule: int) -> float:
-    """Expected number of holders with at least one of a token's experts. All holders have equally many consecutive
-    experts."""
+    """Returns the expected number of holders with at least one of a token's experts. All holders have equally many
+    consecutive experts."""
     hit_SH = np.zeros((SAMPLES, holders), dtype=bool)
     np.put_along_axis(hit_SH, _chosen(experts, *rule) // (experts // holders), True, 1)
     return float(hit_SH.sum(1).mean())

@@ -86,19 +86,19 @@ class Orthogonal:
     """Number of matrices that need this many operations."""
 
     def busiest(self, ranks: int) -> float:
-        """Upper bound on the operations of the busiest of `ranks` ranks that share the matrices."""
+        """Returns an upper bound on the operations of the busiest of `ranks` ranks that share the matrices."""
         return max(KEEPS * max(self.flops / ranks, self.largest), math.ceil(self.dearest / ranks) * self.largest)
 
     def moved(self, ranks: int) -> float:
-        """Bytes that a rank sends to owners and back, in fp32.
+        """Returns the bytes that a rank sends to owners and back, in fp32.
 
-        Every rank holds an equal part of each matrix. The owner's part does not travel.
+        Every rank holds an equal part of each matrix. The owner's part is not sent.
         """
         return 2 * 4 * self.elements * (ranks - 1) / ranks**2
 
 
 def count_weights(config: Config, layers: list[range], stage_ids: list[int], last: int) -> WeightCounts:
-    """Weights in the stages of one pipeline rank. Experts are counted for one rank of the expert group."""
+    """Returns the weights in the stages of one pipeline rank. Experts are counted for one rank of the expert group."""
     model, parallel = config.model, config.parallel
     if config.adapter.on:
         chunks = [parts for rank in chunk_parts(config, layers) for stage, parts in rank.items() if stage in stage_ids]
@@ -125,7 +125,7 @@ def count_weights(config: Config, layers: list[range], stage_ids: list[int], las
 
 
 def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last: int) -> tuple[Orthogonal, ...]:
-    """The orthogonalised matrices that all ranks of a stage share, and those in one rank's experts."""
+    """Returns the orthogonalised matrices that all ranks of a stage share, and those in one rank's experts."""
     facts, muon = config.optim.facts, config.optim.muon
     if not facts.matrices.is_whole:
         return ()
@@ -162,8 +162,8 @@ def _joined(parts: Sequence[Orthogonal]) -> Orthogonal:
 
 
 def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: list[tuple[float, int, int]]) -> float:
-    """Seconds to orthogonalise the matrices on their owners. Other matrices travel to owners and back in fp32 at the
-    same time."""
+    """Returns the seconds to orthogonalise the matrices on their owners. At the same time, other matrices are sent to
+    their owners and back, in fp32."""
     seconds = 0.0
     form = "bf16" if device_kind(config) == "cuda" else "fp32"
     for one, (_, group, per_node) in zip(held.orthogonal, groups, strict=False):
@@ -190,7 +190,7 @@ def sharers(layout: Layout, held: WeightCounts) -> list[tuple[float, int, int]]:
 
 
 def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> UpdateTime:
-    """Seconds of the update on a rank with these weights."""
+    """Returns the seconds of the update on a rank with these weights."""
     element = config.precision.weight_bytes
     groups = sharers(layout, held)
     reduce = gather = shard = copied = 0.0
@@ -223,8 +223,8 @@ def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts
 
 
 def to_host(config: Config, rates: Rates, moved: float) -> float:
-    """Seconds to copy this many bytes of one device to the host, or back. On a CPU, this is a copy within its
-    memory."""
+    """Returns the seconds to copy this many bytes of one device to the host, or back. On a CPU, this is a copy within
+    its memory."""
     if config.hardware.device == "cpu":
         return rates.of(Work("copy", bytes=2 * moved))
     return rates.of(Work("host", bytes=moved))
@@ -239,8 +239,8 @@ def _collective(name: str, rates: Rates, moved: float, group: int, per_node: int
 
 
 def stage3_seconds(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> tuple[float, float]:
-    """Seconds of communication that stage 3 adds to a micro-batch, for forward and for backward. Forward has a gather;
-    backward has a gather and a reduction."""
+    """Returns the seconds of communication that stage 3 adds to a micro-batch, for forward and for backward. Forward
+    has a gather; backward has a gather and a reduction."""
     element = config.precision.weight_bytes
     gather = reduce = 0.0
     frozen_weights = held.frozen_dense, held.frozen_experts
