@@ -58,8 +58,8 @@ class RunResult:
         return newest_intact(self.folder / "checkpoints").path
 
     def records(self) -> list[dict[str, Any]]:
-        """The scalars of train/metrics/names.py, as one dictionary for each recorded step. Non-finite values are
-        NaN."""
+        """Returns the scalars of train/metrics/names.py, as one dictionary for each recorded step. Non-finite values
+        are NaN."""
         path = self.folder / METRICS_FILE
         return list(read_heads(path)) if path.is_file() else []
 

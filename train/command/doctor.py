@@ -83,7 +83,7 @@ def find_all(config: Config) -> Iterator[DoctorLine]:
 
 
 def _packages() -> DoctorLine:
-    """A line that says whether the installed packages meet the program's requirements."""
+    """Returns a line that says whether the installed packages meet the program's requirements."""
     wanted = [
         one for one in map(Requirement, requirements()) if one.marker is None or one.marker.evaluate({"extra": ""})
     ]

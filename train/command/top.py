@@ -140,8 +140,8 @@ def _lines_of(pieces: Sequence[str], width: int) -> Iterator[Text]:
 
 
 def heat_map(picture: dict[str, Any], name: str, width: int, rows: int) -> list[Text]:
-    """A heat map with stages as rows and replicas as columns. If the map does not fit, each cell shows the largest
-    value of several ranks."""
+    """Returns a heat map with stages as rows and replicas as columns. If the map does not fit, each cell shows the
+    largest value of several ranks."""
     (title, words), stages, replicas = MAPS[name], picture["stages"], picture["replicas"]
     values = {rank["rank"]: rank[name] for rank in picture["ranks"] if rank[name] is not None}
     lines = [Text(f"{name}: {title}"[:width], style="bold")]
@@ -172,7 +172,7 @@ def heat_map(picture: dict[str, Any], name: str, width: int, rows: int) -> list[
 
 
 def _share(index: int, parts: int, count: int) -> range:
-    """The range of items that belongs to part `index`, if `count` items are divided into `parts` parts."""
+    """Returns the range of items that belongs to part `index`, if `count` items are divided into `parts` parts."""
     return range(index * count // parts, (index + 1) * count // parts)
 
 

@@ -119,7 +119,7 @@ def _pace(records: Sequence[Record]) -> float | None:
 
 
 def _read_table(folder: Path) -> dict[str, Any]:
-    """The driver's rank table; empty if there is no readable table."""
+    """Returns the driver's rank table; empty if there is no readable table."""
     with contextlib.suppress(OSError, ValueError):
         table = read_plain_json(folder / RANKS_FILE)
         return table if isinstance(table, dict) and isinstance(table.get("ranks"), list) else {}

@@ -90,7 +90,7 @@ def alive_traces(logs: Path) -> dict[int, RankTrace]:
 
 
 def last_news(traces: dict[int, RankTrace]) -> float:
-    """Unix time at which a rank last started or ended an action."""
+    """Returns the Unix time at which a rank last started or ended an action."""
     return max(
         max(trace.since, *(max(record.began, record.ended) for record in trace.records[-50:]), 0.0)
         for trace in traces.values()

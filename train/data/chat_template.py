@@ -261,7 +261,7 @@ class ChatTemplate:
         return bool(found) and not CLOSED.search(before) and mark not in in_field
 
     def _lost(self, chat: Chat) -> set[int]:
-        """Indices of the turns whose reasoning field the template drops."""
+        """Returns the indices of the turns whose reasoning field the template drops."""
         marks = {n: f"{PROBE}{n}{PROBE}" for n, message in enumerate(chat.messages) if message.get(REASONING)}
         if not marks:
             return set()
@@ -433,7 +433,7 @@ def _unmarked(text: str) -> tuple[str, list[Span]]:
 
 
 def _shared(one: str, other: str) -> int:
-    """Number of characters in the common prefix; a common start of <think> and </think> does not count."""
+    """Returns the number of characters in the common prefix; a common start of <think> and </think> does not count."""
     pairs = enumerate(zip(one, other, strict=False))
     place = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
     inside = place > 0 and {one[place - 1 :][: len(word)] for word in (THINK, THOUGHT)} & {THINK, THOUGHT}
@@ -498,7 +498,7 @@ def refuse_unknown_token(token: str, tokenizer: Tokenizer, field: str, name: str
 def load_template(
     choice: str | None, folder: Path | None, tokenizer: Tokenizer, keys: Mapping[str, Any] | None = None
 ) -> ChatTemplate:
-    """The template that data.template names, or the template in the tokenizer's folder. Raises UserError.
+    """Returns the template that data.template names, or the template in the tokenizer's folder. Raises UserError.
 
     folder: the tokenizer's folder; None if the tokenizer is not on this disk. keys: data.template_keys.
     """
@@ -552,8 +552,8 @@ def _of_folder(folder: Path | None) -> tuple[dict[str, str], str]:
 
 
 def stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
-    """Token ids that end an answer: the stop tokens of the template, the ids in generation_config.json, and eos. Raises
-    UserError."""
+    """Returns the token ids that end an answer: the stop tokens of the template, the ids in generation_config.json, and
+    eos. Raises UserError."""
     try:
         ends = [encoding.ids for encoding in tokenizer.encode_rendered(template.stops())]
     except CannotRender as error:

@@ -52,7 +52,7 @@ class TokenisedChats:
 
 
 def chat_tokenizer(config: Config) -> tuple[Tokenizer, ChatTemplate]:
-    """The tokenizer of the weights to fine-tune, and the chat template. Raises UserError."""
+    """Returns the tokenizer of the weights to fine-tune, and the chat template. Raises UserError."""
     choice = config.data.tokenizer or config.init_from
     if choice is None:
         rule = "chats need the tokenizer of the tuned model; no tokenizer can be trained on chats"
@@ -111,7 +111,7 @@ def _encode(names: list[str], rendered: list[RenderedChat], tokenizer: Tokenizer
 
 
 def learnt_tokens(encoding: Encoding, chat: RenderedChat) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of a chat (uint32), and a mask (uint8) with 1 for learnt tokens."""
+    """Returns the token ids of a chat (uint32), and a mask (uint8) with 1 for learnt tokens."""
     mask_N = np.zeros(len(encoding.ids), dtype=np.uint8)
     begins_N, ends_N = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
     for begin, end in chat.learnt:  # a character may be several tokens; begins and ends of tokens increase

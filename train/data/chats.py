@@ -62,7 +62,7 @@ class Chat:
     """For each message: whether the assistant wrote it and the model may learn it."""
 
     def without_old_reasoning(self) -> "Chat":
-        """A copy without the reasoning in assistant turns before the last question."""
+        """Returns a copy without the reasoning in assistant turns before the last question."""
         last = max((n for n, message in enumerate(self.messages) if message["role"] == "user"), default=0)
         return replace(
             self,
@@ -83,7 +83,7 @@ def _cut(message: Message) -> Message:
 
 
 def with_field(message: Message) -> Message:
-    """The message with leading reasoning moved to `reasoning_content`, for templates that know this field."""
+    """Returns the message with leading reasoning moved to `reasoning_content`, for templates that know this field."""
     found = LEADING_THOUGHT.fullmatch(message.get("content") or "") if message["role"] == "assistant" else None
     if found is None or REASONING in message:
         return message
@@ -129,7 +129,7 @@ def read_chat(record: Any, place: str, field: str) -> Chat:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without the keys whose value is null, at every depth."""
+    """Returns the value without the keys whose value is null, at every depth."""
     if isinstance(value, dict):
         return {key: without_nulls(one) for key, one in value.items() if one is not None}
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
@@ -174,7 +174,7 @@ def _from_sharegpt(turn: Any, refuse: Any) -> Message:
 
 
 def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
-    """The message in the form that templates take, and whether its weight is not 0."""
+    """Returns the message in the form that templates take, and whether its weight is not 0."""
     where = f"message {number + 1}"
     if not isinstance(given, dict):
         raise refuse(f"{where} is a {type(given).__name__}, not an object", 'write {"role": ..., "content": ...}')

@@ -226,7 +226,8 @@ class _Builder:
     def _tokenizer(
         self, memmaps: dict[str, Path], sources: dict[str, DocumentSource], digests: dict[str, str]
     ) -> tuple[Tokenizer, str]:
-        """The tokenizer and its name if data.tokenizer is not set: from tokenised data, or else trained here."""
+        """Returns the tokenizer and its name if data.tokenizer is not set: from tokenised data, or else trained
+        here."""
         for key, path in memmaps.items():
             if not (path / "tokenizer.json").is_file():
                 raise UserError(
@@ -241,8 +242,8 @@ class _Builder:
         return tokenizer, "null (trained on this data)"
 
     def _trained(self, sources: dict[str, DocumentSource], digests: dict[str, str]) -> str:
-        """The tokenizer.json of a BPE trained on a sample of the training documents, from the cache after the first
-        time."""
+        """Returns the tokenizer.json of a BPE trained on a sample of the training documents, from the cache after the
+        first time."""
         rows = self.config.model.vocab_size
         if rows < SMALLEST_VOCAB:
             raise UserError(
@@ -276,7 +277,7 @@ class _Builder:
         return self._once(path, ready, make)
 
     def _tokens(self, source: DocumentSource, digest: str, tokenizer: Tokenizer) -> TokenStore:
-        """The token folder of a source, from the cache or newly written."""
+        """Returns the token folder of a source, from the cache or newly written."""
         path = self.cache / "tokens" / _hash(digest, tokenizer.fingerprint)
         return self._store(path, lambda path: self._write(path, source, tokenizer))
 

@@ -34,7 +34,7 @@ class Schedule:
         self.shares = [(exact[s] / sum(exact[s:])).limit_denominator(10**6) for s in range(len(exact))]
 
     def counts(self, samples: int) -> list[int]:
-        """Number of samples from each source among the first `samples` samples."""
+        """Returns the number of samples from each source among the first `samples` samples."""
         counts = []
         for share in self.shares:
             counts.append(samples * share.numerator // share.denominator)
@@ -80,7 +80,7 @@ class TrainingData:
         return rows.batch
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Number of epochs of each source's training text after this many samples."""
+        """Returns the number of epochs of each source's training text after this many samples."""
         counts = self._schedule.counts(samples)
         return {
             name: float(count / stream.sequences)
@@ -88,14 +88,14 @@ class TrainingData:
         }
 
     def repeats(self, samples: int) -> str | None:
-        """A warning if a run of this many samples reads a source more than one time; otherwise None."""
+        """Returns a warning if a run of this many samples reads a source more than one time; otherwise None."""
         often = [f"{name} {times:.3g} times" for name, times in self.epochs(samples).items() if times > 1]
         if not often:
             return None
         return f"the run reads its training text more than once ({', '.join(often)}): repeated text is less useful than new text; stop when the held-out loss no longer falls"
 
     def read_once(self, before: int, after: int) -> list[str]:
-        """Names of the sources whose second epoch begins between the samples `before` and `after`."""
+        """Returns the names of the sources whose second epoch begins between the samples `before` and `after`."""
         then = self.epochs(before)
         return [name for name, times in self.epochs(after).items() if then[name] <= 1 < times]
 
@@ -128,7 +128,7 @@ class ValidationData:
             self._places += [(stream, max(1, whole) * place // count) for place in range(count)]
 
     def __len__(self) -> int:
-        """Number of sequences: the requested number, or fewer if the held-out text is short."""
+        """Returns the number of sequences: the requested number, or fewer if the held-out text is short."""
         return len(self._places)
 
     def batch(self, first: int, count: int) -> Batch:

@@ -59,8 +59,8 @@ def long_documents(documents: Documents, least: int) -> Documents:
 
 
 def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
-    """Number of training tokens of a document that is cut in two. These tokens lie entirely in the first part of its
-    bytes. Each side gets at least one token."""
+    """Returns the number of training tokens of a document that is cut in two. These tokens lie entirely in the first
+    part of its bytes. Each side gets at least one token."""
     chunks = [slice(first, first + TOKENS_AT_ONCE) for first in range(0, len(tokens_N), TOKENS_AT_ONCE)]
     ends = np.cumsum([bytes_V[tokens_N[chunk]].sum() for chunk in chunks])
     goal = (1 - fraction) * ends[-1]

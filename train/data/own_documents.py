@@ -96,7 +96,7 @@ class OwnDocuments:
         return hash_id(str(document.number)) < self._fraction * 2**64
 
     def tokens(self, document: OwnDocument) -> np.ndarray:
-        """Token ids of a document with eos at the end, int64; empty if the document is empty."""
+        """Returns the token ids of a document with eos at the end, int64; empty if the document is empty."""
         assert self._tokenizer is not None
         if isinstance(document.content, str):
             ids = [id for part in self._tokenizer.encode_batch(list(in_parts(document.content))) for id in part]
@@ -133,7 +133,7 @@ class OwnDocuments:
         return []
 
     def digest(self, manifests: Path, progress: ReportProgress) -> str:
-        """Hash of the data.source section and of the first documents."""
+        """Returns the hash of the data.source section and of the first documents."""
         hashed = hashlib.blake2b(json.dumps(dict(self._section), sort_keys=True).encode(), digest_size=16)
         for document in islice(takewhile(lambda one: not one.passes, self.walk()), LOOKED_AT):
             content = document.content

@@ -81,15 +81,16 @@ class Stream:
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def tokens_before(self, epoch: int) -> int:
-        """Number of tokens in the stream before this epoch."""
+        """Returns the number of tokens in the stream before this epoch."""
         return epoch * self.plain_tokens + FIM_TOKENS * self._fim_before(epoch * len(self.documents))
 
     def samples_before(self, epoch: int) -> int:
-        """Number of samples before this epoch: these are the windows that begin before the epoch's first token."""
+        """Returns the number of samples before this epoch: these are the windows that begin before the epoch's first
+        token."""
         return -(-self.tokens_before(epoch) // self.seq_len)
 
     def windows_N(self, samples_N: np.ndarray) -> np.ndarray:
-        """The window index (int64) of each sample; samples_N must increase."""
+        """Returns the window index (int64) of each sample; samples_N must increase."""
         windows_N = np.empty(len(samples_N), dtype=np.int64)
         done = 0
         while done < len(samples_N):
@@ -181,7 +182,7 @@ class Stream:
         return self._epochs[number]
 
     def _epoch_of(self, position: int, before: Callable[[int], int], tokens: int) -> int:
-        """The epoch e with before(e) <= position < before(e + 1). Two successive positions are `tokens` tokens
+        """Returns the epoch e with before(e) <= position < before(e + 1). Two successive positions are `tokens` tokens
         apart."""
         epoch = int(position * tokens // self.mean_tokens)  # at most a few epochs off
         while before(epoch) > position:
@@ -250,7 +251,7 @@ class PackedChats:
         return len(self._sequences)
 
     def windows_N(self, samples_N: np.ndarray) -> np.ndarray:
-        """The sequence index (int64) of each sample; samples_N must increase."""
+        """Returns the sequence index (int64) of each sample; samples_N must increase."""
         count = len(self._sequences)
         epochs_N, inside_N = np.divmod(samples_N.astype(np.int64), count)
         found_N = np.empty(len(samples_N), dtype=np.int64)

@@ -124,12 +124,12 @@ def _text_of(record: object, text_key: str, place: str, field: str) -> str:
 
 
 def text_key_of(field: str) -> str:
-    """The text_key setting that belongs to a path setting."""
+    """Returns the text_key setting that belongs to a path setting."""
     return field.removesuffix("path") + "text_key"
 
 
 def check_text(value: object, place: str, text_key: str, field: str) -> str:
-    """The value as text; null counts as empty text."""
+    """Returns the value as text; null counts as empty text."""
     if value is None:
         return ""
     if not isinstance(value, str):

@@ -17,7 +17,7 @@ def _mix(x: int) -> int:
 
 
 def key(*numbers: int) -> int:
-    """A 64-bit seed for this sequence of numbers; a different order or length gives a different seed."""
+    """Returns a 64-bit seed for this sequence of numbers; a different order or length gives a different seed."""
     state = len(numbers)
     for number in numbers:
         state = _mix((state + 0x9E3779B97F4A7C15 + _mix(number & MASK)) & MASK)

@@ -68,10 +68,10 @@ class DocumentSource(Protocol):
         """Notes for the user, available after the documents were read."""
 
     def digest(self, manifests: Path, progress: ReportProgress) -> str:
-        """Hash of the content and of the way of reading it."""
+        """Returns the hash of the content and of the way of reading it."""
 
     def documents(self) -> Iterator[tuple[str, str]]:
-        """Stable id and text of every document that has text."""
+        """Yields the stable id and the text of every document that has text."""
 
     def sample(self, limit: int) -> Iterator[tuple[str, str]]:
         """Yields documents from all parts of the source. The first `limit` bytes of this stream represent the
@@ -210,7 +210,7 @@ def no_text(source: DocumentSource) -> UserError:
 
 
 def format_of(source: MixSource, key: str) -> DataFormat:
-    """The configured format, or the format that the file names show; stdlib with a path means auto."""
+    """Returns the configured format, or the format that the file names show; stdlib with a path means auto."""
     if not source.path:
         return DataFormat.stdlib
     return _guess(source, key) if source.format in (DataFormat.auto, DataFormat.stdlib) else source.format
@@ -384,13 +384,14 @@ def _raise(error: OSError) -> None:
 
 
 def content_id(place: str, content: str) -> str:
-    """Stable id of a document whose content decides whether it is held out. The id begins with the document's place,
-    for error messages."""
+    """Returns the stable id of a document whose content decides whether it is held out. The id begins with the
+    document's place, for error messages."""
     return f"{place}\0{hashlib.blake2b(content.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}"
 
 
 def place_of(name: str) -> str:
-    """Place of the document with this stable id: the path of its file in the source, with the line or row."""
+    """Returns the place of the document with this stable id: the path of its file in the source, with the line or
+    row."""
     return name.partition("\0")[0]
 
 
@@ -401,7 +402,7 @@ def hash_id(name: str) -> int:
 
 
 def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: ReportProgress) -> str:
-    """Hash of the names and contents of the files.
+    """Returns the hash of the names and contents of the files.
 
     The manifest keeps each file's hash with its size and mtime, so only changed files are read.
     """

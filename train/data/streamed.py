@@ -48,7 +48,7 @@ class StreamedData:
         self._pass_samples = self._start.pass_samples
 
     def mark(self, samples: int) -> dict[str, Any]:
-        """The latest known mark at or before this sample."""
+        """Returns the latest known mark at or before this sample."""
         known = [mark for mark in (self._start, *self._marks) if mark.sample <= samples]
         return asdict(replace(known[-1], pass_samples=self._pass_samples))
 
@@ -91,7 +91,7 @@ class StreamedData:
                 held[0] = at, after + left, here - left
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Number of passes in these samples; 0 until the first pass has ended."""
+        """Returns the number of passes in these samples; 0 until the first pass has ended."""
         return {self._documents.name: samples / self._pass_samples if self._pass_samples else 0.0}
 
     def repeats(self, samples: int) -> str | None:
@@ -99,5 +99,5 @@ class StreamedData:
         return None
 
     def read_once(self, before: int, after: int) -> list[str]:
-        """The source's name if the first pass ended between these samples."""
+        """Returns the source's name if the first pass ended between these samples."""
         return [self._documents.name] if self._pass_samples and before <= self._pass_samples < after else []

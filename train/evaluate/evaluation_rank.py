@@ -274,7 +274,8 @@ def _answers(
 
 
 def _start_id(target: Target, corpus: Corpus) -> int:
-    """First token of a text: eos, as in our training, or the begin token that a Hugging Face folder requires."""
+    """Returns the first token of a text: eos, as in our training, or the begin token that a Hugging Face folder
+    requires."""
     return corpus.tokenizer.eos_id if target.meta is not None else start_token(target.checkpoint, corpus.tokenizer)
 
 

@@ -159,7 +159,7 @@ class Harness(TemplateLM):
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each context, up to its first stop word."""
+        """Returns the continuation of each context, up to its first stop word."""
         texts: list[str] = [""] * len(requests)
         asked: list[tuple[Any, ...]] = [request.args for request in requests]  # context and settings of each request
         for settings in {repr(one[1]): one[1] for one in asked}.values():

@@ -51,7 +51,7 @@ class Needle:
         return 1 + len(self.sentence) + len(self.question) + len(self.key)
 
     def text(self, start_id: int, filler: list[int], length: int, depth: float) -> list[int]:
-        """A text of length + 1 tokens that ends with the key. filler: at least length + 1 tokens."""
+        """Returns a text of length + 1 tokens that ends with the key. filler: at least length + 1 tokens."""
         room = length + 1 - self.size
         place = round(depth * room)
         return [start_id, *filler[:place], *self.sentence, *filler[place:room], *self.question, *self.key]

@@ -160,8 +160,8 @@ class EvaluatedSource:
 
 
 def choose_sources(corpus: Corpus, config: Config, held_out: dict[str, Any] | None) -> list[EvaluatedSource]:
-    """The sources that get evaluated sequences, in the order of the mix. held_out: the checkpoint's record of the run's
-    data."""
+    """Returns the sources that get evaluated sequences, in the order of the mix. held_out: the checkpoint's record of
+    the run's data."""
     known = {word for source in held_out["sources"] for word in source} if held_out else set()
     wanted = config.evaluate.sequences
     wanted = config.log.validation_sequences if wanted is None else wanted
@@ -301,7 +301,7 @@ def _by_position(ranges: list[dict[str, Any]]) -> list[str]:
 
 
 def lines_of_answers(judged: JudgedAnswers) -> list[str]:
-    """A title and a line for each set of scored answers."""
+    """Returns a title and a line for each set of scored answers."""
     title = f"{'ROUGE-L':>12}  {'loss':>8}  answers to {judged.questions} held-out questions"
     rows = [
         f"{score.rouge_l:>12.4f}  {'' if score.loss is None else _text(score.loss, 4):>8}  {score.of}"

@@ -74,7 +74,7 @@ def _of_hf_folder(config: Config, folder: Path) -> Target:
 
 
 def _with_tokenizer(config: Config, folder: Path) -> Config:
-    """The configuration with the tokenizer beside the weights, unless one is set."""
+    """Returns the configuration with the tokenizer beside the weights, unless one is set."""
     if config.data.tokenizer is not None or not (folder / "tokenizer.json").is_file():
         return config
     return replace(config, data=replace(config.data, tokenizer=str(folder)))

@@ -122,12 +122,12 @@ def _sources(config: Config) -> list[str]:
 
 
 def _sections(settings: dict[str, Any]) -> dict[str, Any]:
-    """The sections of the settings that contain no local path."""
+    """Returns the sections of the settings that contain no local path."""
     return {name: settings[name] for name in ("model", "optim", "precision") if name in settings}
 
 
 def _name(path: str) -> str:
-    """Name of a data source: hf://NAME unchanged, else the last part of the path."""
+    """Returns the name of a data source: hf://NAME unchanged, else the last part of the path."""
     return path if path.startswith("hf://") else Path(path).name
 
 

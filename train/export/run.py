@@ -138,7 +138,7 @@ def write_export(config: Config, progress: ReportProgress) -> list[str]:
 
 
 def _tokenizer_folder(config: Config, tokenizer: Tokenizer) -> Path | None:
-    """The folder that the run's tokenizer came from; None if it no longer holds this tokenizer."""
+    """Returns the folder that the run's tokenizer came from; None if it no longer holds this tokenizer."""
     for choice in (config.data.tokenizer, config.init_from):
         folder = Path(choice).expanduser() if choice else None
         if folder is not None and (folder / TOKENIZER_FILE).is_file() and not (folder / "config.yaml").is_file():
@@ -162,7 +162,7 @@ def _ends(config: Config, run: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _own_family(config: Config, manifest: Manifest) -> ModelFamily:
-    """The family of the folder that the run started from. If this family has dense attention and the run added
+    """Returns the family of the folder that the run started from. If this family has dense attention and the run added
     indexers, the family is DeepSeek-V3.2."""
     family = ModelFamily(manifest.meta.get("family", ModelFamily.deepseek_v3))
     return ModelFamily.deepseek_v32 if config.model.sparse.heads and not FAMILIES[family].is_sparse else family

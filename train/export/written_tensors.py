@@ -105,7 +105,8 @@ class PlannedFile:
 def plan_files(
     placed: list[PlacedTensor], dtype: ExportType, shard_bytes: float, stem: str = "model"
 ) -> list[PlannedFile]:
-    """The Hugging Face tensors in order, split into files of at most shard_bytes; a larger tensor gets its own file."""
+    """Returns the Hugging Face tensors in order, split into files of at most shard_bytes; a larger tensor gets its own
+    file."""
     groups: list[list[WrittenTensor]] = []
     room = 0.0
     for each in placed:
@@ -139,7 +140,7 @@ def index_json(files: list[PlannedFile]) -> dict[str, Any]:
 
 
 def left_out(manifest: Manifest, placed: list[PlacedTensor], ema: bool) -> dict[str, str]:
-    """Every tensor of the checkpoint that is not exported, with the reason.
+    """Returns every tensor of the checkpoint that is not exported, with the reason.
 
     Raises UserError if a tensor has no known reason, or if a tensor that the model needs is missing.
     """
@@ -173,7 +174,7 @@ def left_out(manifest: Manifest, placed: list[PlacedTensor], ema: bool) -> dict[
 
 
 def source_name(placed: PlacedTensor, ema: bool) -> str:
-    """The checkpoint's tensor that holds the values of a Hugging Face tensor."""
+    """Returns the checkpoint's tensor that holds the values of a Hugging Face tensor."""
     return "ema." + placed.ours.removeprefix("master.") if ema and placed.ours.startswith("master.") else placed.ours
 
 
@@ -182,7 +183,7 @@ def _reason(name: str, reasons: dict[str, str]) -> str | None:
 
 
 def fates(files: list[PlannedFile], rest: dict[str, str], ema: bool) -> list[dict[str, Any]]:
-    """One row for every written tensor, and one row for every checkpoint tensor that is left out."""
+    """Returns one row for every written tensor, and one row for every checkpoint tensor that is left out."""
     rows = [
         {
             "tensor": out.name,

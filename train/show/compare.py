@@ -139,7 +139,7 @@ def _write(path: Path, title: str, runs: list[RunToCompare]) -> Path:
 
 
 def varied(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Dotted keys whose value differs between the settings, in the order of the schema."""
+    """Returns the dotted keys whose value differs between the settings, in the order of the schema."""
     keys = dict.fromkeys(key for one in settings for key in one if key not in WHERE_IT_LIES)
     return [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
 
@@ -194,7 +194,7 @@ def _figures(runs: list[RunToCompare]) -> Iterator[Figure]:
 
 
 def _tokens(series: Series) -> np.ndarray:
-    """Number of trained tokens at every recorded step, or the step numbers if tokens were not recorded."""
+    """Returns the number of trained tokens at every recorded step, or the step numbers if tokens were not recorded."""
     return series.columns["tokens"] if series.has("tokens") else series.step_N
 
 

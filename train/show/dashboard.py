@@ -94,7 +94,7 @@ SECTIONS = {
 
 
 def sections(model: Model) -> dict[str, tuple[Panel, ...]]:
-    """All sections for a model: SECTIONS, and a load heat map for each MoE layer."""
+    """Returns all sections for a model: SECTIONS, and a load heat map for each MoE layer."""
     heat = (
         Panel(f"{layer}: experts by load", "experts", (f"layer_load/{layer_key(layer)}",))
         for layer in moe_layers(model)
@@ -146,7 +146,7 @@ def build_dashboard(config: Config) -> int:
 
 
 def make_workspace(config: Config, project: str, entity: str) -> Any:
-    """The workspace in the run's project, filtered to this run. entity: the W&B user or team."""
+    """Returns the workspace in the run's project, filtered to this run. entity: the W&B user or team."""
     from wandb_workspaces import workspaces as ws
 
     return ws.Workspace(

@@ -119,7 +119,7 @@ MFU_OF_PROCESSORS = (
 
 
 def curves_of(key: str) -> dict[str, Curve]:
-    """The curves of a figure, by metric, in the order of train/metrics/names.py."""
+    """Returns the curves of a figure, by metric, in the order of train/metrics/names.py."""
     return {metric.name: metric.curve for metric in SCALARS if metric.curve is not None and metric.curve.figure == key}
 
 

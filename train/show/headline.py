@@ -163,7 +163,7 @@ def findings(series: Series, settings: Mapping[str, Any]) -> list[str]:
 
 
 def _changes(resumed: Record) -> str:
-    """A sentence about the settings that a resume changed."""
+    """Returns a sentence about the settings that a resume changed."""
     pairs = (f"{key} from {clipped(old)} to {clipped(new)}" for key, (old, new) in resumed["changed"].items())
     return f"Resumed from step {resumed['step']:,} with other settings: {'; '.join(pairs)}."
 

@@ -27,7 +27,7 @@ ACTION_SUMS = {
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
-    """The settings that a plan and a run must share, as JSON values."""
+    """Returns the settings that a plan and a run must share, as JSON values."""
     found = {
         "parallel": asdict(config.parallel),
         "model": asdict(config.model),

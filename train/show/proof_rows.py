@@ -63,7 +63,7 @@ def _shown(value: Any) -> str:
 
 
 def report_rows(run_folder: Path, settings: Mapping[str, Any]) -> tuple[str, list[tuple[str, ...]]] | None:
-    """A sentence and a table about prove.json for the report; None if no certificate is readable.
+    """Returns a sentence and a table about prove.json for the report; None if no certificate is readable.
 
     settings: the settings of the run. If the certificate has another recipe, layout or code, the sentence says so.
     """

@@ -99,14 +99,15 @@ def _made(what: str, make: Callable[[], list[str]]) -> list[str]:
 
 
 def _until(run_folder: Path) -> float | None:
-    """Unix time until which the page may say that the run trains; None if the run does not train."""
+    """Returns the Unix time until which the page may say that the run trains; None if the run does not train."""
     if not is_held(run_folder):
         return None
     return time.time() + TRUSTED
 
 
 def _incident_parts(run_folder: Path) -> list[str]:
-    """The part about the newest incident, with the rank that failed or blocked other ranks (cluster/incident.py)."""
+    """Returns the part about the newest incident, with the rank that failed or blocked other ranks
+    (cluster/incident.py)."""
     if (found := newest_incident(run_folder / "logs")) is None:
         return []
     path, incident = found
@@ -167,7 +168,7 @@ def _read_text(path: Path) -> str:
 
 
 def read_settings(run_folder: Path) -> Mapping[str, Any]:
-    """The content of config.yaml; empty if it is absent or unreadable."""
+    """Returns the content of config.yaml; empty if it is absent or unreadable."""
     try:
         settings = yaml.safe_load(_read_text(run_folder / "config.yaml"))
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an impossible date

@@ -178,7 +178,7 @@ def cards_html(cards: Iterable[Card]) -> str:
 
 
 def figure_html(figure: Figure) -> str:
-    """A placeholder for a figure; the script of `closing` draws it."""
+    """Returns a placeholder for a figure; the script of `closing` draws it."""
     wide = ' class="wide"' if figure.wide else ""
     options = "".join(f"<option>{html.escape(name)}</option>" for name in figure.choices)
     choice = (
@@ -192,13 +192,13 @@ def figure_html(figure: Figure) -> str:
 
 
 def _cell(text: str) -> str:
-    """A table cell; a short text, such as a number with its unit, stays on one line."""
+    """Returns a table cell; a short text, such as a number with its unit, stays on one line."""
     whole = ' class="whole"' if len(text) <= len("1023.9 GiB") else ""
     return f"<td{whole}>{html.escape(text)}</td>"
 
 
 def table_html(head: Iterable[str], rows: Iterable[Iterable[str]], whole: bool = False) -> str:
-    """An HTML table that scrolls if it is too wide. whole: whether no cell wraps."""
+    """Returns an HTML table that scrolls if it is too wide. whole: whether no cell wraps."""
     titles = "".join(f"<th>{html.escape(text)}</th>" for text in head)
     body = "".join("<tr>" + "".join(_cell(text) for text in row) + "</tr>" for row in rows)
     kind = ' class="whole"' if whole else ""

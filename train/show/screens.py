@@ -91,7 +91,7 @@ def _held_out(loss: float, bits_per_byte: float | None) -> str:
 
 
 def quoted_lines(text: str, indent: str = "") -> list[str]:
-    """The first lines of a generated text, formatted for a screen."""
+    """Returns the first lines of a generated text, formatted for a screen."""
     lines = text.strip().splitlines() or [""]
     return [f"{indent}| {line}" for line in lines[:SAMPLE_LINES]] + [f"{indent}| ..."] * (len(lines) > SAMPLE_LINES)
 
@@ -109,8 +109,8 @@ def show_rows(console: Console, title: str, style: str, rows: list[tuple[str, st
 
 
 def printable(text: str, encoding: str) -> str:
-    """The text without control characters, and without characters that the terminal's encoding lacks. So a generated
-    escape sequence cannot reach the terminal."""
+    """Returns the text without control characters, and without characters that the terminal's encoding lacks. So a
+    generated escape sequence cannot reach the terminal."""
     safe = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return safe.encode(encoding, "replace").decode(encoding)
 
@@ -224,7 +224,7 @@ class Progress:
         yield Segment(line.translate(ASCII_BAR) if options.ascii_only else line)
 
     def line(self, width: int | None) -> str:
-        """The current state on one line of at most `width` characters. None: there is no limit and no bar."""
+        """Returns the current state on one line of at most `width` characters. None: there is no limit and no bar."""
         with self._lock:
             record, event = self._record, self._event
             left = (self._steps - record["step"]) * self._pace.seconds_per_step()
@@ -232,7 +232,7 @@ class Progress:
 
 
 def parts(record: Record, steps: int, seconds_left: float, event: str | None) -> list[str]:
-    """The parts of the progress line, the most important part first."""
+    """Returns the parts of the progress line, the most important part first."""
     found = [f"step {record['step']}/{steps}"]
     if "main_loss" in record:  # the total loss is not shown, because it depends on the weights of the other losses
         found.append(f"loss {record['main_loss']:.4g}")

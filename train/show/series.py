@@ -38,7 +38,7 @@ class Series:
     """Events `resumed`, oldest first."""
 
     def finite(self, metric: str) -> np.ndarray:
-        """The finite values of a metric, in step order; empty if the metric was never measured."""
+        """Returns the finite values of a metric, in step order; empty if the metric was never measured."""
         values_N = self.columns.get(metric, np.zeros(0))
         return values_N[np.isfinite(values_N)]
 
@@ -72,8 +72,8 @@ def stretch_means(x_N: np.ndarray, y_N: np.ndarray, stretches: int = POINTS // 4
 
 
 def smoothed(y_N: np.ndarray) -> np.ndarray:
-    """Moving average of the finite values, over a fortieth of the curve. If a value is not finite, the average at its
-    place is NaN."""
+    """Returns the moving average of the finite values, over a fortieth of the curve. If a value is not finite, the
+    average at its place is NaN."""
     half = max(1, len(y_N) // 80)
     finite = np.isfinite(y_N)
     window = np.ones(2 * half + 1)
@@ -126,17 +126,17 @@ def _number(value: Any) -> float:
 
 
 def last(series: Series, name: str) -> float:
-    """The newest finite value; NaN if there is none."""
+    """Returns the newest finite value; NaN if there is none."""
     values = series.finite(name)
     return float(values[-1]) if len(values) else math.nan
 
 
 def median(series: Series, name: str) -> float:
-    """Median of the values without the first tenth, which is warm-up; NaN if there is no value."""
+    """Returns the median of the values without the first tenth, which is warm-up; NaN if there is no value."""
     values = series.finite(name)
     return float(np.median(values[len(values) // 10 :])) if len(values) else math.nan
 
 
 def tail_mean(values: np.ndarray) -> float:
-    """Mean of the last tenth of the values, but of at most 20 values; NaN if there is no value."""
+    """Returns the mean of the last tenth of the values, but of at most 20 values; NaN if there is no value."""
     return float(values[-max(1, min(20, len(values) // 10)) :].mean()) if len(values) else math.nan

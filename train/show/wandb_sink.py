@@ -63,7 +63,7 @@ def define_metrics(run: Any) -> None:
 
 
 def checkpoint(step: int, path: Path) -> Item:
-    """An artifact that refers to the checkpoint's files: W&B gets only their names and sizes."""
+    """Returns an artifact that refers to the checkpoint's files: W&B gets only their names and sizes."""
 
     def log(wandb: ModuleType, run: Any, _: int) -> None:
         about = {"step": step, "path": str(path), "host": socket.gethostname()}
@@ -84,7 +84,7 @@ def sample_table(step: int, text: str) -> Item:
 
 
 def evaluation_tables(found: dict[str, Any]) -> Item:
-    """The tables of an evaluation in the form of evaluate.json: `evaluations` and `evaluated_positions`. If the
+    """Returns the tables of an evaluation in the form of evaluate.json: `evaluations` and `evaluated_positions`. If the
     evaluation has them, also `evaluated_needle` and `evaluated_tasks`."""
 
     def log(wandb: ModuleType, run: Any, logged: int) -> None:
@@ -297,7 +297,7 @@ def place_at_wandb(run_folder: Path, group: str | None = None) -> dict[str, str 
 
 
 def run_id(run_folder: Path) -> str:
-    """The W&B id of a run folder, created at its first attempt."""
+    """Returns the W&B id of a run folder, created at its first attempt."""
     path = run_folder / "wandb" / "run_id"
     if not path.exists():
         atomic_write_text(path, secrets.token_hex(4) + "\n")
@@ -324,13 +324,13 @@ def to_wandb(record: Record) -> dict[str, Any]:
 
 
 def layer_key(layer: str) -> str:
-    """A layer's name for W&B, without dots, because W&B would read a dot as nesting."""
+    """Returns a layer's name for W&B, without dots, because W&B would read a dot as nesting."""
     return layer.replace(".", "_")
 
 
 def load_histogram(load: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Histogram of the layer's tokens per expert, in multiples of the fair share: the number of experts in each bin,
-    and LOAD_BINS + 1 edges."""
+    """Returns the histogram of the layer's tokens per expert, in multiples of the fair share: the number of experts in
+    each bin, and LOAD_BINS + 1 edges."""
     counts_LE = np.array([np.asarray(row, np.float64) for row in load.values()])
     shares_LE = counts_LE / np.maximum(counts_LE.mean(axis=1, keepdims=True), 1e-9)
     return np.histogram(np.minimum(shares_LE, LOAD_TOP), bins=LOAD_BINS, range=(0.0, LOAD_TOP))

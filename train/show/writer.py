@@ -254,7 +254,7 @@ def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
 
 
 def _hang_of(run_folder: Path) -> str:
-    """The sentence about the hang that ended the run's newest start; empty if no hang ended this start."""
+    """Returns the sentence about the hang that ended the run's newest start; empty if no hang ended this start."""
     _, incident = newest_incident(run_folder / "logs") or (None, {})
     begun = next((start["time"] for start in reversed(read_starts(run_folder))), 0.0)
     return incident["text"] if incident.get("kind") == Kind.hang.value and incident["time"] >= begun else ""

@@ -141,7 +141,7 @@ def _contiguous(x: QuantizedTensor) -> QuantizedTensor: ...
 
 
 def _contiguous(x: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
-    """A tensor in row-major order, with values in bf16 or fp32."""
+    """Returns a tensor in row-major order, with values in bf16 or fp32."""
     if isinstance(x, QuantizedTensor):
         return QuantizedTensor(x.q.contiguous(), x.scale.contiguous(), x.cast, x.shape)
     return x.contiguous() if x.dtype in (torch.bfloat16, torch.float32) else x.float().contiguous()

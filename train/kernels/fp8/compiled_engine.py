@@ -158,7 +158,7 @@ def _values(x: ScaledOperand) -> Tensor:
 
 
 def _scales(x: ScaledOperand) -> tuple[Tensor | None, int]:
-    """The scales, one per block of the outer axis and tile of C, and log2 of the block's side. See
+    """Returns the scales, one per block of the outer axis and tile of C, and log2 of the block's side. See
     `compiled_matmuls._operand`."""
     if isinstance(x, Tensor):
         return NO_SCALES

@@ -60,13 +60,13 @@ class Cast:
     """Lower bound of the max-abs in a scale."""
 
     def empty_tiles(self, like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Memory on `like`'s device for q (rows, columns), and for a scale per row and 128 columns, stored column by
-        column."""
+        """Returns memory on `like`'s device for q (rows, columns), and for a scale per row and 128 columns, stored
+        column by column."""
         return like.new_empty(rows, columns, dtype=self.format.dtype), empty_scales(like, rows, columns // TILE)
 
 
 def empty_scales(like: Tensor, outer: int, tiles: int) -> Tensor:
-    """Memory on `like`'s device for fp32 scales (outer, tiles), stored column by column."""
+    """Returns memory on `like`'s device for fp32 scales (outer, tiles), stored column by column."""
     return like.new_empty_strided((outer, tiles), (1, outer), dtype=torch.float32)
 
 

@@ -138,7 +138,7 @@ def cpu_engine(fp8: Fp8, kernels: Kernels, meta: bool = False) -> CpuEngine:
 
 
 def load_gpu_engine(fp8: Fp8) -> HopperEngine:
-    """The GPU engine that the recipe requests: Hopper's, or Blackwell's for one scale per 32 values.
+    """Returns the GPU engine that the recipe requests: Hopper's, or Blackwell's for one scale per 32 values.
 
     Raises UserError for missing requirements.
     """
@@ -155,5 +155,5 @@ def load_gpu_engine(fp8: Fp8) -> HopperEngine:
 
 
 def _triton_module(name: str) -> ModuleType:
-    """A module of kernels that needs triton, imported after triton is known to exist."""
+    """Returns a module of kernels that needs triton, imported after triton is known to exist."""
     return importlib.import_module(f"train.kernels.fp8.triton_{name}")

@@ -111,7 +111,7 @@ class PaddedGroups:
 
 
 def most_tiles(rows: int, experts: int) -> int:
-    """Maximum number of tiles of 128 rows, each with rows of one expert, for this number of rows."""
+    """Returns the maximum number of tiles of 128 rows, each with rows of one expert, for this number of rows."""
     return (rows + min(rows, experts) * (TILE - 1)) // TILE
 
 

@@ -102,7 +102,7 @@ class HealthWatch:
         self._watching = self._every > 0 and step % self._every == 0
 
     def probe(self, weight: Tensor) -> LayerProbe | None:
-        """The probe for the layer of this weight in a monitored step; else None.
+        """Returns the probe for the layer of this weight in a monitored step; else None.
 
         Also None for a forward without a backward, which is not part of the step.
         """
@@ -111,7 +111,7 @@ class HealthWatch:
         return LayerProbe(self._names.get(id(weight), f"weight of shape {tuple(weight.shape)}"), self._readings)
 
     def report(self) -> "Report":
-        """The results of the step; empty if it was not monitored. The worst of several readings counts."""
+        """Returns the results of the step; empty if it was not monitored. The worst of several readings counts."""
         report = Report({}, {}, [])
         if not self._readings:
             return report
@@ -137,7 +137,7 @@ class HealthWatch:
 
 
 def _worse(value: float, other: float | None) -> float:
-    """The larger value; NaN is worse than any number."""
+    """Returns the larger value; NaN is worse than any number."""
     return value if other is None or value != value or value > other else other
 
 
@@ -158,7 +158,7 @@ WARNINGS = 5
 
 
 def merge_reports(reports: Sequence[Report]) -> Report:
-    """The reports of all ranks as one: the worst value for each name."""
+    """Returns the reports of all ranks as one: the worst value for each name."""
     together = Report({}, {}, [])
     for report in reports:
         for key, value in report.metrics.items():

@@ -214,7 +214,7 @@ def _how(code: int) -> str:
 
 
 def _text(output: bytes | str | None) -> str:
-    """Output as text; after a timeout subprocess returns bytes even in text mode."""
+    """Returns the output as text; after a timeout subprocess returns bytes even in text mode."""
     return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 

@@ -171,7 +171,7 @@ def refusal(bad: list[tuple[str, str]], found: str, value: str = "fp8") -> UserE
 
 
 def version(package: str) -> str | None:
-    """The version of a package that pip knows; None for an unknown package."""
+    """Returns the version of a package that pip knows; None for an unknown package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -179,7 +179,7 @@ def version(package: str) -> str | None:
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:
-    """The leading numbers of a version, at most three."""
+    """Returns the leading numbers of a version, at most three."""
     return tuple(map(int, re.findall(r"\d+", (text or "").partition("+")[0])[:3]))
 
 
@@ -193,7 +193,7 @@ def _toolkit() -> str | None:
 
 
 def _nvcc(toolkit: str) -> str | None:
-    """The compiler's version; None if it does not run."""
+    """Returns the compiler's version; None if it does not run."""
     try:
         said = subprocess.run(
             [f"{toolkit}/bin/nvcc", "--version"], capture_output=True, text=True, timeout=60, check=True

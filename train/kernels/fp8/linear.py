@@ -64,12 +64,12 @@ def linear(
 
 
 def keep(x_MK: Tensor, engine: Fp8Engine, rules: LayerCasts) -> Source:
-    """The input in the form that is saved for Wgrad."""
+    """Returns the input in the form that is saved for Wgrad."""
     return engine.keep(x_MK, rules.cache)
 
 
 def left_source(kept: Source, x_MK: Tensor, rules: LayerCasts) -> Source:
-    """The source of Fprop's activation operand: the saved form if it has the same cast, else x itself."""
+    """Returns the source of Fprop's activation operand: the saved form if it has the same cast, else x itself."""
     rule = rules.fprop.left
     same = not isinstance(kept, Tensor) and kept.cast == fitted(rule.cast(), x_MK)
     return kept if same else x_MK
@@ -83,8 +83,8 @@ def gradient_operands(
     weights_needed: bool,
     groups: PaddedGroups | None = None,
 ) -> tuple[Any, Any]:
-    """The left operands of Dgrad and of Wgrad; None for a matmul that is not needed. groups: the groups of the experts'
-    rows."""
+    """Returns the left operands of Dgrad and of Wgrad; None for a matmul that is not needed. groups: the groups of the
+    experts' rows."""
     if inputs_needed and weights_needed:
         return engine.gradient(dy, rules.dgrad.left, rules.wgrad.left, groups)
     for_inputs = engine.operand(dy, rules.dgrad.left) if inputs_needed else None

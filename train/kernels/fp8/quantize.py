@@ -63,7 +63,7 @@ class ShapedTensor(Protocol):
 
 
 def fitted(cast: Cast, x_MK: ShapedTensor) -> Cast:
-    """The cast with its block no larger than the tensor."""
+    """Returns the cast with its block no larger than the tensor."""
     block = min(cast.block[0], max(x_MK.shape[-2], 1)), min(cast.block[1], max(x_MK.shape[-1], 1))
     return cast if block == cast.block else replace(cast, block=block)
 
@@ -98,7 +98,7 @@ def quantize(x_MK: Tensor, cast: Cast) -> QuantizedTensor:
 
 
 def dequantize(x: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values of a quantised tensor: (..., M, K)."""
+    """Returns the values of a quantised tensor: (..., M, K)."""
     # fp16 represents every code exactly, and its product with an fp32 scale is rounded once to fp32. This also holds in
     # mode=prove, which widens fp32 to fp64.
     values = unpack_e5m6(x.q, x.shape[-1]) if x.cast.format.dtype is None else x.q.half()
@@ -106,7 +106,8 @@ def dequantize(x: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def exact_dtype(cast: Cast) -> torch.dtype:
-    """The smallest dtype that represents the quantised values exactly: bf16 for power-of-two scales, else fp32."""
+    """Returns the smallest dtype that represents the quantised values exactly: bf16 for power-of-two scales, else
+    fp32."""
     return torch.bfloat16 if cast.pow2 else torch.float32
 
 

@@ -49,7 +49,7 @@ knows that all threads take the same steps over an expert's columns: 244 instruc
 
 
 def _named(kernel: str, specialization) -> str:
-    """The kernel's name in profilers, which distinguishes grouped from dense GEMMs."""
+    """Returns the kernel's name in profilers, which distinguishes grouped from dense GEMMs."""
     return f"_grouped_{kernel}_kernel" if specialization.constants["experts"] > 1 else f"_{kernel}_kernel"
 
 
@@ -206,7 +206,7 @@ def check_wgrad(
 
 
 def tiles_at_once(tiles_m: int, right_ENC: Tensor, out_RN: Tensor) -> int:
-    """Number of adjacent tiles per program, 1 or 2. tiles_m: number of tiles along the rows."""
+    """Returns the number of adjacent tiles per program, 1 or 2. tiles_m: number of tiles along the rows."""
     experts, width, contraction = right_ENC.shape
     in_pairs = width == out_RN.shape[1] and width % (2 * TILE) == 0
     in_pairs &= experts > 1 and contraction > TILE  # only there the loop is compiled

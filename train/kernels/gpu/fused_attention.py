@@ -49,7 +49,7 @@ class _Call(NamedTuple):
     documents: _Documents | None = None
 
     def take(self, *tensors: Tensor) -> list[Tensor]:
-        """The rows of this call, of q, k, v, and of other tensors over queries."""
+        """Returns the rows of this call, of q, k, v, and of other tensors over queries."""
         return [t[self.sequences, :, self.keys if i in (1, 2) else self.queries] for i, t in enumerate(tensors)]
 
 
@@ -96,7 +96,7 @@ def _call(run: list[Rectangle], device: torch.device) -> _Call:
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, copied without blocking the host."""
+    """Returns the tensor on the device, copied without blocking the host."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 

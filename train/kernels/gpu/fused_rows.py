@@ -74,7 +74,7 @@ def runs(out: Tensor) -> bool:
 
 
 def _reals(table: Tensor) -> Tensor:
-    """Complex numbers as reals: real and imaginary parts adjacent, (T, R/2, 2)."""
+    """Returns complex numbers as reals: real and imaginary parts adjacent, (T, R/2, 2)."""
     return torch.view_as_real(table.contiguous())
 
 

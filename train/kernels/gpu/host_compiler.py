@@ -33,7 +33,7 @@ INSTALL_HEADERS = f"apt-get install {PYTHON}-dev, or python3-dev for the system'
 
 
 def missing_for_triton() -> tuple[str, str] | None:
-    """A missing requirement for Triton's launchers, and the fix; None if nothing is missing."""
+    """Returns a missing requirement for Triton's launchers, and the fix; None if nothing is missing."""
     compiler = compiler_command()
     if compiler is None:
         return "there is no C compiler: CC is not set, and gcc and clang are not on the PATH", INSTALL_COMPILER
@@ -65,12 +65,12 @@ def require_for_triton(device: object) -> None:
 
 
 def compiler_command() -> str | None:
-    """The C compiler that Triton runs; None if it finds none."""
+    """Returns the C compiler that Triton runs; None if it finds none."""
     given = os.environ.get("CC")
     return next((found for name in COMPILERS if (found := shutil.which(name))), None) if given is None else given
 
 
 def headers() -> str:
-    """The folder where Triton's compiler command looks for Python.h."""
+    """Returns the folder where Triton's compiler command looks for Python.h."""
     scheme = sysconfig.get_default_scheme()  # Debian's default scheme names a folder without headers
     return sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)["include"]

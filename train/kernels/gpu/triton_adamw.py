@@ -148,7 +148,7 @@ def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
-    """The pieces' layout, their addresses, and whether all addresses and sizes are aligned."""
+    """Returns the pieces' layout, their addresses, and whether all addresses and sizes are aligned."""
     device = pieces[0].device
     assert all(one.dtype == torch.float32 and one.is_contiguous() and one.device == device for one in pieces)
     sizes, addresses = tuple(one.numel() for one in pieces), [one.data_ptr() for one in pieces]
@@ -158,7 +158,7 @@ def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
 
 @lru_cache(maxsize=64)
 def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
-    """The starts and ends of the pieces, which do not change in a run."""
+    """Returns the starts and ends of the pieces, which do not change in a run."""
     starts, firsts = [0], [0]
     for size in sizes:
         starts.append(starts[-1] + size)

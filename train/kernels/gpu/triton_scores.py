@@ -76,7 +76,7 @@ def largest_scores(given: AttentionInput, lse_BHT: Tensor, limit: float) -> Tens
 
 
 def _seen_by_query(rectangles: list[Rectangle], batch: int, queries: int, device: torch.device) -> Tensor:
-    """The first key that each query of each sequence sees, and the end of its keys: int32 (B, T, 2)."""
+    """Returns the first key that each query of each sequence sees, and the end of its keys: int32 (B, T, 2)."""
     seen = torch.zeros(batch, queries, 2, dtype=torch.int32)
     for sequence, first_query, last_query, first_key, last_key, before in rectangles:
         rows = slice(None) if sequence is None else slice(sequence, sequence + 1)

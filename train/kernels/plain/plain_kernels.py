@@ -35,7 +35,7 @@ class PlainKernels(Kernels):
     chosen = PlainChosen()
 
     def rows_at_once(self, x_ND: Tensor, elements: int) -> int:
-        """Number of rows to process at a time, if `elements` elements fit a cache."""
+        """Returns the number of rows to process at a time, if `elements` elements fit a cache."""
         return max(1, elements // x_ND.size(1))
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,13 @@ from train.model.sequence import Positions
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
-    """Indices of the k largest values of the last axis, largest first; the lower index wins for equal values."""
+    """Returns the indices of the k largest values of the last axis, largest first; the lower index wins for equal
+    values."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def choose_experts(biased_BTE: Tensor, rule: RoutingRule) -> Tensor:
-    """Expert ids (B, T, K) from biased scores, in the allowed groups only."""
+    """Returns the expert ids (B, T, K) from biased scores, in the allowed groups only."""
     if rule.top_groups < rule.groups:
         grouped_BTGX = biased_BTE.unflatten(-1, (rule.groups, -1))
         best = grouped_BTGX.topk(rule.group_top_k, dim=-1).values
@@ -29,7 +30,7 @@ def choose_experts(biased_BTE: Tensor, rule: RoutingRule) -> Tensor:
 
 
 def count_experts(ids: Tensor, experts: int) -> Tensor:
-    """Number of occurrences of each expert along all axes except the first: int64 (B, E)."""
+    """Returns the number of occurrences of each expert along all axes except the first: int64 (B, E)."""
     ids = ids.flatten(1)
     return ids.new_zeros(ids.size(0), experts).scatter_add_(1, ids, torch.ones_like(ids))
 
@@ -41,17 +42,17 @@ class _Whole:
         self._length = length
 
     def count(self, ids_BTK: Tensor, experts: int) -> Tensor:
-        """Number of choices of each expert: int64 (N, E)."""
+        """Returns the number of choices of each expert: int64 (N, E)."""
         return count_experts(ids_BTK, experts)
 
     def frequency(self, best_NE: Tensor, experts: int, top_k: int) -> Tensor:
-        """The frequency f of equation 18, from the number of positions at which each expert is among the best: (N,
-        E)."""
+        """Returns the frequency f of equation 18, from the number of positions at which each expert is among the best:
+        (N, E)."""
         return best_NE * (experts / (top_k * self._length))
 
     def mean(self, scores_BTE: Tensor, total_BT1: Tensor) -> Tensor:
-        """The mean share P of equation 20, (N, E): the sum of the scores' shares over the positions on this rank,
-        divided by the number of all positions."""
+        """Returns the mean share P of equation 20, (N, E): the sum of the scores' shares over the positions on this
+        rank, divided by the number of all positions."""
         return ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / self._length
 
     def spread(self, frequency_NE: Tensor, length: int) -> Tensor:
