@@ -40,7 +40,7 @@ class RankWatch:
         self._silences = 0
         """Number of events that ended a silence."""
         self._late: tuple[int, float] | None = None
-        """The silence that was reported: its number and its start time; None if there is none."""
+        """The reported silence, as its index and its start time; None if no silence is reported now."""
         self._ended = self._bad = 0
         """Number of ranks that have ended, and number of ranks that have failed."""
         self._phases = Counter({START_PHASE: len(self.reports)})

@@ -29,8 +29,8 @@ class ScheduleFacts:
 
     name: str
     idle_per_hop: Callable[[ActionSeconds], float]
-    """Returns the idle seconds of a rank in one step, divided by pp - 1. It assumes equal stages, transfers without
-    cost and enough micro-batches."""
+    """Returns the idle seconds of a rank in one step, divided by pp - 1. The formula assumes equal stages, transfers
+    that take no time, and enough micro-batches."""
     stages: int | None = 1
     """Number of stages of every rank. None: parallel.virtual_stages."""
     folds: bool = False

@@ -108,8 +108,8 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
 """Removed keys by dotted key. A newly removed key needs a line in this table, and a line in the last table of 0.2.0 in
 CHANGELOG.md."""
 REMOVED_VALUES: dict[tuple[str, Any], Any] = {("precision.fp8.backend", "specialized"): "triton"}
-"""For a key that still exists and one of its old values: the new value with the same results. It is used for settings
-that a run wrote."""
+"""Maps a key that still exists and one of its old values to the new value with the same results. Only settings that a
+run wrote are converted in this way."""
 
 
 def drop_removed_keys(settings: dict[Any, Any], place: str, package: str = "", *, by_run: bool = True) -> bool:

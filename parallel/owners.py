@@ -25,8 +25,8 @@ from torch.distributed import ProcessGroup
 from parallel.shard import WeightPiece, cut_pieces
 
 KEEPS = 1.05
-"""The rank that holds most of a matrix becomes its owner if the rank's total cost then stays within this factor of the
-mean.
+"""The rank that holds most of a matrix becomes the owner of the matrix, if the rank's total cost is then at most this
+factor times the mean cost of a rank.
 """
 
 

@@ -165,7 +165,8 @@ class GradientHandover:
     row_factors: Mapping[str, Tensor] = field(default_factory=dict)
     """For each weight: factors on its rows, applied after the update."""
     divisor: int = 1
-    """Unreduced gradients are sums over the data of this number of ranks. Division by it gives the mean."""
+    """Unreduced gradients are sums over the data of this number of ranks. To get the mean, divide a gradient by this
+    number."""
 
     def of(self, param: Tensor) -> tuple[list[Tensor], Tensor | float | None]:
         """Return the gradient of a flat parameter as a list of parts, and the factor by which each part must be

@@ -44,7 +44,7 @@ class Shelves:
     one.
     """
     resume: str | None
-    """Name of the newest complete set; None if there is none."""
+    """Name of the newest complete set; None if no set is complete."""
     holders: list[list[int]]
     """For every rank that wrote the set `resume`, the indexes of the nodes that hold the rank's part."""
     full_size: bool

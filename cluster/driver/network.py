@@ -16,8 +16,8 @@ from cluster.node.network_probe import PAIR_SECONDS, NodeLink
 from cluster.topology import Node
 
 SLOW_FACTOR = 3.0
-"""A pair is slow if its bandwidth is below the median bandwidth divided by this factor. It is also slow if its latency
-is above the median latency times this factor and above the median plus 1 ms.
+"""A pair is slow if its bandwidth is below the median bandwidth divided by this factor. A pair is also slow if its
+latency is above two limits: the median latency times this factor, and the median latency plus 1 ms.
 """
 ROUNDS = 63
 LEAST_ROUNDS = 7

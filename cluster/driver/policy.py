@@ -30,7 +30,8 @@ class Policy:
     restarts: int = 3
     """Number of allowed failures of one kind without a new checkpoint in between."""
     straggler_factor: float = 1.2
-    """The driver names a rank whose work time per step stays at or above this factor times that of its peers."""
+    """The driver names a rank if the rank's work time per step remains at least this factor times the work time of the
+    rank's peers."""
     saves: bool = True
     """Whether the run writes checkpoints at intervals. If not, the run uses returning nodes at once."""
     copies: bool = False

@@ -59,8 +59,8 @@ Such a round takes some 20 ms. It must be short, because the driver has to ask t
 CALLS_WHEN_SILENT = 20
 """Number of calls per round when too many calls are pending and no answer arrives."""
 MOST_OUT = 256
-"""Maximum number of pending calls; further calls wait. Each pending call takes some 30 KiB of Ray's memory and delays
-the others when there are thousands.
+"""Maximum number of pending calls; further calls wait. Each pending call takes some 30 KiB of Ray's memory. With
+thousands of pending calls, each call delays the other calls.
 """
 RAYLET = "raylet"
 """Name of Ray's process on a node."""

@@ -26,7 +26,8 @@ class Traffic:
     across_bytes: int = 0
     """Bytes sent to ranks of other nodes."""
     waited: float = 0.0
-    """Seconds that the host spent waiting for arrivals. With NCCL the host does not wait, so this stays near 0."""
+    """Seconds that the host spent waiting for arriving rows. With NCCL, the host does not wait, so this time is near
+    0."""
 
 
 @dataclass

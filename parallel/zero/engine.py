@@ -97,9 +97,8 @@ class Zero:
         self.observer: Callable[[dict[str, Shard]], None] | None = None
         """Called before every update with copies of the reduced gradients of this rank's shard, by logical name."""
         self.local_observer: Callable[[str, Shard], None] | None = None
-        """Called with every gradient of this rank before it is reduced. It gets the complete gradient of a parameter:
-        once per step at stages 1 and 2, once per micro-batch at stage 3.
-        """
+        """A function that is called with every gradient of this rank before the gradient is reduced. It receives the
+        complete gradient of a parameter, once per step at stages 1 and 2, and once per micro-batch at stage 3."""
         self._valid: bool | Tensor = True
         self._bad: list[str] = []
         expert_name = mark_experts(names, about.is_expert, mesh)

@@ -52,7 +52,7 @@ class Times:
     whole: ExpectedTimes | None
     """The planned times of this rank in the job, at full width and with all its layers."""
     reason: str
-    """Why one of these times is missing."""
+    """Reason why one of these times is missing."""
 
 
 def expect(piece: DryRunPiece, device: torch.device) -> Times:

@@ -52,7 +52,7 @@ class MeasuredRank:
     counts: Counter[str] = field(default_factory=Counter)
     """Number of actions in a step, by kind."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Seconds in every timed step: of each phase, and of the whole `step`."""
+    """Seconds in every timed step, by phase. The entry `step` has the seconds of the complete step."""
     skipped: int = 0
     """Number of timed steps without an update, because gradients were not finite."""
 

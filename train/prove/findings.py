@@ -72,8 +72,8 @@ class ProofVerdict:
     reason: str = ""
     failed: int = 0
     untold: int = 0
-    """Number of inconclusive numbers, which rounding alone may change by their full size. They must be finite, but are
-    not compared in any other way."""
+    """Number of inconclusive elements, which rounding alone may change by their full size. These elements must be
+    finite, but are not compared in any other way."""
     sharpest: float = math.inf
     loosest: float = 0.0
     """The smallest and the largest bound that were applied, relative to the size of the compared tensor."""

@@ -27,9 +27,9 @@ RUNS, FP32_RUNS = 3, 8
 more. The maximum of few runs is too small for a weight with few elements: a norm weight of 8 elements differed by 4.8
 times the maximum of three runs on one processor."""
 MARGIN = 4.0
-"""Maximum ratio of a difference to the largest change in these runs. A run perturbs each part once. A rank rounds about
-ten times in a part (attention: projections, norms, RoPE, scores, softmax, sums), which gives sqrt(10) = 3.2 times as
-much. The rest allows for the small number of runs."""
+"""Maximum ratio of a difference to the largest change in the perturbed runs. A perturbed run perturbs each part once. A
+rank rounds about ten times in a part (attention: projections, norms, RoPE, scores, softmax, sums), which gives sqrt(10)
+= 3.2 times as much. The rest allows for the small number of runs."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from torch import Tensor
 from train.prove.reference import PlainBatch, PlainModel, Seats
 
 LearntTokens = Mapping[str, Tensor]
-"""Values of the learnt tokens of one sample by name: (N,). They are `logprobs`, which has a gradient, and the tensors
-of a batch."""
+"""Maps a name to a tensor (N,) with a value for each learnt token of one sample. The names are `logprobs`, whose tensor
+has a gradient, and those of the tensors of a batch."""
 
 
 def ratio(sample: LearntTokens) -> Tensor:

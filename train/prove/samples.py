@@ -33,8 +33,8 @@ it."""
 TILE, STEP = 128, 2.0**-6
 """Number of channels in a tile, and the factor on every second tile."""
 LOUD = 64.0
-"""In wide models, factor on the first head's queries and on one row of the output head. A softmax of these scores
-overflows if it does not subtract the maximum."""
+"""Factor on the first head's queries and on one row of the output head, in wide models. With this factor, a softmax
+overflows if the code does not subtract the maximum."""
 BELOW_FLOOR = 2.0**-26
 """Factor on the second tile of the last experts' inputs, if something is in FP8. The tile is then below the floor of a
 scale."""

@@ -163,7 +163,7 @@ def traced_once(trace: Callable[..., Result]) -> Callable[..., Result]:
 
 
 _FORWARDS: dict[tuple[Scene, str], Forward] = {}
-"""Forwards that were traced for a backward, by the scene that the part sees and by part."""
+"""Forwards that were traced for a backward. The key consists of the scene that `seen_by` returned, and of the part."""
 
 
 @traced_once

@@ -55,8 +55,8 @@ The node holds two copies of the rank's own state, two of its neighbour's state,
 
 
 LATER = ("activations", "checkpoint", "copies")
-"""Items of host memory that do not exist at the start. Once allocated, they stay, because the run reuses their pages
-and buffers."""
+"""Items of host memory that do not exist at the start. After their allocation, these items are not freed, because the
+run reuses their pages and buffers."""
 IS_FINITE_BYTES = 7
 """Bytes per fp32 element that torch.isfinite needs: 4 for the absolute values, and 3 for boolean results."""
 STARTS = ("start", "resume", "init_from")

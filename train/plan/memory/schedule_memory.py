@@ -53,8 +53,8 @@ class WalkDepth(IntEnum):
     """Which passes a walk traces. If a walk leaves out some passes, its result is only a bound on the peak."""
 
     forwards = 0
-    """Only forward passes. Between the two halves of a backward, all tensors are assumed to stay, because the graph
-    stays."""
+    """Trace only forward passes. The walk assumes that all tensors are kept between the two halves of a backward,
+    because the graph is kept."""
 
     settled = 1
     """All passes except those that allocate gradients. This halves the number of traced backward passes."""

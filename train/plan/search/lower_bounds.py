@@ -44,7 +44,8 @@ class FrameBounds:
         """memo: results that the whole search shares, as in `Stages`."""
         self._frame, self._rates, self._memo = frame, rates, memo
         self.lacking: list[tuple[int, str, Candidate]] = []
-        """Layouts that lack memory: the bytes that each lacks per device, the kind of memory, and the layout."""
+        """Layouts that exceed the memory. Each entry has the number of missing bytes per device, the kind of memory,
+        and the layout."""
 
     def candidates(self) -> Iterator[Candidate]:
         """Yields the layouts that the memory bound does not rule out."""

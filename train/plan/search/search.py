@@ -163,8 +163,8 @@ class _Miss(NamedTuple):
     """A layout that does not fit."""
 
     lacking: int
-    """Bytes that the layout lacks per device, or a lower bound on them. It lacks them in the device's memory or in the
-    device's share of the host's memory."""
+    """Number of missing bytes per device, or a lower bound on this number. The bytes are missing in the device's
+    memory, or in the device's share of the host's memory."""
     what: str
     config: Config
 
@@ -187,14 +187,14 @@ class _Looked:
     runs: bool = False
     """Whether at least one of its layouts breaks no rule."""
     lacking: list[tuple[int, str, Candidate]] = field(default_factory=list)
-    """Layouts that a bound rules out: the bytes that each lacks per device, the kind of memory, and the layout. Only
-    the layout of each frame that lacks least is listed."""
+    """Layouts that a bound rules out. Each entry has the number of missing bytes per device, the kind of memory, and
+    the layout. For each frame, only the layout with the fewest missing bytes is listed."""
     possible: list[Candidate] = field(default_factory=list)
     """Layouts that no bound rules out."""
     missed: list["_Miss"] = field(default_factory=list)
     """Layouts that were tried and do not fit."""
     nearest: "_Miss | None" = None
-    """The layout that lacks the least memory, if no layout of the family fits."""
+    """If no layout of the family fits: the layout with the fewest missing bytes."""
     steps: list[float] = field(default_factory=list)
     """Step times, in seconds, of the layouts that fit."""
 

@@ -44,7 +44,7 @@ processors read and write in host memory."""
 HOST_LAUNCH = "host_launch"
 """Kind for the time that a host core needs to launch a kernel in the passes, in seconds per call.
 
-It has no fallback. If a description lacks it, launches cost nothing.
+This kind has no fallback. If a description has no rate of this kind, launches take no time.
 """
 LINKS = {
     "all_to_all_inside": "inside",

@@ -30,8 +30,8 @@ from train.plan.time.update import to_host
 from train.plan.work_recorder import ONCE, Exchange, Work
 
 FEW_MICRO_BATCHES = 16
-"""With at most this many micro-batches, the first one is timed separately. It creates the sums of gradients, and the
-others read them and add to them."""
+"""With at most this many micro-batches, the first micro-batch is timed separately. The first micro-batch creates the
+sums of gradients. Each later micro-batch reads these sums and adds to them."""
 
 
 @dataclass
