@@ -61,7 +61,8 @@ def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator
 
 
 def _cut(block: bytes) -> int:
-    """Where to cut a piece: after the last line end in its second half, or else before the last character."""
+    """Returns the place to cut a piece: after the last line end in its second half, or else before the last
+    character."""
     line = block.rfind(b"\n", len(block) // 2) + 1
     if line:
         return line

@@ -118,7 +118,7 @@ class Harness(TemplateLM):
         return start + self._ids.encode(string)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p of each whole text, cut into windows of seq_len tokens that overlap by one token."""
+        """Returns log p of each complete text, cut into windows of seq_len tokens that overlap by one token."""
         totals = []
         for (text,) in (request.args for request in requests):
             ids = self._ids.encode(text)

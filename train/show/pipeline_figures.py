@@ -25,7 +25,7 @@ NUMBERED = 800
 
 
 def timeline_figure(sampled: SampledStep | None) -> Figure | None:
-    """Gantt chart of a step, one row per pipeline rank; None without a pipeline."""
+    """Returns a Gantt chart of a step, with one row per pipeline rank; None without a pipeline."""
     if sampled is None or len(sampled.span_seconds) < 2:
         return None
     ranks = len(sampled.span_seconds)

@@ -49,7 +49,7 @@ def _hash(settings: Mapping[str, Any], keys: tuple[str, ...]) -> str:
 
 
 def _other(proven: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """What differs between the certificate and this run: recipe, layout, version, commit."""
+    """Returns the parts that differ between the certificate and this run: recipe, layout, version, commit."""
     own = describe_proven(settings)
     return [
         f"{name} {_shown(proven[name])}"

@@ -116,7 +116,7 @@ def scaled_matmul(
 def scaled_grouped(
     left_PC: ScaledOperand, right_ENC: ScaledOperand, groups: PaddedGroups, dtype: torch.dtype
 ) -> Tensor:
-    """Each expert's rows times its own matrix: (P, N), zero in the padding."""
+    """Multiplies the rows of each expert by the expert's matrix. Returns (P, N), with zeros in the padding."""
     _, columns, contraction = right_ENC.shape
     out_PN = _values(left_PC).new_zeros(groups.rows, columns, dtype=dtype)
     parts = parts_by_rows(groups.starts, groups.counts, columns, contraction)
@@ -131,7 +131,7 @@ def scaled_grouped_wgrad(
     dtype: torch.dtype,
     into_EON: Tensor | None = None,
 ) -> Tensor:
-    """For each expert the sum over its rows: (E, O, N). into: see `scaled_matmul`."""
+    """Sums over the rows of each expert: (E, O, N). into: see `scaled_matmul`."""
     rows, columns = left_OP.shape[0], right_NP.shape[0]
     shape = len(groups.counts), rows, columns
     out_EON = _values(left_OP).new_empty(shape, dtype=dtype) if into_EON is None else into_EON

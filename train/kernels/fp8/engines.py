@@ -118,12 +118,13 @@ class Fp8Engine(Protocol):
         """Returns left @ right^T. into: a tensor of dtype; the result is added to it, and it is returned."""
 
     def grouped(self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
-        """left (P, C), right (E, N, C): each expert's rows times its own matrix, (P, N), zero in the padding."""
+        """Multiplies the rows of each expert by the expert's matrix: left (P, C), right (E, N, C). Returns (P, N), with
+        zeros in the padding."""
 
     def grouped_wgrad(
         self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
-        """left (O, P), right (N, P): for each expert the sum over its rows, (E, O, N). into: see `matmul`."""
+        """Sums over the rows of each expert: left (O, P), right (N, P). Returns (E, O, N). into: see `matmul`."""
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast) -> tuple[Any, Source]:
         """Returns the operand of SwiGLU's output (train/kernels/fp8/swiglu.py), and h in the form to save for

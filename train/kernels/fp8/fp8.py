@@ -66,7 +66,8 @@ class Fp8Precision:
         self.weights = HeldWeights(self._engine, making)
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: HeldInput | None = None) -> Tensor:
-        """x (..., K) times weight (N, K) transposed. kind: dense, or output for the attention's output projection."""
+        """Multiplies x (..., K) by the transposed weight (N, K). kind: dense, or output for the attention's output
+        projection."""
         rules = getattr(self._rules, kind)
         return linear(x, weight, self.weights, rules, self._health.probe(weight), held)
 
@@ -93,7 +94,7 @@ class Fp8Precision:
         counts_E: Tensor,
         added: tuple[AddedMatmul | None, AddedMatmul | None] = (None, None),
     ) -> Tensor:
-        """SwiGLU FFN of every expert on its own rows: (R, D)."""
+        """Computes the SwiGLU FFN of every expert on the expert's rows: (R, D)."""
         up, down = self._health.probe(w13_E2FD), self._health.probe(w2_EDF)
         probes = (up, down) if up is not None and down is not None else None
         both = w13_E2FD, w2_EDF

@@ -58,8 +58,8 @@ class PaddedOperand:
 
     @cached_property
     def columns(self) -> tuple[Tensor, Tensor]:
-        """q and scales of blocks as cuBLASLt reads a right operand: (C, O), and (C / 128 padded to a multiple of 4, O /
-        128)."""
+        """Returns q and scales of blocks, as cuBLASLt reads a right operand: (C, O), and (C / 128 padded to a multiple
+        of 4, O / 128)."""
         right = -self.scale.shape[1] % 4  # zero for most sizes, which then need no copy
         return self.q.t(), (F.pad(self.scale, (0, right), value=1.0) if right else self.scale).t()
 
@@ -73,13 +73,13 @@ class GroupedMatmuls(Protocol):
     """Whether the host must know the row count of each expert."""
 
     def grouped(self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups) -> Tensor:
-        """left (P, C or more rows) in tiles, right (E, N, C) in blocks: (P, N) in bf16."""
+        """Multiplies left (P, C or more rows) in tiles by right (E, N, C) in blocks. Returns (P, N) in bf16."""
 
     def wgrad(
         self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups | None, out_EON: Tensor, added: bool
     ) -> None:
-        """left (O, P), right (N, P), both in tiles: fill out_EON (bf16 or fp32), or add to it (fp32). groups: None if
-        all rows are summed into one matrix."""
+        """Multiplies left (O, P) by right (N, P), both in tiles. Fills out_EON (bf16 or fp32), or adds to it (fp32).
+        groups: None if all rows are summed into one matrix."""
 
 
 class TritonMatmuls:

@@ -58,8 +58,8 @@ def linear(
     probe: LayerProbe | None,
     held: HeldInput | None = None,
 ) -> Tensor:
-    """x (..., K) times weight transposed: (..., N) in the dtype of x. held: the saved form of x, if other layers share
-    it."""
+    """Multiplies x (..., K) by the transposed weight. Returns (..., N) in the dtype of x. held: the saved form of x, if
+    other layers share it."""
     return _Linear.apply(x, weight_NK, weights, rules, probe, not torch.is_grad_enabled(), is_free(x), held)
 
 
@@ -144,7 +144,8 @@ def expert_ffn(
     added: tuple[AddedMatmul | None, AddedMatmul | None],
     kernels: Kernels,
 ) -> Tensor:
-    """SwiGLU FFN of every expert on its own rows: (R, D) in the rows' dtype. weights, probes, added: of w13 and of w2.
+    """Computes the SwiGLU FFN of every expert on the expert's rows. Returns (R, D) in the rows' dtype. weights, probes,
+    added: one value for w13 and one for w2.
 
     rows_RD and the gradient of the result may be `QuantizedRows`. kernels: the kernels of the added matmuls, which take
     rows in bf16 or fp32.

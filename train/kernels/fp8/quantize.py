@@ -69,7 +69,8 @@ def fitted(cast: Cast, x_MK: ShapedTensor) -> Cast:
 
 
 def blocked(x_MK: Tensor, block: ScaleBlock) -> Tensor:
-    """x in blocks: (..., M, K) -> (..., m, rows, k, columns), zero-padded at ragged edges."""
+    """Splits x into blocks: (..., M, K) -> (..., m, rows, k, columns). Incomplete blocks at the edges are padded with
+    zeros."""
     rows, columns = block
     below, right = -x_MK.shape[-2] % rows, -x_MK.shape[-1] % columns
     if below or right:

@@ -31,7 +31,7 @@ def chunks(x_P: Tensor, h_P2F: Tensor | None = None) -> tuple[Tensor, ...]:
 
 
 def recompute(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
-    """a (P, F) in bf16, as `backward` returns it."""
+    """Returns a (P, F) in bf16, as `backward` does."""
     a_PF = gates_P.new_empty(h_P2F.shape[0], h_P2F.shape[1] // 2, dtype=torch.bfloat16)
     for h, gates, a in zip(*(chunks(tensor, h_P2F) for tensor in (h_P2F, gates_P, a_PF)), strict=True):
         a.copy_(forward(h, gates))
@@ -39,7 +39,7 @@ def recompute(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
 
 
 def backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a (P, F) and dh (P, 2F) in bf16, dw (P,) in fp32."""
+    """Returns a (P, F) and dh (P, 2F) in bf16, and dw (P,) in fp32."""
     a_PF = torch.empty_like(da_PF, dtype=torch.bfloat16)
     dh_P2F = torch.empty_like(h_P2F, dtype=torch.bfloat16)
     dgates_P = torch.empty_like(gates_P)

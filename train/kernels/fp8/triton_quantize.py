@@ -361,7 +361,7 @@ def _mx_kernel(
 
 
 def quantize_tiles(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """q (P, C), and scale (P, C / 128) stored column by column, as cuBLASLt and DeepGEMM read it."""
+    """Returns q (P, C), and scale (P, C / 128) stored column by column, as cuBLASLt and DeepGEMM read it."""
     rows, columns = _sizes(x_RC)
     whole = -(-rows // TILE) * TILE
     q, scale = cast.empty_tiles(x_RC, whole, columns)
@@ -372,8 +372,8 @@ def quantize_tiles(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
 
 
 def quantize_e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """q uint8 (P, 3 C / 2), as `train.kernels.fp8.formats.pack_e5m6` packs it, and scale (P, C / 128) stored column by
-    column."""
+    """Returns q, uint8 (P, 3 C / 2), as `train.kernels.fp8.formats.pack_e5m6` packs it, and scale (P, C / 128) stored
+    column by column."""
     rows, columns = _sizes(x_RC)
     whole = -(-rows // TILE) * TILE
     q = x_RC.new_empty(whole, columns // 2 * 3, dtype=torch.uint8)
@@ -413,8 +413,8 @@ def quantize_both(
 
 
 def quantize_again(x_RC: Tensor, cast: Cast, cast_t: Cast) -> tuple[Tensor, Tensor]:
-    """`quantize_columns` by the second cast, applied to the values of `quantize_tiles` by the first cast, in one pass.
-    Both casts have the same format."""
+    """Applies `quantize_tiles` by the first cast, and `quantize_columns` by the second cast to the resulting values, in
+    one pass. Both casts have the same format."""
     rows, columns = _sizes(x_RC)
     tiles = most_tiles(rows, 1)
     q_t, scale_t = cast_t.empty_tiles(x_RC, columns, tiles * TILE)
@@ -432,7 +432,7 @@ def quantize_columns(
     flat: list[int] | None = None,
     ends_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q and scale of the transpose, with tiles along R.
+    """Returns q and scale of the transpose, with tiles along R.
 
     q (C, P), scale (C, P / 128) stored column by column. ends_E: end of each expert's rows, int32. Each expert has its
     own tiles; the tiles after the last expert are zeros. flat: the number of padded rows of each expert. If it is
@@ -455,7 +455,7 @@ def quantize_columns(
 
 
 def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor, Tensor]:
-    """q (..., R, C) and scale (..., R / 128, C / 128), or with transposed both transposed; contiguous."""
+    """Returns q (..., R, C) and scale (..., R / 128, C / 128), contiguous. transposed: both results are transposed."""
     rows, columns = _sizes(x_RC)
     assert rows % TILE == 0, f"{rows} rows are not whole tiles"
     lead = x_RC.shape[:-2]
@@ -507,7 +507,7 @@ def quantize_mx(
     ends_E: Tensor | None = None,
     gates_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q (..., P, Q) and its E8M0 scales: (P, Q / 32), or (..., P x Q / 32) for several matrices.
+    """Returns q (..., P, Q) and its E8M0 scales: (P, Q / 32), or (..., P x Q / 32) for several matrices.
 
     x_RC: a tensor with any strides. in_scale: scale of the transpose of x_RC, from this function. ends_E: end of each
     expert's columns, int32. Each expert has its own tiles, at least one, and its scales form a separate matrix; the

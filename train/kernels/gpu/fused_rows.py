@@ -11,7 +11,7 @@ from train.model.needed import Function, once_differentiable
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
-    """silu(gate) * up, times the row's gate value if given: (N, F)."""
+    """Returns silu(gate) * up, times the row's gate value if given: (N, F)."""
     out_NF = h_N2F.new_empty(h_N2F.size(0), h_N2F.size(1) // 2)
     if runs(out_NF):
         _triton().swiglu(h_N2F.contiguous(), None if gates_N is None else gates_N.contiguous(), out_NF)
@@ -19,7 +19,7 @@ def swiglu(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
 
 
 def swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Gradients of h and of the gate values."""
+    """Returns the gradients of h and of the gate values."""
     grad_NF, h_N2F = grad_NF.contiguous(), h_N2F.contiguous()
     dh_N2F = torch.empty_like(h_N2F)
     dgates_N = None if gates_N is None else gates_N.new_empty(gates_N.shape)

@@ -40,8 +40,8 @@ class _Layout(NamedTuple):
 
 @triton.jit
 def _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk: constexpr, aligned: constexpr):
-    """The part of this program: address of its piece, its start in the piece, the piece's start among all, and the
-    piece's size."""
+    """Finds the part of this program: the address of the piece, the start of the part in the piece, the start of the
+    piece among all pieces, and the size of the piece."""
     piece = tl.load(pieces_ptr + tl.program_id(0))
     start = tl.load(starts_ptr + piece)
     size = tl.load(starts_ptr + piece + 1) - start

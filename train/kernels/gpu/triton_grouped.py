@@ -59,7 +59,7 @@ def _gradient_kernel(
 
 
 def grouped_weight_gradient(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, into_EOI: Tensor | None) -> Tensor:
-    """grad^T x over the rows of each expert, fp32 (E, O, I), added to `into` if given.
+    """Returns grad^T x over the rows of each expert, fp32 (E, O, I). If `into` is given, the result is added to it.
 
     ends: end of each expert's rows, int32 (E,); rows after the last end are ignored.
     """
