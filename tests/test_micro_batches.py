@@ -91,7 +91,7 @@ def test_what_is_offered_is_near_to_what_was_asked_and_works(overrides, field, c
     with pytest.raises(UserError) as caught:
         compose(*overrides)
     assert caught.value.field == field and cure in caught.value.cure
-    for part in cure.removeprefix("take ").split(", or "):
+    for part in cure.removeprefix("use ").split(", or "):
         name, _, values = part.partition("=")
         given = [each for each in overrides if "micro_batch_size left out" not in part or "micro_batch" not in each]
         for value in values.removesuffix(" with micro_batch_size left out").split(" or ") if values else []:
