@@ -59,7 +59,7 @@ def test_a_frame_without_pandas_says_what_to_install(trained, monkeypatch):
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         sluice.open_run(tmp_path)
 
 

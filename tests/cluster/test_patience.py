@@ -218,7 +218,7 @@ def test_a_rank_without_a_driver_sees_by_itself_that_it_hangs(tmp_path, seconds,
     command = [sys.executable, "-c", ALONE, str(tmp_path), str(seconds), ends]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == code and ("goes on" in done.stdout) == (code == 0)
-    assert "rank 5 in step 20 is not in a collective, at File " in done.stderr and "no news for" in done.stderr
+    assert "rank 5 in step 20 is not in a collective, at File " in done.stderr and "no step finished for" in done.stderr
 
 
 def test_a_run_is_named_early_and_ended_late():

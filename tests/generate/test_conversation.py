@@ -139,7 +139,7 @@ def test_lines_of_a_pipe_are_questions(folder, capfd, monkeypatch):
     out, err = capfd.readouterr()
     one = out[: len(out) // 2]
     assert out == one + one and one.startswith("> the expert?\n") and "not asked" not in out
-    assert "[forgotten]" in err and "/reset forgets" in err
+    assert "[forgotten]" in err and "/reset clears" in err
     assert generate(recipe(folder, "generate.prompt=the expert?")) == 0
     assert capfd.readouterr().out == one
     assert contents(folder) == before
