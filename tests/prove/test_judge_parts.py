@@ -138,7 +138,7 @@ def test_a_part_that_left_nothing_fails(judged):
 
     first = judged.first(spoil)
     assert (first.quantity, first.name) == ("parts", "layers.1.attention.kv_up")
-    assert "no rank left" in first.reason
+    assert "no rank recorded" in first.reason
 
 
 def test_a_micro_batch_that_did_not_come_back_fails(judged):
