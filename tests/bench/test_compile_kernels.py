@@ -69,4 +69,4 @@ def test_no_kernel_spills_registers_or_stores_single_bytes():
     problems = {name: binary.problem for name, binary in found.items() if binary.problem}
     assert not problems, "\n".join(compile_kernels.table(found))
     for name in compile_kernels.products_of():
-        assert found[name, 90].products.keys() == {"QGMMA"} and found[name, 100].products.keys() == {"UTCQMMA"}
+        assert found[name, 90].matmuls.keys() == {"QGMMA"} and found[name, 100].matmuls.keys() == {"UTCQMMA"}
