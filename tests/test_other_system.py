@@ -25,4 +25,4 @@ def test_a_command_ends_with_one_line():
 
 def test_the_module_raises():
     code, said = told("import train; train.compose")
-    assert code == 1 and "ImportError: Sluice runs on Linux alone" in said
+    assert code == 1 and "ImportError: Sluice runs only on Linux" in said

@@ -67,5 +67,5 @@ def test_a_batch_of_samples_has_each_value_at_its_token():
     assert batch.tensors["old_logprobs"].tolist() == [[0, 0, 0.25, 0.5, 0, 0]] and batch.targets == 2
     with pytest.raises(UserError, match="each of its 2 learnt tokens"):
         batch_of_samples([GivenSample([5, 6, 7, 8], 2, {"old_logprobs": [0.25]})], 6)
-    with pytest.raises(UserError, match="shorten it"):
+    with pytest.raises(UserError, match="shorten the sample"):
         batch_of_samples([GivenSample([5, 6, 7, 8], 2)], 3)

@@ -8,6 +8,6 @@ from conf.load import compose
 
 @pytest.mark.parametrize("field", ["hidden", "expert_width"])
 def test_expert_shapes_are_multiples_of_8(field):
-    with pytest.raises(UserError, match="take 104") as caught:
+    with pytest.raises(UserError, match="use 104") as caught:
         compose(f"model.{field}=100")
     assert caught.value.field == f"model.{field}"

@@ -324,7 +324,7 @@ def test_a_reference_is_a_short_file_that_imports_nothing_of_the_product(file):
     nodes = list(ast.walk(ast.parse(text)))
     modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     modules += [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
-    assert len(text.splitlines()) <= 420
+    assert len(text.splitlines()) <= 440
     own = {f"train.prove.{name.removesuffix('.py')}" for name in REFERENCES}
     ours = [
         name for name in modules if name.split(".")[0] in ("train", "parallel", "cluster", "conf", "tests", "bench")

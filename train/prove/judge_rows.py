@@ -60,7 +60,7 @@ class SentRows:
         return _order(*(self.seen[name].flatten() for name in ("ids", "gates", "d_gates")))
 
     def hops(self) -> list[int]:
-        """Returns sizes of groups of experts. On the way back, some dispatches add a token's rows on the rank of the
+        """Returns sizes of groups of experts. In the combine, some dispatches add a token's rows on the rank of the
         experts, and again on their node. The result has the number of experts on a rank and on a node, if the dispatch
         adds rows there."""
         info = self.ranks[0].info

@@ -27,7 +27,7 @@ FLUSHED = 2.0**-110
 """Absolute error of a sum if fp32 rounds one factor, such as a probability below 2^-126, to 0. The other factors are below
 2^16."""
 SHORT = 2.0**-12
-"""Relative error of a GPU's tensor cores. They sum FP8 products with about 14 bits, 128 products at a time (paper
+"""Relative error of a GPU's tensor cores. They sum FP8 values with about 14 bits, 128 at a time (paper
 3.3.2)."""
 ELEMENTS = 2.0**-19
 """Relative error of elementwise arithmetic in fp32 with one exponential and some multiplications."""

@@ -279,6 +279,15 @@ def sort_by_expert(draw: Draw) -> None:
     assert all(torch.equal(ours, theirs) and ours.dtype == theirs.dtype for ours, theirs in pairs)
 
 
+def best_keys(draw: Draw) -> None:
+    rows, width = draw(counts), draw(widths)
+    top_k = draw(st.integers(1, 2 * width))
+    scores_TS = (torch.randn(rows, width + draw(st.integers(0, 3))) * 4).round() / 4  # some are equal
+    scores_TS[: rows // 2, width // 2 :] = -torch.inf
+    scores_TS = scores_TS[:, :width]
+    assert torch.equal(compiled_rows.largest_keys(scores_TS, top_k), PlainKernels().best_keys(scores_TS, top_k))
+
+
 def heads_inputs(draw: Draw) -> tuple[tuple[int, ...], Tensor, int]:
     batch, length, heads = draw(st.integers(1, 2)), draw(counts), draw(st.integers(1, 3))
     nope, rope, value = draw(widths), 2 * draw(widths), draw(widths)
@@ -546,8 +555,8 @@ def decode_matrices(draw: Draw) -> None:
 PROPERTIES = {
     one.__name__: one
     for one in (
-        rms_norm_forward, rms_norm_backward, swiglu_forward, swiglu_backward, cross_entropy, sort_by_expert, heads_forward,
-        heads_backward, attention_kept, attention_forward, products, bf16_rate, adamw, sum_of_squares, cast_matrices, decode_matrices,
+        rms_norm_forward, rms_norm_backward, swiglu_forward, swiglu_backward, cross_entropy, sort_by_expert, best_keys,
+        heads_forward, heads_backward, attention_kept, attention_forward, products, bf16_rate, adamw, sum_of_squares, cast_matrices, decode_matrices,
     )
 } | {"attention_backward": attention_forward}  # fmt: skip
 """By the C++ function that each is about."""

@@ -136,7 +136,9 @@ def test_an_error_of_a_library_is_named_and_ends_the_trials():
             raise RuntimeError("INTERNAL ASSERT FAILED\nException raised from PyObjectSlot\nframe #0\nframe #1")
 
     [(problem, _)] = hopper_probe.wrong_matmuls(Broken(), "cpu", DEEPGEMM)
-    assert "each row's expert fails: RuntimeError: INTERNAL ASSERT FAILED" in problem and "frame #1" not in problem
+    assert (
+        "DeepGEMM's grouped GEMM fails: RuntimeError: INTERNAL ASSERT FAILED" in problem and "frame #1" not in problem
+    )
 
 
 def test_a_value_that_is_no_number_is_wrong():
