@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BOUNDS = {
     "train/rank.py": 33,
-    "train/loop/training_engine.py": 44,
+    "train/loop/training_engine.py": 45,
     "train/loop/trainer.py": 24,
-    "train/model/deepseek.py": 29,
+    "train/model/deepseek.py": 30,
 }
 """Files that each role may pull in, itself among them."""
 ON_DEMAND = {

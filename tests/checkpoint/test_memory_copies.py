@@ -101,7 +101,7 @@ def ask_for_room(rank: int, shelves: Shelves, count: int) -> None:
         with pytest.raises(UserError, match=r"(?s)every_memory.*GB in .* of n0, where .* GB are free"):
             copies.require_room(huge)
     else:
-        assert "on fewer nodes" in copies.require_room(huge)
+        assert "has fewer nodes" in copies.require_room(huge)
 
 
 @pytest.mark.parametrize("full_size", [True, False])

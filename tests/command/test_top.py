@@ -185,7 +185,7 @@ def test_a_pipe_gets_one_picture_and_scripts_get_json(run, capsys):
         (["nope"], "is no run in"),
         ([], "needs the name of one run"),
         (["a", "b"], "needs the name"),
-        (["mine", "--jsn"], "is no flag"),
+        (["mine", "--jsn"], "is not a flag"),
     ],
 )
 def test_what_is_no_run_is_an_error_with_its_cure(run, words, said, capsys):

@@ -29,7 +29,7 @@ def ask(capsys, folder: Path, *words: str) -> str:
     [
         ((), "needs the name of one run"),
         (("a", "b"), "needs the name of one run"),
-        (("a", "--fast"), "is no flag"),
+        (("a", "--fast"), "is not a flag"),
         (("a",), "there is no run in"),
     ],
 )

@@ -65,7 +65,7 @@ def test_of_several_ranks_those_that_are_named(tmp_path):
         ("profile.steps=[3]", "write 'profile.steps=[10,12]'"),
         ("profile.steps=[4,3]", "write 'profile.steps=[10,12]'"),
         ("profile.steps=[300,301]", "raise steps, or choose earlier steps"),
-        ("profile.ranks=[1]", "take 0"),
+        ("profile.ranks=[1]", "use 0"),
     ],
 )
 def test_wrong_steps_and_ranks_are_errors_with_a_cure(word, cure):
