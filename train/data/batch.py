@@ -64,7 +64,7 @@ BATCH_KINDS = {
     "supervised_BS": (torch.bool,),
 }
 """Accepted dtypes of a batch's fields."""
-RESERVED_NAMES = ("x", "mean", "micro_batches", "experts_BTLK", *BATCH_KINDS)
+RESERVED_NAMES = ("x", "mean", "micro_batches", "experts_BTLK", "keys_BTLK", *BATCH_KINDS)
 """Names that are not allowed in `tensors`, because chunks and pipelines have arguments with these names."""
 
 
@@ -147,10 +147,6 @@ def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int =
     tokens_BS = torch.full(shape, filling)
     documents_BS, supervised_BS = torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape, dtype=torch.bool)
     tensors = {name: torch.full(shape, float(name == "temperatures")) for name in samples[0].values}
-    experts = samples[0].experts_TLK
-    experts_BTLK = None if experts is None else experts.new_zeros(len(samples), length - 1, *experts.shape[1:])
-    keys = samples[0].keys_TLK
-    keys_BTLK = None if keys is None else keys.new_full((len(samples), length - 1, *keys.shape[1:]), -1)
     for row, sample in enumerate(samples):
         end, place = len(sample.tokens), f"sample {row}"
         if not 1 <= sample.first < end <= length:
@@ -166,16 +162,30 @@ def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int =
                 rule = f"must have {name} for each of its {end - sample.first} learnt tokens, and has {len(given)}"
                 raise UserError("samples", place, rule, "give one value per token, or one number for all")
             tensors[name][row, sample.first : end] = given
-        if (sample.experts_TLK is None) != (experts is None):
-            raise UserError("samples", place, "must give experts as the first one does, or none", "add or remove")
-        if experts_BTLK is not None and sample.experts_TLK is not None:
-            if sample.experts_TLK.shape != (end - 1, *experts_BTLK.shape[2:]):
-                rule = (
-                    f"must give experts {(end - 1, *experts_BTLK.shape[2:])}: tokens but the last, MoE layers, experts"
-                )
-                raise UserError("samples", place, rule, f"correct it: they are {tuple(sample.experts_TLK.shape)}")
-            experts_BTLK[row, : end - 1] = sample.experts_TLK
-        if keys_BTLK is not None:
-            assert sample.keys_TLK is not None, "all samples have keys, or none"
-            keys_BTLK[row, : end - 1] = sample.keys_TLK
+    tokens = [len(sample.tokens) for sample in samples]
+    experts_BTLK = _padded("experts", "MoE layers, experts", [one.experts_TLK for one in samples], tokens, length, 0)
+    keys_BTLK = _padded("keys", "layers that choose, keys", [one.keys_TLK for one in samples], tokens, length, -1)
     return Batch(tokens_BS, documents_BS, supervised_BS, tensors, experts_BTLK, keys_BTLK)
+
+
+def _padded(
+    name: str, axes: str, choices: Sequence[Tensor | None], tokens: Sequence[int], length: int, filling: int
+) -> Tensor | None:
+    """Returns the replayed choices of all samples in one tensor (B, length - 1, L, K); None if the first sample has none.
+
+    choices: (tokens - 1, L, K) for each sample. axes: names of L and K. Raises UserError.
+    """
+    first = choices[0]
+    padded = None if first is None else first.new_full((len(choices), length - 1, *first.shape[1:]), filling)
+    for row, (given, count) in enumerate(zip(choices, tokens, strict=True)):
+        if (given is None) != (padded is None):
+            rule = f"must give {name} as the first one does, or none"
+            raise UserError("samples", f"sample {row}", rule, "add or remove")
+        if given is None or padded is None:
+            continue
+        wanted = (count - 1, *padded.shape[2:])
+        if given.shape != wanted:
+            rule = f"must give {name} {wanted}: tokens but the last, {axes}"
+            raise UserError("samples", f"sample {row}", rule, f"correct it: they are {tuple(given.shape)}")
+        padded[row, : count - 1] = given
+    return padded

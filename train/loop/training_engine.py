@@ -470,8 +470,8 @@ class Engine:
             raise UserError("terms", "biases", rule, "omit one of the two")
         return terms
 
-    def check(self, batch: Batch, micro_batches: int) -> None:
-        """Raise UserError if this layout cannot process a batch.
+    def check(self, batch: Batch, micro_batches: int) -> Batch:
+        """Returns the batch with all fields set. Raises UserError if this layout cannot process it.
 
         batch: the batch of one rank, or of all ranks together. micro_batches: number of micro-batches of each rank.
         """
@@ -486,22 +486,18 @@ class Engine:
             raise UserError("batch.tokens_BS", f"{rows} sequences", rule, "fill up with sequences of document -1")
         parallel = config.parallel
         check_schedule(parallel.schedule, parallel.pp, micro_batches, config.model.layers, parallel.virtual_stages)
-        if batch.experts_BTLK is not None:
-            self._experts(batch)
-        if batch.keys_BTLK is not None:
-            self._keys(batch)
-
-    def _checked(self, batch: Batch) -> Batch:
-        """Checks a batch and returns it with all fields set. Raises UserError."""
-        self.check(batch, self._micro_batches(batch))
         batch = _completed(batch)
         experts = None if batch.experts_BTLK is None else self._experts(batch)
         return replace(batch, experts_BTLK=experts, keys_BTLK=None if batch.keys_BTLK is None else self._keys(batch))
 
+    def _checked(self, batch: Batch) -> Batch:
+        """Checks this rank's share of a batch and returns it with all fields set. Raises UserError."""
+        return self.check(batch, self._micro_batches(batch))
+
     def _keys(self, batch: Batch) -> Tensor:
         """Checks replayed keys (B, T, L, K) and returns them. Raises UserError.
 
-        A position that does not count (see `_experts`) gets only one key, the position itself.
+        A position that does not count (see `_counting`) gets only one key, the position itself.
         """
         keys, model = batch.keys_BTLK, self._config.model
         assert keys is not None
@@ -514,14 +510,13 @@ class Engine:
         first = torch.zeros(rows, length - 1, 1, 1, dtype=torch.long)
         keys = keys.long()
         if batch.documents_BS is not None:
-            here, following = batch.documents_BS[:, :-1], batch.documents_BS[:, 1:]
-            counts = (here >= 0) & ((here == following) | (batch.supervised_BS is None))
+            counts_BT, here = _counting(batch), batch.documents_BS[:, :-1]
             alone = torch.full_like(keys, -1)
             alone[..., 0] = own_T11[..., 0]
             begins = torch.nn.functional.pad(here[:, 1:] != here[:, :-1], (1, 0), value=True)
             first = (begins * torch.arange(length - 1)).cummax(1).values[..., None, None]
-            keys = keys.where(counts[..., None, None], alone)
-            first = first.where(counts[..., None, None], own_T11)
+            keys = keys.where(counts_BT[..., None, None], alone)
+            first = first.where(counts_BT[..., None, None], own_T11)
         ordered = keys.sort(-1, descending=True).values
         wanted_keys = (own_T11 - first + 1).clamp(max=model.sparse.top_k)
         real = torch.arange(model.sparse.top_k) < wanted_keys
@@ -532,14 +527,13 @@ class Engine:
             row, token, layer = (~good.all(-1)).nonzero()[0].tolist()
             value = f"{keys[row, token, layer].tolist()} (sequence {row}, token {token}, layer {layer} of those that choose)"
             rule = f"must be {model.sparse.top_k} different positions of the token's document up to its own, or all of them and then -1"
-            raise UserError("batch.keys_BTLK", value, rule, "replay the experts that an engine of this model chose")
+            raise UserError("batch.keys_BTLK", value, rule, "replay the keys that an engine of this model chose")
         return keys.int()
 
     def _experts(self, batch: Batch) -> Tensor:
         """Checks replayed experts (B, T, L, K) and returns them. Raises UserError.
 
-        Positions that do not count get arbitrary valid experts. These positions are the padding and the last position
-        of each sample.
+        Positions that do not count (see `_counting`) get arbitrary valid experts.
         """
         ids, model = batch.experts_BTLK, self._config.model
         assert ids is not None
@@ -552,9 +546,7 @@ class Engine:
             raise UserError("batch.experts_BTLK", tuple(ids.shape), rule, "use the format of mode=score")
         ids = ids.long()
         if batch.documents_BS is not None:
-            here, following = batch.documents_BS[:, :-1], batch.documents_BS[:, 1:]
-            counts = (here >= 0) & ((here == following) | (batch.supervised_BS is None))
-            ids = ids.where(counts[..., None, None], torch.arange(model.top_k))
+            ids = ids.where(_counting(batch)[..., None, None], torch.arange(model.top_k))
         ordered = ids.sort(-1).values
         good = (ordered[..., 0] >= 0) & (ordered[..., -1] < model.experts)
         good &= (ordered.diff(dim=-1) > 0).all(-1)
@@ -590,6 +582,14 @@ def _counts(batches: Sequence[Batch]) -> list[int]:
 def _total(counts: list[int]) -> StepTotal:
     rows, targets, samples, marked = counts
     return StepTotal(rows, targets if marked else None, samples)
+
+
+def _counting(batch: Batch) -> Tensor:
+    """Returns whether a replayed choice at a position counts, bool (B, T). It counts at all positions except the padding
+    and, if samples are separate, the last position of each sample. The batch has documents."""
+    assert batch.documents_BS is not None
+    here, following = batch.documents_BS[:, :-1], batch.documents_BS[:, 1:]
+    return (here >= 0) & ((here == following) | (batch.supervised_BS is None))
 
 
 def _completed(batch: Batch) -> Batch:

@@ -133,8 +133,7 @@ class MLA(nn.Module):
         remake: AbstractContextManager,
         positions: Positions,
     ) -> IndexVectors:
-        table = self._rope.table(positions.whole_length, x_BTD.device)
-        table = torch.cat([table[piece.start : piece.stop] for piece in positions.here])
+        table = self._local_table(positions, x_BTD.device)
         latent, remake_latent = self.q_norm.with_remake(q_latent)
         return indexer(x_BTD, latent.detach(), table, remake, remake_latent)
 
@@ -213,6 +212,11 @@ class MLA(nn.Module):
             q, torch.cat([torch.arange(piece.start, piece.stop, device=q.device) for piece in pieces])
         )
 
+    def _local_table(self, positions: Positions, device: torch.device) -> Tensor:
+        """Return RoPE's table of the local positions."""
+        table = self._rope.table(positions.whole_length, device)
+        return torch.cat([table[piece.start : piece.stop] for piece in positions.here])
+
     def _attend_latents(
         self,
         positions: Positions,
@@ -230,8 +234,7 @@ class MLA(nn.Module):
         queries, and a function that gathers the latents again for the keys of all positions. Both are arguments of
         `AttentionTarget`.
         """
-        config, table = self._config, self._rope.table(positions.whole_length, q_latent.device)
-        table = torch.cat([table[piece.start : piece.stop] for piece in positions.here])
+        config, table = self._config, self._local_table(positions, q_latent.device)
 
         def to_travel(kv_latent: Tensor, k_rope_BTR: Tensor) -> Tensor:
             turned = rotate(k_rope_BTR.unsqueeze(2), table).squeeze(2).to(k_rope_BTR.dtype)

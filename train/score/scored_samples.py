@@ -120,7 +120,8 @@ def _with_keys(sample: ScoredSample, place: str, record: dict[str, Any], layers:
     if given is None and positions <= top_k:
         return sample
     good = isinstance(given, list) and len(given) in (positions, positions + 1)
-    if not (good and all(_are_keys(of_token, layers, top_k, place) for place, of_token in enumerate(given))):
+    seen = enumerate(given, 1) if good else ()  # the number of positions up to the token's own
+    if not (good and all(_is_choice(of_token, layers, min(count, top_k), count) for count, of_token in seen)):
         rule = (
             f"must have under keys, for each of its {positions} tokens but the last, {layers} lists (one a layer that chooses) of {top_k} "
             "different positions, from 0 to the token's own, or all of these"
@@ -129,22 +130,13 @@ def _with_keys(sample: ScoredSample, place: str, record: dict[str, Any], layers:
     return replace(sample, keys=given[:positions])
 
 
-def _are_keys(of_token: Any, layers: int, top_k: int, own: int) -> bool:
-    count = min(own + 1, top_k)
+def _is_choice(of_token: Any, layers: int, chosen: int, among: int) -> bool:
+    """Return whether a token has, for each layer, `chosen` different numbers from 0 to `among` - 1."""
     return (
         isinstance(of_token, list)
         and len(of_token) == layers
-        and all(isinstance(keys, list) and len(keys) == len({*keys}) == count for keys in of_token)
-        and all(type(one) is int and 0 <= one <= own for keys in of_token for one in keys)
-    )
-
-
-def _is_choice(of_token: Any, layers: int, top_k: int, experts: int) -> bool:
-    return (
-        isinstance(of_token, list)
-        and len(of_token) == layers
-        and all(isinstance(ids, list) and len(ids) == len({*ids}) == top_k for ids in of_token)
-        and all(type(one) is int and 0 <= one < experts for ids in of_token for one in ids)
+        and all(isinstance(ids, list) and len(ids) == len({*ids}) == chosen for ids in of_token)
+        and all(type(one) is int and 0 <= one < among for ids in of_token for one in ids)
     )
 
 
