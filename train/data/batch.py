@@ -1,7 +1,7 @@
 """The batch of one training step. B = sequences, S = seq_len + 1 tokens."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ class Batch:
     """int32: the keys that another engine chose for every token except the last, in every layer of the main model with
     an indexer. A key is a position in the sequence; -1 fills the row if there are fewer than top_k keys. None: the
     indexers choose."""
+
+    def take(self, rows: slice) -> "Batch":
+        """Returns a batch with some of the sequences."""
+        cut = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **cut, tensors={name: tensor[rows] for name, tensor in self.tensors.items()})
 
     @property
     def targets(self) -> int:

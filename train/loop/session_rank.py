@@ -10,7 +10,7 @@ checks the complete batch. So all ranks refuse the same calls. Then each rank us
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
@@ -128,20 +128,7 @@ class SessionRank:
             raise UserError("batch.tokens_BS", f"{rows} sequences", rule, "add padding sequences with document -1")
         self._engine.check(batch, rows // least)
         size = rows // self._sharing
-        mine = slice(self._engine.mesh.dp_rank * size, (self._engine.mesh.dp_rank + 1) * size)
-
-        def cut(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[mine]
-
-        return replace(
-            batch,
-            tokens_BS=batch.tokens_BS[mine],
-            documents_BS=cut(batch.documents_BS),
-            supervised_BS=cut(batch.supervised_BS),
-            experts_BTLK=cut(batch.experts_BTLK),
-            keys_BTLK=cut(batch.keys_BTLK),
-            tensors={name: tensor[mine] for name, tensor in batch.tensors.items()},
-        )
+        return batch.take(slice(self._engine.mesh.dp_rank * size, (self._engine.mesh.dp_rank + 1) * size))
 
     def _receive(self) -> bytes:
         """Returns the next message on rank 0; empty after the end of the session."""

@@ -19,7 +19,7 @@ from train.prove.comparison import WHOLE_NUMBERS, Comparisons
 from train.prove.evidence import Evidence, read_evidence
 from train.prove.judge_gradients import sum_over_ranks
 from train.prove.judge_model import backward_order
-from train.prove.loop_steps import LOOP_STEPS, LoopStep, loop_batches, loop_experts
+from train.prove.loop_steps import LOOP_STEPS, LoopStep, counting, loop_batches, loop_experts
 from train.prove.recipe_values import Values
 from train.prove.reference_losses import PlainCall, PolicyModel
 from train.prove.samples import initial_biases, initial_weights
@@ -61,8 +61,7 @@ class LoopJudge:
         batch = self._batches[0]
         want_BT = self._plain([batch], replayed=True, with_balance=False).logprobs(batch)
         assert batch.documents_BS is not None
-        here_BT, next_BT = batch.documents_BS[:, :-1], batch.documents_BS[:, 1:]
-        counts_BT = (here_BT == next_BT) & (here_BT >= 0)
+        counts_BT = counting(batch.documents_BS)
         for rank in ranks:
             got_BT = rank.tensors["logprobs/replayed"][:, 1:]
             mine = slice(rank.info.first, rank.info.first + len(got_BT))

@@ -12,7 +12,6 @@ from cluster.place import Place
 from conf.micro_batches import share_of
 from conf.run_paths import RunPaths
 from conf.schema import Config
-from train.data.batch import Batch
 from train.model.token_losses import TOKEN_LOSSES, LossTokens, TokenLoss
 from train.optim.schedules import Schedules
 from train.prove.evidence import EVIDENCE, Evidence
@@ -26,8 +25,9 @@ def prove_loop(config: Config, place: Place, device: torch.device) -> None:
     first, count = share_of(config, config.batch_size, rank.mesh.dp_rank)
     # Computed before fp64 starts, because fp64 would give other random numbers.
     whole = loop_batches(config)
-    mine = [_rows(batch, first, count) for batch in whole]
-    replayed = replace(mine[0], experts_BTLK=loop_experts(config, whole[0])[first : first + count])
+    rows = slice(first, first + count)
+    mine = [batch.take(rows) for batch in whole]
+    replayed = replace(mine[0], experts_BTLK=loop_experts(config, whole[0])[rows])
     seen: dict[str, torch.Tensor] = {}
     with exact_engine(config, rank, device) as (engine, model, local):
         for number, step in enumerate(LOOP_STEPS, 1):
@@ -61,11 +61,3 @@ def _loss_of(call: LoopCall) -> tuple[str | TokenLoss, Mapping[str, float]]:
         return torch.stack(each).sum(0)
 
     return added, {}
-
-
-def _rows(batch: Batch, first: int, count: int) -> Batch:
-    """The rows of one data-parallel rank."""
-    assert batch.documents_BS is not None and batch.supervised_BS is not None
-    rows = slice(first, first + count)
-    tensors = {name: tensor_BS[rows] for name, tensor_BS in batch.tensors.items()}
-    return Batch(batch.tokens_BS[rows], batch.documents_BS[rows], batch.supervised_BS[rows], tensors)

@@ -95,8 +95,12 @@ def loop_experts(config: Config, batch: Batch) -> Tensor:
     order = _draw(config, "groups", 0, (*shape, model.groups)).argsort(-1)[..., : model.top_groups]
     allowed = (order.unsqueeze(-1) * size + torch.arange(size)).flatten(-2)
     places = _draw(config, "experts", 0, allowed.shape).argsort(-1)[..., : model.top_k]
-    counts_BT = (documents_BS[:, :-1] >= 0) & (documents_BS[:, :-1] == documents_BS[:, 1:])
-    return allowed.gather(-1, places).masked_fill(~counts_BT[..., None, None], -1)
+    return allowed.gather(-1, places).masked_fill(~counting(documents_BS)[..., None, None], -1)
+
+
+def counting(documents_BS: Tensor) -> Tensor:
+    """Whether a position and the next position belong to the same sample, bool (B, T)."""
+    return (documents_BS[:, :-1] >= 0) & (documents_BS[:, :-1] == documents_BS[:, 1:])
 
 
 def _draw(config: Config, name: str, first: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
