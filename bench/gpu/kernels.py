@@ -44,9 +44,9 @@ from train.model.sequence import Positions
 from train.optim.adamw import AdamW
 
 TILES, BLOCKS = OperandRule(E4M3, "1x128", False, 1e-4), OperandRule(E4M3, "128x128", False, 1e-4)
-PRODUCT = 5e-3
+MATMUL = 5e-3
 MATMUL_BOUND = (
-    f"relative distance {PRODUCT:g} from the same operands multiplied in fp32: rounding to bf16 makes 2e-3, and Hopper's tensor "
+    f"relative distance {MATMUL:g} from the same operands multiplied in fp32: rounding to bf16 makes 2e-3, and Hopper's tensor "
     "cores drop bits inside 128 products, about 1e-3; a scale in the wrong place makes 1e-1"
 )
 BITS_BOUND = "every value and every scale is that of the CPU, bit for bit: all divisions and roundings are IEEE"
@@ -360,7 +360,7 @@ def dense(machine: Machine, transposed: bool, backend: str = "triton", added: bo
             (torch.float32,) if added else (torch.bfloat16, torch.float32) if transposed else (torch.bfloat16,)
         ):
             ours = engine.matmul(*operands[0], dtype, into)
-            pairs[f"{M} x {N} x {K}, {dtype}"] = relative(ours, 2 * expected if added else expected), PRODUCT
+            pairs[f"{M} x {N} x {K}, {dtype}"] = relative(ours, 2 * expected if added else expected), MATMUL
     return within(pairs, MATMUL_BOUND)
 
 
@@ -380,7 +380,7 @@ def grouped(machine: Machine, backend: str) -> Finding:
             with sizes:
                 pairs[f"{N} x {K}{tiles}"] = (
                     relative(matmul(engine, machine.device, torch.bfloat16), expected),
-                    PRODUCT,
+                    MATMUL,
                 )
     return within(pairs, MATMUL_BOUND)
 
@@ -401,7 +401,7 @@ def grouped_wgrad(machine: Machine, backend: str, added: bool = False) -> Findin
         expected = matmul(cpu, torch.device("cpu"))
         ours = matmul(engine, machine.device, expected.to(machine.device) if added else None)
         expected *= 2 if added else 1
-        pairs[f"{O} x {N}"] = relative(ours, expected), PRODUCT
+        pairs[f"{O} x {N}"] = relative(ours, expected), MATMUL
         pairs[f"{O} x {N}, the idle expert"] = ours[RAGGED.index(0)].abs().max().item(), 0.0
     return within(pairs, MATMUL_BOUND + "; an expert without rows has a gradient of zero")
 

@@ -12,13 +12,11 @@ from train.kernels.gpu import fused_rows
 from train.kernels.gpu.fused_attention import EfficientAttention
 from train.kernels.gpu.fused_route import FusedRoute
 from train.kernels.plain import grouped
-from train.kernels.plain.plain_indexer import choose_keys
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.kernels.plain.routing import Route
 from train.model.attention import AttentionCore
-from train.model.indexer import IndexVectors
 from train.model.operations import ExpertGroups, RouterCounters, RoutingRule
-from train.model.sequence import Positions, SeenKeys
+from train.model.sequence import Positions
 from train.model.weight_gradient import LinearMatmul
 
 
@@ -120,12 +118,12 @@ class FusedKernels(PlainKernels):
         route = FusedRoute if one_kernel else Route
         return route.apply(logits_BTE, bias_E, rule, balance_weight, counters, positions, replayed_BTK)
 
-    def choose_keys(self, index: IndexVectors, seen: SeenKeys, top_k: int) -> Tensor:
-        if not index.k_BSI.is_cuda:
-            return super().choose_keys(index, seen, top_k)
+    def index_scores(self, q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor) -> Tensor:
+        if not q_CHI.is_cuda or q_CHI.dtype == torch.float64:  # mode=prove uses fp64
+            return super().index_scores(q_CHI, k_SI, w_CH)
         from train.kernels.gpu.triton_index import fused_index_scores
 
-        return choose_keys(index, seen, top_k, scores_of=fused_index_scores)
+        return fused_index_scores(q_CHI, k_SI, w_CH)
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not expert_ids_TK.is_cuda:

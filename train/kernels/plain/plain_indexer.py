@@ -17,14 +17,19 @@ from train.model.indexer import AttentionTarget, IndexLoss, IndexVectors, best_k
 from train.model.sequence import SeenKeys
 
 
+def block_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor) -> Tensor:
+    """Returns I of one sequence, fp32 (C, S)."""
+    return index_scores(q_CHI, k_SI, w_CH, THRESHOLDS.attention_scores)
+
+
 def choose_keys(
     index: IndexVectors,
     seen: SeenKeys,
     top_k: int,
     best_keys: Callable[[Tensor, int], Tensor] = best_keys,
-    scores_of: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    scores_of: Callable[[Tensor, Tensor, Tensor], Tensor] = block_scores,
 ) -> Tensor:
-    """Implements `train.model.operations.Kernels.choose_keys`. scores_of: what computes `index_scores` instead of torch's operations."""
+    """Implements `train.model.operations.Kernels.choose_keys`. scores_of: a function like `block_scores`."""
     q_BTHI, k_BSI, _ = index
     batch, length = q_BTHI.shape[:2]
     chosen_BTK = torch.full((batch, length, top_k), -1, dtype=torch.int32, device=q_BTHI.device)
@@ -65,10 +70,9 @@ def _scores(
     b: int,
     queries: slice,
     keys: slice,
-    scores_of: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    scores_of: Callable[[Tensor, Tensor, Tensor], Tensor] = block_scores,
 ) -> Tensor:
-    given = index.q_BTHI[b, queries], index.k_BSI[b, keys], index.w_BTH[b, queries]
-    return index_scores(*given, THRESHOLDS.attention_scores) if scores_of is None else scores_of(*given)
+    return scores_of(index.q_BTHI[b, queries], index.k_BSI[b, keys], index.w_BTH[b, queries])
 
 
 def _mean_attention(target: AttentionTarget, b: int, queries: slice, k_HSQ: Tensor, bias_CS: Tensor) -> Tensor:

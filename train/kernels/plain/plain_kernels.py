@@ -18,7 +18,7 @@ from train.kernels.plain import grouped
 from train.kernels.plain.heads import PlainHeads
 from train.kernels.plain.plain_attention import PlainAttention
 from train.kernels.plain.plain_chosen import PlainChosen, chosen_index_loss
-from train.kernels.plain.plain_indexer import choose_keys, index_loss
+from train.kernels.plain.plain_indexer import block_scores, choose_keys, index_loss
 from train.kernels.plain.routing import Route
 from train.model.attention import Attend, AttentionCore, AttentionInput
 from train.model.chosen_attention import ChosenInput, ChosenOutput
@@ -91,7 +91,11 @@ class PlainKernels(Kernels):
         return Attend.apply(self.core, *given)
 
     def choose_keys(self, index: IndexVectors, seen: SeenKeys, top_k: int) -> Tensor:
-        return choose_keys(index, seen, top_k, self.best_keys)
+        return choose_keys(index, seen, top_k, self.best_keys, self.index_scores)
+
+    def index_scores(self, q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor) -> Tensor:
+        """See `train.kernels.plain.plain_indexer.block_scores`."""
+        return block_scores(q_CHI, k_SI, w_CH)
 
     def best_keys(self, scores_TS: Tensor, top_k: int) -> Tensor:
         """See `train.model.indexer.best_keys`."""
