@@ -1,6 +1,7 @@
 """Bad input of a caller is refused with field, value, rule and cure, and does not change the engine."""
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from conf.errors import UserError
 from tests.engine.scenario import Played, any_experts, config_of, play, policy_batch, rows_of, share, worst_difference
-from tests.ranks import run_ranks
+from tests.ranks import run_processes, run_ranks
 from train.data.batch import GivenSample, batch_of_samples
 from train.loop.open_engine import open_engine
 
@@ -208,3 +209,16 @@ def two_engines(rank: int, folder: str) -> None:
 
 def test_a_process_opens_two_engines_that_resume_nothing(tmp_path):
     run_ranks(two_engines, str(tmp_path), world_size=1)
+
+
+def lone_engine(rank: int, folder: str) -> None:
+    os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    engine = open_engine(config_of(f"runs={folder}", "resume=never"))
+    assert "GLOO_SOCKET_IFNAME" not in os.environ, "ranks of a session on other nodes would take it from this process"
+    engine.forward_backward(policy_batch(engine._config), "ppo")
+    engine.update()
+    engine.save(Path(folder) / "checkpoints")
+
+
+def test_an_engine_of_one_process_names_no_interface_for_its_children(tmp_path):
+    run_processes(lone_engine, str(tmp_path), world_size=1)

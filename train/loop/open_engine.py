@@ -3,8 +3,10 @@
 The process is one of several ranks, or the only rank.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
+from cluster.interfaces import keep_interfaces
 from cluster.place import Place, given_place
 from conf.errors import UserError
 from conf.schema import Config
@@ -35,7 +37,9 @@ def open_engine(config: Config, place: Place | None = None) -> Engine:
         rule = f"must equal the number of ranks of the layout, {config.parallel.world}"
         raise UserError("WORLD_SIZE", place.world, rule, "start as many processes, or change parallel.*")
     check_layout(config)
-    rank = set_up_rank(config, place)
+    # A process with an engine of its own may start a session on other nodes, whose ranks need other interfaces.
+    with keep_interfaces() if place.world == 1 else nullcontext():
+        rank = set_up_rank(config, place)
     kernels, _ = choose_kernels(config, rank.device)
     resumes, source = config.resume not in ("auto", "never"), config.init_from
     parts = parallelize(config, rank.mesh, rank.device, kernels, restored=resumes or source is not None)
