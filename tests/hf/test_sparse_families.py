@@ -199,7 +199,7 @@ def other(value):
 
 @pytest.mark.parametrize("family", ["V3.2 with YaRN", "GLM-5", "GLM-5.2, types"])
 def test_no_field_of_transformers_is_passed_over(tmp_path, family):
-    """Each field of its config.json with another value makes another model, or is refused; else families.py says why it is harmless."""
+    """Each field of its config.json with another value makes another model, or is refused; else the list of harmless fields says why."""
     theirs = theirs_of(family)
     theirs.config.save_pretrained(tmp_path)
     path = tmp_path / "config.json"

@@ -73,6 +73,8 @@ def judge_rows(at: Comparisons, ranks: list[Evidence]) -> None:
     every = [f"{layer}.block.moe" if layer.startswith("mtp.") else f"{layer}.moe" for layer in layers]
     at.phase = "forward"
     at.same_names("rows at the experts", {one.name for one in sent}, every)
+    # A number that is not finite before it is sent is the fault of another part, which judge_parts.py names.
+    sent = [one for one in sent if one.seen["gates"].isfinite().all() and one.seen["x"].isfinite().all()]
     for one in sent:
         seen = one.seen
         loads_E = torch.bincount(seen["ids"].flatten(), minlength=len(seen["counts"]))
@@ -83,6 +85,8 @@ def judge_rows(at: Comparisons, ranks: list[Evidence]) -> None:
         _judge_sums(at, one, "out", "y", "sums of expert outputs")
     at.phase = "backward"
     for one in reversed(sent):
+        if not one.seen["d_y"].isfinite().all():
+            continue
         gates_P = one.seen["d_gates"].flatten()[one.order_at_tokens()]
         at.compare("gradients of gates", one.name, gates_P, one.seen["d_row_gates"][one.order_at_experts()], ROWS)
         _judge_sent(at, one, "gradients of outputs at the experts", ("d_y", "d_out"), GRADIENT_FLOOR)

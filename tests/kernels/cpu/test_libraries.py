@@ -22,7 +22,7 @@ x = torch.load(sys.argv[1])
 special = torch.tensor([[float("nan"), float("inf"), -float("inf"), 3.0e38, -3.0e38, 0.0, 1.0, -1.0]]).bfloat16()
 made = {"matmul": matmul(x, x[:9], torch.bfloat16), "swiglu": swiglu_backward(x[:, :20], x[:, :40], None)[0]}
 made["norm"], made["rstd of norm"] = rms_norm(x, x[0], 1e-6)
-torch.save(made | {"special": product(special.t(), torch.ones(1, 1).bfloat16(), torch.bfloat16)}, sys.argv[2])
+torch.save(made | {"special": matmul(special.t(), torch.ones(1, 1).bfloat16(), torch.bfloat16)}, sys.argv[2])
 """
 
 
