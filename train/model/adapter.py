@@ -1,15 +1,15 @@
 """Adds LoRA matrices A and B to frozen weights (arXiv 2106.09685): y = W x + scale B (A dropout(x)).
 
-The model's own matmuls do not change. An adapted module adds the result of its LoRA matrices to its output. This works
-in any precision and with any storage of the weights. The LoRA matmuls use the activation dtype, and their gradients are
-summed in fp32. The initial values of A are uniform in +-1 / sqrt(inputs), as in PEFT. B is initially 0.
+The model's own matmuls do not change. An adapted module adds the output of its LoRA matrices to its own output. This
+works in any precision and with any storage format of the weights. The LoRA matmuls use the activation dtype, and their
+gradients are summed in fp32. The initial values of A are uniform in +-1 / sqrt(inputs), as in PEFT. B is initially 0.
 
-Dropout does not use a random generator. A hash of an input's row and column, the step and the name of the weight
-decides whether the input is dropped. So the same inputs are dropped in any layout, in a resumed run, and when backward
-runs a block again. The hash reads the values of a row, so equal rows have equal masks.
+Dropout does not use a random generator. An element of the input is set to 0 depending on a hash of the values in its
+row, its column index, the index of the step and the name of the weight. So the same elements are set to 0 in any
+layout, in a resumed run, and when backward runs a block again. Rows with equal values have equal dropout masks.
 
 Shapes: N rows (any leading axes), R rows sorted by expert, I inputs and O outputs of a matmul, E experts of this rank,
-Q rank.
+Q rank of the LoRA matrices.
 """
 
 from collections.abc import Sequence
@@ -31,13 +31,13 @@ from train.model.recompute import RecomputedOutputs
 from train.model.weight_gradient import GroupedMatmul
 
 MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
-"""Multipliers of splitmix64, as signed numbers."""
+"""The three constants of the hash splitmix64, as signed 64-bit integers."""
 
 
 class LoraWeights:
-    """The LoRA A and B of one weight. Their result is added to the output of the weight's matmul.
+    """The LoRA matrices A and B of one weight. The module that has the weight adds their output to the weight's output.
 
-    The parameters A and B belong to the module that has the weight.
+    A and B are parameters of that module.
     """
 
     def __init__(
@@ -49,16 +49,16 @@ class LoraWeights:
         chunk: DeepSeekV3,
         salt: str,
     ):
-        """names: the names of the LoRA parameters inside the module; the outputs of several A and B are concatenated.
-        chunk: the chunk, whose field `step` is the index of the step. salt: input of the dropout hash, besides step and
-        row.
+        """names: for each A and B, the names of their parameters in `module`. If there are several A and B, their
+        outputs are concatenated. chunk: the model chunk that has the module; its field `step` is the index of the
+        current step. salt: makes the dropout hash different for each weight.
         """
         self._module, self._names, self._kernels, self._chunk = module, names, kernels, chunk
         self._scale, self._dropout, self._salt = adapter.scale, adapter.dropout, salt
 
     def add(self, y: Tensor, x: Tensor, groups: ExpertGroups | None = None) -> Tensor:
-        """Return y plus the LoRA result for x (N, I): (N, O). groups: rows of each expert, if rows are sorted by
-        expert."""
+        """Return y plus the output of the LoRA matrices for x (N, I), as a tensor (N, O). groups: the rows of each
+        expert, if the rows of x are sorted by expert; else None."""
         dropped, keep = self._drop(x)
         parts = []
         for name_a, name_b in self._names:
@@ -68,10 +68,10 @@ class LoraWeights:
         return y + (parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 
     def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two operands. A matmul of the two operands computes the result of the weight plus the LoRA result.
+        """Return the two operands of one matmul that computes the weight's output plus the LoRA output.
 
-        The left operand is x, concatenated with the scaled outputs of A. The right operand is the weight, concatenated
-        with B. Both are concatenated along the columns.
+        The left operand is x, concatenated with the scaled output of A. The right operand is the weight, concatenated
+        with B. Both operands are concatenated along the columns.
         """
         ((name_a, name_b),) = self._names
         dropped, keep = self._drop(x)
@@ -86,7 +86,7 @@ class LoraWeights:
 
     def _drop(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
         """Return the input of the LoRA matrices, which is x after dropout, and a context. Inside the context, autograd
-        saves this input without extra memory."""
+        does not save this input; backward computes it again from x."""
         if not (self._dropout and self._module.training):
             return x, nullcontext()
         drop = partial(_drop, share=self._dropout, salt=key_number(f"{self._chunk.step}/{self._salt}"))
@@ -99,8 +99,8 @@ class LoraWeights:
 def _drop(x: Tensor, share: float, salt: int) -> Tensor:
     """Set the fraction `share` of x's values to 0, and scale the other values up.
 
-    Each row and each column of x has an odd number. The top bits of the product of the row's and the column's number
-    decide whether the value is dropped.
+    The function computes an odd 64-bit hash of each row and of each column. A value is set to 0 if the product of the
+    hashes of its row and its column is below a threshold.
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     column_I = _mixed(torch.arange(x.size(-1), device=x.device)) | 1
@@ -111,7 +111,8 @@ def _drop(x: Tensor, share: float, salt: int) -> Tensor:
 
 
 def _mixed(number: Tensor) -> Tensor:
-    """Return splitmix64 of int64 numbers; shifts keep the sign, which mixes as well."""
+    """Return the splitmix64 hash of int64 numbers. A right shift copies the sign bit here, which mixes the bits just as
+    well."""
     first, second, third = MIX
     number = number + first
     number = (number ^ (number >> 30)) * second
@@ -130,7 +131,7 @@ def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: in
     use, no values are drawn.
     """
     bases = [(name, param) for name, param in chunk.named_parameters() if target_of(name) in (adapter.targets or ())]
-    (dtype,) = {param.dtype for param in chunk.parameters()} - {torch.uint8}  # uint8: bytes of packed weights
+    (dtype,) = {param.dtype for param in chunk.parameters()} - {torch.uint8}  # packed weights are stored as uint8
     for param in chunk.parameters():
         param.requires_grad_(False)
     for base, weight in bases:
@@ -148,21 +149,22 @@ def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: in
             setattr(module, name_b, nn.Parameter(a.new_zeros(*experts, outputs // len(names), adapter.rank)))
         setattr(module, ADDED[own], LoraWeights(module, names, adapter, kernels, chunk, f"{seed}/{base}"))
     if bases and hasattr(chunk, "embedding"):
-        # The first tensor on the path must require a gradient, or a block that runs again would record another graph
-        # than in its first run.
+        # The first tensor on the path must require a gradient. Otherwise a recomputed block would record a different
+        # graph in its second run than in its first run.
         chunk.embedding.register_forward_hook(_ask_for_gradient)
 
 
 def _ask_for_gradient(module: nn.Module, given: object, out: Tensor) -> Tensor:
-    """Make the values require a gradient.
+    """Return the embedding's output as a tensor that requires a gradient.
 
-    The values do not become a leaf of the graph, because a leaf and its gradient would stay in memory.
+    The tensor is not a leaf of the graph, because autograd would keep a leaf and its gradient in memory.
     """
     return _Asking.apply(out, torch.empty(0, requires_grad=True)) if torch.is_grad_enabled() else out
 
 
 class _Asking(Function):
-    """Makes its output require a gradient, but passes no gradient on. anchor: a tensor that requires a gradient."""
+    """Returns x as a tensor that requires a gradient. Backward returns no gradient for x. anchor: any tensor that
+    requires a gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, anchor: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Defines the interface of the attention core, softmax(scale q k^T) v, for queries that see some of the keys.
+"""Defines the interface of the attention core, softmax(scale q k^T) v. Each query sees some of the keys.
 
 train/kernels implements the core. Rectangles (train/model/sequence.py) describe which queries see which keys. A
 complete sequence or a packed document is a square with a diagonal. Ranks that share sequences use arbitrary rectangles.
-The core computes nothing above a diagonal or between documents, and stores no mask. Backward recomputes the
-probabilities from l, the log-sum-exp of the scores. l may include the scores of keys that are not in this call:
+
+The core computes no scores above a diagonal or between documents, and stores no mask. Backward recomputes the
+probabilities p from l, the log-sum-exp of a query's scores. A caller may pass an l that includes the scores of other
+keys, which are not in this call:
 
     p = exp(scale q k^T - l),  dv = p^T do,  ds = scale p * (do v^T - rowsum(do * o)),  dq = ds k,  dk = ds^T q
 
@@ -30,7 +32,7 @@ class AttentionInput(NamedTuple):
     watch: "LargestScores | None" = None
     """Receives the scores of training calls."""
     lse: "KeptLse | None" = None
-    """Receives the log-sum-exp of the scores in a training call."""
+    """Receives the log-sum-exp of the scores."""
 
 
 class KeptLse:
@@ -40,11 +42,11 @@ class KeptLse:
 
 
 class LargestScores:
-    """Records the largest scaled score of each head over all calls since `clear`: most_H, fp32.
+    """Records the largest scaled score of each head over all calls since `clear`, in `most_H` (fp32).
 
-    limit: some attention cores do not return the largest score, and would have to compute the scores a second time to
-    find it. If the log-sum-exp of a query is at most `limit`, such a core may return the log-sum-exp instead. The
-    log-sum-exp is an upper bound of the scores.
+    limit: an attention core may return the log-sum-exp of a query instead of its largest score, if the log-sum-exp is
+    at most `limit`. The log-sum-exp is an upper bound of the scores. A core that does not compute the largest score can
+    so avoid a second computation of the scores.
     """
 
     def __init__(self, heads: int, limit: float, device: torch.device):
@@ -64,8 +66,8 @@ class AttentionOutput(NamedTuple):
     """Results of attention."""
 
     out_BHTV: Tensor
-    """Output in v's dtype. In memory, positions come before heads, as the output projection needs. The output is 0 for
-    a query that sees no key."""
+    """Output in v's dtype. In memory, the axis of positions comes before the axis of heads, as the output projection
+    needs. The output is 0 for a query that sees no key."""
     lse_BHT: Tensor
     """Log-sum-exp of the scaled scores of each query, fp32; -inf for a query that sees no key."""
     largest_BHT: Tensor | None = None
@@ -91,13 +93,13 @@ class AttentionCore(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v.
 
-        made: the result of `forward`; or an output and a log-sum-exp over a larger set of keys, which includes the keys
-        of this call.
+        made: the output and the log-sum-exp of `forward`. The two may also cover more keys than this call has; then
+        they must include all keys of this call.
         """
 
 
 def positions_first(x_BHTV: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a copy in this dtype, in the memory order of `AttentionOutput.out_BHTV`."""
+    """Return a copy in `dtype`, in the memory order of `AttentionOutput.out_BHTV`."""
     B, H, T, V = x_BHTV.shape
     return x_BHTV.new_empty(B, T, H, V, dtype=dtype).transpose(1, 2).copy_(x_BHTV)
 

@@ -19,9 +19,10 @@ from train.model.sequence import Positions
 class Block(nn.Module):
     """A block of the main model or of an MTP module. It maps x (B, T, D) to an output of the same shape.
 
-    dispatcher: None for a dense block. repeat: backward runs the complete block again, so only its input is saved.
-    host: stores the activations of the part `offload` (attention, ffn, or layer for both); None: no offload. chooses:
-    whether the block has an indexer. positions: the positions of x; None: all positions of complete sequences.
+    dispatcher: sends tokens to experts; None for a dense block. repeat: whether backward runs the complete block again,
+    so that forward saves only the block's input. host: stores activations in host memory; None: no offload. offload:
+    the part of the block whose activations `host` stores: attention, ffn, or layer for both. chooses: whether the block
+    has an indexer. positions: the positions of x; None: x contains complete sequences.
     """
 
     def __init__(

@@ -1,22 +1,22 @@
 """Attention over the keys that an indexer chose, in MLA's absorbed form (DeepSeek-V2 paper 2.1.2).
 
-The work is linear in the sequence length.
+The number of operations grows linearly with the sequence length.
 
     q_i . k_s = [W_UK_i^T q_nope_i ; q_rope_i] . [c_s ; k_rope_s]             head i, normed latent c and rotated rope key of position s
     out_i     = W_UV_i sum_s p_is c_s,   p_i = softmax over the chosen s of scale q_i . k_s
 
-All heads of a query use the same K keys, so one gather of the latents serves all heads. This takes kv_rank + rope
-numbers for each key, instead of heads x (qk width + value width). With o_i = sum_s p_is c_s and the gradient u_i =
-W_UV_i^T do_i, backward computes
+All heads of a query use the same K keys, so one gather of the latents serves all heads. The gather reads kv_rank + rope
+numbers for each key. Without the absorbed form, it would read heads x (qk width + value width) numbers. With o_i =
+sum_s p_is c_s and the gradient u_i = W_UV_i^T do_i, backward computes
 
     ds = scale p (u . c - do . out),  dq = ds [c ; k_rope],  d[c ; k_rope]_s = sum over queries and heads of ds q, and p u for c
     dW_UV_i = do_i o_i^T,  dW_UK_i = q_nope_i dq_i^T
 
-Ranks that share sequences gather the latents of all positions. In backward they send the gradients of the latents back
-to the ranks that have the positions.
+Ranks that share sequences gather the latents of all positions. In backward, a rank sends each latent's gradient to the
+rank that has the position.
 
-Shapes: B sequences, T queries here, S positions of the sequence, H heads, Q qk width = nope + rope, X = C + rope of a latent, C kv_rank,
-V value width, K chosen keys, Y = H * (nope + V) rows of the weight.
+Shapes: B sequences, T queries of this rank, S positions of the sequence, H heads, Q qk width = nope + rope, X = C +
+rope of a latent, C kv_rank, V value width, K chosen keys, Y = H * (nope + V) rows of the weight.
 """
 
 from typing import NamedTuple
@@ -39,14 +39,14 @@ class ChosenInput(NamedTuple):
     latents_BSX: Tensor
     """The normed latent and the rotated rope key of each position: [latent | rope key]."""
     weight_YC: Tensor
-    """For each head W_UK, then W_UV."""
+    """The rows of W_UK and then of W_UV, for one head after another."""
     nope: int
     scale: float
     chosen_BTK: Tensor
     """Positions that each query attends to, int32. If a query has fewer than K keys, -1 fills the remaining entries."""
 
     def split_weight(self) -> tuple[Tensor, Tensor]:
-        """W_UK (H, nope, C) and W_UV (H, V, C), fp32."""
+        """Return W_UK (H, nope, C) and W_UV (H, V, C), fp32."""
         weight_HYC = self.weight_YC.float().unflatten(0, (self.q_BTHQ.size(2), -1))
         return weight_HYC[:, : self.nope], weight_HYC[:, self.nope :]
 
@@ -55,11 +55,11 @@ class ChosenOutput(NamedTuple):
     """Results of attention over chosen keys."""
 
     out_BTHV: Tensor
-    """In q's dtype; 0 for a query without keys."""
+    """Output in q's dtype; 0 for a query without keys."""
     lse_BTH: Tensor
-    """Log-sum-exp of the scaled scores, fp32; -inf for a query without keys."""
+    """Log-sum-exp of each query's scaled scores, fp32; -inf for a query without keys."""
     largest_BTH: Tensor
-    """The largest scaled score, fp32."""
+    """The largest scaled score of each query, fp32."""
     shares_BTK: Tensor
     """Attention probability of each chosen key, averaged over heads, fp32."""
 
@@ -71,10 +71,11 @@ class KeptShares:
 
 
 class ChosenAttention(Function):
-    """Computes attention of the local queries over their chosen keys: (B, H, T, V).
+    """Computes attention of the local queries over their chosen keys, and returns a tensor (B, H, T, V).
 
-    latents_BTX: latents of the local positions. gathering: a gather of the latents of all positions, if ranks share
-    sequences. watch: see `AttentionInput`. shares: receives the attention probabilities of the chosen keys.
+    latents_BTX: latents of the local positions. gathering: a started gather of the latents of all positions, if ranks
+    share sequences; else None. watch: see `AttentionInput`. shares: receives the attention probabilities of the chosen
+    keys.
     """
 
     @staticmethod

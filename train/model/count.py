@@ -1,8 +1,9 @@
 """Counts the parameters of a model, and the operations for each token. The counts depend only on the configuration.
 
-For each token, every weight of a matmul costs 2 operations in forward and 4 in backward. Attention costs 6 operations
-for each pair of positions and each element of the qk width and the v width. Embedding lookup, norms and the router are
-left out, as in DeepSeek's own figures (0.3 % of all operations of DeepSeek-V3). Recomputation is not counted.
+For each token, every weight of a matmul costs 2 operations in forward and 4 in backward. In attention, a token and a
+key that it attends to cost 6 operations for each head and each element of the qk width and of the value width.
+Embedding lookup, norms and the router are not counted (0.3 % of all operations of DeepSeek-V3), because DeepSeek's own
+figures leave them out too. Recomputation is not counted.
 """
 
 from dataclasses import dataclass
@@ -29,25 +30,26 @@ class Counts:
     """Numbers of parameters of a model. MTP modules are counted separately."""
 
     total: int
-    """All parameters, including embedding and head, but without MTP modules."""
+    """Number of all parameters, including embedding and head, but without MTP modules."""
     active: int
-    """Parameters that one token uses, including embedding and head."""
+    """Number of parameters that one token uses, including embedding and head."""
     active_without_embedding: int
     embedding: int
-    """The embedding table; the head has the same size."""
+    """Number of parameters of the embedding table. The head has the same number."""
     attention: int
-    """Parameters of attention in one block."""
+    """Number of attention parameters in one block."""
     dense_block: int
     moe_block: int
     moe_block_active: int
     expert: int
     mtp: int
-    """Parameters of all MTP modules, without the embedding and the head that they share."""
+    """Number of parameters of all MTP modules, without the embedding and the head, which MTP modules share with the
+    main model."""
     mtp_active: int
 
 
 def attention_matmul_weights(config: Model) -> int:
-    """Return the weights of one MLA layer's matmuls."""
+    """Return the number of weights in the matmuls of one MLA layer."""
     qk_width = config.nope_head_dim + config.rope_head_dim
     if config.q_rank is None:
         queries = config.hidden * config.heads * qk_width
@@ -59,7 +61,7 @@ def attention_matmul_weights(config: Model) -> int:
 
 
 def indexer_matmul_weights(config: Model) -> int:
-    """Return the weights of one indexer's matmuls; 0 without sparse attention."""
+    """Return the number of weights in one indexer's matmuls; 0 without sparse attention."""
     sparse = config.sparse
     return sparse.heads * (sparse.head_dim * (config.q_rank or 0) + config.hidden) + sparse.head_dim * config.hidden * (
         sparse.heads > 0
@@ -72,7 +74,7 @@ def indexer_layers(config: Model) -> int:
 
 
 def expert_params(config: Model) -> int:
-    """Return the weights of one routed expert."""
+    """Return the number of weights of one routed expert."""
     return 3 * config.hidden * config.expert_width
 
 
@@ -108,17 +110,17 @@ def count_parameters(config: Model) -> Counts:
 
 
 def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, frozen: bool = False) -> float:
-    """Return the training operations per token of one block.
+    """Return the number of training operations that one block needs for one token.
 
-    causal: count only the half of attention that a causal mask needs. frozen: the block's weights have no gradient. The
-    operations of an adapter are not counted.
+    causal: whether to count only the lower half of the attention scores, which a causal mask needs. frozen: whether the
+    block's weights get no gradient. The operations of an adapter are not counted.
     """
     if dense:
         ffn = 3 * config.hidden * config.dense_width
     else:
         ffn = (config.top_k + config.shared_experts) * expert_params(config)
     widths = config.nope_head_dim + config.rope_head_dim + config.v_head_dim
-    pairs = seq_len * (0.5 if causal else 1.0)  # a token
+    pairs = seq_len * (0.5 if causal else 1.0)  # keys that a token sees, on average
     core = _attended(config, seq_len, pairs) * config.heads * widths
     indexer = (
         indexer_layers(config)
@@ -129,7 +131,7 @@ def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, f
 
 
 def _attended(config: Model, seq_len: int, pairs: float) -> float:
-    """Return the mean number of keys that a token attends to. pairs: the mean number of keys that it sees."""
+    """Return the mean number of keys that a token attends to. pairs: the mean number of keys that a token sees."""
     top_k = config.sparse.top_k
     if not config.sparse.heads or seq_len <= top_k:
         return pairs
@@ -137,14 +139,14 @@ def _attended(config: Model, seq_len: int, pairs: float) -> float:
 
 
 def head_flops(config: Model, frozen: bool = False) -> float:
-    """Return the training operations per token of the output head."""
+    """Return the number of training operations that the output head needs for one token."""
     return (4 if frozen else 6) * config.vocab_size * config.hidden
 
 
 def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool = False, frozen: bool = False) -> float:
-    """Return the training operations per token, forward and backward.
+    """Return the number of training operations that the model needs for one token, forward and backward.
 
-    DeepSeek's own MFU figures leave MTP out (mtp=False). frozen: see `layer_flops`.
+    mtp: whether to count MTP modules; DeepSeek's own MFU figures leave them out. frozen: see `layer_flops`.
     """
     dense, moe = (layer_flops(config, seq_len, kind, causal, frozen) for kind in (True, False))
     total = config.dense_layers * dense + head_flops(config, frozen)
@@ -155,11 +157,11 @@ def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool 
 
 
 def count_adapter(config: Config) -> int:
-    """Return the adapter's parameters: rank times the inputs and outputs of every adapted matrix."""
+    """Return the number of an adapter's parameters. Each adapted matrix has rank * (inputs + outputs) of them."""
     model = config.model
     hidden, inner, value = model.hidden, model.expert_width, model.heads * model.v_head_dim
     queries, keys = model.heads * (model.nope_head_dim + model.rope_head_dim), model.kv_rank + model.rope_head_dim
-    ffn = 3 * hidden  # plus three times the inner width
+    ffn = 3 * hidden  # three matrices; each also has the inner width
     sizes = {
         "q_up": (model.q_rank or hidden) + queries,
         "kv_up": model.kv_rank + model.heads * model.nope_head_dim + value,
@@ -177,9 +179,9 @@ def count_adapter(config: Config) -> int:
 
 
 def count_tables(config: Config) -> int:
-    """Return the number of trained parameters of embedding, head, routers and indexers.
+    """Return the number of trained parameters in the embedding, the head, the routers and the indexers.
 
-    An optimizer may have a separate update rule for them (conf/optimizers.py).
+    An optimizer may have a separate update rule for these parameters (conf/optimizers.py).
     """
     model = config.model
     if config.adapter.on:
@@ -190,8 +192,8 @@ def count_tables(config: Config) -> int:
 
 
 def count_vectors(config: Config) -> int:
-    """Return the number of trained parameters with one dimension, which are norm weights. An adapter has no such
-    parameters."""
+    """Return the number of trained parameters that are vectors: norm weights, and the biases of the indexers'
+    LayerNorms. An adapter has no vectors."""
     model = config.model
     if config.adapter.on:
         return 0
@@ -201,10 +203,10 @@ def count_vectors(config: Config) -> int:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Return the size of one checkpoint.
+    """Return the size of one checkpoint in bytes.
 
-    A checkpoint contains the fp32 master weights (of the adapter only, if an adapter is trained), the optimizer state
-    by the rule of each weight, and the average of the weights if the run computes it.
+    A checkpoint contains the fp32 master weights, the optimizer state, and the moving average of the weights if the run
+    computes one. If the run trains an adapter, the checkpoint contains only the adapter's weights.
     """
     counts, facts = count_parameters(config.model), config.optim.facts
     stored = count_adapter(config) if config.adapter.on else counts.total + counts.mtp

@@ -1,11 +1,12 @@
-"""Defines DeepSeek-V3. One class is both the complete model and a chunk of a pipeline, which has fewer parts.
+"""Defines DeepSeek-V3. One class is both the complete model and a pipeline chunk, which has only some parts of the
+model.
 
 Parameter names are global in every chunk: `embedding.weight`, `layers.17.attention.kv_up.weight`,
 `layers.17.moe.experts.w13`, `norm.weight`, `head.weight`, `mtp.0.projection.weight`.
 
-The last chunk computes the main loss and the MTP losses itself, so it returns no logits. MTP needs the embedding. So
-the last chunk of a pipeline has an embedding table too, under the same name. If the first and the last chunk are in one
-process, they share one table.
+The last chunk computes the main loss and the MTP losses, so it returns no logits. MTP needs the embedding. So the last
+chunk of a pipeline has an embedding table too, under the name `embedding.weight`. If the first and the last chunk are
+in one process, they share one table.
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocabulary.
 """
@@ -51,7 +52,7 @@ class Losses:
         self.main: Tensor | float = 0.0
         """Sum of the main losses."""
         self.mtp: list[Tensor | float] = [0.0] * self._depths
-        """Sums of the losses of every MTP depth, not multiplied by the MTP weight."""
+        """Sum of the losses of each MTP depth, not multiplied by the MTP weight."""
         self.extra: Tensor | float = 0.0
         """Sum of the user's own loss term (optim.extra_loss)."""
 
@@ -62,8 +63,8 @@ class Losses:
         self.mtp = [total + loss.detach() for total, loss in zip(self.mtp, mtp, strict=True)]
 
     def means(self) -> Tensor:
-        """Return means over micro-batches, (2 + depths,): the main loss, the loss of every MTP depth, and the user's
-        term."""
+        """Return the means over micro-batches, as a tensor (2 + depths,): the main loss, the loss of each MTP depth,
+        and the user's loss term."""
         device = self.main.device if isinstance(self.main, Tensor) else None
         totals = [
             total if isinstance(total, Tensor) else torch.full((), total, device=device)
@@ -85,11 +86,11 @@ class ModelOutputs:
     learnt_BT: Tensor
     """Whether a target is learnt, bool. In chats, only targets in answers are learnt; in other texts all targets."""
     divisor: float
-    """Divisor for sums over the local learnt positions. A sum that is divided by it gives every position of the step
-    the same weight."""
+    """Divide a sum over the local learnt positions by this number. Then every learnt position of the step has the same
+    weight."""
 
     def mean(self, values_BT: Tensor) -> Tensor:
-        """Return this micro-batch's contribution to the mean of values over all learnt tokens of the step.
+        """Return this micro-batch's contribution to the mean of `values_BT` over all learnt tokens of the step.
 
         If every token is learnt, the result is the mean over this micro-batch.
         """
@@ -98,26 +99,27 @@ class ModelOutputs:
     def logits(self) -> Tensor:
         """Return the logits of all positions, fp32 (B, T, V), with gradient.
 
-        All logits together need much memory. The cross-entropy only needs the logits of one chunk at a time.
+        This needs much memory. In contrast, the cross-entropy stores the logits of one chunk of positions at a time.
         """
         return F.linear(self.hidden_BTD, self.head_VD.to(self.hidden_BTD.dtype)).float()
 
 
 class Head(nn.Module):
-    """The output head. One call computes the losses of all depths, because each module call may gather its weights."""
+    """The output head. One call computes the losses of all depths, because every call of a module may gather its
+    weights."""
 
     def __init__(self, width: int, vocab_size: int, chunk: int, kernels: Kernels, **factory):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width, **factory))
         self._chunk, self._kernels = chunk, kernels
         self.added: AddedMatmul | None = None
-        """The adapter of the weight, set by the code that trains an adapter."""
+        """The adapter of the head's weight, set by the code that trains an adapter; None: no adapter."""
         self.extra_loss: Callable[[ModelOutputs], Tensor] | None = None
         """The user's own loss term, set by the code that builds the model for a training."""
         self.token_loss: TokenLoss | None = None
         """The loss that the main model minimises instead of the cross-entropy, set by the code that runs the step."""
         self.gives_logprobs = False
-        """Whether eval mode returns log-probabilities (B, T) instead of a loss, set by the calling code."""
+        """Whether eval mode returns log-probabilities (B, T) instead of a loss. The caller sets it."""
 
     def forward(
         self,
@@ -129,14 +131,16 @@ class Head(nn.Module):
         detaches_mtp: bool = False,
         tensors_BS: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> list[Tensor]:
-        """Return the losses of the main model (states[0], (B, T, D)) and of the MTP depths (one position shorter
-        each).
+        """Return the loss of the main model and the loss of each MTP depth.
 
-        In training, the user's own term follows if it exists. With `gives_logprobs`, eval mode returns
-        log-probabilities instead of losses. A loss is the sum over the supervised tokens (or over all tokens), divided
-        by `divisor`. divisor None: the number of local positions of the main model. MTP depths have fewer targets but
-        the same divisor (paper eq. 24). detaches_mtp: only the main model's loss trains the head's weight. tensors_BS:
+        states: hidden states of the main model (B, T, D), then those of each MTP depth, which are one position shorter
+        per depth. divisor: divides the sum of the losses of the supervised tokens (or of all tokens); None: the number
+        of local positions of the main model. The losses of MTP depths have the same divisor, although they have fewer
+        targets (paper eq. 24). detaches_mtp: whether only the main model's loss trains the head's weight. tensors_BS:
         the tensors per token that `token_loss` needs.
+
+        In training, the user's own loss term is the last element, if the user gave one. With `gives_logprobs`, eval
+        mode returns log-probabilities instead of losses.
         """
         if self.gives_logprobs and not self.training:
             return [self.logprobs(states[0], tokens_BS, positions, tensors_BS)]
@@ -167,11 +171,11 @@ class Head(nn.Module):
         tensors_BS: Mapping[str, Tensor],
         rows_N: Tensor | None = None,
     ) -> Tensor:
-        """Return log p(token | previous tokens) of the targets of all positions, fp32 (B, T), also if ranks share
-        sequences.
+        """Return log p(token | previous tokens) of every target, fp32 (B, T), for the complete sequences even if ranks
+        share them.
 
-        If the batch has a tensor `temperatures`, the logits are divided by it. rows_N: compute only these rows of the
-        local positions; the results of other rows are 0.
+        If the batch has a tensor `temperatures`, the logits are divided by it. rows_N: indices of the rows of the local
+        positions to compute; the results of all other rows are 0.
         """
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1), positions.take(tokens_BS, 1).flatten()
         temperature_N = None
@@ -215,7 +219,8 @@ class Head(nn.Module):
             samples_BT = positions.documents_BT.long()
         given_BT = self.logprobs(hidden_BTD, tokens_BS, positions, tensors_BS, rows_N)
         learnt_BT = learnt_BT.to(device)
-        # A token that is not learnt gets no gradient. Even if its values are not finite, other gradients stay correct.
+        # A token that is not learnt gets no gradient. Without this line, a log-probability that is not finite would
+        # spoil the gradients of other tokens.
         logprobs_BT = given_BT.where(learnt_BT, 0)
         cut_BT = {name: tensor_BS[:, 1:] for name, tensor_BS in tensors_BS.items()}
         tensors_BT = {name: tensor.where(learnt_BT | tensor.isfinite(), 0) for name, tensor in cut_BT.items()}
@@ -228,7 +233,7 @@ class Head(nn.Module):
         if "weights" in tensors_BT:
             found_BT = found_BT * tensors_BT["weights"]
         parts = 1 if positions.share is None else positions.share.parts
-        # All log-probabilities stay in the graph.
+        # Multiplication by 0 keeps all log-probabilities in the graph.
         return (found_BT.where(learnt_BT, 0) + 0 * given_BT).sum() / (divisor * parts)
 
     def adapted(self, hidden: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,8 +243,8 @@ class Head(nn.Module):
     def loss(
         self, hidden_BTD: Tensor, targets_BT: Tensor, divisor: float, learnt_N: Tensor | None, weight_VD: Tensor
     ) -> Tensor:
-        """Return the sum of the cross-entropies over divisor. learnt_N: indices of the rows that count, on the host;
-        None for all rows.
+        """Return the sum of the cross-entropies, divided by `divisor`. learnt_N: indices of the rows to sum, on the
+        host; None: all rows.
         """
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
         if learnt_N is not None and len(learnt_N) == 0:
@@ -254,7 +259,7 @@ class Head(nn.Module):
 
 
 def _scalar(loss: Tensor) -> Tensor:
-    """Return the user's own loss term as a scalar. Raises TypeError if the term is not one number."""
+    """Return the user's own loss term as a scalar. Raises TypeError if the term is not a tensor with one number."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         what = f"a tensor {tuple(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(
@@ -267,12 +272,12 @@ class DeepSeekV3(nn.Module):
     """The complete model, or one chunk of it.
 
     seq_len: length of the run's sequences, which decides whether YaRN applies. layers: global indices of the chunk's
-    blocks. has_head: whether the chunk has the final norm, the output head and the MTP modules. dispatcher: one object
-    for all MoE layers; None if all experts are local. local_experts: indices of this rank's experts in every layer;
-    None: all experts. embedding: a table that another chunk shares. share: exchanges positions with other ranks; None
-    if complete sequences are local. host: stores the activations that config.offload names; None if no backward
-    follows. dtype, device: dtype and device of the parameters. After a build on the meta device, call `init.initialise`
-    or load weights.
+    blocks. has_head: whether the chunk has the final norm, the output head and the MTP modules. dispatcher: sends
+    tokens to experts, for all MoE layers; None if all experts are local. local_experts: indices of this rank's experts
+    in every layer; None: all experts. embedding: an embedding table that another chunk has too; None: build one. share:
+    exchanges positions with other ranks; None if complete sequences are local. host: stores the activations that
+    config.offload names; None if no backward follows. dtype, device: dtype and device of the parameters. After a build
+    on the meta device, call `init.initialise` or load weights.
     """
 
     def __init__(
@@ -306,11 +311,11 @@ class DeepSeekV3(nn.Module):
         self.detaches_mtp = False
         """Whether MTP losses train only the MTP modules, set by the code that builds the model."""
         self.warms_indexers = False
-        """Whether training changes only the indexers, while attention is dense. The code that builds the model sets
-        it."""
+        """Whether training changes only the indexers and computes attention over all keys. The code that builds the
+        model sets it."""
         self.loss_divisor: float | None = None
-        """Divisor of loss sums in training, set by the code that runs the step; None for the number of local positions.
-        In eval mode the loss of supervised tokens is their sum.
+        """Divisor of loss sums in training, set by the code that runs the step; None: the number of local positions. In
+        eval mode, the loss of supervised tokens is a sum without a divisor.
         """
         self.index_weight = 0.0
         """Weight of the indexers' losses, divided by the number of micro-batches. The code that runs the step sets it."""
@@ -323,14 +328,16 @@ class DeepSeekV3(nn.Module):
         self._share = share
         own = bool(config.block or config.router)
         self.backward_in_one_piece = own or (has_head and config.mtp_depth > 1) or config.sparse.heads > 0
-        """torch's split into input and weight gradients cannot handle a weight that is used twice on one path.
-        Such weights are the embedding from MTP depth 2 on, and possibly weights of the user's own blocks.
-        Nor can it handle indexers, whose inputs have no gradient.
+        """Whether backward must compute input gradients and weight gradients together.
+
+        torch can split the two only if no path uses a weight twice. From MTP depth 2 on, the embedding is used twice.
+        The user's own blocks and routers may use a weight twice. torch also cannot split the backward of indexers,
+        whose inputs have no gradient.
         """
         self._dtype = precision.dtype
         if has_embedding or (has_head and config.mtp_depth):
             self.embedding = embedding or Embedding(config.vocab_size, config.hidden, **factory)
-        # torch's containers do not declare the types of their elements.
+        # torch's container classes do not declare the types of their elements.
         self.layers = cast("MutableMapping[str, Block]", nn.ModuleDict())
         block = subclass("model.block", config.block, Block)
         for place, index in enumerate(layers):
@@ -377,14 +384,13 @@ class DeepSeekV3(nn.Module):
         """Return hidden states (B, T, D). The last chunk returns the loss instead, fp32 (1,).
 
         x: tokens (B, S) for the first chunk, else hidden states of the local positions. tokens_BS: tokens of complete
-        sequences. They are needed if ranks share sequences, and also if the last chunk is not the first chunk.
-        documents_BS: document index of every token, on the host; a token attends only to its own document.
-        supervised_BS: mask of learnt tokens, on the host. If it is given, each document is a separate sample
-        (`Positions.samples_BS`). experts_BTLK, keys_BTLK: see `Positions`. tensors_BS: the tensors per token that
-        `Head.token_loss` needs.
+        sequences; needed if ranks share sequences, and for a last chunk that is not the first chunk. documents_BS:
+        document index of every token, on the host; a token attends only to its own document. supervised_BS: mask of
+        learnt tokens, on the host; if it is given, each document is a separate sample (`Positions.samples_BS`).
+        experts_BTLK, keys_BTLK: see `Positions`. tensors_BS: the tensors per token that `Head.token_loss` needs.
 
-        The training loss is main + mtp_weight / depths * sum of MTP losses, of the local positions; in eval mode it is
-        the main loss.
+        In training, the loss is main + mtp_weight / depths * sum of MTP losses, over the local positions. In eval mode,
+        it is the main loss.
         """
         tokens_BS = x if self.has_embedding else tokens_BS
         documents_BT = None if documents_BS is None else documents_BS[:, :-1]
@@ -410,7 +416,7 @@ class DeepSeekV3(nn.Module):
         supervised_BS: Tensor | None,
         tensors_BS: dict[str, Tensor],
     ) -> Tensor:
-        """Run `forward` at these positions."""
+        """Run `forward` at `positions`."""
         embedding_BTD = None
         if self.has_embedding or self._depths:
             assert tokens_BS is not None
@@ -427,9 +433,9 @@ class DeepSeekV3(nn.Module):
         return torch.stack([loss])  # a new tensor, not a view, because pipeline schedules detach it in place
 
     def logits(self, x: Tensor, last: bool = False) -> Tensor:
-        """Return fp32 logits (B, T, V). x: tokens (B, T), or hidden states for a last chunk without the embedding.
+        """Return fp32 logits (B, T, V). x: tokens (B, T), or hidden states for a last chunk without an embedding.
 
-        last: return only the logits of the last position.
+        last: whether to return only the logits of the last position.
         """
         hidden_BTD = self.norm(self._run_layers(self._embed(x) if self.has_embedding else x, Positions(x.size(1))))
         if last:
@@ -437,7 +443,8 @@ class DeepSeekV3(nn.Module):
         return F.linear(*self.head.adapted(hidden_BTD, self.head.weight.to(hidden_BTD.dtype))).float()
 
     def routers(self) -> dict[str, Router]:
-        """Return the routers of this chunk, MTP modules included, by the global name of their block."""
+        """Return the routers of this chunk, including the routers of MTP modules. The keys are the global names of
+        their blocks."""
         return {
             name.removesuffix(".moe.router").removesuffix(".block"): module
             for name, module in self.named_modules()
@@ -451,7 +458,7 @@ class DeepSeekV3(nn.Module):
     def add_loss(self, extra_loss: Callable[[ModelOutputs], Tensor]) -> None:
         """Add the user's own loss term to the last chunk. Call it before a pipeline takes the chunk."""
         self.head.extra_loss = extra_loss
-        self.backward_in_one_piece = True  # its graph may use any weight twice
+        self.backward_in_one_piece = True  # the graph of the user's loss term may use any weight twice
 
     @property
     def _depths(self) -> int:

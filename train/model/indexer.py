@@ -7,12 +7,13 @@ c_Q is the query latent after its norm, and x is the input of the block. All hea
 top_k visible keys with the largest scores. If scores are equal, the earlier key wins, so all layouts select the same
 keys.
 
-The loss of an indexer is the mean of KL(p || softmax(I)) over the learnt queries. p is the attention summed over heads
-and divided by its sum. The softmax and p cover the keys that the query attends to. The loss trains only the indexer: x,
-c_Q and p are constants. Its gradient is added in the backward of the attention's output, so no loss value is sent to
-the last pipeline stage.
+The loss of an indexer is the mean of KL(p || softmax(I)) over the learnt queries. The target p is the attention
+probability of each key, summed over heads and normalised to a sum of 1. Both p and the softmax cover only the keys that
+the query attends to. The loss trains only the indexer: x, c_Q and p are constants. The backward of the attention's
+output adds the gradient of the loss, so no loss value is sent to the last pipeline stage.
 
-Shapes: B sequences, T queries, S keys, D width, H heads of the indexer, I their width, K chosen keys, Q qk width.
+Shapes: B sequences, T queries, S keys, D width, H heads of the indexer, I width of an indexer head, K chosen keys, Q qk
+width of attention.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ class IndexVectors(NamedTuple):
     q_BTHI: Tensor
     k_BSI: Tensor
     w_BTH: Tensor
-    """The weights w of the heads, fp32, including both factors."""
+    """The head weights w of the module docstring, fp32, already multiplied by heads^-0.5 and head_dim^-0.5."""
 
 
 class LayerNorm(nn.Module):
@@ -81,8 +82,11 @@ class Indexer(nn.Module):
         remake_x: AbstractContextManager | None = None,
         remake_q: AbstractContextManager | None = None,
     ) -> IndexVectors:
-        """table: RoPE table of these positions. remake_x, remake_q: contexts, inside which autograd saves x or the
-        latent without extra memory."""
+        """Return the vectors from which the scores are computed.
+
+        table: RoPE table of these positions. remake_x, remake_q: contexts inside which autograd does not save x_BTD or
+        q_latent_BTC; backward computes them again.
+        """
         with remake_q or nullcontext():
             q = self.q(q_latent_BTC).unflatten(-1, (self._config.heads, -1))
         with remake_x or nullcontext():
@@ -106,7 +110,7 @@ class Indexer(nn.Module):
 
 @dataclass(frozen=True)
 class AttentionTarget:
-    """The attention whose probabilities an indexer learns."""
+    """The attention whose probabilities an indexer learns to predict."""
 
     q_BHTQ: Tensor
     lse_BHT: Tensor
@@ -117,14 +121,16 @@ class AttentionTarget:
 
 
 class IndexLoss(NamedTuple):
-    """The loss of an indexer over the local queries, and the gradients of its vectors, in the vectors' dtypes."""
+    """The loss of an indexer over the local queries, and the gradients of the indexer's vectors in the dtypes of the
+    vectors."""
 
     loss: Tensor
     gradients: IndexVectors
 
 
 def query_weights(positions: Positions, batch: int, device: torch.device) -> Tensor:
-    """The weight of each local query's loss, fp32 (B, T)."""
+    """Return the weight of each local query in the indexer's loss, fp32 (B, T). A query that is not learnt has weight
+    0."""
     choices = positions.choices
     if choices.supervised_BS is None:
         return torch.full((batch, positions.count), choices.weight, device=device)
@@ -134,16 +140,16 @@ def query_weights(positions: Positions, batch: int, device: torch.device) -> Ten
 
 
 def whole_keys(positions: Positions, k_BTI: Tensor) -> Tensor:
-    """Gather the local keys of all ranks into the keys of all positions, in order."""
+    """Gather the local keys of all ranks, and return the keys of all positions in order."""
     if positions.share is None:
         return k_BTI
     return torch.cat(positions.share.gather_begin(k_BTI, [len(piece) for piece in positions.pieces]).wait(), 1)
 
 
 class Learn(Function):
-    """Returns y unchanged. Its backward gives the indexer's vectors the gradients of the indexer's loss.
+    """Returns y unchanged. Its backward returns the gradients of the indexer's loss for the indexer's vectors.
 
-    compute: a function that returns the loss and the gradients, from vectors with all keys.
+    compute: computes the loss and the gradients from the vectors of all keys. count: receives the loss.
     """
 
     @staticmethod
@@ -172,9 +178,9 @@ class Learn(Function):
 
 
 class LearnAlone(Function):
-    """Returns a chunk's output if only the indexers learn.
+    """Returns a chunk's output when training changes only the indexers.
 
-    In backward, each indexer loss gets the gradient 1, and the chunk's input gets a gradient of zeros.
+    In backward, each indexer's loss gets gradient 1, and the chunk's input gets a gradient of zeros.
     """
 
     @staticmethod
@@ -203,7 +209,8 @@ def index_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor, elements: int) -> Te
 
 
 def head_slices(heads: int, each: int, elements: int) -> Iterator[slice]:
-    """Split the heads into slices with at most `elements` elements, or with one head. each: elements of a head."""
+    """Split the heads into slices. A slice has at most `elements` elements, or one head. each: number of elements of
+    one head."""
     count = max(1, elements // max(1, each))
     for first in range(0, heads, count):
         yield slice(first, min(first + count, heads))
