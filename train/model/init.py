@@ -1,10 +1,11 @@
 """Draws initial weights: every weight from normal(0, init_std); every norm weight is 1 (paper 4.2).
 
 A value depends only on the seed, the global name of its parameter and, for expert weights, the global index of the
-expert. So every layout of chunks and ranks starts from the same model. Each device draws the numbers of its weights.
-For a layer of DeepSeek-V3, a CPU needs half a minute, and a GPU a negligible time. All CPUs draw the same numbers. GPUs
-of one kind draw equal numbers. Other kinds of GPUs and CPUs draw different numbers, because torch's GPU generator
-distributes its numbers by the count of multiprocessors.
+expert. So every layout of chunks and ranks starts from the same model. Each device draws the weights that it stores.
+For a layer of DeepSeek-V3, a CPU needs half a minute, and a GPU needs a negligible time.
+
+All CPUs draw the same numbers, and all GPUs of one kind draw the same numbers. A CPU and a GPU, or GPUs of two kinds,
+draw different numbers: torch's GPU generator distributes the numbers by the count of multiprocessors.
 """
 
 import hashlib
@@ -21,9 +22,10 @@ from train.model.moe import Experts
 
 
 def initialise(chunk: DeepSeekV3, seed: int | None, device: torch.device | str | None = None) -> None:
-    """Move parts from the meta device to `device` and draw all weights. Counters and biases become 0.
+    """Move parameters and buffers from the meta device to `device`, and draw all weights. Buffers become 0.
 
-    seed: None if a checkpoint will fill the weights. Until then they are NaN, so that a missing weight is noticed.
+    seed: None if a checkpoint will fill the weights. Until then the weights are NaN, so that a weight that the
+    checkpoint lacks is noticed.
     """
     materialise(chunk, device)
     for draw in first_draws(chunk, seed).values():
@@ -33,9 +35,10 @@ def initialise(chunk: DeepSeekV3, seed: int | None, device: torch.device | str |
 
 
 def first_draws(chunk: DeepSeekV3, seed: int | None) -> dict[nn.Parameter, Callable[[], None]]:
-    """Return a function for each weight. It draws the weight, and allocates it first if it has no memory.
+    """Return a function for each weight. The function draws the weight, and allocates memory first if the weight has
+    none.
 
-    seed: see `initialise`. The function allocates as `materialise` does.
+    seed: see `initialise`.
     """
     return {
         weight: partial(_draw_weight, module, weight, f"{prefix}.{name}", seed, chunk.config.init_std)
@@ -45,9 +48,10 @@ def first_draws(chunk: DeepSeekV3, seed: int | None) -> dict[nn.Parameter, Calla
 
 
 def materialise(chunk: nn.Module, device: torch.device | str | None = None, hollow: bool = False) -> None:
-    """Allocate parameters and buffers of the meta device on `device`. Weights have arbitrary values, and buffers are 0.
+    """Allocate on `device` the parameters and buffers that are on the meta device. Weights get arbitrary values,
+    buffers 0.
 
-    hollow: weights have their full shape, but the memory of a single element.
+    hollow: whether each weight gets its full shape, but memory for only one element.
     """
     device = device or "cpu"
     for module in chunk.modules():
@@ -69,7 +73,7 @@ def _draw_weight(module: nn.Module, weight: nn.Parameter, name: str, seed: int |
     """Draw one weight of a module. name: global name of the weight."""
     if weight.untyped_storage().nbytes() < weight.nbytes:
         weight.data = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    if weight.dtype == torch.uint8:  # block FP8 of a frozen weight, where these bytes mean NaN
+    if weight.dtype == torch.uint8:  # a frozen weight in block FP8, where the byte 255 means NaN
         weight.fill_(255)
     elif seed is None:
         weight.fill_(torch.nan)
@@ -80,7 +84,7 @@ def _draw_weight(module: nn.Module, weight: nn.Parameter, name: str, seed: int |
 
 
 def draw_indexer(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
-    """Return the initial values of an indexer's complete weight, as `initialise` draws them on a CPU.
+    """Return the initial values of an indexer's complete weight. `initialise` draws the same values on a CPU.
 
     name: global name of the weight.
     """
@@ -107,7 +111,8 @@ def draw_normal(weight: Tensor, key: str, std: float, experts: range | None = No
 def _fill_drawn(
     weight: Tensor, key: str, experts: range | None, draw: Callable[[Tensor, torch.Generator], Tensor]
 ) -> None:
-    """Draw the values in fp32. Only one expert at a time has an fp32 copy."""
+    """Call `draw` on an fp32 copy of the weight, and store the result. With `experts`, only one expert at a time is
+    copied."""
     for index, one in [(None, weight)] if experts is None else zip(experts, weight, strict=True):
         generator = _generator(weight, key if index is None else f"{key}/{index}")
         one.copy_(draw(torch.empty(one.shape, dtype=torch.float32, device=weight.device), generator))
@@ -118,5 +123,5 @@ def _generator(weight: Tensor, key: str) -> torch.Generator:
 
 
 def key_number(key: str) -> int:
-    """Return 64 bits derived from the key."""
+    """Return a signed 64-bit integer derived from the key."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)

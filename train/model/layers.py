@@ -34,21 +34,24 @@ class AddedMatmul(Protocol):
 
     def add(self, y: Tensor, x: Tensor, groups: ExpertGroups | None = None) -> Tensor:
         """Return y (..., O) plus the result of the second matmul for x (..., I). groups: the rows of each expert, if
-        rows are sorted by expert."""
+        the rows of x are sorted by expert; else None."""
 
     def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Return operands of one matmul that computes the sum: x and the weight, both with the same additional
-        columns."""
+        """Return the two operands of one matmul that computes the layer's output plus the second matmul's output.
+
+        The operands are x and the weight. Both are extended by the same number of columns.
+        """
 
 
 class PackedWeight(Protocol):
-    """A frozen weight that is not stored as a plain tensor of values."""
+    """A frozen weight that is stored in another form than a plain tensor of its values, such as FP8 blocks."""
 
     shape: tuple[int, ...]
-    """The shape of the values."""
+    """The shape that the weight has as a plain tensor."""
 
     def unpack(self, dtype: torch.dtype) -> tuple[Tensor, AbstractContextManager]:
-        """Return the values, and a context. Inside the context, autograd saves the values without extra memory."""
+        """Return the values in `dtype`, and a context. Inside the context, autograd does not save the values; backward
+        unpacks them again."""
 
 
 PACKED = {"weight": "packed", "w13": "packed_up", "w2": "packed_down"}
@@ -58,28 +61,28 @@ PACKED = {"weight": "packed", "w13": "packed_up", "w2": "packed_down"}
 def open_weight(
     packed: PackedWeight | None, weight: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, AbstractContextManager]:
-    """Return the values of a weight for a matmul, and the context in which the matmul must run."""
+    """Return the values of a weight for a matmul, and the context that the matmul must run in."""
     return (weight, nullcontext()) if packed is None else packed.unpack(dtype)
 
 
 class LayerPrecision(Protocol):
-    """Computes the matmuls in some precision. The model calls these methods and never branches on the precision."""
+    """Computes the matmuls in one precision. The model calls these methods and never branches on the precision."""
 
     dtype: torch.dtype
     """Dtype of activations between the matmuls."""
     kernels: Kernels
-    """Computes the matmuls and everything between them."""
+    """Computes the matmuls and all operations between them."""
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: "HeldInput | None" = None) -> Tensor:
-        """Return x (..., D) times weight (F, D) transposed: (..., F).
+        """Return x (..., D) times the transpose of weight (F, D), as a tensor (..., F).
 
-        kind: see `Linear`. held: the result of `hold` for x.
+        kind: see `Linear`. held: the result of `hold` for x; None: `linear` saves x itself.
         """
 
     def hold(self, x: Tensor, kind: str) -> "HeldInput | None":
         """Return the form in which `linear` saves x for backward; None if it saves x unchanged.
 
-        If other code saves x too, it can save the same form.
+        Other code that saves x too can save this form instead, so that x is stored once.
         """
 
     def expert_ffn(
@@ -91,19 +94,18 @@ class LayerPrecision(Protocol):
         counts_E: Tensor,
         added: "tuple[AddedMatmul | None, AddedMatmul | None]" = (None, None),
     ) -> Tensor:
-        """Return the SwiGLU FFN of every expert on its own rows: (R, D).
+        """Compute the SwiGLU FFN of each expert for the rows of that expert. Returns a tensor (R, D).
 
-        rows_RD is sorted by expert, and counts_E (int64) contains the number of rows of each expert. The SwiGLU output
-        of a row is multiplied by the gate value of the row, before the down-projection. added: adapters for w13 and for
-        w2.
+        rows_RD: rows, sorted by expert. gates_R: gate value of each row; the SwiGLU output of a row is multiplied by it
+        before the down-projection. counts_E: number of rows of each expert, int64. added: adapters for w13 and for w2.
         """
 
 
 class Linear(nn.Module):
     """A matmul without bias, in the precision of the run.
 
-    kind: `dense`, or `output` for the attention's output projection. In FP8 training, the input of `output` is saved in
-    a more precise format.
+    kind: `output` for the attention's output projection, `dense` for all other layers. In FP8 training, the input of
+    `output` is saved in a more precise format than the input of `dense`.
     """
 
     def __init__(self, inputs: int, outputs: int, precision: LayerPrecision, kind: str = "dense", **factory):
@@ -113,7 +115,8 @@ class Linear(nn.Module):
         self.added: AddedMatmul | None = None
         """The adapter of the weight, set by the code that trains an adapter."""
         self.packed: PackedWeight | None = None
-        """The stored form of a frozen weight that has an adapter; None for a plain tensor."""
+        """The stored form of the frozen weight, if an adapter is trained and the weight is not stored as a plain
+        tensor; else None."""
 
     def forward(self, x: Tensor, held: HeldInput | None = None) -> Tensor:
         weight, keep = open_weight(self.packed, self.weight, self._precision.dtype)
@@ -122,9 +125,10 @@ class Linear(nn.Module):
         return y if self.added is None else self.added.add(y, x)
 
     def values(self) -> tuple[Tensor, AbstractContextManager]:
-        """Return the weight plus the adapter's product, (O, I), and a context for code that saves it. Differentiable.
+        """Return the weight plus the product of its adapter's matrices, (O, I), and a context. Differentiable.
 
-        In a matmul with these values, an adapter's dropout drops the same inputs for all rows.
+        A matmul with these values must run inside the context. The adapter's dropout then has the same mask for all
+        rows.
         """
         weight, keep = open_weight(self.packed, self.weight, self._precision.dtype)
         if self.added is None:
@@ -133,7 +137,7 @@ class Linear(nn.Module):
         return self.added.add(weight.t(), identity).t(), nullcontext()
 
     def hold(self, x: Tensor) -> HeldInput | None:
-        """See `LayerPrecision.hold`."""
+        """Call `LayerPrecision.hold` for an input of this layer."""
         return self._precision.hold(x, self._kind)
 
 
@@ -165,7 +169,7 @@ class _Embed(Function):
 class RMSNorm(nn.Module):
     """Computes x / rms(x) * weight over the last axis, with statistics in fp32.
 
-    recompute: whether matmuls that take the output save only the input of the norm for backward.
+    recompute: whether a matmul that uses the norm's output saves only the norm's input for backward.
     """
 
     def __init__(self, width: int, eps: float, recompute: bool, kernels: Kernels, **factory):
@@ -177,11 +181,11 @@ class RMSNorm(nn.Module):
         return _RMSNorm.apply(x, self.weight, self._eps, self._kernels)
 
     def with_remake(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
-        """Return the output, and a context for the matmuls that take it as input (see `RecomputedOutputs`)."""
+        """Return the output, and a context for the matmuls that use the output as input (see `RecomputedOutputs`)."""
         y = self(x)
         if not (self._recompute and torch.is_grad_enabled()):
             return y, nullcontext()
-        # Read the weight only in backward, because ZeRO 3 may free its memory before.
+        # Do not read the weight before backward, because ZeRO 3 may free its memory in between.
         return y, RecomputedOutputs(lambda source: self._kernels.rms_norm(source, self.weight, self._eps)[0], (x,), y)
 
 
@@ -203,12 +207,12 @@ class _RMSNorm(Function):
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> Tensor:
-    """Compute `Kernels.swiglu` with a gradient."""
+    """Compute `Kernels.swiglu`, with support for gradients."""
     return _SwiGLU.apply(h_N2F, gates_N, kernels)
 
 
 class _SwiGLU(Function):
-    """Saves only [gate | up], and recomputes other values in backward."""
+    """Saves only the input [gate | up] and the gate values of the rows, and recomputes all other values in backward."""
 
     @staticmethod
     def forward(ctx, h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> Tensor:
@@ -223,8 +227,8 @@ class _SwiGLU(Function):
 
 
 class FFN(nn.Module):
-    """The SwiGLU feed-forward network: w2(silu(w1 x) * w3 x). w13 contains the rows of w1, followed by the rows of
-    w3."""
+    """The SwiGLU feed-forward network: w2(silu(w1 x) * w3 x). The weight w13 has the rows of w1, followed by the rows
+    of w3."""
 
     def __init__(self, width: int, inner: int, precision: LayerPrecision, recompute: bool, **factory):
         super().__init__()
@@ -233,7 +237,8 @@ class FFN(nn.Module):
         self._recompute, self._kernels = recompute, precision.kernels
 
     def forward(self, x_ND: Tensor, remake: AbstractContextManager) -> Tensor:
-        """remake: a context manager, inside which autograd saves x without extra memory (`RMSNorm.with_remake`)."""
+        """Return the output (N, D). remake: a context inside which autograd does not save x; backward computes x again
+        (`RMSNorm.with_remake`)."""
         with remake:
             h_N2F = self.w13(x_ND)
         a_NF = swiglu(h_N2F, None, self._kernels)
@@ -242,9 +247,9 @@ class FFN(nn.Module):
 
 
 def recomputed_swiglu(a_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> AbstractContextManager:
-    """Return a context, inside which autograd saves a = swiglu(h, gates) without extra memory.
+    """Return a context inside which autograd does not save a = swiglu(h, gates).
 
-    Backward recomputes `a` from h and gates, which SwiGLU saves anyway.
+    Backward recomputes `a` from h and gates, which the SwiGLU saves anyway.
     """
     if not torch.is_grad_enabled():
         return nullcontext()

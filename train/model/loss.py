@@ -3,12 +3,12 @@
 The logits of all tokens never exist at the same time. With a vocabulary of 129,280, the logits of one sequence of 4096
 tokens would need 2 GiB in fp32, and their gradient another 2 GiB.
 
-For each chunk of tokens, forward computes the logits, the softmax in fp32 and the loss. It also computes the gradients
-of the hidden states and of the head, and backward only scales these gradients. A matmul processes a complete chunk. On
-a CPU, softmax and its gradient in fp32 process only as many rows at a time as fit in the cache. The gradient overwrites
-the logits.
+For each chunk of tokens, the forward of the cross-entropy computes the logits, the softmax in fp32 and the loss. It
+also computes the gradients of the hidden states and of the head; backward only scales them. A matmul processes a
+complete chunk. On a CPU, the softmax and its gradient are computed for a few rows at a time, so that the rows fit in
+the cache. The gradient overwrites the logits.
 
-Shapes: N tokens, C of a chunk, R rows of it, D width, V vocabulary.
+Shapes: N tokens, C tokens of a chunk, R rows of a chunk, D width, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class _CrossEntropy(Function):
         for hidden_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
             logits_CV = kernels.matmul(hidden_CD, head, head.dtype)
             loss += kernels.cross_entropy(logits_CV, targets_C, scale)
-            dlogits_CV = logits_CV  # the gradient has replaced the logits
+            dlogits_CV = logits_CV  # `cross_entropy` has replaced the logits by their gradient
             if want_hidden:
                 dhidden.append(kernels.matmul(dlogits_CV, head.t(), head.dtype))
             if want_head:
@@ -68,8 +68,8 @@ def token_logprobs(
 ) -> Tensor:
     """Return log softmax(hidden head^T / temperature)[target] of every token, fp32 (N,). temperature_N: None for 1.
 
-    Only the logits of one chunk exist at a time. Forward and backward both compute them, because the gradient depends
-    on a loss that is not known in forward. The logits are always in fp32.
+    Only the logits of one chunk exist at a time. Forward and backward both compute the logits, because forward does not
+    know the loss that determines the gradient. The logits are always in fp32.
     """
     return _TokenLogprobs.apply(hidden_ND, head_VD, targets_N, temperature_N, chunk, kernels)
 
@@ -90,7 +90,7 @@ class _TokenLogprobs(Function):
         kernels, head, dhidden, dhead_VD = ctx.kernels, head_VD.to(hidden_ND.dtype), [], None
         grad_N1 = (grad_N if temperature_N is None else grad_N / temperature_N).unsqueeze(1)
         for rows, log_p_CV in _log_softmax_of_chunks(hidden_ND, head_VD, temperature_N, ctx.chunk, kernels):
-            # d log p[target] / d logit_v = [v = target] - p_v
+            # d log p[target] / d logit_v = (1 if v = target, else 0) - p_v
             dlogits_CV = log_p_CV.exp_().mul_(-grad_N1[rows])
             dlogits_CV.scatter_add_(1, targets_N[rows].unsqueeze(1), grad_N1[rows])
             dlogits_CV = dlogits_CV.to(head.dtype)
@@ -111,7 +111,7 @@ class _TokenLogprobs(Function):
 def _log_softmax_of_chunks(
     hidden_ND: Tensor, head_VD: Tensor, temperature_N: Tensor | None, chunk: int, kernels: Kernels
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the rows of each chunk, and their log softmax(logits / temperature), fp32 (C, V)."""
+    """Yield for each chunk the slice of its rows, and log softmax(logits / temperature) of these rows, fp32 (C, V)."""
     head = head_VD.to(hidden_ND.dtype)
     for first in range(0, len(hidden_ND), chunk):
         rows = slice(first, first + chunk)

@@ -6,11 +6,12 @@
     y = W_O softmax(scale q k^T) v
 
 The matrices W are packed in q_down, q_up, kv_down, kv_up and out, as in the released weights. kv_down computes [c_KV |
-rope key]. For each head, q_up computes [nope | rope], and kv_up computes [nope key | value]. Without q_rank, `q`
-projects x directly.
+rope key]. For each head, q_up computes [nope | rope], and kv_up computes [nope key | value]. If q_rank is None, the
+matrix `q` computes the queries from x directly.
 
 With sparse attention, a query attends to the keys that an indexer chooses (indexer.py). The indexer belongs to this
-layer or to an earlier layer. In this case keys and values are not computed (chosen_attention.py).
+layer or to an earlier layer. With chosen keys, chosen_attention.py computes attention from the latents, and no keys and
+values of the heads are computed.
 
 Shapes: B sequences, T positions, D width, H heads, Q qk width = nope + rope, R rope width, V value width.
 """
@@ -37,7 +38,7 @@ class MLA(nn.Module):
     """Multi-head latent attention of one block."""
 
     def __init__(self, config: Model, precision: LayerPrecision, rope: Rope, chooses: bool = False, **factory):
-        """chooses: whether this attention has an indexer."""
+        """chooses: whether this layer has an indexer."""
         super().__init__()
         width, heads = config.hidden, config.heads
         qk_width = config.nope_head_dim + config.rope_head_dim
@@ -61,12 +62,12 @@ class MLA(nn.Module):
     def forward(self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None) -> Tensor:
         """Return the output of attention, (B, T, D).
 
-        remake: a context manager, inside which autograd saves x without extra memory (`RMSNorm.with_remake`).
-        positions: the positions of x; None: all positions of complete sequences.
+        remake: a context inside which autograd does not save x; backward computes x again (`RMSNorm.with_remake`).
+        positions: the positions of x; None: x contains complete sequences.
         """
         positions = positions or Positions(x_BTD.size(1))
         with remake:
-            # If queries are not compressed, q_latent is the complete query.
+            # If the model has no q_rank, q_latent is the complete query.
             q_latent = self.q(x_BTD) if self._config.q_rank is None else self.q_down(x_BTD)
             kv_latent, k_rope_BTR = self.kv_down(x_BTD).split([self._config.kv_rank, self._config.rope_head_dim], -1)
         saved = ReplaceableTensors()
@@ -104,7 +105,8 @@ class MLA(nn.Module):
     ) -> tuple[IndexVectors | None, Tensor | None]:
         """Return the indexer's vectors, and the keys that each local query attends to.
 
-        The vectors are None if the indexer does not learn. The keys are None for all visible keys.
+        The vectors are None if this layer's indexer does not learn. The keys are None if a query attends to all visible
+        keys.
         """
         sparse, choices = self._config.sparse, positions.choices
         learns = self.indexer is not None and self.training and choices.weight > 0
@@ -144,9 +146,9 @@ class MLA(nn.Module):
         positions: Positions,
         loss_of: Callable[..., IndexLoss],
     ) -> Tensor:
-        """Return y. In its backward, the indexer gets the gradient of its loss.
+        """Return y. The backward of y computes the gradient of the indexer's loss.
 
-        loss_of: a function of the indexer's vectors with all keys, and of weight_BT.
+        loss_of: computes the indexer's loss from the vectors of all keys and the weight of each query.
         """
         indexer, alone = self.indexer, positions.choices.alone
         assert indexer is not None, "who learns"
@@ -165,27 +167,26 @@ class MLA(nn.Module):
         return y_BTD
 
     def attend(self, given: AttentionInput) -> Tensor:
-        """Run only the attention core, for sequences that no other rank shares: (B, H, T, V)."""
+        """Run only the attention core, for complete sequences. Returns a tensor (B, H, T, V)."""
         return self._kernels.attention(given)
 
     def _project(self, out_BHTV: Tensor, saved: ReplaceableTensors) -> Tensor:
-        """Return (B, T, D).
+        """Apply the output projection to attention's output. Returns a tensor (B, T, D).
 
-        If the projection saves its input in fewer bits, attention's backward reads this saved input too, and the output
-        of attention is freed. saved: the tensors that attention saved. In some kernels they include the output of
-        attention.
+        saved: the tensors that attention saved for backward. If the projection saves its input in fewer bits, attention
+        saves this smaller copy of its output instead, and the output is freed.
         """
         x_BTX = out_BHTV.transpose(1, 2).flatten(2)
         held, heads = self.out.hold(x_BTX), out_BHTV.size(1)
         if held is not None:
-            values = held.values  # the tensors may be moved before they are needed
+            values = held.values  # read now, because another object may hold the tensors before backward needs them
             saved.replace(
                 out_BHTV, lambda *kept: values(*kept).unflatten(-1, (heads, -1)).transpose(1, 2), *held.tensors
             )
         return self.out(x_BTX, held)
 
     def _up(self, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys (B, H, T, Q) and values (B, H, T, V) from the latents."""
+        """Compute queries (B, H, T, Q), keys (B, H, T, Q) and values (B, H, T, V) from the latents."""
         config = self._config
         q_latent = self._up_queries(q_latent, [range(q_latent.size(1))])
         kv_latent, remake = self.kv_norm.with_remake(kv_latent)
@@ -196,12 +197,14 @@ class MLA(nn.Module):
         return self._kernels.to_heads(q, kv, k_rope_BTR, table, config.nope_head_dim)
 
     def _up_queries(self, q_latent: Tensor, pieces: Sequence[range]) -> Tensor:
-        """Return queries (B, T, H * Q), which the caller may overwrite.
+        """Return queries (B, T, H * Q), which the caller may overwrite. pieces: ranges of the queries' positions.
 
-        Without compression, q_latent is already the query. pieces: positions of the queries.
+        If the model has no q_rank, q_latent is already the query.
         """
         if self._config.q_rank is None:
-            q = q_latent.clone() if self._recompute_up else q_latent  # backward calls this again with the same tensor
+            q = (
+                q_latent.clone() if self._recompute_up else q_latent
+            )  # backward calls this method again with the same tensor
         else:
             q_latent, remake = self.q_norm.with_remake(q_latent)
             with remake:
@@ -213,7 +216,7 @@ class MLA(nn.Module):
         )
 
     def _local_table(self, positions: Positions, device: torch.device) -> Tensor:
-        """Return RoPE's table of the local positions."""
+        """Return the RoPE table of the local positions."""
         table = self._rope.table(positions.whole_length, device)
         return torch.cat([table[piece.start : piece.stop] for piece in positions.here])
 
@@ -228,11 +231,11 @@ class MLA(nn.Module):
         lse: KeptLse | None,
         shares: KeptShares | None,
     ) -> tuple[Tensor, Tensor, Callable[[], Iterator[tuple[Tensor, SeenKeys, int]]]]:
-        """Compute attention from normed latents and rotated rope keys: (B, H, T, V).
+        """Compute attention for queries of this rank, if ranks share sequences or if attention is sparse.
 
-        If ranks share sequences, one gather brings the latents and rope keys of all positions. Also returns the
-        queries, and a function that gathers the latents again for the keys of all positions. Both are arguments of
-        `AttentionTarget`.
+        If ranks share sequences, one gather returns the normed latents and rotated rope keys of all positions. Returns
+        the output (B, H, T, V), the queries, and a function. The function gathers the latents again, and iterates over
+        the keys of all positions. The queries and the function are arguments of `AttentionTarget`.
         """
         config, table = self._config, self._local_table(positions, q_latent.device)
 

@@ -1,12 +1,12 @@
-"""Mixture of experts (paper 2.1.2): shared experts, and routed experts that a dispatcher serves.
+"""Mixture of experts (paper 2.1.2): shared experts, and routed experts that receive their tokens from a dispatcher.
 
     y = shared(x) + sum over chosen experts of gate * expert(x)
 
-A dispatcher sends each token to the ranks of its experts and returns their results. An expert multiplies its result by
-the gate value, so combine only adds. `LocalDispatcher` is for experts that are all local.
+A dispatcher sends each token to the ranks of its chosen experts, and returns the sum of the experts' results. An expert
+multiplies its result by the gate value, so combine only adds. `LocalDispatcher` is for a rank that has all experts.
 
-Shapes: B sequences, T tokens, D width, F inner width, E experts of this rank, K experts per token, R rows: one for each
-token and chosen expert.
+Shapes: B sequences, T tokens, D width, F inner width, E experts of this rank, K experts per token, R rows: one row for
+each token and chosen expert.
 """
 
 from contextlib import AbstractContextManager
@@ -27,7 +27,7 @@ from train.model.sequence import Positions
 
 
 class RoutedRows(Protocol):
-    """Rows that have arrived at the rank of their experts."""
+    """Rows that have arrived at the rank that has their experts."""
 
     rows_RD: Tensor
     """The rows, sorted by local expert."""
@@ -36,14 +36,14 @@ class RoutedRows(Protocol):
     counts_E: Tensor
     """Number of rows of each local expert, int64, on the device of the rows."""
     state: Any
-    """The dispatcher's data for the combine."""
+    """Data that the dispatcher needs for combine."""
 
 
 class PendingRows(Protocol):
     """A dispatch in progress."""
 
     def wait(self) -> RoutedRows:
-        """Return the rows that have reached this rank's experts. Call this method only once."""
+        """Wait for the rows of this rank's experts, and return them. Call this method only once."""
 
 
 class Dispatcher(Protocol):
@@ -52,15 +52,16 @@ class Dispatcher(Protocol):
     def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None) -> PendingRows:
         """Start to send every token to its K experts.
 
-        again: `RoutedRows.state` of an earlier dispatch of these tokens. This dispatch reuses its routes.
+        again: `RoutedRows.state` of an earlier dispatch of the same tokens, whose routes this dispatch uses again;
+        None: compute the routes.
         """
 
     def combine(self, out_RD: Tensor, routed: RoutedRows) -> Tensor:
-        """Return the sum of the K results of every token: (T, D)."""
+        """Return, for every token, the sum of the results of its K experts: a tensor (T, D)."""
 
 
 class _Sorted(NamedTuple):
-    """The order of rows by expert."""
+    """Describes how (token, expert) entries are sorted into rows by expert."""
 
     order_R: Tensor
     inverse_TK: Tensor
@@ -70,7 +71,7 @@ class _Sorted(NamedTuple):
 
 @dataclass
 class ArrivedRows:
-    """Rows of local experts, which need no exchange."""
+    """The result of a dispatch on one rank. Its `wait` returns at once, because no rows are exchanged."""
 
     rows_RD: Tensor
     gates_R: Tensor
@@ -82,8 +83,8 @@ class ArrivedRows:
 
 
 class LocalDispatcher:
-    """Dispatches tokens to local experts by a stable sort, and combines by the inverse of the sort. It never waits for
-    the device."""
+    """Dispatches tokens to local experts by a stable sort, and combines by the inverse of the sort. The host never
+    waits for the device."""
 
     def __init__(self, experts: int, kernels: Kernels):
         self._experts, self._kernels = experts, kernels
@@ -107,8 +108,8 @@ class LocalDispatcher:
 
 
 class _Permute(Function):
-    """Maps tokens to sorted rows. Forward and backward use gathers, not scattered additions, so sums have a fixed
-    order."""
+    """Maps tokens to rows sorted by expert. Forward and backward use gathers, not scattered additions, so the terms of
+    a sum have a fixed order."""
 
     @staticmethod
     def forward(ctx, x_TD, gates_TK, order: _Sorted, kernels: Kernels):
@@ -151,14 +152,15 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(len(local), width, inner, **factory))
         self.added_up: AddedMatmul | None = None
         self.added_down: AddedMatmul | None = None
-        """The adapters of w13 and of w2, set by the code that trains them."""
+        """The adapters of w13 (`added_up`) and of w2 (`added_down`), set by the code that trains an adapter."""
         self.packed_up: PackedWeight | None = None
         self.packed_down: PackedWeight | None = None
-        """The stored forms of frozen w13 and w2 that have adapters; None for plain tensors."""
+        """The stored forms of the frozen weights w13 (`packed_up`) and w2 (`packed_down`), if an adapter is trained;
+        None for plain tensors."""
 
 
 class MoE(nn.Module):
-    """The router, routed experts and shared experts of one block. All shared experts together are one wide FFN."""
+    """The router, the routed experts and the shared experts of one block. One wide FFN computes all shared experts."""
 
     def __init__(
         self, config: Model, precision: LayerPrecision, dispatcher: Dispatcher, local_experts: range, **factory
@@ -176,7 +178,7 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None) -> Tensor:
         """Return the output (B, T, D).
 
-        remake: a context manager, inside which autograd saves x without extra memory (`RMSNorm.with_remake`).
+        remake: a context inside which autograd does not save x; backward computes x again (`RMSNorm.with_remake`).
         """
         gates_TK, ids_TK = self.router(x_BTD, remake, positions)
         x_TD = x_BTD.flatten(0, 1)

@@ -1,10 +1,10 @@
 """Finds which gradients a custom autograd Function must compute in the current backward pass.
 
-The schedules zbv and dualpipev split a backward into two passes of autograd: one for input gradients (I), and one for
-weight gradients (W). autograd skips gradients that a pass does not need, but a Function written in Python skips
-nothing. Its ctx.needs_input_grad only tells which inputs required a gradient in forward. So a Function would compute
-both gradients in both passes, and each pass would discard one of them. To avoid this, every Function with both
-gradients asks autograd's engine which gradients the current pass needs.
+The pipeline schedules zbv and dualpipev split a backward into two passes of autograd: one for input gradients (I), and
+one for weight gradients (W). autograd skips gradients that a pass does not need. A Function written in Python cannot
+skip them by itself: its ctx.needs_input_grad only says which inputs required a gradient in forward. It would compute
+both gradients in both passes, and each pass would discard one of them. So every Function with both gradients asks
+autograd's engine which gradients the current pass needs.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,16 @@ from torch.autograd.graph import Node
 
 
 class Function(torch.autograd.Function):
-    """torch's Function without its preparation for functorch transforms, which Sluice does not use."""
+    """torch's Function without the preparation for functorch transforms, which Sluice does not use."""
 
     if TYPE_CHECKING:
-        backward: Callable[..., Any]  # torch's own annotations do not allow a backward with named arguments
+        backward: Callable[..., Any]  # torch's type annotations do not allow a backward with named arguments
     else:
         apply = torch._C._FunctionBase.__dict__["apply"]
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Apply torch's decorator only in a backward with gradients enabled. Any other backward is called directly."""
+    """Apply torch's decorator of this name to calls with gradients enabled. Other calls run `backward` directly."""
     guarded = torch.autograd.function.once_differentiable(backward)
 
     @wraps(backward)
@@ -39,9 +39,9 @@ SKIPPED, EXECUTED, HANDED_OUT = "skipped", "executed", "handed out"
 
 
 def gradients_needed(ctx: Any) -> tuple[bool, ...]:
-    """Return, for every argument of the Function, whether the current pass needs its gradient.
+    """Return, for every argument of the Function, whether the current pass needs the argument's gradient.
 
-    Call this function inside backward, with the ctx of backward. In an ordinary backward the result equals
+    Call this function inside backward, with the ctx of backward. In a backward that is not split, the result equals
     ctx.needs_input_grad.
     """
     nodes = iter([node for node, _ in ctx.next_functions if node is not None])
@@ -49,10 +49,10 @@ def gradients_needed(ctx: Any) -> tuple[bool, ...]:
 
 
 def is_recorded(ctx: Any) -> bool:
-    """Whether autograd records the call, so that a backward can follow. Call this function inside forward, with the ctx
-    of forward.
+    """Return whether autograd records the call, so that a backward can follow. Call this function inside forward, with
+    the ctx of forward.
 
-    ctx.needs_input_grad does not show this: it is True for every trained weight, also under torch.no_grad.
+    ctx.needs_input_grad does not show this: it is True for every trained weight, even under torch.no_grad.
     """
     return bool(ctx.next_functions)
 
@@ -64,12 +64,12 @@ def node_of(ctx: Any, argument: int) -> Node:
 
 
 def will_accumulate(node: Node) -> bool:
-    """Whether the current pass adds gradients of this leaf to its `.grad`, instead of returning them."""
+    """Return whether the current pass adds the gradients of this leaf to its `.grad`, instead of returning them."""
     return _fate(node) == EXECUTED
 
 
 def _fate(node: Node) -> str:
-    """Return what the current pass does with a node, or with the gradient that arrives at it."""
+    """Return what the current pass does with a node: skip it, execute it, or return the gradient that arrives at it."""
     try:
         return EXECUTED if torch._C._will_engine_execute_node(node) else SKIPPED
     except RuntimeError as error:

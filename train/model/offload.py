@@ -1,14 +1,14 @@
-"""Offloads activations until backward. Tensors that are saved inside a context go to the host when the context ends.
+"""Offloads activations to host memory until backward. The transfer to the host starts when the context ends.
 
-Each storage is sent completely, and only one time even if several views of the storage were saved. These tensors stay
-on the device:
+Each storage is sent completely, and only once even if autograd saved several views of it. These tensors stay on the
+device:
 
     the block's input   other code holds it: the previous part as its output, or a pipeline's stage
     weights, buffers    they are on the device anyway
     small tensors       starting their copy takes longer than the copy
 
-Tensors that an inner `RecomputedOutputs` or `ReplaceableTensors` saves go to the host too. Outputs that an inner
-context recomputes are not stored.
+Tensors that an inner `RecomputedOutputs` or `ReplaceableTensors` saves are offloaded too. Outputs that an inner context
+recomputes are not stored.
 """
 
 import weakref
@@ -23,21 +23,22 @@ from train.model.recompute import PackedTensor, SavedContext, Slot
 
 
 class FetchedStorage(Protocol):
-    """Represents a storage that is on the host."""
+    """A tensor storage that is in host memory."""
 
     def fetched(self) -> Tensor:
-        """Return the storage on the device, flat and in bytes."""
+        """Copy the storage to the device, and return it as a flat tensor of bytes."""
 
 
 class Host(Protocol):
-    """Stores tensors' storages in host memory until backward."""
+    """Stores the storages of tensors in host memory until backward."""
 
     def send(self, storages: Sequence[Tensor]) -> Sequence[FetchedStorage]:
-        """Take storages that were saved together, as flat byte tensors."""
+        """Start to copy storages to host memory. storages: flat byte tensors that one context saved."""
 
 
 class OffloadedBlock(SavedContext):
-    """The context that offloads. stays: the tensors that are not offloaded: the block's input, weights and buffers."""
+    """The context that offloads the tensors that autograd saves. stays: tensors that are not offloaded: the block's
+    input, weights and buffers."""
 
     def __init__(self, host: Host, stays: Iterable[Tensor]):
         self._host = host
@@ -75,7 +76,8 @@ class OffloadedBlock(SavedContext):
                     one.leave(sent)
 
     def _place(self, kept: "weakref.ref[_OnHost | Slot]") -> "_OnHost | None":
-        """Return the entry of a tensor that is still needed. For a tensor of an inner context, create the entry now."""
+        """Return the entry of a tensor that is still needed, or None. If an inner context saved the tensor, create the
+        entry now."""
         found = kept()
         if isinstance(found, Slot):
             return found.hand_over(_OnHost) if found.tensor is not None and self._goes(found.tensor) else None
@@ -83,13 +85,13 @@ class OffloadedBlock(SavedContext):
 
 
 class _OnHost:
-    """One saved tensor."""
+    """One saved tensor, either on the device or as a view of a storage in host memory."""
 
     def __init__(self, tensor: Tensor):
         self.tensor: Tensor | None = tensor
 
     def leave(self, sent: FetchedStorage) -> None:
-        """Release the tensor, which is part of a sent storage."""
+        """Release the tensor on the device. sent: the host copy of the storage that has the tensor."""
         tensor, self.tensor = self.tensor, None
         assert tensor is not None
         self._sent = sent
@@ -104,5 +106,5 @@ class _OnHost:
 
 
 def _flat(storage: torch.UntypedStorage, device: torch.device) -> Tensor:
-    """Return all bytes of a storage."""
+    """Return a flat tensor of all bytes of a storage."""
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
