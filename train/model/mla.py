@@ -204,7 +204,7 @@ class MLA(nn.Module):
         if self._config.q_rank is None:
             q = (
                 q_latent.clone() if self._recompute_up else q_latent
-            )  # backward calls this method again with the same tensor
+            )  # backward calls this again with the same tensor
         else:
             q_latent, remake = self.q_norm.with_remake(q_latent)
             with remake:
