@@ -202,9 +202,7 @@ class MLA(nn.Module):
         If the model has no q_rank, q_latent is already the query.
         """
         if self._config.q_rank is None:
-            q = (
-                q_latent.clone() if self._recompute_up else q_latent
-            )  # backward calls this again with the same tensor
+            q = q_latent.clone() if self._recompute_up else q_latent  # backward calls this again with the same tensor
         else:
             q_latent, remake = self.q_norm.with_remake(q_latent)
             with remake:
