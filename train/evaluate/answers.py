@@ -1,11 +1,13 @@
-"""Compares the model's answers to held-out questions with the true answers, and scores them. Two baselines get a score
-too.
+"""Scores the model's answers to held-out questions by their similarity to the true answers.
 
-A question is a held-out chat up to its last learnt turn, with the same tokens as in training. The true answer is that
-turn. The model answers greedily, until the chats' stop token or for ANSWER_TOKENS tokens. The score is ROUGE-L: F1 of
-the longest common subsequence of words (Lin 2004; lower case, letters and digits). If nearly all true answers share
-some words, any answer with these words gets a higher score. So two baselines are reported. The first baseline takes the
-model's answer to another question. The second baseline answers every question with the most frequent training answer.
+The true answer is the last turn of a held-out chat that training would learn. The question is the part of the chat
+before this turn, with the same tokens as in training. The model decodes greedily until the chats' stop token, or until
+it has ANSWER_TOKENS tokens. The score is ROUGE-L: F1 of the longest common subsequence of words (Lin 2004; lower case,
+letters and digits).
+
+If nearly all true answers have some words in common, any answer with these words gets a high score. So two baselines
+are scored too. The first baseline takes the model's answer to another question. The second baseline answers every
+question with the most frequent training answer.
 """
 
 import re
@@ -41,19 +43,19 @@ class HeldOutQuestion:
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How close a set of answers is to the true answers."""
+    """The score of a set of answers: how similar they are to the true answers."""
 
     of: str
     """Origin of the answers, as text."""
     rouge_l: float
-    """Mean over the questions, from 0 to 1."""
+    """Mean ROUGE-L over the questions, from 0 to 1."""
     loss: float | None = None
     """Nats per learnt token of the held-out chats; None for a baseline without a model."""
 
 
 @dataclass(frozen=True)
 class JudgedAnswers:
-    """Results about answers for evaluate.json."""
+    """The scores and examples of answers that evaluate.json stores."""
 
     questions: int
     scores: list[AnswerScore]
@@ -61,13 +63,13 @@ class JudgedAnswers:
     """Texts of the question, the true answer, and each model's answer."""
 
     def plain(self) -> dict[str, Any]:
-        """The object of evaluate.json."""
+        """Returns the object for the key `answers` of evaluate.json."""
         return asdict(self)
 
 
 def find_questions(documents: Documents, count: int) -> list[HeldOutQuestion]:
-    """Returns at most `count` questions, spread over the chats. Only chats whose answer ends with the most frequent
-    stop token are used."""
+    """Returns at most `count` questions, spread evenly over the chats. The function uses only chats whose answer ends
+    with the most frequent stop token."""
     found = list(_last_turns(documents))
     stop = Counter(each.answer[-1] for each in found).most_common(1)[0][0]
     whole = [each for each in found if each.answer[-1] == stop and len(each.answer) > 1]
@@ -86,7 +88,7 @@ def _last_turns(documents: Documents) -> Iterator[HeldOutQuestion]:
 
 
 def commonest_answer(documents: Documents, tokenizer: Tokenizer) -> str:
-    """Returns the most frequent answer of the chats; on a tie the first."""
+    """Returns the most frequent answer in the chats. If several answers are equally frequent, returns the first."""
     answers = Counter(tuple(each.answer) for each in _last_turns(documents))
     return text_of(tokenizer, list(answers.most_common(1)[0][0]))
 
@@ -94,7 +96,7 @@ def commonest_answer(documents: Documents, tokenizer: Tokenizer) -> str:
 def answer_questions(
     decoder: Decoder, tokenizer: Tokenizer, questions: list[HeldOutQuestion], context: int
 ) -> list[str]:
-    """The model's answers. context: maximum tokens of question and answer together."""
+    """Returns the model's answer to each question. context: maximum tokens of question and answer together."""
     stops = frozenset({*tokenizer.stop_ids, questions[0].answer[-1]})
     texts = []
     for first in range(0, len(questions), ANSWERED_AT_ONCE):
@@ -108,7 +110,7 @@ def answer_questions(
 
 
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Text of an answer without its stop token."""
+    """Decodes the tokens of an answer, without the stop token if there is one."""
     special = tokenizer.bytes_V[ids[-1]] == 0 if ids else False
     return tokenizer.decode(ids[:-1] if special else ids).strip()
 

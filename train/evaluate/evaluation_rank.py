@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
-from cluster.interrupts import leave  # before libraries, see there
+from cluster.interrupts import leave  # imported before slow libraries, so that Ctrl-C is handled during their import
 from cluster.launch import given_run
 from cluster.place import Place
 from conf.disk import disk_errors
@@ -59,15 +59,15 @@ from train.show.writer import open_wandb
 
 # Runs a model, in any layout, on the texts of the needle test (train/evaluate/needle.py).
 #
-# Each text is one sequence without document borders. Logits of the main model are computed only at the tokens of the
+# Each text is one sequence without document boundaries. Logits of the main model are computed only at the tokens of the
 # key, on the rank that has these tokens.
 #
-# Shapes: B texts, S = T + 1 tokens, N tokens of keys.
+# Shapes: B texts, S = T + 1 tokens, N key tokens.
 
 
 def read_fillers(config: Config, corpus: Corpus, part: CorpusPart) -> list[list[int]]:
-    """Tokens of held-out text: one list for each text of a cell. Each list is as long as the longest text. A line end
-    replaces eos."""
+    """Returns one list of held-out tokens for each text that the needle test makes with one length and depth. Each list
+    is long enough for the longest length. A line end replaces every eos."""
     longest, count = max(config.evaluate.needle), NEEDLE_TEXTS
     data = ValidationData(replace(corpus, parts=[part]), replace(config, seq_len=longest), count)
     tokens_BS, newline = data.batch(0, len(data)).tokens_BS, corpus.tokenizer.encode("\n")[-1]
@@ -84,8 +84,8 @@ def search_needles(
     fillers: list[list[int]],
     start_id: int,
 ) -> list[NeedleCell]:
-    """Returns one result cell for each length and depth, with the same values on every rank. Collective: all ranks must
-    call it. start_id: first token of every text."""
+    """Runs the needle test. Returns one result cell for each length and depth, with the same values on every rank.
+    Collective: all ranks must call this function. start_id: first token of every text."""
     needles = make_needles(config, tokenizer)
     keys = [len(needle.key) for needle in needles]
     watch = _Watch(pipeline.modules[-1] if pipeline.has_last else None)
@@ -107,12 +107,12 @@ def _score(
     keys: list[int],
     size: int,
 ) -> tuple[int, float]:
-    """Returns the number of found keys, and the mean nats of a key. Each data-parallel rank runs a part of the
-    texts."""
+    """Returns the number of keys that the model found, and the mean loss of a key in nats. Each data-parallel rank runs
+    a part of the texts. size: number of texts that a rank runs at a time."""
     sums_B2 = torch.zeros(len(keys), 2, dtype=torch.float64)
     for first in range(0, len(keys), size * mesh.layout.dp):
-        # The ranks exchange tokens with each other's experts, so all must run the same number of forward passes. A rank
-        # that has no texts left repeats the first texts.
+        # Every rank sends tokens to experts on other ranks, so all ranks must run the same number of forward passes. A
+        # rank that has no texts left repeats the first texts.
         mine = first + mesh.dp_rank * size
         rows = slice(mine, mine + size) if mine < len(keys) else slice(0, size)
         part_B2 = watch.over(
@@ -135,8 +135,8 @@ class _Watch:
             last.observer = partial(self._observe, last)
 
     def over(self, keys: list[int], forward: Callable[[], object]) -> Tensor:
-        """Returns for each text the nats of its key, and the number of key tokens that are not the likeliest token: (B,
-        2). Only the tokens on this rank count.
+        """Returns two values per text, (B, 2): the loss of the key in nats, and the number of key tokens that the model
+        does not rank first. Both values count only the key tokens on this rank.
 
         keys: number of tokens in each text's key. forward: runs the texts through the model.
         """
@@ -158,7 +158,7 @@ class _Watch:
 
 
 EVALUATION_FOLDER = "evaluate"
-"""Folder in the run folder. It has the configuration and the logs of an evaluation on several ranks."""
+"""Subfolder of the run folder for the configuration and the logs of an evaluation on several ranks."""
 
 
 def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
@@ -171,7 +171,7 @@ def _run(config: Config, place: Place) -> int:
     if config.evaluate.tasks:
         from train.data.reach import offline_reason
 
-        offline_reason()  # before the import of lm_eval, which would try to reach the hub itself
+        offline_reason()  # called before the import of lm_eval, because lm_eval would try to reach the hub itself
         from train.evaluate.harness import load_tasks  # lm_eval takes seconds to import
 
         load_tasks(config)  # reports missing tasks before weights are read
@@ -201,7 +201,7 @@ def _run(config: Config, place: Place) -> int:
 
 
 def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline[DeepSeekV3]:
-    """Load the model. Raises UserError if one process must hold all weights and does not have enough memory."""
+    """Load the model. Raises UserError if one process must hold all weights but does not have enough memory."""
     dtype = activation_dtype(target.config.precision)
     if mesh.layout.world == 1:
         item_bytes = dtype.itemsize + (4 if target.meta is not None else 0)  # a checkpoint is read in fp32
@@ -239,8 +239,8 @@ def _answers(
     mesh: Mesh,
     device: torch.device,
 ) -> JudgedAnswers:
-    """Scores the answers of these weights to questions of the first source. If the run's initial weights still exist,
-    the function scores the answers of the initial weights too."""
+    """Scores the target model's answers to held-out questions of the first source, and two baselines. If the weights
+    that the run started from still exist, the function scores the answers of these initial weights too."""
     config, part, tokenizer = target.config, sources[0].part, corpus.tokenizer
     questions = find_questions(part.validation, config.evaluate.answers)
     truth = [text_of(tokenizer, each.answer) for each in questions]
@@ -274,8 +274,8 @@ def _answers(
 
 
 def _start_id(target: Target, corpus: Corpus) -> int:
-    """Returns the first token of a text: eos, as in our training, or the begin token that a Hugging Face folder
-    requires."""
+    """Returns the token that the evaluation puts before every text: eos for a Sluice checkpoint, and for a Hugging Face
+    folder the token that `start_token` returns."""
     return corpus.tokenizer.eos_id if target.meta is not None else start_token(target.checkpoint, corpus.tokenizer)
 
 
@@ -314,7 +314,7 @@ def _report(
 
 
 def _tell_wandb(config: Config, evaluation: Evaluation, console: Console) -> None:
-    """Add the results to the W&B run of the evaluated run, if it has one."""
+    """Add the results to the W&B run that the evaluated run created. Does nothing if there is no W&B run."""
     folder = RunPaths(config).path
     if wants_wandb(config.log.wandb) and (folder / "wandb" / "run_id").is_file():
         sink = open_wandb(config, folder, lambda text: console.print(text, soft_wrap=True, markup=False))

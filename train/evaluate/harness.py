@@ -1,9 +1,9 @@
 """Runs standard tasks on our models through lm-evaluation-harness (the package lm-eval, extra `eval`).
 
-The harness makes three requests: the probability of a continuation, the probability of a whole text, and a continuation
-up to a stop word. Each text starts with eos, because every document in our training follows eos. For a Hugging Face
-folder that requires a begin token, each text starts with this token. A context that is too long is cut at its
-beginning.
+The harness makes three kinds of requests: the probability of a continuation, the probability of a complete text, and a
+generated continuation up to a stop word. Each text starts with eos, because every document in Sluice's training follows
+eos. If a Hugging Face folder requires a begin token, each text starts with the begin token instead. If a context is too
+long, its first tokens are dropped.
 
 Shapes: B rows, T positions, V vocabulary.
 """
@@ -30,14 +30,14 @@ from train.generate.sampling import Sampler
 from train.model.deepseek import DeepSeekV3
 
 BOOTSTRAPS = 1000
-"""Number of bootstrap samples for a standard error that has no closed form."""
+"""Number of bootstrap samples with which the harness estimates a standard error that has no closed form."""
 NEW_TOKENS = 256
-"""Maximum tokens of an answer if the task sets no limit."""
+"""Maximum number of tokens of an answer if the task sets no limit."""
 
 
 def run_tasks(config: Config, model: DeepSeekV3, tokenizer: Tokenizer, start_id: int) -> dict[str, dict[str, float]]:
-    """Returns the results: task (or group of tasks) -> metric -> value, with the names of the harness. Raises UserError
-    for unknown tasks.
+    """Runs the tasks. Returns a dict: task (or group of tasks) -> metric -> value, with the harness's names. Raises
+    UserError for unknown tasks.
 
     model: a complete model in eval mode. start_id: first token of every text.
     """
@@ -59,7 +59,7 @@ def run_tasks(config: Config, model: DeepSeekV3, tokenizer: Tokenizer, start_id:
 
 
 def load_tasks(config: Config) -> TaskManager:
-    """Returns the harness's tasks, after it has loaded the wanted tasks with their data. Raises UserError for an
+    """Loads the configured tasks with their data, and returns the harness's task manager. Raises UserError for an
     unknown or unavailable task."""
     wanted = config.evaluate
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -87,8 +87,8 @@ def _require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _numbers(results: dict[str, Any]) -> dict[str, float]:
-    """Returns the numeric results. The harness names them METRIC,FILTER; if the filter is `none`, the name here is
-    METRIC."""
+    """Returns the numeric results of a task. The harness names a result METRIC,FILTER; a name METRIC,none is shortened
+    to METRIC."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in results.items()
@@ -118,7 +118,8 @@ class Harness(TemplateLM):
         return start + self._ids.encode(string)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Returns log p of each complete text, cut into windows of seq_len tokens that overlap by one token."""
+        """Returns log p of each complete text. A long text is scored in windows of seq_len tokens, each with one token
+        of context from the window before."""
         totals = []
         for (text,) in (request.args for request in requests):
             ids = self._ids.encode(text)
@@ -140,8 +141,8 @@ class Harness(TemplateLM):
 
     @torch.inference_mode()
     def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Scores a batch of (context, continuation). Rows are padded at the end; in causal attention no token sees this
-        padding."""
+        """Scores a batch of pairs (context, continuation). Rows are padded at the end. Attention is causal, so no text
+        token attends to the padding."""
         for _, continuation in pairs:
             if len(continuation) > self._seq_len:
                 raise UserError("seq_len", self._seq_len, f"an answer has {len(continuation)} tokens", "omit this task")
@@ -187,7 +188,8 @@ class Harness(TemplateLM):
 
 
 def _read(generation: Generation, decode: Callable[[list[int]], str], stops: list[str]) -> list[str]:
-    """Run until every text has ended or contains a stop word. Returns each text up to its first stop word."""
+    """Run the generation until every text has ended or contains a stop word. Returns each text up to its first stop
+    word."""
     texts: list[str] = []
     for _ in generation.steps():
         texts = [decode(ids) for ids in generation.tokens]

@@ -8,8 +8,8 @@ beginning, 1: right before the question). A key counts as found if each of its t
 in greedy generation.
 
 The test also reports the loss of a key in nats. The keys are uniform over 100,000 values, so a model that ignores the
-needle has a loss of at least ln 100000 = 11.5 on average. A lower value shows that a model uses the needle, even if it
-is too weak to name the key.
+needle has a loss of at least ln 100000 = 11.5 on average. A lower value shows that the model uses the needle, even if
+the model is too weak to generate the key.
 
 The key is encoded separately and has the same tokens in needle and answer, so any tokenizer works. The text contains no
 eos, because a model may have learnt not to look back across eos. Imports no torch.
@@ -30,7 +30,7 @@ NEEDLE_KEYS = 100_000
 NEEDLE_TEXTS = 10
 """Number of texts for each length and depth; each text has a different key."""
 NEEDLE_DEPTHS = 0.0, 0.25, 0.5, 0.75, 1.0
-"""Position of the key in the text: 0 at the beginning, 1 right before the question."""
+"""Relative position of the key in the text: 0 at the beginning, 1 right before the question."""
 GUESSING = math.log(NEEDLE_KEYS)
 """Lowest possible mean loss of a key, in nats, for a model that does not use the needle."""
 BEFORE, AFTER = "\nThe pass key is", ". Remember it.\n"
@@ -39,7 +39,7 @@ NEEDLE_QUESTION = "\nWhat is the pass key? The pass key is"
 
 @dataclass(frozen=True)
 class Needle:
-    """Tokens of a key, its sentence and the question."""
+    """Tokens of one needle: the sentence that contains the key, the question, and the key as the answer."""
 
     sentence: list[int]
     question: list[int]
@@ -47,11 +47,12 @@ class Needle:
 
     @property
     def size(self) -> int:
-        """Number of tokens besides the filler, the start token included."""
+        """Number of tokens of a text without its filler. The start token counts."""
         return 1 + len(self.sentence) + len(self.question) + len(self.key)
 
     def text(self, start_id: int, filler: list[int], length: int, depth: float) -> list[int]:
-        """Returns a text of length + 1 tokens that ends with the key. filler: at least length + 1 tokens."""
+        """Returns a text of length + 1 tokens that ends with the key. filler: held-out tokens around the needle, at
+        least length + 1. depth: relative position of the needle, 0 to 1."""
         room = length + 1 - self.size
         place = round(depth * room)
         return [start_id, *filler[:place], *self.sentence, *filler[place:room], *self.question, *self.key]
@@ -69,13 +70,13 @@ class NeedleCell:
     """Mean loss of a key."""
 
     def plain(self) -> dict[str, Any]:
-        """The result in the form of evaluate.json."""
+        """Returns the result as an object for evaluate.json. nats is null if it is not finite."""
         return vars(self) | {"nats": self.nats if math.isfinite(self.nats) else None}
 
 
 def make_needles(config: Config, tokenizer: Tokenizer) -> list[Needle]:
-    """One needle for each text of a cell; all cells use the same keys. Raises UserError if a length is too short for
-    the needles."""
+    """Returns NEEDLE_TEXTS needles with random keys. Every length and depth uses the same needles. Raises UserError if
+    a configured length is too short for the needles."""
     draw = random.Random(config.seed)
     before, after, question = (tokenizer.encode(part) for part in (BEFORE, AFTER, NEEDLE_QUESTION))
     needles = []
@@ -91,7 +92,7 @@ def make_needles(config: Config, tokenizer: Tokenizer) -> list[Needle]:
 
 
 def needle_lines(cells: list[NeedleCell]) -> list[str]:
-    """Lines for the screen: a line per length, a column per depth."""
+    """Returns the result table for the screen: one line per length, one column per depth."""
     if not cells:
         return []
     depths = sorted({cell.depth for cell in cells})

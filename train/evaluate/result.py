@@ -1,30 +1,31 @@
 """Writes evaluate.json and prints its table.
 
-    name, checkpoint, step          the run, the folder of the weights, their optimizer steps (null: Hugging Face)
+    name, checkpoint, step          run name, folder of the weights, optimizer steps so far (null: Hugging Face)
     weights                         master, or ema (their moving average)
-    precision, seq_len              as evaluated
-    total                           all sources together, see below
+    precision, seq_len              settings of the evaluation
+    total                           figures of all sources together, see below
     sources                         one object per source: name, documents (held out, or all), and the keys of total
-    needle                          one object per length and depth: length, depth, texts, found (texts whose key the model names),
-                                    nats (mean per key; 11.5 for guessing), see needle.py
+    needle                          one object per length and depth: length, depth, texts, found (number of texts whose key the
+                                    model finds), nats (mean loss of a key; 11.5 for guessing), see needle.py
     answers                         null, or scores of answers to held-out questions (answers.py): questions, scores
                                     (of, rouge_l, loss) and examples
     tasks                           task -> metric -> number, as lm-evaluation-harness names them
 
 Keys of total and of each source:
 
-    sequences, tokens, text_bytes   the text read: sequences of seq_len, targets, bytes of text that the targets decode to
+    sequences, tokens, text_bytes   number of sequences, of target tokens, and of bytes that the target tokens decode to
     loss                            nats per token of the main model, as validation_loss in metrics.jsonl
-    perplexity                      e to the loss
-    bits_per_byte                   comparable between tokenizers; null if the targets are no text
+    perplexity                      e to the power of the loss
+    bits_per_byte                   loss in bits per byte of text, comparable between tokenizers; null if the targets are not text
     positions                       one object per range of positions, none for chats: first, last (counted from 1: position i sees
-                                    i tokens and predicts the next), loss
+                                    i tokens and predicts the next token), loss
     mtp                             one object per depth, none for chats: depth, loss (as mtp_loss in metrics.jsonl), and agreement,
-                                    the share of positions where it names the same token as the main model
+                                    the fraction of positions where the MTP module predicts the same token as the main model
 
-If the run has trained on a source, only the held-out documents count; otherwise all documents count. The run has
-trained on a source if the checkpoint records its path or its content hash. So a moved folder does not count as new, and
-a folder with additional documents does not either. A checkpoint also records the held-out fraction.
+If the run has trained on a source, the evaluation reads only its held-out documents; otherwise it reads all documents.
+The run has trained on a source if the checkpoint records the source's path or content hash. So the evaluation also
+recognises a folder that was moved, and a folder to which documents were added. A checkpoint also records the held-out
+fraction, which the evaluation must use again.
 """
 
 import json
@@ -50,29 +51,31 @@ from train.loop.validation import Sums
 from train.model.deepseek import DeepSeekV3
 from train.model.sequence import Positions
 
-# Measures, during the forward pass of the loss, the loss by position and the predictions of the MTP modules.
+# The forward pass that computes the loss also measures the loss by position and the predictions of the MTP modules.
 #
-# Position i (counted from 1) sees i tokens and predicts the next. If a model uses long text, its loss is lower at late
-# positions than at early positions. If its usable context is shorter than the text, its loss rises at late positions.
-# Ranges of positions end at seq_len, half of seq_len, a quarter and so on. So two evaluations whose lengths are powers
-# of two have the same borders.
+# Position i (counted from 1) sees i tokens and predicts the next token. If a model uses long text, its loss is lower at
+# late positions than at early positions. If the model's usable context is shorter than the text, its loss rises at late
+# positions. Ranges of positions end at seq_len, at half of seq_len, at a quarter and so on. So two evaluations whose
+# lengths are powers of two have range boundaries in common.
 #
 # MTP depth k at position i and the main model at position i + k predict the same token, i + k + 1. In greedy
-# speculative decoding the main model accepts a draft token exactly if it predicts this token too. So the agreement on
-# given text estimates the acceptance rate of depth k (paper 5.4.3: 85 to 90 % for the second token).
+# speculative decoding the main model accepts a draft token exactly if the main model predicts this token too. So the
+# agreement on held-out text estimates the acceptance rate of depth k (paper 5.4.3: 85 to 90 % for the second token).
 #
-# Shapes: B sequences, S = T + 1 tokens, T positions (those on this rank if sequences are shared), D width, V vocabulary,
-# N positions in a row.
+# Shapes: B sequences, S = T + 1 tokens, T positions (if ranks split the sequences: this rank's positions), D width,
+# V vocabulary, N positions of all sequences, flattened.
 
 RANGES = 6
 """Maximum number of ranges of positions."""
 SHORTEST = 32
-"""Minimum number of positions in a range, if there are several ranges. The loss of a smaller range would be noise."""
+"""Minimum number of positions in a range, if there are several ranges. The loss of a smaller range would be too
+noisy."""
 
 
 def position_ranges(seq_len: int) -> list[range]:
-    """Returns ranges that cover all positions, counted from 0. The last range is the last half, the range before it is
-    the quarter before this half, and so on; the first range has the remaining positions."""
+    """Returns ranges that cover all positions, counted from 0. The last range is the second half of all positions. The
+    range before it is the second half of the remaining positions, and so on. The first range has all positions that are
+    left."""
     ends = [seq_len >> halvings for halvings in reversed(range(RANGES))]
     return [range(*ends) for ends in pairwise([0, *(end for end in ends if end >= SHORTEST or end == seq_len)])]
 
@@ -89,10 +92,11 @@ class ObservedChunk:
             last.observer = partial(self._observe, last)
 
     def take(self) -> Tensor:
-        """Sums of the latest forward pass.
+        """Returns the sums of the latest forward pass as one vector.
 
-        For each range of positions: the nats of its targets. For each MTP depth: the nats of its targets, and the
-        number of positions where it agrees with the main model.
+        It has one value for each range of positions: the loss of the range's targets in nats. Two values for each MTP
+        depth follow: the loss of the targets of this depth in nats, and the number of positions where the MTP module
+        predicts the same token as the main model.
         """
         return self._sums
 
@@ -114,15 +118,15 @@ class ObservedChunk:
 
 
 def here(positions: Positions, device: torch.device) -> Tensor:
-    """Numbers (T,) of this rank's positions, from 0."""
+    """Returns the sequence indices (T,) of this rank's positions, counted from 0."""
     return torch.cat([torch.arange(piece.start, piece.stop, device=device) for piece in positions.here])
 
 
 def read(last: DeepSeekV3, hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the likeliest token at each position, and -log p of the target in nats, fp32. Any shapes (..., D) and
-    (...).
+    """Returns the likeliest token at each position, and -log p of the target in nats, fp32.
 
-    The logits are computed for model.loss_chunk positions at a time.
+    The arguments may have any shapes (..., D) and (...). The logits are computed for model.loss_chunk positions at a
+    time.
     """
     head_VD, chunk = last.head.weight.to(hidden_BTD.dtype), last.config.loss_chunk
     named, nats = [], []
@@ -136,7 +140,7 @@ def read(last: DeepSeekV3, hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tens
 
 
 def _of_whole_sequences(own_BT: Tensor, positions: Positions) -> Tensor:
-    """Values at all positions, gathered from the ranks that share the sequences."""
+    """Returns the values at all positions, gathered from all ranks that hold parts of the sequences."""
     if positions.share is None:
         return own_BT
     rows = [len(piece) for piece in positions.pieces]
@@ -144,24 +148,24 @@ def _of_whole_sequences(own_BT: Tensor, positions: Positions) -> Tensor:
 
 
 ALL = 1 << 62
-"""A number that is larger than the number of sequences of any source."""
+"""Stands for all sequences of a source: larger than the number of sequences of any source."""
 
 
 @dataclass(frozen=True)
 class EvaluatedSource:
-    """One source and its sequences."""
+    """One data source and the sequences that the evaluation reads from it."""
 
     name: str
     own: bool
     """Whether the run has trained on the source. If so, only the held-out documents count."""
     part: CorpusPart
-    """The corpus part; the evaluation reads its validation documents."""
+    """The source's part of the corpus. The evaluation reads the part's validation documents."""
     data: ValidationData
 
 
 def choose_sources(corpus: Corpus, config: Config, held_out: dict[str, Any] | None) -> list[EvaluatedSource]:
-    """Returns the sources that get evaluated sequences, in the order of the mix. held_out: the checkpoint's record of
-    the run's data."""
+    """Returns the sources from which at least one sequence is evaluated, in the order of data.mix. held_out: the
+    checkpoint's record of the run's data; None for a Hugging Face folder."""
     known = {word for source in held_out["sources"] for word in source} if held_out else set()
     wanted = config.evaluate.sequences
     wanted = config.log.validation_sequences if wanted is None else wanted
@@ -179,8 +183,8 @@ def choose_sources(corpus: Corpus, config: Config, held_out: dict[str, Any] | No
 
 
 def _same_side(config: Config, held_out: dict[str, Any]) -> None:
-    """Raise UserError if the rule for held-out documents has changed. With another rule, the run would be evaluated on
-    documents that it has trained on."""
+    """Raise UserError if the rule for held-out documents is not the rule of the run. With another rule, the evaluation
+    would use documents that the run has trained on."""
     for key, was in (
         ("validation_fraction", held_out["fraction"]),
         ("hold_out_by", held_out.get("by", HoldOutBy.name)),
@@ -209,7 +213,7 @@ class Evaluation:
     answers: JudgedAnswers | None = None
 
     def plain(self) -> dict[str, Any]:
-        """The object of evaluate.json."""
+        """Returns the object that evaluate.json stores."""
         rows = [
             {"name": source.name, "documents": _which(source)} | figures(sums, self.seq_len)
             for source, sums in self.sources
@@ -235,7 +239,7 @@ class Evaluation:
 
 
 def figures(sums: Sums, seq_len: int) -> dict[str, Any]:
-    """Computes rates from sums. `more` of the sums has the layout of `ObservedChunk.take`."""
+    """Computes the figures of evaluate.json from sums. `sums.more` is laid out as `ObservedChunk.take` returns it."""
     ranges = position_ranges(seq_len) if sums.more else []
     by_range, by_depth = sums.more[: len(ranges)], sums.more[len(ranges) :]
     mtp = []
@@ -289,7 +293,7 @@ def _line(row: dict[str, Any], words: str) -> str:
 
 
 def _by_position(ranges: list[dict[str, Any]]) -> list[str]:
-    """Two lines about the loss by position, if there are several ranges."""
+    """Returns two lines, the ranges of positions and their losses; no line if there is only one range."""
     if len(ranges) <= 1:
         return []
     titles = (f"{each['first']}-{each['last']}" for each in ranges)
@@ -301,7 +305,7 @@ def _by_position(ranges: list[dict[str, Any]]) -> list[str]:
 
 
 def lines_of_answers(judged: JudgedAnswers) -> list[str]:
-    """Returns a title and a line for each set of scored answers."""
+    """Returns a title line, and one line for each set of scored answers."""
     title = f"{'ROUGE-L':>12}  {'loss':>8}  answers to {judged.questions} held-out questions"
     rows = [
         f"{score.rouge_l:>12.4f}  {'' if score.loss is None else _text(score.loss, 4):>8}  {score.of}"

@@ -1,4 +1,5 @@
-"""Finds the checkpoint that the configuration names, and adapts the configuration to it. Imports no torch."""
+"""Finds the checkpoint that the configuration names, and adapts the configuration to this checkpoint. Imports no
+torch."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ class Target:
     """The configuration with the shape and tokenizer of the weights."""
     checkpoint: Path
     meta: dict[str, Any] | None
-    """Metadata of a Sluice checkpoint; None for a Hugging Face folder, whose data are unknown."""
+    """Metadata of a Sluice checkpoint; None for a Hugging Face folder."""
     step: int | None
     notes: tuple[str, ...] = ()
     """Notes for the user about the weights."""
@@ -74,7 +75,8 @@ def _of_hf_folder(config: Config, folder: Path) -> Target:
 
 
 def _with_tokenizer(config: Config, folder: Path) -> Config:
-    """Returns the configuration with the tokenizer beside the weights, unless one is set."""
+    """Returns the configuration with `data.tokenizer` set to `folder`, if no tokenizer is configured and the folder
+    contains one."""
     if config.data.tokenizer is not None or not (folder / "tokenizer.json").is_file():
         return config
     return replace(config, data=replace(config.data, tokenizer=str(folder)))
