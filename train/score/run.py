@@ -2,15 +2,15 @@
 
 One row per sample, in the order of the file. Its columns are:
 
-    sample     its index
-    tokens     its token ids
+    sample     index of the sample
+    tokens     token ids of the sample
     logprobs   log-probability of every token given the previous tokens, in nats, at temperature 1; null for the first
     first      index of the completion's first token; 1 without a completion
     logprob    the sum of logprobs from `first` on
     count      the number of tokens in that sum
-    experts    the chosen experts (RoutingTap), with score.routing=write
-    keys       the keys that sparse attention chose (KeyTap), with score.keys=write; null if the sample has at most top_k
-               tokens, because every token then attends to all earlier tokens
+    experts    ids of the chosen experts, see EXPERTS_COLUMN; only with score.routing=write
+    keys       positions that sparse attention chose, see KEYS_COLUMN; only with score.keys=write; null if the sample has
+               at most top_k tokens, because every token then attends to all earlier tokens
 
 Samples are computed one at a time, without padding, so no sample affects the results of another sample.
 """
@@ -48,11 +48,11 @@ EXPERTS_COLUMN = pyarrow.field("experts", pyarrow.list_(pyarrow.list_(pyarrow.li
 KEYS_COLUMN = pyarrow.field("keys", pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.int32()))))
 """Ascending positions of the chosen keys, by token (except the last) and by layer with an indexer."""
 ROWS_AT_ONCE = 256
-"""Number of samples that are written together."""
+"""Number of samples that one write call adds to the file."""
 
 
 def score(config: Config) -> int:
-    """Write the file score.to; returns the exit code. Raises UserError; after this error there is no file."""
+    """Write the file score.to and return the exit code. If it raises UserError, it has not created the file."""
     assert config.score.data is not None and config.score.to is not None, "conf/check.py asks for them"
     target = Path(config.score.to).expanduser().absolute()
     if target.exists():
@@ -86,9 +86,9 @@ def score(config: Config) -> int:
 
 @torch.no_grad()
 def logprobs(decoder: Decoder, tokens: list[int], chunk: int) -> Tensor:
-    """Return log p(token i | previous tokens) of tokens 1 to the last, fp64 on the host (T - 1,).
+    """Return log p(token i | previous tokens) for all tokens except the first, in fp64 on the host, (T - 1,).
 
-    chunk: number of tokens whose logits exist at a time.
+    chunk: number of tokens whose logits are in memory at a time.
     """
     tokens_BT = torch.tensor([tokens], device=decoder.device)
     hidden_TD = decoder.hidden(tokens_BT[:, :-1], decoder.new_cache([0]))[0]
@@ -103,7 +103,7 @@ def logprobs(decoder: Decoder, tokens: list[int], chunk: int) -> Tensor:
 def _rows(
     decoder: Decoder, samples: list[ScoredSample], chunk: int, tap: RoutingTap | None, keys: KeyTap | None
 ) -> Iterator[dict]:
-    """Yield rows with all possible columns. The schema selects the columns that are written."""
+    """Yield one row per sample, with all possible columns. The schema of the file selects the columns to write."""
     for number, sample in enumerate(samples):
         if tap is not None and sample.experts is not None:
             tap.given_TLK = torch.tensor(sample.experts, device=decoder.device)
@@ -131,7 +131,7 @@ def _rows(
 
 
 def _write(target: Path, rows: Iterator[dict], columns: pyarrow.Schema) -> None:
-    """Write all rows to a hidden file beside the target. The complete file is renamed to the target."""
+    """Write all rows to a hidden file in the target's folder, and rename the complete file to the target."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
-"""Reads the input samples of mode=score from JSONL or Parquet and converts them to token ids. An error names the line.
-No torch."""
+"""Reads the input samples of mode=score from JSONL or Parquet and converts them to token ids. Errors name the line or
+row of the sample. Imports no torch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,24 +12,24 @@ from train.data.sources import find_files
 
 SCORE_DATA = "score.data"
 FORMS = (("tokens",), ("prompt", "completion"), ("text",))
-"""The forms of a sample, each with its keys. The first form whose keys are all present applies."""
+"""The accepted forms of a sample, each as a tuple of keys. A sample has the first form whose keys are all present."""
 RULE = "must have tokens (a list of ids), prompt and completion, or text"
 
 
 @dataclass(frozen=True)
 class ScoredSample:
-    """One sample, as the model reads it."""
+    """One sample as token ids."""
 
     tokens: list[int]
     first: int
-    """Index of the first token whose log-probability counts in the sum; never 0, because the first token has no
+    """Index of the first token whose log-probability is part of the sum; never 0, because token 0 has no
     log-probability.
     """
     experts: list | None = None
     """Expert ids to replay, by token (except the last), MoE layer and order of choice; None: no replay."""
     keys: list | None = None
-    """Positions to replay: the positions that each token (except the last) attends to, by layer with an indexer. None:
-    no replay."""
+    """Positions that each token (except the last) must attend to, in each layer with an indexer. None: sparse attention
+    chooses the positions."""
 
 
 def read_scored_samples(
@@ -43,10 +43,10 @@ def read_scored_samples(
 ) -> list[ScoredSample]:
     """Read all samples of a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), in order.
 
-    encode: text to ids; start_id: the token before every text; longest: maximum tokens of a sample. replayed: number of
-    MoE layers, of experts per token and of experts per layer, if samples name their experts. replayed_keys: number of
-    layers with an indexer and of keys per token, if samples name their keys. Raises UserError for a file that cannot be
-    read, and for the first invalid sample.
+    encode: converts text to ids. start_id: the token before every text. longest: maximum number of tokens of a sample.
+    replayed: number of MoE layers, of experts per token, and of experts per layer; None if the samples' experts are not
+    replayed. replayed_keys: number of layers with an indexer, and of keys per token; None if the samples' keys are not
+    replayed. Raises UserError for a file that cannot be read, and for the first invalid sample.
     """
     if not path.is_file():
         raise UserError(SCORE_DATA, path, "no such file", "give a .jsonl or .parquet of samples")
@@ -77,7 +77,8 @@ def read_scored_samples(
 
 
 def _sample(place: str, record: dict[str, Any], encode: Callable[[str], list[int]], start_id: int) -> ScoredSample:
-    """Convert a record to token ids. A completion is tokenised separately, so its tokens follow the prompt's tokens."""
+    """Convert a record to token ids. The prompt and the completion are tokenised separately, so no token contains text
+    of both."""
     form = next((form for form in FORMS if all(record.get(key) is not None for key in form)), None)
     if form is None:
         raise UserError(
@@ -100,8 +101,8 @@ def _sample(place: str, record: dict[str, Any], encode: Callable[[str], list[int
 def _with_experts(
     sample: ScoredSample, place: str, record: dict[str, Any], layers: int, top_k: int, experts: int
 ) -> ScoredSample:
-    """Return the sample with its experts. The file may have experts of the last token; they are ignored, because this
-    token predicts nothing. Raises UserError.
+    """Return the sample with the experts from its record. If the record also has experts for the last token, they are
+    ignored, because the last token predicts nothing. Raises UserError for invalid experts.
     """
     given, positions = record.get("experts"), len(sample.tokens) - 1
     good = isinstance(given, list) and len(given) in (positions, positions + 1)
@@ -115,12 +116,13 @@ def _with_experts(
 
 
 def _with_keys(sample: ScoredSample, place: str, record: dict[str, Any], layers: int, top_k: int) -> ScoredSample:
-    """Return the sample with its keys. A sample of at most top_k positions may have no keys. Raises UserError."""
+    """Return the sample with the keys from its record. A sample of at most top_k positions may omit its keys. Raises
+    UserError for invalid keys."""
     given, positions = record.get("keys"), len(sample.tokens) - 1
     if given is None and positions <= top_k:
         return sample
     good = isinstance(given, list) and len(given) in (positions, positions + 1)
-    seen = enumerate(given, 1) if good else ()  # the number of positions up to the token's own
+    seen = enumerate(given, 1) if good else ()  # each token with the number of positions that it can see
     if not (good and all(_is_choice(of_token, layers, min(count, top_k), count) for count, of_token in seen)):
         rule = (
             f"must have under keys, for each of its {positions} tokens but the last, {layers} lists (one a layer that chooses) of {top_k} "
@@ -131,7 +133,7 @@ def _with_keys(sample: ScoredSample, place: str, record: dict[str, Any], layers:
 
 
 def _is_choice(of_token: Any, layers: int, chosen: int, among: int) -> bool:
-    """Return whether a token has, for each layer, `chosen` different numbers from 0 to `among` - 1."""
+    """Return whether the lists of one token have, for each layer, `chosen` different numbers from 0 to `among` - 1."""
     return (
         isinstance(of_token, list)
         and len(of_token) == layers
