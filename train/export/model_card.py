@@ -31,8 +31,8 @@ UNFINISHED = "TO BE FILLED IN"
 
 
 def _use(loader: str) -> list[str]:
-    """Section on loading the model. loader: class of transformers; empty if transformers has no class for the
-    family."""
+    """Returns the section on loading the model. loader: name of the transformers class; empty if transformers has no
+    class for the family."""
     if not loader:
         return ["transformers has no class for these names; serving engines that know the released model read them.\n"]
     return [
@@ -48,7 +48,8 @@ def _head(family: ModelFamily) -> dict[str, Any]:
 
 
 def model_card(config: Config, checkpoint: Manifest, family: ModelFamily, notes: list[str], length: int) -> str:
-    """Text of the card. notes: what transformers computes differently. length: maximum tokens of a sequence."""
+    """Returns the text of the card. notes: sentences about what transformers computes differently. length: maximum
+    number of tokens of a sequence."""
     counts, step = count_parameters(config.model), checkpoint.step
     folder, settings = checkpoint.folder.absolute(), checkpoint.meta.get("config", {})
     weights = "the moving average of the weights" if config.export.ema else "the weights themselves"
@@ -76,7 +77,7 @@ def model_card(config: Config, checkpoint: Manifest, family: ModelFamily, notes:
 
 
 def _figures(checkpoint: Path, step: int, config: Config) -> Iterator[tuple[str, str, str]]:
-    """Name, value and meaning of each figure that was measured at this step."""
+    """Yields name, value and meaning of each figure that was measured at this step."""
     run = checkpoint.parents[1]
     file = run / "metrics.jsonl"
     heads = [head for head in read_heads(file) if head.get("step") == step] if file.is_file() else []
@@ -86,13 +87,15 @@ def _figures(checkpoint: Path, step: int, config: Config) -> Iterator[tuple[str,
         ("validation_loss", "loss of the next token on held-out text, nats per token"),
         ("validation_bits_per_byte", "bits per byte of held-out text, comparable between tokenizers"),
     ):
-        if math.isfinite(value := head.get(name, math.nan)) and not config.export.ema:  # no losses of the average exist
+        if (
+            math.isfinite(value := head.get(name, math.nan)) and not config.export.ema
+        ):  # metrics.jsonl has no losses of averaged weights
             yield name, f"{value:.4f}", meaning
     yield from _evaluated(run / "evaluate.json", checkpoint, "ema" if config.export.ema else "master")
 
 
 def _evaluated(file: Path, checkpoint: Path, weights: str) -> Iterator[tuple[str, str, str]]:
-    """Results of mode=evaluate for these weights."""
+    """Yields name, value and meaning of each result in evaluate.json, if mode=evaluate measured these weights."""
     found = read_json(file, "name", "remove it; mode=evaluate writes it again") if file.is_file() else {}
     if (found.get("checkpoint"), found.get("weights")) != (str(checkpoint), weights):
         return
@@ -140,7 +143,7 @@ def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> list[str]:
 
 
 def _short(number: float) -> str:
-    """A number with a suffix: 671.03B, 33.0M."""
+    """Formats a number with a suffix, such as 671B or 33M."""
     for size, suffix in ((1e9, "B"), (1e6, "M")):
         if number >= size:
             return f"{number / size:.4g}{suffix}"

@@ -6,8 +6,8 @@ the adapter to its base and writes a folder with all weights.
 Every Hugging Face tensor is an interval of a Sluice tensor (train/hf/tensor_names.py). The export goes through the
 Hugging Face tensors in order. It reads the elements of the next few tensors from the shards that hold them, converts
 these elements, writes them and frees their memory. So it needs memory for a few million elements, however large the
-model is. All files are written to a hidden folder beside the target, which is renamed at the end. So the target name
-never holds an incomplete folder.
+model is. The export writes all files to a hidden folder beside the target and renames this folder at the end. So a
+folder with the target's name is always complete.
 """
 
 import math
@@ -62,7 +62,7 @@ SHARD_BYTES = 5e9
 EXPORTED_ELEMENTS = 1 << 24
 """Maximum number of elements that are converted at a time: 64 MB in fp32."""
 SMALL_FILES = 64 << 20
-"""Disk space in bytes that is enough for tokenizer, configuration and the table of tensors."""
+"""Bytes of disk space to reserve for the tokenizer, the configuration and the table of tensors."""
 
 
 def export(config: Config) -> int:
@@ -138,7 +138,7 @@ def write_export(config: Config, progress: ReportProgress) -> list[str]:
 
 
 def _tokenizer_folder(config: Config, tokenizer: Tokenizer) -> Path | None:
-    """Returns the folder that the run's tokenizer came from; None if it no longer holds this tokenizer."""
+    """Returns the folder that the run's tokenizer came from; None if this folder no longer contains the tokenizer."""
     for choice in (config.data.tokenizer, config.init_from):
         folder = Path(choice).expanduser() if choice else None
         if folder is not None and (folder / TOKENIZER_FILE).is_file() and not (folder / "config.yaml").is_file():
@@ -151,8 +151,8 @@ def _tokenizer_folder(config: Config, tokenizer: Tokenizer) -> Path | None:
 
 
 def _ends(config: Config, run: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """bos_token_id and eos_token_id of the configuration: from the tokenizer's folder, and the stop tokens of the
-    chat template."""
+    """Returns bos_token_id and eos_token_id for the exported configuration. bos_token_id comes from the tokenizer's
+    files. eos_token_id has the stop tokens: of the chat template for chats, else of the tokenizer."""
     stops = tokenizer.stop_ids
     if config.data.chats and (run / TEMPLATE_FILES["default"]).is_file():
         stops = stop_ids(load_template(None, run, tokenizer, config.data.template_keys), tokenizer)
@@ -162,8 +162,8 @@ def _ends(config: Config, run: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _own_family(config: Config, manifest: Manifest) -> ModelFamily:
-    """Returns the family of the folder that the run started from. If this family has dense attention and the run added
-    indexers, the family is DeepSeek-V3.2."""
+    """Returns the model family of the folder that the run started from. If this family has dense attention and the run
+    added indexers, returns DeepSeek-V3.2 instead."""
     family = ModelFamily(manifest.meta.get("family", ModelFamily.deepseek_v3))
     return ModelFamily.deepseek_v32 if config.model.sparse.heads and not FAMILIES[family].is_sparse else family
 
@@ -235,7 +235,7 @@ def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
 
 
 def _check_room(target: Path, files: list[PlannedFile]) -> None:
-    """Raise UserError if the disk has no room for the folder."""
+    """Raise UserError if the disk has too little free space for the folder."""
     needed = SMALL_FILES + sum(written.nbytes for file in files for written in file.written)
     existing = next(folder for folder in target.parents if folder.is_dir())
     free = shutil.disk_usage(existing).free
@@ -256,7 +256,7 @@ def _write_weights(
     progress: ReportProgress,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write every file, a few rows at a time. metadata: the metadata of each file."""
+    """Write every weights file, a few rows at a time. metadata: key-value pairs for the header of each file."""
     total, done = sum(written.placed.count for file in files for written in file.written), 0
     for file in files:
         outs = [out for written in file.written for out in written.outs]
@@ -272,7 +272,7 @@ def _write_weights(
 
 @dataclass(frozen=True)
 class ExportSlice:
-    """Some rows of one Hugging Face tensor."""
+    """A range of rows of one Hugging Face tensor."""
 
     written: WrittenTensor
     first: int
@@ -289,7 +289,7 @@ class ExportSlice:
         return self.written.placed.start + self.first
 
     def of(self, span: Shard) -> Tensor:
-        """Values of the slice. span: an interval of the Sluice tensor that contains the slice."""
+        """Returns the values of the slice. span: an interval of the Sluice tensor that contains the slice."""
         return span.local[self.start - span.offset :][: self.count].view(self.shape)
 
 
@@ -306,8 +306,8 @@ def _batches(written: list[WrittenTensor]) -> Iterator[list[ExportSlice]]:
 
 
 def _cuts(written: WrittenTensor) -> Iterator[ExportSlice]:
-    """Yields slices of a tensor. A slice never cuts a block of 128 x 128, because a scale is computed from all values
-    of its block."""
+    """Yields slices of a tensor. A slice never splits a 128 x 128 block, because the FP8 scale of a block is computed
+    from all its values."""
     rows, *rest = written.placed.shape
     width = math.prod(rest)
     step = max(1, EXPORTED_ELEMENTS // width // SCALE_BLOCK) * SCALE_BLOCK
@@ -316,8 +316,8 @@ def _cuts(written: WrittenTensor) -> Iterator[ExportSlice]:
 
 
 def _read(stored: StoredWeights, batch: list[ExportSlice], ema: bool) -> dict[str, Shard]:
-    """Reads the elements of each Sluice tensor that the batch needs. These elements are contiguous, because Sluice and
-    Hugging Face have them in the same order."""
+    """Reads the elements that the batch needs from each Sluice tensor. The elements of one tensor form one interval,
+    because Sluice and Hugging Face store them in the same order."""
     spans: dict[str, Shard] = {}
     needed = defaultdict(list)
     for cut in batch:
@@ -349,8 +349,8 @@ def _write(writer: PieceWriter, cut: ExportSlice, values: Tensor) -> None:
 
 
 def _notes(model: Model, family: FamilyFacts) -> Iterator[str]:
-    """Notes for the user: what transformers computes differently from this model's training, and what the folder
-    lacks."""
+    """Yields notes for the user: what transformers computes differently from training, and which parts the exported
+    folder lacks."""
     if family.others:
         yield (
             f"note: this is only the language model of {family.title}: {' and '.join(f'{part}*' for part in family.others)} and their "

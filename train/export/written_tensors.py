@@ -21,8 +21,9 @@ from train.checkpoint.staging import DTYPE_BYTES, DTYPES, safetensors_header
 from train.hf.config import scale_shape
 from train.hf.tensor_names import SCALE, PlacedTensor
 
-# Safetensors files are written in pieces: first the header with all positions, then the values as they are computed.
-# The writer of safetensors needs all tensors of a file in memory; this writer needs only the current piece.
+# This writer first writes the header of a safetensors file with the positions of all tensors, then each piece of values
+# when it is computed. So it holds only the current piece in memory. The safetensors library's writer would need all
+# tensors of the file in memory.
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class ExportTensor:
 
 
 class PieceWriter:
-    """Writes one safetensors file. Use it in `with`: if the block ends without an error, every byte was written."""
+    """Writes one safetensors file in pieces. Use it in a `with` block. If the block raises nothing, its end asserts
+    that every byte was written."""
 
     def __init__(self, path: Path, outs: list[ExportTensor], metadata: dict[str, str] | None = None):
         self._outs = {out.name: out for out in outs}
@@ -51,8 +53,8 @@ class PieceWriter:
         self._write(header, 0)
 
     def write(self, name: str, start: int, values: Tensor) -> None:
-        """Write values of the tensor's declared dtype from element `start` on. Raises OSError if the disk cannot take
-        them."""
+        """Write values into the tensor `name`, from element `start` on. Their dtype must be the declared dtype of the
+        tensor. Raises OSError if the disk is full or fails."""
         out = self._outs[name]
         assert DTYPES[values.dtype] == out.dtype, f"{name} was announced as {out.dtype}"
         raw = values.detach().contiguous().view(-1).view(torch.uint8).numpy()
@@ -105,8 +107,8 @@ class PlannedFile:
 def plan_files(
     placed: list[PlacedTensor], dtype: ExportType, shard_bytes: float, stem: str = "model"
 ) -> list[PlannedFile]:
-    """Returns the Hugging Face tensors in order, split into files of at most shard_bytes; a larger tensor gets its own
-    file."""
+    """Distributes the Hugging Face tensors, in order, over files of at most shard_bytes. A tensor that is larger than
+    shard_bytes gets a file to itself."""
     groups: list[list[WrittenTensor]] = []
     room = 0.0
     for each in placed:
@@ -133,7 +135,7 @@ def _outs(placed: PlacedTensor, dtype: ExportType) -> Iterator[ExportTensor]:
 
 
 def index_json(files: list[PlannedFile]) -> dict[str, Any]:
-    """The content of model.safetensors.index.json."""
+    """Returns the content of model.safetensors.index.json."""
     weight_map = {out.name: file.name for file in files for written in file.written for out in written.outs}
     total = sum(written.nbytes for file in files for written in file.written)
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -148,7 +150,7 @@ def left_out(manifest: Manifest, placed: list[PlacedTensor], ema: bool) -> dict[
     if is_merged := holds_adapter(manifest.meta) and not any(is_adapter(name) for name in needed):
         needed = {
             name: shape for name, shape in needed.items() if name in manifest.tensors
-        }  # the base has the other tensors
+        }  # the other tensors come from the base model
     reasons = OPTIMIZER_TENSORS | (
         {"master.": "the weights themselves, because their average is exported"}
         if ema
@@ -174,7 +176,7 @@ def left_out(manifest: Manifest, placed: list[PlacedTensor], ema: bool) -> dict[
 
 
 def source_name(placed: PlacedTensor, ema: bool) -> str:
-    """Returns the checkpoint's tensor that holds the values of a Hugging Face tensor."""
+    """Returns the name of the checkpoint tensor that holds the values of a Hugging Face tensor."""
     return "ema." + placed.ours.removeprefix("master.") if ema and placed.ours.startswith("master.") else placed.ours
 
 
@@ -210,7 +212,7 @@ def _fate(written: WrittenTensor, out: ExportTensor) -> str:
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows as text. Rows that differ only in numbers become one line with their count."""
+    """Formats the rows as text lines. Rows whose names differ only in numbers become one line with their count."""
     groups: dict[tuple[str, str, str], int] = {}
     for row in rows:
         source = row["from"].removeprefix("master.")
