@@ -6,7 +6,7 @@ Rows of a batch are padded on the left, so that all prompts end in the same colu
 column that is not padding. New entries are written after the valid columns, and `commit` makes these entries valid.
 Memory is allocated in advance and doubled when full, so each token causes a constant amount of copying on average.
 
-Shapes: B rows, T new tokens, S columns, N = B*T, W = kv_rank + rope width of an entry, R rope width.
+Shapes: B rows, T new tokens, S columns, N = B*T, R rope width, W = kv_rank + R width of a cache entry.
 """
 
 from dataclasses import dataclass, field
@@ -41,14 +41,15 @@ def multi_head_bytes_per_token(config: Model, item_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Slots:
-    """The columns `first` to `end` for the next T tokens of every row, and the columns that these tokens attend to."""
+    """The cache columns `first` to `end`, where the next T tokens of every row are written, and the columns that these
+    tokens attend to."""
 
     first: int
     end: int
     starts_B1: Tensor
     padded: bool
     choices: KeyChoices = field(default_factory=KeyChoices)
-    """The columns that sparse attention chooses."""
+    """The columns that sparse attention chooses for these tokens."""
 
     def positions_N(self) -> Tensor:
         """Return the position of every token in its text; 0 for padding."""
@@ -56,8 +57,8 @@ class Slots:
         return (columns_T - self.starts_B1).clamp_(min=0).flatten()
 
     def chosen_BCS(self, queries: slice) -> Tensor | None:
-        """Return the columns that these C tokens attend to. These are the columns that sparse attention chose, or else
-        all visible columns; None: all columns."""
+        """Return a mask of the columns that the C new tokens in `queries` attend to. With sparse attention these are
+        the chosen columns, otherwise all visible columns. None: every column."""
         chosen_BTK, end = self.choices.chosen_BTK, self.first + queries.stop
         if chosen_BTK is None:
             return self.mask_BCS(queries)
@@ -66,10 +67,10 @@ class Slots:
         return mask_BCS.scatter_(-1, numbers_BCK.masked_fill(numbers_BCK < 0, end), True)[..., :end]
 
     def mask_BCS(self, queries: slice) -> Tensor | None:
-        """Return which columns are visible to these C tokens: from the row's start to the token itself; None: all
-        columns.
+        """Return a mask of the columns that are visible to the C new tokens in `queries`: from the row's start to the
+        token's column. None: every column.
 
-        Padding sees itself, so its mask is never empty.
+        A padding column can see itself, because attention fails on a row with an empty mask.
         """
         if not self.padded and queries.stop - queries.start == 1:
             return None
@@ -82,7 +83,7 @@ class Slots:
 
 
 class LatentCache:
-    """The entries of all layers for a batch. starts: padding columns before each row's first token."""
+    """The cache entries of all layers for one batch. starts: padding columns before each row's first token."""
 
     def __init__(self, config: Model, starts: list[int], dtype: torch.dtype, device: torch.device):
         self.starts, self.length, layers = list(starts), 0, config.layers
@@ -98,7 +99,7 @@ class LatentCache:
         return sum(entries.nbytes for entries in self._layers)
 
     def slots(self, count: int) -> Slots:
-        """Make room for the next `count` tokens of every row."""
+        """Allocate columns for the next `count` tokens of every row."""
         first, end = self.length, self.length + count
         self._reserve(end)
         starts_B1 = torch.tensor(self.starts, device=self._layers[0].device).unsqueeze(1)
@@ -117,12 +118,12 @@ class LatentCache:
         return self.write(self._index + layer, slots, new_BTI)
 
     def commit(self, count: int) -> None:
-        """Mark the first `count` of the newly written tokens as valid. Later tokens overwrite the new tokens that are
-        not valid."""
+        """Mark the first `count` of the newly written columns as valid. The next tokens overwrite the other new
+        columns."""
         self.length += count
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all rows except these."""
+        """Drop all rows of the batch except `rows`."""
         self.starts = [self.starts[row] for row in rows]
         self._layers = [entries_BSW[rows] for entries_BSW in self._layers]
 
@@ -145,15 +146,15 @@ class LatentCache:
 # this entry. Torch's attention gets the entry as key and as value; the rope part of its result is dropped. The heads
 # are rows of one matmul, so this matmul reads the cache once for all heads.
 #
-# Shapes: B rows, T tokens, H heads, S columns of the cache, W = C + R entry, C kv_rank, R rope width; X = queries *
-# heads.
+# Shapes: B rows, T tokens, H heads, S columns of the cache, C kv_rank, R rope width, W = C + R width of a cache entry,
+# X = queries * heads.
 
 ABSORBED_ROWS = 2048
-"""Number of queries times heads that are processed at a time. It bounds the size of the mask for a long prompt."""
+"""Maximum of queries times heads in one attention call. It bounds the memory of the mask for a long prompt."""
 
 
 def latent_attention(q_BTHW: Tensor, entries_BSW: Tensor, kv_rank: int, scale: float, slots: Slots) -> Tensor:
-    """Return the weighted sums of latents (B, T, H, C). W_UK has already been applied to the queries."""
+    """Return the attention-weighted sums of latents (B, T, H, C). q_BTHW: queries to which W_UK has been applied."""
     length, heads = q_BTHW.shape[1:3]
     step = max(1, ABSORBED_ROWS // heads)
     parts = []
@@ -165,7 +166,7 @@ def latent_attention(q_BTHW: Tensor, entries_BSW: Tensor, kv_rank: int, scale: f
 
 
 def choose_columns(index: IndexVectors, top_k: int, slots: Slots) -> Tensor:
-    """Return the columns with the top_k largest scores of every query, (B, T, top_k), in the form of
+    """Return, for every query, the columns with the top_k largest indexer scores, (B, T, top_k). The format is that of
     `train.model.indexer.best_keys`."""
     q_BTHI, k_BSI, w_BTH = index
     length, heads = q_BTHI.shape[1:3]

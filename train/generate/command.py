@@ -29,7 +29,7 @@ LINES_AT_ONCE = 16
 
 
 def generate(config: Config) -> int:
-    """Returns the exit code. Raises UserError."""
+    """Runs `mode=generate` and returns the exit code. Raises UserError."""
     source = open_weights(config, choose_device(config, Place()), config.generate.checkpoint)
     writer = Writer(config, source)
     conversation = Conversation(config, source, _say) if config.generate.chat else None
@@ -75,7 +75,7 @@ class Writer:
         self._settings, self._source = config.generate, source
 
     def headline(self) -> str:
-        """Return one line about the model, and its cache size per token."""
+        """Return one line about the model and the cache memory that a token takes."""
         decoder = self._source.decoder
         latent = bytes_per_token(decoder.config, decoder.dtype.itemsize)
         heads = multi_head_bytes_per_token(decoder.config, decoder.dtype.itemsize)
@@ -86,8 +86,8 @@ class Writer:
         )
 
     def show(self, prompts: list[str], titles: bool = False) -> None:
-        """Continue prompts in one batch. A single text is printed as it grows. titles: whether each prompt is printed
-        above its text."""
+        """Continue prompts in one batch. If there is only one prompt, its text is printed as it grows. titles: whether
+        each prompt is printed above its text."""
         how = self._settings
         generation = start(
             self._source, prompts, tokens=how.tokens, temperature=how.temperature, top_p=how.top_p, seed=how.seed
@@ -119,7 +119,7 @@ class Writer:
 
 
 def _statistics(generation: Generation) -> str:
-    """Return one line about speed and end reasons."""
+    """Return one line about the speed and why the texts ended."""
     counts = generation.counts
     ends = " and ".join(dict.fromkeys(end.value for end in generation.ends if end is not None))
     said = f"[{sum(map(len, generation.tokens))} tokens"
@@ -129,8 +129,7 @@ def _statistics(generation: Generation) -> str:
 
 
 def _converse(writer: Writer) -> None:
-    """Read prompts from a person until end of file. An interrupt stops the current text, and the conversation goes
-    on."""
+    """Read prompts from a person until end of file. Ctrl-C stops the current text; the next prompt follows."""
     _say("Type the beginning of a text and press Enter. Ctrl-C stops a text, Ctrl-D ends.")
     with every_interrupt():
         while True:

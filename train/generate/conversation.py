@@ -1,11 +1,11 @@
-"""generate.chat=true: questions and answers, turn by turn, with the chat template that the weights were tuned with.
+"""Answers questions turn by turn (generate.chat=true), with the chat template that the weights were tuned with.
 
 The template renders the turns so far into a prompt, as in training. An answer ends with a stop token of the template or
 of generation_config.json, or with the end of a document. If the turns no longer fit into the model's context, the
-oldest turns are left out. The user gets one note about this.
+oldest turns are left out, and the user gets a single note.
 
-In a terminal, a person asks until Ctrl-D or /quit. /reset forgets the turns. Ctrl-C ends an answer, and the text so far
-becomes a turn. Without a terminal, each line of standard input is a question.
+In a terminal, a person asks questions until Ctrl-D or /quit. /reset removes all turns. Ctrl-C stops an answer; the
+unfinished answer becomes a turn. Without a terminal, each line of standard input is a question.
 """
 
 import shutil
@@ -29,7 +29,7 @@ HELP = f"Type a question and press Enter. Ctrl-C ends an answer, {RESET} clears 
 
 
 class Conversation:
-    """Turns of a user and of a model that answers."""
+    """A conversation: the turns of the user and of the model."""
 
     def __init__(self, config: Config, source: LoadedModel, say: Callable[[str], None]):
         """say: prints a sentence for the user.
@@ -48,10 +48,10 @@ class Conversation:
         self.turns = []
 
     def answer(self, question: str) -> Generator[str]:
-        """Yield the text of an answer as it grows, in whole characters.
+        """Yield the text of an answer piece by piece. Pieces end at complete characters.
 
-        Question and answer become turns, even if the caller stops early. Raises UserError for a question that alone
-        exceeds the context; this question does not become a turn.
+        Question and answer become turns, even if the caller stops early. Raises UserError for a question that exceeds
+        the context without any earlier turn; such a question does not become a turn.
         """
         prompt = self._prompt([*self.turns, {"role": "user", "content": question}])
         how, decoder = self._settings, self._source.decoder
@@ -78,7 +78,8 @@ class Conversation:
     def _prompt(self, turns: list[Message]) -> list[int]:
         """Return the tokens of the turns.
 
-        If there are too many tokens, drop the oldest turns, so that half the context stays free for an answer.
+        If the prompt leaves too few tokens of the context for an answer, drop the oldest turns. An answer needs
+        generate.tokens tokens, but at most half of the context.
         """
         most = self._source.context - min(self._settings.tokens, self._source.context // 2)
         while len(ids := self._encode(self._rendered(turns))) > most and len(turns) > 2:
@@ -134,7 +135,7 @@ def converse(conversation: Conversation) -> None:
                 if question:
                     _one_turn(conversation, question)
             except KeyboardInterrupt:
-                continue  # the text of the answer so far has become a turn
+                continue  # the unfinished answer has become a turn
             except UserError as error:
                 report(error)
 
@@ -168,7 +169,7 @@ def _one_turn(conversation: Conversation, question: str, title: str = "") -> Non
 
 
 class _WordWrap:
-    """Breaks a growing text between words, at the width of the terminal."""
+    """Breaks a text into lines of the terminal's width, between words. The text arrives in pieces."""
 
     def __init__(self, columns: int):
         self._columns, self._at, self._word = columns, 0, ""

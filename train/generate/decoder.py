@@ -1,7 +1,7 @@
-"""The model for generation: the modules of train/model, with attention on a cache of latents.
+"""Runs a model for generation: the modules of train/model, with attention over a cache of latents.
 
-Norms, projections, experts and head are the modules of the training model. Only the attention core differs, and only
-the core uses the cache. Prompts and single tokens run through the same code.
+Norms, projections, experts and head are the modules of the training model. Only the core of attention differs, and only
+this core uses the cache. Prompts and single tokens run through the same code.
 
 Shapes: B rows, T new tokens, N = B*T, D width, V vocabulary, H heads, C kv_rank, R rope width, W = C + R, P nope width,
 U width of a value.
@@ -37,10 +37,10 @@ def require_plain_blocks(config: Model) -> None:
 
 
 class Decoder:
-    """A whole model in eval mode.
+    """A complete model in eval mode that computes with a cache.
 
-    The weights must not change, because the decoder has copies of some weights. seq_len: sequence length of the model's
-    training, which decides whether YaRN applies.
+    The weights must not change, because the decoder has copies of some weights. seq_len: sequence length with which the
+    model was trained; it decides whether YaRN applies.
     """
 
     def __init__(self, model: DeepSeekV3, seq_len: int):
@@ -64,12 +64,12 @@ class Decoder:
         return w_uk_HPC, w_uv_HCU.contiguous() if self.dtype == torch.bfloat16 else w_uv_HCU
 
     def new_cache(self, starts: list[int]) -> LatentCache:
-        """Return an empty cache for rows with this much padding."""
+        """Return an empty cache. starts: number of padding columns of each row."""
         return LatentCache(self.config, starts, self.dtype, self.device)
 
     def hidden(self, tokens_BT: Tensor, cache: LatentCache) -> Tensor:
-        """Return the hidden states after the final norm (B, T, D). Writes the cache entries and does not commit
-        them."""
+        """Return the hidden states after the final norm (B, T, D). Writes the tokens' cache entries but does not commit
+        these entries."""
         slots = cache.slots(tokens_BT.size(1))
         table = self._rope.table(slots.end, self.device)[slots.positions_N()]  # complex (N, R/2)
         x_BTD = F.embedding(tokens_BT, self.model.embedding.weight)
@@ -100,8 +100,8 @@ class Decoder:
         slots: Slots,
         table: Tensor,
     ) -> None:
-        """Write the keys of a layer's indexer, and choose the columns that the queries attend to. The choice holds for
-        this layer and for the following layers without an indexer."""
+        """Write the keys of a layer's indexer, and choose the columns that the queries attend to. The choice applies to
+        this layer, and to the following layers until the next layer with an indexer."""
         x_1ND, latent_1NC = (t.flatten(0, 1).unsqueeze(0) for t in (x_BTD, q_latent))
         q, k, w = (t.view(*x_BTD.shape[:2], *t.shape[2:]) for t in indexer(x_1ND, latent_1NC, table))
         keys_BSI, top_k = cache.write_index(layer, slots, k), self.config.sparse.top_k
@@ -129,7 +129,7 @@ class Decoder:
         q_nope_NHP, q_rope_NHR = q.view(batch * length, config.heads, -1).split(
             [config.nope_head_dim, config.rope_head_dim], -1
         )
-        # The rope key is rotated as one more head.
+        # The rope key is rotated together with the queries, as one more head.
         ropes = torch.cat([q_rope_NHR, k_rope_BTR.reshape(batch * length, 1, -1)], 1)
         ropes = rotate(ropes.unsqueeze(0), table).to(self.dtype).view(batch, length, config.heads + 1, -1)
         entries_BSW = cache.write(layer, slots, torch.cat([mla.kv_norm(latent_BTC), ropes[:, :, -1]], -1))
@@ -144,31 +144,31 @@ class Decoder:
 
 
 class KeyTap:
-    """Records the keys that each indexer chooses in a forward pass over one sample, or replaces these keys."""
+    """Records the positions that each indexer chooses as keys in a forward pass over one sample, or replaces them."""
 
     def __init__(self, decoder: Decoder):
         self.given_TLK: Tensor | None = None
-        """Keys for the next forward pass, int32; -1 fills the row if a token has fewer keys. None: the indexers
-        choose."""
+        """Key positions for the next forward pass, int32. If a token has fewer than K keys, its row ends with -1
+        values. None: the indexers choose."""
         self.chosen: list[Tensor] = []
         self.shape = indexer_layers(decoder.config), decoder.config.sparse.top_k
-        """Number of layers with an indexer, and number of keys of a token."""
+        """Number of layers with an indexer, and number of keys per token."""
         decoder.key_tap = self
 
     def take(self) -> list | None:
-        """Return the keys of the last forward pass by token and layer. None if the sample has at most top_k tokens,
-        because then every token attends to all earlier tokens."""
+        """Return the key positions of the last forward pass, by token and layer. Returns None if the sample has at most
+        top_k tokens, because then every token attends to all earlier tokens."""
         chosen, self.chosen = self.chosen, []
         if not chosen:
             return None
         return [[[key for key in keys if key >= 0] for keys in layers] for layers in torch.stack(chosen, 1).tolist()]
 
 
-# Routing: RoutingTap records which experts each token goes to, or replays the record of an inference engine.
-# An inference engine and a training round differently. So a token whose scores are nearly equal can go to other
-# experts, and the log-probabilities that a reinforcement-learning loop compares differ by more than rounding. Replay
-# uses the engine's experts and computes their gate values from this model's own scores. Hooks on the routers record and
-# replay; the model's code does not change.
+# RoutingTap records which experts each token goes to, or replays the choices that an inference engine recorded. An
+# inference engine and Sluice round differently. So a token whose best scores are nearly equal can go to other experts
+# here than in the engine. Then the log-probabilities that a reinforcement-learning loop compares differ by more than
+# rounding. Replay uses the engine's experts and computes the gate values of these experts from this model's scores.
+# Hooks on the routers record and replay; the model's code does not change.
 #
 # Shapes: B = 1 sample, T positions (all tokens but the last), L MoE layers of the main model in order, K = top_k, D
 # width.

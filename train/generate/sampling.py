@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a token is chosen from logits."""
+    """Settings and methods that turn logits into a distribution over tokens."""
 
     vocab_size: int
-    """Number of valid ids. The head may have more rows; these are never chosen."""
+    """Number of valid token ids. If the head has more rows, the ids of these rows are never chosen."""
     temperature: float = 0.8
     """0 takes the most likely token."""
     top_p: float = 1.0
-    """Only the most likely tokens can be drawn: as many as are needed to reach this total probability."""
+    """Total probability of the tokens that can be drawn: the most likely tokens, as many as needed to reach it."""
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """Return the log-softmax at this temperature before the top-p cut, fp32 (..., V); all 0 at temperature 0."""
@@ -42,12 +42,12 @@ class Sampler:
 
 
 def uniforms(generators: list[torch.Generator], device: torch.device) -> Tensor:
-    """Return numbers in [0, 1), (B,), each from its own generator."""
+    """Return one random number in [0, 1) for each row, (B,), drawn from the row's generator."""
     return torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(device)
 
 
 def draw(p_BV: Tensor, u_B: Tensor) -> Tensor:
-    """Return the token (B,) at which the cumulative probability exceeds u."""
+    """Return for each row the first token at which the cumulative probability exceeds u, (B,)."""
     cumulated_BV = p_BV.double().cumsum(-1)  # fp32 would lose rare tokens of a large vocabulary
     targets_B1 = u_B.double().unsqueeze(-1) * cumulated_BV[:, -1:]
     return torch.searchsorted(cumulated_BV, targets_B1, right=True).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Loads all weights of a model into one process, from our checkpoint or from a Hugging Face folder."""
+"""Loads all weights of a model into one process, from a Sluice checkpoint or from a Hugging Face folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ class LoadedModel:
     start_id: int
     """Token before every text."""
     title: str
-    """Description for the user."""
+    """Short description of the model for the user."""
     words: Path
     """Folder with the tokenizer, and the chat template if there is one."""
     notes: tuple[str, ...] = ()
@@ -47,9 +47,10 @@ class LoadedModel:
 
 
 def open_weights(config: Config, device: torch.device, checkpoint: str | None, field: str = FIELD) -> LoadedModel:
-    """Load the model of a checkpoint or folder. checkpoint=None: the newest intact checkpoint of the run.
+    """Load the model of a checkpoint or of a Hugging Face folder. checkpoint=None: the newest intact checkpoint of the
+    run.
 
-    Errors name the key `field`. Raises UserError.
+    Raises UserError; the error names the key `field`.
     """
     given = checkpoint and Path(checkpoint).expanduser()
     if given and is_hf_folder(given):
@@ -99,7 +100,7 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device, field
 
 def start_token(folder: Path, tokenizer: Tokenizer) -> int:
     """Return the token that every text starts with: the begin-of-text token if the folder's tokenizer adds it, else
-    eos, as in our training.
+    eos, as in Sluice's training.
     """
     path = folder / TOKENIZER_SETTINGS_FILE
     if not path.exists() or not read_json(path, FIELD, "download it again").get("add_bos_token"):

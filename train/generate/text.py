@@ -1,4 +1,4 @@
-"""Converts tokens to text as they arrive, and writes text to its destination."""
+"""Converts tokens to text while they are generated, and writes text to a stream."""
 
 import sys
 from typing import TextIO
@@ -11,21 +11,22 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Decodes a growing list of tokens into pieces of text that end at whole characters.
+    """Decodes a growing list of tokens into pieces of text that end at complete characters.
 
-    A token of a byte-level BPE may end inside a character. Then the decoded text ends with U+FFFD. This U+FFFD is held
-    back until the next token shows whether the character is complete. Every earlier U+FFFD is real content.
+    A token of a byte-level BPE may end inside a character. Then the decoded text ends with U+FFFD. `feed` does not
+    return this U+FFFD until the next tokens show whether the character is complete. A U+FFFD before the end of the text
+    comes from the model's output and is returned.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._open: list[int] = []
-        """Tokens since the last whole character."""
+        """Tokens after the last complete character."""
         self._shown = 0
-        """Number of characters of these tokens that were already returned."""
+        """Number of characters of the `_open` tokens that were already returned."""
 
     def feed(self, ids: list[int]) -> str:
-        """Return the text that these tokens add."""
+        """Add tokens, and return the new text up to the last complete character."""
         self._open += ids
         text = self._tokenizer.decode(self._open)
         if not text.endswith(BROKEN):
@@ -37,7 +38,7 @@ class TextStream:
         return new
 
     def finish(self) -> str:
-        """Return the text that was held back."""
+        """Return the text that `feed` has not returned yet."""
         rest = self._tokenizer.decode(self._open)[self._shown :]
         self._open, self._shown = [], 0
         return rest
@@ -53,8 +54,8 @@ def write(text: str, stream: TextIO | None = None) -> None:
 
 
 def require_utf8(text: str, field: str) -> None:
-    """Raise UserError if the text had bytes that are not UTF-8. Python decodes these bytes as lone surrogates, which no
-    tokenizer accepts. field: the key of the input.
+    """Raise UserError if the text had bytes that are not UTF-8. Python decodes such bytes as lone surrogates, and no
+    tokenizer accepts a lone surrogate. field: the configuration key that the error names.
     """
     try:
         text.encode()
