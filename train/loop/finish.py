@@ -54,9 +54,9 @@ def _why_stopped(logs: Path) -> str:
 
 
 def _plan_line(folder: Path, series: Series) -> str | None:
-    """Returns the planned and the measured values as one line.
+    """Returns one line that compares the planned with the measured values; None without a plan.
 
-    A damaged plan.json only prints a note, because the training itself has succeeded.
+    If plan.json is damaged, the function only prints a note, because the training itself has succeeded.
     """
     try:
         return plan_words(plan_rows(folder, series))
@@ -66,7 +66,7 @@ def _plan_line(folder: Path, series: Series) -> str | None:
 
 
 def _report(config: Config, folder: Path) -> Path | str:
-    """Writes the report. Returns its path, or the reason why it could not be written."""
+    """Writes the report. Returns the path of the report, or the reason why it could not be written."""
     try:
         return write_report(folder, ended=True)
     except OSError as error:
@@ -77,7 +77,7 @@ def _report(config: Config, folder: Path) -> Path | str:
 
 
 def last_validation(metrics: Path) -> dict[str, float]:
-    """Returns the newest record that contains a validation."""
+    """Returns the newest record of metrics.jsonl that contains a validation."""
     found: dict[str, float] = {}
     for record in read_heads(metrics):
         if "validation_loss" in record:

@@ -1,6 +1,6 @@
-"""Checks whether a layout can run, before anything starts.
+"""Checks whether a layout can run, before the run starts anything.
 
-It imports torch only if a rule needs torch, because that import takes seconds.
+The file imports torch only if a rule needs it, because this import takes seconds.
 """
 
 from conf.dispatches import check_groups
@@ -11,9 +11,9 @@ from conf.schema import Config
 
 
 def check_layout(config: Config) -> None:
-    """Raise UserError if the layout breaks a rule that involves several fields. Starts nothing.
+    """Raise UserError if the layout breaks a rule that involves several fields of the recipe.
 
-    A layout of one rank is checked too, because a pipeline of one stage still follows its schedule.
+    The function also checks a layout of one rank, because a pipeline with one stage still follows its schedule.
     """
     parallel = config.parallel
     for micro_batches in micro_batch_counts(config):
@@ -49,7 +49,7 @@ def _check_offload(config: Config) -> None:
 
 
 def _check_adapter(config: Config) -> None:
-    """Raise UserError if a pipeline rank has no block, because the adapter has nothing to train on such a rank."""
+    """Raise UserError if a rank of the pipeline has no block. An adapter has nothing to train on such a rank."""
     from train.parallelize import stage_layers
 
     layers = stage_layers(config)
@@ -67,7 +67,7 @@ def _check_choices(config: Config) -> None:
     """Raise UserError if sparse attention does not fit the pipeline stages.
 
     A stage must not begin with a layer that uses the keys selected by an earlier layer. With optim.index_warmup, the
-    first stage needs a layer, so that it has an indexer to train.
+    first stage must contain a layer. Otherwise it has no indexer to train.
     """
     from train.parallelize import stage_layers
 

@@ -30,12 +30,13 @@ from train.rank_parts import RankSetup
 
 
 class LiveModel:
-    """Implements the operations of `Engine` on one rank's state."""
+    """Implements those operations of `Engine` that work between steps, on one rank's state."""
 
     def __init__(self, config: Config, rank: RankSetup, chunks: list[DeepSeekV3], state: RunState):
         self._config, self._rank, self._chunks, self.state = config, rank, chunks, state
         self._meta: dict[str, Any] = {"tokenizer": "", "data": "", "held_out": {}}
-        """Checkpoint entries about the training text. They are copied from the loaded checkpoint."""
+        """Entries of the checkpoint's meta that describe the training text. `load` copies them from the loaded
+        checkpoint."""
 
     def save(self, folder: Path, step: int) -> Path:
         """See `Engine.save`. step: the last completed step."""
@@ -53,11 +54,11 @@ class LiveModel:
         about = {"name": config.name, "seed": config.seed, "seq_len": config.seq_len, "config": settings_of(config)}
         checkpointer.save(step, state.shards(), state.meta() | self._meta | about)
         checkpointer.finish(required=True)
-        dist.barrier()  # until rank 0 has renamed the folder to its final name
+        dist.barrier()  # waits until rank 0 has renamed the folder to its final name
         return checkpointer.committer.root / step_name(step)
 
     def load(self, path: Path) -> int:
-        """See `Engine.load`; returns the step."""
+        """See `Engine.load`. Returns the step of the checkpoint."""
         config, found = self._config, read_manifest(path)
         require_model(config, path, found.meta)
         require_adapter(config, path, found.meta)

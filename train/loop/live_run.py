@@ -5,28 +5,29 @@ A hook is an object with any of these methods. Every rank has its own hooks and 
 
     on_start(run)                    the state is restored, and this attempt has done no step yet
     on_phase(run, step, phase)       a phase begins. In a step: data, schedule (forward and backward), reduction, update,
-                                     record. Outside of steps: validation, checkpoint, then record again at their end
+                                     record. Outside of steps: validation or checkpoint; at their end, record again
     on_batch(run, step, batch)       this rank's share of the step's batch is loaded, and the passes begin
     on_update(run, step)             the optimizer has updated the weights
     on_skip(run, step)               the step skips its update, because its loss or gradient is not finite
     on_step(run, step, record)       the step is done; record: metric name -> value (train/metrics/names.py) over all ranks
     on_save(run, step)               the state is copied for a checkpoint, whose files are written during training
-    on_checkpoint(run, step, path)   a checkpoint is complete; on ranks other than 0, this rank has written its part. The
-                                     loop calls this method when the next checkpoint is due, or at the end
+    on_checkpoint(run, step, path)   on rank 0: a checkpoint is complete; on other ranks: this rank has written its part.
+                                     The loop calls this method when it saves the next checkpoint, or at the end
     on_end(run, code)                the last checkpoint is written; code: an exit code of conf/errors.py
-    close(run)                       the run has ended, perhaps with an error: release resources that would outlive it
+    close(run)                       the run has ended, perhaps with an error: release the hook's resources
 
 A hook may communicate if all ranks of a group make the same calls in the same order. It may not communicate in
-`on_checkpoint`, which ranks call at different times, nor in `on_phase` of validation and checkpoint, which rank 0 may
-enter alone.
+`on_checkpoint`, because ranks call this method at different times. It may not communicate in `on_phase` of validation
+and checkpoint either, because rank 0 may enter these phases alone.
 
 A hook may keep state, which checkpoints then include:
 
     shards()         returns the hook's tensors by name (parallel/shard.py): the intervals that this rank writes
-    wanted()         returns the shards that this rank reads; without this method, the rank reads those of `shards`
+    wanted()         returns the shards that this rank reads; without this method, the rank reads the shards of `shards`
     meta()           returns other state as JSON values. A checkpoint contains the hook's shards if its meta has all of
                      these keys and none of the values is false
-    restore(meta)    is called after the tensors are read. meta: of the checkpoint; None if it lacks the hook's state
+    restore(meta)    is called after the tensors are read. meta: the meta of the checkpoint; None if the checkpoint
+                     lacks the hook's state
 """
 
 import sys
@@ -61,7 +62,7 @@ HOOK_METHODS = {
     "on_checkpoint": "run, step, path",
     "on_end": "run, code",
 }
-"""Methods of a hook and their arguments."""
+"""Maps each method of a hook to the names of its arguments."""
 
 
 @dataclass
@@ -96,12 +97,15 @@ class LiveRun:
     def __post_init__(self) -> None:
         self.device, self.mesh = self.setup.device, self.setup.mesh
         self.rank, self.folder, self.chunks = self.mesh.rank, RunPaths(self.config).path, self.parts.chunks
-        """Rank number, run folder, and this rank's part of the model."""
+        """This rank's number, the run folder, and this rank's chunks of the model."""
         self.step = self.state.step
         """Index of the current step, or of the last step."""
 
     def tell(self, method: str, *what: Any) -> None:
-        """Call the method with this name on every hook that has it. An exception from a hook ends the run."""
+        """Call the method with this name on every hook that has it, with the run and the arguments `what`.
+
+        An exception from a hook ends the run.
+        """
         for hook in self.hooks:
             if call := getattr(hook, method, None):
                 call(self, *what)
@@ -116,20 +120,22 @@ class LiveRun:
 
     @contextmanager
     def beside(self, phase: str) -> Iterator[None]:
-        """Returns a context for work outside of steps: validation or checkpoint."""
+        """Returns a context for work outside of steps. phase: validation or checkpoint."""
         self.enter(phase)
         yield
         self.enter("record")
 
     def note(self, text: str) -> None:
-        """Show a sentence at the user's terminal. Only rank 0 shows it."""
+        """Show a text at the user's terminal. Only rank 0 shows it."""
         if self.writer is not None:
             self.writer.note(text)
 
     def warn(self, text: str) -> None:
-        """Warn about this rank only. Rank 0 warns at the terminal, other ranks in their logs."""
+        """Show a warning that concerns only this rank. Rank 0 shows it at the terminal; other ranks write it to their
+        logs."""
         self.note(text) if self.writer is not None else say(text, file=sys.stderr)
 
     def got_on(self) -> None:
-        """Called by a hook to report progress, so that the rank does not count as hung."""
+        """Report progress, so that the driver does not treat the rank as hung. Hooks with long work call this
+        method."""
         got_on()

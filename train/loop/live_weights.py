@@ -2,10 +2,10 @@
 
 Ranks hold intervals of Sluice's tensors (parallel/shard.py). Each tensor of a Hugging Face folder is an interval of one
 of Sluice's tensors (train/hf/tensor_names.py). To read the weights, all ranks fill one bucket of Hugging Face tensors
-after another. On each rank the bucket starts with zeros, and the rank writes its own elements into it. Then an
-all-reduce adds the buckets of all ranks. Each element is nonzero on one rank only, so the sum is exact. Besides its own
-part of the model, a rank needs memory for one bucket. The values are the fp32 master weights, rounded to the requested
-dtype.
+after another. On each rank the bucket starts with zeros, and the rank writes those elements into it that it holds. Then
+an all-reduce adds the buckets of all ranks. Each element is nonzero on one rank only, so the sum is exact. Besides its
+part of the model, a rank needs memory only for one bucket. The values are the fp32 master weights, rounded to the
+requested dtype.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,11 +27,11 @@ from train.loop.state import RunState
 BUCKET_ELEMENTS = 1 << 26
 """Maximum number of elements in a bucket, 256 MB in fp32. A larger tensor has a bucket of its own."""
 STACKED_NAMES = {"w13": "gate_up_proj", "w2": "down_proj"}
-"""Names for all experts of a layer in one tensor. The transformers library uses these names in memory."""
+"""Maps Sluice's name of an expert matrix to transformers' name of the tensor that stacks this matrix of all experts."""
 
 
 class _Wanted(NamedTuple):
-    """A requested Hugging Face tensor, and the LoRA A and B that are added to it."""
+    """A requested Hugging Face tensor and, if an adapter is merged, the LoRA A and B whose product is added to it."""
 
     placed: PlacedTensor
     lora: AdaptedTensor | None = None
@@ -52,7 +52,8 @@ def live_weights(
     dtype: torch.dtype | None = None,
     bucket: int = BUCKET_ELEMENTS,
 ) -> Iterator[tuple[str, Tensor]]:
-    """See `Engine.weights`. Collective: every rank must read all tensors. bucket: maximum elements of a bucket."""
+    """See `Engine.weights`. Collective: every rank must read all tensors. bucket: maximum number of elements of a
+    bucket."""
     dtype = dtype or activation_dtype(config.precision)
     held = {name: shard for name, shard in state.shards().items() if name.startswith(("master.", "bias."))}
     if config.adapter.on and (stacked or (merged and config.adapter.base is BaseFormat.fp8)):
@@ -79,13 +80,13 @@ def live_weights(
             if one.lora is not None:
                 a, b = next(found), next(found)
                 value = value.add_(b @ a, alpha=config.adapter.scale)
-            # bf16 would change which experts are chosen
+            # balance biases stay in fp32: in bf16 they would change which experts are chosen
             yield one.placed.theirs, value if one.placed.ours.startswith("bias.") else value.to(dtype)
 
 
 @torch.no_grad()
 def fill_live(config: Config, state: RunState, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """See `Engine.fill`. Each rank copies the elements that it holds."""
+    """See `Engine.fill`. Each rank copies only the elements that its shards contain."""
     if config.adapter.on:
         raise UserError("adapter", "lora", "does not accept whole weights", "use an engine without an adapter")
     places, held = {placed.theirs: placed for placed in tensors(config.model, state.family)}, state.wanted_of_start()
@@ -138,12 +139,15 @@ def _buckets(wanted: list[_Wanted], bucket: int) -> Iterator[list[_Wanted]]:
 
 
 def _overlap(part: PlacedTensor, shard: Shard) -> tuple[int, int]:
-    """Returns the interval of Sluice's tensor that both part and shard contain: first element, and end (exclusive)."""
+    """Returns the interval of Sluice's tensor that is in both `part` and `shard`: first element, and end (exclusive).
+
+    part: a Hugging Face tensor, which is an interval of Sluice's tensor. shard: the interval that this rank holds.
+    """
     return max(part.start, shard.offset), min(part.start + part.count, shard.offset + shard.local.numel())
 
 
 def _fill(target: Tensor, part: PlacedTensor, shard: Shard | None) -> None:
-    """Copy this rank's elements of one part into a Hugging Face tensor."""
+    """Copy the elements that this rank holds into `target`, which is one Hugging Face tensor."""
     first, end = (0, 0) if shard is None else _overlap(part, shard)
     if shard is not None and first < end:
         target[first - part.start : end - part.start] = shard.local[first - shard.offset : end - shard.offset]

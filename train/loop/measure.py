@@ -1,9 +1,9 @@
 """Combines all ranks' measurements of a step by one all-reduce.
 
-Each rank holds some of the layers and some of the tokens. Every rank has a vector with one element for each measurement
-of each layer. A rank writes its own measurements and leaves zeros elsewhere. So the sum over all ranks contains every
-measurement. Losses come from the last pipeline stage. Tokens per expert come from every stage, and balance biases from
-the first rank of a stage. Times and traffic come from every rank.
+Each rank holds some of the layers and some of the tokens. Every rank fills a vector with one element for each
+measurement of each layer. It writes the values that it measured and leaves zeros elsewhere. So the sum over all ranks
+contains every measurement. Losses come from the last pipeline stage. Tokens per expert come from every rank of a stage,
+and balance biases from the first rank of a stage. Times and traffic come from every rank.
 
 Dimensions: L MoE layers (including those of MTP modules), E experts.
 """
@@ -28,11 +28,11 @@ class MeasuredStep:
     """Measurements of one step over all ranks."""
 
     main_loss: float
-    """Mean cross-entropy of the next token, nats."""
+    """Mean cross-entropy of the next token, in nats."""
     mtp_losses: list[float]
-    """Loss of each MTP depth, without its weight."""
+    """Loss of each MTP depth, before it is multiplied by the MTP weight."""
     extra_loss: float
-    """The user's own loss term (optim.extra_loss); 0 without one."""
+    """Value of the user's loss term (optim.extra_loss); 0 if the recipe has none."""
     balance_loss: float
     """Balance loss of the routers, multiplied by its weight and summed over layers."""
     index_loss: float
@@ -42,7 +42,8 @@ class MeasuredStep:
     biases_LE: Tensor
     """Balance biases used in the step (float64)."""
     stop: StopKind
-    """How the run must stop, if any rank was asked to stop. A checkpoint on disk overrides a copy in memory."""
+    """How the run must stop, if any rank was asked to stop. If ranks were asked to save in different ways, a checkpoint
+    on disk has priority over a copy in memory."""
     scores_L: list[float]
     """Largest attention score of each layer; empty without optim.qk_clip."""
     heads_clipped: int
@@ -64,8 +65,8 @@ class Measure:
         self.indexers = [indexer for chunk in parts.chunks for indexer in chunk.indexers()]
         self.last = next((chunk for chunk in parts.chunks if chunk.has_head), None)
         self.micro_batches = 1.0
-        """Mean number of micro-batches of the data-parallel ranks in this step. The engine sets this field. This rank's
-        losses are divided by this mean."""
+        """Mean number of micro-batches per data-parallel rank in this step. The engine sets this field. `collect`
+        divides this rank's losses by it."""
 
     def clear(self) -> None:
         """Reset the counters for a new step."""
@@ -78,7 +79,7 @@ class Measure:
             self.clip.clear()
 
     def collect(self, stop: StopKind) -> "CollectedMeasures":
-        """Sum the measurements over all ranks. Every rank gets the same sums. Does not wait for the device."""
+        """Sum the measurements over all ranks. Every rank gets the same sums. The host does not wait for the device."""
         depth, shape = self.model.mtp_depth, (len(self.layers), self.model.experts)
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
         losses, loads_LE, biases_LE = zeros(4 + depth), zeros(shape), zeros(shape)
@@ -111,17 +112,17 @@ class Measure:
 
 
 class CollectedMeasures:
-    """The sums over all ranks, while they are copied to the host."""
+    """The sums over all ranks. They are being copied from the device to the host."""
 
     def __init__(self, measure: Measure, vector: Tensor, sizes: list[int], scores_LH: Tensor):
         self._measure, self._sizes = measure, sizes
         self.scores_LH = scores_LH
-        """Largest attention scores as `QKClip.largest` returns them, on the device."""
+        """Largest attention scores in the format of `QKClip.largest`, on the device."""
         losses, loads, *_ = vector.split(sizes)
         self.finite = losses[0].isfinite()
         """Whether the main loss is finite: bool, on the device."""
         self.loads_LE = loads.view(-1, measure.model.experts)
-        """Tokens per expert as in `MeasuredStep`, on the device."""
+        """Tokens per expert, as in `MeasuredStep`, but on the device."""
         self._host = vector
         if vector.is_cuda:
             self._host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
@@ -129,8 +130,8 @@ class CollectedMeasures:
     def read(self) -> MeasuredStep:
         """Returns the sums as a `MeasuredStep`.
 
-        Before this call, the host must have waited for work that the device ran after the copies. Every training step
-        waits for such work.
+        Call this method only after the host has waited for work that the device ran after the copies. The update of
+        every training step waits for such work.
         """
         losses, loads, biases, scores, clipped, own = self._host.split(self._sizes)
         main_loss, *mtp_losses, extra_loss, balance_loss, index_loss = losses.tolist()
@@ -152,6 +153,6 @@ class CollectedMeasures:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copies a host tensor to the device. For a GPU it uses page-locked memory, because the host would wait for a copy
-    from other memory."""
+    """Copies a host tensor to the device. A copy to a GPU uses page-locked memory, so the host does not wait for the
+    copy."""
     return (x.pin_memory() if device.type == "cuda" and not x.is_cuda else x).to(device, non_blocking=True)

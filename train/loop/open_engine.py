@@ -26,8 +26,8 @@ from train.rank import set_up_rank
 def open_engine(config: Config, place: Place | None = None) -> Engine:
     """Returns the engine of this rank. Collective over all ranks.
 
-    The environment variables RANK and WORLD_SIZE, which torchrun sets, give the rank. Without them, the process is the
-    only rank. A process may open several engines if all have the same number of ranks.
+    The environment variables RANK and WORLD_SIZE, which torchrun sets, determine the rank. Without them, the process is
+    the only rank. A process may open several engines if all of them have the same number of ranks.
 
     The weights come from `resume` if it names a checkpoint, else from `init_from`. Without either, they are drawn from
     the seed. The caller manages the data and the run folder. Raises UserError.
@@ -37,7 +37,8 @@ def open_engine(config: Config, place: Place | None = None) -> Engine:
         rule = f"must equal the number of ranks of the layout, {config.parallel.world}"
         raise UserError("WORLD_SIZE", place.world, rule, "start as many processes, or change parallel.*")
     check_layout(config)
-    # A process with an engine of its own may start a session on other nodes, whose ranks need other interfaces.
+    # After an engine with one rank, the same process may start a session on other nodes. Ranks there need other network
+    # interfaces, so the environment variables for interfaces are restored.
     with keep_interfaces() if place.world == 1 else nullcontext():
         rank = set_up_rank(config, place)
     kernels, _ = choose_kernels(config, rank.device)

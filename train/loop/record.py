@@ -22,15 +22,18 @@ from train.rank_parts import ParallelModel
 
 @dataclass
 class RankRecorder:
-    """Writes the communication records of one rank."""
+    """Writes the communication records of one rank to its ring buffer."""
 
     ring: CommRing | None = None
-    """None if the disk had no room for the ring."""
+    """The ring buffer; None if the disk had no space for it."""
     recorder: CommRecorder | None = None
 
     def name_groups(self, mesh: Mesh) -> None:
-        """Set the names of groups in later records: the names of the fields of `mesh`. If several fields hold the same group,
-        its name joins the names of these fields."""
+        """Set the names of process groups in later records.
+
+        A group gets the name of the field of `mesh` that holds it. If several fields hold the same group, its name
+        joins their names.
+        """
         if self.recorder is None:
             return
         labels = defaultdict[ProcessGroup, list[str]](list)
@@ -41,7 +44,7 @@ class RankRecorder:
         self.recorder.labels = {group: "/".join(names) for group, names in labels.items()}
 
     def watch_parts(self, parts: ParallelModel) -> None:
-        """Install hooks that record the current pipeline action and block of this rank."""
+        """Install hooks that record which pipeline action and which block this rank runs."""
         if self.ring is None:
             return
         parts.pipeline.on_action = self.ring.act

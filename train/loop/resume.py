@@ -1,4 +1,5 @@
-"""Finds the state that a run starts from. Rank 0 searches for the checkpoint, and every rank reads its part of it."""
+"""Finds the state that a run starts from. Rank 0 searches for the checkpoint, and every rank reads its part of the
+state."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -33,19 +34,19 @@ class RestoredState:
     notes: list[str] = field(default_factory=list)
     """Notes for the user."""
     resumed: dict[str, Any] | None = None
-    """`resumed` in train/metrics/names.py; None if no checkpoint was read."""
+    """The entry `resumed` of train/metrics/names.py; None if no checkpoint was read."""
 
 
 class StartingPoint(NamedTuple):
     """The state that a run starts from, as rank 0 found it."""
 
     copy: dict[str, Any] | None = None
-    """Manifest body of a set of copies in memory, if these copies are newer than all checkpoints on disk. If it is set,
-    rank 0 did not search the disk."""
+    """Manifest body of the copies in memory to start from, if they are newer than all checkpoints on disk. If this
+    field is set, rank 0 did not search the disk for `checkpoint`."""
     checkpoint: str | None = None
-    """Path of the checkpoint that config.resume selects."""
+    """Path of the checkpoint that config.resume selects; None if there is none."""
     notes: Sequence[str] = ()
-    """Names the skipped copies and checkpoints, with the reasons."""
+    """Texts that name the skipped copies and checkpoints, with the reasons."""
 
     @property
     def has_weights(self) -> bool:
@@ -53,7 +54,8 @@ class StartingPoint(NamedTuple):
         return bool(self.copy or self.checkpoint or self.notes)
 
     def compiled_matmuls(self) -> bool | None:
-        """Whether the resumed run uses compiled matmuls. None: unknown, for a new run or an older checkpoint."""
+        """Whether the resumed run uses compiled matmuls. None if that is unknown, as for a new run or an older
+        checkpoint."""
         if self.copy is not None:
             return self.copy["meta"].get("compiled_products")
         return None if self.checkpoint is None else read_manifest(Path(self.checkpoint)).meta.get("compiled_products")
@@ -73,7 +75,8 @@ def _find_start(config: Config, copies: MemoryCopies | None) -> StartingPoint:
 def _search_disk(config: Config, skip: Collection[Path], notes: Sequence[str] = ()) -> StartingPoint:
     """Search the disk for the starting point on rank 0.
 
-    skip: checkpoints that were found damaged during reading; `notes` already names them.
+    skip: checkpoints that were found damaged when they were read. notes: notes of the caller; they name the checkpoints
+    of `skip` already.
     """
     found = resume_point(config, skip=skip)
     passed = [] if skip else [f"skipped a damaged checkpoint: {warning}" for warning in found.warnings]
@@ -96,7 +99,7 @@ def restore(
     skip: set[Path] = set()
     begun = (
         _start(config, data.tokenizer, state) if config.adapter.on and config.init_from else []
-    )  # no checkpoint contains the base
+    )  # checkpoints do not contain the base, so it is always read from init_from
     notes, optimizer = list(start.notes), config.optim.facts.name
     if start.copy is not None and copies is not None:
         manifest = manifest_of(Path(start.copy["folder"]), start.copy)
@@ -122,7 +125,7 @@ def restore(
         notes.append(f"skipped a damaged checkpoint: {problem}")
         skip.add(path)
         start = StartingPoint(*from_rank_0(lambda: _search_disk(config, skip)))
-    if notes:  # a fresh start is wrong: the user did not ask for it, and the weights may be partly loaded
+    if notes:  # do not start fresh: the user did not ask for it, and the weights may be partly loaded
         raise UserError(
             "resume",
             config.resume,
@@ -149,7 +152,7 @@ def _resumed(config: Config, data: PreparedData, meta: dict[str, Any], notes: li
 def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] | None, list[str]]:
     """Returns, on rank 0, the manifest body of the copies in memory to resume from, and notes about damaged copies.
 
-    The body is None if there are no copies in memory, or if the disk has a newer state.
+    The body is None if there are no usable copies in memory, or if a checkpoint on disk is newer.
     """
     try:
         manifest = copies.manifest()
@@ -165,9 +168,10 @@ def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] |
 def load_state(
     state: RunState, meta: dict[str, Any], optimizer: str, load: Callable[[dict[str, Shard]], Any]
 ) -> str | None:
-    """Fill the state by calling `load` on all ranks. Returns the first problem of any rank.
+    """Fill the state by calling `load` on all ranks. Returns the first problem of any rank; None if there is none.
 
-    optimizer: the optimizer of this run. Its state starts from zero if another optimizer wrote the checkpoint.
+    optimizer: the optimizer of this run. If another optimizer wrote the checkpoint, the optimizer's state starts from
+    zero.
     """
     problem = None
     own = written_by(meta) == optimizer
@@ -182,7 +186,7 @@ def load_state(
 
 
 def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
-    """Start from the weights of init_from. Only rank 0 reads the headers of all files."""
+    """Start from the weights of init_from. Returns notes for the user. Only rank 0 reads the headers of all files."""
     own = from_rank_0(lambda: None if (found := own_start(config, tokenizer)) is None else str(found))
     if own is not None:
         start_from(config, Path(own), state)
@@ -205,7 +209,10 @@ def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
 
 
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any], base: dict[str, str] | None) -> None:
-    """Raise UserError if the run cannot resume from this checkpoint. base: description of the adapter's base model."""
+    """Raise UserError if the run cannot resume from this checkpoint.
+
+    base: description of the adapter's base model; None for a run without an adapter.
+    """
     require_model(config, path, meta)
     require_adapter(config, path, meta)
     if base is not None:

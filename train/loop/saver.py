@@ -1,4 +1,4 @@
-"""Saves the checkpoints of a run. Tells hooks about complete checkpoints, and the user about failed ones."""
+"""Saves the checkpoints of a run. Reports complete checkpoints to the hooks, and failed checkpoints to the user."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ class Saver:
     def __init__(self, config: Config, checkpointer: Checkpointer):
         self.checkpointer, self._settings = checkpointer, settings_of(config)
         self.stall = 0.0
-        """Seconds that training has waited for checkpoints since the last record."""
+        """Seconds that training has waited for checkpoints since the last record of metrics.jsonl."""
 
     def save(self, run: LiveRun, final: bool = False) -> None:
         """Begin a checkpoint. final: wait until the checkpoint is complete, and raise an error if it fails."""

@@ -4,12 +4,12 @@
         engine.forward_backward(batch, "ppo", clip=0.2)
         engine.update()
 
-A driver starts the ranks as processes, on this machine or on Ray, like the ranks of a run (train/loop/session_rank.py).
-Rank 0 connects to the controlling process and forwards every call to the other ranks. A key in the session's folder
-authenticates the connection. Calls and answers are JSON, and tensors have the safetensors format. Nothing is unpickled.
+A driver starts the ranks as processes, on this machine or on Ray (train/loop/session_rank.py). Rank 0 connects to the
+controlling process and forwards every call to the other ranks. A key in the session's folder authenticates the
+connection. Calls and answers are JSON, and tensors have the safetensors format. Nothing is unpickled.
 
-A refused call leaves the session unchanged. A call that fails on a rank ends the session. Then the driver's message and
-the error in the controlling process name the rank and the cause.
+If the ranks refuse a call, for example because of a wrong argument, the session is unchanged. If a call fails on a
+rank, the session ends. Then the driver's message and the error in the controlling process name the rank and the cause.
 """
 
 import json
@@ -52,7 +52,7 @@ with the output of the driver and rank 0."""
 SESSION_LOOK_SECONDS = 0.2
 """Interval, in seconds, at which this process checks the driver while it waits for an answer."""
 SESSION_END_SECONDS = 20.0
-"""Maximum seconds for the ranks to end by themselves."""
+"""Maximum time, in seconds, that the ranks have to end by themselves. Then they are killed."""
 
 
 class SessionFailed(RuntimeError):
@@ -63,8 +63,8 @@ class SessionFailed(RuntimeError):
 def session(config: Config) -> "Iterator[Session]":
     """Start the ranks of a layout and control them from this process. Every rank opens an engine with `open_engine`.
 
-    All ranks have ended when the context ends. Raises UserError for refused settings, and SessionFailed if a rank
-    fails.
+    The context waits at its end until all ranks have ended. Raises UserError for refused settings, and SessionFailed if
+    a rank fails.
     """
     check_layout(config)
     folder = RunPaths(config).path / SESSION_FOLDER
@@ -73,7 +73,8 @@ def session(config: Config) -> "Iterator[Session]":
     try:
         if not try_lock(lock):
             raise UserError("name", config.name, f"already has a session: {folder} is in use", "give another name=")
-        # The ranks form a run in this folder. The driver does not restart it, because a restart would lose all updates.
+        # The driver treats the session as a run in this folder. It must not restart the ranks, because all updates
+        # would be lost.
         cluster = replace(config.cluster, restarts=0)
         with Session(replace(config, runs=str(folder.parent), name=folder.name, cluster=cluster), folder) as opened:
             yield opened
@@ -82,9 +83,10 @@ def session(config: Config) -> "Iterator[Session]":
 
 
 class Session:
-    """Has the methods of `Engine`, which act on all ranks together.
+    """Has the methods of `Engine`. Each call acts on all ranks.
 
-    A batch contains the shares of all data-parallel ranks, in rank order. Methods return numbers and tensors.
+    A batch contains the shares of all data-parallel ranks, in rank order. The methods return values for all ranks
+    together.
     """
 
     def __init__(self, config: Config, folder: Path):
@@ -106,8 +108,10 @@ class Session:
         terms: Collection[str] | None = None,
         **settings: float,
     ) -> None:
-        """See `Engine.forward_backward`. loss: the name of a loss, the import path of a function, or a function that
-        the ranks can import."""
+        """See `Engine.forward_backward`.
+
+        loss: the name of a loss, the import path of a function, or a function that the ranks can import.
+        """
         name = loss if isinstance(loss, str) else _import_path(loss)
         more = {"loss": name, "last": last, "total": total, "terms": None if terms is None else [*terms]}
         self._call("forward_backward", {**more, "settings": settings}, _plain(batch))
@@ -142,7 +146,7 @@ class Session:
     def weights(
         self, *, merged: bool = True, stacked: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.weights`. Read all tensors before the next call, or leave the loop over them early."""
+        """See `Engine.weights`. Read all tensors before you call another method, or leave the loop over them early."""
         named = None if dtype is None else str(dtype).removeprefix("torch.")
         self._send("weights", {"merged": merged, "stacked": stacked, "dtype": named})
         said: dict[str, Any] = {"done": False}
@@ -151,14 +155,14 @@ class Session:
             while not said["done"]:
                 said, tensors = self._answer()
                 yield from tensors.items()
-        except GeneratorExit:  # the caller stops early and leaves answers unread
+        except GeneratorExit:  # the caller leaves the loop early: read the remaining answers
             while not said["done"] and self._link is not None:
                 said, _ = self._answer()
             raise
         finally:
             self._is_reading = False
 
-    # The ranks
+    # Start and end of the ranks
 
     def __enter__(self) -> "Session":
         try:
@@ -210,7 +214,7 @@ class Session:
         if self._is_reading:
             rule = "comes while weights() still has tensors"
             raise UserError("session", method, rule, "read all of them first, as dict(engine.weights())")
-        with suppress(ConnectionError):  # the answer gives the reason
+        with suppress(ConnectionError):  # if rank 0 has ended, `_answer` finds the reason
             self._link.send_bytes(json.dumps({"method": method, **said}).encode())
             self._link.send_bytes(save(tensors or {}))
 
@@ -233,7 +237,7 @@ class Session:
             self._fail()
 
     def _fail(self) -> NoReturn:
-        """Raise the driver's output as an error. Called when rank 0 has ended."""
+        """Raise SessionFailed with the driver's output. Called when the ranks have ended."""
         driver, self._driver = self._driver, None
         if self._link is not None:
             self._link.close()
@@ -246,7 +250,7 @@ class Session:
         raise SessionFailed(said[-8000:] or f"the ranks ended with exit code {driver.returncode}; logs: {self._folder}")
 
     def _end(self, at_once: bool) -> None:
-        """Wait until the ranks have ended. at_once: end them instead."""
+        """Wait until the ranks have ended. at_once: first send SIGTERM to the driver."""
         if self._link is not None:
             self._link.close()  # rank 0 ends when the connection closes
             self._link = None
@@ -261,16 +265,16 @@ class Session:
 
 
 def _kill(driver: subprocess.Popen) -> None:
-    """End the driver; the kernel then ends its ranks."""
+    """Kill the driver; the kernel then kills its ranks."""
     if driver.poll() is None:
         driver.kill()
         driver.wait()
 
 
 def _plain(batch: Batch) -> dict[str, Tensor]:
-    """Returns copies of a batch's tensors by name. Names of per-token tensors contain a dot.
+    """Returns copies of a batch's tensors by name. The names of per-token tensors contain a dot.
 
-    They are copies, because safetensors refuses two tensors that share memory.
+    The tensors are copied, because safetensors refuses two tensors that share memory.
     """
     named = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "tensors"}
     named |= {f"tensors.{name}": tensor for name, tensor in batch.tensors.items()}
@@ -282,7 +286,7 @@ def _plain(batch: Batch) -> dict[str, Tensor]:
 
 
 def batch_of(tensors: dict[str, Tensor]) -> Batch:
-    """Builds a batch from its received tensors."""
+    """Builds a batch from the tensors that the rank received."""
     per_token = {name.removeprefix("tensors."): tensor for name, tensor in tensors.items() if "." in name}
     return Batch(**{name: tensor for name, tensor in tensors.items() if "." not in name}, tensors=per_token)
 

@@ -3,8 +3,8 @@
 `python -m train.loop.session_rank CONFIG` is the driver of the ranks. The driver starts each rank with the same
 program.
 
-Rank 0 receives calls from the controlling process, and all ranks execute them. Before it computes anything, every rank
-checks the complete batch. So all ranks refuse the same calls. Then each rank uses its own share of the batch.
+Rank 0 receives calls from the controlling process, and all ranks execute them. First, every rank checks the complete
+batch. So all ranks refuse the same calls. Then each rank computes with its share of the batch.
 """
 
 import json
@@ -50,8 +50,10 @@ class SessionRank:
     """Executes the calls of a session on one rank."""
 
     def __init__(self, config: Config, engine: Engine, link: Connection | None, group: dist.ProcessGroup):
-        """link: connection to the controlling process, only on rank 0. group: process group of all ranks. It needs a
-        long timeout, because calls may be hours apart."""
+        """link: connection to the controlling process, only on rank 0.
+
+        group: a process group of all ranks with a long timeout, because hours may pass between two calls.
+        """
         self._config, self._engine, self._link, self._group = config, engine, link, group
         self._sharing = config.parallel.dp
         self._calls: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], SessionAnswer]] = {
@@ -120,8 +122,10 @@ class SessionRank:
         return {"done": True}, {}
 
     def _share(self, batch: Batch) -> Batch:
-        """Returns this data-parallel rank's rows of a batch. Every rank checks the whole batch, so all ranks raise the
-        same UserError."""
+        """Returns the rows of a batch that belong to this data-parallel rank.
+
+        Every rank checks the whole batch, so all ranks raise the same UserError.
+        """
         rows, least = len(batch.tokens_BS), self._sharing * self._config.micro_batch_size
         if rows % least or not rows:
             rule = f"must be a multiple of {least}: micro_batch_size={self._config.micro_batch_size} on each of {self._sharing} data-parallel ranks"
@@ -131,7 +135,8 @@ class SessionRank:
         return batch.take(slice(self._engine.mesh.dp_rank * size, (self._engine.mesh.dp_rank + 1) * size))
 
     def _receive(self) -> bytes:
-        """Returns the next message on rank 0; empty after the end of the session."""
+        """Returns the next message of the controlling process, on rank 0. Returns empty bytes when the session has
+        ended."""
         assert self._link is not None
         try:
             while not self._link.poll(IDLE_SECONDS):

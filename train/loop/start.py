@@ -1,8 +1,8 @@
 """init_from: starts a new run from the weights of a Hugging Face folder, or of a Sluice checkpoint.
 
-This file does not import torch, because the driver checks init_from too. Master weights get exactly the folder's
-values, dequantised from FP8 if needed. Balance biases get the folder's correction biases. Moments start at 0, and an
-average of the weights starts from the loaded weights.
+This file imports torch only inside functions, because the driver uses it too and does not need torch. Master weights
+get exactly the folder's values, dequantised from FP8 if needed. Balance biases get the folder's correction biases. The
+optimizer's moments start at 0. If the run averages its weights, the average starts from the loaded weights.
 """
 
 from collections.abc import Callable
@@ -47,14 +47,15 @@ def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]
 
 
 def _model_of(config: Config, folder: Folder) -> Model:
-    """Returns the recipe's model, without indexers if the folder has dense attention."""
+    """Returns the recipe's model; if the folder has dense attention, the returned model has no indexers."""
     return config.model if FAMILIES[folder.family].is_sparse else replace(config.model, sparse=SparseAttention())
 
 
 def _with_indexers(config: Config, fill: "FillShards", has: Callable[[str], bool]) -> "FillShards":
-    """Returns a reader like `fill` for a source that may lack indexers. It draws missing indexers from config.seed.
+    """Returns a function like `fill` that also works for a source without indexers. It draws the weights of missing
+    indexers from config.seed.
 
-    has: tells whether the source has a tensor of this name.
+    fill: reads tensors from the source. has: tells whether the source has a tensor with a given name.
     """
     from train.model.init import draw_indexer  # torch
 
@@ -69,7 +70,8 @@ def _with_indexers(config: Config, fill: "FillShards", has: Callable[[str], bool
 
 
 def other_optimizer(config: Config, folder: Path) -> list[str]:
-    """Returns a note if the folder's weights are known to have been pretrained with another optimizer."""
+    """Returns a note if the folder's weights were pretrained with another optimizer than this run uses; else an empty
+    list."""
     path, own = folder / CONFIG_FILE, config.optim.facts.name
     body = read_json(path, "init_from", "download it again") if path.is_file() else {}
     known = pretrained_with(body.get("text_config") or body)
@@ -83,8 +85,8 @@ def other_optimizer(config: Config, folder: Path) -> list[str]:
 def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
     """Returns the checkpoint that config.init_from names; None if it names a Hugging Face folder.
 
-    For a run folder this is its newest checkpoint. Raises UserError if the checkpoint is damaged, or has another model
-    or tokenizer.
+    For a run folder, the function returns the newest checkpoint of the run. Raises UserError if the checkpoint is
+    damaged, or if its model or tokenizer is not that of the recipe.
     """
     assert config.init_from is not None
     path = Path(config.init_from).expanduser()
@@ -99,7 +101,7 @@ def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
 
 
 def start_from(config: Config, source: Folder | Path, state: "RunState") -> None:
-    """Fill this rank's part of the weights from a source. In an adapter's run, these are the weights of its base.
+    """Fill this rank's part of the weights from a source. If the run trains an adapter, the source fills its base.
 
     source: a result of `check_start` or `own_start`.
     """

@@ -6,10 +6,11 @@
     running.load, running.idle          past tokens per expert, for MaxVio and dead experts
     ema.*, and others                   state of hooks (train/loop/live_run.py), such as the average of the weights
 
-The meta contains the rest: step, samples (the data position), updates, and the family of the Hugging Face folder that
-the run started from. An adapter's run adds its base (train/checkpoint/trained_with.py). A CPU run adds whether it uses
-compiled matmuls, which it measures at its start. Schedules need no state, because they depend only on the step. A run
-draws random numbers only for its initial weights, so no generator state is stored.
+The meta contains the other state: step, samples (the data position), updates, and the family of the Hugging Face folder
+that the run started from. The meta of an adapter's run also describes its base (train/checkpoint/trained_with.py). The
+meta of a CPU run also tells whether the run uses compiled matmuls, which it decides by a measurement at its start.
+Schedules need no state, because they depend only on the step. A run draws random numbers only for its initial weights,
+so no generator state is stored.
 """
 
 from collections import ChainMap
@@ -35,10 +36,11 @@ class RunState:
     """Gives access to the live state of one rank as shards."""
 
     def __init__(self, config: Config, mesh: Mesh, parts: ParallelModel, hooks: Sequence[Any] = ()):
-        """hooks: all hooks of the run. A hook that has the method `shards` is part of the state."""
+        """hooks: all hooks of the run. If a hook has the method `shards`, checkpoints contain its state."""
         self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
         self.compiled_matmuls: bool | None = None
-        """Whether a CPU run uses compiled matmuls, which it measures at its start; None if there is no choice."""
+        """Whether a CPU run uses compiled matmuls, which it decides by a measurement at its start; None if it has no
+        choice."""
         self.step = 0
         self.samples = 0
         self.best: tuple[int, float] | None = None
@@ -53,7 +55,7 @@ class RunState:
         self.load_LE = torch.zeros(size_LE, dtype=torch.float64)
         self.idle_LE = torch.zeros(size_LE, dtype=torch.int64)
         self.keepers = [hook for hook in hooks if hasattr(hook, "shards")]
-        """Hooks that keep state."""
+        """The hooks that have state."""
 
     @property
     def running(self) -> RunningLoad:
@@ -81,8 +83,9 @@ class RunState:
     def wanted(self, meta: Mapping[str, Any], *, own_optimizer: bool = True) -> dict[str, Shard]:
         """Returns the shards that this rank reads from a checkpoint with this meta.
 
-        The shards of a hook are left out if the checkpoint does not contain them. If another optimizer wrote the
-        checkpoint, the state of this run's optimizer is set to zero instead.
+        The result omits a hook's shards if the checkpoint does not contain them. own_optimizer: whether the run's
+        optimizer wrote the checkpoint. If not, the method sets the state of the run's optimizer to zero instead of
+        reading it.
         """
         shards = self.zero.shards(copies=True)
         if not own_optimizer:
@@ -97,9 +100,9 @@ class RunState:
         return shards | biases | self._loads()
 
     def wanted_of_start(self) -> dict[str, Shard]:
-        """Returns the shards for the initial weights that this rank reads, and for the balance biases.
+        """Returns the shards that this rank reads when a run starts from given weights: weights and balance biases.
 
-        The weights are this rank's master weights, or its part of an adapter's base.
+        The weights are this rank's master weights, or in an adapter's run its part of the base.
         """
         if not self._trains_adapter:
             return {
@@ -113,16 +116,18 @@ class RunState:
         return base | self._biases()
 
     def owned_base(self) -> dict[str, Shard]:
-        """Returns the shards of an adapter's base and the balance biases. Exactly one rank includes each element."""
+        """Returns this rank's shards of an adapter's base and of the balance biases. Exactly one rank includes each
+        element."""
         shards = {f"master.{name}": shard for name, shard in self.zero.untrained_shards(owned=True).items()}
         if self.mesh.pp_rank > 0:
-            shards.pop("master.embedding.weight", None)  # MTP's copy of the first rank's embedding
+            shards.pop("master.embedding.weight", None)  # a copy of the first rank's embedding, which MTP uses
         return shards | (self._biases() if self.mesh.stage_rank == 0 else {})
 
     def fill_base(self, fill: FillShards, mark: WeightsMark | None = None) -> None:
-        """Fill this rank's part of the initial weights and the balance biases. In an adapter's run, fill the base.
+        """Fill this rank's part of the initial weights and the balance biases. In an adapter's run, the base is filled.
 
-        mark: receives the values of an adapter's base.
+        fill: reads given shards from the source. mark: sees the values of an adapter's base, to compute a checksum of
+        them.
         """
         mark = mark or WeightsMark()
         (mark.watching(fill) if self._trains_adapter else fill)(self.wanted_of_start())
@@ -135,7 +140,7 @@ class RunState:
     def finish_load(self, meta: dict[str, Any]) -> None:
         """Finish loading after the shards of `wanted` are filled. meta: the meta of the checkpoint."""
         self.step, self.samples, self.skipped = meta["step"], meta["samples"], meta["skipped"]
-        self.family = ModelFamily(meta.get("family", self.family))  # older checkpoints have only one family
+        self.family = ModelFamily(meta.get("family", self.family))  # old checkpoints lack `family`
         if best := meta.get("best"):
             self.best = int(best[0]), float(best[1])
         self.zero.finish_load(meta["updates"])
@@ -164,7 +169,7 @@ class RunState:
 
 
 def _has(meta: Mapping[str, Any], hook: Any) -> bool:
-    """Whether a checkpoint with this meta has the state of a hook."""
+    """Whether a checkpoint with this meta contains the state of the hook."""
     return all((key in meta or key in META) and meta[key] not in (None, False) for key in hook.meta())
 
 

@@ -1,14 +1,14 @@
 """Measures the work of this rank's pipeline and dispatcher in a step. Sums over all ranks become metrics.
 
-Each rank divides its value by the world size, so that the sum over all ranks is the mean (train/loop/measure.py). A
-metric that a layout cannot have is left out: a bubble without a pipeline, or traffic without expert parallelism.
+Each rank divides its values by the world size, so that the sum over all ranks is the mean (train/loop/measure.py). The
+file omits metrics that a layout cannot have: the bubble without a pipeline, traffic without expert parallelism.
 
 The bubble is the time between a rank's pipeline actions. A rank may also wait inside an action, for tokens from other
 ranks of its expert group (dispatch_wait_seconds) or for sharded weights. The bubble does not include this time.
 
-`busy` is the time of this rank's own work, without waits inside or between actions. So a slow rank differs from the
-ranks that wait for it. With NCCL the host does not wait for tokens, so the whole expert group of a slow rank looks
-slow.
+`busy` is the time in which this rank works, without waits inside or between actions. So `busy` is large on a slow rank,
+and small on the ranks that wait for it. With NCCL the host does not wait for tokens. Then `busy` is large on the whole
+expert group of a slow rank.
 """
 
 from collections.abc import Sequence
@@ -32,19 +32,19 @@ class StepWork:
         self._names = list(self._read())
 
     def clear(self) -> None:
-        """Reset the counters for a new step. Before the reset they may include the traffic of a validation."""
+        """Reset the counters for a new step. Without the reset, they could include the traffic of a validation."""
         if self._counters is not None:
             self._counters.take()
 
     def collect(self) -> list[float]:
-        """Returns this rank's terms of the sums, for the step that has just ended on the device.
+        """Returns this rank's addends of the metrics, for the step that has just ended on the device.
 
         The list has the same length on every rank.
         """
         return list(self._read().values())
 
     def named(self, sums: Sequence[float]) -> dict[str, float]:
-        """Returns the metrics by name. sums: the sums of the terms over all ranks."""
+        """Returns the metrics by name. sums: the results of `collect`, summed over all ranks."""
         values = dict(zip(self._names, sums, strict=True))
         return {name: int(value) if name in _BYTES else value for name, value in values.items()}
 

@@ -1,7 +1,7 @@
 """Handles the signals that ask a run to save its state and stop after the current step.
 
 After SIGTERM or Ctrl-C the run saves a checkpoint. After SIGUSR2 it copies its state to memory, if it keeps such
-copies. A second Ctrl-C stops the run at once. Before the first step is done, the first Ctrl-C stops the run at once.
+copies. A second Ctrl-C stops the run at once. Before the first step is done, SIGTERM or Ctrl-C stops the run at once.
 """
 
 import signal
@@ -22,7 +22,7 @@ class StopKind(Enum):
 
 
 class StopRequest:
-    """Remembers the first signal. A request to save on disk replaces a request to copy to memory.
+    """Remembers the first signal. A later request to save on disk replaces a request to copy to memory.
 
     In every step all ranks read `pending`, and agree on one value.
     """
@@ -32,8 +32,8 @@ class StopRequest:
         self.has_stepped = False
         """Whether this attempt has completed a step. Without a completed step there is no new state to save.
 
-        Before the first step is done, a signal ends the run at once. Otherwise the user might wait very long for the
-        start, or for a step of a far too large model.
+        Until then, SIGTERM or Ctrl-C ends the run at once. Otherwise the user might have to wait very long, for example
+        for a step of a far too large model.
         """
         numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR2
         self._previous = {number: signal.signal(number, self._take) for number in numbers}

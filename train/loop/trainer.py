@@ -1,8 +1,8 @@
 """The training loop: runs one optimizer step after another, the same on every rank.
 
-For each step it plans the step, reads this rank's share of the batch, runs the step (training_engine.py) and records
-its metrics. It saves the state every checkpoint.every steps, and when a hook requests a checkpoint. Hooks
-(live_run.py), which the loop calls, do all other work.
+For each step it computes the step's settings, reads this rank's share of the batch, runs the step (training_engine.py)
+and records its metrics. It saves the state every checkpoint.every steps, and when a hook requests a checkpoint. The
+loop calls hooks (live_run.py), which do all other work.
 """
 
 import time
@@ -32,12 +32,15 @@ class Trainer:
         """copies: the hook that copies the state to memory. The next attempt may resume from these copies."""
         self.run, self.stop, self._copies = run, stop, copies
         self.goes_on = False
-        """Whether the run stopped only to let another attempt resume from memory."""
+        """Whether the run stopped only so that another attempt can resume from the copies in memory."""
         self._saved: int | None = None
-        """Step of the newest checkpoint that hooks were told about."""
+        """The step of the newest checkpoint for which `on_save` was called."""
 
     def train(self) -> int:
-        """Train from the state's step to the last step. Returns the exit code. Raises RunDiverged and DiskFailed."""
+        """Train from the state's step to the last step. Returns the exit code.
+
+        Raises RunDiverged and DiskFailed.
+        """
         run = self.run
         with disk_errors(run.config, kind=DiskFailed), closing(run):
             run.tell("on_start")
@@ -51,10 +54,11 @@ class Trainer:
         if not steps:
             run.note(f"all {config.steps} steps of this run are complete; raise steps= to continue the training")
             if not (run.folder / "checkpoints" / step_name(run.state.step)).exists():
-                self._save(final=True)  # the loaded state came from another run's folder, perhaps with another layout
+                self._save(final=True)  # the state came from another run's folder: this run has no checkpoint yet
             return EXIT_OK
         schedules = Schedules(config)
-        # The data continue at the checkpoint's position, even if the batch size has changed since.
+        # The data continue at the checkpoint's position, even if the recipe's batch size has changed since the
+        # checkpoint.
         shift = run.state.samples - schedules.samples[run.state.step]
         plans = (schedules.plan(step, shift) for step in steps)
         shares = (self._share(schedules.plan(step, shift)) for step in steps)
@@ -70,7 +74,8 @@ class Trainer:
         return EXIT_OK
 
     def _share(self, plan: StepPlan) -> tuple[int, int]:
-        """Returns the first sample and the number of samples of this rank, a contiguous part of the step's batch."""
+        """Returns the first sample and the number of samples of this rank's share, a contiguous part of the step's
+        batch."""
         first, count = share_of(self.run.config, plan.batch_size, self.run.mesh.dp_rank)
         return plan.first_sample + first, count
 
@@ -100,8 +105,8 @@ class Trainer:
             )
         record = {"step": plan.step, "data_wait_seconds": batches.waited - waited}
         run.tell("on_step", plan.step, record)
-        # Save only after the step's record is written, because a run that resumes here continues with the next step.
-        # The last state is saved at the end of the run.
+        # Save only after the step's record is written. A run that resumes from this checkpoint continues with the next
+        # step and would never write the record. The last state is saved at the end of the run.
         every = run.config.checkpoint.every
         if plan.step < run.config.steps and (run.wants_save or (every and plan.step % every == 0)):
             self._save()
@@ -109,7 +114,7 @@ class Trainer:
         return outcome.measured.stop
 
     def _save(self, final: bool = False) -> None:
-        """Save the state. final: wait until it is saved."""
+        """Save the state. final: also wait until it is saved."""
         self.run.saver.save(self.run, final)
         if self._saved != self.run.state.step:
             self._saved = self.run.state.step

@@ -1,6 +1,6 @@
 """Implements the engine of one rank: the operations that a training loop needs, in any layout.
 
-    forward_backward    adds the gradients of a loss over a batch to those of earlier calls
+    forward_backward    computes the gradients of a loss over a batch, and adds them to those of earlier calls
     update              clips and applies the gradients if loss and gradients are finite; adjusts the router biases by
                         the step's tokens per expert (paper 2.1.2)
     discard             deletes the gradients
@@ -9,8 +9,9 @@
     generate            generates text with the live model, in one process
     weights, fill       read and replace the weights under Hugging Face's names, one bucket at a time
 
-Sluice's own trainer uses this engine. All ranks make the same calls in the same order. Each data-parallel rank passes
-its own share of the batch. All ranks of its pipeline stages and sequence parts pass the same share. A step, in order:
+Sluice's trainer uses this engine. All ranks make the same calls in the same order. Each data-parallel rank passes a
+different share of the batch. The pipeline and context-parallel ranks of one data-parallel rank all pass the same share.
+A step has these parts, in this order:
 
     weights     sets the weights of the loss terms and router losses
     passes      runs forward and backward of all micro-batches
@@ -59,9 +60,9 @@ TERMS = ("mtp", "balance", "biases")
 
 
 def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: float, index_weight: float) -> None:
-    """Set the index of the step, and the weights of MTP, balance and indexer losses.
+    """Set the chunks' step index, and the weights of the MTP, balance and indexer losses.
 
-    balance_weight, index_weight: the coefficients of these losses, divided by the number of micro-batches.
+    balance_weight, index_weight: weights of the balance and the indexer loss in one micro-batch.
     """
     for chunk in chunks:
         chunk.mtp_weight, chunk.step, chunk.index_weight = plan.mtp_weight, plan.step, index_weight
@@ -70,12 +71,13 @@ def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: fl
 
 
 class StepTotal(NamedTuple):
-    """Counts over all calls and ranks of a step. The engine divides the sums of the step by these counts."""
+    """Numbers of sequences, learnt tokens and samples in a step, over all calls and ranks. The engine divides the
+    step's sums by these numbers."""
 
     rows: int
     """Number of token sequences."""
     targets: int | None
-    """Number of learnt tokens; None if all tokens are learnt."""
+    """Number of tokens whose prediction the loss learns; None if all tokens are learnt."""
     samples: int
     """Number of samples. If a batch does not mark samples, each sequence is one sample."""
 
@@ -92,7 +94,7 @@ class StepOutcome:
 
 
 class Engine:
-    """Runs the steps of one rank; every rank runs the same steps."""
+    """Runs the steps of one rank. Every rank has such an engine and runs the same steps."""
 
     def __init__(self, config: Config, parts: ParallelModel, rank: RankSetup, live: "LiveModel | None" = None):
         """live: implements `save`, `load`, `weights`, `fill` and `generate`; None if the caller uses none of these
@@ -100,35 +102,35 @@ class Engine:
         self._live = live
         self._config, self._parts, self._device = config, parts, rank.device
         self.mesh = rank.mesh
-        """This rank's position in the layout. Its `dp_rank` determines its share of a batch."""
+        """This rank's position in the layout. Its `dp_rank` determines which share of a batch the rank gets."""
         self._layout, self._schedules = rank.mesh.layout, Schedules(config)
         self.step = 0
-        """Number of completed steps. It selects the next step of the recipe's schedules. A caller that resumes a run
-        sets it."""
+        """Number of completed steps. The next step uses the recipe's schedules at `step` + 1. A caller that resumes a
+        run sets it."""
         self._sequences = config.micro_batch_size * rank.mesh.layout.dp
-        """Number of sequences in one micro-batch of all data-parallel ranks together."""
+        """Number of sequences in one micro-batch, summed over the data-parallel ranks."""
         self._mean_micro_batches = 0.0
-        """Mean number of micro-batches of the data-parallel ranks in this step.
+        """Mean number of micro-batches per data-parallel rank in this step.
 
         Losses are divided by this mean. So all tokens of the batch have the same weight, even if the ranks have
         different numbers of micro-batches (parallel.uneven).
         """
         self._open: ExitStack | None = None
-        """Contexts that end with the last call of the current step; None between steps."""
+        """The contexts of the current step, which end with its last call; None between steps."""
         self._is_reduced = False
-        """Whether the last call of the step is done."""
+        """Whether the gradients of the step are complete, so that `update` or `discard` must be the next call."""
         self._moves_biases = True
         self.has_failed = False
-        """Whether a call failed during computation, so that other ranks may wait for this one."""
+        """Whether a call failed during the computation. Then other ranks may wait for this rank."""
         self._reduce_ahead = parts.pipeline.on_chunk_end
         self.on_phase: Callable[[str], None] = lambda ended: None
-        """Called at the end of the phases `schedule` (forward and backward), `reduction` and `update`, with their
-        name."""
+        """A function that is called at the end of the phases `schedule` (forward and backward), `reduction` and
+        `update`, with the name of the phase."""
         self.clip = self._watch_scores(config.optim.qk_clip, parts, rank.mesh)
         self.measure = Measure(config.model, parts, rank, self.clip)
         self._moe_layers = sum(not name.startswith("mtp") for name in moe_layers(config.model))
 
-    # Custom loops
+    # Methods for custom loops
 
     def forward_backward(
         self,
@@ -144,10 +146,10 @@ class Engine:
 
         loss: a name of `TOKEN_LOSSES`, a loss function as in train/model/token_losses.py, or the import path of a loss
         function. settings: further arguments of the loss. last: whether this is the step's last call, which reduces the
-        gradients. total: the result of `count` for all calls of the step; sums over tokens are divided by it. A step
-        with several calls needs `total`. None: the step has only this call. terms: a selection of `TERMS`. None: all of
-        `TERMS`, but without `biases` if experts are replayed, because the routers did not choose the replayed experts.
-        Raises UserError.
+        gradients. total: the result of `count` for the batches of all calls of the step; sums over tokens are divided
+        by it. None: the step has only this call. terms: the parts of `TERMS` to use. None: all parts of `TERMS`, but
+        without `biases` if the batch replays experts, because the routers did not choose these experts. Raises
+        UserError.
         """
         batch = self._checked(batch)
         token_loss = self._find_loss(loss, batch, settings)
@@ -171,8 +173,8 @@ class Engine:
     def update(self, step: int | None = None, *, lr: float | None = None) -> StepOutcome:
         """Clip and apply the gradients of the step.
 
-        step: index of the step in the recipe's schedules; None for the next step. lr: replaces the schedule's learning
-        rate. The method changes nothing if the loss or a gradient is not finite. Raises UserError.
+        step: index of the step in the recipe's schedules; None for the next step. lr: replaces the learning rate of the
+        schedule. If the loss or a gradient is not finite, the method does not change the weights. Raises UserError.
         """
         number = self.step + 1 if step is None else step
         if not 1 <= number <= self._config.steps:
@@ -198,9 +200,9 @@ class Engine:
     def logprobs(self, batch: Batch) -> Tensor:
         """Returns log p(token | earlier tokens) for every token of this rank's share: fp32 (B, S) on the host.
 
-        All ranks with the same share get the same values. The first token of a sequence gets 0. If the batch has a
-        tensor `temperatures`, the logits are divided by it. Top-p is not applied. The call changes nothing: routers do
-        not count tokens, and adapters do not use dropout. Raises UserError.
+        All ranks with the same share get the same values. The value of the first token of a sequence is 0. If the batch
+        has a tensor `temperatures`, the logits are divided by it. Top-p is not applied. The call changes nothing:
+        routers do not count tokens, and adapters do not use dropout. Raises UserError.
         """
         batch, head = self._checked(batch), self.measure.last
         wanted = {name: tensor for name, tensor in batch.tensors.items() if name == "temperatures"}
@@ -214,16 +216,16 @@ class Engine:
         values_BT = torch.zeros(len(batch.tokens_BS), batch.tokens_BS.size(1) - 1, device=self._device)
         if found:
             torch.cat(found, out=values_BT)
-        if self._layout.pp > 1:  # the last stage's values; other stages have zeros
+        if self._layout.pp > 1:  # the last stage has the values, and other stages have zeros
             dist.all_reduce(values_BT, group=self.mesh.stages_group)
         return torch.nn.functional.pad(values_BT, (1, 0)).cpu()
 
     def count(self, batches: Sequence[Batch], rows: int | None = None) -> StepTotal:
         """Counts learnt tokens, sequences and samples in the batches of all ranks.
 
-        rows: number of sequences over all ranks, if known. The call is collective, unless rows is given and every token
-        is learnt. Raises UserError on all ranks if ranks have different numbers of sequences, because the rank with
-        more sequences would wait forever for the other ranks.
+        rows: number of sequences over all ranks, if known. The call is collective, unless `rows` is given and every
+        token is learnt. If ranks have different numbers of sequences, the method raises UserError on all ranks, because
+        the rank with more sequences would wait forever for the other ranks. parallel.uneven allows different numbers.
         """
         if rows is not None and all(batch.supervised_BS is None for batch in batches):
             return StepTotal(rows, None, rows)
@@ -236,7 +238,7 @@ class Engine:
             rule = "must be as many on every data-parallel rank, and some rank has others"
             cure = "fill up with sequences of document -1, or set parallel.uneven=true"
             raise UserError("batch.tokens_BS", f"{counts[0]} sequences on this rank", rule, cure)
-        alike = self._layout.pp * self._layout.cp  # number of ranks with the same share
+        alike = self._layout.pp * self._layout.cp  # number of ranks that pass the same share
         found = _total([count // alike for count in totals])
         return found if rows is None else found._replace(rows=rows)
 
@@ -249,28 +251,30 @@ class Engine:
         return self._between_steps("save").save(folder, self.step)
 
     def load(self, path: Path) -> None:
-        """Load weights, optimizer state, balance biases and step number from a checkpoint of any layout.
+        """Load weights, optimizer state, balance biases and the step count from a checkpoint of any layout.
 
-        Raises UserError if the checkpoint is damaged or has another model.
+        Raises UserError if the checkpoint is damaged or belongs to another model.
         """
         self.step = self._between_steps("load").load(path)
 
     def weights(
         self, *, merged: bool = True, stacked: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yields tensors under Hugging Face's names, in the order of a folder, the same on all ranks.
+        """Yields tensors under Hugging Face's names, in the order of a Hugging Face folder. All ranks get the same
+        tensors.
 
-        Collective: every rank must read all tensors. A tensor is valid until the next one is read. Balance biases are
-        included, in fp32. merged: add the adapter to the base; otherwise yield only the adapter, under PEFT's names.
-        stacked: yield the experts of a layer as one tensor. dtype: None for the recipe's dtype. Raises UserError.
+        Collective: every rank must read all tensors. A tensor is valid until the caller reads the next one. Balance
+        biases are included, in fp32. merged: add the adapter to the base; otherwise yield only the adapter, under
+        PEFT's names. stacked: yield the experts of a layer as one tensor. dtype: None for the recipe's dtype. Raises
+        UserError.
         """
         return self._between_steps("weights").weights(merged=merged, stacked=stacked, dtype=dtype)
 
     def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace weights and balance biases with tensors under Hugging Face's names.
 
-        weights: pairs of name and tensor. For example, a sampler in one process passes the result of a session's method
-        `weights`. The optimizer's state does not change. Raises UserError for an unknown name or a wrong shape.
+        weights: pairs of name and tensor. For example, a process that samples text can pass the result of
+        `Session.weights`. The optimizer's state does not change. Raises UserError for an unknown name or a wrong shape.
         """
         self._between_steps("fill").fill(weights)
 
@@ -284,15 +288,17 @@ class Engine:
         end_ids: Collection[int] = (),
         seed: int = 1,
     ) -> "list[DrawnText]":
-        """Returns completions of prompts by the live model. It works only in one process that has the whole model.
+        """Returns completions of prompts by the live model. Only an engine in one process, which has the whole model,
+        supports it.
 
-        prompts: token ids, of any lengths; all are completed in one batch. tokens: maximum number of new tokens for
-        each prompt. Generation stops at an end token. Row i uses the random seed `seed` + i. Raises UserError.
+        prompts: lists of token ids, of any lengths; all are completed in one batch. tokens: maximum number of new
+        tokens for each prompt. A completion ends at a token of `end_ids`. Row i uses the random seed `seed` + i. Raises
+        UserError.
         """
         how = {"temperature": temperature, "top_p": top_p, "end_ids": end_ids, "seed": seed}
         return self._between_steps("generate").generate(prompts, tokens=tokens, **how)
 
-    # The trainer's loop
+    # Methods for the trainer
 
     def run(
         self,
@@ -304,8 +310,8 @@ class Engine:
     ) -> StepOutcome:
         """Run a whole step with the recipe's loss.
 
-        batch: this rank's share. stopping: how this rank was asked to stop; the measurements carry it to all ranks.
-        on_phase: as the field `on_phase`.
+        batch: this rank's share. stopping: how this rank was asked to stop; the sum of the measurements tells it to all
+        ranks. on_phase: replaces the field `on_phase`.
         """
         self.on_phase, self._moves_biases = on_phase, True
         self._pass(plan, batch, self.count([batch], plan.batch_size), stopping=stopping)
@@ -315,7 +321,7 @@ class Engine:
         """Run forward and backward of all micro-batches."""
         self._parts.pipeline.step(**self._inputs(batch), mean=self._mean_micro_batches)
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # the time of the passes is part of the measurements for all ranks
+            torch.cuda.synchronize(self._device)  # the measurements of all ranks include the time of the passes
 
     # Parts of a step
 
@@ -347,7 +353,10 @@ class Engine:
 
     @contextmanager
     def _accumulating(self, plan: StepPlan) -> Iterator[None]:
-        """Returns a context for one call of the current step, or of a new step. An error inside it ends the step."""
+        """Returns a context for one call of `forward_backward`. It continues the current step, or starts a new one.
+
+        An error inside the context ends the step.
+        """
         if self._is_reduced:
             rule = "was called after the last call of a step, without update or discard"
             raise UserError(
@@ -398,8 +407,10 @@ class Engine:
         return QKClip(parts.chunks, self._config.model, limit, most)
 
     def _inputs(self, batch: Batch) -> dict:
-        """Returns the pipeline's inputs from a batch. Replayed experts go to all ranks, other per-token tensors only to
-        the rank of the head."""
+        """Returns the pipeline's inputs from a batch.
+
+        Every rank gets replayed experts and keys. Only the rank with the head gets other per-token tensors.
+        """
         more = {} if self.measure.last is None else dict(batch.tensors)
         if batch.experts_BTLK is not None:
             more["experts_BTLK"] = batch.experts_BTLK
@@ -430,8 +441,8 @@ class Engine:
             update_bias(router.bias_E, loads_LE[self.measure.layers.index(name)], plan.bias_speed)
 
     def _between_steps(self, method: str) -> "LiveModel":
-        """Returns the live model. Raises UserError inside a step, because gradients can be neither saved nor
-        returned."""
+        """Returns the live model. Raises UserError inside a step, when there are gradients that the live model cannot
+        save or return."""
         assert self._live is not None, "this engine only supports whole steps"
         if self._open is not None or self._is_reduced:
             raise UserError(method, "in a step", "must be called between steps", "call update or discard before it")
@@ -440,7 +451,8 @@ class Engine:
     # Checks of a caller's arguments
 
     def _find_loss(self, loss: str | TokenLoss, batch: Batch, settings: Mapping[str, float]) -> TokenLoss | None:
-        """Returns the loss function; None for the cross-entropy, which the head computes itself. Raises UserError."""
+        """Returns the loss function; None for the cross-entropy, because the head computes it itself. Raises
+        UserError."""
         if isinstance(loss, str):
             if loss not in TOKEN_LOSSES and "." not in loss:
                 known = ", ".join(TOKEN_LOSSES)
@@ -491,13 +503,13 @@ class Engine:
         return replace(batch, experts_BTLK=experts, keys_BTLK=None if batch.keys_BTLK is None else self._keys(batch))
 
     def _checked(self, batch: Batch) -> Batch:
-        """Checks this rank's share of a batch and returns it with all fields set. Raises UserError."""
+        """Checks this rank's share of a batch and returns the batch with all fields set. Raises UserError."""
         return self.check(batch, self._micro_batches(batch))
 
     def _keys(self, batch: Batch) -> Tensor:
-        """Checks replayed keys (B, T, L, K) and returns them. Raises UserError.
+        """Checks the replayed keys of sparse attention (B, T, L, K) and returns them. Raises UserError.
 
-        A position that does not count (see `_counting`) gets only one key, the position itself.
+        A position that `_counting` excludes gets only one key, the position itself.
         """
         keys, model = batch.keys_BTLK, self._config.model
         assert keys is not None
@@ -533,7 +545,7 @@ class Engine:
     def _experts(self, batch: Batch) -> Tensor:
         """Checks replayed experts (B, T, L, K) and returns them. Raises UserError.
 
-        Positions that do not count (see `_counting`) get arbitrary valid experts.
+        Positions that `_counting` excludes get arbitrary valid experts.
         """
         ids, model = batch.experts_BTLK, self._config.model
         assert ids is not None
@@ -563,12 +575,13 @@ class Engine:
 
 
 def total_of(batches: Sequence[Batch]) -> StepTotal:
-    """Returns the learnt tokens, sequences and samples in these batches, which contain the shares of all ranks."""
+    """Returns the numbers of learnt tokens, sequences and samples in these batches, which contain the shares of all
+    ranks."""
     return _total(_counts(batches))
 
 
 def _counts(batches: Sequence[Batch]) -> list[int]:
-    """Counts rows, learnt tokens, samples, and the batches that mark learnt tokens."""
+    """Returns four counts: sequences, learnt tokens, samples, and batches that mark learnt tokens."""
     whole = [_completed(batch) for batch in batches]
     marked = sum(batch.supervised_BS is not None for batch in whole)
     return [
@@ -585,8 +598,11 @@ def _total(counts: list[int]) -> StepTotal:
 
 
 def _counting(batch: Batch) -> Tensor:
-    """Returns whether a replayed choice at a position counts, bool (B, T). It counts at all positions except the padding
-    and, if samples are separate, the last position of each sample. The batch has documents."""
+    """Returns at which positions the loss uses a replayed choice of experts or keys: bool (B, T).
+
+    These are all positions except padding and, if the batch marks learnt tokens, the last position of each sample. The
+    batch must have documents.
+    """
     assert batch.documents_BS is not None
     here, following = batch.documents_BS[:, :-1], batch.documents_BS[:, 1:]
     return (here >= 0) & ((here == following) | (batch.supervised_BS is None))
@@ -600,5 +616,4 @@ def _completed(batch: Batch) -> Batch:
 
 
 def _nothing(chunk: int) -> None:
-    """Does nothing. The engine uses it in calls that are not the last of a step, because the gradients are not complete
-    yet."""
+    """Does nothing. The engine calls it instead of reducing gradients in calls that are not the last call of a step."""

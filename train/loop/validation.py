@@ -20,13 +20,13 @@ class Sums:
 
     sequences: int = 0
     tokens: int = 0
-    """Number of learnt targets, including eos."""
+    """Number of tokens whose prediction is measured, including eos."""
     text_bytes: int = 0
-    """Number of text bytes in the targets."""
+    """Number of bytes of text in the target tokens."""
     nats: float = 0.0
-    """Sum of -log p of the main model over all targets."""
+    """Sum of -log p over all target tokens, for the main model (without MTP)."""
     more: tuple[float, ...] = ()
-    """Sums of additional measurements."""
+    """Sums of the additional measurements of `held_out_loss`."""
 
     def __add__(self, other: "Sums") -> "Sums":
         more = tuple(a + b for a, b in zip(self.more, other.more, strict=True)) if self.more else other.more
@@ -59,9 +59,9 @@ def held_out_loss(
 ) -> Sums:
     """Computes the main loss on all sequences of `data`. Every rank gets the same sums.
 
-    The data-parallel ranks divide the sequences among them. size: sequences per forward pass of one rank. more: a
-    function that every rank calls after each pass. It returns additional sums of that pass as a float64 tensor, of the
-    same length on all ranks; zeros if the rank has nothing to add.
+    The data-parallel ranks share the sequences. size: number of sequences per forward pass of one rank. more: a
+    function that every rank calls after each pass. It returns additional sums for that pass as a float64 tensor, whose
+    length is the same on all ranks. A rank with nothing to add returns zeros.
     """
     totals: Tensor | float = 0.0
     for first in range(0, len(data), size * mesh.layout.dp):
@@ -75,7 +75,7 @@ def held_out_loss(
         own = torch.zeros(4, dtype=torch.float64)
         if loss is not None:
             # Ranks that share a sequence have separate losses: means over equally many positions, or sums over
-            # supervised positions. Only one of these ranks counts the tokens and bytes of the sequence.
+            # supervised positions. Only the first of these ranks counts the tokens and bytes of the sequence.
             counts, nats = mesh.cp_rank == 0, loss.item()
             if batch.supervised_BS is None:
                 nats *= batch.targets // mesh.layout.cp

@@ -16,8 +16,8 @@ from train.loop.live_run import LiveRun
 class Ema:
     """Averages the fp32 master shards of this rank.
 
-    The copy from the device is asynchronous. The hook adds the weights of a step to the average when the weights of the
-    next step arrive. So training never waits for the average.
+    `update` only starts an asynchronous copy of the shards to the host. The next call of `update` adds these copies to
+    the average. So training does not wait for the copies.
     """
 
     def __init__(self, masters: dict[str, Tensor], decay: float):
@@ -33,7 +33,8 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Start to add the current weights to the average."""
+        """Start to copy the current weights to the host. The next call of `update` or `flush` adds them to the
+        average."""
         self.flush()
         for name, master in self.masters.items():
             self._arrived[name].copy_(master.detach(), non_blocking=True)
@@ -43,7 +44,7 @@ class Ema:
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Finish the average after the last update. Call this method before you read `average`."""
+        """Add the last copied weights to the average. Call this method before you read `average`."""
         if not self._pending:
             return
         if self._event is not None:
@@ -61,7 +62,7 @@ class Ema:
 
 
 class AveragedWeights:
-    """The hook that averages this rank's master weights."""
+    """A hook that averages this rank's master weights after every update."""
 
     def __init__(self, zero: Zero, decay: float):
         self._zero = zero
@@ -94,5 +95,5 @@ class AveragedWeights:
 
 
 def weight_averages(config: Config, zero: Zero) -> list[AveragedWeights]:
-    """Returns a list with the hook if optim.ema_decay is set, else an empty list."""
+    """Returns a list with the hook `AveragedWeights` if optim.ema_decay is set, else an empty list."""
     return [AveragedWeights(zero, config.optim.ema_decay)] if config.optim.ema_decay else []

@@ -9,7 +9,8 @@ from train.metrics.names import Record
 
 
 class CopiesInMemory:
-    """Copies the state every few steps, and at the end of an attempt that another attempt continues."""
+    """Copies the state to memory every checkpoint.every_memory steps, and when the run stops only to be restarted at
+    once."""
 
     def __init__(self, copies: MemoryCopies | None):
         """copies: writes the copies; None for a run without copies in memory."""

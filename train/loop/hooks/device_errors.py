@@ -1,8 +1,8 @@
 """Explains errors of the device and of NCCL on one screen: the failed operation, its layer, and the fix.
 
-The frames of the error's traceback give the place, so a step without an error costs nothing. In a forward pass, the
-variable `self` of a frame gives the module. In a backward pass no module runs, so a weight among the variables of a
-function gives the layer. torch's own backward operations have no Python frame. For them, the text names only the stage.
+The layer is found in the frames of the error's traceback, so a step without an error needs no extra time. In a forward
+pass, the variable `self` of a frame is the module. In a backward pass no module runs. Then a weight among the variables
+of a frame shows the layer. torch's own backward operations have no Python frame, so the text names only the stage.
 """
 
 import re
@@ -41,9 +41,12 @@ PHASES = {
     "_save": "saving",
     "_copy": "copying of the state",
 }
-"""Maps a function name to the phase of a step. The innermost frame with such a name counts."""
+"""Maps the name of a function to the phase of a step in which the function runs.
+
+If several frames of a traceback have such names, the innermost of them decides.
+"""
 UPDATE = ("step", "Zero"), ("accumulate", "WholeWeights"), ("accumulate", "ShardedWeights")
-"""Names of functions that run after the last backward, with the names of their classes."""
+"""Functions that run after the last backward pass: pairs of function name and class name."""
 SHOWN_CHARACTERS = 400
 """Maximum number of characters that are quoted from a library's message."""
 
@@ -54,9 +57,9 @@ class ExplainedError(RunEnded):
 
 @contextmanager
 def raise_explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
-    """Raise `ExplainedError` for out-of-memory and NCCL errors.
+    """Returns a context that raises `ExplainedError` for out-of-memory and NCCL errors.
 
-    Also write a file with the traceback and the allocator summary to the folder `logs`.
+    The context also writes a file with the traceback and the summary of torch's allocator to the folder `logs`.
     """
     try:
         yield
@@ -69,7 +72,10 @@ def raise_explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
 
 
 def _explain(config: Config, error: Exception) -> str | None:
-    """Returns the text of the screen, with the headline as first line; None for any other error."""
+    """Returns the explanation of an out-of-memory or NCCL error: lines for the screen, with the headline first.
+
+    Returns None for any other kind of error.
+    """
     chain = list(causes(error, contexts=True))
     for one in chain:
         said = str(one)
@@ -86,7 +92,11 @@ def _explain(config: Config, error: Exception) -> str | None:
 
 
 def _place(chain: list[BaseException]) -> str:
-    """Finds the layer, the phase and the stage that the frames show."""
+    """Returns text that names the layer, the phase and the pipeline stage of an error, as far as its traceback shows
+    them.
+
+    chain: the error and the errors that caused it.
+    """
     frames = [frame for error in chain for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
     modules, weights = _names(frames)
     layer = next((name for frame in frames if (name := _layer(frame, modules, weights))), None)
@@ -97,8 +107,8 @@ def _place(chain: list[BaseException]) -> str:
 
 
 def _names(frames: list[FrameType]) -> tuple[dict[int, str], dict[int, str]]:
-    """Returns two maps to the global names of modules. One map has the id of a module as key, the other the addresses
-    of the module's weights."""
+    """Returns the module names that the frames show, in two maps. The keys of the first map are ids of modules. The
+    keys of the second map are addresses of the modules' weights."""
     modules: dict[int, str] = {}
     weights: dict[int, str] = {}
     for frame in frames[::-1]:
@@ -115,18 +125,21 @@ def _names(frames: list[FrameType]) -> tuple[dict[int, str], dict[int, str]]:
 
 
 def _layer(frame: FrameType, modules: dict[int, str], weights: dict[int, str]) -> str | None:
-    """Returns the layer that a frame belongs to."""
+    """Returns the name of the module that a frame belongs to; None if the frame shows no module."""
     own = frame.f_locals.get("self")
     if isinstance(own, nn.Module):
-        return modules.get(id(own)) or None  # the chunk itself has no name
+        return modules.get(id(own)) or None  # the chunk is the root module, whose name is empty
     tensors = (value for value in frame.f_locals.values() if isinstance(value, Tensor))
-    with suppress(RuntimeError):  # a tensor without its own memory
+    with suppress(RuntimeError):  # `data_ptr` fails for a tensor without storage
         return next((weights[one.data_ptr()] for one in tensors if one.numel() and one.data_ptr() in weights), None)
     return None
 
 
 def _phase(frames: list[FrameType]) -> tuple[str, str]:
-    """Returns the phase and its stage. frames: innermost frame first."""
+    """Returns the phase of the step, and a text that names the pipeline stage. Both are empty if unknown.
+
+    frames: the frames of the traceback, the innermost first.
+    """
     for frame in frames:
         function, own = frame.f_code.co_name, frame.f_locals.get("self")
         if function in PHASES:
@@ -138,7 +151,10 @@ def _phase(frames: list[FrameType]) -> tuple[str, str]:
 
 
 def _memory(said: str) -> list[str]:
-    """Describes the requested memory, and the use of the device's memory."""
+    """Returns lines that describe the requested memory and, on a GPU, the use of its memory.
+
+    said: the message of the error.
+    """
     lines = [f"  requested: {_words(said)}"]
     if torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info()
@@ -188,7 +204,7 @@ def _network(said: str) -> str:
 
 
 def _write(file: Path, error: Exception) -> bool:
-    """Write the traceback and the allocator summary to the file. Returns whether the write succeeded."""
+    """Write the traceback and the summary of torch's allocator to the file. Returns whether the write succeeded."""
     parts = ["".join(traceback.format_exception(error))]
     if torch.cuda.is_initialized():
         parts.append(torch.cuda.memory_summary())

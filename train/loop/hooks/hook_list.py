@@ -34,21 +34,21 @@ def build_hooks(
     zero, mesh = parts.zero, rank.mesh
     progress = RankProgress(RunPaths(config).logs, mesh.rank, rank.device, ring)
     return [
-        StepMetrics(flops),  # before hooks that do slow work besides training
-        TimelineSampler(),  # aligns the pipeline's ranks: after hooks that wait for no rank, before the profiler starts
+        StepMetrics(flops),  # before slow hooks, so that the measured time of the step excludes them
+        TimelineSampler(),  # the pipeline's ranks start together; before the profiler, which must not record this wait
         StepProfiler(
             config, mesh.rank, parts
-        ),  # the last hook before the passes and the first after the update, so that the profile has no other work
+        ),  # last before the passes and first after the update, so that the profile contains only their work
         ReplicaCheck(
             config.log.replicas_every, zero, mesh
-        ),  # before `progress` changes the phase: compares after the passes
+        ),  # before `progress` reports the next phase: compares right after the passes
         StateCheck(config.log.state_every, zero, mesh.rank),  # before anything reads the state
-        progress,  # before slow work, so that the driver knows the rank's phase
-        Fp8Readings(config),  # anywhere before the recorder
-        LayerNorms(config, zero, rank.device),  # keeps the weights before the update, and adds to the record
+        progress,  # before slow hooks, so that the driver knows the rank's phase
+        Fp8Readings(config),  # anywhere before `Recorder`
+        LayerNorms(config, zero, rank.device),  # before `Recorder`, because it adds norms to the record
         *weight_averages(config, zero),  # anywhere: no other hook copies the weights after the update
-        SkippedSteps(),  # after the checks, so that they have run before this hook ends the run
-        Validation(),  # after all measurements of the step, because it is slow; adds the held-out loss to the record
+        SkippedSteps(),  # after the checks above, because this hook may end the run
+        Validation(),  # after all measurements of the step, because it is slow; it adds the held-out loss to the record
         BestKept(),  # after the validation, whose loss it reads
         Recorder(),  # after all hooks that add to the record
         *make_callbacks(config, progress),  # after the record is written, and before the state is saved

@@ -1,9 +1,11 @@
 """Computes norms of every layer's weights, and norms of the change that a step's update made to them.
 
-A layer's norm is the root of the sum of squares of its fp32 master weights. Every weight counts once in any layout:
-each rank sums the intervals that it would write to a checkpoint, and an all-reduce adds these sums. For the norm of the
-update, a copy of the master weights is in host memory from the end of the backward passes until after the update. So
-this norm is correct for any optimizer. A run computes the norms every log.norms_every steps; other steps cost nothing.
+A layer's norm is the root of the sum of squares of its fp32 master weights. Each rank sums the squares of the intervals
+that it would write to a checkpoint. An all-reduce adds these sums, so every weight counts once in any layout.
+
+For the norm of the update, each rank copies its master weights to host memory before the update, and compares them with
+the weights after the update. So this norm is correct for any optimizer. A run computes the norms every log.norms_every
+steps; other steps cost nothing.
 """
 
 from collections.abc import Iterator
@@ -20,13 +22,14 @@ from train.metrics.names import Record
 
 
 def layer_names(model: Model) -> list[str]:
-    """Returns the parts of the model that have separate norms, as prefixes of parameter names."""
+    """Returns the names of the model's parts whose norms are computed separately. The names are prefixes of parameter
+    names."""
     blocks = [f"layers.{i}" for i in range(model.layers)]
     return ["embedding", *blocks, "norm", "head", *(f"mtp.{i}" for i in range(model.mtp_depth))]
 
 
 class LayerNorms:
-    """Computes this rank's share of the norms in measured steps."""
+    """Computes the norms of all layers every log.norms_every steps. Every rank sums the squares of its shard."""
 
     def __init__(self, config: Config, zero: Zero, device: torch.device):
         self._every = config.log.norms_every

@@ -1,14 +1,16 @@
 """Finds where non-finite values began: the rank, the layer, and the forward or backward pass.
 
-The loss and the gradients of a step are sums over ranks. A NaN in a sum does not show which rank it came from. So a
-skipped step runs once more, with the same weights and data, and a `Watch` checks every module. The gradients of this
-repetition are discarded. Other steps cost nothing. The sightings of all ranks are gathered. The origin is
+The loss and the gradients of a step are sums over ranks. A NaN in a sum does not show which rank it came from. So the
+ranks repeat a skipped step with the same weights and data, and a `Watch` checks every module. The gradients of the
+repeated step are discarded. Steps that are not skipped cost nothing.
+
+A sighting is a module boundary at which a value was not finite. Each rank reports its sightings. The origin is
 
     forward     the first layer with a sighting in the forward pass
     backward    the last layer with a sighting in the backward pass, if the forward pass was finite everywhere
 
-Other layers and ranks only receive values that began at the origin. If the value does not appear again, weights and
-data did not cause it. Then the most likely cause is a faulty device.
+Other layers and ranks only receive non-finite values that began at the origin. If the repeated step is finite, neither
+the weights nor the data caused the non-finite value. Then the most likely cause is a faulty device.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,16 +31,19 @@ SHOWN_TENSORS = 8
 
 @dataclass(frozen=True, order=True)
 class Sighting:
-    """A module boundary at which a value was not finite. Sightings sort in the order of the forward pass."""
+    """A module boundary (an input, an output or a weight of a module) at which a value was not finite.
+
+    Sightings sort in the order of the forward pass.
+    """
 
     layer: int
     boundary: int
-    """Index of the boundary inside the layer."""
+    """Index of the boundary among all boundaries of its layer."""
     name: str
     """The module's tensor that was not finite: its input, its output or a weight."""
     catching: bool = False
-    """Whether the value is a gradient that is summed over tokens. If experts are on several ranks, the sum includes
-    tokens of other ranks."""
+    """Whether the value is a weight's gradient, which is a sum over tokens. With expert parallelism, this sum includes
+    tokens of other ranks, so another rank may have caused the non-finite value."""
 
 
 PASSES = ("forward", "backward")
@@ -52,16 +57,16 @@ class RankSightings:
     replica: int
     """The data-parallel rank. Ranks with the same data-parallel rank work on the same samples."""
     loss: bool | None
-    """Whether this rank's own loss was finite; None on a rank without a loss."""
+    """Whether the loss that this rank computed was finite; None on a rank that computes no loss."""
     gradients: list[str]
     """Parameters of this rank's shard whose gradient, summed over ranks, is not finite; at most SHOWN_TENSORS names."""
     weights: list[str]
-    """Parameters with non-finite values."""
+    """Names of parameters with non-finite values."""
     forward: Sighting | None
     backward: Sighting | None
 
     def plain(self) -> dict[str, Any]:
-        """Returns the findings as JSON values, for the other ranks."""
+        """Returns the findings as JSON values, which can be sent to other ranks."""
         seen = {name: None if (at := getattr(self, name)) is None else list(vars(at).values()) for name in PASSES}
         return vars(self) | seen
 
@@ -77,9 +82,11 @@ class Watch:
         self._chunks = chunks
         self._handles: list[RemovableHandle] = []
         self.forward: Sighting | None = None
-        """The first sighting in the order of the layers."""
+        """The sighting in the forward pass that comes first in the order of the layers; None if all values were
+        finite."""
         self.backward: Sighting | None = None
-        """The last sighting in the order of the layers, which the backward pass reaches first."""
+        """The sighting in the backward pass that comes last in the order of the layers; None if all gradients were
+        finite. The backward pass reaches this boundary first."""
 
     def __enter__(self) -> Self:
         for chunk in self._chunks:
@@ -92,7 +99,7 @@ class Watch:
             handle.remove()
 
     def _visit(self, name: str, module: nn.Module, layer: int, boundary: int) -> int:
-        """Watch a module and its children. Returns the index of the module's last boundary."""
+        """Install hooks that check a module and its children. Returns the index of the module's last boundary."""
         start = Sighting(layer, boundary, f"the input of {name}")
         for child_name, child in module.named_children():
             boundary = self._visit(f"{name}.{child_name}", child, layer, boundary + 1)
@@ -101,7 +108,7 @@ class Watch:
         return end.boundary
 
     def _watch(self, name: str, module: nn.Module, start: Sighting, end: Sighting) -> None:
-        """Watch a module's inputs, outputs and weights' gradients."""
+        """Install hooks that check a module's inputs and outputs, and the gradients of its weights."""
         self._handles += [
             module.register_forward_pre_hook(lambda _, inputs: self._see(inputs, start)),
             module.register_forward_hook(lambda _, __, output: self._see(output, end)),
@@ -112,7 +119,8 @@ class Watch:
                 self._handles.append(param.register_hook(partial(self._see_weights_gradient, at, param)))
 
     def _see(self, values: Any, at: Sighting) -> None:
-        """Check the tensors among `values`. Also check their gradients as soon as autograd has computed them."""
+        """Check the tensors among `values`. Also check the gradients of these tensors as soon as autograd has computed
+        them."""
         for value in _tensors_in(values):
             if (self.forward is None or at < self.forward) and not is_finite(value):
                 self.forward = at
@@ -124,10 +132,10 @@ class Watch:
             self.backward = at
 
     def _see_weights_gradient(self, at: Sighting, param: nn.Parameter, gradient: Tensor | None) -> None:
-        """Check a weight's gradient. If autograd returns no gradient, the GEMM has added the gradient to a sum; check
-        this sum.
+        """Check a weight's gradient.
 
-        A sum with one non-finite term stays non-finite.
+        gradient: None if a GEMM has already added the gradient to `param.grad`. Then the method checks `param.grad`,
+        which stays non-finite after one non-finite term.
         """
         gradient = param.grad if gradient is None else gradient
         if gradient is not None:
@@ -150,7 +158,7 @@ def _layers_in_order(chunk: DeepSeekV3) -> Iterator[tuple[str, nn.Module, int]]:
 
 
 def _tensors_in(values: Any) -> Iterator[Tensor]:
-    """Returns the plain floating-point tensors among `values`. Other kinds, such as quantised rows, are left out."""
+    """Yields the plain floating-point tensors among `values`. It leaves out other kinds, such as quantised rows."""
     if isinstance(values, (tuple, list)):
         for value in values:
             yield from _tensors_in(value)
@@ -163,7 +171,7 @@ def is_finite(value: Tensor) -> bool:
 
 
 def bad_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Returns the names of the parameters that have a non-finite value."""
+    """Returns the names of parameters that have a non-finite value; at most SHOWN_TENSORS names."""
     return sorted({name for name, weight in named if not is_finite(weight)})[:SHOWN_TENSORS]
 
 
@@ -174,12 +182,12 @@ class Origin:
     what: str
     """`non-finite loss` or `non-finite gradient`."""
     phase: str | None
-    """forward or backward; None if the value did not appear again."""
+    """The pass in which the value began, `forward` or `backward`; None if the repeated step was finite."""
     where: str
     ranks: tuple[int, ...]
     """Ranks on which the value began; empty if the findings do not show them."""
     alone: bool
-    """Whether the values of other replicas with the same weights were finite."""
+    """Whether at least one other data-parallel replica had only finite values, although its weights are the same."""
     weights: tuple[str, ...]
 
     @property
@@ -195,8 +203,10 @@ class Origin:
         return f"{self.what}: it began in the {self.phase} pass{whom or ' on all ranks that have it'}, at {place}"
 
     def advice(self, updates: int, samples: str) -> str:
-        """Returns advice that fits this origin. updates: number of updates so far. samples: describes the step's
-        samples."""
+        """Returns what the user should do about a non-finite value with this origin.
+
+        updates: number of updates so far. samples: text that names the samples of the step.
+        """
         older = "resume from an older checkpoint with resume=PATH"
         if self.weights:
             if updates:
@@ -226,9 +236,9 @@ def shown_ranks(ranks: Sequence[int]) -> str:
 
 
 def find_origin(finite_loss: bool, saw: Sequence[RankSightings]) -> Origin:
-    """Derives the origin from the findings of all ranks in the repeated step.
+    """Derives the origin from what all ranks found in the repeated step.
 
-    finite_loss: whether the loss of the original step was finite.
+    finite_loss: whether the loss of the skipped step was finite.
     """
     what = "non-finite gradient" if finite_loss else "non-finite loss"
     broken = [each for each in saw if each.weights]

@@ -4,8 +4,8 @@ runs/NAME/profile/
     rank_0.trace.json.gz   every operation with its time; https://ui.perfetto.dev opens it
     rank_0.json            rows of the table: part, operation, calls and seconds per step
 
-The trace shows a part by calls of its methods. These calls are recorded only in profiled steps, so other steps cost
-nothing. A backward operation belongs to the same part as its forward operation.
+In the trace, a part of the model appears as calls of its methods. The profiler records these calls only in profiled
+steps, so other steps cost nothing. A backward operation belongs to the part of its forward operation.
 """
 
 import json
@@ -44,12 +44,13 @@ METHODS: dict[type, dict[str, str]] = {
     MoE: {"run_experts": "experts"},
     Head: {"forward": "head and loss"},
 }
-"""Maps a module type to its traced methods, with their names in the trace."""
+"""Maps a module type to those of its methods that appear in the trace, and maps each method to its name in the
+trace."""
 DISPATCH = {"dispatch_begin": "dispatch", "combine": "dispatch"}
 TRAVELS = "_Dispatch", "_Combine"
-"""Name prefixes of the autograd functions in parallel/expert/dispatcher.py.
+"""Prefixes of the names of the autograd functions in parallel/expert/dispatcher.py.
 
-These functions also wait for rows, and they run outside of the methods in `DISPATCH`.
+These functions belong to the part "dispatch", too. They run outside of the methods in `DISPATCH`.
 """
 OPTIMIZER = "optimizer"
 PART_NAMES = {*(name for methods in METHODS.values() for name in methods.values()), *DISPATCH.values(), OPTIMIZER}
@@ -137,7 +138,7 @@ def named(parts: ParallelModel) -> Iterator[None]:
 
 @contextmanager
 def _wrapped(owner: Any, method: str, name: str) -> Iterator[None]:
-    """A context in which this method of `owner` also records its calls under a name."""
+    """Returns a context in which the trace records each call of `owner`'s method under `name`."""
     plain = getattr(owner, method)
 
     @wraps(plain)
@@ -170,9 +171,11 @@ def _wrapped_actions(timeline: Any) -> Iterator[None]:
 
 
 def largest(events: Sequence[FunctionEvent], steps: int) -> list[dict[str, Any]]:
-    """Returns the rows of the table, longest time first. Each row has the time of one operation in one part.
+    """Returns the rows of the table, sorted by time, the longest first. Each row has the time of one operation in one
+    part.
 
-    The time does not include nested operations. It is GPU time if any operation ran on the GPU, else CPU thread time.
+    The time of a row excludes nested operations. If any operation ran on a GPU, all rows have GPU times, else CPU
+    times.
     """
     of_forward = {event.sequence_nr: part for event in events if event.sequence_nr >= 0 and (part := _part(event, {}))}
     seconds: dict[tuple[str, str], float] = defaultdict(float)
@@ -199,7 +202,11 @@ def largest(events: Sequence[FunctionEvent], steps: int) -> list[dict[str, Any]]
 
 
 def _part(event: FunctionEvent, of_forward: dict[int, str]) -> str | None:
-    """Returns the innermost part that an operation ran in. A backward operation gets the part of its forward."""
+    """Returns the innermost part in which an operation ran. For a backward operation, this is the part of its forward
+    operation.
+
+    of_forward: maps the sequence number of a forward operation to its part.
+    """
     above: FunctionEvent | None = event
     while above is not None:
         if above.name in PART_NAMES:

@@ -37,16 +37,20 @@ class PublishedWeights:
         run.saver.finish(run)
         if (
             RunPaths(run.config).checkpoints / step_name(step)
-        ).exists():  # otherwise the saver has reported the failure
+        ).exists():  # if it does not exist, the saver has reported the failure
             with run.beside("checkpoint"):
                 publish_weights(run.config, step)
 
 
 def publish_weights(config: Config, step: int) -> Path:
-    """Write the folder of this step's checkpoint and point the link to it. Returns the folder. Raises UserError."""
+    """Write this step's checkpoint as a Hugging Face folder, and point the link `newest` to the folder. Returns the
+    folder.
+
+    Raises UserError.
+    """
     folder = RunPaths(config).path / WEIGHTS_FOLDER
     target = folder / step_name(step)
-    if not target.exists():  # an interrupted attempt may have written it already
+    if not target.exists():  # an interrupted attempt may have written the folder already
         checkpoint = str(RunPaths(config).checkpoints / step_name(step))
         section = replace(config.export, to=str(target), checkpoint=checkpoint, ema=False, merge=False)
         write_export(replace(config, export=section), silent)

@@ -1,16 +1,16 @@
-"""Detects flipped bits in weights that have copies on several ranks, and in optimizer state between its uses.
+"""Detects flipped bits in weights that have copies on several ranks, and in optimizer state between two uses.
 
-Weights: ranks compare the copies of a weight bit by bit after the backward passes, before the update. The update rounds
-the weights again from the master weights. So it would remove the flip, but not the wrong gradients that the flip
-caused. Each rank sums the bits of each weight as integers, so one flipped bit changes the sum. A reduction of two
-numbers for each weight gives the smallest and the largest sum of all copies. This check does not detect a flip that is
-already gone, or flips in experts that only one rank holds. With ZeRO 3 it detects nothing, because no weight has a
-copy.
+Weights: ranks compare the copies of a weight bit by bit after the backward passes, before the update. After the update
+it would be too late: the update computes the weights anew from the master weights, which removes the flip but applies
+the wrong gradients that the flip caused. Each rank sums the bits of each weight as integers, so one flipped bit changes
+the sum. One all-reduce finds the smallest and the largest sum among all copies of each weight. The check does not
+detect a flip that disappeared before the comparison, or a flip in an expert that only one rank holds. With ZeRO 3 it
+detects nothing, because no weight has a copy.
 
-State: master weights and moments must not change between an update and their next read, by an update or a checkpoint.
-Most of this state has no copy on another rank. So each rank sums the bits of its shard's tensors after the update of
-some steps, and again before the next read. This check does not detect a flip inside an update, after a step that is not
-checked, or in a gradient or an activation.
+State: no code writes master weights and moments between two updates. Most of this state has no copy on another rank. So
+each rank sums the bits of its shard's tensors after the update of a checked step. It sums them again before the next
+update or checkpoint reads them. The check does not detect a flip during an update, a flip after a step that is not
+checked, or a flip in a gradient or an activation.
 """
 
 from collections import Counter
@@ -65,16 +65,17 @@ class ReplicaCheck:
             return
         for group, params, names in self._sets:
             sums = torch.stack([sum_of_bits(param) for param in params])
-            ends = torch.stack([sums, ~sums])  # ~ reverses the order like a minus sign, but never overflows
+            ends = torch.stack([sums, ~sums])  # ~x reverses the order of integers like -x, but never overflows
             dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
             if bool((ends[0] != ~ends[1]).any()):
                 finite = torch.stack([param.detach().isfinite().all() for param in params])
                 self._tell(step, group, torch.stack([sums, finite.to(sums)]), names)
 
     def _tell(self, step: int, group: ProcessGroup, facts: Tensor, names: Sequence[str]) -> None:
-        """Name the copies that differ from the majority; without a majority, name the copies that are not finite.
+        """Raise ReplicasDiffer, which names the ranks whose copies differ from the majority.
 
-        facts: for each weight of this rank, the sum of its bits and whether it is finite.
+        If no majority of copies is equal, the error names the ranks whose copies are not finite. facts: two rows with
+        one element for each weight of this rank: the sum of its bits, and whether it is finite.
         """
         of_rank = [torch.empty_like(facts) for _ in range(dist.get_world_size(group))]
         dist.all_gather(of_rank, facts, group=group)
@@ -106,8 +107,8 @@ class ReplicaCheck:
 def sum_of_bits(tensor: Tensor) -> Tensor:
     """Returns the sum of a tensor's bits modulo 2^64, as an int64 scalar on the tensor's device.
 
-    It adds the tensor's 8-byte integers, and then the remaining elements one by one. The sum depends only on the
-    values, not on their address. Every single flipped bit changes it.
+    The function sums the tensor as 8-byte integers, and adds the elements after the last full 8 bytes one by one. The
+    sum depends only on the values of the tensor, and not on its address. Every single flipped bit changes the sum.
     """
     flat = tensor.detach().contiguous().view(-1)
     size = flat.element_size()
@@ -135,7 +136,8 @@ class StateCheck:
     def __init__(self, every: int, zero: Zero, rank: int):
         self._every, self._zero, self._rank = every, zero, rank
         self._left: tuple[int, dict[str, Tensor]] | None = None
-        """The step of the last noted update, and the sums of bits after this update."""
+        """The last checked step, and the sums of bits after its update; None if the newest step is not a checked
+        step."""
 
     def on_phase(self, run: LiveRun, step: int, phase: str) -> None:
         if phase in ("update", "checkpoint"):
@@ -147,12 +149,12 @@ class StateCheck:
     on_skip = on_update
 
     def note(self, step: int) -> None:
-        """Compute and store the sums of bits, if this step is one of the checked steps. Call this method after the update of
+        """Compute and store the sums of bits, if this step is a checked step. Call this method after the update of
         every step."""
         self._left = (step, self._sums()) if self._every and step % self._every == 0 else None
 
     def require_unchanged(self) -> None:
-        """Compare the state with the noted sums. Call this method before anything reads the state.
+        """Compare the state with the sums of bits that `note` stored. Call this method before anything reads the state.
 
         Raises StateChanged on the rank whose state changed.
         """

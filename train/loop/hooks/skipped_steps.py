@@ -27,11 +27,11 @@ class SkippedSteps:
         self._bad_in_a_row, self._has_updated = 0, True
 
     def on_skip(self, run: LiveRun, step: int) -> None:
-        """Repeat the step on all ranks to find the origin, if it is the first or the last bad step in a row.
+        """Repeat the step on all ranks to find the origin, if the step is the first or the last bad step in a row.
 
-        Raises RunDiverged for too many bad steps in a row. At the end of the run, two bad steps in a row are too many.
-        If the attempt has made no update, one bad step is too many. Without these two rules, the run would save the
-        state of an earlier step, which may already be damaged.
+        Raises RunDiverged after optim.max_bad_steps bad steps in a row. In the last step of the run, two bad steps in a
+        row are enough, or one if this attempt has made no update. Otherwise the run would end and save the state of an
+        earlier step, which may already be damaged.
         """
         run.state.skipped += 1
         self._bad_in_a_row += 1
@@ -40,7 +40,7 @@ class SkippedSteps:
         last = at_end or self._bad_in_a_row >= run.config.optim.max_bad_steps
         if (
             self._bad_in_a_row > 1 and not last
-        ):  # the origin is found in the first bad step of a row, and again in the last
+        ):  # the origin is searched only in the first and the last bad step of a row
             run.note(f"step {step} skipped: again a non-finite {'gradient' if finite else 'loss'}")
             return
         origin = self._find_origin(run, finite, run.outcome.update.bad_parameters)

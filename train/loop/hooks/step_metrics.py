@@ -1,6 +1,6 @@
 """Fills a step's record for metrics.jsonl: losses, rates, and the balance of the routers.
 
-Other hooks add to the record, and `Recorder` writes it.
+Other hooks add more values to the record, and `Recorder` writes the record.
 """
 
 import sys
@@ -33,7 +33,8 @@ class Flops:
 
 
 class StepMetrics:
-    """Adds the step's losses, settings, tokens per expert and speed. The speed excludes validation and saving."""
+    """Adds the step's losses, settings, tokens per expert and speed to the record. The speed excludes validation and
+    saving."""
 
     def __init__(self, flops: Flops):
         self._flops = flops
@@ -89,9 +90,10 @@ class StepMetrics:
 
 
 class Fp8Readings:
-    """precision.fp8.health: records the worst readings of the FP8 GEMMs over all ranks, and warns beyond the limits.
+    """precision.fp8.health: records the worst readings of the FP8 GEMMs over all ranks, and warns if a reading is
+    beyond its limit.
 
-    It reads them only in watched steps.
+    It reads them every `precision.fp8.health.every` steps.
     """
 
     def __init__(self, config: Config):
@@ -109,12 +111,11 @@ class Fp8Readings:
 
 
 SETTLED = 2
-"""Number of steps after which every tensor size of a run has occurred, so that all kernels are compiled."""
+"""Number of steps after which every tensor shape of a run has occurred, so that all kernels are compiled."""
 
 
 class Recorder:
-    """Sends the record to metrics.jsonl, the terminal and W&B. Also sends complete checkpoints to W&B. Only rank 0
-    sends."""
+    """Sends the record to metrics.jsonl, the terminal and W&B, and complete checkpoints to W&B. Only rank 0 sends."""
 
     def __init__(self) -> None:
         self._steps = self._compiled = 0

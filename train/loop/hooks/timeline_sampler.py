@@ -15,7 +15,7 @@ from train.metrics.names import Record
 from train.metrics.timeline_file import SampledStep, write_timeline
 
 WARM_UP = 3
-"""Index of the early sampled step within the attempt. The first steps have extra work, and this step does not."""
+"""Index, within the attempt, of the early step that is sampled. The steps before it have extra work."""
 
 
 class TimelineSampler:

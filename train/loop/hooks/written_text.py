@@ -46,8 +46,8 @@ class SampleTexts:
 def sample(config: Config, tokenizer: Tokenizer, device: torch.device) -> str | None:
     """Generates text with the newest checkpoint and stores it in sample.json. Returns the text.
 
-    Without a text, returns the reason; None if samples are off. All texts of a run use the same random draws, so two
-    texts differ only because the model differs.
+    If the run cannot generate text, returns the reason in parentheses. Returns None if samples are off or no checkpoint
+    exists. All texts of a run use the same random draws, so two texts differ only because the weights differ.
     """
     paths = RunPaths(config)
     checkpoint = newest_intact(paths.checkpoints).path
