@@ -1,18 +1,19 @@
 """Computes the memory of a pipeline chunk's passes from the passes of its parts (train/plan/memory/part.py).
 
-A chunk runs its n parts in sequence: the blocks, and the end if this chunk has it. x_0 ... x_n are the inputs and
-outputs of the parts. All are hidden states (B, T, D) of h bytes. The live memory is a sum of
+A chunk runs its n parts in sequence: the blocks, and in the last chunk the part `end` (final norm, MTP modules, head
+and loss). x_0 ... x_n are the inputs and outputs of the parts. All are hidden states (B, T, D) of h bytes. The live
+memory is a sum of
 
     own_i       tensors that part i keeps for its backward, besides its input
-    x_i         inputs, which every part keeps; the pipeline stage itself holds x_0 and x_n
-    sent_i      portion of own_i that waits on the host; it leaves the device at the end of the next part that sends,
-                and is back for the backward of part i
+    x_i         input of part i, which part i keeps for its backward; the pipeline stage also holds x_0 and x_n
+    sent_i      the part of own_i that is offloaded to the host; its device memory is freed when the next part that
+                offloads ends, and is allocated again before the backward of part i
     E           the embedding's output, if MTP modules need it; in the first chunk E is x_0
-    dx_i, dE    gradients in use
+    dx_i, dE    gradients of x_i and E, while backward uses them
 
 While part i runs, the memory of all other parts is constant. This constant is added to the measured memory of part i.
-The measured memory includes x_i and, while they are alive, x_i+1 and the gradients of both. The output of the last
-part, the end, is too small to count. The second input of the end is E.
+The measured memory includes x_i. It also includes x_i+1, dx_i and dx_i+1 while they are allocated. The output of the
+part `end` is too small to count. The second input of `end` is E.
 """
 
 from collections import Counter
@@ -41,7 +42,7 @@ activations wait on the host.
 
 @lru_cache(maxsize=4096)
 def chunk_of(scene: Scene, parts: Parts) -> "ChunkMemory":
-    """Returns the chunk with these parts; the same object on every call."""
+    """Returns the chunk with these parts. All calls with equal arguments return the same object."""
     return ChunkMemory(scene, parts)
 
 
@@ -67,7 +68,7 @@ class ChunkMemory:
 
     @property
     def _joins(self) -> bool:
-        """Whether MTP modules take the embedding's output."""
+        """Whether the chunk has MTP modules, whose second input is the embedding's output."""
         return self.has_end and self.scene.model.section.mtp_depth > 0
 
     @cached_property
@@ -86,7 +87,7 @@ class ChunkMemory:
 
     @cached_property
     def sent_last(self) -> int:
-        """sent_i of the last part that sends. These bytes are on the device when a forward ends, and when a backward
+        """sent_i of the last part that offloads. These bytes are on the device when a forward ends, and when a backward
         begins."""
         return self._newest(len(self._names))
 
@@ -97,12 +98,13 @@ class ChunkMemory:
 
     @cached_property
     def host_bytes(self) -> tuple[int, int]:
-        """Host memory in bytes: the sum of all sent_i, and sent_i of the last part that sends."""
+        """Host memory in bytes: first for the offloaded tensors of all parts, then for those of the last part that
+        offloads."""
         taken = [trace_forward(self.scene, name).host_bytes for name in self._names if AWAY in name]
         return sum(taken), next((size for size in reversed(taken) if size), 0)
 
     def _newest(self, i: int) -> int:
-        """sent_j of the nearest part j before part i that sends."""
+        """Returns sent_j, where j is the last part before part i that offloads. Returns 0 if there is no such part."""
         return next((size for size in reversed(self._sent[:i]) if size), 0)
 
     def _resident(self, i: int) -> int:
@@ -110,15 +112,15 @@ class ChunkMemory:
         return sum(self._own[:i]) - sum(self._sent[:i]) + self._newest(i)
 
     def _kept(self, name: str) -> Counter:
-        """Returns the bytes that a part keeps for its backward (own_i), by item. The part's input does not count."""
+        """Returns the bytes that a part keeps for its backward (own_i), by item. They exclude the part's input."""
         kept = Counter(trace_forward(self.scene, name).kept)
         kept["activations"] -= self.hidden * (1 + (name == "end" and self._joins))
         return kept
 
     @cached_property
     def kept(self) -> Counter:
-        """Device bytes that the chunk keeps for backward, by item. Excludes x_n, and also x_0 if another rank sent
-        it."""
+        """Device bytes that the chunk keeps for backward, by item. They exclude x_n. They exclude x_0, too, if another
+        rank sent x_0."""
         kept: Counter = Counter()
         for name, count in Counter(self._names).items():
             for item, size in (self._kept(name) - trace_forward(self.scene, name).sent).items():
@@ -139,8 +141,8 @@ class ChunkMemory:
         return PassMemory(self._input, _joined([run.pieces for run in lifted]))
 
     def ascent(self) -> Iterator[tuple[str, int]]:
-        """Yields the parts in forward order. Each part comes with the live bytes that the measurement of this part does
-        not include."""
+        """Yields the parts in forward order. Each part is yielded with the live bytes of the chunk that the measurement
+        of the part does not include."""
         if self._has_embedding or self._joins:
             yield "embedding", self._input
         early = self.hidden * (self._joins and not self._has_embedding)  # E exists before the blocks run
@@ -163,8 +165,8 @@ class ChunkMemory:
     def backward(self, first: bool, table_first: bool) -> PassMemory:
         """The complete backward pass.
 
-        first: this pass allocates the gradients of the weights, so they count. table_first: it also allocates the
-        embedding's gradient, which two chunks of a rank may share.
+        first: whether this pass allocates the gradients of the weights; if so, the result includes them. table_first:
+        whether this pass allocates the embedding's gradient, which two chunks of a rank may share.
         """
         start = self._resident(len(self._names)) + self._held + (0 if self.has_end else self.hidden)
 
@@ -176,28 +178,29 @@ class ChunkMemory:
     def descent(self, run_of: Callable[[str, bool], PassMemory]) -> Iterator[tuple[str, PassMemory, int]]:
         """Yields the parts in backward order, each with its pass and the live bytes that this pass does not include.
 
-        run_of: a function that returns the pass of a part; its second argument is `held` of trace_backward. Memory that
-        is still in use after a pass counts in all later passes.
+        run_of: a function that returns the pass of a part; its second argument is `held` of `trace_backward`. If a pass
+        leaves memory allocated, the live bytes of all later parts include this memory.
         """
         h, names = self.hidden, self._names
         output = 0 if self.has_end else h
-        rest = 0  # live bytes of finished parts, without the gradient of their input
+        rest = 0  # live bytes of the finished parts, without the gradient of the last finished part's input
         for i in reversed(range(len(names))):
             run = run_of(names[i], i == len(names) - 1)
             below = self._resident(i) + i * h + output + rest
             if names[i] == "end":
                 below -= h * (self._joins and self._has_embedding)  # E is x_0
             yield names[i], run, below
-            rest += run.end - h  # the end's dE is for the embedding; `rest` counts it until the embedding runs
+            rest += run.end - h  # includes dE, which the part `end` computes, until the embedding's backward uses dE
         if self._has_embedding or self._joins:
             arrived = h * self._joins  # dE
             yield "embedding", run_of("embedding", False), output + rest - arrived + self._input
 
     def split(self, first: bool) -> tuple[PassMemory, PassMemory]:
-        """The two passes of a split backward: first for inputs, then for weights. The first chunk is not supported.
+        """Returns the two passes of a split backward: the first computes the gradients of inputs, and the second those
+        of weights. A chunk with the embedding is not supported.
 
-        Until the second pass ends, these tensors stay: the graph, all hidden states, the gradients of block outputs,
-        and tensors fetched from the host.
+        These tensors stay in memory until the second pass ends: the graph, all hidden states, the gradients of the
+        blocks' outputs, and tensors fetched from the host.
         """
         h, names = self.hidden, self._names
         runs = [trace_split_backward(self.scene, name, first) for name in names]
@@ -224,7 +227,8 @@ def _lifted(run: PassMemory, below: int) -> PassMemory:
 
 
 def _joined(runs: Sequence[Sequence[Stretch]]) -> tuple[Stretch, ...]:
-    """Joins passes in sequence. Merges the last stretch of each pass with the first stretch of the next pass."""
+    """Joins passes that run in sequence. The last stretch of each pass and the first stretch of the next pass become
+    one stretch."""
     joined: list[Stretch] = []
     for pieces in runs:
         first, *others = pieces

@@ -1,12 +1,12 @@
 """Counts every byte of tensor memory that code allocates and frees, without help from the allocator.
 
-A Ledger is a torch dispatch mode. It sees every operation, and records each new storage with the storage's size and the
-current tag. It removes a storage when the last tensor on that storage is freed. On the CPU, a ledger measures real
-memory. On the meta device, a ledger computes the memory that the code would use. A ledger does not see memory that a
-kernel uses inside one operation.
+A Ledger is a torch dispatch mode. It intercepts every operation, and records each new storage with its size and a tag.
+It removes a storage from the count when the last tensor on that storage is freed. On the CPU, a ledger measures real
+memory. On the meta device, it computes the memory that the code would use. A ledger cannot count the memory that a
+kernel uses temporarily inside one operation.
 
-A ledger does not see operations of other threads, unless these threads enter the mode too. On the CPU and on the meta
-device, autograd runs a backward in the thread that starts this backward.
+A ledger counts only operations of threads that have entered the mode. A backward is counted too: on the CPU and on the
+meta device, autograd runs it in the thread that calls it.
 """
 
 import gc
@@ -38,18 +38,18 @@ class Snapshot:
 
 
 def _undisturbed(mode: "type[Ledger]") -> "type[Ledger]":
-    """Set the class's dispatch method after the class exists. If the method were in the class body, torch would wrap it
-    for torch.compile, which slows every operation."""
+    """Class decorator that adds the dispatch method after the class has been created. torch wraps a dispatch method in
+    the class body for torch.compile, and the wrapper would slow every operation."""
     mode.__torch_dispatch__ = mode._count
     return mode
 
 
 @_undisturbed
 class Ledger(TorchDispatchMode):
-    """Counts live bytes, and their peak since `mark`.
+    """Counts live bytes, and the peak of live bytes since the last call of `mark`.
 
-    device: the ledger counts only storages of this device type. tag: recorded with every new storage. event: label of
-    the current work, stored with the peak.
+    device: the ledger counts only storages of this device type. Callers may set two attributes. tag: a label that is
+    recorded with every new storage. event: a label of the current work, which is stored with the peak.
     """
 
     def __init__(self, device: torch.device | str):
@@ -63,11 +63,11 @@ class Ledger(TorchDispatchMode):
         self.event = ""
         self._is_told_apart = False
         self.recorder: WorkRecorder | None = None
-        """Records the work of operations, if a caller sets this attribute."""
+        """Records the FLOPs and bytes of every operation; None for no recording."""
 
     def _count(self, func, types, args=(), kwargs=None):
         if not _PLAIN.issuperset(types):
-            return NotImplemented  # a tensor subclass runs operations on its inner tensors, and the ledger counts these operations
+            return NotImplemented  # the subclass then runs operations on its inner tensors, which the ledger counts
         if self.recorder is None:
             out = self._run(func, args, kwargs or {})
         else:
@@ -115,14 +115,14 @@ class Ledger(TorchDispatchMode):
         return self._live[tensor.untyped_storage()._cdata][1]
 
     def mark(self) -> Snapshot:
-        """Returns the peak since the last mark. A new peak starts at the current live bytes."""
+        """Returns the peak since the last call, and resets the peak to the current live bytes."""
         peak, now = self.peak, self.now
         self.peak = Snapshot(now.total, Counter(now.by_tag), self.event)
         return peak
 
     @contextmanager
     def told_apart(self) -> Iterator[None]:
-        """Inside the context, new storages count zero bytes. The caller counts them."""
+        """Inside the context, new storages count zero bytes, because the caller counts these storages itself."""
         self._is_told_apart = True
         try:
             yield
@@ -148,8 +148,8 @@ class PhaseBytes(NamedTuple):
 
 
 class PeakMeter:
-    """A context whose method `mark` returns the peak since the last mark. On the CPU, it slows the operations inside
-    slightly."""
+    """A context that measures peak memory. Its method `mark` returns the peak since the previous call of `mark`. On the
+    CPU, operations inside the context run slightly slower."""
 
     def __init__(self, device: torch.device, counts_host: bool = False):
         """counts_host: if the device is a GPU, also count tensors in host memory."""
@@ -171,11 +171,11 @@ class PeakMeter:
             self._ledger.__exit__(*error)
 
     def mark(self) -> int:
-        """Peak bytes on the device."""
+        """Returns the peak bytes on the device since the last call."""
         return self.mark_both().device
 
     def mark_both(self) -> PhaseBytes:
-        """Returns the peak bytes on the device and on the host."""
+        """Returns the peak bytes on the device and on the host since the last call."""
         counted = 0 if self._ledger is None else self._ledger.mark().total
         if not self._on_gpu:
             return PhaseBytes(counted, 0)
@@ -185,10 +185,10 @@ class PeakMeter:
 
 
 class MetaLedger(Ledger):
-    """A ledger for the meta device that runs each kind of call only once.
+    """A ledger for the meta device that caches the results of operations.
 
-    On meta, the shapes of the arguments determine a call's result. Torch computes many of these results in Python,
-    which takes ten times as long as a lookup.
+    On the meta device, the operation and the shapes of its arguments determine the shapes of its results. torch
+    computes many of these shapes in Python, which takes ten times as long as a lookup in the cache.
     """
 
     def __init__(self):
@@ -215,8 +215,8 @@ class MetaLedger(Ledger):
 
 
 _MADE: dict[tuple, tuple[type, list[tuple | None]]] = {}
-"""Results by call: whether the call returns one tensor or several, and each tensor's shape, stride and dtype. None
-stands for a missing result."""
+"""Cached results of operations: whether the operation returns one tensor or several, and each tensor's shape, stride
+and dtype. None stands for an output that the operation leaves out."""
 
 
 @cache
@@ -227,14 +227,14 @@ def _makes_new(func: Any) -> bool:
 
 @cache
 def _writes_alone(func: Any) -> bool:
-    """Whether an operation only writes elementwise into its first argument, and returns this argument."""
+    """Whether an operation is elementwise, writes only into its first argument, and returns this argument."""
     first = func._schema.arguments[:1]
     written = [one.alias_info is not None and one.alias_info.is_write for one in first]
     return torch.Tag.pointwise in func.tags and func._schema.name.endswith("_") and written == [True]
 
 
 def _shape_of(value: object) -> Hashable:
-    """Returns all properties of an argument that determine a call's result."""
+    """Returns the properties of an argument that determine the shape of the operation's result."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, list | tuple):

@@ -1,12 +1,13 @@
-"""Builds the model on the meta device as if on a GPU or a CPU: with the same operations, but without memory and values.
+"""Builds the kernels and the precision of a GPU or a CPU for the meta device, so that the model runs without memory.
 
-The model gets the kernels and GEMMs of that device. Some of them exist only on GPUs. Stand-ins replace these kernels
-and return tensors of the same shapes. Nothing in torch is replaced: torch itself computes all other shapes.
+On the meta device, the model runs the same operations as on the GPU or CPU, but its tensors have no values. Kernels
+that exist only on GPUs are replaced by functions that return tensors of the same shapes. Nothing in torch is replaced:
+torch itself computes all other shapes.
 
 torch's FakeTensorMode is not used. If torch is built without CUDA, fake GPU tensors abort autograd. Fake CPU tensors
 take 20 times as long as meta tensors. torch's MemTracker is not used either. It finds the same bytes as a Ledger
-(ledger.py), but takes twice the time. It reports bytes by module, without the items of a plan and without peaks between
-two points.
+(ledger.py), but takes twice the time. It reports bytes by module. A plan needs the bytes of each item (such as
+activations or logits), and the peak between two points.
 """
 
 from collections import deque
@@ -54,8 +55,11 @@ def _scaled_grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor, output_dtype: torc
 
 
 def meta_kernels(kind: str, compiled: bool) -> Kernels:
-    """`build_kernels` for this kind of device. Sparse attention runs only for the last blocks of queries. These queries
-    see the most keys, so they need the most memory."""
+    """Returns the kernels of a kind of device (cuda or cpu), changed to run on the meta device.
+
+    Sparse attention is computed only for the last blocks of queries. The last queries attend to the most keys, so they
+    need the most memory.
+    """
     kernels = build_kernels(kind, compiled)
     choose, learn = kernels.choose_keys, kernels.index_loss
     attend, back, learn_chosen = kernels.attend_chosen, kernels.attend_chosen_backward, kernels.chosen_index_loss
@@ -97,19 +101,20 @@ def meta_kernels(kind: str, compiled: bool) -> Kernels:
 
 
 def _last(rows_BTX: Tensor) -> Tensor:
-    """The last block of queries."""
+    """Returns the rows of the last block of queries."""
     return rows_BTX[:, -THRESHOLDS.attention_queries :]
 
 
 def last_blocks(seen: SeenKeys) -> SeenKeys:
-    """The last queries of the last rectangle: four blocks, or all its queries if there are fewer."""
+    """Returns only the last queries of the last rectangle (a range of queries and the keys that they attend to). These
+    are four blocks of queries, or all queries of the rectangle if it has fewer."""
     last = seen.rectangles[-1]
     first = max(last.first_query, last.last_query - 4 * THRESHOLDS.attention_queries)
     return SeenKeys([last._replace(first_query=first, before=last.before + first - last.first_query)])
 
 
 def meta_wire(name: str, quantized: bool, kind: str) -> Wire:
-    """`build_wire` for this kind of device."""
+    """Returns the wire (the format of rows that are sent to experts) of a kind of device, for the meta device."""
     wire = build_wire(name, quantized)
     if isinstance(wire, Fp8Wire) and kind == "cuda":
         wire.widen = Tensor.float
@@ -123,7 +128,7 @@ def meta_precision(
     recompute_swiglu: bool,
     making: Callable[[], AbstractContextManager] = nullcontext,
 ) -> HighPrecision | Fp8Precision:
-    """`build_precision` for this kind of device. making: as in `Fp8Precision`."""
+    """Returns the precision of a kind of device, for the meta device. making: as in `Fp8Precision`."""
     if precision.fp8 is None:
         return HighPrecision(activation_dtype(precision), kernels, recompute_swiglu)
     if kind == "cpu":
@@ -175,7 +180,7 @@ def _decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
 
 
 def _whole(rows: int) -> int:
-    """Rows rounded up to whole tiles."""
+    """Returns the number of rows, rounded up to a multiple of the tile size."""
     return -(-rows // TILE) * TILE
 
 

@@ -1,12 +1,12 @@
 """Measures memory and work of a model part by running its real code on the meta device under a Ledger.
 
 A chunk is a chain of parts: embedding, blocks, and the end (final norm, MTP modules, head and loss). Each part runs
-alone, forward and backward. `_Entry` creates the part's input, and `_Exit` creates the gradient of its output. Both
-tensors are freed at the same time as in a complete chunk. train/plan/memory/chunk.py combines the passes of parts to
-passes of a chunk. This file does not need to know which tensors a layer saves.
+alone, forward and backward. `_Entry` creates the part's input, and `_Exit` creates the gradient of the part's output.
+Both tensors are freed at the same time as in a complete chunk. train/plan/memory/chunk.py combines the measurements of
+the parts into those of a chunk. This file does not need to know which tensors a layer saves.
 
-All sizes are in bytes. Weights do not count. The gradients of weights count only in a first backward, which allocates
-these gradients.
+All sizes are in bytes. The memory of weights is not counted. The gradients of weights are counted only in the first
+backward of a step, which allocates them.
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D model width.
 """
@@ -50,7 +50,8 @@ from train.plan.work_recorder import WorkRecorder, WorkSegment
 AGAIN = "_again"
 """Name suffix of a block that backward recomputes."""
 AWAY = "_away_"
-"""Separates a block's name from the name of its offloaded section, whose activations wait on the host."""
+"""Separates, in a part's name, the name of the block from the section of the block that is offloaded. The activations
+of an offloaded section are stored on the host until backward."""
 SHARED_KEYS = "_shared"
 """Name suffix of a block whose sparse attention uses the keys that an earlier block chose."""
 
@@ -59,7 +60,8 @@ Section = TypeVar("Section")
 
 
 class FrozenSection(Generic[Section]):
-    """Wraps a configuration section as a hashable cache key. Two wrappers are equal if their sections are."""
+    """Wraps a configuration section as a hashable cache key. Two wrappers are equal if their sections have equal
+    values."""
 
     def __init__(self, section: Section):
         self.section, self._text = section, repr(section)
@@ -76,7 +78,7 @@ NO_ADAPTER = FrozenSection(Adapter())
 
 @dataclass(frozen=True)
 class Scene:
-    """All settings that determine the memory of one micro-batch's passes through a part."""
+    """All settings that determine how much memory a micro-batch needs in the forward and backward of a part."""
 
     model: FrozenSection[Model]
     precision: FrozenSection[Precision]
@@ -98,12 +100,12 @@ class Scene:
     compiled: bool
     """Whether a CPU uses compiled code where possible (train/kernels/choice.py). Compiled code needs less memory."""
     cp: int = 1
-    """Number of ranks that share every sequence. The plan is for the rank with the first and the last piece of a
-    sequence. No rank has more positions."""
+    """Number of ranks that share every sequence. The plan is for the rank with the first and the last piece of each
+    sequence, because no other rank has more positions."""
     adapter: FrozenSection[Adapter] = NO_ADAPTER
     holds_weights: bool = False
-    """Whether each FP8 cast of a weight is computed once per step and kept until the step ends. Only `trace_casts`
-    counts the memory of these casts."""
+    """Whether each weight is cast to FP8 once per step, and the FP8 copy is kept until the step ends. The memory of
+    these copies is counted by `trace_casts`, and by no other function of this file."""
     learns_index: bool = False
     """Whether the indexers of sparse attention are trained."""
     warms_index: bool = False
@@ -112,22 +114,23 @@ class Scene:
 
 @dataclass(frozen=True)
 class Stretch:
-    """One stretch of a pass. At the end of a stretch, an overlapped pair of passes may switch to the other pass."""
+    """A part of a pass between two points at which an overlapped pair of passes may switch to the other pass."""
 
     peak: int
+    """Maximum of the live bytes in the stretch."""
     end: int
     """Live bytes at the end of the stretch."""
 
 
 @dataclass(frozen=True)
 class PassMemory:
-    """Memory of one pass through a part. The part's input and output, and their gradients, count while they are in
-    memory."""
+    """Memory of one pass through a part. It includes the part's input, its output and the gradients of both, as long as
+    they are allocated."""
 
     start: int
     pieces: tuple[Stretch, ...]
     work: tuple[WorkSegment, ...] = ()
-    """Computation and communication of the pass. Only a pass through a single part has them."""
+    """Computation and communication of the pass. It is empty for a pass through several parts."""
 
     @property
     def end(self) -> int:
@@ -144,10 +147,11 @@ class Forward:
 
     run: PassMemory
     kept: Counter
-    """Bytes kept for backward, by item. Includes the input if backward needs it; excludes the output."""
+    """Bytes kept for backward, by item. They include the input if backward needs it, and exclude the output."""
     output: int
+    """Bytes of the output."""
     sent: Counter
-    """Bytes of `kept` that go to the host, by item."""
+    """Bytes that are included in `kept` and that are copied to the host, by item."""
     host_bytes: int
     """Host memory of the sent tensors."""
 
@@ -156,19 +160,20 @@ Result = TypeVar("Result")
 
 
 def traced_once(trace: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorator that caches traces. Two scenes use the same trace if they differ only in settings that do not affect
-    the part (`seen_by`)."""
+    """Decorator that caches the results of a trace function. Two scenes share a result if they differ only in settings
+    that do not affect the part. The function `seen_by` decides which settings affect a part."""
     made = lru_cache(maxsize=4096)(trace)
     return lru_cache(maxsize=4096)(wraps(trace)(lambda scene, part, *rest: made(seen_by(part, scene), part, *rest)))
 
 
 _FORWARDS: dict[tuple[Scene, str], Forward] = {}
-"""Forwards that were traced for a backward. The key consists of the scene that `seen_by` returned, and of the part."""
+"""Forward passes that `trace_backward` has traced. Each key is a scene, as returned by `seen_by`, and a part's name."""
 
 
 @traced_once
 def trace_forward(scene: Scene, part: str) -> Forward:
-    """The forward of a part. If a caller also needs the backward, this function traces the forward for both.
+    """Returns the memory of a part's forward. If `trace_backward` has already traced the part, this function returns
+    the forward of that trace.
 
     part: name of a part, as in `Parts` (train/plan/memory/chunk.py).
     """
@@ -180,10 +185,11 @@ def trace_forward(scene: Scene, part: str) -> Forward:
 
 @traced_once
 def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemory:
-    """The complete backward of a part.
+    """Returns the memory of a part's complete backward.
 
-    first: whether this pass allocates the gradients of the weights; if so, these gradients count. held: whether the
-    caller keeps the incoming gradient until the pass ends, as torch's stage does for the last part of a chunk.
+    first: whether this pass allocates the gradients of the weights; if so, the result includes these gradients. held:
+    whether the caller keeps the incoming gradient until the pass ends, as torch's stage does for the last part of a
+    chunk.
     """
     with Run(scene, part, first) as run:
         forward = run.forward()
@@ -194,10 +200,11 @@ def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemo
 
 @traced_once
 def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemory, PassMemory]:
-    """Returns the two halves of a split backward, for inputs and for weights. Torch's own functions run them.
+    """Returns the memory of both halves of a split backward. The first half computes the gradients of inputs, and the
+    second half computes the gradients of weights. torch's own functions run both halves.
 
-    The output and the incoming gradient count, because the stage holds both tensors through both halves. When the
-    second half ends, only the tensors that the graph holds are still in memory.
+    The result includes the output and the incoming gradient, because the stage holds both tensors through both halves.
+    When the second half ends, only the tensors that the graph holds are still in memory.
     """
     with Run(scene, part, first) as run:
         run.forward(leaves=True)
@@ -205,8 +212,8 @@ def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemo
 
 
 def trace_evaluation(scene: Scene, part: str) -> int:
-    """Returns the peak bytes of a forward in eval mode without gradients, including its input. Weight casts are kept
-    only in training steps, so they do not count."""
+    """Returns the peak bytes of a forward in eval mode without gradients, including its input. FP8 casts of weights are
+    kept only in training steps, so the result does not include them."""
     plain = replace(scene.model.section, recompute=[], offload=[])
     return _trace_evaluation(replace(scene, model=FrozenSection(plain), holds_weights=False), bare(part))
 
@@ -218,7 +225,7 @@ def _trace_evaluation(scene: Scene, part: str) -> int:
 
 
 def trace_casts(scene: Scene, part: str) -> int:
-    """Returns the bytes of the weight casts that a part holds during a step."""
+    """Returns the bytes of the FP8 casts of weights that a part holds during a step."""
     if not scene.holds_weights:
         return 0
     plain = replace(
@@ -270,13 +277,13 @@ class Run:
         self._base, self._start = 0, 0
         self._pieces: list[Stretch] | None = None
         self._incoming: list[Tensor] = []
-        """Gradients of the inputs."""
+        """The gradients that backward has computed for the part's inputs."""
         self._host = _StandInHost(self._ledger)
 
     def __enter__(self) -> Self:
         self._module, self._precision = self._build()
         self._fill()
-        with MetaLedger():  # computed once
+        with MetaLedger():  # its cache lets all runs share the shapes of the tables
             self._make_tables()
         for param in (param for param in self._module.parameters() if param.requires_grad):
             param.grad_dtype = torch.float32
@@ -289,7 +296,7 @@ class Run:
         scene, model = self._scene, self._scene.model.section
         shape = scene.sequences, scene.seq_len // scene.cp, model.sparse.top_k
         self._chosen = torch.empty(shape, dtype=torch.int32, device=self.device)
-        """The keys that an earlier block has chosen."""
+        """The keys that an earlier block has chosen, for sparse attention."""
         tokens = self._scene.sequences, self._scene.seq_len + 1
         self._tokens_BS = self._tokens(*tokens)
         self._anchor = torch.empty(0, device=self.device, requires_grad=True)
@@ -302,7 +309,7 @@ class Run:
 
     @property
     def casts(self) -> int:
-        """Bytes of the weight casts that were made so far and are kept for the whole step."""
+        """Bytes of the FP8 casts of weights that exist now and are kept until the step ends."""
         return self._precision.weights.count_bytes() if isinstance(self._precision, Fp8Precision) else 0
 
     def forward(self, leaves: bool = False) -> Forward:
@@ -321,7 +328,7 @@ class Run:
             self._y = self._module(*self._inputs, tokens_BS=self._tokens_BS)
         else:
             self._y = self._module(self._inputs[0], tokens_BS=self._tokens_BS)
-        self._y.requires_grad_()  # also if only frozen weights were used to compute it
+        self._y.requires_grad_()  # this is not automatic if all weights of the part are frozen
         run = self._finish()
         output = self._y.untyped_storage().nbytes()
         kept = Counter(self._ledger.now.by_tag)
@@ -373,7 +380,8 @@ class Run:
         return self._states(self._scene.seq_len // self._scene.cp)
 
     def _embedded(self) -> Tensor:
-        """Returns the embedding's output that the end reads, including the tokens after a rank's pieces."""
+        """Returns the embedding's output, as the last part reads it. It includes the tokens that follow this rank's
+        pieces of a sequence, because MTP modules predict from these tokens."""
         positions = Positions(self._scene.seq_len, None, self._module._share)
         return self._states(positions.take_with_next(self._tokens_BS, self._module._depths).size(1))
 
@@ -488,7 +496,7 @@ class Run:
 
     @contextmanager
     def _making(self) -> Iterator[None]:
-        """A context for weight casts that are kept for the whole step."""
+        """A context in which weights are cast to FP8 once per step. The ledger does not count these casts."""
         with self._ledger.told_apart(), self._recorder.once():
             yield
 
@@ -508,7 +516,7 @@ class _Entry(Function):
 
 
 class _Exit(Function):
-    """Takes the output of the part, and starts its gradient."""
+    """Receives the output of the part. When backward starts, it creates the gradient of this output."""
 
     @staticmethod
     def forward(ctx, y: Tensor, started: Callable[[Tensor], None]) -> Tensor:
@@ -523,7 +531,7 @@ class _Exit(Function):
 
 
 class _End(DeepSeekV3):
-    """Everything after the blocks of the last chunk, as a model of its own."""
+    """The part `end` as a separate model: everything after the blocks of the last chunk."""
 
     def forward(self, x: Tensor, embedding_BTD: Tensor | None = None, **given: Any) -> Tensor:
         self._embedding_BTD = embedding_BTD
@@ -540,8 +548,8 @@ class _End(DeepSeekV3):
 
 
 class _Tagged:
-    """Tags a dispatcher's memory. Also makes the row counts readable, because the calling code waits for their
-    values."""
+    """Wraps a dispatcher and tags its memory in the ledger. It also gives values to the counts of rows per expert,
+    because the model reads these values and tensors on the meta device have none."""
 
     def __init__(self, dispatcher: Dispatcher, ledger: Ledger, load: Load):
         self._dispatcher, self._ledger, self._load = dispatcher, ledger, load
@@ -557,7 +565,7 @@ class _Tagged:
             routed = self.__dict__.pop("_pending").wait()
         rows_L = self._rows_L
         if routed.counts_E.is_meta:
-            routed.counts_E.tolist = lambda: list(rows_L)  # replaced only on this tensor, which has no values on meta
+            routed.counts_E.tolist = lambda: list(rows_L)  # this replaces the method of this one tensor only
         return routed
 
     def combine(self, out_RD: Tensor, routed: RoutedRows) -> Tensor:
@@ -566,14 +574,14 @@ class _Tagged:
 
 
 class _StandInHost:
-    """Records the tensors that would go to the host. They stay on the device, so that backward finds them."""
+    """Records the tensors that a real run would copy to the host. The tensors stay on the device for backward."""
 
     def __init__(self, ledger: Ledger):
         self._ledger = ledger
         self.sent: Counter = Counter()
         """Sent bytes by item."""
         self.sizes: list[int] = []
-        """Bytes of every storage."""
+        """Bytes of each sent storage."""
 
     def send(self, storages: Sequence[Tensor]) -> list["_Here"]:
         for storage in storages:
@@ -593,7 +601,7 @@ class _Here:
 
 
 def kind_of(part: str) -> str:
-    """The part's name without suffix: embedding, dense, moe or end."""
+    """Returns the part's name without suffixes: embedding, dense, moe or end."""
     return part.partition("_")[0]
 
 
@@ -603,5 +611,6 @@ def bare(part: str) -> str:
 
 
 def sparse_of(part: str, model: Model) -> SparseAttention:
-    """Sparse attention settings under which all blocks of a model are like this part."""
+    """Returns the settings of sparse attention for a model in which every block behaves as this part does: it either
+    chooses keys itself, or uses the keys of an earlier block."""
     return replace(model.sparse, pattern="S" * model.layers if SHARED_KEYS in part else "")

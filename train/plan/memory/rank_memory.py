@@ -1,10 +1,10 @@
-"""Plans the memory of every rank: its state, and a walk through every action of its schedule.
+"""Plans the memory of every rank: its permanent state, and its peak over all actions of a step.
 
     state       weights, master weights and moments, in DeepSpeed's groups and shards (rank_weights.py)
-    schedule    torch's own action list of the rank (schedule_memory.py); passes are measured by running the model's own
-                code on the meta device (part.py, chunk.py)
-    reduction   gradients reduced, sharded and applied at the end of the step (step_end.py)
-    life        a run's work outside of its steps, and its starts (`RunPhases`)
+    schedule    the forward and backward passes, in the order of torch's action list for the rank (schedule_memory.py);
+                each pass is measured by running the model's code on the meta device (part.py, chunk.py)
+    step end    the reduction of gradients and the update of weights (step_end.py)
+    run         the work outside of steps, such as checkpoints, and the start of the run
 
 The plan lists the live items at the peak. Ranks at the same pipeline position differ only in the number of rows that
 their experts receive. `plan.imbalance` is the ratio of the busiest rank's rows to the mean.
@@ -47,18 +47,18 @@ from train.plan.memory.zero3 import Zero3Memory
 from train.plan.reserve import copies_memory, host_memory
 
 HELD_COPIES = 5
-"""Number of copies of a rank's state in the memory of its node with checkpoint.every_memory.
+"""Number of copies of a rank's state that its node holds in memory if checkpoint.every_memory is set.
 
-The node holds two copies of the rank's own state, two of its neighbour's state, and one copy that is being written
+The node holds two copies of the rank's state, two copies of its neighbour's state, and one copy that is being written
 (train/checkpoint/memory_copies.py).
 """
 
 
 LATER = ("activations", "checkpoint", "copies")
-"""Items of host memory that do not exist at the start. After their allocation, these items are not freed, because the
-run reuses their pages and buffers."""
+"""Items of host memory that do not exist at the start of a run. The run allocates them later and never frees them,
+because it reuses their pages and buffers."""
 IS_FINITE_BYTES = 7
-"""Bytes per fp32 element that torch.isfinite needs: 4 for the absolute values, and 3 for boolean results."""
+"""Bytes per fp32 element that torch.isfinite allocates: 4 for the absolute values, and 3 for boolean results."""
 STARTS = ("start", "resume", "init_from")
 
 
@@ -83,11 +83,12 @@ class RankMemory:
     in_flight: int
     """Number of micro-batches that wait for their backward at the schedule's peak, summed over the rank's stages."""
     phases: dict[str, PhaseBytes]
-    """Peak of each phase of the run, as returned by `phases`."""
+    """Peak of each phase of the run; the function `phases` lists the names."""
     host_items: dict[str, int]
-    """The rank's host memory by item. On a CPU, these items are in device memory.
+    """The rank's host memory by item. Empty on a CPU, where `items` includes these items.
 
-    Names: master, moments, buffers, activations, average, checkpoint (until it is written), copies (in memory).
+    Names: master, moments, buffers, activations, average, checkpoint (a checkpoint until it is on disk), copies
+    (in-memory copies of the state).
     """
 
     @property
@@ -119,19 +120,19 @@ def node_bytes(config: Config, sizes: Sequence[int]) -> int:
 
 
 def host_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Returns how many bytes are missing on a host: in its memory or in the folder of in-memory copies, whichever is
-    more. Returns 0 if the sizes are unknown."""
+    """Returns how many bytes of memory a host lacks: for all of its ranks' tensors, or for the folder of in-memory
+    copies alone. The function returns the larger number, and 0 if the capacities are unknown."""
     has = host_memory(config)
     return max(host_bytes(config, ranks) - has if has else 0, copies_lacking(config, ranks), 0)
 
 
 def copies_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Size in bytes of the folder of copies in memory, on the fullest host."""
+    """Returns the bytes in the folder of in-memory copies, on the fullest host."""
     return node_bytes(config, [rank.host_items.get("copies", 0) * (HELD_COPIES - 1) // HELD_COPIES for rank in ranks])
 
 
 def copies_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Returns how many bytes more the in-memory copies need than their folder has."""
+    """Returns by how many bytes the in-memory copies exceed the capacity of their folder."""
     room = copies_memory(config)
     return 0 if room is None else max(0, copies_bytes(config, ranks) - room)
 
@@ -144,11 +145,12 @@ def rank_memory(
     shortest: bool = False,
     depth: WalkDepth = WalkDepth.whole,
 ) -> RankMemory:
-    """Plans the memory of one pipeline rank in a scene.
+    """Plans the memory of one pipeline rank.
 
-    layers: layers of every stage; None: the layout's split. shortest: whether to plan a shorter step, with only as many
-    micro-batches as the memory peak needs. The peak may then be reported at another micro-batch. depth: whether to
-    compute the exact peak, or only a bound on the peak.
+    scene: the settings that all passes share, as `scene_of` returns them. layers: layers of every stage; None: the
+    layout's split. shortest: whether to plan a shorter step, with only as many micro-batches as the memory peak needs.
+    The peak may then be reported at another micro-batch than in a full step. depth: whether to compute the exact peak,
+    or only a bound on the peak.
     """
     state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest, depth)
     peak = max(moments.values(), key=lambda moment: moment.total)
@@ -176,11 +178,11 @@ def rank_memory(
 def phases(
     config: Config, pp_rank: int, stage_rank: int, scene: Scene, layers: list[range] | None = None
 ) -> dict[str, PhaseBytes]:
-    """Peaks of one rank in each phase of its run. layers: as in rank_memory.
+    """Returns the peaks of one rank in each phase of its run. layers: as in `rank_memory`. The phases are:
 
     start       the rank builds its weights and the optimizer's state
-    schedule, reduction, update     the parts of a step: passes, reduction of gradients, update
-    average, validation, checkpoint, copies, export      outside of steps, if the recipe enables them
+    schedule, reduction, update     the three parts of a step: passes, reduction of gradients, update
+    average, validation, checkpoint, copies, export     work outside of steps; some of it only if the recipe enables it
     resume      a start from a checkpoint
     init_from   a start from the weights of a Hugging Face folder
     """
@@ -230,8 +232,8 @@ def _phases(
 
 
 def export_bytes(config: Config) -> int:
-    """Peak bytes of an export (train/export/run.py). It holds part of the weights in fp32, and checks that all values
-    are finite."""
+    """Returns the peak bytes of an export of weights (train/export/run.py). The export reads part of the weights at a
+    time, holds them in fp32, and checks that all values are finite."""
     counts, model = count_parameters(config.model), FrozenSection(config.model)
     kinds = ("embedding", "dense", "moe")
     largest = max(weight.elements for kind in kinds for weight in part_weights(model, kind, config.model.experts))
@@ -269,8 +271,8 @@ def _moments(
     shortest: bool = False,
     depth: WalkDepth = WalkDepth.whole,
 ) -> tuple[Counter, Counter, dict[str, MemoryPeak]]:
-    """Returns the rank's permanent state, the part of this state that is on the host, and the peak of each phase of a
-    step. A peak does not include the state."""
+    """Returns the rank's permanent bytes in device memory by item, its bytes in host memory by item, and the peak of
+    each phase. The peaks are in device memory, and do not include the permanent bytes."""
     chunks = chunk_parts(config, layers)[pp_rank]
     weights = rank_weights(config, list(chunks.values()))
     groups = shards(config, weights)
@@ -305,7 +307,7 @@ def _moments(
     averaged, copied = config.optim.ema_decay > 0, config.checkpoint.every_memory > 0
     host["average"] = (
         averaged * 2 * FP32_BYTES * owned
-    )  # and the weights while they are copied to the average (train/loop/hooks/averaged_weights.py)
+    )  # the average, and a copy of the weights from which it is updated (train/loop/hooks/averaged_weights.py)
     copy = {
         weight: size
         for weight, size in kept_elements(config, groups, stage_rank)
@@ -341,8 +343,8 @@ def _moments(
 
 
 def scene_of(config: Config, load: Load | None = None) -> Scene:
-    """Returns the settings that all passes of a run share. load: the load of this rank's experts; None: an even load
-    times plan.imbalance."""
+    """Returns the settings that all passes of a run share. load: the number of rows that this rank's experts receive;
+    None: the same number for every expert, times plan.imbalance."""
     model, parallel = config.model, config.parallel
     layout = layout_of(config)
     if load is None:
@@ -381,7 +383,7 @@ def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[
 
 
 def parts_of_stage(config: Config, layers: list[range], stage: int) -> Parts:
-    """The parts of one stage. layers: layers of every stage."""
+    """Returns the names of the parts of one stage. layers: layers of every stage."""
     blocks = [block_of(config.model, index) + _behind(config.model, place) for place, index in enumerate(layers[stage])]
     return (*["embedding"] * (stage == 0), *blocks, *["end"] * (stage == len(layers) - 1))
 
@@ -426,15 +428,15 @@ def state_items(config: Config, groups: list[Shards]) -> Counter:
 
 
 def _offload_buffers(config: Config, groups: list[Shards]) -> int:
-    """Returns the bytes of the host buffers of DeepSpeed's ZeRO-Offload: gradients of the shard, its updated weights,
-    and the largest weight."""
+    """Returns the bytes of the host buffers of DeepSpeed's ZeRO-Offload. The buffers hold the gradients of the shard,
+    the shard's updated weights, and one complete weight, the largest."""
     owned, element = sum(group.partition for group in groups), config.precision.weight_bytes
     largest = max(weight.elements for group in groups for weight in group.weights)
     return (FP32_BYTES + element) * owned + element * largest
 
 
 def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:
-    """Returns the bytes of RoPE tables, router counters, and a step's tokens."""
+    """Returns the total bytes of the RoPE tables, the counters of the routers, and the tokens of a step."""
     model = config.model
     tables = len(chunks) * 8 * config.seq_len * model.rope_head_dim // 2
     routers = sum(
@@ -460,8 +462,9 @@ def _walk(
     last = max(max(stages) for stages in parallel.placement)
 
     def gradients(*names: str) -> int:
-        """Returns the bytes of the gradients that backward allocates. In a warm-up of indexers, backward allocates only
-        the gradients of indexers, and the reduction allocates all other gradients."""
+        """Returns the bytes of the gradients that backward allocates for these parts. If only the indexers are trained
+        (optim.index_warmup), backward allocates only their gradients, and the reduction allocates all other
+        gradients."""
         found = (w for name in names for w in part_weights(scene.model, name, share, scene.adapter) if w.is_trained)
         return FP32_BYTES * sum(w.elements for w in found if ".indexer." in w.name or not scene.warms_index)
 

@@ -30,12 +30,12 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     is_trained: bool = True
-    """False for a frozen base weight in an adapter's run. Such a weight has no master weights, moments or gradient."""
+    """Whether the run trains the weight. A frozen weight of an adapter's base model has no master weight, moments or
+    gradient."""
     item_bytes: int | None = None
     """Bytes per element; None for the recipe's weight format."""
     chunk: int | None = None
-    """The only chunk of this rank that has the weight. None for an embedding, which the end of the model may use
-    too."""
+    """Index of the only chunk of this rank that has the weight. None for an embedding that the last chunk uses too."""
 
     @property
     def elements(self) -> int:
@@ -50,8 +50,8 @@ class Weight:
 def part_weights(
     model: FrozenSection[Model], part: str, local_experts: int, adapter: FrozenSection[Adapter] = NO_ADAPTER
 ) -> tuple[Weight, ...]:
-    """The weights of a part (train/plan/memory/part.py). The embedding is a part of its own, so the end does not list
-    it."""
+    """Returns the weights of a part (train/plan/memory/part.py). The embedding is a separate part, so the weights of
+    the part `end` do not include it."""
     config = replace(model.section, sparse=sparse_of(part, model.section))
     layers = {"dense": range(1), "moe": range(config.dense_layers, config.dense_layers + 1)}.get(
         kind_of(part), range(0)
@@ -78,14 +78,14 @@ def part_weights(
 
 
 def held_bytes(config: Config, weights: Sequence[Weight]) -> int:
-    """Returns the bytes of complete weights, in the formats in which a rank stores them."""
+    """Returns the bytes of unsharded weights, in the formats in which a rank stores them."""
     usual = config.precision.weight_bytes
     return sum(weight.elements * (weight.item_bytes or usual) for weight in weights)
 
 
 def rank_weights(config: Config, chunks: Sequence[Parts]) -> list[Weight]:
-    """Returns the weights of all chunks of a rank. An embedding that two chunks share, or that MTP modules also need,
-    appears once."""
+    """Returns the weights of all chunks of a rank. The embedding is listed once, even if two chunks share it or MTP
+    modules use it too."""
     model, share = FrozenSection(config.model), config.model.experts // config.parallel.ep
     has_table = any(needs_table(config.model, parts) for parts in chunks)
     names = [(None if config.model.mtp_depth else 0, "embedding")] * has_table
@@ -100,14 +100,15 @@ def _chunk_weights(chunk: int | None, *part: Any) -> list[Weight]:
 
 
 def needs_table(model: Model, parts: Parts) -> bool:
-    """Whether a chunk has the embedding. The first chunk has it. The last chunk has it if there are MTP modules."""
+    """Whether a chunk needs the embedding table. The first chunk always needs it. The last chunk needs it if the model
+    has MTP modules."""
     return "embedding" in parts or ("end" in parts and model.mtp_depth > 0)
 
 
 @dataclass(frozen=True)
 class Shards:
-    """One parameter group under ZeRO. DeepSpeed flattens it, pads it and cuts it into equal parts. Each rank owns one
-    part."""
+    """One parameter group under ZeRO. DeepSpeed joins the group's weights in one flat tensor, pads this tensor, and
+    cuts it into equal parts. Each rank owns one part."""
 
     weights: list[Weight]
     ranks: int
@@ -129,7 +130,7 @@ class Shards:
 
 
 def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
-    """A rank's non-empty groups, in DeepSpeed's order."""
+    """Returns a rank's parameter groups in DeepSpeed's order. Groups without weights are left out."""
     parallel, facts = config.parallel, config.optim.facts
     kinds = {(experts, rule): [] for experts in (False, True) for rule in facts.rules}
     for weight in (weight for weight in weights if weight.is_trained):
@@ -139,7 +140,7 @@ def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
 
 
 def state_bytes(config: Config, groups: Sequence[Shards], owned: Callable[[Shards], int]) -> int:
-    """Returns the bytes of optimizer state for the elements that this rank owns. owned: a function that returns the
-    number of elements of a group that this rank owns."""
+    """Returns the bytes of this rank's optimizer state. owned: a function that returns, for a group, the number of
+    elements that this rank owns."""
     moment = config.precision.moment_bytes
     return sum(group.rule.count_state_bytes(moment) * owned(group) for group in groups)

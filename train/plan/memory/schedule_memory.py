@@ -1,13 +1,16 @@
-"""Walks through a rank's action list and computes the memory of every action.
+"""Computes the memory of every action in a rank's action list, in the order of the list.
 
-Between actions, these items are live besides the rank's state:
+Between actions, these items are allocated besides the rank's permanent state:
 
     kept        tensors that a forward keeps for its backward, by item (chunk.py)
-    hidden      hidden states at a border between two stages: computed or received, until this rank's stages are done
+    hidden      hidden states at the boundary between two stages; this rank computes or receives them, and frees them
+                when its stages no longer need them
     gradient    the gradients of these hidden states
-    gradients   gradients of weights, fp32, from a stage's first backward on; if reduced ahead, only this rank's shard
-    leaving     the last part that a forward sent to the host, until the next action is done
-    away        the same part, from the action before its backward on (parallel/pipeline/host_store.py)
+    gradients   fp32 gradients of weights, allocated by a stage's first backward; if they are reduced before the end of
+                the schedule, only this rank's shard remains
+    leaving     the last tensors that a forward copied to the host; the device frees them when the next action ends
+    away        the same tensors when they are on the device again; they return one action before the backward that
+                reads them (parallel/pipeline/host_store.py)
 
 torch's stage holds a chunk's input and output until the chunk's backward ends. If the first and the last stage are on
 one rank, they share one embedding table and its gradient. gloo holds sent tensors until the step ends.
@@ -46,27 +49,30 @@ class StagePlan:
     table: int
     """Bytes of the embedding's gradient if the stage uses the embedding, else 0."""
     one_piece: bool = False
-    """Whether the stage runs its complete backward as I, and nothing as W."""
+    """Whether the stage's backward cannot be split. The complete backward then runs in the action I (gradients of
+    inputs), and the action W (gradients of weights) does nothing."""
 
 
 class WalkDepth(IntEnum):
-    """Which passes a walk traces. If a walk leaves out some passes, its result is only a bound on the peak."""
+    """Selects the passes that a `ScheduleWalk` measures. If it leaves out some passes, its result is only a lower bound
+    on the peak."""
 
     forwards = 0
-    """Trace only forward passes. The walk assumes that all tensors are kept between the two halves of a backward,
-    because the graph is kept."""
+    """Measure only forward passes. Between the two halves of a split backward, the walk counts all tensors that forward
+    kept, because the graph holds them."""
 
     settled = 1
-    """All passes except those that allocate gradients. This halves the number of traced backward passes."""
+    """Measure all passes except those that allocate gradients. This halves the number of measured backward passes."""
     whole = 2
+    """Measure all passes."""
 
 
 SENT = -1
-"""Marks the transport as the holder of a tensor; other holders are stages."""
+"""Stands for the transport (gloo) in a tensor's set of holders. All other holders are numbers of stages."""
 
 
 class ScheduleWalk:
-    """Walks through one step of a pipeline rank."""
+    """Follows the memory of a pipeline rank through the actions of one step."""
 
     def __init__(
         self,
@@ -76,17 +82,18 @@ class ScheduleWalk:
         depth: WalkDepth,
         ahead: Mapping[int, tuple[int, int]],
     ):
-        """stages: the rank's stages. holds_sent: whether tensors that were sent to other ranks stay until the step
-        ends.
+        """stages: the rank's stages. num_stages: number of stages of the pipeline. holds_sent: whether tensors that
+        were sent to other ranks stay in memory until the step ends.
 
-        ahead: for each stage, two numbers about the reduction after the stage's last backward. The first is the peak in
-        bytes during this reduction. The second is the number of bytes that remain after the reduction (step_end.py).
+        ahead: stages whose gradients are reduced directly after their last backward, each with two numbers. The first
+        is the peak in bytes during this reduction. The second is the number of bytes that remain after the reduction
+        (step_end.py). Both are relative to the bytes before the reduction.
         """
         self._ahead, self._left = ahead, Counter()
         self._stages, self._last, self._holds_sent, self._depth = stages, num_stages - 1, holds_sent, depth
         self._alive: dict[tuple[str, int, int], Counter] = {}
-        """Live items by kind, stage and micro-batch. Hidden states between two stages belong to the later stage. A
-        Counter is added or removed as a whole, never changed."""
+        """Bytes of live items by kind, stage and micro-batch. Hidden states between two stages have the later stage in
+        their key. A Counter is never changed after it is added."""
         self._bytes: dict[tuple[str, int, int], int] = {}
         self._total = 0
         self._holders: defaultdict[tuple[str, int, int], set[int]] = defaultdict(set)
@@ -95,8 +102,8 @@ class ScheduleWalk:
         self._table_made = False
         self._gradients = 0
         self._peak: tuple = 0, 0, 0, {}, None, 0
-        """Facts about the peak: total bytes, bytes outside of passes, gradients, other live items, the action, and its
-        number of forwards."""
+        """The peak: its total bytes, the bytes outside of passes, the bytes of gradients, other live items, the action
+        at the peak, and the number of forward passes in this action."""
         self._leaving: list[tuple[str, int, int]] = []
         """Live items that the last action added and the next action removes."""
         self._host = 0
@@ -104,7 +111,7 @@ class ScheduleWalk:
         """Peak bytes of host memory."""
 
     def run(self, actions: Sequence[Action]) -> MemoryPeak:
-        """Walk through all actions."""
+        """Goes through all actions, and returns the peak."""
         lines = [
             [part for part in action.halves[::-1] or (action,) if self._kind(part)]  # the backward of a pair runs first
             for action in actions
@@ -138,7 +145,7 @@ class ScheduleWalk:
         self._gradients += stays
 
     def _fetch(self, action: Action) -> None:
-        """Copy the tensors that a backward reads first to the device, unless these tensors are still there."""
+        """Copies those tensors to the device that a backward reads first, unless they are still on the device."""
         stage, m = action.stage, action.micro_batch
         chunk = self._stages[stage].chunk
         if self._kind(action) not in ("B", "I") or ("kept", stage, m) not in self._alive or not chunk.sent_last:
@@ -161,7 +168,7 @@ class ScheduleWalk:
             self._hold("gradient", stage + 1, m, chunk.hidden, stage)
 
     def _play(self, action: Action, parts: Sequence[Action]) -> None:
-        """Run the passes of an action, on top of the other live bytes."""
+        """Computes the peak during the passes of an action, and stores it if it is the highest so far."""
         if self._depth < WalkDepth.whole and any(self._is_first(part) for part in parts):
             return
         peak = total = self._gradients + self._total
@@ -195,7 +202,7 @@ class ScheduleWalk:
             del self._alive[key]
 
     def _counted(self, action: Action) -> Iterator[tuple[str, int, int]]:
-        """Keys of the live items that the action's pass already counts."""
+        """Returns the keys of those live items that the measured pass of the action already includes."""
         stage, m = action.stage, action.micro_batch
         keys = [("hidden", stage, m)]
         if self._kind(action) != "F":
@@ -280,7 +287,8 @@ def _pass(chunk: ChunkMemory, kind: str, first: bool, table_first: bool) -> Pass
 
 
 def _highest(lanes: Sequence[PassMemory]) -> int:
-    """Peak of alternating passes. The first pass begins. When one pass ends, the other continues alone."""
+    """Returns the peak of one pass, or of two passes that alternate after each stretch. The first pass begins. When one
+    pass ends, the other pass continues alone."""
     now = [lane.start for lane in lanes]
     left = [list(lane.pieces) for lane in lanes]
     highest, turn = sum(now), 0

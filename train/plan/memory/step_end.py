@@ -1,28 +1,31 @@
 """Memory at the end of a step: DeepSpeed copies gradients into its bucket, reduces and shards them, and updates the
 weights.
 
-The simulation follows DeepSpeed buffer by buffer (parallel/zero/private_names.py names DeepSpeed's code). On small
-models with few micro-batches, the end of the step has the step's memory peak. When it begins, all gradients are in fp32
-and not yet sharded (parallel/zero/whole_weights.py):
+The simulation follows DeepSpeed buffer by buffer (parallel/zero/private_names.py names DeepSpeed's code). For a small
+model with few micro-batches, the end of the step has the step's memory peak. When the passes have ended, all gradients
+are in fp32 and not yet sharded (parallel/zero/whole_weights.py). Then these steps follow:
 
-    own        if a process group contains only this rank, its gradients are neither copied nor reduced (bf16 weights)
-    fill       a gradient is copied into the bucket, and its own memory is freed; a gradient that is larger than the
-               bucket is not copied and keeps its memory
+    fill       a gradient is copied into the bucket, and its original memory is freed; a gradient that is larger than
+               the bucket is not copied
     reduce     when the bucket is full, the slices of every group are joined in a copy and summed over the group's ranks
-    keep       with bf16 weights, sums go to a flat shard per group, allocated on first use; with fp32 weights, complete
-               gradients are copied into one buffer if this rank keeps a slice of them
-    update     group by group; with fp32 weights the shard is first copied into one tensor; the optimizer needs scratch
+    keep       with bf16 weights, the sums of this rank's slices are stored in one flat shard per group, which is
+               allocated when it is first needed; with fp32 weights, each gradient of which this rank keeps a slice is
+               copied into one buffer as a whole
+    update     the optimizer updates one group after the other, and needs scratch memory; with fp32 weights the
+               gradients of the shard are first joined in one tensor
 
-With offload (ZeRO 1 and 2), the shard's gradients go to the host during the reduction. A complete gradient is freed as
-soon as this rank's slices are copied. With fp32 weights, the shard is not joined in a copy on the device. The scratch
-memory is on the host.
+With bf16 weights, if a process group contains only this rank, its gradients are neither copied nor reduced.
+
+With offload (ZeRO 1 and 2), the gradients of the shard are copied to the host during the reduction. A complete gradient
+is freed as soon as this rank's slices of it are copied. With fp32 weights, the gradients of the shard are then not
+joined on the device. The scratch memory is on the host.
 
 With bf16 weights, one chunk of the rank may complete its last backward before another chunk does. The gradients of the
 earlier chunk are then reduced first, as a separate block. After this reduction, only a shard of every group remains in
 memory (parallel/zero/whole_weights.py).
 
-Some gradients are kept only by other ranks. Stage 2 frees them after their own reduction, and stage 1 after all
-reductions.
+If this rank keeps no slice of a gradient, stage 2 frees the gradient after its reduction, and stage 1 frees it after
+the reduction of all gradients.
 
 All sizes are in bytes, unless a name says elements.
 """
@@ -40,7 +43,7 @@ from train.plan.memory.rank_weights import FP32_BYTES, Shards, Weight
 
 @dataclass
 class _Bytes:
-    """Counts the bytes in use, and their maximum since the last mark."""
+    """Counts the bytes in use, and their maximum since the last call of `mark`."""
 
     now: int = 0
     peak: int = 0
@@ -64,9 +67,10 @@ class Slice:
 
 @dataclass(frozen=True)
 class Gradient:
-    """A weight's gradient in its group."""
+    """The gradient of a weight in one of the rank's parameter groups."""
 
     group: int
+    """Index of the parameter group."""
     weight: Weight
     slices: list[Slice]
     mine: bool
@@ -78,7 +82,8 @@ class Gradient:
 
 
 def _gradients(groups: Sequence[Shards], ranks: Sequence[int]) -> Iterator[Gradient]:
-    """All gradients in DeepSpeed's order. ranks: this rank's index in every group."""
+    """Yields all gradients in DeepSpeed's order. ranks: for every group, the index of this rank among the group's
+    ranks."""
     for number, (group, rank) in enumerate(zip(groups, ranks, strict=True)):
         begin, part = 0, group.partition
         for weight in group.weights:
@@ -104,7 +109,7 @@ def kept_elements(config: Config, groups: Sequence[Shards], stage_rank: int) -> 
 
 
 class StepEnd:
-    """Gradients of one rank, from the end of the schedule to the next step."""
+    """Follows the gradients of one rank from the end of the passes to the next step."""
 
     def __init__(self, config: Config, groups: Sequence[Shards], stage_rank: int, scene: Scene):
         self._groups, self._scene = groups, scene
@@ -123,8 +128,8 @@ class StepEnd:
         in the update.
 
         ended: chunks whose gradients are reduced early, in order. The first result has two numbers for each of these
-        chunks. The first number is the peak, counted from the bytes before the reduction. The second number is the
-        change in bytes that remains, which is mostly negative.
+        chunks: the peak during the reduction, and the bytes after the reduction. Both are relative to the bytes before
+        the reduction, so the second number is mostly negative.
         """
         meter = self._meter = _Bytes()
         meter.take(sum(one.size for one in self._gradients))
@@ -142,8 +147,8 @@ class StepEnd:
         return ahead, meter.mark(), self._update()
 
     def _reduce_all(self, gradients: Sequence[Gradient], ahead: bool = False) -> None:
-        """Reduce one of DeepSpeed's blocks. ahead: the block is an early one, and all its gradients are freed
-        afterwards."""
+        """Simulates how DeepSpeed reduces one block of gradients. ahead: whether the block is reduced early, while
+        passes of other chunks still follow; all gradients of the block are then freed after the reduction."""
         self._meter.take(FP32_BYTES * self._bucket)
         waiting: list[Gradient] = []
         for one in gradients:
@@ -163,7 +168,7 @@ class StepEnd:
         return one.weight.elements <= self._bucket
 
     def _reduce(self, waiting: Sequence[Gradient]) -> None:
-        """Sum the waiting gradients over their ranks, and keep this rank's slices."""
+        """Simulates the sum of the waiting gradients over their ranks, and stores this rank's slices."""
         meter = self._meter
         if self._bf16:
             for one in waiting:
@@ -195,7 +200,8 @@ class StepEnd:
         return sum(one.size for one in self._gradients if one.mine)
 
     def _copies(self, gradients: Sequence[Gradient]) -> Iterator[int]:
-        """Yields the number of elements of each copy that joins slices. A single slice needs no copy."""
+        """Yields the number of elements of each copy that joins several slices. A single slice is not copied, and
+        yields 0 or nothing."""
         slices: list[int] = []
         for mine, run in groupby(
             ((one, piece) for one in gradients for piece in one.slices),
@@ -216,8 +222,8 @@ class StepEnd:
         return self._bf16 and piece.owner == self._ranks[one.group]
 
     def _end(self, gradients: Sequence[Gradient], ahead: bool) -> None:
-        """Free the bucket, and those large gradients that still exist. Call it when all of these gradients are
-        reduced."""
+        """Frees the bucket, and all gradients that are larger than the bucket and still allocated. It is called after
+        all of these gradients have been reduced."""
         stays = (
             one
             for one in gradients

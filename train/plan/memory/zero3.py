@@ -1,9 +1,9 @@
-"""Memory that ZeRO stage 3 needs for the active unit, besides this rank's shards (parallel/zero/sharded_weights.py).
+"""Plans the memory of ZeRO stage 3: this rank's shards, and the gathered weights (parallel/zero/sharded_weights.py).
 
 The model's units run in sequence: embedding, blocks, final norm, MTP modules and head. Backward runs them in reverse
-order. While a unit runs, DeepSpeed has gathered the unit's weights and already gathers weights of the next units
-(zero3_gather.py). Gradients are copied into a bucket, which exists for the whole run. They are reduced during backward
-(zero3_scatter.py). All sizes are in bytes.
+order. One execution of a unit in a pass is called a visit. During a visit, DeepSpeed has gathered the unit's weights
+and already gathers the weights of the next units (zero3_gather.py). Gradients are copied into a bucket, which exists
+for the whole run, and are reduced during backward (zero3_scatter.py). All sizes are in bytes.
 """
 
 from collections.abc import Sequence
@@ -33,13 +33,14 @@ class Zero3Memory:
     """Memory of one rank that has all layers of the model in one chunk."""
 
     def __init__(self, config: Config, weights: Sequence[Weight], groups: Sequence[Shards], chunk: ChunkMemory):
-        """weights: all weights of the rank. groups: only its trained weights."""
+        """weights: all weights of the rank. groups: the rank's parameter groups, which contain only trained weights.
+        chunk: the memory of the rank's only chunk."""
         self._config, self._groups, self._chunk = config, groups, chunk
         self._frozen = [weight for weight in weights if not weight.is_trained]
         self._element = config.precision.weight_bytes
 
     def state(self) -> dict[str, int]:
-        """Permanent bytes by item."""
+        """Returns the bytes that are allocated for the whole run, by item."""
         owned = sum(group.scattered for group in self._groups)
         return {
             "weights": self._element * owned + sum(self._shared(weight).shard_bytes for weight in self._frozen),
@@ -50,8 +51,7 @@ class Zero3Memory:
         }
 
     def schedule(self) -> tuple[int, str]:
-        """Returns the peak bytes in the forward and backward passes and between them, and the name of the unit at the
-        peak."""
+        """Returns the peak bytes of the forward and backward passes, and the name of the unit at the peak."""
         forward, (backward, _) = self._forward, self._backward
         held = self._held
         moments = []
@@ -60,15 +60,15 @@ class Zero3Memory:
             moments.append((most, f"{'forward' if number < len(forward) else 'backward'}: {visit.unit}"))
         if (
             micro_batches_of(self._config) > 1
-        ):  # gradients that remain from a micro-batch are reduced when the next micro-batch begins
+        ):  # the last gradients of a micro-batch are reduced when the next micro-batch begins
             moments.append((self.reduction(), "reduction between micro-batches"))
         return max(moments)
 
     def evaluation(self) -> int:
-        """Peak bytes in a forward without gradients.
+        """Returns the peak bytes of a forward without gradients.
 
-        This forward does not run the MTP modules. DeepSpeed has learnt the order of units in training, so it still
-        gathers the modules' weights while the head runs.
+        This forward does not run the MTP modules. DeepSpeed has recorded the order of units in training, so it still
+        gathers the weights of the MTP modules until the head runs instead.
         """
         visits = [visit for part in self._chunk.parts for visit in trace_unit_evaluation(self._chunk.scene, part)]
         held = self._held[: len(visits)]
@@ -107,7 +107,7 @@ class Zero3Memory:
 
     @cached_property
     def _backward(self) -> tuple[list[Visit], WaitingGradients]:
-        """The visits of units in backward order, and the gradients that are not yet reduced at the end."""
+        """The visits of backward in order, and the gradients that are not yet reduced when backward ends."""
         scene, waiting = self._chunk.scene, NOTHING
         visits: tuple[Visit, ...] = ()
 
@@ -121,15 +121,15 @@ class Zero3Memory:
 
     @cached_property
     def _held(self) -> list[GatheredBytes]:
-        """Bytes of gathered weights at each visit: first the visits of forward, then those of backward."""
+        """Bytes of gathered weights at each visit of a micro-batch: first those of forward, then those of backward."""
         last = len(self._learnt[0]) - 1
         held = follow_gathers(*self._learnt)
         return held[1 : last + 1] + held[-last:]
 
     @cached_property
     def _learnt(self) -> tuple[list[list[SharedWeight]], list[tuple[int, bool]], int]:
-        """Returns the arguments of `follow_gathers`: the weights of each unit, the order of visits that DeepSpeed
-        records in one micro-batch, and the limit of DeepSpeed's prefetch in elements."""
+        """The arguments of `follow_gathers`: the weights of each unit, the visits of one micro-batch in the order that
+        DeepSpeed records, and the largest number of elements that DeepSpeed gathers in advance."""
         units = self._units()
         last, depths = len(units) - 1, self._config.model.mtp_depth
         down = range(last, 0, -1)  # each pass starts with the model itself, a unit without weights
@@ -164,8 +164,8 @@ class Zero3Memory:
         return part_weights(FrozenSection(self._config.model), part, share, FrozenSection(self._config.adapter))
 
     def update(self) -> int:
-        """Returns the peak bytes during the update. The update runs group by group. For each group, it needs a copy of
-        the gradients, and scratch memory."""
+        """Returns the peak bytes during the update of weights. The optimizer updates one group after the other. For
+        each group, it needs a copy of the gradients, and scratch memory."""
         scene, precision = self._chunk.scene, self._config.precision
         scratch = OPTIMIZER_CLASSES[self._config.optim.facts.name].count_scratch_bytes
         sizes = [group.scattered for group in self._groups]

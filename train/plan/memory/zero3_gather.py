@@ -1,16 +1,19 @@
 """Simulates, by DeepSpeed's rules, which weights ZeRO stage 3 has gathered while each unit of the model runs.
 
-DeepSpeed learns the order of units (parallel/zero/private_names.py names DeepSpeed's code). Before each unit, it
-gathers
+DeepSpeed records in which order the units (such as blocks and the head) run. One execution of a unit is called a visit.
+Before each unit runs, DeepSpeed does two things (parallel/zero/private_names.py names DeepSpeed's code):
 
-    1. the missing weights of the unit, and waits for them
-    2. weights of the next units, one by one, until `limit` elements are in transfer, or 2 limit are gathered in total
+    1. It gathers those weights of the unit that are not gathered yet, and waits for all weights of the unit.
+    2. It starts to gather weights of the next units, until `limit` elements are in transfer, or 2 * limit elements are
+       gathered in total.
 
 All weights of one gather share a buffer. When a unit first waits for one of these weights, DeepSpeed copies all of them
 out of the buffer. The buffer is freed when units have waited for all of these weights. A weight is not copied if it was
-gathered alone, or if only one rank has it. After a unit has run, its weights are freed, unless later gathers already
-rely on them. DeepSpeed waits for a unit's weights in the order of a Python set of objects, which differs between
-processes. So the simulation takes the worst order. If another unit runs than the learnt one, DeepSpeed frees all
+gathered alone, or if only one rank has it. After a unit has run, its weights are freed. DeepSpeed keeps a weight if it
+has already skipped a later gather of this weight because the weight was present.
+
+DeepSpeed waits for a unit's weights in the order of a Python set of objects, which differs between processes. So the
+simulation uses the order that needs the most memory. If another unit runs than the recorded one, DeepSpeed frees all
 weights in transfer.
 
 Limits are numbers of elements; results are bytes.
@@ -38,7 +41,7 @@ class SharedWeight(NamedTuple):
 
     @property
     def padded_bytes(self) -> int:
-        """Bytes of all shards together."""
+        """Bytes of the shards of all ranks."""
         return self.shard_bytes * self.ranks
 
 
@@ -46,7 +49,7 @@ class GatheredBytes(NamedTuple):
     """Bytes of gathered weights before and during one visit of a unit."""
 
     fetching: int
-    """Peak bytes while the unit's weights arrive."""
+    """Peak bytes while the unit waits for its weights."""
     working: int
     """Bytes while the unit runs."""
 
@@ -59,20 +62,21 @@ class _Status(Enum):
 
 @dataclass(eq=False)
 class _Weight:
-    """A weight in a simulation. next_use: index of the visit that caused the latest gather of this weight, or the
-    latest wait for it."""
+    """The state of one weight in a simulation. next_use: index of the last visit for which the weight has been
+    requested so far."""
 
     shared: SharedWeight
     status: _Status = _Status.away
     next_use: int = -1
     size: int = 0
-    """Bytes of the weight's own memory."""
+    """Bytes of the gathered weight, outside of the buffers of a gather."""
 
 
 @dataclass(eq=False)
 class _Gather:
-    """Weights that are in one transfer. buffers: bytes of the transfer's buffers. A buffer that later serves as the
-    memory of a weight does not count."""
+    """One gather of several weights in a single transfer. waited: the weights of the gather; empty after the first wait
+    for one of them. copied: weights that are copied out of the buffers at this wait. buffers: bytes of the buffers from
+    which weights are copied."""
 
     waited: list[_Weight]
     copied: list[_Weight] = field(default_factory=list)
@@ -89,16 +93,16 @@ class _Gather:
 def follow_gathers(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int
 ) -> list[GatheredBytes]:
-    """Returns the bytes of gathered weights at every visit. visits: pairs of the index of a unit in `units`, and
-    whether the unit is finished after the visit."""
+    """Returns the bytes of gathered weights at every visit. visits: pairs (index of a unit in `units`, whether the unit
+    is finished after the visit)."""
     return _Coordinator(units, visits, limit).run(len(visits))
 
 
 def follow_change(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int, number: int, unit: int
 ) -> GatheredBytes:
-    """Returns the bytes of gathered weights at one visit, if another unit runs than DeepSpeed has recorded. number:
-    index of the visit. unit: the unit that runs."""
+    """Returns the bytes of gathered weights at a visit in which DeepSpeed expects another unit than the one that runs.
+    number: index of the visit. unit: index of the unit that runs."""
     coordinator = _Coordinator(units, visits, limit)
     coordinator.run(number)
     return coordinator.visit_unlearnt(unit)
@@ -114,7 +118,7 @@ class _Coordinator:
         """Number of elements that DeepSpeed counts as gathered. Padding and buffers do not count."""
 
     def run(self, end: int) -> list[GatheredBytes]:
-        """Returns the bytes of gathered weights at the visits before visit `end`."""
+        """Returns the bytes of gathered weights at each visit before the visit with index `end`."""
         found = []
         for number, (unit, done) in enumerate(self._visits[:end]):
             weights = self._units[unit]
@@ -127,8 +131,8 @@ class _Coordinator:
         return found
 
     def visit_unlearnt(self, unit: int) -> GatheredBytes:
-        """Simulates the visit of another unit than DeepSpeed has recorded. The buffers are freed only after all weights
-        in transfer have arrived and are freed."""
+        """Simulates a visit in which DeepSpeed expects another unit than the one that runs. The buffers are freed after
+        all weights in transfer have arrived and have been freed."""
         highest = self._size()
         for weight, gather in self._coming.items():
             gather.arrive()
@@ -159,7 +163,7 @@ class _Coordinator:
         """Simulate the wait for a unit's weights. Returns the peak bytes during the wait."""
         highest = self._size()
         coming = [weight for weight in weights if weight in self._coming]
-        left = Counter(self._coming.values())  # weights left in each gather; its buffers are freed with the last
+        left = Counter(self._coming.values())  # number of weights left in each gather; at 0, its buffers are freed
         early = list({gather: weight for weight in coming if left[gather := self._coming[weight]] > 1}.values())
         for weight in [*early, *(weight for weight in coming if weight not in early)]:  # the worst possible order
             self._coming[weight].arrive()

@@ -1,10 +1,10 @@
 """Runs the passes of a part under ZeRO stage 3, unit by unit, and reduces gradients during backward.
 
 See parallel/zero/sharded_weights.py. Backward computes complete fp32 gradients of the weights in reverse module order,
-and DeepSpeed copies them into a bucket. The waiting gradients are reduced when the next gradient belongs to another
-group of ranks (dense or experts), or does not fit into the bucket. They are joined in the order of shards, summed over
-the ranks, and added to the sums of the shards. A gradient larger than the bucket stays in its own memory until it is
-reduced.
+and DeepSpeed copies them into a bucket. The gradients in the bucket are reduced when the next gradient belongs to
+another group of ranks (dense or experts), or does not fit into the bucket. The reduction copies the gradients into the
+order of the shards, sums them over the ranks, and adds each rank's part to the gradients of its shard. A gradient that
+is larger than the bucket is not copied into the bucket.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ NOTHING = WaitingGradients()
 
 @dataclass(frozen=True)
 class Bucket:
-    """The rules for gradients in the bucket."""
+    """DeepSpeed's rules for its bucket of gradients that wait for their reduction."""
 
     limit: int
     """Size of the bucket in elements."""
@@ -41,7 +41,8 @@ class Bucket:
     gloo: bool
 
     def is_full(self, waiting: WaitingGradients, elements: int, experts: bool) -> bool:
-        """Whether the waiting gradients must be reduced before a gradient of this size and kind is added."""
+        """Whether the waiting gradients must be reduced before another gradient is added. elements: size of the other
+        gradient. experts: whether it belongs to an expert."""
         return waiting.tensors > 0 and (experts != waiting.experts or waiting.elements + elements > self.limit)
 
     def add(self, waiting: WaitingGradients, elements: int, experts: bool) -> WaitingGradients:
@@ -50,12 +51,12 @@ class Bucket:
         return WaitingGradients(waiting.elements + elements, waiting.padded + padded, waiting.tensors + 1, experts)
 
     def takes(self, elements: int) -> bool:
-        """Whether a gradient of this size is copied into the bucket."""
+        """Whether a gradient with this number of elements is copied into the bucket."""
         return elements <= self.limit
 
     def reduction(self, waiting: WaitingGradients) -> int:
-        """Returns the peak bytes of a reduction. gloo computes the sum in a copy of the gradients. The shards of
-        experts are scaled after the sum."""
+        """Returns the peak bytes that a reduction of the waiting gradients allocates. gloo computes the sum in a copy
+        of the gradients. The sums of experts' gradients are scaled in another copy."""
         ranks = self.expert_ranks if waiting.experts else self.dense_ranks
         in_order = 0 if waiting.tensors == 1 and waiting.elements == waiting.padded else waiting.padded
         summed = waiting.padded if self.gloo else 0
@@ -64,7 +65,7 @@ class Bucket:
 
 
 class Visit(NamedTuple):
-    """One visit of a unit in a pass: live bytes when it starts, and its peak."""
+    """One execution of a unit of the model in a pass: the live bytes at its start, and the peak of the live bytes."""
 
     unit: str
     start: int
@@ -77,15 +78,15 @@ class Visit(NamedTuple):
 
 @traced_once
 def trace_unit_forward(scene: Scene, part: str) -> tuple[Visit, ...]:
-    """Returns the visits of a forward pass. The unit of a visit has the name of the part. The part `end` has several
-    units: norm, mtp.0 ... and head."""
+    """Returns the visits of a part's forward pass. The part `end` has several units: norm, mtp.0 ... and head. Every
+    other part is one unit, which has the name of the part."""
     with _UnitRun(scene, part) as run:
         return run.visits(run.forward().run)
 
 
 @traced_once
 def trace_unit_evaluation(scene: Scene, part: str) -> tuple[Visit, ...]:
-    """Returns the visits of a forward pass without gradients."""
+    """Returns the visits of a part's forward pass without gradients."""
     with _UnitRun(scene, part) as run:
         return run.visits(run.evaluate())
 
@@ -94,10 +95,10 @@ def trace_unit_evaluation(scene: Scene, part: str) -> tuple[Visit, ...]:
 def trace_unit_backward(
     scene: Scene, part: str, held: bool, bucket: Bucket, waiting: WaitingGradients
 ) -> tuple[PassMemory, tuple[Visit, ...], WaitingGradients]:
-    """Returns the memory of a complete backward pass, its visits, and the gradients that are not yet reduced at its
-    end.
+    """Returns the memory of a part's complete backward pass, its visits, and the gradients that are not yet reduced
+    when it ends.
 
-    held: as in trace_backward. waiting: gradients that are not yet reduced at the start.
+    held: as in `trace_backward`. waiting: gradients that are not yet reduced when the pass starts.
     """
     with _UnitRun(scene, part, bucket, waiting) as run:
         run.forward()
@@ -106,7 +107,7 @@ def trace_unit_backward(
 
 
 class _UnitRun(Run):
-    """A run that records when each unit begins, and adds the unit's gradients to the bucket."""
+    """Runs a part, records when each unit of the part begins, and adds the unit's gradients to the bucket."""
 
     def __init__(self, scene: Scene, part: str, bucket: Bucket | None = None, waiting: WaitingGradients = NOTHING):
         super().__init__(scene, part, first=bucket is not None)
@@ -124,7 +125,7 @@ class _UnitRun(Run):
         self._order = [(param, apart and ".experts." in name) for name, param in reversed(own)]
         self._ready: set[nn.Parameter] = set()
         self._large: list[Tensor] = []
-        """Gradients that wait in their own memory, because they are larger than the bucket."""
+        """Waiting gradients that are larger than the bucket, and so are not copied into it."""
         if self._bucket is not None:
             if not self._bucket.takes(self.waiting.elements):
                 self._large.append(torch.empty(self.waiting.elements, device="meta"))
@@ -133,7 +134,7 @@ class _UnitRun(Run):
         return self
 
     def visits(self, whole: PassMemory) -> tuple[Visit, ...]:
-        """Returns the visits of the pass that has just ended."""
+        """Returns the visits of the pass that has just ended. whole: the memory of this pass."""
         found, firsts = [], [0, *(first for _, first in self._begun[1:]), len(whole.pieces)]
         for (unit, _), first, end in zip(self._begun, firsts, firsts[1:], strict=False):
             start = whole.pieces[first - 1].end if first else whole.start
@@ -150,7 +151,7 @@ class _UnitRun(Run):
             self._begun.append((unit, len(self._pieces)))
 
     def _watch(self, out: Tensor | list[Tensor], unit: str) -> None:
-        """Record when a unit's backward begins. This is when the gradient of the unit's output arrives."""
+        """Records when a unit's backward begins, which is when the gradient of the unit's output has been computed."""
         for tensor in (out if isinstance(out, list) else [out]) if torch.is_grad_enabled() else ():
             tensor.register_hook(lambda _: self._visit(unit))
 
@@ -173,8 +174,8 @@ class _UnitRun(Run):
 
 
 def unit_of(name: str) -> str:
-    """Returns the unit of a module or weight after the blocks: norm, head or mtp.N. Returns an empty text for all other
-    names, such as the embedding."""
+    """Returns the unit to which a module or weight after the blocks belongs: norm, head or mtp.N. Returns an empty
+    string for all other names, such as the embedding."""
     first, *rest = name.split(".")
     if first == "mtp":
         return f"mtp.{rest[0]}" if rest else ""
