@@ -1,16 +1,17 @@
 """Names the rank that broke a run: the first rank to fail, never one of its victims.
 
-When one rank fails, its peers lose their connection to it or wait until a time-out. The peers then fail too, and often
-report their failure first. The rules apply in this order:
+A victim is a rank that fails because another rank failed. When one rank fails, its peers lose their connection to it or
+wait until a time-out. The peers then fail too, and often report their failure first. The rules apply in this order:
 
     1. A rank whose input was wrong (exit code 2): the user must act.
     2. A node that no longer answers: all other failures follow from it.
-    3. A rank that vanished without a report: killed, crashed in native code, or gone before the end of its work with any
-       exit code, even 0. A victim has time to write its reason.
-    4. Ranks that are silent while the others timed out in a collective: they hang.
-    5. The earliest error by its host's clock, which nobody sets, or the ranks that this error blames. Such an error
-       names the ranks where a non-finite loss began, which fails all ranks at once, or a rank that did not write its
-       part of a checkpoint.
+    3. A rank that vanished without a report. The rank was killed, crashed in native code, or ended before the end of its
+       work with any exit code, even 0. Such a rank is no victim, because a victim has time to write its reason.
+    4. Ranks that are silent while the others timed out in a collective: the silent ranks hang.
+    5. The rank that reported the earliest error. If this error blames other ranks, they are named instead. An error of a
+       non-finite loss fails all ranks at once, and blames the ranks where the loss became non-finite. An error of a
+       checkpoint blames the ranks that did not write their part of it. Errors are ordered by their host's uptime clock,
+       which nobody can set.
 """
 
 import contextlib
@@ -31,7 +32,9 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_U
 from conf.files import atomic_write_text, open_plain, read_plain_json, read_tail
 
 CERTAIN = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
-"""Exit codes that no victim has. SIGABRT is not among them, because libraries abort when they lose a peer."""
+"""Exit codes that prove that a rank is no victim of another rank's failure. SIGABRT is not among them, because
+libraries abort when they lose a peer.
+"""
 NCCL_TIMEOUT = "Watchdog caught collective operation timeout"
 """Text that torch prints before it aborts a rank that waited too long in a GPU collective."""
 OUTPUT_TAIL = 4 << 10
@@ -41,7 +44,9 @@ LAST_WORDS_BYTES = 64 << 10
 NEWS_BYTES = 16 << 20
 """Maximum bytes read from a file in which a rank reports its state."""
 SAID = 4 << 10
-"""Characters of headline and message that always fit into the reserved space."""
+"""Maximum characters of the headline, and of the message, in a shortened failure report. A shortened report always fits
+into the disk space that the rank reserved.
+"""
 CURES_OF_SIGNALS: dict[int, str] = {
     signal.SIGKILL: "look at dmesg for the kernel's out-of-memory kills (lower micro_batch_size or model.loss_chunk if memory is short); "
     "otherwise a person, a job scheduler or a container runtime sent SIGKILL",
@@ -59,7 +64,7 @@ CURE_OF_EXITS = (
 
 
 class Kind(Enum):
-    """Kind of failure that ended an attempt. The driver has a separate failure budget for each kind."""
+    """Kind of failure that ended an attempt. The driver allows a separate number of failures for each kind."""
 
     user = "bad input"
     node = "node lost"
@@ -76,8 +81,8 @@ class Failure:
 
     rank: int
     time: float
-    """Time by `cluster.clocks.uptime`, because the driver does not trust a rank's wall clock. The agent converts it to
-    Unix time.
+    """Seconds since the start of the rank's host, from `cluster.clocks.uptime`. The driver does not trust a rank's wall
+    clock, so the agent converts these seconds to Unix time.
     """
     kind: str
     """One of: user, timeout, stopped, crash."""
@@ -85,16 +90,17 @@ class Failure:
     """Sluice's error screen, or the traceback of the error that was raised first."""
     code: int
     ranks: list[int] = field(default_factory=list)
-    """Ranks where the failure began, if the reporting rank knows them."""
+    """Ranks where the failure began; empty if the reporting rank does not know them."""
     headline: str = ""
-    """One line; empty if the message contains a headline."""
+    """The failure in one line; empty if `message` already contains this line."""
     whole: str = ""
-    """The traceback with all errors that followed from the first error; empty if none followed."""
+    """The complete traceback, with the first error and all errors that followed from it. Empty if no error followed."""
 
     def write(self, logs: Path) -> None:
         """Write the report.
 
-        Raises OSError if the disk refuses it; on a full disk it uses the space that `begin_work` reserved.
+        On a full disk, a shortened report goes into the space that `begin_work` reserved. Raises OSError if the disk
+        refuses that too.
         """
         logs.mkdir(parents=True, exist_ok=True)
         path = failure_path(logs, self.rank)
@@ -116,10 +122,10 @@ def begin_work(logs: Path, rank: int) -> None:
 
 
 def end_work(logs: Path, rank: int) -> None:
-    """Remove the file that marks a working rank. Without this file, the rank's exit code or its Failure tells the
-    outcome.
+    """Remove the file that marks a working rank. After this call, the rank's exit code or its Failure shows how the
+    rank ended.
 
-    Raises OSError if the disk refuses it.
+    Raises OSError if the disk refuses the change.
     """
     at_work_path(logs, rank).unlink(missing_ok=True)
 
@@ -138,28 +144,30 @@ class RankReport:
     phase: str = "start"
     """start, step, validation, checkpoint, or the hook of a callback, as the rank reports it."""
     busy: float | None = None
-    """Seconds of the last step in which the rank did its own work, without waits for other ranks; None if not
-    reported.
+    """Seconds of the last step in which the rank did its own work and did not wait for other ranks. None if the rank
+    did not report them.
     """
     seconds: float | None = None
-    """Seconds of the complete last step."""
+    """Seconds of the whole last step, including the waits for other ranks."""
     memory: int = 0
-    """Peak bytes of its device, or of the process on a CPU; 0 if not reported."""
+    """Peak memory in bytes of the rank's device, or of its process on a CPU; 0 if the rank did not report it."""
     sequences: float = 0.0
-    """Sequences in the current step, over all ranks; 0 if not reported."""
+    """Sequences in the current step, over all ranks; 0 if the rank did not report them."""
     on_gpu: bool = False
     done: int = 0
-    """Number of completed work units so far, which measures progress between steps; see cluster/comm_ring.py."""
+    """Number of work units that the rank has completed so far. This number shows progress between two steps; see
+    cluster/comm_ring.py.
+    """
     written: int = 0
-    """Bytes of checkpoints written so far."""
+    """Bytes of checkpoints that the rank has written so far."""
     waited_for_core: float = 0.0
-    """Seconds so far in which the rank waited for a core; see cluster/spawn.py."""
+    """Seconds so far in which the rank was ready to run but had no CPU core; see cluster/spawn.py."""
     state: str = ""
     """Letter of the process state of Linux; T means stopped."""
     log_tail: str | None = ""
-    """Last lines of its output, filled in after a failure. None if its output went to the driver's terminal."""
+    """Last lines of the rank's output, read after the rank failed. None if the output went to the driver's terminal."""
     deserted: bool = False
-    """Whether the rank ended before the end of its work. In that case Sluice did not choose its exit code."""
+    """Whether the rank ended before the end of its work. In that case, code outside Sluice chose the exit code."""
 
     @property
     def ended(self) -> bool:
@@ -177,20 +185,20 @@ class RankReport:
 
     @property
     def said(self) -> int | None:
-        """The exit code that the rank chose."""
+        """The exit code that the rank chose; None if the rank did not choose one."""
         return None if self.deserted else self.failure.code if self.failure else self.code
 
     @property
     def certain(self) -> bool:
-        """Whether the rank ended in a way in which a victim never ends."""
+        """Whether the way in which the rank ended proves that the rank is no victim of another rank's failure."""
         return self.code is not None and (self.code in CERTAIN or (self.deserted and self.code >= 0))
 
 
 def read_report(rank: int, code: int | None, logs: Path, pid: int | None = None) -> RankReport:
-    """Read the files that a rank left in its folder. code: the rank's exit code.
+    """Read the files that a rank left in its folder.
 
-    Call this function only after the exit code is known, because an ended rank writes nothing more. pid: process id, if
-    the process is on this machine.
+    code: the rank's exit code, or None while the rank runs. Call this function only after the exit code is known,
+    because a rank writes until it ends. pid: the rank's process id, if the process is on this machine.
     """
     report = RankReport(rank, code)
     if pid is not None and code is None:
@@ -217,7 +225,7 @@ def _number(found: Any) -> Any:
 
 
 def _failure(found: Any) -> Failure | None:
-    """Return the failure report if a rank wrote it, else None."""
+    """Return `found` as a Failure, or None if `found` does not have the format of a failure report."""
     match found:
         case {
             "rank": int(),
@@ -241,18 +249,19 @@ class Cause:
     text: str
     ranks: tuple[int, ...] = ()
     nodes: tuple[str, ...] = ()
-    """Names of the nodes where it happened."""
+    """Names of the nodes on which the failed ranks ran."""
     code: int = EXIT_CRASH
     log: str = field(default="", repr=False)
-    """Output or stacks that explain the failure."""
+    """Output or stacks of the ranks that explain the failure."""
     advice: str = ""
     """Advice that follows from how the rank ended; empty if there is none."""
 
 
 def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None:
-    """Return the cause of the failure, or None if no rank failed. reports: the reports of all ranks on answering nodes.
+    """Return the cause of the failure, or None if no rank failed.
 
-    names: node of each rank; empty if all ranks are on one machine, and then no text names the machine.
+    reports: the reports of all ranks on answering nodes. names: the node of each rank. If `names` is empty, all ranks
+    are on one machine, and the texts name no machine.
     """
     failed = sorted((report.failure for report in reports if report.failure), key=lambda failure: failure.time)
     first = failed[0] if failed else None
@@ -318,7 +327,7 @@ def _tail(report: RankReport) -> str:
 
 
 def _how(report: RankReport) -> str:
-    """Describe how a rank that left no Failure ended."""
+    """Describe how a rank ended that wrote no failure report."""
     assert report.code is not None, "it has ended"
     if report.code < 0:
         memory = " (out of memory?)" if -report.code == signal.SIGKILL else ""
@@ -354,10 +363,12 @@ machine, not for another rank.
 
 
 def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int, str], seconds: float) -> Cause:
-    """Name the ranks that hang. These are the stopped ranks. If no rank is stopped, these are the ranks without a
-    stack. If every rank has a stack, these are the ranks that do not wait for other ranks.
+    """Name the ranks that hang.
 
-    stacks: rank -> traceback of its threads by faulthandler; ranks that did not answer are missing.
+    The function checks three groups in this order: stopped ranks, ranks without a stack, and ranks that do not wait for
+    other ranks. The first group that contains some of the ranks, but not all, is named.
+
+    stacks: for each rank, the traceback of its threads by faulthandler; ranks that did not answer are missing.
     """
     stopped = [report for report in reports if report.state == "T"]
     silent = [report for report in reports if report.rank not in stacks and not report.ended]
@@ -392,6 +403,6 @@ def waits_for_ranks(stack: str) -> bool:
 
 
 def innermost(stack: str) -> str:
-    """Return text that says which line the main thread is executing. stack: stacks of all threads of a rank."""
+    """Return text that names the line that the main thread is executing. stack: the stacks of all threads of a rank."""
     frames = main_thread_frames(stack)
     return f", at {frames[0]}" if frames else ""

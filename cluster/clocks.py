@@ -1,11 +1,11 @@
-"""Defines two clocks. `SteadyClock` gives a time of day that no clock change affects. `HeldUp` measures how long the
-process was held up.
+"""Defines two clocks. `SteadyClock` returns a time of day that stays correct when somebody changes the system's clock.
+`HeldUp` measures how long the process was held up.
 """
 
 import time
 
 _COUNTER = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-"""The clock's id. CLOCK_BOOTTIME also counts while the machine sleeps, but only Linux has it."""
+"""Id of the clock that `uptime` reads. CLOCK_BOOTTIME also counts while the machine sleeps, but only Linux has it."""
 
 
 def uptime() -> float:
@@ -14,7 +14,9 @@ def uptime() -> float:
 
 
 class SteadyClock:
-    """Unix time in seconds. It is read once at construction; later times follow from `uptime`."""
+    """A clock that returns Unix time in seconds. It reads the system's Unix time once, at construction. Later times
+    follow from `uptime`.
+    """
 
     def __init__(self) -> None:
         self._ahead = time.time() - uptime()
@@ -33,18 +35,22 @@ class SteadyClock:
 
 
 class HeldUp:
-    """Measures how long its process was held up between two looks.
+    """Measures how long its process was held up between two calls of `since_last_look`.
 
-    A busy machine or a sleeping laptop holds a process up. A watching process that was held up must not report others
-    as late. nap: seconds that the process may be busy between two looks. now: time of the first look.
+    A busy machine or a sleeping laptop holds a process up. If a process that watches others was held up, it must not
+    report the others as late.
+
+    nap: seconds between two calls that do not count as a hold-up. now: time at construction.
     """
 
     def __init__(self, nap: float, now: float):
         self._nap, self._looked = nap, now
 
     def since_last_look(self, now: float) -> float:
-        """Return the seconds for which this process was held up since the last look; 0 if it was not held up. No other
-        process may be blamed for this time."""
+        """Return the seconds for which this process was held up since the previous call; 0 if it was not held up.
+
+        During these seconds this process watched nothing, so it must not count them as silence of another process.
+        """
         held_up = max(0.0, now - self._looked - self._nap)
         self._looked = now
         return held_up

@@ -1,15 +1,16 @@
 """Stores a rank's recent communication in a file that still exists after the rank has ended.
 
-The file has a record of every collective, send and receive, with the step, phase and pipeline action of the operation.
-The file is mapped into memory, so the kernel keeps its content even if SIGKILL ends the process.
+The file is called the rank's ring. It has a record of every recent collective, send and receive, with the step, phase
+and pipeline action in which the operation ran. The file is mapped into memory, so the kernel keeps its content even if
+SIGKILL ends the process. The file has these parts:
 
-    80 bytes     header: magic, version, number of records, rank, ranks of the run, process, Unix time of the start,
-                 host
-    48 bytes     current state: step, phase, layer, action, since when; pieces of work done, and bytes written of
-                 checkpoints
-    rest of 64 KiB   one JSON value per line: groups, and places in the program, each before the first record with its
-                     number
-    records      88 bytes each; the oldest is overwritten
+    header    80 bytes: magic, version, number of records, rank, number of ranks of the run, process id, Unix time of the
+              ring's creation, host
+    state     48 bytes: step, phase, layer and action that run now, and the Unix time at which the phase or action began;
+              the number of completed work units, and the bytes of checkpoints written
+    table     the rest of the first 64 KiB: one JSON value per line for each group of ranks and each place in the program.
+              Records refer to a line by its number. A line is written before the first record that refers to it
+    records   88 bytes each; a new record overwrites the oldest record
 
 One or more threads write without a lock. Each record has a unique number at its start and at its end, and the record is
 complete when both are equal. So a reader in another process can skip incomplete records at any time. This file does not
@@ -39,9 +40,9 @@ from conf.files import read_plain
 MAGIC, RING_FORMAT = b"SLUICERING\0\0", 1
 MOST_RANKS = 1 << 20
 RING_BYTES = 16 << 20
-"""Maximum bytes of a ring that a reader reads."""
+"""Maximum number of bytes that a reader reads from a ring file."""
 RECORDS = 8192
-"""Records per file; enough for some steps of a large layout."""
+"""Number of records in a ring file. It is enough for some steps of a large layout."""
 NOW_AT, TABLE_AT, RECORDS_AT = 80, 128, 64 << 10
 """Offsets in bytes of the current state, the table and the records."""
 HEADER = struct.Struct("<12sIIIIId32s")
@@ -52,7 +53,7 @@ RECORD = struct.Struct("<QIHHBBhIi4xQQHHHBxdddQ")
 phase, began, waited, ended, serial.
 """
 WAITED_AT, ENDED_AT = 64, 72
-"""Offsets of the fields `waited` and `ended` in a record."""
+"""Byte offsets of the fields `waited` and `ended` within a record."""
 RANK_PHASES = ("start", "data", "schedule", "reduction", "update", "record", "validation", "checkpoint")
 """Phases of a rank's work."""
 KINDS = (
@@ -73,19 +74,23 @@ ELEMENT_TYPES = (
     "float8_e4m3fn",
     "other",
 )
-"""Element types; the first one, "", means that nothing is sent."""
+"""Names of the element types of an operation. The first name, "", means that the operation sends nothing."""
 _KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 _DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(ELEMENT_TYPES)}
 _OTHER = ELEMENT_TYPES.index("other")
 _TIME, _SERIAL, _COUNT = struct.Struct("<d"), struct.Struct("<Q"), struct.Struct("<I")
 LEAST_SENT, ALL_SENT = 128, 1 << 20
-"""Minimum number of records in one rank's packed ring, and maximum number in the packed rings of all ranks together."""
+"""Limits of packed rings (see `pack_ring`): the minimum number of records in one rank's packed ring, and the maximum
+number in the packed rings of all ranks together.
+"""
 NO_LAYER = -1
 
 
 class CommGroup(NamedTuple):
-    """Ranks that communicate. name: name of the group, the same on all its ranks. label: the layout's name for the
-    group."""
+    """A group of ranks that communicate.
+
+    name: name of the group, equal on all its ranks. label: the layout's name for the group.
+    """
 
     name: str
     label: str
@@ -97,29 +102,31 @@ class CommRecord(NamedTuple):
 
     group: CommGroup
     seq: int
-    """Number of the operation in its group on this rank, from 1. Sends and receives are numbered separately for each
-    pair of ranks.
+    """Sequence number of the operation in its group on this rank, from 1. Sends and receives are numbered separately
+    for each pair of ranks.
     """
     kind: str
     dtype: str
     sent: int
     received: int
-    """Elements that this rank sent and received."""
+    """Numbers of elements that this rank sent (`sent`) and received (`received`)."""
     peer: int
     """Rank at the other end of a send or receive; -1 otherwise."""
     step: int
     phase: str
     layer: int
-    """Layer that was entered last in this action; -1 if none was entered."""
+    """The layer that the rank entered last in this action; -1 if it has entered no layer."""
     action: str
-    """For example `F2.0`: the forward of micro-batch 0 through stage 2; empty outside pipeline actions."""
+    """The pipeline action, for example `F2.0`: the forward of micro-batch 0 through stage 2. Empty outside pipeline
+    actions.
+    """
     place: str
-    """File and line of the caller."""
+    """File and line of the code that called the operation."""
     began: float
     waited: float
     """Unix time at which the rank started to wait for the operation; 0 if the rank did not wait."""
     ended: float
-    """Unix time at which the rank learned that the operation was complete; 0 if the rank does not know."""
+    """Unix time at which the rank learned that the operation was complete; 0 if it has not learned this yet."""
 
     @property
     def blocks(self) -> bool:
@@ -129,7 +136,7 @@ class CommRecord(NamedTuple):
 
 @dataclass
 class RankTrace:
-    """Content of one rank's ring."""
+    """Content of one rank's ring file."""
 
     rank: int
     world: int
@@ -144,21 +151,23 @@ class RankTrace:
     layer: int = NO_LAYER
     action: str = ""
     since: float = 0.0
-    """Unix time at which the phase or the action began."""
+    """Unix time at which the current phase or action began."""
 
     @property
     def is_here(self) -> bool:
-        """Whether the rank's process is on this host."""
+        """Whether the rank's process runs on this host."""
         return self.host.encode() == _host()
 
     @property
     def blocked(self) -> list[CommRecord]:
-        """Records of operations that the rank waits for, oldest first."""
+        """Records of the operations for which the rank is waiting now, oldest first."""
         return [record for record in self.records if record.blocks]
 
 
 class CommRing:
-    """Writes a ring. Raises OSError if the disk has no room for the complete file; later writes need no more space."""
+    """Writes a rank's ring file. Raises OSError if the disk has no room for the complete file. Later writes need no
+    more space.
+    """
 
     def __init__(self, path: Path, rank: int, world: int, records: int = RECORDS):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +183,7 @@ class CommRing:
         self._records, self._serials, self._table_end = records, itertools.count(1), TABLE_AT
         self._now = SteadyClock().now
         self._numbers: dict[Any, int] = {}
-        """Numbers of groups and places in the table."""
+        """Line numbers of groups and places in the file's table."""
         self.step, self.phase, self.layer, self._action = 0, 0, NO_LAYER, (0, 0, 0)
         self._done = self._written = 0
         HEADER.pack_into(self._map, 0, MAGIC, RING_FORMAT, records, rank, world, os.getpid(), time.time(), _host())
@@ -197,21 +206,22 @@ class CommRing:
         self.count()
 
     def count(self, written: int = 0) -> None:
-        """Count one unit of work. written: if not 0, count this many bytes of a checkpoint instead."""
+        """Count one unit of work. written: if not 0, count this number of checkpoint bytes instead."""
         self._done, self._written = self._done + (not written), self._written + written
         COUNTS.pack_into(self._map, COUNTS_AT, self._done, self._written)
 
     def name_group(self, name: str, label: str, ranks: Sequence[int]) -> int:
-        """Return the number of a group, for `begin`."""
+        """Return the number of a group in the file's table, and add the group if it is new. Pass the number to `begin`."""
         return self._number((name, *ranks), ["group", name, label, _as_range(ranks)])
 
     def place(self, file: str, line: int) -> int:
-        """Return the number of a place in the program."""
+        """Return the number of a place in the file's table, and add the place if it is new. Pass the number to `begin`."""
         return self._number((file, line), ["place", file, line])
 
     def _number(self, key: Any, entry: list) -> int:
-        """Return the index of a table entry, counted from 1 in table order. Return 0 if the table has no room for the
-        entry."""
+        """Return the number of a table entry, counted from 1 in the order of the table. Return 0 if the table has no
+        room for the entry.
+        """
         found = self._numbers.get(key)
         if found is None:
             text = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
@@ -225,9 +235,9 @@ class CommRing:
     def begin(
         self, group: int, seq: int, kind: str, dtype: str, sent: int, received: int, peer: int, place: int
     ) -> int:
-        """Record that an operation begins. Returns the record's offset, which `wait` and `end` take.
+        """Record that an operation begins. Returns the record's byte offset, which is the argument of `wait` and `end`.
 
-        group, place: numbers from `name_group` and `place`. kind: one of KINDS.
+        group, place: numbers that `name_group` and `place` returned. kind: one of KINDS.
         """
         self.count()
         serial, now = next(self._serials), self._now()
@@ -240,15 +250,15 @@ class CommRing:
         return at
 
     def wait(self, at: int) -> None:
-        """Record that the rank starts to wait for this operation."""
+        """Record that the rank starts to wait for the operation of the record at offset `at`."""
         _TIME.pack_into(self._map, at + WAITED_AT, self._now())
 
     def end(self, at: int) -> None:
-        """Record that this operation is complete, as far as this rank knows."""
+        """Record that the operation of the record at offset `at` is complete, as far as this rank knows."""
         _TIME.pack_into(self._map, at + ENDED_AT, self._now())
 
     def close(self) -> None:
-        """Close the mapping; the file remains."""
+        """Close the memory mapping; the file remains."""
         self._map.close()
 
 
@@ -268,9 +278,9 @@ def _as_range(ranks: Sequence[int]) -> list[int]:
 
 
 def _from_range(said: list[int]) -> tuple[int, ...]:
-    """Decode ranks.
+    """Decode ranks that `_as_range` encoded.
 
-    For ranks that form no range, earlier versions wrote 0 instead of -1. Raises ValueError for too many ranks.
+    Earlier versions wrote 0 instead of -1 before ranks that do not form a range. Raises ValueError for too many ranks.
     """
     ranks = range(*said) if len(said) == 3 and said[0] >= 0 else said[1:]
     if len(ranks) > MOST_RANKS:
@@ -279,9 +289,9 @@ def _from_range(said: list[int]) -> tuple[int, ...]:
 
 
 def read_trace(raw: bytes, last: int = RECORDS) -> RankTrace:
-    """Parse a ring.
+    """Parse the bytes of a ring file. Raises ValueError if the bytes are not a ring.
 
-    last: maximum number of records to return; these are the newest. Raises ValueError if the bytes are not a ring.
+    last: maximum number of records to return. If the ring has more, the newest are returned.
     """
     if len(raw) < RECORDS_AT or raw[: len(MAGIC)] != MAGIC:
         raise ValueError("no ring of a rank")
@@ -351,11 +361,14 @@ def _action(kind: int, stage: int, micro_batch: int) -> str:
 
 
 def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
-    """Read the rings of a run's ranks from this folder, by rank. since: Unix time. Rings that were created before this
-    time belong to an earlier start and are skipped."""
+    """Read the rings of all ranks in this folder. Returns the traces by rank.
+
+    since: Unix time. Rings that were created before this time belong to an earlier start of the run and are skipped.
+    """
     traces = dict[int, RankTrace]()
     for path in logs.glob("rank_*.ring"):
-        # Skip the ring of a rank that has just started, and a ring that another version wrote.
+        # The error comes from the ring of a rank that has just started, or from a ring that another version wrote. Skip
+        # it.
         with suppress(OSError, ValueError):
             trace = read_trace(read_plain(path, RING_BYTES))
             if trace.started >= since:
@@ -365,7 +378,9 @@ def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
 
 
 def living_ranks(logs: Path, traces: Mapping[int, RankTrace]) -> dict[int, int]:
-    """Return the processes that currently write these rings, by rank. Only processes of this host and user count."""
+    """Return the process ids of the ranks that are writing these rings now, by rank. Only processes of this host and
+    this user count.
+    """
     return {
         rank: trace.pid
         for rank, trace in traces.items()
@@ -374,10 +389,10 @@ def living_ranks(logs: Path, traces: Mapping[int, RankTrace]) -> dict[int, int]:
 
 
 def pack_ring(path: Path, world: int) -> bytes:
-    """Return a ring packed for transfer; empty if there is no ring.
+    """Return the content of a ring file, compressed for transfer; empty if there is no ring.
 
-    The packed ring has only the newest records. The more ranks a run has (`world`), the fewer records a packed ring
-    has.
+    The result has only the newest records of the file. The more ranks the run has (`world`), the fewer records are
+    kept.
     """
     try:
         raw = read_plain(path, RING_BYTES)
@@ -395,18 +410,18 @@ def pack_ring(path: Path, world: int) -> bytes:
 
 # Counts progress between two steps in the rank's ring, so that no watcher mistakes a slow rank for a hung rank.
 #
-# Slow code calls `got_on` after each unit of work: a batch is read, a micro-batch of a validation is complete, a token
-# of a sample is generated. The writer of a checkpoint calls `wrote`. These bytes count as progress only while a rank
-# waits for a checkpoint, because most checkpoints are written while steps go on. Both functions do nothing in a process
-# without a ring.
+# Slow code calls `got_on` after each unit of work, such as a batch that it read, a micro-batch of a validation, or a
+# token of a generated sample. The code that writes a checkpoint calls `wrote`. Written bytes count as progress only
+# while a rank waits for a checkpoint, because most checkpoints are written while steps go on. Both functions do nothing
+# in a process without a ring.
 
 _rings: list[CommRing] = []
-"""Active rings; the last one is the ring of this process's rank."""
+"""Rings in which this process counts progress. Only the last one is used; it belongs to this process's rank."""
 
 
 @contextmanager
 def counted_in(ring: CommRing) -> Iterator[None]:
-    """Count progress inside the block in this ring."""
+    """Count the progress of code inside the block in this ring."""
     _rings.append(ring)
     try:
         yield

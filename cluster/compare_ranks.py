@@ -1,17 +1,18 @@
 """Finds the rank that holds up a run by comparing the rings (cluster/comm_ring.py) and stacks of all ranks.
 
-The rules apply in this order; the first rule that matches decides:
+A ring is a file in which a rank records its recent communication. The rules apply in this order; the first rule that
+matches decides:
 
     1. stopped    A rank's process is stopped.
-    2. differs    Two ranks did different things as the same collective of their group, or a rank sent what its receiver
-                  did not expect. The wrong rank is the one that differs from most of its group; else the rank that
-                  differs from its own earlier steps (the last step, or a period of steps before) while the others do
-                  not; else the rank that differs from other groups with the same label; else it is unknown.
-    3. absent     Ranks that others wait for, directly or indirectly, and that wait for no rank themselves.
-    4. link       Among the hosts with unacknowledged traffic, the one host that is part of every bad connection.
-    5. crossed    Ranks that wait for each other: the rank among them that differs from its own last step.
+    2. differs    Two ranks called different operations as the same collective of their group, or a rank sent what its
+                  receiver did not expect. The wrong rank is found by these tests, in this order. It differs from most
+                  ranks of its group. It differs from its own earlier steps (the last step, or a step one period earlier)
+                  while the others do not. It differs from other groups with the same label. Otherwise it is unknown.
+    3. absent     Some ranks wait, directly or indirectly, for a rank that waits for no rank itself.
+    4. link       Sent data is not acknowledged between some hosts, and one host is part of every such connection.
+    5. crossed    Ranks wait for each other. The wrong rank is the one that differs from its own last step.
     6. stuck      All ranks are in the collective and none of them returns: a fault of a network or a device.
-    7. unknown
+    7. unknown    No rule matches.
 
 If the wrong rank is unknown, no rank is named. The comparison is a pure function.
 """
@@ -37,18 +38,18 @@ from cluster.rank_differences import find_difference, first_change
 from conf.schema import ROOT
 
 LOADER_THREAD = re.compile(r"/train/data/")
-"""Matches files that create batches."""
+"""Matches the paths of source files that load data and create batches."""
 WAITS_HERE = re.compile(r"\b(acquire|join|wait|get|result)\(|\bwith \S*lock|_lock\b", re.IGNORECASE)
 """Matches a source line that waits for something in its own process."""
 OF_THREADS = re.compile(r"/(threading|queue|selectors|subprocess|multiprocessing/\w+|concurrent/\w+)\.py")
 PROGRESS_SECONDS = 2.0
-"""A run has made progress recently if an event occurred within this many seconds."""
+"""If an event occurred within this many seconds, the run counts as making progress."""
 
 
 def compare_ranks(
     traces: Mapping[int, RankTrace], stacks: Mapping[int, str], stopped: Iterable[int] = (), gone: Iterable[int] = ()
 ) -> Judgement:
-    """Apply the rules at the top of the file.
+    """Find the faulty rank by the rules at the top of the file.
 
     stacks: faulthandler stacks, by rank, of the ranks that returned them. stopped: ranks whose processes are stopped.
     gone: ranks that have ended; they are never named as absent.
@@ -98,7 +99,9 @@ def compare_ranks(
 
 
 def _entered(traces: Mapping[int, RankTrace]) -> dict[tuple, int]:
-    """Return a mapping from (rank, channel) to the highest sequence number of a record."""
+    """Return the highest sequence number that each rank has recorded in each channel. The key is the rank followed by
+    the channel (see `channel_of`).
+    """
     entered = dict[tuple, int]()
     for rank, trace in traces.items():
         for record in trace.records:
@@ -108,7 +111,7 @@ def _entered(traces: Mapping[int, RankTrace]) -> dict[tuple, int]:
 
 
 def find_waits(traces: Mapping[int, RankTrace]) -> list[RankWait]:
-    """Return all waits of these ranks, the earliest wait first."""
+    """Return all waits of these ranks, ordered by the time at which each wait began."""
     entered, waits = _entered(traces), []
     for rank, trace in traces.items():
         for record in trace.blocked:
@@ -124,7 +127,7 @@ def find_waits(traces: Mapping[int, RankTrace]) -> list[RankWait]:
 
 
 def _absent(traces: Mapping[int, RankTrace], waits: Sequence[RankWait], gone: set[int]) -> list[int]:
-    """Return the ranks that others wait for and that wait for no rank themselves."""
+    """Return the ranks that other ranks wait for, and that wait for no rank themselves."""
     waiting = {wait.rank for wait in waits}
     wanted = {rank for wait in waits for rank in wait.missing}
     return sorted(rank for rank in wanted if rank not in waiting and rank not in gone)
@@ -158,8 +161,11 @@ def _say_absent(
 
 
 def _where(traces: Mapping[int, RankTrace], stacks: Mapping[int, str], rank: int) -> str:
-    """Return the file and line that the main thread of a rank is executing. They are those of the innermost function
-    that is not in a thread library. Without a stack, return the place of the rank's last record."""
+    """Return the file and line that the main thread of a rank is executing.
+
+    They are taken from the innermost function outside thread libraries. Without a stack, the function returns the place
+    of the rank's last record.
+    """
     frames = main_thread_frames(stacks.get(rank, ""))
     frame = next((frame for frame in frames if not OF_THREADS.search(frame)), frames[0] if frames else "")
     if found := _FRAME.match(frame):
@@ -169,7 +175,9 @@ def _where(traces: Mapping[int, RankTrace], stacks: Mapping[int, str], rank: int
 
 
 def _find_bad_link(stacks: Mapping[int, str]) -> Judgement | None:
-    """Name the host that accounts for all unacknowledged traffic (cluster/stacks.py)."""
+    """Name the host that is an end of every connection with unacknowledged data (cluster/stacks.py); None if all data
+    is acknowledged.
+    """
     said = {rank: found for rank, stack in stacks.items() if (found := _UNANSWERED.search(stack))}
     pairs = {frozenset((found[1], other)) for found in said.values() for other in found[2].split(", ") if other}
     if not pairs:
@@ -188,7 +196,7 @@ _FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')
 
 
 def _source(frames: Sequence[str]) -> str:
-    """Return the source line at which the main thread is; empty if its file is not on this machine."""
+    """Return the source line that the main thread is executing; empty if the source file is not on this machine."""
     frame = next((frame for frame in frames if not OF_THREADS.search(frame)), "")
     found = _FRAME.match(frame)
     return linecache.getline(found[1], int(found[2])).strip()[:120] if found and Path(found[1]).suffix == ".py" else ""
@@ -198,7 +206,7 @@ def _source(frames: Sequence[str]) -> str:
 
 
 def _crossed(traces: Mapping[int, RankTrace], waits: Sequence[RankWait]) -> Judgement:
-    """Find the rank that differs from its own last step, among ranks that wait for each other."""
+    """Among ranks that wait for each other, find the rank whose communication differs from its own last step."""
     ring = sorted({wait.rank for wait in waits if wait.missing})
     changed = dict[int, tuple[Fault, CommRecord]]()
     for rank in ring:

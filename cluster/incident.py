@@ -1,14 +1,15 @@
-"""An incident of a run: the rank that broke or blocks the run, the place in the code, the waiting ranks, and what to
-do.
+"""Describes an incident of a run: the rank that broke or blocks the run, the place in the code, the waiting ranks, and
+what to do.
 
-If ranks reported a failure, cluster/cause.py judges it. If the recorded communication shows more, the judgement of
-cluster/compare_ranks.py replaces that one; for example, a rank that skips a collective makes another rank fail. A
-screen summarises the incident. logs/incident_N.json contains all of it:
+If ranks reported a failure, cluster/cause.py names the cause. Often the recorded communication shows a better cause;
+for example, a rank that skips a collective makes another rank fail. Then the judgement of cluster/compare_ranks.py
+replaces the first cause. A screen summarises the incident. logs/incident_N.json contains all of it:
 
-    time, kind, text     Unix time, the kind of the cause and its sentence
-    fault, ranks, among  of judgement.Fault; the culprits; if the culprit is unknown, the ranks that include it
+    time, kind, text     Unix time; kind of the cause; sentence about the cause
+    fault                kind of fault; see judgement.Fault
+    ranks, among         the culprits; if the culprit is unknown, ranks of which one is the culprit
     where, advice        file and line; what to do
-    seconds              since the last news, for a hang
+    seconds              for a hang: seconds since the last news
     waits                [{"rank": 0, "for": [1], "what": "all_reduce 7 of ...", "place": "file:line", "seconds": 12.1},
                          ...]
     by_rank              for each rank: step, phase, action, layer, process, stack and its last records
@@ -40,9 +41,11 @@ from conf.words import one_line, say
 
 INCIDENT = re.compile(r"incident_(\d{1,9})\.json")
 _CONSEQUENCE = re.compile(r"\n  (?:consequence|what failed of it): ")
-"""Separates the fault from its consequence in an incident's text. Earlier versions wrote the second form."""
+"""Separates the fault from its consequence in an incident's text. Earlier versions wrote "what failed of it" instead of
+"consequence".
+"""
 SHOWN_RECORDS = 40
-"""Number of last records of each rank that the file stores."""
+"""Number of records, the newest ones, that the file stores for each rank."""
 SHOWN_WAITS, LINE = 6, 400
 """Maximum number of waiting ranks on the screen, and maximum characters of a sentence."""
 ADVICE_OF_CAUSE = {
@@ -60,7 +63,7 @@ def judge_hang(
     names: dict[int, str],
     seconds: float,
 ) -> tuple[Cause, Judgement]:
-    """Name the rank that blocks a run, which has had no news for `seconds`. names: node of each rank, or empty."""
+    """Name the rank that blocks a run after `seconds` without news. names: node of each rank; may be empty."""
     by_stacks = name_hang(list(reports), stacks, names, seconds)
     if not traces and len(reports) == 1 and reports[0].rank in stacks:
         return _judge_alone(reports[0], stacks[reports[0].rank], seconds)
@@ -80,7 +83,7 @@ def judge_hang(
 
 
 def _judge_alone(report: RankReport, stack: str, seconds: float) -> tuple[Cause, Judgement]:
-    """Judge a rank that has no data about the other ranks."""
+    """Judge a hung rank if no data about the other ranks is available."""
     waits = waits_for_ranks(stack)
     what = "waits for other ranks" if waits else "is not in a collective"
     text = f"no step finished for {seconds:.0f} s: rank {report.rank} in step {report.step} {what}{innermost(stack)}"
@@ -93,8 +96,8 @@ def judge_failure(
 ) -> tuple[Cause, Judgement]:
     """Return the cause that ranks reported, or a better cause that follows from the recorded communication.
 
-    If ranks call different operations as the same collective, ranks fail in this collective or in a later one. Often
-    the failing ranks are not the wrong ones.
+    If ranks call different operations as the same collective, some ranks fail in this collective or in a later one. The
+    ranks that fail are often not the ranks that made the mistake.
     """
     finding = None
     if cause.kind is Kind.hang and traces:  # the ranks gave up waiting; the rings show what each rank did
@@ -109,7 +112,7 @@ def judge_failure(
 
 
 def _is_certain(cause: Cause) -> bool:
-    """Whether the rank ended in a way in which a victim never ends."""
+    """Whether the way in which the rank ended proves that the rank is no victim of another rank's failure."""
     return any(signal.Signals(-code).name in cause.text for code in CERTAIN)
 
 
@@ -126,7 +129,7 @@ def describe_incident(
     seconds: float = 0.0,
     live: bool = False,
 ) -> dict[str, Any]:
-    """Return the incident in its file format; see the top of this file. live: the ranks are still running."""
+    """Return the incident in its file format; see the top of this file. live: whether the ranks are still running."""
     now = time.time()
     waits = [
         {
@@ -255,7 +258,7 @@ INCIDENT_FIELDS: dict[str, Callable[[Any], bool]] = {
     "time": _is_time, "kind": _is_text, "text": _is_text, "fault": _is_text, "ranks": _are_ranks, "among": _are_ranks, "where": _is_text,
     "advice": _is_text, "waits": lambda found: isinstance(found, list) and all(map(_is_wait, found)),
 }  # fmt: skip
-"""Fields that readers require, and a check for each field."""
+"""Fields that readers of an incident require, with a function that checks the value of each field."""
 
 
 def incident_screen(incident: Mapping[str, Any], path: Path | None = None, reported: bool = False) -> str:
@@ -296,11 +299,11 @@ def unpack_traces(rings: Mapping[int, bytes]) -> dict[int, RankTrace]:
     return traces
 
 
-# A late run that has not been ended. Its incident is shown as a warning. If the run continues, `pass_incident` records
-# that in the incident's file.
+# A run that is late but has not been ended. Its incident is shown as a warning. If the run makes progress again,
+# `pass_incident` records this in the incident's file.
 
 PASSED = "passed"
-"""Kind of an incident after which the run continued. Until then, its kind is hang."""
+"""Kind of an incident after which the run made progress again. Until then, the kind of the incident is hang."""
 
 
 def warning_of(text: str, seconds_left: float) -> str:
@@ -320,7 +323,7 @@ def pass_incident(logs: Path, seconds: float) -> None:
 
 
 def tell_went_on(logs: Path, seconds: float) -> None:
-    """Report that a late run makes progress again."""
+    """Print that a late run makes progress again, and record this in the newest incident."""
     say(f"the run makes progress again after {seconds:.0f} s", file=sys.stderr)
     with suppress(OSError):  # the disk is full; the message above is enough
         pass_incident(logs, seconds)

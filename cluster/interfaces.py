@@ -25,16 +25,17 @@ def interface_of(address: str) -> str:
 
 
 def interface_to(host: str) -> str:
-    """Return the interface of the route to this host. Raises OSError for a host without address or route.
+    """Return the network interface of this machine's route to a host. Raises OSError for a host without address or
+    route.
 
-    On that host itself, the host name often resolves to 127.0.1.1, which other machines cannot reach. In this case the
-    function uses the default route.
+    If the host is this machine, its name often resolves to 127.0.1.1, which other machines cannot reach. In this case
+    the function uses the default route.
     """
     return interface_of(address_to(host))
 
 
 def address_to(host: str) -> str:
-    """Return the IP address of this machine on the route to this host; other machines can reach this machine there.
+    """Return this machine's IP address on the route to a host. Other machines can reach this machine at that address.
     Raises OSError for a host without address or route.
     """
     address = _source_address(host)
@@ -42,15 +43,18 @@ def address_to(host: str) -> str:
 
 
 def name_interface(host: str) -> None:
-    """Make gloo and NCCL in this process use the interface of the route to this host, unless the user named one."""
+    """Make gloo and NCCL in this process use the interface of the route to this host, unless the user has named an
+    interface.
+    """
     if missing := [name for name in NAMES if name not in os.environ]:
         os.environ |= dict.fromkeys(missing, interface_to(host))
 
 
 @contextlib.contextmanager
 def keep_interfaces() -> Iterator[None]:
-    """Restore the names of interfaces afterwards, so that later child processes do not inherit the names of this
-    process."""
+    """Restore the interface names in the environment at the end of the block, so that later child processes do not
+    inherit the names that this process set.
+    """
     before = {name: os.environ[name] for name in NAMES if name in os.environ}
     try:
         yield
@@ -78,9 +82,9 @@ RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 def free_port(address: str = "") -> int:
     """Return a port that is free now, on this address or (without an address) on all addresses of this machine.
 
-    The port lies outside the range from which the system assigns ports to connections and servers. A rank uses the port
-    only after it has imported its modules, and a busy machine opens hundreds of ports of that range meanwhile. Raises
-    OSError if no port is free.
+    The port lies outside the range from which the system assigns ports to connections and servers. A rank opens the
+    port only after it has imported its modules. Until then, a busy machine may open hundreds of ports of that range.
+    Raises OSError if no port is free.
     """
     lowest_given = int(RANGE.read_text().split()[0]) if RANGE.exists() else 32768
     ports = range(LOWEST, lowest_given) if lowest_given > LOWEST else range(1024, 1 << 16)

@@ -1,10 +1,11 @@
 """Makes Ctrl-C end a command at any moment with one line and an exit code, and without a traceback.
 
 While the command imports its own modules, it holds no resources, so the first Ctrl-C ends it at once. Later, the first
-Ctrl-C raises KeyboardInterrupt, so that open resources are closed. The second Ctrl-C ends the process; no file is
-damaged by this. An import would turn a KeyboardInterrupt into another error, and a destructor would drop the
-KeyboardInterrupt. So if Ctrl-C comes during an import or a destructor, the KeyboardInterrupt is raised right after that
-import or destructor.
+Ctrl-C raises KeyboardInterrupt, so that open resources are closed. The second Ctrl-C ends the process and damages no
+file.
+
+During an import, Python would turn the KeyboardInterrupt into another error. In a destructor, Python would drop it. So
+if Ctrl-C comes at such a time, the KeyboardInterrupt is raised right after the import or the destructor.
 """
 
 import atexit
@@ -20,7 +21,7 @@ from typing import Any
 from conf.errors import EXIT_INTERRUPTED, StopInterrupt
 
 RAISE_AGAIN_S = 0.05
-"""Seconds until the interrupt is raised again."""
+"""Seconds after which a KeyboardInterrupt is raised that could not be raised during an import or a destructor."""
 SHOW_CURSOR = "\x1b[?25h"
 IMPORTS = "<frozen importlib._bootstrap>"
 
@@ -34,8 +35,8 @@ def end_at_once(text: str) -> None:
 
 
 def interrupt(number: int = signal.SIGALRM, frame: FrameType | None = None) -> None:
-    """Signal handler that raises StopInterrupt. Inside an import the exception would be lost, so the handler tries
-    again later.
+    """Raise StopInterrupt. This function is a signal handler. An import would lose the exception, so during an import
+    the handler sets a timer and tries again later.
     """
     if _imports(frame):
         signal.signal(signal.SIGALRM, interrupt)
@@ -67,8 +68,10 @@ def handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> 
 
 
 def every_interrupt() -> AbstractContextManager[None]:
-    """Make every Ctrl-C in the block raise a KeyboardInterrupt. No Ctrl-C ends the process. Conversations use this,
-    because there Ctrl-C ends only a reply."""
+    """Make every Ctrl-C in the block raise a KeyboardInterrupt, and let no Ctrl-C end the process.
+
+    Chat sessions use this block, because in a chat Ctrl-C ends only the current reply.
+    """
     return handled(interrupt, signal.SIGINT)
 
 
@@ -76,10 +79,11 @@ class Interrupts:
     """Handles Ctrl-C for the command, until a training installs its own handler (train/loop/stop.py)."""
 
     def __init__(self) -> None:
-        """Create it before the command imports its modules."""
+        """Handle Ctrl-C from now on. Create the object before the command imports its modules."""
         self.code = EXIT_INTERRUPTED
-        """Exit code of this process if Ctrl-C ends it. When the command has returned, its exit code replaces this
-        value."""
+        """Exit code of this process if Ctrl-C ends it. After the command has returned, the command's exit code replaces
+        this value.
+        """
         self._process, self._begun, self._ended, self._asked = os.getpid(), False, False, False
         signal.signal(signal.SIGINT, self._take)
 
@@ -90,14 +94,14 @@ class Interrupts:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
         self._ended = True
-        # At Python's exit nobody handles SIGALRM, and it would kill the process
+        # When Python exits, nobody handles SIGALRM, and the signal would kill the process.
         signal.setitimer(signal.ITIMER_REAL, 0)
         if interrupted := kind is not None and issubclass(kind, KeyboardInterrupt):
             os.write(2, f"{NOTHING_STARTED}\n".encode())
         return interrupted
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a fork of this process, which ends together with this process
+        if os.getpid() != self._process:  # this process is a fork, which must end together with its parent
             os._exit(EXIT_INTERRUPTED)
         if self._ended:  # only exit handlers of libraries still run
             os._exit(self.code)
@@ -121,24 +125,25 @@ class Interrupts:
 
 # Exits at once and skips slow library shutdown.
 #
-# When the interpreter ends, Ray waits for more than a minute for a head that is gone, and then ends the process with
-# Ray's exit code. After all exit handlers, Python destroys the modules of torch and other libraries one object after
-# another. That takes 0.9 s of a core, although the process ends anyway.
+# When the interpreter ends, Ray waits for more than a minute for a head process that is gone. Then Ray ends the process
+# with its own exit code. After all exit handlers, Python destroys the modules of torch and other libraries one object
+# after another. This takes 0.9 s of a core and has no use, because the process ends anyway.
 
 _short = threading.Event()
 _codes: list[int] = []
-"""Exit codes that `leave` received."""
+"""Exit codes that were passed to `leave`."""
 
 
 def cut_short() -> None:
-    """Let `leave` end this process without the exit handlers of libraries."""
+    """Make `leave` end this process without the exit handlers of libraries."""
     _short.set()
 
 
 def leave(code: int) -> int:
-    """Return a command's exit code. Call it as the last action of a command.
+    """Return the exit code of a command. Call this function as the last action of the command.
 
-    The process ends with this code after threads and libraries have finished, or at once if `cut_short` was called.
+    The process ends with this exit code after threads and libraries have finished. If `cut_short` was called before,
+    the process ends at once.
     """
     _codes.append(code)
     if _short.is_set():

@@ -1,7 +1,8 @@
 """The verdict on a failed or hung run: the kind of fault, the rank that caused it, which rank waits for which rank, and
 texts for the user.
 
-cluster/compare_ranks.py derives the verdict from what ranks did. cluster/cause.py derives it from what ranks reported.
+cluster/compare_ranks.py derives the verdict from the recorded communication. cluster/cause.py derives it from the
+reports of the ranks.
 """
 
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from cluster.comm_ring import CommRecord
 
 
 class Fault(Enum):
-    """Kinds of fault; the value is the text for one rank."""
+    """Kinds of fault. The value is text for the user that follows the words "rank N"."""
 
     stopped = "is stopped"
     failed = "failed, according to its own report or its process"
@@ -62,18 +63,18 @@ class RankWait(NamedTuple):
 
 @dataclass
 class Judgement:
-    """Result of the comparison."""
+    """The verdict on a failed or hung run."""
 
     fault: Fault
     ranks: tuple[int, ...] = ()
-    """The culprits; empty if unknown."""
+    """The ranks that caused the fault; empty if they are unknown."""
     text: str = ""
-    """A sentence about the culprits."""
+    """A sentence about the ranks that caused the fault."""
     where: str = ""
     """File and line of the fault."""
     waits: list[RankWait] = field(default_factory=list)
     among: tuple[int, ...] = ()
-    """If the culprit is unknown, these ranks include it."""
+    """Ranks of which at least one caused the fault, if it is unknown which one."""
 
     @property
     def advice(self) -> str:
@@ -88,13 +89,15 @@ def name_record(record: CommRecord) -> str:
 
 
 def channel_of(record: CommRecord) -> tuple:
-    """Return the key of the numbered sequence to which a record belongs."""
+    """Return the channel of a record: the key of the sequence in which the record is numbered. A channel is a group, or
+    for sends and receives a group, the kind and the peer.
+    """
     group = record.group.name, record.group.ranks
     return (*group, record.kind, record.peer) if record.peer >= 0 else group
 
 
 def record_in_words(record: CommRecord) -> str:
-    """Describe a record with its size."""
+    """Describe a record: its kind, the number and type of its elements, its peer and its place in the program."""
     sizes = sorted({record.sent, record.received} - {0}) or [0]
     what = f"{record.kind} of {' and '.join(map(str, sizes))} {record.dtype}" if record.dtype else record.kind
     if record.peer >= 0:
@@ -112,7 +115,7 @@ def ranks_in_words(ranks: Iterable[int]) -> str:
 
 
 def list_ranks(ranks: Iterable[int]) -> str:
-    """List rank numbers; for more than 8 ranks, only the first two and the last."""
+    """Return a list of rank numbers as text. For more than 8 ranks, the text has only the first two and the last."""
     ranks = sorted(ranks)
     if len(ranks) > 8:
         return f"[{ranks[0]}, {ranks[1]}, ... {ranks[-1]}]"

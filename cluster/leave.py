@@ -1,8 +1,9 @@
 """Announces that this node will be removed:  python -m cluster.leave [--within SECONDS]
 
 Run it on the node itself: by hand before maintenance, as the preStop hook of a pod, or when a cloud provider announces
-that it takes the machine back. Ray then lists the node as draining. The run writes a checkpoint at once and continues
-without the node. The command returns when no raylet runs on the node any more, or after SECONDS.
+that it takes the machine back. Ray then lists the node as draining, which means that it will soon be removed. The run
+writes a checkpoint at once and continues without the node. The command returns when no raylet (Ray's process on a node)
+runs on the node any more, or after SECONDS.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from conf.words import say
 def raylets() -> list[tuple[psutil.Process, str, str]]:
     """Return every raylet that serves an address of this host, with its node id and the address of its head.
 
-    A raylet in another network namespace, for example in a container, does not count. It may have the same address as a
-    raylet of this host (at least 127.0.0.1).
+    A raylet in another network namespace, for example in a container, does not count. Its address may equal an address
+    of this host, such as 127.0.0.1, although the raylet is not reachable there.
     """
     mine = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
     found = []
@@ -38,8 +39,8 @@ def raylets() -> list[tuple[psutil.Process, str, str]]:
 
 
 def shares_network(process: psutil.Process) -> bool:
-    """Whether the process is in this process's network namespace. Returns True if that cannot be read, as for a process
-    of another user.
+    """Whether the process is in this process's network namespace. Returns True if the namespace cannot be read, for
+    example for a process of another user.
     """
     try:
         return os.readlink(f"/proc/{process.pid}/ns/net") == os.readlink("/proc/self/ns/net")

@@ -1,7 +1,7 @@
 """Runs the ranks of a run as child processes of one driver on this machine.
 
-When a rank fails, its peers lose their connection to it and fail too, and often end first. So the report does not name
-the first process that ended; it names the cause by the rules of cluster/cause.py.
+When a rank fails, its peers lose their connection to it and fail too, and often end first. So the driver's report does
+not name the process that ended first. It names the cause by the rules of cluster/cause.py.
 
 The ranks find each other through a file in a folder that only this user can enter. They communicate over loopback.
 """
@@ -40,14 +40,15 @@ SETTLE = 3.0
 STACKS_SECONDS = 5.0
 """Seconds that hung ranks get to write their stacks."""
 DIFFERENCE_SECONDS = 15.0
-"""Seconds between comparisons of the ranks' communication."""
+"""Seconds after which the driver compares the ranks' communication again."""
 RANKS_LOOK_SECONDS = 0.05
-"""Seconds between checks of the ranks."""
+"""Seconds after which the driver checks the ranks again."""
 Child = subprocess.Popen | ForkedProcess
 StartRank = Callable[[dict[str, str], IO | None], Child]
-"""A function that starts a rank. It takes the rank's environment and an output file, or None for the terminal."""
+"""A function that starts a rank. It takes the rank's environment, and an output file or None. None means the terminal.
+"""
 CLOSE = 60.0
-"""Seconds that running ranks get to end by themselves after another rank has failed. Rank 0 may have much data to send
+"""After a rank has failed, seconds that the running ranks get to end by themselves. Rank 0 may have much data to send
 to W&B.
 """
 
@@ -58,11 +59,11 @@ def run_local(command: list[str], world: int, logs: Path, patience: Patience | N
 
 
 def run_children(start: StartRank, world: int, logs: Path, patience: Patience | None = None) -> int:
-    """Start `world` ranks and wait for all. Returns the exit code of the run.
+    """Start `world` ranks and wait until all have ended. Returns the exit code of the run.
 
-    The driver ends all ranks when one fails, or when ranks that report progress have no news for longer than `patience`
-    allows. SIGTERM and Ctrl-C are passed to the ranks as SIGTERM. A second Ctrl-C raises KeyboardInterrupt, which ends
-    the ranks at once.
+    The driver ends all ranks when one fails. It also ends them when ranks that report progress have no news for longer
+    than `patience` allows. On SIGTERM or Ctrl-C, the driver sends SIGTERM to the ranks. A second Ctrl-C raises
+    KeyboardInterrupt, which ends the ranks at once.
     """
     logs.mkdir(parents=True, exist_ok=True)
     _remove(logs, FAILURES, AT_WORK, PROGRESS, RINGS)
@@ -134,7 +135,7 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
             return max(codes)
         if asked and EXIT_STOPPED in codes and all(report.step < 0 for report in reports):
             _wait(ranks, SETTLE)
-            # A rank that still runs waits for an ended rank. It waits inside a library, where it handles no signal.
+            # Such a rank waits for a rank that has ended. It waits inside a library, where it handles no signal.
             if any(rank.poll() is None for rank in ranks):
                 return _stopped_early()
             continue
@@ -187,7 +188,7 @@ def _name_failure(ranks: list[Child], logs: Path, cause: Cause) -> Cause:
 def _tell_difference(logs: Path) -> bool:
     """Report whether ranks called different operations as the same collective.
 
-    Such ranks need not fail, but all their results are wrong.
+    The results of all ranks are then wrong, although the ranks may not fail.
     """
     traces = read_traces(logs)
     if (finding := find_difference(traces)) is None:
@@ -228,14 +229,16 @@ def _reports(ranks: list[Child], logs: Path) -> list[RankReport]:
 
 
 def _explain(ranks: list[Child], logs: Path, asked: list[int]) -> int:
-    """Give the other ranks time to report, then name the cause. Ranks that can end by themselves get time to do so."""
+    """Wait until the other ranks have had time to report, then name the cause. Ranks that can end by themselves get
+    time to do so. Returns the exit code.
+    """
     _wait(ranks, SETTLE)
     reports = _reports(ranks, logs)
     cause = name_cause(reports, {})
     assert cause is not None, "a rank has failed"
     if asked and cause.kind is Kind.killed and all(reports[rank].code == -signal.SIGTERM for rank in cause.ranks):
         # Ranks treat the signal as a request to stop only after their imports and before their end. At other times the
-        # signal ends them. Their peers have not failed either.
+        # signal ends them. Then neither these ranks nor their peers have failed.
         say(
             f"stopped: ranks {list(cause.ranks)} were outside the training loop and were ended at once", file=sys.stderr
         )
@@ -267,7 +270,7 @@ def _show(cause: Cause, ranks: list[Child], logs: Path) -> int:
 
 
 def _wait(ranks: list[Child], seconds: float) -> None:
-    """Wait until all ranks have ended, at most `seconds`. Time in which this process is held up does not count."""
+    """Wait until all ranks have ended, at most `seconds`. Time for which this process is held up does not count."""
     now = time.monotonic()
     ends, held_up = now + seconds, HeldUp(2 * RANKS_LOOK_SECONDS, now)
     while now < ends and any(rank.poll() is None for rank in ranks):

@@ -1,12 +1,12 @@
-"""Time limits of a silent run: the silence after which a run is late, and the time without progress after which it is
-ended.
+"""Sets the time limits of a silent run. After one limit the run is late. After another limit the run is ended.
 
-The limits follow from earlier observations of the run. A run is late if its silence is longer than its earlier silences
-plus a margin for noise. For a late run, only a warning is printed. A run is ended only when no rank has completed any
-unit of work (cluster/comm_ring.py) for `cluster.kill_after`.
+The limits follow from earlier observations of the run. A run is late if its current silence is longer than its earlier
+silences plus a margin for noise. For a late run, the driver only prints a warning. A run is ended only when no rank has
+completed any unit of work (cluster/comm_ring.py) for `cluster.kill_after`.
 
-Observations of a phase count only after the first phase of its kind is complete. Until then, and until the first step
-of an attempt is complete, only the ceilings count: `cluster.hang_after` in steps, `cluster.start_timeout` elsewhere.
+Observations of a kind of phase count only after a first phase of that kind is complete. Until then, and until the first
+step of an attempt is complete, only two settings limit the silence: `cluster.hang_after` in steps, and
+`cluster.start_timeout` in other phases.
 """
 
 from collections import defaultdict, deque
@@ -15,23 +15,27 @@ from conf.schema import Cluster
 
 START_PHASE, STEP_PHASE = "start", "step"
 STEP_PHASES = (STEP_PHASE, "on_step")
-"""Phases that belong to steps: the work between two steps, and the callback hook of a step."""
+"""Phases that belong to a step: the step itself, and the hook that callbacks run after each step."""
 PATIENT_PHASES = ("checkpoint", "on_start", "on_step", "on_save", "on_checkpoint", "on_end")
 """Phases in which a disk, a network or user code may work without news: saves, uploads and callbacks."""
 STEP_FLOOR, OTHER_FLOOR = 7.0, 30.0
-"""A run is never late before it was silent for this many seconds. The first value applies to steps. The second value
-applies to other phases, in which a disk may be slow.
+"""A run is not late before it was silent for this many seconds. The first number is for steps. The second number is for
+other phases, in which a disk may be slow.
 """
 KILL_ON_CPU, KILL_ON_GPU = 60.0, 120.0
 """Defaults of `cluster.kill_after`, in seconds."""
 HANG_ROOM, FIRST_HANG_ROOM = 2.5, 9.0
-"""The limit is the longest observation times a factor. The factor is the first value plus the second value divided by
-the number of observations. A single observation says little, so the addition is large at first.
+"""The limit is the longest observation times a factor. The factor is the first number plus the second number divided by
+the count of observations. A single observation says little, so the factor is large at first.
 """
 REMEMBERED = 500
-"""Number of observations stored per kind. Older observations no longer show how long a phase may take."""
+"""Number of observations stored for each kind of phase. Older observations are dropped, because they no longer show how
+long a phase may take.
+"""
 QUIET_STEPS, QUIET_SECONDS = 3.0, 3.0
-"""A run reports that it is quiet after a silence of this many usual steps, and of at least this many seconds."""
+"""A run prints that it is quiet after a silence of this many usual steps (first number), but not before this many
+seconds (second number).
+"""
 
 
 def patience_of(cluster: Cluster) -> "Patience":
@@ -42,8 +46,9 @@ def patience_of(cluster: Cluster) -> "Patience":
 class Patience:
     """Observed times of a run, in seconds, and the limits derived from them.
 
-    hang_after: ceiling in steps. start_timeout: ceiling in other phases. kill_after: minimum time without progress
-    before the run is ended; None for the defaults. timeout: the same minimum in saves, uploads and callbacks.
+    hang_after: upper bound of the limit in steps. start_timeout: upper bound of the limit in other phases. kill_after:
+    minimum time without progress before the run is ended; None for the defaults. timeout: minimum time without progress
+    before the run is ended in a save, an upload or a callback.
     """
 
     def __init__(
@@ -59,8 +64,8 @@ class Patience:
         """Whether ranks compute on GPUs."""
 
     def take(self, doing: str, seconds: float) -> None:
-        """Record an observation: the seconds of a step, or, in another phase, the seconds without news that ended with
-        progress.
+        """Record an observation. In a step, `seconds` is the duration of the step. In another phase, `seconds` is the
+        duration of a silence that ended with progress.
         """
         self._seconds[doing].append(seconds)
 
@@ -69,7 +74,9 @@ class Patience:
         self._done.add(doing)
 
     def take_work(self, sequences: float) -> None:
-        """Set the number of sequences in each later step. Known step times are scaled up in proportion."""
+        """Set the number of sequences in each later step. If this number grows, the known step times are scaled up in
+        proportion.
+        """
         if sequences > self._work:
             growth = sequences / self._work
             self._seconds[STEP_PHASE] = deque((growth * seconds for seconds in self._seconds[STEP_PHASE]), REMEMBERED)
@@ -80,7 +87,7 @@ class Patience:
         self._seconds[STEP_PHASE].clear()
 
     def limit(self, doing: str) -> float:
-        """Return the seconds without news after which the run is late in this phase."""
+        """Return the seconds of silence after which the run is late in this phase."""
         ceiling, floor = self._ceiling(doing), STEP_FLOOR if doing in STEP_PHASES else OTHER_FLOOR
         kind = STEP_PHASE if doing in STEP_PHASES else doing
         times = self._seconds[kind] if kind in self._done and doing != START_PHASE else ()
@@ -88,7 +95,7 @@ class Patience:
         return min(ceiling, max(floor, room * max(times, default=ceiling)))
 
     def kill_limit(self, doing: str) -> float:
-        """Return how many seconds the ranks may make no progress in this phase before the run is ended."""
+        """Return the seconds without progress after which the run is ended in this phase."""
         floor = self._kill_after or (KILL_ON_GPU if self.on_gpu else KILL_ON_CPU)
         if doing in PATIENT_PHASES:
             floor = max(floor, self._timeout)

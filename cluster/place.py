@@ -1,4 +1,4 @@
-"""This process's place among the ranks of its run. It is read from the environment that the driver or torchrun set."""
+"""This process's rank, and the number of ranks. Both are read from the environment that the driver or torchrun set."""
 
 import os
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Place:
-    """This process's place among the ranks of the run; by default it is the only rank."""
+    """The position of this process among the ranks of its run. By default, this process is the only rank."""
 
     rank: int = 0
     world: int = 1
@@ -16,7 +16,7 @@ class Place:
 
 
 def given_place() -> Place | None:
-    """Return the place that the driver or torchrun gave this process, or None."""
+    """Return the position that the driver or torchrun assigned to this process; None if it assigned none."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -25,14 +25,14 @@ def given_place() -> Place | None:
 
 
 def given_attempt() -> int | None:
-    """Return the attempt number that a supervisor gave this rank, or None."""
+    """Return the attempt number that a supervisor passed to this rank, or None."""
     return int(os.environ["SLUICE_ATTEMPT"]) if "SLUICE_ATTEMPT" in os.environ else None
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Meeting point of the ranks that a driver started: either a file of this machine, or an address of rank 0 with a
-    secret.
+    """The point at which the ranks that a driver started meet. It is either a file of this machine, or an address of
+    rank 0 with a secret.
     """
 
     file: str | None = None

@@ -1,8 +1,8 @@
-"""A folder of one process. No other user can reach the folder. It is removed later even if the process is killed.
+"""A folder of one process that no other user can read. It is removed later even if the process is killed.
 
-The process holds a lock on the folder; the system releases the lock however the process ends. The next process that
+The process holds a lock on the folder. The system releases the lock however the process ends. The next process that
 creates such a folder removes all folders without a lock. A process id could not show whether the owner is alive,
-because containers may share a folder for temporary files and have their own process ids.
+because containers with separate process ids may share a folder for temporary files.
 """
 
 import contextlib
@@ -15,14 +15,18 @@ from pathlib import Path
 from conf.files import try_lock
 
 FRESH = 60.0
-"""A folder without a lock that is younger than this many seconds is not removed: its owner may be about to lock it."""
+"""Minimum age in seconds at which a folder without a lock is removed. The process of a younger folder may be about to
+lock it.
+"""
 
 
 class PrivateFolder:
     """A folder of mode 0700, created at construction. Close it with `remove`, or use it in `with`."""
 
     def __init__(self, kind: str, parent: Path | None = None):
-        """kind: prefix of the folder's name. parent: None for the folder of temporary files."""
+        """Create and lock the folder. kind: prefix of the folder's name. parent: folder in which it is created; None
+        for the system's folder of temporary files.
+        """
         parent = parent or Path(tempfile.gettempdir())
         remove_dead(kind, parent)
         self.path = Path(tempfile.mkdtemp(prefix=kind, dir=parent))
@@ -41,7 +45,7 @@ class PrivateFolder:
 
 
 def remove_dead(kind: str, parent: Path | None = None) -> None:
-    """Remove this user's folders of a kind whose process has ended. Links and folders of other users are not
+    """Remove this user's folders of this kind whose processes have ended. Links, and folders of other users, are not
     removed.
     """
     for folder in (parent or Path(tempfile.gettempdir())).glob(f"{kind}*"):

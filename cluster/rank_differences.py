@@ -18,11 +18,13 @@ from cluster.judgement import (
 
 Signature = tuple[Any, ...]
 EVEN = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "receive")
-"""Kinds in which all ranks of a group, or both ends of a message, have the same number of elements in every step."""
+"""Kinds of operations for which all ranks of a group, or both ends of a message, have the same number of elements in
+every step.
+"""
 
 
 def _common(record: CommRecord) -> Signature:
-    """Return the properties that must be equal on all ranks of a group in a collective."""
+    """Return the properties of a collective that must be equal on all ranks of the group."""
     if record.kind in EVEN:
         return record.kind, record.dtype, record.sent, record.received
     return (record.kind, record.dtype) if record.kind == "all_to_all" else (record.kind,)
@@ -57,7 +59,7 @@ def find_difference(traces: Mapping[int, RankTrace]) -> Judgement | None:
 
 
 def _loses(members: Mapping[int, CommRecord]) -> bool:
-    """Whether the total amount sent in an all-to-all differs from the total amount received."""
+    """Whether the ranks together sent a different number of elements in an all-to-all than they received."""
     records = list(members.values())
     if records[0].kind != "all_to_all" or len(records) < len(records[0].group.ranks):
         return False
@@ -100,8 +102,10 @@ def _blame(
 
 
 def _against_others(by_group: Mapping, members: Mapping[int, CommRecord], key: Callable) -> list[int]:
-    """Return the ranks that differ from other groups with the same label and size, if those groups agree with each
-    other.
+    """Return the ranks of a collective that differ from the same collective in other groups.
+
+    Only groups with the same label and the same number of ranks are compared. Returns no ranks if these groups differ
+    among themselves.
     """
     example = next(iter(members.values()))
     elsewhere = {
@@ -125,7 +129,7 @@ def _kind_of(mine: CommRecord, theirs: CommRecord) -> Fault:
 
 
 def _by_step(trace: RankTrace, record: CommRecord) -> dict[int, list[CommRecord]]:
-    """Return a rank's records in the channel of this record, by step."""
+    """Return the rank's records of the channel (see `channel_of`) to which `record` belongs, by step."""
     done, channel = defaultdict[int, list[CommRecord]](list), channel_of(record)
     for one in trace.records:
         if channel_of(one) == channel:
@@ -134,12 +138,12 @@ def _by_step(trace: RankTrace, record: CommRecord) -> dict[int, list[CommRecord]
 
 
 def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord] | None:
-    """Find how a rank's communication in the step of this record differs from the rank's earlier steps. Later records
-    than this record do not count.
+    """Find how a rank's communication in the step of `record` differs from the rank's earlier steps. Records after
+    `record` do not count.
 
-    The step is compared with the step one period earlier; for example, the period is 10 if the rank gathers metrics
-    every 10 steps. Returns None if both steps agree, if the step equals an earlier step that no period explains, or if
-    no earlier step is known.
+    A rank may repeat its communication with a period of several steps; for example, the period is 10 if the rank
+    gathers metrics every 10 steps. So the step is compared with the step one period earlier. Returns None in these
+    cases: both steps agree, the step equals an earlier step that no period explains, or no earlier step is known.
     """
     # The ring may have lost the beginning of the first step.
     done, first = _by_step(trace, record), trace.records[0].step
@@ -156,10 +160,11 @@ def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord]
 
 
 def _find_period(history: Sequence[list[Signature]]) -> tuple[int, int]:
-    """Return the period in which a rank repeats its steps, and how many of its last steps this repetition covers.
+    """Return the period with which a rank repeats its steps, and the number of its last steps that are part of this
+    repetition.
 
-    The period with the longest repetition is chosen. A repetition must cover at least two periods. Returns 1 and 0 if
-    there is no period.
+    A repetition must cover at least two periods. If several periods are possible, the function chooses the period whose
+    repetition covers the most steps. Returns 1 and 0 if there is no period.
     """
     numbers = dict[tuple, int]()
     kinds = [numbers.setdefault(tuple(one), len(numbers)) for one in reversed(history)]  # the last step comes first
@@ -177,8 +182,8 @@ def _against_other(
 ) -> tuple[Fault, CommRecord] | None:
     """Find how a rank's step differs from another rank's step.
 
-    If an earlier step of the rank began like the other rank's step, the rank's step is compared with that earlier step
-    instead.
+    If an earlier step of the rank began like the other rank's step, the function compares the rank's step with that
+    earlier step instead.
     """
     done, right = _by_step(trace, mine), _by_step(other, theirs)[theirs.step]
     wanted = _signatures(one for one in right if one.seq <= theirs.seq)
@@ -194,9 +199,11 @@ def _signatures(records: Iterable[CommRecord]) -> list[Signature]:
 def first_change(
     trace: RankTrace, step: int, before: list[CommRecord], now: list[CommRecord], until: int | None
 ) -> tuple[Fault, CommRecord] | None:
-    """Return the first difference of the records `now` from the records `before` of another step.
+    """Compare two steps of a rank. Return the first operation of the later step that differs from the earlier step, and
+    how it differs.
 
-    until: number of the last record that counts; None for all.
+    before: records of the earlier step. now: records of the later step. until: sequence number of the last record of
+    `now` that counts; None if all count.
     """
     if not before or trace.records[0].step >= step - 1:  # the ring has lost the beginning of the earlier step
         return None

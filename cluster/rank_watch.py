@@ -1,7 +1,7 @@
 """Follows the ranks of an attempt by their reports, and decides whether they still make progress.
 
-The values that every tick needs are updated when a report arrives. So the cost of an agent's answer depends only on the
-number of ranks of that agent.
+When a report arrives, the watch updates all values that the driver reads at every tick. So the work for an agent's
+answer depends only on the number of that agent's ranks.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ NAMED_RANKS = 8
 
 
 class RankWatch:
-    """Follows ranks from their start.
+    """Watches ranks from their start.
 
     names: node of each rank; empty if all ranks are on one machine. saved: step of the newest checkpoint at the start
     of the ranks.
@@ -29,24 +29,26 @@ class RankWatch:
         self.alive = now
         """Time at which a rank last completed a unit of work."""
         self.step = -1
-        """Highest step that a rank has been seen to work on."""
+        """Highest step that any rank has reported."""
         self.first_step: int | None = None
-        """First step that a rank has been seen to work on."""
+        """First step that any rank reported; None before the first report."""
         self._patience, self._told_quiet = patience, False
         self._step_began = now
-        """Time at which a rank first reached the highest step, or at which the ranks returned to this step from another
-        phase.
+        """Time at which the current step began. It is the time at which the first rank reached the highest step, or at
+        which the ranks returned from another phase to this step.
         """
         self._silences = 0
         """Number of events that ended a silence."""
         self._late: tuple[int, float] | None = None
-        """The reported silence, as its index and its start time; None if no silence is reported now."""
+        """The silence about which the watch has warned: the value of `_silences` and the start time. None if there is
+        no such silence.
+        """
         self._ended = self._bad = 0
         """Number of ranks that have ended, and number of ranks that have failed."""
         self._phases = Counter({START_PHASE: len(self.reports)})
         """Number of running ranks, by phase."""
         self._elsewhere = set[str]()
-        """Phases of ranks outside this watch."""
+        """Phases of the ranks that this watch does not follow."""
 
     @property
     def ended(self) -> bool:
@@ -59,16 +61,19 @@ class RankWatch:
 
     @property
     def doing(self) -> str:
-        """Return the phase of the running ranks: step if all are in steps, else another phase among them.
+        """Return the phase of the running ranks: step if all are in steps, else another phase in which some of them
+        are.
 
-        Ranks outside this watch count if their phases are known.
+        Phases of ranks that this watch does not follow also count, if they are known.
         """
         phases = {phase for phase, count in self._phases.items() if count > 0} | self._elsewhere
         others = sorted(phases - {STEP_PHASE})
         return START_PHASE if not self.stepping else others[0] if others else STEP_PHASE
 
     def take(self, now: float, reports: Collection[RankReport]) -> None:
-        """Process reports of some ranks. A rank that got no core on a busy machine does not count as late."""
+        """Process reports of some ranks. Time in which a rank waited for a core on a busy machine does not count as
+        silence.
+        """
         starved = max(
             (report.waited_for_core - self.reports[report.rank].waited_for_core for report in reports), default=0.0
         )
@@ -101,16 +106,16 @@ class RankWatch:
         self._learn(now, doing, step)
 
     def see_others(self, now: float, phases: set[str], moved: bool) -> None:
-        """Record the phases of ranks outside this watch while this watch's ranks are silent.
+        """Record the phases of ranks that this watch does not follow. Call it while the ranks of this watch are silent.
 
-        moved: whether the other ranks made progress since the last look.
+        moved: whether these other ranks made progress since the previous call.
         """
         self._elsewhere = phases
         if moved:
             self.alive = now
 
     def _learn(self, now: float, did: str, step: int) -> None:
-        """Record how long a step took and which phases are complete. did, step: phase and step before the new
+        """Record how long the last step took, and which phases are complete. did, step: phase and step before the new
         reports.
         """
         left, comes = did in STEP_PHASES, self.doing in STEP_PHASES
@@ -122,35 +127,38 @@ class RankWatch:
             self._patience.finish(STEP_PHASE if left else did)
 
     def forgive(self, now: float, slept: float) -> None:
-        """Extend the limits by `slept` seconds, in which the watching process or a rank was held up. News may have been
-        missed in this time.
+        """Extend the limits by `slept` seconds. In this time the watching process or a rank was held up, so the watch
+        may have missed news.
         """
         self.moved, self.alive = min(self.moved + slept, now), min(self.alive + slept, now)
 
     @property
     def silent_since(self) -> float:
-        """Return the time of the last news. In steps, only another step or phase is news; in other phases, any unit of
-        work is.
+        """Return the time of the last news. In steps, the start of another step or phase is news. In other phases,
+        every completed unit of work is news.
         """
         return self.moved if self.doing in STEP_PHASES else self.alive
 
     def is_late(self, now: float) -> bool:
-        """Whether the run has had no news for longer than is usual in this phase. False if a rank has already been
-        named for this silence."""
+        """Whether the run has had no news for longer than is usual in this phase. False if the watch has already warned
+        about this silence.
+        """
         return self._late is None and now - self.silent_since > self._patience.limit(self.doing)
 
     def name_late(self) -> None:
-        """Record that the blocking rank was named, so that it is named only once per silence."""
+        """Record that a warning named the ranks that block the run. So only one warning is printed per silence."""
         self._late = self._silences, self.silent_since
 
     def over(self, now: float) -> float | None:
-        """Return the seconds of a reported silence, if this silence lasted until the ranks ended without a failure.
-        Otherwise return None."""
+        """Return how many seconds the silence lasted about which the watch has warned; None if there is no such
+        silence. Call this method when all ranks have ended without a failure.
+        """
         return now - self._late[1] if self._late is not None else None
 
     def went_on(self) -> float | None:
-        """If a reported silence has ended, return how many seconds it lasted. Otherwise return None. Each silence is
-        returned only once."""
+        """If the silence has ended about which the watch has warned, return how many seconds it lasted. Otherwise
+        return None. Each silence is returned only once.
+        """
         if self._late is None or self._late[0] == self._silences:
             return None
         seconds, self._late = self.silent_since - self._late[1], None
@@ -161,7 +169,7 @@ class RankWatch:
         return self.seconds_left(now) < 0
 
     def seconds_left(self, now: float) -> float:
-        """Return the seconds until the run is ended if no rank makes progress."""
+        """Return after how many seconds the run is ended if no rank makes progress."""
         return self.alive + self._patience.kill_limit(self.doing) - now
 
     def tell_quiet(self, now: float) -> str | None:

@@ -1,24 +1,24 @@
 """Names and formats of the files by which the processes of a run, ranks and drivers, exchange data on disk.
 
 checkpoints/.fence                       highest attempt number that may write there; see train/checkpoint/commit.py
-checkpoints/.lock                        held while the fence or the name of a checkpoint changes
-checkpoints/step_00001234/               a committed checkpoint; see train/checkpoint/manifest.py
-    manifest.json                        complete before the folder gets its name; says which attempt wrote the
-                                         checkpoint
-    rank_00003.safetensors               a rank's part
-    rank_00003.json                      its index, written last; both look the same in the memory of a node
-logs/rank_3.log                          output
-logs/rank_3.error.json                   cluster.cause.Failure, written before the rank exits
-logs/rank_3.at_work                      exists while the rank works, until it has reported how the work ended; filled
-                                         with blanks, whose disk space rank_3.error.json uses on a full disk
-logs/rank_3.stacks                       stacks of its threads at the last SIGUSR1, by faulthandler
-logs/rank_3.ring                         its recent communication; see cluster/comm_ring.py
-logs/incident_1.json                     the rank that broke the run or held it up; see cluster/incident.py
-logs/stop.txt                            why the ranks are asked to stop, if their agent knows
-logs/rank_3.progress.json                {"step": 17, "phase": "step", "time": ..., "sequences": 64, "busy": ...,
-                                         "seconds": ..., "memory": ..., "pid": ..., "host": ...}, at every step; busy,
-                                         if present: seconds of the last step that were the rank's own work, out of all
-                                         its seconds
+checkpoints/.lock                        a process holds this lock while it changes the fence or the name of a
+checkpoint checkpoints/step_00001234/               a committed checkpoint; see train/checkpoint/manifest.py
+    manifest.json                        number of the attempt that wrote the checkpoint, and more. The file is complete
+                                         before the folder gets its name
+    rank_00003.safetensors               part of the checkpoint that rank 3 wrote
+    rank_00003.json                      index of this part, written last. Copies in a node's memory have the same files
+logs/rank_3.log                          output of rank 3 logs/rank_3.error.json
+cluster.cause.Failure, written before the rank exits logs/rank_3.at_work                      exists until the rank has
+reported how its work ended. The file is filled with
+                                         blanks: on a full disk, rank_3.error.json uses their disk space
+logs/rank_3.stacks                       stacks of the rank's threads at the last SIGUSR1, by faulthandler
+logs/rank_3.ring                         the rank's recent communication; see cluster/comm_ring.py logs/incident_1.json
+the rank that broke the run or held it up; see cluster/incident.py logs/stop.txt                            why the
+ranks are asked to stop, if their agent knows logs/rank_3.progress.json                {"step": 17, "phase": "step",
+"time": ..., "sequences": 64, "busy": ...,
+                                         "seconds": ..., "memory": ..., "pid": ..., "host": ...}, written at every step.
+                                         seconds: duration of the last step. busy, if present: the seconds of the last
+                                         step in which the rank did its own work
 ranks.json                               state of all ranks, as the driver of cluster=ray knows it; see
                                          cluster/driver/journal.py
 """
@@ -37,30 +37,30 @@ from conf.files import atomic_write_text, exclusive, open_plain
 
 MANIFEST = "manifest.json"
 STEP_FOLDERS = "step_*"
-"""Pattern of the folders of checkpoints."""
+"""Glob pattern of the folders of checkpoints."""
 FAILURES = "rank_*.error.json"
-"""Pattern of `failure_path`."""
+"""Glob pattern of the files that `failure_path` names."""
 AT_WORK = "rank_*.at_work"
-"""Pattern of `at_work_path`."""
+"""Glob pattern of the files that `at_work_path` names."""
 PROGRESS = "rank_*.progress.json"
-"""Pattern of `progress_path`."""
+"""Glob pattern of the files that `progress_path` names."""
 RINGS = "rank_*.ring"
-"""Pattern of `ring_path`."""
+"""Glob pattern of the files that `ring_path` names."""
 COUNTS_AT = 104
 COUNTS = struct.Struct("<QQ")
-"""Two counts of the rank, which only grow: completed units of work, and bytes of checkpoints written
-(cluster/comm_ring.py).
+"""Format of two counts in a rank's ring file: completed units of work, and bytes of checkpoints written. Both counts
+only grow (cluster/comm_ring.py).
 """
 RANK_FILE = re.compile(r"rank_(\d{5,18})\.(safetensors|json)")
 LATEST = 1e11
-"""Upper bound of Unix times in a run's files; it lies in the year 5138."""
+"""Upper bound of the Unix times that a run's files may contain. It is a time in the year 5138."""
 LOCK = ".lock"
 _FENCE = ".fence"
 
 
 class Age(NamedTuple):
-    """Age of a checkpoint. Checkpoints of a later attempt are newer, even if that attempt resumed from an earlier
-    step.
+    """Age of a checkpoint. A checkpoint of a later attempt is newer, even if the later attempt resumed from an earlier
+    step and so wrote a lower step number.
     """
 
     attempt: int
@@ -68,7 +68,7 @@ class Age(NamedTuple):
 
 
 NONE = Age(0, -1)
-"""An age below that of every state of a run."""
+"""The age that stands for no checkpoint. It is lower than the age of every checkpoint."""
 
 
 def step_name(step: int) -> str:
@@ -164,5 +164,5 @@ def hold_lock(checkpoints: Path, timeout: float) -> Iterator[None]:
 
 
 def write_fence(checkpoints: Path, attempt: int) -> None:
-    """Forbid all attempts before this attempt to write checkpoints."""
+    """Raise the fence, so that attempts with a number lower than `attempt` can no longer write checkpoints."""
     atomic_write_text(checkpoints / _FENCE, str(attempt))

@@ -36,8 +36,8 @@ from conf.words import say
 LOOK_SECONDS = 0.25
 """Seconds between two checks."""
 OTHERS_AFTER_SECONDS, RANKS_IN_A_SECOND = 2.0, 50.0
-"""Seconds of silence after which a rank checks the progress of the other ranks, and number of ranks that it checks per
-second.
+"""First number: seconds of silence after which a rank checks the progress of the other ranks. Second number: how many
+ranks it checks per second.
 """
 STACKS_WITHIN_SECONDS = 2.0
 """Seconds that other ranks of this host get to write their stacks."""
@@ -48,10 +48,10 @@ the incident again.
 
 
 class SelfWatch:
-    """Watches the progress of this process and reports a hang. Use it in `with`.
+    """Watches the progress of this process and reports a hang. Use the object in `with`.
 
-    ends: whether the watch also ends a hung process, so that the program that started the ranks ends or restarts all of
-    them. It must be false for a process that belongs to the user, such as a notebook.
+    ends: whether the watch also ends a hung process. Then the program that started the ranks ends or restarts all of
+    them. Pass False for a process that belongs to the user, such as a notebook.
     """
 
     def __init__(self, logs: Path, place: Place, patience: Patience, ends: bool):
@@ -101,10 +101,10 @@ class SelfWatch:
                 say(text, file=sys.stderr)
 
     def _look_at_others(self) -> list[tuple]:
-        """Return the progress of the other ranks whose files this rank can read, on this host or in a shared run
-        folder.
+        """Return the progress of every other rank whose files this rank can read. The files are on this host or in a
+        shared run folder.
 
-        While another rank makes progress, this rank may wait for that rank, but the run does not hang.
+        If another rank makes progress, this rank may be waiting for it, and the run does not hang.
         """
         reports = [read_report(rank, None, self._logs) for rank in range(self._world) if rank != self._rank]
         return [(one.phase, one.rank, one.step, one.done, one.written) for one in reports if one.step >= 0]
@@ -124,13 +124,13 @@ class SelfWatch:
             self._tell(f"warning: {text}", incident | {"late": True})
 
     def _tell_failure(self, error: BaseException) -> None:
-        """Report an error of this rank. Another rank's action may have caused the error."""
+        """Report an error of this rank. The report names another rank if that rank caused the error."""
         traces = read_traces(self._logs)
         stacks = self._stacks(traces)
         code = error.code if isinstance(error, RunEnded) else EXIT_CRASH
         kind = Kind.diverged if code not in (EXIT_CRASH, EXIT_USER) else Kind.crash
         ranks = tuple(getattr(error, "ranks", ())) or (self._rank,)
-        # If an error occurs inside the pipeline, the pipeline wraps it in an error with another message.
+        # The pipeline wraps an error that occurs inside it in an error with another message, so use the original error.
         first = list(causes(error))[-1]
         words = next((line for line in str(first).splitlines() if line.strip()), "")
         cause = Cause(kind, f"rank {self._rank} failed: {type(first).__name__}: {words}", ranks, code=code)
@@ -141,8 +141,9 @@ class SelfWatch:
         self._tell(f"error: {cause.text}", describe_incident(cause, finding, traces, stacks))
 
     def _tell(self, text: str, incident: dict) -> None:
-        """Report the incident once per run. The first rank reports the incident. Each other rank only says that it ends
-        because of this incident."""
+        """Report the incident, unless another rank has already reported it. In that case, print only that this rank
+        ends because of that incident.
+        """
         path, late = None, incident.get("late", False)
         try:
             with exclusive(self._logs / ".incident.lock", STACKS_WITHIN_SECONDS):

@@ -1,7 +1,8 @@
 """Show where the ranks of a recipe would run, and start nothing:  python -m cluster.show NODESxDEVICES[/RACK]
 OVERRIDES...
 
-256 nodes with 8 devices, 32 nodes in a rack:  python -m cluster.show 256x8/32 conf=deepseek_v3 data=stdlib
+RACK is the number of nodes in a rack. An example with 256 nodes of 8 devices each and 32 nodes in a rack: python -m
+cluster.show 256x8/32 conf=deepseek_v3 data=stdlib
 """
 
 import re

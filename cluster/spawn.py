@@ -16,9 +16,9 @@ import psutil
 from conf.schema import Config
 
 PR_SET_PDEATHSIG = 1
-"""Number of the prctl option that sets the signal for a process whose parent dies."""
+"""Number of the prctl option that sets the signal that a process receives when its parent dies."""
 LEASE = 4.0
-"""An agent that gets no question for this many heartbeats kills its ranks."""
+"""Number of heartbeats without a question from the driver after which an agent kills its ranks."""
 ENDING = 60.0
 """Seconds that a killed rank may need to free its memory."""
 
@@ -35,8 +35,8 @@ def spawn(
     folder: str | None = None,
     stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen:
-    """Start a child in its own session. So Ctrl-C reaches only the driver, and the driver passes it on to the child
-    once.
+    """Start a child process in its own session. Ctrl-C then reaches only the driver, and the driver passes it on to the
+    child.
 
     If this process dies in any way, the kernel kills the child too. output: file for stdout and stderr; with None, the
     child uses the terminal. folder: working folder; None for the working folder of this process.
@@ -55,14 +55,17 @@ def spawn(
 
 
 class ForkedProcess:
-    """A child forked from this process, with all modules that the process has imported.
+    """A child process forked from this process. The child has all modules that this process has imported.
 
-    It has the Popen methods that cluster/local.py uses. Like a child of `spawn`, it dies with its parent. The parent
-    must not have computed anything before, because OpenMP threads and GPU contexts do not survive a fork.
+    The class has the methods of Popen that cluster/local.py uses. Like a child of `spawn`, the child dies with its
+    parent. Before the fork, the parent must not have computed anything, because OpenMP threads and GPU contexts do not
+    survive a fork.
     """
 
     def __init__(self, work: Callable[[], int], environment: dict[str, str], output: IO | None):
-        """work: function that the child runs in this environment. The function returns the child's exit code."""
+        """Fork the child. work: function that the child runs; it returns the child's exit code. environment:
+        environment variables of the child. output: file for stdout and stderr; None for the terminal.
+        """
         bind, parent = _binder(), os.getpid()
 
         def run() -> None:
@@ -101,8 +104,8 @@ class ForkedProcess:
 def die_with_parent() -> None:
     """Make the kernel kill this process when its parent dies, even if nobody reaps the parent.
 
-    A check of the parent's process id, which Ray uses, does not notice a zombie parent, because a zombie keeps its
-    process id.
+    Ray only checks whether the parent's process id exists. This check does not notice that the parent is a zombie,
+    because a zombie keeps its process id.
     """
     _binder()(os.getppid())
 
@@ -110,7 +113,8 @@ def die_with_parent() -> None:
 def _binder() -> Callable[[int], None]:
     """Return a function that makes the calling process die with its parent.
 
-    Create the function before a fork: a child that was forked from a threaded process must not load libraries.
+    Call `_binder` before a fork, because it loads a library. A child that was forked from a process with threads must
+    not load libraries.
     """
     prctl = ctypes.CDLL(None).prctl
 
@@ -131,10 +135,10 @@ def lives(pid: int) -> bool:
 
 
 def holds_open(pid: int, path: Path) -> bool:
-    """Whether this process belongs to this user and has exactly this file open.
+    """Whether the process `pid` belongs to this user and has exactly the file `path` open.
 
-    If so, the process id that the file contains is valid, and the process may be signalled. The file may be untrusted,
-    and its process id may belong to another process by now.
+    If so, the process id that the file contains is still correct, and the process may be signalled. Without this check,
+    the signal could reach another process, because the file may be untrusted or the process id may have been reused.
     """
     with contextlib.suppress(OSError):
         wanted = os.lstat(path)
@@ -146,9 +150,9 @@ def holds_open(pid: int, path: Path) -> bool:
 
 
 def processes_named(name: str) -> list[tuple[psutil.Process, list[str]]]:
-    """Return this host's processes with that name, together with their command lines.
+    """Return this host's processes with this name, each with its command line.
 
-    Zombies and processes with an unreadable command line are left out.
+    Zombies, and processes whose command line cannot be read, are left out.
     """
     found = psutil.process_iter(["name", "cmdline"])
     return [(one, one.info["cmdline"]) for one in found if one.info["name"] == name and one.info["cmdline"]]

@@ -1,8 +1,8 @@
-"""Collects the stacks of a rank's threads: SIGUSR1 makes the rank write them to a file in its logs.
+"""Collects the stacks of a rank's threads. The signal SIGUSR1 makes a rank write its stacks to a file in its logs.
 
 The result also names the hosts that have not acknowledged data on the rank's TCP connections. For a hung rank, the
-stacks of native threads, including threads of libraries, are added too, if pystack is installed and may inspect the
-process.
+stacks of native threads, including threads of libraries, are added. This requires that pystack is installed and may
+inspect the process.
 """
 
 import contextlib
@@ -27,32 +27,34 @@ from cluster.spawn import is_stopped, spawn
 from conf.files import open_plain
 
 STACKS_BYTES = 256 << 10
-"""Maximum bytes of a rank's stacks. Many threads produce more text than anyone reads."""
+"""Maximum bytes of a rank's stacks. A rank with many threads writes more text than anyone reads."""
 STACKS_LOOK_SECONDS = 0.05
-"""Seconds between two checks for requested stacks."""
+"""Seconds after which the requested stacks are checked again."""
 PYSTACK = Path(sys.executable).with_name("pystack")
 NO_PYSTACK = ["echo", "it is not installed; run `pip install pystack`"]
-"""A command that prints that pystack is missing."""
+"""Command that runs instead of pystack if pystack is not installed. It prints this fact."""
 NATIVE_SECONDS = 1.5
 """Maximum seconds that pystack may take."""
 PR_SET_PTRACER = 0x59616D61
-"""Number of the prctl option that allows another process and its descendants to inspect this process under Yama."""
+"""Number of the prctl option that allows another process and its descendants to inspect this process. The kernel's Yama
+module otherwise forbids the inspection.
+"""
 _natives: dict[int, tuple[subprocess.Popen, float]] = {}
-"""For each inspected process: the pystack process that inspects it, and the deadline of this pystack process."""
+"""Running pystack processes. For each inspected process id: the pystack process, and its deadline."""
 TCP_ESTABLISHED = "01"
 """The state of an established connection in /proc/net/tcp."""
 TCP_RETRANSMITS = "01:"
-"""Code of a connection's timer if sent data is not acknowledged. If the other end accepts no more data, the code is
-different.
+"""Start of the timer field of a connection in /proc/net/tcp if sent data is not acknowledged. The field differs if the
+other end only accepts no more data.
 """
 _kept_open: list[IO] = []
 
 
 def answer_requests(logs: Path | None, rank: int) -> None:
-    """Make this process write its stacks at SIGUSR1. They go to the file of `stacks_path`, or to stderr if there are no
-    logs.
+    """Make this process write its stacks when it receives SIGUSR1. The stacks go to the file `stacks_path`, or to
+    stderr if `logs` is None.
 
-    The parent process and the parent's other children are then allowed to inspect this process.
+    The parent process and its other children are then allowed to inspect this process.
     """
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, os.getppid())
     if logs is None:
@@ -69,7 +71,8 @@ def answer_requests(logs: Path | None, rank: int) -> None:
 def ask_stacks(logs: Path, rank: int, pid: int) -> bool:
     """Ask a rank for its stacks. Returns whether the rank can answer.
 
-    A rank that is still importing modules is not asked: the signal would end it.
+    A rank that is still importing modules is not asked, because it has no signal handler yet and the signal would end
+    it.
     """
     if not handles(pid, signal.SIGUSR1):
         return False
@@ -106,8 +109,10 @@ def own_stacks() -> str:
 def read_stacks(logs: Path, rank: int, pid: int, native: bool = False) -> str | None:
     """Return the stacks that a rank wrote since the request, or None before they are complete.
 
-    Incomplete stacks could wrongly suggest that a rank waits for no other rank. native: whether to add the stacks of
-    native threads, for a rank that waits for no other rank. This holds up the rank for about a second.
+    Incomplete stacks are not returned, because they could wrongly suggest that the rank waits for no other rank.
+
+    native: whether to add the stacks of native threads if the rank waits for no other rank. pystack stops the rank for
+    about a second to read them.
     """
     with contextlib.suppress(OSError), open(stacks_path(logs, rank), "rb", opener=open_plain) as file:
         piece = file.read(STACKS_BYTES)
@@ -143,7 +148,7 @@ def is_looked_into(pid: int) -> bool:
 
 
 def unanswered(pid: int) -> str:
-    """Return the hosts that have not acknowledged a process's TCP data, and the process's own address.
+    """Return text that names this process's own address and the hosts that have not acknowledged its TCP data.
 
     The text is empty if the process has no connections.
     """
@@ -168,16 +173,17 @@ def _link(path: str) -> str:
 
 
 def _address(said: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Parse an address field of /proc/net/tcp. The field has groups of 4 bytes, each group in reverse byte order, and a
-    port."""
+    """Parse an address field of /proc/net/tcp. The field consists of the IP address and a port. The address is written
+    in groups of 4 bytes, and each group is in reverse byte order.
+    """
     raw = bytes.fromhex(said.partition(":")[0])
     found = ipaddress.ip_address(b"".join(raw[at : at + 4][::-1] for at in range(0, len(raw), 4)))
     return getattr(found, "ipv4_mapped", None) or found
 
 
 def _is_whole(stacks: str) -> bool:
-    """Whether faulthandler has printed all threads. The main thread comes last, and its last line is its outermost
-    function.
+    """Whether faulthandler has printed the stacks of all threads. It prints the main thread last, and the last line of
+    the main thread is its outermost function.
     """
     _, header, last = stacks.rpartition("(most recent call first):\n")
     return bool(header and re.search(r" in (<module>|_run_module_as_main)\n|^  \.\.\.\n", last, re.MULTILINE))

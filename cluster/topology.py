@@ -1,21 +1,23 @@
 """Assigns ranks to devices: a pure function from nodes and degrees of parallelism to an ordered list.
 
 The ranks of one expert-parallel group (`ep` consecutive ranks, see parallel/layout.py) exchange tokens in every MoE
-layer. So a group uses as few nodes as possible, and if possible all of them are in one rack. Pipeline stages have the
-second most communication. So consecutive stages of the same data-parallel block get consecutive groups of devices:
+layer. So a group uses as few nodes as possible, and if possible all of its nodes are in one rack. Neighbouring pipeline
+stages communicate less than expert groups, but more than all other ranks. So consecutive stages of the same
+data-parallel block get consecutive groups of devices:
 
-    1. Sort nodes by rack, name, address. Cut them into seats: a seat holds one expert group. If a group fits on a node,
-       a node has devices // ep seats; else a seat is ep / g nodes with g ranks each, where g is the largest divisor of
-       ep that the nodes can hold. Seats are formed first inside racks, then from the remaining nodes of the racks.
-    2. A block is one expert group of every stage: pp seats. A block has whole pipelines, so a lost device costs at most
-       one block of the attempt; cluster/driver/shapes.py chooses the smaller layout. Seat i is stage i % pp of block i
-       // pp.
+    1. Sort nodes by rack, name and address. Divide their devices into slots: a slot holds one expert group. If a group
+       fits on a node, a node has devices // ep slots. Otherwise a slot consists of ep / g nodes with g ranks each, where
+       g is the largest divisor of ep that the nodes can hold. Slots are formed first inside racks, then from the
+       remaining nodes of the racks.
+    2. A block consists of one expert group of every stage, so it needs pp slots. All ranks of a pipeline are in the same
+       block, so a lost device costs at most one block of the attempt; cluster/driver/shapes.py then chooses the smaller
+       layout. Slot i is stage i % pp of block i // pp.
     3. Nodes without a rank are spares.
     4. After a failure, ranks stay on their nodes, next to their copies in memory. A spare replaces each missing node,
-       from the same rack if possible. If this would spread more groups over racks than steps 1 to 3, the result of
-       those steps is used.
+       from the same rack if possible. If this placement has more groups that span several racks than the placement by
+       steps 1 to 3, the placement by steps 1 to 3 is used.
 
-Every node holds the same number of ranks of an expert group, as the two-hop dispatcher requires.
+All nodes of an expert group hold the same number of its ranks, as the two-hop dispatcher requires.
 """
 
 import re
@@ -32,11 +34,11 @@ class Node:
 
     id: str
     name: str
-    """Label or host name, for people."""
+    """Label or host name of the node, shown to users."""
     address: str
-    """IP address at which the other nodes reach it."""
+    """IP address at which the other nodes reach this node."""
     devices: int
-    """Number of ranks that the node can hold: its GPUs, or a configured number on CPU."""
+    """Number of ranks that the node can hold: its number of GPUs, or a configured number on CPU."""
     rack: str = ""
     device_bytes: int = 0
     """Memory of a device in bytes; 0 if unknown."""
@@ -44,11 +46,12 @@ class Node:
 
 @dataclass(frozen=True)
 class StageShape:
-    """The size of a stage: number of its ranks, number of ranks that share experts, and number of micro-batches of the
-    busiest rank."""
+    """The shape of a pipeline stage: number of its ranks, number of ranks that share experts, and number of
+    micro-batches of the busiest rank.
+    """
 
     dp: int
-    """parallel.dp x parallel.cp."""
+    """Number of ranks of a stage: parallel.dp x parallel.cp."""
     ep: int
     micro_batches: int = 0
     """Number of micro-batches of the busiest rank in a step."""
@@ -66,12 +69,12 @@ class Seat:
 
 @dataclass(frozen=True)
 class Placement:
-    """The seats of all ranks, in rank order."""
+    """The node and device of every rank of an attempt."""
 
     pp: int
     shape: StageShape
     seats: tuple[Seat, ...]
-    """Seats by rank."""
+    """One seat for each rank, in rank order."""
     spares: tuple[Node, ...]
 
     @property
@@ -88,9 +91,10 @@ class Placement:
 
     @cached_property
     def by_node(self) -> dict[str, list[Seat]]:
-        """Return the seats by node id, for nodes that have seats; the seats of a node are ordered by local rank.
+        """Return the seats of each node, by node id. Nodes without seats are missing. The seats of a node are ordered
+        by local rank.
 
-        The result is cached, because it is read often for thousands of nodes.
+        The result is cached, because a run with thousands of nodes reads it often.
         """
         found: dict[str, list[Seat]] = {}
         for seat in self.seats:
@@ -110,9 +114,9 @@ def place(
     allowed: Callable[[StageShape], bool] = lambda shape: True,
     near: Placement | None = None,
 ) -> Placement | None:
-    """Return the placement of the first shape that fits the nodes and is allowed; None if there is none.
+    """Return the placement of the first shape that fits the nodes and is allowed; None if no shape does.
 
-    near: an earlier placement. If the shape is the same, each rank keeps its node.
+    near: an earlier placement. If the shape has not changed, each rank stays on its node of that placement.
     """
     ordered = sorted(nodes, key=_position)
     seats_of = cache(lambda ep, inside: list(_seats(ordered, ep, inside)))
@@ -130,7 +134,7 @@ def place(
 
 
 def count_group_places(nodes: Iterable[Node], ep: int) -> int:
-    """Return how many expert groups of this size the nodes hold."""
+    """Return how many expert groups of `ep` ranks the nodes can hold."""
     ordered = sorted(nodes, key=_position)
     return max(len(list(_seats(ordered, ep, inside))) for inside in _parts(ep))
 
@@ -155,7 +159,7 @@ def require(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement:
 
 
 def _replace_missing(ordered: list[Node], near: Placement) -> Placement | None:
-    """Return an earlier placement in which a spare replaces every missing node; None if there are too few spares."""
+    """Return the placement `near` with a spare instead of every missing node; None if there are too few spares."""
     index = {node.id: place for place, node in enumerate(ordered)}
     used = near.by_node
     spares = [node for node in ordered if node.id not in used]
@@ -188,7 +192,7 @@ def _position(node: Node) -> tuple:
 
 @cache
 def _natural(text: str) -> list[tuple[bool, int, str]]:
-    """Return a sort key for which node10 comes after node9."""
+    """Return a sort key that puts node9 before node10."""
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", text)]
 
 
@@ -196,14 +200,15 @@ _Seats = list[list[tuple[Node, int]]]
 
 
 def _parts(ep: int) -> Iterator[int]:
-    """Yield the possible numbers of ranks that an expert group has on each of its nodes. The largest number comes
-    first."""
+    """Yield the possible numbers of ranks that an expert group may have on each of its nodes, in descending order."""
     return (inside for inside in range(ep, 0, -1) if ep % inside == 0)
 
 
 def _seats(nodes: list[Node], ep: int, inside: int) -> Iterator[list[tuple[Node, int]]]:
-    """Yield the places of complete expert groups, the best place first. A place is a list of parts, as (node, first
-    device). Each part has `inside` ranks.
+    """Yield the slots for complete expert groups, the best slot first.
+
+    A slot is a list of parts, one for each node: (node, index of the first device). inside: number of ranks in each
+    part.
     """
     if inside == ep:
         for node in nodes:
@@ -226,7 +231,7 @@ def _seats(nodes: list[Node], ep: int, inside: int) -> Iterator[list[tuple[Node,
 
 
 def _number(nodes: list[Node], seats: _Seats, pp: int, shape: StageShape) -> Placement:
-    """Assign rank numbers: rank = stage * dp + block * ep + index in the expert group."""
+    """Assign rank numbers to the devices: rank = stage * dp + block * ep + index in the expert group."""
     dp, ep = shape.dp, shape.ep
     placed: list[Seat] = []
     for index, seat in enumerate(seats):
@@ -260,7 +265,7 @@ def placement_table(placement: Placement) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Return numbers as text in which ranges are shortened: [0, 1, 2, 5] -> 0-2,5"""
+    """Return numbers as text in which runs of consecutive numbers are shortened: [0, 1, 2, 5] -> 0-2,5"""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""One attempt of a run: its ranks as last reported, its progress, and its failure."""
+"""One attempt of a run: the last reports of its ranks, its progress, and its failure."""
 
 from collections.abc import Collection
 from typing import Any
@@ -16,21 +16,22 @@ NAMED_NODES = 8
 
 
 class Attempt(RankWatch):
-    """Facts of one attempt; the supervisor decides what follows from them."""
+    """The state of one attempt. The supervisor decides what to do about it."""
 
     def __init__(self, number: int, placement: Placement, now: float, saved: int, patience: Patience):
-        """saved: step of the newest checkpoint, on disk or in memory, at the start of the attempt."""
+        """Begin an attempt. saved: step of the newest checkpoint, on disk or in memory, at the start of the attempt."""
         names = {seat.rank: seat.node.name for seat in placement.seats}
         super().__init__(names, names, patience, now, saved)
         self.number, self.placement = number, placement
         self.ranks_of = {node: [seat.rank for seat in seats] for node, seats in placement.by_node.items()}
         self.lost: dict[str, str] = {}
-        """Nodes that the attempt lost, with the reason. A node may have returned to the cluster since then."""
+        """Why the attempt lost a node, by node id. A lost node may have returned to the cluster since then."""
         self.cause: Cause | None = None
         self.hang_since: float | None = None
         self.stacks: dict[int, str] = {}
         self.rings: dict[int, bytes] = {}
-        """Packed communication rings of the ranks; empty for a rank without a ring."""
+        """For each rank, its packed communication ring (cluster/comm_ring.py); empty bytes for a rank without a ring.
+        """
         self.incident: dict[str, Any] | None = None
         dp = placement.dp
         self.stragglers = Stragglers([range(stage * dp, (stage + 1) * dp) for stage in range(placement.pp)])
@@ -53,28 +54,31 @@ class Attempt(RankWatch):
         return bool(self.lost or self.cause or self._bad)
 
     def count_repeated(self, reached: int) -> int:
-        """Return the number of steps that this attempt repeats. reached: highest step that the run had worked on
-        before. Call this method after the attempt has begun."""
+        """Return the number of steps that this attempt repeats. Call this method after the attempt has reported its
+        first step.
+
+        reached: highest step that the run had worked on before this attempt.
+        """
         assert self.first_step is not None
         return max(0, reached - min(self.first_step, self.saved + 1))
 
     def take(self, now: float, reports: Collection[RankReport]) -> None:
-        """Store an agent's reports of its ranks."""
+        """Store the reports that an agent sent about its ranks."""
         for report in reports:
             if report.step != self.reports[report.rank].step and report.busy is not None:
                 self.stragglers.take(report.rank, report.busy)
         super().take(now, reports)
 
     def look_again(self, hang_since: float | None) -> None:
-        """Clear stacks and rings, before the driver collects them again.
+        """Clear the stacks and rings, so that the driver can collect new ones.
 
-        hang_since: time of the last progress; None if the attempt is judged for a failure.
+        hang_since: time of the last progress, if the ranks hang; None if a rank failed.
         """
         self.hang_since = hang_since
         self.stacks, self.rings, self.incident = {}, {}, None
 
     def is_settled(self, now: float, until: float) -> bool:
-        """Whether the driver stops waiting for failure reports and communication rings of ranks."""
+        """Whether the driver has waited long enough for the ranks' failure reports, stacks and communication rings."""
         reports = self.live_reports
         if now >= until or any(report.said == EXIT_USER for report in reports):
             return True
@@ -89,7 +93,7 @@ class Attempt(RankWatch):
         }
 
     def judge(self, now: float) -> Cause:
-        """Return the first failure, judged from all reports. Sets `incident` to the details."""
+        """Return the first failure, judged from all reports. Stores the details in `incident`."""
         found = name_cause(self.live_reports, self.names)
         if found is not None and found.kind is Kind.user:
             return found

@@ -1,4 +1,4 @@
-"""Reads ages and attempt numbers from a run's checkpoints, for the driver."""
+"""Reads the ages of a run's checkpoints for the driver, and chooses the next attempt number."""
 
 import functools
 import json
@@ -21,11 +21,11 @@ def claim_attempt(folder: Path, timeout: float) -> int:
     """Return a number (1 or more) that is higher than the number of every earlier attempt. After this call, earlier
     attempts cannot write checkpoints.
 
-    This is necessary because a rank that an earlier driver started may begin only now. Raises UserError for a damaged
-    fence, and if a rank keeps the folder locked for longer than `timeout` seconds.
+    Otherwise a rank that an earlier driver started, and that begins only now, could still write a checkpoint. Raises
+    UserError for a damaged fence, or if a rank keeps the folder locked for longer than `timeout` seconds.
     """
     started = [int(path.stem) for path in (folder / "attempts").glob("*.yaml") if re.fullmatch(r"\d{1,15}", path.stem)]
-    # the events also name attempts that ended before their ranks started
+    # attempts that ended before their ranks started are named only by the events
     recorded = [event["attempt"] for event in read_events(folder)]
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
@@ -43,14 +43,14 @@ def written_since(folder: Path, attempt: int) -> bool:
 def _ages(folder: Path) -> list[Age]:
     """Return the ages of all checkpoints with a readable manifest.
 
-    Other checkpoints have no known age, and no rank resumes from them.
+    A checkpoint without a readable manifest has no known age, and no rank resumes from it.
     """
     found = []
     for path in (folder / "checkpoints").glob(f"{STEP_FOLDERS}/{MANIFEST}"):
         try:
             status = path.stat()
             attempt = _attempt_of(path, status.st_ino, status.st_mtime_ns)
-        except FileNotFoundError:  # a rank is replacing or pruning it
+        except FileNotFoundError:  # another process is replacing or deleting this checkpoint
             continue
         if attempt is not None:
             found.append(Age(attempt, int(path.parent.name.removeprefix("step_"))))
@@ -61,8 +61,8 @@ def _ages(folder: Path) -> list[Age]:
 def _attempt_of(path: Path, inode: int, written: int) -> int | None:
     """Return the attempt that wrote a manifest, or None if the file is not a manifest.
 
-    The result is cached for each file, because manifests of a large run have several megabytes and the driver checks
-    them every second.
+    The result is cached for each file, because the manifest of a large run has several megabytes and the driver checks
+    it every second.
     """
     try:
         return int(json.loads(path.read_bytes())["attempt"])

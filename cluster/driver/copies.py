@@ -1,9 +1,10 @@
-"""The driver's view of the in-memory copies (cluster/node/copy_store.py): which node holds which copies.
+"""The driver's record of the in-memory copies (cluster/node/copy_store.py): which node holds which copies.
 
 With every answer, an agent reports the copies that it holds. Before an attempt starts, the driver writes
 attempts/NUMBER.memory.json for its ranks. The file says where each node stores its copies, and which other node stores
-a second copy of each node's parts. It also names the newest set that is complete on the answering nodes, if such a set
-exists. Rank 0 compares the age of that set with the newest checkpoint on disk (train/loop/resume.py).
+a second copy of each node's parts. The copies that the ranks wrote at the same step form a set. The file also names the
+newest set that is complete on the answering nodes, if such a set exists. Rank 0 compares the age of that set with the
+age of the newest checkpoint on disk (train/loop/resume.py).
 """
 
 import hashlib
@@ -24,13 +25,13 @@ from conf.files import atomic_write_text, read_plain
 
 @dataclass(frozen=True)
 class Shelf:
-    """Location of one node's copies."""
+    """The place where one node stores its copies."""
 
     name: str
     """The node's name, for messages."""
     folder: str
     address: str
-    """HOST:PORT of the store in the node's agent."""
+    """HOST:PORT at which the node's agent serves the copies."""
     ranks: list[int]
     """Ranks of this attempt that run on the node."""
 
@@ -40,15 +41,15 @@ class Shelves:
     """Everything that the ranks of one attempt know about the in-memory copies."""
 
     nodes: list[Shelf]
-    """Nodes with ranks first, in placement order. The nodes form a ring: the next node of each node is the following
-    one.
+    """The nodes that store copies. Nodes with ranks come first, in placement order. The nodes with ranks form a ring:
+    the node after each node, or the first node after the last, stores that node's second copy.
     """
     resume: str | None
     """Name of the newest complete set; None if no set is complete."""
     holders: list[list[int]]
     """For every rank that wrote the set `resume`, the indexes of the nodes that hold the rank's part."""
     full_size: bool
-    """Whether the attempt has all the ranks that the run wants. If so, its copies must fit into memory."""
+    """Whether the attempt runs the full layout of the run. Only then must the attempt's copies fit into memory."""
 
     @staticmethod
     def read(path: Path) -> "Shelves":
@@ -60,16 +61,16 @@ class Shelves:
         return next(index for index, node in enumerate(self.nodes) if rank in node.ranks)
 
     def next(self, index: int) -> int | None:
-        """Return the index of the other node that also stores the parts of this node's ranks. Return None if there is
-        no other node."""
+        """Return the index of the node that stores the second copy of node `index`; None if no other node has ranks."""
         count = sum(bool(node.ranks) for node in self.nodes)
         return (index + 1) % count if count > 1 else None
 
 
 class Copies:
-    """Copies that the agents of a run hold.
+    """All in-memory copies that the agents of a run hold.
 
-    folder: run folder. base: folder under which every node stores copies. first: first attempt of this launch.
+    folder: run folder. base: folder under which every node stores copies. first: number of the first attempt of this
+    launch.
     """
 
     def __init__(self, folder: Path, base: str, first: int):
@@ -78,13 +79,14 @@ class Copies:
         self._run = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
         self._ports: dict[str, int] = {}
         self._held: dict[str, dict[str, list[int]]] = {}
-        """For each node id: the ranks whose parts the node holds, by set name."""
+        """For each node id and each set name: the ranks whose parts the node holds."""
 
     @cached_property
     def _id(self) -> str:
-        """Random id, stored in the run folder.
+        """Random id of the run, stored in the run folder.
 
-        The id is random, because a process that knew it could create the memory folder before the run does.
+        The id is random, because otherwise another process could guess it and create the memory folder before the run
+        does.
         """
         path = self._folder / "attempts" / "memory_id"
         path.parent.mkdir(exist_ok=True)
@@ -109,12 +111,12 @@ class Copies:
         self._held[node] = held
 
     def forget(self, node: str) -> None:
-        """Drop a lost node."""
+        """Remove the record of a lost node."""
         self._ports.pop(node, None)
         self._held.pop(node, None)
 
     def newest(self, nodes: Iterable[str]) -> SetId | None:
-        """Return the newest set that these nodes together hold completely."""
+        """Return the newest set that is complete on these nodes together; None if no set is complete."""
         ranks: dict[str, set[int]] = {}
         for node in nodes:
             for name, held in self._held.get(node, {}).items():
@@ -123,10 +125,10 @@ class Copies:
         return max((id for id, held in found if id and len(held) == id.world), default=None)
 
     def shelves(self, placement: Placement, nodes: dict[str, Node], full_size: bool, auto: bool) -> Shelves:
-        """Return the shelves for the ranks of an attempt. nodes: all answering nodes, by id.
+        """Return the locations of all copies for the ranks of an attempt.
 
-        auto: whether the run may resume from the newest state of any launch; otherwise it resumes only from a state
-        that this launch wrote.
+        nodes: all answering nodes, by id. auto: whether the attempt may resume from a set that an earlier launch wrote.
+        If not, it resumes only from a set of this launch.
         """
         ranks = {id: [seat.rank for seat in seats] for id, seats in placement.by_node.items()}
         ids = [*ranks, *(id for id in nodes if id not in ranks and id in self._ports)]
@@ -146,8 +148,8 @@ class Copies:
         return Shelves(shelves, found.name, holders, full_size)
 
     def write(self, number: int, shelves: Shelves) -> dict[str, str]:
-        """Write the shelves to a file for the ranks of an attempt. Returns the environment variables that name this
-        file.
+        """Write `shelves` to a file that the ranks of the attempt read. Returns environment variables with the path of
+        this file and the token of the stores.
         """
         path = self._folder / "attempts" / f"{number:05d}.memory.json"
         with naming(path):
@@ -156,11 +158,11 @@ class Copies:
 
 
 def given_shelves() -> tuple[Shelves, str] | None:
-    """Return the shelves that the driver wrote for this rank, and the token of the stores; None if the run has no
-    copies in memory.
+    """Return the locations of all copies, which the driver wrote for this rank, and the token of the stores. Return
+    None if the run keeps no copies in memory.
 
-    Call it only once: it removes the token from the environment, because every child of the rank would inherit the
-    token.
+    Call this function only once. It removes the token from the environment, because otherwise every child of the rank
+    would inherit the token.
     """
     if "SLUICE_MEMORY" not in os.environ:
         return None

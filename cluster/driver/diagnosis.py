@@ -1,5 +1,5 @@
-"""Final report of a run that cannot continue: what failed, where it failed, the log lines that show it, and what to
-do.
+"""Writes the final report of a run that cannot continue: what failed, where it failed, the log lines that show it, and
+what to do.
 """
 
 from cluster.cause import Cause, Kind
@@ -21,9 +21,9 @@ LOG_LINES = 30
 
 
 def give_up(cause: Cause, times: int, allowed: int, failures: list[tuple[int, Cause]], saved: int) -> str:
-    """Explain why the driver makes no further attempt.
+    """Explain why the driver starts no further attempt.
 
-    failures: (attempt, cause) of all attempts; saved: newest checkpoint or -1.
+    failures: (attempt, cause) of all attempts. saved: step of the newest checkpoint, or -1.
     """
     lines = [cause.text]
     if times > 1:
@@ -56,7 +56,7 @@ def too_few(policy: Policy, free: list[Node], found: Placement | None, last: Cau
 
 
 def no_node_comes(last: Cause | None, saved: int) -> str:
-    """Explain why a run ends after its own Ray on this machine has ended."""
+    """Explain why a run ends after the Ray that it started on this machine has ended."""
     before = f"\n  earlier: {last.text}" if last else ""
     return (
         f"the Ray that this run started on this machine has ended, and it cannot be replaced by another node{before}\n  newest checkpoint: {_step(saved)}\n"

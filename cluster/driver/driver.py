@@ -44,34 +44,39 @@ from conf.own_code import targets_of
 from conf.schema import Config
 
 NEWS_SECONDS = 0.25
-"""Seconds after which an agent answers even without news. The driver then asks the agent again at once."""
+"""Seconds after which an agent answers the driver's question even if it has no news. The driver then asks the agent
+again at once.
+"""
 ANSWERS = 150
-"""Upper bound of answers per second from all agents together. With many agents, each agent waits longer, so that
-answers without news do not flood the driver.
+"""Upper bound of answers per second from all agents together. The more agents there are, the longer each agent waits
+for news, so that answers without news do not flood the driver.
 """
 LONGEST_PATIENCE = 30.0
-"""Upper bound, in seconds, of an agent's wait for news if its node answers the pulse. Without a pulse, the bound is
-half a heartbeat, because only the agent's answer shows that the node is alive.
+"""Upper bound, in seconds, of an agent's wait for news if its node answers the driver's UDP questions (the pulse). If
+the node does not answer them, only the agent's answer shows that the node is alive. The bound is then half a heartbeat.
 """
 TICK_EVERY = 0.05
 """Minimum seconds between two decisions."""
 LOOK_EVERY = 1.0
 """Seconds between checks of the node list and of the checkpoints."""
 HELD_BACK = 2.0
-"""Seconds until the driver checks a node again that it refused because another agent holds the node's copy folder."""
+"""Seconds until the driver checks a refused node again, if it refused the node because another agent holds the node's
+copy folder.
+"""
 REFUSED_SECONDS = 10.0
-"""Seconds until the driver checks a node again that it refused for another reason. Meanwhile an admin may correct the
-node's clock or free its disk.
+"""Seconds until the driver checks a node again that it refused for any other reason. Until then, an admin may correct
+the node's clock or free its disk.
 """
 
 
 class Driver:
-    """Runs one launch of a run on a fleet.
+    """Runs one launch of a run on a fleet of nodes.
 
-    arguments: command line of a rank, after the interpreter. The last argument is the configuration file; each attempt
-    gets a configuration file with its own layout. rank_folder: working folder of the ranks; None if Ray copies the code
-    to the nodes. gpus: whether the nodes' devices are GPUs. planner: command that writes layouts.json for
-    cluster/driver/shapes.py. The driver appends cpu or cuda, and starts the command when the run has begun to train.
+    arguments: command line of a rank, after the interpreter. The last argument is the path of the configuration file;
+    the driver replaces it by a file with the layout of each attempt. rank_folder: working folder of the ranks; None if
+    Ray copies the code to the nodes. gpus: whether the nodes' devices are GPUs. planner: command that writes
+    layouts.json for cluster/driver/shapes.py. The driver appends cpu or cuda to it, and starts it when the run has
+    begun to train.
     """
 
     def __init__(
@@ -102,31 +107,33 @@ class Driver:
         self.vitals, self._rank_table = Vitals(), RankTable(folder)
         self._finish: m.FinishRun | None = None
         self._known: dict[str, Node] = {}
-        """Listed nodes, by id. The supervisor has only those nodes that passed the checks."""
+        """All listed nodes, by id. The supervisor knows only the listed nodes that passed the checks."""
         self._overdue: dict[str, float] = {}
-        """For each node: the time by which the agent must have answered. After it, an answer to the pulse no longer
-        counts for the node.
+        """For each node: the time by which its agent must have answered. After that time, answers to the driver's UDP
+        questions no longer count as a sign of life.
         """
         self._ask_later: set[str] = set()
-        """Nodes whose agent the driver asks at the next check of the node list instead of at once."""
+        """Nodes whose agents the driver asks only at its next check of the node list."""
         self._released: set[str] = set()
-        """Draining nodes whose agents the driver has ended; they hold nothing of the run any more."""
+        """Draining nodes whose agents the driver has ended. Nothing of the run is left on these nodes."""
         self._probed_from = 0
-        """Number of the newest pulse question at the time when the supervisor asked for a probe of all nodes."""
+        """Number of the newest UDP question at the time when the supervisor asked for a probe. Only answers to later
+        questions count for the probe.
+        """
         self._starting: tuple[int, Placement] | None = None
         self._network: NetworkTest | None = None
         self._test_ports: dict[str, int] = {}
         """Port on which each node listens for the network test, which runs before the first attempt."""
         self._refused: dict[str, str] = {}
         self._check_again: dict[str, float] = {}
-        """Time of the next check of each refused node, by id."""
+        """For each refused node, by id: the time at which the driver checks it again."""
         self._without_folder: set[str] = set()
-        """Nodes without a folder for copies."""
+        """Nodes that have no folder for copies."""
         self._started_at = clock()
         self._first_step: int | None = None
         self._offsets: dict[int, int] = {}
         self._logged: set[int] = set()
-        """Ranks of the attempt whose failure is already in their log."""
+        """Ranks of the current attempt whose complete failure is already in their logs."""
         self._looked, self._ticked = -LOOK_EVERY, -TICK_EVERY
         self._held_up, self._slept = HeldUp(NAP * config.cluster.heartbeat, clock()), 0.0
         self._stop: str | None = None
@@ -165,9 +172,10 @@ class Driver:
         if self._network is not None and self._starting is not None:
             self._test_network(self._network, *self._starting)
         if self.clock() - self._ticked < TICK_EVERY:
-            return  # the rest visits all nodes, and thousands of nodes answer one by one
+            return  # the code below visits all nodes, which is too slow to do after each answer
         self._ticked = self.clock()
-        if self.supervisor.phase is not DriverPhase.running:  # the supervisor may soon need the age of the copies
+        # Before the next start, the supervisor soon needs the age of the copies.
+        if self.supervisor.phase is not DriverPhase.running:
             self._look_at_copies()
         self._tell(m.Tick())
         self.view.update(self.supervisor)
@@ -176,7 +184,7 @@ class Driver:
     def _feel_pulse(self) -> None:
         """Ask nodes by UDP whether they are alive.
 
-        The agent answers these questions, so a node with a stuck agent does not answer, even if its system works.
+        A node's agent answers these questions. So a node with a stuck agent does not answer, even if its system works.
         """
         now, states = self._awake(), self.supervisor.nodes
         judging = self.supervisor.phase is DriverPhase.judging
@@ -189,8 +197,9 @@ class Driver:
         self.pulse.ask(now, lambda id: id in states and states[id].health is NodeHealth.ok)
 
     def _awake(self) -> float:
-        """Return the time of a clock that stands still while the driver process is held up. All code about the pulse
-        uses this clock."""
+        """Return the time of a clock that stands still while the driver process is held up. All code for the UDP
+        questions uses this clock.
+        """
         now = self.clock()
         self._slept += self._held_up.since_last_look(now)
         return now - self._slept
@@ -244,7 +253,7 @@ class Driver:
         self._ask_later.clear()
 
     def _forget(self, id: str) -> Node:
-        """Drop a node whose agent of this launch is gone."""
+        """Remove a node from all records, because its agent of this launch is gone. Returns the node."""
         self.copies.forget(id)
         self.pulse.forget(id)
         self._overdue.pop(id, None)
@@ -255,10 +264,11 @@ class Driver:
         self._tell(m.CopyHeld(Age(held.attempt, held.step) if held else NONE))
 
     def _ask(self, id: str) -> None:
-        """Ask an agent for its next news. Only one such question per agent is pending at a time."""
+        """Ask an agent for its news. Only one such question per agent is pending at a time."""
         now, heartbeat, ranks = self._awake(), self.config.cluster.heartbeat, self._ranks_on(id)
         longest = NEWS_SECONDS if 0 in ranks else LONGEST_PATIENCE if self.pulse.hears(id, now) else heartbeat / 2
-        # The driver asked all agents at once when the attempt began. The random factor spreads their answers.
+        # At the start of an attempt, the driver asks all agents at the same time. The random factor spreads their
+        # answers.
         spread = random.uniform(0.5, 1.5)
         patience = min(max(NEWS_SECONDS, spread * len(self._known) / ANSWERS), longest)
         self._overdue[id] = now + patience + heartbeat
@@ -300,7 +310,7 @@ class Driver:
             self._send_orders(reply)
         elif reply.error is not None and reply.is_of(Agent.start):
             self._tell(m.StartFailed(self.supervisor.number, reply.node, f"{reply.method}: {reply.error}"))
-        elif reply.error is not None:  # for example reserve ranks: the attempt does not need them
+        elif reply.error is not None:  # for example, a reserve process did not start; the attempt does not need it
             name = self._known[reply.node].name
             self._note("call_failed", f"{name}: {reply.method}: {reply.error}", node=name, method=reply.method)
 
@@ -342,15 +352,13 @@ class Driver:
         if len(self._known) < ANSWERS * NEWS_SECONDS:
             self._ask(node.id)
         else:
-            # At the next check the node will have answered the pulse, so its agent may wait longer.
+            # At the next check, the node will have answered a UDP question, so its agent may then wait longer for news.
             self._ask_later.add(node.id)
         if self.supervisor.phase is DriverPhase.running and self._first_step is not None:
             self._warm([node])
 
     def _refuse(self, node: Node, problem: str, again: float = REFUSED_SECONDS) -> None:
-        """Keep a node out until a later check passes, and report the problem once. again: seconds until the next
-        check.
-        """
+        """Exclude a node until a later check passes, and report the problem once. again: seconds until the next check."""
         self._check_again[node.id] = self.clock() + again
         if node.name not in self._refused:
             self._note("node_refused", f"{node.name}: {problem}", node=node.name)
@@ -384,15 +392,14 @@ class Driver:
             self._plan_layouts()
 
     def _log_wholes(self, answer: Answer) -> None:
-        """Write the complete failures to the logs of the failed ranks. The output of the ranks itself leaves out some
-        parts."""
+        """Write the complete failures to the logs of the failed ranks. The ranks' own output omits some parts of them."""
         failures = [report.failure for report in answer.ranks if report.failure and report.rank not in self._logged]
         for failure in failures:
             self._logged.add(failure.rank)
             self.journal.output(failure.rank, failure.whole.encode())
 
     def _tell_of_pulse(self) -> None:
-        """Report the nodes that do not answer by UDP, if there are so many of them that the driver becomes slow."""
+        """Report the nodes that do not answer by UDP, if they are so many that they make the driver slow."""
         nodes, now = self.supervisor.answering, self._awake()
         without = [node.name for id, node in nodes.items() if not self.pulse.hears(id, now)]
         if without and len(nodes) / ANSWERS > self.config.cluster.heartbeat / 2:
@@ -403,9 +410,9 @@ class Driver:
             self._note("no_pulse", text, nodes=without)
 
     def _tell_of_priority(self) -> None:
-        """Name the nodes where other processes have a higher priority and slow down ranks and agents."""
-        # A Ray that this run started has this process's priority. On a cluster, a submitted job has the priority that
-        # Ray gives to all workers.
+        """Name the nodes where other processes have a higher priority than the ranks and agents, and so slow them down."""
+        # A Ray that this run started has the priority of this process. On a Ray cluster, a submitted job has the
+        # priority that Ray gives to all its workers.
         if low := self.vitals.low(os.nice(0) if self.config.cluster.address is None else 0):
             name, niceness = next(iter(low.items()))
             where = name + (f" and {len(low) - 1} more" if len(low) > 1 else "")
@@ -421,8 +428,9 @@ class Driver:
             self._planning = spawn(self._planner, dict(os.environ), subprocess.DEVNULL)
 
     def _warm(self, nodes: Iterable[Node]) -> None:
-        """Start reserve processes on these nodes. The attempt has already started, so these processes do not delay the
-        start of its ranks."""
+        """Start reserve processes for later ranks on these nodes. Call this method after the attempt has started, so
+        that the reserve processes do not delay the start of its ranks.
+        """
         if self.config.cluster.standby:
             for node in nodes:
                 seats = self.supervisor.current.ranks_of.get(node.id, ())
@@ -453,8 +461,8 @@ class Driver:
             case m.StopRanks(number, nodes, why, in_memory):
                 for id in nodes:
                     call_agent(self.fleet, id, Agent.stop, number, in_memory, why)
-            # The driver probes nodes with a pulse by its next UDP questions, because calls to thousands of nodes take
-            # too long.
+            # Nodes that answer UDP questions are probed by the next UDP question. A call to each of thousands of nodes
+            # would take too long.
             case m.ProbeLinks(nodes):
                 self._probed_from, now = self.pulse.number, self._awake()
                 self.pulse.hurry()
@@ -478,7 +486,7 @@ class Driver:
                 self._finish = m.FinishRun(code, text + (refused if code != EXIT_OK else ""))
 
     def _let_go(self) -> None:
-        """End the agents of draining nodes, which hold nothing of the run any more."""
+        """End the agents of draining nodes. Nothing of the run is left on these nodes."""
         for id in self.supervisor.draining & set(self._known):
             self._forget(id)
             self._released.add(id)
@@ -488,11 +496,11 @@ class Driver:
     def _send_orders(self, reply: Reply) -> None:
         if (
             self._starting is None or reply.node != self._starting[1].seats[0].node.id
-        ):  # the question was for an attempt that is over
+        ):  # the answer belongs to an attempt that is over
             return
         number, placement = self._starting
         self._starting = None
-        # The attempt is broken and about to end, and the location of the copies is unknown.
+        # The attempt has lost a node, so it is about to end. The lost node's copies could not be named in the orders.
         if self.supervisor.current.lost:
             return
         if reply.error is not None:
@@ -515,7 +523,7 @@ class Driver:
             "SLUICE_STORE_SECRET": secrets.token_hex(32),
             "SLUICE_FOLDER": os.getcwd(),
         }
-        # The variable keeps a rank from importing packages from its working folder.
+        # PYTHONSAFEPATH keeps a rank from importing packages from its working folder.
         if safe := os.environ.get("PYTHONSAFEPATH"):
             shared["PYTHONSAFEPATH"] = safe
         shared |= {name: os.environ[name] for name in NAMES if name in os.environ}
@@ -525,7 +533,7 @@ class Driver:
             call_agent(self.fleet, id, Agent.start, order)
 
     def _tell_of_copies(self, number: int, placement: Placement) -> dict[str, str]:
-        """Return the environment variables of ranks that keep copies in memory."""
+        """Return the environment variables for ranks that keep copies in memory; empty if the run keeps none."""
         if not self.config.checkpoint.every_memory:
             return {}
         full_size, auto = placement.shape == self.shapes.own, self.config.resume == "auto"
@@ -533,8 +541,8 @@ class Driver:
         return self.copies.write(number, shelves)
 
     def _drop_copies(self, code: int) -> None:
-        """Drop the copies in memory if the disk holds a state that is at least as new. Otherwise the next launch needs
-        the copies.
+        """Drop the copies in memory if the disk holds a checkpoint that is at least as new. Otherwise keep them,
+        because the next launch needs them.
         """
         saved = newest(self.folder)
         safe = saved > NONE and saved >= self.supervisor.held
@@ -543,8 +551,9 @@ class Driver:
                 call_agent(self.fleet, id, Agent.drop_memory)
 
     def _attempt_config(self, number: int, shape: StageShape) -> Path:
-        """Write the configuration of an attempt. The configuration has the attempt's layout. It also has resume=auto if
-        this launch has already written a checkpoint."""
+        """Write the configuration file of an attempt, with the attempt's layout. If this launch has already written a
+        checkpoint, the file also sets resume=auto.
+        """
         config = self.config if shape == self.shapes.own else with_shape(self.config, shape)
         if written_since(self.folder, self.first):
             config = dataclasses.replace(config, resume="auto")
@@ -559,15 +568,15 @@ class Driver:
         self.view.note(kind, text)
 
     def _fetch_last_words(self) -> None:
-        """Fetch the last output of the ranks."""
+        """Fetch the output that the ranks wrote since the last answer."""
         attempt = self.supervisor.attempt
         if attempt is None:
             return
         waiting, quiet = {id for id in attempt.reachable if id in self._known}, 0
         for id in waiting:
             call_agent(self.fleet, id, Agent.last_words, self._offsets_on(id), attempt.number)
-        # The loop ends after 20 empty polls in a row (2 s of silence). A limit of 2 s on the clock would lose answers
-        # if this process is held up while they wait.
+        # The loop ends after 20 polls in a row without an answer, which take 2 s. With a limit of 2 s on the clock
+        # instead, a process that is held up would lose the answers that arrive meanwhile.
         while waiting and quiet < 20:
             replies = self.fleet.replies(0.1)
             quiet += not replies

@@ -1,6 +1,7 @@
-"""The interface between a driver and the agents. Calls never block; the driver takes answers as they arrive.
+"""The interface between a driver and the agents of the nodes. Calls never block; the driver collects the answers as
+they arrive.
 
-Runs use cluster/driver/ray_backend.py; tests use a fleet whose agents live in the same process.
+Runs use cluster/driver/ray_backend.py. Tests use a fleet whose agents run in the same process.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from cluster.topology import Node
 Arguments = ParamSpec("Arguments")
 
 WAITING = (Agent.ask.__name__, Agent.network.__name__)
-"""Agent methods that may block; all other methods return at once."""
+"""Names of the methods of `Agent` that may block. All other methods return at once."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,18 @@ class Reply:
     method: str
     value: Any = None
     error: str | None = None
-    """The exception that the method raised, or how the agent died."""
+    """Text of the exception that the method raised, or text that says how the agent died. None if the method returned.
+    """
     dead: bool = False
     """Whether the agent is gone. The next call then starts a new agent."""
 
     def is_of(self, method: Callable) -> bool:
-        """Whether this is the outcome of a call to this method of `Agent`."""
+        """Whether this is the outcome of a call to `method`, a method of `Agent`."""
         return self.method == method.__name__
 
 
 class FleetLost(RuntimeError):
-    """The list of nodes is no longer available. Agents that were reached before may still answer."""
+    """The list of nodes is no longer available. Agents to which the driver already has a connection may still answer."""
 
 
 class Fleet(Protocol):
@@ -47,25 +49,28 @@ class Fleet(Protocol):
         """Return the nodes that will be removed soon, and why."""
 
     def describe_return(self, node: Node) -> str:
-        """Return text that says what a person must do to bring back a node that is listed as dead. Return an empty text
-        if no node can come back."""
+        """Return text that says what a user must do to bring back a node that is listed as dead. Return an empty text
+        if no node can come back.
+        """
 
     def release(self, node: str) -> None:
         """End the agent of a draining node, so that the node can be removed."""
 
     def call(self, node: str, method: str, *arguments: Any) -> None:
-        """Call the method of `Agent` with this name on a node; see `call_agent`. The first call starts the agent.
+        """Call the method of `Agent` with the name `method` on a node; see `call_agent`. The first call starts the
+        agent.
 
-        Each WAITING method is a group of its own, and the other methods are one group. The calls of a group run one
-        after another; groups do not wait for each other.
+        The agent runs two calls one after another only if they are in the same group. Each method of WAITING has its
+        own group. All other methods together form one group.
         """
 
     def replies(self, timeout: float) -> list[Reply]:
-        """Return the outcomes that arrived since the last call of this method. If no outcome arrived, wait up to
-        `timeout` seconds for the first."""
+        """Return the outcomes that have arrived since the previous call of `replies`. If none has arrived, wait up to
+        `timeout` seconds for the first one.
+        """
 
     def close(self) -> None:
-        """End all agents. Their ranks end with them."""
+        """End all agents. The agents end their ranks."""
 
 
 def call_agent(
@@ -77,7 +82,8 @@ def call_agent(
 ) -> None:
     """Call a method of a node's agent.
 
-    method: the method as an attribute of the class, such as `Agent.facts`. Pass the method's arguments by position.
+    method: the method as an attribute of the class, such as `Agent.facts`. Only positional arguments are passed to the
+    method.
     """
     assert not named, named
     fleet.call(node, method.__name__, *arguments)

@@ -1,14 +1,14 @@
-"""runs/NAME/events.jsonl and the collected output of the ranks: the history of a run, for people and tools.
+"""Writes the history of a run, for people and tools: runs/NAME/events.jsonl, and the collected output of the ranks.
 
-Each line of events.jsonl is one JSON object, written with one call:
+Each line of events.jsonl is one JSON object, which is written by a single call:
 
-    time      Unix time in seconds, from a clock that nobody sets while the driver runs
-    kind      see EVENT_KINDS
-    attempt   number of the attempt that the event concerns; 0 before the first
+    time      Unix time in seconds, from a clock that nobody can set while the driver runs
+    kind      kind of the event; see EVENT_KINDS
+    attempt   number of the attempt that the event concerns; 0 before the first attempt
     text      one sentence for people
-    ...       fields of the kind, see EVENT_KINDS
+    ...       further fields that depend on the kind; see EVENT_KINDS
 
-The file is append-only; a later launch of the same run continues it.
+The file is append-only. A later launch of the same run appends to it.
 """
 
 import contextlib
@@ -70,8 +70,8 @@ EVENT_KINDS = {
 class Journal:
     """Appends to events.jsonl and to logs/rank_N.log of a run folder.
 
-    note: a function that is called once, with a sentence, when the disk refuses data. The run then continues. Events
-    wait in memory until there is space; output is lost.
+    note: function that is called with a sentence when the disk refuses data for the first time. The run then continues.
+    Events wait in memory until there is space on the disk; output is lost.
     """
 
     def __init__(self, folder: Path, note: Callable[[str], None] = say):
@@ -81,7 +81,8 @@ class Journal:
         self._logs = folder / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
         if read_tail(self._path, 1) not in (b"", b"\n"):
-            self._try(self._append, self._path, b"\n")  # ends a line that a crash of an earlier launch left incomplete
+            # Ends an incomplete line, which a crash of an earlier launch may have left.
+            self._try(self._append, self._path, b"\n")
 
     def write(self, kind: str, attempt: int, text: str, **fields: Any) -> None:
         """Append one event."""
@@ -136,15 +137,15 @@ def _is_event(found: Any) -> bool:
 
 # ranks.json of a run folder: the state of all ranks in the newest attempt, for external tools.
 #
-# time      Unix time at which the driver wrote the file
-# attempt   number of the attempt
-# phase     phase of the driver (cluster/driver/messages.py)
-# pp, dp    layout; with parallel.cp all ranks of a stage count as dp
-# ranks     [[rank, node, step, phase, busy, seconds, memory, ended], ...], as in cluster.cause.RankReport
+# time      Unix time at which the driver wrote the file attempt   number of the attempt phase     phase of the driver
+# (cluster/driver/messages.py) pp, dp    layout of the attempt; with parallel.cp, dp counts all ranks of a stage ranks
+# [[rank, node, step, phase, busy, seconds, memory, ended], ...], as in cluster.cause.RankReport
 
 RANKS_FILE = "ranks.json"
 WRITTEN_EVERY, SLOWER_FROM = 2.0, 1000
-"""Seconds between two writes, and the number of ranks from which this interval grows in proportion to the ranks."""
+"""The driver writes ranks.json every WRITTEN_EVERY seconds. Above SLOWER_FROM ranks, this interval grows in proportion
+to the number of ranks.
+"""
 
 
 class RankTable:
@@ -155,7 +156,7 @@ class RankTable:
         self._due, self._phase = 0.0, DriverPhase.gathering
 
     def update(self, supervisor: "Supervisor", now: float) -> None:
-        """Write the file if it is due or if the phase of the run has changed. now: seconds of any clock."""
+        """Write the file if the interval is over or if the phase of the run has changed. now: seconds of any clock."""
         attempt = supervisor.attempt
         if attempt is None or (now < self._due and supervisor.phase is self._phase):
             return

@@ -1,4 +1,4 @@
-"""Events, which are the supervisor's inputs, and actions, which are its outputs."""
+"""The messages of the supervisor. Events are its inputs; actions are its outputs."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -32,13 +32,13 @@ class NodeState:
     heard: float
     health: NodeHealth = NodeHealth.ok
     live: set[int] = field(default_factory=set)
-    """Ranks that run on the node, as far as the driver knows."""
+    """Ranks that run on the node, according to the last news."""
     draining: bool = False
-    """Whether the node will be removed soon. It then gets no further ranks."""
+    """Whether the node will be removed soon. If so, it gets no further ranks."""
 
     @property
     def usable(self) -> bool:
-        """Whether an attempt may start on this node when no rank is alive there any more."""
+        """Whether the next attempt may use this node, as soon as no rank of an earlier attempt is alive on it."""
         return self.health is NodeHealth.ok and not self.draining
 
 
@@ -47,25 +47,25 @@ class NodeState:
 
 @dataclass(frozen=True)
 class NodeJoined:
-    """A node is present, its agent answers, and it passed the checks. It holds no rank of this run."""
+    """A node is listed, its agent answers, and it passed the checks. No rank of this run is on it."""
 
     node: Node
 
 
 @dataclass(frozen=True)
 class NodeLost:
-    """A node is dead, or (returning) only its agent is dead."""
+    """A node is dead. With `returning`, only its agent is dead and the node can return."""
 
     node: str
     why: str
     returning: bool = False
     last: bool = False
-    """Whether neither this node nor any other node can come."""
+    """Whether no node can join the run any more."""
 
 
 @dataclass(frozen=True)
 class AgentBeat:
-    """An agent's answer: the attempt whose ranks it holds (0 for none) and the reports of these ranks."""
+    """An agent's answer: the attempt of the ranks that it holds (0 if it holds none), and the reports of these ranks."""
 
     node: str
     attempt: int
@@ -102,15 +102,16 @@ class StartFailed:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """A new checkpoint on disk is complete. It is the newest checkpoint on disk."""
+    """A new checkpoint on disk is complete. `age` is the age of the newest checkpoint on disk."""
 
     age: Age
 
 
 @dataclass(frozen=True)
 class CopyHeld:
-    """Reports the newest copy of the state that is complete in the memory of the answering nodes. `age` is NONE if
-    there is no such copy."""
+    """The newest copy of the state that is complete in the memory of the answering nodes. `age` is the age of this
+    copy, or NONE if there is no such copy.
+    """
 
     age: Age
 
@@ -174,8 +175,9 @@ class EndRanks:
 
 @dataclass(frozen=True)
 class StopRanks:
-    """Ask the ranks to write a checkpoint and exit with code 75. in_memory: whether a copy in memory is enough. why:
-    text for people.
+    """Ask the ranks to write a checkpoint and to exit with code 75.
+
+    in_memory: whether a copy in memory is enough. why: reason, as text for the user.
     """
 
     attempt: int
@@ -218,7 +220,7 @@ class KeepIncident:
 
 @dataclass(frozen=True)
 class PassIncident:
-    """Record in the newest incident that the run continued after a silence of this many seconds."""
+    """Record in the newest incident that the ranks made progress again after `seconds` of silence."""
 
     seconds: float
 

@@ -1,10 +1,12 @@
-"""Network test before step 0: measures latency and bandwidth between pairs of nodes, and names slow pairs.
+"""Tests the network before step 0: measures latency and bandwidth between pairs of nodes, and names slow pairs.
 
 Pairs are tested in rounds. In each round, every node has one partner. So N nodes need N - 1 rounds to test all pairs.
 The nodes run the rounds without the driver (cluster/node/network_probe.py), because calls to every node in every round
-would take longer than the transfers. At most 63 rounds are run. Thousands of nodes run fewer rounds, at least 7; every
-node then tests as many partners as there are rounds. The transfer over a plain socket is short: it finds a bad cable or
-a route over the wrong interface, but is not a benchmark.
+would take longer than the transfers.
+
+At most 63 rounds are run. With thousands of nodes, fewer rounds are run, but at least 7. Every node then tests as many
+partners as there are rounds. Each test is a short transfer over a plain socket. It finds a bad cable or a route over
+the wrong interface, but it is not a benchmark.
 """
 
 import statistics
@@ -22,12 +24,14 @@ latency is above two limits: the median latency times this factor, and the media
 ROUNDS = 63
 LEAST_ROUNDS = 7
 PAIRS = 16384
-"""If 63 rounds would test more pairs than this number, fewer rounds are run."""
+"""Upper bound of the number of tested pairs. It reduces the number of rounds below ROUNDS, but not below LEAST_ROUNDS.
+"""
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
     """Return rounds of pairs by the circle method. Each node has at most one partner per round. All rounds together
-    contain all pairs, unless the limits above reduce the number of rounds."""
+    contain all pairs, unless ROUNDS or PAIRS limits the number of rounds.
+    """
     players = list(range(count + count % 2))
     found = []
     for _ in range(min(len(players) - 1, ROUNDS, max(LEAST_ROUNDS, 2 * PAIRS // max(count, 1)))):
@@ -42,7 +46,7 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
 class LinkVerdict:
     text: str
     slow: list[tuple[str, str, float, float]]
-    """Pairs of nodes that are much slower than the median, as (from, to, Gbit/s, ms)."""
+    """Pairs of nodes that are much slower than the median pair, as (from, to, Gbit/s, ms)."""
     unreachable: list[str]
     """One sentence for every pair that cannot connect."""
     pairs: int
@@ -50,16 +54,18 @@ class LinkVerdict:
 
 
 class NetworkTest:
-    """The driver's side of the test: it makes the nodes of a fleet run it. Call `advance` often, and `take` with every
-    reply.
+    """Makes the nodes of a fleet run the network test, and collects the results.
 
-    ports: port on which each node listens, by node id.
+    Call `advance` often, and call `take` with every reply of an agent. ports: port on which each node listens, by node
+    id.
     """
 
     def __init__(self, nodes: list[Node], ports: dict[str, int], fleet: Fleet, now: float):
         self._nodes = nodes
         self._partners: dict[str, list[Node]] = {}
-        """For each node: the partners to which it measures the connection, until its results arrive."""
+        """For each node: the partners with which it tests the connection. The entry is removed when the node's results
+        arrive.
+        """
         self._links: dict[tuple[str, str], NodeLink] = {}
         played = rounds(len(nodes))
         self._deadline = now + PAIR_SECONDS * (2 + len(played))
@@ -82,7 +88,7 @@ class NetworkTest:
                 self._links[reply.node, partner.id] = link
 
     def advance(self, now: float) -> LinkVerdict | None:
-        """Return the verdict once all rounds are complete, else None."""
+        """Return the verdict if all results have arrived or the time limit is over, else None."""
         if self._partners and now < self._deadline:
             return None
         for id, partners in self._partners.items():

@@ -1,4 +1,4 @@
-"""A run's requirements for its nodes, and the driver's time limits."""
+"""What a run requires of its nodes, and the driver's time limits."""
 
 from dataclasses import dataclass
 
@@ -8,47 +8,47 @@ from conf.schema import Config
 
 @dataclass(frozen=True)
 class Policy:
-    """A run's requirements for its nodes, and time limits in seconds."""
+    """What a run requires of its nodes, and time limits in seconds."""
 
     shapes: Shapes
     """The run's layout, and the smaller layouts that it may use."""
     first_attempt: int = 1
     wait: float = 60.0
-    """Time to wait for enough nodes."""
+    """Maximum time to wait for enough nodes."""
     heartbeat: float = 5.0
     """Time without an answer after which the driver counts a node as lost."""
     kill_after: float | None = None
-    """Minimum time without any progress before the driver ends the ranks. None: `Patience` decides."""
+    """Minimum time without any progress before the driver ends the ranks. If None, `Patience` chooses it."""
     hang_after: float = 300.0
     """Maximum time without progress within a step."""
     start_timeout: float = 600.0
     """Maximum time without progress before the first step, in a checkpoint or in a validation."""
     timeout: float = 600.0
-    """Time limit of a collective. Also the limit of a save without progress, and of the checkpoint after a stop
-    request.
+    """Time limit of a collective. It is also the limit of a save that makes no progress, and of the checkpoint that
+    ranks write when they are asked to stop.
     """
     restarts: int = 3
-    """Number of allowed failures of one kind without a new checkpoint in between."""
+    """Number of failures of one kind that are allowed before the run saves a new checkpoint."""
     straggler_factor: float = 1.2
-    """The driver names a rank if the rank's work time per step remains at least this factor times the work time of the
-    rank's peers."""
+    """The driver names a rank as slow if its work time per step stays at least this factor times that of its peers."""
     saves: bool = True
-    """Whether the run writes checkpoints at intervals. If not, the run uses returning nodes at once."""
+    """Whether the run writes checkpoints at intervals. If not, the run restarts at once when nodes return."""
     copies: bool = False
-    """Whether ranks store copies of the state in memory. If so, the run can continue on more nodes from such a copy."""
+    """Whether ranks keep copies of the state in memory. If so, the run can restart from such a copy when nodes return.
+    """
     calls: float = 500.0
-    """Number of agent calls with their answers that the driver handles per second, at least."""
+    """Minimum number of agent calls, with their answers, that the driver handles per second."""
     probe: float = 4.0
     settle: float = 1.5
     """Seconds that the other ranks get to report after the first failure."""
     stacks: float = 5.0
-    """Seconds that hung ranks get to print their stacks; a busy machine can delay a rank for seconds. The driver does
-    not wait for a stopped rank.
+    """Seconds that hung ranks get to print their stacks. A busy machine can delay a rank for seconds. The driver does
+    not wait for stacks of a stopped rank.
     """
     kill: float = 10.0
     """Seconds that ranks get to disappear after SIGKILL."""
     return_wait: float = 6.0
-    """Seconds to wait for a node whose agent is restarting."""
+    """Maximum seconds to wait for a node whose agent is restarting."""
 
     @property
     def world(self) -> int:
@@ -57,7 +57,7 @@ class Policy:
 
 
 def policy_of(config: Config, attempt: int, shapes: Shapes) -> Policy:
-    """Return the supervisor's policy according to the configuration."""
+    """Return the supervisor's policy that follows from the configuration."""
     cluster = config.cluster
     return Policy(
         shapes=shapes,

@@ -1,7 +1,7 @@
-"""The driver's side of the pulse: asks every node by UDP whether it is alive (cluster/node/pulse_echo.py).
+"""The driver's part of the pulse: the driver asks every node by UDP whether it is alive (cluster/node/pulse_echo.py).
 
-If a node answers by UDP, the driver asks it less often through Ray. If no datagram reaches a node, the driver asks it
-through Ray at the usual rate.
+The driver also asks every node through Ray. If a node answers by UDP, the driver asks it through Ray less often. If a
+node does not answer by UDP, the driver asks it through Ray at the usual rate.
 """
 
 import collections
@@ -14,36 +14,36 @@ from cluster.node.pulse_echo import ANSWER, LONGEST_DATAGRAM, QUESTION, seal_dat
 QUESTION_TRIES = 5
 """Minimum number of questions to a node during one heartbeat."""
 OFTEN = 1.0
-"""Maximum seconds between two questions to a node. A probe must contain several questions
-(cluster/driver/policy.py).
+"""Maximum seconds between two questions to a node. A probe of a node takes several such intervals, so it contains
+several questions (cluster/driver/policy.py).
 """
 QUESTIONS_AT_ONCE = 200
-"""Maximum number of questions sent at once, so that all answers fit into the socket's buffer."""
+"""Maximum number of questions that the driver sends at once, so that all answers fit into the socket's buffer."""
 
 
 class Pulse:
-    """Sends questions and collects answers.
+    """Sends questions to the nodes and collects their answers.
 
-    Call `ask` and `answers` often. heartbeat: seconds for which an answer counts.
+    Call `ask` and `answers` often. heartbeat: number of seconds for which an answer shows that the node is alive.
     """
 
     def __init__(self, heartbeat: float):
         self.key = secrets.token_bytes(32)
         self._heartbeat, self._every = heartbeat, min(heartbeat / QUESTION_TRIES, OFTEN)
         self._sockets: dict[str, socket.socket] = {}
-        """Sockets by the local address from which they send."""
+        """Sockets by the local address to which each is bound."""
         self._places: dict[str, tuple[socket.socket, tuple[str, int]]] = {}
         self._turn: collections.deque[str] = collections.deque()
-        """Nodes in the order in which they are asked."""
+        """Nodes in the order of their next questions."""
         self._asked: dict[str, int] = {}
-        """For each node: the number of its last question."""
+        """For each node: the number of its last question, if the node has not answered it."""
         self._heard: dict[str, float] = {}
         self.number = 0
-        """Number of the newest question to any node."""
+        """Number of the newest question. The questions to all nodes are numbered together."""
         self._last = 0.0
 
     def know(self, node: str, place: tuple[str, int] | None) -> None:
-        """Start asking this node.
+        """Start to ask this node.
 
         place: address of the node, as in cluster/node/pulse_echo.py; None for a node that does not answer by UDP.
         """
@@ -75,8 +75,9 @@ class Pulse:
         return now - self._heard.get(node, -self._heartbeat) < self._heartbeat
 
     def ask(self, now: float, wanted: Callable[[str], bool]) -> None:
-        """Ask the nodes whose turn it is, if `wanted` returns True for them. A question also tells the node that it
-        still belongs to the run."""
+        """Ask the nodes whose next question is due and for which `wanted` returns True. A question also tells the node
+        that it still belongs to the run.
+        """
         due = min(int(len(self._turn) * (now - self._last) / self._every), len(self._turn), QUESTIONS_AT_ONCE)
         if not due:
             return
@@ -94,15 +95,16 @@ class Pulse:
                     continue
 
     def hurry(self) -> None:
-        """Make it the turn of all nodes now.
+        """Make the next question to every node due now.
 
-        With many nodes, only the first ones are asked at once; the others are asked at the usual rate.
+        With many nodes, only the first ones are asked at once. The others are asked at the usual rate.
         """
         self._last -= self._every
 
     def answers(self, now: float) -> Iterator[tuple[str, int]]:
-        """Yield (node, number of the question) for each node that has answered the driver's newest question since the
-        previous call of this method."""
+        """Yield (node, number of the question) for each node that answered its newest question since the previous call
+        of `answers`.
+        """
         for way in self._sockets.values():
             while True:
                 try:

@@ -1,8 +1,9 @@
-"""The Ray backend: connects to a Ray cluster, or starts Ray on this machine, and holds one agent actor per node.
+"""The Ray backend: connects to a Ray cluster, or starts Ray on this machine, and runs one agent on each node as a Ray
+actor.
 
 This is the only file that imports ray, and it does so only when a run asks for Ray. Ray transports the calls to agents
-and lists the nodes. Sluice does the rest: ranks, placement, failure detection and restarts. No placement group is
-needed: each agent is pinned to its node by id and takes all devices of the node, so that no other job shares them.
+and lists the nodes. Sluice does the rest: ranks, placement, failure detection and restarts. No placement group of Ray
+is needed: each agent is pinned to its node by id and reserves all devices of the node, so that no other job uses them.
 """
 
 import collections
@@ -39,28 +40,28 @@ from conf.words import say
 OBJECT_STORE = 100 << 20
 """Size of Ray's object store in bytes. Sluice sends no tensor through Ray."""
 CONNECT_LIMIT = 5
-"""Seconds allowed for a connection to cluster.address."""
+"""Maximum seconds to connect to cluster.address."""
 CONNECT_TRIES = "8"
-"""How often Ray tries to connect to a reachable head, once per second. By default, Ray would try 20 times with a head
-that rejects the token.
+"""Number of times that Ray tries to connect to a reachable head, once per second. By default, Ray would try 20 times
+even with a head that rejects the token.
 """
 HEAD_START = "60"
-"""Seconds that the head may take to start when the run starts its own Ray. Ray's default of 30 s can be too short on a
-busy machine.
+"""Maximum seconds for the start of the head when the run starts its own Ray. Ray's default of 30 s can be too short on
+a busy machine.
 """
 HEAD_LIMIT = 1
-"""Seconds allowed for a connection to Ray's head during the run."""
+"""Maximum seconds to connect to Ray's head during the run."""
 CLOSE_LIMIT = 3
-"""Seconds that agents get to clean up after the run. The driver kills agents that do not answer."""
+"""Seconds that agents get to clean up after the run. After this time the driver kills the remaining agents."""
 CALLS_AT_ONCE = 32
-"""Number of calls that the driver makes, and of answers that it takes, before it checks the clock and the pulse again.
-Such a round takes some 20 ms. It must be short, because the driver has to ask thousands of nodes every second.
+"""Number of calls that the driver makes, and of answers that it takes, before it checks the clock and the UDP questions
+again. Such a round takes some 20 ms. It must be short, because the driver has to ask thousands of nodes every second.
 """
 CALLS_WHEN_SILENT = 20
-"""Number of calls per round when too many calls are pending and no answer arrives."""
+"""Number of calls per round when MOST_OUT calls are pending and no answer arrives."""
 MOST_OUT = 256
-"""Maximum number of pending calls; further calls wait. Each pending call takes some 30 KiB of Ray's memory. With
-thousands of pending calls, each call delays the other calls.
+"""Maximum number of pending calls; further calls wait in the driver. Each pending call takes some 30 KiB of Ray's
+memory. Thousands of pending calls would make every call slow.
 """
 RAYLET = "raylet"
 """Name of Ray's process on a node."""
@@ -70,7 +71,8 @@ SHIPPED = ["conf", "train", "parallel", "cluster"]
 def run_ray(config: Config, folder: Path, command: list[str], planner: Sequence[str] = ()) -> int:
     """Run all ranks on Ray. Returns the exit code of the run.
 
-    command: starts one rank; the last argument is the configuration file. planner: as in cluster/driver/driver.py.
+    command: command that starts one rank; its last argument is the configuration file. planner: command that plans
+    smaller layouts; see cluster/driver/driver.py.
     """
     assert command[0] == sys.executable, "agents start their own interpreter"
     folder = folder.absolute()
@@ -104,10 +106,10 @@ class RayAbsent(UserError):
 
 
 class RayFleet:
-    """Agents that are Ray actors, by Ray's node id; see cluster/driver/fleet.py."""
+    """The agents of all nodes as Ray actors, by Ray's node id; see cluster/driver/fleet.py."""
 
     _raylet: int | None = None
-    """Process id of the raylet that runs the agent, if this run started Ray."""
+    """Process id of Ray's process on this machine (the raylet), if this run started Ray; otherwise None."""
 
     def __init__(self, config: Config):
         _settings(embedded=config.cluster.address is None)
@@ -116,11 +118,13 @@ class RayFleet:
         self._ray = ray
         self._config = config
         self._folder: PrivateFolder | None = None
-        """Folder of a Ray that this run started on this machine."""
+        """Folder of the Ray that this run started on this machine; None if it started none."""
         self._sweeper: subprocess.Popen | None = None
-        """Process that cleans up after this process if this process is killed."""
+        """Process that removes what this process leaves behind if this process is killed."""
         self.ships = config.cluster.address is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
-        """Whether Ray must copy the program to the nodes. For a submitted job, Ray has already copied it."""
+        """Whether Ray must copy the program to the nodes. This is not needed for a submitted Ray job, because Ray has
+        already copied the program.
+        """
         if config.cluster.address is None:
             self._start_embedded()
         else:
@@ -133,17 +137,19 @@ class RayFleet:
         self._resources: dict[str, dict[str, float]] = {}
         """Resources of every node that has been listed, by node id."""
         self._named: set[str] = set()
-        """Ids of nodes whose name comes from a label."""
+        """Ids of the nodes whose names come from a Ray label."""
         self._next: collections.deque[tuple[Any, str, str, tuple]] = collections.deque()
-        """Calls that wait until they can be made, as (actor, node, method, arguments)."""
+        """Calls that the driver has not made yet, as (actor, node, method, arguments)."""
         self._out = 0
         """Number of pending calls; calls of WAITING methods do not count."""
         self._look: Future | None = None
-        """Pending question to the head; it was asked at `_look_began`."""
+        """Pending question to Ray's head, which the driver asked at the time `_look_began`; None if no question is
+        pending.
+        """
         self._look_began = 0.0
         self._leaving: dict[str, str] = {}
         self._taken = 0
-        """Number of answers that the last round took."""
+        """Number of answers that the driver took in the last round."""
         self._done: queue.SimpleQueue[tuple[str, str, Future]] = queue.SimpleQueue()
         """Finished calls, as (node, method, outcome). Ray's own thread adds them, so that the cost of a call does not
         depend on the number of pending calls.
@@ -167,8 +173,8 @@ class RayFleet:
                 raise RayAbsent(first_line(again)) from again
 
     def _try_embedded(self) -> None:
-        # Ray lets every user of the machine enter its folder, which contains its sockets. So Ray gets a folder inside
-        # one that no other user can enter.
+        # Ray lets every user of the machine enter its folder, which contains its sockets. So Ray's folder is created
+        # inside a folder that no other user can enter.
         self._folder = PrivateFolder("sluice-ray-", Path("/tmp"))  # the path of TMPDIR may be too long for a socket
         words = [sys.executable, "-m", "cluster.node.sweep_ray", str(self._folder.path)]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -207,13 +213,13 @@ class RayFleet:
                 raise _explain(address, f"{error}\n{said.read().decode(errors='replace')}") from error
 
     def nodes(self) -> list[Node]:
-        # Ray's head would notice the dead raylet many seconds later.
+        # If Ray's process on this machine has ended, Ray's head would notice it only many seconds later.
         if self._raylet is not None and not lives(self._raylet):
             return []
         is_new = self._look is None and self._head_answers()
         if is_new:
             self._look, self._look_began = _in_thread(lambda: (self._list(), self._list_draining())), time.monotonic()
-        if self._look is not None:  # the head may die or hang just after it answered
+        if self._look is not None:  # the head may have died or hung just after it answered
             silent = time.monotonic() - self._look_began
             is_last = silent > CONNECT_LIMIT  # this process itself may have been held up while the answer waited
             try:
@@ -273,7 +279,8 @@ class RayFleet:
         return {} if self._headless else self._leaving
 
     def _list_draining(self) -> dict[str, str]:
-        from ray._private.state import state  # ray.nodes() lacks this, and no public call has it
+        # No public function of Ray returns the draining nodes, and `ray.nodes()` does not contain them.
+        from ray._private.state import state
 
         found: dict[str, str] = {}
         for node, deadline in state.get_draining_nodes().items():
@@ -287,7 +294,7 @@ class RayFleet:
             return cluster.ranks_per_node
         if self.gpus:
             return int(resources.get("GPU", 0))
-        if cluster.address is None:  # as with cluster=local, all ranks share this machine
+        if cluster.address is None:  # all ranks share this machine, as with cluster=local
             return parallel.world
         return int(resources.get("CPU", 0))
 
@@ -315,15 +322,15 @@ class RayFleet:
                 num_cpus=0,
                 num_gpus=int(self._resources[node].get("GPU", 0)) if self.gpus else 0,
                 max_restarts=0,
-                enable_task_events=False,  # no task event for every call: nobody opens a dashboard
+                enable_task_events=False,  # Ray records no event for each call, because nobody opens its dashboard
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             )
             .remote(LEASE * self._config.cluster.heartbeat, own_process=True)
         )
 
     def replies(self, timeout: float) -> list[Reply]:
-        # Many nodes may not answer. In that case, make one call for each answer of the last round, or a few calls if
-        # there was no answer.
+        # Many nodes may not answer, so that the maximum number of calls is pending. In that case, make one call for
+        # each answer of the last round, or a few calls if there was no answer.
         self._make_calls(min(CALLS_AT_ONCE, max(MOST_OUT - self._out, self._taken or CALLS_WHEN_SILENT)))
         found: list[Reply] = []
         with contextlib.suppress(queue.Empty):  # take the first answer and all others that are ready
@@ -375,11 +382,11 @@ def _settings(embedded: bool) -> None:
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.setdefault(
             "RAY_worker_niceness", "0"
-        )  # Ray's default niceness is 15, with which other processes slow the ranks and their agent
+        )  # Ray's default niceness is 15, with which other processes would slow down the ranks and their agent
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", HEAD_START)
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # this makes Ray listen on loopback only, also on Linux
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # other users of the machine share loopback
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # other users of the machine can also connect to loopback
         os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
         return
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", CONNECT_TRIES)
@@ -396,7 +403,9 @@ def _settings(embedded: bool) -> None:
 
 
 def _kill_started(folder: Path) -> None:
-    """Kill the processes that a failed start of Ray left: the children of this process that use its folder."""
+    """Kill the processes that a failed start of Ray has left behind. These are the children of this process that use
+    this folder.
+    """
     for child in _started(folder):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
@@ -412,7 +421,9 @@ def _started(folder: Path) -> list[psutil.Process]:
 
 
 def _require_answer(address: str) -> None:
-    """Raise UserError within CONNECT_LIMIT seconds if no process listens; Ray itself would try for a minute."""
+    """Raise UserError if no process listens at the address. This takes at most CONNECT_LIMIT seconds; Ray itself would
+    try for a minute.
+    """
     if address == "auto":
         return
     try:
@@ -451,9 +462,9 @@ def _connect(address: str, limit: float) -> None:
 
 @contextlib.contextmanager
 def _stderr_in_file() -> Iterator[IO[bytes]]:
-    """Capture stderr in a file.
+    """Capture stderr in a file inside the block.
 
-    Ray's native code prints its errors several times; the caller shows one sentence instead.
+    Ray's native code prints its errors to stderr several times. The caller shows a single sentence instead.
     """
     with tempfile.TemporaryFile() as file:
         terminal = os.dup(2)
@@ -466,7 +477,7 @@ def _stderr_in_file() -> Iterator[IO[bytes]]:
 
 
 def _explain(address: str, text: str) -> UserError:
-    """Explain why Ray rejected the connection."""
+    """Return an error that explains why Ray rejected the connection."""
     text = text.strip()
     if "AuthToken" in text or "Unauthenticated" in text:
         return UserError(
@@ -479,5 +490,7 @@ def _explain(address: str, text: str) -> UserError:
 
 
 def _excludes() -> list[str]:
-    """Return patterns of the files that Ray must not copy: all files that are not part of the program."""
+    """Return patterns of the files that Ray must not copy to the nodes. These are all files that are not part of the
+    program.
+    """
     return [f"/{path.name}" for path in ROOT.iterdir() if path.name not in SHIPPED]

@@ -1,25 +1,25 @@
 """The layouts that a run may use: its full layout and, when nodes are missing, smaller layouts.
 
-All layouts have the same number of pipeline stages. The unit of a layout is a block, which has one expert group of
-every stage. A smaller layout has fewer blocks, or smaller blocks (a smaller ep: fewer ranks share the experts of a
-layer), or both. If the batch does not divide evenly, some expert groups get one micro-batch per rank more than others
-(parallel.uneven).
+All layouts of a run have the same number of pipeline stages. A layout consists of blocks. A block consists of one
+expert group of every stage; an expert group is the `ep` ranks that share the experts of a layer. A smaller layout has
+fewer blocks, or a smaller ep, or both. If the batch does not divide evenly, some expert groups get one micro-batch per
+rank more than others (parallel.uneven).
 
 A step takes as long as its busiest rank works. So the best layout is the layout whose busiest rank has the fewest
 micro-batches. Among equally fast layouts, the layout with the largest ep is best, because it is closest to the recipe
 and needs the least memory. Among layouts with the same ep, the layout with the fewest ranks is best, because it leaves
-spares.
+the most spares.
 
-The program that starts the run plans the memory that a smaller layout needs on every device. It writes layouts.json in
-the run folder:
+The program that starts the run also plans the memory that smaller layouts need on every device. It writes the plan to
+layouts.json in the run folder:
 
-    config     digest of the config.yaml that was planned; for any other config.yaml the file does not count
-    layouts    [{"dp": 64, "ep": 64, "bytes": ...}, ...]: for every ep some dp; a larger dp needs no more. With
-               parallel.cp all ranks of a stage count as dp
+    config     digest of the config.yaml for which the plan was made; with any other config.yaml the plan is ignored
+    layouts    [{"dp": 64, "ep": 64, "bytes": ...}, ...]: bytes per device for every ep, each with one or more values of
+               dp. A layout with a larger dp needs no more memory. With parallel.cp, dp counts all ranks of a stage
     problem    why there is no plan, else null
 
 The memory need is unknown if there is no plan, or if the plan says that the run's full layout does not fit. In that
-case ep does not change.
+case the run uses only layouts with its full ep.
 """
 
 import dataclasses
@@ -52,12 +52,13 @@ def with_shape(config: Config, shape: StageShape) -> Config:
 
 
 def smaller_shapes(config: Config) -> list[StageShape]:
-    """Return all shapes with fewer data-parallel ranks or a smaller ep, the best shape first. Other rules of a layout
-    are not checked here.
+    """Return all shapes with fewer data-parallel ranks or a smaller ep, the best shape first.
+
+    The function checks only that the batch and the experts divide. Other rules of a layout are not checked here.
     """
     own, size, found = config.parallel, config.micro_batch_size, []
     for ep in range(own.ep, 0, -1):
-        group = math.lcm(ep, own.cp)  # number of ranks that work in lockstep
+        group = math.lcm(ep, own.cp)  # number of ranks that must work in the same micro-batch
         rounds, rest = divmod(config.batch_size, size * group // own.cp)
         if rest or config.model.experts % ep:
             continue
@@ -67,7 +68,7 @@ def smaller_shapes(config: Config) -> list[StageShape]:
 
 
 class Shapes:
-    """The layouts of a run. folder: run folder; None for a run without a folder, for which no memory is planned."""
+    """The layouts of a run. folder: run folder. If it is None, the memory need of smaller layouts is unknown."""
 
     def __init__(self, config: Config, folder: Path | None = None):
         self._config, self._folder = config, folder
@@ -78,18 +79,18 @@ class Shapes:
         self._planned: dict[int, dict[int, int]] | None = None
         """Planned bytes per device, by ep and dp; None if unknown."""
         self._there = 0
-        """Memory in bytes of the smallest device of the nodes that were checked last; 0 before the first check."""
+        """Memory in bytes of the smallest device among the nodes of the last check; 0 before the first check."""
         self.problem: str | None = None
-        """Why the memory need is unknown."""
+        """Why the memory need is unknown; None if the plan has no problem."""
 
     @property
     def is_planned(self) -> bool:
-        """Whether the planner has written its result, which may be a failure."""
+        """Whether the planner has written its result. The result may say that the plan failed."""
         return self._folder is not None and (self._planned is not None or self._read(self._folder))
 
     def why_not(self, shape: StageShape, nodes: Sequence[Node]) -> str | None:
-        """Return the reason why a layout may not run on these nodes, or None if it may. The number of nodes is not
-        checked.
+        """Return the reason why a layout may not run on these nodes, or None if it may. This method does not check
+        whether the nodes are enough.
         """
         if shape == self.own:
             return None
@@ -149,7 +150,7 @@ class Shapes:
         return f"pp {self.pp} x dp {shape.dp // cp}" + (f" ({', '.join(more)})" if more else "")
 
     def words(self, shape: StageShape) -> str:
-        """Return the command-line arguments that set a shape."""
+        """Return the command-line arguments that select a shape."""
         parallel = with_shape(self._config, shape).parallel
         found = [f"parallel.dp={parallel.dp}"]
         found += [f"parallel.ep={shape.ep}"] if shape.ep != self.own.ep else []
@@ -158,7 +159,7 @@ class Shapes:
         )
 
     def why_idle(self, shape: StageShape, nodes: Sequence[Node]) -> str:
-        """Explain why these nodes cannot run a larger layout, and what would make it possible."""
+        """Explain why these nodes cannot run a larger layout, and what is needed to run one."""
         faster = [other for other in (self.own, *self.smaller) if other.micro_batches < shape.micro_batches]
         rooms = {ep: count_group_places(nodes, ep) // self.pp * ep for ep in {other.ep for other in faster}}
         refused = [other for other in faster if rooms[other.ep] >= other.dp]
@@ -173,7 +174,7 @@ class Shapes:
         )
 
     def why_nothing(self, nodes: Sequence[Node]) -> str:
-        """Explain what would allow these nodes to run a layout, if no layout fits."""
+        """Explain what is needed to run a layout, if no layout fits on these nodes."""
         every = (self.own, *self.smaller)
         least = min((s for s in every if self.allows(s, nodes)), key=lambda shape: shape.dp)
         text = f"add nodes: the smallest layout that may run, {self.name(least)}, takes {self.pp * least.dp} devices"

@@ -1,18 +1,19 @@
 """Finds ranks that are slower than other ranks with the same work, even if step times are noisy.
 
-After every step, a rank reports how long its own work took. Its peers are the ranks of the same pipeline stage. The
-window holds the last WINDOW_BLOCKS x BLOCK_STEPS steps of every rank. Each rank gets a value for each block of steps:
-the logarithm of (the rank's median time / the median of its peers' median times). One slow step, or a short series of
-slow steps, changes at most one block. A rank is slow if
+After every step, a rank reports how long its own work took. The peers of a rank are the ranks of the same pipeline
+stage. The test uses a window: the last WINDOW_BLOCKS x BLOCK_STEPS steps of every rank, divided into blocks of
+BLOCK_STEPS steps. Each rank gets a value for each block: the logarithm of (the rank's median time / the median of its
+peers' median times). One slow step, or a short series of slow steps, changes at most one or two blocks. A rank is slow
+if all of these conditions hold:
 
-    - its mean over the blocks is at least `factor` times its peers' time,
-    - that mean is at least NOISE times the noise of one block, which is NOISE x sqrt(WINDOW_BLOCKS) standard errors of
-      the mean,
-    - and every block has at least half of that mean, so that the slowness lasts.
+    - The mean of its values over the blocks is at least log(`factor`).
+    - This mean is at least NOISE times the noise of one block. That is NOISE x sqrt(WINDOW_BLOCKS) standard errors of the
+      mean.
+    - Its value in every block is at least half of the mean, so that the slowness lasts.
 
-The noise of a block is the larger of two values. The first is the standard error of the block's median, computed from
-the spread of single steps inside the blocks. The second is the spread between the blocks of the peers, which also
-covers noise that lasts for many steps.
+The noise of a block is the larger of two values. The first value is the standard error of the block's median, computed
+from the spread of single steps inside the blocks. The second value is the spread between the blocks of the peers, which
+also contains noise that lasts for many steps.
 
 A slow rank is named only once. It is named again only if it was as fast as its peers for a complete window in between.
 """
@@ -24,25 +25,29 @@ from dataclasses import dataclass
 import numpy as np
 
 BLOCK_STEPS, WINDOW_BLOCKS = 10, 8
-"""Number of steps of a block, and number of blocks of the window."""
+"""Number of steps in a block, and number of blocks in the window."""
 NOISE = 2.0
 SPREAD = 1.4826
-"""Ratio of the standard deviation of normal noise to its median absolute deviation."""
+"""Ratio of the standard deviation to the median absolute deviation, for normally distributed noise."""
 MEDIAN_ERROR = 1.2533
-"""Ratio of the standard error of a median to the standard error of a mean."""
+"""Ratio of the standard error of a median to the standard error of a mean, for normally distributed noise."""
 LEAST_SECONDS = 0.01
-"""Minimum excess in seconds per step. A rank below it is not named."""
+"""Minimum number of seconds per step by which a slow rank exceeds its peers. A rank with a smaller excess is not named.
+"""
 COUNTED_SECONDS = 1e-9
-"""Lower bound of the seconds of a step; the logarithm of 0 does not exist."""
+"""Lower bound of the seconds of a step, because the logarithm of 0 does not exist."""
 LONE_FACTOR = 2.0
-"""Minimum factor for a rank that is alone in its stage. Such a rank has no peers and is compared with the ranks of all
+"""Minimum factor for a rank that is alone in its stage. Such a rank has no peers. It is compared with the ranks of all
 stages, whose work may differ by design.
 """
 
 
 @dataclass(frozen=True)
 class SlowRank:
-    """A rank that computes longer than its peers. Both times are in seconds per step."""
+    """A rank that computes longer than its peers.
+
+    seconds: median seconds per step of this rank. median: median seconds per step of its peers.
+    """
 
     rank: int
     seconds: float
@@ -53,7 +58,9 @@ class Stragglers:
     """Collects the step times of ranks and names the slow ranks."""
 
     def __init__(self, stages: Sequence[Sequence[int]]):
-        """stages: the ranks of each stage, which have the same work. Ranks are numbered from 0 over all stages."""
+        """Start without step times. stages: for each stage, its ranks, which have the same work. Ranks are numbered
+        from 0 over all stages.
+        """
         everyone = [rank for ranks in stages for rank in ranks]
         self._groups = [np.array(ranks) for ranks in stages if len(ranks) > 1]
         self._lone = np.array([ranks[0] for ranks in stages if len(ranks) == 1], int)
@@ -75,8 +82,8 @@ class Stragglers:
         self._filled += (seen + 1) % BLOCK_STEPS == 0
 
     def new(self, factor: float) -> list[SlowRank]:
-        """Return the ranks that became slow since the last call. A check is made only when all ranks have one more
-        block of steps.
+        """Return the ranks that have become slow since the previous call. The check runs only when all ranks have
+        completed one more block of steps.
         """
         if not factor or self._filled < len(self._seen_R) * max(WINDOW_BLOCKS, self._judged + 1):
             return []
@@ -90,9 +97,9 @@ class Stragglers:
         return sorted(found, key=lambda slow: slow.rank)
 
     def _judge(self, ranks: np.ndarray, factor: float, wanted: np.ndarray) -> list[SlowRank]:
-        """Return the wanted ranks that became slow compared with `ranks`.
+        """Return the ranks of `wanted` that have become slow compared with the other ranks of `ranks`.
 
-        Shapes: R ranks, B blocks, S steps of a block.
+        Shapes: R ranks, B blocks, S steps of a block, W steps of the window.
         """
         order_RW = (self._seen_R[ranks, None] + np.arange(BLOCK_STEPS * WINDOW_BLOCKS)) % (
             BLOCK_STEPS * WINDOW_BLOCKS
@@ -110,7 +117,7 @@ class Stragglers:
         limits_R = np.maximum(math.log(factor), NOISE * noise_R)
         means_R, usual = over_RB.mean(1), math.exp(np.median(middle_B))
         medians_R = np.median(seconds_RW, 1)
-        again_R = over_RB.max(1) < limits_R / 2  # as fast as the peers for a complete window
+        again_R = over_RB.max(1) < limits_R / 2  # True if the rank was as fast as its peers for a complete window
         self._named -= set(ranks[again_R & np.isin(ranks, wanted)].tolist())
         slow_R = (means_R >= limits_R) & (over_RB.min(1) >= means_R / 2) & (medians_R - usual >= LEAST_SECONDS)
         found = [

@@ -6,20 +6,21 @@
         +---- ending <-------- judging        judging: probe every node of the attempt, let the others report, collect
         +---- stopping                        stacks; then name the cause (cluster/cause.py) and end all ranks
 
-`handle(now, event)` returns actions and performs none itself, so that a test can try any schedule of faults. It gets
-the time with every event. It only stores most events and decides at the next tick, so that each answer of thousands of
+`handle(now, event)` returns actions and performs none itself, so that a test can try any order of faults. It receives
+the time with every event. It stores most events and decides only at the next tick, so that each answer of thousands of
 nodes costs little. These rules always hold:
 
     - An attempt starts only when no rank of an earlier attempt is alive on an answering node. On a node that does not
-      answer, the agent ends the ranks itself after its lease, and their checkpoints carry an older attempt number.
-    - Attempt numbers rise, also across launches.
-    - A restart first uses spare nodes, then the fastest layout that the nodes hold and that rules and memory allow
-      (shapes.py). The driver reports the nodes that stay idle. When nodes return, the run stops right after a
-      checkpoint or a complete copy in memory and goes on with more ranks. When a node drains, the run writes a
-      checkpoint at once and goes on without that node.
-    - Every kind of cause has a budget of failures without a new checkpoint in between. For lost nodes, each node has
-      its own budget, because the loss of other nodes says nothing about the run. So a run that makes progress survives
-      any number of lost nodes, and a run that cannot get past a step ends soon.
+      answer, the agent ends the ranks itself when its lease is over (see cluster/spawn.py). Checkpoints of these ranks
+      are refused, because their attempt number is too low.
+    - Attempt numbers rise, also from one launch to the next.
+    - A restart first uses spare nodes. If they are not enough, it uses the fastest layout that fits on the nodes and that
+      the rules and the memory allow (shapes.py). The driver reports the nodes that stay idle.
+    - When nodes return, the run stops right after a checkpoint or a complete copy in memory, and restarts with more
+      ranks. When a node drains, the run writes a checkpoint at once and restarts without that node.
+    - Every kind of cause has a budget: the number of failures that are allowed before the run saves a later step. For
+      lost nodes, each node has its own budget, because the loss of other nodes shows no fault of the run. So a run that
+      makes progress survives any number of lost nodes, and a run that cannot get past a step ends soon.
 """
 
 from collections import Counter
@@ -41,15 +42,16 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_U
 from conf.words import some_of
 
 NAP = 0.25
-"""Share of a heartbeat that the driver may be busy between two ticks. A longer pause counts as time in which the driver
-slept. An agent answers within half a heartbeat, so a live node never counts as late, however long the driver slept.
+"""Fraction of a heartbeat that the driver may be busy between two ticks. A longer time counts as time in which the
+driver slept. An agent answers within half a heartbeat, so a live node never counts as late, however long the driver
+slept.
 """
 SHOWN_NODES = 8
-"""Number of idle nodes that a sentence names; the event lists all idle nodes."""
+"""Maximum number of idle nodes that a sentence names. The event lists all idle nodes."""
 
 
 def _budgets(cause: Cause) -> list[tuple[Kind, str]]:
-    """Return the budgets that a failure counts against."""
+    """Return the keys of the failure budgets that a failure reduces."""
     return [(cause.kind, name) for name in cause.nodes] if cause.kind is Kind.node else [(cause.kind, "")]
 
 
@@ -72,34 +74,35 @@ class Supervisor:
         self._out: list[m.SupervisorAction] = []
         self._held_up = HeldUp(NAP * policy.heartbeat, now)
         self._late_from = now
-        """Time before which no node can count as lost for its silence. Nodes that answer meanwhile may have even more
-        time.
+        """The supervisor checks for silent nodes only after this time, because no node can be late before. Nodes that
+        have answered since the last check may have even more time.
         """
         self._deadline = now + policy.wait
         self._no_node_comes = False
         self._stop_why: str | None = None
         self._placed: tuple[tuple | None, Placement | None] = None, None
-        """The nodes for which the placement was computed last, and this placement."""
+        """Key and result of the last search for a placement. The key contains the nodes for which it was computed."""
         self._probing: set[str] = set()
         self._settled_at = self._probed_at = now
         self._failed_at: float | None = None
         self._named_by: float | None = None
-        """Time until which the supervisor waits for stacks to name the rank that blocks a late run; None if it does not
-        wait.
+        """A late run: time until which the supervisor waits for stacks before it names the rank that blocks the run.
+        None if it does not wait.
         """
         self._quiet_since = now
         """Time of the ranks' last progress before the failure that the supervisor is judging."""
         self._again_until: int | None = None
-        """The run had done the steps up to this one before and is repeating them; None if it repeats no step."""
+        """Highest step that the current attempt repeats; None if it repeats no step. Later steps are new."""
         self._reached = -1
         """Highest step that a rank of this launch worked on."""
         self._safe = -1
-        """Highest step that an attempt of this launch has saved, on disk or in memory."""
+        """Highest step that this launch has saved, on disk or in memory."""
 
     @property
     def current(self) -> Attempt:
-        """The attempt that is running or ending; otherwise the last attempt. An attempt exists in every phase except
-        the first."""
+        """The attempt that is running or ending, or else the last attempt. An attempt exists in every phase except the
+        first.
+        """
         assert self.attempt is not None
         return self.attempt
 
@@ -114,7 +117,9 @@ class Supervisor:
         return {id for id, state in self.nodes.items() if state.draining}
 
     def handle(self, now: float, event: m.Event) -> list[m.SupervisorAction]:
-        """Process one event. Returns actions in order. now: seconds of a monotonic clock."""
+        """Process one event. Returns the actions in the order in which to perform them. now: seconds of a monotonic
+        clock.
+        """
         self._out = []
         if self.phase is DriverPhase.done:
             return []
@@ -184,11 +189,12 @@ class Supervisor:
             state.live = live
             self._take(now, ranks)
             return
-        if live:  # the node slept while its attempt ended
+        if live:  # the node was asleep while the supervisor ended its attempt
             self._out.append(m.EndRanks(number, (id,)))
         elif state.health is NodeHealth.silent:
             self._join(now, state.node)
-        # If current, the attempt has not begun on the node: its ranks count as alive since the order to start them.
+        # If `current` is true, the agent has not begun the attempt yet. Then the ranks count as alive since the order
+        # to start.
         if not current:
             self.nodes[id].live = live
 
@@ -231,9 +237,9 @@ class Supervisor:
             self._grow(now)
 
     def _got_on(self, age: Age) -> None:
-        """Refill the failure budgets if the run has saved a later step than before. age: age of the newest saved state.
+        """Reset the failure budgets if the run has saved a later step than before. age: age of the newest saved state.
 
-        A step that this launch saved before does not count: otherwise a run that repeats the same steps would never
+        A step that this launch has saved before does not count. Otherwise a run that repeats the same steps would never
         end. Steps of earlier launches do not matter, because this launch may resume from an earlier step.
         """
         if age.attempt >= self.policy.first_attempt and age.step > self._safe:
@@ -259,7 +265,7 @@ class Supervisor:
                 self._stop_ranks(now, why) if asked else self._end_ranks(now)
 
     def _tell_limits(self) -> None:
-        """Report if, after the loss of one more node, no layout would fit the remaining nodes."""
+        """Report if no layout would fit the remaining nodes after the loss of one more node."""
         placement, shapes = self.current.placement, self.policy.shapes
         usable = [node for node in self._usable() if node.id != placement.nodes[0].id]
         if place(usable, shapes.pp, [shapes.own, *shapes.smaller], partial(shapes.allows, nodes=usable)) is None:
@@ -275,8 +281,8 @@ class Supervisor:
             self._name_stragglers()
 
     def _forgive(self, now: float, slept: float) -> None:
-        """Extend all deadlines by `slept` seconds, in which this process or the machine slept. No node is late because
-        of this time.
+        """Extend all deadlines by `slept` seconds, in which this process or the machine slept. So no node counts as
+        late because of this time.
         """
         for state in self.nodes.values():
             state.heard = min(state.heard + slept, now)
@@ -333,7 +339,7 @@ class Supervisor:
         hoped = any(state.health is NodeHealth.returning or state.live for state in states)
         first = self.attempt is None
         if (first or hoped) and now < self._deadline and sum(node.devices for node in free) < self.policy.world:
-            return  # only the full layout may start now, and it cannot
+            return  # only the full layout may start now, and the free nodes are not enough for it
         found = self._place(free)
         if found and (found.shape == self.policy.shapes.own or (not first and (not hoped or now >= self._deadline))):
             self._start(now, found)
@@ -383,8 +389,9 @@ class Supervisor:
             self._grow(now)
 
     def _name_late(self, now: float) -> bool:
-        """Name the ranks that block a run without news, before the driver ends the run. Returns whether this method
-        took an action."""
+        """Name the ranks that block a late run, before the driver ends the run. Returns whether this method took an
+        action.
+        """
         attempt = self.current
         if attempt.is_late(now):
             attempt.name_late()
@@ -421,7 +428,7 @@ class Supervisor:
         self._judge(now, self.policy.settle)
 
     def _leave(self, now: float) -> None:
-        """Finish the attempt, whose ranks have all ended well."""
+        """Finish an attempt in which all ranks have ended without a failure."""
         if self._named_by is None and (seconds := self.current.over(now)) is not None:
             self._tell_went_on(seconds)
         if all(report.code == EXIT_OK for report in self.current.reports.values()):
@@ -446,7 +453,7 @@ class Supervisor:
         return f"; ranks on {some_of(names, SHOWN_NODES)} cannot be reached: their agents end them {lease:.0f} s after this driver's last request, without a checkpoint"
 
     def _judge(self, now: float, settle: float) -> None:
-        """React to a failure: probe every node, and give the ranks time to report."""
+        """React to a failure: probe every node, and wait `settle` seconds for the reports of the ranks."""
         self.phase, self._quiet_since = DriverPhase.judging, min(now, self.current.moved)
         self._named_by = None
         if self._failed_at is None:
@@ -486,7 +493,7 @@ class Supervisor:
         for id in stuck:  # SIGKILL does not end a process that waits in the kernel for a dead disk or device
             self._lose(id, NodeHealth.silent, f"its ranks are still alive after SIGKILL and {self.policy.kill:.0f} s")
         cause = self.current.cause
-        if cause is None and self._stop_why is None:  # a node started to drain before the first step
+        if cause is None and self._stop_why is None:  # a node started to drain before the first step of the attempt
             self._regroup(now)
             return
         if cause is None:
@@ -506,7 +513,7 @@ class Supervisor:
             self._regroup(now)
 
     def _regroup(self, now: float) -> None:
-        """Start the next attempt at once, or later if a node is about to return or if no layout fits."""
+        """Start the next attempt at once. If a node is about to return, or if no layout fits, start the attempt later."""
         self.phase = DriverPhase.gathering
         enough = self._place(self._usable())
         self._deadline = now + (self.policy.return_wait if enough else self.policy.wait)

@@ -1,17 +1,18 @@
-"""How a run used its wall time, computed from the driver's events (cluster/driver/journal.py).
+"""Computes how a run used its wall time from the driver's events (cluster/driver/journal.py).
 
-The parts add up to the time in which a driver ran:
+The time in which a driver ran is divided into these parts:
 
-    waiting     for nodes: from the start of the driver, or from an event `waiting`, to the next attempt
-    start       of a launch's first attempt, until its first step is done
-    training    steps whose result lasts
-    detection   from the last news of the ranks to the cause of a failure, including the step that broke
-    restart     from the cause, or from the decision to regroup, to the first step of the next attempt; waiting excluded
-    again       steps that the run had done before
+    waiting     the driver waits for nodes: from its start, or from an event `waiting`, to the next attempt
+    start       from the start of a launch's first attempt until its first step is complete
+    training    steps whose result the run kept
+    detection   from the last news of the ranks to the cause of a failure, including the step that failed
+    restart     from the cause of a failure, or from the decision to change the nodes, to the first step of the next
+                attempt; without the time of `waiting`
+    again       steps that the run repeated
 
 The time between two launches belongs to no part, because the user wanted no training in that time. Effective time is
 training time weighted by ranks: time in which only half of the wanted ranks work counts half. A run also occupies spare
-nodes, which only wait; `held_share` shows the cost of these nodes.
+nodes, which only wait; `held_share` includes the cost of these nodes.
 """
 
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from typing import Any
 
 
 class TimePart(StrEnum):
-    """Parts of a run's wall time, in display order. The module's docstring defines them."""
+    """Parts of a run's wall time, in the order in which they are shown. The module's docstring defines them."""
 
     training = "training"
     again = "again"
@@ -36,20 +37,19 @@ STEPPING = (TimePart.training, TimePart.again)
 
 @dataclass
 class TimeSplit:
-    """Seconds of a run by part, over all its launches."""
+    """Seconds of a run in each part, summed over all its launches."""
 
     seconds_in: dict[TimePart, float] = field(default_factory=lambda: dict.fromkeys(TimePart, 0.0))
     spans: list[tuple[float, float]] = field(default_factory=list)
-    """Unix times (start, end) of the intervals of training steps whose result lasts."""
+    """Intervals of training steps whose result the run kept, as (start, end) in Unix time."""
     attempts: int = 0
     nodes: int = 0
     """Number of nodes with ranks in the newest attempt."""
     spares: int = 0
     effective_seconds: float = 0.0
-    """Training seconds, weighted by the number of working ranks divided by the number of wanted ranks."""
+    """Training seconds x (number of working ranks / number of wanted ranks)."""
     held_seconds: float = 0.0
-    """All seconds, weighted by the number of occupied nodes (spares included) divided by the number of nodes that the
-    full layout needs.
+    """Seconds of all parts x (number of occupied nodes, including spares / number of nodes that the full layout needs).
     """
 
     @property
@@ -59,22 +59,22 @@ class TimeSplit:
 
     @property
     def downtime_seconds(self) -> float:
-        """Seconds without training steps, starts included."""
+        """Seconds without training steps, including the starts."""
         return sum(seconds for part, seconds in self.seconds_in.items() if part not in STEPPING)
 
     @property
     def share(self) -> float:
-        """Training time divided by all time; 1 is best."""
+        """Time in steps, including repeated steps, divided by all time; 1 is best."""
         return 1 - self.downtime_seconds / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def effective_share(self) -> float:
-        """Training time x working ranks / wanted ranks, divided by all time; 1 is best."""
+        """Effective training time divided by all time; 1 is best."""
         return self.effective_seconds / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def held_share(self) -> float:
-        """Effective time divided by the time of all nodes that the run occupied, spares included."""
+        """Effective training time divided by the time of all nodes that the run occupied, including spares; 1 is best."""
         return self.effective_seconds / self.held_seconds if self.held_seconds > 0 else 0.0
 
 
@@ -88,9 +88,11 @@ class _Clockwork:
         self._weight = self._held = 1.0
         self._world, self._first = 0, True
         self._asked_at: float | None = None
-        """Time at which the driver asked the attempt to stop for the next one."""
+        """Time at which the driver asked the ranks of the attempt to stop, so that the next attempt can start."""
         self._failed: tuple[float, bool] | None = None
-        """Time of the newest failure event, and whether the event says for how long the ranks had made no progress."""
+        """Time of the newest failure event, and whether the event contains the seconds without progress; None before
+        the first failure.
+        """
 
     def switch(self, now: float, part: TimePart | None) -> None:
         """End the current part now and begin another."""
@@ -105,7 +107,7 @@ class _Clockwork:
         self._part, self._since = part, now
 
     def launch(self, now: float, before: float, event: dict[str, Any]) -> None:
-        self.switch(before, None)  # ends the previous launch if that launch logged no end
+        self.switch(before, None)  # ends the previous launch, if that launch did not log its end
         self.switch(now, TimePart.waiting)
         self._world, self._first, self._weight, self._held = event.get("world") or 0, True, 1.0, 1.0
 
@@ -128,7 +130,7 @@ class _Clockwork:
 
     def recover(self, now: float, event: dict[str, Any]) -> None:
         failed, reported = self._failed or (now, True)
-        # earlier versions reported the time of a hang in this way
+        # Earlier versions did not report the time of a hang in the failure event, so it is computed here.
         if not reported and (late := max(0.0, event["seconds"] - (now - failed))):
             self.split.seconds_in[TimePart.training] -= late
             self.split.effective_seconds -= late
@@ -137,8 +139,8 @@ class _Clockwork:
 
 
 def split_time(events: Iterable[dict[str, Any]], now: float | None = None) -> TimeSplit:
-    """Add up the events of a run. now: current Unix time while the run continues; None if the last event ended the
-    run.
+    """Add up the times of a run's events. now: current Unix time if the run is still going on; None if the last event
+    ended the run.
     """
     work, before = _Clockwork(), 0.0
     for event in events:

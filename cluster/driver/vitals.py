@@ -1,15 +1,15 @@
-"""Node health that agents report in addition to their ranks: process priority, clock jumps during a run, and full
-disks.
+"""Health of nodes, as their agents report it: process priority, clock jumps during a run, and full disks.
 
-None of these three problems ends a run. With a low priority, other work on the node slows its ranks.
+None of these three problems ends a run. With a low priority, other processes on the node slow down its ranks.
 
 The driver orders the errors of several ranks by time, so this file converts the times of each node to the driver's
 clock. When the driver checks a node, the agent reads the node's clock once; later times follow from a clock that nobody
-can set. This file subtracts the seconds by which the node's clock was ahead at that check. The arrival time of an
-answer would be useless: a transfer takes longer than the time between an error and the errors of its victims.
+can set. This file subtracts the seconds by which the node's clock was ahead at that check. The time at which an answer
+arrives cannot be used instead: a transfer may take longer than the time from an error to the errors that follow from
+it.
 
-A full disk for temporary files loses the output of ranks and makes the next start on that node fail. The driver reports
-each clock jump and each full disk once.
+When a node's disk for temporary files is full, the output of its ranks is lost, and the next start on the node fails.
+The driver reports each clock jump and each full disk once.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,8 @@ class _Vitals:
     ahead: float = 0.0
     """Seconds by which the node's clock was ahead of the driver's at the check."""
     reported: float = 0.0
-    """Seconds by which the node's clock has been set ahead since the check, as last reported."""
+    """Seconds by which the node's clock has been set ahead since the check, according to the last report to the user.
+    """
     full: bool = False
     niceness: int = 0
 
@@ -40,20 +41,24 @@ class Vitals:
         """Names of the low-priority nodes that were already reported."""
 
     def know(self, node: Node, ahead: float, niceness: int = 0) -> None:
-        """Record a checked node. ahead: seconds by which the node's clock is ahead. niceness: niceness of the node's
-        agent."""
+        """Record a node that passed the checks. ahead: seconds by which the node's clock is ahead of the driver's
+        clock. niceness: niceness of the node's agent.
+        """
         self._nodes[node.id] = _Vitals(node.name, ahead, niceness=niceness)
 
     def low(self, niceness: int) -> dict[str, int]:
-        """Return the nodes whose agents have a lower priority than `niceness`, each with the niceness of its agent.
-        Each node is returned only once."""
+        """Return the names of nodes whose agents have a lower priority than niceness `niceness`, each with its agent's
+        niceness. Each node is returned only once.
+        """
         found = {each.name: each.niceness for each in self._nodes.values() if each.niceness > niceness}
         fresh = {name: value for name, value in found.items() if name not in self._low}
         self._low |= fresh.keys()
         return fresh
 
     def take(self, node: Node, answer: Answer) -> list[tuple[str, str]]:
-        """Convert the times of failures to the driver's clock. Returns (kind, text) pairs to report."""
+        """Convert the times of failures in `answer` to the driver's clock. Returns the problems of the node to report,
+        as (kind, text) pairs.
+        """
         known = self._nodes[node.id]
         for report in answer.ranks:
             if report.failure is not None:
