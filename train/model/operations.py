@@ -1,7 +1,8 @@
 """Defines the operations that layers need. train/kernels implements them for different machines.
 
-A model is built with one `Kernels` object and calls it (`LayerPrecision.kernels`). train/kernels/choice.py chooses the
-object for a run. If an operation has separate forward and backward methods, a custom autograd Function calls them.
+A model is built with one `Kernels` object and calls its methods (`LayerPrecision.kernels`). train/kernels/choice.py
+chooses the object for a run. If an operation has separate forward and backward methods, a custom autograd Function
+calls the two methods.
 
 Shapes: N rows (any leading axes flattened), D width, F inner width, B sequences, T positions or tokens, H heads, Q qk
 width, V value width, R rows sorted by expert, E experts, K experts per token, I inputs and O outputs of a matmul, C
@@ -21,14 +22,15 @@ if TYPE_CHECKING:
     from train.model.indexer import AttentionTarget, IndexLoss, IndexVectors
 
 ExpertGroups = Tensor | list[int]
-"""The rows of each expert: a list of row counts, or the end of each expert's rows as a tensor, int32 (E,)."""
+"""The rows of each expert. Either a list of the experts' row counts, or the end of each expert's rows as an int32
+tensor (E,)."""
 
 RouterCounters = tuple[Tensor, Tensor, Tensor]
-"""Buffers to which a forward adds: load_E, score_E and balance_loss of a `Router`."""
+"""The buffers load_E, score_E and balance_loss of a `Router`. A forward adds to them."""
 
 
 class RoutingRule(NamedTuple):
-    """The rule by which experts are chosen and weighted."""
+    """The rule by which a router chooses experts and computes their gate values."""
 
     top_k: int
     groups: int
@@ -43,12 +45,12 @@ class Kernels(Protocol):
     """Computes the operations of the model on one kind of machine."""
 
     parts: tuple[str, ...]
-    """The parts of a step that use compiled code, as names in `train.kernels.cpu.libraries.LIBRARY_NAMES`."""
+    """The parts of a step that use compiled code. The names are keys of `train.kernels.cpu.libraries.LIBRARY_NAMES`."""
     core: AttentionCore
     """Computes attention."""
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Return normalised x, and 1 / rms(x) as fp32 (..., 1)."""
+        """Return x / rms(x) * weight, and 1 / rms(x) as fp32 (..., 1)."""
 
     def rms_norm_backward(
         self, grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor, x_needed: bool, weight_needed: bool
@@ -59,7 +61,8 @@ class Kernels(Protocol):
         """
 
     def swiglu(self, h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
-        """Return silu(gate) * up of h = [gate | up], (N, F), multiplied by the row's gate value if given.
+        """Return silu(gate) * up of h = [gate | up], a tensor (N, F). If gates_N is given, each row is multiplied by
+        its gate value.
 
         The arithmetic is in fp32.
         """
@@ -70,20 +73,22 @@ class Kernels(Protocol):
     def to_heads(
         self, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values with heads first and rotated rope parts. Differentiable.
+        """Return queries, keys and values with the axis of heads before the axis of positions, and with RoPE applied.
+        Differentiable.
 
-        All heads get the same rope key. q_BTHQ: may be overwritten, so no code may read it later. kv_BTHX: [nope key |
-        value] of each head. The returned values may be a view of it. table: see `Rope.table`.
+        All heads get the same rope key. q_BTHQ: queries; the method may overwrite them, so no code may read them later.
+        kv_BTHX: [nope key | value] of each head; the returned values may be a view of kv_BTHX. table: see `Rope.table`.
         """
 
     def attention(self, given: AttentionInput) -> Tensor:
-        """Return softmax(scale q k^T) v by `core`: (B, H, T, V). Differentiable."""
+        """Return softmax(scale q k^T) v, computed by `core`, as a tensor (B, H, T, V). Differentiable."""
 
     def choose_keys(self, index: "IndexVectors", seen: SeenKeys, top_k: int) -> Tensor:
-        """Return the top_k visible keys with the largest scores, for each local query.
+        """Return for each local query the positions of the top_k visible keys with the largest scores.
 
-        Keys are positions in ascending order, int32 (B, T, top_k). If fewer keys are visible, -1 fills the remaining
-        entries. If scores are equal, the earlier key wins. seen: the keys of all positions as one block.
+        The positions are in ascending order, int32 (B, T, top_k). If fewer keys are visible, -1 fills the remaining
+        entries. If scores are equal, the earlier key wins. seen: which keys are visible, with the keys of all positions
+        as one block.
         """
 
     def index_loss(
@@ -93,7 +98,7 @@ class Kernels(Protocol):
         target: "AttentionTarget",
         weight_BT: Tensor,
     ) -> "IndexLoss":
-        """Return the sum of weight * KL(p || softmax(I)) over the local queries, and its gradients.
+        """Return the sum of weight * KL(p || softmax(I)) over the local queries, and the gradients of this sum.
 
         The softmax covers all keys that a query sees. train/model/indexer.py defines p and I.
         """
@@ -104,26 +109,26 @@ class Kernels(Protocol):
     def attend_chosen_backward(
         self, dout_BTHV: Tensor, given: "ChosenInput", out_BTHV: Tensor, lse_BTH: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of queries and latents in their dtypes, and of the weight in fp32.
+        """Return the gradients of queries and latents in the dtypes of queries and latents, and of the weight in fp32.
 
-        out, lse: results of `attend_chosen`.
+        out_BTHV, lse_BTH: output and log-sum-exp that `attend_chosen` returned.
         """
 
     def chosen_index_loss(
         self, index: "IndexVectors", chosen_BTK: Tensor, shares_BTK: Tensor, weight_BT: Tensor
     ) -> "IndexLoss":
-        """Return the result of `index_loss` over the chosen keys only.
+        """Return what `index_loss` returns, but with a softmax over only the chosen keys.
 
-        shares: attention probability of each chosen key, averaged over heads.
+        shares_BTK: attention probability of each chosen key, averaged over heads.
         """
 
     def logits(self, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
-        """Return the router's logits x W^T in fp32, from operands in any dtype: (N, E)."""
+        """Return the router's logits x W^T as an fp32 tensor (N, E). The operands may have any dtype."""
 
     def logits_backward(
         self, grad_NE: Tensor, x_ND: Tensor, weight_ED: Tensor, x_needed: bool, weight_needed: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of x in its dtype, and of the weight in fp32. A gradient that is not needed is None."""
+        """Return the gradients of x in x's dtype, and of the weight in fp32. A gradient that is not needed is None."""
 
     def route(
         self,
@@ -135,44 +140,46 @@ class Kernels(Protocol):
         positions: Positions,
         replayed_BTK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return gate values (fp32) and expert ids (int64), (B, T, K), from the router's logits.
+        """Return gate values (fp32) and expert ids (int64), both (B, T, K), from the router's logits.
 
-        Differentiable; the gradient includes the balance loss. When backward runs a block again, the method returns the
-        ids of the first run and counts nothing (train/model/recompute.py). replayed_BTK: experts that replace the
-        choice by scores. The gates of these experts are computed from this router's scores.
+        Differentiable; the gradient includes the balance loss. When backward runs a block a second time, the method
+        returns the ids of the first run and counts nothing (train/model/recompute.py). replayed_BTK: ids of experts to
+        use instead of the experts with the best scores. The gate values still come from this router's scores.
         """
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the row indices sorted by expert, the inverse order, the token of every sorted row, and the number of
-        rows of each expert.
+        """Sort the T * K (token, expert) entries by expert. Returns the entry of every sorted row, the sorted row of
+        every entry, the token of every sorted row, and the number of rows of each expert.
         """
 
     def sum_entries(self, rows_RD: Tensor, places_TK: Tensor) -> Tensor:
-        """Return the sum of the K rows of every token: (T, D). places: row indices.
+        """Return, for every token, the sum of its K rows: a tensor (T, D). places_TK: indices of each token's rows.
 
-        The rows are added in order in fp32. Only the complete sum is rounded.
+        The rows are added in fp32 in the order of K. Only the final sum is rounded.
         """
 
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:
-        """Return the sum of -log softmax(logits)[target] as an fp32 scalar.
+        """Return the sum of -log softmax(logits)[target] over the rows, as an fp32 scalar.
 
-        Overwrites the logits with their gradient times `scale`, unless scale is None.
+        Overwrites the logits with the gradient of this sum times `scale`. scale None: leaves the logits unchanged.
         """
 
     def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
         """Return x W^T. Differentiable."""
 
     def matmul(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
-        """Return left @ right^T: (O, N). into: tensor of this dtype; the result is added to it, and it is returned."""
+        """Return left @ right^T: a tensor (O, N). into_ON: a tensor of this dtype; the method adds the result to it and
+        returns it."""
 
     def groups(self, counts_E: Tensor, dtype: torch.dtype) -> ExpertGroups:
-        """Return the groups for the two grouped GEMMs below, for operands in dtype. counts_E: row count of each
-        expert."""
+        """Return the argument `groups` of the two grouped GEMMs below, for operands in `dtype`. counts_E: number of
+        rows of each expert."""
 
     def grouped_matmul(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
-        """Return each row of x times the weight of the row's expert: (R, O)."""
+        """Multiply each row of x by the weight of the row's expert. Returns a tensor (R, O)."""
 
     def grouped_weight_gradient(
         self, grad_RO: Tensor, x_RI: Tensor, groups: ExpertGroups, dtype: torch.dtype, into_EOI: Tensor | None = None
     ) -> Tensor:
-        """Return grad^T x, summed over the rows of each expert: (E, O, I). into: see `matmul`."""
+        """Return the weight gradient of each expert: grad^T x over the expert's rows, a tensor (E, O, I). into_EOI: see
+        `matmul`."""

@@ -1,22 +1,24 @@
 """Recomputation (paper 3.2.3): backward recomputes single outputs or complete layers instead of saving them.
 
-An operation saves tensors for backward. The contexts of this file intercept these saves. So the code of the operation
+An operation saves tensors for backward. The contexts of this file intercept these tensors. So the code of the operation
 does not change, whether it is a plain matmul or a custom Function.
 
     RecomputedOutputs    saves a function instead of an output, if the output is cheap to compute from a tensor that is
-                         saved anyway. For example, a norm's output is recomputed from the norm's input.
-    ReplaceableTensors   saves tensors unchanged, until a function replaces them that uses tensors that are saved anyway.
-    repeatable           saves only the input of a layer. Tensors that its operations save are counted and dropped. When
-                         backward needs the first of them, the layer runs a second time. The tensors of the second run
-                         fill the places of the first run, in the same order. So the graph of the first run is used.
-                         Backward may run in one pass, in two passes (zbv, dualpipev), or alternate with a forward. The
-                         second run stops after the last tensor that backward needs.
+                         saved anyway. For example, backward recomputes a norm's output from the norm's input.
+    ReplaceableTensors   saves tensors unchanged. Later, a function can replace a saved tensor, if the function needs only
+                         tensors that are saved anyway.
+    repeatable           saves only the input of a layer. The tensors that its operations save are counted and dropped.
+                         When backward needs the first of these tensors, the layer runs a second time. The tensors that
+                         the second run saves replace the dropped tensors, in the same order. So backward uses the graph
+                         of the first run. Backward may run in one pass or in two passes (zbv, dualpipev), or alternate
+                         with a forward. The second run stops after the last tensor that backward needs.
 
-A layer decides only once which experts it uses, and which rows it sends where. It calls `remember` to store these
-decisions. So the second run sends the same rows to the same ranks, even if a repeated matmul differs in its last bits.
+A layer decides which experts a token uses, and to which rank each row is sent. Only the first run makes these
+decisions, and stores them with `remember`. So the second run sends the same rows to the same ranks, even if a repeated
+matmul differs in its last bits.
 
-Contexts can be nested. An inner context passes the tensors that it does not intercept, and the functions that it
-creates, to the enclosing context.
+Contexts can be nested. An inner context passes to the enclosing context the tensors that it does not intercept, and the
+functions that it creates.
 """
 
 import weakref
@@ -32,17 +34,17 @@ T = TypeVar("T")
 
 
 class PackedTensor(Protocol):
-    """A substitute that is saved instead of a tensor."""
+    """An object that autograd saves instead of a tensor."""
 
     def unpack(self) -> "Tensor | PackedTensor":
-        """Return the tensor, or the substitute of an inner context."""
+        """Return the tensor, or the object that an enclosing context saved instead of the tensor."""
 
 
 P = TypeVar("P", bound=PackedTensor)
 
 
 class SavedContext:
-    """A context that intercepts the tensors that operations save inside it."""
+    """A context that intercepts the tensors that operations inside the context save for backward."""
 
     def __enter__(self) -> None:
         self._hooks = saved_tensors_hooks(_pack, unpacked)
@@ -55,11 +57,11 @@ class SavedContext:
         del self._hooks, self._token
 
     def pack(self, saved: Tensor | PackedTensor) -> Tensor | PackedTensor:
-        """Return the tensor or substitute to save instead of the argument."""
+        """Return what autograd shall save instead of `saved`: a tensor or a substitute object."""
         raise NotImplementedError
 
     def makes(self, tensor: Tensor) -> bool:
-        """Whether autograd saves this tensor without extra memory, because the context recomputes it."""
+        """Return whether this context recomputes the tensor, so that autograd does not save it."""
         return False
 
 
@@ -68,17 +70,17 @@ _OPEN: ContextVar[tuple[SavedContext, ...]] = ContextVar("open contexts", defaul
 
 
 def _pack(tensor: Tensor) -> Tensor | PackedTensor:
-    # An operation's own output must be detached. Otherwise it would refer to the operation, which refers to the saved
-    # tensor, and the memory would never be freed. A weight is not an output. It is saved as it is, so that ZeRO 3 can
-    # free its memory before backward.
+    # Detach an operation's own output. Otherwise the output would refer to the operation, the operation would refer to
+    # the saved output, and the memory would never be freed. A weight is not an output. Save the weight itself, so that
+    # ZeRO 3 can free its memory before backward.
     has_history = tensor.requires_grad and not isinstance(tensor, nn.Parameter)
     return pack_outside(tensor.detach() if has_history else tensor, None)
 
 
 def pack_outside(saved: Tensor | PackedTensor, context: SavedContext | None) -> Tensor | PackedTensor:
-    """Return what the open contexts save instead of the argument. The innermost context is asked first.
+    """Return what the open contexts save instead of `saved`. The function asks the innermost context first.
 
-    context: ask only the contexts around this one.
+    context: ask only the contexts that enclose this context; None: ask all open contexts.
     """
     opened = _OPEN.get()
     for one in reversed(opened[: opened.index(context)] if context in opened else opened):
@@ -87,14 +89,15 @@ def pack_outside(saved: Tensor | PackedTensor, context: SavedContext | None) -> 
 
 
 def unpacked(saved: Tensor | PackedTensor) -> Tensor:
-    """Return the tensor that was saved."""
+    """Return the tensor that an operation saved, from the object that autograd saved instead."""
     while not isinstance(saved, Tensor):
         saved = saved.unpack()
     return saved
 
 
 def is_free(tensor: Tensor) -> bool:
-    """Whether autograd saves the tensor without extra memory, because an open `RecomputedOutputs` recomputes it."""
+    """Return whether the innermost open `RecomputedOutputs` recomputes the tensor, so that autograd does not save
+    it."""
     opened = _OPEN.get()
     return bool(opened) and opened[-1].makes(tensor)
 
@@ -102,10 +105,10 @@ def is_free(tensor: Tensor) -> bool:
 class RecomputedOutputs(SavedContext):
     """A context that saves `function` instead of each of `outputs`. The function recomputes all outputs.
 
-    function: is called on `sources` without gradient. It returns one tensor or a tuple, with the values and strides of
-    the outputs. Each backward pass may call it again. All tensors saved in one context share the result of a call. A
-    tensor counts as an output if it starts at the same address. So views that start at the first element (reshapes,
-    transposes) count as outputs too.
+    function: computes the outputs from `sources`, without gradient. It returns one tensor or a tuple of tensors, with
+    the values and strides of the outputs. Each backward pass may call it again. All tensors that the context saved
+    share the result of one call. A saved tensor counts as an output if both start at the same address. So views that
+    start at the first element (reshapes, transposes) count as outputs too.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class RecomputedOutputs(SavedContext):
         return self._output(tensor) is not None
 
     def _output(self, tensor: Tensor) -> int | None:
-        """Return the index of the output that the tensor is; None if it is not an output."""
+        """Return the index of the output that has the memory of this tensor; None if no output has it."""
         index, numel = self._index.get(_address(tensor), (None, 0))
         return index if 0 < tensor.numel() <= numel else None
 
@@ -133,7 +136,7 @@ class RecomputedOutputs(SavedContext):
         return _Again(self, index, saved.size(), saved.stride())
 
     def make(self, index: int, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
-        """Return an output, or a view of it."""
+        """Return the output with this index, as a view with this size and stride."""
         if self._made is None:
             with torch.no_grad():
                 made = self._function(*map(unpacked, self._sources))
@@ -141,13 +144,13 @@ class RecomputedOutputs(SavedContext):
             self._waiting = self._saved
         base = self._made[index]
         self._waiting -= 1
-        if self._waiting == 0:  # the last reader: free the result, which another backward pass would recompute
+        if self._waiting == 0:  # the last reader; another backward pass would compute the result again
             self._made = None
         return base.as_strided(size, stride, base.storage_offset())
 
 
 class _Again:
-    """Represents one output of a `RecomputedOutputs`."""
+    """A saved reference to one output of a `RecomputedOutputs`."""
 
     def __init__(self, context: RecomputedOutputs, *place: Any):
         self._context, self._place = context, place
@@ -157,7 +160,7 @@ class _Again:
 
 
 class ReplaceableTensors(SavedContext):
-    """A context whose saved tensors can be replaced later."""
+    """A context whose saved tensors can be replaced after they were saved."""
 
     def __init__(self) -> None:
         self._slots: list[weakref.ref[Slot]] = []
@@ -170,9 +173,10 @@ class ReplaceableTensors(SavedContext):
         return slot
 
     def replace(self, tensor: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> None:
-        """Save the function `make` wherever exactly this tensor was saved in the context.
+        """Save the function `make` instead of this tensor, wherever an operation in the context saved exactly this
+        tensor.
 
-        `make` returns nearly equal values in the same shape.
+        make: computes nearly equal values of the same shape from `sources`.
         """
         kept = [pack_outside(source.detach(), self) for source in sources]
         for slot in filter(None, (ref() for ref in self._slots)):
@@ -181,11 +185,11 @@ class ReplaceableTensors(SavedContext):
 
 
 class Slot:
-    """A saved tensor, or a function that returns it."""
+    """A saved tensor, or a function that computes it."""
 
     def __init__(self, tensor: Tensor):
         self.tensor: Tensor | None = tensor
-        """The saved tensor; None if a function returns it."""
+        """The saved tensor; None if a function computes it."""
         self._stride = tensor.stride()
 
     def holds(self, tensor: Tensor) -> bool:
@@ -196,7 +200,7 @@ class Slot:
         self.tensor, self._make = None, make
 
     def hand_over(self, pack: Callable[[Tensor], P]) -> P:
-        """Save pack(tensor) instead of the tensor. Return pack(tensor)."""
+        """Store pack(tensor) instead of the tensor, and return pack(tensor)."""
         assert self.tensor is not None
         packed = pack(self.tensor)
         self.replace(lambda: unpacked(packed))
@@ -213,13 +217,13 @@ class Slot:
 
 
 def repeatable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return function(x). Save only x and the decisions that the function `remember`s for backward."""
+    """Return function(x). For backward, save only x and the decisions that the function stores with `remember`."""
     with _FirstRun(function, x):
         return function(x)
 
 
 class _FirstRun(SavedContext):
-    """Counts the saved tensors, and drops them."""
+    """The first run of a layer. Counts the tensors that operations save, and drops them."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor):
         self._function = function
@@ -233,11 +237,11 @@ class _FirstRun(SavedContext):
         return place
 
     def repeat(self) -> None:
-        """Run the layer again, and fill the places that backward still holds."""
+        """Run the layer a second time, and store the saved tensors in the placeholders that backward still holds."""
         assert self._x is not None, "a layer runs again once"
         x, self._x = unpacked(self._x).detach().requires_grad_(), None
         second = _SecondRun(self._places, self.decisions)
-        token = _OPEN.set(())  # contexts around the backward must have no effect here
+        token = _OPEN.set(())  # contexts that are open around backward must not act on the second run
         try:
             with torch.enable_grad(), second:
                 self._function(x)
@@ -249,7 +253,7 @@ class _FirstRun(SavedContext):
 
 
 class _Place:
-    """Represents one tensor that an operation of the layer saved."""
+    """A placeholder for one tensor that an operation of the layer saved in the first run."""
 
     def __init__(self, run: _FirstRun):
         self._run: _FirstRun | None = run
@@ -264,7 +268,7 @@ class _Place:
 
 
 class _SecondRun(SavedContext):
-    """Passes saved tensors to the places of the first run."""
+    """The second run of a layer. Stores each saved tensor in the placeholder of the first run."""
 
     def __init__(self, places: "list[weakref.ref[_Place]]", decisions: list[Any]):
         self._places, self._decisions = iter(places), iter(decisions)
@@ -287,16 +291,16 @@ class _SecondRun(SavedContext):
 
 
 class _AllThere(Exception):
-    """Ends a second run after it has filled all places."""
+    """Ends a second run after all placeholders have their tensors."""
 
 
 def is_repeated() -> bool:
-    """Whether the running code is the second run of a layer. Counters must ignore this run."""
+    """Return whether the running code belongs to the second run of a layer. Counters must not count this run."""
     return isinstance(_OPEN.get()[0], _SecondRun) if _OPEN.get() else False
 
 
 def remember(decision: T) -> T:
-    """Store this decision, so that `recall` returns it when the layer runs again."""
+    """Store a decision, and return it. `recall` returns it again in the second run of the layer."""
     for context in _OPEN.get():
         if isinstance(context, _FirstRun):
             context.decisions.append(decision)
@@ -304,11 +308,11 @@ def remember(decision: T) -> T:
 
 
 def recall() -> Any:
-    """Return the next decision of the first run, in the order of the calls of `remember`; None outside a second run."""
+    """Return the next decision that the first run stored with `remember`; None outside a second run."""
     innermost = next(iter(_OPEN.get()), None)
     return innermost.decision() if isinstance(innermost, _SecondRun) else None
 
 
 def _address(tensor: Tensor) -> tuple[int, int | torch.SymInt]:
-    """Return an identification of the tensor's start. It also works on the meta device, which has no memory."""
+    """Return a key for the start of the tensor's memory. The key also works on the meta device, which has no memory."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset()

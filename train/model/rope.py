@@ -1,10 +1,12 @@
 """Rotary position embedding on adjacent pairs (paper 2.1.1), and its extension by YaRN (paper 4.3).
 
 Pair j of the R rope elements at position t rotates by the angle t * theta^(-2j/R), as a complex multiplication in fp32.
-YaRN does not change the frequency of fast pairs, divides that of slow pairs by `factor`, and interpolates linearly
-between them. It also sharpens the softmax. DeepSeek scales complete queries and keys by `mscale`. The YaRN paper (3.4)
-scales their rotated parts by `attention_factor`. A model may use both. Mistral Large 3 instead scales queries with
-their position, in steps of the original length (`Rope.grow`).
+YaRN changes the frequencies of the pairs. Fast pairs keep their frequency, and slow pairs have it divided by `factor`.
+For the pairs in between, YaRN interpolates linearly.
+
+YaRN also increases the attention scores at long lengths, in one of two ways. DeepSeek scales complete queries and keys
+by `mscale`. The YaRN paper (3.4) scales only the rotated parts of queries and keys, by `attention_factor`. A model may
+use both. Mistral Large 3 instead scales each query by a factor that grows with the query's position (`Rope.grow`).
 
 Shapes: B sequences, T positions, H heads, R rope width, Q qk width, V value width.
 """
@@ -18,10 +20,10 @@ from conf.schema import Model
 
 
 class Rope:
-    """The rotations of one run. Tables are built on first use and cached for each device.
+    """The rotations for one run. Tables are built on first use and cached for each device.
 
-    seq_len: length of the run's sequences, in tokens; YaRN applies if it exceeds yarn.original_seq_len, or always with
-    yarn.always.
+    seq_len: length of the run's sequences, in tokens. YaRN applies if seq_len exceeds yarn.original_seq_len, or if
+    yarn.always is set.
     """
 
     def __init__(self, config: Model, seq_len: int):
@@ -31,7 +33,7 @@ class Rope:
 
     @property
     def softmax_scale(self) -> float:
-        """The factor of the attention scores: 1/sqrt(qk width), times mscale^2 with YaRN."""
+        """The factor of the attention scores: 1/sqrt(qk width). If YaRN applies, it also includes mscale^2."""
         yarn = self._config.yarn
         scale = (self._config.nope_head_dim + self._config.rope_head_dim) ** -0.5
         if self._extended and yarn.factor > 1:
@@ -39,7 +41,7 @@ class Rope:
         return scale
 
     def frequencies(self) -> Tensor:
-        """Return the angle of every pair from one position to the next, fp32 (R/2,)."""
+        """Return the angle by which each pair rotates from one position to the next, fp32 (R/2,)."""
         width, theta = self._config.rope_head_dim, self._config.rope_theta
         plain = theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
         if not self._extended:
@@ -54,18 +56,19 @@ class Rope:
         return plain / yarn.factor * slowed + plain * (1 - slowed)
 
     def _pair_with_turns(self, turns: float) -> float:
-        """Return the (fractional) index of the pair that makes this number of turns over the original length."""
+        """Return the index of the pair that makes this number of full turns over the original length. The index is not
+        an integer."""
         yarn, width = self._config.yarn, self._config.rope_head_dim
         return width * math.log(yarn.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self._config.rope_theta))
 
     @property
     def grows(self) -> bool:
-        """Whether queries are scaled with their position."""
+        """Whether the model scales queries by a factor that grows with the position."""
         return self._extended and bool(self._config.yarn.query_growth)
 
     def grow(self, q_BTX: Tensor, positions_T: Tensor) -> Tensor:
-        """Scale queries of these positions by 1 + query_growth ln(1 + floor(p / original_seq_len)), if the model
-        does so.
+        """Multiply each query by 1 + query_growth ln(1 + floor(p / original_seq_len)), where p is the query's position.
+        If the model does not scale queries, return them unchanged.
         """
         yarn = self._config.yarn
         if not self.grows:
@@ -75,12 +78,12 @@ class Rope:
         return (q_BTX * sizes_T.to(exact).unsqueeze(-1)).to(q_BTX.dtype)
 
     def table(self, length: int, device: torch.device) -> Tensor:
-        """Return exp(i angle) of the first `length` positions, times attention_factor under YaRN, complex64 (T,
-        R/2).
+        """Return exp(i angle) for the first `length` positions, complex64 (T, R/2). If YaRN applies, the values are
+        multiplied by attention_factor.
         """
         table = self._tables.get(device)
         if table is None or table.size(0) < length:
-            # All devices use the table that the CPU computes, except in a plan, where no code reads it.
+            # The CPU computes the table for every device. In a plan (device meta), no code reads the values.
             maker = device if device.type == "meta" else torch.device("cpu")
             positions = torch.arange(max(length, self._seq_len), dtype=torch.float32, device=maker)
             angles = torch.outer(positions, self.frequencies().to(maker))
@@ -90,16 +93,16 @@ class Rope:
 
 
 def rotate(x_BTHR: Tensor, table: Tensor) -> Tensor:
-    """Multiply adjacent pairs of the last axis by the complex table (T, R/2); fp32 result.
+    """Multiply adjacent pairs of the last axis by the complex table (T, R/2). The result is fp32.
 
-    For gradients, pass table.conj().
+    Backward passes table.conj().
     """
     pairs = torch.view_as_complex(x_BTHR.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * table.unsqueeze(1)).flatten(-2)
 
 
 def turn_queries(q_BTHQ: Tensor, table: Tensor, nope: int) -> Tensor:
-    """Rotate the rope parts and put heads first: (B, H, T, Q). Differentiable, because it consists of torch
-    operations."""
+    """Rotate the rope parts of queries, and move the axis of heads before the axis of positions: (B, H, T, Q). autograd
+    can differentiate the function."""
     turned = rotate(q_BTHQ[..., nope:], table).to(q_BTHQ.dtype)
     return torch.cat([q_BTHQ[..., :nope], turned], -1).transpose(1, 2)

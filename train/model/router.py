@@ -1,14 +1,18 @@
 """The router (paper 2.1.2), with sigmoid scores, balance biases, limited groups and a sequence-wise balance loss.
 
     s = sigmoid(W x)                              fp32; or softmax(W x) over the experts (model.scores)
-    chosen = top_k of (s + bias), in the top_groups groups with the largest sum of their best group_top_k biased scores
+    chosen = the experts with the top_k largest s + bias, among the experts of the chosen groups
     gates = route_scale * s[chosen] / sum(s[chosen])
 
-The bias only affects the choice. If scores are equal, the lower index wins. The sequence-wise loss (paper eq. 17-20) is
+The chosen groups are the top_groups groups with the largest sum of s + bias over the group's best group_top_k experts.
+The bias affects only the choice of groups and experts. If scores are equal, the lower index wins. The sequence-wise
+loss (paper eq. 17-20) is
+
     weight * mean over sequences of sum_i f_i P_i,    P_i = mean_t s_it / sum_j s_jt,
     f_i = experts / (top_k T) * how often i is in the top_k of the *unbiased* s.
-If a sequence contains separate samples, the mean is over samples, and T is the length of the sample. The gradient of
-this loss is added here to the gradient of the gates. So no loss value is sent to the last pipeline stage.
+
+If a sequence contains separate samples, the mean is over samples, and T is the length of the sample. The router adds
+the gradient of this loss to the gradient of the gates, so no loss value is sent to the last pipeline stage.
 
 Shapes: B sequences, T positions, D width, E experts, K = top_k, G groups.
 """
@@ -27,14 +31,14 @@ from train.model.sequence import Positions
 class Router(nn.Module):
     """Chooses experts and counts its choices.
 
-    bias_E (fp32) is part of the run's state. It is saved and updated, but it gets no gradient. The code that runs the
-    step sets balance_weight: alpha divided by the number of micro-batches. The code that builds the model sets frozen:
-    whether the weight stays unchanged in training.
+    bias_E (fp32) is part of the run's state. Checkpoints store it and `update_bias` changes it, but it gets no
+    gradient. The code that runs the step sets `balance_weight`: alpha divided by the number of micro-batches. The code
+    that builds the model sets `frozen`: whether training leaves the router's weight unchanged.
 
     In training, every forward adds to load_E (tokens per expert, int64), score_E (sum over sequences of P_i) and
-    balance_loss (weighted); `clear` starts a new step. Positions that do not count (`Positions.counted_BT`) get
-    experts, but do not change these three sums. If ranks share sequences, f_i covers complete sequences, and each rank
-    adds the part of its own positions to the sums.
+    balance_loss (already multiplied by its weight). `clear` sets these three sums to 0. Positions whose target is in
+    another sample (`Positions.counted_BT`) get experts, but do not change the sums. If ranks share sequences, f_i
+    covers complete sequences, and each rank adds the contribution of its own positions.
     """
 
     bias_E: Tensor
@@ -66,8 +70,8 @@ class Router(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return gate values fp32 (B*T, K), differentiable, and expert ids int64 (B*T, K).
 
-        remake: a context manager, inside which autograd saves x without extra memory (`RMSNorm.with_remake`).
-        positions: the positions of x; None: all positions of complete sequences.
+        remake: a context inside which autograd does not save x; backward computes x again (`RMSNorm.with_remake`).
+        positions: the positions of x; None: x contains complete sequences.
         """
         positions = positions or Positions(x_BTD.size(1))
         logits_BTE = self.score(x_BTD, remake)
@@ -87,9 +91,9 @@ class Router(nn.Module):
             return exact_matmul(x_BTD, weight_ED, self._kernels)
 
     def _apply(self, fn, recurse=True):
-        """Move the buffers with the module, but never round them.
+        """Apply `fn`, as torch does for module.to() and module.bfloat16(), but keep the dtype of the buffers.
 
-        Engines call module.bfloat16() to convert the weights, and this call would round the buffers too.
+        Engines call module.bfloat16() to convert the weights. Without this method, torch would round the buffers too.
         """
         exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
@@ -100,15 +104,15 @@ class Router(nn.Module):
         return self
 
     def clear(self) -> None:
-        """Start counting a new step."""
+        """Set the three sums to 0 for a new step."""
         self.load_E.zero_()
         self.score_E.zero_()
         self.balance_loss.zero_()
 
     def entropy(self) -> Tensor:
-        """Return the entropy, in nats, of the mean normalised scores since `clear`.
+        """Return the entropy, in nats, of the experts' mean normalised scores since `clear`.
 
-        It is log(experts) if the mean scores are equal.
+        If all experts have the same mean score, the entropy is log(experts).
         """
         return torch.special.entr(self.score_E / self.score_E.sum()).sum()
 
@@ -119,7 +123,7 @@ def exact_matmul(x_BTD: Tensor, weight_ED: Tensor, kernels: Kernels) -> Tensor:
 
 
 class _Logits(Function):
-    """Multiplies operands of any dtype in fp32. Saves the operands unchanged."""
+    """Multiplies operands of any dtype in fp32. Saves the operands in their own dtype."""
 
     @staticmethod
     def forward(ctx, x_BTD: Tensor, weight_ED: Tensor, kernels: Kernels) -> Tensor:

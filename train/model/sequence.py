@@ -1,10 +1,10 @@
 """Describes the local positions of sequences, and exchanges values with processes that have the other positions.
 
-Usually a process has complete sequences. With context parallelism, N processes share each sequence. Its T positions are
-cut into 2 N equal pieces, and process r works on the pieces r and 2 N - 1 - r. The queries of an early piece see few
-keys, and the queries of a late piece see many keys. So all processes have equal work. Each process has the tokens of
-the complete sequence, which are few bytes. All other values, from the embedding to the loss, exist only for local
-positions.
+Usually a process has complete sequences. With context parallelism, N processes share each sequence. The T positions of
+a sequence are cut into 2 N equal pieces, and process r works on the pieces r and 2 N - 1 - r. The queries of an early
+piece see few keys, and the queries of a late piece see many keys. So this assignment gives all processes equal work.
+Each process has the tokens of the complete sequence, which need only a few bytes. All other values, from the embedding
+to the loss, exist only for local positions.
 
 Three computations need other positions: attention (train/model/attention.py), the balance loss, which counts over all
 positions (train/model/router.py), and MTP modules, which read the tokens after the end of a piece.
@@ -29,34 +29,37 @@ class PendingGather(Protocol):
     """A gather in progress."""
 
     def wait(self) -> list[Tensor]:
-        """Return the gathered pieces. Call this method only once."""
+        """Wait for the gathered pieces, and return them. Call this method only once."""
 
 
 class SequenceShare(Protocol):
-    """Exchanges values of shared sequences with other processes. All these processes must make the same calls."""
+    """Exchanges values with the processes that share the same sequences. All these processes must make the same
+    calls."""
 
     parts: int
-    """Number of processes, N."""
+    """Number N of processes that share a sequence."""
     part: int
-    """Index of this process, r."""
+    """Index r of this process."""
 
     def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> PendingGather:
-        """Start to gather the values (B, rows[j], X) of every piece j, in order. own_BTX: the two local pieces."""
+        """Start to gather every piece j, with values (B, rows[j], X), in order. own_BTX: the values of the two local
+        pieces."""
 
     def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
-        """Add the values of all processes for each piece. Return the sums of the local pieces, (B, own positions, X).
+        """Sum each piece over all processes. Return the sums of the local pieces, (B, local positions, X).
 
         This is the transpose of the gather.
         """
 
     def total(self, counts: Tensor) -> Tensor:
-        """Return the sum over all processes, on every process."""
+        """Return, on every process, the sum of `counts` over all processes."""
 
 
 class Rectangle(NamedTuple):
     """A range of queries and a range of keys. Query i sees each key j with j - first_key <= i - first_query + before.
 
-    sequence: None for all sequences. Queries are numbered by local row, and keys by row in a block of keys.
+    i is the index of a local position, and j is the index of a position in a block of keys. sequence: index of the
+    sequence; None for all sequences.
     """
 
     sequence: int | None
@@ -69,15 +72,15 @@ class Rectangle(NamedTuple):
 
 
 class PackedSamples:
-    """The samples of sequences, in the form that a router needs for its counts.
+    """The samples of sequences, in the form that a router needs to count tokens for each sample.
 
     One object is built for each micro-batch and depth, and all layers use it.
     """
 
     def __init__(self, number_BT: Tensor, lengths_N: Tensor):
-        """number_BT: sample index of every local position, over all sequences; N for positions that do not count.
-        lengths_N: number of positions that count in each sample, including positions of other processes. Both tensors
-        are on the host.
+        """number_BT: sample index of every local position, counted over all sequences; N for positions that do not
+        count. lengths_N: number of counted positions in each sample, including positions of other processes. Both
+        tensors are on the host.
         """
         self._number_BT, self._lengths_N = number_BT, lengths_N
         self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -90,15 +93,16 @@ class PackedSamples:
 
 
 class SeenKeys:
-    """Describes which local queries see which keys of one block. One object is built for each micro-batch, and all
-    layers use it."""
+    """Describes which local queries see which keys of one block. One object is built for each micro-batch and block,
+    and all layers use it."""
 
     def __init__(self, rectangles: list[Rectangle]):
         self.rectangles = rectangles
         self._made: dict[tuple, Any] = {}
 
     def once(self, make: Callable[..., X], *given: Any) -> X:
-        """Return make(rectangles, *given), which is data that a kernel needs. The result is cached."""
+        """Return make(rectangles, *given), and cache the result. A kernel uses this to prepare its data once for all
+        layers."""
         key = (make, *given)
         if key not in self._made:
             self._made[key] = make(self.rectangles, *given)
@@ -113,14 +117,14 @@ class KeyChoices:
     """
 
     weight: float = 0.0
-    """Weight of the indexers' loss at every learnt query; 0 if they do not learn."""
+    """Weight of the indexers' loss at every learnt query; 0 if the indexers do not learn."""
     supervised_BS: Tensor | None = None
-    """Mask of learnt tokens, on the host; None for all tokens."""
+    """Mask of learnt tokens, on the host; None if all tokens are learnt."""
     alone: list[Tensor] | None = None
-    """Collects the losses if only the indexers learn, with dense attention; None if the complete model learns."""
+    """Collects the indexers' losses if training changes only the indexers; None if it changes the complete model."""
     chosen_BTK: Tensor | None = None
-    """Keys that the last layer with an indexer selected: positions in the sequence, int32. If there are fewer keys, -1
-    fills the remaining entries."""
+    """Keys that the most recent layer with an indexer selected, as positions in the sequence, int32. If a query has
+    fewer keys, -1 fills the remaining entries."""
 
 
 @dataclass(frozen=True)
@@ -134,32 +138,34 @@ class Positions:
     contiguous, and a position attends only to positions of its own document.
     """
     share: SequenceShare | None = None
-    """Exchanges values with the processes that have other positions; None if complete sequences are local."""
+    """Exchanges values with the processes that have other positions of the same sequences; None if complete sequences
+    are local."""
     whole: int = field(default=-1)
-    """T of the main model, set for an MTP depth, which has fewer positions; -1 if it equals `length`."""
+    """Number of positions of the main model, T. Set only for an MTP depth, which has fewer positions; else -1."""
     samples_BS: Tensor | None = None
     """Sample index of every token, on the host, if sequences contain separate samples. The indices start from 0 in each
-    sequence, and -1 is padding. None: every token may be the target of the token before.
+    sequence; -1 means padding. None: there are no separate samples, so every next token in the sequence is a target.
     """
     experts_BTLK: Tensor | None = None
-    """Expert ids that routers use instead of their own choice; None: routers choose. The ids cover every position in
-    each MoE layer of the main model.
+    """Expert ids that routers use instead of the experts with the best scores; None: routers choose. The tensor has ids
+    for every position and each MoE layer of the main model.
     """
     keys_BTLK: Tensor | None = None
-    """Keys that replace the choice of the indexers: positions, int32, on the host. -1 fills the remaining entries of a
-    row. These keys cover every position in each layer of the main model that has an indexer.
+    """Keys that layers use instead of the keys that indexers choose: positions, int32, on the host; None: indexers
+    choose. -1 fills the remaining entries of a row. The tensor has keys for every position and each layer of the main
+    model with an indexer.
     """
     choices: KeyChoices = field(default_factory=KeyChoices)
     """State that the layers of sparse attention share."""
 
     @property
     def whole_length(self) -> int:
-        """T of the main model."""
+        """Number of positions of the main model, T."""
         return self.length if self.whole < 0 else self.whole
 
     @cached_property
     def pieces(self) -> list[range]:
-        """All pieces of a sequence, in order."""
+        """All pieces of a sequence, as ranges of positions in order."""
         count = 1 if self.share is None else 2 * self.share.parts
         size = self.whole_length // count
         return [range(j * size, min((j + 1) * size, self.length)) for j in range(count - 1)] + [
@@ -168,7 +174,7 @@ class Positions:
 
     @cached_property
     def here(self) -> list[range]:
-        """The pieces of this process."""
+        """The pieces of this process, as ranges of positions."""
         if self.share is None:
             return self.pieces
         return [self.pieces[self.share.part], self.pieces[-1 - self.share.part]]
@@ -180,10 +186,10 @@ class Positions:
 
     @cached_property
     def counted_BT(self) -> Tensor | None:
-        """Whether a position counts: its target must be in the same sample. Bool, on the host; None if all positions
+        """Whether each position counts: its target must be in the same sample. Bool, on the host; None if all positions
         count.
 
-        Positions that do not count are at the end of their sample. So positions that count do not attend to them.
+        Positions that do not count are at the end of their sample, so no position that counts attends to them.
         """
         if self.samples_BS is None:
             return None
@@ -193,7 +199,7 @@ class Positions:
 
     @cached_property
     def packed(self) -> "PackedSamples | None":
-        """The samples of all sequences; None if samples are not separate."""
+        """The samples of all sequences; None if sequences do not contain separate samples."""
         if self.samples_BS is None or self.counted_BT is None:
             return None
         samples_B = self.samples_BS.amax(1).long() + 1
@@ -209,27 +215,28 @@ class Positions:
         return None if self.experts_BTLK is None else self.take(self.experts_BTLK)
 
     def learnt_BT(self, supervised_BS: Tensor) -> Tensor:
-        """Return, for all positions, whether the target is supervised and in the same sample. Bool, on the host."""
+        """Return, for every position, whether its target is supervised and in the same sample. Bool, on the host."""
         ahead = self.whole_length - self.length + 1
         learnt_BT = supervised_BS[:, ahead : ahead + self.length]
         return learnt_BT if self.counted_BT is None else learnt_BT & self.counted_BT
 
     def learnt(self, supervised_BS: Tensor) -> Tensor:
-        """Return the indices of learnt rows among the flattened (B, local positions); int64 on the host."""
+        """Return the indices of the learnt local positions, in a batch whose axes (B, local positions) are flattened;
+        int64 on the host."""
         return self.take(self.learnt_BT(supervised_BS)).flatten().nonzero().squeeze(-1)
 
     def gather(self, here_BT: Tensor) -> Tensor:
-        """Gather the values of all positions from the processes that share the sequences: (B, length).
+        """Gather the values of all positions, (B, length), from the processes that share the sequences.
 
-        It is differentiable if each process computes the same loss from the values, and returns its fraction of the
-        sum.
+        The gradient is correct only if each process computes the same loss from all values and returns the loss divided
+        by the number of processes.
         """
         return here_BT if self.share is None else _Gather.apply(here_BT, self)
 
     def shorter(self, by: int) -> "Positions":
         """Return the positions without the last `by` positions of each sequence, for an MTP depth.
 
-        Of the local positions, the first `count` remain. MTP modules replay no experts or keys, because inference
+        The first `count` local positions remain. MTP modules do not replay recorded experts or keys, because inference
         engines do not record the choices of MTP modules.
         """
         documents_BT = None if self.documents_BT is None else self.documents_BT[:, :-by]
@@ -238,19 +245,19 @@ class Positions:
         return replace(self, length=self.length - by, whole=whole, **changes)
 
     def take(self, x: Tensor, shift: int = 0) -> Tensor:
-        """Return the entries at the local positions plus `shift`. x: (B, S, ...), of complete sequences."""
+        """Return x at the local positions plus `shift`. x: values of complete sequences, (B, S, ...)."""
         return _joined([x[:, piece.start + shift : piece.stop + shift] for piece in self.here])
 
     def take_with_next(self, x: Tensor, more: int) -> Tensor:
-        """Return the entries at the local positions, and the next `more` entries after each piece, if they exist.
+        """Return x at the local positions, followed by the next `more` entries after each local piece, if they exist.
 
-        x: (B, S, ...), of complete sequences.
+        x: values of complete sequences, (B, S, ...).
         """
         after = [x[:, piece.stop : min(piece.stop + more, self.length)] for piece in self.here]
         return _joined([x[:, piece.start : piece.stop] for piece in self.here] + [y for y in after if y.size(1)])
 
     def shifted(self, x: Tensor, more: int, depth: int) -> Tensor:
-        """Return the entries that are `depth` positions after the local positions. x: result of `take_with_next`."""
+        """Return the entries that are `depth` positions after the local positions. x: a result of `take_with_next`."""
         parts, first, after = [], 0, self.count
         for piece in self.here:
             next_ones = min(more, self.length - piece.stop)
@@ -262,9 +269,9 @@ class Positions:
 
     @cached_property
     def documents(self) -> list[tuple[int | None, range]]:
-        """The documents, each as sequence number and range of positions.
+        """The documents, each as the index of its sequence and a range of positions.
 
-        Without document numbers there is one entry for all sequences, with the sequence number None.
+        If documents_BT is None, the list has one entry for all sequences, with None as the index of the sequence.
         """
         if self.documents_BT is None:
             return [(None, range(self.length))]
@@ -276,13 +283,13 @@ class Positions:
 
     @cached_property
     def seen(self) -> list[SeenKeys]:
-        """Describes for each piece which local queries see which of its keys. Complete local sequences are one
-        piece."""
+        """For each piece as a block of keys, describes which local queries see which of the piece's keys. If complete
+        sequences are local, the list has one piece."""
         return [SeenKeys(self._rectangles(block)) for block in self.pieces]
 
     @cached_property
     def seen_whole(self) -> SeenKeys:
-        """Describes which local queries see which keys, with the keys of all positions as one block."""
+        """Describes which local queries see which keys. The keys of all positions are one block."""
         return self.seen[0] if self.share is None else SeenKeys(self._rectangles(range(self.length)))
 
     def _rectangles(self, block: range) -> list[Rectangle]:
@@ -309,7 +316,7 @@ class Positions:
 
 
 class _Gather(Function):
-    """Gathers the values of the local positions into the values of all positions."""
+    """Gathers the local positions' values of all processes into the values of all positions."""
 
     @staticmethod
     def forward(ctx: Any, here_BT: Tensor, positions: Positions) -> Tensor:
@@ -320,7 +327,7 @@ class _Gather(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor, None]:
-        # The sum over all processes of equal values.
+        # All processes have equal gradients, so their sum is the gradient times the number of processes.
         return ctx.positions.take(grad_BT) * ctx.positions.share.parts, None
 
 

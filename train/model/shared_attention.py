@@ -1,20 +1,20 @@
 """Computes attention of local positions over all positions of their sequences (context parallelism).
 
-The ranks gather latents, not keys and values. Each piece of the sequence is a block. The keys and values of a block are
-computed from the latents of the block when attention needs them. After that they are dropped. A query attends to one
-block after another. The log-sum-exps of its scores combine the partial results:
+The ranks gather latents, not keys and values. Each piece of the sequence is a block. Attention processes one block
+after another. It computes the keys and values of the block from the block's latents, and drops them after use. The
+log-sum-exps of the scores combine the results of the blocks:
 
     forward    of block j: o_j = softmax(s_j) v_j and l_j = log sum exp s_j
                o = sum_j exp(l_j - l) o_j,  l = log sum_j exp l_j
     backward   p_j = exp(s_j - l),  ds_j = p_j * (do v_j^T - rowsum(do * o))
 
-So keys and values of only one block are in memory. Backward gathers the latents and computes keys and values again. It
-sends the gradients of latents to the ranks that have the positions. It also computes the gradient of the weight that
-produces keys and values. The previous pass may have computed weight gradients already (needed.py). A pass that needs
-only weight gradients then uses the stored values.
+So the keys and values of only one block are in memory. Backward gathers the latents and computes keys and values again.
+It sends the gradient of a latent to the rank that has the position. It also computes the gradient of the weight that
+produces keys and values. If a backward is split (needed.py), its first pass computes this gradient already and stores
+it for the second pass, which needs only weight gradients.
 
-Shapes: B sequences, T positions here, H heads, Q qk width, V value width, L positions of a block, C kv_rank, R rope
-width.
+Shapes: B sequences, T positions of this rank, H heads, Q qk width, V value width, L positions of a block, C kv_rank, R
+rope width.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,8 +37,7 @@ from train.model.sequence import PendingGather, Positions
 
 @dataclass(frozen=True)
 class KeysOfLatents:
-    """Computes keys and values from latents. up: maps latents (B, L, C) to [nope key | value] for each of `heads`
-    heads."""
+    """Computes keys and values from latents. up: maps latents (B, L, C) to [nope key | value] of each head."""
 
     up: Callable[[Tensor], Tensor]
     heads: int
@@ -46,13 +45,14 @@ class KeysOfLatents:
     nope: int
 
     def make(self, kv_BLX: Tensor, k_rope_BLR: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys (B, H, L, Q) and values (B, H, L, V)."""
+        """Build keys (B, H, L, Q) and values (B, H, L, V) from [nope key | value] of each head and the shared rope
+        keys."""
         kv_BHLX = kv_BLX.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_rope_BHLR = k_rope_BLR.unsqueeze(1).expand(-1, self.heads, -1, -1)
         return torch.cat([kv_BHLX[..., : self.nope], k_rope_BHLR], -1), kv_BHLX[..., self.nope :]
 
     def of(self, latents_BLX: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values from [latent | rotated rope key]."""
+        """Return keys and values of a block. latents_BLX: [latent | rotated rope key]."""
         latent_BLC, k_rope_BLR = latents_BLX.split([self.kv_rank, latents_BLX.size(-1) - self.kv_rank], -1)
         return self.make(self.up(latent_BLC), k_rope_BLR)
 
@@ -62,9 +62,9 @@ class KeysOfLatents:
         weights: Sequence[Tensor],
         attend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-        """Return the gradients of queries, latents and weights.
+        """Return the gradients of queries, latents and weights for one block.
 
-        attend: maps keys and values to the gradients of queries, keys and values.
+        attend: the backward of attention; returns the gradients of queries, keys and values, for given keys and values.
         """
         latent_BLC, k_rope_BLR = latents_BLX.split([self.kv_rank, latents_BLX.size(-1) - self.kv_rank], -1)
         with torch.enable_grad():
@@ -81,7 +81,7 @@ class SharedAttention(Function):
     """Computes softmax(scale q k^T) v of the local queries over the keys of all positions: (B, H, T, V).
 
     latents_BTX: [latent | rotated rope key] of the local positions. weights: the trained weights of keys.up. gathering:
-    a gather of the latents of all positions. watch, lse: see `AttentionInput`.
+    the started gather of the latents of all positions. watch, lse: see `AttentionInput`.
     """
 
     @staticmethod

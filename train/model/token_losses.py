@@ -1,18 +1,18 @@
 """Defines losses of tokens, which are functions of log-probabilities and of other tensors in the batch.
 
-A loss is a function `loss(logprobs_BT, tokens, **settings)` that returns the loss of every token, (B, T), with
-gradient. The engine accepts losses of this file by name, and your own loss as a function. It multiplies each token's
-loss by the token's weight, and sums over the learnt tokens on all ranks and in all calls of a step. Then it divides the
-sum by the number of learnt tokens.
+A loss is a function `loss(logprobs_BT, tokens, **settings)`. It returns the loss of every token, (B, T), with gradient.
+The engine accepts the losses of this file by name, and also accepts your own function. The engine multiplies each
+token's loss by the token's weight. It sums over the learnt tokens of all ranks and of all calls in a step, and divides
+the sum by the number of learnt tokens.
 
 All functions get complete sequences, even if ranks share sequences. At tokens that are not learnt, log-probabilities
-are 0, and the result of the function is ignored.
+are 0, and the engine ignores the result of the function. The formulas below use:
 
     r = exp(logprob - old_logprob)     ratio of a token's probability to its probability under the policy that sampled
-                                       it
-    A                                  its advantage
+                                       the token
+    A                                  advantage of the token
 
-Shapes: B sequences, T positions, where position t predicts token t + 1; tensors are given per token, (B, T + 1).
+Shapes: B sequences, T positions, where position t predicts token t + 1. The batch has tensors for tokens, (B, T + 1).
 """
 
 from collections.abc import Callable, Mapping
@@ -26,24 +26,24 @@ from conf.errors import UserError
 
 @dataclass(frozen=True)
 class LossTokens:
-    """The tokens of a batch, and the batch's tensors for them."""
+    """The tokens of a batch, and the tensors that the batch has for them."""
 
     learnt_BT: Tensor
     """Whether a token is learnt, bool."""
     samples_BT: Tensor
-    """Index of a token's sample in its sequence; -1 for padding."""
+    """Index of each token's sample in the sequence; -1 for padding."""
     tensors: Mapping[str, Tensor]
-    """Tensors of the batch by name, (B, T)."""
+    """The tensors of the batch by name, each (B, T)."""
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return a tensor of the batch. Raises UserError if the batch has no tensor of this name."""
+        """Return the batch's tensor of this name. Raises UserError if the batch does not have it."""
         if name not in self.tensors:
             given = ", ".join(self.tensors) or "none"
             raise UserError("batch.tensors", given, f"must have `{name}`, which the loss needs", "add it to the batch")
         return self.tensors[name]
 
     def mean_of_samples(self, x_BT: Tensor) -> Tensor:
-        """Return, at each token, the mean of x over the learnt tokens of its sample: (B, T)."""
+        """Return at each token the mean of x over the learnt tokens of the token's sample: (B, T)."""
         samples_BT = self.samples_BT.clamp_min(0)
         shape = len(x_BT), int(samples_BT.max()) + 1
         learnt_BT = self.learnt_BT.to(x_BT.dtype)
@@ -59,13 +59,13 @@ TokenLoss = Callable[..., Tensor]
 def negative_logprob(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
     """Returns -logprob, the cross-entropy of pretraining and supervised fine-tuning.
 
-    Without weights and temperatures, the head computes it directly.
+    If the batch has no weights and no temperatures, the output head computes the cross-entropy directly.
     """
     return -logprobs_BT
 
 
 def importance_sampling(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
-    """-r A: the policy gradient, corrected for tokens that another policy sampled.
+    """Returns -r A: the policy gradient with importance weights, for tokens that another policy sampled.
 
     Tensors: advantages, old_logprobs.
     """
@@ -73,40 +73,42 @@ def importance_sampling(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
 
 
 def ppo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 0.2, clip_high: float | None = None) -> Tensor:
-    """-min(r A, clip(r, 1 - clip, 1 + clip_high) A) (Schulman et al. 2017, arXiv 1707.06347, eq. 7).
+    """Returns the PPO loss -min(r A, clip(r, 1 - clip, 1 + clip_high) A) (Schulman et al. 2017, arXiv 1707.06347, eq.
+    7).
 
-    clip_high: equals clip, unless another bound is given (DAPO, arXiv 2503.14476). Tensors: advantages, old_logprobs.
+    clip_high: None for the value of `clip`; DAPO uses a larger value (arXiv 2503.14476). Tensors: advantages,
+    old_logprobs.
     """
     return _clipped(_ratio(logprobs_BT, tokens), tokens["advantages"], clip, clip_high)
 
 
 def cispo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 1.0, clip_high: float = 2.0) -> Tensor:
-    """-stopgrad(clip(r, 1 - clip, 1 + clip_high)) A logprob (MiniMax-M1, arXiv 2506.13585, eq. 4).
+    """Returns -stopgrad(clip(r, 1 - clip, 1 + clip_high)) A logprob (MiniMax-M1, arXiv 2506.13585, eq. 4).
 
-    The weight is clipped, and every token keeps its gradient. clip = 1 sets no lower bound, as in the paper. Tensors:
-    advantages, old_logprobs.
+    The importance weight r is clipped, but every token has a gradient. With clip = 1 there is no lower bound, as in the
+    paper. Tensors: advantages, old_logprobs.
     """
     weights_BT = _ratio(logprobs_BT, tokens).detach().clamp(1 - clip, 1 + clip_high)
     return -weights_BT * tokens["advantages"] * logprobs_BT
 
 
 def gspo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 3e-4, clip_high: float | None = 4e-4) -> Tensor:
-    """-min(s A, clip(s, 1 - clip, 1 + clip_high) A) with s = exp(mean over the sample's learnt tokens of logprob -
-    old_logprob).
+    """Returns -min(s A, clip(s, 1 - clip, 1 + clip_high) A) with s = exp(mean over the sample's learnt tokens of
+    logprob - old_logprob).
 
-    s is the geometric mean of the tokens' ratios (Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7, bounds from 5.1).
-    Every learnt token has the loss of its sample, so samples are weighted by length. Tensors: advantages (equal over a
-    sample), old_logprobs.
+    s is the geometric mean of the tokens' ratios r (Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7, bounds from 5.1).
+    Every learnt token has the loss of its sample, so a longer sample has a larger weight. Tensors: advantages (equal
+    for all tokens of a sample), old_logprobs.
     """
     ratio_BT = tokens.mean_of_samples(logprobs_BT - tokens["old_logprobs"]).exp()
     return _clipped(ratio_BT, tokens["advantages"], clip, clip_high)
 
 
 def kl(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
-    """exp(d) - d - 1 with d = ref_logprob - logprob (DeepSeekMath, arXiv 2402.03300, eq. 4).
+    """Returns exp(d) - d - 1 with d = ref_logprob - logprob (DeepSeekMath, arXiv 2402.03300, eq. 4).
 
-    It is an unbiased, nonnegative estimate of the KL divergence of the policy from a reference, for tokens that the
-    policy sampled. Tensors: ref_logprobs.
+    For tokens that the policy sampled, this is an unbiased, nonnegative estimate of the KL divergence between the
+    policy and a reference policy. Tensors: ref_logprobs.
     """
     difference_BT = tokens["ref_logprobs"] - logprobs_BT
     return difference_BT.exp() - difference_BT - 1
@@ -116,13 +118,13 @@ TOKEN_LOSSES: dict[str, TokenLoss] = {
     "cross_entropy": negative_logprob,
     **{loss.__name__: loss for loss in (importance_sampling, ppo, cispo, gspo, kl)},
 }
-"""Maps the names that the engine accepts to losses."""
+"""The losses that the engine accepts by name."""
 _POLICY = ("advantages", "old_logprobs")
 NEEDED_TENSORS: dict[TokenLoss, tuple[str, ...]] = {
     **dict.fromkeys((importance_sampling, ppo, cispo, gspo), _POLICY),
     kl: ("ref_logprobs",),
 }
-"""Maps a loss to the names of the tensors that it needs in a batch."""
+"""Maps the name of a loss to the names of the tensors that the loss needs in a batch."""
 
 
 def _ratio(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:

@@ -1,13 +1,14 @@
 """Accumulates the gradient of a matmul's weight: one function for all matmuls, precisions and devices.
 
-The gradient of a weight is a sum over micro-batches in fp32, its `.grad`, even if the weight is bf16 (paper 3.3.3).
-With plain autograd, a matmul would write a separate tensor, rounded to the weight's dtype, and then add it to the sum:
-18 bytes of memory traffic per weight for a bf16 matmul. Here the matmul adds directly to the sum. This moves 8 bytes
-per weight, and rounds no intermediate result.
+The `.grad` of a weight is a sum over micro-batches in fp32, even if the weight is bf16 (paper 3.3.3). With plain
+autograd, a matmul would write a separate tensor, rounded to the weight's dtype, and autograd would add it to the sum.
+For a bf16 matmul this needs 18 bytes of memory traffic per weight. Here the matmul adds directly to the sum. This needs
+8 bytes per weight, and rounds no intermediate result.
 
 The matmul then returns an undefined gradient to autograd. autograd still runs the weight's node after all Functions
-that use the weight. So this node shows when the gradient of a pass is complete (parallel/zero/sharded_weights.py).
-Tensor hooks cannot show this, because they only run for gradients that autograd adds itself.
+that use the weight. So the execution of this node shows that the weight's gradient of the pass is complete
+(parallel/zero/sharded_weights.py). Tensor hooks cannot show this, because torch calls them only for gradients that
+autograd adds itself.
 
 Shapes: N rows (any leading axes flattened), I inputs and O outputs of a matmul, R rows sorted by expert, E experts.
 """
@@ -23,15 +24,16 @@ from train.model.needed import Function, gradients_needed, node_of, once_differe
 from train.model.operations import ExpertGroups, Kernels
 
 WeightMatmul = Callable[[torch.dtype, Tensor | None], Tensor]
-"""Computes the gradient in a dtype. If an fp32 sum is given, adds the gradient to the sum and returns the sum."""
+"""A function (dtype, sum) that computes the gradient in `dtype`. If it gets an fp32 sum, it adds the gradient to the
+sum and returns the sum."""
 
 
 def weight_gradient(ctx: Any, argument: int, weight: Tensor, matmul: WeightMatmul) -> Tensor | None:
-    """Compute a weight's gradient. Return what a Function's backward must return for the weight.
+    """Compute a weight's gradient, and return the value that a Function's backward must return for the weight.
 
-    The result is None if the matmul has added the gradient to `.grad`. It does so if the weight's gradient is fp32 and
-    the current pass accumulates it. Otherwise the gradient is returned: for autograd.grad(), for a weight that is not a
-    leaf, and for dtypes without a matmul that adds.
+    If the gradient is fp32 and the current pass accumulates it, the matmul adds it to `.grad`, and the function returns
+    None. In all other cases the function returns the gradient: for autograd.grad(), for a weight that is not a leaf,
+    and for gradients in other dtypes.
     """
     node = node_of(ctx, argument)
     leaf = getattr(node, "variable", None)
@@ -48,7 +50,7 @@ def weight_gradient(ctx: Any, argument: int, weight: Tensor, matmul: WeightMatmu
 
 
 class LinearMatmul(Function):
-    """`F.linear` without bias by the matmuls of these kernels."""
+    """Computes `F.linear` without bias with the matmuls of `kernels`."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight_OI: Tensor, kernels: Kernels) -> Tensor:
@@ -70,10 +72,10 @@ class LinearMatmul(Function):
 
 
 class GroupedMatmul(Function):
-    """Multiplies each row by the transposed weight of its expert.
+    """Multiplies each row by the transposed weight of the row's expert.
 
-    It saves the weight itself. F.grouped_mm would save a view, which would keep the memory allocated even when ZeRO 3
-    frees the weight until backward.
+    The Function saves the weight itself. F.grouped_mm would save a view of the weight. The view would keep the memory
+    allocated when ZeRO 3 frees the weight until backward.
     """
 
     @staticmethod
