@@ -5,8 +5,8 @@ does not change, whether it is a plain matmul or a custom Function.
 
     RecomputedOutputs    saves a function instead of an output, if the output is cheap to compute from a tensor that is
                          saved anyway. For example, backward recomputes a norm's output from the norm's input.
-    ReplaceableTensors   saves tensors unchanged. Later, a function can replace a saved tensor, if the function needs only
-                         tensors that are saved anyway.
+    ReplaceableTensors   saves tensors unchanged. Later, a function can replace a saved tensor, if the function needs
+                         only tensors that are saved anyway.
     repeatable           saves only the input of a layer. The tensors that its operations save are counted and dropped.
                          When backward needs the first of these tensors, the layer runs a second time. The tensors that
                          the second run saves replace the dropped tensors, in the same order. So backward uses the graph

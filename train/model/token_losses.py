@@ -124,7 +124,7 @@ NEEDED_TENSORS: dict[TokenLoss, tuple[str, ...]] = {
     **dict.fromkeys((importance_sampling, ppo, cispo, gspo), _POLICY),
     kl: ("ref_logprobs",),
 }
-"""Maps the name of a loss to the names of the tensors that the loss needs in a batch."""
+"""Maps a loss function to the names of the tensors that the function needs in a batch."""
 
 
 def _ratio(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
