@@ -1,10 +1,10 @@
-"""Low-rank adapters: which parameters each target adapts, and the names of the adapter's parameters. Imports no torch.
+"""Low-rank adapters (LoRA): the names of the weights that can be adapted, and the names of A and B. Imports no torch.
 
 An adapted matmul is y = W x + (alpha / rank) B (A dropout(x)), with frozen W (LoRA, arXiv 2106.09685). At the start A
-is random and B is 0. A base parameter may stack several matrices: w13 stacks w1 and w3, and a parameter of experts
-stacks the matrices of all experts. In that case each matrix has its own A and B.
+is random and B is 0. A parameter of the base model may stack several matrices: w13 stacks w1 and w3, and a parameter of
+experts stacks the matrices of all experts. Then every stacked matrix has its own A and B.
 
-    base                    its A and B
+    base parameter          names and shapes of its A and B
     q_up.weight  (O, I)     q_up.lora_A (rank, I)                  q_up.lora_B (O, rank)
     w13.weight  (2F, D)     w13.w1_lora_A, w13.w3_lora_A (rank, D) w13.w1_lora_B, w13.w3_lora_B (F, rank)
     experts.w13 (E, 2F, D)  experts.w1_lora_A, experts.w3_lora_A (E, rank, D), and _B (E, F, rank)
@@ -15,7 +15,7 @@ stacks the matrices of all experts. In that case each matrix has its own A and B
 from typing import NamedTuple
 
 ADAPTER_TARGETS: dict[str, tuple[str, ...]] = {
-    "q_up": ("attention.q_up.weight", "attention.q.weight"),  # a model without a query latent has only q
+    "q_up": ("attention.q_up.weight", "attention.q.weight"),  # attention.q: without a query latent
     "kv_up": ("attention.kv_up.weight",),
     "down": ("attention.q_down.weight", "attention.kv_down.weight"),
     "out": ("attention.out.weight",),
@@ -24,10 +24,10 @@ ADAPTER_TARGETS: dict[str, tuple[str, ...]] = {
     "dense": ("ffn.w13.weight", "ffn.w2.weight"),
     "head": ("head.weight",),
 }
-"""For each target: the name endings of the base parameters that it adapts, including those in the blocks of MTP
-modules."""
+"""Maps each target, a word of adapter.targets, to the base parameters that it adapts. A parameter belongs to the target
+if its name has one of these ends. This includes parameters of MTP modules."""
 ON_REQUEST = ("head",)
-"""Targets that are adapted only if a recipe names them."""
+"""Targets that a run adapts only if adapter.targets names them."""
 
 
 class LoraNames(NamedTuple):
@@ -48,14 +48,14 @@ def target_of(base: str) -> str | None:
 
 
 def is_held_in_blocks(base: str) -> bool:
-    """Whether adapter.base=fp8 stores this base parameter as block FP8. These are the weights whose matmuls
-    precision.fp8 casts."""
+    """Whether adapter.base=fp8 stores this base parameter in FP8 with a scale for each block. It does so for the
+    weights whose GEMMs run in FP8 if the recipe has precision.fp8."""
     return target_of(base) not in (None, *ON_REQUEST)
 
 
 def name_lora(base: str) -> list[LoraNames]:
-    """Return the names of A and B for an adapted base parameter. The result has one pair of names. For w13, the result
-    has two pairs (w1, w3), each for half of the outputs."""
+    """Return the names of A and B for an adapted base parameter: one pair of names. For w13, return one pair for w1 and
+    one for w3."""
     stem, _, last = base.rpartition(".")
     is_weight = last == "weight"
     matrix = stem.rpartition(".")[2] if is_weight else last

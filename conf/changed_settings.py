@@ -21,12 +21,13 @@ from conf.schema import Config, Data, Fp8, HoldOutBy, Optim, OptimizerName, Prec
 from conf.words import harmless, one_line
 
 LINE_WIDTH, AROUND = 100, 60
-"""LINE_WIDTH: maximum characters of a line. If the old and the new value do not fit, each value gets a line. AROUND:
-characters of a long value that are shown before and after the first difference."""
+"""LINE_WIDTH: maximum characters of a line. If the old and the new value do not fit on one line, each of them gets a
+line. AROUND: number of characters of a long value that are shown before, and after, the first difference."""
 
 
 class Effect(Enum):
-    """The possible effect of a setting. The value is the heading of the effect's group on the screen."""
+    """How the change of a setting may affect the training. The value of a member is the heading of its group of changed
+    settings."""
 
     training = "change the training"
     rounding = "change only rounding and speed"
@@ -75,7 +76,8 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "export": (Effect.none, "mode=export reads it"),
     "average": (Effect.none, "mode=average reads it"),
 }
-"""Effect and reason for each key or group of keys. The longest entry that matches a key applies."""
+"""Maps a key, or a group of keys, to the effect of a change and a reason. If several entries match a key, the longest
+one applies."""
 
 REMARKS = {
     "steps": "the schedules are scaled to the new length",
@@ -90,14 +92,15 @@ class Changes:
     """Differences between this run and the run that wrote a checkpoint."""
 
     settings: dict[str, tuple[Any, Any]]
-    """Old and new value by key. A value is None if the key did not exist in that run."""
+    """Maps each changed key to its value in the old run and its value in this run. The value is None for a run without
+    the key."""
     known: bool
-    """Whether the checkpoint contains its settings."""
+    """Whether the checkpoint contains the settings of the run that wrote it."""
     facts: tuple[str, ...] = ()
     """Sentences about differences that are not settings: differences of the data and of the weight average."""
 
     def notes(self) -> list[str]:
-        """Return notes for the user, with settings in groups."""
+        """Return notes for the user. The changed settings are grouped by their effect."""
         groups = {effect: [key for key in self.settings if effect_of(key) is effect] for effect in Effect}
         lines = []
         for effect, keys in groups.items():
@@ -133,11 +136,11 @@ def effect_of(key: str) -> Effect:
 
 
 def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
-    """Return the differences between this run and the run that wrote a checkpoint. fingerprint: fingerprint of this
-    run's data. meta: metadata of the checkpoint.
+    """Return the differences between this run and the run that wrote a checkpoint.
 
-    If a setting did not exist in the checkpoint's version, its default is used as the old value. Raises UserError for a
-    setting that this version has removed, if its value changed results.
+    fingerprint: fingerprint of this run's data. meta: metadata of the checkpoint. If a setting did not exist in the
+    checkpoint's version, its default counts as the old value. Raises UserError if the checkpoint has a setting that
+    this version removed, and the setting's value changed results.
     """
     new = settings_of(config)
     if "config" in meta:
@@ -153,7 +156,7 @@ def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    """Return the value that every setting had before its key existed, including the FP8 settings."""
+    """Return the value that runs had for each setting before its key existed. The FP8 settings are included."""
     config = Config(
         data=Data(cache="", hold_out_by=HoldOutBy.name),
         optim=Optim(name=OptimizerName[ADAMW]),
@@ -164,8 +167,8 @@ def _defaults() -> dict[str, Any]:
 
 
 def _pairs(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Yield the old and the new value of every key that the old or the new settings have. A group that is null in
-    either of them counts as one key."""
+    """Yield each key of the old or the new settings, with its old and its new value. A group of keys that is null in
+    the old or in the new settings counts as one key."""
     old, new = _shut(old, new), _shut(new, old)
     for key in [*new, *(key for key in old if key not in new)]:
         before, after = old.get(key, defaults.get(key)), new.get(key)
@@ -173,7 +176,8 @@ def _pairs(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -
 
 
 def _shut(here: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
-    """Return the leaves of `here`. A group that is null in `there` becomes one leaf."""
+    """Return the settings `here`, a dictionary by dotted key. A group of keys that is null in `there` is replaced by
+    one entry with the name of the group."""
     found: dict[str, Any] = {}
     for key, value in here.items():
         group = next((key[:dot] for dot in _dots(key) if there.get(key[:dot], ...) is None), None)
@@ -210,8 +214,8 @@ def _facts(config: Config, fingerprint: str, meta: dict[str, Any], found: dict[s
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Return all leaves by dotted key. The key of a list entry that is a group contains its index. A list of numbers or
-    words is one leaf."""
+    """Flatten nested settings to a dictionary by dotted key. An entry of a list of groups has its index in the key. A
+    list of numbers or words remains one value."""
     if isinstance(node, dict) and node:
         parts = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in node.items()]
     elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
@@ -232,7 +236,7 @@ def _line(key: str, old: Any, new: Any) -> str:
 
 
 def _cut(text: str, start: int) -> str:
-    """Return the text around the first difference, and the length of the complete text."""
+    """Return the part of a text around position `start`, and the number of characters of the complete text."""
     first, last = max(0, start - AROUND), start + AROUND
     before, after = "..." if first else "", "..." if last < len(text) else ""
     return f"{before}{text[first:last]}{after} ({len(text)} characters)"

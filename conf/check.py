@@ -1,6 +1,6 @@
 """Rules over several fields: `check` tests RULES in order and raises the error of the first broken rule.
 
-Pure: reads only the configuration, and raises UserError.
+The rules read only the configuration. A broken rule raises UserError.
 """
 
 import itertools
@@ -46,31 +46,32 @@ MAX_EXPERTS = 32767
 IN_EVERY_LAYER = (AdapterTarget.q_up, AdapterTarget.kv_up, AdapterTarget.down, AdapterTarget.out)
 """Adapter targets that exist in every block."""
 ADDS_ADAPTERS = (Mode.evaluate, Mode.generate, Mode.score, Mode.export)
-"""Modes that add adapter.path to the weights."""
+"""Modes that add the adapter of adapter.path to the weights."""
 SMALLEST_SHARE = 1e-6
-"""The smallest share of a mix that train/data/dataset.py can distinguish from zero."""
+"""Smallest allowed share of one source in a data mix. train/data/dataset.py cannot distinguish smaller shares from
+zero."""
 IN_PARTS = next(name for name, facts in SCHEDULES.items() if facts.stages is None)
 """Name of the schedule that reads parallel.virtual_stages."""
 OPERAND = re.compile(r"(e4m3|e5m2)/((1x128|128x128|row|tensor)/(fp32|pow2)|1x32/pow2)")
 
 
 class ConfigCheck(Protocol):
-    """An entry of a table of rules. An entry is a `JoinedRule`, a group of rules, or a function for a rule that is not
-    a comparison."""
+    """Type of an entry in a table of rules: a `JoinedRule`, a `ConditionalRules`, or a function. A rule that one
+    condition cannot express is a function."""
 
     def __call__(self, config: Config, /) -> None:
         """Raise UserError if the configuration breaks the rule."""
 
 
 Text = str | Callable[[Config, Any], str]
-"""A sentence with placeholders for keys and the value ({seq_len}, {model.layers}, {v}); or a function that takes the
-configuration and the value and returns a sentence."""
+"""Rule or fix of an error. It is a sentence with placeholders for the value ({v}) and for other keys ({seq_len},
+{model.layers}), or a function that returns the sentence for a configuration and a value."""
 
 
 @dataclass(frozen=True)
 class JoinedRule:
-    """A rule for the value of a key, which depends on the values of other keys. In functions, `c` is the configuration
-    and `v` is the value."""
+    """A rule for the value of one key, which may depend on other keys. The functions of a rule get the configuration
+    `c` and the value `v`."""
 
     key: str
     holds: Callable[[Config, Any], Any]
@@ -81,7 +82,7 @@ class JoinedRule:
     named: str = ""
     """Name of the key in the error, if it differs from `key`."""
     shown: Callable[[Config, Any], Any] = lambda c, v: v
-    """Returns the value as the error shows it."""
+    """Converts the value to the form that the error shows."""
 
     def __call__(self, config: Config) -> None:
         """Raise UserError if the configuration breaks the rule."""
@@ -109,7 +110,8 @@ class ConditionalRules:
     rules: Iterable[ConfigCheck]
 
     def __call__(self, config: Config) -> None:
-        """Raise UserError if the rules apply to the configuration and the configuration breaks one of these rules."""
+        """If `so` is true for the configuration, raise UserError for the first of these rules that the configuration
+        breaks."""
         if self.so(config):
             hold(self.rules, config)
 
@@ -133,9 +135,9 @@ def notes_of_typed_keys(config: Config, keys: Collection[str]) -> Iterator[str]:
 
 
 def check_spread(config: Config) -> None:
-    """Check the rules that an otherwise valid recipe can break in another layout: the rules of the batch, of the ramp
-    and of section parallel."""
-    check_batch(config)  # cheap, and most layouts of a search fail here
+    """Check only the rules that a change of the layout can break: rules of batch size, batch ramp, optimizer, adapter
+    and section parallel."""
+    check_batch(config)  # first, because it is fast and refuses most layouts of a search
     check_fields(config.parallel, "parallel.")
     hold((*OPTIM, *ADAPTERS, *PARALLEL), config)
 
@@ -157,8 +159,8 @@ def check_experts(experts: int, ep: int) -> None:
 
 
 def check_world(pp: int, dp: int, cp: int, world: int, given: str) -> None:
-    """Raise UserError unless the layout uses exactly the started ranks. given: the source of the number of ranks, for
-    the error."""
+    """Raise UserError unless the layout uses exactly the started ranks. world: number of started ranks. given: text for
+    the error that says where this number comes from."""
     if pp * dp * cp != world:
         raise UserError(
             "parallel.pp x parallel.dp" if cp == 1 else "parallel.pp x parallel.dp x parallel.cp",
@@ -175,7 +177,8 @@ def _is_name(c: Config, v: str) -> bool:
 
 
 def _parts(key: str, parts: Iterable[str]) -> ConfigCheck:
-    """Return the rule for a list of parts to recompute or to offload. parts: all allowed words except layer:N."""
+    """Return the rule for a key that lists parts of a block, to recompute or to offload. parts: all allowed words
+    except layer:N."""
 
     def check_parts(config: Config) -> None:
         words = attrgetter(key)(config)
@@ -237,8 +240,8 @@ def _phases(key: str) -> tuple[ConfigCheck, ...]:
 
 
 def _pieces(key: str, each: bool = False) -> ConfigCheck:
-    """Return the rules for sequences that cp ranks share. Such a sequence is cut into 2 cp pieces of equal length. key:
-    name of the setting with the sequence length."""
+    """Return the rules for sequences that parallel.cp ranks share: each sequence is cut into 2 x cp pieces of equal
+    length. key: name of the setting with the sequence length."""
     return ConditionalRules(
         lambda c: c.parallel.cp > 1,
         (
@@ -276,7 +279,7 @@ def _pieces(key: str, each: bool = False) -> ConfigCheck:
     )
 
 
-# Each rule has this order: its key and condition, its text, and its fix.
+# The arguments of each rule have this order: key, condition, rule, fix.
 # fmt: off
 TOP: tuple[ConfigCheck, ...] = (
     JoinedRule("name", _is_name,
@@ -645,7 +648,7 @@ WHERE_READ: tuple[JoinedRule, ...] = (
     JoinedRule("text_only", lambda c, v: not v or c.init_from, "applies to weights of init_from, which is not set",
                "set init_from, or leave it out"),
 )
-"""Keys that have no effect in some configurations. Each entry has the condition under which the key is read. If a user
-types a key that is not read, he gets a note."""
+"""Rules for keys that have no effect in some configurations. The condition of a rule is true if the program reads the
+key. If a user types a key that the program does not read, he gets a note."""
 # fmt: on
 RULES = (*TOP, *MODEL, *OPTIM, *ADAPTERS, *DATA, *PARALLEL, *PRECISION, *PLAN, *EVALUATE, *SCORE, *EXPORT)

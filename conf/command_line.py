@@ -1,9 +1,9 @@
 """Explains an invalid command line: the wrong argument, the rule that it breaks, and one fix.
 
-First, Hydra composes the configuration. If this fails, the error of Hydra or OmegaConf names the argument or the key.
-This file looks up types, choices and bounds in the schema, and difflib finds similar keys. Only flags are checked
-before Hydra runs, because Hydra exits at an unknown flag. conf/check.py checks bounds and rules over several fields on
-the typed configuration.
+Hydra composes the configuration first. If Hydra or OmegaConf fails, its error names the argument or the key. This file
+then looks up types, choices and bounds in the schema, and finds similar keys with difflib. Only flags are checked
+before Hydra runs, because Hydra exits at an unknown flag. Bounds, and rules over several fields, are checked after
+Hydra, by conf/check.py.
 """
 
 import difflib
@@ -41,19 +41,19 @@ FLAGS = {
     )
     for name in names.split()
 }
-"""Hydra's flags. The value says whether the flag's value is the next argument."""
+"""Maps each flag of Hydra to whether it takes a value. Such a value may be the next argument."""
 COMPLETION = {"--shell-completion", "-sc", "--hydra-help"}
-"""If one of these flags is present, the other arguments are not read as settings."""
+"""If a command line has one of these flags, its other arguments are not read as settings."""
 LISTS = "`sluice --help` tells how to list recipes, groups and keys"
 OF_YOUR_OWN = "for a custom one, write MINE/{group}/NAME.yaml and add --config-dir MINE"
 NAMES_A_WORD = re.compile(
     r"(?:merging override |config use \+|for argument '|parameters '|prefix: ')(.*?)(?:'?$|' requires)", re.M
 )
-"""Finds the rejected argument in an error of Hydra."""
+"""Pattern that finds the rejected argument in the text of a Hydra error."""
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Raise UserError for the first argument that makes Hydra exit or that Hydra would misread. This is an unknown or
+    """Raise UserError for the first argument at which Hydra would exit, or which Hydra would misread: an unknown or
     unsuitable flag, or an argument that deletes a key."""
     if COMPLETION & {*words}:
         return
@@ -82,7 +82,8 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def explain(error: Exception, words: Sequence[str]) -> UserError:
-    """Return an error of Hydra or OmegaConf as field, value, rule and fix. Raise any other error again."""
+    """Convert an error of Hydra or OmegaConf to a UserError with field, value, rule and fix. An error that this file
+    does not know is raised again."""
     wrong = _explained(error, words)
     typed = (wrong.field, wrong.field.rpartition(".")[2], str(wrong.value))
     cure = next((CURES[each.lower()] for each in typed if each.lower() in CURES), wrong.cure)
@@ -99,7 +100,7 @@ def _explained(error: Exception, words: Sequence[str]) -> UserError:
         return _wrong_option(group, name, groups) if slash else _wrong_option("conf", group, groups)
     typed = {key.partition("@")[0]: text for key, _, text in (word.lstrip("+").partition("=") for word in settings)}
     if not isinstance(error, (HydraException, OmegaConfBaseException)) or "hydra.runtime" in str(error):
-        # OmegaConf raises AssertionError for a key in a null section. Hydra raises it for an option that is not a word.
+        # OmegaConf raises AssertionError for a key of a null section. Hydra raises it for an option that is no word.
         odd = (group for group, text in typed.items() if group in groups and text not in groups[group])
         unknown = (key for key in typed if type_of(key) is None and key not in groups and not key.startswith("hydra"))
         if "" in typed:
@@ -138,8 +139,8 @@ def _explained(error: Exception, words: Sequence[str]) -> UserError:
 def _wrong_setting(
     key: str, text: str, typed: dict[str, str], inside: str, problem: Exception, said: str, groups: dict[str, list[str]]
 ) -> UserError:
-    """Return the error for a typed argument. inside: the key in OmegaConf's error, which may be a key of a mapping.
-    said: Hydra's message."""
+    """Return the error for an argument that Hydra or OmegaConf rejected. inside: the key that OmegaConf's error names,
+    which may be a key inside a mapping. said: the text of Hydra's error."""
     if (kind := type_of(key)) is None and key not in groups:
         return _unknown_key(key, typed.get(key, text), groups)
     if said.startswith(("Ambiguous", "Sweep")):
@@ -175,7 +176,7 @@ def settings_in(words: Sequence[str]) -> list[str]:
 
 
 def _groups(own: Iterable[Path] = ()) -> dict[str, list[str]]:
-    """Return the option names of each group. own: folders with the user's recipes."""
+    """Return a mapping from each group to the names of its options. own: folders with the user's recipes."""
     files = sorted(file for folder in (ROOT / "conf", *own) for file in folder.glob("*/*.yaml"))
     groups: dict[str, list[str]] = {}
     for file in files:
@@ -244,7 +245,8 @@ def _wrong_list(key: str, value: Any, kind: Any, default: Any) -> UserError:
 
 
 def _unknown_part(key: str, value: Any, kind: Any) -> UserError:
-    """Return the error for a mapping, or a list of mappings, with a key that does not exist in its section."""
+    """Return the error for a mapping that has a key which its section does not have. The value may be a list of such
+    mappings."""
     section = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
     known = [field.name for field in fields(section)] if is_dataclass(section) else []
     given = [name for part in (value if isinstance(value, list) else [value]) for name in part]
@@ -305,18 +307,18 @@ def _close_keys(key: str, more: Sequence[str] = ()) -> list[str]:
 
 
 def _may_be_in(section: str, key: str) -> bool:
-    """Whether a user who typed this section may have meant that key.
+    """Whether a user who typed a key of `section` may have meant `key`.
 
-    This is true if the typed section exists in the schema (although it may be the wrong one), or if its name is similar
-    to the key's section. Otherwise two keys with the same last part may be unrelated.
+    Keys of different sections may have equal last parts and no relation. So this is true only if the typed section
+    exists in the schema, or if its name resembles the section of `key`. It is also true without a typed section.
     """
     first, own = section.partition(".")[0], key.rpartition(".")[0]
     return not section or first in kinds(Config) or bool(difflib.get_close_matches(section, [own, key]))
 
 
 def _unread(word: str, before: Sequence[str], after: Sequence[str], groups: dict[str, list[str]]) -> UserError:
-    """Return the error for an argument that Hydra cannot parse. Such an argument has no `key=`, or its value is not
-    valid for Hydra."""
+    """Return the error for an argument that Hydra cannot parse: an argument without `key=`, or an argument with a value
+    that Hydra does not accept."""
     key, equals, text = word.lstrip("+").partition("=")
     if equals and key:
         return _unreadable(key, text, after)
@@ -425,8 +427,9 @@ def _in_null_section(typed: dict[str, str]) -> UserError | None:
 
 
 def _in_recipe(name: str, inside: str, own: Sequence[Path]) -> tuple[str, Any] | None:
-    """Return the key and value in a recipe that caused an error. The key is the one in OmegaConf's error, or a section
-    whose value is not a mapping. name: GROUP/OPTION."""
+    """Return the key and the value that caused an error in a recipe file. This is the key in OmegaConf's error, or a
+    section whose value is not a mapping. name: GROUP/OPTION of the recipe file. inside: the key in OmegaConf's
+    error."""
     files = (folder / f"{name}.yaml" for folder in (*own, ROOT / "conf"))
     given = read_yaml(next(file for file in files if file.is_file()))
     for key in dotted_keys():

@@ -1,12 +1,12 @@
 """Handles disk errors: free space, and error messages for disks that are full, broken, or deny access.
 
 Three rules apply to every file that the program writes:
-- Errors name the file (`naming`).
-- If the run can do without the file, such as progress or the report, the program prints a note and the run continues.
-  Lines of metrics and events wait in memory for free space (`Backlog`).
-- Other errors become one screen (`disk_errors`) with the setting, the disk, the needed bytes and the cure.
+- An error contains the name of the file (`naming`).
+- If the run can continue without the file, such as a progress file or the report, the program prints a note and
+  continues. Lines of metrics and events are held in memory until the disk has space (`Backlog`).
+- Any other error ends the command with one screen (`disk_errors`): the setting, the disk, the needed bytes, the fix.
 
-The fix depends on the system's error. Only `cure_of_reading` and `cure_of_writing` choose it.
+The fix depends on the error of the operating system. Only `cure_of_reading` and `cure_of_writing` choose the fix.
 """
 
 import errno
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 BACKLOG = 64 << 20
-"""Maximum bytes that wait in memory for free space on a disk."""
+"""Maximum bytes that are held in memory until a disk has space."""
 FULL = {errno.ENOSPC, errno.EDQUOT}
 RIGHTS = {errno.EACCES, errno.EPERM}
 DISK_FAILED = {
@@ -45,15 +45,15 @@ DISK_FAILED = {
     errno.EUCLEAN,
     errno.EBADMSG,
 }
-"""System errors that mean: the disk, its file system, or the network to it is broken. No setting can fix this."""
+"""Error numbers which mean that the disk, its file system, or the network to it is broken. No setting can fix this."""
 HANDLES = {errno.EMFILE, errno.ENFILE}
 REFUSED = FULL | RIGHTS | DISK_FAILED | {errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG, errno.ELOOP}
 
 
 @contextmanager
 def naming(path: Path, needed: int | None = None, way: str = "written") -> Iterator[None]:
-    """Add the file's name to an OSError of this block, which writes the file. needed: size of the file in bytes. way:
-    the operation that may fail."""
+    """Context for code that writes a file. It adds the file's name to an OSError of this code. needed: size of the file
+    in bytes. way: the operation that may fail, `written` or `read`."""
     try:
         yield
     except OSError as error:
@@ -64,18 +64,18 @@ def naming(path: Path, needed: int | None = None, way: str = "written") -> Itera
 
 
 def reading(path: Path) -> AbstractContextManager[None]:
-    """Add the file's name to an OSError of this block, which reads the file. Without this, an error of `read` does not
-    contain the name."""
+    """Context for code that reads a file. It adds the file's name to an OSError of this code, because an error of
+    `read` does not contain the name."""
     return naming(path, way="read")
 
 
 def is_refusal(error: Exception) -> TypeGuard[OSError]:
-    """Whether the system refuses access to the file. In that case the file's content is unknown."""
+    """Whether the system refuses access to the file, so that the file's content remains unknown."""
     return isinstance(error, OSError) and _number(error) in RIGHTS | DISK_FAILED | HANDLES
 
 
 def _number(error: OSError) -> int | None:
-    """Return the error's errno. Libraries in Rust and C++ give it only in the error text."""
+    """Return the errno of an error. Errors of libraries in Rust and C++ contain this number only in their text."""
     found = re.search(r"\b(?:os error|errno) (\d+)", str(error)) if error.errno is None else None
     return int(found[1]) if found else error.errno
 
@@ -103,7 +103,7 @@ def cure_of_writing(error: OSError) -> str:
 
 
 def _cure(error: OSError) -> str | None:
-    """Return the fix if it is the same for reading and writing; otherwise None."""
+    """Return the fix of an error for which reading and writing have the same fix; None for other errors."""
     if _number(error) in DISK_FAILED:
         return "the disk, or the network to it, has failed: see `dmesg` on this machine, repair it, and start again"
     if error.errno == errno.ELOOP:
@@ -142,7 +142,7 @@ def explain_disk_error(error: OSError) -> str:
 
 
 class Backlog:
-    """Appends data to a file in order. Data that the disk refuses waits in memory until there is space."""
+    """Appends data to a file in order. If the disk refuses data, the data are held in memory until there is space."""
 
     def __init__(self, write: Callable[[bytes], None]):
         """write: function that appends all given bytes, or raises OSError and leaves the file unchanged."""
@@ -150,14 +150,14 @@ class Backlog:
         self._waiting: deque[bytes] = deque()
         self._bytes = 0
         self.dropped = 0
-        """Number of lost items. If more than BACKLOG bytes wait, the oldest items are dropped."""
+        """Number of lost items. If the held data exceed BACKLOG bytes, the oldest items are dropped."""
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, piece: bytes) -> None:
-        """Write the data after all waiting data. Raises OSError if the disk refuses the data. In this case, the new
-        data waits too."""
+        """Write the data after all held data. Raises OSError if the disk refuses the data; the new data are then held
+        too."""
         self._waiting.append(piece)
         self._bytes += len(piece)
         while self._bytes > BACKLOG and len(self._waiting) > 1:
@@ -166,7 +166,7 @@ class Backlog:
         self.flush()
 
     def flush(self) -> None:
-        """Write the waiting data. Raises OSError if the disk still refuses."""
+        """Write the held data. Raises OSError if the disk still refuses."""
         while self._waiting:
             self._write(self._waiting[0])
             self._bytes -= len(self._waiting.popleft())
@@ -174,7 +174,8 @@ class Backlog:
 
 @contextmanager
 def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator[None]:
-    """Convert an OSError of a disk into this kind of error. The new error names the setting that contains the path."""
+    """Context that converts an OSError of a disk to an error of class `kind`. The new error names the setting with the
+    path."""
     try:
         yield
     except OSError as error:
@@ -196,7 +197,8 @@ def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator
 
 
 def _way(error: OSError) -> str:
-    """Return whether the file was read or written, if this is known. Only some errors contain this information."""
+    """Return the operation that failed: `written`, `read`, or `written or read` if it is unknown. Only some errors
+    contain the operation."""
     if way := getattr(error, "way", None):
         return way
     if error.errno in FULL | {errno.EROFS, errno.EFBIG}:
@@ -207,7 +209,8 @@ def _way(error: OSError) -> str:
 
 
 def _setting(path: Path, configs: tuple[Config, ...]) -> tuple[str, str]:
-    """Return the key whose folder contains the path, and the key's value."""
+    """Return the key of the setting whose folder contains the path, and the value of this setting. If no setting
+    matches, return `file` and the path."""
     for config in configs:
         for key, value in (
             ("export.to", config.export.to),

@@ -1,7 +1,8 @@
-"""The dispatches of tokens to experts on other ranks: requirements on the layout, and costs. Imports no torch.
+"""The kinds of dispatch, which send tokens to experts on other ranks: what they need, and what they cost. Imports no
+torch.
 
-Other code reads a dispatch's properties from its entry in this table, and never compares its name. The table in
-parallel/expert/build.py names the class that sends the rows. A new dispatch needs an entry in both tables.
+Other code reads the properties of a dispatch from its entry in this table, and never compares its name. The table in
+parallel/expert/build.py maps the name to the class that sends the rows. A new dispatch needs an entry in both tables.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +12,8 @@ from conf.errors import UserError
 
 @dataclass(frozen=True)
 class Reach:
-    """Average number of destinations of a token. Experts are placed in order on the ranks of an expert group."""
+    """Average number of destinations of one token. The experts are assigned in order to the ranks of an expert
+    group."""
 
     nodes: float
     """Number of nodes that hold at least one expert of the token."""
@@ -28,10 +30,10 @@ class Messages:
     """Average number of messages per token and MoE layer, on the rank that has the most messages."""
 
     copies: tuple[float, ...]
-    """Copies of rows per hop that Sluice's own kernels make in addition to the exchange. They include rows that stay on
-    the rank."""
+    """Number of row copies per token for each hop. Sluice's kernels make these copies in addition to the exchange. Rows
+    that stay on their rank are copied too."""
     arrivals: float
-    """Rows that arrive at the ranks of the experts, per token of a rank."""
+    """Number of rows per token that arrive at the ranks of the experts."""
     inside: float
     """Messages to other ranks of the same node."""
     across: float
@@ -47,17 +49,18 @@ class DispatchFacts:
     """True: a token is sent once for each of its experts. False: a token is sent once to each node with one of its
     experts; inside the node it is sent once to each rank with one of its experts."""
     by_nodes: bool = False
-    """Whether one hop between nodes precedes one hop inside the node. If so, each node must hold equally many ranks of
-    an expert group, and no expert group of the router may straddle two nodes."""
+    """Whether a row is first sent to a node, and then to a rank of this node. If so, each node must have the same
+    number of ranks of an expert group, and no expert group of the router may straddle two nodes."""
     needs_gpu: bool = False
     package: str | None = None
     """Name of the Python package that the dispatch needs; None if it needs none."""
     in_bf16: bool = False
-    """Whether the dispatch takes only bf16 rows. Such a dispatch adds the rows of a rank one after another in bf16."""
+    """Whether the dispatch takes only bf16 rows. Combine then adds the rows that come from one rank one by one in
+    bf16."""
     repeats: bool = True
     """Whether rows arrive in the same order in every run."""
     width: int = 1
-    """model.hidden must be a multiple of this number."""
+    """A divisor that model.hidden must have; 1 for no limit."""
     sizes: tuple[int, ...] | None = None
     """Supported sizes of an expert group; None for any size."""
 
@@ -77,26 +80,27 @@ class DispatchFacts:
         return Messages(copies, reach.ranks, reach.ranks * (1 - 1 / reach.per_node), reach.nodes * other_node)
 
     def side_bytes(self, top_k: int) -> int:
-        """Return the bytes that are sent with a row to the experts: one gate, or all gates and experts of the token."""
+        """Return the bytes that dispatch sends in addition to a row: one gate, or all gates and expert indices of the
+        token."""
         return 4 if self.per_expert else 4 * top_k + -(-2 * top_k // 4) * 4
 
     def gate_bytes(self, top_k: int) -> int:
-        """Return the bytes that are sent back with the gradient of a row: the gradients of its gates."""
+        """Return the bytes that are sent back in addition to the gradient of a row: the gradients of its gates."""
         return 4 if self.per_expert else 4 * top_k
 
     def find_links(self, ep: int, per_node: int) -> tuple[range, ...]:
-        """Return, for each hop, those ranks of the expert group with which its first rank exchanges rows through
-        NCCL."""
+        """Return a range of ranks for each hop of a row: the ranks of the expert group with which the group's first
+        rank exchanges rows through NCCL."""
         return (range(0, ep, per_node), range(per_node)) if self.by_nodes else (range(ep),)
 
     def count_buffer_bytes(self, ep: int, hidden: int) -> int | None:
-        """Return the bytes of the dispatch's own buffers on every device; None if NCCL's buffers hold the rows."""
+        """Return the bytes of buffers that the dispatch allocates on every device; None if it uses NCCL's buffers."""
         return None
 
     def find_sums(self, experts: int, ep: int, per_node: int) -> list[int]:
-        """Return sizes of groups of consecutive experts: the number of experts on a rank, and the number of experts on
-        a node. If a dispatch adds the rows of a token from such a group before they return to the token's rank, the
-        result has the size of this group."""
+        """Return the sizes of the expert groups over which the dispatch adds rows before it returns them to the token's
+        rank: the number of experts of a rank and, if rows are also added on each node, the number of experts of a node.
+        The list is empty if the dispatch adds no rows."""
         if self.per_expert or ep == 1:
             return []
         of_rank = experts // ep
@@ -106,18 +110,19 @@ class DispatchFacts:
 
 @dataclass(frozen=True)
 class DeepEPFacts(DispatchFacts):
-    """The package DeepEP (github.com/deepseek-ai/DeepEP), which copies and adds rows during transfer.
+    """The package DeepEP (github.com/deepseek-ai/DeepEP), which copies and adds rows during the transfer.
 
-    The supported sizes are those of its file deep_ep/buffer.py.
+    Its file deep_ep/buffer.py lists the supported sizes of an expert group.
     """
 
     def count_messages(self, reach: Reach) -> Messages:
         return replace(super().count_messages(reach), copies=())
 
     def count_buffer_bytes(self, ep: int, hidden: int) -> int:
-        """Return the buffer size for bf16 rows, by the formulas of csrc/config.hpp.
+        """Return the buffer size in bytes for bf16 rows, by the formulas of DeepEP's csrc/config.hpp.
 
-        There are ten channels. Each channel has slots for every rank of a node, and twice as many slots for every node.
+        The buffer has ten channels. Each channel has `slots` rows for every rank of a node. With several nodes, it also
+        has 2 x 128 rows for every node.
         """
         inside, nodes = min(ep, 8), -(-ep // 8)
         slots = 256 if ep <= 8 else 288 if ep <= 64 else 560 if ep <= 128 else 720

@@ -37,14 +37,14 @@ class UserError(ValueError):
 
 
 class DiskFailed(UserError):
-    """A disk refused a file that the running run needs. Completed steps may be lost."""
+    """A disk refused a file that the run needs. Completed steps may be lost."""
 
     code = EXIT_CRASH
 
 
 class RunEnded(RuntimeError):
-    """A run cannot continue. The text gives the reason, without a traceback. ranks: the ranks where the failure began;
-    empty if unknown."""
+    """The run cannot continue. The text gives the reason, and is printed without a traceback. ranks: the ranks where
+    the failure began; empty if unknown."""
 
     code = EXIT_CRASH
 
@@ -54,13 +54,13 @@ class RunEnded(RuntimeError):
 
 
 class StopInterrupt(KeyboardInterrupt):
-    """A signal asked this process to stop. In contrast, any other KeyboardInterrupt is an error of the code that raised
+    """A signal asked this process to stop. A KeyboardInterrupt of any other class is an error of the code that raised
     it."""
 
 
 def causes(error: BaseException | None, contexts: bool = False) -> Iterator[BaseException]:
-    """Yield the error and its causes, the outermost error first. contexts: whether to yield those exceptions too during
-    whose handling a later error was raised."""
+    """Yield an error and its causes, the outermost error first. contexts: for an error without a cause, continue with
+    its `__context__`, the exception that was being handled when the error was raised."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -23,15 +23,15 @@ from conf.errors import UserError
 
 NO_PLAIN_FILE = "it is a link, a pipe or a device, not a plain file"
 RUN_FILE_BYTES = 256 << 20
-"""Maximum bytes of a run folder's file that is read into memory at once."""
+"""Maximum size in bytes of a file in a run folder that the program reads into memory completely."""
 
 
 def open_plain(path: str | Path, flags: int, mode: int = 0o666) -> int:
-    """Open a plain file and return its handle, for the `opener` argument of `open`. Raises OSError for links, pipes,
-    devices and everything else.
+    """Open a plain file and return its handle, for the `opener` argument of `open`. Raises OSError for anything else,
+    such as a link, a pipe or a device.
 
     Code opens the files of a run folder with this function, because the folder may belong to another user. That user
-    may have placed a link to a file of this user, or a pipe, which would block this process for ever.
+    may have created a link to a file of this user, or a pipe, at which this process would wait for ever.
     """
     try:
         handle = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
@@ -106,7 +106,7 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 def read_tail(path: Path, most: int) -> bytes:
-    """Return the last bytes of a file, at most `most`; empty if the file cannot be read."""
+    """Return the last `most` bytes of a file, or fewer if the file is shorter; empty if the file cannot be read."""
     with suppress(OSError), open(path, "rb", opener=open_plain) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - most))
         return file.read(most)
@@ -114,19 +114,19 @@ def read_tail(path: Path, most: int) -> bytes:
 
 
 def open_lock(path: Path) -> int:
-    """Open a lock file and return its handle; create the file if it is missing. Only users who can write the folder may
-    open it.
+    """Open a lock file and return its handle; create the file if it is missing. Only users who can write the folder get
+    permission to open the file.
 
-    This is necessary because every user who can open a file can lock the file, and so block other users. Users who can
-    write the folder could replace the file anyway.
+    Every user who can open a file can lock it, and so block other users. Users who can write the folder could replace
+    the file anyway.
     """
     handle = open_plain(path, os.O_RDWR | os.O_CREAT, 0o600)
     found = os.fstat(handle)
-    if found.st_uid == os.geteuid():  # this includes a file of an earlier version, which all users may open
+    if found.st_uid == os.geteuid():  # also for a file that an earlier version created, which all users may open
         writers = os.stat(path.parent).st_mode & 0o022
         mode = 0o600 | writers << 1 | writers
         if stat.S_IMODE(found.st_mode) != mode:
-            with suppress(PermissionError):  # the file system has no modes
+            with suppress(PermissionError):  # the file system has no permissions
                 os.fchmod(handle, mode)
     return handle
 
@@ -160,8 +160,8 @@ def try_lock(handle: int) -> bool:
 
 
 def new_folder(given: str | None, field: str) -> Path:
-    """Return the path of the folder that a mode creates. given: the value of `field`. Raises UserError if the path is a
-    file or a folder with content."""
+    """Return the path of the folder that a mode creates. field: name of the setting with the path. given: value of this
+    setting. Raises UserError if the path is a file, or a folder that is not empty."""
     assert given is not None, "conf/check.py asks for it"
     target = Path(given).expanduser().absolute()
     if target.is_dir() and any(target.iterdir()):
@@ -173,8 +173,8 @@ def new_folder(given: str | None, field: str) -> Path:
 
 @contextmanager
 def written_whole(target: Path, field: str) -> Iterator[Path]:
-    """Provide a hidden folder. After success, the folder is renamed to the target. After a failure, the folder is
-    removed. field: name of the setting with the target."""
+    """Context that yields a temporary hidden folder to fill. After success, this folder is renamed to `target`. After a
+    failure, it is removed. field: name of the setting with the target."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -194,8 +194,8 @@ def written_whole(target: Path, field: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-# Reads JSON files of the user. This is the only place that does so, so that any content leads to a rule and never to a
-# traceback.
+# The functions below read the user's JSON files. All code uses these functions, so wrong content always leads to an
+# error with a rule, and never to a traceback.
 
 LARGEST_FILE = 128 << 20
 """Maximum size of a file in bytes. For comparison, the index of DeepSeek-V3's 91,991 tensors has 9 MB, and tokenizers
@@ -204,10 +204,10 @@ TYPE_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or f
 
 
 def read_json(path: Path, field: str, cure: str, kind: type = dict, value: object = None) -> Any:
-    """Return the JSON value in a file. The value must have the given type. If not, raises UserError with `field`, with
-    `value` (by default the path), the problem and `cure`.
+    """Return the JSON value in a file. If the file has no JSON value of type `kind`, raise UserError.
 
-    cure: fix for wrong content; disk errors have their own fix.
+    The error has the given `field`, `value` (by default the path) and `cure`, and a rule with the problem. cure: fix
+    for wrong content. Disk errors have another fix.
     """
     try:
         return parse_json(read_plain_text(path), kind)

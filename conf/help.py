@@ -1,5 +1,5 @@
-"""Implements `sluice --help`, which shows the possible arguments of a command line. They are read from the schema and
-from the folders of conf/.
+"""Implements `sluice --help`, which shows the arguments that a command line may have. The source of this help is the
+schema, and the files in the folders of conf/.
 
 sluice --help                      one screen: examples, commands, and the following words
 sluice --help recipes              recipes; also modes, groups (with their options) and keys (sections)
@@ -24,7 +24,7 @@ from conf.load import compose_node, explained, reported
 from conf.schema import ROOT, Mode
 
 EXPERT = "expert"
-"""The argument that asks for expert keys, which are rarely used."""
+"""The argument that shows the expert keys, which are rarely used."""
 FIRST_SCREEN = {
     "Examples": (
         ("sluice", "train the recipe tiny, a small DeepSeek-V3"),
@@ -76,8 +76,8 @@ def show_help(words: list[str], console: Console | None = None) -> int:
 
 
 def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
-    """Split the arguments into overrides, and names of sections or keys. --config-dir, a folder of recipes, becomes an
-    override; other flags are ignored."""
+    """Split the arguments into overrides and other words, which are names of sections, keys or lists. --config-dir
+    FOLDER becomes an override; other flags are ignored."""
     overrides, names, left = [], [], iter(words)
     for word in left:
         flag, _, value = word.partition("=")
@@ -89,7 +89,7 @@ def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def recipe_lines() -> dict[str, str]:
-    """Return every recipe, with the first comment line of its file."""
+    """Return the name of every recipe, with the first comment line of the recipe's file."""
     return {name: option_line(ROOT / "conf" / "conf" / f"{name}.yaml") for name in options("conf")}
 
 
@@ -104,8 +104,7 @@ def option_groups() -> list[str]:
 
 
 def option_line(path: Path) -> str:
-    """Return the first comment line, in an option's file, that is not a directive. Return an empty text if there is no
-    such line."""
+    """Return the first comment line in an option's file that is not a directive; empty if there is none."""
     comments = (line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
     return next((line for line in comments if not line.startswith(("@package", "yaml-language-server"))), "")
 
@@ -128,7 +127,7 @@ WORD_LISTS = {
     "groups": lambda: ("Groups (GROUP=OPTION)", [(group, ", ".join(options(group))) for group in option_groups()]),
     TOP_KEYS: _sections,
 }
-"""For each argument that asks for a list: a function that returns the title and the rows of this list."""
+"""Maps each argument that shows a list to a function, which returns the title and the rows of the list."""
 
 
 def _two_columns(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -142,8 +141,8 @@ def _two_columns(console: Console, title: str, rows: Iterable[tuple[str, str]]) 
 
 
 def _section(name: str, values: DictConfig, expert: bool, width: int) -> Iterator[RenderableType]:
-    """Yield the help screen of a section, of a part of a section, or of a key. expert: whether to show the expert keys
-    of a section."""
+    """Return the help screen of a section, of a part of a section, or of a key. expert: whether the screen of a section
+    shows its expert keys."""
     everything = groups()
     for group in everything:
         if name == group.name:
@@ -169,8 +168,8 @@ def _section(name: str, values: DictConfig, expert: bool, width: int) -> Iterato
 
 
 def _screen(group: KeyGroup, values: DictConfig, width: int, more: str = "") -> Iterator[RenderableType]:
-    """Yield a title, the notes of the subsections, the keys, and a hint how to see more. Yields nothing for a group
-    without keys."""
+    """Yield a title, the notes of the subsections, the keys, and `more`, a hint that names a command. Yields nothing
+    without keys and hint."""
     if not group.keys and not more:
         return
     yield f"\n[bold]{escape(group.name or 'Keys at the top')}[/]  {escape(group.meaning)}"

@@ -1,4 +1,4 @@
-"""Lists every key of the schema with its type, choices and meaning. The source is the text of conf/schema.py.
+"""Lists every key of the schema with its type, choices and meaning. The list is built from the text of conf/schema.py.
 
 `sluice --help`, the page train/docs/keys.md and the JSON schema for editors are generated from this list.
 """
@@ -23,13 +23,13 @@ from conf.schema import Config
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "word or list of whole numbers"}
 """Names of the types for the user."""
 ITEM, NAME = "[]", "NAME"
-"""Placeholders in a path: ITEM for any entry of a list, NAME for any name in a mapping."""
+"""Placeholders in the path of a key. ITEM is any entry of a list, and NAME is any name in a mapping."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One setting. path: the key as a user types it on a command line, such as `optim.lr`. `optim.lr_schedule[].until`
-    is a key of a list's entries."""
+    """One setting. path: the key as a user types it on a command line, such as `optim.lr`. The path of a key in the
+    entries of a list contains the placeholder [], such as optim.lr_schedule[].until."""
 
     path: str
     type: str
@@ -51,11 +51,11 @@ class KeyGroup:
     meaning: str
     keys: tuple[Key, ...]
     notes: tuple[tuple[str, str], ...] = ()
-    """Paths of the subsections. Each path has a note that concerns all keys of the subsection."""
+    """Path of each subsection, with a note that applies to all keys of the subsection."""
 
     def part(self, expert: bool) -> "KeyGroup":
-        """Return the group with either only its expert keys or only its other keys. Notes are included for the
-        subsections of these keys."""
+        """Return a copy of the group that has only its expert keys, or only its other keys. Of the notes, the copy has
+        those whose subsection contains one of these keys."""
         keys = tuple(key for key in self.keys if key.expert is expert)
         notes = tuple((path, note) for path, note in self.notes if any(key.path.startswith(path) for key in keys))
         return replace(self, keys=keys, notes=notes)
@@ -63,7 +63,7 @@ class KeyGroup:
 
 @dataclass(frozen=True)
 class SchemaField:
-    """A field of a section, for all texts that are generated from the schema."""
+    """Properties of one schema field. Every generated text uses them."""
 
     name: str
     kind: Any
@@ -72,15 +72,15 @@ class SchemaField:
     section: type | None
     """The section that the type contains, if there is one."""
     mark: str
-    """Placeholder for an entry of a list or mapping of sections, as it is written in a path; empty if the field is a
-    single section."""
+    """Placeholder that stands for any entry in a path, if the field is a list or a mapping of sections; empty for one
+    section."""
     meaning: str
     expert: bool
     default: Any
 
     @property
     def is_key(self) -> bool:
-        """Whether the field has a value of its own, which means that it is not a section."""
+        """Whether the field is a key with a value, and not a section with keys."""
         return self.section is None or bool(self.mark)
 
 
@@ -102,7 +102,7 @@ def fields_of(cls: type) -> dict[str, SchemaField]:
 @cache
 def groups() -> tuple[KeyGroup, ...]:
     """Return all sections in the order of the schema. The top-level keys come first."""
-    top = tuple(key for key in _keys(Config, "") if "." not in key.path)  # the other keys belong to their sections
+    top = tuple(key for key in _keys(Config, "") if "." not in key.path)  # keys with a dot belong to sections
     found = [KeyGroup("", "The run as a whole.", top)]
     for name, item in fields_of(Config).items():
         if (cls := item.section) is not None and not item.is_key:
@@ -122,8 +122,8 @@ def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
 
 
 def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, str]]:
-    """Yield notes on subsections. Each note is the docstring of a field. If the class of the field occurs for the first
-    time, the docstring of the class is a note too."""
+    """Yield the path and the note of each subsection. The note is the docstring of the field. At the first field of a
+    class, the note also has the docstring of the class."""
     for item in fields_of(cls).values():
         if (inner := item.section) is None:
             continue
@@ -137,8 +137,8 @@ def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, 
 
 
 def inner_section(found: Any) -> tuple[type | None, str]:
-    """Return the section that a type contains, and its placeholder in a path. The placeholder is empty unless the type
-    is a list or a mapping."""
+    """Return the section class that a type contains, and the placeholder of an entry in a path. The placeholder is
+    empty unless the type is a list or a mapping. Both are empty for a type without a section."""
     inner = next(iter(typing.get_args(found)[-1:]), found)
     if not dataclasses.is_dataclass(inner):
         return None, ""
@@ -146,7 +146,7 @@ def inner_section(found: Any) -> tuple[type | None, str]:
 
 
 def plain(found: Any) -> tuple[Any, bool]:
-    """Return a type without `| None`, and whether the given type had `| None`."""
+    """Return the type without `| None`, and whether `| None` was removed."""
     if isinstance(found, types.UnionType):
         (inner,) = (each for each in typing.get_args(found) if each is not type(None))
         return inner, True
@@ -235,8 +235,8 @@ def _tree() -> ast.Module:
 
 
 def value_words(path: str, values: DictConfig) -> str:
-    """Return the value of a key in a composed configuration, as YAML. For a key of a list's entries, return its
-    default."""
+    """Return the value of a key in a composed configuration, as YAML. Entries of a list may differ, so a key of such
+    entries returns its default."""
     place: Any = values
     for part in path.split("."):
         place = None if ITEM in part or part == NAME else place._get_node(part) if place is not None else None
@@ -247,7 +247,8 @@ def value_words(path: str, values: DictConfig) -> str:
 
 
 def _default_words(path: str) -> str:
-    """Return the schema's default as text, for sections that a configuration does not have."""
+    """Return the default of the schema as text. It replaces the value of a section that a configuration does not
+    have."""
     cls: Any = Config
     *sections, last = path.replace(ITEM, "").split(".")
     for name in sections:

@@ -45,9 +45,10 @@ JSON_TYPES = {
     str: ["string", "number"],
     Any: ["string", "array"],
 }
-"""JSON types of YAML values; OmegaConf accepts a number as text."""
+"""Maps a Python type to the JSON types that a recipe may use for it. A key of type str also accepts a number, because
+OmegaConf converts the number to text."""
 INTERPOLATION = {"type": "string", "pattern": r"\$\{"}
-"""A value that refers to another key, such as ${optim.lr}."""
+"""JSON schema of a value that refers to another key, such as ${optim.lr}."""
 
 
 def keys_page() -> str:
@@ -89,7 +90,7 @@ def recipe_schema() -> str:
 
 
 def _collect(cls: type, sections: dict[str, type]) -> None:
-    """Add all sections below a section to `sections`, by name."""
+    """Add all sections below the section `cls` to `sections`, a mapping from class name to class."""
     for item in fields_of(cls).values():
         if item.section is not None and item.section.__name__ not in sections:
             sections[item.section.__name__] = item.section
@@ -97,7 +98,7 @@ def _collect(cls: type, sections: dict[str, type]) -> None:
 
 
 def _object(cls: type) -> str:
-    """Return one section as JSON."""
+    """Return the JSON schema of one section, as text."""
     properties = {name: _property(item) for name, item in fields_of(cls).items()}
     if cls is Config:
         properties["defaults"] = {"type": "array", "description": "What the recipe starts from (Hydra)."}

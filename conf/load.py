@@ -48,8 +48,7 @@ from conf.words import say_folded, say_note
 from conf.yaml_file import UNREADABLE, escaped, read_yaml, yaml_error
 
 SPREADS = (Mode.train, Mode.plan, Mode.dry_run)
-"""Modes whose layout is the layout of this job. In these modes the user gets a line about each value that was
-chosen."""
+"""Modes that use the recipe's layout. In these modes the program prints a line about each value that it chose."""
 PLANNED = "h800"
 """The hardware of mode=plan if the user names none."""
 COMPOSING = threading.Lock()
@@ -58,7 +57,7 @@ COMPOSING = threading.Lock()
 
 @dataclass
 class _Primary(Config):
-    """The schema with Hydra's own settings: default groups, and no files from Hydra."""
+    """The schema with settings for Hydra: the default groups, and no output files of Hydra."""
 
     defaults: list[Any] = field(
         default_factory=lambda: [
@@ -75,8 +74,8 @@ class _Primary(Config):
             {"conf": "tiny"},
         ]
     )
-    """The recipe follows the default groups, so it overrides them. It precedes the groups that a user types, see
-    `_following`."""
+    """Hydra's defaults list. A later entry overrides an earlier one. The recipe is after the default groups, but before
+    the groups that a user types; see `_following`."""
     hydra: Any = field(
         default_factory=lambda: {
             "output_subdir": None,
@@ -88,8 +87,8 @@ class _Primary(Config):
 
 
 def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Config:
-    """Convert a node of the schema to a typed and checked configuration. Raises UserError. said: a function that is
-    called with a sentence about each value that was chosen."""
+    """Convert a composed node to a typed and checked configuration. Raises UserError. said: a function that gets a
+    sentence about each value that the program chose."""
     if _takes_over(node):  # if a referenced value is a list or a mapping, OmegaConf does not check its type
         whole = OmegaConf.masked_copy(node, [key for key in node if key != "hydra"])
         node = cast(DictConfig, OmegaConf.merge(_schema(), escaped(OmegaConf.to_container(whole, resolve=True))))
@@ -107,20 +106,21 @@ def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Co
 
 
 def _takes_over(node: DictConfig) -> bool:
-    """Whether a setting refers to another setting, as `${KEY}`. The default of the cache is ignored, because that
-    default reads the environment."""
+    """Whether a setting refers to another setting, as in `${KEY}`. The default of data.cache does not count, because it
+    refers only to environment variables."""
     keys, place = [str(key) for key in node if key != "hydra"], Config().data.cache
     return any(OmegaConf.is_interpolation(node, key) or "${" in str(node[key]).replace(place, "") for key in keys)
 
 
 @cache
 def _schema() -> DictConfig:
-    """Return the schema with its defaults for OmegaConf, which copies it before it merges."""
+    """Return the schema with its defaults as an OmegaConf node. OmegaConf copies this node in a merge, so the cached
+    node does not change."""
     return OmegaConf.structured(Config)
 
 
 def _choose(config: Config) -> Iterator[str]:
-    """Fill the values that the recipe leaves open; yield a sentence about each. No later code changes a
+    """Set the keys that the recipe leaves null, and yield a sentence about a choice. No later code changes a
     configuration."""
     if config.optim.name is None:
         config.optim.name, why = _choose_optimizer(config)
@@ -151,9 +151,10 @@ def _choose(config: Config) -> Iterator[str]:
 
 
 def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
-    """Return the optimizer, and a reason if it is not the usual choice.
+    """Return the optimizer, and the reason for an unusual choice.
 
-    An existing run does not change its optimizer. A new run takes the optimizer of its initial weights.
+    An existing run keeps its optimizer. A new run takes the optimizer with which its initial weights were pretrained,
+    if this is known.
     """
     own = Path(config.runs, config.name, "config.yaml")
     if config.adapter.on:
@@ -170,10 +171,10 @@ def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
 
 
 def _choose_hold_out(config: Config) -> HoldOutBy:
-    """Return the hold-out rule of the existing run; for a new run, the rule of the run whose weights or state it starts
-    from.
+    """Return the rule that decides which documents are held out. It is the rule of the existing run, or of the run from
+    which a new run takes its state or weights.
 
-    With the same rule, documents that were trained on are not held out.
+    With another rule, the validation would use documents on which the weights were trained.
     """
     folders = [Path(config.runs, config.name)]
     for given in (config.resume, config.init_from):
@@ -191,16 +192,16 @@ def _setting_of(run: Path, key: str) -> Any:
 
 
 def read_config(path: str) -> Config:
-    """Return the configuration in a run folder, which the driver wrote. The file contains plain values. If it calls a
-    function, UserError is raised."""
+    """Return the configuration in a run folder, which the driver wrote. The file has only plain values. Raises
+    UserError if it calls a function."""
     node = OmegaConf.merge(_schema(), read_yaml(Path(path)))
     assert isinstance(node, DictConfig)
     return to_config(node)
 
 
 def write_config(config: Config, path: str) -> None:
-    """Write every value, resolved, so that a rank needs no Hydra. A concurrent reader sees the old file or the new
-    file."""
+    """Write the resolved value of every setting, so that a rank can read the file without Hydra. A concurrent reader
+    sees the complete old or the complete new file."""
     atomic_write_text(Path(path), OmegaConf.to_yaml(OmegaConf.create(escaped(asdict(config)))))
 
 
@@ -213,7 +214,7 @@ def compose(*overrides: str) -> Config:
 
 
 def compose_node(*overrides: str) -> DictConfig:
-    """Return the settings, together with Hydra's settings, before interpolation and checks."""
+    """Return the composed settings, including Hydra's settings, before interpolation and checks."""
     with COMPOSING, hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name="train"):
         register()
         node = hydra.compose("train", [_reworded(word) for word in overrides], return_hydra_config=True)
@@ -224,8 +225,8 @@ def compose_node(*overrides: str) -> DictConfig:
 
 @contextmanager
 def explained(words: Sequence[str]) -> Iterator[None]:
-    """Convert errors of Hydra and OmegaConf in this block to UserError. words: arguments of the composed command
-    line."""
+    """Context that converts errors of Hydra and OmegaConf to UserError. words: arguments of the command line that is
+    composed in it."""
     check_words(words)
     try:
         yield
@@ -250,8 +251,8 @@ def _reworded(word: str) -> str:
 
 
 def _following(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
-    """Wrap Hydra's composition so that groups that a user types override the recipe. This includes the jobs of a sweep
-    and --cfg."""
+    """Wrap Hydra's composition: groups that a user types override the recipe. The wrapper also does this for the jobs
+    of a sweep and for --cfg."""
 
     @wraps(load)
     def load_typed(
@@ -270,11 +271,11 @@ def _following(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
 
 
 def _empty_beside_typed(node: DictConfig, words: Sequence[str]) -> None:
-    """Clear keys of the recipe that would disable a typed key, as `epochs` disables `steps`. Raises UserError if the
-    user typed both keys."""
+    """Clear the recipe's keys that would disable a key which the user typed. For example, `epochs` disables `steps`.
+    Raises UserError if the user typed both keys."""
     settings = {
         key: value for key, _, value in (word.lstrip("+").partition("=") for word in words)
-    }  # the last setting of a key is used
+    }  # if a key is typed twice, the last value is used
     given = [key for key, value in settings.items() if value.lower() not in ("", "null", "[]")]
     # A typed key inside a dictionary, such as data.source, counts as typing the dictionary. `data` is a group, and a
     # typed key inside it does not count as typing the group.
@@ -320,13 +321,14 @@ def register() -> None:
             place._get_node(name), False
         )  # keys of user code and of a template are not keys of the schema
     ConfigStore.instance().store(name="train", node=schema)
-    Plugins.instance()  # otherwise Plugins would register its own reader later
+    Plugins.instance()  # otherwise Plugins, when it is first used, would replace RecipeFiles by its own reader
     SourcesRegistry.instance().types["file"] = RecipeFiles
     ConfigLoaderImpl.load_configuration = _following(ConfigLoaderImpl.load_configuration)
 
 
 def run(job: Callable[[list[Config]], int]) -> int:
-    """Compose the configuration from sys.argv, or with -m every combination. Returns the exit code of job.
+    """Compose and check the configuration of the command line in sys.argv, then call `job` and return its exit code.
+    With -m, `job` gets one configuration per combination.
 
     All configurations are checked before job is called, so an error in the last job of a sweep is shown at once.
     """
@@ -361,7 +363,7 @@ def run(job: Callable[[list[Config]], int]) -> int:
 
 
 def _composed(words: Sequence[str]) -> DictConfig:
-    """Return the settings of one run, for arguments that are only settings. Hydra's own command would compose them
+    """Return the settings of one run. words: arguments without any flag. Hydra's own command would compose the settings
     twice."""
     node = compose_node(*words)
     return over_run_settings(node, list(words), list(node.hydra.runtime.choices))
@@ -390,7 +392,7 @@ def _composed_by_hydra() -> list[DictConfig]:
 
 
 def _say(choice: str) -> None:
-    """Print a note on only one of the ranks that torchrun starts."""
+    """Print a note. If torchrun started several ranks, only rank 0 prints it."""
     if os.environ.get("RANK", "0") == "0":
         say_note(choice)
 

@@ -1,9 +1,9 @@
-"""Splits the sequences of a step into micro-batches: the automatic size, and the rules.
+"""Splits the sequences of a step into micro-batches: the automatic micro-batch size, and the rules.
 
-Every data-parallel rank has a share of the batch, and cuts it into micro-batches of one size. A share is batch_size /
-dp sequences. With parallel.uneven, the ranks of one expert group may each have one micro-batch more than the ranks of
-another expert group. Ranks of an expert group work in lockstep. With parallel.cp, all ranks that are connected by
-expert groups or shared sequences work in lockstep.
+Every data-parallel rank has a share of the batch, which is batch_size / dp sequences, and splits it into micro-batches
+of the same size. The ranks of an expert group run their micro-batches in lockstep. With parallel.uneven, the ranks of
+some expert groups have one micro-batch more than the ranks of other groups. With parallel.cp, the ranks that share a
+sequence also run in lockstep, together with the expert groups of these ranks.
 """
 
 import math
@@ -12,7 +12,7 @@ from conf.errors import UserError
 from conf.schema import Config, Parallel
 
 MICRO_BATCH_TOKENS = 4096
-"""Maximum tokens in one forward pass of a rank if the size is chosen automatically."""
+"""Maximum tokens in one forward pass of a rank if the program chooses the micro-batch size."""
 
 
 def batch_sizes(config: Config) -> list[int]:
@@ -27,7 +27,8 @@ def in_lockstep(parallel: Parallel) -> int:
 
 
 def share_of(config: Config, batch: int, dp_rank: int) -> tuple[int, int]:
-    """Return the first sequence and the number of sequences of a data-parallel rank, in a step of `batch` sequences."""
+    """Return the index of a data-parallel rank's first sequence, and its number of sequences, in a step of `batch`
+    sequences."""
     size, together = config.micro_batch_size, in_lockstep(config.parallel)
     group, index = divmod(dp_rank, together)
     each, more = divmod(batch // (size * together), config.parallel.dp // together)
@@ -37,14 +38,13 @@ def share_of(config: Config, batch: int, dp_rank: int) -> tuple[int, int]:
 
 
 def most_micro_batches(config: Config) -> int:
-    """Return the maximum number of micro-batches of a rank in a step with the full batch. Rank 0 has the largest
-    share."""
+    """Return the maximum number of micro-batches of a rank in a step with the full batch. Rank 0 has this number."""
     return share_of(config, config.batch_size, 0)[1] // config.micro_batch_size
 
 
 def micro_batch_counts(config: Config) -> set[int]:
-    """Return the numbers of micro-batches that a rank may have in a step. They include all steps of the ramp, and the
-    largest and the smallest share."""
+    """Return all numbers of micro-batches that a rank may have in a step. The set covers every batch size of the ramp,
+    and the ranks with the largest and the smallest share."""
     ranks = 0, config.parallel.dp - 1
     return {
         share_of(config, batch, rank)[1] // config.micro_batch_size for batch in batch_sizes(config) for rank in ranks
@@ -52,15 +52,15 @@ def micro_batch_counts(config: Config) -> set[int]:
 
 
 def batch_unit(config: Config) -> int:
-    """Return the number of sequences of which every batch must be a multiple."""
+    """Return the number that must divide every batch size."""
     return config.micro_batch_size * (in_lockstep(config.parallel) if config.parallel.uneven else config.parallel.dp)
 
 
 def choose_micro_batch_size(config: Config) -> int:
     """Return the largest valid micro-batch size; 1 if no size is valid.
 
-    A valid size divides a rank's share of every batch, stays within MICRO_BATCH_TOKENS, and gives the schedule enough
-    micro-batches.
+    A valid size divides a rank's share of every batch size of the run. A forward pass then has at most
+    MICRO_BATCH_TOKENS tokens, and the pipeline schedule has enough micro-batches.
     """
     batches, parallel = batch_sizes(config), config.parallel
     whole = math.gcd(*batches)
@@ -75,8 +75,8 @@ def choose_micro_batch_size(config: Config) -> int:
 def check_batch(config: Config) -> None:
     """Raise UserError unless every data-parallel rank has the same integer number of micro-batches.
 
-    With parallel.uneven, only the ranks of one expert group must have equal numbers. The proposed fix is the smallest
-    change.
+    With parallel.uneven, only the ranks of the same expert group need equal numbers. The error proposes values near the
+    present ones.
     """
     batch, size, dp = config.batch_size, config.micro_batch_size, config.parallel.dp
     if batch % (size * dp) == 0:

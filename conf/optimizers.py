@@ -1,8 +1,9 @@
-"""The optimizers: the state that each stores per weight, its memory and its memory traffic. Imports no torch.
+"""The optimizers: what state they store for each weight, and how much memory and memory traffic they need. Imports no
+torch.
 
 Other code reads an optimizer's properties from its entry in this table. It never compares the optimizer's name or the
 names of its state. A new optimizer needs an entry in three tables: here, in train/optim/optimizer_classes.py (the code
-of the update), and in train/prove/updates.py (its reference for mode=prove).
+of the update), and in train/prove/updates.py (the reference update for mode=prove).
 """
 
 import re
@@ -11,16 +12,17 @@ from typing import Any
 
 TABLE = re.compile(r"^(embedding|head)\.|\.(router|indexer)\.")
 ADAMW, MUON = "adamw", "muon"
-"""Names of optimizers. ADAMW is also the optimizer of a checkpoint that does not name its optimizer."""
+"""Names of optimizers. A checkpoint that does not name its optimizer was trained with ADAMW."""
 
 UPDATE_BYTES = 16
-"""Bytes of memory traffic per element in an update: weight and gradient are read, the weight is written, and it is read
-again for rounding."""
+"""Bytes of memory traffic per weight element in an update. The update reads gradient and weight, writes the weight, and
+reads the new weight again to round it."""
 
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """The state of some weights in addition to their fp32 masters, and whether these weights decay."""
+    """How an optimizer updates one group of weights: the state in addition to fp32 master weights, the formula, and
+    weight decay."""
 
     name: str
     """Name of the weights' parameter group."""
@@ -31,7 +33,7 @@ class UpdateRule:
     formula: str = ADAMW
     """Name of the update formula. mode=prove checks this formula."""
     is_whole: bool = False
-    """Whether an update needs complete matrices, and not only single elements."""
+    """Whether an update needs complete matrices. Other rules can update single elements."""
 
     def count_state_bytes(self, moment_bytes: int) -> int:
         """Return the bytes of state per weight element. moment_bytes: bytes of one element of a state tensor."""
@@ -47,9 +49,9 @@ class OptimizerFacts:
     vectors: UpdateRule
     """Rule of the norm weights."""
     meanings: tuple[tuple[str, str], ...]
-    """Name and meaning of each state tensor, for the user."""
+    """Name of each state tensor, with a text about it for the user."""
     tables: UpdateRule | None = None
-    """Rule of embedding, head, routers and indexers. None: these weights have the rule of matrices."""
+    """Rule of embedding, head, routers and indexers. None: they are updated by the rule `matrices`."""
 
     @property
     def rules(self) -> tuple[UpdateRule, ...]:
@@ -67,8 +69,10 @@ class OptimizerFacts:
         return max(rule.count_state_bytes(moment_bytes) for rule in self.rules)
 
     def count_update_bytes(self, moment_bytes: int, element: int) -> int:
-        """Return an upper bound of the bytes that an update reads and writes per weight element. element: bytes per
-        element of the rounded weight."""
+        """Return an upper bound of the bytes that an update reads and writes per weight element.
+
+        moment_bytes: bytes of one element of a state tensor. element: bytes of one element of the rounded weight.
+        """
         return UPDATE_BYTES + 2 * self.count_state_bytes(moment_bytes) + element
 
 
@@ -101,8 +105,9 @@ PRETRAINED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Moonlight", MUON, {"vocab_size": 163840, "hidden_size": 2048, "n_routed_experts": 64}),
     ("DeepSeek-V3", ADAMW, {"vocab_size": 129280, "hidden_size": 7168, "n_routed_experts": 256}),
 )
-"""Models whose optimizer is published, each with entries that identify its config.json. Fine-tuning works best with the
-optimizer of the pretraining (Moonlight, arXiv 2502.16982, section 3.5; Kimi K2, arXiv 2507.20534, section 3.1)."""
+"""Models whose optimizer is published: name, optimizer, and entries by which config.json identifies the model.
+Fine-tuning works best with the optimizer of the pretraining (Moonlight, arXiv 2502.16982, section 3.5; Kimi K2, arXiv
+2507.20534, section 3.1)."""
 
 
 def pretrained_with(config_json: dict[str, Any]) -> tuple[str, str] | None:
@@ -115,5 +120,6 @@ def pretrained_with(config_json: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def written_by(meta: dict[str, Any]) -> str:
-    """Return the name of the optimizer that wrote a checkpoint's state. meta: entry of the checkpoint's manifest."""
+    """Return the name of the optimizer that wrote a checkpoint's state. meta: the metadata in the checkpoint's
+    manifest."""
     return meta.get("config", {}).get("optim", {}).get("name") or ADAMW

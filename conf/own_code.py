@@ -1,7 +1,7 @@
 """User code, which a recipe names by its import path: `_target_: my_pkg.my_mod.Thing`, with arguments as further keys.
 
-All keys of OWN_CODE have this form. A class is called with the further keys as keyword arguments. A function gets them
-in addition to the arguments that its caller passes. Python searches modules on its path, then in the folder of the
+All keys of OWN_CODE have this form. If the code is a class, it is called with the further keys as keyword arguments. If
+it is a function, its caller passes other arguments too. Python searches modules on its path, then in the folder of the
 command. Code is imported only when it is needed, so a mode that does not use the code never runs it.
 """
 
@@ -33,14 +33,14 @@ READ_FROM_RUNS: dict[str, tuple[Mode, ...]] = {
     "model.block": (Mode.evaluate,),
     "model.router": (Mode.evaluate, Mode.generate, Mode.score),
 }
-"""For each key: modes that read an existing run. These modes import the code that the run's config.yaml names, if the
-user allows it."""
+"""Maps each key to the modes that take user code from the config.yaml of an existing run. They import this code only if
+the user allows it."""
 _FILES: dict[str, str] = {}
-"""For each imported file, the key that named it."""
+"""Maps the path of each imported file of user code to the key that named the code."""
 
 
 def sections_of(config: Any) -> dict[str, CodeSection]:
-    """Return the code sections of a configuration, by key."""
+    """Return the sections of a configuration that name user code, by key."""
     found: dict[str, CodeSection] = {}
     for key in OWN_CODE:
         value = attrgetter(key)(config)
@@ -50,7 +50,7 @@ def sections_of(config: Any) -> dict[str, CodeSection]:
 
 
 def targets_of(config: Config) -> dict[str, str]:
-    """Return the import paths in a configuration, by key."""
+    """Return the import paths of all user code in a configuration, by key."""
     return {key: section[TARGET] for key, section in sections_of(config).items()}
 
 
@@ -74,7 +74,7 @@ def import_target(key: str, section: CodeSection) -> Any:
     target: str = section[TARGET]
     module_name, _, name = target.rpartition(".")
     if (folder := os.getcwd()) not in sys.path:
-        sys.path.append(folder)  # appended last, so that it cannot hide a package of Sluice
+        sys.path.append(folder)  # at the end, so that a file in this folder cannot hide a package of Sluice
     with refused(key, target, "importing it"):
         try:
             module = importlib.import_module(module_name)
@@ -99,7 +99,8 @@ def _searched(folder: str) -> str:
 
 
 def make(key: str, section: CodeSection) -> Any:
-    """Return an object of the named class, or the named function with its arguments bound. Raises UserError."""
+    """Return an object of the class that the section names. For a function, return the function with the section's
+    arguments bound. Raises UserError."""
     found = import_target(key, section)
     keys = {name: value for name, value in section.items() if name != TARGET}
     if not callable(found):
@@ -113,8 +114,8 @@ def make(key: str, section: CodeSection) -> Any:
 
 
 def subclass(key: str, section: CodeSection | None, base: type) -> Callable[..., Any]:
-    """Return the named class with its arguments bound; it must be a subclass of `base`. Without a section, return
-    `base`."""
+    """Return the class that the section names, with the section's arguments bound. It must be a subclass of `base`.
+    Without a section, return `base`."""
     if not section:
         return base
     found = import_target(key, section)
@@ -125,7 +126,8 @@ def subclass(key: str, section: CodeSection | None, base: type) -> Callable[...,
 
 
 def require_arguments(key: str, section: CodeSection, called: Any, count: int, what: str) -> None:
-    """Raise UserError unless `called` accepts `count` arguments. what: text that describes these arguments."""
+    """Raise UserError unless `called` accepts `count` positional arguments. what: text for the error that describes
+    these arguments."""
     try:
         inspect.signature(called).bind(*[None] * count)
     except TypeError as error:
@@ -143,7 +145,8 @@ def _defined(called: Any) -> str:
 
 @contextmanager
 def refused(key: str, target: str, doing: str) -> Iterator[None]:
-    """Convert an exception of user code before the start of the run into a UserError with file and line."""
+    """Context that converts an exception of user code to a UserError with file and line. It is used before a run
+    starts."""
     try:
         yield
     except UserError:

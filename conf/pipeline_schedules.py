@@ -1,6 +1,6 @@
-"""The pipeline schedules: requirements on the layout, and costs. Imports no torch.
+"""The pipeline schedules: what they need from the layout, and what they cost. Imports no torch.
 
-Other code reads a schedule's properties from its entry in this table, and never compares its name. The table in
+Other code reads the properties of a schedule from its entry in this table, and never compares its name. The table in
 parallel/pipeline/orders.py has the order of the schedule's actions. A new schedule needs an entry in both tables.
 """
 
@@ -16,11 +16,11 @@ class ActionSeconds:
 
     forward: float
     inputs: float
-    """Seconds of the backward of inputs, I."""
+    """Seconds of I, the part of backward that computes gradients of inputs."""
     weights: float
-    """Seconds of the backward of weights, W. A complete backward is B = I + W."""
+    """Seconds of W, the part of backward that computes gradients of weights. A complete backward is B = I + W."""
     pair: float
-    """Seconds of an overlapped forward and backward, FB."""
+    """Seconds of FB, the overlapped forward of one micro-batch and backward of another."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class ScheduleFacts:
 
     name: str
     idle_per_hop: Callable[[ActionSeconds], float]
-    """Returns the idle seconds of a rank in one step, divided by pp - 1. The formula assumes equal stages, transfers
-    that take no time, and enough micro-batches."""
+    """Returns the idle seconds of a rank in one step, divided by pp - 1. The formula holds for equal stages, transfers
+    that take no time, and a sufficient number of micro-batches."""
     stages: int | None = 1
     """Number of stages of every rank. None: parallel.virtual_stages."""
     folds: bool = False
@@ -39,21 +39,25 @@ class ScheduleFacts:
     least: int = 0
     """Minimum number of micro-batches, divided by the number of pipeline ranks."""
     rounds: bool = False
-    """Whether micro-batches run in rounds of about pp micro-batches."""
+    """Whether the number of micro-batches must be a multiple of the number of rounds, where a round has about pp
+    micro-batches."""
     splits: bool = False
-    """True: a backward is split into I and W. False: a rank starts after the forward of all stages before its first
-    stage, and ends before the backward of these stages."""
+    """Whether a backward is split into I (gradients of inputs) and W (gradients of weights).
+
+    If it is not split, a rank is idle at the start of a step while earlier stages run forward, and at its end while
+    they run backward.
+    """
     pairs: bool = False
     """Whether the forward of one micro-batch and the backward of another run together if parallel.overlap is true."""
     in_parts: str | None = None
-    """Name of the schedule that has the same order with several stages per rank."""
+    """Name of the schedule that runs in the same order, but with several stages per rank; None if there is none."""
 
     def rank_stages(self, virtual: int = 2) -> int:
         """Return the number of stages per rank. virtual: parallel.virtual_stages."""
         return virtual if self.stages is None else self.stages
 
     def place_stages(self, pp: int, virtual: int = 2) -> list[list[int]]:
-        """Return the stage numbers of every pipeline rank, in ascending order. virtual: as in `rank_stages`."""
+        """Return the stage indices of every pipeline rank, in ascending order. virtual: parallel.virtual_stages."""
         if self.folds:
             return [[r, 2 * pp - 1 - r] for r in range(pp)]
         return [[*range(r, pp * self.rank_stages(virtual), pp)] for r in range(pp)]
@@ -71,28 +75,30 @@ class ScheduleFacts:
     def count_idle_seconds(self, pp: int, seconds: ActionSeconds) -> float:
         """Return the idle seconds of a rank in one step, by a closed formula.
 
-        parallel/pipeline/simulate.py computes the idle seconds from torch's action lists, without the limits of the
-        formula. Tests compare both results.
+        parallel/pipeline/simulate.py computes the same seconds from torch's action lists, without the assumptions of
+        the formula. Tests compare both results.
         """
         return (pp - 1) * self.idle_per_hop(seconds)
 
 
 def _forward_and_backward(seconds: ActionSeconds) -> float:
-    """Return the idle seconds per hop of a rank with one stage. With v stages per rank, a stage takes 1 / v of the
-    time, and the idle time is 1 / v of this result."""
+    """Return a rank's idle seconds divided by pp - 1, for one stage per rank. `seconds` are those of one stage, so the
+    formula also holds for several stages per rank."""
     return seconds.forward + seconds.inputs + seconds.weights
 
 
 def _inputs(seconds: ActionSeconds) -> float:
-    """Return the idle seconds per hop for F <= I <= 2 W. They are never 0, although the title of the paper says zero
-    bubble. In the paper, ranks start a step before other ranks end the previous step. In Sluice, the optimizer runs
-    between two steps."""
+    """Return a rank's idle seconds divided by pp - 1, if F <= I <= 2 W.
+
+    The result is never 0, although the paper's title says zero bubble. In the paper, some ranks start a step while
+    others end the step before it. In Sluice, the optimizer runs between two steps.
+    """
     return seconds.inputs
 
 
 def _pair(seconds: ActionSeconds) -> float:
-    """Return the idle seconds per hop for I <= F pp / (pp - 1), on every rank except the last one. That rank leaves one
-    pair without overlap.
+    """Return a rank's idle seconds divided by pp - 1, if I <= F pp / (pp - 1). The last rank is an exception: one of
+    its pairs does not overlap.
 
     If F = I, the result equals (PP/2 - 1)(FB + B - 3 W) of the paper's Table 2.
     """
@@ -100,7 +106,7 @@ def _pair(seconds: ActionSeconds) -> float:
 
 
 PLAIN_SCHEDULE = "1f1b"
-"""The schedule of a pipeline with one stage, and the default schedule of a recipe."""
+"""The schedule of a model without a pipeline, and the default schedule of a recipe."""
 
 SCHEDULES: dict[str, ScheduleFacts] = {
     each.name: each
@@ -114,7 +120,8 @@ SCHEDULES: dict[str, ScheduleFacts] = {
 
 
 def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual: int = 2) -> None:
-    """Raise UserError if the schedule cannot run with these sizes. Call it before any rank starts.
+    """Raise UserError if the schedule cannot run with this number of ranks, micro-batches, layers and stages. Call it
+    before any rank starts.
 
     micro_batches: number of micro-batches per step and data-parallel rank, batch_size / (micro_batch_size x dp).
     """
@@ -126,7 +133,7 @@ def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual:
         if layers + 2 >= pp and each > 1 and not plain.find_broken_rule(pp, micro_batches):
             able += [f"parallel.schedule={PLAIN_SCHEDULE}" + " without parallel.virtual_stages" * (virtual != 2)]
         fewer = (layers + 2) // each
-        able += [f"parallel.pp <= {fewer}"] * (fewer > 1 or (fewer == 1 and not able))  # pp = 1 would not be a pipeline
+        able += [f"parallel.pp <= {fewer}"] * (fewer > 1 or (fewer == 1 and not able))  # pp = 1 is not a pipeline
         raise UserError(
             "parallel.pp",
             f"{pp} with {_given(name, virtual)}",
@@ -149,7 +156,8 @@ def _given(name: str, virtual: int) -> str:
 
 
 def check_split(lengths: Sequence[int], name: str, pp: int, layers: int, virtual: int = 2) -> None:
-    """Raise UserError unless `lengths` has a valid number of layers for every stage. Call it before any rank starts."""
+    """Raise UserError unless `lengths` has a valid number of layers for every stage. Call this function before any rank
+    starts."""
     stages, given = pp * SCHEDULES[name].rank_stages(virtual), "[" + ",".join(map(str, lengths)) + "]"
     if len(lengths) != stages:
         raise UserError(

@@ -16,17 +16,17 @@ class RemovedKey:
     """Properties of a key that is no longer in the schema."""
 
     default: Any
-    """The value that this version always uses, which was the default of the last version with the key. `${KEY}`: the
+    """The value that this version always uses. It was the default of the last version with the key. `${KEY}` means the
     value of another key."""
     version: str
     """The first version without the key."""
     cure: str
     """The fix for users who set another value."""
     changes_results: bool = True
-    """Whether another value changes results. If not, it changes only speed, memory, metrics or plans."""
+    """Whether another value changes results. If false, it changes only speed, memory, metrics or plans."""
 
     def error(self, key: str, value: Any, place: str = "") -> UserError:
-        """Return the error for the key with this value. place: the file that contains it; empty for the command
+        """Return the error for this value of the key. place: the file that contains the key; empty for the command
         line."""
         rule = f"was removed in {self.version}; its value is now always {self.default}"
         return UserError(key, value, f"in {place}: it {rule}" if place else rule, self.cure)
@@ -48,7 +48,8 @@ OPERANDS = {
     }.items()
     for operand, value in operands.items()
 }
-"""Removed precision.fp8 keys of single operands. Each comes with the key of precision.fp8 that now sets its value."""
+"""Maps each removed precision.fp8 key of a single operand to the precision.fp8 key that now sets the format of this
+operand."""
 REMOVED_KEYS: dict[str, RemovedKey] = {
     "precision.fp8.gradient_floor": RemovedKey(1e-12, "0.2.0", LEAVE_OUT),
     **{
@@ -105,26 +106,30 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
         )
     },
 }
-"""Removed keys by dotted key. A newly removed key needs a line in this table, and a line in the last table of 0.2.0 in
-CHANGELOG.md."""
+"""Maps each removed dotted key to its properties. A newly removed key needs an entry in this table, and a line in the
+last table of version 0.2.0 in CHANGELOG.md."""
 REMOVED_VALUES: dict[tuple[str, Any], Any] = {("precision.fp8.backend", "specialized"): "triton"}
-"""Maps a key that still exists and one of its old values to the new value with the same results. Only settings that a
+"""Maps a key of the schema and an old value of this key to the new value with the same results. Only settings that a
 run wrote are converted in this way."""
 
 
 def drop_removed_keys(settings: dict[Any, Any], place: str, package: str = "", *, by_run: bool = True) -> bool:
-    """Remove the removed keys from nested settings of an earlier version. Returns whether there were any.
+    """Remove the keys of earlier versions from nested settings. Returns whether anything was removed or converted.
 
     place: the file with the settings, for the error. package: the section to which the settings belong, such as
     `precision.fp8`; empty for a complete configuration. by_run: whether a run wrote the settings, and not a person.
-    Raises UserError for a removed key whose value is not its last default.
+    Raises UserError for a removed key whose value is not its last default. If a run wrote the settings, a key that
+    never changed results may have any value.
     """
     return _drop(settings, settings, place, package, package, by_run)
 
 
 def _drop(section: dict[str, Any], settings: dict[str, Any], place: str, top: str, package: str, by_run: bool) -> bool:
-    """Drop removed keys in a section. section: the settings of `package`, which are a part of `settings`. settings: the
-    settings of `top`."""
+    """Drop the removed keys of one section and of its subsections. Returns whether anything changed.
+
+    section: the settings of the section `package`. settings: the settings of the section `top`, which contains
+    `package`.
+    """
     dropped = False
     for name, value in list(section.items()):
         key = f"{package}.{name}" if package else str(name)
@@ -147,8 +152,8 @@ def _drop(section: dict[str, Any], settings: dict[str, Any], place: str, top: st
 
 
 def _value_of(default: Any, settings: dict[str, Any], package: str) -> Any:
-    """Return the value of the key to which a default refers. The key is looked up in the settings of `package`. If the
-    default refers to no key of these settings, return the default."""
+    """Return the value to which a default such as `${KEY}` refers. settings: the settings of the section `package`. If
+    they do not contain KEY, or if the default is a plain value, return the default itself."""
     if not (isinstance(default, str) and default.startswith(f"${{{package}")):
         return default
     found: Any = settings

@@ -23,13 +23,13 @@ from conf.yaml_file import escaped, read_yaml
 
 LOOKS_AT_A_RUN = (Mode.export, Mode.evaluate, Mode.generate, Mode.score, Mode.dashboard)
 SOURCES = ("path", "mix", "format", "text_key", "source")
-"""Fields of section data that locate the documents. They are replaced together, because path, mix and source exclude
-each other."""
+"""Fields of section data that locate the documents. If a user types one of them, all are taken from the command line,
+because path, mix and source exclude each other."""
 
 
 def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequence[str]) -> DictConfig:
-    """Return the composed node with the settings of the existing run if the mode reads a run; otherwise return the node
-    unchanged.
+    """Return the settings of the existing run, overridden by the command line. If the mode does not read a run, or if
+    there is no run, return the composed node unchanged.
 
     overrides: arguments of the command line, KEY=VALUE each. groups: names of Hydra's groups.
     """
@@ -45,7 +45,7 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
         rule = f"has settings that this version does not support: {str(error).splitlines()[0]}"
         cure = "use the version that trained the run, or correct the file"
         raise UserError(file.name, file, rule, cure) from error
-    if settings.data.hold_out_by is None:  # the run was written by an earlier version without this key
+    if settings.data.hold_out_by is None:  # an earlier version without this key wrote the run
         settings.data.hold_out_by = HoldOutBy.name
     if (file.parent / "tokenizer.json").is_file():  # the path in the settings may not exist on this machine
         settings.data.tokenizer = escaped(str(file.parent))
@@ -70,14 +70,14 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
     if "micro_batch_size" not in keys and settings.micro_batch_size:
         share, rest = divmod(settings.batch_size, settings.parallel.dp)
         if rest or share % settings.micro_batch_size or "seq_len" in keys:
-            settings.micro_batch_size = None  # the run chose it for the layout and sequence length of the training
+            settings.micro_batch_size = None  # the run chose it for another layout or sequence length
     assert isinstance(settings, DictConfig)
     return settings
 
 
 def _folders(node: DictConfig) -> list[Path]:
-    """Return folders in which the run may be. With a named checkpoint, this is the folder that contains the checkpoint.
-    Without a checkpoint, these are the folders with the run's name."""
+    """Return the folders to search for the run's config.yaml. If the command names a checkpoint, these are its folder
+    and the two folders above it. Otherwise it is the folder with the run's name."""
     sections = {mode: node[mode.value] for mode in (Mode.export, Mode.evaluate, Mode.generate, Mode.score)}
     named = sections[node.mode].checkpoint if node.mode in sections else None
     if named is None:

@@ -1,7 +1,7 @@
-"""The typed schema of a run. One dataclass per group; the docstring under a field gives its meaning and unit.
+"""The typed schema of a run. It has one dataclass per group; the docstring under a field gives its meaning and unit.
 
-Recipes (conf/conf/NAME.yaml) and groups (conf/GROUP/NAME.yaml) fill these classes. conf/check.py has the rules that
-concern several fields. No code changes a configuration after it is loaded.
+Recipes (conf/conf/NAME.yaml) and groups (conf/GROUP/NAME.yaml) set the fields of these classes. conf/check.py has the
+rules that concern several fields. No code changes a configuration after it is loaded.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,25 +19,25 @@ ROOT = Path(__file__).resolve().parent.parent
 LARGEST_SEED = 2**63 - 1
 """The largest seed that every random generator accepts."""
 WIDEST, MOST_EXPERTS = 2**20, 2**16
-"""Upper bounds of sizes and of the number of experts. They are far above any model, and so small that no product of a
-model's sizes exceeds int64."""
+"""Upper bounds: WIDEST for widths and other sizes, MOST_EXPERTS for the number of experts. Both are far above any real
+model. They are small enough that no product of a model's sizes exceeds int64."""
 
 
 class Mode(StrEnum):
     """The task of a command: `sluice mode=NAME`."""
 
     train = "train"
-    """Train the model of the recipe, or go on from the last checkpoint of the run."""
+    """Train the model of the recipe, or continue from the last checkpoint of the run."""
     report = "report"
     """Write report.html of an existing run, also while the run trains."""
     plan = "plan"
-    """Predict whether the run fits its devices, its speed and its cost."""
+    """Predict the memory, speed and cost of the run, and whether it fits its devices."""
     dry_run = "dry_run"
-    """Measure one rank of the run, alone on the present device."""
+    """Measure one rank of the run on this machine's device, without the other ranks."""
     prove = "prove"
     """Check on a miniature of the recipe whether the layout trains the model."""
     evaluate = "evaluate"
-    """Measure the held-out loss of a checkpoint, and standard tasks."""
+    """Measure the loss of a checkpoint on held-out data, and standard tasks."""
     generate = "generate"
     """Generate text from a checkpoint or a Hugging Face folder."""
     score = "score"
@@ -54,13 +54,13 @@ class Mode(StrEnum):
 
 # More choices. The members are strings, so code may compare them with plain strings.
 Shape = StrEnum("Shape", ["constant", "linear", "cosine"])
-"""Curve from the previous value of a schedule to the value of the phase."""
+"""Curve of a schedule in a phase, from the value at the end of the previous phase to the value of this phase."""
 Recompute = StrEnum("Recompute", ["norm", "mla_up", "swiglu", "layer"])
 """Activations that backward recomputes (paper 3.2.3 and 3.3.3). No recipe of the paper uses `layer`."""
 SELECTIVE = [Recompute.norm, Recompute.mla_up, Recompute.swiglu]
 """The parts that the paper recomputes."""
 Offload = StrEnum("Offload", ["attention", "ffn", "layer"])
-"""Parts of a block whose activations wait in host memory for backward. No recipe of the paper uses this."""
+"""Parts of a block whose activations are in host memory until backward. No recipe of the paper uses this."""
 DataFormat = StrEnum(
     "DataFormat", ["auto", "stdlib", "text", "jsonl", "parquet", "huggingface", "memmap", "chat", "docstrings"]
 )
@@ -85,7 +85,7 @@ ScoreFunction = StrEnum("ScoreFunction", ["sigmoid", "softmax"])
 ModelFamily = StrEnum(
     "ModelFamily", ["deepseek_v3", "deepseek_v32", "kimi_k25", "glm4_moe_lite", "glm_moe_dsa", "mistral_large_3"]
 )
-"""Model families, whose folders have different names of fields and tensors (train/hf/families.py)."""
+"""Families of models. Their Hugging Face folders differ in the names of fields and tensors (train/hf/families.py)."""
 AdapterKind = StrEnum("AdapterKind", ["none", "lora"])
 AdapterTarget = StrEnum("AdapterTarget", ["q_up", "kv_up", "down", "out", "routed", "shared", "dense", "head"])
 """Weights to which an adapter can be added (conf/adapters.py)."""
@@ -116,43 +116,44 @@ class Yarn:
     factor: float = number(40.0, above=0)
     """Largest sequence length, as a multiple of original_seq_len."""
     original_seq_len: int = number(4096, least=1)
-    """Length of pretraining, in tokens."""
+    """Sequence length of the pretraining, in tokens."""
     beta_fast: float = expert(32.0, above=0)
-    """RoPE pairs that turn more often than this over original_seq_len positions keep their frequency."""
+    """RoPE pairs that make more rotations than this number over original_seq_len positions keep their frequency."""
     beta_slow: float = expert(1.0, above=0)
-    """RoPE pairs that turn less often than this over original_seq_len positions have their frequency divided by factor.
-    For pairs between the two bounds, the change follows a ramp."""
+    """RoPE pairs that make fewer rotations than this number over original_seq_len positions have their frequency
+    divided by factor. Between beta_slow and beta_fast, the change follows a ramp."""
     truncate: bool = expert(True)
-    """Round the ends of the ramp outwards to whole pairs."""
+    """Round the two ends of the ramp between beta_fast and beta_slow outwards to whole pairs."""
     mscale: float = expert(1.0, least=0)
-    """Attention scores are multiplied by (0.1 mscale ln factor + 1)^2; with 0 they are unchanged. Hugging Face:
-    mscale_all_dim."""
+    """Attention scores are multiplied by (0.1 mscale ln factor + 1)^2; with 0 they are unchanged. The field of Hugging
+    Face is mscale_all_dim."""
     attention_factor: float = expert(1.0, above=0)
-    """Factor on the RoPE parts of queries and keys. Hugging Face: attention_factor, or its inferred value."""
+    """Factor on the RoPE parts of queries and keys. Hugging Face: the field attention_factor, or the value that it
+    infers."""
     query_growth: float = expert(0.0, least=0)
     """Queries of position p are multiplied by 1 + query_growth ln(1 + floor(p / original_seq_len)), as in Llama 4 and Mistral Large 3."""
 
 
 @dataclass
 class SparseAttention:
-    """DeepSeek Sparse Attention (DeepSeek-V3.2, GLM-5): an indexer scores all keys of a query, and the query attends to the best keys
-    (train/docs/sparse_attention.md)."""
+    """DeepSeek Sparse Attention (DeepSeek-V3.2, GLM-5): an indexer scores all keys for a query, and the query attends
+    only to the keys with the highest scores (train/docs/sparse_attention.md)."""
 
     heads: int = number(0, least=0, slip=WIDEST)
     """Heads of the indexer; 0 for dense attention without an indexer."""
     head_dim: int = number(128, least=1, slip=WIDEST)
     """Width of the indexer's heads, and of its single key per token. At least rope_head_dim."""
     top_k: int = number(2048, least=1)
-    """Number of keys that a query attends to. In sequences of at most this length attention is dense."""
+    """Number of keys to which a query attends. Sequences of at most this length have dense attention."""
     interleaved: bool = False
-    """Pairs of the indexer's RoPE: adjacent elements (true, as in GLM-5), or elements at a distance of half the width (false, as in
-    DeepSeek-V3.2)."""
+    """Elements that form a pair in the indexer's RoPE. true: adjacent elements, as in GLM-5; false: elements at a
+    distance of half the width, as in DeepSeek-V3.2."""
     pattern: str = ""
     """One letter per layer of the main model. F: the layer has an indexer that selects keys. S: the layer has no indexer, and uses the keys
     of the last F layer before it. Empty: F for all layers. MTP modules always have an indexer."""
 
     def chooses(self, layer: int | None) -> bool:
-        """Whether a layer of the main model, or the layer of an MTP module (None), has an indexer."""
+        """Whether a layer has an indexer. layer: index in the main model; None for the layer of an MTP module."""
         return self.heads > 0 and (layer is None or not self.pattern or self.pattern[layer] == "F")
 
 
@@ -165,7 +166,7 @@ class Model:
     hidden: int = number(256, least=1, slip=WIDEST)
     """Width of the residual stream."""
     layers: int = number(4, least=1, slip=10_000)
-    """Transformer blocks: dense blocks count, MTP modules do not."""
+    """Number of transformer blocks, including dense blocks but without MTP modules."""
     dense_layers: int = number(1, least=0)
     """Number of blocks at the start of the model that have a dense FFN instead of experts."""
     heads: int = number(4, least=1, slip=WIDEST)
@@ -191,14 +192,16 @@ class Model:
     top_k: int = 4
     """Routed experts per token."""
     groups: int = 4
-    """Expert groups; in a large run each group is on one node."""
+    """Number of expert groups. In a large run each group is on one node."""
     top_groups: int = 2
-    """Groups among which a token's experts are chosen."""
+    """Number of groups among which the experts of one token are chosen."""
     group_top_k: int | None = number(None, least=1)
-    """Number of best scores whose sum ranks a group. null: top_k / top_groups (paper 2.1.2). transformers and
-    DeepSeek's inference code use 2, which is equal in DeepSeek-V3."""
+    """A group is ranked by the sum of its best expert scores; this is the number of these scores. null: top_k /
+    top_groups (paper 2.1.2). transformers and DeepSeek's inference code use 2, which is also the result for
+    DeepSeek-V3."""
     scores: ScoreFunction = ScoreFunction.sigmoid
-    """Function from router logits to scores. softmax belongs to Mistral Large 3, whose routers have no balance bias."""
+    """Function that turns router logits into scores. softmax is for Mistral Large 3, whose routers have no balance
+    bias."""
     route_scale: float = 2.5
     """Factor on the normalised gate values."""
     mtp_depth: int = number(1, least=0, slip=64)
@@ -212,32 +215,34 @@ class Model:
     norm_eps: float = number(1e-6, above=0)
     """Epsilon of every RMSNorm, added to the mean square."""
     latent_norm_eps: float | None = expert(None, above=0)
-    """norm_eps for the norms of the query and key-value latents; null uses norm_eps. transformers always uses 1e-6."""
+    """norm_eps for the norms of the query latent and the key-value latent; null uses norm_eps. transformers always uses
+    1e-6 there."""
     init_std: float = number(0.006, above=0)
     """Standard deviation of initial weights (paper 4.2)."""
     recompute: list[str] = field(default_factory=lambda: [str(what) for what in SELECTIVE])
     """Activations that backward recomputes: norm (outputs of norms), mla_up (queries, keys and values), swiglu, layer
     (complete blocks: only their inputs are stored) or layer:N (the first N blocks of every stage)."""
     offload: list[str] = field(default_factory=list)
-    """Parts of a block whose activations wait for backward in host memory: attention, ffn (dense or experts), layer
-    (complete blocks: only their inputs stay on the device) or layer:N (N blocks of every stage). Recomputed blocks and
-    MTP modules are not offloaded."""
+    """Parts of a block whose activations are in host memory until backward: attention, ffn (dense or experts), layer
+    (complete blocks: only their inputs remain on the device) or layer:N (N blocks of every stage). Recomputed blocks
+    and MTP modules are not offloaded."""
     loss_chunk: int = expert(2048, least=1)
-    """Number of tokens for which the cross-entropy is computed at a time; it bounds the memory of logits."""
+    """Number of tokens whose cross-entropy is computed at a time. It limits the memory of the logits."""
     block: dict[str, Any] | None = field(default_factory=dict)
-    """Subclass of train.model.block.Block for every block: `_target_: my_mod.MyBlock` with its arguments (train/docs/change_model.md)."""
+    """Subclass of train.model.block.Block that replaces every block: `_target_: my_mod.MyBlock` with its arguments
+    (train/docs/change_model.md)."""
     router: dict[str, Any] | None = field(default_factory=dict)
-    """Subclass of train.model.router.Router, in the same form."""
+    """Subclass of train.model.router.Router that replaces every router: `_target_` with its arguments, as for block."""
 
     @property
     def repeated_layers(self) -> int:
-        """Number of blocks, counted from the first block of every stage, that backward recomputes completely; `layers`
-        for all blocks."""
+        """Number of blocks that backward recomputes completely, counted from the first block of every stage. If
+        backward recomputes all blocks, this is `layers`."""
         return self._share(self.recompute)
 
     def offloaded_part(self, place: int) -> str:
-        """Return the offloaded part of the block at this place of a stage: attention, ffn, layer for both, or an empty
-        string."""
+        """Return the part of a block that is offloaded: attention, ffn, layer (both), or an empty string. place: index
+        of the block in its stage."""
         repeated = self.repeated_layers
         if place < repeated or not self.offload:
             return ""
@@ -254,12 +259,12 @@ class Model:
 
     @property
     def resolved_group_top_k(self) -> int:
-        """Value of group_top_k that is used."""
+        """The value of group_top_k, or its default if it is null."""
         return self.top_k // self.top_groups if self.group_top_k is None else self.group_top_k
 
     @property
     def resolved_latent_norm_eps(self) -> float:
-        """Value of latent_norm_eps that is used."""
+        """The value of latent_norm_eps, or its default if it is null."""
         return self.norm_eps if self.latent_norm_eps is None else self.latent_norm_eps
 
 
@@ -282,8 +287,8 @@ class Data:
     """Source of the tokens."""
 
     path: str | None = None
-    """Text folder or file, .jsonl[.gz|.zst], .parquet, a folder of such files, hf://NAME[@CONFIG][:SPLIT], a folder of tokens
-    (train/data/token_store.py)."""
+    """Text folder or file, .jsonl[.gz|.zst] or .parquet file, folder of such files, hf://NAME[@CONFIG][:SPLIT], or
+    folder of tokens (train/data/token_store.py)."""
     format: DataFormat = DataFormat.auto
     """Format of path; auto decides by file names. stdlib: Python's standard library if there is no path, else auto. chat: chats
     (train/docs/fine_tuning.md). docstrings: chats built from the standard library's docstrings if there is no path, else chat."""
@@ -292,8 +297,8 @@ class Data:
     mix: list[MixSource] = field(default_factory=list)
     """Several sources instead of path, each with weight, format and text key."""
     source: dict[str, Any] | None = field(default_factory=dict)
-    """Stream of documents instead of path: `_target_: my_mod.MyData` with its arguments, an iterable of texts or of arrays of token ids
-    (train/docs/change_model.md)."""
+    """Documents from user code instead of path: `_target_: my_mod.MyData` with its arguments. It is an iterable of
+    texts, or of arrays of token ids (train/docs/change_model.md)."""
     tokenizer: str | None = None
     """A tokenizer.json, a folder with a tokenizer.json, or `deepseek_v3`; null trains a byte-level BPE with model.vocab_size tokens on the data, once."""
     mask_documents: bool = False
@@ -304,21 +309,19 @@ class Data:
     """Length, in tokens, below which a document is not used, in training and validation. It keeps short, unrelated
     documents out of long sequences."""
     validation_fraction: float = number(0.05, above=0, below=1, what="a share")
-    """Share of documents (of complete files for text) that are held out for validation."""
+    """A tokenizer.json, a folder with a tokenizer.json, or `deepseek_v3`. null: a byte-level BPE with model.vocab_size
+    tokens, trained once on the data."""
     hold_out_by: FilledKey[HoldOutBy] = expert(None)
-    """Property that decides whether a document is held out: content, or name (its file's path in the data with the line
-    or row). null: content, or the property of the run that resume or init_from names. Earlier versions used the name.
-    """
+    """A token attends only to tokens of its document. The paper does not do this (4.1)."""
     template: str | None = None
     """Chats: the template. A Jinja file, or `plain` for a simple built-in template; null takes the template of the tokenizer's folder."""
     template_function: dict[str, Any] | None = field(default_factory=dict)
-    """Chats: a function instead of data.template: `_target_: my_mod.render` with its arguments. It renders messages, tools and
-    add_generation_prompt as a text (train/data/template_function.py)."""
+    """Share of documents that are rearranged for fill-in-the-middle, in PSM order (0.1 in paper 4.1)."""
     template_keys: dict[str, bool | int | str] | None = field(default_factory=dict)
-    """Chats: variables of the template, as apply_chat_template takes them: `{thinking: true}` of DeepSeek-V3.1, `{enable_thinking: false}`."""
+    """Minimum length of a document, in tokens; training and validation do not use shorter documents. This keeps short,
+    unrelated documents out of long sequences."""
     supervise: Supervise = Supervise.assistant
-    """Chats: tokens that are learnt. assistant: all turns of the assistant, with their stop tokens; last: the
-    assistant's last turn; all: every token."""
+    """Share of documents that are held out for validation. Of plain text, complete files are held out."""
     too_long: TooLong = TooLong.refuse
     """Chats longer than a sequence: refuse (an error before the start), cut (drop the end) or drop (drop the chat)."""
     reasoning: LostReasoning | None = None
@@ -345,10 +348,10 @@ class MuonOptim:
     momentum: float = number(0.95, least=0, below=1)
     """Decay of the momentum per step."""
     iteration: NewtonSchulz = NewtonSchulz.quintic
-    """Newton-Schulz iteration: quintic (five steps), polar_express (five steps with other coefficients) or deepseek_v4 (ten steps, more exact)."""
+    """Newton-Schulz iteration: quintic (five steps), polar_express (five steps with other coefficients) or deepseek_v4
+    (ten steps, more exact)."""
     by_head: bool = True
-    """Orthogonalise the part of each head in an attention weight separately; false: orthogonalise each attention weight
-    as one matrix."""
+    """true: orthogonalise an attention weight head by head. false: orthogonalise it as one matrix."""
 
 
 @dataclass
@@ -358,18 +361,18 @@ class Optim:
     lr: float = number(2.2e-4, above=0)
     """Peak learning rate."""
     name: OptimizerName | None = None
-    """The optimizer; `optim=muon` is short for it. null: the optimizer of the pretraining of init_from's weights, if it
-    is known, else adamw. An existing run does not change its optimizer."""
+    """The optimizer. The argument optim=muon is short for optim.name=muon. null: the optimizer with which the weights
+    of init_from were pretrained, if this is known, else adamw. An existing run keeps its optimizer."""
     warmup_steps: int = number(2000, least=0)
     """Steps of linear warm-up from 0."""
     lr_schedule: list[Phase] = field(default_factory=lambda: [Phase()])
-    """Factor on lr after warm-up."""
+    """Schedule of a factor on lr, after the warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """Decay per step of Adam's two averages: of the gradient, and of the squared gradient."""
     eps: float = expert(1e-8, above=0)
     """Epsilon of Adam. It is added to the square root of the averaged squared gradient."""
     weight_decay: float = number(0.1, least=0)
-    """Weight decay of matrices. Norm weights decay only with decay_norms."""
+    """Weight decay of matrices. Norm weights have weight decay only if decay_norms is true."""
     decay_norms: bool = expert(False)
     """Apply weight decay to norm weights, as Moonlight does (arXiv 2502.16982, appendix D)."""
     clip: float = number(1.0, least=0)
@@ -385,8 +388,8 @@ class Optim:
     batch_ramp_steps: int = number(0, least=0)
     """Steps over which the batch grows linearly to batch_size."""
     batch_ramp_increment: int = expert(1, least=1)
-    """The number of sequences per step during the ramp is rounded down to a multiple of this. It must be a multiple of
-    micro_batch_size x dp, or x ep with parallel.uneven."""
+    """During the ramp, the number of sequences per step is rounded down to a multiple of this number. This number must
+    be a multiple of micro_batch_size x dp; with parallel.uneven, of micro_batch_size x ep."""
     ema_decay: float = number(0.0, least=0, below=1)
     """Decay of a moving average of the weights, which is stored in CPU memory; 0 for no average."""
     muon: MuonOptim = expert(make=MuonOptim)
@@ -394,21 +397,22 @@ class Optim:
     freeze_routers: bool = False
     """Freeze the weights of all routers. If bias_speed is 0 as well, the routers do not change."""
     index_loss: float = number(1.0, least=0)
-    """Sparse attention: weight of the indexers' losses. Each loss is the KL divergence between the indexer's scores and the attention, a mean over
-    queries; 0 freezes the indexers."""
+    """Sparse attention: weight of the indexers' losses. The loss of an indexer is the KL divergence between its scores
+    and the attention, averaged over queries. 0 freezes the indexers."""
     index_warmup: bool = False
-    """Sparse attention: train only the indexers, with dense attention, before a run that trains all weights with sparse attention."""
+    """Sparse attention: train only the indexers, while attention is dense. A later run then trains all weights with
+    sparse attention."""
     detach_mtp: bool = False
-    """Stop the gradients of MTP losses at the border of the MTP modules, so that the main model, the embedding and the
-    head do not learn from these losses."""
+    """Stop the gradients of the MTP losses at the inputs of the MTP modules, and at the embedding and the head. So only
+    the MTP modules learn from these losses."""
     qk_clip: float | None = number(None, above=0)
-    """Upper limit of attention scores: after a step, QK-clip scales down the weights of every head that had a larger
-    score (Kimi K2 uses 100); null for no limit."""
+    """Upper limit of attention scores. After a step, QK-clip scales down the weights of every head that had a larger
+    score. Kimi K2 uses 100; null for no limit."""
     extra_loss: dict[str, Any] | None = field(default_factory=dict)
-    """Additional term of the training loss: `_target_: my_mod.my_loss` with its arguments, a function of the model's outputs
-    (train/docs/change_model.md)."""
+    """Additional term of the training loss, a function of the model's outputs: `_target_: my_mod.my_loss` with its
+    arguments (train/docs/change_model.md)."""
     max_bad_steps: int = expert(5, least=1)
-    """Number of consecutive steps with a non-finite loss or gradient after which the run stops."""
+    """The run stops after this number of consecutive steps with a non-finite loss or gradient."""
 
     @property
     def facts(self) -> OptimizerFacts:
@@ -431,13 +435,14 @@ class Adapter:
     dropout: float = number(0.0, least=0, below=1, what="a share")
     """Dropout of the inputs of A during training."""
     targets: FilledKey[list[AdapterTarget]] = LEFT_OUT
-    """Adapted weights: q_up, kv_up, down (both down projections of attention), out, routed, shared, dense, head; null: all that the model
-    has, without head."""
+    """Weights to adapt: q_up, kv_up, down (both down projections of attention), out, routed, shared, dense, head. null:
+    all of these that the model has, except head."""
     base: BaseFormat = BaseFormat.plain
-    """Storage of frozen weights. plain: the format of the run's weights. fp8: weights of attention, FFNs and experts as E4M3 with an fp32 scale for
-    every 128x128 block, one byte per weight; each GEMM dequantises them."""
+    """Storage of frozen weights. plain: in the format of the run's weights. fp8: weights of attention, FFNs and experts
+    in E4M3, one byte per weight, with an fp32 scale for every 128x128 block; each GEMM dequantises its weight."""
     path: str | None = None
-    """A PEFT folder (adapter_config.json, adapter_model.safetensors), which mode=evaluate, generate, score and export add to the weights."""
+    """A PEFT folder (adapter_config.json, adapter_model.safetensors). mode=evaluate, generate, score and export add
+    this adapter to the weights."""
 
     @property
     def on(self) -> bool:
@@ -451,7 +456,7 @@ class Adapter:
 
 
 class RankCounts(Protocol):
-    """Numbers of ranks that follow from the degrees of parallelism."""
+    """Factor on the output of B A: alpha / rank."""
 
     @property
     def pp(self) -> int: ...
@@ -464,8 +469,8 @@ class RankCounts(Protocol):
 
     @property
     def stage_ranks(self) -> int:
-        """Number of ranks with the same pipeline stage. ZeRO shards over these ranks, and experts are spread over
-        them."""
+        """Number of ranks with the same pipeline stage. ZeRO shards weights over these ranks, which also share the
+        experts."""
         return self.dp * self.cp
 
     @property
@@ -483,36 +488,37 @@ class Parallel(RankCounts):
     dp: int = number(1, least=1)
     """Data-parallel ranks, which divide the sequences of a batch."""
     cp: int = number(1, least=1)
-    """Number of ranks that share each sequence; each rank has a part from its first half and a part from its second
-    half (train/docs/several_gpus.md). Divides seq_len / 2."""
+    """Number of ranks that share each sequence. Each of these ranks has a part of the sequence's first half and a part
+    of its second half (train/docs/several_gpus.md). Divides seq_len / 2."""
     ep: int = number(1, least=1)
     """Ranks that share the experts of one layer; divides dp x cp."""
     uneven: bool = False
-    """If dp does not divide the batch, allow that the ranks of some expert groups have one micro-batch more than the
-    ranks of others. Losses are weighted by tokens. A run on Ray sets this key when it restarts with fewer ranks. Needs
+    """If dp does not divide the batch, let the ranks of some expert groups have one micro-batch more than the ranks of
+    the other groups. Losses are weighted by tokens. A run on Ray sets this key when it restarts with fewer ranks. Needs
     zero 1 or 2."""
     zero: int = number(1, least=1, most=3)
-    """ZeRO stage, 1 to 3; with pipelines only 1. DeepSpeed's stage 0 would clip with a wrong norm."""
+    """ZeRO stage, 1 to 3; with pipelines only 1. Stage 0 is not offered, because DeepSpeed would then clip with a wrong
+    norm."""
     offload_optimizer: bool = False
     """Keep master weights and Adam's moments in host memory, and update them there (DeepSpeed's ZeRO-Offload). Needs ZeRO 1 or 2."""
     schedule: PipelineSchedule = PipelineSchedule[PLAIN_SCHEDULE]
     """Pipeline schedule: 1f1b, interleaved, zbv or dualpipev. The last two give every rank two stages, and interleaved
     gives every rank two or more."""
     virtual_stages: int = number(2, least=2)
-    """interleaved: stages per rank; rank r has stages r, r + pp, r + 2 pp and so on. More and shorter stages reduce idle time
-    and send more hidden states."""
+    """interleaved: stages per rank; rank r has stages r, r + pp, r + 2 pp and so on. More stages per rank reduce idle
+    time, but more hidden states are sent."""
     split: Any = "cost"
-    """Number of layers of each stage: cost (equal operations per rank, head and MTP modules included), even (equal
-    numbers of layers), or a list such as [1,2,2,1], in which only the first and the last number may be 0."""
+    """Number of layers of each stage: cost (equal operations per rank, including head and MTP modules), even (equal
+    numbers of layers), or a list such as [1,2,2,1]. Only the first and the last number of a list may be 0."""
     overlap: bool = expert(True)
-    """dualpipev, also with pp=1: run the forward of one micro-batch together with the backward of another, so that the
-    compute of each hides the all-to-all of the other; false: run them one after the other."""
+    """dualpipev, also with pp=1: run the forward of one micro-batch together with the backward of another, so that
+    compute hides the all-to-all. false: run them one after the other."""
     dispatch: DispatchKind = DispatchKind[FLAT_DISPATCH]
     """All-to-all between experts: flat (one all-to-all with a row per token and expert), node_limited (a token is sent
     to each node once, and copied inside the node) or deepep (the DeepEP package, on GPUs)."""
     wire: WireFormat = WireFormat.bf16
-    """Format of rows in dispatch, and of gradients in the backward of combine: bf16 (the activation dtype) or fp8
-    (E4M3 with power-of-two scales per 128 values, paper 3.3.3). Combine always uses the activation dtype."""
+    """Format of rows in dispatch, and of gradients in the backward of combine: bf16 (the activation dtype) or fp8 (E4M3
+    with a power-of-two scale for every 128 values, paper 3.3.3). Rows in combine always have the activation dtype."""
 
     @property
     def schedule_facts(self) -> ScheduleFacts:
@@ -526,25 +532,25 @@ class Parallel(RankCounts):
 
     @property
     def placement(self) -> list[list[int]]:
-        """Stage numbers of every pipeline rank, in ascending order."""
+        """The stage indices of every pipeline rank, in ascending order."""
         return self.schedule_facts.place_stages(self.pp, self.virtual_stages)
 
     @property
     def schedule_words(self) -> str:
-        """The schedule as text for a screen."""
+        """The schedule and its number of stages as text for the user."""
         more = f" with {self.virtual_stages} stages per rank" if self.virtual_stages != 2 else ""
         return f"{self.schedule}{more}"
 
 
 class Operands(NamedTuple):
-    """The operands of the three matmuls of a linear layer: y = x w^T, dx = dy w and dw = dy^T x."""
+    """Formats of the operands of a linear layer's three matmuls: y = x w^T, dx = dy w and dw = dy^T x."""
 
     activation: str
-    """x"""
+    """Format of the input x."""
     weight: str
-    """w"""
+    """Format of the weight w."""
     gradient: str
-    """dy"""
+    """Format of the output gradient dy."""
 
 
 @dataclass
@@ -557,16 +563,16 @@ class Health:
 
 
 FP8_OPERANDS = "activation", "weight", "gradient", "attention_output", "dispatched"
-"""Keys of precision.fp8 with the format of an operand."""
+"""Names of the keys of precision.fp8 that set the format of an operand."""
 
 
 @dataclass
 class Fp8:
-    """The FP8 recipe (paper 3.3). An operand is FORMAT/GRANULARITY/SCALE.
+    """The FP8 recipe (paper 3.3). The format of an operand is FORMAT/GRANULARITY/SCALE.
 
-    FORMAT: e4m3 or e5m2. GRANULARITY, the values with a common scale: 1x128 (128 values along the contraction: 1x128 in Fprop
-    and Dgrad, 128x1 in Wgrad), 1x32 (32 values along the contraction, with pow2; on GPUs only Blackwell), 128x128, row (the whole
-    contraction) or tensor. SCALE: fp32, or pow2 (a power of two).
+    FORMAT: e4m3 or e5m2. GRANULARITY, the values that share a scale: 1x128 (128 values along the contraction, which is
+    1x128 in Fprop and Dgrad, and 128x1 in Wgrad), 1x32 (32 values along the contraction, with pow2; on GPUs only
+    Blackwell), 128x128, row (the whole contraction) or tensor. SCALE: fp32, or pow2 (a power of two).
     """
 
     activation: str = "e4m3/1x128/fp32"
@@ -574,24 +580,26 @@ class Fp8:
     weight: str = "e4m3/128x128/fp32"
     """Weights of linear layers."""
     gradient: str = "e4m3/1x128/fp32"
-    """Gradients of outputs. Blocks of 128x128 made the paper's model diverge (B.2)."""
+    """Gradients of outputs. With 128x128 the paper's model diverged (paper B.2)."""
     attention_output: str = "e4m3/1x128/pow2"
     """Input of the attention's output projection."""
     dispatched: str = "e4m3/1x128/pow2"
     """Rows sent to experts: the input of the up-projection, and the gradient of the expert output."""
     compiled: bool = expert(True)
-    """On a CPU, use compiled code for casts, and with AVX2 for matmuls. The first use needs a C++ compiler and some seconds. false:
-    torch's operations, which are slower. Casts have the same bits; matmuls differ only in the order of sums."""
+    """On a CPU, use compiled code for casts and, with AVX2, for matmuls. The first use needs a C++ compiler and takes
+    some seconds. false: use torch's operations, which are slower. Both cast to the same bits; their matmuls differ only
+    in the order of sums."""
     backend: Fp8Backend = Fp8Backend.triton
-    """Kernels on a GPU for grouped GEMMs of experts and for GEMMs that add to a gradient. triton: kernels of Sluice; deepgemm:
-    the DeepGEMM package, which needs torch 2.11 and nvcc (the extra [fp8])."""
+    """GPU kernels for the grouped GEMMs of experts, and for GEMMs that add to a gradient. triton: kernels of Sluice.
+    deepgemm: the DeepGEMM package, which needs torch 2.11 and nvcc (the extra [fp8])."""
     hold_weights: bool = expert(False)
-    """Cast weights once per step and store the casts until the last backward, which needs two more bytes per weight on
-    a GPU; false: cast them again for every matmul. The bits are the same."""
+    """true: cast weights once per step and store the casts until the last backward; on a GPU the casts need two more
+    bytes per weight. false: cast the weights again for every matmul. Both give the same bits."""
     health: Health = field(default_factory=Health)
 
     def operands(self, family: str) -> Operands:
-        """The operands of a family of layers: `output`, the attention's output projection; `experts_up` and `experts_down`; `dense`, all other layers."""
+        """The formats of the operands of a family of layers. family: `output` (the attention's output projection),
+        `experts_up`, `experts_down`, or `dense` (all other layers)."""
         activation = {"output": self.attention_output, "experts_up": self.dispatched}.get(family, self.activation)
         return Operands(activation, self.weight, self.dispatched if family == "experts_down" else self.gradient)
 
@@ -601,8 +609,8 @@ class Precision:
     """Number formats of GEMMs. Master weights are always fp32."""
 
     name: PrecisionName = PrecisionName.fp32
-    """fp32, bf16, or a recipe with FP8 GEMMs: fp8 (the paper's), fp8_ue8m0 (all scales are powers of two) or mxfp8 (as fp8_ue8m0,
-    with one scale per 32 values, as Blackwell's tensor cores need)."""
+    """fp32, bf16, or a recipe with FP8 GEMMs: fp8 (the paper's recipe), fp8_ue8m0 (all scales are powers of two) or
+    mxfp8 (like fp8_ue8m0, but with one scale for every 32 values, as Blackwell's tensor cores need)."""
     moments: HighFormat = HighFormat.bf16
     """Format of the two Adam moments: bf16 (paper 3.3.3) or fp32."""
     fp8: Fp8 | None = None
@@ -610,37 +618,37 @@ class Precision:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of an element of the weights that the model computes with, and of an activation."""
+        """Bytes of one element of an activation, and of a weight in the format in which the model computes."""
         return 4 if self.name == "fp32" else 2
 
     @property
     def moment_bytes(self) -> int:
-        """Bytes of each of Adam's two moments of a weight."""
+        """Bytes of one element of an Adam moment; each weight has two moments."""
         return {"bf16": 2, "fp32": 4}[self.moments]
 
 
 @dataclass
 class Checkpoint:
-    """Checkpoints: interval, place and number."""
+    """When checkpoints are written, where, and how many are kept."""
 
     every: int = number(100, least=0)
     """Interval of checkpoints, in steps; 0 saves only at the end and on a signal."""
     every_memory: int = number(0, least=0)
-    """Ray: interval, in steps, of copies of the state in the memory of a rank's node and of the next node. A run
-    resumes from these copies when a node is lost; 0 for no copies."""
+    """Ray: interval, in steps, of copies of the state in the memory of a rank's node and of the next node. If a node is
+    lost, the run resumes from these copies. 0 for no copies."""
     memory_folder: str = expert("/dev/shm")
     """Folder of the copies of every_memory on every node, in memory or on a fast local disk."""
     keep: int = number(3, least=0)
-    """Number of newest checkpoints that are not deleted; 0 keeps all. The checkpoint from which the run resumed is not
-    deleted either."""
+    """Number of newest checkpoints to keep; 0 keeps all. The checkpoint from which the run resumed is also kept."""
     keep_every: int = number(0, least=0)
     """Checkpoints at multiples of this number of steps are never deleted; 0 for none."""
     keep_best: bool = False
-    """Save after a validation with the lowest held-out loss so far (log.validate_every), and keep this checkpoint; best.json names
-    it."""
+    """Save a checkpoint after each validation that has the lowest held-out loss so far (log.validate_every), and keep
+    it; best.json names this checkpoint."""
     weights_every: int = number(0, least=0)
-    """Interval, in steps, of Hugging Face folders as mode=export writes them, during the run and at its end. NAME/weights/newest links to the
-    newest of two (train/docs/fine_tuning.md). A multiple of checkpoint.every; 0 for none."""
+    """Interval, in steps, at which a run writes its weights as a Hugging Face folder, like mode=export; its last step
+    writes a folder too. The two newest folders are kept, and NAME/weights/newest links to the newest
+    (train/docs/fine_tuning.md). A multiple of checkpoint.every; 0 for none."""
     staging_bytes: float = expert(0.0, least=0)
     """Maximum bytes of a rank's host buffer for a checkpoint. If a checkpoint is larger, it is written in parts, and
     the training waits for the disk. 0: a buffer for the complete checkpoint."""
@@ -657,45 +665,49 @@ class Cluster:
     threads: int = number(0, least=0)
     """CPU threads per rank; 0 divides the cores among the ranks of a machine."""
     compiled: bool = True
-    """On a CPU with AVX-512 or AVX2, use compiled code for parts of a bf16 step. The machine's C++ compiler builds it at the first use. Matmuls use
-    the faster of compiled code and torch, measured at the start of a run and stored in its checkpoints. If the code cannot be built, the run
-    prints a note and uses torch's operations. false: always torch's operations."""
+    """On a CPU with AVX-512 or AVX2, use compiled code for parts of a bf16 step. The machine's C++ compiler builds the
+    code at its first use. Each matmul uses compiled code or torch, whichever was faster in a measurement at the start
+    of the run; checkpoints store this choice. If the code cannot be built, the run prints a note and uses torch's
+    operations. false: always use torch's operations."""
     deterministic: bool = False
-    """Use only code that gives the same bits in every run on the same machines, also after a resume: torch's deterministic kernels, attention without
-    cuDNN, no sums in NVLink switches, and no choices by measurement. Slower on a GPU; the cost has not been measured."""
+    """Use only code that gives the same bits in every run on the same machines, also after a resume: torch's
+    deterministic kernels, attention without cuDNN, no sums in NVLink switches, and no choice of kernels by measured
+    time. This is slower on a GPU; the cost has not been measured."""
     timeout: float = number(600.0, above=0)
-    """Longest wait in a collective, in seconds. Before the end of the first step, it is at least cluster.start_timeout.
-    Ray: also the longest wait for the last checkpoint after a stop request."""
+    """Longest wait in a collective, in seconds. Until the end of the first step, the limit is at least
+    cluster.start_timeout. Ray: also the longest wait for the last checkpoint after a stop request."""
     address: str | None = None
     """Ray: HOST:PORT of a running cluster, or auto for a cluster on this machine; null starts Ray here for this run."""
     ranks_per_node: int = number(0, least=0)
-    """Number of ranks of one node. 0: all ranks that a machine was given; with Ray, one per GPU, or one per CPU if
-    there is no GPU."""
+    """Number of ranks per node. 0: one rank per GPU of the node, or per CPU if the run uses no GPU; on a single
+    machine, all ranks."""
     wait: float = expert(60.0, above=0)
     """Ray: longest wait for nodes, in seconds."""
     heartbeat: float = expert(5.0, above=0)
     """Ray: seconds without an answer after which a node counts as lost."""
     kill_after: float | None = expert(None, above=0)
-    """Seconds without progress of any rank after which a run is ended as hung; a warning names the culprit earlier.
-    null: 60 on CPUs and 120 on GPUs, and at least cluster.timeout in checkpoints, uploads and callbacks."""
+    """Minimum number of seconds without progress of any rank before the run is ended as hung; a warning names the
+    culprit earlier. null: 60 on CPUs and 120 on GPUs. In checkpoints, uploads and callbacks, the minimum is at least
+    cluster.timeout."""
     hang_after: float = expert(300.0, above=0)
-    """Upper limit, in seconds, of the time without progress in a step."""
+    """During a step, a run without progress is ended as hung after at most this number of seconds."""
     start_timeout: float = expert(900.0, above=0)
-    """Upper limit, in seconds, of the time without progress before the end of the first step, in checkpoints and in validations."""
+    """Before the end of the first step, in checkpoints and in validations, a run without progress is ended as hung
+    after at most this number of seconds."""
     restarts: int = number(3, least=0)
-    """Ray: restarts after failures of one kind without a new checkpoint in between. Losses of different nodes count separately. After the last restart the
-    run ends with a diagnosis."""
+    """Ray: maximum number of restarts after failures of the same kind, if no new checkpoint was written between the
+    failures. Losses of different nodes count separately. After the last restart the run ends with a diagnosis."""
     standby: bool = expert(True)
     """Ray: for each rank, keep a standby process that has completed all imports, for quick restarts (0.5 GB each)."""
 
 
 @dataclass
 class Rate:
-    """Duration of a kernel: calls x seconds + operations / flops + bytes / bandwidth. A value of 0 means that its term
+    """Rate of a kernel. A kernel takes calls x seconds + operations / flops + bytes / bandwidth. A term whose rate is 0
     is left out."""
 
     seconds: float = number(0.0, least=0)
-    """Fixed seconds per call."""
+    """Seconds of each call, for any size."""
     flops: float = number(0.0, least=0)
     """Operations per second."""
     bandwidth: float = number(0.0, least=0)
@@ -704,36 +716,39 @@ class Rate:
 
 @dataclass
 class Hardware:
-    """A kind of device and its network, for mode=plan. conf/hardware names the sources of the figures."""
+    """Description of a device and its network, for mode=plan. The files in conf/hardware name the sources of the
+    figures."""
 
     name: str | None = None
-    """Name of the description; null without a description."""
+    """Name of this description; null if no hardware is described."""
     device: str = expert("")
-    """Part of CUDA's name of the device; cpu for the processor of this machine."""
+    """A part of the device name that CUDA reports; cpu for the processor of this machine."""
     devices_per_node: int = number(8, least=1)
-    """Devices of a node, or of a larger NVLink domain."""
+    """Number of devices in one node, or in an NVLink domain that is larger than a node."""
     memory_bytes: float = expert(0.0, least=0)
     """Memory of one device, in bytes; 0 for its share of this machine's memory."""
     host_memory_bytes: float = expert(0.0, least=0)
-    """Host memory of devices_per_host devices, in bytes, for offloaded tensors; 0 if unknown. It also needs the rates `host` (transfers
-    between one device and the host) and `host_memory` (reads and writes of the host's processors for one device)."""
+    """Host memory that devices_per_host devices share, in bytes; 0 if unknown. Plans with offloaded tensors need it,
+    and also the rates `host` (transfers between one device and the host) and `host_memory` (reads and writes of the
+    host's processors for one device)."""
     devices_per_host: int = expert(0, least=0)
-    """Devices that share host_memory_bytes, if fewer than a node's devices, such as the four devices of an NVL72 tray; 0 for all devices of a node."""
+    """Number of devices that share host_memory_bytes; 0 for all devices of a node. An NVL72 tray has four, fewer than
+    its node."""
     shared_memory_bytes: float = expert(0.0, least=0)
-    """Size of a host's /dev/shm in bytes. It holds copies in memory (checkpoint.memory_folder). 0 for half of
-    host_memory_bytes, which is Linux's default."""
+    """Size of a host's /dev/shm in bytes, which holds the copies in memory (checkpoint.memory_folder). 0: half of
+    host_memory_bytes, as is Linux's default."""
     disk_bytes: float = expert(0.0, least=0)
     """Space for checkpoints and exports of the run on the shared file system, in bytes; 0 if unknown."""
     storage_bandwidth: float = expert(0.0, least=0)
-    """Bytes per second that this file system writes or reads for all nodes together; Llama 3's file system sustained
-    2e12. 0 if unknown: a plan then leaves out the time to write and load checkpoints, and advises no interval of
-    checkpoints."""
+    """Bytes per second that the shared file system writes or reads for all nodes together; Llama 3's file system
+    sustained 2e12. 0 if unknown: a plan then leaves out the time to write and load checkpoints, and recommends no
+    interval of checkpoints."""
     bf16_flops: float = expert(0.0, least=0)
     """Dense BF16 peak of one device in FLOP/s, on which MFU is based."""
     fp8_flops: float = expert(0.0, least=0)
     """Dense FP8 peak of one device in FLOP/s; 0 for a device without FP8 GEMMs."""
     communication_share: float = expert(0.0, least=0, most=1, what="a share")
-    """Share of a device's compute that a running transfer uses, 0 to 1."""
+    """Share of a device's compute that transfers use while they run, 0 to 1."""
     price_per_hour: float | None = number(None, least=0)
     """Price of one device per hour, in `currency`; null if unknown."""
     currency: str = "USD"
@@ -741,10 +756,10 @@ class Hardware:
     watts: float | None = number(None, least=0)
     """Power of one device at full load, in watts; null if unknown."""
     rates_from: str = expert("rates of its own")
-    """Source of the rates, which a plan prints."""
+    """Text about the source of the rates, which a plan prints."""
     rates: dict[str, Rate] = expert(make=dict)
-    """Rates of kernels and links by kind of work (train/plan/time/rates.py). All times of a plan follow from these
-    rates; if they are empty, plan.calibration is needed."""
+    """Rates of kernels and links by kind of work (train/plan/time/rates.py). A plan computes all times from these
+    rates. A plan without rates needs plan.calibration."""
 
 
 @dataclass
@@ -754,26 +769,28 @@ class Plan:
     calibrate: bool = False
     """Measure the present device with the shapes of the recipe, write runs/<name>/calibration.json, and stop."""
     calibration: str | None = None
-    """A file of plan.calibrate=true from the same kind of device; it replaces the rates of the description."""
+    """A file that plan.calibrate=true wrote on the same kind of device. Its rates replace the rates of section
+    hardware."""
     search: bool = False
     """Search layouts for plan.devices devices, and show the best ten."""
     devices: int = number(0, least=0)
-    """Number of devices for the search; 0 takes parallel.pp x parallel.dp."""
+    """Number of devices for the search; 0 for parallel.pp x parallel.dp."""
     write: str | None = None
     """With plan.search: write the best layout as conf/parallel/<write>.yaml."""
     tokens: float | None = number(None, above=0)
-    """Tokens for hours, cost and energy; null takes all tokens of the recipe."""
+    """Number of tokens for which a plan computes hours, cost and energy; null: all tokens of the recipe."""
     imbalance: float = expert(1.1, least=1)
-    """Rows of the busiest rank of an expert group, divided by the mean over its ranks. The busiest rank decides speed
-    and memory."""
+    """Rows of the busiest rank of an expert group, divided by the mean rows of the group's ranks. The busiest rank
+    decides speed and memory."""
     phases: list[str] = expert(make=list)
-    """Recipes that follow on the same devices, such as [deepseek_v3_32k, deepseek_v3_128k]. Their time and cost are
-    added."""
+    """Recipes of later phases, which run after this recipe on the same devices, such as [deepseek_v3_32k,
+    deepseek_v3_128k]. The plan adds their time and cost."""
     failures: float = number(2e-5, least=0)
     """Number of failures that end the run, per device and hour; 0 for none. Meta counted 419 in 54 days of 16,384 H100
     (Llama 3), which is 2.0e-5. InfiniteHBD's trace of servers has 2.2e-5."""
     reserve: float | None = expert(None, least=0)
-    """Reserved bytes of a device; null estimates them: CUDA's context, communicators, buffers of exchanges, fragmentation."""
+    """Reserved memory of a device, in bytes. null: an estimate of CUDA's context, communicators, exchange buffers and
+    fragmentation."""
 
 
 @dataclass
@@ -781,23 +798,24 @@ class DryRun:
     """mode=dry_run: one rank of the job runs alone on this machine's device (train/docs/plan.md)."""
 
     rank: str = "worst"
-    """Number of the rank, or worst: the rank with the least free memory by plan."""
+    """Index of the rank, or worst: the rank with the least free memory in the plan."""
     steps: int = number(3, least=1)
     """Number of timed steps. They follow a warm-up step and a step that measures memory."""
     routing: str = expert("balanced")
-    """Rows that other ranks send to this rank's experts: balanced, skewed (1.5 times the mean, decreasing from the first
-    to the last expert), or a run folder, for its last recorded tokens per expert."""
+    """Rows that other ranks send to this rank's experts: balanced, skewed (1.5 times the mean, decreasing from the
+    first to the last expert), or a run folder, whose last recorded tokens per expert are used."""
     shrink: int = expert(0, least=0)
-    """Divisor of widths, vocabulary and sequence. 0: 1 on a GPU, and a value for steps of seconds on a CPU."""
+    """Divisor of widths, vocabulary and sequence length. 0: 1 on a GPU; on a CPU, a divisor with which a step takes
+    seconds."""
 
 
 @dataclass
 class Prove:
-    """mode=prove: whether this layout trains this model, checked on a miniature of the recipe (train/docs/prove.md)."""
+    """mode=prove: check on a miniature of the recipe whether this layout trains this model (train/docs/prove.md)."""
 
     ranks: int = number(8, least=1)
-    """Maximum number of ranks. A larger layout is replaced by the smallest layout of the same structure; the card lists
-    the changes."""
+    """Maximum number of ranks. A layout with more ranks is replaced by the smallest layout with the same structure; the
+    card (card.md in the run folder) lists the changes."""
     first_optimizer: OptimizerName | None = expert(None)
     """Optimizer of the first part of the check, which ends with a checkpoint. null: the optimizer of the second
     part."""
@@ -815,24 +833,26 @@ class Log:
     """Sequences of seq_len per validation."""
     norms_every: int = expert(50, least=0)
     """Interval, in steps, of the norms of weights and updates per layer; 0 for none. During the update of such a step,
-    host memory holds a second copy of a rank's master weights."""
+    a rank needs host memory for a second copy of its master weights."""
     replicas_every: int = expert(0, least=0)
-    """Interval, in steps, of bitwise comparisons of weights that several ranks hold. If copies differ, the run ends and names the
-    rank and the weight; 0 for none (train/docs/why.md)."""
+    """Interval, in steps, of bitwise comparisons of weights that several ranks hold. If two ranks differ, the run ends
+    and names the rank and the weight. 0 for none (train/docs/why.md)."""
     state_every: int = expert(0, least=0)
-    """Interval, in steps, of checks that master weights and optimizer state do not change between an update and the next update or
-    checkpoint. If they change, the run ends and names the rank and the tensor; 0 for none (train/docs/why.md)."""
+    """Interval, in steps, of checks that master weights and optimizer state do not change after an update until the
+    next update or checkpoint. If they do, the run ends and names the rank and the tensor. 0 for none
+    (train/docs/why.md)."""
     wandb: WandbMode = WandbMode.auto
-    """auto: online with an API key, otherwise offline."""
+    """auto: online if there is an API key, otherwise offline. disabled: no W&B."""
     progress: bool = True
     """Show a progress bar (in a terminal) or progress lines (elsewhere)."""
     sample_tokens: int = number(160, least=0)
     """Length of the generated sample at the end, in tokens; 0 for none."""
     sample_every: int = expert(0, least=0)
-    """Interval, in steps, of generated samples; each uses the next checkpoint, and all ranks wait. 0: only at the end."""
+    """Interval, in steps, of generated samples. A sample is generated from the next checkpoint, while all ranks wait.
+    0: only at the end."""
     peak_flops: float = expert(0.0, least=0)
-    """Peak FLOP/s of the device for MFU, in the precision of the GEMMs. 0: the vendor's figure of a known GPU,
-    otherwise the fastest GEMM measured so far on such a device, stored in data.cache."""
+    """Peak FLOP/s of the device for MFU, in the precision of the GEMMs. 0: the vendor's figure of a known GPU; for
+    other devices, the rate of the fastest GEMM measured so far on such a device, stored in data.cache."""
 
 
 @dataclass
@@ -840,34 +860,35 @@ class Profile:
     """Profile of steps by torch's profiler: a trace for Perfetto, and a table of the ten most expensive operations (train/docs/troubleshooting.md)."""
 
     steps: list[int] = field(default_factory=list)
-    """First and last profiled step, such as [10,12]; empty for no profile. mode=dry_run profiles the same number of steps after its timed steps."""
+    """First and last profiled step, such as [10,12]; empty for no profile. mode=dry_run profiles as many steps, after
+    its timed steps."""
     ranks: list[int] = field(default_factory=lambda: [0])
     """Ranks that are profiled. mode=dry_run profiles its only rank."""
 
 
 @dataclass
 class Evaluate:
-    """mode=evaluate: checkpoint and tasks (train/evaluate). The section data names the data."""
+    """mode=evaluate: checkpoint and tasks (train/evaluate). The section `data` sets the data."""
 
     checkpoint: str | None = None
     """A checkpoint or run folder, or a Hugging Face folder; null takes the newest intact checkpoint of this run."""
     ema: bool = False
     """Use the moving average of the weights (optim.ema_decay)."""
     sequences: int | None = number(None, least=0)
-    """Number of sequences of seq_len tokens, spread evenly over the documents; null takes log.validation_sequences, 0
-    reads all."""
+    """Number of sequences of seq_len tokens, spread evenly over the documents. null: log.validation_sequences; 0: all
+    sequences."""
     tasks: list[str] = field(default_factory=list)
-    """Tasks of lm-evaluation-harness. One process runs them in addition to the loss (package lm-eval)."""
+    """Tasks of lm-evaluation-harness (package lm-eval), in addition to the loss. They need a run with one process."""
     task_path: str | None = None
-    """Folder with your own task definitions (yaml), which replace the tasks of the harness."""
+    """Folder with your own task definitions (yaml), which are used instead of the tasks of the harness."""
     task_limit: int = number(0, least=0)
-    """Number of examples that are used of each task, counted from the first; 0 for all."""
+    """Number of examples of each task, counted from the first; 0 for all."""
     shots: int | None = number(None, least=0)
     """Number of solved examples before each question; null: the task decides."""
     answers: int = number(0, least=0)
     """Chats: number of held-out questions that the model answers (train/evaluate/answers.py); 0 for none. A table
-    compares its answers with three others: the answers of the weights before the tune, shuffled answers, and the most
-    common answer."""
+    compares the model's answers with three others: answers of the weights before the tune, shuffled answers, and the
+    most common answer."""
     needle: list[int] = field(default_factory=list)
     """Text lengths, in tokens, of the pass-key test (train/evaluate/needle.py); empty for no test."""
 
@@ -881,15 +902,16 @@ class Generate:
     prompt: str | None = None
     """The prompt. null: ask in a terminal; elsewhere each line of standard input is a prompt."""
     tokens: int = number(200, least=1)
-    """Maximum number of new tokens. A text also ends where its document ends, or at the end of the context."""
+    """Maximum number of new tokens. Generation also stops at the end of a document and at the end of the context."""
     temperature: float = number(0.8, least=0)
     """Sampling temperature; 0 always selects the most likely token."""
     top_p: float = number(1.0, above=0, most=1, what="a probability")
-    """Sample only from the most likely tokens with this total probability."""
+    """Sample only from the most likely tokens: as many as are needed to reach this total probability."""
     seed: int = number(1, least=0, most=LARGEST_SEED)
-    """Sampling seed: equal seeds, prompts and settings give the same text."""
+    """Seed of the sampling. Equal seeds, prompts and settings give the same text."""
     chat: bool = False
-    """Hold a conversation: lines are questions, in the chat template of the weights or in data.template."""
+    """Hold a conversation: each line is a question. Questions are written in the chat template of the weights, or in
+    data.template."""
 
 
 @dataclass
@@ -901,11 +923,13 @@ class Score:
     to: str | None = None
     """The Parquet file to write; it must not exist yet."""
     routing: ScoredRouting = ScoredRouting.own
-    """Experts of every token: own (chosen by the routers), write (chosen by the routers, and written to the column `experts`) or replay (read from `experts` of each
-    sample, as an inference engine chose them)."""
+    """Experts of every token. own: the routers choose them. write: the routers choose them, and they are written to the
+    column `experts`. replay: they are read from the field `experts` of each sample, in which an inference engine stored
+    its choice."""
     keys: ScoredRouting = ScoredRouting.own
-    """Keys that every token attends to with sparse attention: own (chosen by the indexers), write (the same, also written to the column `keys`) or replay
-    (read from `keys` of each sample)."""
+    """Keys to which every token attends with sparse attention. own: the indexers choose them. write: the indexers
+    choose them, and they are written to the column `keys`. replay: they are read from the field `keys` of each
+    sample."""
     checkpoint: str | None = None
     """A checkpoint or run folder, or a Hugging Face folder; null takes the newest intact checkpoint of this run."""
 
@@ -923,7 +947,8 @@ class Export:
     ema: bool = False
     """Take the moving average of the weights (optim.ema_decay) instead of the weights."""
     family: ModelFamily | None = None
-    """Family of the names of fields and tensors; null: the family of the folder that the run started from, else deepseek_v3."""
+    """Model family, which decides the names of fields and tensors. null: the family of the folder from which the run
+    started, else deepseek_v3."""
     merge: bool = False
     """Add the adapter to its base and write a complete model, instead of a PEFT adapter."""
 
@@ -933,9 +958,9 @@ class Average:
     """mode=average: the mean of the weights of several checkpoints of one model (train/checkpoint/average.py)."""
 
     of: list[str] = field(default_factory=list)
-    """Checkpoint folders, and run folders (their newest checkpoints are used); empty: the run of this name."""
+    """Checkpoint folders, or run folders, of which the newest checkpoints are used. Empty: the folder of this run."""
     last: int = number(1, least=1)
-    """Number of newest checkpoints of each run folder."""
+    """Number of newest checkpoints that are used of each run folder."""
     to: str | None = None
     """The run folder to write; it must be empty or not exist yet."""
 
@@ -949,24 +974,27 @@ class Config:
     mode: Mode = Mode.train
     """Task of the command."""
     seed: int = number(1, least=0, most=LARGEST_SEED)
-    """Seed of the weights, the sample order and FIM."""
+    """Seed of the initial weights, the order of samples, and FIM."""
     steps: int = number(300, least=1)
     """Optimizer steps of the whole run."""
     epochs: float | None = number(None, above=0)
-    """Number of passes over the data, which replaces steps. With a mix, a pass has as many sequences as all sources
-    together."""
+    """Number of passes over the data. It replaces the key steps. With a mix, a pass has as many sequences as all its
+    sources together."""
     seq_len: int = number(256, least=1)
     """Tokens per sequence."""
     batch_size: int = number(16, least=1, slip=10_000_000)
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: FilledKey[int] = number(None, least=1)
-    """Sequences per forward pass of a rank. null: the largest number that divides a rank's share of the batch, has at most
-    4096 tokens and leaves enough micro-batches for the pipeline schedule. Never null after load."""
+    """Sequences per forward pass of a rank. null: the largest number that divides a rank's share of the batch, has at
+    most 4096 tokens and leaves enough micro-batches for the pipeline schedule. A loaded configuration always has a
+    number."""
     resume: str = "auto"
-    """auto (newest intact checkpoint of this run, if any), never (start new; an existing run is an error), or a checkpoint folder."""
+    """auto (newest intact checkpoint of this run, if there is one), never (start a new run; an existing run is an
+    error), or a checkpoint folder."""
     init_from: str | None = None
-    """Weights of a new run: a run, a checkpoint, or a Hugging Face folder of DeepSeek-V3's architecture (safetensors in bf16, fp32 or FP8 blocks; families as in
-    export.family). null: random weights. A run with a checkpoint resumes from it instead."""
+    """Initial weights of a new run: a run, a checkpoint, or a Hugging Face folder of DeepSeek-V3's architecture
+    (safetensors in bf16, fp32 or FP8 blocks; families as in export.family). null: random weights. A run that has a
+    checkpoint resumes from the checkpoint instead."""
     text_only: bool = False
     """Read only the language model of a folder that also contains other parts, such as an image encoder."""
     runs: str = "runs"
@@ -975,8 +1003,8 @@ class Config:
     """Trust the config.yaml of an existing run: it may call resolvers such as ${oc.env:HOME}, set evaluate.task_path (tasks can
     hold code) and name code by `_target_`. A config.yaml cannot set this key."""
     callbacks: list[dict[str, Any]] = field(default_factory=list)
-    """Hooks, which are objects that watch a run or add to it: each `_target_: my_mod.MyCallback` with its arguments
-    (train/docs/change_model.md)."""
+    """Hooks, which are objects that watch a run or add something to it. Each has `_target_: my_mod.MyCallback` with its
+    arguments (train/docs/change_model.md)."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
