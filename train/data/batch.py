@@ -14,42 +14,45 @@ class Batch:
     """Packed sequences on the CPU."""
 
     tokens_BS: Tensor
-    """int64 (B, seq_len + 1): inputs are [:, :-1], targets [:, 1:]."""
+    """int64 (B, seq_len + 1): token ids. The model's inputs are [:, :-1], and the targets are [:, 1:]."""
     documents_BS: Tensor | None = None
-    """int32, same shape: the document or sample that each token belongs to, numbered from 0 in each sequence.
+    """int32 (B, seq_len + 1): the index of the document or sample that each token belongs to, counted from 0 in each sequence.
     Padding has -1. None unless data.mask_documents is set or samples are packed."""
     supervised_BS: Tensor | None = None
-    """bool, same shape: whether a token is supervised. A supervised token has a loss where it is the target. If this
-    field is set, the samples in `documents_BS` are independent: no loss, count or module combines tokens of two
-    samples. None: every token is supervised, and the documents form one continuous text."""
+    """bool (B, seq_len + 1): whether a token is supervised. The loss includes the prediction of a supervised token. None: every
+    token is supervised, and the documents form one continuous text.
+
+    If this field is set, the samples in `documents_BS` are independent: no loss, count or module combines tokens of two
+    samples.
+    """
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """fp32, same shape: inputs of a token loss (train/model/token_losses.py). Each value belongs to its token as a
-    target. `weights` multiply the loss, and `temperatures` divide the logits."""
+    """Maps names to fp32 tensors (B, seq_len + 1), which are inputs of a token loss (train/model/token_losses.py). Each value
+    belongs to its token as a target. `weights` multiply the loss, and `temperatures` divide the logits."""
     experts_BTLK: Tensor | None = None
-    """int64: the experts that another engine chose for every token except the last, in every MoE layer of the main
-    model (mode=score writes them). The model uses these experts. None: the routers choose."""
+    """int64 (B, seq_len, MoE layers of the main model, experts per token): the experts that another engine chose
+    (mode=score writes them). The last token has none. The model uses these experts. None: the routers choose."""
     keys_BTLK: Tensor | None = None
-    """int32: the keys that another engine chose for every token except the last, in every layer of the main model with
-    an indexer. A key is a position in the sequence; -1 fills the row if there are fewer than top_k keys. None: the
+    """int32 (B, seq_len, layers of the main model with an indexer, top_k): the keys that another engine chose. The last
+    token has none. A key is a position in the sequence; -1 fills the row if there are fewer than top_k keys. None: the
     indexers choose."""
 
     def take(self, rows: slice) -> "Batch":
-        """Returns a batch with some of the sequences."""
+        """Returns a batch with the sequences in the slice `rows`."""
         cut = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **cut, tensors={name: tensor[rows] for name, tensor in self.tensors.items()})
 
     @property
     def targets(self) -> int:
-        """Number of targets in the main model's loss."""
+        """Number of targets that the main model's loss includes."""
         learnt_BT = self.learnt_BT
         return self.tokens_BS[:, 1:].numel() if learnt_BT is None else int(learnt_BT.sum())
 
     @property
     def learnt_BT(self) -> Tensor | None:
-        """Whether the main model has a loss on each target, bool (B, seq_len); None: on all targets.
+        """Whether the main model's loss includes each target, bool (B, seq_len); None: it includes all targets.
 
-        A target counts if it is supervised and is not the first token of a sample, because no token predicts the first
-        token of a sample.
+        The loss includes a target if the token is supervised and is not the first token of a sample. No token predicts
+        the first token of a sample.
         """
         if self.supervised_BS is None or self.documents_BS is None:
             return None
@@ -68,7 +71,7 @@ BATCH_KINDS = {
     "documents_BS": (torch.int32, torch.int64),
     "supervised_BS": (torch.bool,),
 }
-"""Accepted dtypes of a batch's fields."""
+"""Maps a field of a batch to the dtypes that a caller may use."""
 RESERVED_NAMES = ("x", "mean", "micro_batches", "experts_BTLK", "keys_BTLK", *BATCH_KINDS)
 """Names that are not allowed in `tensors`, because chunks and pipelines have arguments with these names."""
 
@@ -110,7 +113,7 @@ def check_given_batch(batch: Batch, vocabulary: int) -> None:
 
 
 def _check_documents(batch: Batch) -> None:
-    """Raise UserError unless the samples of each sequence are numbered from 0 and each sample is contiguous."""
+    """Raise UserError unless each sequence numbers its samples 0, 1, 2, ... and each sample is contiguous."""
     documents_BS = batch.documents_BS
     if documents_BS is None or batch.supervised_BS is None:
         return
@@ -130,10 +133,11 @@ class GivenSample:
 
     tokens: list[int]
     first: int
-    """Position of the first learnt token, at least 1; all later tokens are learnt too."""
+    """Index of the first learnt token, at least 1. All later tokens are learnt too, which means that the loss includes
+    their prediction."""
     values: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
-    """Values by the name of a tensor in `Batch.tensors`: one number for all learnt tokens, or one number for each
-    token."""
+    """Maps names of tensors in `Batch.tensors` to values: one number for all learnt tokens, or one number for each
+    learnt token."""
     experts_TLK: Tensor | None = None
     """Experts that another engine chose for all tokens except the last."""
     keys_TLK: Tensor | None = None
@@ -141,10 +145,10 @@ class GivenSample:
 
 
 def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int = 0) -> Batch:
-    """Build a batch with one sample per sequence of `length` tokens. The token `filling` pads it and is not learnt.
+    """Build a batch with one sample in each sequence of `length` tokens.
 
-    All samples must name the same tensors. Raises UserError for a sample that is too long, or whose values do not match
-    its tokens.
+    filling: a token that pads shorter samples and is not learnt. All samples must have `values` for the same tensors.
+    Raises UserError for a sample that is too long, or whose values do not match its tokens.
     """
     if not samples:
         raise UserError("samples", 0, "must be one or more", "leave the step out")
@@ -176,9 +180,11 @@ def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int =
 def _padded(
     name: str, axes: str, choices: Sequence[Tensor | None], tokens: Sequence[int], length: int, filling: int
 ) -> Tensor | None:
-    """Returns the replayed choices of all samples in one tensor (B, length - 1, L, K); None if the first sample has none.
+    """Returns the replayed choices of all samples in one tensor (B, length - 1, L, K); None if the samples have none.
 
-    choices: (tokens - 1, L, K) for each sample. axes: names of L and K. Raises UserError.
+    choices: a tensor (tokens - 1, L, K) for each sample. name, axes: names of the choices, and of L and K, in errors.
+    filling: value after the end of a sample. Raises UserError if only some samples have choices, or if a shape is
+    wrong.
     """
     first = choices[0]
     padded = None if first is None else first.new_full((len(choices), length - 1, *first.shape[1:]), filling)

@@ -1,18 +1,18 @@
 """Renders a chat as text and finds the characters that the model learns: the assistant's text and the stop token.
 
-A Jinja template (the checkpoint's own, or our `plain`) runs in Jinja's sandbox with the settings that transformers
-uses. If the template marks the assistant's turns ({% generation %}), the marked text is learnt. If it does not, this
-file finds the turns by probing: it replaces the content of a message by a character that no text contains. The text
-around this character shows where the turn begins and ends. The learnt part begins after the generation prompt and ends
-with the stop token. A line end after the stop token belongs to the template.
+A Jinja template (the checkpoint's, or our `plain`) runs in Jinja's sandbox with the settings that transformers uses. If
+the template marks the assistant's turns ({% generation %}), the marked text is learnt. Otherwise this file finds the
+turns by probing: it replaces the content of a message by a character that no text contains. The text around this
+character shows where the turn begins and ends. The learnt part begins after the generation prompt and ends with the
+stop token. A line end after the stop token belongs to the template.
 
 The template gets reasoning in the field `reasoning_content`, as in transformers. If a template does not know the field,
 the reasoning stays at the start of the content, as in the record. A template may drop reasoning or a whole message, and
-training would not show that this text is missing. So a missing message is an error, and data.reasoning decides what
-happens to missing reasoning. data.reasoning can also cut old reasoning before rendering.
+the user would not notice this during training. So a missing message is an error, and data.reasoning decides what
+happens to missing reasoning. data.reasoning can also cut old reasoning before the chat is rendered.
 
 A template may write no stop token after a turn. In GLM-4.6, for example, the first token of the next message ends the
-turn. Then the model learns this token as the stop token, and it is appended to the last turn.
+turn. Then the model learns this token as the stop token, and this file appends the token to the last turn.
 """
 
 import contextlib
@@ -41,17 +41,17 @@ PLAIN = "plain"
 TURN_BEGIN, TURN_END = PLACE_MARKS
 PROBE = TURN_BEGIN
 GIVEN = ("messages", "tools", "add_generation_prompt")
-"""Variables that are set for every chat."""
+"""Variables that this file sets for every chat, so the user cannot set them."""
 PROBED_ANSWER = "an answer"
 PROBED_QUESTION = {"role": "user", "content": "a question"}
 PROBED_TURNS = [PROBED_QUESTION, {"role": "assistant", "content": PROBED_ANSWER}]
-"""A chat for probing: the stop token follows its last content."""
+"""A chat for probing: a question and an answer. The template writes the stop token after the answer."""
 PROBED_CALL = {"id": "0", "type": "function", "function": {"name": PROBED_ANSWER, "arguments": {}}}
 OPENED = re.compile(rf"{THINK}\s*\Z")
 CLOSED = re.compile(rf"(?:(?P<open>{THINK})(?P<gap>\s*))?{THOUGHT}\s*\Z")
 EMPTY_THOUGHT = re.compile(rf"\s*(?:{THINK}\s*)?{THOUGHT}\s*")
 NAMED_TOKEN = re.compile(r"<\|[^<>|\s]+\|>|<\uff5c[^<>\uff5c\s]+\uff5c>")
-"""How models spell the special tokens in their templates."""
+"""Matches special tokens in the two usual spellings: `<|name|>`, also with full-width bars."""
 Span = tuple[int, int]
 
 
@@ -60,32 +60,32 @@ class PlacedTurn:
     """Position of one assistant turn in a text."""
 
     begin: int
-    """First character after the generation prompt."""
+    """Index of the first character after the generation prompt."""
     content: int
-    """First character of the content, after the template's own text."""
+    """Index of the first character of the content; the template's text before the content is excluded."""
     end: int
-    """Position after the last character of the turn; the stop token belongs to the turn."""
+    """Index after the last character of the turn. The stop token is part of the turn."""
     cut: bool = False
     """Whether the template cut reasoning from the content."""
 
     def moved(self, count: int) -> "PlacedTurn":
-        """The turn moved by `count` characters."""
+        """Returns the turn with all positions increased by `count` characters."""
         return replace(self, begin=self.begin + count, content=self.content + count, end=self.end + count)
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A chat as text."""
+    """The text of a chat, and the parts of the text that the model learns."""
 
     text: str
     learnt: list[Span]
-    """Learnt spans in order, as (position of the first character, position after the last character)."""
+    """Learnt spans in order, as pairs: index of the first character, and index after the last character."""
     unthought: int = 0
     """Number of learnt turns without reasoning, although the generation prompt opens a reasoning block."""
 
 
 class CannotRender(Exception):
-    """The template cannot render a chat. The exception has the reason and the fix."""
+    """The template cannot render a chat. `rule` is the reason, and `cure` tells the user what to do."""
 
     def __init__(self, rule: str, cure: str):
         super().__init__(rule)
@@ -93,7 +93,7 @@ class CannotRender(Exception):
 
 
 class _Generation(Extension):
-    """Jinja tags that mark the assistant's text."""
+    """Adds to Jinja the tags {% generation %} and {% endgeneration %}, which mark the assistant's text."""
 
     tags = {"generation"}
 
@@ -107,7 +107,7 @@ class _Generation(Extension):
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja's sandbox with the settings that transformers gives it."""
+    """Returns Jinja's sandbox with the settings that transformers uses."""
 
     def to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys=False):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -122,13 +122,14 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """A template with the names of a tokenizer's special tokens."""
+    """A chat template, together with the variables that it may use, such as the special tokens of a tokenizer."""
 
     def __init__(self, sources: dict[str, str], tokens: dict[str, Any], field: str, name: str):
         """Compiles the templates. Raises UserError if a template is broken.
 
         sources: the template under `default`, and optionally a template for chats with tools under `tool_use`. tokens:
-        names of special tokens and other template variables. field, name: the key and the template's name in errors.
+        values of the template's variables by name, such as bos_token. field, name: the configuration key and the name
+        of the template in error messages.
         """
         self.name, self._field, self._tokens, self._sources = name, field, tokens, sources
         environment = _environment()
@@ -145,18 +146,19 @@ class ChatTemplate:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that a chat's text depends on."""
+        """Hash of the template and its variables, which determine the text of a chat."""
         known = json.dumps([sorted(self._sources.items()), sorted(self._tokens.items())])
         return hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
 
     @property
     def files(self) -> dict[str, str]:
-        """Template files for a weights folder, by file name; empty if the template is a function."""
+        """Files that store the template in a weights folder: maps a file name to its text. Empty if the template is a
+        function."""
         return {TEMPLATE_FILES[kind]: source for kind, source in self._sources.items()}
 
     def require_tokens(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError if the template contains a special token that the tokenizer does not know and would split
-        into letters."""
+        """Raise UserError if the template contains a special token that the tokenizer does not know. The tokenizer
+        would split such a token into characters."""
         for source in self._sources.values():
             for token in NAMED_TOKEN.findall(source):
                 refuse_unknown_token(token, tokenizer, self._field, self.name)
@@ -164,7 +166,8 @@ class ChatTemplate:
     def render(self, chat: Chat, supervise: Supervise, reasoning: LostReasoning | None = None) -> RenderedChat:
         """Renders a chat and finds its learnt spans. Raises CannotRender.
 
-        reasoning: what to do with reasoning that the template drops from a learnt turn.
+        supervise: which turns are learnt. reasoning: what to do with reasoning that the template drops from a learnt
+        turn.
         """
         if reasoning is LostReasoning.drop:
             chat = chat.without_reasoning()
@@ -195,10 +198,11 @@ class ChatTemplate:
 
     @cache  # noqa: B019  a run has one template
     def stop(self, called: bool = False) -> str:
-        """The text that ends an assistant turn. Raises CannotRender.
+        """Returns the text that ends an assistant turn. Raises CannotRender.
 
-        The stop is the text that the template writes after the content. If the template writes none, the stop is the
-        first token of the next message, or else the end-of-document token. called: whether the turn calls tools.
+        This is the text that the template writes after the content. If the template writes none, it is the last
+        special token before the content of the next message, or else the end-of-document token. called: whether the
+        turn calls tools.
         """
         if written := self._written_stop():
             return written
@@ -208,7 +212,7 @@ class ChatTemplate:
         return (NAMED_TOKEN.findall(between) or [self._tokens.get("eos_token", "")])[-1]
 
     def stops(self) -> list[str]:
-        """Texts that end an assistant turn, with and without tool calls. Raises CannotRender."""
+        """Returns the texts that end an assistant turn, with and without tool calls. Raises CannotRender."""
         found = [self.stop()]
         with contextlib.suppress(CannotRender):  # a template need not support tools
             found.append(self.stop(called=True))
@@ -220,7 +224,11 @@ class ChatTemplate:
         return after.partition(TURN_END)[0] if TURN_END in after else after.strip()
 
     def _with_stops(self, chat: Chat, text: str, turns: dict[int, PlacedTurn]) -> tuple[str, dict[int, PlacedTurn]]:
-        """Extends each turn to its stop token, also where the template writes no stop token."""
+        """Extends each turn so that it includes its stop token. If the template writes no stop token after the last
+        turn, the method appends it.
+
+        turns: maps the index of a message to its turn. Returns the new text and the new turns.
+        """
         if self._written_stop():
             return text, turns
         for number, turn in turns.items():
@@ -232,7 +240,7 @@ class ChatTemplate:
                 turns = turns | {number: replace(turn, end=found.end())}
         return text, turns
 
-    # Reasoning
+    # Methods for reasoning
 
     def _fitting(self, messages: Sequence[Message]) -> list[Message]:
         """Returns the messages with their reasoning in the field `reasoning_content`. If the template expects reasoning
@@ -251,8 +259,11 @@ class ChatTemplate:
 
     @cache  # noqa: B019
     def _knows_contents_alone(self) -> bool:
-        """Whether the template keeps reasoning at the start of a content, adds no reasoning block before it, and
-        ignores the reasoning field."""
+        """Whether the template handles reasoning only as a part of the content.
+
+        Such a template keeps reasoning at the start of a content, adds no reasoning block before it, and ignores the
+        reasoning field.
+        """
         thought, answer = f"{THINK}\n{PROBE}\n{THOUGHT}", PROBED_TURNS[1]
         text = self._run([PROBED_QUESTION, answer | {"content": f"{thought}\n\n{PROBED_ANSWER}"}], None)
         before, found, _ = text.partition(thought)
@@ -261,7 +272,7 @@ class ChatTemplate:
         return bool(found) and not CLOSED.search(before) and mark not in in_field
 
     def _lost(self, chat: Chat) -> set[int]:
-        """Returns the indices of the turns whose reasoning field the template drops."""
+        """Returns the indices of the messages whose reasoning field the template drops."""
         marks = {n: f"{PROBE}{n}{PROBE}" for n, message in enumerate(chat.messages) if message.get(REASONING)}
         if not marks:
             return set()
@@ -277,8 +288,11 @@ class ChatTemplate:
         wanted: list[int],
         choice: LostReasoning | None,
     ) -> tuple[str, dict[int, PlacedTurn]]:
-        """Inserts dropped reasoning if `choice` asks for it. If the prompt opens a reasoning tag, the turn starts after
-        this tag."""
+        """Inserts dropped reasoning into the text if `choice` asks for it. Returns the new text and the new turns.
+
+        If the generation prompt opens a reasoning tag, a turn with reasoning begins after this tag. wanted: indices of
+        the learnt turns. Raises CannotRender if `choice` is None and the template drops the reasoning of a learnt turn.
+        """
         thoughts = {n: with_field(chat.messages[n]).get(REASONING) for n in turns}
         if not any(thoughts.values()):
             return text, turns
@@ -308,7 +322,7 @@ class ChatTemplate:
         return text, found
 
     def _has(self, text: str, content: str, chat: Chat) -> bool:
-        """Whether the text contains every message with this content; several messages may have the same content."""
+        """Whether the text contains `content` as often as the chat has messages with this content."""
         alike = [m for m in chat.messages if isinstance(m.get("content"), str) and m["content"].strip() == content]
         return text.count(content) >= len(alike)
 
@@ -330,7 +344,7 @@ class ChatTemplate:
             where = f"line {lines[-1]} of the template" if lines else "the template"
             raise CannotRender(f"{where} ends with: {error}", "correct the chat or the template") from error
 
-    # Templates that mark the turns
+    # Methods for templates that mark the turns
 
     def _marked(self, chat: Chat) -> tuple[str, dict[int, PlacedTurn]]:
         text, spans = _unmarked(self._run(chat.messages, chat.tools))
@@ -353,10 +367,14 @@ class ChatTemplate:
             turns[number] = PlacedTurn(begin, place, end, cut)
         return text, turns
 
-    # Templates that do not mark the turns
+    # Methods for templates that do not mark the turns
 
     def _probed(self, chat: Chat) -> tuple[str, dict[int, PlacedTurn]]:
-        """Finds the turns: replaces each assistant content by the probe character and compares the two texts."""
+        """Finds the turns in the text of a chat.
+
+        The method renders the chat with and without the assistant's contents, which a probe character replaces. It
+        compares the two texts. Returns the text and the turns.
+        """
         plain = self._run(chat.messages, chat.tools)
         numbers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
         probed = [
@@ -378,8 +396,12 @@ class ChatTemplate:
         return plain, turns
 
     def _around(self, probed: list[Message], number: int, tools: list[Any] | None, piece: str) -> tuple[int, str]:
-        """Returns the template's own text around a turn's content: the number of characters between the generation
-        prompt and the content in `piece`, and the text after the content."""
+        """Returns what the template writes around the content of one turn: a number of characters, and a text.
+
+        The number counts the characters between the generation prompt and the content. The text follows the content.
+        probed: the chat, with a probe character as each assistant's content. piece: the rendered text between the
+        previous probe character and this one.
+        """
         turn, given = self._run(probed[: number + 1], tools), self._run(probed[:number], tools, True)
         before, _, after = turn.rpartition(PROBE)
         lead = before[_shared(before, given) :]
@@ -387,16 +409,16 @@ class ChatTemplate:
             return len(lead), after.rstrip()
         header = given[
             _shared(given, self._run(probed[:number], tools)) :
-        ]  # the template writes an older turn differently
+        ]  # for an older turn, the template writes another text before the content
         place = piece.rfind(header) if header else -1
         return len(piece) - place - len(header) if place >= 0 else 0, after.rstrip()
 
     def _by_prefix(self, plain: str, chat: Chat, number: int, at: int) -> PlacedTurn:
         """Finds a turn if the template renders turns with and without content differently.
 
-        There are two cases. In the first, the text up to this turn is a prefix of the complete text. In the second,
-        older turns lose their reasoning; then the rest of this turn's text, without the reasoning, follows position
-        `at`. at: end of the previous turn.
+        There are two cases. In the first, the text up to this turn is a prefix of the complete text. In the second, the
+        template drops the reasoning of older turns. Then the method searches the rest of the turn's text, without
+        reasoning, after position `at`. at: end of the previous turn.
         """
         before, message = chat.messages[:number], chat.messages[number]
         turn = self._run([*before, message], chat.tools).rstrip()

@@ -1,7 +1,8 @@
 """Tokenises chats, marks the learnt tokens and fits chats to the sequence length.
 
-The chat's text is encoded as one string, as in an inference engine. The name of a special token in the text
-becomes this special token. A token is learnt if a learnt span overlaps it.
+The chat's text is encoded as one string, as in an inference engine. If the text contains the name of a special token,
+the name becomes this special token. A learnt token is one whose prediction the loss includes. A token is learnt if a
+learnt span of the text overlaps it.
 
 D = chats, N = their tokens.
 """
@@ -28,9 +29,11 @@ from train.data.template_function import template_of
 from train.data.tokenizer import Tokenizer, load_tokenizer
 
 MASK_VERSION = 3
-"""Version of the method that finds learnt tokens. A new version rebuilds the cached token files. Version 1 missed turns
-that begin with a space. Version 2 wrote reasoning into the contents. If the template writes no stop token, version 2
-learnt none."""
+"""Version of the method that finds learnt tokens. A change of the version rebuilds the cached token files.
+
+Version 1 missed turns that begin with a space. Version 2 wrote reasoning into the contents, and it learnt no stop token
+if the template writes none.
+"""
 AT_ONCE = 256
 """Number of chats that are encoded in one call."""
 
@@ -46,7 +49,7 @@ class TokenisedChats:
     """uint64, hashes of the chats' ids."""
     text_bytes: int
     unlearnt: int
-    """Number of chats left out because they have no learnt token."""
+    """Number of chats that were left out because they have no learnt token."""
     unthought: int
     """Number of learnt turns without reasoning, although the generation prompt opens a reasoning block."""
 
@@ -73,8 +76,11 @@ def tokenise_chats(
     source: str,
     settings: Data,
 ) -> Iterator[TokenisedChats]:
-    """Yields the tokens of the chats, in groups. Errors name `field` and `source`. Raises UserError if a chat cannot be
-    rendered."""
+    """Yields the tokens of the chats, in groups of AT_ONCE chats.
+
+    field, source: the configuration key and the name of the data in error messages. Raises UserError if the template
+    cannot render a chat.
+    """
     names: list[str] = []
     rendered: list[RenderedChat] = []
     for name, chat in chats:
@@ -114,7 +120,7 @@ def learnt_tokens(encoding: Encoding, chat: RenderedChat) -> tuple[np.ndarray, n
     """Returns the token ids of a chat (uint32), and a mask (uint8) with 1 for learnt tokens."""
     mask_N = np.zeros(len(encoding.ids), dtype=np.uint8)
     begins_N, ends_N = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
-    for begin, end in chat.learnt:  # a character may be several tokens; begins and ends of tokens increase
+    for begin, end in chat.learnt:  # one character may be several tokens, so search the sorted positions of all tokens
         first, after = np.searchsorted(ends_N, begin, side="right"), np.searchsorted(begins_N, end)
         mask_N[first:after] = 1
     return np.array(encoding.ids, dtype=np.uint32), mask_N
@@ -122,24 +128,28 @@ def learnt_tokens(encoding: Encoding, chat: RenderedChat) -> tuple[np.ndarray, n
 
 @dataclass(frozen=True)
 class FittedChats:
-    """Chats that fit into a sequence, and the counts of chats that did not fit."""
+    """Chats that fit into a sequence, and the numbers of chats that were cut or dropped."""
 
     documents: Documents
     longest: int
-    """Length of the longest chat before cutting, in tokens."""
+    """Length of the longest chat, in tokens, before any chat was cut."""
     cut: int = 0
     dropped: int = 0
     emptied: int = 0
-    """Number of chats dropped because no learnt token is left after the cut."""
+    """Number of chats that were dropped because the cut would remove all of their learnt tokens."""
 
     @property
     def long(self) -> int:
-        """Number of chats that were too long."""
+        """Number of chats that were too long: cut, dropped, or without learnt tokens after the cut."""
         return self.cut + self.dropped + self.emptied
 
 
 def fit_chats(documents: Documents, room: int, too_long: TooLong) -> FittedChats:
-    """Keep chats of at most `room` tokens. `too_long` decides whether a longer chat is cut at its end or dropped."""
+    """Makes all chats fit into `room` tokens.
+
+    too_long: whether a longer chat is cut at its end or dropped. If the cut removes all learnt tokens, the chat is
+    dropped.
+    """
     long_D = documents.lengths_D > room
     longest = int(documents.lengths_D.max(initial=0))
     if not long_D.any():

@@ -6,11 +6,12 @@ The record's keys show which of three forms it has:
   prompt, completion  texts or messages; only the completion is learnt
   conversations   ShareGPT's [{from, value}]
 
-Reasoning is under `reasoning_content` (also read: reasoning, thinking), or is <think>...</think> before the content.
+Reasoning is under `reasoning_content` (or under `reasoning` or `thinking`), or is <think>...</think> before the
+content.
 
 A null under a key means that the key is absent, at every depth. Parquet needs this rule: each row has the keys of all
-rows, and the keys that the row does not use have the value null. So a record gives the same chat in JSONL and in
-Parquet. Nulls in lists stay. Nulls inside a JSON text (tools, messages, arguments) stay too.
+rows, and the keys that the row does not use have the value null. With the rule, a record is the same chat in JSONL and
+in Parquet. Nulls in lists are kept. Nulls inside a JSON text (tools, messages, arguments) are kept too.
 """
 
 import ast
@@ -42,10 +43,10 @@ REASONING = "reasoning_content"
 REASONING_NAMES = (REASONING, "reasoning", "thinking")
 THINK, THOUGHT = "<think>", "</think>"
 LEADING_THOUGHT = re.compile(rf"\s*(?:{THINK})?(.*?){THOUGHT}(.*)", re.DOTALL)
-"""Matches reasoning before a content, and the content. The opening <think> may be missing, because it may belong to
-the prompt."""
+"""Matches reasoning that precedes a content, and the content. The text may lack the opening <think>, because the prompt
+may already contain it."""
 CHAT_KEYS = ("messages", "prompt", "completion", "conversations", "tools", "system")
-"""Columns that are read from Parquet, if present."""
+"""Columns that this file reads from a Parquet file, if the file has them."""
 PLACE_MARKS = "\ufdd0\ufdd1"
 """Unicode noncharacters that mark positions in a text (train/data/chat_template.py)."""
 
@@ -54,7 +55,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages in the form that templates take."""
+    """A chat in the form that templates take."""
 
     messages: list[Message]
     tools: list[Any] | None
@@ -70,7 +71,7 @@ class Chat:
         )
 
     def without_reasoning(self) -> "Chat":
-        """A copy without any reasoning."""
+        """Returns a copy without any reasoning."""
         return replace(self, messages=[_cut(message) for message in self.messages])
 
 
@@ -83,7 +84,7 @@ def _cut(message: Message) -> Message:
 
 
 def with_field(message: Message) -> Message:
-    """Returns the message with leading reasoning moved to `reasoning_content`, for templates that know this field."""
+    """Moves reasoning from the start of the content to `reasoning_content`, for templates that know this field."""
     found = LEADING_THOUGHT.fullmatch(message.get("content") or "") if message["role"] == "assistant" else None
     if found is None or REASONING in message:
         return message
@@ -91,8 +92,11 @@ def with_field(message: Message) -> Message:
 
 
 def read_chat(record: Any, place: str, field: str) -> Chat:
-    """Reads a record. Raises UserError with the record's place for an unknown role, no assistant turn, or any other
-    invalid chat."""
+    """Reads a record. Raises UserError if the chat is invalid, for example if a role is unknown or no turn is the
+    assistant's.
+
+    place: the file and line of the record, for error messages. field: the configuration key of the data.
+    """
 
     def refuse(rule: str, cure: str) -> UserError:
         return UserError(field, place, rule, cure)
@@ -136,7 +140,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All strings in the value, including keys."""
+    """Yields all strings in the value, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -174,7 +178,10 @@ def _from_sharegpt(turn: Any, refuse: Any) -> Message:
 
 
 def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
-    """Returns the message in the form that templates take, and whether its weight is not 0."""
+    """Returns the message in the form that templates take, and whether its weight is 1.
+
+    number: index of the message in the chat. refuse: builds the error for an invalid message.
+    """
     where = f"message {number + 1}"
     if not isinstance(given, dict):
         raise refuse(f"{where} is a {type(given).__name__}, not an object", 'write {"role": ..., "content": ...}')
@@ -206,28 +213,33 @@ def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
     if content or "content" in given or not message.get("tool_calls"):
         message["content"] = content
     if message.get("tool_calls") and given.get("content") is None and not content:
-        message["content"] = None  # as in OpenAI's form, which some templates expect
+        message["content"] = None  # OpenAI's form has a null content here, which some templates expect
     return message, weight == 1
 
 
-# Builds chats from the docstrings of Python code: fine-tuning data that every machine with Python has.
+# Builds chats from the docstrings of Python code. Every machine with Python has such code, so it is an example of
+# fine-tuning data.
 #
 #     user        What does the function textwrap.dedent(text) do?
 #     assistant   Remove any common leading whitespace from every line in `text`.
 #
-# The answer is the first paragraph of the docstring of a module, public class, function or method. The paragraph must be
-# a sentence of SHORTEST_ANSWER to LONGEST_ANSWER characters. A chat has the name of its file, so whole files are held
-# out. At the same data.validation_fraction these are the files that conf=tiny holds out.
+# The answer is the first paragraph of the docstring of a module, public class, function or method. The paragraph must
+# have SHORTEST_ANSWER to LONGEST_ANSWER characters and more than one word. All chats of a file have the file's name as
+# stable id, so whole files are held out. With the same data.validation_fraction, conf=tiny holds out the same files.
 
 SHORTEST_ANSWER, LONGEST_ANSWER = 12, 240
-"""Length limits of an answer in characters: shorter answers say nothing, longer ones are no summaries."""
+"""Minimum and maximum length of an answer, in characters. Shorter texts explain nothing, and longer texts are no
+summaries."""
 LONGEST_SIGNATURE = 80
-"""Longest parameter list in a question, in characters."""
+"""Maximum length of the parameter list in a question, in characters. A longer list becomes `...`."""
 Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def read_docstring_chats(file: SourceFile, field: str) -> Iterator[tuple[str, Chat]]:
-    """The chats of a Python file, each under the file's name; none if this Python version cannot parse the file."""
+    """Yields the chats of a Python file, with the file's name as the stable id of each chat.
+
+    It yields nothing if this version of Python cannot parse the file.
+    """
     code = "".join(text for _, text in read_text(file, field, None))
     try:
         with warnings.catch_warnings():

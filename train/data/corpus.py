@@ -1,10 +1,11 @@
 """Builds the tokenised corpus from the configuration: the slow part of `prepare`, without torch.
 
-For each source it hashes the content, finds or trains the tokenizer, and finds or writes the token folder. A manifest keeps the hashes, so a second start reads no data. Each cache entry is in data.cache under the hash of its inputs:
+For each source it hashes the content, finds or trains the tokenizer, and finds or writes the token folder. A manifest
+stores the hashes, so a second start reads no data. Each cache entry is in data.cache under the hash of its inputs:
   manifests/  hashes of files by name, size and mtime      tokenizers/  trained tokenizers
   tokens/     token folders (token_store.py)               marks/       which large token folders were checked
 
-If two processes need the same entry, the second one waits and then uses the entry of the first. A damaged entry is
+If two processes need the same entry, the first one builds it, and the second one waits for it. A damaged entry is
 reported and rebuilt.
 """
 
@@ -40,7 +41,7 @@ from train.data.tokenise import tokenise
 from train.data.tokenizer import SMALLEST_VOCAB, Tokenizer, check_fit, load_tokenizer, train_bpe
 
 SAMPLE_BYTES = 64 << 20
-"""Maximum text for training a tokenizer, in bytes."""
+"""Maximum number of bytes of text on which a tokenizer is trained."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ class CorpusPart:
     name: str
     """Path of the source, absolute if it is on this machine; `stdlib` for Python's library."""
     content: str
-    """Hash of the source's tokens."""
+    """Hash of the meta of the source's token folder, which contains checksums of the tokens."""
     weight: float
     train: Documents
     validation: Documents
     whole: Documents
-    """Training and held-out documents together, not split."""
+    """Training and held-out documents together; a single document is not cut in two."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Corpus:
     notes: list[str] = field(default_factory=list)
     """Notes for the user, one sentence each."""
     template_files: dict[str, str] | None = None
-    """Jinja templates that rendered the chats, by file name. Empty if a function rendered them; None if the data are
-    not chats."""
+    """Jinja templates that rendered the chats: maps a file name to its text. Empty if a function rendered them; None if
+    the data are not chats."""
 
 
 def build_corpus(config: Config, progress: ReportProgress = silent) -> Corpus:
@@ -77,7 +78,7 @@ def build_corpus(config: Config, progress: ReportProgress = silent) -> Corpus:
 
 
 class _Builder:
-    """State that the steps of one build share."""
+    """Builds one corpus, and holds what the steps of the build share."""
 
     def __init__(self, config: Config, progress: ReportProgress):
         self.config, self.data, self.progress = config, config.data, progress
@@ -119,7 +120,7 @@ class _Builder:
         return Corpus(parts, tokenizer, fingerprint, self.notes)
 
     def _read_own(self, given: tuple[Tokenizer, str] | None) -> Corpus:
-        """The held-out part of data.source as a corpus. Training reads all other documents as a stream."""
+        """Returns the held-out part of data.source as a corpus. Training reads the other documents as a stream."""
         documents = OwnDocuments(self.config)
         content = documents.digest(self.cache, self.progress)
         tokenizer, name = given or self._tokenizer({}, {KEY: documents}, {KEY: content})
@@ -162,7 +163,10 @@ class _Builder:
         return Corpus(parts, tokenizer, fingerprint, self.notes, template.files)
 
     def _tell_of_long(self, fitted: list[tuple[str, FittedChats]], parts: list[CorpusPart]) -> None:
-        """Raise UserError for chats that are too long, or note how many were cut or dropped."""
+        """Raise UserError for chats that are too long, or add notes about how many chats were cut or dropped.
+
+        fitted: name and chats of each source.
+        """
         long = sum(one.long for _, one in fitted)
         if long and self.data.too_long is TooLong.refuse:
             count = sum(len(one.documents) + one.emptied + one.dropped for _, one in fitted)
@@ -204,8 +208,11 @@ class _Builder:
             writer.more = {"unlearnt": unlearnt} | ({"unthought": unthought} if unthought else {})
 
     def _without_short(self, name: str, *sides: Documents) -> tuple[Documents, ...]:
-        """Returns the training documents, the held-out documents and all documents, each filtered by data.min_tokens.
-        The choice of held-out documents does not depend on data.min_tokens."""
+        """Returns the documents with at least data.min_tokens tokens, for each of `sides`.
+
+        sides: training documents, held-out documents, and all documents. They were split before, so data.min_tokens
+        does not change which documents are held out.
+        """
         least = self.data.min_tokens
         if not least:
             return sides
@@ -226,8 +233,11 @@ class _Builder:
     def _tokenizer(
         self, memmaps: dict[str, Path], sources: dict[str, DocumentSource], digests: dict[str, str]
     ) -> tuple[Tokenizer, str]:
-        """Returns the tokenizer and its name if data.tokenizer is not set: from tokenised data, or else trained
-        here."""
+        """Returns the tokenizer and its name if data.tokenizer is not set.
+
+        If some data are already tokenised, it is their tokenizer. Otherwise the method trains one. memmaps: folders of
+        tokenised data, by configuration key. sources, digests: other sources and their hashes, by configuration key.
+        """
         for key, path in memmaps.items():
             if not (path / "tokenizer.json").is_file():
                 raise UserError(
@@ -242,8 +252,8 @@ class _Builder:
         return tokenizer, "null (trained on this data)"
 
     def _trained(self, sources: dict[str, DocumentSource], digests: dict[str, str]) -> str:
-        """Returns the tokenizer.json of a BPE trained on a sample of the training documents, from the cache after the
-        first time."""
+        """Returns the tokenizer.json of a BPE that is trained on a sample of the training documents. The result is
+        cached."""
         rows = self.config.model.vocab_size
         if rows < SMALLEST_VOCAB:
             raise UserError(
@@ -277,12 +287,12 @@ class _Builder:
         return self._once(path, ready, make)
 
     def _tokens(self, source: DocumentSource, digest: str, tokenizer: Tokenizer) -> TokenStore:
-        """Returns the token folder of a source, from the cache or newly written."""
+        """Returns the token folder of a source. Writes the folder if it is not in the cache."""
         path = self.cache / "tokens" / _hash(digest, tokenizer.fingerprint)
         return self._store(path, lambda path: self._write(path, source, tokenizer))
 
     def _store(self, path: Path, write: Callable[[Path], None]) -> TokenStore:
-        """Opens the token folder, after `write` if it is missing or damaged."""
+        """Opens the token folder. If the folder is missing or damaged, calls `write` first."""
 
         def ready() -> TokenStore | None:
             if not path.exists():
@@ -311,8 +321,7 @@ class _Builder:
                 raise no_text(source)
 
     def _once(self, path: Path, ready: Callable, make: Callable):
-        """Returns the cached result. Without a cached result, one process runs `make` while the other processes
-        wait."""
+        """Returns the result of `ready`. If this is None, one process runs `make` while other processes wait."""
         if (found := ready()) is not None:
             return found
         with locked(path, lambda: self.progress("waiting for another process with the same work", 0, 0)):

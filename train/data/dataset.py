@@ -1,4 +1,4 @@
-"""Batches for training and validation. The index of the first sample selects a batch.
+"""Batches for training and validation. A batch is selected by the index of its first sample.
 
 S1 = seq_len + 1, B = sequences.
 """
@@ -15,19 +15,19 @@ from train.data.packing import Documents, PackedChats, Stream
 from train.data.shuffle import key
 from train.data.tokenizer import Tokenizer
 
-# Schedule decides which source of a mix each sample comes from. The shares follow the weights exactly, and the schedule
-# needs no state.
+# A schedule decides which source of a mix each sample comes from. The sources' shares follow the weights exactly, and
+# the schedule needs no state.
 #
-# Source 0 takes its share of all samples: after n samples it has had floor(n * w0 / (w0 + w1 + ...)). The remaining
-# samples are numbered again; source 1 takes its share of these, and so on. Every source's count is a closed form in n
-# and never falls. It differs from the source's exact share by a few samples at most (one per earlier source). Weights
-# become fractions with a denominator of at most 10^6.
+# Source 0 takes its share of all samples: of the first n samples it takes floor(n * w0 / (w0 + w1 + ...)). The other
+# samples are numbered again from 0, source 1 takes its share of them, and so on. So the number of samples of a source
+# among the first n samples is a formula in n that never falls. It differs from the exact share by a few samples at most
+# (one for each earlier source). Weights become fractions with a denominator of at most 10^6.
 #
 # N = samples.
 
 
 class Schedule:
-    """The split of samples 0, 1, 2, ... among sources with these weights (all positive)."""
+    """Splits samples 0, 1, 2, ... among the sources of a mix. weights: one positive weight for each source."""
 
     def __init__(self, weights: list[float]):
         exact = [Fraction(weight) for weight in weights]
@@ -42,8 +42,11 @@ class Schedule:
         return counts
 
     def assign(self, first: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Splits samples [first, first+count) among the sources. Returns two arrays for each source: the rows of the
-        batch that the source fills (int64, 0..count-1), and the indices of these samples within the source."""
+        """Splits the samples first to first + count - 1 among the sources.
+
+        Returns two arrays for each source: the rows of the batch that the source fills (int64, 0..count-1), and the
+        indices of these samples within the source.
+        """
         rows_N, place_N = np.arange(count), np.arange(first, first + count, dtype=np.int64)
         taken = []
         for share in self.shares:
@@ -55,7 +58,7 @@ class Schedule:
 
 
 class TrainingData:
-    """Endless training samples. Sample i is a function of the data, seq_len, the seed and i alone."""
+    """Endless training samples. Sample i depends only on the data, the recipe's seq_len and seed, and i."""
 
     def __init__(self, corpus: Corpus, config: Config):
         self.seq_len, self.mask, self.chats = config.seq_len, config.data.mask_documents, config.data.chats
@@ -68,11 +71,11 @@ class TrainingData:
 
     @property
     def sequences(self) -> float:
-        """Number of samples in one epoch of all sources."""
+        """Mean number of samples in one epoch over all sources."""
         return sum(stream.sequences for stream in self._streams)
 
     def batch(self, first_sample: int, count: int) -> Batch:
-        """Samples first_sample .. first_sample + count - 1, as tokens (count, seq_len + 1)."""
+        """Returns the samples first_sample to first_sample + count - 1, as tokens (count, seq_len + 1)."""
         rows = _Rows(count, self.seq_len, self.mask, self.chats)
         for stream, (rows_B, samples_B) in zip(self._streams, self._schedule.assign(first_sample, count), strict=True):
             for row, window in zip(rows_B.tolist(), stream.windows_N(samples_B).tolist(), strict=True):
@@ -80,7 +83,7 @@ class TrainingData:
         return rows.batch
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Returns the number of epochs of each source's training text after this many samples."""
+        """Returns, for each source, how many epochs of its training text are read after this many samples."""
         counts = self._schedule.counts(samples)
         return {
             name: float(count / stream.sequences)
@@ -102,15 +105,16 @@ class TrainingData:
 
 class ValidationData:
     """Fixed sequences that are spread evenly over the held-out documents. The sequences are the same for every seed and
-    contain no FIM.
+    contain no fill-in-the-middle (FIM) documents.
 
     Bits per byte = nats of all targets / ln 2 / text_bytes of the same sequences. text_bytes is the length of the text
-    that the targets decode to. eos is a target: its loss counts in the nats, because the model must predict where a
-    document ends. But eos counts as 0 bytes.
+    that the targets decode to. eos is a target: the nats include its loss, because the model must predict where a
+    document ends. But eos has 0 bytes of text.
     """
 
     def __init__(self, corpus: Corpus, config: Config, sequences: int | None = None):
-        """sequences: total number of sequences, split among the sources by weight; None: log.validation_sequences."""
+        """sequences: number of sequences in total; the sources' weights split it among the sources. None:
+        log.validation_sequences."""
         self.seq_len, self.mask, self.chats = config.seq_len, config.data.mask_documents, config.data.chats
         self.notes: list[str] = []
         self._tokenizer = corpus.tokenizer
@@ -132,7 +136,8 @@ class ValidationData:
         return len(self._places)
 
     def batch(self, first: int, count: int) -> Batch:
-        """Sequences first .. first + count - 1 as tokens (count, seq_len + 1); the last batch may be shorter."""
+        """Returns the sequences first to first + count - 1, as tokens (count, seq_len + 1). The last batch may be
+        shorter."""
         places = self._places[first : first + count]
         rows = _Rows(len(places), self.seq_len, self.mask, self.chats)
         for row, (stream, window) in enumerate(places):
@@ -140,7 +145,8 @@ class ValidationData:
         return rows.batch
 
     def text_bytes(self, batch: Batch) -> int:
-        """Bytes of the text that this batch's targets decode to; in chats only learnt targets count."""
+        """Number of bytes of the text that this batch's targets decode to. In chats, only learnt targets are
+        included."""
         bytes_BT = self._tokenizer.bytes_V[batch.tokens_BS[:, 1:].numpy()]
         learnt_BT = batch.learnt_BT
         return int(bytes_BT.sum() if learnt_BT is None else bytes_BT[learnt_BT.numpy()].sum())
@@ -149,7 +155,7 @@ class ValidationData:
 def _stream(
     documents: Documents, config: Config, tokenizer: Tokenizer, seed: int, fim_rate: float = 0.0
 ) -> Stream | PackedChats:
-    """Reader of these documents: one continuous text, or packed chats."""
+    """Returns a reader that makes training sequences from these documents: one continuous text, or packed chats."""
     if config.data.chats:
         return PackedChats(documents, config.seq_len, tokenizer.eos_id, seed)
     return Stream(documents, config.seq_len, tokenizer.eos_id, seed, tokenizer.fim_ids, fim_rate)
@@ -165,7 +171,7 @@ class _Rows:
         self._supervised_BS = np.empty(shape, np.bool_) if chats else None
 
     def of(self, row: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Buffers of one row to write: tokens, document numbers and the supervised mask."""
+        """Returns the buffers of one row, which the caller fills: tokens, document numbers and the supervised mask."""
         numbers_S = None if self._numbers_BS is None else self._numbers_BS[row]
         return self._tokens_BS[row], numbers_S, None if self._supervised_BS is None else self._supervised_BS[row]
 

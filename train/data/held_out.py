@@ -1,8 +1,8 @@
 """Chooses the documents that are held out for validation.
 
 A document is held out if the hash of its stable id is below validation_fraction of the hash range. So a new document
-never changes the side of another document. Each side gets at least one document. If there is only one document, it is
-cut in two, and the last part of its bytes is held out.
+does not change whether another document is held out. At least one document is held out, and at least one is used for
+training. If there is only one document, it is cut in two, and the last part of its bytes is held out.
 
 D = documents.
 """
@@ -17,13 +17,16 @@ from train.data.token_store import TokenStore
 from train.data.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 1 << 20
-"""Number of tokens that one step of the search reads."""
+"""Number of tokens that are read at a time to find the cut of a single document."""
 LONGEST_DOCUMENT = 16 << 20
 """Maximum number of characters that one document contributes to the training of a tokenizer."""
 
 
 def held_out_D(hashes_D: np.ndarray, fraction: float) -> np.ndarray:
-    """Whether each of two or more documents is held out (bool)."""
+    """Returns for each of two or more documents whether it is held out (bool).
+
+    hashes_D: hashes of the documents' stable ids. fraction: data.validation_fraction.
+    """
     held_D = hashes_D < np.uint64(fraction * 2**64)
     if not held_D.any():
         held_D[hashes_D.argmin()] = True
@@ -33,7 +36,7 @@ def held_out_D(hashes_D: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def split_documents(store: TokenStore, tokenizer: Tokenizer, fraction: float) -> tuple[Documents, Documents]:
-    """Training and held-out documents of a token folder."""
+    """Returns the training documents and the held-out documents of a token folder."""
     starts_D, lengths_D = store.offsets_D1[:-1], np.diff(store.offsets_D1)
     if len(starts_D) == 1:
         cut = _cut(store.tokens_N, tokenizer.bytes_V, fraction)
@@ -48,7 +51,7 @@ def split_documents(store: TokenStore, tokenizer: Tokenizer, fraction: float) ->
 
 
 def all_documents(store: TokenStore) -> Documents:
-    """All documents of a token folder, not split."""
+    """Returns all documents of a token folder. A single document is not cut in two."""
     return Documents(store.tokens_N, store.offsets_D1[:-1], np.diff(store.offsets_D1), store.supervised_N)
 
 
@@ -59,8 +62,11 @@ def long_documents(documents: Documents, least: int) -> Documents:
 
 
 def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
-    """Returns the number of training tokens of a document that is cut in two. These tokens lie entirely in the first
-    part of its bytes. Each side gets at least one token."""
+    """Returns how many tokens of a single document are used for training; the other tokens are held out.
+
+    The training tokens lie entirely in the first part of the document's bytes. Each part gets at least one token.
+    bytes_V: number of bytes of each token id.
+    """
     chunks = [slice(first, first + TOKENS_AT_ONCE) for first in range(0, len(tokens_N), TOKENS_AT_ONCE)]
     ends = np.cumsum([bytes_V[tokens_N[chunk]].sum() for chunk in chunks])
     goal = (1 - fraction) * ends[-1]
@@ -85,7 +91,7 @@ def training_texts(sources: list[DocumentSource], limit: int, fraction: float) -
 
 
 def _enough(documents: Iterator[tuple[str, str]], limit: int, fraction: float) -> list[tuple[str, str]]:
-    """Returns the first documents of the iterator, until their training documents have `limit` characters."""
+    """Returns documents from the iterator until the training documents among them have `limit` characters."""
     taken, size = [], 0
     for name, text in documents:
         text = text[:LONGEST_DOCUMENT]

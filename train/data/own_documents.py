@@ -1,6 +1,8 @@
 """Reads documents from user code (data.source), pass after pass. A document's index within its pass decides whether the
 document is held out.
 
+A pass is one iteration over all documents of the source.
+
 D = documents.
 """
 
@@ -25,7 +27,7 @@ from train.data.tokenizer import Tokenizer, in_parts
 
 KEY = "data.source"
 LOOKED_AT = 16
-"""Number of documents that are hashed to identify the data. These are the first documents of the source."""
+"""Number of documents whose content is hashed to identify the data: the first documents of the source."""
 END = object()
 
 
@@ -42,9 +44,10 @@ class StreamMark:
     skip: int = 0
     """Number of tokens of this document that precede the sample."""
     pass_samples: int = 0
-    """Number of samples in the first pass; 0 until it ends."""
+    """Number of samples in the first pass; 0 if the first pass has not ended yet."""
     state: str | None = None
-    """JSON of the source's state_dict before it produced the document; None if the source has no state_dict."""
+    """The source's state_dict, as JSON, from before the source produced the document; None if the source has no
+    state_dict."""
 
 
 class OwnDocument(NamedTuple):
@@ -57,22 +60,22 @@ class OwnDocument(NamedTuple):
 
 
 class OwnDocuments:
-    """The documents of data.source, as a `DocumentSource` and as tokens."""
+    """The documents of data.source. This class is a `DocumentSource`, and it also tokenises the documents."""
 
     field = KEY
     size = 1 << 21
-    """Number of characters, from the beginning of the source, that train a tokenizer. It is fixed, because a source may
-    be endless."""
+    """Number of characters from the beginning of the source on which a tokenizer is trained. The number is fixed,
+    because a source may be endless."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None):
-        """tokenizer: None if the tokenizer is not trained yet."""
+        """tokenizer: tokenises the documents; None if the tokenizer is not trained yet."""
         assert config.data.source
         self._section, self._fraction = config.data.source, config.data.validation_fraction
         self.name: str = self._section[TARGET]
         self._tokenizer, self._rows = tokenizer, config.model.vocab_size
 
     def walk(self, mark: StreamMark = StreamMark()) -> Iterator[OwnDocument]:
-        """The documents from a mark on, pass after pass, without end."""
+        """Yields the documents from `mark` on, pass after pass, without end."""
         source = make(KEY, self._section)
         says_state = hasattr(source, "state_dict")
         passes, number = mark.passes, 0
@@ -96,7 +99,7 @@ class OwnDocuments:
         return hash_id(str(document.number)) < self._fraction * 2**64
 
     def tokens(self, document: OwnDocument) -> np.ndarray:
-        """Returns the token ids of a document with eos at the end, int64; empty if the document is empty."""
+        """Returns the token ids of a document, with eos at the end (int64); empty if the document is empty."""
         assert self._tokenizer is not None
         if isinstance(document.content, str):
             ids = [id for part in self._tokenizer.encode_batch(list(in_parts(document.content))) for id in part]
@@ -112,8 +115,11 @@ class OwnDocuments:
         return np.append(ids, self._tokenizer.eos_id).astype(np.int64) if len(ids) else np.empty(0, np.int64)
 
     def held_out(self, wanted: int) -> Documents:
-        """Held-out documents from the start of a pass, with `wanted` tokens in total, or all held-out documents if they
-        have fewer tokens. Raises UserError if there is no held-out document."""
+        """Returns held-out documents from the start of a pass.
+
+        It stops when they have `wanted` tokens in total; if the pass has fewer, it returns all. Raises UserError if the
+        source has no held-out document or no training document.
+        """
         found, size, trains = [], 0, False
         for document in takewhile(lambda one: not one.passes, self.walk()):
             if not self.is_held_out(document):
@@ -133,7 +139,7 @@ class OwnDocuments:
         return []
 
     def digest(self, manifests: Path, progress: ReportProgress) -> str:
-        """Returns the hash of the data.source section and of the first documents."""
+        """Returns the hash of the section data.source and of the first LOOKED_AT documents."""
         hashed = hashlib.blake2b(json.dumps(dict(self._section), sort_keys=True).encode(), digest_size=16)
         for document in islice(takewhile(lambda one: not one.passes, self.walk()), LOOKED_AT):
             content = document.content
@@ -141,7 +147,7 @@ class OwnDocuments:
         return hashed.hexdigest()
 
     def documents(self) -> Iterator[tuple[str, str]]:
-        """Texts of the first pass, for training a tokenizer."""
+        """Yields index and text of the documents of the first pass, for training a tokenizer."""
         for document in takewhile(lambda one: not one.passes, self.walk()):
             if not isinstance(document.content, str):
                 rule = f"is unknown, and {self.name} gives token ids, not text for training a tokenizer"

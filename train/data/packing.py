@@ -1,18 +1,20 @@
 """Packed training sequences, each a pure function of (seed, index) (paper 4.1).
 
-The algorithm. In epoch e, (seed, e) shuffles the documents, and eos ends each document. The epochs follow one another
-as one endless stream of tokens. Window w covers tokens [w*S, w*S + S], S = seq_len. Neighbouring windows overlap by one
-token, so every token is the target of exactly one window. The windows that begin inside epoch e are the samples of
-epoch e. A second shuffle orders these windows, so that the parts of a long document are rarely in one batch.
+The algorithm. In epoch e, the random order (seed, e) shuffles the documents, and eos ends each document. The epochs
+follow one another as one endless stream of tokens. Window w covers tokens w*S to w*S + S (inclusive) of the stream, S =
+seq_len. Neighbouring windows overlap by one token, so every token is the target of exactly one window. The samples of
+epoch e are the windows that begin inside epoch e. A second shuffle orders these windows, so that the parts of a long
+document are rarely in one batch.
 
-FIM (paper 4.1, PSM order) turns a document into begin, prefix, hole, suffix, end, middle, eos. The two cuts are between
-tokens, not characters. So the text is not tokenised again, and the length of the FIM document is known in advance:
-three tokens more. Slot g, counted over all epochs, is a FIM document if floor((g+1)*rate) > floor(g*rate). The
-documents in the slots are shuffled, so this choice is as good as random. The number of FIM documents before any slot is
-a closed form. The start of every epoch and the position of every sample are closed forms too. So a resumed run replays
-nothing, at any rank count.
+Fill-in-the-middle (FIM; paper 4.1, PSM order) reorders a document: begin, prefix, hole, suffix, end, middle, eos. The
+document is cut between tokens, not between characters. So the text is not tokenised again, and the FIM document is
+always three tokens longer. The slots of all epochs have indices g = 0, 1, 2, ... The document in slot g becomes a FIM
+document if floor((g+1)*rate) > floor(g*rate). The documents in the slots are shuffled, so this choice is as good as
+random. The number of FIM documents before any slot is a formula. So the start of every epoch and the position of every
+sample are formulas too, and a resumed run does not read earlier data again, with any number of ranks.
 
-The index of an epoch (document order and ends) takes O(documents) memory. Only the two newest epochs are in memory.
+The index of an epoch (order and ends of the documents) takes O(documents) memory. Only the indices of the two newest
+epochs are in memory.
 
 D = documents, S1 = seq_len + 1, N = any number of samples.
 """
@@ -35,13 +37,14 @@ class Documents:
     """A selection of documents in a token file."""
 
     tokens: np.ndarray
-    """The whole file (uint16 or uint32), usually memory-mapped."""
+    """The tokens of the whole file (uint16 or uint32), usually memory-mapped."""
     starts_D: np.ndarray
     """Position of the first token of each document (int64)."""
     lengths_D: np.ndarray
     """Number of tokens of each document, without eos (int64)."""
     supervised: np.ndarray | None = None
-    """uint8 for each token of the file: 1 if the token is supervised. None: all tokens are supervised."""
+    """uint8 for each token of the file: 1 if the token is supervised, which means that the loss includes its
+    prediction. None: all tokens are supervised."""
 
     def __len__(self) -> int:
         return len(self.starts_D)
@@ -51,13 +54,13 @@ class Documents:
 class _Epoch:
     order_D: np.ndarray
     ends_D: np.ndarray
-    """End of the document in each slot, in tokens from the start of the epoch."""
+    """End of the document in each slot, counted in tokens from the start of the epoch."""
 
 
 class Stream:
     """The endless token stream over some documents, and its windows.
 
-    eos is the token after each document; fim are the (begin, hole, end) tokens, required if fim_rate > 0.
+    eos: the token after each document. fim: the tokens (begin, hole, end), required if fim_rate > 0.
     """
 
     def __init__(
@@ -77,7 +80,8 @@ class Stream:
         self.fim = [np.array([token], dtype) for token in fim or ()]
         self.plain_tokens = int(documents.lengths_D.sum()) + len(documents)
         self.mean_tokens = self.plain_tokens + FIM_TOKENS * len(documents) * self.rate
-        """Average tokens of an epoch; FIM may add three more or less."""
+        """Mean number of tokens in an epoch. An epoch may have three tokens more or less, because it has a whole number
+        of FIM documents."""
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def tokens_before(self, epoch: int) -> int:
@@ -85,12 +89,12 @@ class Stream:
         return epoch * self.plain_tokens + FIM_TOKENS * self._fim_before(epoch * len(self.documents))
 
     def samples_before(self, epoch: int) -> int:
-        """Returns the number of samples before this epoch: these are the windows that begin before the epoch's first
+        """Returns the number of samples before this epoch: the number of windows that begin before the epoch's first
         token."""
         return -(-self.tokens_before(epoch) // self.seq_len)
 
     def windows_N(self, samples_N: np.ndarray) -> np.ndarray:
-        """Returns the window index (int64) of each sample; samples_N must increase."""
+        """Returns the window index (int64) of each sample. The indices in samples_N must increase."""
         windows_N = np.empty(len(samples_N), dtype=np.int64)
         done = 0
         while done < len(samples_N):
@@ -104,7 +108,7 @@ class Stream:
 
     @property
     def sequences(self) -> float:
-        """Samples of an epoch, on average."""
+        """Mean number of samples in an epoch."""
         return float(self.mean_tokens / self.seq_len)
 
     @property
@@ -115,11 +119,12 @@ class Stream:
     def fill(
         self, window: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None, supervised_S: np.ndarray | None = None
     ) -> None:
-        """Fill in a window: its tokens and their document numbers, from 0."""
+        """Fill the buffers with one window: its tokens, and their document indices, counted from 0 in the window."""
         self.read(window * self.seq_len, tokens_S, numbers_S)
 
     def read(self, first_token: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None) -> None:
-        """Fill tokens_S from this position of the stream on; numbers_S gets the document numbers, from 0."""
+        """Fill tokens_S with the stream's tokens from `first_token` on, and numbers_S with their document indices from
+        0."""
         number, filled = 0, 0
         for pieces, skip in self._documents_from(first_token):
             begin = filled
@@ -138,8 +143,11 @@ class Stream:
                 return
 
     def _documents_from(self, token: int) -> Iterator[tuple[list[np.ndarray], int]]:
-        """Yields the documents from the one with this token on. Each comes as a list of token arrays, with the number
-        of tokens to skip at its start."""
+        """Yields documents of the stream, beginning with the document that contains the token with this position.
+
+        Each document is a list of token arrays and a number of tokens to skip at its start, which is 0 after the first
+        document.
+        """
         number = self._epoch_of(token, self.tokens_before, 1)
         local = token - self.tokens_before(number)
         epoch = self._epoch(number)
@@ -164,11 +172,12 @@ class Stream:
         return [begin, text[:low], hole, text[high:], end, text[low:high], self.eos]
 
     def _fim_before(self, place):
-        """Number of FIM documents among the first `place` slots of all epochs; an int or an int64 array."""
+        """Number of FIM documents in the first `place` slots, counted over all epochs. `place` may be an int or an
+        int64 array."""
         return place * self.rate.numerator // self.rate.denominator
 
     def _epoch(self, number: int) -> _Epoch:
-        """Index of an epoch, built on first use."""
+        """Returns the index of an epoch: the order and the ends of its documents. It is built on first use."""
         if number not in self._epochs:
             size = len(self.documents)
             order_D = shuffled_D(key(self.seed, number, 0), size)
@@ -182,9 +191,11 @@ class Stream:
         return self._epochs[number]
 
     def _epoch_of(self, position: int, before: Callable[[int], int], tokens: int) -> int:
-        """Returns the epoch e with before(e) <= position < before(e + 1). Two successive positions are `tokens` tokens
-        apart."""
-        epoch = int(position * tokens // self.mean_tokens)  # at most a few epochs off
+        """Returns the epoch e with before(e) <= position < before(e + 1).
+
+        tokens: distance between two successive positions, in tokens.
+        """
+        epoch = int(position * tokens // self.mean_tokens)  # an estimate, which is at most a few epochs off
         while before(epoch) > position:
             epoch -= 1
         while before(epoch + 1) <= position:
@@ -194,24 +205,26 @@ class Stream:
 
 # PackedChats fills sequences with whole, independent chats, as a pure function of (seed, index).
 #
-# The algorithm. The seed shuffles the chats, and a stable sort puts the longest chat first. Each chat goes into the
-# sequence with the least free space that is enough (best fit, decreasing). Padding fills the rest of a sequence and has
-# no loss. The same chats share a sequence in all epochs; the order of the sequences changes from epoch to epoch.
-# A resumed run replays nothing: its position is the sample number.
+# The algorithm. The seed shuffles the chats, and a stable sort puts the longest chat first. Each chat goes into that
+# sequence whose free space is the smallest that is large enough (best fit, decreasing). Padding fills the rest of a
+# sequence and has no loss. The same chats share a sequence in all epochs; the order of the sequences changes from epoch
+# to epoch. A resumed run does not read earlier data again, because a sample's index determines the sample.
 #
-# To find the best fit, the distinct free spaces are in a sorted list of at most seq_len + 1 entries.
+# To find the best fit, a sorted list contains the distinct free spaces, at most seq_len + 1 entries.
 #
 # D = chats, S1 = seq_len + 1 tokens of a sequence, N = any number of samples.
 
 
 def pack_chats(lengths_D: np.ndarray, room: int, seed: int) -> list[list[int]]:
-    """Returns the indices of the chats in each sequence of `room` tokens. No chat is split. No chat may be longer than
-    `room`."""
+    """Returns the indices of the chats in each sequence.
+
+    room: number of tokens of a sequence. No chat may be longer, and no chat is split.
+    """
     order_D = shuffled_D(key(seed, 0), len(lengths_D))
     order_D = order_D[np.argsort(-lengths_D[order_D], kind="stable")]
     sequences: list[list[int]] = []
     with_space: dict[int, list[int]] = {}
-    """Maps the free space to the indices of the sequences with this space."""
+    """Maps an amount of free space to the indices of the sequences with this free space."""
     spaces: list[int] = []
     """The keys of `with_space`, sorted."""
     for chat, length in zip(order_D.tolist(), lengths_D[order_D].tolist(), strict=True):
@@ -233,7 +246,7 @@ def pack_chats(lengths_D: np.ndarray, room: int, seed: int) -> list[list[int]]:
 
 
 class PackedChats:
-    """The endless samples of packed chats, for `train.data.dataset`."""
+    """The endless samples of packed chats. `train.data.dataset` uses them like a `Stream`."""
 
     def __init__(self, documents: Documents, seq_len: int, eos: int, seed: int):
         """eos: the padding token."""
@@ -243,7 +256,7 @@ class PackedChats:
 
     @property
     def sequences(self) -> float:
-        """Samples of an epoch."""
+        """Number of samples in an epoch."""
         return float(len(self._sequences))
 
     @property
@@ -251,7 +264,7 @@ class PackedChats:
         return len(self._sequences)
 
     def windows_N(self, samples_N: np.ndarray) -> np.ndarray:
-        """Returns the sequence index (int64) of each sample; samples_N must increase."""
+        """Returns the sequence index (int64) of each sample. samples_N: indices of the samples."""
         count = len(self._sequences)
         epochs_N, inside_N = np.divmod(samples_N.astype(np.int64), count)
         found_N = np.empty(len(samples_N), dtype=np.int64)
@@ -263,7 +276,10 @@ class PackedChats:
     def fill(
         self, window: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None, supervised_S: np.ndarray | None
     ) -> None:
-        """Fill in a sequence: tokens, the chat index of each token (-1 for padding), and the supervised mask."""
+        """Fill the buffers with one sequence: its tokens, the chat of each token, and the supervised mask.
+
+        Chats are numbered from 0 within the sequence; padding has -1.
+        """
         assert numbers_S is not None and supervised_S is not None
         tokens_S[:], numbers_S[:], supervised_S[:] = self._eos, -1, False
         at = 0

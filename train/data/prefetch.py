@@ -10,10 +10,11 @@ from train.data.batch import Batch
 
 
 class Prefetch:
-    """Iterates over make(*request) for each request of a plan; one thread runs `ahead` requests early.
+    """Iterates over the batches of a plan, and builds them in a thread before they are needed.
 
-    An exception in `make` or in the plan is raised in the consumer when the consumer reaches that batch. `close` (or
-    leaving the context manager) stops the thread; then the iteration ends.
+    make: builds the batch of one request. plan: the requests; each is a tuple of arguments of `make`. ahead: number of
+    batches that are built in advance. If `make` or the plan raises an exception, the consumer gets it when it reaches
+    that batch. `close` (or leaving the context manager) stops the thread, and then the iteration ends.
     """
 
     def __init__(self, make: Callable[..., Batch], plan: Iterable[tuple[int, int]], ahead: int = 2):
@@ -24,7 +25,7 @@ class Prefetch:
         self._coming = deque(self._pool.submit(self._make_next) for _ in range(ahead))
 
     def _make_next(self) -> Batch:
-        batch = self._make(*next(self._plan))  # its StopIteration ends the consumer's loop
+        batch = self._make(*next(self._plan))  # StopIteration of the plan ends the consumer's loop
         got_on()
         return batch
 

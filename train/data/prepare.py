@@ -24,18 +24,18 @@ class PreparedData:
     validation: ValidationData
     tokenizer: Tokenizer
     fingerprint: str
-    """Hash of everything that decides the samples, except seed and seq_len; stored in each checkpoint."""
+    """Hash of everything that determines the samples, except seed and seq_len. Each checkpoint stores it."""
     held_out: dict[str, Any]
-    """Identifies the held-out documents; stored in each checkpoint. It has the fraction, the rule (data.hold_out_by),
-    and each source's name and content."""
+    """Identifies the held-out documents: the fraction, the rule (data.hold_out_by), and each source's name and content.
+    Each checkpoint stores it."""
     notes: list[str] = field(default_factory=list)
     """Notes for the user, one sentence each."""
     template_files: dict[str, str] | None = None
-    """Jinja templates that rendered the chats, by file name. Empty if a function rendered them; None if the data are
-    not chats."""
+    """Jinja templates that rendered the chats: maps a file name to its text. Empty if a function rendered them; None if
+    the data are not chats."""
 
     def save_words(self, folder: Path) -> None:
-        """Write the tokenizer's files. If a template rendered the chats, write it instead of the tokenizer's own
+        """Write the tokenizer's files. If a template rendered the chats, write this template instead of the tokenizer's
         templates."""
         files = self.tokenizer.files
         if self.template_files is not None:
@@ -46,8 +46,8 @@ class PreparedData:
 def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
     """Find or build the tokenizer and the tokens, and open them. Raises UserError.
 
-    Idempotent and safe in several processes. The driver calls it before it starts the ranks, so the ranks find
-    everything in the cache. If another process builds the same data, this process waits for it.
+    Idempotent and safe in several processes. The driver calls this function before it starts the ranks, so the ranks
+    find everything in the cache. If another process builds the same data, this process waits for it.
     """
 
     def tell(stage: str, done: int, total: int) -> None:
@@ -69,8 +69,8 @@ def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
 
 
 def with_steps(config: Config) -> Config:
-    """Returns the recipe with enough steps for `epochs` epochs over all sources. The last step may read some sequences
-    again.
+    """Returns the recipe with as many steps as `epochs` epochs over all sources need. The last step may read some
+    sequences again.
 
     Builds the tokens if they are missing. Raises UserError.
     """
@@ -79,7 +79,7 @@ def with_steps(config: Config) -> Config:
         corpus = build_corpus(config, progress)
     wanted = TrainingData(corpus, config).sequences * config.epochs
     steps = math.ceil(wanted / config.batch_size)
-    while Schedules(replace(config, steps=steps)).samples[-1] < wanted:  # a batch-size ramp begins with smaller batches
+    while Schedules(replace(config, steps=steps)).samples[-1] < wanted:  # a ramp starts with smaller batches
         steps += 1
     if config.optim.warmup_steps >= steps:
         rule = f"is not less than the {steps} steps of epochs = {config.epochs:g} and batch_size = {config.batch_size}: the warm-up would not end"

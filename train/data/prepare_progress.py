@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 ReportProgress = Callable[[str, int, int], None]
-"""Called with the stage, the bytes done and the total bytes."""
+"""A function that is called with the name of the stage, the bytes done and the total bytes."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -23,7 +23,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @contextmanager
 def show_progress() -> Iterator[ReportProgress]:
-    """Provides a progress callback for `prepare` and `build_corpus` while the context is open."""
+    """Returns a context that provides a progress callback for `prepare` and `build_corpus`."""
     with ExitStack() as stack:
         yield _Bar(stack) if sys.stderr.isatty() else _Lines()
 
@@ -50,7 +50,7 @@ class _Bar:
 
     @cached_property
     def _progress(self) -> "ProgressBar":
-        """Created on first use, so that a start with a full cache does not wait for the import of rich."""
+        """The bar is created on first use, so that a start with a full cache does not wait for the import of rich."""
         from rich import progress
 
         from conf.screen import Terminal

@@ -1,5 +1,5 @@
-"""Checks whether the Hugging Face Hub is reachable, only one time per process. The check has a time limit; the Hub's
-libraries would retry for minutes."""
+"""Checks whether the Hugging Face Hub is reachable, at most once per process. The check has a time limit, because the
+Hub's libraries would retry for minutes."""
 
 import os
 import sys
@@ -9,22 +9,30 @@ from functools import cache
 from threading import Thread
 
 REACH_SECONDS = 10.0
-"""Time limit in seconds, a slow name look-up included."""
+"""Time limit of the check in seconds. It includes the look-up of the host name."""
 
 
 def hub() -> str:
-    """Address of the hub. The environment variable is the one that the hub's libraries read."""
+    """Returns the address of the Hub. The Hub's libraries read the same environment variable."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 @cache
 def offline_reason() -> str | None:
-    """Why the hub is unreachable; None if it is reachable. If the hub is unreachable, this call also switches its
-    libraries to their caches for the rest of the process."""
-    wanted = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads it
+    """Returns the reason why the Hub is unreachable; None if it is reachable.
+
+    If the Hub is unreachable, this call also makes the Hub's libraries use only their caches for the rest of the
+    process.
+    """
+    wanted = os.environ.get("HF_HUB_OFFLINE", "").upper() in (
+        "1",
+        "ON",
+        "YES",
+        "TRUE",
+    )  # as in huggingface_hub
     reason = "HF_HUB_OFFLINE is set" if wanted else _unreachable(hub())
     if reason is not None:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for modules imported later, and for other processes
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for modules that are imported later, and for child processes
         for name in ("huggingface_hub.constants", "datasets.config"):
             if name in sys.modules:
                 vars(sys.modules[name])["HF_HUB_OFFLINE"] = True
@@ -38,12 +46,12 @@ def _unreachable(address: str) -> str | None:
         try:
             urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=REACH_SECONDS).close()
             reasons[0] = None
-        except urllib.error.HTTPError:  # the hub answers
+        except urllib.error.HTTPError:  # any HTTP answer shows that the hub is reachable
             reasons[0] = None
         except (OSError, ValueError) as error:
             reasons[0] = str(getattr(error, "reason", error))
 
-    asking = Thread(target=ask, daemon=True)  # a name look-up has no time limit of its own
+    asking = Thread(target=ask, daemon=True)  # a thread, because the look-up of the host name has no time limit
     asking.start()
     asking.join(REACH_SECONDS)
     return reasons[0]

@@ -1,5 +1,7 @@
-"""Reads documents (stable id, text) from one file, and holds only a part of the file in memory. Raises UserError if the
-file is unreadable."""
+"""Reads documents (stable id, text) from one file. Only a part of the file is in memory at a time.
+
+Raises UserError if the file is unreadable.
+"""
 
 import gzip
 import io
@@ -17,15 +19,16 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 TEXT_PIECE_BYTES = 16 << 20
-"""Size in bytes above which a text file is cut, at the previous line end."""
+"""Maximum bytes of a text document. A longer file is cut at line ends into several documents."""
 READ_BYTES = 1 << 20
 LONGEST_LINE = 128 << 20
-"""Maximum bytes of a JSONL line. The complete line is in memory, and for a moment there are two copies of it."""
+"""Maximum number of bytes of a JSONL line. A line is read completely, and two copies of it may be in memory."""
 LARGEST_RATIO, FREE = 1000, 1 << 30
-"""Limits against decompression bombs. If the output exceeds FREE bytes, it may be at most LARGEST_RATIO times the file
-size. Text compresses to about a tenth."""
+"""Limits against decompression bombs. Output of more than FREE bytes may be at most LARGEST_RATIO times the file size.
+Text usually compresses to about a tenth."""
 ZSTD_INPUT = 4 << 10
-"""Bytes that one call decompresses. 4 bytes of Zstandard can become 128 KiB, so one call produces at most 128 MiB."""
+"""Number of compressed bytes that are decompressed in one call. 4 bytes of Zstandard can become 128 KiB, so one call
+produces at most 128 MiB."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -33,17 +36,17 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 class SourceFile:
     path: Path
     name: str
-    """Path relative to the source's root, with slashes: the same on every machine."""
+    """Path relative to the source's root, with slashes, so that it is the same on every machine."""
     size: int
     modified: int
-    """mtime in ns."""
+    """Time of the last change (mtime) in ns."""
 
 
 def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator[tuple[str, str]]:
-    """The file as one document, or as several if it is longer than TEXT_PIECE_BYTES.
+    """Yields the file as one document, or as several if it is longer than TEXT_PIECE_BYTES.
 
-    A binary file (a NUL among the first 8 KiB: git's rule) yields nothing, and its name is added to `binary`. If
-    `binary` is None, there is no such check.
+    binary: receives the names of binary files, which yield nothing. As in git, a file is binary if its first 8 KiB
+    contain a NUL. None: there is no such check.
     """
     with file.path.open("rb") as stream:
         offset, number, rest = 0, 0, b""
@@ -61,13 +64,15 @@ def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator
 
 
 def _cut(block: bytes) -> int:
-    """Returns the place to cut a piece: after the last line end in its second half, or else before the last
-    character."""
+    """Returns the number of bytes of `block` to put into the first of two documents.
+
+    The cut is after the last line end in the second half of the block, or else before the last character.
+    """
     line = block.rfind(b"\n", len(block) // 2) + 1
     if line:
         return line
     cut = len(block) - 1
-    while cut > len(block) - 4 and block[cut] & 0xC0 == 0x80:  # a continuation byte
+    while cut > len(block) - 4 and block[cut] & 0xC0 == 0x80:  # do not cut before a continuation byte of UTF-8
         cut -= 1
     return cut
 
@@ -85,13 +90,13 @@ def _decode(raw: bytes, file: SourceFile, offset: int, field: str) -> str:
 
 
 def read_jsonl(file: SourceFile, text_key: str, field: str) -> Iterator[tuple[str, str]]:
-    """One document per line: the string under text_key."""
+    """Yields one document per line: the string under text_key."""
     for name, place, record in read_jsonl_records(file, field):
         yield name, _text_of(record, text_key, place, field)
 
 
 def read_jsonl_records(file: SourceFile, field: str) -> Iterator[tuple[str, str, object]]:
-    """Stable id, place for errors and value of each line."""
+    """Yields the stable id, the place for error messages, and the value of each line."""
     offset = number = 0
     for line in read_lines(file, field):
         number, size = number + 1, len(line)
@@ -125,12 +130,12 @@ def _text_of(record: object, text_key: str, place: str, field: str) -> str:
 
 
 def text_key_of(field: str) -> str:
-    """Returns the text_key setting that belongs to a path setting."""
+    """Returns the name of the text_key setting that belongs to a path setting."""
     return field.removesuffix("path") + "text_key"
 
 
 def check_text(value: object, place: str, text_key: str, field: str) -> str:
-    """Returns the value as text; null counts as empty text."""
+    """Returns the value as text; null becomes an empty text. Raises UserError for any other value that is not text."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -143,7 +148,7 @@ def check_text(value: object, place: str, text_key: str, field: str) -> str:
 
 
 def read_lines(file: SourceFile, field: str) -> Iterator[bytes]:
-    """Lines of the file; the suffix decides how it is decompressed."""
+    """Yields the lines of the file. The file name's suffix decides how the file is decompressed."""
     with file.path.open("rb", buffering=READ_BYTES) as raw:
         if file.name.endswith(".zst"):
             stream = io.BufferedReader(_Zstandard(raw), READ_BYTES)
@@ -156,7 +161,7 @@ def read_lines(file: SourceFile, field: str) -> Iterator[bytes]:
 
 
 def _bounded(readline: Callable[[int], bytes], file: SourceFile, field: str) -> Iterator[bytes]:
-    """The lines of a stream, with limits on line length and decompressed size."""
+    """Yields the lines of a stream. Raises UserError if a line is too long, or the decompressed data are too large."""
     largest = max(FREE, LARGEST_RATIO * file.size)
     number = size = 0
     while line := readline(LONGEST_LINE + 1):
@@ -173,11 +178,11 @@ def _bounded(readline: Callable[[int], bytes], file: SourceFile, field: str) -> 
 
 
 class _BrokenError(Exception):
-    """The data are not Zstandard, or end in the middle of a frame."""
+    """The data are not valid Zstandard, or end in the middle of a frame."""
 
 
 class _Zstandard(io.RawIOBase):
-    """Decompresses Zstandard frames; unlike the library's reader it detects a truncated last frame."""
+    """Decompresses Zstandard frames. Unlike the reader of the library, it detects a truncated last frame."""
 
     def __init__(self, raw: BinaryIO):
         import zstandard  # imported only when such a file is read
@@ -211,7 +216,7 @@ class _Zstandard(io.RawIOBase):
 
 
 def read_parquet(file: SourceFile, text_key: str, field: str) -> Iterator[tuple[str, str]]:
-    """One document per row: the value of the column text_key."""
+    """Yields one document per row: the value of the column text_key."""
 
     def of_text(names: list[str]) -> list[str]:
         if text_key not in names:
@@ -226,9 +231,12 @@ def read_parquet(file: SourceFile, text_key: str, field: str) -> Iterator[tuple[
 def read_parquet_records(
     file: SourceFile, field: str, columns: Callable[[list[str]], list[str]]
 ) -> Iterator[tuple[str, str, dict[str, object]]]:
-    """Stable id, place for errors and values of each row. `columns` chooses the columns from the list of all names."""
+    """Yields the stable id, the place for error messages, and the values of each row.
+
+    columns: a function that chooses the columns to read from the list of all column names.
+    """
     import pyarrow
-    import pyarrow.parquet  # an import of half a second, only when such a file is read
+    import pyarrow.parquet  # takes half a second, so imported only when such a file is read
 
     try:
         with pyarrow.parquet.ParquetFile(file.path) as table:

@@ -1,4 +1,7 @@
-"""mode=show_data: prints chats as the run learns them, with learnt text in green and totals."""
+"""mode=show_data: prints chats with the learnt text in green, and totals.
+
+Learnt text is the part of a chat whose prediction the loss includes.
+"""
 
 import numpy as np
 from rich.table import Table
@@ -16,7 +19,7 @@ from train.data.tokenizer import Tokenizer
 
 SHOWN_CHATS = 3
 SHOWN_TOKENS = 400
-"""Maximum tokens of an example."""
+"""Maximum number of tokens that are printed of an example."""
 
 
 def show_data(config: Config) -> int:
@@ -37,7 +40,7 @@ def show_data(config: Config) -> int:
 
 
 def _spread(count: int) -> list[int]:
-    """Indices of the chats to show as examples. They are spread evenly over all chats."""
+    """Returns the indices of the chats to show as examples, spread evenly over all chats."""
     return sorted({count * place // SHOWN_CHATS for place in range(SHOWN_CHATS)}) if count else []
 
 
@@ -75,7 +78,7 @@ def _totals(parts: list[CorpusPart], data: TrainingData, config: Config) -> Tabl
 
 
 def learnt_share(documents: Documents) -> float:
-    """Share of the tokens that are learnt."""
+    """Returns the fraction of the tokens that are learnt."""
     assert documents.supervised is not None
     spans = zip(documents.starts_D.tolist(), documents.lengths_D.tolist(), strict=True)
     learnt = sum(int(documents.supervised[start + 1 : start + length].sum()) for start, length in spans)

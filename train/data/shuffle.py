@@ -1,6 +1,7 @@
-"""Random orders as pure functions of numbers: no state, and no library generator whose stream may change.
+"""Random orders as pure functions of integers. They have no state, and use no generator of a library, which might
+change.
 
-The data order gets all its randomness from `key` (a seed for a purpose), `noise_N` (64 random bits per index) and
+The data order uses randomness only from `key` (a seed for a purpose), `noise_N` (64 random bits per index) and
 `permute_N`. `permute_N` evaluates a permutation of [0, size) point by point, so sample 10^9 costs the same as sample 0.
 """
 
@@ -17,7 +18,8 @@ def _mix(x: int) -> int:
 
 
 def key(*numbers: int) -> int:
-    """Returns a 64-bit seed for this sequence of numbers; a different order or length gives a different seed."""
+    """Returns a 64-bit seed for this sequence of integers. A sequence with another order or length gets another
+    seed."""
     state = len(numbers)
     for number in numbers:
         state = _mix((state + 0x9E3779B97F4A7C15 + _mix(number & MASK)) & MASK)
@@ -25,7 +27,7 @@ def key(*numbers: int) -> int:
 
 
 def noise_N(seed: int, index_N: np.ndarray) -> np.ndarray:
-    """64 random bits (uint64) for each index (uint64)."""
+    """Returns 64 random bits (uint64) for each index (uint64)."""
     x_N = index_N * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
     x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -33,15 +35,15 @@ def noise_N(seed: int, index_N: np.ndarray) -> np.ndarray:
 
 
 def shuffled_D(seed: int, size: int) -> np.ndarray:
-    """The numbers 0..size-1 (int64) in random order: O(size)."""
+    """Returns the integers 0 to size - 1 (int64) in random order, in O(size)."""
     return np.argsort(noise_N(seed, np.arange(size, dtype=np.uint64)), kind="stable")
 
 
 def permute_N(seed: int, index_N: np.ndarray, size: int) -> np.ndarray:
     """Returns the images (int64) of index_N under a random permutation of [0, size), in O(1) per index.
 
-    Four Feistel rounds permute the smallest domain of 2^(2k) numbers that holds [0, size). An image outside [0, size)
-    is permuted again until it falls inside (cycle walking, fewer than 4 times on average). The result is still a
+    Four Feistel rounds permute the smallest range [0, 2^(2k)) that contains [0, size). An image outside [0, size) is
+    permuted again until it falls inside (cycle walking, fewer than 4 times on average). The result is still a
     permutation.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))

@@ -5,12 +5,12 @@ A document is:
            git's rule) in a folder are left out and counted in the notes; any other file must be UTF-8.
   jsonl    the string under text_key of each line; plain, .gz or .zst
   parquet  each value of the column text_key
-  stdlib   each .py file of Python's own standard library, without site-packages and the library's tests
-  docstrings  chats made of those files (train/data/chats.py)
+  stdlib   each .py file of Python's standard library, without site-packages and the library's tests
+  docstrings  a chat made from a docstring in the files of stdlib (train/data/chats.py)
 
-Documents without text are left out. The stable id alone decides whether a document is held out. The id is a hash of the
-content. With data.hold_out_by=name, and for stdlib and docstrings, the id is the path relative to the source's root,
-with the line or row.
+Documents without text are left out. Only the stable id of a document decides whether it is held out. By default, the id
+is a hash of the content. With data.hold_out_by=name, and for stdlib and docstrings, the id is the path relative to the
+source's root, with the line or row.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test",
 
 
 SHARE = 1 << 20
-"""Minimum number of bytes that a tokenizer's sample takes from each file, even if there are many files."""
+"""Minimum number of bytes that the sample for a tokenizer takes from each file, even if there are many files."""
 
 
 class DocumentSource(Protocol):
@@ -62,19 +62,19 @@ class DocumentSource(Protocol):
 
     @property
     def size(self) -> int:
-        """Bytes on disk, for progress and sampling."""
+        """Number of bytes on disk, for the progress display and for sampling."""
 
     def notes(self) -> list[str]:
         """Notes for the user, available after the documents were read."""
 
     def digest(self, manifests: Path, progress: ReportProgress) -> str:
-        """Returns the hash of the content and of the way of reading it."""
+        """Returns the hash of the content and of the settings with which it is read."""
 
     def documents(self) -> Iterator[tuple[str, str]]:
         """Yields the stable id and the text of every document that has text."""
 
     def sample(self, limit: int) -> Iterator[tuple[str, str]]:
-        """Yields documents from all parts of the source. The first `limit` bytes of this stream represent the
+        """Yields documents from all parts of the source, so that the first `limit` bytes are a sample of the whole
         source."""
 
 
@@ -88,7 +88,7 @@ class FileSource:
     files: list[SourceFile]
     reader: Callable[[SourceFile], Iterator[tuple[str, Any]]]
     way: str
-    """Format and text key, which are part of the digest."""
+    """The settings with which the files are read (format and text key). They are part of the digest."""
     binary: set[str] = field(default_factory=set)
     """Binary files that were left out. The list is complete when all files have been read."""
 
@@ -133,8 +133,11 @@ def sources_of(config: Config) -> list[tuple[MixSource, str]]:
 
 
 def open_source(source: MixSource, key: str, by_content: bool = False) -> DocumentSource:
-    """Find the files of a source. Raises UserError if there is no data or the format is unclear. by_content: see
-    data.hold_out_by."""
+    """Find the files of a source. Raises UserError if there is no data or the format is unclear.
+
+    key: the configuration key of the source. by_content: whether the content decides if a document is held out
+    (data.hold_out_by).
+    """
     kind = format_of(source, key)
     assert kind not in CHATS, "open_chats has those"
     if kind in (DataFormat.text, DataFormat.stdlib) and source.text_key != "text":
@@ -167,9 +170,10 @@ def open_source(source: MixSource, key: str, by_content: bool = False) -> Docume
 
 
 def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) -> FileSource:
-    """Find the files of a chat source; its documents are `Chat`s.
+    """Find the files of a chat source. The documents of the returned source are `Chat` objects.
 
-    way: the other settings that the tokens depend on. by_content: see data.hold_out_by.
+    way: the other settings on which the tokens depend. by_content: whether the content decides if a chat is held out
+    (data.hold_out_by).
     """
     if source.path.startswith("hf://"):
         rule, cure = (
@@ -198,8 +202,8 @@ def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) 
 
 
 def _canonical(record: Any) -> str:
-    """A record's chat as one canonical text. The text does not depend on the order of keys, and is the same for JSONL
-    and for Parquet, which writes absent keys as null."""
+    """Returns a record's chat as canonical text. The text does not depend on the order of keys, and is the same for
+    JSONL and for Parquet, which writes absent keys as null."""
     return json.dumps(
         without_nulls({key: record[key] for key in CHAT_KEYS if key in record}), sort_keys=True, default=str
     )
@@ -210,7 +214,7 @@ def no_text(source: DocumentSource) -> UserError:
 
 
 def format_of(source: MixSource, key: str) -> DataFormat:
-    """Returns the configured format, or the format that the file names show; stdlib with a path means auto."""
+    """Returns the configured format, or the format that the file names show. stdlib with a path means auto."""
     if not source.path:
         return DataFormat.stdlib
     return _guess(source, key) if source.format in (DataFormat.auto, DataFormat.stdlib) else source.format
@@ -227,7 +231,7 @@ def _stdlib(key: str) -> FileSource:
 
 
 def _guess(source: MixSource, key: str) -> DataFormat:
-    """The format that the file names show."""
+    """Returns the format that the file names show."""
     path = Path(source.path).expanduser()
     if (
         source.path.startswith("hf://")
@@ -295,7 +299,7 @@ class HubSource:
         yield from self._read(max(1, self.size // limit))
 
     def _read(self, step: int) -> Iterator[tuple[str, str]]:
-        """Every step-th row."""
+        """Yields every step-th row, with its stable id."""
         rows = range(0, len(self.table), step)
         table = self.table if step == 1 else self.table.select(rows)
         for first, batch in zip(range(0, len(rows), HUB_ROWS), table.with_format("arrow").iter(HUB_ROWS), strict=True):
@@ -336,18 +340,20 @@ def open_hub(path: str, text_key: str, key: str, by_content: bool = False) -> Hu
     return HubSource(key, path, split, text_key, table, by_content)
 
 
-# Finds the files of a source, and hashes their content without reading unchanged files again.
+# Finds the files of a source, and hashes their content. Files that did not change are not read again.
 #
-# It takes every file under the folder in the order of its path, except hidden files (a name that begins with a dot, or
-# inside such a folder). It does not follow links to folders.
+# The order is that of the files' paths. Hidden files are left out: their name, or the name of a folder above them,
+# begins with a dot. Links to folders are not followed.
 
 HASHED_BYTES = 8 << 20
 RACE = 10**9 * 2
-"""Nanoseconds: a file that changed this shortly before hashing may change again without a new timestamp."""
+"""Time in nanoseconds. If a file was changed less than this time before it was hashed, it may change again without a
+new timestamp. So its hash is not stored."""
 
 
 def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset()) -> list[SourceFile]:
-    """The file `root`, or the files under it. Raises UserError if there is nothing to read."""
+    """Returns the file `root`, or the files under the folder `root`. Raises UserError if there is no such file or
+    folder."""
     try:
         if root.is_file():
             return [_file(root, root.name)]
@@ -369,8 +375,10 @@ def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset(
 
 
 def unreadable(error: OSError, field: str, path: Path | str) -> UserError:
-    """Builds the UserError for a data file that cannot be read. Some libraries raise errors with a text and without an
-    errno."""
+    """Builds the UserError for a data file that cannot be read.
+
+    error: the error of the operating system or of a library; errors of some libraries have a text and no errno.
+    """
     return UserError(field, path, f"cannot be read: {error.strerror or error}", cure_of_reading(error))
 
 
@@ -384,19 +392,21 @@ def _raise(error: OSError) -> None:
 
 
 def content_id(place: str, content: str) -> str:
-    """Returns the stable id of a document whose content decides whether it is held out. The id begins with the
-    document's place, for error messages."""
+    """Returns the stable id of a document whose content decides whether it is held out.
+
+    The id consists of the document's place, which error messages show, and the hash of the content.
+    """
     return f"{place}\0{hashlib.blake2b(content.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}"
 
 
 def place_of(name: str) -> str:
-    """Returns the place of the document with this stable id: the path of its file in the source, with the line or
-    row."""
+    """Returns the place of the document with this stable id: the path of its file relative to the source's root, with
+    the line or row."""
     return name.partition("\0")[0]
 
 
 def hash_id(name: str) -> int:
-    """64-bit hash of a document's stable id, which decides whether it is held out."""
+    """Returns the 64-bit hash of a document's stable id. The hash decides whether the document is held out."""
     name = name.rpartition("\0")[2]
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
@@ -404,7 +414,7 @@ def hash_id(name: str) -> int:
 def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: ReportProgress) -> str:
     """Returns the hash of the names and contents of the files.
 
-    The manifest keeps each file's hash with its size and mtime, so only changed files are read.
+    The manifest stores each file's hash with its size and mtime, so only changed files are read.
     """
     known = _read_manifest(manifest)
     changed = [file for file in files if known.get(file.name, [])[:2] != [file.size, file.modified]]
@@ -428,7 +438,8 @@ def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: 
 
 
 def _read_manifest(path: Path) -> dict[str, list]:
-    """Content of the manifest; empty if it is missing or damaged, and then it is written again."""
+    """Returns the content of the manifest. If the manifest is missing or damaged, it is empty, so that it is written
+    again."""
     try:
         manifest = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -437,7 +448,10 @@ def _read_manifest(path: Path) -> dict[str, list]:
 
 
 def _digest(file: SourceFile, field: str, progress: Callable[[int], None], done: int) -> str:
-    """Hash of the content. Calls `progress` with the number of bytes read so far, which starts at `done`."""
+    """Returns the hash of a file's content.
+
+    progress: called with the number of bytes read so far, in this and earlier files. done: bytes of the earlier files.
+    """
     whole = hashlib.blake2b(digest_size=16)
     try:
         with file.path.open("rb") as stream:

@@ -1,13 +1,14 @@
-"""Training samples from the user's own documents (data.source).
+"""Training samples from the user's documents (data.source).
 
-The documents of a pass stay in their order, and eos ends each document. The passes follow one another as one endless
-stream of tokens. Sample i covers tokens [i S, i S + S] of the stream, S = seq_len. Every rank reads the whole stream
-and keeps its own samples, so a sample is the same in every layout.
+A pass is one iteration over all documents of the source. The documents of a pass keep their order, and eos ends each
+document. The passes follow one another as one endless stream of tokens. Sample i covers tokens i S to i S + S
+(inclusive) of the stream, S = seq_len. Every rank reads the whole stream and keeps only the samples of its share of the
+batch. So a sample is the same in every layout.
 
-The position is a number of samples, as with other data. A checkpoint also holds a mark, which names a place in
-the stream shortly before the next sample: the pass, the document, and the number of tokens of this document that belong
-to earlier samples. A resumed run reads the documents before the mark from the source again and ignores their content.
-If the source has `state_dict` and `load_state_dict`, it does not produce these documents again.
+As with other data, a checkpoint stores the number of samples as the position. It also stores a mark, which is a
+position in the stream at or before the next sample: the pass, the document, and the number of tokens of this document
+that belong to earlier samples. To resume, a run reads the documents before the mark from the source again and ignores
+their content. If the source has `state_dict` and `load_state_dict`, it does not produce these documents again.
 
 S1 = seq_len + 1, B = sequences.
 
@@ -28,11 +29,11 @@ from train.data.batch import Batch
 from train.data.own_documents import OwnDocument, OwnDocuments, StreamMark
 
 MARKS = 16
-"""Number of recent batches whose marks are kept; it exceeds the number of prefetched batches."""
+"""Number of recent batches whose marks are stored. It exceeds the number of batches that are built in advance."""
 
 
 class StreamedData:
-    """Training samples of data.source; replaces `TrainingData`."""
+    """Training samples of data.source. This class has the methods of `TrainingData`."""
 
     def __init__(self, documents: OwnDocuments, config: Config):
         self.seq_len, self._mask, self._documents = config.seq_len, config.data.mask_documents, documents
@@ -43,18 +44,21 @@ class StreamedData:
         self._marks: deque[StreamMark] = deque(maxlen=MARKS)
 
     def go_on(self, mark: dict[str, Any] | None) -> None:
-        """Resume at the `mark` stored in a checkpoint; None: the checkpoint has no mark."""
+        """Resume at the `mark` that a checkpoint stores. None: the checkpoint has no mark, so start at the
+        beginning."""
         self._start = StreamMark(**mark or {})
         self._pass_samples = self._start.pass_samples
 
     def mark(self, samples: int) -> dict[str, Any]:
-        """Returns the latest known mark at or before this sample."""
+        """Returns the latest known mark at or before the sample with this index."""
         known = [mark for mark in (self._start, *self._marks) if mark.sample <= samples]
         return asdict(replace(known[-1], pass_samples=self._pass_samples))
 
     def batch(self, first_sample: int, count: int) -> Batch:
-        """Samples first_sample .. first_sample + count - 1, as tokens (count, seq_len + 1). A step backwards in the
-        stream is slower."""
+        """Returns the samples first_sample to first_sample + count - 1, as tokens (count, seq_len + 1).
+
+        If first_sample is less than in the previous call, the method must read the stream again from a mark.
+        """
         if self._walk is None or first_sample < self._next:
             start = self._start if self._start.sample <= first_sample else StreamMark()
             self._walk, self._next = self._samples(start), start.sample
@@ -65,12 +69,12 @@ class StreamedData:
         return Batch(tokens_BS, numbers_BS.int() if self._mask else None)
 
     def _samples(self, mark: StreamMark) -> Iterator[tuple[StreamMark, np.ndarray, np.ndarray]]:
-        """Yields each sample from a mark on: its mark, its tokens (S1,), and the document index of each token (S1,)."""
+        """Yields each sample from `mark` on: its mark, its tokens (S1,), and the document index of each token (S1,)."""
         length, sample, skip = self.seq_len, mark.sample, mark.skip
         tokens = np.empty(0, np.int64)
         held: deque[tuple[OwnDocument, int, int]] = (
             deque()
-        )  # for each document: number of used tokens, number of tokens in the buffer
+        )  # for each document in the buffer: number of its tokens before the buffer, and in the buffer
         for document in self._documents.walk(mark):
             if document.passes and not self._pass_samples:
                 self._pass_samples = sample
@@ -91,13 +95,14 @@ class StreamedData:
                 held[0] = at, after + left, here - left
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Returns the number of passes in these samples; 0 until the first pass has ended."""
+        """Returns, by the source's name, how many passes these samples cover; 0 until the first pass has ended."""
         return {self._documents.name: samples / self._pass_samples if self._pass_samples else 0.0}
 
     def repeats(self, samples: int) -> str | None:
-        """None, because the number of documents is unknown."""
+        """Returns None: the number of documents is unknown, so it is unknown whether a run reads documents again."""
         return None
 
     def read_once(self, before: int, after: int) -> list[str]:
-        """Returns the source's name if the first pass ended between these samples."""
+        """Returns the source's name if the first pass ended between the samples `before` and `after`; else an empty
+        list."""
         return [self._documents.name] if self._pass_samples and before <= self._pass_samples < after else []

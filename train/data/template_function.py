@@ -1,10 +1,10 @@
-"""A Python function as chat template, for a model that ships no template (data.template_function).
+"""A Python function as chat template, for a model that has no template (data.template_function).
 
     def render(messages, tools, add_generation_prompt, **keys) -> str
 
-messages: [{role, content, ...}] as in Jinja templates. tools: a list or None. add_generation_prompt: whether to end the
-text where an answer begins. The function cannot mark the assistant's turns; they are found by probing
-(train/data/chat_template.py). So it must put contents into its text unchanged.
+messages: [{role, content, ...}] as in Jinja templates. tools: a list or None. add_generation_prompt: whether the text
+ends where the model begins its answer. The function cannot mark the assistant's turns, so Sluice finds them by probing
+(train/data/chat_template.py). For this, the function must copy contents into its text unchanged.
 """
 
 import copy
@@ -36,7 +36,8 @@ class FunctionTemplate(ChatTemplate):
     """A chat template that calls a Python function instead of Jinja."""
 
     def __init__(self, section: CodeSection, eos: str = ""):
-        """eos: the end-of-document token. Raises UserError if the function does not exist or takes other arguments."""
+        """eos: the end-of-document token. Raises UserError if there is no such function, or if it does not accept the
+        arguments."""
         self._section, self.name, self._tokens = section, str(section[TARGET]), {"eos_token": eos}
         self._function = make(KEY_OF_FUNCTION, section)
         require_arguments(KEY_OF_FUNCTION, section, self._function, 3, "messages, tools, add_generation_prompt")
@@ -44,7 +45,7 @@ class FunctionTemplate(ChatTemplate):
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the function's file and keys. If the file or a key changes, the chats are rendered again. A change in
-        a file that the function imports has no such effect."""
+        a module that the function imports does not change the hash."""
         function = getattr(self._function, "func", type(self._function))
         file = inspect.getsourcefile(function)
         code = Path(file).read_bytes() if file else b""
@@ -52,12 +53,12 @@ class FunctionTemplate(ChatTemplate):
 
     @property
     def files(self) -> dict[str, str]:
-        """Empty: a function has no text to store in a weights folder."""
+        """Empty, because a function has no template text that a weights folder could store."""
         return {}
 
     def require_tokens(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError if the function fails on a plain chat, or writes a special token that the tokenizer does
-        not know."""
+        """Raise UserError if the function fails on a simple chat, or writes a special token that the tokenizer does not
+        know."""
         try:
             text = self.prompt(PROBED_TURNS)
         except CannotRender as error:
@@ -80,8 +81,11 @@ class FunctionTemplate(ChatTemplate):
 
 
 def template_of(data: Data, folder: Path | None, tokenizer: Tokenizer) -> ChatTemplate:
-    """Returns the function or template that the data section names, or else the template in the tokenizer's folder.
-    Raises UserError."""
+    """Returns the chat template: the function or template that `data` names, or else the template in the tokenizer's
+    folder.
+
+    Raises UserError.
+    """
     if not data.template_function:
         return load_template(data.template, folder, tokenizer, data.template_keys)
     made = FunctionTemplate(data.template_function, tokenizer.eos)

@@ -4,13 +4,13 @@ A token folder contains
   tokens.bin      all documents one after another, little-endian uint16 or uint32, without eos
   documents.npy   int64 (D + 1): document d is tokens[documents[d] : documents[d + 1]]
   hashes.npy      uint64 (D): hash of each document's stable id, which decides whether it is held out
-  supervised.bin  for chats only: a byte per token, 1 if it is learnt, otherwise 0
+  supervised.bin  only for chats: one byte per token, 1 if the loss includes its prediction, otherwise 0
   tokenizer.json  the tokenizer that made the tokens
   meta.json       version, dtype, tokens, documents, text_bytes, tokenizer (fingerprint), crc32 of each file
 
-A folder is written under another name, synced and renamed, so it is complete or absent. When a folder is opened, the
-sizes are always compared. The checksums are compared too, except for a large tokens.bin whose size and mtime have not
-changed since the last check.
+A folder is written under a temporary name, synced and renamed, so it is complete or absent. When a folder is opened,
+the sizes and checksums of its files are compared with meta.json. The checksum of a large tokens.bin is not compared
+again while its size and mtime are unchanged.
 
 D = documents, N = tokens.
 """
@@ -38,7 +38,7 @@ from conf.files import atomic_write_text, open_lock
 
 STORE_VERSION = 1
 ALWAYS_CHECKED = 64 << 20
-"""Maximum bytes of a tokens.bin that every start reads completely."""
+"""Maximum size, in bytes, of a tokens.bin whose checksum is compared at every start."""
 COPIED_BYTES = 8 << 20
 
 
@@ -58,12 +58,16 @@ class TokenStore:
     meta: dict[str, Any]
     largest_id: int
     supervised_N: np.ndarray | None = None
-    """uint8, memory-mapped: whether a token is learnt. None: all tokens are learnt."""
+    """uint8, memory-mapped: 1 for each learnt token, whose prediction the loss includes. None: all tokens are
+    learnt."""
 
 
 @contextmanager
 def space_errors(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn a full disk or an unwritable folder into a UserError. needed: total bytes, if known."""
+    """Returns a context that turns errors of a full disk or an unwritable folder into a UserError.
+
+    needed: total number of bytes to write, if known.
+    """
     try:
         yield
     except OSError as error:
@@ -89,7 +93,7 @@ def keep_text(path: Path, text: str) -> None:
 def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """Hold the lock of a cache entry. If another process holds it, call `waiting` and wait.
 
-    The lock is freed when its holder dies; unfinished files of a dead holder are removed.
+    When a process dies, its lock is freed. The next holder removes its unfinished files.
     """
     lock = path.with_name(f".{path.name}.lock")
     with space_errors(path.parent):
@@ -108,8 +112,10 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 class StoreWriter:
-    """Writes a token folder. Use it as a context manager: the folder appears under its name on success, and a
-    failure leaves nothing."""
+    """Writes a token folder. Use it as a context manager.
+
+    The folder gets its name when the context ends without an error. After an error, nothing is left on the disk.
+    """
 
     def __init__(
         self,
@@ -120,8 +126,10 @@ class StoreWriter:
         expected: int = 0,
         supervised: bool = False,
     ):
-        """expected: approximate bytes of text to come; a disk-full error uses it to estimate the space needed.
-        supervised: whether `append` gets the mask of learnt tokens."""
+        """expected: approximate number of bytes of text that will be added; error messages for a full disk use it.
+
+        supervised: whether `append` gets the mask of learnt tokens.
+        """
         self.path, self.expected = path, expected
         self._masks: list[np.ndarray] | None = [] if supervised else None
         self.more: dict[str, Any] = {}
@@ -149,10 +157,11 @@ class StoreWriter:
         continues: bool = False,
         supervised_N: np.ndarray | None = None,
     ) -> None:
-        """Add documents: their tokens concatenated, and the length and hash of each document. supervised_N: uint8.
+        """Add documents. Documents without tokens are left out.
 
-        continues: the first document continues the last document of the previous call. Documents without tokens are
-        left out.
+        ids_N: tokens of all documents, concatenated. lengths_D, hashes_D: number of tokens and hash of each document.
+        text_bytes: number of bytes of their text. continues: whether the first document continues the last document of
+        the previous call. supervised_N: uint8, 1 for each learnt token.
         """
         raw = ids_N.astype(self.dtype).tobytes()
         with space_errors(self.path.parent, self._needed(len(raw))):
@@ -161,7 +170,7 @@ class StoreWriter:
         if continues:
             self.lengths[-1][-1] += lengths_D[0]
             lengths_D, hashes_D = lengths_D[1:], hashes_D[1:]
-        if len(lengths_D):  # so the last list always ends with the last document
+        if len(lengths_D):  # an empty last list would hide the last document from a call with `continues`
             self.lengths.append(lengths_D)
             self.hashes.append(hashes_D)
         self.tokens += len(ids_N)
@@ -171,7 +180,8 @@ class StoreWriter:
             self._masks.append(supervised_N)
 
     def _needed(self, more: int = 0) -> int:
-        """Estimated size in bytes of all tokens: the tokens written so far and `more` bytes."""
+        """Returns the estimated size in bytes of all tokens, from the size of the tokens written so far plus `more`
+        bytes."""
         there = self.tokens * self.dtype.itemsize + more
         return round(there * max(1.0, self.expected / self.text_bytes)) if self.text_bytes else there
 
@@ -212,7 +222,7 @@ class StoreWriter:
         (self._temporary / "meta.json").write_text(json.dumps(meta, indent=1))
 
     def _publish(self) -> None:
-        if self.path.exists():  # a damaged folder: move it away in one step, because a reader may have it open
+        if self.path.exists():  # a damaged folder: move it away in one step, because a reader may have opened it
             old = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
             os.rename(self.path, old)
             shutil.rmtree(old, ignore_errors=True)
@@ -220,7 +230,7 @@ class StoreWriter:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """Like np.save, but a full disk raises OSError with its errno."""
+    """Save an array like np.save, with an OSError that has an errno if the disk is full."""
     content = io.BytesIO()
     np.save(content, array)
     path.write_bytes(content.getbuffer())
@@ -229,7 +239,7 @@ def _save(path: Path, array: np.ndarray) -> None:
 def open_store(path: Path, marks: Path) -> TokenStore:
     """Open and check a token folder. Raises DamagedStore, or OSError if the disk cannot read it.
 
-    marks: folder that records which large token folders were checked.
+    marks: a folder of small files that record which large token folders have been checked.
     """
     with reading(path):
         return _open(path, marks)
@@ -269,7 +279,10 @@ def _open(path: Path, marks: Path) -> TokenStore:
 
 
 def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], marks: Path) -> int:
-    """Compare the checksums and return the largest id; skips a large tokens.bin that was already checked."""
+    """Compare the checksums of all files and return the largest token id.
+
+    If a mark shows that a large tokens.bin was already checked, the function takes the id from the mark.
+    """
     for name in sorted(checksums.keys() - {"tokens.bin"}):
         if not (path / name).is_file() or zlib.crc32((path / name).read_bytes()) != checksums[name]:
             raise DamagedStore(f"{name} does not have the checksum in meta.json")
@@ -291,7 +304,8 @@ def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], 
 
 
 def _read_mark(path: Path) -> list | None:
-    """Result of the last check of the folder. None if there is no readable mark; then the folder is checked again."""
+    """Returns the result of the last check of a token folder. None if there is no readable mark, so that the folder is
+    checked again."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -1,9 +1,9 @@
 """Tokenises documents in parallel, in order and in bounded memory.
 
-One thread reads the documents and passes about a MiB of text at a time to worker threads. The threads encode it in the
-library's native code, which releases Python's lock. The tokens come back in the order of the documents. A long document
-is cut into parts, which may be in several tasks. So memory does not grow with document length. At most two tasks per
-thread wait at any time.
+One thread reads the documents and passes tasks of about 1 MiB of text to worker threads. The worker threads encode the
+text in the library's native code, which releases Python's lock. The tokens are returned in the order of the documents.
+A long document is cut into parts, which may be in several tasks. So memory does not grow with document length. At most
+two tasks per thread wait at any time.
 
 D = documents of a task, N = their tokens.
 """
@@ -27,16 +27,19 @@ class TokenisedSource:
     ids_N: np.ndarray
     """Tokens of all documents, concatenated (uint32)."""
     lengths_D: np.ndarray
-    """Number of tokens of each document; 0 if a normaliser removes the complete text."""
+    """Number of tokens of each document; 0 if the tokenizer's normaliser removes the complete text."""
     hashes_D: np.ndarray
-    """Hashes of the documents' ids (uint64)."""
+    """Hashes of the documents' stable ids (uint64)."""
     text_bytes: int
     continues: bool
-    """Whether the first document began in the previous task."""
+    """Whether the first document began in the previous task, so that its tokens continue the last document there."""
 
 
 def tokenise(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, workers: int) -> Iterator[TokenisedSource]:
-    """Yields the tokens of the documents, task by task. workers: number of threads; 0: one thread per core."""
+    """Yields the tokens of the documents, one task after another.
+
+    workers: number of threads; 0: one thread per core.
+    """
     workers = workers or len(os.sched_getaffinity(0))
     waiting: deque[Future[TokenisedSource]] = deque()
     with ThreadPoolExecutor(workers) as pool:
@@ -51,7 +54,7 @@ def tokenise(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, workers
 @dataclass
 class _Task:
     names: list[str] = field(default_factory=list)
-    """Document name of each part; the parts of one document are adjacent."""
+    """For each part of the task, the name of its document. The parts of one document are adjacent."""
     parts: list[str] = field(default_factory=list)
     size: int = 0
     continues: bool = False
@@ -74,7 +77,7 @@ def _tasks(documents: Iterator[tuple[str, str]], in_parts_: bool) -> Iterator[_T
 
 
 def _assemble(task: _Task, tokenizer: Tokenizer) -> TokenisedSource:
-    # Parts are encoded one at a time, because an encoding takes 150 times the memory of its text.
+    # Parts are encoded one after another, because an encoding takes 150 times the memory of its text.
     ids = [np.array(tokenizer.encode_batch([part])[0], dtype=np.uint32) for part in task.parts]
     lengths_D, hashes_D, before = [], [], None
     for name, part_ids in zip(task.names, ids, strict=True):

