@@ -1,4 +1,4 @@
-"""The plan as a whole: whether the run fits, its speed and its cost."""
+"""Makes the complete plan of a recipe: whether the run fits, how fast it is, and how much it costs."""
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -23,7 +23,7 @@ KWH_IN_JOULES, TRILLION = 3.6e6, 1e12
 
 
 class Verdict(StrEnum):
-    """Verdict of a plan about memory and disk."""
+    """The plan's result for memory and disk: whether the run fits."""
 
     fits = "fits"
     barely = "fits barely"
@@ -31,10 +31,11 @@ class Verdict(StrEnum):
 
 
 BARELY = 0.03
-"""Minimum free share of a device's memory for the verdict `fits`, after the reserve and the planned imbalance.
+"""Minimum fraction of a device's memory that must be free for the verdict `fits`. The reserve and the planned imbalance
+of the experts do not count as free.
 
-In measurements, the planned tensors were within 1 % of the real ones. The reserve is an estimate with an error of up to
-a third.
+In measurements, the planned bytes of tensors differed from the measured bytes by at most 1 %. The reserve is an
+estimate whose error may be up to a third.
 """
 
 
@@ -45,8 +46,8 @@ def verdict_of(room: int, memory: int) -> Verdict:
 
 
 def room_words(room: int, memory: int) -> str:
-    """Describes the memory that a plan leaves free on a device. The text says "to spare" only if at least the fraction
-    BARELY of the memory is free."""
+    """Returns text about the memory that a plan leaves free on a device. The text says "to spare" only if at least the
+    fraction BARELY of the memory is free. room: free bytes, as in `verdict_of`."""
     if room < 0:
         return f"{gib(-room)} too little"
     return f"{gib(room)} to spare" if room >= BARELY * memory else f"only {gib(room)} free"
@@ -54,7 +55,7 @@ def room_words(room: int, memory: int) -> str:
 
 @dataclass
 class Budget:
-    """Time and cost to train all tokens of the run. Counts the batch-size ramp, but no failures."""
+    """Time and cost of training on all tokens of the run. The batch-size ramp is included; failures are not."""
 
     tokens: float
     days: float
@@ -63,7 +64,7 @@ class Budget:
     cost: float | None
     """Cost in the currency `hardware.currency`; None without hardware.price_per_hour."""
     energy_kwh: float | None
-    """Energy of the devices at their power limit; None if the limit is not given."""
+    """Energy that the devices use at their power limit; None if the hardware description has no power limit."""
 
     def lasting(self, share: float) -> "Budget":
         """Returns the budget of a run with failures. share: fraction of the time that is spent on steps that no failure
@@ -73,7 +74,8 @@ class Budget:
         return Budget(self.tokens, self.days / share, hours, hours * TRILLION / self.tokens, cost, energy)
 
     def __add__(self, other: "Budget") -> "Budget":
-        """The budget of two runs, one after the other. An unknown cost makes the sum unknown."""
+        """Returns the budget of two runs that follow each other. If one of their costs is unknown, the cost of the sum
+        is unknown too."""
         tokens, hours = self.tokens + other.tokens, self.gpu_hours + other.gpu_hours
         cost = None if self.cost is None or other.cost is None else self.cost + other.cost
         energy = None if self.energy_kwh is None or other.energy_kwh is None else self.energy_kwh + other.energy_kwh
@@ -91,7 +93,7 @@ class DiskBytes:
     export: int
     """Bytes of an exported folder of weights; 0 if the run exports none."""
     has: int
-    """Size of the disk in bytes; 0 if unknown."""
+    """Capacity of the disk in bytes; 0 if unknown."""
 
     @property
     def whole(self) -> int:
@@ -110,8 +112,8 @@ class DiskBytes:
 
 
 def disk_of(config: Config) -> DiskBytes:
-    """Returns the disk usage of a run for the worst case (train/checkpoint/commit.py). In this case, each save waits
-    until the previous save is complete."""
+    """Returns the largest disk usage that a run can have (train/checkpoint/commit.py). Each save waits until the
+    previous save is complete, so at most one unfinished checkpoint is on the disk."""
     saves, steps = config.checkpoint, config.steps
     every = -(-steps // saves.every) if saves.every else 1
     stay = min(saves.keep + 1 if saves.keep else every, every)
@@ -132,7 +134,7 @@ class RunPlan:
     step: StepTime
     budget: Budget
     failures: Failures | None
-    """Failure costs. None on CPUs, where the time of a checkpoint is unknown."""
+    """Costs of failures; None if they are not planned, as on CPUs."""
     memory_bytes: int
     """Memory of one device."""
 
@@ -153,8 +155,8 @@ class RunPlan:
 
     @property
     def lasting(self) -> Budget:
-        """Returns the budget including failures. Returns the budget without failures if failures are not planned, or if
-        at most 1 % of the time is spent on steps that no failure undoes."""
+        """Returns the budget including failures. Returns the budget without failures in two cases: failures are not
+        planned, or at least 99 % of the time would be lost to them."""
         share = self.failures.effective_share if self.failures is not None else 1.0
         return self.budget.lasting(share) if share > 0.01 else self.budget
 
@@ -191,7 +193,7 @@ def make_plan(config: Config) -> RunPlan:
 
 
 def budget_of(config: Config, step: StepTime) -> Budget:
-    """Days, GPU hours, cost and energy of the token budget."""
+    """Returns the days, GPU hours, cost and energy of training on all tokens of the run."""
     hardware, devices = config.hardware, layout_of(config).world
     tokens, seconds = _whole_run(config, step)
     hours = seconds / HOUR
@@ -208,8 +210,8 @@ def budget_of(config: Config, step: StepTime) -> Budget:
 def _whole_run(config: Config, step: StepTime) -> tuple[float, float]:
     """Returns the number of tokens of the run, and the total seconds of its steps.
 
-    Only steps with the smallest and with the full batch are planned. Step times between them are interpolated linearly,
-    because every micro-batch takes the same time.
+    The function plans only steps with the smallest batch and with the full batch. For the batch sizes between them, it
+    interpolates the step time linearly, because every micro-batch takes the same time.
     """
     sizes = Schedules(config).batch_sizes
     wanted = config.plan.tokens and config.plan.tokens / config.seq_len  # sequences
@@ -230,12 +232,12 @@ def _whole_run(config: Config, step: StepTime) -> tuple[float, float]:
 
 
 def with_batch(config: Config, batch: int) -> Config:
-    """Returns the recipe with another batch size, and without a ramp."""
+    """Returns the recipe with this batch size, and without a batch-size ramp."""
     return replace(config, batch_size=batch, optim=replace(config.optim, batch_ramp_start=None, batch_ramp_steps=0))
 
 
 def later_phases(config: Config) -> list[tuple[str, RunPlan]]:
-    """Returns the plans of all phases in plan.phases, on the devices of this plan. Only their times are used."""
+    """Returns the name and the plan of every recipe in plan.phases, on the devices of this recipe."""
     planned = []
     for name in config.plan.phases:
         phase = compose(f"conf={name}", "data.path=none", "mode=plan")

@@ -2,15 +2,16 @@
 
 Failures happen at random, on average every M seconds. A checkpoint stalls training for s seconds and is complete w
 seconds later; an incomplete checkpoint does not count. A failure loses the work since the newest complete checkpoint.
-If a checkpoint starts every T seconds, this is T / 2 + w seconds on average. After the failure, R seconds pass until
-the next step. On average, T seconds of training therefore take the following time (Daly 2006, equation 20; a failure
-during a write also loses the time of that write):
+If a checkpoint starts every T seconds, a failure loses T / 2 + w seconds of work on average. After the failure, R
+seconds pass until the next step. On average, T seconds of training therefore take the following time (Daly 2006,
+equation 20; a failure while a checkpoint is written also loses the time of that write):
 
     M exp((R + w) / M) (exp((T + s) / M) - 1)
 
-The best T has the lowest cost per second of training. T is at least w, because each save waits for the previous save.
-The cost hardly changes near the best T. So the plan advises a longer T: the largest T whose effective share is at most
-FLAT below the best effective share.
+The effective share is T divided by this time: the fraction of time spent on steps that no failure undoes. The best T
+has the largest effective share. T is at least w, because each save waits for the previous save. The effective share
+hardly changes near the best T. So the plan advises a longer T: the largest T whose effective share is at most FLAT
+below the best effective share.
 
 A restart has four parts: detection, rescheduling, loading (bytes over hardware.storage_bandwidth) and warm-up. The
 resulting effective shares agree with published runs: Llama 3 (16,384 GPUs) and MegaScale (more than 10,000) were
@@ -46,11 +47,11 @@ On a CPU, the first two steps of toy runs take two to three times as long as lat
 published.
 """
 FLAT = 0.005
-"""Maximum loss of effective share that the advised interval may have against the best interval."""
+"""Maximum difference between the largest possible effective share and the effective share of the advised interval."""
 REPAIR = 5.5 * 24 * HOUR
 """Mean repair time of a node, in seconds (InfiniteHBD's trace of 400 servers, SIGCOMM 2025; median 0.85 days)."""
 COVERED = 0.99
-"""Share of the time in which the spare nodes must suffice."""
+"""Fraction of the time during which there must be enough spare nodes to replace all nodes that are under repair."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,15 @@ class SaveCosts:
     """Seconds from the end of the stall until the checkpoint is complete."""
 
     def effective(self, interval: float) -> float:
-        """Share of the time spent on steps that no failure undoes, if a checkpoint starts every `interval` seconds of
-        training."""
+        """Returns the effective share, if a checkpoint starts every `interval` seconds of training. The effective share
+        is the fraction of time spent on steps that no failure undoes."""
         mean = self.between_failures
         lost, segment = (self.restart + self.write) / mean, (interval + self.stall) / mean
         return interval / mean * math.exp(-lost) / math.expm1(segment) if lost + segment < 500 else 0.0
 
     @property
     def best_interval(self) -> float:
-        """The interval with the largest effective share.
+        """The interval between checkpoints with the largest effective share.
 
         At this interval, x = (T + s) / M solves x = 1 + s / M - exp(-x). Newton's iteration approaches x from above.
         """
@@ -85,7 +86,8 @@ class SaveCosts:
         return max(self.write, self.between_failures * x - self.stall)
 
     def longest_interval(self, loss: float) -> float:
-        """Returns the longest interval whose effective share is at most `loss` below the largest effective share."""
+        """Returns the longest interval between checkpoints whose effective share is at most `loss` below the largest
+        effective share."""
         best = self.best_interval
         low, high, least = best, best + 10 * self.between_failures, self.effective(best) - loss
         for _ in range(50):
@@ -96,12 +98,13 @@ class SaveCosts:
 
 @dataclass(frozen=True)
 class Failures:
-    """Failure costs and checkpoint intervals of a plan, in seconds and in shares from 0 to 1."""
+    """Costs of failures in a plan, and the advised checkpoint interval. Shares are fractions from 0 to 1."""
 
     between_seconds: float
     restart_seconds: float
     restart_parts_seconds: dict[str, float]
-    """The parts of restart_seconds; without `loading` if hardware.storage_bandwidth is unknown."""
+    """restart_seconds, divided into parts. The part `loading` is missing if hardware.storage_bandwidth is unknown, or
+    if the run keeps in-memory copies."""
     stall_seconds: float
     write_seconds: float
     interval_seconds: float
@@ -112,12 +115,13 @@ class Failures:
     best_share: float | None
     """Effective share if the run saves every best_steps steps."""
     spare_nodes: int
-    """Number of spare nodes that suffices in a share COVERED of the time. Assumes that every failure removes a node
-    until it is repaired."""
+    """Number of spare nodes that is sufficient for the fraction COVERED of the time, if every failure removes one node
+    until that node is repaired."""
 
 
 def plan_failures(config: Config, step_seconds: float) -> Failures | None:
-    """The costs of failures. None on CPUs, and if the bandwidth between device and host is unknown."""
+    """Returns the costs of failures. Returns None if plan.failures is 0, or if the bandwidth between device and host is
+    unknown (as on CPUs)."""
     host, layout, checkpoint = config.hardware.rates.get("host"), layout_of(config), config.checkpoint
     if host is None or not config.plan.failures:
         return None
@@ -136,7 +140,7 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
     steps, saving, best = checkpoint.every or math.inf, on_disk, None
     if storage:
         best = max(1, math.ceil(write / step_seconds), math.floor(on_disk.longest_interval(FLAT) / step_seconds))
-    if checkpoint.every_memory:  # a node failure loses its copies in memory; checkpoints on disk add their stalls
+    if checkpoint.every_memory:  # a restart reads in-memory copies; checkpoints on disk still stall training
         steps = checkpoint.every_memory
         shared = on_disk.stall * steps / checkpoint.every if checkpoint.every else 0.0
         parts.pop("loading", None)
@@ -158,8 +162,8 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
 
 
 def spares(mean: float) -> int:
-    """Returns the smallest sufficient number of spare nodes. Sufficient means: for at least the fraction COVERED of the
-    time, no more nodes are under repair than there are spares.
+    """Returns the smallest sufficient number of spare nodes. A number is sufficient if, for at least the fraction
+    COVERED of the time, no more than this number of nodes are under repair.
 
     mean: average number of nodes under repair. The number at any time has a Poisson distribution.
     """

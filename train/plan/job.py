@@ -1,4 +1,4 @@
-"""Facts about the planned job that all parts of a plan use: devices, their layout, and the pipeline's actions."""
+"""Facts about the planned job that all parts of a plan use: its devices, its layout, and its pipeline actions."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -41,12 +41,13 @@ def require_host(config: Config) -> None:
 
 
 def can_offload(config: Config) -> bool:
-    """Whether offloading would free device memory, and the hardware description gives the host's memory."""
+    """Whether offloading would free device memory. This is so on a GPU whose hardware description gives the host's
+    memory."""
     return device_kind(config) == "cuda" and config.hardware.host_memory_bytes > 0
 
 
 def device_kind(config: Config) -> str:
-    """cpu or cuda, from the hardware description; without a description, from this machine."""
+    """Returns cpu or cuda. The hardware description decides; if none was chosen, the recipe or this machine decides."""
     if config.hardware.name is not None:
         return "cpu" if config.hardware.device == "cpu" else "cuda"
     if config.cluster.device == "auto":
@@ -57,7 +58,8 @@ def device_kind(config: Config) -> str:
 
 
 def device_memory(config: Config) -> int:
-    """Memory of one device in bytes. On a CPU, each of this machine's ranks has an equal share."""
+    """Returns the memory of one device in bytes. If the hardware description has no memory size, the ranks divide this
+    machine's memory equally."""
     if config.hardware.memory_bytes:
         return int(config.hardware.memory_bytes)
     import psutil
@@ -77,7 +79,7 @@ def host_ranks(config: Config) -> int:
 
 
 def require_matmuls(config: Config) -> None:
-    """Raise UserError for FP8 GEMMs that these devices refuse (train/kernels/fp8/installed.py)."""
+    """Raise UserError if the planned devices do not support the recipe's FP8 GEMMs (train/kernels/fp8/installed.py)."""
     fp8, hardware = config.precision.fp8, config.hardware
     if fp8 is None or has_mx_tiles(fp8) or "fprop_mxfp8" not in hardware.rates:
         return
@@ -86,7 +88,7 @@ def require_matmuls(config: Config) -> None:
 
 
 def with_nodes(config: Config) -> Config:
-    """Returns the recipe with the hardware's number of ranks per node. Rules about nodes need this number."""
+    """Returns the recipe with the planned number of ranks per node, which rules about nodes need."""
     nodes = replace(config.cluster, ranks_per_node=layout_of(config).ranks_per_node)
     return replace(config, cluster=nodes)
 
@@ -109,7 +111,7 @@ def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
     if shortest:
         count = min(
             count, STEADY * (count // max(1, count // pp))
-        )  # only if all rounds of the schedule have the same size
+        )  # a multiple of a round's micro-batches, because torch needs rounds of equal size
     return schedule_actions(
         config.parallel.schedule, pp, count, config.parallel.virtual_stages, config.parallel.overlap
     )

@@ -11,13 +11,14 @@ of 0.5, 4.7 and 4 MiB, rounded up); over a network, it sends from 10 MiB. On eve
 each kind, and a tree has up to three. So the size of a group's buffers depends on the number of its channels. Beyond
 two nodes, it does not depend on the number of ranks (issue 864):
 
-    several ranks a node     16 channels over nodes (issue 1538: two nodes of eight H100), ring and tree: some 0.6 GB;
-                             measured on A100 with NVLink: 0.69 GB, and 0.54 GB for two ranks (issue 964)
-    one rank a node          4 channels (issue 1189: 8 for two ranks a node)
-    sends and exchanges      inside a node, every pair of ranks has a connection on each of up to 32 channels, two for
-                             every NVLink (src/graph/paths.cc: ncclTopoGetNchannels); measured on eight H100: 3.28 GB
-                             (issue 1685). Over a network, all peers share two buffers of 2 MiB per channel
-                             (src/transport/net.cc: NCCL_SHARED_STEPS)
+    several ranks per node   Between nodes, the group uses 16 channels (issue 1538: two nodes of eight H100), with ring
+                             and tree. They need some 0.6 GB. 0.69 GB were measured on A100 with NVLink, and 0.54 GB for
+                             a group of two ranks (issue 964).
+    one rank per node        The group uses 4 channels (issue 1189 reports 8 for two ranks per node).
+    sends and exchanges      Inside a node, every pair of ranks has a connection on each of up to 32 channels, two for
+                             every NVLink (src/graph/paths.cc: ncclTopoGetNchannels). 3.28 GB were measured on eight
+                             H100 (issue 1685). Over a network, all peers share two buffers of 2 MiB per channel
+                             (src/transport/net.cc: NCCL_SHARED_STEPS).
 
 A group over several nodes divides the channels among its peers, eight at a time (ncclTopoComputeP2pChannels). DeepEP
 has its own buffers (conf/dispatches.py).
@@ -39,7 +40,8 @@ COMMUNICATOR, PAIR_COMMUNICATOR = 688_000_000, 544_000_000
 """Bytes of a communicator for collectives. The first number is for a group with several ranks per node, the second for
 a group of two ranks (nccl issue 964)."""
 INSIDE, ACROSS = 12 * MIB, 20 * MIB
-"""Bytes of a connection in both directions: inside a node, and across nodes."""
+"""Bytes of the buffers of a connection, for both directions. The first number is for a connection inside a node, the
+second for a connection between nodes."""
 CHANNELS_ACROSS = 4
 """Number of channels of a group with one rank per node, if each rank has one network adapter."""
 MOST_CHANNELS = 32
@@ -51,14 +53,16 @@ SHARED = 4 * MIB
 PEERS_AT_ONCE = 8
 """Number of peers that NCCL sends to at a time."""
 FRAGMENTATION = 0.02
-"""Share of a device's memory that is lost in gaps between tensors. It is not measured yet.
+"""Fraction of a device's memory that is lost in gaps between tensors. It is an estimate without a measurement.
 
-Runs enable expandable segments. With them, the gaps are pages of 2 MiB, and remainders of blocks that had other sizes.
+Runs enable torch's expandable segments. With them, two kinds of gaps remain: unused parts of pages of 2 MiB, and parts
+of freed blocks that are too small for the next tensor.
 """
 
 
 def reserve_of(config: Config) -> dict[str, int]:
-    """Reserved bytes of each device, by name. A CPU reserves none. plan.reserve replaces the estimate."""
+    """Returns the reserved bytes of each device, by name. On a CPU, nothing is reserved. If plan.reserve is set, it
+    replaces the estimate."""
     if device_kind(config) == "cpu":
         return {}
     if config.plan.reserve is not None:
@@ -73,11 +77,12 @@ def reserve_of(config: Config) -> dict[str, int]:
 
 
 HOST_SYSTEM = 0.05
-"""Share of a host's memory for the operating system, agents, and the page cache for checkpoints. An estimate."""
+"""Estimated fraction of a host's memory that the operating system, agents, and the page cache for checkpoints need."""
 HOST_PROCESS = 3_000_000_000
-"""Bytes of a rank's process besides tensors. Python with the imported program (cluster.prefork) uses 0.5 GB of them.
+"""Bytes of host memory that a rank's process needs besides tensors.
 
-The rest is an estimate for memory that CUDA and NCCL map and lock.
+Python and the imported program (cluster.prefork) need 0.5 GB. The rest is an estimate for memory that CUDA and NCCL map
+and lock.
 """
 
 
@@ -88,8 +93,8 @@ def host_memory(config: Config) -> int:
 
 
 def copies_memory(config: Config) -> int | None:
-    """Returns the bytes that a host has for copies in memory. Returns None if the copies are on a disk, or if the
-    memory is unknown."""
+    """Returns the capacity in bytes of a host's folder of in-memory copies. Returns None if this folder is on a disk,
+    or if the host's memory is unknown."""
     hardware, folder = config.hardware, config.checkpoint.memory_folder
     if not hardware.host_memory_bytes or not f"{folder}/".startswith("/dev/shm/"):
         return None
@@ -108,11 +113,12 @@ def fragmentation(memory: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _collectives(layout: Layout) -> int:
-    """Returns the bytes of the communicators that serve the collectives of all groups of ranks.
+    """Returns the bytes of the communicators that a rank needs for collectives.
 
-    The groups are: all ranks, a pipeline, a stage, a context, and the copies of experts. Groups with the same ranks
-    share a communicator, and groups of one rank have none (parallel/mesh.py). All groups of one kind are equal, so only
-    the first of each kind is computed.
+    A rank has five groups: all ranks, the ranks of its pipeline, the ranks of its stage, the ranks that share its
+    sequences, and the ranks with the same experts. Groups with the same ranks share a communicator, and groups of one
+    rank have none (parallel/mesh.py). All groups of one kind need the same bytes, so the function computes them for
+    rank 0.
     """
     stage = layout.stage_ranks
     pipeline = range(0, layout.world, stage)
@@ -128,7 +134,7 @@ def _communicator(layout: Layout, ranks: range) -> int:
 
 
 def _sends(config: Config, layout: Layout) -> int:
-    """Bytes for sends between stages. A rank has up to two neighbours."""
+    """Returns the bytes for sends between stages. A rank sends to and receives from at most two other ranks."""
     return _peers(config, layout, range(0, layout.world, layout.stage_ranks), 2)
 
 
@@ -144,8 +150,11 @@ def _exchange(config: Config, layout: Layout) -> int:
 
 
 def _peers(config: Config, layout: Layout, ranks: range, most: int) -> int:
-    """Returns the bytes for the sends and receives between a group's first rank and other ranks of the group. most:
-    maximum number of these other ranks. Ranks on the first rank's node count first."""
+    """Returns the bytes for sends and receives between the first rank of a group and other ranks of the group.
+
+    most: maximum number of these other ranks. The function takes the ranks on the first rank's node before ranks on
+    other nodes.
+    """
     others = [layout.node(rank) == layout.node(ranks[0]) for rank in ranks[1:]]
     near, far = min(most, sum(others)), not all(others)
     link = config.hardware.rates.get("inside")

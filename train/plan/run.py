@@ -26,7 +26,7 @@ def tell_best(found: FoundLayout) -> None:
 
 
 def run_plan(config: Config) -> int:
-    """Run the operations that the plan section asks for. Returns the exit code."""
+    """Calibrate, search or plan, as the section `plan` of the recipe says. Returns the exit code."""
     if config.plan.calibrate:
         from train.plan.time.calibrate import calibrate  # only a calibration runs kernels
 
@@ -42,7 +42,7 @@ def run_plan(config: Config) -> int:
     plan = make_plan(config)
     cures = [] if plan.fits else find_cures(plan)
     split = find_split(plan)
-    stages = find_stages(plan) if plan.fits and found is None else None  # a search has tried them
+    stages = find_stages(plan) if plan.fits and found is None else None  # a search has already tried other stages
     phases = later_phases(plan.config)
     record = plan_record(plan, cures, split, stages, phases)
     if found is not None:

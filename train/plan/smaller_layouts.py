@@ -1,11 +1,12 @@
-"""Plans the device memory of a run's smaller layouts. After losing nodes, the driver must choose one of them.
+"""Plans the device memory of layouts that need fewer nodes than a run has. If the run loses nodes, the driver chooses
+one of these layouts.
 
     python -m train.plan.smaller_layouts CONFIG [cpu|cuda]
 
-Writes layouts.json beside CONFIG; cluster/driver/shapes.py describes its format. It makes the memory plan of mode=plan,
-in the background of a run and at the lowest priority. Every ep is planned with its largest number of expert groups,
-with half of them, with a quarter, and so on. The second argument gives the kind of devices if the recipe names no
-hardware.
+The command writes layouts.json into the folder of CONFIG; cluster/driver/shapes.py describes the format of this file.
+It plans memory as mode=plan does. It runs in the background of the training run, at the lowest priority. For every
+possible ep, it plans the largest number of expert groups, half of this number, a quarter, and so on. The second
+argument is the kind of devices; it is needed if the recipe names no hardware.
 """
 
 import math
@@ -30,7 +31,8 @@ from train.plan.reserve import reserve_of
 
 
 def planned_shapes(config: Config) -> list[StageShape]:
-    """The layouts to plan: every ep with its largest possible number of expert groups, with half of them, and so on."""
+    """Returns the layouts to plan. For every ep, these are the layouts with the largest possible number of expert
+    groups, with half of this number, with a quarter, and so on."""
     found, cp = [StageShape(config.parallel.stage_ranks, config.parallel.ep)], config.parallel.cp
     for ep in sorted({shape.ep for shape in smaller_shapes(config)}, reverse=True):
         groups = config.parallel.stage_ranks // math.lcm(ep, cp)
@@ -41,7 +43,7 @@ def planned_shapes(config: Config) -> list[StageShape]:
 
 
 def plan_layouts(config: Config) -> list[dict[str, int]]:
-    """Returns dp, ep and the bytes per device of every layout that may run."""
+    """Returns dp, ep and the bytes per device of every planned layout that breaks no rule."""
     found = []
     for shape in planned_shapes(config):
         smaller = with_nodes(with_shape(config, shape))
@@ -49,7 +51,7 @@ def plan_layouts(config: Config) -> list[dict[str, int]]:
             check(smaller)
             check_layout(smaller)
         except UserError:
-            continue  # the driver checks the same rules and reports broken ones
+            continue  # the driver checks the same rules, and reports a broken rule
         size = max(rank.peak_bytes for rank in plan_memory(smaller)) + sum(reserve_of(smaller).values())
         found.append({"dp": shape.dp, "ep": shape.ep, "bytes": size})
     return found

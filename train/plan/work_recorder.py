@@ -3,13 +3,14 @@
 A recorder observes three kinds of calls. The observed code does not change.
 
     methods     of the kernels, the FP8 engine, the wire and the dispatcher: a call counts as one kernel, including all
-                work inside it
-    nodes       of autograd, for differentiable methods: the backward of such a call counts as one kernel too
-    operations  of torch outside these calls; the ledger (train/plan/memory/ledger.py) sees them
+                work inside the call
+    nodes       of autograd, for differentiable methods: the backward of such a call also counts as one kernel
+    operations  of torch outside these calls; the ledger (train/plan/memory/ledger.py) passes them to the recorder
 
-The bytes of a call are the bytes of its arguments and results. On a CPU, a kernel may pass over memory more often; the
-measured rate of its kind includes this. Each kind of work has a rate of the same name (train/plan/time/rates.py). A
-kind without its own rate uses the rate of memory. So a new kernel is planned without changes to this file.
+The bytes of a call are the bytes of its arguments and results. A kernel on a CPU may read or write the same memory
+several times; the measured rate of its kind of work includes this cost. Each kind of work has a rate of the same name
+(train/plan/time/rates.py). A kind without a rate uses the rate of a memory-bound operation. So a plan can include a new
+kernel without changes to this file.
 
 Shapes: as in train/model/operations.py.
 """
@@ -42,7 +43,7 @@ from train.model.sequence import Rectangle, SeenKeys
 
 
 class Work(NamedTuple):
-    """One kernel, or several kernels of one kind added up."""
+    """The work of one kernel, or the sum over several kernels of one kind."""
 
     kind: str
     flops: float = 0.0
@@ -51,19 +52,20 @@ class Work(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """One hop of a micro-batch's rows between the ranks of an expert group."""
+    """One transfer of a micro-batch's rows between the ranks of an expert group."""
 
     link: str
-    """inside or across; empty if the hop uses both kinds of links."""
+    """The kind of link: inside a node, or across nodes; empty if the transfer uses both kinds."""
     row_bytes: int
     """Bytes of a message, including a row's side data."""
 
 
 @dataclass(frozen=True)
 class WorkSegment:
-    """Computation, then exchanges, then computation that runs before the wait for these exchanges.
+    """A section of a pass that ends with a wait for exchanges.
 
-    yields: whether a pair of passes switches to the other pass at this wait.
+    compute: work before the exchanges start. beside: work between the start of the exchanges and the wait. yields:
+    whether an overlapped pair of passes switches to the other pass at the wait.
     """
 
     compute: tuple[Work, ...]
@@ -81,11 +83,15 @@ class TimedWork(NamedTuple):
 
 YIELD, WAIT = "yield", "wait"
 ONCE = "once_"
-"""Prefix for kinds of work that a rank does once per step, not in every micro-batch."""
+"""Prefix of the kind, for work that a rank does once per step and not in every micro-batch."""
 
 
 class WorkRecorder:
-    """Records one pass at a time. waits_for_each: whether every hop blocks at its start, as on a CPU."""
+    """Records the work of one pass at a time.
+
+    waits_for_each: whether every transfer blocks the pass until it ends, as on a CPU. clock: a function that returns
+    seconds; None if the caller needs no times.
+    """
 
     def __init__(self, waits_for_each: bool, clock: Callable[[], float] | None = None):
         self._waits_for_each, self._clock = waits_for_each, clock or (lambda: 0.0)
@@ -101,7 +107,8 @@ class WorkRecorder:
         return [event for event in self._events if isinstance(event, TimedWork)]
 
     def segments(self) -> tuple[WorkSegment, ...]:
-        """The pass as segments. Within a segment, kernels of one kind are added up."""
+        """Returns the recorded pass, divided into segments. Within a segment, the work of kernels of one kind is added
+        up."""
         found: list[WorkSegment] = []
         compute, beside, exchanges = _Sums(), _Sums(), []
         for event in self._events:
@@ -115,12 +122,12 @@ class WorkRecorder:
         return (*found, WorkSegment(compute.works()))
 
     def yielded(self) -> None:
-        """Record that the pass now waits for exchanges, and that a pair of passes switches here."""
+        """Record that the pass now waits for exchanges, and that an overlapped pair switches to the other pass."""
         self._events.append(YIELD)
 
     @contextmanager
     def once(self) -> Iterator[None]:
-        """Marks work inside the context as done once per step."""
+        """Marks all work that is recorded inside the context as work that is done once per step."""
         self._once = True
         try:
             yield
@@ -143,7 +150,7 @@ class WorkRecorder:
         setattr(owner, name, lambda *args, **kwargs: self.run(call, count, *args, **kwargs))
 
     def operation(self, run: Callable[..., Any], func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run a torch operation, and record it if it is a separate kernel."""
+        """Run a torch operation. It is recorded if it computes and is not part of a recorded call."""
         if self._inside or not _is_kernel(func):
             return run(func, args, kwargs)
         started = self._clock()
@@ -192,7 +199,7 @@ class WorkRecorder:
         setattr(owner, name, both)
 
     def listen_to_engine(self, engine: HopperEngine) -> None:
-        """Record casts to FP8 and from FP8, operations that are fused with casts, and FP8 GEMMs."""
+        """Record the casts to FP8 and from FP8, the operations that are fused with such casts, and the FP8 GEMMs."""
         engine._casts = casts = SimpleNamespace(**{name: getattr(engine._casts, name) for name in FP8_CASTS})
         for name, kind in FP8_CASTS.items():
             self.listen(casts, name, _moving(kind))
@@ -204,7 +211,7 @@ class WorkRecorder:
         self.listen(matmuls, "wgrad", partial(_count_fp8_wgrad, prefix, form))
 
     def listen_to_dispatcher(self, dispatcher: ExchangeDispatcher) -> None:
-        """Record a rank's transfers over its links, its casts of rows that travel in FP8, and its sorts of rows."""
+        """Record the dispatcher's transfers, its casts of rows that are sent in FP8, and its sorts of rows."""
         wire = dispatcher.wire
         for name in ("encode", "unpack"):
             if isinstance(wire, Fp8Wire) and not (name == "unpack" and isinstance(wire, Fp8RowsWire)):
@@ -240,7 +247,8 @@ class WorkRecorder:
         vars(link)["start"] = begin
 
     def _listen_to_buffer(self, buffer: Any, name: str) -> None:
-        """Record the exchanges of DeepEP's buffer. It sends rows, and all other inputs that have one row per token."""
+        """Record the exchanges of DeepEP's buffer. The buffer sends rows, the weights of their experts, and the ids of
+        their experts."""
         call = getattr(buffer, name)
 
         def send(rows: Any, *rest: Any, **more: Any) -> Any:
@@ -252,7 +260,7 @@ class WorkRecorder:
         setattr(buffer, name, send)
 
     def listen_to_share(self, share: Any) -> None:
-        """Record the transfers between ranks that share sequences. Each transfer blocks at its start."""
+        """Record the transfers between ranks that share sequences. Each transfer blocks the pass until it ends."""
         others = share.parts - 1
         self.listen(share, "_all_gather", lambda out, there, own: Work("gather", bytes=others * _size(own)))
         self.listen(share, "_all_to_all", lambda out, there, own: Work("all_to_all", bytes=others * _size(own[0])))
@@ -266,7 +274,7 @@ class WorkRecorder:
 
 
 class _Sums(defaultdict):
-    """Work by kind."""
+    """Sums of work by kind: flops, bytes and calls."""
 
     def __init__(self):
         super().__init__(lambda: [0.0, 0.0, 0.0])
@@ -280,15 +288,15 @@ class _Sums(defaultdict):
 
 
 def _size(value: object) -> float:
-    """Bytes of all tensors in a value. An expanded tensor counts only the bytes of its storage."""
+    """Returns the bytes of all tensors in a value. For an expanded tensor, only the bytes of its storage count."""
     if isinstance(value, Tensor):
         return min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
     return sum(map(_size, value)) if isinstance(value, list | tuple) else 0.0
 
 
 def _moving(kind: str) -> Callable[..., Work]:
-    """Returns a function that counts the work of a memory-bound call. If the call returns one of its arguments, that
-    tensor counts only once."""
+    """Returns a function that counts the work of a memory-bound call: the bytes of its arguments and results. If the
+    call returns one of its arguments, this tensor counts only once."""
 
     def count(out: Any, *args: Any, **kwargs: Any) -> Work:
         given = (*args, *kwargs.values())
@@ -308,14 +316,15 @@ _ROWWISE = {
     "sort_by_expert": "sort",
     "sum_entries": "collect",
 }
-"""Kinds of work of `Kernels` methods that autograd Functions call. GEMMs are not included."""
+"""Maps methods of `Kernels` that autograd Functions call to their kind of work. GEMMs are not included."""
 _DIFFERENTIABLE = {"to_heads": "heads", "route": "route"}
-"""Kinds of work of methods that are autograd Functions themselves."""
+"""Maps methods of `Kernels` that are differentiable themselves to their kind of work."""
 
 
 def matmul_kind(left_OC: Tensor, right_NC: Tensor) -> str:
-    """Returns the kind of the GEMM left right^T. The memory order of the operands decides. In Fprop, both operands are
-    row-major. In Dgrad, only the left operand is row-major. In Wgrad, the left operand is not row-major."""
+    """Returns the kind of the GEMM left @ right^T, which follows from the memory order of the operands. In Fprop, both
+    operands are row-major. In Dgrad, only the left operand is row-major. In Wgrad, the left operand is not
+    row-major."""
     name = "wgrad" if left_OC.stride(-1) != 1 else "fprop" if right_NC.stride(-1) == 1 else "dgrad"
     return f"{name}_{_form(left_OC)}"
 
@@ -340,12 +349,13 @@ def _count_grouped_wgrad(out: Tensor, grad_RO: Tensor, x_RI: Tensor, groups: Any
 
 
 SCORE_BYTES = 24
-"""Bytes that an indexer moves for each score of one head: it writes the product, applies ReLU and the weight in place,
-and adds the heads."""
+"""Bytes that an indexer reads and writes per head and (query, key) pair. It writes the product, applies ReLU and the
+weight of the head in place, and adds up the heads."""
 
 
 CHOICE_BYTES = 50
-"""Bytes that an indexer moves for each score summed over heads, to choose the best scores."""
+"""Bytes that an indexer reads and writes per (query, key) pair to choose the keys with the best scores. The sum of the
+scores over heads is not included."""
 
 
 def _count_choice(out: Tensor, index: IndexVectors, seen: SeenKeys, top_k: int) -> Work:
@@ -354,34 +364,34 @@ def _count_choice(out: Tensor, index: IndexVectors, seen: SeenKeys, top_k: int) 
 
 
 def _count_fused_choice(out: Tensor, index: IndexVectors, seen: SeenKeys, top_k: int) -> Work:
-    """Work if one kernel computes the scores of all heads."""
+    """Returns the work of the choice of keys, if one kernel computes the scores of all heads."""
     (*_, H, I), pairs = index.q_BTHI.shape, _all_pairs(index, seen)
     return Work(f"index_{_form(index.q_BTHI)}", 2 * pairs * H * I, CHOICE_BYTES * pairs + _size((out, index)))
 
 
 def _all_pairs(index: IndexVectors, seen: SeenKeys) -> int:
-    """Returns the number of pairs of query and key in a micro-batch."""
+    """Returns the number of (query, key) pairs in a micro-batch in which the query attends to the key."""
     batch = len(index.q_BTHI)
     return sum((batch if one.sequence is None else 1) * _pairs(one) for one in seen.rectangles)
 
 
 def _count_index_loss(out: IndexLoss, index: IndexVectors, seen: SeenKeys, **rest: Any) -> Work:
-    """Returns the work of the indexer's loss over all keys. The scores are computed twice: once for their sum, and once
-    for their values. The gradients need three more GEMMs."""
+    """Returns the work of the indexer's loss over all keys, which has five GEMMs. Two GEMMs compute the scores twice:
+    first for their sum, then for their values. Three GEMMs compute the gradients."""
     return _count_index(5, index, seen, out)
 
 
 def _count_index(products: int, index: IndexVectors, seen: SeenKeys, out: Any) -> Work:
-    """Work of an indexer's GEMMs in torch operations in fp32. products: number of GEMMs over all heads and all pairs of
-    query and key."""
+    """Returns the work of an indexer's GEMMs, which run as torch operations in fp32. products: number of GEMMs; each
+    GEMM covers all heads and all (query, key) pairs."""
     (*_, H, I), made = index.q_BTHI.shape, _size((out, index))
     pairs = H * _all_pairs(index, seen)
     return Work("index_fp32", 2 * products * pairs * I, SCORE_BYTES * products * pairs + made)
 
 
 def _count_chosen(out: ChosenOutput, given: ChosenInput) -> Work:
-    """Returns the work of attention over chosen keys. The matmuls are: queries times W_UK, scores with the latents, the
-    weighted sum of the latents, and this sum times W_UV."""
+    """Returns the work of attention over chosen keys. It has four matmuls: queries times W_UK, queries times latents
+    (the scores), scores times latents, and the result times W_UV."""
     X, R, up = _widths(given)
     return _over_chosen(given.chosen_BTK, given.q_BTHQ.shape[2], X, X + R, up, _size((out, given)))
 
@@ -394,24 +404,24 @@ def _count_chosen_backward(out: Any, dout_BTHV: Tensor, given: ChosenInput, *res
 
 
 def _count_chosen_loss(out: IndexLoss, index: IndexVectors, chosen_BTK: Tensor, **rest: Any) -> Work:
-    """Returns the work of the indexer's loss over chosen keys. It consists of the scores and the gradients of queries
-    and keys."""
+    """Returns the work of the indexer's loss over chosen keys. The loss computes the scores, and the gradients of the
+    indexer's queries and keys."""
     *_, H, I = index.q_BTHI.shape
     return _over_chosen(chosen_BTK, H, 2 * I, 3 * I, 0, _size((out, index)))
 
 
 def _widths(given: ChosenInput) -> tuple[int, int, int]:
-    """Returns the width of a latent with its rope key, its width without the rope key, and the elements of one head's
-    weight."""
+    """Returns three sizes in elements: a latent with its RoPE key, a latent without it, and the weight of one head."""
     heads, rank = given.q_BTHQ.shape[2], given.weight_YC.shape[1]
     return given.latents_BSX.shape[2], rank, given.weight_YC.numel() // heads
 
 
 def _over_chosen(chosen_BTK: Tensor, heads: int, gathered: int, products: int, up: int, made: float) -> Work:
-    """Work of attention over chosen keys in torch operations in fp32.
+    """Returns the work over chosen keys, which runs as torch operations in fp32.
 
-    gathered: width of the row that is gathered for a key; each row is written once and read twice. products: number of
-    multiplications for each pair of a head and a key. up: number of multiplications for each head.
+    gathered: width of the rows that are gathered for the chosen keys; each row is written once and read twice.
+    products: number of multiplications per query, head and chosen key. up: number of further multiplications per query
+    and head. made: bytes of all arguments and results.
     """
     B, T, K = chosen_BTK.shape
     moved = 4 * B * T * K * 3 * gathered + SCORE_BYTES * B * T * K * heads
@@ -453,7 +463,7 @@ FP8_CASTS = {
         "cast",
     ),
 }
-"""Kinds of the kernels of train/kernels/fp8/triton_quantize.py."""
+"""Maps the kernels of train/kernels/fp8/triton_quantize.py to their kind of work."""
 
 
 def _count_scaled(out: Tensor, left_OC: Tensor, right_CN: Tensor, **kwargs: Any) -> Work:
@@ -500,7 +510,7 @@ def _pairs(seen: Rectangle) -> int:
 
 _MAKES_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 _GATHERS = {"index_select": "permute", "embedding": "embed_forward", "index": "permute", "gather": "permute"}
-"""Operations that read as many bytes as they return."""
+"""Kinds of the operations that gather rows. Such an operation reads as many bytes as it returns."""
 _MULTIPLIES = {"mm", "addmm", "bmm"}
 _WRITES = {"copy_", "fill_", "zero_"}
 """Operations that do not read their first argument."""
@@ -518,7 +528,7 @@ _ADDS = {"add_", "addcmul_"}
 
 @cache
 def _is_kernel(func: Any) -> bool:
-    """Whether an operation computes. Operations that only return views or allocate memory do not."""
+    """Whether an operation runs a kernel. Operations that only return views or allocate memory run no kernel."""
     schema = func._schema
     views = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns)
     return not views and _name(func) not in _MAKES_NOTHING and schema.name.partition("::")[0] != "prim"

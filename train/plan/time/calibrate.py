@@ -5,8 +5,8 @@
 2. With several devices, or on a CPU with cores for several ranks, the kernels are also timed while all ranks run them,
    because the ranks share memory and caches. The links between the ranks are timed too: all-to-all, send, reduction, gather.
 3. One rank runs complete steps, with passes and update, at two micro-batch sizes. The kernels' rates do not explain all of
-   the time of the passes. The remainder becomes a cost per launch (Python, autograd) and a factor on the kernels' time
-   (cold caches). For the update, it becomes only a factor.
+   the time of a step. For the passes, the remainder becomes a cost per launch (Python, autograd) and a factor on the
+   kernels' time (cold caches). For the update, the remainder becomes only a factor.
 
 A single-threaded CPU rank is timed by its processor time, which excludes the time when other processes have the core.
 
@@ -44,15 +44,18 @@ from train.plan.time.timed_step import TimedStep, undisturbed_clock, wall_clock
 from train.rank_parts import RankSetup
 
 SHORTER = 4
-"""The second number of tokens is the first divided by this number."""
+"""Ratio of the two micro-batch sizes, in tokens, at which kernels are timed."""
 LINK_RUNS = 20
-"""Number of runs of each collective. The shortest time counts, because other work on the machine can only add time."""
+"""Number of times that each collective is run. Only the shortest time is used, because other work on the machine can
+make a run slower but not faster."""
 LINK_BYTES = (2**14, 2**18, 2**22)
+"""Sizes of the timed collectives, in bytes."""
 CALIBRATION_STEPS = 8
+"""Number of steps that are timed; only the shortest time is used."""
 
 
 def calibrate(config: Config) -> Path:
-    """Measure the rates and write runs/<name>/calibration.json. Returns its path."""
+    """Measure the rates and write them to runs/<name>/calibration.json. Returns the path of this file."""
     device = torch.device("cuda" if config.cluster.device != "cpu" and torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and config.precision.fp8 is not None:
         raise UserError(
@@ -91,7 +94,7 @@ def _measure_on(ranks: int, config: Config, kind: str, threads: int) -> dict[str
 
 
 def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder: str, barrier) -> None:
-    """The body of one measuring process."""
+    """Run the measurements of one rank, in a process of its own. Rank 0 writes the results into `folder`."""
     tune_cpu()
     if kind == "cpu":
         torch.set_num_threads(threads)
@@ -119,7 +122,7 @@ def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder
 
 
 def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], dict[str, float]]:
-    """Returns the fitted rates of all kinds, and the largest relative residual of each fit."""
+    """Returns the fitted rate of each kind of work, and the largest relative error of each fit."""
     samples: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     timed = [timed_passes(_alone(config, *batch), device) for batch in batches(config)]
     for (kind, *amounts, calls), seconds in chain(*timed, timed_rows_and_weights(config, device)):
@@ -140,7 +143,8 @@ def batches(config: Config) -> list[tuple[int, int]]:
 
 
 def _alone(config: Config, sequences: int, length: int) -> Config:
-    """The recipe for one rank without parallelism. Its step has two micro-batches of this many sequences."""
+    """Returns the recipe for one rank without parallelism. A step has two micro-batches, each of this number of
+    sequences of this length."""
     return replace(
         config,
         parallel=Parallel(),
@@ -167,7 +171,7 @@ def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float
     usable = [column for column in range(3) if relative_N3[:, column].any()]
     for size in range(1, len(usable) + 1):
         for columns in combinations(usable, size):
-            # Operations are 1e9 times a call. Without scaling, the matrix would be ill-conditioned.
+            # One call has some 1e9 operations. Without scaling, the matrix would be ill-conditioned.
             scale = relative_N3[:, columns].max(0)
             part, *_ = np.linalg.lstsq(relative_N3[:, columns] / scale, np.ones(len(samples)), rcond=None)
             error = np.square(relative_N3[:, columns] / scale @ part - 1).sum()
@@ -183,7 +187,8 @@ def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) 
     """Measures the part of one rank's step time that the kernels' rates do not explain. Returns the rate of a launch,
     and factors on the times of passes and of the update.
 
-    The number of launches is the same at both micro-batch sizes. This separates the launches from the kernels.
+    The steps at both micro-batch sizes have the same number of launches. So the difference between their times is due
+    to the kernels alone.
     """
     steps = [_Step(config, *batch, rates, device) for batch in batches(config)]
     first, second = steps
@@ -197,14 +202,15 @@ def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) 
 def _factors_together(
     config: Config, device: torch.device, rates: dict[str, dict], launch: Rate, barrier
 ) -> dict[str, float]:
-    """Returns the factors on passes and update, measured while all ranks are active. launch: the rate that one rank
-    alone has measured. It is valid here too, because each rank launches on its own core."""
+    """Returns the factors on the times of passes and update, measured while all ranks are active. launch: the rate of a
+    launch, measured while one rank was active. It is also valid with all ranks, because each rank launches on its own
+    core."""
     step = _Step(config, *batches(config)[0], rates, device, barrier)
     return {"passes": (step.passes - launch.seconds * step.launches) / step.kernels, "update": step.update}
 
 
 class _Step:
-    """A step of two micro-batches on one rank: its measured times, and the planned time of its kernels."""
+    """The measured times of a step with two micro-batches on one rank, and the planned time of the step's kernels."""
 
     def __init__(self, config: Config, sequences: int, length: int, rates: dict[str, dict], device, barrier=None):
         alone = _alone(config, sequences, length)
@@ -219,11 +225,8 @@ class _Step:
 
 
 def _step(config: Config, device: torch.device, barrier) -> tuple[float, float]:
-    """Returns the seconds of the passes over two micro-batches, and of the reduction and update after them. The
-    shortest of several runs counts.
-
-    A single rank runs these steps.
-    """
+    """Runs several steps of two micro-batches on a single rank. Returns the shortest time of the passes, and the
+    shortest time of reduction and update together, in seconds."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -243,7 +246,7 @@ def _step(config: Config, device: torch.device, barrier) -> tuple[float, float]:
 
 
 def _links(rank: int, ranks: int, device: torch.device, folder: str) -> dict[str, dict]:
-    """Rates of the transfers between the ranks of this machine."""
+    """Returns the rates of the transfers between the ranks of this machine."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
@@ -277,7 +280,7 @@ def _shift(tensor: torch.Tensor, rank: int, ranks: int) -> None:
 
 
 def _seconds_in_step(run: Callable[[], object], device: torch.device) -> float:
-    """Shortest time of a collective that all ranks start together. Every rank runs it equally often."""
+    """Returns the shortest time of several runs of a collective, in seconds. All ranks start each run together."""
     times = []
     for _ in range(LINK_RUNS):
         dist.barrier()

@@ -9,7 +9,7 @@ from train.plan.time.update import count_weights, sharers
 
 
 def count_traffic(stages: Stages) -> dict[str, dict[str, float]]:
-    """Bytes that a device sends per step: the mean over the ranks of a pipeline.
+    """Returns the bytes that a device sends per step, as a mean over the ranks of a pipeline.
 
     Kinds of link: inside (to the same node), across (to other nodes), and host (to the host or from it). Purposes:
     experts, stages, contexts, gradients, weights, activations and optimizer.
@@ -29,11 +29,11 @@ def count_traffic(stages: Stages) -> dict[str, dict[str, float]]:
     found[link]["contexts"] += 3 * latent_bytes(config) * stages.micro_batches * (model.layers + model.mtp_depth)
     for ids in stages.placement:
         held = count_weights(config, stages.layers, ids, last)
-        # reductions, gathers, and how often a step repeats them
+        # numbers of reductions and of gathers, and how often a step repeats both
         times = (1, 2, stages.micro_batches) if parallel.zero == 3 else (2, 1, 1)
         for weights, group, per_node in sharers(layout, held):
             moved = weights * (group - 1) / group * times[2]
-            across = 1 / per_node if group > per_node else 0.0  # in a ring, one rank of a node sends to the next node
+            across = 1 / per_node if group > per_node else 0.0  # in a ring, one rank per node sends to another node
             for link, share in (("inside", 1 - across), ("across", across)):
                 found[link]["gradients"] += 4 * moved * times[0] * share
                 found[link]["weights"] += element * moved * times[1] * share

@@ -1,11 +1,11 @@
 """Computes the time of a pass over the layers of a stage, alone or overlapped with another pass.
 
 A pass is a list of segments. A segment first computes and then starts a transfer. During the transfer, it computes
-independent work (the shared experts). Then it waits for the transfer. A pass that runs alone hides a transfer only
-behind this independent work. In a pair, a pass that has started a transfer lets the other pass run, exactly as in
+independent work (the shared experts). Then it waits for the transfer. If a pass runs alone, only this independent work
+overlaps the transfer. In a pair of passes, a pass that has started a transfer lets the other pass run, exactly as in
 parallel/pipeline/overlap.py. Backward runs first.
 
-A device runs its transfers one after another. A transfer in flight slows computing, because it takes the share `taken`
+A device runs its transfers one after another. A running transfer slows computing, because it uses the fraction `taken`
 of the device (some SMs; on a CPU, the cores themselves).
 """
 
@@ -30,11 +30,12 @@ class ElapsedTime:
 
     seconds: float
     exposed: float
-    """Seconds of waiting for transfers. They are included in `seconds`."""
+    """Seconds in which the passes wait for transfers. They are included in `seconds`."""
 
 
 def alone(segments: list[Segment], taken: float) -> ElapsedTime:
-    """Returns the time of one pass that has no other work during its waits."""
+    """Returns the time of one pass that is not overlapped with another pass. taken: fraction of the device that a
+    running transfer uses."""
     seconds = exposed = 0.0
     for segment in segments:
         beside = _compute(0.0, segment.beside, segment.transfer, taken)
@@ -54,8 +55,8 @@ class _Lane:
 
 
 def overlapped(forward: list[Segment], backward: list[Segment], taken: float) -> ElapsedTime:
-    """Returns the time of a forward and a backward pass that alternate; see parallel/pipeline/overlap.py for the
-    order."""
+    """Returns the time of a forward and a backward pass that alternate (parallel/pipeline/overlap.py). taken: fraction
+    of the device that a running transfer uses."""
     lanes = [_Lane(backward), _Lane(forward)]
     now = exposed = link = 0.0
     turn = 0
@@ -80,7 +81,7 @@ def overlapped(forward: list[Segment], backward: list[Segment], taken: float) ->
 
 
 def _compute(now: float, seconds: float, link: float, taken: float) -> float:
-    """Returns the time at which `seconds` of computing end if they start now. Computing is slower while the link is
-    busy."""
+    """Returns the time at which a computation ends that starts at time `now` and takes `seconds` on an idle device.
+    Until time `link`, a transfer runs and slows the computation."""
     lost = taken * max(0.0, link - now)
     return now + min(seconds + lost, seconds / max(1 - taken, 1e-9))

@@ -1,9 +1,9 @@
 """Computes the seconds of work, from the rates of a hardware description or a calibration. Kinds of work without a rate
 have fallbacks.
 
-Shipped hardware descriptions have rates of a few kinds (GEMMs, attention, memory). A calibration measures all kinds in
-Sluice's code. A kind without a rate uses the rate of a more general kind (WORK_KINDS lists these fallbacks). If that
-has no rate either, an error is raised.
+The hardware descriptions in conf/hardware have rates for a few kinds of work (GEMMs, attention, memory). A calibration
+measures rates for all kinds. A kind without a rate uses the rate of a more general kind, its fallback (WORK_KINDS). If
+the fallback has no rate either, an error is raised.
 """
 
 import math
@@ -34,17 +34,18 @@ WORK_KINDS = {
     "triton_grouped_wgrad": "grouped_wgrad",
     "triton_wgrad": "wgrad",
 }
-"""Kinds of GEMMs and their fallbacks. Each name ends in a number format (fprop_bf16). Kinds with triton in their name
-are Sluice's FP8 kernels."""
+"""Kinds of GEMMs and their fallbacks. The names of rates also end in a number format, such as fprop_bf16. Kinds with
+triton in their name are Sluice's FP8 kernels."""
 NOT_MEMORY = ("memory", "attention_forward", "attention_backward", "launch")
-"""Kinds that do not fall back to `memory`. GEMMs, links and the host do not either; all other kinds do."""
+"""Kinds of work without a fallback. The kinds of GEMMs, of links and of the host have their own tables. All other kinds
+fall back to `memory`."""
 HOST = ("host", "host_memory")
-"""Kinds of offload work, without a fallback: bytes copied between a device and its host, and bytes that the host's
-processors read and write in host memory."""
+"""Kinds of work of offloading; they have no fallback. `host` counts the bytes that are copied between a device and its
+host. `host_memory` counts the bytes that the host's processors read and write in host memory."""
 HOST_LAUNCH = "host_launch"
-"""Kind for the time that a host core needs to launch a kernel in the passes, in seconds per call.
+"""Kind of work for launching kernels; its rate has the seconds that a host core needs per launch.
 
-This kind has no fallback. If a description has no rate of this kind, launches take no time.
+This kind has no fallback. If a hardware description has no rate of this kind, launches take no time.
 """
 LINKS = {
     "all_to_all_inside": "inside",
@@ -63,15 +64,16 @@ TUNED, OURS_UNTIMED = "tuned Megatron", "this program"
 
 @dataclass(frozen=True)
 class JobInterval:
-    """The range of published jobs' step times: from exp(low) to exp(high) times the planned step time. `python -m
-    bench.plan_published` measures it."""
+    """The range in which the measured step times of published jobs are: from exp(low) to exp(high) times the planned
+    step time. `python -m bench.plan_published` computes low and high."""
 
     low: float
     high: float
     jobs: int
+    """Number of published jobs."""
     held: float
-    """Share of the published jobs that lie in their interval, when the interval is computed without the job's own
-    source."""
+    """Fraction of the published jobs whose measured step time is inside the interval. For this check, the interval of
+    each job was computed without all jobs from the same source."""
 
     def around(self, seconds: float) -> tuple[float, float]:
         return seconds * math.exp(self.low), seconds * math.exp(self.high)
@@ -81,7 +83,8 @@ INTERVALS = {
     OURS_UNTIMED: JobInterval(-0.195, 0.495, 61, 0.90),
     TUNED: JobInterval(-0.204, 0.111, 33, 0.88),
 }
-"""Intervals by kind of program. No GPU has timed Sluice itself, so its interval counts jobs of all kinds."""
+"""Intervals by kind of program. Sluice has not been timed on a GPU, so its interval is computed from the jobs of all
+programs."""
 CALIBRATION_FILE = "calibration.json"
 REQUIRED = {
     "device",
@@ -102,11 +105,12 @@ class Rates:
     rates: Mapping[str, Rate]
     source: str
     factors: Mapping[str, float] = field(default_factory=dict)
-    """Factors for the time of passes and update that kernels do not explain. A factor is 1 if it was not measured."""
+    """Factors by which passes and update take longer than the rates of their kernels say. A factor is 1 if it was not
+    measured."""
     threads: int | None = None
     """Number of threads per rank on the calibrated CPU."""
     intervals: Mapping[str, JobInterval] = field(default_factory=dict)
-    """INTERVALS, or empty if plans with these rates were not compared with jobs."""
+    """INTERVALS, or empty if plans with these rates were not compared with published jobs."""
     _found: dict[str, Rate] = field(default_factory=dict, init=False, compare=False, repr=False)
     """Cache of rates by kind."""
 
@@ -130,13 +134,14 @@ class Rates:
         return self.rates[name]
 
     def seconds(self, work: Iterable[Work]) -> float:
-        """Seconds of kernels that run in sequence."""
+        """Returns the seconds of kernels that run in sequence."""
         return sum(self.of(one) for one in work)
 
     def passes(self, work: Sequence[Work]) -> float:
         """Returns the seconds of work inside the passes of a step, including launches.
 
-        Only calibrations know how long Python and autograd take to launch.
+        Only a calibration measures the time that Python and autograd need to launch a kernel. Without a calibration,
+        this time is 0.
         """
         launch = self.rates.get("launch", Rate()).seconds
         return self.factor("passes") * self.seconds(work) + launch * sum(one.calls for one in work)
@@ -162,11 +167,11 @@ def _nearest_kind(kind: str) -> str | None:
 
 
 def load_rates(config: Config, alone: bool) -> Rates:
-    """Returns the rates that a plan of this recipe uses. alone: whether only one rank of a machine is active. (On a
-    CPU, active ranks share the machine's memory.)
+    """Returns the rates that a plan of this recipe uses. alone: whether only one rank of a machine is active.
+    Calibrations have separate rates for this case, because active ranks share a machine's memory.
 
-    Raises UserError if there is no hardware description, if it has no rates, or if the calibration is of another
-    device.
+    Raises UserError if there is no hardware description, if it has no rates, or if the calibration was measured on
+    another device.
     """
     hardware = config.hardware
     require_hardware(hardware)
@@ -188,7 +193,7 @@ def load_rates(config: Config, alone: bool) -> Rates:
 
 
 def read_calibration(path: str) -> dict[str, Any]:
-    """The content of a calibration file."""
+    """Returns the content of a calibration file. Raises UserError if the file is not a calibration."""
     try:
         found = parse_json(read_plain_text(Path(path)))
     except ValueError as error:
@@ -201,8 +206,8 @@ def read_calibration(path: str) -> dict[str, Any]:
 
 
 def check_device(config: Config, calibration: Mapping[str, Any]) -> None:
-    """Raise UserError if a calibration was measured on another device than the planned one. On a CPU, also raise it for
-    another precision or for other compiled kernels."""
+    """Raise UserError if a calibration was not measured on the planned kind of device. On a CPU, also raise it if the
+    calibration was measured with another precision or with other compiled kernels."""
     hardware, device = config.hardware, calibration["device"]
     wanted = cpu_name() if hardware.device == "cpu" else hardware.device
     same = device == wanted if hardware.device == "cpu" else wanted in device

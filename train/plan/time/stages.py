@@ -30,13 +30,14 @@ from train.plan.time.update import to_host
 from train.plan.work_recorder import ONCE, Exchange, Work
 
 FEW_MICRO_BATCHES = 16
-"""With at most this many micro-batches, the first micro-batch is timed separately. The first micro-batch creates the
-sums of gradients. Each later micro-batch reads these sums and adds to them."""
+"""If a step has at most this many micro-batches, the first one is timed separately. Backward of the first micro-batch
+creates the sums of gradients. Backward of each later micro-batch reads these sums and adds to them."""
 
 
 @dataclass
 class PassTime:
-    """One pass over some layers: its segments for the time, and its work by kernel."""
+    """The planned time of one pass over some layers. segments: durations of the pass, which the schedule can overlap.
+    pieces: the work of the pass, by kind of kernel."""
 
     segments: list[Segment] = field(default_factory=list)
     pieces: list[Sequence[Work]] = field(default_factory=list)
@@ -56,7 +57,7 @@ def _computing(one: PassTime) -> float:
 
 
 class Directions:
-    """The passes of some layers, one for each kind of action. Each is built on first access."""
+    """The passes over some layers, one for each kind of action. Each pass is computed on first access."""
 
     def __init__(self, make: Callable[[str], PassTime]):
         self.of = cache(make)
@@ -84,7 +85,7 @@ class Stages:
     """Computes the durations of all actions in a recipe's pipeline."""
 
     def __init__(self, config: Config, layout: Layout, rates: Rates, memo: dict | None = None):
-        """memo: cached results that layouts of one recipe share at the same rates. New results are added to it."""
+        """memo: a cache that layouts of one recipe share if they use the same rates. None: a new cache."""
         self.config, self.layout, self.rates = config, layout, rates
         self.placement = config.parallel.placement
         self.layers = stage_layers(config)
@@ -102,7 +103,7 @@ class Stages:
             self.tokens, self.micro_batches, parallel.cp, layout.ranks_per_node, words, parallel.ep, parallel.dispatch, parallel.wire,
             config.holds_weights,
         )  # fmt: skip
-        """Settings that affect the time of a part and may differ between layouts. They are part of each cache key."""
+        """Settings that affect the time of a part and may differ between layouts. Each cache key contains them."""
         self._sent: dict[int, float] = {}
         self._elapsed: dict[tuple, ElapsedTime] = {}
         self._kinds: dict[int, Parts] = {}
@@ -121,7 +122,7 @@ class Stages:
 
     @cached_property
     def spread(self) -> Spread:
-        """Returns the expected number of destinations of a token in a layer of experts."""
+        """The expected number of messages that a token needs in a layer of experts, and the sizes of the messages."""
         return spread_of(self.config, self.layout)
 
     @cached_property
@@ -129,11 +130,11 @@ class Stages:
         return scene_of(self.config)
 
     def directions(self, stage: int) -> Directions:
-        """The passes of a stage. Stages with equal parts share these passes."""
+        """Returns the passes of a stage. Stages with equal parts share one result."""
         return self._passes(self.kind(stage))
 
     def kind(self, stage: int) -> Parts:
-        """The parts of a stage. Stages with equal layers and ends have equal parts."""
+        """Returns the names of the parts of a stage, in order. Stages with equal names do the same work."""
         if stage not in self._kinds:
             self._kinds[stage] = parts_of_stage(self.config, self.layers, stage)
         return self._kinds[stage]
@@ -146,7 +147,7 @@ class Stages:
         """Returns the number of layers of every stage, as for parallel.split. This split balances the planned times of
         the ranks."""
         model = self.config.model
-        # If only some layers of every stage are recomputed, the stage decides which layers these are.
+        # If only some layers of a stage are recomputed, the split determines which ones; the costs then assume none.
         again = model.repeated_layers >= model.layers
         end = AGAIN if again and Recompute.layer in model.recompute else ""
         costs = [self._pair((block_of(model, index) + end,)) for index in range(model.layers)]
@@ -154,8 +155,8 @@ class Stages:
         return [len(one) for one in split_layers(costs, first, last, self.placement)]
 
     def _pair(self, parts: Parts) -> float:
-        """Seconds of a forward and a backward pass of these parts. The two passes overlap if the schedule overlaps
-        them."""
+        """Returns the seconds of a forward and a backward pass over these parts. If the schedule overlaps the passes of
+        two micro-batches, the result is the time of the overlapped pair."""
         made = self._passes(parts)
         forward, backward = made.forward.segments, made.backward.segments
         if self.config.parallel.schedule_facts.pairs and self.config.parallel.overlap:
@@ -163,7 +164,8 @@ class Stages:
         return alone(forward, self.taken).seconds + alone(backward, self.taken).seconds
 
     def _stage(self, parts: Parts, way: str) -> PassTime:
-        """One pass over these parts in sequence. Backward starts with the last part."""
+        """Returns one pass over these parts in sequence. Backward starts with the last part. way: the kind of action,
+        as in `Directions.of`."""
         first, depth = parts[0] == "embedding", self.config.model.mtp_depth if parts[-1] == "end" else 0
         whole = (
             self.config.parallel.zero == 3 or depth > 1 or self.config.model.sparse.heads > 0
@@ -179,8 +181,8 @@ class Stages:
         )
 
     def _part(self, part: str, way: str) -> PassTime:
-        """One pass through a part, as a mean over the micro-batches. In the first micro-batch, backward creates the
-        gradients; in the others, it adds to them."""
+        """Returns one pass through a part, as a mean over the micro-batches. Backward of the first micro-batch creates
+        the gradients; backward of each other micro-batch adds to them."""
         if part == "end" and self._scene.ep > 1 and self.config.model.mtp_depth:
             return self._end(way)
         if way == "F":
@@ -191,10 +193,11 @@ class Stages:
         return self._timed([(share, self._backward(part, way, first)) for first, share in shares.items() if share])
 
     def _end(self, way: str) -> PassTime:
-        """One pass through the end, if its MTP modules have experts on several ranks.
+        """Returns one pass through the part `end`, for MTP modules whose experts are on several ranks.
 
-        The function takes the time of the end with all experts on this rank. It adds the difference that the expert
-        layout makes for the MTP blocks. To trace the end for every expert layout would take most of a search's time.
+        The function starts from the time of `end` with all experts on one rank. It subtracts the time of the MTP blocks
+        in this layout, and adds their time in the real layout. Tracing `end` separately for every layout of experts
+        would take most of a search's time.
         """
         model, parallel = self.config.model, replace(self.config.parallel, ep=1)
         block = "moe" + AGAIN * (Recompute.layer in model.recompute)
@@ -210,12 +213,13 @@ class Stages:
     def _backward(self, part: str, way: str, first: bool) -> PassMemory:
         if way == "B":
             return trace_backward(self._scene, part, first, False)
-        if part == "embedding":  # with MTP modules, its gradient is computed in W
+        if part == "embedding":  # with MTP modules, the gradient of the embedding is computed in W
             return trace_backward(self._scene, part, first, False) if way == "W" else PassMemory(0, ())
         return trace_split_backward(self._scene, part, first)[way == "W"]
 
     def _timed(self, passes: list[tuple[float, PassMemory]]) -> PassTime:
-        """Averages passes that differ only in their work. Each pass has a weight: its share of the micro-batches."""
+        """Returns the average of passes that have the same segments but different work. passes: each pass with its
+        weight, which is the fraction of micro-batches with this pass."""
         made = PassTime()
         for segments in zip(*(run.work for _, run in passes), strict=True):
             weighed = list(zip([share for share, _ in passes], segments, strict=True))
@@ -230,8 +234,8 @@ class Stages:
         return made
 
     def _scaled(self, work: Work, share: float) -> Work:
-        """Returns the work for a share of the micro-batches. The trace of each micro-batch includes the work that is
-        done once per step. So that work is also divided by the number of micro-batches."""
+        """Returns the work, scaled by a fraction of the micro-batches. The trace of each micro-batch also includes work
+        that a real step does only once. Such work is divided by the number of micro-batches, too."""
         kind = work.kind.removeprefix(ONCE)
         if kind != work.kind:
             share /= self.micro_batches
@@ -240,12 +244,13 @@ class Stages:
         return Work(kind, work.flops * share, work.bytes * share, work.calls * share)
 
     def seconds(self, works: Sequence[Work]) -> float:
-        """Returns the seconds of computing in a pass, plus the seconds of the transfers that block this pass."""
+        """Returns the seconds of work in a pass. Transfers that block the pass are included."""
         sent = [one for one in works if one.kind in LINKS]
         return self.rates.passes([one for one in works if one.kind not in LINKS]) + self.rates.seconds(sent)
 
     def _exchange_seconds(self, hop: Exchange) -> float:
-        """Returns the seconds of one hop of a micro-batch's rows, on the rank with the most rows."""
+        """Returns the seconds of one transfer of a micro-batch's rows to experts or back, on the rank with the most
+        rows."""
         tokens = self.tokens * self.config.plan.imbalance * hop.row_bytes
         return max(
             (
@@ -257,7 +262,7 @@ class Stages:
         )
 
     def elapsed(self, action: Action) -> ElapsedTime:
-        """The time of an action."""
+        """Returns the time of an action, including the waits for transfers."""
         halves = action.halves
         key = (action.kind, halves[0].stage, halves[1].stage) if halves else (action.kind, action.stage)
         if key not in self._elapsed:
@@ -265,7 +270,7 @@ class Stages:
         return self._elapsed[key]
 
     def _long_key(self, action: Action) -> tuple:
-        """A cache key. It is equal for all layouts in which the stages of this action do the same work."""
+        """Returns a cache key. Layouts in which the stages of this action do the same work have equal keys."""
         kinds = [self.kind(half.stage) for half in action.halves or (action,)]
         return (*self._alike, action.kind, *kinds, self.config.parallel.zero == 3)
 
@@ -273,8 +278,9 @@ class Stages:
         return self._beside_copies(action, self._computing(action))
 
     def _beside_copies(self, action: Action, computed: ElapsedTime) -> ElapsedTime:
-        """Returns the time of an action, including copies to the host and from the host. A link copies in both
-        directions at once. On a CPU, the copies take computing time."""
+        """Returns the time of an action, including copies to the host and from the host. computed: the time without
+        copies. On a GPU, copies in both directions overlap with each other and with computing. On a CPU, copies use the
+        cores, so their time is added."""
         halves = action.halves or (action,)
         there = [self._copies(half.stage) for half in halves if half.kind == "F"]
         back = [self._copies(stage) for half in halves for stage, _ in reads(half)]
@@ -291,7 +297,7 @@ class Stages:
         return self._sent[stage]
 
     def count_sent(self, stage: int) -> int:
-        """Returns the bytes of a stage's activations that wait on the host, per micro-batch."""
+        """Returns the bytes of a stage's activations that are offloaded to the host, per micro-batch."""
         return chunk_of(self._scene, self.kind(stage)).sent_bytes
 
     def _computing(self, action: Action) -> ElapsedTime:

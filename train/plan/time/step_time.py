@@ -21,52 +21,53 @@ from train.plan.time.update import UpdateTime, WeightCounts, count_weights, stag
 from train.plan.work_recorder import Work
 
 HOST_BINDS = 0.5
-"""If launching takes at least this share of the computing time, the host may limit the step.
+"""If launching kernels takes more than this fraction of the computing time, the host may limit the step.
 
-Launch times are estimates. A published job without CUDA graphs had a share of 0.52, and took twice as long as planned
-(Megatron-LM's guide for GB200).
+Launch times are estimates. A published job without CUDA graphs had a fraction of 0.52, and took twice as long as
+planned (Megatron-LM's guide for GB200).
 """
 
 
 @dataclass
 class StepTime:
-    """The planned speed. All seconds are for one optimizer step."""
+    """The planned time of one optimizer step, and the speed that follows from it."""
 
     step_seconds: float
     pipeline_seconds: float
-    """Seconds from the first action of any rank to the end of the last action."""
+    """Seconds from the start of the first action on any rank to the end of the last action on any rank."""
     bubble_seconds: float
-    """Idle time of a rank. This is the mean over the ranks of a pipeline."""
+    """Idle time of a rank, as a mean over the ranks of a pipeline."""
     bubble_share: float
     """bubble_seconds divided by pipeline_seconds."""
     action_seconds: dict[str, float]
-    """Seconds by kind of action (F, B, I, W, FB). This is the mean over the ranks of a pipeline."""
+    """Seconds by kind of action (F, B, I, W, FB), as a mean over the ranks of a pipeline."""
     exposed_communication_seconds: float
-    """Seconds that actions wait for experts' tokens. This is the mean over the ranks of a pipeline."""
+    """Seconds in which actions wait for tokens on their way to experts or back, as a mean over the ranks of a
+    pipeline."""
     work_seconds: dict[str, float]
-    """Seconds of computing by kind of work. This is the mean over the ranks of a pipeline."""
+    """Seconds of computing by kind of work, as a mean over the ranks of a pipeline."""
     host_seconds: float
-    """Seconds that a host core needs to launch this computing. The host runs ahead of the device. This is the mean over
-    the ranks of a pipeline.
+    """Seconds that a host core needs to launch the kernels of a step, as a mean over the ranks of a pipeline; 0 if
+    launch times are unknown.
 
-    0 if launch times are unknown. No other figure includes this time. If it is close to the computing time, the host
-    limits the step, and the step takes longer than planned.
+    No other field includes this time, because the host launches kernels while the device computes. If host_seconds is
+    close to the computing time, the host limits the step, and the step takes longer than planned.
     """
     exchange_seconds: float
-    """Seconds of the experts' exchanges, whether hidden or not. This is the mean over the ranks of a pipeline."""
+    """Seconds of all exchanges of experts' tokens, hidden or not, as a mean over the ranks of a pipeline."""
     update: UpdateTime
     tokens_per_second: float
     tokens_per_second_per_gpu: float
     mfu_causal: float | None
     """MFU relative to the bf16 peak of the hardware description; None if the description has no peak."""
     mfu_full: float | None
-    """MFU if attention is counted without its causal mask."""
+    """MFU if the FLOPs of attention are counted without the causal mask; None as for mfu_causal."""
     actions: list[list[Action]]
     """The actions of every rank of a pipeline, in order."""
     length: Callable[[Action], float]
     """Returns the seconds of an action."""
     transfer_seconds: float
-    """Seconds from the end of a stage until its output is on the next rank."""
+    """Seconds from the end of a stage until the stage's output is on the next rank."""
     simulation: Simulation
     rates: str
     """Describes the source of the rates."""
@@ -77,7 +78,7 @@ class StepTime:
 
     @property
     def host_share(self) -> float:
-        """Time to launch the passes, divided by the time to compute them."""
+        """The time to launch the kernels of the passes, divided by the time to compute the passes."""
         return self.host_seconds / sum(self.work_seconds.values())
 
     @property
@@ -87,14 +88,14 @@ class StepTime:
 
     @property
     def interval_seconds(self) -> dict[str, tuple[float, float]]:
-        """Range of step times that four in five such jobs have, by kind of program. Empty if the rates were not
-        compared with jobs."""
+        """Expected range of the real step time, by kind of program. For four in five published jobs, the measured step
+        time was in the range that their plan gave. Empty if the rates were not compared with published jobs."""
         return {kind: one.around(self.step_seconds) for kind, one in self.intervals.items()}
 
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """The parts of a step's time that a search needs. A plan also divides them further."""
+    """The parts of a step's time that a search needs. `StepTime` has more detail, for a plan."""
 
     simulation: Simulation
     update: UpdateTime
@@ -108,7 +109,7 @@ class SimulatedStep:
 
 def simulate_step(stages: Stages, micro_batches: int | None = None) -> SimulatedStep:
     """Simulates the pipeline action by action, and adds the update of the slowest rank. micro_batches: number of
-    micro-batches to use instead of those of a step."""
+    micro-batches; None: those of a step."""
     extra = _stage3(stages) if stages.config.parallel.zero == 3 else {}
 
     def duration(action: Action) -> float:
@@ -121,13 +122,13 @@ def simulate_step(stages: Stages, micro_batches: int | None = None) -> Simulated
 
 
 LONG = 12
-"""Up to this many micro-batches per pipeline rank, a step is simulated. Longer steps are extrapolated from shorter ones,
-because each further micro-batch takes the same time."""
+"""Number of micro-batches per pipeline rank in the longer of two simulated steps. The time of a step with more
+micro-batches is extrapolated from these two steps, because each further micro-batch takes the same time."""
 
 
 def estimate_step(stages: Stages) -> tuple[float, float]:
-    """Returns the seconds of a step, and the ratio of the busiest rank's time to the mean. Both are extrapolated from
-    shorter steps."""
+    """Returns the seconds of a step, and the ratio of the busiest rank's time to the mean over all ranks. If a step has
+    many micro-batches, both are estimated from shorter steps."""
     pp, count = stages.layout.pp, stages.micro_batches
     if count <= (LONG + 1) * pp or count % pp:
         step = simulate_step(stages)
@@ -139,8 +140,8 @@ def estimate_step(stages: Stages) -> tuple[float, float]:
 
 
 def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
-    """Plan the time of a step. Raises UserError for a recipe that cannot run, that the planner does not support, or
-    that has no rates."""
+    """Plan the time of a step. rates: None to use the rates of the recipe's hardware. Raises UserError if the recipe
+    cannot run, if the planner does not support it, or if it has no rates."""
     require_hardware(config.hardware)
     require_rule(config)
     layout = layout_of(config)
@@ -175,7 +176,7 @@ def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
 
 
 def _transfer(stages: Stages) -> float:
-    """Seconds from the end of a stage until its output is on the next rank."""
+    """Returns the seconds from the end of a stage until the stage's output is on the next rank."""
     layout = stages.layout
     if layout.pp == 1:
         return 0.0
@@ -185,11 +186,11 @@ def _transfer(stages: Stages) -> float:
 
 
 def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
-    """Returns the update time of the slowest rank. This time includes the part of the reduction that the rank's passes
-    do not hide.
+    """Returns the update time of the slowest rank. It includes that part of the gradient reduction which does not
+    overlap with the rank's passes.
 
-    simulated: arguments for `_hidden`. Without them, all reduction that can be hidden is assumed to be hidden. This
-    gives the minimum time.
+    simulated: the last three arguments of `_hidden`. Without them, the reduction is assumed to be hidden completely
+    where it can overlap with passes. The result is then a lower bound.
     """
     updates: dict[WeightCounts, UpdateTime] = {}
     for rank, ids in enumerate(stages.placement):
@@ -205,11 +206,12 @@ def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
 def _hidden(
     stages: Stages, rank: int, whole: float, program: Program, simulation: Simulation, length: Callable[[Action], float]
 ) -> float:
-    """Returns the seconds of a rank's reduction that the rank's passes hide, minus the time by which the reduction
-    slows these passes. whole: seconds of the complete reduction.
+    """Returns the seconds that a rank saves because its gradient reduction overlaps with its passes. These are the
+    overlapped seconds, minus the time by which the reduction slows the passes. whole: seconds of the complete
+    reduction.
 
-    A stage's gradients are reduced while the rank's other stages still run passes. Only the stage that ends last cannot
-    hide its reduction (parallel/zero/whole_weights.py).
+    A stage's gradients are reduced while the rank's other stages still run passes. Only the reduction of the stage that
+    ends last overlaps with no pass (parallel/zero/whole_weights.py).
     """
     actions = program.actions[rank]
     ahead = stages_ahead(actions)
@@ -221,8 +223,8 @@ def _hidden(
 
 
 def _stage3(stages: Stages) -> dict[str, float]:
-    """Returns the seconds that the gathers of stage 3 add to F and to B. They consist of the part of the gathers that
-    the pass cannot hide, and of the time by which gathers slow the pass."""
+    """Returns the seconds that the communication of ZeRO stage 3 adds to a forward (F) and to a backward (B). These are
+    the seconds that do not overlap with the pass, and the time by which communication slows the pass."""
     held = count_weights(stages.config, stages.layers, stages.placement[0], len(stages.layers) - 1)
     forward, backward = stage3_seconds(stages.config, stages.layout, stages.rates, held)
     added = {}
@@ -241,8 +243,8 @@ def _by_kind(actions: list[list[Action]], duration: Callable[[Action], float]) -
 
 
 def _work(stages: Stages, measure: Callable[[Work], float]) -> dict[str, float]:
-    """Returns the sum of `measure` over the computing of all micro-batches, by kind of work. This is the mean over the
-    ranks."""
+    """Returns the sum of `measure` over all kernels of a step, by kind of work, as a mean over the ranks of a
+    pipeline."""
     total: defaultdict[str, float] = defaultdict(float)
     for stage in range(len(stages.layers)):
         made = stages.directions(stage)
@@ -259,7 +261,8 @@ def _exchanges(stages: Stages) -> float:
 
 
 def mfu(config: Config, step_seconds: float, causal: bool) -> float | None:
-    """MFU relative to the bf16 peak of all devices; None if the hardware description has no peak."""
+    """Returns the MFU relative to the bf16 peak of all devices; None if the hardware description has no peak. causal:
+    whether the FLOPs of attention are counted with the causal mask."""
     if not config.hardware.bf16_flops:
         return None
     rate = config.batch_size * config.seq_len / step_seconds / config.parallel.world

@@ -1,13 +1,13 @@
-"""Times the kernels of a recipe. Runs each part of the model as a memory plan does (train/plan/memory/part.py), but on
-a real device.
+"""Times the kernels of a recipe. It runs each part of the model as a memory plan does (train/plan/memory/part.py), but
+on a real device.
 
-The recorder is the same as in a plan (train/plan/work_recorder.py), so a new kernel is calibrated as it is planned.
-Each part runs several times. The shortest time of each kernel counts, because other work on the machine can only add
-time. Some kernels are outside of the parts and are timed separately: parts of the update that work only on weights, and
-casts of rows that travel in FP8.
+A plan and a calibration use the same recorder (train/plan/work_recorder.py). So a calibration times every kernel that a
+plan counts. Each part runs several times, and only the shortest time of each kernel is used, because other work on the
+machine can make a kernel slower but not faster. Some kernels are not in any part and are timed separately: the
+optimizer's kernels, and casts of rows that are sent in FP8.
 
-On a GPU, autograd runs in a thread of its own. The recorder does not see single torch operations of that thread, but it
-sees the model's calls of its kernels.
+On a GPU, autograd runs in a separate thread. The recorder cannot observe single torch operations of this thread, but it
+observes the model's calls of its kernels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,19 +32,19 @@ from train.plan.work_recorder import TimedWork, Work, WorkRecorder
 
 TIMED_PARTS = ("embedding", "dense", "moe", "end")
 TIMED_PASSES = 6
-"""Number of passes through a part. The first pass does not count."""
+"""Number of passes through a part. The time of the first pass is discarded."""
 COUNT = 2**25
-"""Number of weights in cases that do not depend on tokens. They are larger than a cache, as the weights of a real
-update."""
+"""Number of weights in the measurements of the update. Like the weights of a real update, they do not fit into a
+cache."""
 PIECES = (2**14, 2**20)
-"""Numbers of weights per tensor in these cases."""
+"""Numbers of weights per tensor in the measurements of the update."""
 
 
 class TimedRun(Run):
     """One part of a recipe on a real device."""
 
     def __init__(self, config: Config, part: str, device: torch.device):
-        """config: a recipe for a single rank."""
+        """config: a recipe for a single rank. part: name of the part."""
         super().__init__(scene_of(config), part)
         self._config, self.device = config, device
         self._ledger = Ledger(device)
@@ -52,7 +52,7 @@ class TimedRun(Run):
         self._recorder = self._ledger.recorder = WorkRecorder(waits_for_each=True, clock=clock)
 
     def timed(self) -> list[TimedWork]:
-        """Returns all kernels of a forward and a backward pass, each with its shortest time."""
+        """Returns all kernels of a forward and a backward pass, each with the shortest of its measured times."""
         passes = []
         for _ in range(TIMED_PASSES):
             self.forward()
@@ -90,7 +90,7 @@ def timed_passes(config: Config, device: torch.device) -> Iterator[TimedWork]:
 
 
 def timed_rows_and_weights(config: Config, device: torch.device) -> Iterator[TimedWork]:
-    """Times casts of rows that travel in FP8, sums of gradients, copies, and the optimizer."""
+    """Times casts of rows that are sent in FP8, sums of gradients, copies, and the optimizer."""
     clock = WorkRecorder(False, lambda: undisturbed_clock(device))
     dtype, element = activation_dtype(config.precision), config.precision.weight_bytes
     rows = torch.randn(config.micro_batch_size * config.seq_len, config.model.hidden, device=device).to(dtype)

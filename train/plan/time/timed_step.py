@@ -1,7 +1,4 @@
-"""Measures this device, with a clock that waits for the device and with steps of one rank, phase by phase.
-
-Calibrations and dry runs use it.
-"""
+"""Times the phases of a rank's training step on this device, for calibrations and dry runs."""
 
 import time
 from collections.abc import Callable
@@ -24,8 +21,8 @@ def wall_clock(device: torch.device) -> float:
 
 
 def undisturbed_clock(device: torch.device) -> float:
-    """Returns the seconds of `wall_clock`. On a CPU with one thread, it returns processor time, which excludes other
-    processes."""
+    """Returns the seconds of `wall_clock`. On a CPU with one thread, it returns the processor time of this process
+    instead, which does not include the work of other processes."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return time.process_time()
     return wall_clock(device)
@@ -46,10 +43,12 @@ class TimedStep:
     def run(
         self, number: int, on_phase: Callable[[str], None] = lambda _: None
     ) -> tuple[StepOutcome, dict[str, float]]:
-        """Run step `number`. Returns its outcome, and the seconds of `schedule`, `reduction` and `update`.
+        """Run the step with this number. Returns its outcome, and the seconds of the phases `schedule` (all passes),
+        `reduction` and `update`.
 
-        on_phase: a function that is called at the end of each of these phases. The learning rate is 0. The work is the
-        same as in training, and the weights stay valid although the shards of other ranks are missing.
+        on_phase: a function that is called with the name of each phase at its end. The learning rate is 0. The work is
+        the same as in training. The weights do not change, so they stay valid although the shards of other ranks are
+        missing.
         """
         plan = StepPlan(number, 0, self._config.batch_size, 0.0, self._config.optim.mtp_weight[0].value, 0.0)
         marks, seconds = [self._clock(self._device)], {}

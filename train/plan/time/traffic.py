@@ -1,9 +1,9 @@
-"""Estimates the copies of a token at every hop, and the bytes of exchanges between ranks.
+"""Estimates how many messages each token causes between expert-parallel ranks, and how many bytes they have.
 
 With balanced routing, all experts are equally likely. So the router's rule determines the expected number of nodes,
-ranks and experts that a token reaches. To count them, the code applies the same rule (paper 2.1.2) to random scores: it
-chooses groups by their best group_top_k scores, and then the top_k experts in these groups. As in parallel/expert, a
-message is a row in the wire format and its side data.
+ranks and experts that receive a token. To count them, the code applies the same rule (paper 2.1.2) to random scores. It
+first chooses groups by the sum of their best group_top_k scores, and then the top_k experts in these groups. As in
+parallel/expert, a message is a row in the wire format and its side data.
 """
 
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ from parallel.expert.wire import TILE
 from parallel.layout import Layout
 
 SAMPLES = 4096
-"""Number of random tokens. With this number, the standard error of a mean copy count is below 0.5 %."""
+"""Number of random tokens. With this number, the standard error of a mean number of messages is below 0.5 %."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Expected copies of one token in one layer of experts, and the bytes of its messages. All counts are means over
+    """Expected number of messages of a token in one layer of experts, and their bytes. All counts are means over
     tokens."""
 
     ranks: int
     """Number of ranks in the expert group."""
     copies: tuple[float, ...]
-    """Messages per token in each hop; see `Messages` in conf/dispatches.py."""
+    """As in `Messages` (conf/dispatches.py)."""
     arrivals: float
-    """Messages that reach the experts' ranks, for each token of a rank."""
+    """As in `Messages`: number of rows that arrive at the ranks of the experts, per token of a rank."""
     row_bytes: int
     """Bytes of a dispatch message in forward: a row in the wire format and its side data."""
     gradient_bytes: int
@@ -40,13 +40,13 @@ class Spread:
     high_gradient_bytes: int
     """Bytes of a combine message in backward: a row in the activation dtype, and the gradients of its gates."""
     inside: float
-    """Messages of one token to other ranks of the same node."""
+    """Number of messages of a token to other ranks of the same node."""
     across: float
-    """Messages of one token to other nodes."""
+    """Number of messages of a token to other nodes."""
 
     def step_bytes(self, tokens: float) -> tuple[float, float]:
-        """Returns the bytes that the exchanges for a layer's tokens send inside nodes and across nodes, in forward and
-        backward together."""
+        """Returns the bytes that one layer of experts sends for this number of tokens, first inside nodes and then
+        across nodes. The bytes of forward and backward are added up."""
         row = self.row_bytes + self.gradient_bytes + self.high_bytes + self.high_gradient_bytes
         return tokens * self.inside * row, tokens * self.across * row
 
@@ -66,8 +66,8 @@ def spread_of(config: Config, layout: Layout) -> Spread:
 
 
 def latent_bytes(config: Config) -> int:
-    """Returns the bytes that a rank sends in one gather of a layer's latents, per micro-batch. A scatter of the
-    latents' gradients sends the same number of bytes.
+    """Returns the bytes that a rank sends when the ranks of a context gather the latents of a layer, per micro-batch. A
+    scatter of the latents' gradients sends the same number of bytes.
 
     Each layer needs two gathers and one scatter (parallel/context.py).
     """
@@ -90,15 +90,16 @@ def _chosen(experts: int, top_k: int, groups: int, top_groups: int, group_top_k:
 
 def reached(model: Model, nodes: int, per_node: int) -> tuple[float, float, int]:
     """Returns three numbers for a token: the expected number of nodes with at least one of the token's experts, the
-    expected number of such ranks, and the number of the token's experts. Each rank holds consecutive experts."""
+    expected number of ranks with at least one of them, and the number of the token's experts. Each rank has experts
+    with consecutive ids."""
     rule = model.experts, model.top_k, model.groups, model.top_groups, model.resolved_group_top_k
     return _distinct(nodes, *rule), _distinct(nodes * per_node, *rule), model.top_k
 
 
 @cache
 def _distinct(holders: int, experts: int, *rule: int) -> float:
-    """Returns the expected number of holders with at least one of a token's experts. All holders have equally many
-    consecutive experts."""
+    """Returns the expected number of holders (ranks or nodes) with at least one of a token's experts. All holders have
+    the same number of experts, with consecutive ids."""
     hit_SH = np.zeros((SAMPLES, holders), dtype=bool)
     np.put_along_axis(hit_SH, _chosen(experts, *rule) // (experts // holders), True, 1)
     return float(hit_SH.sum(1).mean())

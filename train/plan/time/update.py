@@ -1,15 +1,16 @@
 """Computes the seconds between the last micro-batch and the next step: gradient reduction, weight update and gather.
 
-The steps are those of parallel/zero/whole_weights.py with DeepSpeed. Gradients are summed in fp32 over all ranks that
-hold the same weights. This is an all-reduce, after which each rank keeps its shard. Then every rank updates its shard,
-and the ranks gather the weights in the weights' format. All ranks of a stage share the dense weights, and ranks with
-the same experts share these experts. If a chunk ends before another chunk of its rank, its gradients are reduced during
-the work of the pipeline (step_time.py). At stage 3, gathers and reductions run in every micro-batch, so only the update
-is counted here.
+parallel/zero/whole_weights.py runs these three steps with DeepSpeed. An all-reduce sums the gradients in fp32 over all
+ranks that hold the same weights, and each rank keeps its shard of the sums. Every rank updates its shard of the
+weights. Then the ranks gather the weights in their storage format. All ranks of a stage share the dense weights, and
+ranks with the same experts share the weights of these experts.
+
+If a chunk ends before another chunk of its rank, its gradients are reduced while the pipeline still computes
+(step_time.py). At ZeRO stage 3, gathers and reductions run in every micro-batch, so this file counts only the update.
 
 If the optimizer orthogonalises matrices, it does so after it has updated the shard. Matrices are sent to their owners
-and back while other matrices are computed (parallel/owners.py). So only the longer of the two times counts: sending or
-computing. With the optimizer on the host, the shard's gradients are copied to the host over the device's link, and the
+and back while other matrices are computed (parallel/owners.py). So only the longer time counts: that of sending, or
+that of computing. With the optimizer on the host, the shard's gradients are copied from the device to the host, and the
 rounded weights are copied back. The update is then limited by the host's memory bandwidth.
 """
 
@@ -32,14 +33,14 @@ from train.plan.time.rates import Rates
 from train.plan.work_recorder import Work
 
 DEVICE_PASSES = 20
-"""Bytes per gradient element that DeepSpeed moves in device memory for the reduction. It copies the element into its
-bucket, copies it out, and divides it.
+"""Bytes per gradient element that DeepSpeed reads and writes in device memory for the reduction. DeepSpeed copies the
+element into its bucket, copies it out of the bucket, and divides it.
 
-With bf16 weights, gradients that no other rank shares stay in place.
+With bf16 weights, gradients that no other rank shares are not copied.
 """
 NORM_BYTES, CLIP_BYTES = 4, 8
-"""Bytes per element of the shard: the norm reads it, and clipping at stage 3 reads and writes it. At other stages, the
-update itself clips."""
+"""Bytes per element of the shard that the norm and clipping read and write. The norm reads each element. Clipping at
+ZeRO stage 3 reads and writes each element; at other stages, the update itself clips."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class UpdateTime:
     """Seconds of reduction, optimizer and gather."""
 
     reduce: float
-    """The part of the reduction that no pass hides, and the copies for it."""
+    """The part of the reduction that does not overlap with passes, and the copies that the reduction needs."""
     optimizer: float
     gather: float
     hidden: float = 0.0
-    """The part of the reduction that passes hide, minus the time by which it slows them. Not included in `seconds`."""
+    """Time that is saved because the reduction overlaps with passes. Not included in `seconds`."""
 
     @property
     def seconds(self) -> float:
@@ -60,45 +61,55 @@ class UpdateTime:
 
 @dataclass(frozen=True)
 class WeightCounts:
-    """Numbers of weights of one rank. Dense weights and experts are counted separately, because different ranks share
-    them."""
+    """Numbers of weights of one rank. Dense weights and expert weights are counted separately, because they are shared
+    by different groups of ranks."""
 
     dense: float
     experts: float
     orthogonal: tuple["Orthogonal", ...] = ()
-    """The orthogonalised matrices of the dense weights and of the experts, if the optimizer orthogonalises."""
+    """The orthogonalised matrices of the dense weights and of the experts; empty if the optimizer orthogonalises
+    none."""
     frozen_dense: int = 0
-    """Bytes of an adapter's frozen base weights, without experts. The counts above are then counts of the adapter's
+    """In an adapter's run: bytes of the frozen dense weights. `dense` and `experts` then count only the adapter's
     weights."""
     frozen_experts: int = 0
-    """Bytes of the frozen base's experts."""
+    """In an adapter's run: bytes of the frozen expert weights."""
 
 
 @dataclass(frozen=True)
 class Orthogonal:
-    """Matrices that the optimizer orthogonalises. Several ranks share them, and each matrix has one owner."""
+    """Matrices that the optimizer orthogonalises. Several ranks share the matrices. One rank, the owner of a matrix,
+    computes it."""
 
     elements: float
+    """Number of elements of all matrices."""
     flops: float
+    """Number of operations for all matrices."""
     largest: float
-    """Operations for the most expensive matrix."""
+    """Number of operations for the most expensive matrix."""
     dearest: int
-    """Number of matrices that need this many operations."""
+    """Number of matrices that are as expensive as the most expensive one."""
 
     def busiest(self, ranks: int) -> float:
-        """Returns an upper bound on the operations of the busiest of `ranks` ranks that share the matrices."""
+        """Returns an upper bound on the number of operations on the rank with the most operations. ranks: number of
+        ranks that share the matrices."""
         return max(KEEPS * max(self.flops / ranks, self.largest), math.ceil(self.dearest / ranks) * self.largest)
 
     def moved(self, ranks: int) -> float:
-        """Returns the bytes that a rank sends to owners and back, in fp32.
+        """Returns the bytes that a rank sends in fp32, to owners of matrices and back.
 
-        Every rank holds an equal part of each matrix. The owner's part is not sent.
+        Every rank holds an equal part of each matrix, and sends it to the owner of the matrix. The owner does not send
+        its own part.
         """
         return 2 * 4 * self.elements * (ranks - 1) / ranks**2
 
 
 def count_weights(config: Config, layers: list[range], stage_ids: list[int], last: int) -> WeightCounts:
-    """Returns the weights in the stages of one pipeline rank. Experts are counted for one rank of the expert group."""
+    """Returns the numbers of weights in the stages of one pipeline rank. For experts, the result counts only the
+    weights on one of the expert-parallel ranks.
+
+    layers: layers of every stage. stage_ids: stages of the pipeline rank. last: index of the last stage.
+    """
     model, parallel = config.model, config.parallel
     if config.adapter.on:
         chunks = [parts for rank in chunk_parts(config, layers) for stage, parts in rank.items() if stage in stage_ids]
@@ -125,7 +136,8 @@ def count_weights(config: Config, layers: list[range], stage_ids: list[int], las
 
 
 def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last: int) -> tuple[Orthogonal, ...]:
-    """Returns the orthogonalised matrices that all ranks of a stage share, and those in one rank's experts."""
+    """Returns two results: the orthogonalised matrices of dense weights, which all ranks of a stage share, and those of
+    one rank's experts."""
     facts, muon = config.optim.facts, config.optim.muon
     if not facts.matrices.is_whole:
         return ()
@@ -140,7 +152,8 @@ def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last:
 def _part_orthogonal(
     model: FrozenSection[Model], facts: OptimizerFacts, part: str, share: int, by_head: bool, iteration: str
 ) -> tuple[Orthogonal, Orthogonal]:
-    """Counts the orthogonalised matrices of one part, divided as in `_orthogonal`."""
+    """Returns the orthogonalised matrices of one part: first those of dense weights, then those of one rank's
+    experts."""
     found: tuple[list[Orthogonal], list[Orthogonal]] = [], []
     for weight in part_weights(model, part, share):
         if facts.choose_rule(weight.name, len(weight.shape)).is_whole:
@@ -162,8 +175,8 @@ def _joined(parts: Sequence[Orthogonal]) -> Orthogonal:
 
 
 def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: list[tuple[float, int, int]]) -> float:
-    """Returns the seconds to orthogonalise the matrices on their owners. At the same time, other matrices are sent to
-    their owners and back, in fp32."""
+    """Returns the seconds to orthogonalise the matrices on their owners. Matrices are sent to their owners and back
+    while other matrices are computed, so the longer of both times counts."""
     seconds = 0.0
     form = "bf16" if device_kind(config) == "cuda" else "fp32"
     for one, (_, group, per_node) in zip(held.orthogonal, groups, strict=False):
@@ -174,14 +187,14 @@ def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: l
 
 
 def ring_bandwidth_share(group: int, per_node: int) -> tuple[str, float]:
-    """Returns the kind of link that limits a ring, and how many links of this kind the ring can use. group: number of
-    ranks in the ring. per_node: number of these ranks per node."""
+    """Returns the kind of link that limits the speed of a ring, and the number of these links that a node can use at a
+    time. group: number of ranks in the ring. per_node: number of ranks of the ring on each node."""
     return ("inside", 1.0) if group <= per_node else ("across", float(per_node))
 
 
 def sharers(layout: Layout, held: WeightCounts) -> list[tuple[float, int, int]]:
-    """Returns three numbers for a rank's dense weights, and three for its expert weights: the number of weights, how
-    many ranks share these weights, and how many of these ranks are on one node."""
+    """Returns two tuples, for a rank's dense weights and for its expert weights. Each tuple has the number of weights,
+    the number of ranks that share these weights, and the number of these ranks on one node."""
     inside_node = min(layout.stage_ranks, layout.ranks_per_node)
     return [
         (held.dense, layout.stage_ranks, inside_node),
@@ -223,24 +236,27 @@ def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts
 
 
 def to_host(config: Config, rates: Rates, moved: float) -> float:
-    """Returns the seconds to copy this many bytes of one device to the host, or back. On a CPU, this is a copy within
-    its memory."""
+    """Returns the seconds to copy this many bytes from a device to its host, or back. On a CPU, this is a copy within
+    host memory."""
     if config.hardware.device == "cpu":
         return rates.of(Work("copy", bytes=2 * moved))
     return rates.of(Work("host", bytes=moved))
 
 
 def _collective(name: str, rates: Rates, moved: float, group: int, per_node: int) -> float:
-    """Seconds of a ring over the group. Across nodes, each rank of a node adds its own network adapter, but the ring is
-    not faster than inside a node."""
+    """Returns the seconds of a collective that uses rings over the group. Between nodes, the network adapters of all
+    ranks of a node work in parallel. The collective is never faster than one inside a node.
+
+    name: kind of collective. moved: bytes that each rank sends.
+    """
     where, links = ring_bandwidth_share(group, per_node)
     seconds = rates.of(Work(f"{name}_{where}", bytes=moved / links))
     return seconds if where == "inside" else max(seconds, rates.of(Work(f"{name}_inside", bytes=moved)))
 
 
 def stage3_seconds(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> tuple[float, float]:
-    """Returns the seconds of communication that stage 3 adds to a micro-batch, for forward and for backward. Forward
-    has a gather; backward has a gather and a reduction."""
+    """Returns the seconds of communication in the forward and in the backward of a micro-batch at ZeRO stage 3. Forward
+    gathers weights; backward gathers weights and reduces gradients."""
     element = config.precision.weight_bytes
     gather = reduce = 0.0
     frozen_weights = held.frozen_dense, held.frozen_experts
