@@ -1,14 +1,14 @@
 """Chooses the implementation of `Kernels` for a run: compiled code or torch operations on a CPU, fused kernels on a
 GPU.
 
-For a GPU it also chooses the attention cores for complete sequences and for documents. It chooses the first core that
-computes correct values in forward and backward.
+For a GPU it also chooses one attention core for complete sequences and one for documents. It chooses the first core
+whose forward and backward compute correct values.
 
-torch selects an attention kernel only by the sizes of its inputs. DeepSeek-V3's heads have 192 elements in queries and
-keys and 128 in values, which few kernels support. cuDNN's kernel is the fastest, but in some library versions it fails
-when it is called. So the start of a run tests every core, with this run's heads and length. The test's scores are near
--120. Such scores reveal wrong code, for example a running maximum that starts at 0. Results and gradients of the first
-and the last head are compared with train/model/attention.py in fp32 on the same device.
+torch selects an attention kernel only by the shapes of its inputs. DeepSeek-V3's heads have 192 elements in queries and
+keys and 128 in values. Few kernels support these shapes. cuDNN's kernel is the fastest, but in some library versions it
+fails when it is called. So the start of a run tests every core, with this run's heads and length. All scores in the
+test are near -120. Such scores reveal some errors, for example a running maximum that starts at 0. The test compares
+the results and gradients of the first and the last head with `PlainAttention` in fp32 on the same device.
 """
 
 from collections.abc import Sequence
@@ -30,16 +30,17 @@ from train.model.operations import Kernels
 from train.model.sequence import Positions, Rectangle, SeenKeys
 
 ATTENTION_BOUND = 2e-2
-"""Largest allowed relative error, in the norm, of the result and of each gradient. Rounding to bf16 causes an error of
-about 3e-3. A wrong mask, scale or head causes an error of at least 0.1."""
+"""Largest allowed relative error of the result and of each gradient, measured as the norm of the difference. Rounding
+to bf16 causes an error of about 3e-3. A wrong mask, scale or head causes an error of at least 0.1."""
 TRIED_SCORE = -120.0
-"""Approximate value of all scores in the test. The softmax does not depend on this value."""
+"""Approximate value of all scores in the test. A correct softmax does not change if all scores have the same offset."""
 LARGE = 32.0
-"""Value of one component of every query. Its product with a component of every key gives TRIED_SCORE."""
+"""Value of the first component of every query in the test. Multiplied by the first component of a key and the scale, it
+gives TRIED_SCORE."""
 ATTENTION_RESULTS = "its result", "its log-sum-exp", "dq", "dk", "dv"
 
 ATTENTION_PARTS = "whole sequences", "documents", "blocks of keys"
-"""Parts of attention that a run may need. A run needs the last part only if ranks share sequences."""
+"""Kinds of attention that a run may need. It needs "blocks of keys" only if ranks share sequences."""
 
 CORES: dict[str, AttentionCore] = {
     "cuDNN's attention": CudnnAttention(),
@@ -47,11 +48,11 @@ CORES: dict[str, AttentionCore] = {
     "torch's memory-efficient attention": EfficientAttention(),
     "attention in torch's operations, which is slow,": PlainAttention(),
 }
-"""The attention cores by name, in the order that torch prefers on Hopper."""
+"""The attention cores by name, in the order in which torch prefers them on Hopper."""
 
 
 def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCore, list[str]]:
-    """Returns the attention core of a run on this GPU, and notes on cores that fail.
+    """Returns the attention core for a run on this GPU, and notes on the cores that failed their test.
 
     Raises UserError if no core gives correct values.
     """
@@ -70,7 +71,7 @@ def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCor
 def _first_right(
     config: Config, device: torch.device, parts: Sequence[str], cores: dict[str, AttentionCore]
 ) -> tuple[AttentionCore, list[str]]:
-    """Returns the first core that is correct for all of these parts, and a note on the cores that failed before it."""
+    """Returns the first core that is correct for all `parts`, and a note on the cores that failed before."""
     failed: list[str] = []
     for name, core in cores.items():
         problem = next(filter(None, (_refusal(core, config, device, part) for part in parts)), None)
@@ -87,7 +88,7 @@ def _first_right(
 
 
 def _refusal(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
-    """Returns the reason why a run cannot use this core; None if it can use the core."""
+    """Returns the reason why a run cannot use this core; None if the run can use it."""
     if isinstance(core, CudnnAttention) and config.cluster.deterministic:
         return "may give other bits in each run, which cluster.deterministic=true excludes"
     return problem_of(core, config, device, part)
@@ -97,24 +98,25 @@ def _tried(part: str, length: int) -> tuple[int, SeenKeys]:
     """Returns the number of queries of a test sequence, and which of the `length` keys these queries see."""
     if (
         part == "blocks of keys"
-    ):  # of a rank that shares sequences: queries of its own block, and of a later block that sees all keys
+    ):  # a rank that shares sequences has queries of the same block as the keys, and of a later block, which see all keys
         rectangles = [Rectangle(None, 0, length, 0, length, 0), Rectangle(None, length, 2 * length, 0, length, length)]
         return 2 * length, SeenKeys(rectangles)
     documents_BT = None
-    if part == "documents":  # documents of different lengths, one of them with a single position
+    if part == "documents":  # documents of different lengths; one document has a single position
         ends = torch.tensor([1, length // 3, length // 2])
         documents_BT = (torch.arange(length) >= ends[:, None]).sum(0)[None].int()
     return length, Positions(length, documents_BT).seen[0]
 
 
 def problem_of(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
-    """Tests a core with this run's heads and length. Returns a description of its error; None if it is correct.
+    """Tests a core with this run's heads and length. Returns a description of the core's error; None if the core is
+    correct.
 
     part: one of ATTENTION_PARTS.
     """
     length = config.seq_len // config.parallel.cp
     if part == "blocks of keys":
-        length = max(1, length // 2)  # a rank that shares sequences holds two pieces of each
+        length = max(1, length // 2)  # a rank that shares sequences has two pieces of each sequence
     lengths = (length, length - 1) if config.model.mtp_depth else (length,)  # an MTP module has one position fewer
     return next(filter(None, (_problem_at(one, core, config, device, part) for one in lengths)), None)
 
@@ -125,7 +127,8 @@ def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.
     scale, keys = width**-0.5, model.nope_head_dim + values
     queries, seen = _tried(part, length)
     generator = torch.Generator(device).manual_seed(0)
-    # The tensors have the layout of the model: positions before heads, and in a row keys before values.
+    # The tensors have the model's memory layout: the axis of positions before the axis of heads, and keys before values
+    # in a row.
     shapes = (queries, width), (length, width), (length, keys), (queries, values)
     numbers = [
         torch.randn(1, rows, model.heads, columns, generator=generator, device=device).to(dtype)
@@ -146,13 +149,13 @@ def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.
 
 
 def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: SeenKeys) -> list[Tensor]:
-    """Runs forward and backward of one core. Returns the result, log-sum-exp, dq, dk and dv."""
+    """Runs forward and backward of one core. Returns the output, the log-sum-exp, dq, dk and dv."""
     q, k, kv, dout = (tensor.transpose(1, 2) for tensor in numbers)
     v = kv[..., -dout.size(-1) :]
     given = AttentionInput(q, k, v, scale, seen)
     made = core.forward(given, keep=True)
     met = made
-    if q.size(2) > k.size(2):  # simulates earlier blocks of keys
+    if q.size(2) > k.size(2):  # adds to the log-sum-exp, as earlier blocks of keys would
         met = AttentionOutput(made.out_BHTV, made.lse_BHT + 1.0)
     dq, dk, dv = core.backward(dout, given, met)
     return [
@@ -161,7 +164,7 @@ def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: S
         dq[..., 1:],
         dk,
         dv,
-    ]  # without the first column of dq, which contains only rounding errors times a large number
+    ]  # dq without its first column, which contains only rounding errors times a large number
 
 
 def build_kernels(
@@ -169,7 +172,7 @@ def build_kernels(
 ) -> Kernels:
     """Builds the kernels for a kind of device.
 
-    kind: cpu or cuda. compiled: whether a CPU uses compiled code if it can. core: attention core of a GPU. matmuls:
+    kind: cpu or cuda. compiled: whether a CPU may use compiled code. core: the attention core for a GPU. matmuls:
     whether a CPU also uses compiled matmuls; None selects the faster choice
     (`train.kernels.cpu.libraries.compiled_matmuls_pay`).
     """
@@ -181,10 +184,10 @@ def build_kernels(
 
 
 def choose_matmuls(config: Config, device: torch.device, kept: bool | None) -> bool | None:
-    """Whether a run on this CPU uses compiled matmuls; None if there is no choice.
+    """Returns whether a run on this CPU uses compiled matmuls; None if there is no choice.
 
-    kept: the choice at the start of the run, if any. A resumed run uses the same choice, so that a busy machine cannot
-    change the arithmetic.
+    kept: the choice that the run made at its start; None for a new run. A resumed run keeps this choice. A new
+    measurement on a busy machine could otherwise change the arithmetic.
     """
     if kept is not None or device.type == "cuda" or not config.cluster.compiled or native.why_absent() is not None:
         return kept
@@ -192,9 +195,9 @@ def choose_matmuls(config: Config, device: torch.device, kept: bool | None) -> b
 
 
 def choose_kernels(config: Config, device: torch.device, matmuls: bool | None = None) -> tuple[Kernels, list[str]]:
-    """Returns the kernels of a run, and notes on slow choices.
+    """Returns the kernels of a run, and notes on choices that make the run slower.
 
-    matmuls: result of `choose_matmuls`; None: this function chooses.
+    matmuls: the result of `choose_matmuls`; None: this function calls `choose_matmuls`.
 
     Raises UserError if no attention core of a GPU gives correct values.
     """

@@ -1,6 +1,6 @@
 """cluster.deterministic: makes the results of all runs on the same machines bitwise identical.
 
-Two runs may differ for the reasons on the left. The right side shows what prevents the difference:
+Each line has a reason why two runs may differ, and what prevents the difference:
 
     torch's kernels with atomic additions      torch.use_deterministic_algorithms replaces them or raises an error
     torch's attention in backward              flash and memory-efficient kernels are deterministic in that mode; cuDNN's
@@ -11,7 +11,7 @@ Two runs may differ for the reasons on the left. The right side shows what preve
     DeepEP, DeepGEMM                           the settings check refuses them (conf/check.py)
 
 Sluice's own kernels, in Triton and C++, do not use atomic additions. One program or thread computes each result. If
-several programs compute partial sums, a second kernel adds the sums in a fixed order. The test
+several programs compute partial sums, a second kernel adds the partial sums in a fixed order. The test
 tests/kernels/test_deterministic.py searches for atomic additions.
 """
 
@@ -20,12 +20,12 @@ import os
 from conf.errors import UserError
 
 LIBRARY_VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"), "NCCL_NVLS_ENABLE": ("0",)}
-"""Environment variables that libraries read when CUDA or NCCL starts, with their allowed values. The first value is the
-best."""
+"""Environment variables that libraries read when CUDA or NCCL starts, with their allowed values. Sluice sets the first
+value."""
 
 
 def check_settings() -> None:
-    """Raises UserError if a variable in LIBRARY_VARIABLES is set to another value."""
+    """Raises UserError if a variable in LIBRARY_VARIABLES has a value that is not allowed."""
     for name, values in LIBRARY_VARIABLES.items():
         if os.environ.get(name, values[0]) not in values:
             raise UserError(
@@ -48,6 +48,7 @@ def repeat_bits() -> None:
     for name, values in LIBRARY_VARIABLES.items():
         os.environ.setdefault(name, values[0])
     torch.use_deterministic_algorithms(True)
-    # Sluice writes every value before it reads the value. Filling new memory would cost one more pass over it.
+    # Sluice writes every value before it reads the value, so torch need not fill new memory, which would cost one more
+    # pass over it.
     deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]  torch sets the module's class at run time
     torch.backends.cudnn.benchmark = False

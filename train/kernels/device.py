@@ -1,4 +1,5 @@
-"""Checks whether torch and Triton can use the GPU, sets up its allocator, and lets NCCL record hanging collectives."""
+"""Checks whether torch and Triton can use the GPU, configures torch's allocator, and lets NCCL record collectives that
+hang."""
 
 import glob
 import os
@@ -15,16 +16,18 @@ if TYPE_CHECKING:
     import torch
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Environment variables with the settings of torch's allocator: the current name and the old name."""
+"""Environment variables with the settings of torch's allocator: the current name, and an older name."""
 FLIGHTS = "flight_recorder_rank_"
-"""Prefix of the files with the last collectives of NCCL's process groups. The rank number follows the prefix."""
+"""Prefix of the files in which a rank writes the last collectives of its process groups. The rank follows the
+prefix."""
 GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg")
-"""Patterns for the device files of NVIDIA GPUs on a machine or in a container. The second is for Windows (WSL)."""
+"""Patterns for the device files of NVIDIA GPUs on a machine or in a container. The second pattern is for Windows
+(WSL)."""
 
 
 def check_memory(config: Config, state_bytes: int) -> None:
-    """Raise UserError if the ranks on this machine's CPU need more memory for weights and optimizer state than it
-    has."""
+    """Raise UserError if the ranks run on this machine's CPU, and the machine has too little memory for weights and
+    optimizer state."""
     if config.cluster.backend == "ray" or (config.cluster.device != "cpu" and gpu_files()):
         return
     total = psutil.virtual_memory().total
@@ -39,9 +42,10 @@ def check_memory(config: Config, state_bytes: int) -> None:
 
 
 def usable_gpu(wanted: str) -> bool:
-    """Whether runs can use a GPU. wanted: cluster.device, auto or cuda.
+    """Returns whether runs can use a GPU. wanted: the value of cluster.device, auto or cuda.
 
-    Raises UserError for a required GPU that torch cannot use, and for a GPU on which Triton cannot start kernels.
+    Raises UserError if torch cannot use a GPU that is required or present, and if Triton cannot start kernels on the
+    GPU.
     """
     if not sees_gpu(wanted):
         return False
@@ -50,7 +54,11 @@ def usable_gpu(wanted: str) -> bool:
 
 
 def sees_gpu(wanted: str) -> bool:
-    """Whether torch can use a GPU. Does not check Triton. Raises UserError if torch cannot use a required GPU."""
+    """Returns whether torch can use a GPU. Does not check Triton.
+
+    Raises UserError if torch cannot use a GPU that is required, or that is present with a torch that is built with
+    CUDA.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -75,23 +83,24 @@ def idle_gpu(config: Config, device: "torch.device") -> str | None:
 
 
 def grow_segments() -> None:
-    """Let torch's allocator extend its segments, unless the user has set it. Call it before CUDA allocates anything.
+    """Let torch's allocator extend its segments, unless the user has configured it. Call this before CUDA allocates
+    anything.
 
-    The row counts of experts change in each step, so segments of fixed sizes would fragment the memory.
+    The experts' numbers of rows change in each step, so segments of fixed sizes would fragment the memory.
     """
     if not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def bind_to_numa_node(device: "torch.device", folder: Path = Path("/sys")) -> None:
-    """Run all later threads of this process on the cores of the GPU's NUMA node.
+    """Let all later threads of this process run only on the cores of the GPU's NUMA node.
 
-    The optimizer on the host and copies are slower with memory of another node. The function does nothing if the system
-    does not report the node, or does not allow any of its cores.
+    The optimizer on the host, and copies to the GPU, are slower with the memory of another node. The function does
+    nothing if the system does not report the node, or if the process may use none of the node's cores.
     """
     import torch
 
-    gpu: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the PCI address
+    gpu: Any = torch.cuda.get_device_properties(device)  # torch's type stubs lack the PCI address
     address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
     try:
         node = int((folder / f"bus/pci/devices/{address}/numa_node").read_text())
@@ -107,8 +116,9 @@ def bind_to_numa_node(device: "torch.device", folder: Path = Path("/sys")) -> No
 def record_collectives(logs: Path) -> None:
     """Make every rank record its last 2000 collectives.
 
-    When a collective times out, the rank writes them to logs/flight_recorder_rank_N. This function sets environment
-    variables that torch 2.11 to 2.13 reads when it creates a process group. It does not change the user's settings.
+    When a collective times out, the rank writes its record to logs/flight_recorder_rank_N. This function sets
+    environment variables that torch 2.11 to 2.13 reads when it creates a process group. It does not change variables
+    that the user has set.
     """
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -123,7 +133,7 @@ def gpu_files() -> list[str]:
 
 
 def _why_not() -> str:
-    """Returns torch's reason why it cannot use a GPU."""
+    """Returns the reason why torch cannot use a GPU."""
     import torch
 
     if torch.version.cuda is None and torch.version.hip is None:

@@ -1,1 +1,1 @@
-"""Optimizers of the weights, and the schedules of their settings."""
+"""Optimizers of the weights, and schedules of the learning rate and of other settings."""

@@ -19,8 +19,8 @@ from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, 
 from train.kernels.cpu.libraries import library
 
 VECTOR = 16
-"""Number of elements in torch's widest vector. torch updates the elements after the last full vector one by one, in
-double precision."""
+"""Number of elements in torch's widest vector. torch's kernel updates the elements after the last full vector in double
+precision, one after another."""
 
 _load = partial(library, "adamw")
 _sum_of_squares = Kernel(
@@ -40,7 +40,7 @@ _adamw = Kernel(
 
 
 class UpdatePiece(NamedTuple):
-    """Operands for the update of adjacent elements. All tensors are flat."""
+    """Operands for the update of adjacent elements of a shard. All tensors are flat."""
 
     weight: Tensor
     grad: Tensor
@@ -51,9 +51,9 @@ class UpdatePiece(NamedTuple):
 class AdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay. It computes in fp32, on the device of the weights.
 
-    A parameter is a flat fp32 tensor, which is ZeRO's shard of the master weights. The update of an element does not
-    depend on other elements, so any sharding gives the same bits. moments: dtype of the moments. compiled: whether a
-    CPU uses compiled code, see `Kernels.parts`.
+    A parameter is a flat fp32 tensor: ZeRO's shard of the master weights. The update of an element does not depend on
+    other elements, so any sharding gives the same bits. moments: dtype of the moments. compiled: whether a CPU uses
+    compiled code; see `Kernels.parts`.
     """
 
     def __init__(self, groups: list[dict], optim: Optim, moments: torch.dtype, compiled: bool):
@@ -62,11 +62,11 @@ class AdamW(torch.optim.Optimizer):
         self.moments, self._compiled = moments, compiled
         self.handover = GradientHandover()
         self.updates = 0
-        """Number of updates before this step. Bias correction uses this number. All groups have the same number."""
+        """Number of completed updates, for bias correction. All parameter groups have the same number."""
 
     @classmethod
     def make(cls, groups: list[dict], config: Config, parts: Collection[str]) -> "AdamW":
-        """Creates AdamW with the run's settings, for these parameter groups.
+        """Creates AdamW for these parameter groups, with the run's settings.
 
         parts: the parts of a step that use compiled code, see `Kernels.parts`.
         """
@@ -96,10 +96,10 @@ class AdamW(torch.optim.Optimizer):
         return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
 
     def _sum_of_squares(self, x: Tensor) -> Tensor:
-        """Returns the sum of squares, which it first computes by rows.
+        """Returns the sum of squares of all elements. It sums each row in fp32, and the sums of the rows in fp64.
 
-        The relative error is 1e-7. This is as accurate as fp64 arithmetic, and ten times as fast. torch's norm of the
-        complete tensor would have an error of 1e-4.
+        The relative error is 1e-7. This is as accurate as fp64 for all elements, and ten times as fast. torch's norm of
+        the complete tensor would have an error of 1e-4.
         """
         if self._compiled:
             return torch.tensor(_sum_of_squares(x), dtype=torch.float64)
@@ -112,7 +112,7 @@ class AdamW(torch.optim.Optimizer):
         return torch.cat(rows).double().square_().sum()
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]  nobody computes the loss again here
+    def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]  there is no closure
         """Update every group that has gradients. The caller increments `updates` in each step."""
         for group in self.param_groups:
             for param in group["params"]:
@@ -143,9 +143,9 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
-    """Update with torch's fused kernel, in one pass over memory. The kernel leaves the gradient multiplied by `factor`.
+    """Update with torch's fused kernel, in one pass over memory. Afterwards the gradient is multiplied by `factor`.
 
-    Moments of another dtype are copied to fp32 and back, chunk by chunk.
+    If the moments have another dtype than fp32, they are copied to fp32 and back, chunk by chunk.
     """
     weight, grad, exp_avg, exp_avg_sq = piece
     step = torch.full(
@@ -181,7 +181,7 @@ def _update_on_gpu(
     count: int,
     factor: Tensor | float | None,
 ) -> None:
-    """Update all pieces of the gradient in one launch. held: weight and moments, flat."""
+    """Update the shard with all pieces of its gradient in one launch. held: weight and both moments, flat."""
     from train.kernels.gpu import triton_adamw
 
     weight, mean, square = held
@@ -189,7 +189,7 @@ def _update_on_gpu(
 
 
 def _settings(group: dict, count: int, factor: Tensor | float | None) -> dict[str, float]:
-    """Returns the factors of update number `count`. See `Settings` in train/kernels/cpu/adamw.cpp."""
+    """Returns the factors of update number `count`. train/kernels/cpu/adamw.cpp explains them in `Settings`."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     return {
         "factor": 1.0 if factor is None else float(factor), "lerp": 1 - beta1,
@@ -199,7 +199,7 @@ def _settings(group: dict, count: int, factor: Tensor | float | None) -> dict[st
 
 
 def _update_rest(rest: list[Tensor], group: dict, step: Tensor) -> None:
-    """Update the last elements as one padded vector. So the result does not depend on where a shard begins and ends."""
+    """Update the last elements as one padded vector. Then the result does not depend on the boundaries of the shard."""
     padded = [torch.zeros(VECTOR, device=tensor.device) for tensor in rest]
     for vector, tensor in zip(padded, rest, strict=True):
         vector[: tensor.numel()] = tensor

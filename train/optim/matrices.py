@@ -1,9 +1,9 @@
 """Splits a weight into logical matrices by its name. Muon orthogonalises each logical matrix separately.
 
-A weight contains several logical matrices if it stacks independent matrices: attention heads, the keys and values of a
-head, the latent and the rope key, w1 and w3, or experts. If Muon orthogonalised the stack as one matrix, the largest
-block would dominate the singular values of the other blocks. With Muon, MLA was worse until its heads were split
-(GLM-5's report). conf/optimizers.py decides which weights Muon updates.
+Some weights stack independent matrices: attention heads, the keys and values of a head, the latent and the rope key, w1
+and w3, or experts. Each of these is a logical matrix. If Muon orthogonalised the stack as one matrix, the largest block
+would dominate the singular values of the other blocks. With Muon, MLA trained worse until its heads were split (GLM-5's
+report). conf/optimizers.py decides which weights Muon updates.
 
 Every logical matrix is a rectangle in the rows and columns of its weight. A weight (E, R, C) has E * R rows.
 """
@@ -31,10 +31,12 @@ class LogicalMatrix(NamedTuple):
 
 
 class MatrixStack(NamedTuple):
-    """Describes how a weight stacks its logical matrices. by_head: the split applies only if heads are split."""
+    """Describes how a weight stacks its logical matrices. by_head: whether this split applies only if attention is
+    split by heads."""
 
     sizes: Callable[[Model, int], Sequence[int]]
-    """Computes the sizes of the stacked matrices from the model and the length of the stacked axis."""
+    """Returns the lengths of the stacked matrices along the stacked axis. Its arguments are the model and the length of
+    this axis."""
     axis: int = -2
     by_head: bool = False
 
@@ -46,15 +48,15 @@ STACKS: dict[str, MatrixStack] = {
     r"attention\.kv_down\.": MatrixStack(lambda m, _: [m.kv_rank, m.rope_head_dim]),
     r"\.w13(\.|$)": MatrixStack(lambda _, rows: [rows // 2] * 2),
 }
-"""Maps a pattern to the stack of the weights whose names match the pattern. A weight whose name matches no pattern is one
+"""Maps a pattern of weight names to the stack of these weights. A weight whose name matches no pattern is one
 matrix."""
 
 
 def logical_matrices(name: str, shape: Sequence[int], model: Model, by_head: bool) -> list[LogicalMatrix]:
     """Returns the logical matrices of a weight that Muon updates.
 
-    shape: (rows, columns), or (E, rows, columns) for any number of experts. by_head: whether attention weights are
-    split by heads.
+    shape: (rows, columns), or (E, rows, columns) with any number of experts. by_head: whether to split attention
+    weights by heads.
     """
     *experts, rows, columns = shape
     stack = next((stack for part, stack in STACKS.items() if re.search(part, name)), None)
@@ -77,14 +79,14 @@ def _ranges(sizes: Sequence[int]) -> list[range]:
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-# Newton-Schulz iteration for the orthogonal factor of matrices, which Muon applies to the momentum.
+# Newton-Schulz iteration. It computes the orthogonal factor of a matrix; Muon applies it to the momentum.
 #
-# With G = U S V^T, each step maps all singular values by one odd polynomial and keeps U and V:
+# With G = U S V^T, each step applies the same odd polynomial to all singular values and keeps U and V:
 #
 #     X <- a X + (b A + c A A) X,   A = X X^T,   from X = G / |G|   (Frobenius norm)
 #
 # The singular values approach 1, and X approaches U V^T. The iteration needs only matmuls and no decomposition. A
-# matrix with more rows than columns is transposed, so that A is the smaller of its two Gram matrices. A zero matrix
+# matrix with more rows than columns is transposed, so that A has the smaller of the two possible shapes. A zero matrix
 # gives zeros.
 #
 # There are three sets of coefficients:
@@ -106,7 +108,8 @@ PUBLISHED_POLAR: tuple[Coefficients, ...] = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 SAFETY = 1.01
-"""Safety factor on the paper's coefficients, because rounding may leave a singular value slightly above 1."""
+"""Divisor that makes the paper's coefficients a little smaller. Without it, rounding could leave a singular value above
+1."""
 
 
 ITERATIONS: dict[str, tuple[Coefficients, ...]] = {
@@ -119,8 +122,8 @@ ITERATIONS: dict[str, tuple[Coefficients, ...]] = {
 def orthogonalise(g_BMN: Tensor, iteration: str) -> Tensor:
     """Returns the orthogonal factor of each matrix. The matmuls and the result have the dtype of g.
 
-    Each matrix is divided by its largest element before its norm is computed. So the result does not depend on the
-    scale of a matrix, even for the largest and smallest numbers of the dtype.
+    Each matrix is first divided by its largest element, and then by its norm. So its norm does not overflow or
+    underflow, even for the largest and smallest numbers of the dtype.
     """
     x_BMN = g_BMN / _or_one(g_BMN.abs().amax((-2, -1), keepdim=True))
     x_BMN = x_BMN / _or_one(torch.linalg.matrix_norm(x_BMN, keepdim=True))
@@ -137,6 +140,6 @@ def _or_one(sizes: Tensor) -> Tensor:
 
 
 def newton_schulz_flops(rows: int, columns: int, iteration: str) -> float:
-    """Returns the operations for one matrix. Each step has three matmuls, and one of them squares the Gram matrix."""
+    """Returns the number of operations for one matrix. Each step has three matmuls. One of them multiplies A by A."""
     short, long = sorted((rows, columns))
     return len(ITERATIONS[iteration]) * (4.0 * short * short * long + 2.0 * short**3)

@@ -1,15 +1,14 @@
 """Muon: orthogonalised momentum for the matrices inside a model (Keller Jordan 2024; Moonlight, arXiv 2502.16982, 2.2).
 
     M <- mu M + G             G: the mean gradient, clipped by the global norm
-    O  = NS(G + mu M)         Nesterov; NS of each logical matrix (train/optim/matrices.py)
+    O  = NS(G + mu M)         Nesterov; NS (Newton-Schulz) of each logical matrix (train/optim/matrices.py)
     W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) O
 
-The factor 0.2 sqrt(max(rows, columns)) scales an update to the size of AdamW's updates. So AdamW's learning rate and
-decay can be reused. train/optim/matrices.py defines logical matrices. AdamW updates the embedding, the head, the
-routers and the norm weights.
+The factor 0.2 sqrt(max(rows, columns)) gives an update the magnitude of AdamW's updates. So a run can use the learning
+rate and decay that suit AdamW. AdamW updates the embedding, the head, the routers, the indexers and the norm weights.
 
-ZeRO passes flat shards, which may begin and end at any element. Momentum is updated in the shards, element by element.
-If several ranks hold parts of a matrix, they send these parts to one rank, the owner of the matrix. The owner
+ZeRO passes flat shards, which may begin and end at any element. Each rank updates the momentum of its shard element by
+element. If several ranks hold parts of a matrix, they send these parts to one rank, the owner of the matrix. The owner
 orthogonalises the matrix and sends the result back to the other ranks (parallel/owners.py).
 """
 
@@ -39,7 +38,7 @@ class _Placed(NamedTuple):
 
 
 class Muon(AdamW):
-    """Updates weights with Muon if their rule in conf/optimizers.py selects it, and other weights with AdamW."""
+    """Updates the weights that conf/optimizers.py selects with Muon, and all other weights with AdamW."""
 
     def __init__(self, groups: list[dict], config: Config, compiled: bool):
         super().__init__(groups, config.optim, moments_dtype(config.precision), compiled)
@@ -54,13 +53,14 @@ class Muon(AdamW):
     def count_scratch_bytes(kind: str, precision: Precision, elements: int, compiled: bool) -> int:
         """Returns the bytes of scratch memory.
 
-        A pack of matrices needs about six copies, including factors and Newton-Schulz results. In addition, the ranks
-        transfer two packs.
+        A pack is a group of matrices that are processed together. It needs about six copies in memory, including
+        factors and Newton-Schulz results. In addition, ranks exchange two packs at the same time.
         """
         return 32 * min(THRESHOLDS.muon_elements, elements)
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
-        """Allocate the momentum of matrices, or AdamW's moments for other parameters, unless they exist."""
+        """Allocate the momentum of a parameter that Muon updates, or AdamW's moments of any other parameter, unless
+        they exist."""
         shard = self.handover.shards.get(param)
         if shard is None or not shard.rule.is_whole:
             return super().allocate(param)
@@ -70,7 +70,7 @@ class Muon(AdamW):
         return state
 
     def update(self, param: Tensor, group: dict) -> None:
-        """Update one flat parameter. Collective over the ranks that share it."""
+        """Update one flat parameter. Collective over the ranks that have shards of the parameter."""
         shard = self.handover.shards.get(param)
         if shard is None or not shard.rule.is_whole:
             super().update(param, group)
@@ -95,10 +95,10 @@ class Muon(AdamW):
                 new.add_(summed, alpha=mu)
 
     def _move(self, param: Tensor, shard: FlatShard, gradients: Sequence[Tensor], group: dict) -> None:
-        """Decay the weights, and subtract the scaled orthogonal factors of the matrices in `gradients`."""
+        """Apply weight decay, and subtract the scaled orthogonal factors of the matrices in `gradients`."""
         matrices, owners = self._place(param, shard)
         masters, decay = param.detach().view(-1), 1 - group["lr"] * group["weight_decay"]
-        one_by_one = len(gradients) > 1  # one gradient for each weight, whose matrices no other rank shares
+        one_by_one = len(gradients) > 1  # each weight has its own gradient, and no other rank has parts of its matrices
 
         def read(weight: int, piece: WeightPiece) -> Tensor:
             flat, place = (gradients[weight], 0) if one_by_one else (gradients[0], None)
@@ -112,8 +112,8 @@ class Muon(AdamW):
         owners.each(read, lambda _, whole: self._factors(whole), write, masters[:0])
 
     def _factors(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Returns the orthogonal factors. Adjacent matrices of one shape form a batch. A GPU uses bf16, as
-        published."""
+        """Returns the orthogonal factor of each matrix. Adjacent matrices of one shape form a batch. A GPU computes in
+        bf16, as published."""
         found: list[Tensor] = []
         for _, same in groupby(matrices, key=lambda matrix: matrix.shape):
             batch = torch.stack(list(same))

@@ -1,4 +1,4 @@
-"""Maps names to optimizer classes. conf/optimizers.py describes the state of each optimizer."""
+"""Maps the name of each optimizer to its class. conf/optimizers.py describes the state of each optimizer."""
 
 from collections.abc import Collection
 from typing import Protocol
@@ -11,10 +11,10 @@ from train.optim.muon import Muon
 
 
 class OptimizerClass(Protocol):
-    """The functions of an optimizer class that are called before an instance exists."""
+    """The functions of an optimizer class that other code calls before it creates an instance."""
 
     def make(self, groups: list[dict], config: Config, parts: Collection[str]) -> ShardedOptimizer:
-        """Creates the optimizer with the run's settings, for these parameter groups.
+        """Creates the optimizer for these parameter groups, with the run's settings.
 
         parts: the parts of a step that use compiled code, see `Kernels.parts`.
         """

@@ -5,9 +5,10 @@
 
 So every score of the head is multiplied by eta. The rope key is not scaled, because all heads share it. To scale
 queries and keys, QK-clip scales rows of the weights that produce them. It scales the fp32 master weights after the
-update, before they are rounded. Momentum is not scaled.
+optimizer's update, before the weights are rounded. Momentum is not scaled.
 
-S covers all micro-batches of a step, on all ranks that hold the head. Only training passes count.
+S covers all micro-batches of a step, on all ranks that have the head. Only the forwards of training count, not those of
+evaluation.
 
 Shapes: L attention layers of this rank, H heads, R rows of a weight.
 """
@@ -23,9 +24,9 @@ from train.model.mla import MLA
 
 
 class QKClip:
-    """Records the largest attention scores of this rank's chunks, and computes the factors of their weights.
+    """Records the largest attention scores in this rank's chunks, and computes the factors for the weights.
 
-    limit: tau. most: a function that replaces a tensor (L, H) with its maximum over all ranks that hold these layers.
+    limit: tau. most: a function that replaces a tensor (L, H) by its maximum over all ranks that have these layers.
     """
 
     def __init__(self, chunks: Sequence[nn.Module], model: Model, limit: float, most: Callable[[Tensor], None]):
@@ -38,12 +39,13 @@ class QKClip:
             module.watch = watch
 
     def clear(self) -> None:
-        """Reset the scores at the start of a step."""
+        """Reset the recorded scores at the start of a step."""
         for watch in self._watches:
             watch.clear()
 
     def largest(self) -> Tensor:
-        """Returns the largest score of every head in this step: (L, H). Collective over the ranks with these layers."""
+        """Returns the largest score of every head in this step: (L, H). Collective over the ranks that have these
+        layers."""
         scores_LH = torch.stack(
             [watch.most_H for watch in self._watches]
         )  # not empty, because a stage has at least one layer
@@ -51,7 +53,7 @@ class QKClip:
         return scores_LH
 
     def factors(self, scores_LH: Tensor) -> dict[str, Tensor]:
-        """Returns the factors for the rows of each weight: (R,), fp32."""
+        """Returns for each weight the factors of its rows, fp32 (R,). The keys are the names of the weights."""
         model, found = self._model, {}
         eta_LH = (self.limit / scores_LH).where(scores_LH > self.limit, 1.0)
         for name, eta_H in zip(self.layers, eta_LH, strict=True):
@@ -63,5 +65,6 @@ class QKClip:
 
 
 def _by_rows(*parts: tuple[Tensor, int]) -> Tensor:
-    """Repeats each head's factor of a part for each row of the part."""
+    """Concatenates, for each head, the rows' factors of all parts. parts: the factor of each head, and the part's
+    number of rows."""
     return torch.cat([factor_H.unsqueeze(1).expand(-1, rows) for factor_H, rows in parts], 1).flatten()

@@ -1,7 +1,7 @@
 """Computes the scheduled settings of each step: learning rate, MTP weight, bias speed and batch size.
 
-A schedule depends only on the tokens that the run has consumed. `until` of a phase is a fraction of the run's total
-tokens. So the schedule of a shorter run has the same shape.
+A schedule depends only on how many tokens the run has consumed. A schedule consists of phases. The field `until` of a
+phase is a fraction of the run's total tokens, so the schedule of a shorter run has the same shape.
 """
 
 import math
@@ -18,7 +18,7 @@ class StepPlan:
     step: int
     """Index of the step. The first step has index 1."""
     first_sample: int
-    """Number of samples that were consumed before this step. This is the data position."""
+    """Number of samples that the run has consumed before this step. The step's data starts at this sample."""
     batch_size: int
     """Number of sequences in this step, over all ranks."""
     lr: float
@@ -37,11 +37,12 @@ class Schedules:
     def plan(self, step: int, shift: int = 0) -> StepPlan:
         """Returns the settings of a step.
 
-        step: 1 to the number of steps. shift: added to the data position of this schedule. A resumed run needs it if
-        its batch size has changed: it has consumed a different number of samples.
+        step: index of the step, from 1. shift: is added to `first_sample`. A resumed run with another batch size needs
+        it, because it has consumed another number of samples than this schedule computes.
         """
         index, optim = step - 1, self.config.optim
-        # Use the middle of the step. So a run of one step gets the middle of its schedule, not the start or the end.
+        # Use the middle of the step, so that a run of one step gets the middle of its schedule and not the start or the
+        # end.
         fraction = (self.samples[index] + self.batch_sizes[index] / 2) / self.samples[-1]
         warmup = min(1.0, step / optim.warmup_steps) if optim.warmup_steps else 1.0
         return StepPlan(
@@ -74,7 +75,8 @@ def _between(shape: Shape, before: float, after: float, done: float) -> float:
 
 
 def _batch_size(config: Config, index: int) -> int:
-    """Returns the number of sequences in a step. It grows linearly with the steps, rounded down to the increment.
+    """Returns the number of sequences in a step. The number grows linearly with the index of the step, and is rounded
+    down to a multiple of the increment.
 
     index: the index of the step, from 0.
     """

@@ -23,7 +23,7 @@ from train.kernels.plain.plain_attention import PlainAttention
 from train.model.attention import AttentionInput, AttentionOutput
 
 Spans = list[tuple[int, int, int]]
-"""Intervals of positions that attend to each other: (sequence, start, end)."""
+"""Intervals of positions, as (sequence, start, end). Positions in one interval attend to each other."""
 
 _load = partial(library, "attention")
 _attention_kept = Kernel(
@@ -68,9 +68,10 @@ _attention_backward = Kernel(
 class CompiledAttention(PlainAttention):
     """Computes causal attention within complete sequences or documents, with compiled code for bf16.
 
-    Other inputs use torch operations. The probabilities of a sequence or document are saved for backward if they need
-    at most about as much memory as the queries, keys and values of the sequence. For longer sequences and documents,
-    backward recomputes the probabilities. So memory is linear in the sequence length.
+    Other inputs use torch operations. For a short sequence or document, forward saves the attention probabilities for
+    backward. A sequence or document is short if its probabilities need at most about as much memory as its queries,
+    keys and values. For a longer sequence or document, backward recomputes the probabilities. So memory grows linearly
+    with the sequence length.
     """
 
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
@@ -82,7 +83,7 @@ class CompiledAttention(PlainAttention):
         rows = rows_of_table((*span, 0) for span in spans)
         kept = v.new_empty(
             _attention_kept(rows, H, _most_kept(given) if keep else 0)
-        )  # also writes the positions of the saved values into the table `rows`
+        )  # also writes into the table `rows` the offset of each interval's saved values
         out_BHTV = v.new_empty(B, T, H, V).transpose(1, 2)
         lse_BHT = v.new_empty(B, H, T, dtype=torch.float32)
         largest_BHT = torch.empty_like(lse_BHT) if largest else None
@@ -107,9 +108,9 @@ class CompiledAttention(PlainAttention):
 
 
 def _spans(given: AttentionInput) -> Spans | None:
-    """Returns the position intervals of the input; None if the compiled code does not support the input.
+    """Returns the intervals of the input's positions; None if the compiled code does not support the input.
 
-    It supports bf16 inputs in which every interval of queries sees exactly its own keys, up to the diagonal.
+    It supports bf16 inputs in which every interval of queries sees the keys of the same interval, up to the diagonal.
     """
     if given.q_BHTQ.dtype != torch.bfloat16:
         return None
@@ -127,10 +128,10 @@ def _longest(spans: Spans) -> int:
 
 
 def _most_kept(given: AttentionInput) -> int:
-    """Returns the largest length of an interval whose probabilities are saved."""
+    """Returns the length of the longest interval whose probabilities forward saves."""
     return 2 * (2 * given.q_BHTQ.size(-1) + given.v_BHSV.size(-1))
 
 
 def _readable(t: Tensor) -> Tensor:
-    """Returns the tensor with contiguous channels. It copies the tensor only if necessary."""
+    """Returns the tensor with a contiguous last axis. It copies the tensor only if necessary."""
     return t if t.stride(-1) == 1 else t.contiguous()

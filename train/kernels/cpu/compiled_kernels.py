@@ -1,6 +1,8 @@
-"""Implements the kernels of a CPU with AVX2: bf16 operations in compiled code (train/kernels/cpu), others in torch.
+"""Implements the kernels of a CPU with AVX2: bf16 operations in compiled code (train/kernels/cpu), other operations in
+torch.
 
-Shapes as in train/model/operations.py. Meta tensors cause the same allocations as real tensors, so plans count them.
+Shapes as in train/model/operations.py. A kernel allocates the same memory for meta tensors as for real tensors, so a
+plan can count allocations.
 """
 
 import torch
@@ -17,7 +19,7 @@ from train.model.weight_gradient import LinearMatmul
 class CompiledKernels(PlainKernels):
     """Implements `Kernels` in compiled code.
 
-    matmuls: whether matmuls use compiled code too, see `train.kernels.cpu.libraries.compiled_matmuls_pay`.
+    matmuls: whether matmuls use compiled code too; see `train.kernels.cpu.libraries.compiled_matmuls_pay`.
     """
 
     def __init__(self, matmuls: bool):
@@ -56,7 +58,7 @@ class CompiledKernels(PlainKernels):
     def best_keys(self, scores_TS: Tensor, top_k: int) -> Tensor:
         kernel = (
             compiled_rows.largest_keys if scores_TS.dtype == torch.float32 else super().best_keys
-        )  # mode=prove uses fp64
+        )  # the scores of mode=prove are in fp64
         return kernel(scores_TS, top_k)
 
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:

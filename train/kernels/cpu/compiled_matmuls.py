@@ -1,7 +1,7 @@
 """Computes bf16 matmuls on a CPU in compiled code: `train/kernels/cpu/products.cpp`.
 
-The products of two bf16 values are exact in fp32. Their sums are computed in fp32, and the complete sum is rounded to
-the requested dtype. Weight gradients are requested in fp32 (paper 3.3.3).
+The product of two bf16 values is exact in fp32. The code sums products in fp32, and rounds only the complete sum to the
+requested dtype. Weight gradients are requested in fp32 (paper 3.3.3).
 
 Shape suffixes: O, N outer axes of a matmul, C contraction, E experts, R rows sorted by expert.
 """
@@ -31,13 +31,13 @@ from train.kernels.cpu.cpp_function import (
 from train.kernels.cpu.libraries import library
 
 NO_SCALES = (None, 0)
-"""Stands for scales that are all 1."""
+"""An operand's scales and their shift if all scales are 1."""
 
 
 def _operand(side: str, matrices: str, outer: str) -> dict[str, Parameter]:
-    """Declares the struct `Operand` of products.cpp: values, (N, C) or (E, N, C), and scales or None.
+    """Declares the struct `Operand` of products.cpp: values (N, C) or (E, N, C), and their scales or None.
 
-    A scale applies to 1 << shift elements of the outer axis and to one tile of C.
+    A scale applies to 1 << shift elements of the outer axis, and to one tile of C.
     """
     return {
         side: Array(torch.bfloat16, f"*{matrices} {outer} C", apart=3, beside=2),
@@ -64,7 +64,8 @@ contraction, offset of the output."""
 
 
 def matmul(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
-    """Computes left @ right^T: (O, N). into: fp32 tensor to which the result is added."""
+    """Computes left @ right^T, a tensor (O, N). into_ON: fp32 tensor to which the result is added; None: a new
+    tensor."""
     (rows, contraction), columns = left_OC.shape, right_NC.shape[0]
     out_ON = left_OC.new_empty(rows, columns, dtype=dtype) if into_ON is None else into_ON
     run_matmuls("gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)], into=into_ON is not None)
@@ -72,7 +73,8 @@ def matmul(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tenso
 
 
 def grouped(left_RC: Tensor, right_ENC: Tensor, rows: Sequence[int]) -> Tensor:
-    """Multiplies the rows of each expert by its transposed matrix: (R, N). rows: number of rows of every expert."""
+    """Multiplies the rows of each expert by the transposed matrix of the expert: (R, N). rows: each expert's number of
+    rows."""
     _, columns, contraction = right_ENC.shape
     out_RN = left_RC.new_empty(left_RC.shape[0], columns)
     run_matmuls("grouped_gemm", left_RC, right_ENC, out_RN, parts_by_rows(_starts(rows), rows, columns, contraction))
@@ -82,7 +84,7 @@ def grouped(left_RC: Tensor, right_ENC: Tensor, rows: Sequence[int]) -> Tensor:
 def grouped_weight_gradient(
     left_OR: Tensor, right_NR: Tensor, rows: Sequence[int], dtype: torch.dtype, into_EON: Tensor | None = None
 ) -> Tensor:
-    """Computes the weight gradient of each expert, a sum over its rows: (E, O, N). into: see `matmul`."""
+    """Computes the weight gradient of each expert, a sum over the expert's rows: (E, O, N). into_EON: see `matmul`."""
     outer, columns = left_OR.shape[0], right_NR.shape[0]
     out_EON = left_OR.new_empty(len(rows), outer, columns, dtype=dtype) if into_EON is None else into_EON
     parts = parts_by_sums(_starts(rows), rows, outer, columns)
@@ -91,7 +93,8 @@ def grouped_weight_gradient(
 
 
 def parts_by_rows(starts: Sequence[int], rows: Sequence[int], columns: int, contraction: int) -> list[Part]:
-    """Returns one matmul for every expert: the expert's rows (left) times the expert's matrix (right).
+    """Returns one matmul for every expert. The left operand is the expert's rows, and the right operand is the expert's
+    matrix.
 
     starts: first row of each expert.
     """
@@ -113,7 +116,8 @@ def run_matmuls(
 ) -> None:  # fmt: skip
     """Write the results of all parts into `out`, or add them to `out` (fp32). Operands are (O, C) or (E, O, C).
 
-    name: is shown by torch's profiler, which does not record compiled code itself. scales: see `_operand`.
+    name: the name that torch's profiler shows for the call, because the profiler does not record compiled code itself.
+    left_scales, right_scales: see `_operand`. into: whether to add to `out`.
     """
     assert not into or out.dtype == torch.float32, out.dtype
     left, right = readable(left), readable(right)
@@ -124,15 +128,16 @@ def run_matmuls(
         and 0 <= place <= place + rows * columns <= places
         for first, rows, of, begin, end, place in parts
     ), (parts, left.shape, right.shape, out.shape)  # fmt: skip
-    # Naming a call for the profiler costs 1 % of a small model's step, even if no profiler runs.
+    # Name the call only while a profiler runs. Otherwise naming would cost 1 % of a small model's step.
     with record_function(name) if torch.autograd._profiler_enabled() else nullcontext():
         _matmuls(left, *left_scales, right, *right_scales, out, int(into), rows_of_table(parts))
 
 
 def readable(x: Tensor) -> Tensor:
-    """Returns x as a plain tensor that is contiguous along one of the last two axes.
+    """Returns x as a plain tensor that is contiguous along one of its last two axes.
 
-    A tensor subclass may store its values elsewhere (`parallel.expert.wire`). Only torch operations can read these.
+    A tensor subclass may store its values elsewhere (`parallel.expert.wire`). Only torch operations can read such
+    values.
     """
     x = x if type(x) in PLAIN_CLASSES else x.view(x.shape)
     return x if 1 in x.stride()[-2:] else x.contiguous()

@@ -1,6 +1,7 @@
 """Computes norm, SwiGLU, head split, loss and row sorting in bf16 in compiled code: `train/kernels/cpu/rows.cpp`.
 
-Shapes as in train/model/operations.py. Meta tensors cause the same allocations as real tensors, so plans count them.
+Shapes as in train/model/operations.py. A function allocates the same memory for meta tensors as for real tensors, so a
+plan can count allocations.
 """
 
 from ctypes import c_bool, c_float, c_int64
@@ -57,8 +58,8 @@ _cross_entropy = Kernel(
 
 
 def _heads(name: str, back: bool) -> Kernel:
-    """Declares the head split. Forward reads the first three tensors and writes the other tensors. Backward reads the
-    other tensors and writes the first three."""
+    """Declares the function that splits projections into heads. Forward reads q, kv and shared, and writes queries,
+    keys and values. Backward reads queries, keys and values, and writes q, kv and shared."""
     first = {"q": "B T H nope+R", "kv": "B T H nope+V", "shared": "B T 1 R"}
     second = {"queries": "B H T nope+R", "keys": "B H T nope+R", "values": "B H T V"}
     split = Struct(
@@ -74,7 +75,7 @@ _heads_forward, _heads_backward = _heads("heads_forward", back=False), _heads("h
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns normalised x, and 1 / rms(x) as fp32 (..., 1)."""
+    """Returns x / rms(x) * weight, and 1 / rms(x) as fp32 (..., 1)."""
     x_ND, y = _rows(x), x.new_empty(x.shape)
     rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     _rms_norm_forward(x_ND, weight_D.contiguous(), y, rstd, eps)
@@ -92,7 +93,7 @@ def rms_norm_backward(
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
-    """Returns silu(gate) * up, multiplied by the router's gate value of the row if given: (N, F)."""
+    """Returns silu(gate) * up, a tensor (N, F). If gates_N is given, each row is multiplied by its gate value."""
     h_N2F, gates_N = _rows(h_N2F), _fp32(gates_N)
     out_NF = h_N2F.new_empty(h_N2F.size(0), h_N2F.size(1) // 2)
     _swiglu_forward(h_N2F, gates_N, out_NF)
@@ -158,7 +159,8 @@ class CompiledHeads(Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Returns x as (N, D) with contiguous rows. It does not copy x if the rows are evenly spaced."""
+    """Returns x as a tensor (N, D) in which each row is contiguous. It copies x only if the rows are not evenly
+    spaced."""
     return _readable(x.reshape(-1, x.size(-1)))
 
 

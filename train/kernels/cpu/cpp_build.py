@@ -1,8 +1,9 @@
 """Compiles C++ sources at their first use, and caches the libraries.
 
-A compiler on this machine (CXX, g++ or clang++) builds them, so the loops use the widest vectors of the CPU. A library
-is stored in $SLUICE_CACHE/kernels. Its name is a hash of all inputs, including the CPU's features. A library is not
-loaded if another user could have written it, because that user could run code with this user's rights.
+A compiler on this machine (CXX, g++ or clang++) builds the libraries, so that loops use the widest vectors of the CPU.
+A library is stored in $SLUICE_CACHE/kernels. Its name is a hash of everything that determines its code, including the
+CPU's features. Sluice does not load a library that another user could have written, because it would run that user's
+code with the rights of this user.
 """
 
 import ctypes
@@ -25,7 +26,8 @@ from cluster.comm_ring import got_on
 from conf.errors import UserError
 
 COMPILER_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-shared", "-fPIC"]
-"""Compiler flags. -fwrapv makes integer overflow wrap, which the code needs for the bits of non-finite values."""
+"""Compiler flags. With -fwrapv, integer overflow wraps around. The code relies on this when it rounds the bits of
+values that are not finite."""
 NATIVE = {"x86_64": ["-march=native", "-mprefer-vector-width=512"], "aarch64": ["-mcpu=native"]}
 """Maps the machine type to flags that select the widest vectors of the CPU."""
 
@@ -35,7 +37,8 @@ CPU_LIMITS = {
     "avx512": (("avx512_bf16", "amx"), ("-mno-avx512bf16",)),
     "avx512_bf16": (("amx",), ()),
 }
-"""Maps the values of SLUICE_CPU, which limits the used CPU features, to the features to hide and compiler flags."""
+"""Maps each value of the environment variable SLUICE_CPU to CPU features that Sluice must not use, and to compiler
+flags that exclude them."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class CppSource:
     """A C++ file to compile, and texts for the error if it cannot be compiled.
 
     flags: compiler flags in addition to COMPILER_FLAGS. headers: Sluice's headers that the file includes. field: the
-    setting that requests the library. without: the setting that avoids the library, and the consequence.
+    setting that requires the library. without: the setting that makes the run work without the library, and its effect.
     """
 
     path: Path
@@ -57,11 +60,11 @@ def load_library(source: CppSource) -> ctypes.CDLL:
     """Loads the library, and builds it if it is missing. Raises UserError if it cannot be built, stored or loaded."""
     path = _built(source)
     try:
-        handle = os.open(path, os.O_RDONLY)  # stays open: a later file must not get the same name for the loader
+        handle = os.open(path, os.O_RDONLY)  # stays open, so that no later file gets the same name for the loader
         _require_own(os.fstat(handle), path, source)
         name = (
             f"/proc/self/fd/{handle}" if sys.platform.startswith("linux") else str(path)
-        )  # loads the file that was checked
+        )  # this name loads exactly the file that was checked
         return ctypes.CDLL(name)
     except OSError as error:
         rule = f"must contain loadable libraries: {path}: {error}"
@@ -70,7 +73,7 @@ def load_library(source: CppSource) -> ctypes.CDLL:
 
 @cache
 def cpu_features() -> str:
-    """Returns the features of this CPU that the system reports. Features that SLUICE_CPU hides are left out."""
+    """Returns the features of this CPU, as the system reports them, without the features that SLUICE_CPU hides."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform.startswith("linux") else []
     features = [line for line in lines if line.startswith(("flags", "Features"))]
     said, (hidden, _) = features[0] if features else platform.processor(), _limit()
@@ -78,7 +81,7 @@ def cpu_features() -> str:
 
 
 def _limit() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the features that SLUICE_CPU hides, and the compiler flags for its value."""
+    """Returns the CPU features that SLUICE_CPU hides, and the compiler flags that belong to its value."""
     most = os.environ.get("SLUICE_CPU", "")
     if most and most not in CPU_LIMITS:
         raise UserError(
@@ -88,7 +91,7 @@ def _limit() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def has_avx2() -> bool:
-    """Whether this CPU has the features that vectors.h needs. Nearly all x86 CPUs since 2015 have them."""
+    """Returns whether this CPU has the features that vectors.h needs. Nearly all x86 CPUs since 2015 have them."""
     return {"avx2", "fma"} <= set(cpu_features().split())
 
 
@@ -99,7 +102,8 @@ def compiler_name(source: CppSource) -> str:
 
 
 def _built(source: CppSource) -> Path:
-    """Returns the path of the shared library for this source, compiler and CPU. Builds the library if it is missing."""
+    """Returns the path of the shared library for this source, compiler and CPU. Builds the library if it does not
+    exist."""
     compiler = _compiler(source)
     openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
     command = [*compiler, *COMPILER_FLAGS, *source.flags, *NATIVE.get(platform.machine(), []), *_limit()[1], *openmp]
@@ -109,7 +113,7 @@ def _built(source: CppSource) -> Path:
         _version(*compiler),
         cpu_features().encode(),
         *texts,
-    ]  # because machines that share a home directory may have different CPUs
+    ]  # CPU features are part of the key, because machines that share a home directory may have different CPUs
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()
     folder = Path(os.environ.get("SLUICE_CACHE") or Path.home() / ".cache" / "sluice") / "kernels"
     path = folder / f"{source.path.stem}_{key[:16]}.so"
@@ -119,9 +123,9 @@ def _built(source: CppSource) -> Path:
         if not path.exists():
             with tempfile.TemporaryDirectory(
                 dir=folder
-            ) as scratch:  # several ranks may build at the same time; the last of their libraries remains
+            ) as scratch:  # several ranks may build the library at the same time; the last one replaces the others
                 library = _build(source, command, Path(scratch) / path.name)
-                library.chmod(library.stat().st_mode & ~0o022)  # independent of the umask
+                library.chmod(library.stat().st_mode & ~0o022)  # removes the write permissions that the umask may allow
                 library.replace(path)
     except OSError as error:
         raise UserError("SLUICE_CACHE", folder.parent, f"cannot be written: {error.strerror}", _move(source)) from error
@@ -144,7 +148,7 @@ def _version(*compiler: str) -> bytes:
 
 
 def _build(source: CppSource, command: list[str], library: Path) -> Path:
-    """Run the compiler. Returns the library."""
+    """Run the compiler. Returns the path of the library."""
     done = subprocess.run([*command, "-o", str(library), str(source.path)], capture_output=True, text=True)
     got_on()
     if done.returncode:
@@ -155,7 +159,7 @@ def _build(source: CppSource, command: list[str], library: Path) -> Path:
 
 
 def _require_own(found: os.stat_result, path: Path, source: CppSource) -> None:
-    """Raise UserError for a folder or file that a user other than this user and root could have written."""
+    """Raise UserError if another user than this user and root could have written this folder or file."""
     if found.st_uid not in (os.geteuid(), 0):
         problem, cure = f"belongs to user {found.st_uid}", "remove it"
     elif found.st_mode & 0o002:
@@ -170,7 +174,8 @@ def _require_own(found: os.stat_result, path: Path, source: CppSource) -> None:
 
 
 def _is_private(group: int) -> bool:
-    """Whether the group has no members except this user and root. Many systems give every user such a group."""
+    """Returns whether the group has no members except this user and root. Many systems create such a group for every
+    user."""
     try:
         user, entry = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
     except KeyError:

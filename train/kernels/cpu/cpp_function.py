@@ -1,10 +1,11 @@
 """Calls compiled C++ functions with tensors. Declares the parameters of each function, and checks every call.
 
-A C++ function gets the addresses of tensors and cannot check their memory. So a `Kernel` declares every parameter in
-the order of C++: for a tensor its dtype, its shape in named sizes, the strides that C++ takes, and whether C++ writes
-it. A tensor that does not match is a bug in Sluice, for example a tensor on another device, with other strides, or of a
-class that stores its values elsewhere. It raises an AssertionError with function, parameter, expectation and actual
-value, and C++ is not called. On the meta device only the checks run, so a plan sees the same allocations as a run.
+A C++ function gets the addresses of tensors and cannot check their memory. So a `Kernel` declares every parameter, in
+the order of the C++ parameters. For a tensor, it declares the dtype, the shape in named sizes, the strides that the C++
+code accepts, and whether the C++ code writes to the tensor. A tensor that does not match is a bug in Sluice. Examples
+are a tensor on another device, with other strides, or of a class that stores its values elsewhere. The call then raises
+an AssertionError and does not run the C++ function. The error names the function, the parameter, the declaration and
+the argument. On the meta device a call only checks the arguments, so a plan sees the same allocations as a run.
 
 `torch.library.custom_op` is an alternative, but it does not check strides and takes 36 us per call. This code takes 5
 to 10 us.
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 PLAIN_CLASSES = (Tensor, torch.nn.Parameter)
-"""Tensor classes that store their values at their address."""
+"""Tensor classes whose objects store their values at the address that data_ptr() returns."""
 
 
 class _Call:
@@ -35,19 +36,21 @@ class _Call:
     def __init__(self):
         self.sizes: dict[str, float] = {}
         self.derived: list[tuple[str, Array, Tensor, CodeType, int]] = []
-        """Axes whose declared size is an expression of other sizes, with their actual size."""
+        """Axes whose declared size is an expression of other sizes. Each entry has the name and declaration of the
+        parameter, the tensor, the expression, and the actual size."""
         self.meta: list[tuple[str, Array, Tensor]] = []
         """Tensors on the meta device, which have no memory."""
         self.real = False
-        """Whether the call writes to a tensor that has memory."""
+        """Whether the call writes to a tensor that is not on the meta device."""
 
 
 class _Unfit(Exception):
-    """An argument does not match its declaration: name of the parameter, its declaration, the argument."""
+    """Raised if an argument does not match its declaration. Its values: the name of the parameter, the declaration, the
+    argument."""
 
 
 def _compiled(sizes: str) -> list[str | CodeType]:
-    """Compiles the sizes that are expressions. Names remain unchanged."""
+    """Splits the declared sizes, and compiles those that are expressions. A name remains a string."""
     return [size if size.isidentifier() else compile(size, "size", "eval") for size in sizes.split()]
 
 
@@ -59,23 +62,24 @@ class Parameter(Protocol):
     """A parameter of a C++ function, or a field of its struct."""
 
     types: list[type]
-    """Types of the C++ arguments for this parameter."""
+    """The ctypes types of the C++ arguments that this parameter becomes."""
 
     def take(self, name: str, given: Iterator, call: _Call) -> Iterable[Any]:
-        """Returns the C++ arguments. Takes the next argument of the call, if the caller passes this parameter. Raises
-        _Unfit."""
+        """Returns the C++ arguments for this parameter. If the caller passes the parameter, reads its value from
+        `given`. Raises _Unfit if the value does not match."""
 
 
 class Array:
-    """A tensor parameter. C++ gets the tensor's address, and then the strides of its leading axes.
+    """A tensor parameter. The C++ function gets the tensor's address, and then the strides of its leading axes.
 
-    dtype: one dtype, or several. The index of the actual dtype among several becomes the size PARAMETER_dtype.
-    sizes: for each axis a name, a number or an expression without spaces, as in "N 2*F". "*N": the product of all leading
-        axes; 1 if there are none.
-    apart: number of leading axes that may have any stride. With 0 the tensor must be contiguous.
-    beside: number of last axes of which one must have stride 1.
-    out: C++ writes to the tensor.
-    optional: the argument may be None, which becomes a null pointer.
+    - dtype: the allowed dtype, or several. If there are several, the size named PARAMETER_dtype is the index of the
+      actual dtype.
+    - sizes: for each axis a name, a number or an expression without spaces, as in "N 2*F". "*N" means the product of
+      all leading axes; it is 1 if there are none.
+    - apart: number of leading axes that may have any stride. With 0 the tensor must be contiguous.
+    - beside: one of this many last axes must have stride 1.
+    - out: whether the C++ function writes to the tensor.
+    - optional: whether the argument may be None, which becomes a null pointer.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class Array:
     def take(self, name: str, given: Iterator, call: _Call) -> Sequence[int]:
         x = next(given)
         if x is None and self._optional:
-            call.sizes[f"{name}_dtype"] = 0  # any number: without a tensor it has no meaning
+            call.sizes[f"{name}_dtype"] = 0  # any number, because C++ does not read it without a tensor
             return [0] * len(self.types)
         if type(x) not in PLAIN_CLASSES or x.dtype not in self._dtypes or not self._has_values(name, x, call):
             raise _Unfit(name, self, x)
@@ -110,7 +114,7 @@ class Array:
         raise _Unfit(name, self, x)
 
     def _has_values(self, name: str, x: Tensor, call: _Call) -> bool:
-        """Whether x stores its values at its address, or has no memory at all."""
+        """Returns whether x stores its values at its address, or is on the meta device."""
         if x.is_cpu:
             call.real |= self._out
             return not x.is_conj() and not x.is_neg()
@@ -132,9 +136,10 @@ class Array:
         return True
 
     def _lies_right(self, shape: Sequence[int], strides: Sequence[int]) -> bool:
-        """Whether one of the last axes has stride 1 as required, and no two elements share memory.
+        """Returns whether one of the last `beside` axes has stride 1. If C++ writes to the tensor, also requires that
+        no axis has stride 0.
 
-        The stride of an axis of size 1 is ignored.
+        The stride of an axis of size 1 does not matter.
         """
         if self._out and any(size > 1 and stride == 0 for size, stride in zip(shape, strides, strict=True)):
             return False
@@ -148,7 +153,8 @@ class Array:
 
 
 class Number:
-    """A number that C++ gets unchanged. Expressions of sizes may use its name."""
+    """A number that the C++ function gets unchanged. Expressions of sizes may use the number by the name of the
+    parameter."""
 
     def __init__(self, kind: type):
         self.types = [kind]
@@ -159,7 +165,7 @@ class Number:
 
 
 class Size:
-    """A size from the parameters before this one, or an expression of sizes. The caller does not pass it."""
+    """A size that an earlier tensor parameter has, or an expression of such sizes. The caller does not pass it."""
 
     def __init__(self, size: str, kind: type = c_int64):
         self.types = [kind]
@@ -170,7 +176,7 @@ class Size:
 
 
 class Threads:
-    """The number of torch's threads. The caller does not pass it."""
+    """The number of threads that torch uses. The caller does not pass it."""
 
     def __init__(self, kind: type = c_int64):
         self.types = [kind]
@@ -180,7 +186,7 @@ class Threads:
 
 
 class Zeros:
-    """Zeros for parameters that the C++ function ignores. The caller does not pass them."""
+    """`words` zeros, for parameters that the C++ function ignores. The caller does not pass them."""
 
     def __init__(self, words: int):
         self.types = [c_int64] * words
@@ -190,7 +196,8 @@ class Zeros:
 
 
 class Table:
-    """A table with `columns` int64 values in a row, from `rows_of_table`. C++ gets its address and number of rows."""
+    """A table with `columns` int64 values in a row, built by `rows_of_table`. The C++ function gets the table's address
+    and number of rows."""
 
     types = [c_void_p, c_int64]
 
@@ -208,20 +215,20 @@ class Table:
 
 
 def rows_of_table(rows: Iterable[Iterable[int]]) -> ctypes.Array:
-    """Returns the rows as one int64 array, for the parameter `Table`."""
+    """Returns the rows as one int64 array, to pass for a `Table` parameter."""
     words = list(chain.from_iterable(rows))
     return (c_int64 * len(words))(*words)
 
 
 class Struct:
-    """Several parameters that C++ takes as one struct. C++ gets the address of the struct."""
+    """Several parameters that the C++ function takes as one struct. The function gets the address of the struct."""
 
     types = [c_char_p]
 
     def __init__(self, **parts: Parameter):
         self._parts = list(parts.items())
         kinds = chain.from_iterable(part.types for part in parts.values())
-        self._layout = struct.Struct("@" + "".join(kind._type_ for kind in kinds))  # with the alignment of C++
+        self._layout = struct.Struct("@" + "".join(kind._type_ for kind in kinds))  # "@" aligns the fields as C++ does
 
     def take(self, name: str, given: Iterator, call: _Call) -> tuple[bytes]:
         return (self._layout.pack(*_words(self._parts, given, call)),)
@@ -238,19 +245,21 @@ class Kernel:
     """A C++ function. A call takes the arguments in the order of the declared parameters."""
 
     declared: list["Kernel"] = []
-    """All kernels of this process."""
+    """All kernels that this process has declared."""
 
     def __init__(
         self, load: Callable[[], ctypes.CDLL], name: str, returns: type | None = None, **parameters: Parameter
     ):
-        """load: a function that returns the library, called at the first use. parameters: in the order of C++."""
+        """load: returns the library; called at the first use. parameters: the declared parameters, in the order of the
+        C++ parameters."""
         self.name, self._load, self._returns, self._parameters = name, load, returns, list(parameters.items())
         Kernel.declared.append(self)
 
     def __call__(self, *given: Any) -> Any:
-        """Calls C++ and returns its result; None on the meta device.
+        """Calls the C++ function and returns its result. If a tensor is on the meta device, it only checks, and returns
+        None.
 
-        Raises AssertionError for an argument that does not match its declaration.
+        Raises AssertionError if an argument does not match its declaration.
         """
         call, values = _Call(), iter(given)
         try:

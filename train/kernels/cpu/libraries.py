@@ -1,8 +1,8 @@
-"""Loads the compiled libraries of a CPU, and tells whether this machine can use them.
+"""Loads the compiled libraries for a CPU, and decides whether this machine can use them.
 
-The libraries compute in bf16, on CPUs with AVX-512 or AVX2. On CPUs without these features, or without a C++ compiler,
-torch operations do the same work. Tests compare the compiled code with them. Matmuls also use torch if torch is faster
-(`compiled_matmuls_pay`). train/kernels/choice.py decides which kernels a run uses.
+The libraries compute in bf16, on CPUs with AVX-512 or AVX2. On a CPU without these features, or without a C++ compiler,
+torch operations do the same work. Tests compare the compiled code with the torch operations. Matmuls also use torch
+where torch is faster (`compiled_matmuls_pay`). train/kernels/choice.py decides which kernels a run uses.
 """
 
 import ctypes
@@ -16,10 +16,10 @@ from train.kernels.cpu.cpp_build import CppSource, cpu_features, has_avx2, load_
 from train.kernels.cpu.cpp_function import Kernel
 
 LIBRARY_NAMES = ("adamw", "attention", "products", "rows")
-"""Names of the C++ files. Each file becomes a library."""
+"""Names of the C++ files in train/kernels/cpu. Each file becomes one library."""
 SLOW_SHARE = 0.75
-"""If a bf16 instruction runs at less than this fraction of the FMA rate, compiled matmuls are faster. torch's matmuls
-reach 90 % of the CPU's bf16 rate, and compiled matmuls reach 80 % of its FMA rate."""
+"""Compiled matmuls are faster if the CPU's bf16 instructions have less than this fraction of the rate of its fp32 FMA
+instructions. torch's matmuls reach 90 % of the bf16 rate, and compiled matmuls reach 80 % of the FMA rate."""
 
 
 @cache
@@ -40,16 +40,16 @@ def why_absent() -> str | None:
 
 @cache
 def compiled_matmuls_pay(measured: bool = True) -> bool:
-    """Whether compiled matmuls are faster than torch's matmuls on this CPU.
+    """Returns whether compiled matmuls are faster than torch's matmuls on this CPU.
 
     Compiled matmuls use FMA instructions in fp32, and torch's matmuls use the CPU's bf16 instructions. A bf16
-    instruction does the work of two FMAs. On some CPUs it takes the time of two FMAs, on others the time of four. The
-    name of the CPU does not show which, so the rate is measured. Both cases are far from the threshold. With AMX, torch
-    is always faster.
+    instruction does the work of two FMAs. On some CPUs it takes the time of two FMAs, on other CPUs the time of four
+    FMAs. The name of the CPU does not show which, so the function measures the rate. Both rates are far from the
+    threshold. On CPUs with AMX, torch is always faster.
 
-    measured: False: do not measure, and decide by the CPU's features, so that every run decides equally. Then compiled
-    matmuls are used if the CPU has no bf16 instructions. The environment variable SLUICE_PRODUCTS=compiled or torch
-    overrides the decision.
+    measured: whether to measure. Without a measurement, the CPU's features decide, so every run makes the same
+    decision: compiled matmuls are used if the CPU has no bf16 instructions. The environment variable
+    SLUICE_PRODUCTS=compiled or SLUICE_PRODUCTS=torch overrides the decision.
     """
     if answer := os.environ.get("SLUICE_PRODUCTS"):
         if answer not in ("compiled", "torch"):
@@ -74,7 +74,7 @@ _bf16_rate = Kernel(partial(library, "products"), "bf16_rate", ctypes.c_double)
 
 
 def source(name: str, field: str, without: str) -> CppSource:
-    """Returns the `CppSource` of a library in LIBRARY_NAMES, with the caller's error texts."""
+    """Returns the `CppSource` of a library in LIBRARY_NAMES. field, without: see `CppSource`."""
     here = Path(__file__).parent
     flags = ("-ffp-contract=off",)  # use FMA instructions only where the code requests them
     return CppSource(here / f"{name}.cpp", field, without, flags, (here / "tiles.h", here / "vectors.h"))

@@ -10,34 +10,35 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 SPINS = "10000"
-"""Number of spin iterations of an OpenMP thread that waits for the next parallel region, about ten microseconds. By
-default it spins for milliseconds, which slows other processes on the same cores: with ten processes a matmul took three
-times as long."""
+"""Number of spin iterations of an OpenMP thread that waits for the next parallel region. They take about ten
+microseconds. By default, a thread spins for milliseconds, which slows other processes on the same cores. With ten
+processes, a matmul took three times as long."""
 PRIMITIVES = "16"
-"""Number of prepared matmuls in torch's cache. oneDNN's own cache contains 1024 more. torch's default is 1024, which
-needs 160 MB more in a run of `tiny` and does not make steps faster."""
+"""Number of prepared matmuls in torch's cache. oneDNN has a cache of its own with 1024 more. torch's default is 1024
+too, which needs 160 MB more memory in a run of `tiny`, and does not make steps faster."""
 
 CUDA_VARIABLES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "TORCH_NCCL_HIGH_PRIORITY": "1"}
 """Environment variables for CUDA and NCCL. A step uses up to ten streams, but by default CUDA has only eight
-connections to the device. Streams that share a connection wait for each other. The second variable gives NCCL's own
-streams high priority, which dispatch and combine of the experts need."""
+connections to the device, and streams that share a connection wait for each other. The second variable gives high
+priority to the streams that NCCL creates. Dispatch and combine of the experts need this priority."""
 
 
 def tune_cpu() -> None:
-    """Let waiting threads sleep, let the process reuse freed memory, and limit torch's cache of prepared matmuls."""
+    """Let waiting threads sleep soon, let the process reuse freed memory, and limit torch's cache of prepared
+    matmuls."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     os.environ.setdefault("LRU_CACHE_CAPACITY", PRIMITIVES)
     _tune_malloc()
 
 
 def tune_gpu() -> None:
-    """Set the environment variables that CUDA and NCCL read at their start, unless the user has set them."""
+    """Set the environment variables that CUDA and NCCL read when they start, except variables that the user has set."""
     for name, value in CUDA_VARIABLES.items():
         os.environ.setdefault(name, value)
 
 
 def threads_of(given: int, ranks: int) -> int:
-    """Returns the number of threads of a rank: `given`, or for 0 an equal share of the cores.
+    """Returns the number of threads of a rank. This is `given`, or an equal share of the cores if `given` is 0.
 
     ranks: number of ranks on this machine.
     """
@@ -53,11 +54,10 @@ def cpu_name() -> str:
 
 
 def _tune_malloc() -> None:
-    """Let glibc's allocator, if the system has it, reuse memory instead of unmapping it.
+    """Let glibc's allocator reuse freed memory instead of unmapping it. Does nothing on systems without glibc.
 
-    Otherwise each step would return its memory to the kernel, and page faults would allocate it again. The value -1
-    disables trimming. The largest other value, 2 GB, is less than the memory that a step of a large model frees at
-    once.
+    Without this, each step would return its memory to the kernel, and page faults would allocate it again. The value -1
+    disables trimming. The largest other value is 2 GB. A step of a large model frees more than 2 GB at once.
     """
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if hasattr(libc, "mallopt"):
