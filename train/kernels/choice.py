@@ -96,9 +96,7 @@ def _refusal(core: AttentionCore, config: Config, device: torch.device, part: st
 
 def _tried(part: str, length: int) -> tuple[int, SeenKeys]:
     """Returns the number of queries of a test sequence, and which of the `length` keys these queries see."""
-    if (
-        part == "blocks of keys"
-    ):  # a rank that shares sequences has queries of the same block as the keys, and of a later block, which see all keys
+    if part == "blocks of keys":  # queries of the keys' own block, and of a later block, which sees all keys
         rectangles = [Rectangle(None, 0, length, 0, length, 0), Rectangle(None, length, 2 * length, 0, length, length)]
         return 2 * length, SeenKeys(rectangles)
     documents_BT = None
