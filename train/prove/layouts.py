@@ -1,5 +1,5 @@
-"""The configurations that a proof runs for a recipe: one for each check, and one in the layout that reads the
-checkpoint."""
+"""Derives the configurations that a proof runs from a recipe: one for each check, and one in a second layout, which
+reads the checkpoint of the first layout."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ from train.prove.bounds import is_tiled
 
 
 def in_fp32(config: Config) -> Config:
-    """Returns the recipe in fp32. Features that exist only in other formats are off."""
+    """Returns the recipe in fp32, without features that exist only in other formats."""
     config = without_dropout(config)
     parallel = replace(config.parallel, wire=WireFormat.bf16)  # the wire uses the activation dtype
     if parallel.dispatch_facts.in_bf16:
@@ -37,36 +37,39 @@ def in_fp32(config: Config) -> Config:
 
 
 def in_loop(config: Config) -> Config:
-    """The recipe in fp32 without optim.qk_clip. The engine refuses optim.qk_clip for batches with padding."""
+    """Returns the recipe in fp32 without optim.qk_clip, because the engine refuses optim.qk_clip for batches with
+    padding."""
     return in_fp32(replace(config, optim=replace(config.optim, qk_clip=None)))
 
 
 def without_dropout(config: Config) -> Config:
-    """Returns the recipe without dropout, to compare outputs of the complete model. The reference does not have
-    dropout's random bits."""
+    """Returns the recipe without dropout. The reference cannot reproduce dropout's random bits, so outputs of the
+    complete model can be compared only without dropout."""
     return replace(config, adapter=replace(config.adapter, dropout=0.0))
 
 
 TILED = 136
-"""Value of every width, and number of tokens of a micro-batch, in check `tiles`. It gives two tiles of 128, of which
-the second is not full. With a single tile, no value could get the scale of a neighbouring tile by mistake."""
+"""Every width in check `tiles`, and about the number of a rank's tokens in a micro-batch. Each of these dimensions has
+two tiles of 128, and the second tile is not full. With a single tile, the check could not detect that a value gets the
+scale of a neighbouring tile."""
 TILED_HEADS = 4
 WARP, WIDE_RANKS = 32, 2
-"""Number of threads in a warp, and largest expert group in check `tiles`. A rank has as many experts as a warp has
-threads, if the model has that many. In a larger group, all experts together would take a gigabyte."""
+"""WARP: number of threads in a warp. In check `tiles`, each rank has more than WARP experts, if the model has WARP
+experts and an expert group has at most WIDE_RANKS ranks. With more ranks, the experts together would take a
+gigabyte."""
 SLOW = 1e-9
-"""Learning rate of check `tiles` if something is in FP8. An update must not raise a norm weight above the floor of a
-scale."""
+"""Learning rate of check `tiles` if something is in FP8. Some norm weights are so small that their tiles get the
+smallest FP8 scale. A larger learning rate would raise these norm weights, and their tiles would get larger scales."""
 FAINT = 1e-13
-"""Weight of the MTP loss in check `tiles` if something is in FP8. With it, some tiles of the loss's gradient are below
-the floor of a scale."""
+"""Weight of the MTP loss in check `tiles` if something is in FP8. The weight makes the gradient of this loss so small
+that some of its tiles get the smallest FP8 scale."""
 
 
 def with_two_tiles(config: Config) -> Config:
-    """Returns the recipe with few but wide layers, for two steps.
+    """Returns the recipe for check `tiles`: few but wide layers, and two steps.
 
-    All ranks have all layers, because a pipeline changes no scale. Ranks still share sequences, and dispatch and
-    combine are as in the recipe.
+    There is no pipeline, because a pipeline does not change any scale. Context parallelism, dispatch and combine are as
+    in the recipe.
     """
     model, parallel, ranks = config.model, config.parallel, config.parallel.world
     dense, depth, multiple = min(model.dense_layers, 1), min(model.mtp_depth, 1), parallel.dispatch_facts.width
@@ -102,9 +105,9 @@ def with_two_tiles(config: Config) -> Config:
 
 
 def with_pattern(sparse: SparseAttention, stages: Sequence[int]) -> SparseAttention:
-    """Returns a pattern in which as many layers as possible reuse the keys of an earlier layer. The first layer of
-    every stage chooses its own keys. If a second layer of the stage chooses keys too, a later layer reuses them.
-    stages: number of layers of each stage."""
+    """Returns the settings with a pattern in which as many layers as possible reuse the keys of an earlier layer. The
+    first layer of every stage chooses its own keys. In a stage of three or more layers, the second layer also chooses
+    keys, and the later layers reuse these keys. stages: number of layers of each stage."""
     if "S" not in sparse.pattern:
         return sparse
     letters = {0: "", 1: "F", 2: "FS"}
@@ -118,27 +121,29 @@ PROOFS: dict[str, Callable[[Config], Config]] = {
     "recipe": without_dropout,
     "tiles": with_two_tiles,
 }
-"""The checks. Each has a function that converts a recipe for it."""
+"""Maps each check to the function that converts a recipe for this check."""
 IN_FP64 = ("exact", "loop")
-"""Checks without an optimizer."""
+"""Checks that compute in fp64. They run no optimizer."""
 
 
 LOOSE_CLIP = 1e4
-"""Clip of the second part of a run. It clips no gradient; the first part clips every gradient."""
+"""Value of optim.clip in the second part of a run. It is so large that no gradient is clipped. In the first part, every
+gradient is clipped."""
 
 
 @dataclass(frozen=True)
 class RunPart:
-    """The steps of a run in one layout. As a user may do between two parts, the second part has another number of
-    steps, batch and clip."""
+    """A part of a run: consecutive steps in one layout. The second part has another layout, batch size and clip than
+    the first part, because a user may change these settings when a run resumes."""
 
     number: int
-    """0 for the first part; 1 for the part that resumes from its checkpoint."""
+    """0 for the first part; 1 for the second part, which resumes from the first part's checkpoint."""
     config: Config
     last: int
-    """The step after which the part stops and saves a checkpoint."""
+    """The last step of the part, after which the part saves a checkpoint."""
     spoilt: int | None
-    """The step in which one rank gets a gradient that is not finite. This step must update nothing."""
+    """The step in which the proof gives one rank a gradient that is not finite; None for no such step. The step must
+    update nothing."""
 
 
 def save_step(config: Config) -> int:
@@ -148,21 +153,23 @@ def save_step(config: Config) -> int:
 
 
 def stop_step(config: Config) -> int:
-    """The last step of the first part."""
+    """Returns the last step of the first part."""
     return save_step(config) + 1
 
 
 def watched_steps(config: Config) -> set[int]:
-    """Steps in which single parts are judged: in both parts, the first step after the checkpoint.
+    """Returns the steps in which the proof also judges single layers and operations. This is the first step after the
+    checkpoint, which both parts of the run compute.
 
-    In this step, the ranks that wrote the checkpoint have already made an update. So stored casts of weights must have
-    followed the update.
+    In the first part, earlier steps have updated the weights. So this step shows whether casts of weights that are kept
+    in memory were updated too.
     """
     return {stop_step(config)}
 
 
 def run_part(config: Config, number: int, ranks: int) -> RunPart:
-    """Configures one part of a recipe's run, for this number of ranks. config: the configuration of the check."""
+    """Configures one part of a check's run, for this number of ranks. config: the configuration of the check. number:
+    index of the part."""
     held_out = replace(config.log, validation_sequences=_held_out(config, ranks))
     if number:
         return RunPart(number, replace(_go_on(config, ranks), log=held_out), config.steps, None)
@@ -171,7 +178,7 @@ def run_part(config: Config, number: int, ranks: int) -> RunPart:
     first = replace(
         config,
         optim=replace(own, name=config.prove.first_optimizer or own.name),
-        steps=max(stop, config.steps ^ 1),  # a different number of steps with the same first half
+        steps=max(stop, config.steps ^ 1),  # another number of steps, for which save_step is the same
         log=replace(held_out, validate_every=1 if config.checkpoint.keep_best else stop),
         checkpoint=replace(config.checkpoint, every=saved),
     )
@@ -179,17 +186,17 @@ def run_part(config: Config, number: int, ranks: int) -> RunPart:
 
 
 def run_parts(proof: str, config: Config, ranks: int, numbers: Sequence[int]) -> list[RunPart]:
-    """Returns the parts of a run that a check has. numbers: indices of the parts to return."""
+    """Configures the parts `numbers` of a check's run. Check `tiles` has only part 0."""
     if proof == "tiles":
         return [RunPart(0, config, config.steps, None) for number in numbers if number == 0]
     return [run_part(config, number, ranks) for number in numbers]
 
 
 def _go_on(config: Config, ranks: int) -> Config:
-    """The configuration of the second part: another layout, and another batch size from the first step on.
+    """Returns the configuration of the second part, with another layout and batch size than the first part.
 
-    A schedule with the new batch size would compute another position in the data than the checkpoint has. So the proof
-    shows that the position is read from the checkpoint.
+    If the resumed run computed its position in the data from the new batch size, the position would differ from the
+    position in the checkpoint. So the proof shows whether the run reads the position from the checkpoint.
     """
     other = in_layout(config, second_layout(config, ranks))
     optim = replace(
@@ -206,8 +213,8 @@ def _go_on(config: Config, ranks: int) -> Config:
 
 
 def _held_out(config: Config, ranks: int) -> int:
-    """Returns the number of validation sequences. It is at least three. It is the smallest such number that neither of
-    the two layouts can divide evenly among its ranks."""
+    """Returns the number of validation sequences: the smallest number from three on that neither of the two layouts can
+    divide evenly among its data-parallel ranks."""
     other = second_layout(config, ranks)
     passes = {config.micro_batch_size * config.parallel.dp, other.dp} - {1}
     return next(count for count in itertools.count(3) if all(count % size for size in passes))
@@ -228,14 +235,14 @@ def second_layout(config: Config, ranks: int) -> Parallel:
 
 
 def in_layout(config: Config, parallel: Parallel) -> Config:
-    """The recipe in another layout. Micro-batches have one sequence, so that more layouts divide the batch."""
+    """Returns the recipe in another layout. Micro-batches have one sequence, so that more layouts divide the batch."""
     ranks_per_node = 0 if parallel.dispatch_facts.per_expert else config.cluster.ranks_per_node
     cluster = replace(config.cluster, ranks_per_node=ranks_per_node)
     return replace(config, parallel=parallel, micro_batch_size=1, cluster=cluster)
 
 
 def _others(config: Config, world: int) -> Iterator[Parallel]:
-    """Other layouts, beginning with the most different one."""
+    """Yields candidates for the second layout. Layouts that differ most from the recipe's layout come first."""
     own = config.parallel
     plain = replace(
         own,
@@ -261,14 +268,14 @@ def _others(config: Config, world: int) -> Iterator[Parallel]:
             schedule = PipelineSchedule(name)
             yield replace(plain, pp=2, dp=half, ep=gcd(half, config.model.experts), schedule=schedule)
     yield from (replace(plain, ep=ep, zero=zero) for ep in {shared, 1} for zero in {1, 2, 3} - {own.zero})
-    kept = replace(plain, pp=own.pp, dp=own.dp, cp=own.cp)  # if no other number of ranks divides the batch
+    kept = replace(plain, pp=own.pp, dp=own.dp, cp=own.cp)  # for a batch that can be divided only as in the recipe
     shared, experts = own.stage_ranks, config.model.experts
     sizes = [ep for ep in range(shared, 0, -1) if shared % ep == 0 and experts % ep == 0 and ep != own.ep]
     yield from (replace(kept, ep=ep, zero=zero) for ep in sizes for zero in (2, 1))
 
 
 def layout_name(config: Config) -> str:
-    """The layout as text for the user."""
+    """Returns the layout as text for the user."""
     parallel = config.parallel
     parts = [f"{name} {value}" for name in ("pp", "dp", "cp", "ep") if (value := getattr(parallel, name)) > 1]
     parts += [parallel.schedule_words] if parallel.pp > 1 or len(parallel.placement[0]) > 1 else []

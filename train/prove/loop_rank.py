@@ -1,6 +1,6 @@
-"""Runs one rank in check `loop`. It drives the engine as a custom loop does, in fp64, and writes its evidence.
+"""Runs one rank in check `loop`. The rank calls the engine as a custom loop does, in fp64, and writes its evidence.
 
-Between two calls of a step, it asks for log-probabilities with replayed experts.
+Between two calls of a step, the rank asks the engine for log-probabilities with replayed experts.
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,11 @@ from train.prove.proof_rank import exact_engine, in_groups, info_of
 
 
 def prove_loop(config: Config, place: Place, device: torch.device) -> None:
-    """Runs the steps of LOOP_STEPS. Their updates change only biases."""
+    """Runs the steps of LOOP_STEPS on this rank and writes the evidence of each step. An update changes only the
+    balance biases of the routers."""
     rank, schedules = in_groups(config, place, device), Schedules(config)
     first, count = share_of(config, config.batch_size, rank.mesh.dp_rank)
-    # Computed before fp64 starts, because fp64 would give other random numbers.
+    # Drawn before fp64 starts, because the random numbers would differ in fp64.
     whole = loop_batches(config)
     rows = slice(first, first + count)
     mine = [batch.take(rows) for batch in whole]
@@ -52,7 +53,7 @@ def prove_loop(config: Config, place: Place, device: torch.device) -> None:
 
 
 def _loss_of(call: LoopCall) -> tuple[str | TokenLoss, Mapping[str, float]]:
-    """Returns the loss and its settings, in the form in which a caller passes them."""
+    """Returns the loss and the settings that the call passes to `Engine.forward_backward`."""
     if len(call.losses) == 1:
         return next(iter(call.losses.items()))
 

@@ -1,8 +1,9 @@
-"""Defines the steps of check `loop`: the calls of a custom loop. Ranks and judge compute the same values for them.
+"""Defines the steps of check `loop`: the calls of a custom loop and their batches. The ranks and the judge draw equal
+batches.
 
-Rows are chats of one or two samples. Some have padding, and some have no learnt token. Every token has its own
-temperature and weight. Old and reference log-probabilities are close to those of an even choice, so some ratios are
-clipped and others are not.
+Each row of a batch contains chats of one or two samples. Some rows have padding, and some rows have no learnt token.
+Every token has its own temperature and weight. The old and reference log-probabilities are close to -log(vocabulary
+size), the value for equally likely tokens. So some ratios are clipped and others are not.
 """
 
 import math
@@ -25,14 +26,15 @@ class LoopCall:
     """One call of forward_backward on `Engine`."""
 
     losses: Mapping[str, Mapping[str, float]]
-    """Losses by name, with their settings. Several losses are added, as in a custom loss of the caller."""
+    """Maps each loss to its settings. If there are several losses, the call passes a custom loss that returns their
+    sum. """
     replayed: bool = False
     """Whether the batch prescribes the experts to use."""
 
 
 @dataclass(frozen=True)
 class LoopStep:
-    """The calls that come before one update."""
+    """One update, and the calls of forward_backward before it."""
 
     calls: tuple[LoopCall, ...]
     terms: tuple[str, ...] | None = None
@@ -47,7 +49,8 @@ class LoopStep:
         return any(call.replayed for call in self.calls)
 
     def has(self, term: str) -> bool:
-        """Whether the step has this loss term. With replayed experts, biases do not change."""
+        """Returns whether the step has this loss term. If the step selects no terms, it has all terms; `biases` only
+        without replayed experts, because replay leaves the biases unchanged."""
         return not (self.replayed and term == "biases") if self.terms is None else term in self.terms
 
 
@@ -60,12 +63,12 @@ LOOP_STEPS = (
     ),
     LoopStep((LoopCall({"cispo": {"clip": 0.3, "clip_high": 0.2}}, replayed=True),), ("mtp",)),
 )
-"""Two steps that use every policy loss, by name or in a custom loss. One step has two calls. The other has replayed
-experts."""
+"""Two steps that together use every policy loss, by name or in a custom loss. The first step has two calls. The second
+step has replayed experts."""
 
 
 def loop_batches(config: Config) -> tuple[Batch, Batch]:
-    """Returns the rows for the first and for the second call of a step. They are the rows of all ranks together."""
+    """Returns the batches for the first and the second call of a step. Each batch has the rows of all ranks."""
     return _batch(config, 0), _batch(config, config.batch_size)
 
 
@@ -87,7 +90,8 @@ def _batch(config: Config, first: int) -> Batch:
 
 
 def loop_experts(config: Config, batch: Batch) -> Tensor:
-    """Experts to replay: (B, T, L, K). They respect the limit of groups. Positions that do not count have -1."""
+    """Draws the experts to replay, (B, T, L, K). The experts of a token come from at most top_groups groups. A position
+    has -1 if the next position does not belong to the same sample."""
     model, documents_BS = config.model, batch.documents_BS
     assert documents_BS is not None
     shape = *batch.tokens_BS[:, 1:].shape, model.layers - model.dense_layers
@@ -99,12 +103,13 @@ def loop_experts(config: Config, batch: Batch) -> Tensor:
 
 
 def counting(documents_BS: Tensor) -> Tensor:
-    """Whether a position and the next position belong to the same sample, bool (B, T)."""
+    """Returns whether a position and the next position belong to the same sample, bool (B, T)."""
     return (documents_BS[:, :-1] >= 0) & (documents_BS[:, :-1] == documents_BS[:, 1:])
 
 
 def _draw(config: Config, name: str, first: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Random normal numbers in fp32. Each row depends only on its number."""
+    """Draws random normal numbers in fp32. The numbers of a row depend only on the row's index, `first` plus its place
+    in the batch."""
     rows = [torch.randn(shape[1:], generator=drawing(f"{config.seed}/loop/{name}/{first + row}"), dtype=torch.float32)
             for row in range(shape[0])]  # fmt: skip
     return torch.stack(rows)

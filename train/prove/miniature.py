@@ -1,20 +1,21 @@
-"""Reduces a recipe to a miniature. It runs on this machine in seconds, but keeps everything in which a layout can be
-wrong.
+"""Reduces a recipe to a miniature. The miniature runs on this machine in seconds, but keeps every structure in which a
+layout can be wrong.
 
-Some values become small: widths, vocabulary, sequence, layers, experts of a group and the number of micro-batches.
-These stay: pipeline, data and expert parallelism, expert groups and their nodes, top-k, schedule, ZeRO stage, dispatch,
-wire, MTP, recomputation, masks, clipping, ramp and precision. If the recipe has more than `prove.ranks` ranks, each
-degree of parallelism becomes the smallest with the same structure:
+These values become small: widths, vocabulary, sequence length, number of layers, experts of a group, and number of
+micro-batches. These settings stay: pipeline, data and expert parallelism, expert groups and their nodes, top-k,
+schedule, ZeRO stage, dispatch, wire format, MTP, recomputation, masks, clipping, batch ramp and precision.
+
+A layout has as many ranks as the product of these degrees:
 
     pipeline ranks x copies of every expert x nodes of an expert group x ranks of the group on a node
 
-A degree of 1 stays 1. A larger degree becomes 2, or another divisor of the recipe's degree if routing needs it. If
-ranks share sequences, two ranks of a stage share them in the miniature. If there are still too many ranks, some degrees
-become 1. The degree that matters least for a proof is reduced first. `cuts` lists every reduction.
+If the recipe has more than `prove.ranks` ranks, the miniature gets smaller degrees. A degree of 1 stays 1. A larger
+degree becomes 2, or the smallest prime factor of the recipe's degree if routing needs a divisor. If the recipe uses
+context parallelism, two ranks split a sequence in the miniature. If there are still too many ranks, some degrees become
+1, in the order of `LOST`. `Miniature.cuts` describes every reduction.
 
-Some small sizes are odd on purpose. The vocabulary has a remainder in every split, so ZeRO pads its shards. The last
-chunk of the loss is shorter than the other chunks.
-"""
+Some small numbers are odd on purpose. The vocabulary size is prime, so ZeRO has to pad its shards. The last chunk of
+the loss is shorter than the other chunks."""
 
 import itertools
 import math
@@ -56,27 +57,28 @@ STEPS = 4
 SEQUENCE = 24
 VOCABULARY = 97
 MINIATURE_WIDTH, TILED_WIDTH = 32, 136
-"""Hidden width: the first value without FP8, the second if matmuls or the wire use FP8. The second is two tiles of 128,
-of which the last is not full. Other widths have two tiles only in check `tiles` (train/prove/layouts.py)."""
+"""Hidden width of a miniature: TILED_WIDTH if matmuls or the wire use FP8, otherwise MINIATURE_WIDTH. TILED_WIDTH gives
+two tiles of 128, and the second tile is not full. Other widths have two tiles only in check `tiles`
+(train/prove/layouts.py)."""
 ROPE = 16
-"""Width of the rotated part of a head. It has eight pairs, and some of them are on YaRN's ramp. In DeepSeek-V3, this
-ramp covers the middle third of the pairs."""
+"""Width of the rotated part of a head. It has eight pairs, and YaRN's ramp covers some of these pairs. In DeepSeek-V3,
+the ramp covers the middle third of the pairs."""
 ODD = 15
-"""Width of the latent of keys and values. It is odd, so no vector length divides its norm weight or a shard. With a
-GPU, the width is 16 instead, because GEMMs on a GPU need multiples of 16 bytes."""
+"""Width of the latent of keys and values. It is odd, so a vector length does not divide the latent's norm weight or its
+shards. With a GPU, the width is 16 instead, because GEMMs on a GPU need multiples of 16 bytes."""
 HEADS = 3
-"""Number of heads. With only two heads, the first, last and next head would often be the same head."""
+"""Number of heads. With only two heads, the next head would also be the first or the last head, so a proof could not
+detect that a layout takes the wrong one of them."""
 EXPERTS = 32
 RANK = 8
-"""Rank of an adapter. The adapter's scale stays as in the recipe."""
+"""Maximum rank of the miniature's LoRA adapter. The adapter's scale stays as in the recipe."""
 CLIP = 0.1
-"""Clip of the gradient norm. Gradient norms of the miniature are larger, so clipping acts."""
+"""Maximum of optim.clip in the miniature. The miniature's gradient norms are larger, so its gradients are clipped."""
 RATE = 1e-3
-"""Smallest learning rate of the miniature. With a smaller rate, rounding could hide the change of the weights or of
-their average. No code path depends on the rate."""
+"""Minimum learning rate of the miniature. With a smaller rate, rounding could hide the change of the weights or of
+the weights' average. No code path depends on the rate."""
 BUFFER = 4096.0
-"""Bytes of a checkpoint's host buffer, if the recipe limits this buffer. It is so small that a checkpoint is written in
-several parts."""
+"""Maximum bytes of a checkpoint's host buffer. The buffer is so small that a checkpoint is written in several parts."""
 SHOWN = (
     "model.",
     "adapter.",
@@ -89,18 +91,18 @@ SHOWN = (
     "batch_size",
     "micro_batch_size",
 )
-"""Prefixes of keys. A proof shows their values next to the values of the recipe."""
+"""Prefixes of the keys for which a proof shows the miniature's value next to the recipe's value."""
 OWN = ("mode", "resume")
-"""Keys whose values always differ between a proof and the recipe."""
+"""Keys whose values in a proof always differ from the recipe. A proof does not report these differences."""
 
 
 @dataclass(frozen=True)
 class Miniature:
-    """The small configuration that a proof runs in place of the recipe."""
+    """The small configuration that a proof runs instead of the recipe."""
 
     cfg: Config
     cuts: list[str]
-    """One sentence for every value that is smaller than in the recipe."""
+    """Sentences about everything in which the miniature differs from the recipe."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,13 @@ LOST = {
     "nodes": "expert groups over several nodes",
     "pp": "the pipeline",
 }
-"""Structures that may be dropped if even the smallest layout has too many ranks. They are dropped in this order."""
+"""Degrees that may become 1 if even the smallest layout has too many ranks, in this order. The values describe, for the
+user, the structure that the proof then does not cover."""
 
 
 def shrink(cfg: Config) -> Miniature:
-    """The miniature of a recipe. The recipe has passed check_layout, and the miniature passes the same checks. Starts
-    no process."""
+    """Returns the miniature of a recipe. The recipe must have passed check_layout, and the miniature passes the same
+    checks."""
     model, optim = replace(cfg.model, block=None, router=None), replace(cfg.optim, extra_loss=None)
     whole = cfg = replace(cfg, model=model, optim=optim, callbacks=[])  # the reference does not run the user's own code
     if cfg.parallel.dispatch_facts.needs_gpu and not _has_gpu(cfg):
@@ -142,7 +145,7 @@ def shrink(cfg: Config) -> Miniature:
     share, less = micro_batch_size * layout.dp, 0
     together = in_lockstep(replace(cfg.parallel, cp=layout.cp, ep=layout.ep))
     if cfg.parallel.uneven and layout.dp > together:
-        start = full  # steps of a ramp are larger than the difference between the shares
+        start = full  # the steps of a batch ramp are larger than the difference between the ranks' parts of the batch
         less = micro_batch_size * together
     adapter, rank = cfg.adapter, min(cfg.adapter.rank, RANK)
     if adapter.on:
@@ -222,11 +225,12 @@ def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
             degrees = replace(degrees, **{name: 1})
             lost.append(f"prove.ranks = {most} is too small for {what}, which this proof does not cover.")
     if given.pp >= 3 and degrees.pp == 2 and degrees.ranks // 2 * 3 <= most:
-        degrees = replace(degrees, pp=3)  # one rank has neither end of the pipeline
+        degrees = replace(degrees, pp=3)  # the middle rank has neither the first nor the last stage
     ep = degrees.nodes * degrees.inside
     ranks, cp = degrees.edp * ep, 1
     if whole.cp > 1:
-        # Two ranks share a sequence. If the recipe has several shares of the batch, the miniature has two.
+        # Two ranks split a sequence. If the recipe divides the batch among several ranks, the miniature divides it by
+        # two.
         wanted = 2 * min(whole.dp, 2)
         while ranks % wanted and 2 * ranks * degrees.pp <= most:
             ranks *= 2
@@ -239,8 +243,8 @@ def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
 
 
 def _sequence(cfg: Config, layout: Layout) -> int:
-    """A sequence length of about SEQUENCE tokens. Every piece of a rank is longer than the distance over which MTP
-    modules look ahead."""
+    """Returns a sequence length of about SEQUENCE tokens. With context parallelism, a sequence is cut into two pieces
+    per rank, and each piece is longer than mtp_depth."""
     if layout.cp == 1:
         return min(cfg.seq_len, SEQUENCE)
     pieces = 2 * layout.cp
@@ -257,8 +261,8 @@ def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
     """Returns the number of layers, and the value of parallel.split.
 
     The recipe's split may be a list for more stages than the miniature has. If the recipe's first or last stage has no
-    layer, the same stage of the miniature has none. If the recipe's inner stages have different numbers of layers, one
-    inner stage of the miniature also has another number.
+    layer, the miniature's first or last stage has none either. If the recipe's inner stages differ in their number of
+    layers, one stage of the miniature has more layers than the others.
     """
     model, given = cfg.model, cfg.parallel.split
     stages = layout.pp * cfg.parallel.schedule_facts.rank_stages(cfg.parallel.virtual_stages)
@@ -284,7 +288,7 @@ def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
     multiple, width = cfg.parallel.dispatch_facts.width, TILED_WIDTH if is_tiled(cfg) else MINIATURE_WIDTH
     hidden = min(model.hidden, max(multiple, width // multiple * multiple))
     yarn = model.yarn
-    if cfg.seq_len > yarn.original_seq_len:  # the sequence length makes YaRN active, so it must stay active
+    if cfg.seq_len > yarn.original_seq_len:  # the recipe's sequence length makes YaRN active, so YaRN must stay active
         length = max(1, seq_len * yarn.original_seq_len // cfg.seq_len)
         # The ramp between fast and slow pairs must cover the same fraction of the pairs.
         by = length / yarn.original_seq_len
@@ -310,8 +314,8 @@ def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
 
 
 def _shrink_sparse(cfg: Config, seq_len: int, model: Model, stages: list[int]) -> SparseAttention:
-    """A small indexer. If queries choose keys in the recipe, they choose a quarter to a half of them here. stages:
-    layers of each stage."""
+    """Returns the settings of a small indexer. If the recipe's top_k is smaller than its sequence length, the
+    miniature's top_k is a quarter to a half of the small sequence length. stages: number of layers of each stage."""
     sparse = cfg.model.sparse
     if cfg.seq_len > sparse.top_k:
         share = sparse.top_k * seq_len // cfg.seq_len
@@ -321,8 +325,8 @@ def _shrink_sparse(cfg: Config, seq_len: int, model: Model, stages: list[int]) -
 
 
 def _experts(model: Model, ep: int) -> int:
-    """About EXPERTS experts, as a multiple of groups and ranks. If a token chooses from more than its top_k experts in
-    the recipe, it also does here."""
+    """Returns a number of experts near EXPERTS, which the number of groups and the number of ranks divide. Where the
+    recipe has that many experts, a token chooses from at least twice top_k experts."""
     size = model.experts // model.groups
     needed = max(model.resolved_group_top_k + 1, math.ceil(2 * model.top_k / model.top_groups))
     least = min(size, max(needed, EXPERTS // model.groups))
@@ -330,8 +334,8 @@ def _experts(model: Model, ep: int) -> int:
 
 
 def _chunk(cfg: Config, tokens: int) -> int:
-    """Tokens per chunk of the loss. If the recipe has several chunks, the miniature has several, and the last one is
-    shorter."""
+    """Returns the number of tokens per chunk of the loss. If the recipe has several chunks, the miniature also has
+    several, and its last chunk is shorter than the others."""
     whole = cfg.micro_batch_size * cfg.seq_len
     if cfg.model.loss_chunk >= whole:
         return tokens
@@ -339,14 +343,17 @@ def _chunk(cfg: Config, tokens: int) -> int:
 
 
 def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
-    """Micro-batches of a rank in a step, at the start of the ramp and after it. There are enough for every phase of the
-    schedule."""
+    """Returns the number of a rank's micro-batches in a step, at the start of the batch ramp and after the ramp. Both
+    numbers are large enough for every phase of the pipeline schedule, if the recipe's numbers are."""
     sizes = [batch // (cfg.micro_batch_size * cfg.parallel.dp) for batch in batch_sizes(cfg)]
     wanted = max(1, cfg.parallel.schedule_facts.least) * layout.pp + 1
 
     def allowed(count: int) -> bool:
         try:
-            for each in {count, count - cfg.parallel.uneven}:  # the largest and the smallest share
+            for each in {
+                count,
+                count - cfg.parallel.uneven,
+            }:  # the largest and the smallest number of micro-batches of a rank
                 check_schedule(cfg.parallel.schedule, layout.pp, each, layers, cfg.parallel.virtual_stages)
         except UserError:
             return False
@@ -359,7 +366,9 @@ def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
 
 
 def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
-    """Returns the recipe's schedules, fitted to the few steps. Gradients are clipped if the recipe clips them."""
+    """Returns the recipe's optimizer settings with schedules that fit into the few steps of a proof. start: batch size
+    at the start of the ramp. more: growth of the batch size in the ramp. Gradients are clipped if the recipe clips
+    them."""
     if optim.batch_ramp_start is not None:
         optim = replace(optim, batch_ramp_start=start, batch_ramp_steps=2, batch_ramp_increment=more or start)
     clip = min(optim.clip, CLIP)

@@ -150,7 +150,7 @@ def exact_engine(
     config: Config, rank: RankSetup, device: torch.device
 ) -> Iterator[tuple[Engine, RankModel, "LocalGradients"]]:
     """An engine in fp64 with the proof's weights and biases, its model, and its gradients."""
-    # Computed before fp64 starts, because fp64 would give other random numbers.
+    # Drawn before fp64 starts, because the random numbers would differ in fp64.
     weights, biases = initial_weights(config), initial_biases(config)
     with in_double(), lowered():
         kernels = build_kernels(

@@ -1,5 +1,5 @@
-"""A recipe in the form in which the references read it: a plain mapping of its values. It has no values that Sluice
-derives."""
+"""Converts a recipe to a plain mapping of its fields, which the references read. The mapping has no values that Sluice
+derives from the fields."""
 
 from dataclasses import asdict
 from typing import Any

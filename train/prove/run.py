@@ -25,12 +25,13 @@ from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
 from train.show.proof_rows import PROOF_CARD_FILE, PROOF_FILE, describe_proven
 
 PROOF_FOLDER = "prove"
-"""Folder in the run's folder. It has the configuration and the logs; during a proof also checkpoints and evidence."""
+"""Subfolder of the run folder for the proof's configuration and logs. During a proof it also contains the checkpoints
+and the ranks' evidence."""
 
 
 def prove(config: Config, alone: bool) -> int:
-    """Run a proof. Returns the exit code, which is 0 only if all comparisons hold. alone: whether this process has no
-    other job. It may then be the proof's rank."""
+    """Run a proof. Returns the exit code, which is 0 only if all comparisons hold. alone: whether the proof is the only
+    job of this process. If so, this process itself may run as the proof's rank."""
     tune_cpu()  # the ranks are forks of this process
     from train.prove.miniature import shrink
 
@@ -56,10 +57,11 @@ def prove(config: Config, alone: bool) -> int:
 
 
 def _launch(small: Config, folder: Path, alone: bool) -> int:
-    """Run the ranks.
+    """Run the ranks of both parts of each check: the first part saves a checkpoint, and the second part resumes from
+    it.
 
-    If one rank saves the checkpoint and this process may start more ranks, two ranks read it. Otherwise as many ranks
-    read it as saved it.
+    If the first part has one rank and this process may start more ranks, the second part runs on two ranks. Otherwise
+    both parts run on the same number of ranks.
     """
     other = in_layout(small, second_layout(small, 2))
     runs: list[tuple[Config, tuple[int, ...]]] = [(small, (0, 1))]
@@ -92,8 +94,8 @@ def forks(config: Config) -> bool:
 def _fork(
     small: Config, world: int, parts: Sequence[int], environment: dict[str, str], output: IO | None
 ) -> ForkedProcess:
-    """Start one of `world` ranks. It runs these parts."""
-    import train.prove.judge  # noqa: F401  once, for all forks
+    """Start one of `world` ranks as a fork of this process. parts: indices of the parts of a run that the rank runs."""
+    import train.prove.judge  # noqa: F401  imported here once, so that no fork has to import it
     from parallel.zero.deepspeed_patches import import_deepspeed
     from train.prove.proof_rank import run_rank
 
@@ -140,7 +142,7 @@ def _judge(config: Config, small: Config, cuts: list[str], started: float) -> in
 
 
 def _clear(run_folder: Path) -> None:
-    """Remove the results of earlier proofs. If this proof fails, they must not be mistaken for its results."""
+    """Remove the results of earlier proofs, so that nobody takes them for the results of this proof if it fails."""
     for name in (PROOF_FILE, PROOF_CARD_FILE):
         (run_folder / name).unlink(missing_ok=True)
     shutil.rmtree(run_folder / PROOF_FOLDER, ignore_errors=True)
