@@ -1,7 +1,7 @@
-"""Bounds on the difference between two correct computations of the same quantity, each with its reason.
+"""Computes bounds on the difference between two correct computations of the same quantity. Each bound has a reason.
 
-u is the unit roundoff of a format: rounding changes a result by at most a fraction u. A chain of n matmuls with sums of
-K terms has rounding errors that usually add up to about n sqrt(K) roundings in the worst direction.
+u is the unit roundoff of a format: rounding changes a result by at most the fraction u of the result. In a chain of n
+matmuls whose sums have K terms, rounding errors usually add up to about u sqrt(n K).
 """
 
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from conf.schema import Config, Model
 
 EXACT = 1e-10
-"""Bound of check exact, as a fraction of the tensor's largest value."""
+"""Bound of check `exact`, as a fraction of the tensor's largest magnitude."""
 UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8, "e4m3": 2.0**-4}
 SMALLEST = 2.0**-126
-"""In fp32 and bf16, smaller values lose precision or become 0."""
+"""Smallest normal number of fp32 and of bf16. Smaller values lose precision or become 0."""
 LOW = ("recipe", "tiles")
-"""Checks in the recipe's own number formats."""
+"""Checks that compute in the recipe's number formats."""
 MOST = 0.75
 """Upper limit of a bound in low precision, however long the chain of matmuls is. A missing or doubled value has an
 error of 1."""
@@ -37,8 +37,8 @@ def chain(model: Model) -> int:
 
 
 def terms(config: Config) -> int:
-    """Number of terms in the longest sum. A sum runs over a width, over the vocabulary, or over the tokens of a
-    batch."""
+    """Returns the number of terms in the longest sum of a step. A sum runs over a width, over the vocabulary, or over
+    the tokens of a batch."""
     model = config.model
     return max(model.hidden, model.dense_width, model.vocab_size, config.batch_size * config.seq_len)
 
@@ -62,7 +62,7 @@ def computed(proof: str, config: Config) -> Bound:
 
 
 def is_tiled(config: Config) -> bool:
-    """Whether the matmuls or the wire use FP8."""
+    """Returns whether the matmuls or the wire use FP8."""
     return config.precision.fp8 is not None or config.parallel.wire == "fp8"
 
 
@@ -84,11 +84,11 @@ def averaged(proof: str, config: Config, sequences: int) -> Bound:
 
 
 def chosen(proof: str, config: Config) -> Bound:
-    """Returns the largest error of the router's scores that rounding may cause. A rank may choose other experts than
-    the reference if an error of at most this size explains the choice.
+    """Returns the bound on the error of the router's scores. A rank may choose other experts than the reference only if
+    score errors within this bound can explain the choice.
 
-    The slope of a sigmoid is at most a quarter. A softmax score has a slope of at most a quarter too. But if all logits
-    change, a softmax score may change by twice as much as a sigmoid score.
+    The slope of a sigmoid, and of a softmax in one of its logits, is at most a quarter. But a softmax score depends on
+    all logits. If all logits change, it may change twice as much as a sigmoid score.
     """
     if proof == "exact":
         return Bound(0.0, "the same experts in the same order")
@@ -100,10 +100,11 @@ def chosen(proof: str, config: Config) -> Bound:
 
 
 def is_rounded(proof: str, config: Config) -> bool:
-    """Whether a format below fp32 is used. Outputs and gradients are then compared by their norm."""
+    """Returns whether the check computes in a format below fp32. If so, outputs and gradients are compared by their
+    norm."""
     return proof in LOW and coarsest(config) != "fp32"
 
 
 def is_low(proof: str, config: Config) -> bool:
-    """Whether the model computes with bf16 weights."""
+    """Returns whether the model computes with bf16 weights in this check."""
     return proof in LOW and config.precision.name != "fp32"

@@ -1,4 +1,4 @@
-"""The result of a proof: prove.json, a screen and card.md."""
+"""Writes the result of a proof to prove.json and card.md, and prints it on one screen."""
 
 import json
 import math
@@ -48,12 +48,13 @@ VERIFIED = {
         "a checkpoint, read in another layout, is the saved state bit for bit, and training resumes from it",
     ),
 }
-"""Fields that a proof can verify. Each has the phases of its comparisons, and the statement that they verify."""
+"""Maps each field of card.md that a proof can verify to two values: the phases whose comparisons must hold, and the
+statement that these comparisons verify."""
 NOT_HERE = {
     "conversion": "a proof does not convert weights; `mode=export` writes a Hugging Face folder, and `init_from` reads one",
     "speed": "a proof does not measure speed; `python -m bench` and the metrics of a run do",
 }
-"""Fields that a proof does not verify, with the place that does."""
+"""Maps each field of card.md that a proof does not verify to a text on what does."""
 NEVER_PROVEN = [
     "kernels of GPUs, and NCCL, unless the ranks ran on GPUs",
     "sizes beyond the miniature: memory, overflow of counters, speed",
@@ -74,14 +75,14 @@ class Certificate:
     device: str
     steps: int
     cuts: Sequence[str]
-    """One sentence for each reduction of the recipe."""
+    """Sentences about everything in which the miniature differs from the recipe."""
     seconds: float
     verdicts: Sequence[ProofVerdict]
     differences: Sequence[Difference]
     """Failed comparisons, in the order of the computation."""
     acted: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Mechanisms that act only on some steps or heads. For each: how often it acted, and how often it could have
-    acted."""
+    """Maps each mechanism that acts only in some cases, such as clipping, to how often it acted and how often it could
+    have acted."""
     proven: Mapping[str, Any] = field(default_factory=dict)
     """The proven recipe, layout and code; see `train.show.proof_rows.describe_proven`."""
     own_code: Mapping[str, str] = field(default_factory=dict)
@@ -107,7 +108,7 @@ class Certificate:
         return first_of(self.differences)
 
     def record(self) -> dict[str, Any]:
-        """The content of prove.json. Errors and bounds are relative. A difference that could not be measured is
+        """Returns the content of prove.json. Errors and bounds are relative. An error that could not be measured is
         null."""
         return {
             "name": self.name,
@@ -156,8 +157,8 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Sharpness:
-    """How many numbers a check has compared, and how tight its bounds are. Bounds are relative to the size of the
-    compared tensor."""
+    """States how many numbers a check has compared, and how tight its bounds are. Bounds are relative to the magnitude
+    of the compared tensor."""
 
     proof: str
     compared: int
@@ -173,7 +174,7 @@ class Sharpness:
     does_not_see: str
 
     def text(self) -> str:
-        """Returns text about the number of comparisons and the bounds of these comparisons."""
+        """Returns text about how many numbers were compared, and about the tightest and the loosest bound."""
         left = (
             f"; {self.untold:,} inconclusive, as rounding alone may change them by their own size"
             if self.untold
@@ -189,7 +190,7 @@ class Sharpness:
 
 
 def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
-    """The sharpness of every check that ran."""
+    """Returns the sharpness of every check that ran."""
     found = []
     for proof in PROOFS_SAY:
         of_pass = [one for one in verdicts if one.proof == proof]
@@ -241,8 +242,8 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# card.md tells what a proof has verified and what not. It is for readers who get the run folder but do not see the
-# screen.
+# card.md states what a proof has verified and what it has not verified. It is for readers who get the run folder but
+# did not see the screen.
 
 
 def write_card(certificate: Certificate, folder: Path) -> Path:

@@ -1,8 +1,8 @@
 """Compares two values of a named quantity, and records the result.
 
 All comparisons use `Comparisons.compare`. A `DifferenceMeasure` defines the unit in which a difference is measured. The
-unit is the size of the tensor (`in_size`), or an allowed error of each element (`in_each`). train/prove/step_parts.py
-measures only the error that remains beyond one rounding of the result.
+unit is the magnitude of the tensor (`in_size`), or an allowed error for each element (`in_each`). The measure in
+train/prove/step_parts.py subtracts one rounding of the result from each error.
 """
 
 import math
@@ -19,9 +19,10 @@ from train.prove.findings import Difference, ProofFindings, ProofVerdict, share_
 from train.prove.recipe_values import read_values
 
 MISSING = 1.0
-"""The error of a missing tensor. A bound of this size or more detects nothing."""
+"""Relative error of a result that is 0 instead of its correct value. A bound of MISSING or more could not even detect a
+missing tensor."""
 LOOSE = ("outputs", "losses", "gradients of weights", "gradients of outputs")
-"""Quantities that check recipe compares by their norm."""
+"""Quantities that are compared by their norm in a check with rounding."""
 BITS, WHOLE_NUMBERS = Bound(0.0, "bit for bit"), Bound(0.0, "whole numbers")
 
 
@@ -29,17 +30,18 @@ class Measurement(NamedTuple):
     """A measured difference, in the unit of its bound."""
 
     errors: Tensor
-    """Error of each element. It shows which element is worst."""
+    """Error of each element, from which the worst element is found."""
     error: float
     """The error that is compared with the bound."""
     scale: float | None = None
-    """The unit if all elements share one; None if each element has its own unit."""
+    """The unit if all elements have the same unit; None if each element has a different unit."""
     share: float = 1.0
-    """The unit as a fraction of the size of the compared tensor."""
+    """The unit as a fraction of the magnitude of the compared tensor."""
     inconclusive: int = 0
-    """Number of inconclusive elements. Rounding alone may change such an element by its full size."""
+    """Number of inconclusive elements: elements for which rounding could hide a fault."""
     most_inconclusive: float = math.inf
-    """Maximum number of inconclusive elements. With more, the comparison fails, because it would prove too little."""
+    """Maximum number of inconclusive elements. If there are more, the comparison fails, because it would prove too
+    little."""
 
 
 DifferenceMeasure = Callable[[Tensor, Tensor], Measurement]
@@ -47,8 +49,8 @@ DifferenceMeasure = Callable[[Tensor, Tensor], Measurement]
 
 
 def in_size(scale: float | None = None, by_norm: bool = False) -> DifferenceMeasure:
-    """Measures a difference as a fraction of the expected tensor's size, or of `scale`. by_norm: compare root mean
-    squares; else largest values."""
+    """Returns a measure of a difference as a fraction of `scale`, or of the expected tensor's magnitude if `scale` is
+    None. by_norm: magnitudes are root mean squares; otherwise they are largest absolute values."""
 
     def measure(got: Tensor, want: Tensor) -> Measurement:
         unit, errors = size_of(want, by_norm) if scale is None else scale, (got - want).abs()
@@ -58,8 +60,8 @@ def in_size(scale: float | None = None, by_norm: bool = False) -> DifferenceMeas
 
 
 def in_each(allowed: Tensor, before: Tensor | None = None) -> DifferenceMeasure:
-    """Measures the error of each element as a fraction of its allowed error. before: values before an update. If
-    rounding may hide an element's complete change, the element is inconclusive."""
+    """Returns a measure of each element's error as a fraction of its allowed error. before: values before an update. An
+    element is inconclusive if the update changes it by no more than its allowed error."""
 
     def measure(got: Tensor, want: Tensor) -> Measurement:
         each, difference = allowed.flatten(), (got - want).abs()
@@ -101,8 +103,8 @@ class Comparisons:
         measure: DifferenceMeasure | None = None,
         widen: Callable[[Bound, float], Bound] | None = None,
     ) -> None:
-        """Compare an actual value with the expected value. scale: argument of `in_size`, which is the default measure.
-        widen: a function that is called if the error exceeds the bound, and that returns a wider bound."""
+        """Compare the ranks' value `got` with the expected value `want`. measure: how to measure the difference; by
+        default `in_size` with `scale`. widen: is called if the error exceeds the bound, and returns a wider bound."""
         flat = (torch.as_tensor(one, dtype=torch.float64).detach().flatten() for one in (got, want))
         got_N, want_N = flat
         if len(got_N) != len(want_N):
@@ -129,7 +131,7 @@ class Comparisons:
             self.fail(quantity, name, reason, made.inconclusive, len(got_N), rank)
 
     def acted(self, name: str, times: int, of: int = 1) -> None:
-        """Record how often a mechanism acted, for a mechanism that does not act in every case. of: number of cases in
+        """Record how often a mechanism acted that does not act in every case, such as clipping. of: number of cases in
         which the mechanism could have acted."""
         name = f"{name} (check {self.proof})"
         before = self.findings.acted.get(name, (0, 0))
@@ -152,7 +154,7 @@ class Comparisons:
         want: float = math.nan,
         rank: Evidence | None = None,
     ) -> None:
-        """Record a missing value, or values that cannot be compared."""
+        """Record a failed comparison for a missing value, or for values that cannot be compared."""
         verdict = self._verdict(quantity)
         verdict.worst, verdict.where = math.inf, f"step {self.step}, {name}"
         self._differ(quantity, name, rank, got, want, math.inf, Bound(0.0, reason))

@@ -1,12 +1,12 @@
 """Runs Sluice's own code in fp64: all fp32 tensors become fp64, and nothing else changes.
 
-In fp64, two orders of the same sum differ by only about 1e-15 of its terms. A wrong scale, a missing term or a wrong
-order of tokens causes a large difference. So agreement to 1e-10 proves that two programs compute the same function, and
-not only similar results.
+If a sum is computed in two different orders in fp64, the results differ by only about 1e-15 of the terms. But a wrong
+scale, a missing term or a wrong order of tokens causes a large difference. So agreement to 1e-10 proves that two
+programs compute the same function, and not only similar results.
 
-A torch dispatch mode sees every operation below autograd, on all threads of a pipeline. It turns each new tensor, cast
-or sum in fp32 into fp64. Some operations do not support fp64; this file has plain versions of them.
-"""
+A torch dispatch mode intercepts every operation below autograd, on all threads of a pipeline. It replaces the dtype
+fp32 by fp64 in operations that create, cast or sum tensors. torch's grouped matmul does not support fp64, so this file
+has a plain version."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 @contextmanager
 def in_double() -> Iterator[None]:
-    """Inside the block, new fp32 tensors become fp64. Tensors from outside stay fp32."""
+    """Inside the `with` block, new tensors are fp64 instead of fp32. Tensors from outside the block stay fp32."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -44,8 +44,9 @@ class _AtLeastDouble(TorchDispatchMode):
 def grouped_matmul(
     left: Tensor, right: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
 ) -> Tensor:
-    """F.grouped_mm in fp64. Multiplies each group of rows by its own matrix. With two matrices, multiplies each group
-    of columns by its group of rows."""
+    """Computes F.grouped_mm in fp64. If `right` is a stack of matrices, multiplies each group of rows of `left` by the
+    group's matrix. If `right` is one matrix, multiplies each group of columns of `left` by the same group of rows of
+    `right`."""
     assert offs is not None and bias is None
     ends = offs.tolist()
     spans = list(zip([0, *ends], ends, strict=False))

@@ -1,19 +1,21 @@
-"""Defines the evidence that one rank records in one step of a proof, and the safetensors file in which the rank stores
-it. The judge reads these files.
+"""Defines the evidence that one rank records in one step of a proof, and the safetensors file of this evidence. The
+judge reads these files.
 
-Tensors have the key KIND/NAME. A tensor of one micro-batch has the key KIND/NAME/NUMBER:
+Tensors have the key KIND/NAME. A tensor of one micro-batch has the key KIND/NAME/NUMBER, where NUMBER is the index of
+the micro-batch:
 
-    forward, backward      output of a part of the model, and the gradient that returned to it, by micro-batch; NAME.ids and NAME.keys:
-                           chosen experts, and the numbers of chosen keys
+    forward, backward      output of a part of the model, and the gradient of this output, by micro-batch; NAME.ids and
+                           NAME.keys: ids of the chosen experts, and positions of the chosen keys
     sent                   inputs and outputs of a dispatcher: NAME/WHAT/NUMBER, see watched_dispatcher.py
-    local                  gradient of a weight on this rank alone, before any reduction
-    sizes                  for gradients reduced by micro-batch: the sum of their absolute values over the micro-batches
-    drawn                  master weights as initialised at the start of a run
-    reduced                gradient of a weight as the update takes it: this rank's shard
-    exact_gradient, exact  for a matrix that is updated as a whole, in fp64: its clipped gradient; masters and state after the update
-    logprobs               log-probabilities that the engine gives for the rank's rows, in check loop
-    weights                weights that the engine hands out, under the names of a folder, on rank 0
-    after                  masters, moments, averages and biases after the step, or as loaded before the first step of a part
+    local                  gradient of a weight on this rank, before any reduction
+    sizes                  absolute values of a gradient, summed over micro-batches; only if each micro-batch is reduced
+    drawn                  master weights as Sluice initialises them at the start of a run
+    reduced                this rank's shard of a gradient, as the update uses it
+    exact_gradient, exact  only for a matrix that is updated as a whole, in fp64: its clipped gradient; its master
+                           weights and optimizer state after the update
+    logprobs               log-probabilities that the engine returns for the rank's rows, in check loop
+    weights                weights that `Engine.weights` returns on rank 0, under Hugging Face's names
+    after                  master weights, moments, averages and biases after the step; in step 0, before the first step
 """
 
 import json
@@ -42,10 +44,10 @@ from train.model.router import Router
 from train.prove.watched_dispatcher import WatchedDispatcher
 
 State = dict[str, Tensor]
-"""Complete fp64 tensors by the name of their shards: master.NAME; STATE.NAME for optimizer state; ema.NAME;
-bias.LAYER."""
+"""Maps names to complete fp64 tensors: master.NAME for master weights, STATE.NAME for optimizer state, ema.NAME for
+averages, and bias.LAYER for biases."""
 EVIDENCE = "evidence"
-"""Name of the folder with the ranks' evidence, inside the proof's folder."""
+"""Name of the folder with the ranks' evidence. It is inside the proof's folder."""
 WATCHED = (Block, Embedding, FFN, MLA, MTP, MoE, Router)
 
 
@@ -56,7 +58,7 @@ class StepInfo:
     proof: str
     """The check: exact, loop, fp32, recipe or tiles."""
     part: int
-    """0, or 1 for the part of the run that resumes from the checkpoint in another layout."""
+    """Part of the run: 0 for the first part, 1 for the part that resumes from the checkpoint in another layout."""
     step: int
     """Number of the step; 0 for the state at the start of a part."""
     rank: int
@@ -82,7 +84,7 @@ class StepInfo:
     grad_norm: float = 0.0
     applied: bool = True
     sums_in_fp32: bool = False
-    """Whether weight gradients of bf16 operands are added to fp32 sums without rounding them to bf16 first."""
+    """Whether a weight gradient of bf16 operands is added to its fp32 sum without rounding to bf16 first."""
     validation_loss: float | None = None
     updates: int = 0
     samples: int = 0
@@ -96,7 +98,8 @@ class Evidence:
     info: StepInfo
     tensors: dict[str, Tensor] = field(default_factory=dict)
     places: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
-    """For each shard: the index of its first element in the flattened tensor, and the shape of that tensor."""
+    """Maps the key of each shard to the index of the shard's first element in the flattened complete tensor, and to the
+    shape of the complete tensor."""
 
     def add(self, kind: str, name: str, tensor: Tensor) -> None:
         self.add_seen({f"{kind}/{name}": tensor})
@@ -116,19 +119,19 @@ class Evidence:
                 yield key.removeprefix(f"{kind}/"), tensor
 
     def calls_of_kind(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
-        """Yields all tensors of a kind that has one tensor per micro-batch, as (name, number of the micro-batch,
+        """Yields all tensors of a kind that has one tensor per micro-batch, as (name, index of the micro-batch,
         tensor)."""
         for key, tensor in self.of_kind(kind):
             name, number = key.rsplit("/", 1)
             yield name, int(number), tensor
 
     def rows(self, number: int) -> slice:
-        """Returns the sequences of a micro-batch, as a slice of the step's batch."""
+        """Returns the rows of micro-batch `number` of this rank, as a slice of the step's batch."""
         first = self.info.first + number * self.info.micro_batch_size
         return slice(first, first + self.info.micro_batch_size)
 
     def micro_batches(self) -> int:
-        """Number of micro-batches on the rank."""
+        """Returns the number of micro-batches on the rank."""
         return 1 + max((number for _, number, _ in self.calls_of_kind("forward")), default=-1)
 
     def write(self, folder: Path) -> None:
@@ -147,8 +150,8 @@ class Evidence:
 
 
 def read_evidence(folder: Path, proof: str) -> Iterator[tuple[int, int, list[Evidence]]]:
-    """Yields the evidence of a check, in order, as (part, step, evidence of all ranks). All files together have
-    gigabytes, so each file is read only when it is needed."""
+    """Yields the evidence of a check, in order, as (part, step, evidence of all ranks). All files together take
+    gigabytes, so each file is read only when its step is reached."""
     found: dict[tuple[int, int], list[Path]] = {}
     for path in folder.glob(f"{proof}_*.safetensors"):
         part, step = path.name.split(".", 1)[0].removeprefix(f"{proof}_").split("_")
@@ -158,7 +161,7 @@ def read_evidence(folder: Path, proof: str) -> Iterator[tuple[int, int, list[Evi
 
 
 def assemble(ranks: list[Evidence], kind: str) -> State:
-    """Joins the shards of all ranks to complete fp64 tensors. Elements that no rank has are NaN."""
+    """Joins the shards of all ranks into complete fp64 tensors. An element that no rank has is NaN."""
     found: State = {}
     for rank in ranks:
         for name, tensor in rank.of_kind(kind):
@@ -169,7 +172,8 @@ def assemble(ranks: list[Evidence], kind: str) -> State:
 
 
 def calls_by_name(ranks: list[Evidence], kind: str) -> dict[str, list[tuple[Evidence, int, Tensor]]]:
-    """Returns all calls of every part on all ranks, by name. A call is (rank, number of the micro-batch, tensor)."""
+    """Maps the name of each part to its calls on all ranks. A call is (evidence of the rank, index of the micro-batch,
+    tensor)."""
     found: dict[str, list[tuple[Evidence, int, Tensor]]] = {}
     for rank in ranks:
         for name, number, tensor in rank.calls_of_kind(kind):
@@ -178,20 +182,22 @@ def calls_by_name(ranks: list[Evidence], kind: str) -> dict[str, list[tuple[Evid
 
 
 def count_keys(keys_BTK: Tensor, length: int) -> Tensor:
-    """How often each key is among the chosen keys of a query: fp64 (B, T, length). A chosen key of -1 means no key."""
+    """Returns how often each key is among the chosen keys of a query, fp64 (B, T, length). A value of -1 in keys_BTK
+    means no key."""
     counts = torch.zeros(*keys_BTK.shape[:2], length, dtype=torch.float64)
     return counts.scatter_add_(-1, keys_BTK.long().clamp(min=0), (keys_BTK >= 0).double())
 
 
 def depth_of(name: str) -> int:
-    """Returns the MTP depth of an output. An output at depth k has k positions fewer than an output of the main
-    model."""
+    """Returns the MTP depth of an output from its name; 0 for the main model. An output at depth k has k positions
+    fewer than an output of the main model."""
     return int(name.split(".")[1]) + 1 if name.startswith("mtp.") else 0
 
 
 def places_of(info: StepInfo, seq_len: int, depth: int) -> list[int]:
-    """Returns the positions of a sequence that a rank has, at an MTP depth (0: the main model). A sequence is cut into
-    2 cp pieces. Each rank has one piece of the first half and one piece of the second half."""
+    """Returns the positions of a sequence that a rank has, at an MTP depth (0: the main model). With context
+    parallelism, a sequence is cut into 2 cp pieces. Each rank has one piece of the first half and one piece of the
+    second half."""
     last, size = seq_len - depth, seq_len // (2 * info.cp)
     if info.cp == 1:
         return list(range(last))
@@ -200,18 +206,18 @@ def places_of(info: StepInfo, seq_len: int, depth: int) -> list[int]:
 
 
 class EvidenceWatch:
-    """Records the outputs of the chunks' parts in training, and the gradients that reach these outputs.
+    """Records the outputs of the chunks' parts in training, and the gradients of these outputs.
 
-    In every schedule, micro-batches pass a chunk in order. So the number of calls tells the micro-batch.
-    """
+    Every pipeline schedule sends the micro-batches through a chunk in order. So the number of earlier calls is the
+    index of the micro-batch."""
 
     def __init__(self, chunks: list[DeepSeekV3], sent: bool = False):
-        """sent: whether to record the dispatchers' inputs and outputs too, while `keeps_sent` is True."""
+        """sent: whether to wrap the dispatchers, and record their inputs and outputs while `keeps_sent` is True."""
         self.keeps_sent = True
         self.is_open = True
-        """False while a pass is only repeated to diagnose an error."""
+        """False while a step is only repeated to diagnose an error. Nothing is recorded then."""
         self.spoils = False
-        """Whether to replace the next gradient that reaches a part by NaN."""
+        """Whether to set one element of the next gradient to NaN."""
         self.seen: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}
         self._dispatchers: list[WatchedDispatcher] = []
@@ -233,12 +239,12 @@ class EvidenceWatch:
             dispatcher.start_step()
 
     def _choose(self, name: str, module: MLA, choose: Callable[..., Any], *given: Any) -> Any:
-        """Replaces a layer's method that chooses keys."""
+        """Replaces the method with which a layer chooses keys. choose: the original method."""
         index, keys_BTK = choose(*given)
         if keys_BTK is not None and module.training and not is_repeated() and self.is_open:
             number = self._calls[f"{name}.keys"] = self._calls.get(f"{name}.keys", -1) + 1
             self.seen[f"forward/{name}.keys/{number}"] = keys_BTK.clone()
-        if index is not None and index.q_BTHI.requires_grad:  # in a warm-up, only indexers get gradients
+        if index is not None and index.q_BTHI.requires_grad:  # in an index warm-up, only indexers get gradients
             index.q_BTHI.register_hook(self._spoil)
         return index, keys_BTK
 

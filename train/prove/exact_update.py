@@ -1,9 +1,9 @@
-"""Repeats the updates of complete matrices in fp64, with the same shards, owners and groups as the run.
+"""Repeats in fp64 the updates of matrices that are updated as a whole, with the same shards and groups as the run.
 
-In fp32, rounding errors in directions with a small singular value are large, and could hide a fault.
+In fp32, rounding errors are large in directions with a small singular value, and could hide a fault.
 
-The repeated update uses the run's own optimizer code and data exchange, but weights, gradients and state are in fp64.
-Only the judge reads the results of the repeated update. The run continues from its own update.
+The repeated update uses the run's optimizer code and data exchange, but weights, gradients and state are in fp64. Only
+the judge reads the results of the repeated update. The run continues with the results of its own fp32 update.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,12 @@ from train.prove.evidence import Evidence
 
 
 class ExactUpdates:
-    """fp64 updates of complete matrices, for one step of this rank."""
+    """Repeats this rank's updates of complete matrices in fp64, and keeps the results of one step."""
 
     def __init__(self, config: Config, zero: Zero):
         self._config, self._zero = config, zero
         self._seen: dict[str, dict[str, Shard]] = {}
-        update = zero.client.update  # pyrefly: ignore[missing-attribute]  of AdamW and what is made of it
+        update = zero.client.update  # pyrefly: ignore[missing-attribute]  AdamW and its subclasses have it
 
         def updated(param: Tensor, group: dict) -> None:
             shard = zero.client.handover.shards.get(param)

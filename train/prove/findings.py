@@ -1,4 +1,4 @@
-"""The findings of a proof: one verdict on every quantity in every check, and all failed comparisons."""
+"""Defines the findings of a proof: for each check, one verdict on each quantity, and all failed comparisons."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Difference:
     name: str
     """Name of the tensor, or of the model part that computed it."""
     rank: int | None
-    """The rank; None if the tensor was assembled from all ranks."""
+    """The rank that computed the tensor; None if the tensor was assembled from all ranks."""
     got: float
     want: float
     error: float
@@ -36,15 +36,15 @@ class Difference:
 
 
 WHOLE = ("outputs", "losses", "gradients of weights", "gradients of outputs", "chosen experts", "loads")
-"""Quantities of the complete model. In low precision, a fault may first show in a quantity far from its origin."""
+"""Quantities of the complete model. In low precision, a fault may first be detected in a quantity far from the fault's
+origin."""
 
 
 def first_of(differences: Sequence[Difference]) -> Difference | None:
     """Returns the failed comparison that is closest to the origin of a fault.
 
-    The differences are in the order of the computation. In low precision, the bounds on outputs of the complete model
-    are wide. So a difference in a single part is chosen first, even if this difference is from a later step.
-    """
+    differences: in the order of the computation. In low precision, the bounds on outputs of the complete model are
+    wide. So the function prefers a difference in a single part, even if this difference comes later."""
     if not differences or not is_blurred(differences[0]):
         return differences[0] if differences else None
     proof = differences[0].proof
@@ -72,14 +72,14 @@ class ProofVerdict:
     reason: str = ""
     failed: int = 0
     untold: int = 0
-    """Number of inconclusive elements, which rounding alone may change by their full size. These elements must be
+    """Number of inconclusive elements, which rounding alone may change by their full magnitude. These elements must be
     finite, but are not compared in any other way."""
     sharpest: float = math.inf
     loosest: float = 0.0
-    """The smallest and the largest bound that were applied, relative to the size of the compared tensor."""
+    """The smallest and the largest bound that were applied, relative to the magnitude of the compared tensor."""
 
     def take(self, error: float, bound: Bound, numbers: int, inconclusive: int, unit: float, where: str) -> None:
-        """Add one comparison of `numbers` elements. unit: the bound's unit, relative to the size of the compared
+        """Add one comparison of `numbers` elements. unit: the bound's unit, relative to the magnitude of the compared
         tensor."""
         share = bound.value * unit
         self.compared, self.untold = self.compared + numbers - inconclusive, self.untold + inconclusive
@@ -101,16 +101,16 @@ class ProofFindings:
     differences: list[Difference] = field(default_factory=list)
     """Failed comparisons, in the order of the computation."""
     acted: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Mechanisms that act only on some steps or heads. For each: how often it acted, and how often it could have
-    acted."""
+    """Maps each mechanism that acts only in some cases, such as clipping, to how often it acted and how often it could
+    have acted."""
     device: str = "cpu"
     """Kind of the ranks' devices."""
     second_layout: str = ""
-    """The layout that read the checkpoint, and its number of ranks."""
+    """The layout that resumed from the checkpoint, and its number of ranks."""
 
 
 def together(passes: Sequence[ProofFindings]) -> ProofFindings:
-    """Joins the findings of several checks in their order."""
+    """Joins the findings of several checks, in the order of the checks."""
     findings = ProofFindings()
     for one in passes:
         findings.verdicts |= one.verdicts

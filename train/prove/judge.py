@@ -66,10 +66,11 @@ from train.prove.step_parts import StepParts
 
 
 def judge_all(config: Config, proofs: Sequence[str] | None = None, at_a_time: int = 1) -> ProofFindings:
-    """Judges these checks, or all checks, after their ranks have ended. config: the configuration that the ranks read.
+    """Judges the checks `proofs`, or all checks if `proofs` is None, after the ranks have ended. config: the
+    configuration that the ranks read.
 
-    at_a_time: number of checks that are judged at once. Above 1, forks of this process judge them; this process must
-    not have computed with torch before.
+    at_a_time: number of checks that are judged at the same time. If it is above 1, forks of this process judge the
+    checks, and this process must not have computed with torch before.
     """
     given = [*PROOFS] if proofs is None else proofs
     if at_a_time == 1:
@@ -89,7 +90,7 @@ class Judge:
     """Judges one check."""
 
     def __init__(self, proof: str, config: Config, folder: Path, findings: ProofFindings):
-        """config: the configuration that the ranks ran. folder: the folder of their evidence."""
+        """config: the configuration that the ranks ran. folder: the folder with the ranks' evidence."""
         self.at, self.job, self._folder = Comparisons(proof, config, findings), config, folder
         self.checkpoints = RunPaths(replace(config, name=f"{config.name}/{proof}")).checkpoints
         self.tally = Tally()
@@ -99,7 +100,7 @@ class Judge:
         """The part of the run that contains the current step."""
 
     def judge(self) -> None:
-        """Judge all steps. Ends early if, after a step, nothing can be compared any more."""
+        """Judge all steps of the check. Ends early if the state after a step cannot be compared or is not finite."""
         at, before, saved = self.at, None, None
         if at.proof == "loop":
             judge_loop(at, self._folder)
@@ -123,7 +124,7 @@ class Judge:
             saved = (before, self.tally) if is_saved else saved
             is_best, path = self._is_best(), self.checkpoints / step_name(step)
             if step == self.run.last:
-                is_saved = part > 0 or step < self.job.steps  # else the second part has overwritten it
+                is_saved = part > 0 or step < self.job.steps  # otherwise the second part has overwritten the checkpoint
             if is_saved or (is_best and step < self.run.last):
                 judge_checkpoint(at, path, before)
                 if is_best is not None:
@@ -147,14 +148,15 @@ class Judge:
         return False
 
     def _judge_tiles(self, ranks: list[Evidence], before: State | None) -> State:
-        """Judge only single parts, with the weights that the ranks recorded."""
+        """Judge only single parts and dispatched rows, starting from the weights that the ranks recorded. Returns the
+        state after the step."""
         at = self.at
         if at.step in watched_steps(at.config) and before is not None:
             self._judge_parts(ranks, before, reference_step.plan_step(at.values, at.step))
         return state_after(at.config, ranks)
 
     def _judge_parts(self, ranks: list[Evidence], before: State, plan: reference_step.PlainPlan) -> None:
-        if not self.at.values.optim.index_warmup:  # else rows of experts have no gradients
+        if not self.at.values.optim.index_warmup:  # in an index warm-up, rows of experts have no gradients
             judge_rows(self.at, ranks)
         batch = Samples(self.at.config).batch(plan.first_sample, plan.batch_size)
         judge_parts(StepParts(self.at, ranks, before, batch))
@@ -169,7 +171,7 @@ class Judge:
         return got
 
     def _judge_step(self, ranks: list[Evidence], before: State) -> State | None:
-        """Judge one step. Returns the state after it; None if nothing after this step can be compared."""
+        """Judge one step. Returns the state after the step; None if later steps cannot be compared."""
         at, exact = self.at, self.at.proof == "exact"
         plan = replace(reference_step.plan_step(at.values, at.step), first_sample=self.tally.samples)
         at.phase = "settings"
@@ -213,8 +215,8 @@ class Judge:
         return after
 
     def judge_skip(self, ranks: list[Evidence], before: State, batch_size: int) -> State:
-        """Judge a step that was skipped because one rank had a gradient that is not finite. All ranks must only advance
-        the position in the data."""
+        """Judge a step that was skipped because one rank had a gradient that is not finite. Such a step must change
+        nothing except the position in the data, on all ranks."""
         self.at.phase = "update"
         self._count(ranks, batch_size, False, "a gradient that is not finite on one rank skips the step on all")
         after = judge_same(self.at, "state after a skipped step", ranks, before)
@@ -230,8 +232,8 @@ class Judge:
         judge_tally(self.at, ranks, self.tally)
 
     def _is_best(self) -> bool | None:
-        """Whether checkpoint.keep_best keeps the state after this step. None if keep_best is off, in the second part,
-        or without a validation loss."""
+        """Returns whether the state after this step has the lowest validation loss so far, so that checkpoint.keep_best
+        saves it. None if keep_best is off, in the second part, or without a validation loss."""
         if not self.at.config.checkpoint.keep_best or self.at.part or not self.losses:
             return None
         is_best = min(self.losses, key=self.losses.__getitem__) == self.at.step
@@ -239,8 +241,8 @@ class Judge:
         return is_best
 
     def _judge_validation(self, ranks: list[Evidence], after: State) -> None:
-        """Judge the validation loss, if this step has one. Depending on the configuration, the last step of each part
-        has one, or every step of the first part."""
+        """Judge the validation loss, if the step has one. The last step of each part has a validation loss. With
+        checkpoint.keep_best, every step of the first part has one too."""
         if self.run is not None and (self.at.step == self.run.last or self.run.config.log.validate_every == 1):
             judge_validation(self.at, ranks, self._plain(after))
             self.losses[self.at.step] = ranks[0].info.validation_loss or math.inf

@@ -1,10 +1,10 @@
 """Judges attention on single ranks, including the rotation of queries and keys. A rank has complete sequences, or it
 shares each sequence with other ranks.
 
-A rank with complete sequences records the inputs and outputs of its attention. If ranks share sequences, each rank has
-the queries of its own positions. It receives latents, and computes the keys and values of all positions from them. In
-this case the judge computes the keys and values itself, from the recorded outputs of the linear layers around
-attention.
+A rank with complete sequences records the inputs and outputs of its attention. With context parallelism, ranks share
+each sequence. Then each rank has only the queries of its own positions, and computes the keys and values of all
+positions from latents that it receives. So the judge computes the keys and values itself, from the recorded outputs of
+the linear layers.
 
 Shapes: as in train/prove/reference.py; L positions of a complete sequence, of which a rank has T.
 """
@@ -24,13 +24,13 @@ from train.prove.low_precision import FORMATS, Total
 from train.prove.step_parts import ELEMENTS, PartCall, StepParts
 
 SCORES = 4 * 2.0**-9
-"""Bound on the relative error of attention in bf16. Attention kernels may store probabilities in bf16, and later their
-gradients. Each rounding changes a number by at most 2^-9 of it. If ranks share sequences, each block of keys is rounded
-separately, and then the sum again."""
+"""Bound on the relative error of attention in bf16. Attention kernels may round probabilities to bf16, and in backward
+also the gradients of probabilities. Each rounding has a relative error of at most 2^-9. With context parallelism, the
+result of each block of keys is rounded, and the sum of these results is rounded again."""
 
 
 OVERFLOW = 88.8
-"""In fp32, the exponential of a larger number is infinite."""
+"""In fp32, the exponential of any number above this limit is infinite."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class AttentionCall:
     call: PartCall
     """The call that recorded the output: the call of attention itself, or of the output projection."""
     what: str
-    """Name under which that call recorded the output."""
+    """Name under which `call` recorded the output of attention."""
     out: PartCall | None
     """The call of the output projection; None if no gradients went through it."""
     q: Tensor
@@ -56,7 +56,8 @@ class AttentionCall:
 
 
 def judge_attention(step: StepParts, name: str) -> None:
-    """Judge the outputs of attention. For complete sequences, also judge the rotation."""
+    """Judge the outputs of attention. If the ranks have complete sequences, also judge the rotation of queries and
+    keys."""
     scale, shared = high.softmax_scale(step.config), step.cp > 1
     for one in _shared_calls(step, name) if shared else _whole_calls(step, name):
         total, got = high.attend(one.q, one.k, one.v, scale, one.unseen), one.heads(one.call.get(one.what))
@@ -76,8 +77,8 @@ def judge_attention_back(step: StepParts, name: str) -> None:
         dout = "dx" if shared else "dy"
         if one.out is None or not one.call.has(dout):
             continue
-        # The output of attention in the form in which its backward reads it. This is the saved form of the output
-        # projection's input (paper 3.3.3).
+        # Backward of attention reads the output of attention in the format in which the input of the output projection
+        # is saved (paper 3.3.3).
         kept = low.kept(one.out.rows("x"), step.rounding.output.kept).x.view(one.out.tensors["x"].shape)
         slopes = high.attend_back(
             one.heads(one.call.get(dout)), one.q, one.k, one.v, _heads_of(kept, one.q.size(1)), scale, one.unseen
@@ -121,8 +122,8 @@ def _whole_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
 
 
 def _judge_heads(step: StepParts, name: str, one: AttentionCall) -> None:
-    """Judge the queries, keys and values that follow from the outputs of the linear layers. They must be rotated by
-    their positions, and all heads must have the same rope key."""
+    """Judge how queries, keys and values are built from the outputs of the linear layers. Queries and rope keys must be
+    rotated by their positions, and all heads must have the same rope key."""
     model, call = step.config.model, one.call
     q_BTX, kv_BTX, down_BTX = (
         step.through(part, call.rank)[call.number].get("y")
@@ -145,7 +146,8 @@ def _judge_heads(step: StepParts, name: str, one: AttentionCall) -> None:
 
 
 def _grown(step: StepParts, q_BHTQ: Tensor, places: Sequence[int]) -> Tensor:
-    """Queries of these positions before the rotation. In a model with growing queries, they are rounded once more."""
+    """Returns the queries of these positions before the rotation. If the model has yarn.query_growth, queries are
+    multiplied by a factor of their position and rounded once more."""
     if not step.config.model.yarn.query_growth:
         return q_BHTQ
     return low.nearest(q_BHTQ * high.query_sizes(step.config, places), step.rounding.high)
@@ -174,9 +176,10 @@ def _shared_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
 
 
 def _blocks(step: StepParts, name: str, rank: Evidence, number: int) -> list[PartCall]:
-    """Calls that computed keys and values of a micro-batch. There is one call for every block of positions."""
+    """Returns the calls of kv_up that computed the keys and values of micro-batch `number`. There is one call for every
+    block of positions."""
     blocks, calls = 2 * step.cp, step.through(f"{name}.kv_up", rank, back=False)
-    if f"{name}.indexer.q" in step.calls:  # the indexer's loss has computed them a second time
+    if f"{name}.indexer.q" in step.calls:  # the indexer's loss repeats these calls
         calls = [one for at, one in enumerate(calls) if not any(_is_same(one, other) for other in calls[:at])]
     return calls[number * blocks : (number + 1) * blocks]
 
@@ -186,7 +189,8 @@ def _is_same(one: PartCall, other: PartCall) -> bool:
 
 
 def _rope_keys(step: StepParts, name: str, rank: Evidence, number: int, length: int) -> Tensor:
-    """Rotated rope keys of all positions, collected from the ranks that have them: (B, L, R)."""
+    """Returns the rotated rope keys of all positions, (B, L, R). Collects them from the ranks that share the
+    sequences."""
     whole = None
     for mate in (mate for mate in step.ranks if mate.info.dp_rank == rank.info.dp_rank):
         if calls := step.through(f"{name}.kv_down", mate):
@@ -200,8 +204,8 @@ def _rope_keys(step: StepParts, name: str, rank: Evidence, number: int, length: 
 
 
 def _judge_shared_slopes(step: StepParts, name: str, one: AttentionCall, slopes: high.AttentionSlopes) -> None:
-    """Judge the gradients of queries. Also judge what these queries add to the gradients of each block of keys and
-    values."""
+    """Judge the gradients of a rank's queries, and the contributions of these queries to the gradients of each block of
+    keys and values."""
     nope, heads, rank, bound = step.config.model.nope_head_dim, one.q.size(1), one.call.rank, _in_scores(step)
     grown = high.query_sizes(step.config, one.places)
     dq, size, off = slopes.q.x * grown, slopes.q.size * grown, low.slack(slopes.q) * grown

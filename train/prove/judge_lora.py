@@ -1,8 +1,9 @@
 """Reference for LoRA A and B on single ranks, forward and backward: y = W x + scale B (A x), in the activation dtype.
 
-The result of every matmul with A or B is rounded once. The product of such a result with the scale is also rounded
-once, and so is every sum. Only A and B are trained. The input after dropout is the input that the rank recorded. The
-judge checks the dropped fraction and the factor of dropout, but not which elements were dropped.
+The result of every matmul with A or B is rounded once. The result of a multiplication with the scale and the result of
+every sum are also rounded once. Only A and B are trained. The reference uses the input after dropout that the rank
+recorded. The judge checks which fraction of elements was dropped and the factor of the others, but not which elements
+were dropped.
 """
 
 import math
@@ -24,9 +25,10 @@ AddTo = Callable[[SumOverCalls, NearNumbers, NearNumbers], None]
 """Adds one contribution to the gradient of a weight. The arguments are the sum, output gradients (N, O) and inputs (N,
 I)."""
 HEAD_PIECES = 2.0**-8
-"""Largest relative error when a sum over pieces of the tokens, and each piece, is rounded to bf16."""
+"""Relative error of a gradient that the output head sums over pieces of the tokens, if each piece and the sum are
+rounded to bf16."""
 DEVIATIONS = 6.0
-"""Maximum difference between the dropped fraction and its expected value, in standard deviations."""
+"""Maximum difference between the dropped fraction of a tensor and the dropout rate, in standard deviations."""
 
 
 class LoraCall(NamedTuple):
@@ -40,7 +42,7 @@ class LoraCall(NamedTuple):
     times: RowMatmul
 
     def taken(self) -> NearNumbers:
-        """The input of LoRA A: the layer's input, after dropout if there is dropout."""
+        """Returns the input of LoRA A: the layer's input, after dropout if the recipe has dropout."""
         # The shapes differ if the call recorded no rows.
         has = self.call.has(self.dropped) and self.call.rows(self.dropped).shape == self.x.x.shape
         return NearNumbers(self.call.rows(self.dropped)) if has else self.x
@@ -53,12 +55,12 @@ class WeightLora:
         self._step, self._high, self._share = step, step.rounding.high, step.config.adapter.dropout
         self._scale = step.config.adapter.alpha / step.config.adapter.rank
         self.names = lora_prefixes(step.config, weight)
-        """Name prefixes of A and B. There is one prefix for each matrix in the weight; none if the weight is not
+        """Name prefixes of A and B: one prefix for each matrix that the weight contains. Empty if the weight is not
         adapted."""
         self._made = {f"{name}{end}": SumOverCalls() for name in self.names for end in "BA"}
 
     def add(self, base: Total, given: LoraCall) -> Total:
-        """The result of a linear layer: `base`, plus the LoRA term of its input."""
+        """Returns the result of a linear layer: `base`, plus the LoRA term of the layer's input."""
         if not self.names:
             return base
         self._judge_dropout(given)
@@ -70,8 +72,8 @@ class WeightLora:
         return self._sum([self._round(base), added])
 
     def add_back(self, base: Total | None, dy: NearNumbers, given: LoraCall, add_to: AddTo) -> Total:
-        """Returns the gradient of an input, including the path through A and B. Also adds this call's contribution to
-        the gradients of A and B."""
+        """Returns the gradient of a layer's input: `base`, plus the gradient through A and B. Also adds this call's
+        contribution to the gradients of A and B."""
         terms, taken = [] if base is None else [self._round(base)], given.taken()
         for name, dy_p in zip(self.names, dy.x.chunk(len(self.names), -1), strict=True):
             inner, dy_p = self._inner(name, taken, given.times), NearNumbers(dy_p)
@@ -82,8 +84,9 @@ class WeightLora:
         return self._sum(terms)
 
     def widen(self, given: LoraCall, weight: Tensor) -> tuple[NearNumbers, Tensor]:
-        """Returns operands for a single matmul that computes both the layer and the LoRA term, as in the head. The left
-        operand is x concatenated with the low-rank inputs. The right operand is the weight concatenated with B."""
+        """Returns the operands of a single matmul that computes the layer and the LoRA term together, as the output
+        head does. The left operand is x concatenated with scale A x. The right operand is the weight concatenated with
+        B."""
         x = given.x
         for name in self.names:
             self._judge_dropout(given)
@@ -104,7 +107,9 @@ class WeightLora:
         dA = low.matmul(low.transposed(dinner), low.transposed(taken))
         self._made[f"{name}A"].add(dA, self._step.rounds_gradients, len(taken.x))
         dB, size, off = (one[:, width:].clone() for one in (dweight.x, dweight.size, low.slack(dweight)))
-        in_bf16 = 0.0 if self._high == FORMATS["fp32"] else HEAD_PIECES * size  # B is only a part of an operand
+        in_bf16 = (
+            0.0 if self._high == FORMATS["fp32"] else HEAD_PIECES * size
+        )  # the head's GEMM computes dB as part of dweight
         self._made[f"{name}B"].add(Total(dB, size, off + in_bf16), False, len(taken.x))
         return self._sum([own, self._through(given, self._round(low.matmul(dinner, low.transposed(self._a(name)))))])
 
@@ -114,8 +119,8 @@ class WeightLora:
             self._step.compare_gradient(name, made, most=most)
 
     def _judge_dropout(self, given: LoraCall) -> None:
-        """Compare the dropped fraction and the factor of dropout. Which inputs were dropped depends on random bits that
-        the reference does not have."""
+        """Compare the dropped fraction and the factor of dropout. The reference cannot know which inputs were dropped,
+        because this depends on random bits that it does not have."""
         at, name, share, given_x = self._step.at, given.call.name, self._share, given.x.x
         if share and not given.call.has(given.dropped):
             at.fail("dropout", name, "no rank recorded the input after dropout", rank=given.call.rank)
@@ -133,8 +138,8 @@ class WeightLora:
         self._step.compare("dropout", given.call, "x", Total(x, x.abs(), off), rounded, got=got, name=name)
 
     def _through(self, given: LoraCall, dx: Total) -> Total:
-        """The backward of dropout, applied to a gradient. If an input is 0, the judge cannot know whether it was
-        dropped."""
+        """Applies the backward of dropout to a gradient. If an input is 0, the judge cannot know whether it was
+        dropped, so both results are allowed."""
         if not given.call.has(given.dropped):
             return dx
         factor, unsure = 1 / (1 - self._share), given.x.x == 0

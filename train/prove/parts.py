@@ -1,20 +1,20 @@
-"""Records inputs and outputs of single parts of the model on a rank. Each part can then be judged separately
+"""Records inputs and outputs of single parts of the model on a rank. So each part can be judged separately
 (train/prove/judge_parts.py).
 
-The inputs and outputs of parts are recorded by hooks on modules, tensors and autograd nodes, by replaced methods of a
-layer, and by a wrapper of the layer's kernels. So GPU kernels are recorded like CPU kernels, under every schedule and
-recomputation. No computation changes.
+The recording uses hooks on modules, tensors and autograd nodes, replaced methods of a layer, and a wrapper of the
+layer's kernels. So it works for GPU and CPU kernels, every pipeline schedule and every recomputation. It changes no
+computation.
 
-Keys are part.WHAT/NAME/NUMBER. NUMBER counts the calls of the part, from one micro-batch to the next:
+Keys are part.WHAT/NAME/NUMBER. NUMBER counts the calls of the part on this rank, over all micro-batches of a step:
 
-    linear layer, norm     x, y, and the gradients dy, dx; of every call, also of recomputed calls
+    linear layer, norm     x, y, and the gradients dy, dx; also of calls that attention repeats in backward
     router                 x, dx; `EvidenceWatch` records gates and choices
     experts                x, gates, counts, y, dy, dx, dgates; the first matmul's output h and its gradient dh; rows
                            are sorted by expert
     LoRA A and B           the input after dropout, as `dropped`; for the second matmul of experts, as `dropped_a`
-    attention              q, k, v, y, and the gradients dq, dk, dv, dy; not if ranks share sequences
+    attention              q, k, v, y, and the gradients dq, dk, dv, dy; not with context parallelism
     embedding              ids, y, dy
-    output head            x, dx of each depth, under head.DEPTH, and its loss y with dy
+    output head            under head.DEPTH, for each depth: x, dx; the loss as y, and its gradient dy
 """
 
 import threading
@@ -38,19 +38,20 @@ from train.model.recompute import is_repeated
 from train.model.router import Router
 
 TILE = 128
-"""Rows of experts may be padded to a multiple of this number."""
+"""The rows of an expert may be padded to a multiple of this number."""
 BETWEEN = 8
-"""Upper bound of the number of autograd nodes between the output of experts and their input."""
+"""Maximum number of autograd nodes between the output of experts and their input."""
 
 
 class PartsWatch:
-    """While `is_on`, records inputs and outputs of the chunks' parts. precision: the object that the chunks use."""
+    """Records inputs and outputs of the chunks' parts while `is_on` is True. precision: the precision object that the
+    chunks compute with."""
 
     def __init__(self, chunks: list[DeepSeekV3], precision: HighPrecision | Fp8Precision):
         self.is_on = False
         self.seen: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}
-        self._here = threading.local()  # an overlapped pair of passes runs in two threads
+        self._here = threading.local()  # a forward and a backward that overlap run in two threads
         self._watch_swiglu(precision)
         tables: set[Embedding] = set()
         for chunk in chunks:
@@ -77,12 +78,12 @@ class PartsWatch:
         self.seen, self._calls = {}, {}
 
     def is_watching(self) -> bool:
-        """Whether to record now. A layer's recomputation is not recorded, because it builds a separate graph that no
-        gradient reaches through the recorded tensors."""
+        """Returns whether to record now. The recomputation of a complete layer is not recorded, because no gradient
+        flows through the graph that it builds."""
         return self.is_on and not is_repeated()
 
     def begin(self, name: str) -> str:
-        """Returns NAME/NUMBER for the key of the part's next call."""
+        """Counts a call of the part, and returns NAME/NUMBER for its key."""
         number = self._calls[name] = self._calls.get(name, -1) + 1
         return f"{name}/{number}"
 
@@ -113,7 +114,7 @@ class PartsWatch:
 
     def _take_embedded(self, table: Embedding, given: tuple, y: Tensor) -> None:
         if self.is_watching() and table.training and torch.is_grad_enabled():
-            key = self.begin("embedding")  # all tables of a rank share one gradient
+            key = self.begin("embedding")  # one name, because all embedding tables of a rank share one gradient
             self.keep("ids", key, given[0])
             self.keep("y", key, y)
             self.keep_gradient("dy", key, y)
@@ -134,7 +135,7 @@ class PartsWatch:
             self.keep_gradient("dy", key, loss)
 
     def _open(self) -> dict[str, Any]:
-        """Returns the keys of calls that run in this thread."""
+        """Returns the keys of the calls that have begun but not ended in this thread, by name of the part."""
         return self._here.__dict__.setdefault("keys", {})
 
     def _run_experts(self, name: str, first: Tensor, run: Callable[[RoutedRows], Tensor], routed: RoutedRows) -> Tensor:
@@ -160,7 +161,7 @@ class PartsWatch:
         return y_RD
 
     def _attend(self, name: str, attend: Callable[[AttentionInput], Tensor], given: AttentionInput) -> Tensor:
-        """Replaces a layer's `attend`."""
+        """Replaces a layer's `attend`. attend: the original method."""
         if not (self.is_watching() and torch.is_grad_enabled()):
             return attend(given)
         key = self.begin(name)
@@ -175,7 +176,7 @@ class PartsWatch:
     def _drop(
         self, name: str, what: str, drop: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor
     ) -> tuple[Tensor, Any]:
-        """Replaces the dropout of LoRA inputs."""
+        """Replaces the method that applies dropout to the input of LoRA A. drop: the original method."""
         dropped, context = drop(x)
         key = self._open().get(name) or getattr(self._here, "experts", (None,))[0]
         if isinstance(key, list):  # the head's depths come in order
@@ -215,7 +216,7 @@ class _Passed(Function):
 
 
 class _WatchedSwiGLU:
-    """Wraps an engine or kernels. Forwards all calls, and records the input of SwiGLU."""
+    """Wraps an engine or kernels. Passes all calls on, and records the input of each SwiGLU."""
 
     def __init__(self, inner: Any, watch: PartsWatch):
         self._inner, self._watch = inner, watch
@@ -229,7 +230,7 @@ class _WatchedSwiGLU:
 
 
 def _lora_modules(module: nn.Module) -> dict[str, Any]:
-    """LoRA modules inside a module, by the name under which their input is recorded."""
+    """Returns the LoRA modules inside a module. Each key is the name under which the module's input is recorded."""
     found = {
         "dropped": getattr(module, "added_up" if isinstance(module, Experts) else "added", None),
         "dropped_a": getattr(module, "added_down", None),

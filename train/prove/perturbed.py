@@ -4,10 +4,12 @@ roundoff.
 A bound that depends only on the number of matmuls ignores how sensitive a step is. Some steps have a sharp softmax, a
 gradient that is the difference of large numbers, or a width of 16 that averages only few roundings. In such steps,
 correct ranks differ by several times that bound. So the reference runs the step again. It perturbs every weight, every
-output of a part and its gradient by the unit roundoff of the format. Sums of real rounding errors are unlikely to be
-larger. In some thin models, rounding to FP8 alone may change a tensor by its own size. This check is then inconclusive
-for the tensor, and the certificate counts it as inconclusive. The checks exact and fp32 are still conclusive for it.
-"""
+output of a part and the gradient of every output by the unit roundoff of the format. The change of the results then
+shows how much real rounding errors can change them.
+
+In some narrow models, rounding to FP8 alone may change a tensor by its full magnitude. Then the check is inconclusive
+for this tensor, and the certificate counts the tensor's elements as inconclusive. The checks `exact` and `fp32` are
+still conclusive for the tensor."""
 
 import math
 from collections.abc import Callable
@@ -23,13 +25,13 @@ from train.prove.reference_step import PlainPlan
 from train.prove.samples import Samples
 
 RUNS, FP32_RUNS = 3, 8
-"""Numbers of perturbed runs: in low precision, and in fp32. Checks in fp32 rarely need these runs, so they can use
-more. The maximum of few runs is too small for a weight with few elements: a norm weight of 8 elements differed by 4.8
-times the maximum of three runs on one processor."""
+"""Number of perturbed runs in low precision, and in fp32. Checks in fp32 rarely need perturbed runs, so more runs are
+affordable. For a weight with few elements, the maximum over few runs is too small: on one processor, a norm weight of 8
+elements differed by 4.8 times the maximum over three runs."""
 MARGIN = 4.0
 """Maximum ratio of a difference to the largest change in the perturbed runs. A perturbed run perturbs each part once. A
-rank rounds about ten times in a part (attention: projections, norms, RoPE, scores, softmax, sums), which gives sqrt(10)
-= 3.2 times as much. The rest allows for the small number of runs."""
+rank rounds about ten times in a part (attention: projections, norms, RoPE, scores, softmax, sums), so its error is
+about sqrt(10) = 3.2 times as large. The rest of the factor allows for the small number of runs."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class ReferenceStep:
 
 
 def run_reference_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> ReferenceStep:
-    """Forward and backward of one step's batch. The gradient of an unused weight is zero."""
+    """Runs forward and backward of the reference on one step's batch. The gradient of an unused weight is zero."""
     batch = samples.batch(plan.first_sample, plan.batch_size)
     seen = reference.gradients(plain, batch, plan.mtp_weight)
     return ReferenceStep(
@@ -51,20 +53,21 @@ def run_reference_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> 
 
 
 class PerturbedRuns:
-    """The perturbed runs of one step. They are computed when they are first needed."""
+    """The perturbed runs of one step. They are computed when `bound` is first called."""
 
     def __init__(self, plain: PlainModel, samples: Samples, plan: PlainPlan, unit: float, near: float | None):
-        """unit: roundoff of the format, relative to the value.
+        """unit: unit roundoff of the format, relative to the value.
 
-        near: if two experts' scores are closer than this, they may change places in the balance loss. Random runs
-        rarely show such a change, so one more run swaps these experts. None: random runs show it.
+        near: if the scores of two experts differ by at most this value, rounding may exchange the two experts in the
+        balance loss. Random runs rarely exchange them, so one more run does. None: no such run is needed.
         """
         self._plain, self._samples, self._plan, self._unit, self._near = plain, samples, plan, unit, near
         self._runs: list[ReferenceStep] = []
 
     def bound(self, part: Callable[[ReferenceStep], Tensor], want: Tensor, scale: float, by_norm: bool) -> Bound:
-        """Returns the bound on the distance between `part` of a step and `want`, in units of `scale`. by_norm: compare
-        norms; else largest values."""
+        """Returns the bound on the distance between a rank's result and `want`, in units of `scale`. part: returns the
+        same result of a perturbed run. by_norm: the distance is the root mean square of the differences; otherwise it
+        is the largest difference."""
         if not self._runs:
             self._runs = [self._run(seed) for seed in range(FP32_RUNS if self._unit == UNIT["fp32"] else RUNS)]
             if self._near is not None:

@@ -1,14 +1,14 @@
 """Runs one rank of a proof. The driver starts it as `python -m train.prove.proof_rank CONFIG [PART]`.
 
-The rank trains with Sluice's own code and writes evidence. It judges nothing.
+The rank trains with Sluice's own code and writes evidence. Other processes judge the evidence later.
 
-    exact      one step in fp64, with the gradients of this rank alone, before any reduction; sizes at which code takes
-               another path (conf/thresholds.py) are lowered
+    exact      one step in fp64; records the gradients of this rank before any reduction; the thresholds at which code
+               takes another path (conf/thresholds.py) are lowered, so that small inputs take this path too
     loop       steps of a custom loop in fp64, in train/prove/loop_rank.py
-    fp32       steps of the Trainer through DeepSpeed; a checkpoint that is written during a later step; then steps from
-               this checkpoint in another layout, with another batch and lowered sizes; one step has a gradient that is
-               not finite
-    recipe     as fp32, but in the recipe's own precision
+    fp32       steps of the Trainer with DeepSpeed; writes a checkpoint while a later step runs; resumes from this
+               checkpoint in another layout, with another batch size and lowered thresholds; in one step, one rank gets
+               a gradient that is not finite
+    recipe     same steps as in check fp32, but in the recipe's precision
     tiles      two steps in the recipe's precision, with two tiles in every width
 """
 
@@ -89,8 +89,8 @@ def run_rank(
     proofs: Sequence[str] | None = None,
     parts: Sequence[int] = PARTS,
 ) -> int:
-    """Write this rank's evidence of these checks, or of all checks. Returns the exit code. failures: see
-    train.rank.guarded. parts: see `run_pass`."""
+    """Write this rank's evidence of the checks `proofs`, or of all checks if `proofs` is None. Returns the exit code.
+    failures: see train.rank.guarded. parts: see `run_pass`."""
     given = [*PROOFS] if proofs is None else proofs
     return guarded(place, failures, disk_errors(config)(lambda: _run(config, place, given, parts)))
 
@@ -106,21 +106,22 @@ def _run(config: Config, place: Place, proofs: Sequence[str], parts: Sequence[in
 def run_pass(proof: str, config: Config, place: Place, device: torch.device, parts: Sequence[int] = PARTS) -> None:
     """Write the evidence of one check. All ranks must be in a process group.
 
-    parts: parts of a run. Part 0 runs up to the checkpoint. Part 1 continues from it, with all ranks in another layout.
+    parts: the parts of a run to compute. Part 0 saves a checkpoint. Part 1 resumes from this checkpoint in another
+    layout.
     """
     as_run = PROOFS[proof](config)
     if proof not in IN_FP64:
         prove_trained(proof, as_run, place, device, parts)
     elif 0 in parts:
-        from train.prove.loop_rank import prove_loop  # which drives the engine of this file
+        from train.prove.loop_rank import prove_loop  # imported here, because that module imports this one
 
         prove = prove_exact if proof == "exact" else prove_loop
         prove(as_run, place, device)
 
 
 def in_groups(config: Config, place: Place, device: torch.device) -> RankSetup:
-    """Returns this rank's setup with the process groups of this layout. The previous part may have had another
-    layout."""
+    """Returns this rank's setup with the process groups of config's layout. An earlier part of the run may have used
+    another layout."""
     mesh = build_mesh(read_layout(config, place.local_world), timedelta(seconds=config.cluster.timeout))
     return RankSetup(device, mesh)
 
@@ -129,7 +130,7 @@ def in_groups(config: Config, place: Place, device: torch.device) -> RankSetup:
 
 
 def prove_exact(config: Config, place: Place, device: torch.device) -> None:
-    """Runs one step of the engine without an optimizer."""
+    """Runs check `exact`: one step of the engine without an optimizer. Writes the evidence of the step."""
     rank, plan = in_groups(config, place, device), Schedules(config).plan(1)
     first, count = share_of(config, plan.batch_size, rank.mesh.dp_rank)
     batch = ProofData.of(config).train.batch(plan.first_sample + first, count)
@@ -149,7 +150,8 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
 def exact_engine(
     config: Config, rank: RankSetup, device: torch.device
 ) -> Iterator[tuple[Engine, RankModel, "LocalGradients"]]:
-    """An engine in fp64 with the proof's weights and biases, its model, and its gradients."""
+    """Yields an engine in fp64 with the proof's weights and biases, the engine's model, and the object that holds the
+    gradients."""
     # Drawn before fp64 starts, because the random numbers would differ in fp64.
     weights, biases = initial_weights(config), initial_biases(config)
     with in_double(), lowered():
@@ -165,7 +167,7 @@ def exact_engine(
 
 
 def add_scores(evidence: Evidence, step: Engine, outcome: StepOutcome) -> None:
-    """Add the largest attention scores by layer, if the engine has recorded them."""
+    """Add the largest attention scores of each layer to the evidence, if the engine has recorded these scores."""
     if step.clip is not None:
         for name, scores_H in zip(step.clip.layers, outcome.scores_LH, strict=True):
             evidence.add("scores", name, scores_H)
@@ -174,7 +176,7 @@ def add_scores(evidence: Evidence, step: Engine, outcome: StepOutcome) -> None:
 class LocalGradients(Zero):
     """Used instead of ZeRO. Gradients stay on their rank, and no weight changes."""
 
-    def __init__(self, chunks: list[DeepSeekV3]):  # without ZeRO's own state
+    def __init__(self, chunks: list[DeepSeekV3]):  # does not call ZeRO's constructor
         self._chunks = chunks
 
     @contextmanager
@@ -196,13 +198,14 @@ class LocalGradients(Zero):
             chunk.zero_grad(set_to_none=True)
 
     def give(self, evidence: Evidence) -> None:
-        """Add the local gradients to the evidence. For experts, an offset tells which experts they are."""
+        """Add the local gradients to the evidence. For experts, the evidence also has the offset of this rank's first
+        expert."""
         done: set[int] = set()
         for chunk in self._chunks:
             for prefix, module in chunk.named_modules():
                 for name, weight in module.named_parameters(recurse=False):
                     if id(weight) in done:
-                        continue  # another chunk has the same table
+                        continue  # two chunks share this weight, such as an embedding
                     done.add(id(weight))
                     if not weight.requires_grad and weight.grad is None:
                         continue  # base weight of an adapter
@@ -214,7 +217,7 @@ class LocalGradients(Zero):
 
 @torch.no_grad()
 def fill_chunks(chunks: list[DeepSeekV3], weights: dict[str, Tensor]) -> None:
-    """Copy the proof's weights into chunks with complete weights."""
+    """Copy the proof's weights into chunks whose weights are not sharded."""
     for chunk in chunks:
         for prefix, module in chunk.named_modules():
             for name, weight in module.named_parameters(recurse=False):
@@ -237,8 +240,8 @@ def fill_biases(model: RankModel, biases: dict[str, Tensor]) -> None:
 
 
 def prove_trained(proof: str, config: Config, place: Place, device: torch.device, parts: Sequence[int]) -> None:
-    """Trains some steps, saves a checkpoint, and trains the remaining steps from it in another layout. In check
-    `tiles`, there is no checkpoint."""
+    """Trains some steps, saves a checkpoint, resumes from this checkpoint in another layout, and trains the remaining
+    steps. In check `tiles`, there is no checkpoint."""
     config = replace(config, name=f"{config.name}/{proof}")
     for folder in (RunPaths(config).checkpoints, RunPaths(config).logs):
         folder.mkdir(parents=True, exist_ok=True)
@@ -267,7 +270,9 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
     parts = parallelize(config, rank.mesh, device, kernels, restored=part.number > 0)
     in_memory = CopiesInMemory(None)
     hooks = build_hooks(config, rank, parts, Flops(0.0, 0.0, 1.0, ""), in_memory, None)
-    if proof == "tiles":  # in a faulty part, its values may overflow; the judge then names the part
+    if (
+        proof == "tiles"
+    ):  # values may overflow in a faulty part; the run must go on, so that the judge can name the part
         hooks = [hook for hook in hooks if not isinstance(hook, SkippedSteps)]
     state = RunState(config, rank.mesh, parts, hooks)
     start = Evidence(StepInfo(proof, part.number, 0, place.rank, layout_name(config), device.type))
@@ -291,7 +296,8 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
 
 @torch.no_grad()
 def fill_state(config: Config, state: RunState, parts: ParallelModel) -> None:
-    """Copy the proof's weights into the masters and its biases into the routers. Set the moments to 0."""
+    """Copy the proof's weights into the master weights, and the proof's biases into the routers. Set the moments to
+    0."""
     weights = initial_weights(config)
     for name, shard in state.zero.shards(copies=True).items():
         kind, weight = name.split(".", 1)
@@ -307,7 +313,8 @@ def fill_state(config: Config, state: RunState, parts: ParallelModel) -> None:
 
 @torch.no_grad()
 def fill_base(config: Config, state: RunState) -> None:
-    """Give an adapter its base weights and their biases. No checkpoint contains them."""
+    """Fill the frozen base weights and the router biases of a model with an adapter. A checkpoint of an adapter does
+    not contain these values."""
     given = {f"master.{name}": weight for name, weight in initial_weights(config).items()}
     given |= {f"bias.{name}": bias for name, bias in initial_biases(config).items()}
 
@@ -330,10 +337,11 @@ class _Stop(StopRequest):
 
 
 class _LateCheckpointer(Checkpointer):
-    """A checkpointer that behaves like a slow disk. It writes a copied checkpoint only at the next save, or at the end
-    of training. It writes a checkpoint in several parts at once, because training waits for such a checkpoint.
+    """A checkpointer that behaves like a slow disk. After it has copied a checkpoint, it waits until the next save, or
+    until the end of training, before it writes the copy.
 
-    So the proof detects a checkpoint that contains values from after its save.
+    So the proof detects a checkpoint that contains values from a later step. A checkpoint in several parts is written
+    without delay, because training waits until such a checkpoint is written.
     """
 
     def __init__(self, *arguments, **settings) -> None:
@@ -363,7 +371,8 @@ class _ProvenTrainer(Trainer):
     """Sluice's Trainer that also writes evidence of every step."""
 
     def prove(self, rank: RankSetup, part: RunPart, start: Evidence) -> None:
-        """Train as `run` does. start: the evidence of the state before the first step."""
+        """Train, and write the evidence of every step. start: the evidence that receives the state before the first
+        step."""
         self._rank, self._proof, self._part = rank, start.info.proof, part
         self._folder = RunPaths(self.run.config).path.parent / EVIDENCE
         watched = self._proof == "tiles" or is_rounded(self._proof, self.run.config)
@@ -406,7 +415,9 @@ class _ProvenTrainer(Trainer):
         outcome, gradients = self._outcome
         info = info_of(self._proof, self._part.number, self.run.config, self._rank, plan, outcome)
         info.validation_loss = self._validation_loss
-        compiles = getattr(self.run.parts.precision.kernels, "compiles_matmul", None)  # torch operations round
+        compiles = getattr(
+            self.run.parts.precision.kernels, "compiles_matmul", None
+        )  # torch's own matmuls round to bf16
         info.sums_in_fp32 = compiles is not None and compiles(torch.empty(0, dtype=torch.bfloat16))
         evidence = Evidence(info)
         add_scores(evidence, self.run.engine, outcome)
@@ -423,9 +434,9 @@ class _ProvenTrainer(Trainer):
         return stop
 
     def _add_weights(self, evidence: Evidence) -> None:
-        """Add the weights that the engine returns on rank 0. All ranks must call this."""
+        """Add the weights that the engine returns to the evidence of rank 0. All ranks must call this method."""
         if self.run.config.adapter.base is BaseFormat.fp8:
-            return  # then the engine does not return complete weights
+            return  # with an FP8 base, the engine does not return complete weights
         for name, weight in self.run.engine.weights():
             if self._rank.mesh.rank == 0:
                 evidence.add("weights", name, weight)
@@ -435,7 +446,8 @@ class _ProvenTrainer(Trainer):
 
 
 class _Gradients:
-    """The gradients of one step: this rank's own before the reduction, and its shard of the reduced gradients."""
+    """The gradients of one step: this rank's gradients before the reduction, and this rank's shard of the reduced
+    gradients."""
 
     def __init__(self) -> None:
         self.reduced: dict[str, Shard] = {}
@@ -443,8 +455,8 @@ class _Gradients:
         self._sizes: dict[str, Shard] = {}
 
     def add_local(self, name: str, gradient: Shard) -> None:
-        """Add up gradients that are reduced in each micro-batch. This sum is more precise than the sum that Sluice
-        computes."""
+        """Add a gradient of one micro-batch to this rank's sum in fp64. ZeRO calls this method for weights whose
+        gradients are reduced in each micro-batch."""
         held = self._local.get(name)
         if held is None:
             self._local[name] = replace(gradient, local=gradient.local.clone())
@@ -460,8 +472,8 @@ class _Gradients:
 
 
 class _WatchedStep(Engine):
-    """An engine that copies the gradients before the reduction and before the update. last: the step after which the
-    engine asks to stop."""
+    """An engine that copies the gradients before they are reduced, and again before the update. last: the step after
+    which the engine asks the run to stop."""
 
     def __init__(self, step: Engine, zero: Zero, saw: Callable[[StepOutcome, _Gradients], None], last: int):
         vars(self).update(vars(step))  # takes over the state of the given engine
@@ -474,7 +486,7 @@ class _WatchedStep(Engine):
         self._zero.observer, self._zero.local_observer = gradients.reduced.update, gradients.add_local
         stop = StopKind.on_disk if plan.step == self._last else StopKind.none
         outcome = super().run(plan, batch, stopping=stop, on_phase=on_phase)
-        # A skipped step is repeated for a diagnosis, which leaves no evidence.
+        # The run repeats a skipped step to find the cause. The repeated step must not add evidence.
         self._zero.observer = self._zero.local_observer = None
         self._saw(outcome, gradients)
         return outcome

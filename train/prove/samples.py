@@ -1,10 +1,10 @@
 """Training samples and initial state of a proof. Both depend only on the seed, and on an index or a name.
 
-Tokens have uneven frequencies, so some are frequent and some never occur, as in text. Weights are larger than at the
-start of a training. Norm weights are not 1, and biases are not 0: a fault in a multiplication by 1 or in an addition of
-0 would not be noticed. If a width has several tiles of 128, every second tile of weights, activations and gradients is
+As in text, some tokens are frequent and some never occur. Weights are larger than at the start of a training. Norm
+weights differ from 1 and biases differ from 0, because a missing multiplication by 1 or a missing addition of 0 would
+not change any result. If a width has several tiles of 128, every second tile of weights, activations and gradients is
 multiplied by STEP or its inverse. So code that uses the scale of a neighbouring tile gets a large error. If the
-experts' width has several tiles, all tokens choose one expert, and no token chooses another one.
+experts' width has several tiles, all tokens choose the first expert, and no token chooses the last expert.
 
 Shapes: B sequences, S = seq_len + 1.
 """
@@ -26,18 +26,18 @@ from train.prove.reference import PlainModel, layers_with_experts, trained_shape
 from train.prove.reference_adapter import in_blocks, is_stored_in_blocks
 
 BIAS = 0.05
-"""Standard deviation of the initial biases of routers. Scores are between 0 and 1."""
+"""Standard deviation of the routers' initial biases. The biases are added to scores between 0 and 1."""
 CROWDED = 1.0
-"""Bias of the first expert; all tokens choose this expert. The last expert has the negative bias; no token chooses
-it."""
+"""Added to the bias of the first expert, so that all tokens choose this expert. It is subtracted from the bias of the
+last expert, so that no token chooses the last expert."""
 TILE, STEP = 128, 2.0**-6
 """Number of channels in a tile, and the factor on every second tile."""
 LOUD = 64.0
-"""Factor on the first head's queries and on one row of the output head, in wide models. With this factor, a softmax
-overflows if the code does not subtract the maximum."""
+"""In wide models, the factor on the first head's queries and on the last row of the output head. With this factor, a
+softmax overflows if the code does not subtract the maximum first."""
 BELOW_FLOOR = 2.0**-26
-"""Factor on the second tile of the last experts' inputs, if something is in FP8. The tile is then below the floor of a
-scale."""
+"""If something is in FP8, the factor on the second tile of the inputs of the last layer's experts. The tile's values
+are then so small that the tile gets the smallest FP8 scale."""
 
 
 class Samples:
@@ -70,7 +70,9 @@ class Samples:
         draw, length = drawing(f"{self._config.seed}/sample/{number}"), self._config.seq_len + 1
         share_S = torch.rand(length, generator=draw, dtype=torch.float64)
         is_wide = self._config.model.expert_width > TILE
-        tokens_S = (share_S**2 * (self._config.model.vocab_size - is_wide)).long()  # never the token with the loud row
+        tokens_S = (
+            share_S**2 * (self._config.model.vocab_size - is_wide)
+        ).long()  # in wide models, the last token never occurs
         ends_S = torch.rand(length, generator=draw) < 3 / length
         documents_S = ends_S.cumsum(0).int()
         if not self._config.data.chats:
@@ -120,10 +122,10 @@ class ProofData:
 
 
 def initial_weights(config: Config) -> dict[str, Tensor]:
-    """Returns all weights by name in fp32, including those of an adapter. Norm weights are about 1, and tiles are
-    scaled as described above.
+    """Returns all weights by name in fp32, including an adapter's weights. Norm weights are about 1. Tiles are
+    multiplied as the docstring of this module describes.
 
-    Inputs of size 1 give outputs of size 1.
+    If the inputs of a matmul have a magnitude of about 1, its outputs have a magnitude of about 1 too.
     """
     weights, values = {}, read_values(config)
     for name, shape in (weight_shapes(values.model) | trained_shapes(values)).items():
@@ -146,13 +148,15 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
 
 
 def _stretch(config: Config, weights: dict[str, Tensor]) -> None:
-    """Give the weights of a wide model values at which limits act. Some softmaxes would overflow without protection,
-    and the largest values of some tiles are below a floor."""
+    """Multiply some weights of a wide model, so that special cases occur: a softmax overflows if the code does not
+    subtract the maximum, and some tiles get the smallest FP8 scale."""
     queries = config.model.nope_head_dim + config.model.rope_head_dim
     for name in weights:
         if re.search(r"attention\.q(_up)?\.weight$", name):
             weights[name][:queries] *= LOUD
-    weights["head.weight"][-1] *= LOUD  # a token that never occurs: as a target, its gradient would be only rounding
+    weights["head.weight"][-1] *= (
+        LOUD  # the last token never occurs; as a target, it would have a gradient of rounding errors only
+    )
     for last in layers_with_experts(read_values(config).model)[-1:] if is_tiled(config) else ():
         prefix = f"{last}.block" if last.startswith("mtp.") else last
         weights[f"{prefix}.ffn_norm.weight"][TILE:] *= BELOW_FLOOR
@@ -185,8 +189,8 @@ def drawing(key: str) -> torch.Generator:
 
 
 def middle_score(config: Config) -> float:
-    """Returns a limit for attention scores. The initial scores of some heads are above this limit, and those of other
-    heads are below. Uses one thread."""
+    """Returns the median of the heads' largest attention scores in the initial model. If optim.qk_clip has this value,
+    some heads exceed it and other heads do not. Uses one thread."""
     torch.set_num_threads(1)
     values, batch = read_values(config), Samples(config).batch(0, 1)
     weights = {name: weight.double() for name, weight in initial_weights(config).items()}

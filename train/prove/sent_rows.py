@@ -1,11 +1,12 @@
-"""Dispatch and combine of rows as the paper defines them (arXiv 2412.19437, 3.3.2 and 3.3.3), for `mode=prove`.
+"""Computes dispatch and combine of rows as the paper defines them (arXiv 2412.19437, sections 3.3.2 and 3.3.3), for
+`mode=prove`.
 
     dispatch   "we ... quantize the activation before MoE up-projections into FP8 and then apply dispatch"; "a similar strategy is
                applied to the activation gradient before MoE down-projections"; the scales are "integral powers of 2".
     combine    "for both the forward and backward combine components, we retain them in BF16".
 
-All arithmetic is in fp64, without Sluice's code. It computes the values of the received rows. It also knows at which
-places a sum of rows is rounded.
+The functions compute in fp64 and do not use Sluice's code. They return the rows that a rank must receive, and the sums
+with every rounding on the way.
 
 Shapes: R rows, D channels, T tokens, K experts of a token.
 """
@@ -19,13 +20,13 @@ from train.prove.low_precision import FORMATS, NearNumbers, Rule, cast, nearest
 
 BF16 = FORMATS["bf16"]
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
-"""Lower bounds of a tile's largest magnitude when its scale is computed. For activations, it is the bound of DeepSeek's
-kernels. All gradients may be smaller than that, so their bound only avoids a scale of 0."""
+"""Lower bounds of the magnitude from which the scale of a tile is computed. ACTIVATION_FLOOR is the bound of DeepSeek's
+kernels. Gradients may all be smaller than ACTIVATION_FLOOR, so GRADIENT_FLOOR only avoids a scale of 0."""
 
 
 def sent_in_fp8(x_RD: Tensor, floor: float) -> Tensor:
-    """The rows as they are received. Each tile is divided by its power of two, rounded to E4M3, and multiplied by this
-    power again.
+    """Returns the rows that the receiver gets. The sender divides each tile by its scale, a power of two, and rounds it
+    to E4M3. The receiver multiplies the tile by the scale.
 
     "We group and scale elements on a 1x128 tile basis", in the format of "all tensors" (paper 3.3.2).
     """
@@ -37,11 +38,13 @@ def summed_rows(
 ) -> tuple[Tensor, Tensor]:
     """Returns the sum of the K rows of every token, and by how much a correct sum may differ from it. Both are (T, D).
 
-    A correct sum is computed in fp32 and rounded once, on the token's rank: to bf16 (in_bf16) or to fp32. ids_TK: the
-    expert of each row. hops: places where rows are added on the way to the token, in order. A place is given as the
-    number of experts whose rows are added there. Each place rounds its sum and sends the rounded sum on. by_addition:
-    whether the last sum may be rounded after each addition. The order of additions may also change a result. This
-    happens only if the sum is so close to the middle between two bf16 numbers that it may be rounded to either of them.
+    ids_TK: the expert of each row. hops: the stages at which rows are added on the way to the token's rank, each as the
+    number of experts whose rows are added together. Each stage rounds its sums and sends them on. The token's rank then
+    adds in fp32 and rounds once, to bf16 (in_bf16) or to fp32. by_addition: whether the token's rank may instead round
+    after each addition.
+
+    Another order of additions can change a result in bf16 only if the sum is close to the middle between two bf16
+    numbers.
     """
     value, off, label = rows_TKD, torch.zeros_like(rows_TKD), ids_TK
     for experts in (*hops, None):

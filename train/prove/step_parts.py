@@ -1,5 +1,5 @@
-"""Data and measures to judge single parts of a step: recorded inputs and outputs, comparisons of results, and sums over
-calls."""
+"""Contains the data and the measures with which single parts of a step are judged: recorded inputs and outputs,
+comparisons of results, and sums over calls."""
 
 import math
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from train.prove.low_precision import FORMATS, FP32, NearNumbers, PlainFormat, T
 from train.prove.samples import initial_weights
 
 INCONCLUSIVE, MOST_INCONCLUSIVE = 0.05, 0.01
-"""If rounding ties may change a number by more than INCONCLUSIVE of its sum of magnitudes, the number is inconclusive.
-MOST_INCONCLUSIVE is the maximum fraction of such numbers in a tensor."""
+"""A result is a sum of terms. It is inconclusive if rounding ties may change it by more than the fraction INCONCLUSIVE
+of the sum of its terms' magnitudes. At most the fraction MOST_INCONCLUSIVE of a tensor may be inconclusive."""
 FEW = 16
-"""Number of inconclusive numbers that every tensor may have. One tie in a tile changes several numbers, which is a
-large fraction of a small tensor."""
+"""Number of inconclusive elements that even a small tensor may have. One tie in a tile changes several elements, which
+is a large fraction of a small tensor."""
 FLUSHED = 2.0**-110
-"""Absolute error of a sum if fp32 rounds one factor, such as a probability below 2^-126, to 0. The other factors are below
-2^16."""
+"""Absolute error of a sum in which fp32 rounds a factor of one term to 0, such as a probability below 2^-126. The other
+factor is below 2^16."""
 SHORT = 2.0**-12
 """Relative error of a GPU's tensor cores. They sum FP8 values with about 14 bits, 128 at a time (paper
 3.3.2)."""
@@ -76,30 +76,33 @@ class StepParts:
         self.biases = {name.removeprefix("bias."): bias for name, bias in before.items() if name.startswith("bias.")}
         self.reduced, self.calls = assemble(ranks, "reduced"), calls_of(ranks)
         self.shared = info.dp * info.cp
-        """Number of ranks over which gradients are averaged."""
+        """Number of ranks over which the gradients of weights are averaged."""
         in_fp32 = self.rounding.high == FORMATS["fp32"] or all(one.info.sums_in_fp32 for one in ranks)
         self.rounds_gradients = not in_fp32
-        """Whether the gradient of a micro-batch may be rounded to bf16 before it is added to the sum. torch's matmuls
-        on a CPU do so."""
+        """Whether the weight gradient of a micro-batch may be rounded to bf16 before it is added to the sum. torch's
+        matmuls on a CPU round it."""
 
     def through(self, name: str, rank: Evidence, back: bool = True) -> list[PartCall]:
-        """Returns the calls of a part on a rank, in order. back: True for calls with gradients, False for calls
-        without.
+        """Returns the calls of a part on a rank, in order. back: True for calls with gradients, False for calls without
+        gradients.
 
-        Each micro-batch has one call with gradients. Recomputed calls do not count among these.
+        Most parts have one call with gradients per micro-batch. With context parallelism, the projection kv_up runs
+        without gradients for each block of positions, and again with gradients when backward repeats it.
         """
         those = [one for one in self.calls.get(name, []) if one.rank is rank and one.has("dy") == back]
         return sorted(those, key=lambda one: one.number)
 
     def order(self, terms: int) -> Bound:
-        """Bound on the error from the order of a sum, relative to the sum of magnitudes."""
+        """Returns the bound on the error that the order of a sum causes, relative to the sum of the terms' magnitudes.
+        terms: number of terms in the sum."""
         if self.on_gpu and self.rounding.is_fp8:
             return Bound(SHORT, "tensor cores sum FP8 multiplications in about 14 bits")
         value = 8 * FP32 * max(terms, 1) ** 0.5
         return Bound(value, f"8 x 2^-24 x sqrt({terms} terms), of their magnitudes, and one rounding of the result")
 
     def in_rows(self, terms: int) -> Bound:
-        """Bound on the error from the order of an fp32 sum and from some elementwise multiplications."""
+        """Returns the bound on the error of some elementwise multiplications and an fp32 sum in any order. terms:
+        number of terms in the sum."""
         value = ELEMENTS + 8 * FP32 * max(terms, 1) ** 0.5
         return Bound(value, f"some multiplications and a sum of {terms} terms in fp32, and one rounding of the result")
 
@@ -128,8 +131,8 @@ class StepParts:
     def compare_gradient(
         self, name: str, made: "SumOverCalls", bound: Bound | None = None, most: float = MOST_INCONCLUSIVE
     ) -> None:
-        """Compare the gradient of a weight, in the form that the update used, with its expected value. The expected
-        value is the mean over ranks of the contributions of all micro-batches."""
+        """Compare the reduced gradient of a weight with its expected value: the contributions of all calls, averaged
+        over the ranks. made: the sum of these contributions."""
         quantity = "gradients of single weights"
         if name not in self.trained:
             return  # base weight of an adapter
@@ -141,8 +144,8 @@ class StepParts:
 
 
 def beyond_rounding(want: Total, form: PlainFormat, most: float = MOST_INCONCLUSIVE) -> DifferenceMeasure:
-    """Measures only the difference that one rounding of the result and rounding ties cannot explain. It is relative to
-    the sum of magnitudes."""
+    """Returns a measure of the part of a difference that one rounding of the result and rounding ties cannot explain.
+    The unit is the sum of the terms' magnitudes. most: maximum fraction of inconclusive elements."""
 
     def measure(got: Tensor, want_N: Tensor) -> Measurement:
         size, off = want.size.flatten(), low.slack(want).flatten()
@@ -155,7 +158,7 @@ def beyond_rounding(want: Total, form: PlainFormat, most: float = MOST_INCONCLUS
 
 
 class SumOverCalls:
-    """The gradient of a weight, added up over calls."""
+    """The expected gradient of a weight, summed over calls."""
 
     def __init__(self) -> None:
         self.total: Total | None = None
@@ -177,7 +180,8 @@ class SumOverCalls:
     def add_rows(
         self, left: NearNumbers, right: NearNumbers, counts: Sequence[int], here: range, experts: int, rounded: bool
     ) -> None:
-        """Add the gradients of experts. Each is computed from the expert's own rows. experts: number of experts in the
+        """Add the gradients of experts. The gradient of an expert is computed from the rows of this expert. counts:
+        number of rows of each expert. here: indices of this rank's experts. experts: number of experts in the
         weight."""
         if self.total is None:
             self.total = Total(*(left.x.new_zeros(experts, left.x.size(-1), right.x.size(-1)) for _ in range(3)))
@@ -191,7 +195,7 @@ class SumOverCalls:
 
 
 def calls_of(ranks: list[Evidence]) -> dict[str, list[PartCall]]:
-    """Returns all calls on all ranks, by name of the part."""
+    """Maps the name of each part to the part's calls on all ranks."""
     found: dict[tuple[int, str, int], PartCall] = {}
     by_name: dict[str, list[PartCall]] = {}
     for rank in ranks:

@@ -1,11 +1,12 @@
 """Records the inputs and outputs of a dispatcher on every rank, as evidence.
 
-It replaces the model's dispatcher. It does not depend on how rows are sent, so it works for all dispatchers:
+`WatchedDispatcher` replaces the model's dispatcher. It does not depend on how rows are sent, so it works for all
+dispatchers. It records tensors under these names:
 
-    forward     x, ids, gates -> rows, row_gates, counts        tokens of this rank; rows of this rank's experts
-                out -> y                                        their outputs; sums for the tokens of this rank
-    backward    d_y -> d_out                                    gradients, in the other direction
-                d_rows, d_row_gates -> d_x, d_gates
+    forward     x, ids, gates -> rows, row_gates, counts        tokens of this rank -> rows for this rank's experts
+                out -> y                                        outputs of these experts -> sums for this rank's tokens
+    backward    d_y -> d_out                                    gradients of y -> gradients of out
+                d_rows, d_row_gates -> d_x, d_gates             gradients of the rows -> gradients of the tokens
 
 Shapes: as in train/model/moe.py.
 """
@@ -19,18 +20,18 @@ from train.model.moe import Dispatcher, MoE, PendingRows, RoutedRows
 from train.model.recompute import is_repeated
 
 Keep = Callable[[str, int, Tensor], None]
-"""A function that records a tensor. Its arguments are a name from above, the number of the micro-batch, and the
+"""A function that records a tensor. Its arguments are the tensor's name, the index of the micro-batch, and the
 tensor."""
 
 
 class WatchedDispatcher:
-    """The dispatcher of one layer. While the layer trains, it passes a copy of every tensor to `keep`."""
+    """Wraps the dispatcher of one layer. While the layer trains, the wrapper passes every tensor to `keep`."""
 
     def __init__(self, moe: MoE, inner: Dispatcher, keep: Keep):
         self._moe, self._inner, self._keep = moe, inner, keep
         self._calls = 0
         self._numbers: dict[int, int] = {}
-        """Numbers of the micro-batches whose rows are at their experts, by id of the dispatcher's result."""
+        """Maps the id of a dispatch result to the index of its micro-batch, from the dispatch until the combine."""
 
     def start_step(self) -> None:
         """Count micro-batches from 0 again."""
@@ -41,7 +42,7 @@ class WatchedDispatcher:
             return self._inner.dispatch_begin(x_TD, expert_ids_TK, gates_TK, again)
         number, self._calls = self._calls, self._calls + 1
         self._keep("ids", number, expert_ids_TK)
-        # Hooks are on views, because other code uses the same tensors and adds to their gradients.
+        # The hooks are on views, because other code uses the tensors themselves and adds to their gradients.
         x_TD, gates_TK = x_TD.view_as(x_TD), gates_TK.view_as(gates_TK)
         self._watch("x", number, x_TD)
         self._watch("gates", number, gates_TK)
@@ -70,7 +71,7 @@ class WatchedDispatcher:
 
 
 class _WatchedPending:
-    """A dispatch that is not complete yet."""
+    """A dispatch that has begun but is not complete. `wait` also records the received rows."""
 
     def __init__(self, watched: WatchedDispatcher, number: int, inner: PendingRows):
         self._watched, self._number, self._inner = watched, number, inner
