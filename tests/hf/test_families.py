@@ -3,6 +3,7 @@ and comes back under the names it had. Tolerance 1e-5 on logits around 1, as pro
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import DeepseekV3Config, Glm4MoeLiteConfig, Mistral4Config
 
 from conf.errors import UserError
 from conf.load import compose
-from conf.schema import ModelFamily
+from conf.schema import ModelFamily, SparseAttention
 from tests.hf.published import GLM_4_7_FLASH, INT4, KIMI_K2, KIMI_K25, MISTRAL_LARGE_3, MOONLIGHT, PUBLISHED
 from tests.hf.small import SMALL, export_model, read_folder, tokens
 from tests.model.parity import as_in_files, randomise
@@ -418,5 +419,8 @@ def test_an_export_under_names_that_cannot_hold_the_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="needs routers with sigmoid") as caught:
         export_model(tmp_path, model, ours)
     assert caught.value.cure == "use export.family=mistral_large_3" and not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="needs routers with sigmoid") as caught:
+        export_model(tmp_path, replace(model, sparse=SparseAttention(heads=2, head_dim=8, top_k=4)), ours)
+    assert caught.value.cure.startswith("no family has indexers and softmax scores")
     with pytest.raises(UserError, match="is not the FP8 format of Mistral Large 3"):
         export_model(tmp_path, model, ours, "export.dtype=fp8", family="mistral_large_3")

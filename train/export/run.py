@@ -172,6 +172,10 @@ def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
     """Raise UserError if a folder of this family cannot describe the model's computation or cannot hold its weights.
     alone: whether the export is an adapter."""
     facts, model = FAMILIES[family], config.model
+    is_sparse = model.sparse.heads > 0
+    fitting = [row.name for row in FAMILIES.values() if (row.scores, row.is_sparse) == (model.scores, is_sparse)]
+    other = "no family has indexers and softmax scores; train such a model with model.scores=sigmoid"
+    other = f"use export.family={fitting[0]}" if fitting else other
     for wrong, field, value, rule, cure in (
         (
             alone and not facts.loader,
@@ -192,14 +196,14 @@ def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
             "export.family",
             family,
             f"needs routers with {facts.scores}, and the model has {model.scores}",
-            f"use export.family={next(row.name for row in FAMILIES.values() if row.scores == model.scores)}",
+            other,
         ),
         (
-            facts.is_sparse != (model.sparse.heads > 0),
+            facts.is_sparse != is_sparse,
             "export.family",
             family,
             f"has {'sparse' if facts.is_sparse else 'dense'} attention, and the model has model.sparse.heads = {model.sparse.heads}",
-            f"use export.family={next(row.name for row in FAMILIES.values() if row.is_sparse == (model.sparse.heads > 0))}",
+            other,
         ),
         (
             "S" in model.sparse.pattern and not facts.shares,

@@ -29,6 +29,9 @@ MODULES = {
     "parallel.zero.engine": "experts", "parallel.zero.whole_weights": "experts", "parallel.zero.sharded_weights": "zero 3",
     "train.optim.adamw": "copies", "train.loop.hooks.averaged_weights": "averaged", "train.optim.schedules": "copies", "train.loop.training_engine": "copies",
     "train.loop.measure": "copies", "train.loop.state": "averaged", "parallel.expert.wire": "fp8 wire",
+    "train.model.indexer": "sparse shared", "train.model.chosen_attention": "sparse shared", "train.kernels.plain.plain_chosen": "sparse documents",
+    "train.kernels.plain.plain_indexer": "sparse", "train.model.adapter": "adapters", "train.optim.muon": "muon experts",
+    "train.optim.matrices": "muon experts", "train.optim.qk_clip": "muon scores",
     "train.kernels.fp8.linear": "fp8", "train.kernels.fp8.cast_rules": "fp8", "train.kernels.fp8.swiglu": "fp8",
 }  # fmt: skip
 """Modules of the product that change what is trained, and the recipe that runs them."""
