@@ -91,7 +91,7 @@ def test_the_storage_bounds_the_advised_interval_and_is_not_guessed():
     assert unknown.best_steps is unknown.best_share is None and unknown.write_seconds == 0
     assert "loading" not in unknown.restart_parts_seconds
     told = [failure_words(make_plan(compose(*SMALL, "mode=plan", *more))) for more in ([STORAGE], [])]
-    assert "advised is a checkpoint every" in told[0] and "loading" in told[0]
+    assert "the best interval is a checkpoint every" in told[0] and "loading" in told[0]
     assert "not counted" in told[1] and "hardware.storage_bandwidth" in told[1]
 
 

@@ -70,7 +70,7 @@ def test_the_gpus_of_a_tray_have_its_memory_alone():
 def test_a_plan_says_what_lies_on_disk_and_which_checkpoints_fit(averaged):
     disk = averaged.disk
     assert disk.checkpoints == averaged.config.checkpoint.keep + 1
-    assert "checkpoint.keep=3, and the one that is written" in disk_words(averaged)
+    assert "checkpoint.keep=3, and the checkpoint that is being written" in disk_words(averaged)
     small = on(averaged, disk_bytes=3.2 * disk.checkpoint)
     assert not small.fits and "checkpoint.keep=2" in verdict(small)
     kept = replace(small.config, checkpoint=replace(small.config.checkpoint, keep=2))

@@ -445,8 +445,8 @@ def test_a_step_has_the_intervals_of_published_jobs_by_kind_unless_its_rates_wer
     tuned, ours = step.interval_seconds[TUNED], step.interval_seconds[OURS_UNTIMED]
     assert ours[0] < step.step_seconds < ours[1] and tuned[1] - tuned[0] < ours[1] - ours[0]
     words = interval_words(step)
-    assert "by tuned Megatron: " in words and "which no GPU has timed: " in words
-    assert f"{100 * INTERVALS[TUNED].held:.0f} of 100 such jobs" in words
+    assert "with tuned Megatron: " in words and "which no GPU has timed: " in words
+    assert f"{100 * INTERVALS[TUNED].held:.0f} of 100 jobs" in words
     measured = plan_time(compose(*SMALL), replace(load_rates(compose(*SMALL), alone=True), intervals={}))
     assert measured.interval_seconds == {} and interval_words(measured) == ""
 

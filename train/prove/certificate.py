@@ -262,7 +262,7 @@ def _card_lines(certificate: Certificate) -> Sequence[str]:
         "",
         f"Layout: {certificate.layout}. In miniature, {certificate.steps} steps: {' '.join(certificate.cuts)}",
         "",
-        f"What acts on some steps or heads alone acted so often: {certificate.acted_text or 'nothing of it is in the recipe'}.",
+        f"How often the mechanisms acted that act only in some cases: {certificate.acted_text or 'the recipe has none'}.",
         "",
         f"What mode=prove has verified; every figure is in `{PROOF_FILE}`.",
         "",

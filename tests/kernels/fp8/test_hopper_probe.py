@@ -30,7 +30,7 @@ GOOD = InstalledVersions(
 )
 FP8, DEEPGEMM = (compose("precision=fp8", *given).precision.fp8 for given in ((), ("precision.fp8.backend=deepgemm",)))
 MISFITS = {
-    "torch": ({"torch": "2.13.0+cu130"}, "torch is 2.13.0.* run with torch 2.11 alone", "torch>=2.11,<2.12"),
+    "torch": ({"torch": "2.13.0+cu130"}, "torch is 2.13.0.* run only with torch 2.11", "torch>=2.11,<2.12"),
     "newer DeepGEMM": ({"deep_gemm": "0.2.5"}, "sgl-deep-gemm is 0.2.5", "sgl-deep-gemm==0.1.5"),
     "older DeepGEMM": ({"deep_gemm": "0.1.3"}, "sgl-deep-gemm is 0.1.3", "sgl-deep-gemm==0.1.5"),
     "post release": ({"deep_gemm": "0.1.5.post3"}, "sgl-deep-gemm is 0.1.5.post3", "sgl-deep-gemm==0.1.5"),

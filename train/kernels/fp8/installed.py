@@ -152,7 +152,7 @@ def _of_package(found: InstalledVersions) -> list[tuple[str, str]]:
     if _numbers(found.torch)[:2] != TORCH_OF_DEEP_GEMM:
         bad.append(
             (
-                f"torch is {found.torch}, and {DEEP_GEMM} {oldest} to {newest} run with torch 2.11 alone",
+                f"torch is {found.torch}, and {DEEP_GEMM} {oldest} to {newest} run only with torch 2.11",
                 WITHOUT_PACKAGES,
             )
         )

@@ -59,7 +59,7 @@ def _parts(plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> 
     )
     figures = [figure for figure in made if figure is not None]
     drawn = "".join(map(figure_html, figures))
-    notes = [f"Rates: {plan.step.rates}.", f"Of a device {reserve_words(plan.reserve)}."]
+    notes = [f"Rates: {plan.step.rates}.", f"Memory of each device: {reserve_words(plan.reserve)}."]
     if (stages := split_words(plan, split)) is not None:
         notes.append(f"Stages: {stages}.")
     if (failures := failure_words(plan)) is not None:
@@ -96,7 +96,11 @@ def _cards(plan: RunPlan) -> list[Card]:
             f"{share(step.bubble_share)} of the pipeline's time is bubble{interval_words(step)}",
         ),
         Card("Speed", f"{step.tokens_per_second_per_gpu:.0f}", "tokens per second and device"),
-        Card("MFU", share(step.mfu_causal), "of the bf16 peak; attention counted with its mask, MTP not"),
+        Card(
+            "MFU",
+            share(step.mfu_causal),
+            "of the bf16 peak; attention counts only visible keys, and MTP does not count",
+        ),
         Card("Run", length_of_run(budget.days), f"for {amount(budget.tokens)} tokens"),
         Card(
             "Device hours",
@@ -113,7 +117,7 @@ def _cards(plan: RunPlan) -> list[Card]:
     if plan.failures is not None:
         best, steps = plan.failures.best_share, plan.failures.best_steps
         advised = "" if best is None else f"; {share(best)} with a checkpoint every {steps} steps"
-        words = f"beside failures and saves; run, hours, cost and energy include them{advised}"
+        words = f"what failures and checkpoints leave; run, hours, cost and energy include their time{advised}"
         cards.append(Card("Effective time", share(plan.failures.effective_share), words))
     return cards
 
@@ -152,7 +156,7 @@ def _search(record: dict[str, Any]) -> list[str]:
     shown = {name.rpartition(".")[2].replace("_", " "): values for name, values in columns.items() if any(values)}
     return [
         "<h2>Layouts that a search has found</h2>",
-        '<p class="sub">What is empty is as the recipe has it.</p>',
+        '<p class="sub">An empty cell means that the layout keeps the value of the recipe.</p>',
         table_html(shown, zip(*shown.values(), strict=True), whole=True),
     ]
 
@@ -212,9 +216,9 @@ def _span(first: int, last: int) -> str:
 def memory_figure(plan: RunPlan) -> Figure | None:
     """Returns a figure with a bar of memory items for each pipeline rank, and a line for the device's memory."""
     caption = (
-        "What each rank of a pipeline holds at its own peak; ranks with the same place in other pipelines are alike. "
-        "The line is what a device has for tensors, the reserve taken off. "
-        f"The fullest is rank {plan.fullest.pp_rank}, at the {plan.fullest.peak_event}."
+        "The memory of each pipeline rank at its own peak. All pipelines are equal. "
+        "The line is the device's memory without the reserve. "
+        f"Rank {plan.fullest.pp_rank} needs the most memory, at the {plan.fullest.peak_event}."
     )
     limit = plan.memory_bytes - sum(plan.reserve.values())
     return _bars("memory", "Memory of every rank", caption, [rank.items for rank in plan.ranks], limit, "for tensors")
@@ -224,7 +228,7 @@ def host_figure(plan: RunPlan) -> Figure | None:
     """Returns a figure with a bar of host memory per pipeline rank; None if no rank uses any."""
     if not plan.host_bytes:
         return None
-    caption = "What each rank keeps in its node's own memory, most of it at one time. The line is its even share of what a host has for tensors."
+    caption = "The peak of each rank's tensors in the memory of its host. The line is a rank's equal share of the memory that a host has for tensors."
     limit = host_memory(plan.config) / host_ranks(plan.config)
     return _bars(
         "host", "Memory of the hosts", caption, [rank.host_items for rank in plan.ranks], limit, "a rank's share"
@@ -285,7 +289,7 @@ def interval_figure(plan: RunPlan, record: dict[str, Any]) -> Figure | None:
     set_look(plot, max(320, 180 + 24 * len(rows)))
     plot.update_yaxes(autorange="reversed", automargin=True, type="category")
     plot.update_xaxes(title="seconds of a step", rangemode="tozero")
-    caption = "The planned step, and the step times of four of five published jobs beside plans of them that knew nothing of them: of tuned Megatron, and of all kinds of programs, for this one, which no GPU has timed."
+    caption = "The planned step time with two intervals. Plans of published jobs, made without their measured times, had the measured time in such an interval for about four of five jobs. The interval of tuned Megatron comes from jobs of tuned Megatron. The interval of this program comes from jobs of all kinds of programs, because no GPU has timed it."
     return figure("interval", "How long a step may take", caption, plot)
 
 
@@ -308,7 +312,7 @@ def traffic_figure(record: dict[str, Any]) -> Figure | None:
     plot.update_layout(barmode="stack", hovermode="closest")
     plot.update_yaxes(autorange="reversed", automargin=True)
     plot.update_xaxes(title="GiB in a step")
-    caption = "What leaves a device in a step, mean over the ranks of a pipeline. Of a ring over several nodes, one rank of each sends to the next."
+    caption = "Bytes that a device sends in a step, as a mean over the ranks of a pipeline. In a ring over several nodes, one rank of each node sends to the next node."
     return figure("traffic", "Traffic by kind of link", caption, plot)
 
 
@@ -333,8 +337,8 @@ def time_figure(plan: RunPlan) -> Figure | None:
     plot.update_yaxes(autorange="reversed", automargin=True)
     plot.update_xaxes(title="seconds of a step")
     caption = (
-        "Blue: the step of a rank, mean over the pipeline. Green: the computing in its actions by kind of work, and the time "
-        "in which it waits for tokens on their way between experts."
+        "Blue: the parts of a rank's step, as a mean over the ranks of a pipeline. Green: the kernels inside these parts, and the "
+        "time in which the rank waits for tokens that travel to or from experts."
     )
     return figure("time", "Where the time goes", caption, plot, True)
 

@@ -176,10 +176,13 @@ def _lacking_beside(plan: RunPlan) -> str:
 def disk_words(plan: RunPlan) -> str:
     """The run's disk usage."""
     disk, saves = plan.disk, plan.config.checkpoint
-    words = f"a checkpoint is {gib(disk.checkpoint)}, {disk.checkpoints} at one time {gib(disk.checkpoints * disk.checkpoint)}"
-    words += f" (checkpoint.keep={saves.keep}, and the one that is written)" if saves.keep else " (checkpoint.keep=0)"
+    rule = f"checkpoint.keep={saves.keep}"
+    if saves.keep:
+        rule += f", checkpoint.keep_every={saves.keep_every}" if saves.keep_every else ""
+        rule += ", and the checkpoint that is being written"
+    words = f"a checkpoint has {gib(disk.checkpoint)}; up to {disk.checkpoints} on the disk take {gib(disk.checkpoints * disk.checkpoint)} ({rule})"
     if disk.export:
-        words += f"; weights {gib(disk.export)}, three folders at one time"
+        words += f"; an export has {gib(disk.export)}, with up to three on the disk"
     return f"{words}; {gib(disk.whole)} of {gib(disk.has)}" if disk.has else words
 
 
@@ -227,13 +230,13 @@ def failure_words(plan: RunPlan) -> str | None:
         kept = f"a checkpoint every {checkpoint.every} steps" if checkpoint.every else "no checkpoint before the end"
     parts = ", ".join(f"{name.replace('_', '-')} {seconds(part)}" for name, part in found.restart_parts_seconds.items())
     words = f"one in {length_of_run(found.between_seconds / 86400)}, then {seconds(found.restart_seconds)} to the next step ({parts})"
-    words += f"; with {kept} {share(found.effective_share)} of the time lasts"
+    words += f"; with {kept}, {share(found.effective_share)} of the time trains"
     if plan.lasting is not plan.budget:
         words += f": {budget_words(plan.lasting, hardware)}"
     if found.best_steps is None or found.best_share is None:
         words += "; the time to write and load checkpoints is not counted, and no interval is advised: set hardware.storage_bandwidth"
     else:
-        words += f"; advised is a checkpoint every {found.best_steps} steps, {share(found.best_share)}"
+        words += f"; the best interval is a checkpoint every {found.best_steps} steps: {share(found.best_share)}"
     spare = "1 spare node is" if found.spare_nodes == 1 else f"{found.spare_nodes} spare nodes are"
     return f"{words}; {spare} enough in 99 % of the time"
 
@@ -245,8 +248,8 @@ def interval_words(step: StepTime) -> str:
     for kind, (least, most) in step.interval_seconds.items():
         one = step.intervals[kind]
         untimed = ", which no GPU has timed" if kind == OURS_UNTIMED else ""
-        held = f"{100 * one.held:.0f} of 100 such jobs{' of all kinds' if untimed else ''}"
-        words.append(f"{seconds(least)} to {seconds(most)} by {kind}{untimed}: {held}")
+        held = f"held for {100 * one.held:.0f} of 100 jobs{' of all kinds' if untimed else ''}"
+        words.append(f"{seconds(least)} to {seconds(most)} with {kind}{untimed}: {held}")
     return f" ({'; '.join(words)})" if words else ""
 
 
@@ -265,9 +268,7 @@ def split_words(plan: RunPlan, split: FasterSplit | None) -> str | None:
     words = f"{counts} layers, {rule}"
     if simulation.imbalance >= 1.005:
         rank = simulation.busy.index(max(simulation.busy))
-        words += (
-            f"; pipeline rank {rank} works {simulation.imbalance:.2f} times the mean of all, and the others wait for it"
-        )
+        words += f"; pipeline rank {rank} works {simulation.imbalance:.2f} times as long as the mean, and other ranks wait for it"
     if split is not None:
         faster = 100 * (1 - split.step_seconds / plan.step.step_seconds)
         room = room_words(split.room_bytes, plan.memory_bytes)

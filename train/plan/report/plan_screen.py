@@ -114,7 +114,7 @@ def _host(plan: RunPlan) -> str:
     fullest = max(plan.ranks, key=lambda rank: rank.host_bytes)
     parts = ", ".join(f"{name} {gib(size)}" for name, size in fullest.host_items.items())
     whole = f"the {gib(has)} that a host has for tensors" if has else "the host's memory, of unknown size"
-    return f"{gib(plan.host_bytes)} of {whole}; of a rank: {parts}"
+    return f"{gib(plan.host_bytes)} of {whole}; a rank has {parts}"
 
 
 def _phases(plan: RunPlan) -> str:
@@ -122,7 +122,7 @@ def _phases(plan: RunPlan) -> str:
     words = [
         f"{name} {gib(one.device)}" + (f" and {gib(one.host)}" if one.host else "") for name, one in rank.phases.items()
     ]
-    return f"of rank {rank.pp_rank}, {'and of the host: ' if rank.host_bytes else ''}{', '.join(words)}"
+    return f"peaks of rank {rank.pp_rank}{' and of its host' if rank.host_bytes else ''}: {', '.join(words)}"
 
 
 def cure_words(cure: Cure, plan: RunPlan) -> str:
@@ -150,7 +150,7 @@ def _matrices(config: Config) -> str:
 def _adapter(plan: RunPlan) -> str:
     """Returns text about the trained parameters, and about the format of the frozen parameters."""
     counts = count_parameters(plan.config.model)
-    frozen = "ZeRO 1 and 2 shard their state alone: frozen weights are whole on every rank of a stage, experts over ep"
+    frozen = "ZeRO 1 and 2 shard only optimizer state: every rank of a stage has all its frozen weights, except experts of other ep ranks"
     if plan.config.parallel.zero == 3:
         frozen = "ZeRO 3 shards frozen weights too, and gathers them before their block"
     return (
@@ -160,19 +160,19 @@ def _adapter(plan: RunPlan) -> str:
 
 def _launches(plan: RunPlan) -> str:
     step = plan.step
-    said = f"{seconds(step.host_seconds)} of a core of each rank's host for {seconds(sum(step.work_seconds.values()))} of computing"
+    said = f"{seconds(step.host_seconds)} of a CPU core per rank start {seconds(sum(step.work_seconds.values()))} of kernels"
     if not step.host_binds:
         return said
     binds = "the host binds, and the step takes longer than planned"
     if step.host_share < 1:
         binds = "the host may bind, and the step then takes up to twice as long as planned"
-    return f"{said}: {binds}. Larger micro-batches give a launch more to compute"
+    return f"{said}: {binds}. With larger micro-batches each kernel runs longer"
 
 
 def _exchange(plan: RunPlan) -> str:
     step = plan.step
     if plan.config.parallel.ep == 1:
-        return "every rank holds all of them"
+        return "every rank has all experts"
     return f"{seconds(step.exchange_seconds)} of exchanges per step and rank, {seconds(step.exposed_communication_seconds)} of them exposed"
 
 
