@@ -2,9 +2,9 @@
 init_from.
 
 The mean is computed in fp64 and written in the dtype of the sources. So the mean of equal checkpoints is equal to these
-checkpoints. The sources may have different layouts. The weights are read, averaged and written part by part. So the
-mode needs memory for a few hundred million elements, even for a large model. The result has no optimizer state, because
-no training continues from a mean.
+checkpoints. The sources may have different layouts. The mode reads, averages and writes a few hundred million elements
+at a time, which limits its memory even for a large model. The result has no optimizer state, because a run cannot
+continue from a mean.
 """
 
 import math
@@ -33,11 +33,12 @@ from train.data.prepare_progress import ReportProgress, show_progress
 from train.data.tokenizer import BESIDE, TOKENIZER_FILE
 
 AVERAGED_ELEMENTS = 1 << 27
-"""Maximum number of elements averaged at a time: 2 GB of memory, with the sum in fp64, and 0.5 GB in a file."""
+"""Maximum number of elements averaged at a time. They need 2 GB of memory, including the sum in fp64, and 0.5 GB in a
+file."""
 AVERAGED_KINDS = ("master.", "bias.")
 """Name prefixes of the averaged tensors: weights and balance biases."""
 NOT_COMPUTED = ("init_std", "max_seq_len")
-"""Fields of the model section that have no effect on the output of a trained model."""
+"""Fields of the model section that do not change the output of a trained model."""
 SOURCES_FIELD = "average.of"
 
 WeightsPart = Mapping[str, tuple[int, int]]
@@ -49,7 +50,8 @@ StoredShapes = Mapping[str, tuple[str, tuple[int, ...]]]
 def write_average(config: Config) -> int:
     """Write the run folder average.to. Returns the exit code.
 
-    Raises UserError if sources are missing or damaged, or differ in model or tokenizer. Then it leaves nothing on disk.
+    Raises UserError if sources are missing or damaged, or if their models or tokenizers differ. After an error, nothing
+    is left on the disk.
     """
     target = new_folder(config.average.to, "average.to")
     sources = _sources(config)
@@ -106,7 +108,8 @@ def _sources(config: Config) -> list[Manifest]:
 
 
 def _require_equal(one: Manifest, other: Manifest) -> None:
-    """Raise UserError unless two checkpoints have the same model and tokenizer."""
+    """Raise UserError unless two checkpoints have the same model and tokenizer, and contain all weights, not an
+    adapter."""
 
     def refuse(what: str) -> UserError:
         return UserError(
@@ -150,7 +153,7 @@ def _check_room(target: Path, source: Manifest) -> None:
 
 
 def _write(root: Path, sources: Sequence[Manifest], meta: dict, progress: ReportProgress) -> None:
-    """Write the checkpoint. Each part becomes one file, as if a separate rank had written it."""
+    """Write the checkpoint. Each part of the weights becomes one file, as if a separate rank had written it."""
     shapes = _shapes(sources[0])
     parts = list(_parts({name: math.prod(shape) for name, (_, shape) in shapes.items()}))
     committer = Committer(root, attempt=1, world_size=len(parts), timeout=60.0)
@@ -171,7 +174,10 @@ def _write(root: Path, sources: Sequence[Manifest], meta: dict, progress: Report
 
 
 def _parts(sizes: Mapping[str, int]) -> Iterator[WeightsPart]:
-    """Splits all elements into parts of at most AVERAGED_ELEMENTS."""
+    """Splits the elements of all tensors into parts of at most AVERAGED_ELEMENTS elements.
+
+    sizes: maps a tensor's name to its number of elements.
+    """
     part: dict[str, tuple[int, int]] = {}
     room = AVERAGED_ELEMENTS
     for name, size in sorted(sizes.items()):
@@ -187,7 +193,10 @@ def _parts(sizes: Mapping[str, int]) -> Iterator[WeightsPart]:
 
 
 def _means(sources: Sequence[Manifest], part: WeightsPart, shapes: StoredShapes) -> dict[str, Tensor]:
-    """Computes the mean over the sources for the elements in this part. Raises UserError if a value is not finite."""
+    """Computes the mean over the sources for the elements in this part. Returns the means by tensor name.
+
+    Raises UserError if a value is not finite.
+    """
     sums = {name: torch.zeros(count, dtype=torch.float64) for name, (_, count) in part.items()}
     read = {name: torch.empty(count, dtype=TORCH[shapes[name][0]]) for name, (_, count) in part.items()}
     for source in sources:

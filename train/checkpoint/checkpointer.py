@@ -1,12 +1,13 @@
 """Saves checkpoints while the training continues. A failed save does not end the training.
 
 `save` copies the shards to CPU buffers and returns. A thread writes the buffers to disk and takes part in the commit
-(see `train.checkpoint.commit`). If a save fails (full disk, I/O error, lost rank), the thread tries again. If the save
-fails again, its folder is removed and `poll` returns a warning to the training loop. The next save starts from the
-beginning. Only the save at the end of the run must succeed: if it fails, `finish(required=True)` raises SaveFailed.
+(see `train.checkpoint.commit`). If a save fails (full disk, I/O error, lost rank), the thread tries again. If it cannot
+save, the folder of the save is removed, and `poll` returns a warning to the training loop. The next save does not
+depend on the failed save. Only the save at the end of the run must succeed: if it fails, `finish(required=True)` raises
+SaveFailed.
 
-A save can get stuck, for example in a write to a disk that does not answer. A stuck save cannot be ended. At the step
-of the next save, the training gives up the stuck save, and a warning names the rank. The next save uses other buffers.
+A save can get stuck, for example in a write to a disk that does not answer. A stuck save cannot be ended. When the next
+save is due, the training loop gives up the stuck save, and a warning names the rank. The next save uses other buffers.
 No rank commits the stuck save, even if its write returns later.
 """
 
@@ -32,21 +33,22 @@ from train.checkpoint.read_shards import NotCovered, load_shards, merge_indexes
 from train.checkpoint.staging import StagingBuffers
 
 SAVE_PATIENCE = 0.8
-"""Fraction of the timeout that a save may take before the next save gives it up. The fraction is less than 1,
-because all other ranks may already wait for this rank."""
+"""Fraction of the timeout after which the next save gives up an unfinished save. It is less than 1, because other ranks
+may already wait for this rank, with the same timeout."""
 GRACE = 0.1
-"""Fraction of the timeout. A save that was given up must report the reason within this time. If it does not, it counts
-as stuck."""
+"""Fraction of the timeout. A save that was given up must end and report the reason within this time. Otherwise it
+counts as stuck."""
 LEAST_GRACE = 1.0
-"""Minimum time for that report, in seconds."""
+"""Lower limit of the time for this report, in seconds."""
 MOST_STUCK = 2
-"""Maximum number of stuck saves at one time. It is limited because each stuck save occupies its buffers."""
+"""Maximum number of stuck saves at the same time. The number is limited because each stuck save occupies its
+buffers."""
 
 
 class SaveFailed(DiskFailed):
     """The required save failed.
 
-    ranks: the ranks that did not write their files. late: the save did not end in time, without a disk error.
+    ranks: the ranks that did not write their files. late: whether the save did not end in time, without a disk error.
     """
 
     def __init__(self, root: Path, why: str, ranks: Sequence[int] = (), late: bool = False):
@@ -65,20 +67,21 @@ class SaveResult:
 
     step: int
     path: Path | None
-    """Path of the checkpoint; None if the save failed. On ranks other than 0, the checkpoint may not exist yet,
-    because only rank 0 commits."""
+    """Path of the checkpoint; None if the save failed. On ranks other than 0, the checkpoint may not exist yet, because
+    rank 0 commits it later."""
     warning: str | None
-    """Problems of this save. A successful save may have some too, such as retries or old checkpoints that remain."""
+    """Describes problems of this save; None if there are none. A successful save may have a warning too, for example
+    about a retry or about old checkpoints that could not be removed."""
     fenced: bool
     """Whether a newer attempt of the run has started, so that this attempt must stop."""
     seconds: float
-    """Seconds from the call of `save` to the end of the save."""
+    """Seconds from the start of the save to its end. The wait for the previous save is excluded."""
     bytes: int
-    """Size of this rank's data."""
+    """Number of bytes that this rank saved."""
     ranks: tuple[int, ...] = ()
-    """Failed ranks, as far as this rank knows."""
+    """The ranks that failed, as far as this rank knows."""
     late: bool = False
-    """Whether the save failed because it was too late, not because of a disk error."""
+    """Whether the save failed because it took too long, not because of a disk error."""
 
     @property
     def ok(self) -> bool:
@@ -92,11 +95,11 @@ class SaveInFlight:
     save: Save
     buffers: StagingBuffers
     began: float
-    """Start time by time.perf_counter."""
+    """Start time, from time.perf_counter."""
     writes: bool = True
-    """Whether this rank is still writing. After its own write, the thread of rank 0 waits for the other ranks."""
+    """Whether this rank is still writing its data. Afterwards, the thread of rank 0 waits for the other ranks."""
     over: bool = False
-    """Whether the save has its result."""
+    """Whether the result of the save has been recorded."""
     thread: threading.Thread = field(init=False)
 
 
@@ -119,14 +122,13 @@ class Checkpointer:
         staging: int = 0,
         notes: RankNotes | None = None,
     ):
-        """Joins the checkpoint folder. Raises AttemptFenced if a newer attempt has started.
+        """Starts to use the checkpoint folder. Raises AttemptFenced if a newer attempt of the run has started.
 
         `root`: the folder checkpoints/. `attempt`: from `commit.next_attempt`, the same on every rank. `timeout`:
         maximum wait for other ranks, in seconds; the wait for an unfinished save is somewhat shorter. `retries`: number
-        of retries after a failed write. The first retry follows after `retry_wait` seconds, and the wait doubles with
-        each retry. `staging`: maximum size of the buffers in bytes; 0: the size of the saved state. If the buffers are
-        smaller than the state, the training waits for the disk. `notes`: a channel for error notes that does not need
-        the disk.
+        of retries after a failed write. `retry_wait`: seconds before the first retry; the wait doubles with each retry.
+        `staging`: maximum size of the buffers in bytes; 0: the size of the saved state. If the buffers are smaller than
+        the state, the training waits for the disk. `notes`: a channel for error notes that does not need the disk.
         """
         self.rank, self.keep, self.keep_every = rank, keep, keep_every
         self.asynchronous, self.timeout = asynchronous, timeout
@@ -134,32 +136,32 @@ class Checkpointer:
         self.committer = Committer(Path(root).resolve(), attempt, world_size, timeout, notes=notes)
         self.committer.enter(rank)
         self._buffers: StagingBuffers | None = None
-        """Buffers for the next save."""
+        """Buffers for the next save; None if they must be allocated."""
         self._flight: SaveInFlight | None = None
         self._stuck: list[SaveInFlight] = []
-        """Saves that were given up but are still running."""
+        """Saves that were given up, but whose threads are still running."""
         self._ending = threading.Lock()
         """A thread holds this lock while it sets the result of a save."""
         self._serial = 0
-        self._results: deque[SaveResult] = deque()  # the thread appends while the loop polls
+        self._results: deque[SaveResult] = deque()  # the saving thread appends, and the training loop reads
         self._unsaved: int | None = None
-        """Step of the last save; None when this save is known to have succeeded."""
+        """Step of the last requested save; None after a report that this save succeeded."""
         self._protected: Path | None = None
         self._best: list[Path] = []
-        """Checkpoints that had the lowest held-out loss when they were saved. The last of these checkpoints may not be
-        complete yet."""
+        """Paths of the checkpoints with the lowest held-out loss so far, oldest first. The last of them may not exist
+        yet."""
 
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
         """Write the state as the checkpoint of `step`. Returns the seconds that the caller was blocked.
 
-        The call waits for the previous save. If saves are not asynchronous, it waits for this save too. `meta`: JSON
+        The call first waits for the previous save. If saves are synchronous, it also waits for this save. `meta`: JSON
         values; the checkpoint contains the `meta` of rank 0.
         """
         began = time.perf_counter()
         save, self._unsaved = Save(step, self._serial), step
-        self._serial += 1  # skipped saves count too, because all ranks need the same number
+        self._serial += 1  # also increased for a skipped save, because all ranks must use the same index
         self._settle()
-        started = time.perf_counter()  # after the wait for the previous save, which is not part of this save
+        started = time.perf_counter()  # excludes the wait for the previous save
         self._stuck = [flight for flight in self._stuck if flight.thread.is_alive()]
         if len(self._stuck) >= MOST_STUCK:
             self._skip(save, began)
@@ -201,21 +203,22 @@ class Checkpointer:
         return results
 
     def load(self, path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
-        """Fill shards like `train.checkpoint.read_shards.load_shards`.
-
-        This object never prunes the loaded checkpoint.
-        """
+        """Fill shards like `train.checkpoint.read_shards.load_shards`, and protect the loaded checkpoint from
+        pruning."""
         meta = load_shards(path, wanted)
         self._protected = Path(path).resolve()
         return meta
 
     def keep_best(self, step: int) -> None:
-        """Protect the checkpoint of this step, which has the lowest held-out loss, from pruning. The protection ends at
-        the next such checkpoint."""
+        """Protect the checkpoint of this step, which has the lowest held-out loss, from pruning.
+
+        The protection ends when a later call protects another checkpoint.
+        """
         self._best.append(self.committer.root / step_name(step))
 
     def _longest(self) -> float:
-        """Returns the maximum duration of a save in seconds: one `timeout` each for writing, votes and the lock."""
+        """Returns the maximum duration of a save in seconds: one `timeout` for writing, one for the votes, and one for
+        the lock."""
         return 3 * self.timeout
 
     def _join(self, seconds: float) -> bool:
@@ -230,13 +233,13 @@ class Checkpointer:
     def _settle(self) -> None:
         """Wait for the save in progress. If it takes too long, give it up and continue without it.
 
-        The wait must be short enough that other ranks do not consider this rank hung.
+        The wait is short enough that other ranks do not treat this rank as hung.
         """
         flight = self._flight
         if flight is None or self._join(flight.began + SAVE_PATIENCE * self.timeout - time.perf_counter()):
             return
         self.committer.abandon(flight.save)
-        if self._join(max(GRACE * self.timeout, LEAST_GRACE)):  # the save ends and reports which ranks it waited for
+        if self._join(max(GRACE * self.timeout, LEAST_GRACE)):  # the save ended and reports a reason
             return
         self._flight = self._buffers = None
         self._stuck.append(flight)
@@ -248,14 +251,17 @@ class Checkpointer:
         self._end(flight, SaveResult(flight.save.step, None, warning, False, seconds, 0, ranks, late=True))
 
     def _end(self, flight: SaveInFlight, result: SaveResult) -> None:
-        """Record the result of a save. Only the first result counts."""
+        """Record the result of a save. A second result of the same save is ignored."""
         with self._ending:
             if not flight.over:
                 flight.over = True
                 self._results.append(result)
 
     def _skip(self, save: Save, began: float) -> None:
-        """Skip this save and inform rank 0. Called when too many saves are stuck."""
+        """Skip this save and inform rank 0. Called when too many saves are stuck.
+
+        began: time of the call of `save`.
+        """
         steps = " and ".join(str(flight.save.step) for flight in self._stuck)
         why = f"rank {self.rank} is still writing those of steps {steps}; a disk that does not answer?"
         text = f"checkpoint of step {save.step} skipped: {why}"
@@ -264,14 +270,14 @@ class Checkpointer:
         )
 
         def tell() -> None:
-            with suppress(OSError, AttemptFenced, UserError):  # the note is optional: it only saves rank 0 a wait
+            with suppress(OSError, AttemptFenced, UserError):  # without the note, rank 0 waits until its timeout
                 self.committer.begin(save, self.rank)
                 self.committer.give_up(save, self.rank, why)
 
-        threading.Thread(target=tell, daemon=True).start()  # the disk may not answer this thread either
+        threading.Thread(target=tell, daemon=True).start()  # the disk may not answer this write either
 
     def _run(self, flight: SaveInFlight, meta: dict[str, Any]) -> None:
-        """Execute a save in the thread. Every failure becomes a result."""
+        """Run a save in the thread. Every failure becomes a `SaveResult`."""
         save, path, warning, failure = flight.save, None, None, None
         ranks, late = (self.rank,), False
         try:
@@ -284,7 +290,7 @@ class Checkpointer:
             failure, ranks, late = str(error), error.ranks, error.late
         except (AttemptFenced, NotCovered) as error:
             failure, ranks = str(error), ()
-        except Exception:  # so that the loop reports a bug in Sluice, which would otherwise be lost with the thread
+        except Exception:  # a bug in Sluice: the loop must report it, because the thread's exception would be lost
             failure = textwrap.indent(traceback.format_exc(), " " * 8).strip()
         if failure is not None:
             self.committer.give_up(save, self.rank, failure)
@@ -298,7 +304,8 @@ class Checkpointer:
         )
 
     def _write(self, flight: SaveInFlight) -> str | None:
-        """Write this rank's files. Retries after a failure, and then returns a warning."""
+        """Write this rank's files, and retry after a failure. Returns a warning if a try failed before one
+        succeeded."""
         save = flight.save
         folder = self.committer.begin(save, self.rank)
         warning = None
@@ -324,7 +331,11 @@ class Checkpointer:
         return self.committer.commit(save, merge_indexes(self.committer.await_votes(save), meta))
 
     def _prune(self, warning: str | None) -> str | None:
-        """Remove old checkpoints. A failure only adds a warning, because the new checkpoint is complete."""
+        """Remove old checkpoints. Returns the warning to report.
+
+        warning: an earlier warning of the save. A failure here only replaces it, because the new checkpoint is
+        complete.
+        """
         try:
             best = next((path for path in reversed(self._best) if path.exists()), None)
             self.committer.prune(self.keep, self.keep_every, self._protected, best)

@@ -1,23 +1,23 @@
-"""Combines the files of all ranks into one checkpoint. It uses no collectives, because they are forbidden in threads.
+"""Combines the files of all ranks into one checkpoint. It uses no collectives, because threads must not call them.
 
 1. Every rank writes its data file into checkpoints/.step_N.attempt_A.save_K.tmp/. Then it adds its index by rename.
    The index is the rank's vote: its data are on disk. Ranks other than 0 are then done.
-2. Rank 0 waits for all votes, merges them into manifest.json, and renames the folder to step_N. That rename is
+2. Rank 0 waits for all votes, merges the indexes into manifest.json, and renames the folder to step_N. That rename is
    the commit: before it no folder has the final name, after it everything is durable.
 
-A rank that cannot write leaves a note, rank_R.failed, so that rank 0 gives up at once and not after its timeout. If the
-disk refuses the note too, the rank writes the note to the store of the rendezvous. When rank 0 gives up, it removes the
-folder. A late rank may create the folder again, and the next save removes it. If the training loop of a rank continues
-without a save (`abandon`), the rank neither votes for this save nor commits it.
+A rank that cannot write its data writes a note, rank_R.failed, so that rank 0 gives up at once and not after its
+timeout. If the disk refuses the note too, the rank writes the note to the store of the rendezvous. When rank 0 gives
+up, it removes the folder. A late rank may create the folder again; then the next save removes it. If the training loop
+of a rank continues without a save (`abandon`), the rank neither votes for this save nor commits it.
 
-Fencing. When a node loses its network, its ranks keep running while a new attempt runs elsewhere. These old ranks must
-not replace or prune checkpoints of the new attempt. The file `.fence` contains the highest attempt number. A new
-attempt, or the driver of a new launch, raises the number. An attempt stops when it reads a number higher than its own.
-A process holds one advisory lock while it raises the number, and also while it checks the number and renames a folder.
-So a new attempt cannot start between the check and the rename of an old one. This needs a file system that shares flock
-between hosts (NFSv4, Lustre with -o flock, or one machine). On other file systems a few microseconds remain between
-check and rename. In this time, an intact checkpoint of the old attempt may appear. This checkpoint counts as older than
-all checkpoints of the new attempt (`Manifest.age`).
+Fencing. When a node loses its network, its ranks keep running while a new attempt of the run starts elsewhere. These
+old ranks must not replace or prune checkpoints of the new attempt. The file `.fence` contains the highest attempt
+number. A new attempt, or the driver of a new launch, raises the number. An attempt stops when it reads a number higher
+than its attempt number. One advisory lock protects two operations: raising the number, and checking it before a folder
+is renamed. So a new attempt cannot start between the check and the rename of an old attempt. This needs a file system
+that shares flock between hosts (NFSv4, Lustre with -o flock, or one machine). On other file systems, a new attempt may
+start in the few microseconds between check and rename. Then an intact checkpoint of the old attempt appears. It counts
+as older than all checkpoints of the new attempt (`Manifest.age`).
 """
 
 import os
@@ -49,7 +49,7 @@ class AttemptFenced(RuntimeError):
 class SaveAbandoned(RuntimeError):
     """This save cannot be committed. The text names the failed rank and the reason.
 
-    late: whether the only cause is that some ranks were late, and no rank failed.
+    late: whether ranks were only too late, and none reported a failure.
     """
 
     def __init__(self, text: str, ranks: Sequence[int] = (), late: bool = False):
@@ -58,7 +58,7 @@ class SaveAbandoned(RuntimeError):
 
 
 def next_attempt(root: Path) -> int:
-    """Returns the number of a new attempt, which is higher than the number of every earlier attempt.
+    """Returns the number for a new attempt of the run. It is higher than the number of every earlier attempt.
 
     root: folder of the run's checkpoints.
     """
@@ -67,7 +67,7 @@ def next_attempt(root: Path) -> int:
 
 @dataclass(frozen=True)
 class Save:
-    """Identifies one save. All ranks use the same identification."""
+    """Identifies one save. All ranks use the same values for it."""
 
     step: int
     serial: int
@@ -76,7 +76,7 @@ class Save:
 
 
 class Committer:
-    """Changes the checkpoints/ folder of a run for one rank of one attempt."""
+    """Writes, commits and removes checkpoints in the folder checkpoints/ of a run, for one rank of one attempt."""
 
     def __init__(
         self,
@@ -93,7 +93,8 @@ class Committer:
         self.root, self.attempt, self.world_size = root, attempt, world_size
         self.timeout, self.poll = timeout, poll
         self._abandoned: set[Save] = set()
-        """Saves that this rank abandoned. The training loop adds to this set, and the threads of saves read it."""
+        """Saves that this rank abandoned. The training loop adds saves to this set, and the threads of saves read
+        it."""
 
     def enter(self, rank: int) -> None:
         """Start to use the folder as this rank. Raises AttemptFenced if a newer attempt has started.
@@ -103,29 +104,30 @@ class Committer:
         """
         self.root.mkdir(parents=True, exist_ok=True)
         self._check_fence()
-        if rank == 0:  # only rank 0, because thousands of ranks would wait for the lock one after another
+        if rank == 0:  # not on other ranks, because thousands of ranks would wait for the lock one after another
             self.raise_fence()
             self.sweep()
 
     def raise_fence(self) -> None:
-        """Fence all older attempts. Raises AttemptFenced if a newer attempt has started."""
+        """Raise the number in `.fence`, so that all older attempts stop. Raises AttemptFenced if a newer attempt has
+        started."""
         with hold_lock(self.root, self.timeout):
             self._check_fence()
             if read_fence(self.root) < self.attempt:
                 write_fence(self.root, self.attempt)
 
     def sweep(self) -> None:
-        """Remove the incomplete folders of dead attempts."""
+        """Remove the incomplete folders of earlier attempts."""
         with hold_lock(self.root, self.timeout):
             self._check_fence()
             for folder in self.root.glob(".step_*"):
                 match = HIDDEN.fullmatch(folder.name)
                 if match is None or int(match["attempt"]) >= self.attempt:
-                    continue  # a folder of this attempt: a rank that is faster than rank 0 already writes to it
+                    continue  # a folder of this attempt: another rank may already write to it
                 if match["kind"] == "replaced" and not (self.root / match["name"]).exists():
-                    folder.rename(self.root / match["name"])  # the process that committed it died between two renames
+                    folder.rename(self.root / match["name"])  # an earlier process ended between its two renames
                 else:
-                    shutil.rmtree(folder, ignore_errors=True)  # a rank of the old attempt may still write here
+                    shutil.rmtree(folder, ignore_errors=True)  # a rank of the old attempt may still write to it
 
     def begin(self, save: Save, rank: int) -> Path:
         """Create the folder for this save, into which all ranks write. Raises AttemptFenced.
@@ -140,9 +142,9 @@ class Committer:
             if (match := HIDDEN.fullmatch(other.name)) and int(match["serial"]) < save.serial
         ]
         if older:
-            with self._lock():  # so that no abandoned save is renamed at the same time
+            with self._lock():  # so that no abandoned save is renamed during the removal
                 for other in older:
-                    shutil.rmtree(other, ignore_errors=True)  # a slow rank may still write there; its files are useless
+                    shutil.rmtree(other, ignore_errors=True)  # errors are ignored: a slow rank may still write there
         folder.mkdir(exist_ok=True)
         return folder
 
@@ -151,26 +153,30 @@ class Committer:
         self._abandoned.add(save)
 
     def refuse_lost(self, save: Save) -> None:
-        """Check before a retry that the save may still be committed. Otherwise raise AttemptFenced or SaveAbandoned."""
+        """Check before a retry that the save may still be committed. Raises AttemptFenced or SaveAbandoned if it may
+        not."""
         self._check_fence()
         self._check_wanted(save)
         if not self._temporary(save).is_dir():
             raise SaveAbandoned("rank 0 gave up; see its log")
 
     def is_overtaken(self) -> bool:
-        """Whether a newer attempt has started, which may explain a failed operation. Never raises OSError."""
+        """Whether a newer attempt has started, which may be the reason of a failed operation. Never raises OSError."""
         try:
             return read_fence(self.root) > self.attempt
         except OSError:
-            return False  # the caller reports the original failure in any case
+            return False  # the caller reports its original error in any case
 
     def vote(self, save: Save, rank: int, index: dict[str, Any]) -> None:
-        """Declare that this rank's data file is on disk. Raises SaveAbandoned."""
+        """Write this rank's index, which declares that its data file is on disk. Raises SaveAbandoned."""
         self._check_wanted(save)
         atomic_write_json(self._temporary(save) / index_name(rank), index)
 
     def give_up(self, save: Save, rank: int, why: str) -> None:
-        """Remove this rank's files, and inform rank 0 that this rank has failed. Never raises OSError."""
+        """Remove this rank's files, and tell rank 0 that this rank has failed. Never raises OSError.
+
+        why: the reason. On rank 0, the method removes the whole folder of the save.
+        """
         folder = self._temporary(save)
         try:
             if rank == 0:
@@ -223,7 +229,7 @@ class Committer:
         with self._lock():
             self._check_fence()
             self._check_wanted(save)
-            if final.exists():  # it is damaged, or training was rolled back before it; a rename cannot replace a folder
+            if final.exists():  # a damaged or rolled-back checkpoint, because a rename cannot replace a folder
                 final.rename(aside)
             folder.rename(final)
             fsync_folder(self.root)
@@ -245,14 +251,14 @@ class Committer:
                 held = keep_every > 0 and manifest.step % keep_every == 0
                 if held or manifest.folder in protected:
                     continue
-                # Rename the folder first. Otherwise a reader might find a partly removed folder and report a damaged
-                # checkpoint.
+                # Rename the folder first. Otherwise a reader might find a partly removed folder and report it as a
+                # damaged checkpoint.
                 doomed.append(manifest.folder.rename(self._hidden(manifest.folder.name, "pruned")))
         for folder in doomed:
             shutil.rmtree(folder)
 
     def path(self, save: Save) -> Path:
-        """Returns the path of the checkpoint after the commit."""
+        """Returns the path that the checkpoint has after the commit."""
         return self.root / step_name(save.step)
 
     def _temporary(self, save: Save) -> Path:
@@ -274,7 +280,10 @@ class Committer:
 
     def _wait(self, ready: Callable[[], bool], vain: Callable[[], bool]) -> bool:
         """Call `ready` at growing intervals until it returns true. Returns False after the timeout, or when `vain`
-        returns true."""
+        returns true.
+
+        vain: whether further waiting is useless.
+        """
         deadline, pause = time.monotonic() + self.timeout, self.poll
         while not ready():
             if time.monotonic() > deadline or vain():

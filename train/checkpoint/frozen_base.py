@@ -1,7 +1,7 @@
-"""Reads an adapter's frozen base into block FP8, or reads it in fp32 and rounds it to values of block FP8.
+"""Reads the frozen base of an adapter, which may be held in block FP8 during training.
 
-A base that is stored in block FP8 keeps its exact values (train/hf/blocks.py). Other bases are rounded. Only a few
-matrices are in memory at a time.
+The base is either stored as block FP8, or read in fp32 and rounded to values of block FP8. If the source is block FP8,
+the values do not change (train/hf/blocks.py); other sources are rounded. Only a few matrices are in memory at a time.
 """
 
 import math
@@ -24,8 +24,9 @@ def fill_blocks(
 ) -> None:
     """Fill this rank's bytes of one weight in block FP8.
 
-    name: the weight's name in a checkpoint. ep: number of ranks that share the experts. held: the bytes of this rank,
-    from position `first` of the weight on, with padding at the end. mark: receives the values that the bytes represent.
+    name: the weight's name in a checkpoint. blocks: the weight's format. ep: number of ranks that share the experts.
+    held: the bytes of this rank: those of the weight from position `first` on, and padding at the end. fill: reads fp32
+    values. mark: receives the values that the bytes represent.
     """
     size, (rows, columns) = blocks.matrix_bytes, blocks.shape[-2:]
     local = range(1) if blocks.experts is None else blocks.experts
@@ -45,9 +46,9 @@ def fill_blocks(
 
 
 def fill_rounded(fill: FillShards, wanted: dict[str, Shard]) -> None:
-    """Fill fp32 shards with the values that the base had in an adapter's training, rounded to block FP8.
+    """Fill fp32 shards with a base's values as they were during the adapter's training: rounded to block FP8.
 
-    wanted: shards by their names in a checkpoint.
+    fill: reads the base's stored values. wanted: shards by their names in a checkpoint.
     """
     plain = {name: shard for name, shard in wanted.items() if not is_held_in_blocks(name)}
     fill(plain)
@@ -56,7 +57,7 @@ def fill_rounded(fill: FillShards, wanted: dict[str, Shard]) -> None:
 
 
 def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
-    """Fill a shard of one weight. It reads complete rows of blocks, matrix by matrix."""
+    """Fill a shard of one weight. The function reads complete rows of blocks, one matrix after another."""
     rows, columns = shard.shape[-2:]
     stop = shard.offset + shard.local.numel()
     for start, count in _block_rows(shard.offset, stop, rows, columns):
@@ -68,9 +69,9 @@ def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
 
 
 def _block_rows(first: int, stop: int, rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Yields the groups of block rows that overlap elements [first, stop), as first element and number of rows.
+    """Yields groups of matrix rows that together contain the elements [first, stop): first element and number of rows.
 
-    A group consists of complete rows of blocks, and all of them belong to one matrix.
+    A group consists of complete rows of blocks of one matrix. rows, columns: shape of each matrix.
     """
     size = rows * columns
     for matrix in range(first // size, -(-stop // size)):

@@ -9,14 +9,15 @@ This file does not import torch, because the driver searches checkpoints too.
         manifest.json             written last: meta, the size of every file, the CRC-32 of every index, and for
                                   each logical tensor its dtype, shape and intervals [rank, start, count]
 
-The checksums form a chain. The manifest ends with its own CRC-32 and contains the CRC-32 of each index. An index
-contains checksums of the header and of every block of its data file. So a reader that needs a small part of a file
-reads and checks only the blocks with this part. A run uses no byte that was not checked.
+The checksums form a chain. The manifest ends with a CRC-32 of its content, and it contains the CRC-32 of each index. An
+index contains checksums of the header and of every block of its data file. A reader that needs a small part of a file
+reads and checks only the blocks that contain this part. A run uses no byte that was not checked.
 
 There are two kinds of verification. The fast verification checks the manifest, and calls `stat` once for every file to
-check its size. It detects the effects of crashes, full disks and partial copies. It selects the checkpoint to resume
-from, because one process cannot read terabytes at every start. The full verification reads all bytes; tools and tests
-use it. Flipped bits are detected during loading: each rank checks the blocks that it reads.
+check its size. It detects the effects of crashes, full disks and partial copies. Sluice uses it to select the
+checkpoint to resume from, because one process cannot read terabytes at every start. The full verification reads all
+bytes; tools and tests use it. Flipped bits are detected when a checkpoint is loaded: each rank checks the blocks that
+it reads.
 
 Nothing is pickled: an untrusted checkpoint may contain wrong values, but it cannot run code.
 """
@@ -38,13 +39,14 @@ from conf.words import one_line
 
 FORMAT = "sluice checkpoint"
 CHECKPOINT_VERSION = 1
-"""Version of the format. A change that older code cannot read increases it."""
+"""Version of the format. It is increased by every change that older code cannot read."""
 CRC_BLOCK = 4 << 20
-"""Bytes of data that one CRC-32 covers. It is a multiple of every item size, so that no element is in two blocks."""
+"""Number of bytes of data that one CRC-32 covers. It is a multiple of every element size, so no element is in two
+blocks."""
 LARGEST_NUMBER = 2**63 - 1
-"""Largest number that a checkpoint may contain."""
+"""Largest integer that a checkpoint may contain."""
 HOOK_STATE = "hook."
-"""Name prefix for the tensors and meta entries that a recipe's callbacks store in checkpoints."""
+"""Prefix of the names under which checkpoints store the tensors and meta entries of a recipe's callbacks."""
 META = {
     **dict.fromkeys(("step", "samples", "skipped", "updates", "seed", "seq_len"), int),
     **dict.fromkeys(("tokenizer", "data"), str),
@@ -52,7 +54,7 @@ META = {
     "held_out": dict,
     "config": dict,
 }
-"""Types of the meta fields that modes read. An int is a count, so it must not be negative."""
+"""Maps the entries of the meta that modes read to their types. An int is a count, so it must not be negative."""
 
 
 class CheckpointDamaged(UserError):
@@ -68,14 +70,14 @@ class CheckpointDamaged(UserError):
 
     @property
     def line(self) -> str:
-        """Describes the file and its problem on one line."""
+        """The damaged file and its problem, on one line."""
         return f"{one_line(self.value)} {self.rule}"
 
 
 class Meta(dict[str, Any]):
     """Everything that a checkpoint stores besides tensors: samples, tokenizer, data, seed, ...
 
-    Access to an entry that is missing or has the wrong type raises CheckpointDamaged.
+    Reading an entry that is missing or has the wrong type raises CheckpointDamaged.
     """
 
     def __init__(self, path: Path, stored: dict[str, Any]):
@@ -95,18 +97,18 @@ class Meta(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Entry:
-    """One logical tensor in a checkpoint."""
+    """One logical tensor in a checkpoint: the whole tensor, of which each rank stores intervals."""
 
     dtype: str
     """Name of the element type in the safetensors format, such as F32 or BF16."""
     shape: tuple[int, ...]
     intervals: list[tuple[int, int, int]]
-    """Intervals of the flattened tensor, as (rank, start, count) in elements, sorted by start."""
+    """Intervals of the flattened tensor, as (rank, start, count), sorted by start. start and count are in elements."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest of one checkpoint, which is known to be intact."""
+    """The manifest of one checkpoint. Its checksum was correct when it was read."""
 
     folder: Path
     step: int
@@ -115,8 +117,8 @@ class Manifest:
     meta: Meta
     """Everything that the checkpoint stores besides tensors: samples, tokenizer, data, seed, config (settings), ..."""
     files: dict[str, list[int]]
-    """Maps a file name to its size in bytes and, for an index, its CRC-32. An index contains the checksums of its data
-    file."""
+    """Maps a file name to [size in bytes] or, for an index, to [size, CRC-32]. An index contains the checksums of its
+    data file."""
     tensors: dict[str, Entry] = field(repr=False)
 
     @property
@@ -124,7 +126,8 @@ class Manifest:
         return Age(self.attempt, self.step)
 
     def body(self) -> dict[str, Any]:
-        """The manifest as JSON values for another rank. `manifest_of` reverses this conversion."""
+        """Returns the manifest as JSON values, which can be sent to another rank. `manifest_of` builds the manifest
+        from them."""
         tensors = {name: (entry.dtype, entry.shape, entry.intervals) for name, entry in self.tensors.items()}
         return {**vars(self), "folder": str(self.folder), "tensors": tensors}
 
@@ -135,7 +138,8 @@ def holds_adapter(meta: dict[str, Any]) -> bool:
 
 
 def seal(body: dict[str, Any]) -> str:
-    """Returns `body` as JSON text, with its CRC-32 as the last key. No format version may change this rule."""
+    """Returns `body` as JSON text, with its CRC-32 as the last key. All versions of the format must follow this
+    rule."""
     return json.dumps({**body, "crc32": zlib.crc32(json.dumps(body).encode())})
 
 
@@ -174,7 +178,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def manifest_of(folder: Path, body: dict[str, Any]) -> Manifest:
-    """Builds a manifest from a body with the format of `train.checkpoint.read_shards.merge_indexes`."""
+    """Builds a manifest from a body in the format of `train.checkpoint.read_shards.merge_indexes`.
+
+    Raises CheckpointDamaged if the body contradicts itself.
+    """
     path = folder / MANIFEST
     step, attempt, ranks = (_field(path, body, name, int) for name in ("step", "attempt", "world_size"))
     meta, files, tensors = (_field(path, body, name, dict) for name in ("meta", "files", "tensors"))
@@ -205,13 +212,13 @@ def _entries(path: Path, tensors: dict[str, Any], ranks: int) -> dict[str, Entry
 
 
 def _are_counts(found: Any, length: int | None = None) -> bool:
-    """Whether `found` is a list of integers >= 0, of this length if given."""
+    """Whether `found` is a list of integers that are not negative. length: required length; None: any length."""
     listed = isinstance(found, list | tuple) and length in (None, len(found))
     return listed and all(isinstance(count, int) and 0 <= count <= LARGEST_NUMBER for count in found)
 
 
 def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
-    """Returns a field of the body. Raises CheckpointDamaged if it is missing or has another type."""
+    """Returns the field `name` of the body. Raises CheckpointDamaged if it is missing or its type is not `kind`."""
     if name not in body:
         raise CheckpointDamaged(path, f"holds no {name!r}")
     if not isinstance(body[name], kind) or isinstance(body[name], bool):
@@ -264,8 +271,8 @@ def _is_place(found: Any) -> bool:
 def verify(folder: Path, full: bool = False) -> list[str]:
     """Verifies a checkpoint. Returns the problems of its files; an empty list if it is intact.
 
-    full: compare every byte with the checksums; otherwise only sizes are checked. Raises UserError if the folder is not
-    a checkpoint, or its format is too new.
+    full: whether to compare every byte with the checksums; otherwise only the manifest and the file sizes are checked.
+    Raises UserError if the folder is not a checkpoint, or its format is too new.
     """
     try:
         return _problems(read_manifest(folder), full)
@@ -305,8 +312,8 @@ class FoundCheckpoint:
 
     manifest: Manifest | None
     warnings: list[str]
-    """Problems of damaged checkpoints, file by file. The list covers checkpoints that are newer than the result, and
-    checkpoints whose age is unknown because the manifest is damaged."""
+    """Problems of damaged checkpoints, one text for each file. The list covers checkpoints that are newer than the
+    found one, and checkpoints whose age is unknown because their manifest is damaged."""
 
     @property
     def path(self) -> Path | None:
@@ -314,10 +321,10 @@ class FoundCheckpoint:
 
 
 def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -> FoundCheckpoint:
-    """Finds the newest intact checkpoint in a run's checkpoints/ folder. `verify` decides whether one is intact.
+    """Finds the newest intact checkpoint in a run's folder checkpoints/.
 
-    `skip`: checkpoints that passed the fast verification, but were found damaged during loading. Raises UserError if a
-    checkpoint has a newer format, because a run that skipped it would lose training.
+    full: as in `verify`. `skip`: checkpoints that passed the fast verification, but were found damaged when they were
+    loaded. Raises UserError if a checkpoint has a newer format, because a run that skipped it would lose training.
     """
     while True:
         warnings: list[str] = []
@@ -327,7 +334,7 @@ def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -
             problems = _problems(manifest, full)
             if not problems:
                 return FoundCheckpoint(manifest, warnings)
-            if not os.path.lexists(manifest.folder):  # a live run has pruned it, so newer checkpoints exist
+            if not os.path.lexists(manifest.folder):  # a live run pruned it: search again
                 break
             warnings += problems
         else:
@@ -340,7 +347,10 @@ def checkpoints(root: Path) -> list[Manifest]:
 
 
 def _newest_first(root: Path, warnings: list[str]) -> list[Manifest]:
-    """Returns the intact manifests in `root`, newest first. Adds the problems of damaged checkpoints to `warnings`."""
+    """Returns the manifests in `root` whose checksum is correct, newest first.
+
+    Adds the problems of damaged manifests to `warnings`.
+    """
     while True:
         sound: list[Manifest] = []
         damaged: list[str] = []
@@ -348,7 +358,7 @@ def _newest_first(root: Path, warnings: list[str]) -> list[Manifest]:
             try:
                 sound.append(read_manifest(folder))
             except UserError as error:
-                if not os.path.lexists(folder):  # a live run has pruned it, so newer checkpoints exist: search again
+                if not os.path.lexists(folder):  # a live run has pruned it, so there are newer ones: search again
                     break
                 if not isinstance(error, CheckpointDamaged):
                     raise

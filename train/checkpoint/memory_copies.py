@@ -1,9 +1,9 @@
 """Writes and reads a rank's copies in memory (see cluster/node/copy_store.py).
 
-`save` copies the shards to buffers and returns. A thread writes the buffers to a file on the rank's own node, and sends
-the same file to the next node. The files of all ranks for one step are a set. Before a save, all ranks agree on the
-newest set that every rank has stored on both nodes, and keep it. So a complete set exists at any moment, even if a save
-fails. A failed save becomes a warning in `poll`, and the next save starts from the beginning.
+`save` copies the shards to buffers and returns. A thread writes the buffers to a file in the memory of the rank's node,
+and sends the same file to the next node. The files of all ranks for one step are a set. Before a save, all ranks find
+the newest set that every rank has stored on both nodes, and do not delete it. So a complete set exists at any moment,
+even if a save fails. A failed save becomes a warning in `poll`. The next save does not depend on the failed save.
 """
 
 import json
@@ -36,10 +36,11 @@ SETS = 2
 
 
 class MemoryCopies:
-    """Makes the memory copies of one rank in one attempt. All ranks call `save` for the same steps."""
+    """Makes the copies in memory of one rank in one attempt. All ranks call `save` for the same steps."""
 
     def __init__(self, shelves: Shelves, token: str, *, rank: int, world_size: int, attempt: int, timeout: float):
-        """timeout: maximum wait for another node, in seconds."""
+        """shelves: the nodes, and the sets of copies on them. token: authenticates this rank to other nodes. timeout:
+        maximum wait for another node, in seconds."""
         self.shelves, self.token, self.rank, self.world_size = shelves, token, rank, world_size
         self.attempt, self.timeout = attempt, timeout
         home = shelves.home(rank)
@@ -47,20 +48,20 @@ class MemoryCopies:
         self._folder = Path(shelves.nodes[home].folder)
         self._next = None if following is None else shelves.nodes[following]
         self._resumed = ""
-        """The set that this attempt resumed from. It is kept until a newer set is complete."""
+        """Name of the set that this attempt resumed from. It is not deleted until a newer set is complete."""
         self._stored = -1
-        """Step of the newest part that this rank has stored on both nodes."""
+        """Newest step whose file this rank has stored on both nodes; -1 if there is none."""
         self._asked = -1
-        """Step of the last requested save."""
+        """Step of the last requested save; -1 if there is none."""
         self._stage: StagingBuffers | None = None
         self._thread: threading.Thread | None = None
         self._began = 0.0
-        self._warnings: deque[str] = deque()  # the thread appends while the loop polls
+        self._warnings: deque[str] = deque()  # the saving thread appends, and the training loop reads
 
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
         """Copy the state after `step`. Returns the seconds that the caller was blocked. Collective.
 
-        The call waits for the previous save. `meta`: JSON values, the same on every rank.
+        The call first waits for the previous save. `meta`: JSON values, the same on every rank.
         """
         began = time.perf_counter()
         ready = self._join()
@@ -95,9 +96,9 @@ class MemoryCopies:
         return [self._warnings.popleft() for _ in range(len(self._warnings))]
 
     def _join(self) -> bool:
-        """Wait for the thread. Returns False if it is still running.
+        """Wait for the thread of the previous save. Returns False if it is still running.
 
-        The wait is short enough that other ranks do not consider this rank hung.
+        The wait is short enough that other ranks do not treat this rank as hung.
         """
         if self._thread is not None:
             self._thread.join(max(0.0, self._began + SAVE_PATIENCE * self.timeout - time.perf_counter()))
@@ -107,7 +108,8 @@ class MemoryCopies:
         return True
 
     def _agree_on_kept(self) -> str:
-        """Returns the name of the set to keep until the next set is complete; empty if there is none."""
+        """Returns the name of the set that must not be deleted until the next set is complete; empty if there is
+        none."""
         step = self._oldest_stored()
         if step < self._asked == self._stored:
             self._warnings.append(
@@ -116,13 +118,13 @@ class MemoryCopies:
         return SetId(self.attempt, step, self.world_size).name if step >= 0 else self._resumed
 
     def _oldest_stored(self) -> int:
-        """Returns the newest step that all ranks have stored on both nodes; -1 if there is none."""
+        """Returns the newest step whose files all ranks have stored on both nodes; -1 if there is none. Collective."""
         stored = torch.tensor([self._stored])
         dist.all_reduce(stored, op=dist.ReduceOp.MIN)
         return int(stored)
 
     def _run(self, stage: StagingBuffers, id: SetId, kept: str, meta: dict[str, Any]) -> None:
-        """Execute a save in the thread. Every failure becomes a warning."""
+        """Run a save in the thread. Every failure becomes a warning."""
         try:
             self._write(stage, id, kept, meta)
             self._stored = id.step
@@ -130,7 +132,11 @@ class MemoryCopies:
             self._warnings.append(f"copy of step {id.step} in memory not made by rank {self.rank}: {error}")
 
     def _write(self, stage: StagingBuffers, id: SetId, kept: str, meta: dict[str, Any]) -> None:
-        """Write to this rank's node first, then to the next node. On both nodes, write the data before the index."""
+        """Write the file to this rank's node, and then to the next node. On both nodes, the data are written before the
+        index.
+
+        kept: name of the set that must not be deleted.
+        """
         prune(self._folder, {id.name, kept}, self.attempt)
         folder = self._folder / id.name
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -146,8 +152,9 @@ class MemoryCopies:
         """Check that the copies of all ranks fit into the memory of their nodes. All ranks call it before the first
         save.
 
-        Returns None if the copies fit. If they do not fit, a run with all its ranks raises UserError. A run that
-        continues on fewer nodes has larger parts and must not end, so it returns the reason for having no copies.
+        Returns None if the copies fit. If they do not fit and the run has all its ranks, the method raises UserError.
+        If the run continues on fewer nodes, each rank has a larger part of the state, and the run must not end. Then
+        the method returns the reason why the run makes no copies.
         """
         home = self.shelves.home(self.rank)
         room = shutil.disk_usage(self._folder).free + folder_bytes(self._folder)
@@ -174,9 +181,9 @@ class MemoryCopies:
     # Resuming -------------------------------------------------------------------------------------------------------
 
     def manifest(self) -> Manifest | None:
-        """Builds the manifest of the set to resume from, from the indexes of all parts; None without a set.
+        """Builds the manifest of the set to resume from, from the indexes of all ranks' files; None if there is no set.
 
-        One rank calls it. Raises CheckpointDamaged if a part is missing, or if the parts do not cover the tensors.
+        One rank calls it. Raises CheckpointDamaged if a file is missing, or if the files do not cover the tensors.
         """
         if self.shelves.resume is None:
             return None
@@ -191,12 +198,12 @@ class MemoryCopies:
         return ShelfFiles(self.shelves, self.token, self.rank, self.timeout)
 
     def mark_resumed(self) -> None:
-        """Keep the loaded set until a newer set is complete."""
+        """Do not delete the loaded set until a newer set is complete."""
         self._resumed = self.shelves.resume or ""
 
 
 class ShelfFiles:
-    """Reads the files of the set to resume from, on this node or on others. See
+    """Reads the files of the set to resume from, on this node or on others. The class implements
     `train.checkpoint.read_shards.Files`."""
 
     def __init__(self, shelves: Shelves, token: str, rank: int, timeout: float):
@@ -221,6 +228,7 @@ class ShelfFiles:
             yield lambda view, position: peer.read(self._set, data_name(rank), view, position)
 
     def _peer(self, rank: int) -> Peer:
-        """Returns one of the nodes that hold this part. Different ranks read from different nodes."""
+        """Connects to a node that holds the file of this rank. If several nodes hold it, the choice depends on this
+        node's index."""
         holders = self._shelves.holders[rank]
         return Peer(self._shelves.nodes[holders[self._home % len(holders)]].address, self._token, self._timeout)

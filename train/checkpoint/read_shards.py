@@ -1,8 +1,8 @@
 """Loads a checkpoint into live shards. The run that wrote the checkpoint may have had any layout.
 
-Each wanted shard is an interval of a flattened tensor. The manifest lists the intervals that each rank wrote. The
-overlap of a wanted interval and a written interval gives the bytes to read. A rank reads all blocks that contain such
-bytes, and compares each block with its CRC-32 before it uses any element of the block.
+Each wanted shard is an interval of a flattened tensor. The manifest lists the intervals that each rank wrote. Where a
+wanted interval overlaps a written interval, the reader must read bytes. It reads all blocks that contain such bytes,
+and compares each block with its CRC-32 before it uses any element of the block.
 """
 
 import json
@@ -34,7 +34,7 @@ from train.checkpoint.manifest import (
 )
 from train.checkpoint.staging import DTYPES
 
-# Intervals of flattened tensors: checks of coverage, and the merged table of the intervals of all ranks.
+# Functions for intervals of flattened tensors: they check coverage, and merge the intervals of all ranks into a table.
 
 
 class NotCovered(ValueError):
@@ -42,9 +42,9 @@ class NotCovered(ValueError):
 
 
 def first_hole(intervals: list[tuple[int, int]], start: int, stop: int) -> int | None:
-    """Returns the first element of [start, stop) that no interval contains; None if all elements are covered.
+    """Returns the first element in [start, stop) that no interval contains; None if the intervals contain all elements.
 
-    intervals: (start, count), sorted by start.
+    intervals: pairs (start, count), sorted by start.
     """
     reached = start
     for begin, count in intervals:
@@ -55,9 +55,10 @@ def first_hole(intervals: list[tuple[int, int]], start: int, stop: int) -> int |
 
 
 def merge_indexes(indexes: list[bytes], meta: dict[str, Any]) -> dict[str, Any]:
-    """Builds the body of the manifest from the index files of ranks 0, 1, ... Raises NotCovered if a tensor has a gap.
+    """Builds the body of the manifest from the index files of ranks 0, 1, ...
 
-    Intervals of different ranks may overlap, because ranks may hold replicas. A replica is read from any of its ranks.
+    Intervals of different ranks may overlap, because ranks may hold replicas. Any of these ranks' files can be read.
+    Raises NotCovered if no rank wrote some element of a tensor.
     """
     ranks = [json.loads(text) for text in indexes]
     tensors: dict[str, tuple[str, list[int], list[tuple[int, int, int]]]] = {}
@@ -94,26 +95,27 @@ LOSSLESS = {
     torch.float32: (torch.float64,),
     torch.int32: (torch.int64,),
 }
-"""Conversions that do not change any value. Maps a stored dtype to the possible wanted dtypes."""
+"""Maps a stored dtype to other dtypes that represent all of its values exactly. A shard may have one of these
+dtypes."""
 
 
 @dataclass
 class FilePiece:
-    """The part of one wanted shard that one file contains."""
+    """A part of one wanted shard that one file contains."""
 
     name: str
     start: int
     """First element of the part, in the flattened logical tensor."""
     target: Tensor
-    """The memory to fill."""
+    """The memory of the shard to fill."""
 
 
 ReadSpan = Callable[[memoryview, int], int]
-"""Reads from a file at this byte position into the memory. Returns the number of bytes read."""
+"""Reads bytes of a file, from the given byte position, into the given memory. Returns the number of bytes read."""
 
 
 class Files(Protocol):
-    """Gives access to the files of a checkpoint in any place. Both methods raise OSError."""
+    """Gives access to the files of a checkpoint, on disk or on other nodes. Both methods raise OSError."""
 
     def index(self, rank: int) -> bytes:
         """Returns the index of a rank's data file."""
@@ -123,7 +125,7 @@ class Files(Protocol):
 
 
 class FolderFiles:
-    """Gives access to a checkpoint in one folder."""
+    """Reads the files of a checkpoint in one folder on disk."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -142,14 +144,15 @@ def load_shards(path: Path, wanted: dict[str, Shard], rounded: bool = False) -> 
 
     rounded: whether values may be rounded to a smaller dtype of the shard. Returns the stored meta, and `step`,
     `attempt` and `world_size` of the run that wrote the checkpoint. Raises UserError before it fills any shard if the
-    folder is not a checkpoint, has a newer format, lacks (a part of) a tensor, or differs in shape or dtype. Raises
-    CheckpointDamaged (a UserError) for a missing file or a wrong checksum. In this case shards may be partly filled.
+    folder is not a checkpoint, has a newer format, or lacks a tensor or a part of it, or if a shape or dtype differs.
+    Raises CheckpointDamaged (a UserError) for a missing file or a wrong checksum. Then some shards may already be
+    filled.
     """
     return fill_shards(read_manifest(path), FolderFiles(path), wanted, rounded)
 
 
 def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], rounded: bool = False) -> dict[str, Any]:
-    """Fill shards from a checkpoint whose manifest is known and whose files may be anywhere.
+    """Fill shards from a checkpoint whose manifest was read before. Its files may be on disk or on other nodes.
 
     rounded: as in `load_shards`.
     """
@@ -169,8 +172,10 @@ def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], roun
 
 
 def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[tuple[int, FilePiece]]:
-    """Yields (rank, piece) pairs that together cover one wanted shard. An element that several intervals contain is
-    read only once."""
+    """Returns (rank, piece) pairs that together cover one wanted shard.
+
+    If several ranks have written an element, only one of the pieces contains it.
+    """
     entry = _compatible(manifest, name, shard, rounded)
     stop = shard.offset + shard.local.numel()
     spans = [(start, count) for _, start, count in entry.intervals]
@@ -192,7 +197,8 @@ def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[
 
 
 def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> Entry:
-    """Returns the manifest's entry for a wanted tensor. Raises UserError if it does not fit the shard."""
+    """Returns the manifest's entry for a wanted tensor. Raises UserError if its shape or dtype does not fit the
+    shard."""
     entry, shape = manifest.tensors.get(name), tuple(shard.shape)
     if entry is None:
         raise UserError(
@@ -224,7 +230,11 @@ def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> E
 
 
 def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePiece], buffer: Tensor) -> None:
-    """Fill all pieces that one rank's file contains. It reads in file order, so that a shared block is read once."""
+    """Fill all pieces that one rank's file contains. The pieces are read in file order, so that a shared block is read
+    once.
+
+    buffer: memory for one block.
+    """
     index = check_index(manifest, rank, files.index(rank))
     tensors, path = index["tensors"], manifest.folder / data_name(rank)
     for piece in pieces:
@@ -263,7 +273,8 @@ def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePie
 
 
 def _read_block(read: ReadSpan, path: Path, index: dict[str, Any], number: int, buffer: Tensor) -> None:
-    """Read one block of the data into `buffer`. Raises CheckpointDamaged if it is short or its checksum is wrong."""
+    """Read block `number` of the data into `buffer`. Raises CheckpointDamaged if it is too short or its checksum is
+    wrong."""
     size = min(CRC_BLOCK, index["data_bytes"] - number * CRC_BLOCK)
     view, position = buffer.numpy().data[:size], index["header_bytes"] + number * CRC_BLOCK
     while view:

@@ -15,8 +15,8 @@ runs/NAME/
     report.html
     wandb/
     .lock              locked while the driver of the run lives; contains its process and host
-    .rank_0.lock       locked (shared) while a rank 0 of the run lives. Rank 0 may outlive its driver, and it writes the
-                       files that a new start reads. So a new start waits until rank 0 releases this lock.
+    .rank_0.lock       locked (shared) while a rank 0 of the run lives. Rank 0 may live longer than its driver, and it
+                       writes files that a new start reads. So a new start waits until rank 0 releases this lock.
 """
 
 import fcntl
@@ -65,9 +65,9 @@ class RunFolder(RunPaths):
     def __init__(self, config: Config, checkpoint_bytes: int = 0):
         """Create and lock the folder, and write config.yaml. `checkpoint_bytes`: estimated size of one checkpoint.
 
-        If an earlier rank 0 has lost its driver, the call waits until that rank 0 ends. Raises UserError if that rank 0
-        does not end, a live run holds the folder, another user owns it, the disk lacks space for the checkpoints, or
-        the setting `resume` forbids to continue from existing checkpoints. After an error an existing folder is
+        If a rank 0 of an earlier start still runs without its driver, the call waits until this rank 0 ends. Raises
+        UserError if it does not end, if a live run holds the folder, if another user owns the folder, if the disk lacks
+        space for the checkpoints, or if the run has checkpoints and resume=never. After an error, an existing folder is
         unchanged.
         """
         super().__init__(config)
@@ -92,20 +92,21 @@ class RunFolder(RunPaths):
             raise
 
     def take_back(self) -> None:
-        """Restore the old config.yaml after the ranks refused to start, because it describes the checkpoints."""
+        """Restore the old config.yaml after the ranks refused to start, because the old settings belong to the
+        checkpoints."""
         try:
             if self._before is None:
                 self.config_path.unlink()
             else:
                 atomic_write_text(self.config_path, self._before)
-        except OSError as error:  # the caller reports the reason of the ranks in any case
+        except OSError as error:  # the caller reports in any case why the ranks refused
             say(
                 f"{self.config_path} could not be restored after the refused start: {explain_disk_error(error)}",
                 file=sys.stderr,
             )
 
     def close(self) -> None:
-        """Release the lock. If the process dies, the kernel releases it."""
+        """Release the lock. If the process dies, the kernel releases the lock."""
         os.close(self._lock)
 
     def __enter__(self) -> "RunFolder":
@@ -119,10 +120,10 @@ class RunFolder(RunPaths):
 
 @contextmanager
 def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
-    """Returns a lock that rank 0 holds while it may write to the run folder.
+    """Returns a context in which rank 0 holds a lock, because it may write to the run folder.
 
-    Ranks 0 of two attempts may hold the lock at the same time, if one of the two ranks is on a disconnected node. A new
-    start may hold the lock for a moment.
+    The lock is shared. If one of two nodes is disconnected, the ranks 0 of two attempts may hold it at the same time. A
+    new start may hold it for a moment.
     """
     paths.path.mkdir(parents=True, exist_ok=True)
     handle = open_lock(paths.rank_lock)
@@ -137,9 +138,9 @@ def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
 
 
 def _await_end_of_rank_0(path: Path, config: Config) -> None:
-    """Wait until an earlier rank 0 has ended.
+    """Wait until the rank 0 of an earlier start has ended.
 
-    Raises UserError if it holds the lock longer than a rank may survive its driver.
+    Raises UserError if it does not end within the maximum time that a rank may run without its driver.
     """
     handle = open_lock(path)
     try:
@@ -167,9 +168,9 @@ def _me() -> str:
 
 
 def _holder(handle: int, path: Path) -> str:
-    """Returns a text for the process that holds the lock.
+    """Returns a text that describes the process that holds the lock.
 
-    The lock file names a process. If this process has ended, another process holds the lock, and the text says so.
+    The lock file names a process. If this process has ended, an unknown process holds the lock, and the text says so.
     """
     text = os.pread(handle, 200, 0).decode(errors="replace").strip()
     holder = re.fullmatch(r"process (\d{1,9}) on host (.+)", text)
@@ -181,7 +182,7 @@ def _holder(handle: int, path: Path) -> str:
 
 
 def is_held(run: Path) -> bool:
-    """Whether a driver, or a rank 0 that outlived it, still writes to the run folder."""
+    """Whether a driver, or a rank 0 that lives longer than its driver, may write to the run folder."""
     for lock in (run / ".lock", run / ".rank_0.lock"):
         try:
             handle = open_plain(lock, os.O_RDONLY)
@@ -197,11 +198,12 @@ def is_held(run: Path) -> bool:
 
 
 def resume_point(config: Config, skip: Collection[Path] = ()) -> FoundCheckpoint:
-    """Finds the checkpoint to start from; its path is None for a new start. Warns about each damaged checkpoint.
+    """Finds the checkpoint to start from; its path is None for a new start. The result has a warning for each damaged
+    checkpoint.
 
-    `skip`: checkpoints that were found damaged during loading. Raises UserError if a named checkpoint is damaged, or if
-    all checkpoints are damaged, because a new start would silently lose training. Before this call, create the
-    Checkpointer of rank 0, which repairs an interrupted commit.
+    `skip`: checkpoints that were found damaged when they were loaded. Raises UserError if `resume` names a damaged
+    checkpoint, or if all checkpoints are damaged, because a new start would silently lose training. Before this call,
+    create the Checkpointer of rank 0, which repairs an interrupted commit.
     """
     own = RunPaths(config).checkpoints
     if config.resume == "never":
@@ -222,7 +224,7 @@ def resume_point(config: Config, skip: Collection[Path] = ()) -> FoundCheckpoint
 def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
     """Finds the intact checkpoint that `given` names. Raises UserError if there is none.
 
-    given: value of the key `field`; None means the newest checkpoint of the run.
+    given: value of the key `field`. None means the newest checkpoint of the run.
     """
     try:
         found = resume_point(replace(config, resume=given or "auto")).path
@@ -239,7 +241,8 @@ def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
 
 
 def _named(path: Path) -> FoundCheckpoint:
-    """Finds the intact checkpoint at a path, or the newest checkpoint of a run at the path.
+    """Finds the intact checkpoint at this path. If the path is a run folder, finds the newest intact checkpoint of the
+    run.
 
     Raises UserError if there is none.
     """
@@ -261,10 +264,10 @@ def _named(path: Path) -> FoundCheckpoint:
 
 
 def wandb_place(run: Path) -> dict[str, str | None]:
-    """Returns project, entity and group of a folder's W&B run; empty if there is no run or its place is unknown.
+    """Returns project, entity and group of a run folder's W&B run; empty if it has no W&B run, or if they are unknown.
 
-    An earlier version of Sluice had keys for these values. Its config.yaml contains them until a new start replaces the
-    file.
+    An earlier version of Sluice had configuration keys for these values. Then they are in the old config.yaml, until a
+    new start replaces this file.
     """
     with suppress(*UNREADABLE, KeyError, TypeError, AttributeError):
         if (run / "wandb" / WANDB_PLACE).is_file():
@@ -277,7 +280,7 @@ def wandb_place(run: Path) -> dict[str, str | None]:
 
 
 def _make(config: Config, root: Path) -> None:
-    """Create the folder if it is missing. Raises UserError if this is not permitted, or if another user owns it."""
+    """Create the run folder if it is missing. Raises UserError if it cannot be created, or if another user owns it."""
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -294,9 +297,10 @@ def _make(config: Config, root: Path) -> None:
 
 
 def _lock(path: Path, name: str) -> int:
-    """Returns an open file handle that holds the lock. If another process holds it, the UserError names the process.
+    """Returns a file handle that holds the lock. If another process holds the lock, the UserError names the process.
 
-    The file is never removed. If it were removed between open and lock, two processes could lock two different files.
+    The lock file is never removed. If it were removed between open and lock, two processes could lock two different
+    files.
     """
     handle = open_lock(path)
     try:
@@ -345,7 +349,7 @@ def write_best(folder: Path, step: int, loss: float) -> None:
 
 
 def best_step(folder: Path) -> int | None:
-    """Returns the step of the checkpoint with the lowest held-out loss; None if the run does not keep it."""
+    """Returns the step of the checkpoint with the lowest held-out loss; None if best.json is missing or unreadable."""
     with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
         return int(read_plain_json(folder / BEST)["step"])
     return None
@@ -354,14 +358,15 @@ def best_step(folder: Path) -> int | None:
 def check_space(config: Config, checkpoint_bytes: int) -> None:
     """Raise UserError if the disk does not have enough space for the checkpoints.
 
-    The space must suffice for the checkpoints that `keep` allows and that do not exist yet, for the checkpoint in
-    progress, and for the checkpoint to resume from.
+    The check assumes the maximum number of checkpoints at one time: checkpoint.keep, one more that is being written,
+    the best one if checkpoint.keep_best is set, and the one to resume from. It subtracts the number that already
+    exists.
     """
     paths = RunPaths(config)
     there = len(checkpoints(paths.checkpoints))
     most = (
         config.checkpoint.keep + 1 if config.checkpoint.every else 1
-    )  # without checkpoints during training, only the one at the end
+    )  # without checkpoints during training, the run saves only one, at its end
     most += config.checkpoint.keep_best
     copies = max(1, most + (there > 0) - there)
     place = next(folder for folder in (paths.path, *paths.path.parents) if folder.exists())

@@ -2,7 +2,7 @@
 
 `StagingBuffers.copy` copies the shards into CPU buffers that have the layout of the file. When it returns, the training
 continues. `StagingBuffers.write` runs in a thread, writes the buffers, and computes a CRC-32 for each block. Later
-saves reuse the buffers, because page-locked memory is slow to allocate, and reused pages are fast to fill.
+saves reuse the buffers, because the allocation of page-locked memory is slow, and writing to reused pages is fast.
 
 The file has the safetensors format, so any tool can open it: 8 bytes of header length, a JSON header, raw little-endian
 data. The writer of the safetensors library is not used, because it neither computes checksums nor calls fsync.
@@ -42,11 +42,11 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""Maps element types to their names in the safetensors format."""
+"""Maps dtypes to their names in the safetensors format."""
 WRITE_BYTES = 16 << 20
-"""Bytes in one write call. The calls are small, so that even a slow disk shows progress."""
+"""Maximum number of bytes in one write call. It is small, so that the rank shows progress even on a slow disk."""
 DTYPE_BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
-"""Bytes per element, by safetensors name."""
+"""Maps names of dtypes in the safetensors format to the number of bytes of an element."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class StagedLayout:
     """The positions of shards in the data part of a rank's file."""
 
     places: dict[str, tuple[str, tuple[int, ...], int, int, int]]
-    """Maps a name to (dtype, logical shape, start and count in elements, first byte in the data part)."""
+    """Maps a shard's name to (dtype, shape of the logical tensor, start, count, first byte in the data part). start and
+    count are in elements."""
     header: bytes
     data_bytes: int
 
@@ -76,11 +77,11 @@ def lay_out_shards(shards: dict[str, Shard]) -> StagedLayout:
 def safetensors_header(
     tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: dict[str, str] | None = None
 ) -> tuple[bytes, dict[str, int], int]:
-    """Builds the header of a file with these tensors (name, type and shape).
+    """Builds the header of a file with these tensors. tensors: (name, dtype name, shape).
 
-    Returns the header bytes, the first byte of each tensor in the data part, and the size of the data part. Tensors
-    with wide elements come first. So all elements are aligned without padding, which the format forbids. Tensors with
-    elements of the same width stay in the given order.
+    Returns the header, the first byte of each tensor in the data part, and the number of bytes of the data part.
+    Tensors with the largest elements come first. So all elements are aligned without padding, which the format forbids.
+    Tensors whose elements have the same number of bytes stay in the given order.
     """
     header: dict[str, dict[str, Any]] = {} if metadata is None else {"__metadata__": metadata}
     offsets, at = {}, 0
@@ -94,20 +95,26 @@ def safetensors_header(
 
 
 class StagingBuffers:
-    """The buffers of a rank for one save at a time."""
+    """The buffers of one rank. They hold the data of one save at a time."""
 
     def __init__(self, pinned: bool, most: int = 0):
-        """`pinned`: page-lock the buffers, for fast copies from a GPU. `most`: maximum size of the buffers in bytes, at
-        least one segment; 0: the size of the state. A larger state is copied part by part while it is written."""
+        """`pinned`: whether the buffers are page-locked, for fast copies from a GPU.
+
+        `most`: maximum size of the buffers in bytes, at least one segment; 0: the size of the state. A state that is
+        larger than the buffers is copied part by part while it is written.
+        """
         self.pinned, self.most = pinned, most and max(most, THRESHOLDS.staging_bytes)
         self.segments: list[Tensor] = []
         self.layout = StagedLayout({}, b"", 0)
         self._live: dict[str, Shard] = {}
-        """Shards that are not completely copied yet."""
+        """The shards of the current save, if they are not completely copied yet; else empty."""
 
     def copy(self, shards: dict[str, Shard]) -> None:
-        """Copy the shards. The caller may change them after this method returns; if `in_pieces` is true, only after
-        `write` returns."""
+        """Copy the shards.
+
+        The caller may change the shards after this method returns. If `in_pieces` is true, the caller may change them
+        only after `write` returns.
+        """
         self.layout, self._live = lay_out_shards(shards), shards
         self._fit(self._room)
         if not self.in_pieces:
@@ -124,7 +131,8 @@ class StagingBuffers:
         return min(self.layout.data_bytes, self.most or self.layout.data_bytes)
 
     def _fill(self, start: int) -> None:
-        """Copy bytes of the data part into the buffers, from position `start` on, until the buffers are full."""
+        """Copy bytes of the data part into the buffers until the buffers are full. start: position of the first
+        byte."""
         devices = set()
         for name, (*_, at) in self.layout.places.items():
             raw = self._live[name].local.detach().view(torch.uint8)
@@ -136,11 +144,11 @@ class StagingBuffers:
                 self.segments[segment][offset : offset + size].copy_(part, non_blocking=self.pinned)
                 done += size
             devices |= {raw.device} if raw.is_cuda else set()
-        for device in devices:  # wait here: otherwise later code would need an event before it changes the shards
+        for device in devices:  # otherwise the caller could change the shards before the copies end
             torch.cuda.synchronize(device)
 
     def write(self, folder: Path, rank: int) -> dict[str, Any]:
-        """Write and fsync this rank's data file. Returns the content of its index. Raises OSError."""
+        """Write this rank's data file and fsync it. Returns the content of its index. Raises OSError."""
         header, blocks, left = self.layout.header, Checksums(), self.layout.data_bytes
         path = folder / data_name(rank)
         with naming(path, len(header) + left), open(path, "wb", buffering=0, opener=open_plain) as file:
@@ -164,9 +172,10 @@ class StagingBuffers:
         }
 
     def _fit(self, size: int) -> None:
-        """Resize the segments to `size` bytes in total. All segments but the last have full size.
+        """Resize the list of segments to `size` bytes in total. All segments except the last have the same maximum
+        size.
 
-        Segments that are large enough are reused.
+        Existing segments that are large enough are reused.
         """
         most = THRESHOLDS.staging_bytes
         wanted = [min(most, size - start) for start in range(0, size, most)]
@@ -181,13 +190,15 @@ class StagingBuffers:
 
 
 class Checksums:
-    """Computes the CRC-32 of every block of data. The caller passes the data in views of any size. The last block may
-    be shorter."""
+    """Computes the CRC-32 of every block of data.
+
+    The caller passes the data in views of any size. The last block may be shorter than the other blocks.
+    """
 
     def __init__(self) -> None:
         self.all: list[int] = []
         self._room = 0
-        """Number of bytes that are still missing from the last block."""
+        """Number of bytes that the last block can still take."""
 
     def add(self, view: memoryview) -> None:
         while view:

@@ -1,12 +1,13 @@
-"""Reads the weights of a checkpoint. For an adapter's run, it reads the base and adds the adapter.
+"""Reads the weights of a checkpoint. For an adapter's run, it reads the base and adds the adapter:
 
     W + scale B A       in fp32, before any rounding
 
-LoRA's A and B come from the checkpoint of the run, or from a PEFT folder (adapter.path) for a complete model. They are
-added interval by interval while the base is read, so only a few tensors are in memory at a time.
+LoRA's A and B come from the checkpoint of the run. For a complete model, they may come from a PEFT folder
+(adapter.path). While the base is read interval by interval, the product B A is added to each interval. So only a few
+tensors are in memory at a time.
 
-A Sluice checkpoint is read without optimizer state, either into the chunks of a layout, or completely into one process.
-A Hugging Face folder is read completely into one process.
+The optimizer state of a Sluice checkpoint is not read. The weights of a checkpoint are read into the chunks of a
+layout, or completely into one process. A Hugging Face folder is read completely into one process.
 """
 
 import hashlib
@@ -59,11 +60,12 @@ from train.model.operations import Kernels
 from train.parallelize import build_chunks, build_pipeline, make_dispatcher, make_share
 
 CACHED_TENSORS = 8
-"""Number of adapter tensors that are cached for the next matrices, such as the tensors of one layer's experts."""
+"""Number of adapter tensors that are cached, because several matrices use the same tensor, such as a layer's
+experts."""
 
 
 class StoredLora:
-    """Adds LoRA matrices A and B to a base."""
+    """Adds the product of the LoRA matrices A and B to a base."""
 
     def __init__(
         self,
@@ -74,28 +76,36 @@ class StoredLora:
         weights: str | None,
         other: UserError,
     ):
-        """read: a function that returns an A or a B in fp32. base: format of the base in training. weights: mark of the
-        base in training; None if unknown. other: the error to raise for a different base."""
+        """read: a function that returns an A or a B in fp32. base: the base's storage format while the adapter was
+        trained.
+
+        weights: mark of the base with which the adapter was trained; None if unknown. other: the error to raise if the
+        mark of the base that is read differs from `weights`.
+        """
         self.adapted = list(adapted)
         self._mark, self._weights, self._other = WeightsMark(), weights, other
         self._by_place = {(one.base.ours, one.base.start): one for one in self.adapted}
         self._scale, self._read, self._base = scale, read, base
 
     def as_trained(self, fill_base: FillShards) -> FillShards:
-        """Returns a reader that gives the base the format it had in training. It also computes the base's mark."""
+        """Returns a function like `fill_base` that rounds the base to its format in the adapter's training.
+
+        The function also computes the base's mark.
+        """
         fill = partial(fill_rounded, fill_base) if self._base is BaseFormat.fp8 else fill_base
         return fill if self._weights is None else self._mark.watching(fill)
 
     def require_base(self, gather: Callable[[list[MarkedPart]], Iterable[Iterable]] = lambda parts: [parts]) -> None:
-        """Raise UserError if the base differs from the base in training. Call it after the base is read completely.
+        """Raise UserError if the base is not the base with which the adapter was trained.
 
-        gather: see `WeightsMark.text`.
+        Call this method after the base is read completely. gather: as in `WeightsMark.text`.
         """
         if self._weights is not None and not same_weights(self._mark.text(gather), self._weights):
             raise self._other
 
     def add_to(self, wanted: dict[str, Shard]) -> None:
-        """Add scale * B A to all shards that overlap adapted matrices. wanted: weights in fp32, by Sluice's names."""
+        """Add scale * B A to all shards that overlap adapted matrices. wanted: fp32 shards by Sluice's names of the
+        weights."""
         for part in parts_of([one.base for one in self.adapted], wanted):
             found, width = self._by_place[part.placed.ours, part.placed.start], part.placed.shape[1]
             row, end = part.start // width, -(-(part.start + part.target.numel()) // width)
@@ -103,7 +113,8 @@ class StoredLora:
             part.target.add_(delta.flatten()[part.start - row * width :][: part.target.numel()], alpha=self._scale)
 
     def fill_added(self, fill_base: FillShards, wanted: dict[str, Shard]) -> None:
-        """Fill shards of any type with the base plus the adapter. Each shard is computed in fp32 and then rounded."""
+        """Fill shards of any dtype with the base plus the adapter. Each shard is computed in fp32 and then rounded to
+        its dtype."""
         fill_base = self.as_trained(fill_base)
         for name, shard in wanted.items():
             values = {name: Shard(torch.empty(shard.local.numel()), shard.offset, shard.shape)}
@@ -116,9 +127,10 @@ class StoredWeights:
     """Reads all weights of a checkpoint, or a part of them."""
 
     def __init__(self, config: Config, checkpoint: Path, kind: str = "master"):
-        """Opens the checkpoint, but reads no weights yet. Raises UserError if the adapter's base is missing or differs.
+        """Opens the checkpoint, but reads no weights yet.
 
-        kind: `master`, or `ema` for the moving average; in an adapter's run, this is the average of the adapter.
+        kind: `master`, or `ema` for the moving average. In an adapter's run, the moving average is that of the adapter.
+        Raises UserError if the base of the adapter is missing, or is not the base of its training.
         """
         self.manifest, self._kind = read_manifest(checkpoint), kind
         self._own = partial(fill_shards, self.manifest, FolderFiles(checkpoint))
@@ -154,7 +166,7 @@ class StoredWeights:
         return mark_of(self._base, model)
 
     def read(self, placed: PlacedTensor) -> Tensor:
-        """Reads a LoRA A or B of the checkpoint's adapter, in fp32."""
+        """Returns an A or a B of the checkpoint's adapter, in fp32."""
         values = self._whole(placed.ours, placed.whole)
         return values[placed.start : placed.start + placed.count].view(placed.shape)
 
@@ -166,15 +178,15 @@ class StoredWeights:
 
 
 def plain_name(name: str) -> str:
-    """Returns the name of a weight. name: the name of the weight's tensor in a checkpoint, or of the weight's
+    """Returns the name under which a checkpoint stores a weight. name: that name, or the name of the weight's moving
     average."""
     return f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
 
 
 def open_base(config: Config, manifest: Manifest) -> FillShards:
-    """Returns a reader of the base that a checkpoint's adapter was trained with. Raises UserError.
+    """Returns a function that reads the base with which a checkpoint's adapter was trained. Raises UserError.
 
-    It searches for the base first at the path that the training used, and then at init_from.
+    It searches for the base first at the path in the checkpoint's meta, and then at init_from.
     """
     meta = manifest.meta
     path = Path(meta["base"]["path"])
@@ -209,7 +221,10 @@ def mark_of(fill_base: FillShards, model: Model) -> str:
 
 
 def open_lora(path: str | None, model: Model, family: ModelFamily, fill_base: FillShards) -> StoredLora | None:
-    """Opens the LoRA matrices in a PEFT folder; None without a path. Raises UserError if they have another base."""
+    """Opens the LoRA matrices in a PEFT folder; returns None without a path.
+
+    Raises UserError if the adapter was trained with another base than the weights that `fill_base` reads.
+    """
     if path is None:
         return None
     found = open_adapter(Path(path).expanduser(), model, family)
@@ -243,14 +258,14 @@ def open_lora(path: str | None, model: Model, family: ModelFamily, fill_base: Fi
 
 
 def weight_bytes(config: Model, item_bytes: int) -> int:
-    """Returns the memory of all weights in bytes, including MTP modules."""
+    """Returns the number of bytes of all weights, including MTP modules. item_bytes: bytes of an element."""
     counts = count_parameters(config)
     return item_bytes * (counts.total + counts.mtp)
 
 
 def fits_here(config: Config, device: torch.device) -> bool:
-    """Whether machine and device have enough memory for another process that loads all weights, in fp32, while a run
-    trains."""
+    """Whether a second copy of all weights, in fp32, needs less than half of the free memory of the machine and the
+    device."""
     room = psutil.virtual_memory().available
     if device.type == "cuda":
         room = min(room, torch.cuda.mem_get_info(device)[0])
@@ -258,9 +273,9 @@ def fits_here(config: Config, device: torch.device) -> bool:
 
 
 def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> None:
-    """Raise UserError if one process does not have enough memory to load the weights.
+    """Raise UserError if all weights do not fit into the free memory of this machine.
 
-    what: the source of the weights, which is the value of the key `field`.
+    item_bytes: bytes of an element. what: the source of the weights, which is the value of the key `field`.
     """
     needed, free = weight_bytes(model, item_bytes), psutil.virtual_memory().available
     if needed > free:
@@ -273,7 +288,7 @@ def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> Non
 
 
 def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSeekV3:
-    """Loads all weights of a checkpoint of any layout into one model in eval mode."""
+    """Loads all weights of a checkpoint into one model in eval mode. The checkpoint may come from any layout."""
     kernels = build_kernels(device.type, config.cluster.compiled)
     dtype, precision = activation_dtype(config.precision), build_precision(config.precision, device, kernels)
     model = DeepSeekV3.whole(config.model, precision, seq_len=config.seq_len, device="meta")
@@ -307,15 +322,16 @@ def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: 
 def read_into_chunks(
     chunks: list[DeepSeekV3], stored: StoredWeights, kind: str = "master", ep_rank: int = 0, ep: int = 1
 ) -> None:
-    """Read weights and balance biases into chunks, which hold the experts of rank `ep_rank` of `ep` ranks.
+    """Read weights and balance biases into chunks.
 
-    kind: `master`, or `ema` for their moving average.
+    kind: `master`, or `ema` for the moving average of the weights. ep_rank, ep: the chunks hold the experts of rank
+    `ep_rank` of the `ep` ranks that share the experts.
     """
     weights, wanted = {}, {}
     for chunk in chunks:
         for name, param in chunk.named_parameters():
             offset, shape = 0, tuple(param.shape)
-            if ".experts." in name:  # the ep ranks split it along the first dimension
+            if ".experts." in name:  # the ep ranks split this weight along its first dimension
                 offset, shape = ep_rank * math.prod(shape), (shape[0] * ep, *shape[1:])
             in_place = param.dtype == torch.float32 and param.device.type == "cpu"
             weights[param] = param.view(-1) if in_place else torch.empty(param.numel(), dtype=torch.float32)
@@ -336,11 +352,11 @@ def load_hf_model(
 ) -> tuple[Model, DeepSeekV3, Path | None]:
     """Loads all weights of a Hugging Face folder into one model on the CPU, in eval mode.
 
-    Returns the model, its configuration, and the path of its tokenizer.json if it exists. dtype: the dtype of weights
-    and matmuls. Weights are read directly in this dtype, so memory contains the model only once. field: name of the key
-    in errors. kernels: the kernels of the model's operations; torch's operations by default. text_only: leave out the
-    tensors of other modalities. adapter: a PEFT folder to add to the weights. Raises UserError if the folder does not
-    contain an intact DeepSeek-V3 model.
+    Returns the model's configuration, the model, and the path of its tokenizer.json if it exists. dtype: the dtype of
+    weights and matmuls. Weights are read directly in this dtype, so memory contains the model only once. field: name of
+    the key in errors. kernels: the kernels of the model's operations; torch's operations by default. text_only: leave
+    out the tensors of other modalities. adapter: a PEFT folder whose adapter is added to the weights. Raises UserError
+    if the folder does not contain an intact model of a supported family.
     """
     path = Path(folder).expanduser()
     headers, config, _ = open_model(path, field, text_only)

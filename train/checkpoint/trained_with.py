@@ -34,9 +34,10 @@ SHAPE = [
 
 
 def require_model(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError if the checkpoint's model has other tensors. The error names the fields that differ.
+    """Raise UserError if the checkpoint's model has tensors with other names or shapes. The error names the differing
+    fields.
 
-    If the checkpoint contains no settings, loading compares tensor by tensor instead.
+    If the checkpoint contains no settings, this function checks nothing, and loading compares tensor by tensor.
     """
     stored = meta.get("config", {}).get("model", {})
     differ = {name: stored[name] for name in SHAPE if stored.get(name, ...) not in (..., getattr(config.model, name))}
@@ -66,7 +67,7 @@ def refuse_mean(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
 def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:
     """Returns the configured tokenizer, or else the tokenizer in the run's folder.
 
-    Raises UserError if it is not the tokenizer of the training.
+    Raises UserError if the checkpoint was trained with another tokenizer.
     """
     run = checkpoint.folder.absolute().parents[1]
     if config.data.tokenizer is None and not (run / "tokenizer.json").is_file():
@@ -83,9 +84,10 @@ def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:
 
 
 def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError if the tokenizer differs from the checkpoint's tokenizer.
+    """Raise UserError if the tokenizer differs from the tokenizer with which the checkpoint was trained.
 
-    choice: value of data.tokenizer; None for a tokenizer that was trained on the data.
+    fingerprint: hash of the run's tokenizer. choice: value of data.tokenizer; None for a tokenizer that was trained on
+    the data.
     """
     if meta["tokenizer"] and fingerprint != meta["tokenizer"]:
         raise UserError(
@@ -99,21 +101,25 @@ def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, me
 # Identifies the base of an adapter, and checks the adapter's settings. No torch.
 #
 # Checkpoints of an adapter's run contain only the adapter. Their meta contains the path of the base and its
-# fingerprint. If the base is a Sluice checkpoint, the fingerprint covers the checksums of its files. For a Hugging Face
-# folder it covers the headers of the files and samples of their bytes. So most wrong bases are refused before anything
-# starts. While all weights are read, a mark of them is computed (train/checkpoint/weights_mark.py). It detects every
-# changed value. Checkpoints of earlier versions have no such mark. The folder of the base may have moved.
+# fingerprint. The path may be out of date, because the folder may have moved. If the base is a Sluice checkpoint, the
+# fingerprint covers the checksums of its files. If it is a Hugging Face folder, the fingerprint covers the headers of
+# its files and samples of their bytes. So most wrong bases are refused before anything starts.
+#
+# While all weights are read, a mark of them is computed (train/checkpoint/weights_mark.py). The mark detects every
+# changed value. Checkpoints of earlier versions have no mark.
 
 PLACES, BYTES_OF_PLACE = 16, 4096
-"""Number of positions that a fingerprint samples in a file, from start to end, and number of bytes in a sample."""
+"""Number of positions at which a fingerprint samples a file, from its start to its end, and number of bytes in a
+sample."""
 SHAPING = ("rank", "targets", "base")
-"""Keys of the adapter section that determine its parameters' shapes and the base's format."""
+"""Keys of the adapter section that determine the shapes of the adapter's parameters, and the format of the base."""
 
 
 def describe_base(source: Folder | Path) -> dict[str, str]:
-    """Returns the entry `base` for a checkpoint's meta. Raises UserError if a file is unreadable.
+    """Returns the entry `base` for a checkpoint's meta, which describes an adapter's base.
 
-    source: a Hugging Face folder whose headers are already read, or a Sluice checkpoint.
+    source: a Hugging Face folder whose headers are already read, or a Sluice checkpoint. Raises UserError if a file is
+    unreadable.
     """
     found = hashlib.sha256()
     if isinstance(source, Path):
@@ -133,7 +139,8 @@ def describe_base(source: Folder | Path) -> dict[str, str]:
 
 
 def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError unless checkpoint and run both train all weights, or both train adapters of the same shape."""
+    """Raise UserError unless checkpoint and run both train all weights, or both train adapters with the same SHAPING
+    values."""
     if config.adapter.on != holds_adapter(meta):
         here, there = "trains an adapter", "whole weights"
         cure = f"set init_from={checkpoint} and another name=, or omit adapter=lora"
@@ -152,21 +159,21 @@ def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> N
 
 
 def require_base(config: Config, checkpoint: Path, meta: dict[str, Any], base: dict[str, str]) -> None:
-    """Raise UserError unless the checkpoint's adapter was trained with this base."""
+    """Raise UserError unless the checkpoint's adapter was trained with this base. base: a result of `describe_base`."""
     known, now = (one.get("weights") for one in (meta["base"], base))
     if meta["base"]["fingerprint"] != base["fingerprint"] or (known and now and known != now):
         raise other_base(config.init_from, checkpoint, meta)
 
 
 def other_base(init_from: str | None, checkpoint: Path, meta: dict[str, Any]) -> UserError:
-    """Returns the UserError for a base that differs from the base in an adapter's training."""
+    """Returns the UserError for a base that is not the base with which the checkpoint's adapter was trained."""
     path = meta["base"]["path"]
     rule = f"has other weights than the base of the adapter in {checkpoint}: {path}"
     return UserError("init_from", init_from, rule, f"set init_from={path}, or its copy")
 
 
 def refuse_adapter(checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError if a run would start from a checkpoint that contains only an adapter."""
+    """Raise UserError if a checkpoint from which a run would start contains only an adapter."""
     if holds_adapter(meta):
         rule = f"{checkpoint} has only an adapter for the weights of {meta['base']['path']}"
         cure = "merge the adapter first (mode=export of its run with export.merge=true), and start from the exported folder"

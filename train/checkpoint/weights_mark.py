@@ -2,10 +2,11 @@
 
     mark = sum over all elements of  number(value) * factor(place in its block) * factor(tensor, block)    mod 2^64
 
-A block is BLOCK consecutive elements of a flattened tensor. number(value) is computed from the value's magnitude and
-sign in bf16, so the same weights in fp32, bf16 and block FP8 have the same mark. The mark is a sum, so each rank adds
-the intervals that it holds. All factors are odd, so any change of a single value changes the mark. The main model and
-each MTP module have separate sums, because a model may be read without its MTP modules.
+A block is BLOCK consecutive elements of a flattened tensor. number(value) is an integer that is computed from the
+value's magnitude and sign in bf16, so the same weights in fp32, bf16 and block FP8 have the same mark. The mark is a
+sum, so each rank can sum over the intervals that it holds, and these sums are added. All factors are odd, so any change
+of a single value changes the mark. The main model and each MTP module have separate sums, because a model may be read
+without its MTP modules.
 """
 
 import hashlib
@@ -20,25 +21,27 @@ from torch import Tensor
 from parallel.shard import Shard
 
 FillShards = Callable[[dict[str, Shard]], Any]
-"""Fills shards of weights and balance biases, by their names in a checkpoint."""
+"""A function that fills shards of weights and balance biases. The keys are their names in a checkpoint."""
 BLOCK, BLOCKS_AT_ONCE = 1 << 14, {"cpu": 4, "cuda": 512}
-"""BLOCK is the number of elements of a block. BLOCKS_AT_ONCE is the number of blocks that one call sums on each device
-type. On a CPU these blocks fit in the caches of a core. On a GPU they are enough for an efficient kernel launch."""
+"""BLOCK: number of elements of a block. BLOCKS_AT_ONCE: number of blocks that one call sums, for each device type.
+
+On a CPU, this number of blocks fits into the caches of a core. On a GPU, it is large enough for efficient kernels.
+"""
 MODULUS = 1 << 64
-"""Sums wrap like 64-bit integers."""
+"""The sums are computed modulo this number, like unsigned 64-bit integers."""
 MarkedPart = tuple[str, int, int, int]
-"""An interval of a tensor and its sum: name of the tensor, first element, end (exclusive), sum."""
+"""The sum over an interval of a tensor: name of the tensor, first element, end (exclusive), sum."""
 
 
 class WeightsMark:
-    """Adds up the sums of the weights that have been read."""
+    """Sums the weights that are read, and combines the sums to a mark."""
 
     def __init__(self) -> None:
         self.parts: list[MarkedPart] = []
         self._taken: dict[str, list[tuple[int, int]]] = {}
 
     def watching(self, fill: FillShards) -> FillShards:
-        """Returns a reader like `fill` that also adds the values to the mark."""
+        """Returns a function that calls `fill` and then adds the filled values to the mark."""
 
         def watched(wanted: dict[str, Shard]) -> Any:
             found = fill(wanted)
@@ -49,9 +52,9 @@ class WeightsMark:
         return watched
 
     def add(self, name: str, values: Tensor, offset: int) -> None:
-        """Add an interval of a tensor. Elements that were already added do not count again.
+        """Add an interval of a tensor to the mark. Elements that were added before are not added again.
 
-        name: the tensor's name in a checkpoint, or the name of the tensor's average.
+        name: the tensor's name in a checkpoint, or the name of the tensor's moving average. offset: first element.
         """
         name = f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
         taken, place, stop = self._taken.setdefault(name, []), offset, offset + values.numel()
@@ -65,9 +68,9 @@ class WeightsMark:
         taken[:] = _joined(taken)
 
     def text(self, gather: Callable[[list[MarkedPart]], Iterable[Iterable[Any]]] = lambda parts: [parts]) -> str:
-        """Returns the mark of the parts of all ranks.
+        """Returns the mark, computed from the sums of all ranks.
 
-        gather: a function that returns the parts of every rank. If several replicas have the same interval, it counts
+        gather: a function that returns the sums of every rank. If several replicas have the same interval, it is added
         only once.
         """
         sums: dict[str, int] = {}
@@ -82,7 +85,8 @@ class WeightsMark:
 
 
 def same_weights(one: str | None, other: str | None) -> bool:
-    """Whether two marks agree in all parts of the model that both contain. An unknown mark agrees with every mark."""
+    """Whether two marks agree in all parts of the model that both contain. An unknown mark (None) agrees with every
+    mark."""
     return not one or not other or all(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
 
 
@@ -97,7 +101,7 @@ def _joined(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _sum(name: str, values: Tensor, offset: int) -> int:
-    """Returns the sum over an interval that begins at element `offset`."""
+    """Returns the sum over an interval of the tensor `name`. offset: first element of the interval."""
     start, total, done = _start(name), 0, 0
     factors = _odd(0, BLOCK).to(values.device)
     while done < values.numel():
@@ -107,7 +111,7 @@ def _sum(name: str, values: Tensor, offset: int) -> int:
             count *= min(BLOCKS_AT_ONCE[values.device.type], (values.numel() - done) // BLOCK)
         bits = values[done : done + count].bfloat16().view(torch.int16)
         negative = bits >> 15
-        numbers = ((bits & 0x7FFF) ^ negative).sub_(negative).long()  # magnitude and sign: both zeros give 0
+        numbers = ((bits & 0x7FFF) ^ negative).sub_(negative).long()  # magnitude with sign, and 0 for both zeros
         if count < BLOCK:
             sums = numbers.mul_(factors[place : place + count]).sum().view(1)
         else:
@@ -128,12 +132,12 @@ def _block_factors() -> Tensor:
 
 
 def _odd(first: int, count: int) -> Tensor:
-    """Returns `count` odd 64-bit factors of the sequence, from index `first` on."""
+    """Returns the odd 64-bit factors with indices `first` to `first` + `count` - 1."""
     return _block_factors() if (first, count) == (0, BLOCK) else _mixed(first, count)
 
 
 def _mixed(first: int, count: int) -> Tensor:
-    """Computes odd factors with the finaliser of SplitMix64 (Steele et al., 2014)."""
+    """Computes the odd factors with these indices by the finaliser of SplitMix64 (Steele et al., 2014)."""
     mixed = (np.arange(first, first + count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
