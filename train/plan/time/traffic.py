@@ -28,9 +28,9 @@ class Spread:
     ranks: int
     """Number of ranks in the expert group."""
     copies: tuple[float, ...]
-    """As in `Messages` (conf/dispatches.py)."""
+    """Copies of rows that kernels make in addition to the exchange; see `Messages` in conf/dispatches.py."""
     arrivals: float
-    """As in `Messages`: number of rows that arrive at the ranks of the experts, per token of a rank."""
+    """Number of rows that arrive at the ranks of the experts, per token of a rank."""
     row_bytes: int
     """Bytes of a dispatch message in forward: a row in the wire format and its side data."""
     gradient_bytes: int
