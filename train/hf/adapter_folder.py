@@ -1,5 +1,5 @@
-"""Reads the headers of a PEFT adapter folder and checks whether the adapter fits our model and our formula. No
-torch."""
+"""Reads the headers of a PEFT adapter folder, and checks whether the adapter fits our model and our formula. This file
+does not import torch."""
 
 import math
 import os
@@ -14,38 +14,41 @@ from train.hf.config import some
 from train.hf.folder import ADAPTER_CONFIG, PLAIN_TYPES, Folder, read_header
 from train.hf.tensor_names import PlacedTensor, tensors
 
-# Names of LoRA A and B in a PEFT folder, and their place in our parameters. No torch.
-# A matrix in a PEFT folder is one of our matrices, or one of several matrices that we stack in one parameter. Each
-# matrix has its own A and B (conf/adapters.py). So each A and B is one interval of one of our parameters, and no row is
-# permuted. The tensor names are `base_model.model.` and then the names of the base's folder. Each expert has its own
-# tensors, as vLLM and PEFT read them.
+# Names of LoRA A and B in a PEFT folder, and their positions in our parameters. A matrix in a PEFT folder is one of our
+# matrices, or one of several matrices that we stack in one parameter. Each matrix has a separate A and B
+# (conf/adapters.py). So each A and B is one interval of one of our parameters, and no row is permuted. A tensor's name
+# is `base_model.model.` and then the name in the base's folder. Each expert has separate tensors, as vLLM and PEFT read
+# them.
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""Prefix before the base's tensor names."""
+"""Prefix of the tensor names; the names in the base's folder follow it."""
 BASE_MARK = "base_mark"
-"""Key in the file's metadata: identifies the base by two of its rows, so that a check need not read the whole base."""
+"""Key in the file's metadata: a hash of two rows of the base. It identifies the base, so that a check need not read the
+whole base."""
 BASE_WEIGHTS = "base_weights"
 """Key in the file's metadata: the mark of all weights of the base (train/checkpoint/weights_mark.py). Earlier versions
 did not write this key.
 """
 BASE_FORMAT = "base_format"
-"""Key in the file's metadata: storage format of the base while the adapter trained, as in adapter.base."""
+"""Key in the file's metadata: the base's storage format while the adapter was trained, with the values of
+adapter.base."""
 
 
 class AdaptedTensor(NamedTuple):
-    """A matrix of the base's folder with its LoRA A and B."""
+    """A matrix in the base's folder, and the LoRA A and B for this matrix."""
 
     base: PlacedTensor
     a: PlacedTensor
-    """(rank, inputs)."""
+    """LoRA A, of shape (rank, inputs)."""
     b: PlacedTensor
-    """(outputs, rank)."""
+    """LoRA B, of shape (outputs, rank)."""
 
 
 def adapted_tensors(model: Model, family: ModelFamily, targets: Collection[str], rank: int) -> Iterator[AdaptedTensor]:
-    """Yield every matrix that the targets select, with its A and B, in the order of a folder of this family. The copies
-    of the head in MTP modules are left out.
+    """Yield every matrix that `targets` selects, with its A and B, in the order of a folder of this family.
+
+    targets: kinds of matrices, as in adapter.targets. The copies of the head in MTP modules are left out.
     """
     for base in tensors(model, family):
         name = base.ours.removeprefix("master.")
@@ -64,11 +67,11 @@ def adapted_tensors(model: Model, family: ModelFamily, targets: Collection[str],
 
 
 def peft_config(adapter: Adapter, adapted: list[AdaptedTensor], base: str) -> dict[str, Any]:
-    """Return adapter_config.json. base: location of the weights that the adapter belongs to.
+    """Return the content of adapter_config.json. base: location of the weights that the adapter belongs to.
 
-    If transformers holds experts as one parameter, PEFT applies every target that ends in gate_proj, up_proj or
-    down_proj to the experts only. So the matrices of dense and shared FFNs are listed as parameters. PEFT adapts
-    parameters without dropout; dropout only acts in training, and is 0 here.
+    If transformers stores all experts of a layer in one parameter, PEFT applies targets that end in gate_proj, up_proj
+    or down_proj only to the experts. So this function lists the matrices of dense and shared FFNs as parameters. PEFT
+    cannot apply dropout to parameters. Dropout acts only in training, so it is 0 here.
     """
     modules, parameters = set(), set()
     for one in adapted:
@@ -110,26 +113,26 @@ PEFT_FIXED: dict[str, Any] = {
     "alpha_pattern": {},
     "alora_invocation_tokens": None,
 }
-"""Fields with one allowed value. With these values the adapter computes y = W x + scale B A x, with one rank. A file
-may leave them out."""
+"""Fields of adapter_config.json that have one allowed value, which a file may leave out. With these values the adapter
+computes y = W x + scale B A x, with the same rank for all matrices."""
 
 
 class AdapterFolder(NamedTuple):
-    """A valid adapter of a model."""
+    """An adapter folder that was checked and fits the model."""
 
     folder: Folder
     adapted: list[AdaptedTensor]
-    """The matrices that the adapter has A and B for."""
+    """The matrices for which the adapter has A and B."""
     scale: float
-    """Factor on B A."""
+    """The factor by which B A is multiplied."""
     base: str
-    """Location of the base weights, as stated by the adapter's author."""
+    """Location of the base weights, according to adapter_config.json."""
 
 
 def open_adapter(path: Path, model: Model, family: ModelFamily) -> AdapterFolder:
     """Read and check the headers of adapter.path.
 
-    Raises UserError if the folder is no adapter, is damaged, uses another formula, or belongs to another model.
+    Raises UserError if the folder is not an adapter, is damaged, uses another formula, or belongs to another model.
     """
     folder = Folder(path, {}, ADAPTER_FIELD)
     if not os.path.isdir(path):
@@ -148,7 +151,10 @@ def open_adapter(path: Path, model: Model, family: ModelFamily) -> AdapterFolder
 
 
 def _read_settings(folder: Folder, body: dict[str, Any]) -> tuple[int, float]:
-    """Return the rank, and the factor on B A."""
+    """Return the rank of A and B, and the factor by which B A is multiplied. Raises UserError.
+
+    body: content of adapter_config.json.
+    """
     for key, value in PEFT_FIXED.items():
         if (found := body.get(key, value)) not in (value, None):
             raise folder.refuse(f"{key} must be {value}, and is {found!r:.80}", "give a plain LoRA adapter of one rank")

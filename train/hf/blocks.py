@@ -1,18 +1,19 @@
 """FP8 weights in blocks of 128x128 with one fp32 scale each (paper 3.3.2): lossless conversion to fp32 and back.
 
-A block holds fp32(q * s). If s was computed as amax / 448, as in DeepSeek's weights, the same formula on the block's
-max-abs returns q and s bit for bit. The largest |q| is then 448, and the two roundings, of 448 s and of the division,
-are together smaller than one unit in the last place of s. If s was computed by another rule, this formula would give
-another s, and so other values. So `requantize` tries several scales and takes the first one that reproduces every value
-of the block:
+A block holds fp32(q * s), where q is an E4M3 value and s is the scale. If s was computed as amax / 448, as in
+DeepSeek's weights, the same formula on the block's values returns q and s bit for bit: the largest |q| is then 448, and
+the two roundings, of 448 s and of the division, are together smaller than one unit in the last place of s.
+
+If s was computed by another rule, this formula would compute another s, and q * s would have other values. So
+`requantize` tries several scales and uses the first one that reproduces every value of the block:
 
     1. amax / 448, with the floor of 1e-4 on amax: the scale for a block of new values
     2. amax / m for m = 448, 416, ..., 240 (the E4M3 values of one binade), and the two neighbouring fp32 values of each
 
-If no candidate reproduces a block, training has changed the block, and candidate 1 rounds it. So unchanged FP8 weights
-keep their values, whatever rule computed their scales. They also keep q and s bit for bit if the largest |q| of the
-block exceeds 224 and the values determine s. The values determine s if some |q| is a power of two, which is so in any
-real block of weights. Without such a q, two neighbouring s can give the same values.
+If no candidate reproduces a block, training has changed the block, and `requantize` rounds it with candidate 1. So
+unchanged FP8 weights keep their values, whatever rule computed their scales. They also keep q and s bit for bit under
+two conditions: the largest |q| of the block exceeds 224, and some |q| is a power of two. Any real block of weights has
+such a q. Without it, two neighbouring s could reproduce the same values.
 
 A power-of-two scale (UE8M0) puts the largest weight into (224 s, 448 s], so the largest |q| usually exceeds 224 too.
 The exception is a largest weight below 232 s, which is rounded to 224 s. A block with q and s has the same values as a
@@ -30,18 +31,19 @@ from train.kernels.fp8.quantize import blocked, quantize, unblocked
 
 CAST = Cast(E4M3, (SCALE_BLOCK, SCALE_BLOCK), pow2=False)
 TOP_BINADE = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
-"""Possible values of a block's largest |q|, if every q of the block was doubled as often as E4M3 allows."""
+"""Possible values of a block's largest |q|: the E4M3 values of the highest binade. A block with a smaller largest |q|
+is also in this table, because 2 q and s / 2 represent the same values as q and s."""
 
 
 def dequantize(q_MK: Tensor, scale_mk: Tensor) -> Tensor:
-    """Return fp32 (M, K). Blocks at the lower and right edges are truncated."""
+    """Return the values in fp32 (M, K). Blocks at the lower and right edges may be smaller than 128x128."""
     blocks = blocked(q_MK.float(), (SCALE_BLOCK, SCALE_BLOCK))
     return unblocked(blocks.mul_(scale_mk.float()[:, None, :, None]), q_MK.shape)
 
 
 def requantize(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (q, scale) of fp32 (M, K). The result is exact if the values come from FP8 blocks; else it is rounded as
-    in `quantize`."""
+    """Return q and scale for fp32 values (M, K). If the values come from FP8 blocks, the result is exact; otherwise it
+    is rounded as in `quantize`."""
     default = quantize(x_MK, CAST)
     blocks_NX, q_NX, scale_N = _per_block(x_MK), _per_block(default.q), default.scale.flatten()
     wrong = (~_equal(q_NX, scale_N, blocks_NX)).nonzero().squeeze(1)
@@ -56,33 +58,33 @@ def requantize(x_MK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _per_block(x_MK: Tensor) -> Tensor:
-    """Return one row per block, zero-padded at the edges."""
+    """Return one row per block. Smaller blocks at the edges are padded with zeros."""
     size = x_MK.element_size()
-    bits = x_MK.view(torch.uint8) if size == 1 else x_MK  # padding and copying do not support E4M3
+    bits = x_MK.view(torch.uint8) if size == 1 else x_MK  # torch cannot pad and copy E4M3
     blocks = blocked(bits, (SCALE_BLOCK, SCALE_BLOCK)).transpose(1, 2).reshape(-1, SCALE_BLOCK * SCALE_BLOCK)
     return blocks.view(x_MK.dtype)
 
 
 def _cast(blocks_NX: Tensor, scale_N: Tensor) -> Tensor:
-    """Return x / s in E4M3; values slightly above 448, from a scale just below amax / 448, round to 448."""
+    """Return x / s in E4M3. Values slightly above 448, from a scale just below amax / 448, become 448."""
     return (blocks_NX / scale_N[:, None]).to(E4M3.dtype)
 
 
 def _equal(q_NX: Tensor, scale_N: Tensor, blocks_NX: Tensor) -> Tensor:
-    """Return, for every block, whether q * s reproduces the block."""
+    """Return for every block whether q * s equals the block."""
     return (q_NX.float().mul_(scale_N[:, None]) == blocks_NX).all(1)
 
 
 def _search(blocks_NX: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the indices of the blocks that some candidate scale reproduces, and for each block the first such
-    scale."""
+    """Return the indices of the blocks that some candidate scale reproduces, and the first such scale of each of these
+    blocks."""
     amax_N = blocks_NX.abs().amax(1)
     scale_N, open_N = torch.zeros_like(amax_N), torch.arange(len(blocks_NX))
     for top in TOP_BINADE:
         middle_N = amax_N / top
         for candidate_N in (middle_N, _beside(middle_N, 1), _beside(middle_N, -1)):
             trial_N = candidate_N[open_N]
-            # one row of the block excludes most wrong candidates at a hundredth of the cost
+            # a test of one row excludes most wrong candidates at a hundredth of the cost of a block
             hopeful = _reproduces(blocks_NX[open_N, :SCALE_BLOCK], trial_N).nonzero().squeeze(1)
             hopeful = hopeful[_reproduces(blocks_NX[open_N[hopeful]], trial_N[hopeful])]
             scale_N[open_N[hopeful]] = trial_N[hopeful]
@@ -96,5 +98,5 @@ def _reproduces(blocks_NX: Tensor, scale_N: Tensor) -> Tensor:
 
 
 def _beside(scale_N: Tensor, places: int) -> Tensor:
-    """Return the fp32 value that is `places` units in the last place away. Scales must be positive."""
+    """Return the fp32 values that are `places` units in the last place above the scales. Scales must be positive."""
     return (scale_N.view(torch.int32) + places).view(torch.float32)

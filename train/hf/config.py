@@ -1,4 +1,5 @@
-"""Converts config.json of a folder to our model and back. Imports no torch, because the driver reads it too."""
+"""Converts config.json of a folder to our model and back. This file does not import torch, because the driver uses it
+too."""
 
 import math
 from collections.abc import Iterable
@@ -32,35 +33,35 @@ from train.hf.families import (
 from train.hf.mistral_fields import GROWTH, to_params
 
 SHOWN_NAMES = 6
-"""Number of names in an error message."""
+"""Maximum number of names in an error message."""
 SCALE_BLOCK = 128
-"""Side length of a block in FP8 weights; a block has one scale."""
+"""Rows and columns of a block in FP8 weights. A block has one scale."""
 MEANINGLESS_NUMBER = 2.0**63
-"""Upper limit of every number in the file. A larger number is an error."""
+"""Every number in the file must be below this limit."""
 GROUP_TOP_K = 2
-"""transformers ranks a group of experts by the sum of the group's two best scores. No field of config.json changes
-this."""
+"""transformers ranks a group of experts by the sum of this number of best scores in the group. No field of config.json
+changes the number."""
 LATENT_NORM_EPS = 1e-6
-"""transformers uses this eps in the norms of latents. No field of config.json changes this."""
+"""transformers uses this eps in the norms of latents. No field of config.json changes the value."""
 YARN = tuple(field.name for field in fields(Yarn) if field.name != "always")
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the number of blocks of a matrix, down and across."""
+    """Return the number of block rows and block columns of a matrix."""
     return tuple(-(-size // SCALE_BLOCK) for size in shape)
 
 
 def some(names: Iterable[str]) -> str:
-    """Return the first names as text, so that an error message fits on one screen."""
+    """Return at most SHOWN_NAMES of the names as text, so that an error message fits on one screen."""
     return some_of([f"{name:.200}" for name in names], SHOWN_NAMES)
 
 
 def read_model(folder: Path, field: str = "init_from") -> Model:
     """Read the model that config.json describes, as transformers reads it.
 
-    Raises UserError for a model that Sluice cannot express. Errors name the key `field`. If the file asks for YaRN,
-    YaRN applies at any length (`yarn.always`), otherwise never. To load weights call `folder.open_model`, which also
-    checks which MTP modules exist.
+    Raises UserError for a model that Sluice cannot express. Errors name the key `field`. If the file asks for YaRN, the
+    returned model uses YaRN at any sequence length (`yarn.always`), otherwise never. To load weights call
+    `folder.open_model`, which also checks which MTP modules exist.
     """
     family, path, body = read_fields(folder, field)
     growth = body["rope_scaling"].pop(GROWTH, 0.0) if family.config_file == PARAMS_FILE else 0.0
@@ -98,7 +99,7 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
 
 
 def _section(field: str, path: Path, body: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """Return the JSON object under this key of the file; None if there is none."""
+    """Return the JSON object under this key of the file; None if there is none. Raises UserError for another value."""
     value = body.get(key)
     if value is not None and not isinstance(value, dict):
         raise _refuse(field, path, f"{key} must be an object, and is {value!r:.80}", "download it again")
@@ -106,7 +107,7 @@ def _section(field: str, path: Path, body: dict[str, Any], key: str) -> dict[str
 
 
 def _check_types(model: Model) -> None:
-    """Raise TypeError if a value is not a number of its field's type."""
+    """Raise TypeError if a field of the model must be a number and has another type, or is too large."""
     for part in (model, model.yarn, model.sparse):
         for name, kind in get_type_hints(type(part)).items():
             value = getattr(part, name)
@@ -170,8 +171,10 @@ def _check_quantised(field: str, path: Path, quantised: dict[str, Any]) -> None:
 
 
 def _sparse(field: str, path: Path, body: dict[str, Any], family: FamilyFacts) -> SparseAttention:
-    """Return the indexers that the file describes. Raises UserError if their description is missing or contradicts
-    itself."""
+    """Return the settings of sparse attention that the file describes.
+
+    Raises UserError if a field for the indexers is missing, or if fields contradict each other.
+    """
     if not family.is_sparse:
         return SparseAttention()
     cure = "use the config.json of these weights"
@@ -215,10 +218,10 @@ def _sparse(field: str, path: Path, body: dict[str, Any], family: FamilyFacts) -
 
 
 def _check_derived(field: str, path: Path, body: dict[str, Any], model: Model) -> None:
-    """Check every field whose value follows from other fields. A null is always allowed. Raises UserError."""
+    """Check every field whose value follows from other fields. The value may also be null. Raises UserError."""
     said = {
         "num_key_value_heads": model.heads,
-        # GLM-5.2 has another head_dim in its file; transformers ignores it and uses rope_head_dim
+        # head_dim of GLM-5.2's file is another number; transformers ignores it and uses rope_head_dim
         "head_dim": body.get("head_dim") if model.sparse.heads else model.rope_head_dim,
         "qk_head_dim": model.nope_head_dim + model.rope_head_dim,
         "num_local_experts": model.experts,
@@ -231,8 +234,9 @@ def _check_derived(field: str, path: Path, body: dict[str, Any], model: Model) -
 
 
 def _check_layers(field: str, path: Path, body: dict[str, Any], model: Model, family: FamilyFacts) -> None:
-    """Raise UserError unless the first `dense_layers` layers are dense and all later layers are sparse. mlp_layer_types
-    says so, or else the default of the transformers class.
+    """Raise UserError unless the first `dense_layers` layers have a dense FFN and all later layers have experts.
+
+    mlp_layer_types lists the kinds of the layers. Without this field, the default of the transformers class applies.
     """
     types, dense = body.get("mlp_layer_types"), model.dense_layers
     if types is None and family.dense_unsaid in (None, dense):
@@ -244,12 +248,12 @@ def _check_layers(field: str, path: Path, body: dict[str, Any], model: Model, fa
 
 
 def _layer_types(model: Model) -> list[str]:
-    """Return the kinds of FFN in the form that newer classes of transformers use."""
+    """Return the kind of each layer's FFN, as newer classes of transformers list them."""
     return ["dense"] * model.dense_layers + ["sparse"] * (model.layers - model.dense_layers)
 
 
 def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
-    """Return the rotary parameters: rope_scaling, or rope_parameters if it is empty.
+    """Return the rotary parameters: rope_scaling, or rope_parameters if rope_scaling is empty.
 
     Raises UserError for unsupported parameters.
     """
@@ -278,10 +282,10 @@ def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differing(older: dict[str, Any], newer: dict[str, Any], theta: Any) -> list[str]:
-    """Return the rotary parameters on which two sections disagree.
+    """Return the names of the rotary parameters that differ between the two sections of a file.
 
     If the newer section has the type `default` and only rope_theta, then only rope_theta is compared. theta: the file's
-    rope_theta, for sections without rope_theta.
+    rope_theta, which applies to a section without rope_theta.
     """
     if newer.keys() <= {"rope_type", "type", "rope_theta"} and newer.get("rope_type", newer.get("type")) in (
         None,
@@ -301,7 +305,10 @@ def _is_size(value: object) -> bool:
 
 
 def _yarn(rope: dict[str, Any], length: int) -> Yarn:
-    """Return the YaRN settings that transformers derives from these parameters, which `_rope` has checked."""
+    """Return the YaRN settings that transformers derives from these rotary parameters. `_rope` has checked them before.
+
+    length: the file's max_position_embeddings.
+    """
     if rope.get("rope_type", rope.get("type", "default")) == "default":
         return Yarn(original_seq_len=length)
     factor, given = rope["factor"], rope.get("attention_factor")
@@ -319,18 +326,21 @@ def _yarn(rope: dict[str, Any], length: int) -> Yarn:
 
 
 def _inferred_factor(factor: float, mscale: float | None, all_dim: float | None) -> float:
-    """Return the attention_factor that transformers computes for a file without this field."""
+    """Return the attention_factor that transformers computes if a file has no such field."""
     growth = 0.1 * math.log(factor) if factor > 1 else 0.0
     return (mscale * growth + 1) / (all_dim * growth + 1) if mscale and all_dim else growth + 1
 
 
 def yarn_in_force(model: Model, seq_len: int) -> bool:
-    """Whether YaRN applies in a run with sequences of this length."""
+    """Whether a run with sequences of this length uses YaRN."""
     return model.yarn.always or seq_len > model.yarn.original_seq_len
 
 
 def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
-    """Raise UserError if the recipe's model differs from the folder's model. Returns notes on possible differences."""
+    """Raise UserError if the recipe's model differs from the folder's model.
+
+    Returns notes about differences that are allowed, such as fewer MTP modules.
+    """
     ours, notes = config.model, []
     names = [*FIELDS, "rope_theta", "scores"]
     if ours.mtp_depth > theirs.mtp_depth:
@@ -341,7 +351,7 @@ def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
         )
     wrong = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
     values = {f"model.{name}": (getattr(ours, name), getattr(theirs, name)) for name in wrong}
-    # without this, a null in the recipe would take its value from a field that may itself be wrong
+    # so that a null in the recipe is not resolved from a field that may be wrong
     cured = replace(ours, top_k=theirs.top_k, top_groups=theirs.top_groups, norm_eps=theirs.norm_eps)
     eps = cured.resolved_latent_norm_eps, theirs.resolved_latent_norm_eps
     values |= {"model.latent_norm_eps": eps} if eps[0] != eps[1] else {}
@@ -380,8 +390,9 @@ def config_json(
     ends: dict[str, Any],
     family: ModelFamily = ModelFamily.deepseek_v3,
 ) -> dict[str, Any]:
-    """Return config.json for a model that was trained on sequences of this length. dtype: bf16, fp32 or fp8; ends:
-    bos_token_id and eos_token_id.
+    """Return the content of config.json for a model that was trained on sequences of this length.
+
+    dtype: bf16, fp32 or fp8. ends: values of bos_token_id and eos_token_id.
     """
     in_force, facts = yarn_in_force(model, seq_len), FAMILIES[family]
     kind = {"architectures": [facts.architectures[0]], "model_type": facts.model_types[0]}
@@ -390,7 +401,7 @@ def config_json(
     body |= {
         "num_key_value_heads": model.heads,
         "num_nextn_predict_layers": model.mtp_depth,
-        # without YaRN, training never saw positions beyond the original length
+        # without YaRN, the training had no positions beyond the original length
         "max_position_embeddings": model.max_seq_len
         if in_force
         else min(model.max_seq_len, model.yarn.original_seq_len),

@@ -1,8 +1,8 @@
-"""Model families whose folders hold the same architecture: one row of FAMILIES each, with their names. No torch.
+"""Model families whose folders have the same architecture: one row of FAMILIES for each family. No torch.
 
-train/model computes all families in the same way. A row says how a folder is recognised, where the configuration file
-and the tensors have the language model, and which tensors have other names than in DeepSeek-V3. Everything else is
-defined under DeepSeek's names. FIELDS, for example, has the fields that change the model.
+train/model computes all families in the same way. A row describes how a folder is recognised, which part of the
+configuration file and of the tensors belongs to the language model, and which tensors have other names than in
+DeepSeek-V3. Everything else has DeepSeek's names. FIELDS, for example, lists the fields that change the model.
 """
 
 from dataclasses import dataclass, field
@@ -14,8 +14,8 @@ from conf.files import read_json
 from conf.schema import ModelFamily, ScoreFunction
 from train.hf.mistral_fields import MISTRAL_NAMES, from_params
 
-# The tables list every known field of config.json: used, fixed, read separately or harmless. A field that is in no
-# table is rejected.
+# The tables list every known field of config.json: fields that are used, fixed, read separately, or harmless. Fields
+# that are in no table are rejected.
 
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -38,7 +38,7 @@ FIELDS = {
     "route_scale": "routed_scaling_factor",
     "norm_eps": "rms_norm_eps",
 }
-"""Fields of conf.schema.Model, and their names in config.json. The values are the same in both."""
+"""Maps fields of conf.schema.Model to the fields of config.json that have the same values."""
 FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -49,15 +49,17 @@ FIXED = {
     "moe_layer_freq": 1,
     "rope_interleave": True,
 }
-"""Fields whose value is the same in every DeepSeek-V3. Sluice requires this value; a file may leave the field out."""
+"""Fields with one allowed value, because every DeepSeek-V3 has this value. A file may leave such a field out."""
 SPARSE_FIELDS = {"heads": "index_n_heads", "head_dim": "index_head_dim", "top_k": "index_topk"}
-"""Fields of conf.schema.SparseAttention, and their names in config.json. The values are the same in both."""
+"""Maps fields of conf.schema.SparseAttention to the fields of config.json that have the same values."""
 INDEX_ROPE = "indexer_rope_interleave"
-"""Field that says whether the indexer's RoPE rotates adjacent elements. transformers ignores it and uses the family's
-default."""
+"""The field that tells whether the indexer's RoPE rotates adjacent elements. transformers ignores the field and uses
+the default of the model family."""
 INDEX_TYPES, INDEX_LETTERS = "indexer_types", {"full": "F", "shared": "S"}
-"""The field that lists the kind of each layer, and the letter of each kind. A layer of kind `full` has its own indexer;
-a layer of kind `shared` uses the keys of an earlier layer."""
+"""INDEX_TYPES: the field that lists the kind of each layer. INDEX_LETTERS: maps each kind to its letter.
+
+A layer of kind `full` has an indexer. A layer of kind `shared` uses the keys that an earlier layer selected.
+"""
 INDEX_SHARING = (
     INDEX_TYPES,
     "index_topk_pattern",
@@ -65,12 +67,13 @@ INDEX_SHARING = (
     "index_skip_topk_offset",
     "index_share_for_mtp_iteration",
 )
-"""Fields about shared keys: the kinds as a list, as letters, or as a rule. The last field is for drafts that run one
-MTP module several times; training never does this."""
-FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
-"""Fields of other models, with the one allowed value. transformers applies them to this model too. Files of DeepSeek-V3
-do not have them.
+"""Fields that tell which layers share keys: a list of kinds, a text of letters, or a rule.
+
+The last field applies to drafts that run one MTP module several times, which training never does.
 """
+FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
+"""Fields that files of DeepSeek-V3 do not have, with the one allowed value. transformers would apply them to this model
+too."""
 READ_APART = (
     "architectures",
     "model_type",
@@ -87,7 +90,7 @@ READ_APART = (
     "num_local_experts",
     "mlp_layer_types",
 )
-"""Fields for which this file or `read_model` has a special rule."""
+"""Fields that this file or `read_model` reads by a special rule."""
 GENERATION = """
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
@@ -133,7 +136,8 @@ HARMLESS = {
     **dict.fromkeys(GENERATION.split(), "sampling of text; Sluice uses the section generate"),
     **dict.fromkeys(OTHER_MODELS.split(), "written into every file by older transformers, for other models"),
 }
-"""Fields that do not change the model's results here, with the reason. All others are rejected unless they are null."""
+"""Maps fields that do not change the model's results in Sluice to the reason. All unknown fields are rejected unless
+they are null."""
 QUANTISED = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -145,9 +149,8 @@ QUANTISED = {
     "expert_dtype": "every tensor has its own dtype",
     "dequantize": "Sluice always dequantises weights",
 }
-"""Fields of quantization_config, with the required value or the reason why they change nothing.
-All others are rejected unless they are null.
-"""
+"""Maps fields of quantization_config to the required value, or to the reason why the field changes nothing. All other
+fields are rejected unless they are null."""
 ROPE_NUMBERS = {
     "factor",
     "original_max_position_embeddings",
@@ -158,7 +161,7 @@ ROPE_NUMBERS = {
     "attention_factor",
 }
 ROPE_FIELDS = {"rope_type", "type", "rope_theta", "truncate", "partial_rotary_factor"} | ROPE_NUMBERS
-"""Rotary parameters that have a meaning in every family. All others are rejected unless they are null."""
+"""Rotary parameters that Sluice knows, for all families. All other parameters are rejected unless they are null."""
 
 
 CONFIG_FILE = "config.json"
@@ -168,55 +171,55 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class FamilyFacts:
-    """Names in which one family differs from DeepSeek-V3."""
+    """The names and properties in which one model family differs from DeepSeek-V3."""
 
     name: ModelFamily
     title: str
-    """Name for messages."""
+    """Name of the family in messages."""
     architectures: tuple[str, ...]
-    """Architectures that the family's folders name. An export writes the first one."""
+    """Values of `architectures` in the family's folders. An export writes the first one."""
     model_types: tuple[str, ...]
-    """Allowed values of `model_type`. An export writes the first one."""
+    """Values of `model_type` that the family's folders may have. An export writes the first one."""
     section: str = ""
     """Key of the object in the configuration file that describes the language model; empty if the whole file describes
     it."""
     beside: tuple[str, ...] = ()
-    """Fields outside that object that do not change the language model."""
+    """Fields outside of `section` that do not change the language model."""
     prefix: str = ""
     """Prefix of the language model's tensor names."""
     others: tuple[str, ...] = ()
-    """Prefixes of tensors that belong to no language model."""
+    """Prefixes of tensors that do not belong to the language model, such as those of vision encoders."""
     dense_unsaid: int | None = None
-    """Number of dense layers that the transformers class assumes if mlp_layer_types is missing; None if the class does
-    not read mlp_layer_types.
-    """
+    """Number of dense layers that the family's transformers class assumes if mlp_layer_types is missing; None if the
+    class does not read mlp_layer_types."""
     loader: str = "AutoModelForCausalLM"
-    """The transformers class that loads an export; empty if there is none."""
+    """Name of the transformers class that loads an export; empty if there is none."""
     config_file: str = CONFIG_FILE
     stem: str = "model"
     """Prefix of the names of weight files and of their index."""
     names: dict[str, str] = field(default_factory=dict)
-    """Parts of DeepSeek-V3's tensor names and what this family has instead, in the order of replacement."""
+    """Maps parts of DeepSeek-V3's tensor names to the parts that this family has instead. The parts are replaced in
+    this order."""
     fixed: Fields = field(default_factory=lambda: FIXED)
     """Fields with one allowed value, which a file may leave out."""
     is_sparse: bool = False
     """Whether the attention is sparse: an indexer selects keys."""
     interleaved: bool = False
-    """Whether the indexer's RoPE rotates adjacent elements, if the file has no field INDEX_ROPE."""
+    """Whether the indexer's RoPE rotates adjacent elements if the file does not have the field INDEX_ROPE."""
     shares: bool = False
     """Whether layers may use the keys that an earlier layer selected."""
     scores: ScoreFunction = ScoreFunction.sigmoid
     has_mtp: bool = True
     has_fp8: bool = True
-    """Whether the FP8 weights of the family have DeepSeek's block size."""
+    """Whether the FP8 weights of the family have the same blocks as DeepSeek's FP8 weights."""
 
     @property
     def has_biases(self) -> bool:
-        """Whether its routers have balance biases."""
+        """Whether the family's routers have balance biases."""
         return self.scores == ScoreFunction.sigmoid
 
     def name_of(self, theirs: str) -> str:
-        """Return this family's name of a tensor, given DeepSeek-V3's name."""
+        """Return this family's name of a tensor. theirs: the name in DeepSeek-V3."""
         for piece, name in self.names.items():
             theirs = theirs.replace(piece, name)
         return self.prefix + theirs
@@ -284,7 +287,7 @@ FAMILIES = {
         ),
     )
 }
-"""Families by name. An architecture that is in no row is rejected."""
+"""Maps a family's name to its facts. Other architectures are rejected."""
 
 REFUSED_MODELS = {
     "MistralLarge4ForConditionalGeneration": "its own sparse attention is not supported",
@@ -293,19 +296,20 @@ REFUSED_MODELS = {
     "DeepseekV2ForCausalLM": "softmax routers without normalised gates are not supported",
     "KimiLinearForCausalLM": "layers with linear attention are not supported",
 }
-"""Architectures of similar models that Sluice cannot express, with the reason."""
+"""Maps architectures that are similar, but not supported, to the reason."""
 
 
 def find_family(folder: Path, field: str) -> FamilyFacts:
-    """Return the family of a folder. Raises UserError if the folder names no known family."""
+    """Return the facts of the folder's family. Raises UserError if the folder's family is unknown."""
     return read_fields(folder, field)[0]
 
 
 def read_fields(folder: Path, field: str) -> tuple[FamilyFacts, Path, Fields]:
-    """Return the family of a folder, its configuration file, and the language model's fields under DeepSeek's names.
+    """Return the facts of a folder's family, its configuration file, and the language model's fields under DeepSeek's
+    names.
 
-    Raises UserError if the file is missing or unreadable, names another architecture, or has unknown fields beside the
-    language model's.
+    Raises UserError if the file is missing or unreadable, names another architecture, or has unknown fields outside of
+    the language model's section.
     """
     path = folder / CONFIG_FILE
     if not path.exists() and (folder / PARAMS_FILE).exists():
@@ -324,7 +328,7 @@ def read_fields(folder: Path, field: str) -> tuple[FamilyFacts, Path, Fields]:
 
 
 def _named(field: str, path: Path, body: Fields) -> FamilyFacts:
-    """Return the row for the architecture that the file names."""
+    """Return the facts of the family whose architecture the file names. Raises UserError."""
     found = body.get("architectures")
     for facts in FAMILIES.values():
         if isinstance(found, list) and len(found) == 1 and found[0] in facts.architectures:
@@ -346,18 +350,17 @@ def _named(field: str, path: Path, body: Fields) -> FamilyFacts:
 
 
 def _require_type(field: str, path: Path, body: Fields, facts: FamilyFacts) -> None:
-    """Raise UserError if `model_type` and the architecture belong to different models. transformers chooses its class
-    by `model_type`.
-    """
+    """Raise UserError if `model_type` and `architectures` name different models. transformers chooses its class by
+    `model_type`."""
     if body.get("model_type") not in (None, *facts.model_types):
         rule = f"model_type must be {' or '.join(facts.model_types)}, as {facts.architectures[0]} has it, and is {body['model_type']!r:.80}"
         raise UserError(field, path, rule, "correct the wrong field, or download the file again")
 
 
 def _section(field: str, path: Path, body: Fields, facts: FamilyFacts) -> Fields:
-    """Return the language model's fields of a file that also describes other parts.
+    """Return the language model's fields of a file that also describes other parts of a model.
 
-    The other fields must not change the language model.
+    Raises UserError if fields of the other parts are unknown, because they might change the language model.
     """
     text = body.get(facts.section)
     if not isinstance(text, dict):

@@ -1,7 +1,7 @@
 """Reads the headers of a folder of safetensors and checks whether its tensors match our model.
 
-This file reads no weights and imports no torch, because the driver checks a folder before it starts the ranks. Nothing
-in the folder is executed; files that only pickle can open are rejected.
+This file reads no weights and does not import torch, because the driver checks a folder before it starts the ranks.
+Nothing in the folder is executed. Files that only pickle can open are rejected.
 """
 
 import os
@@ -34,18 +34,18 @@ class StoredTensor:
 
     file: str
     dtype: str
-    """safetensors' name of the dtype."""
+    """The dtype's name in the safetensors format."""
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The headers of a folder, read and checked for damage."""
+    """The headers of a folder with safetensors. They were checked for damage."""
 
     path: Path
     stored: dict[str, StoredTensor]
     field: str = "init_from"
-    """The key that errors name."""
+    """The configuration key that error messages name."""
     family: ModelFamily = ModelFamily.deepseek_v3
 
     def refuse(self, rule: str, cure: str) -> UserError:
@@ -53,14 +53,14 @@ class Folder:
 
 
 def open_folder(path: Path, field: str = "init_from") -> Folder:
-    """Read all headers.
+    """Read the headers of all weight files in a folder.
 
     Raises UserError if the folder has no safetensors, if a file is missing or truncated, or if the index does not list
     a weight file.
     """
     folder = Folder(path, {}, field)
     if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
-        hub = re.fullmatch(r"[\w.-]+/([\w.-]+)", str(path))  # a name on the hub
+        hub = re.fullmatch(r"[\w.-]+/([\w.-]+)", str(path))  # a name on the Hugging Face Hub
         cure = (
             f"`hf download {path} --local-dir {hub[1]}`, then set {field}={hub[1]}"
             if hub
@@ -91,12 +91,13 @@ def is_hf_folder(folder: Path) -> bool:
 
 
 def open_model(path: Path, field: str = "init_from", text_only: bool = False) -> tuple[Folder, Model, list[str]]:
-    """Return the headers of a folder, its model, and notes for the user. All external weights are opened by this
+    """Return the headers of a folder, its model, and notes for the user. Every mode opens external weights with this
     function.
 
-    text_only: leave out tensors that belong to no language model; without it such tensors are an error. An MTP module
-    must be in both config.json and the weights, else it is left out of the model: transformers writes folders without
-    its weights. Raises UserError for a damaged folder and for a model that Sluice cannot express.
+    text_only: whether to leave out tensors that do not belong to the language model; otherwise such tensors are an
+    error. If only config.json or only the weights contain an MTP module, it is left out of the model, because
+    transformers writes folders without the weights of MTP modules. Raises UserError for a damaged folder, and for a
+    model that Sluice cannot express.
     """
     folder, model = open_folder(path, field), read_model(path, field)
     folder, notes = _language_model(replace(folder, family=find_family(path, field).name), text_only)
@@ -108,7 +109,7 @@ def open_model(path: Path, field: str = "init_from", text_only: bool = False) ->
 
 
 def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]:
-    """Return the folder without the tensors that do not belong to the language model, and a note that names these
+    """Return the folder without the tensors that do not belong to the language model, and notes that name these
     tensors.
 
     Raises UserError if there are such tensors and text_only is false.
@@ -128,8 +129,9 @@ def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]
 
 
 def _count_mtp(folder: Folder, layers: int) -> int:
-    """Return the number of MTP modules that follow the `layers` layers in the weights. An MTP module has tensors that a
-    layer of the main model never has.
+    """Return the number of MTP modules in the weights. They follow the `layers` layers of the main model.
+
+    They are recognised by tensors that a layer of the main model never has.
     """
     found, name_of = 0, FAMILIES[folder.family].name_of
     while any(name_of(f"model.layers.{layers + found}.{name}") in folder.stored for name in MTP_NAMES):
@@ -138,9 +140,8 @@ def _count_mtp(folder: Folder, layers: int) -> int:
 
 
 def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
-    """Raise UserError if the folder has weights that Sluice would not read. Another program may read these instead of
-    our files, or in addition.
-    """
+    """Raise UserError if the folder has weights that Sluice would not read. Another program may read these weights
+    instead of the listed files, or in addition."""
     names = sorted(file.name for file in folder.path.iterdir() if not file.name.startswith("."))
     if others := [name for name in names if name.endswith(".safetensors") and name not in files]:
         raise folder.refuse(
@@ -155,12 +156,14 @@ def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
 
 
 def index_of(stem: str) -> str:
-    """Return the name of the file that maps tensors to files."""
+    """Return the name of the index file, which maps tensors to weight files. stem: prefix of the weight files'
+    names."""
     return f"{stem}.safetensors.index.json"
 
 
 def _listing(folder: Folder) -> str:
-    """Return the file that lists the weights of a folder: an index, or the single file that needs none."""
+    """Return the name of the file that lists a folder's weights: the index, or the only weight file if there is no
+    index."""
     for name in (*map(index_of, STEMS), *(f"{stem}.safetensors" for stem in STEMS)):
         if (folder.path / name).is_file():
             return name
@@ -168,7 +171,10 @@ def _listing(folder: Folder) -> str:
 
 
 def _index(folder: Folder) -> dict[str, list[str]]:
-    """Return the tensor names that each file must hold; an empty list for a single file without index."""
+    """Return, for each weight file, the names of the tensors that the index assigns to it; no names without an index.
+
+    Raises UserError if files are missing.
+    """
     listing = _listing(folder)
     path = folder.path / listing
     if not listing.endswith(".json"):
@@ -198,7 +204,7 @@ def _index(folder: Folder) -> dict[str, list[str]]:
 
 
 def read_header(folder: Folder, file: str) -> dict[str, StoredTensor]:
-    """Return the tensors of one file. Raises UserError if it is damaged."""
+    """Return the tensors of one file by name. Raises UserError if the file is damaged."""
     try:
         with safe_open(folder.path / file, framework="np") as reader:
             slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118, no mapping
@@ -212,11 +218,11 @@ def read_header(folder: Folder, file: str) -> dict[str, StoredTensor]:
 
 
 def match(folder: Folder, model: Model) -> list[PlacedTensor]:
-    """Return the model's tensors that the folder holds, in folder order.
+    """Return the model's tensors that the folder contains, in the folder's order.
 
-    Raises UserError if they do not form the model, or if the folder has tensors that Sluice would not read. The copies
-    of embedding and head in MTP modules may be absent. MTP modules beyond model.mtp_depth are checked too, but the
-    result does not contain them.
+    Raises UserError if the tensors do not form the model, or if the folder has tensors that Sluice would not read. The
+    folder may lack the copies of embedding and head in MTP modules. MTP modules beyond model.mtp_depth are checked too,
+    but the result does not contain them.
     """
     held, stored = _count_mtp(folder, model.layers), folder.stored
     expected = list(tensors(replace(model, mtp_depth=max(model.mtp_depth, held)), folder.family))
@@ -232,7 +238,7 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
         )
     known = {each.theirs for each in expected}
     _check_scales(folder)
-    # transformers writes an empty tensor if there are no shared experts
+    # transformers writes an empty tensor if the model has no shared experts
     extra = [name for name in stored if not name.endswith(SCALE) and name not in known and 0 not in stored[name].shape]
     if extra:
         raise folder.refuse(
@@ -253,7 +259,10 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
 
 
 def _check_scales(folder: Folder) -> None:
-    """Check that every FP8 weight has scales of the right shape, and every scale a weight."""
+    """Check that every FP8 weight has scales of the right shape, and that all scales belong to an FP8 weight.
+
+    Raises UserError.
+    """
     stored = folder.stored
     for name, tensor in stored.items():
         if name.endswith(SCALE):

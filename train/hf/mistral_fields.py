@@ -1,9 +1,9 @@
-"""Mistral Large 3's own format: params.json and its tensor names, mapped to DeepSeek's. No torch.
+"""Maps the format of Mistral Large 3, which is params.json and other tensor names, to DeepSeek's. No torch.
 
 params.json states three things that DeepSeek's config.json cannot express. Routers use a softmax and have no balance
 bias. Queries are scaled by a factor that grows with their position (llama_4_scaling). YaRN with `apply_scale: false`
-does not sharpen the softmax. vLLM and SGLang read the release in this way; transformers has the class Mistral4 for a
-smaller model of this kind.
+does not sharpen the softmax. vLLM and SGLang read Mistral's files in this way. transformers has the class Mistral4 for
+a smaller model of this kind.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from conf.errors import UserError
 from conf.files import read_json
 
 GROWTH = "llama_4_scaling_beta"
-"""transformers' name of the factor for the scaling of queries. It is one of the rotary parameters."""
+"""The rotary parameter of transformers that states how fast the scale of queries grows with their position."""
 PARAMS_FIELDS = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -46,7 +46,7 @@ PARAMS_FIELDS = {
     "yarn.original_max_position_embeddings": "rope_scaling.original_max_position_embeddings",
     "llama_4_scaling.beta": f"rope_scaling.{GROWTH}",
 }
-"""Fields of params.json, and their names at DeepSeek. A dot separates the name of an inner object from its field."""
+"""Maps fields of params.json to DeepSeek's fields. In `a.b`, the field b is in the inner object a."""
 PARAMS_FIXED = {
     "moe.renorm_strategy": "WEIGHTS",
     "moe.use_load_balancing_bias": False,
@@ -54,7 +54,7 @@ PARAMS_FIXED = {
     "use_biases": False,
     "sliding_window": None,
 }
-"""Fields with one allowed value, which a file may leave out."""
+"""Fields of params.json with one allowed value, which a file may leave out."""
 PARAMS_HARMLESS = {
     "max_seq_len": "the maximum sequence length of a server",
     "model_type": "the kind of the file",
@@ -88,11 +88,11 @@ MISTRAL_NAMES = {
     "down_proj.": "w2.",
     "up_proj.": "w3.",
 }
-"""Parts of tensor names: DeepSeek's form and Mistral's form, in the order of replacement."""
+"""Maps parts of DeepSeek's tensor names to Mistral's. The parts are replaced in this order."""
 
 
 def from_params(field: str, path: Path) -> dict[str, Any]:
-    """Return the fields of a params.json under DeepSeek's names.
+    """Read a params.json and return its fields under DeepSeek's names.
 
     Raises UserError for fields that these names cannot express.
     """
@@ -124,14 +124,14 @@ def from_params(field: str, path: Path) -> dict[str, Any]:
     if wrong:
         raise UserError(field, path, wrong, cure)
     body = _nested({theirs: found[name] for name, theirs in PARAMS_FIELDS.items() if name in found})
-    # the scaling of queries replaces YaRN's own effect on attention, unless apply_scale asks for both
+    # if apply_scale is false, YaRN does not sharpen the softmax: only the scaling of queries changes the scores
     scale = 1.0 if found.get("yarn.apply_scale", True) else 0.0
     body["rope_scaling"] |= {"type": "yarn", "mscale": scale, "mscale_all_dim": scale, "attention_factor": 1.0}
     return body
 
 
 def to_params(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the params.json for a model that is given in DeepSeek's fields."""
+    """Return the content of params.json for a model. body: the model's fields under DeepSeek's names."""
     flat = _flat(body)
     found = {name: flat[theirs] for name, theirs in PARAMS_FIELDS.items() if theirs in flat}
     if "yarn.factor" in found:
@@ -144,7 +144,7 @@ def to_params(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(body: dict[str, Any]) -> dict[str, Any]:
-    """Flatten an object: fields of inner objects get dotted names."""
+    """Flatten an object: the field b of an inner object a becomes `a.b`."""
     flat = {}
     for key, value in body.items():
         inner = value if isinstance(value, dict) else {}

@@ -1,9 +1,9 @@
-"""Reads a folder of safetensors into live shards: each rank reads only the rows that contain its own elements.
+"""Reads a folder of safetensors into live shards. Each rank reads only the rows that contain elements of its shards.
 
 Each Hugging Face tensor is an interval of one of our tensors (see tensor_names.py). A rank's shard is an interval of
-our tensor too, in any ZeRO, expert and pipeline layout. The intersections of these intervals say which rows to read.
-Only a few rows at a time are in memory. The file is not memory-mapped, because its mapped pages would count as memory
-of this process.
+our tensor too, in any ZeRO, expert and pipeline layout. The intersections of these intervals determine which rows a
+rank reads. Only a few rows at a time are in memory. The file is not memory-mapped, because mapped pages would be
+included in the memory use of this process.
 """
 
 from bisect import bisect_right
@@ -28,21 +28,22 @@ READ_ELEMENTS = 1 << 23
 
 @dataclass
 class ShardPart:
-    """The part of one Hugging Face tensor that one wanted shard needs."""
+    """The part of one Hugging Face tensor that a rank needs for one shard."""
 
     placed: PlacedTensor
     start: int
     """Index of the first element in the flattened Hugging Face tensor."""
     target: Tensor
-    """The memory to fill. If the tensor is a copy, its values are compared with this memory."""
+    """The memory of the shard. The part is copied to it. If the Hugging Face tensor is an MTP module's copy, the part
+    is only compared with it."""
 
 
 def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[str, Shard]) -> int:
-    """Fill every wanted shard with the folder's values. FP8 values are dequantised; values are rounded to the shard's
-    dtype.
+    """Fill every wanted shard with the folder's values. FP8 values are dequantised, and all values are rounded to the
+    shard's dtype.
 
-    placed: a result of `match`. Returns the bytes read. Raises UserError if a value is not finite, a scale is not above
-    0, or an MTP module's copy of embedding or head differs from the original.
+    placed: a result of `match`. Returns the number of bytes read. Raises UserError if a value is not finite, if a scale
+    is not above 0, or if an MTP module's copy of embedding or head differs from the original.
     """
     reader = _Reader(folder)
     originals = parts_of([each for each in placed if not each.copy], wanted)
@@ -64,7 +65,10 @@ def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[st
 
 
 def folder_reader(folder: Folder, placed: list[PlacedTensor]) -> Callable[[dict[str, Shard]], int]:
-    """Return a function like `fill_from_folder` that is called many times, each time for a few of many tensors."""
+    """Return a function like `fill_from_folder` for a caller that calls it often, each time with a few shards.
+
+    The function finds the tensors of a shard without a search through all tensors.
+    """
     by_name: dict[str, list[PlacedTensor]] = {}
     for each in placed:
         by_name.setdefault(each.ours, []).append(each)
@@ -72,7 +76,7 @@ def folder_reader(folder: Folder, placed: list[PlacedTensor]) -> Callable[[dict[
 
 
 def parts_of(placed: list[PlacedTensor], wanted: dict[str, Shard]) -> list[ShardPart]:
-    """Return the intersections of the Hugging Face tensors with the wanted shards, by file."""
+    """Return the intersections of the Hugging Face tensors with the wanted shards."""
     by_name: dict[str, list[PlacedTensor]] = {}
     for each in placed:
         by_name.setdefault(each.ours, []).append(each)
@@ -91,13 +95,13 @@ def parts_of(placed: list[PlacedTensor], wanted: dict[str, Shard]) -> list[Shard
 
 
 class _Reader:
-    """Reads rows and counts the bytes."""
+    """Reads rows of tensors, and counts the bytes that it reads."""
 
     def __init__(self, folder: Folder):
         self.folder, self.bytes = folder, 0
 
     def values(self, parts: list[ShardPart]) -> Iterable[tuple[ShardPart, int, Tensor]]:
-        """Yield (part, first element in its target, values), a few rows at a time. Every file is opened only once."""
+        """Yield (part, index in the part's target, values), a few rows at a time. Every file is opened only once."""
         by_file: dict[str, list[ShardPart]] = {}
         for part in parts:
             by_file.setdefault(self.folder.stored[part.placed.theirs].file, []).append(part)
@@ -121,21 +125,21 @@ class _Reader:
             yield part, low - part.start, flat[low - row * width : high - row * width]
 
     def _read(self, opened, name: str, row: int, end: int) -> Tensor:
-        """Return rows [row, end) in fp32, exact."""
+        """Return the rows [row, end) of a tensor in fp32, without rounding."""
         tensor = opened.get_slice(name)[row:end]
         self.bytes += tensor.nbytes
         if self.folder.stored[name].dtype != FP8:
             return tensor.float()
         first = row // SCALE_BLOCK
         scale = self._scale(opened, name)[first : -(-end // SCALE_BLOCK)]
-        above = row - first * SCALE_BLOCK  # rows of the first block above `row`, which are not read
+        above = row - first * SCALE_BLOCK  # number of rows of the first block that precede `row`
         padded = torch.nn.functional.pad(tensor.view(torch.uint8), (0, 0, above, 0)).view(tensor.dtype)
         return dequantize(padded, scale)[above:]
 
     def _scale(self, opened, name: str) -> Tensor:
-        """Return all scales of a weight. The scales may be in another file than the weight.
+        """Return all scales of an FP8 weight. They may be in another file than the weight.
 
-        Raises UserError for a scale that no quantiser writes.
+        Raises UserError if a scale is not above 0.
         """
         name, stored = name + SCALE, self.folder.stored
         if stored[name].file == stored[name.removesuffix(SCALE)].file:

@@ -1,9 +1,9 @@
-"""Maps every tensor of a folder to its place in our model. It computes this from the configuration alone.
+"""Maps every tensor of a Hugging Face folder to its place in our model. The map depends only on the configuration.
 
-The Hugging Face layout and ours differ in names and in stacking, not in values. RoPE rotates adjacent pairs in both, so
-no row is permuted. We stack the gate and up projections one after the other. So each Hugging Face tensor is one
-interval of one of our flattened tensors. MTP module k is the Hugging Face layer `layers + k`. That layer has copies of
-the embedding and the head; our MTP modules share these two with the main model.
+The Hugging Face layout and ours differ in names and in stacking, not in values. RoPE rotates adjacent elements in both,
+so no row is permuted. We stack the up projection below the gate projection, and the matrices of all experts. So each
+Hugging Face tensor is one interval of one of our flattened tensors. MTP module k is the Hugging Face layer `layers +
+k`. That layer has copies of the embedding and the head. Our MTP modules share these two with the main model.
 
 Our names are the names in a checkpoint: `master.PARAMETER` for weights, `bias.BLOCK` for balance biases.
 
@@ -18,7 +18,7 @@ from conf.schema import Model, ModelFamily
 from train.hf.families import FAMILIES
 
 SCALE = "_scale_inv"
-"""Suffix that turns the name of an FP8 weight into the name of its scales."""
+"""Suffix that is added to the name of an FP8 weight to get the name of its scales."""
 MTP_NAMES = (
     "embed_tokens.weight",
     "enorm.weight",
@@ -27,25 +27,27 @@ MTP_NAMES = (
     "shared_head.norm.weight",
     "shared_head.head.weight",
 )
-"""Names of the tensors that an MTP module has and an ordinary layer does not have. The names follow the prefix of the
-layer."""
+"""Names of tensors that an MTP module has, and that an ordinary layer does not have. In a folder, the prefix of the
+layer precedes these names."""
 
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """A tensor of a Hugging Face folder, and its place in a tensor of Sluice."""
+    """A tensor of a Hugging Face folder, and its interval in a tensor of Sluice. theirs, ours: the names of these two
+    tensors."""
 
     theirs: str
     shape: tuple[int, ...]
     ours: str
     start: int = 0
-    """Index of the first element in our flattened tensor."""
+    """Index of the tensor's first element in Sluice's flattened tensor."""
     whole: tuple[int, ...] = ()
-    """Shape of our tensor."""
+    """Shape of Sluice's tensor."""
     fp8: bool = False
-    """Whether DeepSeek's FP8 release stores this matrix in E4M3 blocks."""
+    """Whether DeepSeek's FP8 release stores this matrix in blocks of E4M3 values."""
     copy: bool = False
-    """Whether this tensor is an MTP module's copy of a tensor that our MTP modules share with the main model."""
+    """Whether this tensor is an MTP module's copy of the embedding or the head, which Sluice's MTP modules share with
+    the main model."""
 
     @property
     def count(self) -> int:
@@ -53,7 +55,7 @@ class PlacedTensor:
 
 
 def tensors(model: Model, family: ModelFamily = ModelFamily.deepseek_v3) -> Iterator[PlacedTensor]:
-    """Yield every tensor of a folder of this family except scales, layer by layer."""
+    """Yield every tensor of a folder of this family, layer by layer. Scales of FP8 weights are left out."""
     facts = FAMILIES[family]
     for each in _as_deepseek(model):
         if facts.has_biases or not each.ours.startswith("bias."):
@@ -61,7 +63,7 @@ def tensors(model: Model, family: ModelFamily = ModelFamily.deepseek_v3) -> Iter
 
 
 def _as_deepseek(model: Model) -> Iterator[PlacedTensor]:
-    """Yield the tensors under the names of DeepSeek-V3."""
+    """Yield every tensor of the model under its name in DeepSeek-V3."""
     table = model.vocab_size, model.hidden
     yield _same("model.embed_tokens.weight", "master.embedding.weight", table)
     for index in range(model.layers):
@@ -80,13 +82,17 @@ def _as_deepseek(model: Model) -> Iterator[PlacedTensor]:
 
 
 def _same(theirs: str, ours: str, shape: tuple[int, ...], fp8: bool = False) -> PlacedTensor:
-    """Return the entry of a tensor that equals one whole tensor of Sluice."""
+    """Return the entry of a Hugging Face tensor that is the same as one whole tensor of Sluice."""
     return PlacedTensor(theirs, shape, ours, 0, shape, fp8)
 
 
 def _block(model: Model, theirs: str, ours: str, inner: str, dense: bool, chooses: bool) -> Iterator[PlacedTensor]:
-    """Yield the tensors of one transformer block. ours: the name of its balance bias. inner: its parameters' names
-    begin with `ours` and then `inner`."""
+    """Yield the tensors of one transformer block.
+
+    theirs: prefix of the Hugging Face names. ours: name of the block, under which its balance bias is stored. inner:
+    the names of the block's parameters begin with `ours` and then `inner`. dense: whether the FFN is dense. chooses:
+    whether the block has an indexer.
+    """
     here = f"master.{ours}.{inner}"
     yield _same(f"{theirs}input_layernorm.weight", f"{here}attention_norm.weight", (model.hidden,))
     yield from _attention(model, f"{theirs}self_attn.", f"{here}attention.")
@@ -128,7 +134,7 @@ def _attention(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
 
 
 def _indexer(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
-    """Yield the tensors of a layer's indexer. FP8 folders do not store `weights_proj` in FP8 blocks."""
+    """Yield the tensors of a layer's indexer. In FP8 folders, `weights_proj` is not FP8."""
     heads, width = model.sparse.heads, model.sparse.head_dim
     yield _same(f"{theirs}wq_b.weight", f"{ours}q.weight", (heads * width, model.q_rank or 0), fp8=True)
     yield _same(f"{theirs}wk.weight", f"{ours}k.weight", (width, model.hidden), fp8=True)
@@ -140,9 +146,10 @@ def _indexer(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
 def _ffn(
     width: int, inner: int, theirs: str, ours: str, index: int = 0, experts: int | None = None
 ) -> Iterator[PlacedTensor]:
-    """Yield the tensors of a dense or shared FFN, or of one of the experts that our model stacks.
+    """Yield the tensors of a dense or shared FFN, or of one expert.
 
-    w13 (2F, D) or (E, 2F, D) has the rows of gate and then the rows of up; w2 is (D, F) or (E, D, F).
+    index, experts: index of the expert, and number of experts that Sluice stacks in one tensor. In w13, (2F, D) or (E,
+    2F, D), the rows of up follow the rows of gate. w2 is (D, F) or (E, D, F).
     """
     stack, end = ((), ".weight") if experts is None else ((experts,), "")
     for number, name in enumerate(("gate_proj", "up_proj")):

@@ -1,6 +1,6 @@
 """Checks whether the tokenizer files of a Hugging Face folder match a run, and writes the tokenizer files of an export.
 
-No torch.
+This file does not import torch.
 """
 
 import json
@@ -23,8 +23,10 @@ TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> list[str]:
-    """Raise UserError if the run's tokenizer and the folder's tokenizer give different ids. Returns notes. choice:
-    data.tokenizer.
+    """Raise UserError if the run's tokenizer and the folder's tokenizer produce different ids. Returns notes for the
+    user.
+
+    choice: value of data.tokenizer.
     """
     path = folder / TOKENIZER_FILE
     if not path.is_file():
@@ -47,9 +49,9 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> l
 
 
 def _meaning(text: str) -> tuple[Any, ...]:
-    """Return the parts of a tokenizer.json that the ids depend on: vocabulary, merges, added tokens.
+    """Return the parts of a tokenizer.json that determine the ids: vocabulary, merges, added tokens.
 
-    Two files with equal parts can still differ as text.
+    Two files with equal parts may still differ as text.
     """
     body = parse_json(text)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in body["model"].get("merges", ())]
@@ -59,10 +61,10 @@ def _meaning(text: str) -> tuple[Any, ...]:
 
 
 def with_words_of(tokenizer: Tokenizer, run: Path, source: Path | None) -> Tokenizer:
-    """Return the tokenizer of a run with all its side files.
+    """Return the tokenizer of a run with all other files that belong to it.
 
-    source: the tokenizer's original folder. It may have files that earlier versions did not copy into a run. If the run
-    trained on chats, the run's own chat template takes precedence.
+    run: the run's folder. source: the original folder of the tokenizer, which may have files that earlier versions did
+    not copy into a run. If the run trained on chats, the returned tokenizer has the run's chat template.
     """
     kept = files_beside(run)
     if kept.keys() & {SPECIAL_TOKENS_FILE, GENERATION_FILE} or source is None:
@@ -76,19 +78,19 @@ def with_words_of(tokenizer: Tokenizer, run: Path, source: Path | None) -> Token
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int) -> None:
-    """Write tokenizer.json and its side files, with a tokenizer_config.json for AutoTokenizer.
+    """Write tokenizer.json and the other files of the tokenizer, with a tokenizer_config.json for AutoTokenizer.
 
-    length: maximum tokens of a sequence.
+    length: maximum number of tokens in a sequence.
     """
     settings: dict[str, Any] = {
         "tokenizer_class": TOKENIZER_CLASS,
-        "add_bos_token": False,  # training puts no begin token before documents
+        "add_bos_token": False,  # training adds no begin token to documents
         "clean_up_tokenization_spaces": False,
         **tokenizer.settings(TOKENIZER_SETTINGS_FILE),
         "eos_token": tokenizer.eos,
         "model_max_length": length,
     }
-    if settings.pop("auto_map", None):  # names code in the tokenizer's original folder; an export has no code
+    if settings.pop("auto_map", None):  # names code in the original folder, which an export does not have
         settings["tokenizer_class"] = TOKENIZER_CLASS
     tokenizer.with_files(tokenizer.files | {TOKENIZER_SETTINGS_FILE: json.dumps(settings, indent=2) + "\n"}).save(
         folder
