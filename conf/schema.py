@@ -300,28 +300,32 @@ class Data:
     """Documents from user code instead of path: `_target_: my_mod.MyData` with its arguments. It is an iterable of
     texts, or of arrays of token ids (train/docs/change_model.md)."""
     tokenizer: str | None = None
-    """A tokenizer.json, a folder with a tokenizer.json, or `deepseek_v3`; null trains a byte-level BPE with model.vocab_size tokens on the data, once."""
-    mask_documents: bool = False
-    """Restrict attention to the document of a token (the paper does not, 4.1)."""
-    fim_rate: float = number(0.0, least=0, most=1, what="a share")
-    """Share of documents rearranged for fill-in-the-middle, PSM order (paper 4.1: 0.1)."""
-    min_tokens: int = number(0, least=0)
-    """Length, in tokens, below which a document is not used, in training and validation. It keeps short, unrelated
-    documents out of long sequences."""
-    validation_fraction: float = number(0.05, above=0, below=1, what="a share")
     """A tokenizer.json, a folder with a tokenizer.json, or `deepseek_v3`. null: a byte-level BPE with model.vocab_size
     tokens, trained once on the data."""
+    mask_documents: bool = False
+    """Let a token attend only to tokens of its document. The paper does not do this (4.1)."""
+    fim_rate: float = number(0.0, least=0, most=1, what="a share")
+    """Share of documents that are rearranged for fill-in-the-middle, in PSM order (0.1 in paper 4.1)."""
+    min_tokens: int = number(0, least=0)
+    """Minimum length of a document, in tokens; training and validation do not use shorter documents. This keeps short,
+    unrelated documents out of long sequences."""
+    validation_fraction: float = number(0.05, above=0, below=1, what="a share")
+    """Share of documents that are held out for validation. Of plain text, complete files are held out."""
     hold_out_by: FilledKey[HoldOutBy] = expert(None)
-    """A token attends only to tokens of its document. The paper does not do this (4.1)."""
+    """Property that decides whether a document is held out: content, or name (path of its file in the data, with the
+    line or row). null: the property of the existing run, or of the run in resume or init_from; else content. Earlier
+    versions used the name."""
     template: str | None = None
     """Chats: the template. A Jinja file, or `plain` for a simple built-in template; null takes the template of the tokenizer's folder."""
     template_function: dict[str, Any] | None = field(default_factory=dict)
-    """Share of documents that are rearranged for fill-in-the-middle, in PSM order (0.1 in paper 4.1)."""
+    """Chats: a function instead of data.template: `_target_: my_mod.render` with its arguments. It renders messages,
+    tools and add_generation_prompt as a text (train/data/template_function.py)."""
     template_keys: dict[str, bool | int | str] | None = field(default_factory=dict)
-    """Minimum length of a document, in tokens; training and validation do not use shorter documents. This keeps short,
-    unrelated documents out of long sequences."""
+    """Chats: variables of the template, as apply_chat_template takes them: `{thinking: true}` of DeepSeek-V3.1,
+    `{enable_thinking: false}`."""
     supervise: Supervise = Supervise.assistant
-    """Share of documents that are held out for validation. Of plain text, complete files are held out."""
+    """Chats: tokens that are learnt. assistant: all turns of the assistant, with their stop tokens; last: the
+    assistant's last turn; all: every token."""
     too_long: TooLong = TooLong.refuse
     """Chats longer than a sequence: refuse (an error before the start), cut (drop the end) or drop (drop the chat)."""
     reasoning: LostReasoning | None = None
@@ -451,12 +455,12 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """Factor on the output of B A."""
+        """Factor on the output of B A: alpha / rank."""
         return self.alpha / self.rank
 
 
 class RankCounts(Protocol):
-    """Factor on the output of B A: alpha / rank."""
+    """Numbers of ranks that follow from the degrees of parallelism."""
 
     @property
     def pp(self) -> int: ...
@@ -679,8 +683,8 @@ class Cluster:
     address: str | None = None
     """Ray: HOST:PORT of a running cluster, or auto for a cluster on this machine; null starts Ray here for this run."""
     ranks_per_node: int = number(0, least=0)
-    """Number of ranks per node. 0: one rank per GPU of the node, or per CPU if the run uses no GPU; on a single
-    machine, all ranks."""
+    """Number of ranks per node. 0: with Ray, one rank per GPU of the node, or per CPU if the run uses no GPU;
+    otherwise, all ranks that run on the machine."""
     wait: float = expert(60.0, above=0)
     """Ray: longest wait for nodes, in seconds."""
     heartbeat: float = expert(5.0, above=0)
@@ -732,8 +736,8 @@ class Hardware:
     and also the rates `host` (transfers between one device and the host) and `host_memory` (reads and writes of the
     host's processors for one device)."""
     devices_per_host: int = expert(0, least=0)
-    """Number of devices that share host_memory_bytes; 0 for all devices of a node. An NVL72 tray has four, fewer than
-    its node."""
+    """Number of devices that share host_memory_bytes; 0 for all devices of a node. For example 4 for an NVL72, in which
+    each tray of four devices has a host."""
     shared_memory_bytes: float = expert(0.0, least=0)
     """Size of a host's /dev/shm in bytes, which holds the copies in memory (checkpoint.memory_folder). 0: half of
     host_memory_bytes, as is Linux's default."""
@@ -842,7 +846,7 @@ class Log:
     next update or checkpoint. If they do, the run ends and names the rank and the tensor. 0 for none
     (train/docs/why.md)."""
     wandb: WandbMode = WandbMode.auto
-    """auto: online if there is an API key, otherwise offline. disabled: no W&B."""
+    """auto: online if there is an API key, otherwise offline. offline: only local files. disabled: no W&B."""
     progress: bool = True
     """Show a progress bar (in a terminal) or progress lines (elsewhere)."""
     sample_tokens: int = number(160, least=0)

@@ -1,8 +1,8 @@
-"""Tables of words: names that other programs use for keys and values, keys of a single mode, and keys that exclude each
-other.
+"""Tables of words for a command line: names of keys and values in other programs, keys that only some modes read, and
+keys that exclude each other.
 
 conf/command_line.py uses these tables to name the key that the user meant. Spelling mistakes need no entry. A word
-needs an entry if it resembles no key or the wrong key.
+needs an entry if it resembles no key of Sluice, or resembles a wrong key.
 """
 
 from conf.schema import Mode
@@ -80,7 +80,7 @@ KEYS = {
     "wandb_mode": "log.wandb",
     "zero_stage": "parallel.zero",
 }
-"""Maps a typed word, which is a complete key or the last part of a key, to the intended key."""
+"""Maps a word that a user may type to the key that he means. The word is a complete key or the last part of a key."""
 
 VALUES = {
     ("log.wandb", "online"): ("auto", "is online if W&B has an API key"),
@@ -95,8 +95,8 @@ VALUES = {
     ("precision", "float32"): ("fp32", "is float32"),
     ("cluster.device", "gpu"): ("cuda", "uses GPUs"),
 }
-"""Maps a key and the value that the user typed to the value that the user meant and the effect of that value. The typed
-value is in lower case here."""
+"""Maps a key and a typed value, in lower case, to two texts: the value that the user means, and what this value
+does."""
 
 NO_TENSOR_PARALLELISM = "there is no tensor parallelism: parallel.pp distributes layers, parallel.ep experts, parallel.cp positions, and parallel.zero=3 weights"
 ACCUMULATION = "each rank accumulates gradients over batch_size / (micro_batch_size x parallel.dp) micro-batches: set batch_size and micro_batch_size"
@@ -112,8 +112,8 @@ CURES = {
     "tensor_parallel_size": NO_TENSOR_PARALLELISM,
     "tp": NO_TENSOR_PARALLELISM,
 }
-"""Maps a typed word to a fix if no single key is intended. The word is a key, the last part of a key, a value, or an
-argument without `=`."""
+"""Maps a word that a user may type to a fix, if no single key is meant. The word is a key, the last part of a key, a
+value, or an argument without `=`."""
 
 COMMANDS = ("doctor", "runs", "launch", "why", "top")
 """Commands that may follow `sluice` instead of settings; train/__main__.py runs them."""
@@ -133,7 +133,7 @@ OWN_KEYS: dict[str, tuple[Mode, ...]] = {
     "prove": (Mode.prove,),
     "score": (Mode.score,),
 }
-"""Maps a key or section to the modes that read it. In any other mode it would silently have no effect."""
+"""Maps a key or section to the modes that read it. Other modes refuse the key, because it would have no effect."""
 
 INSTEAD_OF: dict[str, tuple[str, ...]] = {
     "steps": ("epochs",),
@@ -147,5 +147,5 @@ INSTEAD_OF: dict[str, tuple[str, ...]] = {
     "data.template": ("data.template_function",),
     "data.template_function": ("data.template",),
 }
-"""Maps a key to the keys that disable it while they have a value. If a user types the key, these keys of the recipe are
-cleared."""
+"""Maps a key to other keys that disable it while they have a value. If a user types the key, the recipe's values of
+these other keys are cleared."""

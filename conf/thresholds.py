@@ -1,9 +1,8 @@
-"""Sizes above which code takes another path: a second block, bucket, page or part. One table serves all packages.
+"""Sizes above which code takes another path, such as a second block, bucket, page or part. All packages use this table.
 
-These sizes affect only speed; results are the same for all values. So mode=prove lowers all sizes in some of its runs.
-With lowered sizes, even the small tensors of a proof take both paths. Every such size must be in this table:
-tests/test_thresholds.py refuses a comparison with a constant in other files. Sizes that are keys of the schema
-(`model.loss_chunk`) are not in the table.
+The sizes affect only speed; results are the same for all values. mode=prove lowers all sizes in some of its runs, so
+that even its small tensors take both paths. Every such size must be in this table: tests/test_thresholds.py refuses a
+comparison with a constant in other files. Sizes that are keys of the schema (`model.loss_chunk`) are not in the table.
 """
 
 from collections.abc import Iterator
@@ -13,49 +12,52 @@ from dataclasses import dataclass, fields
 
 @dataclass
 class Thresholds:
-    """The sizes. Code reads them at each use, so a change takes effect at once."""
+    """The sizes. Code reads a size each time it needs it, so a change takes effect at once."""
 
     attention_queries: int = 128
-    """Number of queries per block of attention. A rectangle of fewer than four blocks uses half of this number, which
-    computes fewer useless scores above the diagonal."""
+    """Number of queries per block of attention. A range of fewer than four blocks of queries is cut into blocks of half
+    this number, so that fewer scores above the diagonal are computed in vain."""
     attention_scores: int = 1 << 20
-    """Number of attention scores per block on a CPU (4 MiB in fp32). A block has as many heads as fit, so that its
-    scores stay in the cache."""
+    """Number of attention scores per block on a CPU (4 MiB in fp32). The number of heads in a block is as large as this
+    limit allows, so that the scores stay in the cache."""
     gate_and_up: int = 1 << 18
-    """Number of elements of [gate | up] that are processed at a time. Their fp32 copies fit into a CPU's cache."""
+    """Number of elements of [gate | up], the output of the gate and up projections, that are processed at a time. Their
+    fp32 copies fit into a CPU's cache."""
     fp8_gate_and_up: int = 1 << 19
-    """Number of elements of [gate | up] of FP8 experts that are processed at a time, both rows and scales."""
+    """Number of elements of [gate | up], the output of the gate and up projections of FP8 experts, that are processed
+    at a time."""
     logits: int = 1 << 18
     """Number of logits that are processed at a time on a CPU (1 MiB in fp32)."""
     matmul_tiles: int = 400
     """Minimum number of 128x128 tiles of an FP8 grouped GEMM for which each GPU program computes two adjacent tiles.
-    Two tiles take an estimated 1.6 times as long as one. With fewer tiles, half as many programs would leave some of
-    the 132 multiprocessors idle and save no time."""
+    Two tiles take an estimated 1.6 times as long as one. With fewer tiles, programs for pairs would leave some of the
+    132 multiprocessors idle, and save no time."""
     expert_rows: int = 32
-    """The number of rows of an expert is padded to a multiple of this number. 16 and 64 are as fast: 16 needs more
-    kernels, and 64 needs more padding."""
+    """The number of rows of an expert is padded to a multiple of this number. 16 and 64 are as fast as 32: 16 needs
+    more kernels, and 64 needs more padding."""
     stays_bytes: int = 1 << 10
-    """Maximum bytes of a storage that stays on the device instead of being offloaded."""
+    """A storage of at most this number of bytes stays on the device and is not offloaded."""
     adamw_elements: int = 1 << 18
-    """Number of elements that an update processes at a time if moments are bf16. Their fp32 copies stay in the cache,
-    so memory is read and written once."""
+    """Number of elements that an update processes at a time if moments are bf16. The fp32 copies of these elements stay
+    in the cache, so memory is read and written only once."""
     muon_elements: int = 1 << 24
     """Maximum number of matrix elements that a rank orthogonalises at a time. A single matrix may be larger."""
     norm_row: int = 4096
-    """Number of elements whose squares are summed in fp32."""
+    """Number of elements in one row of a gradient norm. Squares are summed in fp32 within a row, and in fp64 over the
+    rows."""
     base_elements: int = 1 << 26
-    """Maximum number of elements of a frozen base's matrices that are read and cast to blocks together (256 MB in
-    fp32). A single matrix may be larger."""
+    """Maximum number of weight elements that are read and quantised together, when a frozen base is stored in FP8
+    blocks (256 MB in fp32). A single matrix may be larger."""
     compared_elements: int = 1 << 24
-    """Number of elements of a weight that are compared at a time with their values before an update (64 MB on the
+    """Number of elements of a weight that are compared at a time with their values before the update (64 MB on the
     device)."""
     bucket_elements: int = 50_000_000
     """Maximum number of gradient elements that are reduced together."""
     host_page_bytes: int = 1 << 16
     """Bytes of a page of the host store if the device is a CPU."""
     gpu_page_bytes: int = 1 << 23
-    """Bytes of a page of the host store if the device is a GPU. It is so large that a copy takes longer than its
-    launch."""
+    """Bytes of a page of the host store if the device is a GPU. With this size, the copy of a page takes longer than
+    its launch."""
     staging_bytes: int = 1 << 28
     """Bytes of one staging buffer of a checkpoint. It is a power of two, because page-locked allocations are rounded up
     to powers of two."""
@@ -81,14 +83,14 @@ LOWERED = Thresholds(
     gpu_page_bytes=1 << 12,
     staging_bytes=1 << 12,
 )
-"""The sizes that mode=prove uses. They are smaller than most tensors of a miniature, and mostly do not divide the
-tensors' sizes."""
+"""The sizes that mode=prove uses. They are smaller than most tensors of its miniature model, and mostly do not divide
+the sizes of these tensors."""
 
 
 @contextmanager
 def lowered() -> Iterator[None]:
-    """Use the LOWERED sizes in this process inside the block. Objects that were built before the block do not change
-    their sizes."""
+    """Context in which this process uses the LOWERED sizes. An object that was built before keeps the sizes that it
+    read."""
     before = {entry.name: getattr(THRESHOLDS, entry.name) for entry in fields(Thresholds)}
     try:
         vars(THRESHOLDS).update(vars(LOWERED))

@@ -1,9 +1,9 @@
 """Sanitises displayed text. Some of it comes from untrusted files: keys of JSONL, file names, fields of a config.json.
 
-In a terminal, an escape sequence could clear the screen or type for the user. An override of the writing direction
-could disguise a command, and a line end could forge a log line. So all output goes through `say`, or through a console
-of conf/screen.py. Both make such characters visible (\\x1b). Text that becomes part of a sentence goes through
-`sentence`; errors call `sentence` themselves.
+In a terminal, an escape sequence could clear the screen or send input to the shell. An override of the writing
+direction could disguise a command, and a line end could forge a log line. So all output goes through `say`, or through
+a console of conf/screen.py. Both replace such characters by visible escapes. Text that becomes part of a sentence goes
+through `sentence`; errors call `sentence` themselves.
 """
 
 import re
@@ -16,15 +16,15 @@ from typing import TextIO
 
 
 def harmless(text: str) -> str:
-    """Return the text with visible escapes instead of invisible characters. Tabs and line ends are not replaced."""
+    """Return the text with visible escapes instead of invisible characters. Tabs and line ends remain."""
     if text.isprintable():
         return text
     return "".join(c if c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs" else _shown(c) for c in text)
 
 
 def sentence(text: object, indent: int = 8) -> str:
-    """Sanitise untrusted text for a message, so that it cannot forge a line. Continuation lines have at least `indent`
-    spaces."""
+    """Sanitise untrusted text for a message. A line end remains only if the next line is indented by at least `indent`
+    spaces; other line ends become visible escapes, so that the text cannot forge a line."""
     return re.sub(rf"\n(?! {{{indent}}})", r"\\n", harmless(str(text)))
 
 
@@ -43,12 +43,12 @@ def _shown(character: str) -> str:
 
 
 def say(*words: object, sep: str = " ", file: TextIO | None = None, flush: bool = False) -> None:
-    """Print words, to standard output unless `file` is given. No other function prints."""
+    """Print sanitised words, to standard output unless `file` is given."""
     print(harmless(sep.join(map(str, words))), file=file or sys.stdout, flush=flush)
 
 
 def say_note(text: str) -> None:
-    """Print a note for the user who started the program."""
+    """Print a note for the user, with `note:` before it."""
     say_folded(f"note: {text}", 2)
 
 

@@ -49,7 +49,7 @@ def read_yaml(path: Path, trust: bool = False) -> DictConfig:
 
 
 def _calls(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every text in nested mappings and lists that contains a resolver, with its key."""
+    """Yield the key and the text of every text that contains a resolver, in nested mappings and lists."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _calls(inner, f"{key}.{name}" if key else str(name))
@@ -68,8 +68,8 @@ def _holds_resolver(tree: Any) -> bool:
 
 
 def escaped(value: Any) -> Any:
-    """Return plain values, escaped for OmegaConf. References are already resolved, so a ${ in a text is not a
-    reference."""
+    """Return the values with OmegaConf's special characters escaped. In these values all references are already
+    resolved, so a ${ in a text is plain text."""
     if isinstance(value, dict):
         return {key: escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):

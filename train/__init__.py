@@ -1,4 +1,4 @@
-"""Contains the models and their training loop. `import train` is the Python interface, see train/docs/python.md."""
+"""Contains the models and their training loop. `import train` gives the Python interface; see train/docs/python.md."""
 
 from importlib import import_module
 from typing import Any
@@ -30,7 +30,8 @@ FOR_LOOPS = {
     "session": "train.loop.session",
     "SessionFailed": "train.loop.session",
 }
-"""Maps names to their modules. These names are not in train/api.py, because their modules import torch."""
+"""Maps names for custom training loops to their modules. train/api.py does not have these names, because their modules
+import torch."""
 
 
 def __getattr__(name: str) -> Any:

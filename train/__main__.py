@@ -9,7 +9,7 @@ import signal
 import sys
 
 IS_COMMAND = __name__ == "__main__" or os.path.basename(sys.argv[0]) == "sluice"
-"""Whether this process runs the command. False if another program imports this module."""
+"""Whether this process runs the command `sluice`. False if another program imports this module."""
 COMMAND_MODULES = {"doctor": "doctor", "runs": "runs", "launch": "job_file", "why": "why", "top": "top"}
 """Maps the commands that can follow `sluice` instead of a recipe to their modules in train/command. --help prints the
 docstring of the module."""
@@ -62,10 +62,10 @@ MODE_FUNCTIONS = {
     Mode.prove: "train.prove.run:prove",
     Mode.show_data: "train.data.show_data:show_data",
 }
-"""Maps each mode to its function, as module:function. The function is imported on use. It takes the settings and
-returns the exit code."""
+"""Maps each mode to its function, as module:function. The function is imported when it is needed. It takes the settings
+and returns the exit code."""
 STARTS_RANKS = (Mode.evaluate, Mode.prove)
-"""Modes whose function has a second argument: whether the job is the only job of this process, see `do`."""
+"""Modes whose function has a second argument, `alone`; see `do`."""
 
 
 def main(configs: list[Config]) -> int:
@@ -156,7 +156,8 @@ def check_before_start(config: Config) -> None:
 
     check_layout(config)
     if given_place() is not None:
-        return  # another program started the ranks: until they have joined, they wait for rank 0 only as long as in training
+        # Another program started the ranks. They would time out while rank 0 runs the slow checks.
+        return
     check_space(config, checkpoint_bytes(config))
     check_memory(config, checkpoint_bytes(config))
     check_gpu(config)
@@ -192,7 +193,8 @@ def _run_rank(config: Config, place: Place) -> int:
 
 
 def _plan_of_job(config: Config) -> tuple[str, float, float]:
-    """Plans a run. Returns a summary line, the hours, and the host memory in bytes of the node that needs most."""
+    """Plans a run. Returns a summary line, the planned hours, and the host memory in bytes that a node needs. For nodes
+    with different needs, it is the largest need."""
     from train.plan.budget import make_plan
 
     plan = make_plan(config)
@@ -204,7 +206,8 @@ def _plan_of_job(config: Config) -> tuple[str, float, float]:
 
 
 def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an uncaught exception like Python does, but replace dangerous characters of untrusted text."""
+    """Print an uncaught exception as Python does, but with invisible characters of untrusted text replaced by
+    escapes."""
     import traceback
 
     say("".join(traceback.format_exception(kind, error, trace)).rstrip(), file=sys.stderr)
@@ -244,7 +247,7 @@ def _command(words: list[str]) -> int:
 
 
 def command_alone() -> int:
-    """Run the command in a process that exists only for this command, and end the process. See `leave`."""
+    """Run the command in a process that exists only for this command, then end the process; see `leave`."""
     return leave(command())
 
 

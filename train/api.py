@@ -46,7 +46,7 @@ class RunFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class RunResult:
-    """The results in a run folder. The run may still train."""
+    """The results in a run folder. The run may still be training."""
 
     folder: Path
     code: int = EXIT_OK
@@ -58,8 +58,8 @@ class RunResult:
         return newest_intact(self.folder / "checkpoints").path
 
     def records(self) -> list[dict[str, Any]]:
-        """Returns the scalars of train/metrics/names.py, as one dictionary for each recorded step. Non-finite values
-        are NaN."""
+        """Returns the scalars and events of train/metrics/names.py, as one dictionary for each recorded step.
+        Non-finite values are NaN."""
         path = self.folder / METRICS_FILE
         return list(read_heads(path)) if path.is_file() else []
 
@@ -168,7 +168,7 @@ def _quoted(text: str) -> str:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """A context that sets these environment variables for processes that are started inside it."""
+    """Context in which child processes get these environment variables."""
     before = {name: os.environ.get(name) for name in values}
     os.environ |= values
     try:

@@ -16,7 +16,8 @@ from train.parallelize import make_loss
 
 
 def check_own_code(config: Config) -> None:
-    """Raise UserError for code that is missing or unsuitable. Building the corpus tests the user's data code."""
+    """Raise UserError if user code of the recipe is missing or unsuitable. Data code is not tested here, because
+    building the corpus tests it."""
     for name in ("block", "router"):
         if section := getattr(config.model, name):
             with refused(f"model.{name}", section[TARGET], "making it"):
@@ -31,7 +32,7 @@ def check_own_code(config: Config) -> None:
 
 
 def _buffers(model: Model) -> set[str]:
-    """Returns the names of persistent buffers in one block of each kind."""
+    """Returns the names of the buffers that a checkpoint would contain, in one block of each kind."""
     last = min(model.dense_layers, model.layers - 1)
     layers = range(max(0, last - 1), last + 1)
     kernels = HighPrecision(torch.float32, PlainKernels())

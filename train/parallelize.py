@@ -1,4 +1,8 @@
-"""Builds the chunks of a rank in a fixed order: split, build on meta, materialise, initialise, wrap."""
+"""Builds the chunks of a rank. A chunk is the part of the model in one pipeline stage.
+
+The order is fixed: split the layers into stages, build each chunk, allocate and initialise its weights, wrap the chunks
+for training.
+"""
 
 from collections import ChainMap
 from collections.abc import Callable
@@ -48,10 +52,11 @@ def parallelize(
 ) -> ParallelModel:
     """Build this rank's chunks with weights drawn from config.seed, and wrap them for training.
 
-    restored: the caller fills all weights from a checkpoint, so no weights are drawn. dispatcher, layers (the layers of
-    every stage), share: a dry run passes these arguments, and they replace the objects of the layout.
+    restored: whether the caller will fill all weights from a checkpoint; then no weights are drawn. dispatcher, layers
+    (the layers of every stage), share: replacements, which a dry run passes, for the objects that follow from the
+    layout.
     """
-    in_turn = config.parallel.zero == 3 and not config.adapter.on  # each weight gets its memory only when it is sharded
+    in_turn = config.parallel.zero == 3 and not config.adapter.on  # a weight gets its memory when it is sharded
     model = build_rank_model(config, mesh, device, kernels, restored, dispatcher, layers, share, hollow=in_turn)
     chunks, optim = model.chunks, config.optim
     draws = [first_draws(chunk, None if restored else config.seed) for chunk in chunks if in_turn]
@@ -91,7 +96,7 @@ def build_rank_model(
     share: ContextParallel | None = None,
     hollow: bool = False,
 ) -> RankModel:
-    """Builds a rank's model without an optimizer, for mode=prove. hollow: see `build_chunks`."""
+    """Builds a rank's model without an optimizer, for `parallelize` and mode=prove. hollow: see `build_chunks`."""
     if dispatcher is None and mesh.layout.ep > 1:
         dispatcher = make_dispatcher(config, mesh)
     if share is None and mesh.layout.cp > 1:
@@ -109,7 +114,7 @@ def build_rank_model(
 
 
 def make_loss(section: CodeSection) -> Callable[[ModelOutputs], Tensor]:
-    """Returns the user's loss term. Raises UserError."""
+    """Returns the user's loss term. section: its import path and arguments. Raises UserError."""
     key = "optim.extra_loss"
     loss = make(key, section)
     require_arguments(key, section, loss, 1, "one argument, the outputs of the model")
@@ -187,7 +192,7 @@ def build_chunks(
 
     Returns the chunks, the indices of their stages, and the number of stages. layers: the layers of every stage; None:
     the result of `stage_layers`. restored: see `parallelize`. host: stores the activations that model.offload moves.
-    hollow: the weights get no memory, and the caller draws them.
+    hollow: whether the weights get no memory here; the caller then draws the weights.
     """
     placement = config.parallel.placement
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
@@ -233,13 +238,13 @@ def build_chunks(
 
 
 def make_share(mesh: Mesh) -> ContextParallel:
-    """Builds the object that exchanges positions of sequences with the ranks that hold the other positions. All layers
-    share it."""
+    """Builds the object for context parallelism: ranks that share a sequence use it to exchange data of their
+    positions. All layers use the same object."""
     return ContextParallel(mesh.cp_group, mesh.layout.cp > mesh.layout.ranks_per_node)
 
 
 def make_dispatcher(config: Config, mesh: Mesh) -> ExchangeDispatcher:
-    """Builds the object that sends tokens to experts on other ranks. All layers share it."""
+    """Builds the object that sends tokens to experts on other ranks. All layers use the same object."""
     return build_dispatcher(
         config.parallel.dispatch,
         experts=config.model.experts,
@@ -255,7 +260,8 @@ def make_dispatcher(config: Config, mesh: Mesh) -> ExchangeDispatcher:
 
 
 def tied_embedding(config: Config, mesh: Mesh, chunks: list[DeepSeekV3]) -> nn.Parameter | None:
-    """Returns the embedding if the last stage needs it for MTP, and another rank has the first stage; else None."""
+    """Returns the embedding if this rank must keep it equal to the copy of another rank: MTP in the last stage needs
+    it, and another rank has the first stage. Otherwise returns None."""
     placement = config.parallel.placement
     same_rank = sum(len(ids) for ids in placement) - 1 in placement[0]
     holders = [chunk.embedding.weight for chunk in chunks if hasattr(chunk, "embedding")]

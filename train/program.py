@@ -2,7 +2,7 @@
 
 `python -m` looks for packages in the working folder first. So a file such as conf.py or torch.py in the working folder
 would replace the real package. The command `sluice` does not search the working folder. The program imports this file
-before all other files, because files of the user may hide these other files. This file needs only the standard library.
+before all others, because it must fix the import path first. This file needs only the standard library.
 """
 
 import importlib.metadata
@@ -36,8 +36,8 @@ def other_system() -> str | None:
 def guard_names() -> None:
     """Remove the working folder from the import path, to which `python -m` has added it.
 
-    If the working folder contains train.py or train/__init__.py, `python -m train` runs this file instead of the
-    program. This function cannot prevent that. The command `sluice` is not affected.
+    This function cannot help if the working folder contains train.py or train/__init__.py: then `python -m train` runs
+    that file instead of the program. The command `sluice` does not have this problem.
     """
     first = sys.path[0] if sys.path and not sys.flags.safe_path else None
     if first is not None and Path(first or ".").resolve() == Path.cwd() != ROOT:
@@ -47,7 +47,7 @@ def guard_names() -> None:
 def require_packages() -> None:
     """End with a one-line error if this Python lacks a required package, for example outside of the environment.
 
-    It checks only a checkout. For an installed program, pip has installed the packages too.
+    Only a checkout is checked. For an installed program, pip has already installed the packages.
     """
     if lacking := list(_lacking()):
         named = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} others" if len(lacking) > 3 else "")
@@ -73,10 +73,8 @@ def _lacking() -> Iterator[str]:
 
 
 def environment_of_children() -> dict[str, str]:
-    """Returns environment variables for child processes, so that their Python finds this program.
-
-    With them, Python also ignores modules in the working folder.
-    """
+    """Returns environment variables for child processes. With them, the Python of a child finds this program, and
+    ignores modules in the working folder."""
     found = {"PYTHONSAFEPATH": "1"}
     if ROOT.name != "site-packages":  # a checkout, which Python may have found only through the working folder
         others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
@@ -93,7 +91,8 @@ def typed_command() -> list[str] | None:
 
 
 def install_words(extra: str) -> str:
-    """Returns the command that installs an extra of the program. It differs for a checkout and an installed program."""
+    """Returns the command that installs an extra of the program. The command depends on whether the program is a
+    checkout."""
     if (ROOT / "pyproject.toml").is_file():
         return f"in the program's folder: pip install -e '.[{extra}]'"
     return f"pip install '{DISTRIBUTION}[{extra}]'"

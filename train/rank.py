@@ -40,7 +40,7 @@ PREPARATION = timedelta(days=7)
 
 
 def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int:
-    """Run the work of a rank. Errors, and exits in the middle of the work, become an exit code.
+    """Run the work of a rank, and return an exit code even after an error or an exit.
 
     failures: the folder from which a driver reads and reports the errors of ranks. None without a driver: the process
     is the only process of a run, or torchrun started it. Then errors are printed, and a UserError is raised.
@@ -66,7 +66,7 @@ def _marked(place: Place, failures: Path | None) -> Iterator[None]:
             file=sys.stderr,
         )
     yield
-    with suppress(OSError):  # the disk is read-only, and this stops the run anyway
+    with suppress(OSError):  # a read-only disk stops the run anyway
         end_work(failures, place.rank)
 
 
@@ -81,9 +81,9 @@ def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> in
             raise
         if not isinstance(error, StopInterrupt):
             return _report(error, place, failures)
-        if place.rank == 0:  # if all ranks end in this way, nothing else reports it
+        if place.rank == 0:  # nothing else tells the user, if all ranks stop in this way
             say("stopped before the first step; the same command resumes", file=sys.stderr)
-        with suppress(OSError):  # if only this rank was asked to stop, the other ranks fail
+        with suppress(OSError):  # if only this rank got the signal, the other ranks fail, and this is the reason
             words = "this rank alone received a stop signal, before it completed a step"
             Failure(place.rank, uptime(), "stopped", words, EXIT_STOPPED).write(failures)
         return EXIT_STOPPED
@@ -107,7 +107,7 @@ def set_up_rank(config: Config, place: Place) -> RankSetup:
 
 
 def choose_device(config: Config, place: Place) -> torch.device:
-    """Chooses this rank's device, and limits the rank to its share of the cores. With a GPU, these are cores of the
+    """Chooses this rank's device, and limits the rank to its share of the CPU cores. With a GPU, these are cores of the
     GPU's NUMA node."""
     wanted = config.cluster.device
     torch.set_num_threads(threads_of(config.cluster.threads, place.local_world))
@@ -132,7 +132,7 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
             RunPaths(config).path / "logs"
         )  # in the run's own folder, because the folder of a node's agent is removed
     timeout = timedelta(seconds=config.cluster.timeout)
-    store: dist.Store | None = None  # torchrun's
+    store: dist.Store | None = None  # None: torchrun's store
     meeting = given_meeting()
     if place.world == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -185,7 +185,8 @@ def _report(error: BaseException, place: Place, failures: Path | None) -> int:
 
 
 def _tell(failure: Failure, chain: list[BaseException]) -> None:
-    """Put the error that was raised first at the front, because the pipeline wraps an error in a long text.
+    """Describe a failure by the error that was raised first. The pipeline wraps that error in another one with a long
+    text.
 
     chain: the error and its causes. The last element was raised first.
     """

@@ -60,7 +60,7 @@ from train.show.writer import open_writer
 
 
 def preload() -> None:
-    """Import modules that a rank needs later, if its device can only be the CPU. See cluster/node/standby.py."""
+    """Import DeepSpeed before it is needed, unless the rank may use a GPU. See cluster/node/standby.py."""
     if not torch.cuda.is_available():
         import_deepspeed(on_cuda=False)
 
@@ -83,7 +83,7 @@ def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Pa
     watch = SelfWatch(paths.logs, place, patience_of(config.cluster), ends=given_place() is not None)
     logs = failures or paths.logs
     if not driven and given_place() is not None:
-        answer_requests(logs, place.rank)  # answers go to the folder in which a comparison of ranks looks for them
+        answer_requests(logs, place.rank)  # a comparison of ranks reads the answers in this folder
     with (
         held_by_rank_0(paths) if place.rank == 0 else nullcontext(),
         nullcontext() if driven else watch,
@@ -96,7 +96,7 @@ def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Pa
 def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) -> int:
     rank = set_up_rank(config, place)
     device, mesh = rank.device, rank.mesh
-    # Until the first step is done, the timeout is as long as the driver's, because a rank may load or compile slowly.
+    # Until the first step is done, use the longer timeout of the driver: a rank may load or compile slowly.
     mesh.wait_at_most(max(config.cluster.timeout, config.cluster.start_timeout))
     link_notes = []
     if device.type == "cuda" and place.world > 1:
@@ -176,7 +176,7 @@ def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) 
 
 
 def count_flops(config: Config, device: torch.device, kernels: Kernels) -> Flops:
-    """Returns the operations for each token, and the peak FLOP/s of this rank's device."""
+    """Returns the floating-point operations per token, and the peak FLOP/s of this rank's device."""
     kept = Path(config.data.cache)
     peak = peak_flops(device, activation_dtype(config.precision), kernels, given=config.log.peak_flops, cache=kept)
     return Flops(

@@ -11,7 +11,7 @@ class CommandWords(NamedTuple):
     """The parsed arguments of a command."""
 
     command: str
-    """The command, as errors name it, such as `sluice why`."""
+    """The command in the form that errors show, such as `sluice why`."""
     names: list[str]
     flags: list[str]
     runs: Path
@@ -23,8 +23,8 @@ class CommandWords(NamedTuple):
             raise UserError(self.command, unknown[0], "is not a flag of this command", cure)
 
     def one_run(self) -> str:
-        """Returns the run name, for a command that takes one run. The only allowed flag is --json. Raises UserError for
-        other arguments."""
+        """Returns the name of the run, for a command that takes one name and no flag except --json. Raises UserError
+        for other arguments."""
         cure = f"`{self.command} NAME [runs=FOLDER] [--json]`; `sluice runs` lists the names"
         self.require_flags({"--json"}, cure)
         if len(self.names) != 1:

@@ -32,18 +32,18 @@ memory."""
 CORES_PER_DEVICE = 8
 """Estimated number of cores that a rank needs, including its threads for data and checkpoints."""
 SAVES = 2
-"""Maximum number of checkpoint buffers in use. The previous buffer may still be written to disk when the next save
-begins."""
+"""Maximum number of checkpoint buffers that are in use at the same time. The previous buffer may still be written to
+disk when the next save begins."""
 LONGEST = 24
 """Maximum hours that a job requests. A longer run saves a checkpoint before the job's end, and a new job continues
 it."""
 SPARE_TIME = 1.25
-"""The requested time is the planned time of all steps times this factor. So it includes starts, checkpoints and
-validations."""
+"""The requested time is the planned time of all steps times this factor. The factor leaves time for starts, checkpoints
+and validations."""
 FILE_KINDS = ("slurm", "kuberay", "skypilot", "torchrun")
 """Kinds of files; each has a template."""
 ON_RAY = ("slurm", "kuberay")
-"""Kinds whose file starts Ray and adds the settings for Ray."""
+"""Kinds whose job file starts Ray. For these kinds, the recipe gets the settings for Ray."""
 LAUNCH_FLAGS = ("--print", "--queue", "--image")
 
 
@@ -99,8 +99,8 @@ class Job:
 
     @property
     def mounts(self) -> dict[str, str]:
-        """Top-level folders that every node must be able to read. Each folder has the keys whose paths are inside
-        it."""
+        """Maps each top-level folder that every node must be able to read to the keys whose paths are inside the
+        folder."""
         config, found = self.config, {}
         named = {"runs": config.runs, "data.path": config.data.path, "data.tokenizer": config.data.tokenizer,
                  "init_from": config.init_from, "data.cache": config.data.cache}  # fmt: skip
@@ -178,8 +178,8 @@ def _job(
 
 
 def _written(kind: str, job: Job) -> str:
-    """The filled template of this kind. Some templates are also used directly as a file; their template blocks are
-    inside comments."""
+    """Returns the template of this kind with the job's values filled in. Some templates also work as a job file without
+    filling, because their template blocks are inside comments."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ROOT / "cluster" / "files"), undefined=jinja2.StrictUndefined,
         block_start_string="#%", block_end_string="%#",

@@ -125,7 +125,7 @@ def disk_bytes(path: Path) -> int:
         for file in files:
             try:
                 total += os.lstat(os.path.join(place, file)).st_blocks * 512
-            except FileNotFoundError:  # the run has removed a checkpoint meanwhile
+            except FileNotFoundError:  # the run removed a checkpoint in the meantime
                 continue
     return total
 
@@ -169,7 +169,7 @@ def _superfluous(folder: Path, runs: Iterable[RunSummary]) -> Iterator[Path]:
                 _setting(path, "checkpoint", "keep_every"),
             )
             if newest is None or not isinstance(every, int):
-                continue  # without the run's settings it is unknown which checkpoints must stay
+                continue  # without these facts it is unknown which checkpoints must be kept
             best = best_step(path)
             for other in sorted((path / "checkpoints").glob(STEP_FOLDERS)):
                 if (

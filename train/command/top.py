@@ -89,7 +89,7 @@ def main(words: Sequence[str]) -> int:
     elif not console.is_terminal or console.is_dumb_terminal:
         console.print(run_screen(read_picture(folder, name), console.width))
     else:
-        stop = threading.Event()  # a KeyboardInterrupt that is raised in a finalizer is lost
+        stop = threading.Event()  # an event, because a KeyboardInterrupt that is raised in a finalizer is lost
         signal.signal(signal.SIGINT, lambda *_: stop.set())
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while not stop.is_set():
@@ -99,8 +99,8 @@ def main(words: Sequence[str]) -> int:
 
 
 def run_screen(picture: dict[str, Any], width: int, height: int | None = None) -> Group:
-    """Returns the complete screen. height: height of the terminal; it limits the heat maps and their rows. None: no
-    limit."""
+    """Returns the complete screen. height: height of the terminal, which limits the number of heat maps and of their
+    rows. None: no limit."""
     lines, news = [*_head(picture, width)], [*_news(picture, width)][-LISTED_NEWS:]
     room = 10**6 if height is None else height - len(lines) - min(len(news), 3) - 5
     for name in MAPS if picture["ranks"] else ():
@@ -134,7 +134,7 @@ def _head(picture: dict[str, Any], width: int) -> Iterator[Text]:
 
 
 def _lines_of(pieces: Sequence[str], width: int) -> Iterator[Text]:
-    """Packs the pieces into lines of at most `width` characters. No piece is broken at its spaces."""
+    """Packs the pieces of text into lines of at most `width` characters. A line break is never inside a piece."""
     whole = "  ".join(piece.replace(" ", HARD_SPACE) for piece in pieces)
     yield from (Text(line.replace(HARD_SPACE, " ")) for line in textwrap.wrap(whole, width))
 

@@ -1,7 +1,7 @@
-"""Reads the data of `sluice top` from the run folder alone. The run may train on any machine, hang, be dead or be done.
+"""Reads the data of `sluice top`, only from the run folder. The run may train on any machine, hang, be dead or be done.
 
 With cluster=ray the driver writes the state of all ranks (cluster/driver/journal.py). Otherwise each rank writes its
-own file (cluster/run_files.py). If a file of another version lacks a field, this field is left out.
+own file (cluster/run_files.py). If a file of another version lacks a field, the field is left out.
 """
 
 import contextlib
@@ -35,15 +35,20 @@ seconds."""
 
 
 def read_picture(folder: Path, name: str) -> dict[str, Any]:
-    """Returns the state of a run at this moment, as --json prints it. Unknown values are null.
+    """Returns the present state of a run as --json prints it. Unknown values are null.
 
     name, step, steps, stages, replicas, restarts
     state         trains, quiet, stopped, failed, done or empty
-    seconds_left  of a run that trains
+    seconds_left  estimated seconds to the last step, if the run trains
     record        numbers of the newest line of metrics.jsonl
-    ranks         sorted by number: rank, node, step, phase, ended, memory in bytes, age of these values in seconds; and in seconds
-                  of the newest step busy (own work), seconds (the whole step) and waiting (the rest, for other ranks or data)
-    wall          seconds_in (by part), seconds and share (effective) of the wall time
+    ranks         a list in the order of rank indices; each entry has
+                      rank, node, step, phase, ended
+                      memory   bytes
+                      age      seconds since the rank reported these values
+                      seconds  duration of the rank's newest step
+                      busy     seconds of this step in which the rank computed
+                      waiting  seconds of this step in which the rank waited for other ranks or for data
+    wall          wall time: seconds_in (seconds of each part), seconds (total), effective (fraction that was training)
     events        the newest events and the newest incident: time, kind, text
     """
     settings, now = read_settings(folder), time.time()
@@ -78,14 +83,14 @@ def read_picture(folder: Path, name: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _wall_time(folder: Path, moment: int) -> WallTime | None:
-    """The parts of the run's wall time. The result is cached for one value of `moment`, because the computation reads
-    the complete record of the run."""
+    """Returns the parts of the run's wall time. The result is cached until `moment` changes, because the computation
+    reads the complete record of the run."""
     return split_wall_time(folder)
 
 
 def _news(folder: Path, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Events except checkpoints, oldest first. One sentence about the ranks' newest incident replaces the driver's
-    incident events."""
+    """Returns the events except checkpoints, oldest first. If there is a file of an incident, one sentence from the
+    newest such file replaces all incident events of the driver."""
     found = [event for event in events if event["kind"] != "checkpoint"][-SHOWN_EVENTS:]
     if (newest := newest_incident(folder / "logs")) is not None:
         found = [event for event in found if event["kind"] != "incident"]
@@ -111,7 +116,7 @@ def _whole(value: Any, otherwise: int) -> int:
 
 
 def _pace(records: Sequence[Record]) -> float | None:
-    """Mean seconds per step in the newest records, checkpoint stalls included."""
+    """Returns the mean seconds per step in the newest records, including checkpoint stalls."""
     begun = max((place for place, one in enumerate(records) if "resumed" in one), default=0)
     timed = [one for one in records[begun:][-PACE_STEPS:] if isinstance(one.get("time"), int | float)]
     steps = timed[-1]["step"] - timed[0]["step"] if timed else 0
@@ -143,7 +148,7 @@ def _from_files(folder: Path, now: float) -> Iterator[dict[str, Any]]:
 
 
 def _rank(number: int, node: str, said: dict[str, Any], age: float, ended: bool) -> dict[str, Any]:
-    """A rank's values in the form of `read_picture`. age: seconds since the rank wrote them."""
+    """Returns a rank's entry in the list `ranks` of `read_picture`. age: seconds since the rank wrote these values."""
     seconds = {
         key: float(value) if isinstance(value := said.get(key), int | float) and math.isfinite(value) else None
         for key in ("busy", "seconds")

@@ -83,8 +83,8 @@ def _tell(folder: Path) -> None:
 
 
 def alive_traces(logs: Path) -> dict[int, RankTrace]:
-    """Traces of the run's ranks, if any of its ranks is alive on this machine. Traces of ranks that have ended are
-    included. Empty if no rank is alive."""
+    """Returns the traces of all ranks of the run, including ranks that have ended. The result is empty unless at least one
+    rank is alive on this machine."""
     traces = read_traces(logs)
     return traces if living_ranks(logs, traces) else {}
 
@@ -98,7 +98,7 @@ def last_news(traces: dict[int, RankTrace]) -> float:
 
 
 def look_at(logs: Path, traces: dict[int, RankTrace]) -> dict[str, Any]:
-    """Returns the state of a run on this machine, in the form of an incident."""
+    """Returns the state of a run whose ranks are on this machine, in the form of an incident."""
     here = living_ranks(logs, traces)
     reports = [
         RankReport(

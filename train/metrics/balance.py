@@ -3,8 +3,9 @@
 Shape suffixes: L MoE layers (MTP modules last), E routed experts.
 
 MaxVio (paper on loss-free balancing, tables 2 to 4) = (tokens of the busiest expert - mean) / mean. It is 0 for an even
-distribution, and 1 if the busiest expert gets twice the mean. MaxVio of one batch shows the load of the all-to-all.
-MaxVio of the running load shows whether the bias balances the experts, because it averages out the noise of batches.
+distribution, and 1 if the busiest expert gets twice the mean. MaxVio of one batch shows the load of the all-to-all. The
+running load sums token counts over many steps, so it averages out the noise of single batches. Its MaxVio shows whether
+the bias balances the experts.
 """
 
 from collections.abc import Sequence
@@ -25,13 +26,15 @@ accident. In 20 steps a bias speed of 0.001 changes the bias by 0.02, which is e
 
 
 class RunningLoad(NamedTuple):
-    """Token counts of past steps. Checkpoints store the two arrays, so that the metrics continue after a resume."""
+    """The running load: token counts of past steps. Checkpoints store both arrays, so that the metrics continue after a
+    resume."""
 
     load_LE: np.ndarray
     """Sum of token counts in which older steps have exponentially smaller weights. The sum is not divided by the number
     of steps, because MaxVio does not depend on scale."""
     idle_LE: np.ndarray
-    """Number of steps since the expert last got a token; since the start if it got none."""
+    """Number of steps since the expert last got a token. If it never got a token, the number of steps since the
+    start."""
     steps: int
     """Number of steps in the sum."""
 

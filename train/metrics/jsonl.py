@@ -1,8 +1,8 @@
 """Reads and writes metrics.jsonl. Every other output of a run can be rebuilt from this file.
 
 The file has one line for each step. One unbuffered call writes a line, so a killed process loses no written line. If
-the disk has no space for a line, the partial line is removed, and the line waits in memory. At a resume, all lines
-after the resumed step are removed, so no step occurs twice.
+the disk has no space for a line, the written part of the line is removed, and the line is held in memory. At a resume,
+all lines after the resumed step are removed, so the file has no step twice.
 """
 
 import contextlib
@@ -28,7 +28,8 @@ _STEP = re.compile(rb'\{"step":(\d+)[,}]')
 
 
 def encode_record(record: Record) -> bytes:
-    """Encodes a record as one line with a newline. Names have the order of the table. Non-finite values become null."""
+    """Encodes a record as one line with a newline. The metrics are in the order of the table. Non-finite values become
+    null."""
     plain = {name: _plain(record[name]) for name in sorted(record, key=order)}
     return json.dumps(plain, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
@@ -54,8 +55,9 @@ def _plain(value: Any) -> Any:
 class JsonlSink:
     """Appends lines to metrics.jsonl of a run folder.
 
-    resumed_step: step of the loaded checkpoint, 0 for a new run. Lines of later steps are removed. note: called with a
-    sentence when the disk refuses a line, and again when all lines are written. Training continues while lines wait.
+    resumed_step: step of the loaded checkpoint; 0 for a new run. Lines of later steps are removed. note: a function
+    that gets a sentence when the disk first refuses a line, and another when all lines are written. In between,
+    training continues and lines are held in memory.
     """
 
     def __init__(self, path: Path, resumed_step: int, note: Callable[[str], None]):
@@ -129,12 +131,13 @@ def _end_of_step(file: Any, step: int) -> int:
 
 
 def read_heads(path: Path) -> Iterator[Record]:
-    """Yields the scalars of every complete line, with NaN for null. Damaged lines are skipped."""
+    """Yields the scalars and events of every complete line, with NaN for null. Damaged lines are skipped."""
     return (head for head, _ in read_heads_with_loads(path))
 
 
 def read_heads_with_loads(path: Path) -> Iterator[tuple[Record, bool]]:
-    """Yields every record without its layer values, and whether its line has the token counts of the experts."""
+    """Yields every record without its layer values, and whether the record's line has the token counts of the
+    experts."""
     for line in _whole_lines(path):
         head, mark, layers = line.partition(LAYERS_MARK)
         for record in _parse(head + b"}" if mark else line):
@@ -152,7 +155,7 @@ def read_last(file: Path) -> Record:
 
 
 def read_steps(path: Path, steps: Container[int]) -> Iterator[Record]:
-    """Returns the complete records of these steps, including layer values."""
+    """Yields the complete records of these steps, including layer values."""
     for line in _whole_lines(path):
         match = _STEP.match(line)
         if match and int(match[1]) in steps:

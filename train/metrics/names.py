@@ -1,8 +1,8 @@
 """Defines the table of metrics: their names in metrics.jsonl, units, meanings, conditions, W&B panels, report curves.
 
-A line is one JSON object. Scalars are first, in the order of the table. Events and values of MoE layers follow. So a
-reader of a long file can cut a line at LAYERS_MARK and parse only the part before it. If a key is absent, the metric
-was not measured in this step. null means that the number was not finite, because JSON has no NaN.
+A line of metrics.jsonl is one JSON object. Scalars are first, in the order of the table, before events and values of
+MoE layers. So a reader of a long file can cut a line at LAYERS_MARK and parse only the part before it. A metric without
+a key was not measured in this step. null means that the number was not finite, because JSON has no NaN.
 
 MoE layers have the names of their parameters: `layers.3` in the main model, `mtp.0` for the first MTP module. W&B gets
 the scalars by the same names. It also gets the layer values that WANDB lists, and writes a layer as `layers_3`.
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 Record = dict[str, Any]
-"""The metrics of one step by name. A value is a number; {layer name: number or list} for a layer metric; an object for
-an event."""
+"""The metrics of one step by name. The value is a number. For a layer metric, it is {layer name: number or list}; for
+an event, it is an object."""
 
 
 # The palette of Okabe and Ito, whose colours people with any colour vision can distinguish.
@@ -21,7 +21,8 @@ BLUE, ORANGE, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4
 
 
 class Curve(NamedTuple):
-    """A curve in report.html. figure: key of its figure (train/show/figures.py). scale: factor for the values."""
+    """A curve in report.html. figure: key of the figure that shows the curve (train/show/figures.py). scale: factor for
+    the values."""
 
     figure: str
     label: str
@@ -40,7 +41,7 @@ class Metric:
     unit: str
     meaning: str
     when: str = ""
-    """Condition under which a step has the metric; empty if every step has it."""
+    """Condition under which a step has the metric; empty if every step has the metric."""
     panel: str = ""
     """Key of the metric's panel in the W&B workspace (SECTIONS in train/show/dashboard.py)."""
     curve: Curve | None = None
@@ -496,9 +497,9 @@ WANDB = (
     Metric("load", list, "experts", "histogram of all experts by load, in units of the mean load", panel="load"),
     Metric("layer_load/LAYER", list, "experts", "layer_load of one MoE layer", "every LAYER_LOAD_EVERY steps"),
 )
-"""The layer metrics that W&B gets."""
+"""The layer metrics that are sent to W&B."""
 LAYER_LOAD_EVERY = 10
-"""Interval, in steps, between histograms of single layers. They need more space than all other values."""
+"""Interval, in steps, of the histograms of single layers. They need more space than all other values."""
 
 LAYERS_MARK = b',"layer_max_vio":'
 """Marks the end of a line's head, which contains the scalars and events."""
@@ -519,14 +520,14 @@ def table_name(name: str) -> str:
 
 
 def order(name: str) -> tuple[int, int]:
-    """Returns the position of a metric in a line. An unknown name is a bug in Sluice."""
+    """Returns a sort key: the position of a metric in a line. An unknown name is a bug in Sluice."""
     row = table_name(name)
     assert row in _ORDER, f"metric {name!r} is missing from train/metrics/names.py"
     return _ORDER.index(row), int(name.rpartition("_")[2]) if row == "mtp_loss_K" else 0
 
 
 def is_event(name: str) -> bool:
-    """Whether the metric is an event, whose value is an object."""
+    """Whether the metric is an event. The value of an event is an object."""
     return any(metric.name == name for metric in EVENTS)
 
 

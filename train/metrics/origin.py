@@ -46,14 +46,14 @@ StartRecord = dict[str, Any]
 
 
 def record_start(folder: Path) -> None:
-    """Add the current command to the file."""
+    """Add the current command to starts.json in a run folder."""
     commit, modified = code_version()
     start = {"time": time.time(), "command": typed_words(), "folder": os.getcwd()}
     _write(folder, [*read_starts(folder), start | {"commit": commit, "modified": modified}])
 
 
 def record_machine(folder: Path, device: str, ranks: int, is_gpu: bool = False) -> None:
-    """Complete the entry of the newest start. device: name of rank 0's GPU or CPU."""
+    """Complete the newest entry of starts.json in a run folder. device: name of rank 0's GPU or CPU."""
     if not (starts := read_starts(folder)):
         return  # a user has started this rank by hand
     *before, newest = starts
@@ -102,7 +102,8 @@ def _require(values: dict[str, Any], types: dict[str, Any]) -> None:
 
 
 def command_to_go_on(folder: Path) -> str:
-    """Returns the last command without its argument `resume=`. So the command continues from the newest checkpoint."""
+    """Returns the last command of the run, but without an argument `resume=`, so that it continues from the newest
+    checkpoint."""
     starts = read_starts(folder)
     if not starts:
         return "the same command"
@@ -131,7 +132,7 @@ def code_version() -> tuple[str | None, bool]:
 
 
 def code_words(start: StartRecord) -> str:
-    """Describes the version of the code."""
+    """Describes the version of the code for the user."""
     if start["commit"] is None:
         return "installed, not a git repository"
     return f"git commit {start['commit']}{', with changed files' if start['modified'] else ''}"
@@ -142,7 +143,7 @@ def _git(*words: str) -> str | None:
         done = subprocess.run(
             ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=GIT_SECONDS, check=True
         )
-    except (OSError, subprocess.SubprocessError):  # another user's repository, a damaged repository, a slow disk
+    except (OSError, subprocess.SubprocessError):  # such as another user's or a damaged repository, or a slow disk
         return None
     return done.stdout.strip()
 

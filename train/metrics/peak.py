@@ -1,12 +1,13 @@
-"""Finds the peak rate of a device in FLOP/s, which MFU is relative to.
+"""Finds the peak rate of a device in FLOP/s. MFU is a fraction of this rate.
 
-For data-centre GPUs it is the maker's figure for dense bf16 GEMMs, even if GEMMs run in FP8. The paper also uses the
-bf16 figure (ISCA paper 5.1.2: 432 TFLOPS non-causal is 43.7 % of an H800's 989). For other devices, such as CPUs, no
-such figure is known. For them the peak is the rate of the fastest of a few plain GEMMs, with the kernels of training.
+For data-centre GPUs it is the manufacturer's figure for dense bf16 GEMMs, even if GEMMs run in FP8. The paper also
+relates its rate to the bf16 figure (ISCA paper 5.1.2: 432 TFLOPS non-causal is 43.7 % of an H800's 989). For other
+devices, such as CPUs, the figure is unknown. Their peak is the rate of the fastest of a few plain GEMMs, with the
+kernels of training.
 
-A measurement on a busy machine is too low, but never too high. So a cache folder stores the highest rate for each kind
-of device, number of threads, number format and code. Every start measures again, in about 0.3 s, and may raise the
-stored rate. From the second start on, a busy machine has no effect on the peak.
+On a busy machine, a measurement is too low, but never too high. So a cache folder stores the highest measured rate for
+each kind of device, number of threads, number format and code. Every start measures the rate again, in about 0.3 s, and
+stores it if it is higher. After one start on an idle machine, a busy machine cannot lower the peak.
 """
 
 import json
@@ -28,14 +29,14 @@ NAMED_PEAKS = (
     (r"\bH100\b(?!.*(PCIe|NVL))", 989e12),
     (r"\bA100\b", 312e12),
 )
-"""Patterns of the names that CUDA reports, with the maker's figures. PCIe and NVL cards of the H series are slower and
-have no entry, so they are measured."""
+"""Maps patterns of the names that CUDA reports to the manufacturer's figures. PCIe and NVL cards of the H series are
+slower and have no entry, so they are measured."""
 MATMUL_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 MATMUL_TRIES = 3
 PEAK_SECONDS = 0.25
 IMPOSSIBLE = 1e17
-"""FLOP/s that no device reaches. A cached rate above it is damaged and ignored. Otherwise it would never be
-replaced."""
+"""A rate in FLOP/s that no device reaches. A higher rate in the cache is damaged; it is ignored, because no measurement
+would ever replace it."""
 
 
 class Peak(NamedTuple):
@@ -48,11 +49,11 @@ class Peak(NamedTuple):
 def peak_flops(
     device: torch.device, dtype: torch.dtype, kernels: Kernels, *, given: float = 0.0, cache: Path | None = None
 ) -> Peak:
-    """Returns `given` (log.peak_flops) if it is set, else the maker's figure, else the highest measured rate.
+    """Returns `given` (log.peak_flops) if it is set, else the manufacturer's figure, else the highest measured rate.
 
-    It measures the rate now, and compares it with the cached rate. A measurement takes about 0.3 s. dtype: format of
-    the GEMMs; FP8 counts as bf16. kernels: compute the GEMMs. cache: folder of the highest rates; None: no cache. If a
-    cached rate cannot be read or written, only the label reports it.
+    A device without a figure is measured in about 0.3 s, and the result is compared with the cached rate. dtype: format
+    of the GEMMs; FP8 counts as bf16. kernels: compute the GEMMs. cache: folder of the highest rates; None: no cache. If
+    a cached rate cannot be read or written, only the label says so.
     """
     if given > 0:
         return Peak(given, "log.peak_flops")
@@ -66,7 +67,7 @@ def peak_flops(
 
 
 def named_peak(name: str) -> float | None:
-    """Returns the maker's dense bf16 FLOP/s for a GPU name that CUDA reports; None if unknown."""
+    """Returns the manufacturer's dense bf16 FLOP/s for a GPU name that CUDA reports; None if unknown."""
     return next((flops for pattern, flops in NAMED_PEAKS if re.search(pattern, name) and "MIG" not in name), None)
 
 
@@ -75,7 +76,7 @@ def _format(dtype: torch.dtype) -> str:
 
 
 def _kind(device: torch.device, dtype: torch.dtype, kernels: Kernels) -> dict[str, Any]:
-    """Returns the properties that two comparable measurements have in common."""
+    """Returns the properties of a measurement. Two measurements are comparable if these properties are equal."""
     on_cuda, compiled = device.type == "cuda", dtype == torch.bfloat16 and "products" in kernels.parts
     return {
         "device": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
@@ -86,10 +87,10 @@ def _kind(device: torch.device, dtype: torch.dtype, kernels: Kernels) -> dict[st
 
 
 def _best_seen(folder: Path, kind: dict[str, Any], now: Peak) -> Peak:
-    """Returns the higher of the cached rate and the current rate, and caches it.
+    """Returns the higher of the cached rate and the new rate `now`. A higher new rate replaces the cached one.
 
-    Each kind has a file, which is replaced atomically. If two processes write at the same time, the file contains the
-    rate that was written last, even if it is lower. A later start raises it again.
+    Each kind of measurement has a file, which is replaced atomically. If two processes write the file at the same time,
+    it contains the rate that was written last, even if this rate is lower. A later start raises it again.
     """
     path = folder / (re.sub(r"[^A-Za-z0-9.]+", "_", " ".join(map(str, kind.values()))).strip("_")[:200] + ".json")
     kept, problem = _read_kept(path, kind)
@@ -113,15 +114,15 @@ def _read_kept(path: Path, kind: dict[str, Any]) -> tuple[float, str]:
     except FileNotFoundError:
         return 0.0, ""
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
-        pass  # training does not depend on this file
+        pass  # the run can continue without this file
     return 0.0, f"; the figure stored in {path} could not be read and is replaced"
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, kernels: Kernels, budget: float = PEAK_SECONDS) -> float:
-    """Measures the highest rate of square GEMMs of growing size within about `budget` seconds.
+    """Measures the highest rate of square GEMMs of growing size, within about `budget` seconds.
 
     On a busy machine, CPU threads that wait for each other can be a hundred times slower than a single thread. So half
-    of the budget measures a single thread. The higher rate counts.
+    of the budget is for all threads, and half for a single thread. The result is the higher rate.
     """
     if device.type != "cpu" or torch.get_num_threads() == 1:
         return _best_rate(device, dtype, kernels, budget)
@@ -145,7 +146,7 @@ def _best_rate(device: torch.device, dtype: torch.dtype, kernels: Kernels, budge
         )  # an estimate instead of clock time, because the first GEMM of a size may load a kernel
         if used + MATMUL_TRIES * 8 * best > budget:  # a GEMM of twice the size takes eight times as long
             break
-    while time.perf_counter() < deadline:  # the fastest try had the fewest interruptions
+    while time.perf_counter() < deadline:  # the fastest GEMM was interrupted least
         rate = max(rate, 2 * size**3 / _seconds(*pair, kernels=kernels))
     return rate
 

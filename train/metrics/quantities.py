@@ -10,7 +10,7 @@ def gib(size: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """Formats a time with three digits, in a suitable unit."""
+    """Formats a time with three significant digits, in a suitable unit."""
     for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms"), (600.0, 1.0, "s"), (36000.0, 1 / 60, "min")):
         if value < limit:
             return f"{value * factor:.3g} {unit}"
@@ -30,7 +30,7 @@ def share(value: float | None) -> str:
 
 
 def error(planned: float, measured: float) -> str:
-    """Formats the signed prediction error of a plan; empty if nothing was measured."""
+    """Formats the signed relative error of a planned value, in percent; empty if nothing was measured."""
     return f"{100 * (planned / measured - 1):+.1f} %" if measured else ""
 
 

@@ -1,25 +1,25 @@
 """Reads and writes timeline.json: the actions of one pipeline's ranks in one step.
 
 The file is one JSON object:
-    step             the sampled step
+    step             index of the sampled step
     schedule         parallel.schedule of the run
     span_seconds     for each pipeline rank: duration of forward and backward of all micro-batches, including waits
-    actions          a list of objects, rank by rank, in order within a rank:
+    actions          a list with an object per action; the actions of one rank are in their order in time:
         rank             rank in the run
-        pp_rank          position of the rank in the pipeline
-        stage            stage of the model; for FB, the stage of the forward half
-        kind             F forward, B backward, I backward of inputs only, W backward of weights only,
+        pp_rank          index of the rank in the pipeline
+        stage            index of the model's stage
+        kind             F forward, B complete backward, I backward of inputs only, W backward of weights only,
                          FB the forward of one micro-batch together with the backward of another
-        micro_batch      number of the micro-batch, from 0; for FB, the one of the forward half
-        start_seconds    seconds since the step began
+        micro_batch      index of the micro-batch, from 0
+        start_seconds    time from the start of the step to the start of the action
         seconds          duration
-        backward         only for FB: [stage, micro-batch] of the backward half
+        backward         only for FB: [stage, micro-batch] of the backward; stage and micro_batch belong to the forward
 
 A run writes the file in an early step and again in its last step. The file shows the first pipeline (data-parallel rank
-0). The other pipelines have the same schedule. All ranks of the pipeline enter a collective right before the step, and
-each rank starts its clock when it leaves the collective. So the clocks differ by about the latency of a message. For
-two processes on two busy CPU cores, this is 0.2 ms in the median and at most 1 ms. On CUDA the collective synchronises
-the streams, not the hosts.
+0), because all pipelines have the same schedule. All ranks of the pipeline enter a collective right before the step,
+and each rank starts its clock when it leaves the collective. So the clocks differ by about the latency of a message.
+For two processes on two busy CPU cores, this difference is 0.2 ms in the median and at most 1 ms. On CUDA the
+collective synchronises the streams of the ranks, and not their clocks on the host.
 """
 
 import json
@@ -49,7 +49,7 @@ class SampledStep:
 
     @property
     def bubble(self) -> float:
-        """Fraction of the time of all ranks without an action, from the common start until the last rank has
+        """Fraction of the ranks' time in which they run no action, from the common start until the last rank has
         finished."""
         busy = sum(action["seconds"] for action in self.actions)
         return 1 - busy / (self.span * len(self.span_seconds))

@@ -1,15 +1,16 @@
 """Splits the wall time of a run, over all its starts, into parts that add up to the total.
 
-If the run has a driver of cluster=ray, most parts come from the driver's events (cluster/driver/time_split.py). For
-other runs, starts.json gives the time of each start, and metrics.jsonl gives the time of each step. metrics.jsonl also
-gives the waits within the training time:
+For a run with a driver of cluster=ray, most parts come from the driver's events (cluster/driver/time_split.py). For
+other runs, starts.json gives the time of each start, and metrics.jsonl gives the time of each step. Three parts are
+waits within the training time, which always come from metrics.jsonl:
 
     data        waiting for data
     stall       waiting for a checkpoint, on disk or in memory
     beside      other work between steps: validation, sampled text, lines of the log
 
-When a run does steps again, metrics.jsonl loses their earlier records, so their waits are unknown. If a run without a
-driver moved to another machine, its end is unknown. In this case the last step counts as the end.
+When a run repeats steps, metrics.jsonl loses the records of their first execution, so the waits of that execution are
+unknown. If a run without a driver moved to another machine, the time at which it ended is unknown. In this case the
+time of its last step is used.
 """
 
 import datetime
@@ -39,7 +40,7 @@ PART_WORDS = {
     "restart": "restarts after a failure",
     "waiting": "waiting for nodes",
 }
-"""The parts, in display order."""
+"""The parts in display order, each with its description."""
 TimeSpan = tuple[float, float]
 
 
@@ -47,8 +48,8 @@ TimeSpan = tuple[float, float]
 class WallTime:
     """The split of a run's wall time.
 
-    seconds_in: seconds of each part in PART_WORDS. effective: fraction of the wall time that was training, weighted by
-    the fraction of the requested ranks that were running.
+    seconds_in: seconds of each part in PART_WORDS. effective: fraction of the wall time in which the run trained. If
+    only some of the requested ranks were running, the time counts by the fraction of these ranks.
     """
 
     seconds_in: dict[str, float]
@@ -73,8 +74,8 @@ class WallTime:
 def split_wall_time(run_folder: Path, now: float | None = None) -> WallTime | None:
     """Splits a run's wall time; None before the first start.
 
-    now: current Unix time for a run that is still training. By default it is this machine's time if the run trains
-    here.
+    now: current Unix time, for a run that still trains. If it is not given and the run trains on this machine, this
+    machine's time is used.
     """
     if now is None and is_held(run_folder):
         now = time.time()
@@ -106,16 +107,16 @@ def _of_starts(
 ) -> tuple[dict[str, float], list[TimeSpan], int]:
     """Splits the time of a run without driver events.
 
-    Returns the seconds of each part, the time intervals of steps that were not done again, and the number of starts.
+    Returns the seconds of each part, the time intervals of steps that were not repeated, and the number of starts.
     """
     found, spans = dict.fromkeys(("start", "training", "again"), 0.0), list[TimeSpan]()
     for place, begin in enumerate(starts):
         until = starts[place + 1] if place + 1 < len(starts) else math.inf
         mine = [head for head in heads if begin <= head.get("time", -1.0) < until]
         last = max([begin, *(head["time"] for head in mine)])
-        if (
-            until < math.inf
-        ):  # a later start may repeat the last steps of this start; its first record has the time of their first run
+        if until < math.inf:
+            # If a later start repeated the last steps of this start, the first record of that later start has the time
+            # at which this start finished these steps.
             later = next((head for head in heads if head.get("time", -1.0) >= until), {})
             cut = (later.get("resumed") or {}).get("until") or begin
             last = max(last, cut) if cut < until else last
@@ -133,9 +134,9 @@ def _of_starts(
 
 
 def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
-    """Returns the seconds of data, stall and beside in the time intervals.
+    """Returns the seconds of the parts `data`, `stall` and `beside` within the time intervals.
 
-    The waits of a step are limited to its duration.
+    The waits between two records are limited to the time between the records.
     """
     found = dict.fromkeys(("data", "stall", "beside"), 0.0)
     for before, head, length in _pairs(heads, spans):
@@ -211,7 +212,7 @@ class GoodputRecord:
 
 
 def last_failure(run_folder: Path) -> str:
-    """Returns the failure that ended the previous attempt; empty if unknown."""
+    """Returns the text of the run's last failure; empty if there was none."""
     texts = [event["text"] for event in read_events(run_folder) if event["kind"] == "failure"]
     return texts[-1] if texts else ""
 
