@@ -1,8 +1,8 @@
 """Records every collective, send and receive of this process by wrapping the methods of torch's `ProcessGroup`.
 
-Our code, torch's pipeline runtime and DeepSpeed all call these methods in the end, so code that communicates needs no
-change. Events go to a `CommLog`; its format is defined in cluster/comm_ring.py. For device tensors the host does not
-know when an operation completes, so no end is recorded.
+Sluice, torch's pipeline runtime and DeepSpeed all call these methods in the end, so code that communicates needs no
+change. The records go to a `CommLog`; their format is defined in cluster/comm_ring.py. For tensors on a device, the
+host does not know when an operation is complete, so the end of such an operation is not recorded.
 """
 
 import itertools
@@ -46,12 +46,13 @@ GROUP_METHODS = {
     "send": "send",
     "recv": "receive",
 }
-"""The kind of operation of each method. A torch version may lack some of these methods."""
+"""For each method of a group: the kind of operation that is recorded. A torch version may lack some of these methods.
+"""
 IN_PLACE = ("all_reduce", "broadcast", "reduce")
-"""Kinds whose one tensor is both sent and received."""
+"""Kinds of operations with a single tensor, which is both sent and received."""
 _BETWEEN = ("-packages" + os.sep, sysconfig.get_path("stdlib") + os.sep, __file__)
-"""Parts of file names that the search for a caller skips: installed packages (torch and DeepSpeed among them), Python's
-library and this file.
+"""Parts of the paths of files that do not count as callers: files of installed packages (torch and DeepSpeed among
+them), Python's library and this file.
 """
 
 
@@ -59,11 +60,11 @@ class CommLog(Protocol):
     """The interface of an object that receives the records; see cluster/comm_ring.py."""
 
     def name_group(self, name: str, label: str, ranks: Sequence[int]) -> int:
-        """Return the number of a group."""
+        """Return the number of a group in the log, and add the group if it is new."""
         ...
 
     def place(self, file: str, line: int) -> int:
-        """Return the number of a place in the program."""
+        """Return the number of a place in the program, and add the place if it is new."""
         ...
 
     def begin(
@@ -76,8 +77,8 @@ class CommLog(Protocol):
 
 
 class RecordedWork:
-    """Wraps the work that a group's method returned. Tells the log when a caller waits for the work and when the work
-    is complete.
+    """Wraps the work object that a group's method returned. It tells the log when a caller starts to wait for the work,
+    and when the work is complete.
     """
 
     __slots__ = ("_at", "_ends", "_log", "_work")
@@ -86,7 +87,7 @@ class RecordedWork:
         self._work, self._log, self._at, self._ends = work, log, at, ends
 
     def wait(self, *given: Any, **named: Any) -> Any:
-        """Wait for the work; if that raises, no end is recorded."""
+        """Wait for the work, and record its end. If the wait raises an error, no end is recorded."""
         self._log.wait(self._at)
         result = self._work.wait(*given, **named)
         if self._ends:
@@ -98,7 +99,10 @@ class RecordedWork:
 
 
 class CommRecorder:
-    """Records this process's communication in the log. labels: the layout's names for those groups that have one."""
+    """Records this process's communication in a log.
+
+    labels: names of groups in the layout; not every group has one.
+    """
 
     def __init__(self, log: CommLog):
         self.labels: dict[ProcessGroup, str] = {}
@@ -110,9 +114,9 @@ class CommRecorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record everything that begins inside the block."""
-        # A C++ method that getattr returned no longer binds to an instance after it is assigned to the class again. The
-        # entry of the class's dict still does.
+        """Record every operation that begins inside the block."""
+        # The original methods are read from the class's dict. A C++ method that getattr returned would no longer bind
+        # to an instance after it is assigned to the class again.
         kept = {name: vars(ProcessGroup)[name] for name in GROUP_METHODS if name in vars(ProcessGroup)}
         for name in kept:
             setattr(ProcessGroup, name, self._seen(getattr(ProcessGroup, name), GROUP_METHODS[name]))
@@ -164,8 +168,9 @@ class CommRecorder:
         return known
 
     def _place(self) -> int:
-        """Return the number of the innermost caller in Sluice's or the user's code. Callers in installed packages, such
-        as torch and DeepSpeed, do not count."""
+        """Return the log's number of the line in Sluice's or the user's code that called the operation. If several such
+        lines are on the stack, it is the innermost one.
+        """
         frame: FrameType | None = sys._getframe(3)
         while frame is not None:
             code = frame.f_code

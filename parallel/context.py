@@ -1,21 +1,21 @@
 """Context parallelism: the ranks of a group share each sequence and exchange the latents that attention needs.
 
-A sequence has 2 N pieces; rank r of N works on pieces r and 2 N - 1 - r (train/model/sequence.py). The ranks exchange
-MLA's latent and its rope key, which are kv_rank + rope_head_dim values per token and layer. They gather these values
-before attention. They do not store the gathered values; the backward gathers them again. The gradients of the latents
-return by an all-to-all in the activation dtype, and the receiver sums them in fp32. A reduce-scatter would round after
-every rank and would transfer as many bytes.
+A sequence is cut into 2 N pieces; rank r of N works on pieces r and 2 N - 1 - r (train/model/sequence.py). The ranks
+exchange MLA's latent and its rope key, which are kv_rank + rope_head_dim values per token and layer. They gather these
+values before attention. They do not store the gathered values; the backward gathers them again. The gradients of the
+latents return by an all-to-all in the activation dtype, and the receiver sums them in fp32. A reduce-scatter would
+transfer as many bytes, but it would round the sum after every rank.
 
-In each gather, a rank sends its own latents to N - 1 ranks. In the scatter, it sends (N - 1) / N of the gradients of
-all latents, which is the same number of bytes. For T positions and B sequences, with C values of b bytes each, a rank
-sends:
+In each gather, a rank sends its own latents to N - 1 ranks. In the all-to-all, it sends (N - 1) / N of the gradients of
+all latents, which is the same number of bytes. For T positions and B sequences, with C values of b bytes per position,
+a rank sends:
 
     3 (N - 1) / N * B * T * C * b      per layer, forward and backward
 
 All collectives are within the group, whose ranks hold the same stage and run the same actions. The lane that issues a
 collective also waits for it (parallel/pipeline/overlap.py).
 
-Shapes: B sequences, T own positions, L positions of a piece, X any width, N ranks.
+Shapes: B sequences, T positions of this rank, L positions of a piece, X any width, N ranks.
 """
 
 from collections.abc import Sequence
@@ -31,17 +31,22 @@ from parallel.expert.link import TrafficCounters
 class ContextParallel:
     """Exchanges data with the ranks that share this rank's sequences. Implements `train.model.sequence.SequenceShare`.
 
-    group: the ranks that share sequences, in the order of their pieces. across: whether the ranks span several nodes.
+    group: the ranks that share sequences, in the order of their first pieces. across: whether the ranks span several
+    nodes.
     """
 
     def __init__(self, group: dist.ProcessGroup, across: bool = False):
         self.group, self._across = group, across
         self.parts, self.part = dist.get_world_size(group), dist.get_rank(group)
         self.counters = TrafficCounters()
-        """Bytes sent: gathers count as forward, scatters as backward."""
+        """Bytes sent. Gathers count as forward traffic, and `scatter_sum` counts as backward traffic."""
 
     def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> "LatentsOnTheirWay":
-        """Start to gather (B, rows[j], X) of every piece j, in order. own_BTX: this rank's two pieces."""
+        """Start to gather all pieces of the sequences.
+
+        own_BTX: this rank's two pieces. rows: number of positions of each piece. `wait` of the result returns the
+        pieces in order, each with shape (B, rows[j], X).
+        """
         size = max(rows)
         own_BTX = F.pad(own_BTX, (0, 0, 0, 2 * size - own_BTX.size(1))).contiguous()
         all_NBTX = own_BTX.new_empty(self.parts, *own_BTX.shape)
@@ -50,7 +55,9 @@ class ContextParallel:
         return LatentsOnTheirWay(own_BTX, all_NBTX, work, rows)
 
     def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
-        """Return the sum over all ranks of their contributions to this rank's pieces: (B, T, X)."""
+        """Return, for this rank's two pieces, the sum of the values that all ranks pass: (B, T, X). pieces: one tensor
+        for each piece of the sequences.
+        """
         size = max(piece.size(1) for piece in pieces)
         own = pieces[self.part].size(1) + pieces[-1 - self.part].size(1)
         padded = [F.pad(piece, (0, 0, 0, size - piece.size(1))) for piece in pieces]
@@ -61,7 +68,7 @@ class ContextParallel:
         return arrived_NBTX.sum(0, dtype=torch.float32).to(sent_NBTX.dtype)[:, :own]
 
     def total(self, counts: Tensor) -> Tensor:
-        """Return the sum over all ranks, on each rank."""
+        """Return the sum of `counts` over all ranks; every rank gets it."""
         counts = counts.clone()
         dist.all_reduce(counts, group=self.group)
         return counts
@@ -82,8 +89,9 @@ class ContextParallel:
 
 
 class LoneContext(ContextParallel):
-    """Context parallelism without the other ranks, for a plan or a dry run. Instead of values from other ranks, it
-    returns copies of this rank's own values."""
+    """Context parallelism for a rank that runs alone, in a plan or a dry run. Instead of values of other ranks, it
+    returns copies of this rank's own values.
+    """
 
     def __init__(self, ranks: int, rank: int = 0):
         self.parts, self.part, self.counters, self._across = ranks, rank, TrafficCounters(), False
@@ -99,13 +107,13 @@ class LoneContext(ContextParallel):
 
 
 class LatentsOnTheirWay:
-    """A gather in progress. It keeps its send buffer alive."""
+    """A gather in progress. The object keeps the send buffer alive."""
 
     def __init__(self, own_BTX: Tensor, all_NBTX: Tensor, work: dist.Work | None, rows: Sequence[int]):
         self._own_BTX, self._all_NBTX, self._work, self._rows = own_BTX, all_NBTX, work, rows
 
     def wait(self) -> list[Tensor]:
-        """Return (B, rows[j], X) of every piece j, as views of the received buffer. Call once."""
+        """Return all pieces in order, each with shape (B, rows[j], X), as views of the receive buffer. Call once."""
         if self._work is not None:
             self._work.wait()
         size = self._all_NBTX.size(2) // 2

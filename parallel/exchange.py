@@ -1,8 +1,8 @@
 """Exchanges plain values between ranks, as JSON text in tensors.
 
-torch's object collectives (`all_gather_object`, `broadcast_object_list` and similar) use pickle, and a process that can
-make a rank read a pickle can run code in that rank. So no rank sends or reads a pickle. Values travel as the bytes of
-their JSON text, and `refuse_pickles` makes torch's own functions raise for every caller.
+torch's object collectives (`all_gather_object`, `broadcast_object_list` and similar) use pickle. A process that can
+make a rank read a pickle can run any code in that rank. So no rank sends or reads a pickle. Values are sent as the
+bytes of their JSON text, and `refuse_pickles` makes torch's own functions raise for every caller.
 """
 
 import json
@@ -23,17 +23,17 @@ GLOO_TIMEOUT = re.compile(
     r"^\[\S*gloo\S*:\d+\] (Timed out waiting|Application timeout|(Connect|Read|Wait|Write) timeout)|\AWait timeout\Z",
     re.MULTILINE,
 )
-"""Matches gloo's timeout messages; gloo raises errors without a type of their own. The message starts with a place in
-gloo's source. A timeout of the store has only the text "Wait timeout".
+"""Matches gloo's messages about a time-out; gloo has no error class for them. Such a message starts with a file name of
+gloo's source, or it is "Wait timeout", the message of gloo's store.
 """
 TIMEOUT = re.compile("timed out|timeout", re.IGNORECASE)
-"""Matches the timeout messages of NCCL and of the store. Errors of both have a type of their own."""
+"""Matches the messages about a time-out of NCCL and of torch's store. Both raise `torch.distributed.DistError`."""
 
 
 def is_timeout(error: BaseException | None) -> bool:
     """Whether the error, or a cause of it, says that gloo, NCCL or the store gave up waiting for another rank.
 
-    Other errors with similar words do not count.
+    An error of any other origin does not count, even if its text contains the word "timeout".
     """
     return any(
         (isinstance(one, dist.DistError) and TIMEOUT.search(str(one)))
@@ -45,9 +45,9 @@ def is_timeout(error: BaseException | None) -> bool:
 def gather(value: Any, group: ProcessGroup | None = None) -> list[Any]:
     """Return every rank's value, in the rank order of the group (None: all ranks). Collective over the group.
 
-    value: any value that JSON can express. A tuple returns as a list; a number returns unchanged, even if it is not
-    finite. Every rank allocates the length of the longest text once per rank, so values should be small. Raises
-    TypeError for other values.
+    value: any value that JSON can express. A tuple is returned as a list. A number is returned unchanged, even if it is
+    not finite. Values should be small, because every rank allocates, for each rank, as many bytes as the longest text
+    has. Raises TypeError for other values.
     """
     text = _encode(value)
     length = torch.tensor([text.numel()])
@@ -78,7 +78,7 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
 
 @contextmanager
 def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
-    """Provide a group of all ranks. A collective of this group may wait longer than any collective of the training.
+    """Create a group of all ranks for the block. Its collectives may wait longer than the collectives of the training.
 
     Collective over all ranks.
     """
@@ -89,30 +89,31 @@ def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
 
 
 class RankNotes:
-    """Short texts that a rank leaves in the ranks' store for other ranks.
+    """Short texts that a rank writes to the ranks' common store, so that other ranks can read them.
 
-    Threads use them if no disk can be written, because threads must not use collectives.
+    Threads use them when no disk can be written. Threads must not use collectives.
     """
 
     def __init__(self, store: dist.Store | None = None):
-        """store: None for the store of all ranks."""
+        """Use a store. store: None for the store of all ranks."""
         self._store = store or distributed_c10d._get_default_store()
 
     def leave(self, name: str, text: str) -> None:
-        """Leave a note. The note is lost if the rank that serves the store has ended."""
+        """Write a note. If the rank that serves the store has ended, the note is lost."""
         with suppress(dist.DistError):
             self._store.set(name, text)
 
     def read(self, name: str) -> str | None:
-        """Return the note, or None if there is none."""
+        """Return the note with this name, or None if there is none."""
         with suppress(dist.DistError):
             return self._store.get(name).decode() if self._store.check([name]) else None
         return None
 
 
 def refuse_pickles() -> None:
-    """Make all later calls of torch's object collectives in this process raise an error, even calls by torch or
-    DeepSpeed."""
+    """Make torch's object collectives raise an error in this process from now on, even if torch or DeepSpeed calls
+    them.
+    """
     for name in ("_object_to_tensor", "_tensor_to_object", "_pickler", "_unpickler"):
         assert hasattr(distributed_c10d, name), f"torch.distributed.distributed_c10d has no {name}"
         setattr(distributed_c10d, name, _refuse)
@@ -123,7 +124,9 @@ def _refuse(*_: Any, **__: Any) -> None:
 
 
 def _encode(value: Any) -> Tensor:
-    """Return the JSON text as bytes (uint8) on the CPU. Every group that Sluice creates has a backend for the CPU."""
+    """Return the JSON text of a value as bytes (uint8) on the CPU. A CPU tensor can be sent in every group that Sluice
+    creates.
+    """
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 

@@ -1,9 +1,10 @@
 """Tests the links between GPU ranks before data preparation, and names slow or dead links.
 
-Each rank exchanges rows with one other rank at a time: with every neighbour on its node, then with the rank of the same
-index on the neighbouring nodes. So each time belongs to one link. All links of a kind are tested at the same time, as
-in a training step. Then the run's groups run an all-reduce and an all-to-all. The received bytes of the pairs are
-checked. A transfer that does not end within LINK_PATIENCE raises an error that names both ends.
+Each rank exchanges data with one other rank at a time: first with its two neighbours on its node, then with the ranks
+of the same index on the neighbouring nodes. So each measured time belongs to one link. All links of a kind are tested
+at the same time, as in a training step. Then the run's groups run an all-reduce and an all-to-all. In the exchanges of
+two ranks, the received bytes are checked. A transfer that does not end within LINK_PATIENCE raises an error that names
+both ends.
 """
 
 import socket
@@ -22,17 +23,17 @@ from parallel.exchange import gather
 from parallel.mesh import Mesh
 
 TRIED_BYTES = 64 << 20
-"""Size of a message: large enough that a GPU's link reaches its full rate."""
+"""Bytes of a message. The message is large enough that a GPU's link reaches its full rate."""
 LINK_ROUNDS = 5
-"""Timed exchanges per link or group. One untimed exchange before them opens the connection."""
+"""Number of timed exchanges for each link or group. One untimed exchange before them opens the connection."""
 LINK_PATIENCE = 60.0
-"""Seconds allowed for one exchange, which may include opening a connection."""
+"""Maximum seconds for one exchange, including the time to open a connection."""
 SLOW_LINK = 0.5
-"""A link is slow if its rate is below this share of the expected rate, or of the median rate of all links of its
+"""A link is slow if its rate is below this fraction of the expected rate, or of the median rate of all links of its
 kind.
 """
 NAMED_LINKS = 5
-"""Maximum number of slow links that are named; the rest are counted."""
+"""Maximum number of slow links that are named. The other slow links are only counted."""
 
 Pair = tuple[int, int]
 
@@ -42,15 +43,16 @@ class LinkRate:
     """Measured rate of one link or one group."""
 
     kind: str
-    """One of: inside (a node), across (nodes), all-reduce, all-to-all."""
+    """One of: inside (two ranks of a node), across (two ranks of different nodes), all-reduce, all-to-all."""
     ranks: tuple[int, ...]
     bytes_per_second: float
-    """Rate in one direction, for each rank."""
+    """Rate of each rank in one direction."""
 
 
 def rounds_of_pairs(world: int, local: int) -> Iterator[tuple[str, list[Pair]]]:
-    """Yield rounds of pairs. A rank has at most one partner per round. local: ranks per node, with consecutive
-    numbers.
+    """Yield rounds of pairs, each with its kind. A rank has at most one partner per round.
+
+    world: number of ranks. local: number of ranks per node; the ranks of a node are consecutive.
     """
     nodes = world // local
     for matching in _matchings(local):
@@ -60,7 +62,7 @@ def rounds_of_pairs(world: int, local: int) -> Iterator[tuple[str, list[Pair]]]:
 
 
 def _matchings(count: int) -> Iterator[list[Pair]]:
-    """Yield the links of a ring, split into two or three rounds."""
+    """Yield the pairs of neighbours in a ring of `count` members, in two or three rounds."""
     ring = [(one, (one + 1) % count) for one in range(count if count > 2 else count - 1)]
     for part in (ring[0 : count - count % 2 : 2], ring[1::2], ring[count - 1 :] if count % 2 and count > 2 else []):
         if part:
@@ -75,18 +77,18 @@ def try_links(
     size: int = TRIED_BYTES,
     patience: float = LINK_PATIENCE,
 ) -> tuple[list[str], list[LinkRate]]:
-    """Measure all links; return the names of all ranks by host and device, and the rates of each link and of the
+    """Measure all links. Returns the names of all ranks, by host and device, and the rates of each link and of the
     groups.
 
-    Collective over all ranks. facts: facts about the run's dispatch. local: ranks per node. Raises RuntimeError for a
-    link that delivers no data or wrong data.
+    Collective over all ranks. facts: facts about the run's dispatch. local: number of ranks per node. Raises
+    RuntimeError for a link that delivers no data or wrong data.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     everyone = gather([f"{socket.gethostname()} {device} (rank {rank})", local])
     names, sizes = ([one[part] for one in everyone] for part in range(2))
     local = (
         local if len(set(sizes)) == 1 and world % local == 0 else 1
-    )  # if nodes differ in size, every link counts as one between nodes
+    )  # if nodes have different numbers of ranks, every link counts as a link between nodes
     sent = torch.full((size,), rank & 0xFF, dtype=torch.uint8, device=device)
     came, found = torch.empty_like(sent), []
 
@@ -102,7 +104,8 @@ def try_links(
             if is_other(came, other & 0xFF):
                 raise RuntimeError(f"a corrupt link: {names[rank]} receives other bytes than {names[other]} sends")
             found += [LinkRate(kind, mine, rate)] * (rank == mine[0])
-        gather(None)  # ranks without a partner wait, so that no other round uses the links
+        # Ranks without a partner wait here, so that the next round does not use the links at the same time.
+        gather(None)
     hops = [mesh.intra_group, mesh.inter_group] if facts.by_nodes else [] if facts.needs_gpu else [mesh.ep_group]
     for kind, group in (("all-reduce", mesh.stage_group), *(("all-to-all", hop) for hop in hops)):
         ranks = dist.get_process_group_ranks(group)
@@ -125,13 +128,13 @@ def try_links(
 
 
 def is_other(came: Tensor, expected: int) -> bool:
-    """Whether any byte differs from the expected value. Waits for the device."""
+    """Whether any byte of `came` differs from the expected value. Waits for the device."""
     return bool(came.ne(expected).any())
 
 
 def notes_on_links(names: list[str], found: list[LinkRate], expected: dict[str, Rate]) -> list[str]:
-    """Return notes for the user. They compare the rates by kind with the hardware file and name the ends of every slow
-    link.
+    """Return notes for the user. They compare the measured rates of each kind with the hardware file, and name both
+    ends of every slow link.
     """
     said, slow = [], []
     for kind in dict.fromkeys(one.kind for one in found):
@@ -151,8 +154,9 @@ def notes_on_links(names: list[str], found: list[LinkRate], expected: dict[str, 
 
 
 def _seconds(exchange: Callable[[], None]) -> float:
-    """Run `exchange` LINK_ROUNDS times after a warm-up, and return the seconds of the fastest run. `exchange` must wait
-    for its transfers."""
+    """Run `exchange` once untimed and then LINK_ROUNDS times. Return the seconds of the fastest timed run. `exchange`
+    must wait until its transfers are complete.
+    """
     exchange()
     best = float("inf")
     for _ in range(LINK_ROUNDS):
@@ -163,8 +167,8 @@ def _seconds(exchange: Callable[[], None]) -> float:
 
 
 def _wait(works: list[dist.Work], device: torch.device, patience: float, who: str) -> None:
-    """Wait until all works are complete, at most `patience` seconds. (NCCL's own wait blocks the device, not the
-    host.)
+    """Wait on the host until all works are complete, at most `patience` seconds. NCCL's own wait would block only the
+    device.
     """
     deadline = time.monotonic() + patience
     try:

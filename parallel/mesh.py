@@ -4,12 +4,12 @@ On GPUs, a group's communicator takes hundreds of megabytes on each rank. So one
 same members, and a communicator is created at the first collective of its group. Groups of one rank and groups that a
 layout does not use never get a communicator.
 
-A pipeline's group is the exception. It carries only the sends and receives of the schedule, and shares its communicator
-with no collective. If a communicator is created together with its group, torch runs all transfers of a rank one after
-another on one stream, and a concurrent broadcast can hang. pytorch pull request 172668 measured 7,300 tokens/s in this
-case and 9,700 tokens/s otherwise. In a separate group, torch opens one communicator per pair of neighbours, so that
-transfers to both neighbours overlap. torch 2.13 does this even if a schedule sends several transfers at once. Older
-versions that batch these transfers (pytorch issue 175225) work too, but the transfers do not overlap.
+The group for a pipeline's sends and receives is the exception. No collective uses its communicator. If a communicator
+is created together with its group, torch runs all transfers of a rank one after another on one stream, and a concurrent
+broadcast can hang. pytorch pull request 172668 measured 7,300 tokens/s in this case and 9,700 tokens/s otherwise. In a
+separate group, torch opens one communicator per pair of neighbours, so that transfers to both neighbours overlap. torch
+2.13 does this even if a schedule sends several transfers at once. Older versions batch these transfers (pytorch issue
+175225). They work too, but the transfers do not overlap.
 """
 
 from dataclasses import dataclass, fields
@@ -22,7 +22,7 @@ from conf.check import check_world
 from parallel.layout import Layout
 
 Partition = tuple[tuple[int, ...], ...]
-"""A split of the ranks into groups, as a comparable value."""
+"""A division of the ranks into groups, as a value that can be compared."""
 
 
 def partition(groups: list[list[int]]) -> Partition:
@@ -31,26 +31,26 @@ def partition(groups: list[list[int]]) -> Partition:
 
 @dataclass
 class Mesh:
-    """One rank's place in the layout and its process groups."""
+    """One rank's position in the layout, and its process groups."""
 
     layout: Layout
     rank: int
     pp_group: ProcessGroup
-    """Ranks of my pipeline, for sends and receives between stages; never for a collective of a step."""
+    """Ranks of this rank's pipeline. Only sends and receives between stages use this group."""
     stages_group: ProcessGroup
-    """Ranks of my pipeline, for collectives."""
+    """Ranks of this rank's pipeline, for collectives."""
     stage_group: ProcessGroup
-    """Ranks that hold the same stage."""
+    """Ranks that hold the same stage as this rank."""
     cp_group: ProcessGroup
-    """Ranks that share my sequences."""
+    """Ranks that share sequences with this rank."""
     ep_group: ProcessGroup
     edp_group: ProcessGroup
     intra_group: ProcessGroup
-    """Ranks of my expert group on my node."""
+    """Ranks of this rank's expert group on this rank's node."""
     ends_group: ProcessGroup | None
-    """First and last rank of my pipeline; None on the ranks between them."""
+    """First and last rank of this rank's pipeline; None on the ranks between them."""
     inter_group: ProcessGroup
-    """Ranks of my expert group that have my index on their nodes."""
+    """Ranks of this rank's expert group that have the same index on their nodes as this rank."""
 
     def wait_at_most(self, seconds: float) -> None:
         """Set the timeout of all later collectives in all groups of this rank."""
@@ -99,10 +99,10 @@ def form_later() -> None:
 
 
 def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
-    """Create the groups of this rank in the default process group; every rank must call it.
+    """Create the groups of this rank in the default process group. Every rank must call this function.
 
-    timeout: longest wait in a collective. Groups do not inherit the default group's timeout. The group of all ranks is
-    the default group.
+    timeout: maximum time that a collective may wait. New groups do not take over the timeout of the default group. The
+    default group serves as the group of all ranks.
     """
     world = dist.get_world_size()
     check_world(layout.pp, layout.dp, layout.cp, world, f"the number of ranks, {world}")

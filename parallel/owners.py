@@ -1,16 +1,19 @@
-"""Gives each matrix that is sharded over several ranks an owner rank, which computes the whole matrix.
+"""Assigns each matrix that is sharded over several ranks to an owner: a rank that computes the whole matrix.
 
-ZeRO cuts weights at any element. An update that needs complete matrices gives each matrix an owner. Every rank sends
-its elements to the owner. The owner computes the update and sends each rank its elements of the result. Owners are
-chosen matrix by matrix, in the order of falling cost. The owner is the rank that holds most of the matrix. If that rank
-already has its share of the work, the owner is the rank with the least work. A matrix whose owner holds all of its
-elements is not sent.
+ZeRO may cut a weight at any element, but some updates need complete matrices. For such an update, every rank sends its
+elements of a matrix to the matrix's owner. The owner computes the update and sends each rank its elements of the
+result.
+
+Owners are chosen matrix by matrix, in the order of falling cost. The owner is the rank that holds most of the matrix.
+If that rank already has its part of the work, the owner is the rank with the least work. A matrix is not sent if its
+owner holds all of its elements.
 
 Matrices are sent in packs. One pack is sent while the previous pack is computed, so memory stays bounded:
 
     gather pack 0 | gather pack 1, compute 0 | gather pack 2, compute 1, return 0 | ...
 
-Every rank of the group derives the same owners and packs from the sizes alone, so the ranks need no agreement.
+Every rank of the group computes the same owners and packs from the shapes alone, so the ranks need no communication for
+this.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +28,13 @@ from torch.distributed import ProcessGroup
 from parallel.shard import WeightPiece, cut_pieces
 
 KEEPS = 1.05
-"""The rank that holds most of a matrix becomes the owner of the matrix, if the rank's total cost is then at most this
-factor times the mean cost of a rank.
+"""Limit for the cost of a rank, as a multiple of the mean cost of a rank. The rank that holds most of a matrix owns the
+matrix only if the rank's total cost then stays within this limit.
 """
 
 
 class SharedMatrix(NamedTuple):
-    """A matrix, which is part of a weight of `width` columns. Every rank holds an interval of the weight's elements."""
+    """A matrix that is part of a weight with `width` columns. Every rank holds an interval of the weight's elements."""
 
     weight: int
     """Index of the weight in its flat shard."""
@@ -42,8 +45,9 @@ class SharedMatrix(NamedTuple):
     cost: float
 
     def pieces(self, rank: int) -> list[WeightPiece]:
-        """Return a rank's part of the matrix as at most three rectangles: part of a row, complete rows, and part of
-        another row."""
+        """Return the part of the matrix that a rank holds, as at most three rectangles: part of a row, complete rows,
+        and part of another row.
+        """
         cut = [
             WeightPiece(_common(rows, self.place.rows), _common(columns, self.place.columns))
             for rows, columns in cut_pieces(self.held[rank], self.width)
@@ -55,7 +59,7 @@ class SharedMatrix(NamedTuple):
 
 
 def choose_owners(matrices: Sequence[SharedMatrix], ranks: int) -> list[int]:
-    """Return the owner of each matrix."""
+    """Return the owner of each matrix; see the top of the file."""
     mean = sum(matrix.cost for matrix in matrices) / ranks
     most = KEEPS * max([mean, *(matrix.cost for matrix in matrices)])
     loads, owners = [0.0] * ranks, [0] * len(matrices)
@@ -75,7 +79,7 @@ class MatrixPack:
 
     numbers: list[int]
     sent: list[int]
-    """Number of elements that this rank sends to each other rank as the owner."""
+    """Number of elements of this pack that this rank sends to each owner."""
     received: list[int]
 
 
@@ -106,10 +110,10 @@ class MatrixOwners:
     ) -> None:
         """Compute every matrix on its owner. Collective over the group.
 
-        read: a function that returns a view of the local part of a weight. compute: a function that takes matrix
-        numbers and matrices, and returns results of the same shapes. write: a function that takes a matrix number, the
-        number of the matrix's weight, a rectangle of the local part, and the result for that rectangle. like: a tensor;
-        elements are sent with the dtype and on the device of this tensor.
+        read: function that takes a weight's index and a rectangle, and returns a view of this rank's part. compute:
+        function that takes the indices of matrices and the matrices, and returns results of the same shapes. write:
+        function that takes a matrix's index, the index of the matrix's weight, a rectangle of this rank's part, and the
+        result for that rectangle. like: tensor whose dtype and device are used for all elements that are sent.
         """
         gathered: tuple[MatrixPack, Callable[[], dict[int, Tensor]]] | None = None
         returned: Callable[[], None] | None = None
@@ -130,7 +134,7 @@ class MatrixOwners:
             returned()
 
     def _cut(self, most: int) -> Iterator[list[int]]:
-        """Yield the matrix numbers of each pack.
+        """Yield the indices of the matrices in each pack. most: maximum number of elements of each owner in a pack.
 
         Matrices of the same shape are in the same pack where possible, so that their matmuls can be batched.
         """
@@ -162,8 +166,8 @@ class MatrixOwners:
     def _gather(self, pack: MatrixPack, read: Callable[[int, WeightPiece], Tensor], like: Tensor) -> Callable[[], dict]:
         """Start to send the matrices of a pack to their owners.
 
-        Returns a function. This function waits for the matrices that this rank owns, and returns a mapping from matrix
-        number to matrix.
+        Returns a function that waits for the matrices that this rank owns. That function returns the matrices by their
+        index.
         """
         outgoing = [
             read(self._matrices[number].weight, piece).reshape(-1)
@@ -198,9 +202,9 @@ class MatrixOwners:
         write: Callable[[int, int, WeightPiece, Tensor], None],
         like: Tensor,
     ) -> Callable[[], None]:
-        """Start to send the results of a pack back.
+        """Start to send the results of a pack back to the ranks that hold the elements.
 
-        Returns a function that waits until the results of this rank's elements have arrived.
+        Returns a function that waits until the results of this rank's elements have arrived, and writes them.
         """
         for number, result in done.items():
             matrix = self._matrices[number]
@@ -227,7 +231,9 @@ class MatrixOwners:
         return finish
 
     def _travelling(self, pack: MatrixPack, owner: int, rank: int) -> Iterator[tuple[int, WeightPiece]]:
-        """Yield those parts of a pack's matrices that `rank` holds and `owner` owns, in the order of the message."""
+        """Yield the parts that `rank` sends to `owner` in a pack, in the order of the message: for each part, the index
+        of the matrix and a rectangle.
+        """
         if owner != rank:
             for number in pack.numbers:
                 if self.owners[number] == owner:
@@ -251,7 +257,7 @@ class MatrixOwners:
 
 
 def _at(whole: Tensor, matrix: SharedMatrix, piece: WeightPiece) -> Tensor:
-    """Return a view of the elements of a matrix that a rectangle of its weight covers."""
+    """Return a view of some elements of a matrix. piece: the elements, as a rectangle of the matrix's weight."""
     first, left = matrix.place.rows.start, matrix.place.columns.start
     return whole[
         piece.rows.start - first : piece.rows.stop - first, piece.columns.start - left : piece.columns.stop - left

@@ -1,10 +1,11 @@
 """Defines `Shard`, an interval of a flattened logical tensor. All state enters and leaves a rank in this form.
 
-These classes describe parts of a weight, from the complete run down to a row:
+A logical tensor is a tensor of the model, as it would be on a single rank. These classes describe parts of a weight,
+from the whole run down to a row:
 
-    Shard        elements of the logical tensor of all ranks: the unit of checkpoints and exports
-    Fragment     elements of a rank's own parameter that the rank updates, with master and state
-    ShardSlice   place of such elements in the rank's flat shard
+    Shard        an interval of a logical tensor; checkpoints and exports consist of shards
+    Fragment     the elements of a rank's own parameter that the rank updates, with master and state
+    ShardSlice   position of such elements in the rank's flat shard
     FlatShard    all weights of one flat parameter, each a `FlatWeight` that knows which rank holds which of its
                  elements; for updates of whole matrices
     WeightPiece  rows and columns of one weight
@@ -23,16 +24,18 @@ from conf.optimizers import UpdateRule
 
 @dataclass
 class Shard:
-    """Elements [offset, offset + local.numel()) of the flattened logical tensor of `shape`.
+    """Elements [offset, offset + local.numel()) of the flattened logical tensor with shape `shape`.
 
-    ZeRO fragments, a rank's experts and complete tensors are all shards. So a run with any layout can read a checkpoint
-    of another layout: it intersects intervals.
+    ZeRO fragments, a rank's experts and complete tensors are all stored as shards. So a run with any layout can read a
+    checkpoint of another layout: it intersects the intervals of both.
     """
 
     local: Tensor
-    """1-D, contiguous; shares memory with the live state, so that loading fills the state in place."""
+    """The elements of the shard: 1-D and contiguous. The tensor shares memory with the live state, so that loading a
+    checkpoint fills the state in place.
+    """
     offset: int
-    """First element, in elements of the flattened logical tensor."""
+    """Index of the shard's first element in the flattened logical tensor."""
     shape: tuple[int, ...]
     """Shape of the logical tensor over all ranks."""
 
@@ -45,15 +48,18 @@ class Shard:
 class Fragment:
     """The elements [offset, offset + master.numel()) of a flattened parameter that this rank updates.
 
-    The parameter is local to the rank, so expert 0 is the rank's first expert.
+    The offset refers to this rank's own parameter. For experts, offset 0 is the first element of the rank's first
+    expert.
     """
 
     param: nn.Parameter
     offset: int
     master: Tensor
-    """fp32, 1-D; shares memory with the live state, as `state` does."""
+    """Master values of these elements, fp32 and 1-D. The tensor shares memory with the live state, and so do the
+    tensors of `state`.
+    """
     state: dict[str, Tensor]
-    """The optimizer's state, by the names of its rule (conf/optimizers.py)."""
+    """The optimizer's state of these elements, by the state names of the update rule (conf/optimizers.py)."""
 
 
 class Sharing(NamedTuple):
@@ -99,17 +105,17 @@ class FlatWeight:
     shape: tuple[int, ...]
     """Shape of the complete parameter; for experts, of this rank's experts only."""
     held: list[range]
-    """For each sharing rank: the elements of the flattened parameter that its shard holds."""
+    """For each rank that shares the parameter: the elements of the flattened parameter that the rank's shard holds."""
     place: int
     """Offset of the parameter's first element in this rank's shard. It is negative if an earlier rank holds that
     element.
     """
 
     def view(self, flat: Tensor, rows: range, columns: range, place: int | None = None) -> Tensor:
-        """Return a view of some rows and columns.
+        """Return a view of some rows and columns of the parameter.
 
-        flat: this rank's shard, which must hold these elements; or, with `place`, a tensor that holds the parameter
-        from element `place` on.
+        flat: this rank's shard, which must hold these elements. With `place`, it is instead a tensor that holds the
+        parameter; the parameter's first element is at index `place`.
         """
         width = self.shape[-1]
         first = (self.place if place is None else place) + rows.start * width + columns.start
@@ -118,7 +124,7 @@ class FlatWeight:
 
 @dataclass
 class FlatShard:
-    """The weights of a flat parameter, for updates that need more than single elements."""
+    """The weights of a flat parameter, for updates that need whole rows or matrices."""
 
     rule: UpdateRule
     weights: list[FlatWeight]
@@ -129,7 +135,7 @@ class FlatShard:
     """Global names of the weights."""
 
     def scale_rows(self, flat: Tensor, factors: Mapping[str, Tensor]) -> None:
-        """Multiply each row of the named weights by its factor."""
+        """Multiply each row of the weights in `factors` by its factor. flat: this rank's shard."""
         for name, weight in zip(self.names, self.weights, strict=True):
             if name in factors:
                 factor_R1 = factors[name].to(flat).unsqueeze(1)
@@ -138,39 +144,41 @@ class FlatShard:
 
 
 class ShardSlice(NamedTuple):
-    """The elements of a parameter that this rank's shard of the group holds."""
+    """The elements of a parameter that are in this rank's shard of a parameter group."""
 
     param: nn.Parameter
     offset: int
-    """Index of the first element, in the flattened parameter."""
+    """Index, in the flattened parameter, of the first element."""
     place: slice
-    """Position in the shard."""
+    """Position of the elements in the shard."""
 
 
 @dataclass
 class GradientHandover:
-    """Data that ZeRO hands to the optimizer for the next update, besides the `.grad` of the flat parameters.
+    """Data that ZeRO passes to the optimizer for the next update, besides the `.grad` of the flat parameters.
 
-    ZeRO fills this object and the optimizer reads this object. ZeRO and the optimizer share no other object.
+    ZeRO writes this object and the optimizer reads it. ZeRO and the optimizer share no other object.
     """
 
     shards: dict[Tensor, FlatShard] = field(default_factory=dict)
-    """For each flat parameter: the weights that it holds."""
+    """For each flat parameter: the weights that it consists of."""
     factor: Tensor | None = None
-    """Factor on all gradients, which the update applies for clipping; a scalar on the host."""
+    """Factor by which the update multiplies all gradients, for clipping. It is a scalar on the host; None means 1."""
     unreduced: dict[Tensor, list[Tensor]] = field(default_factory=dict)
-    """Gradients of flat parameters that this rank shares with no other rank, in their original buffers: 1-D, fp32, in
-    order from the first element, without the padding at the end. The `.grad` of such a flat parameter is a placeholder.
+    """Gradients of flat parameters that this rank shares with no other rank. Each gradient is a list of the original
+    buffers: 1-D, fp32, in order from the first element, without the padding at the end. The `.grad` of such a flat
+    parameter is a placeholder.
     """
     row_factors: Mapping[str, Tensor] = field(default_factory=dict)
-    """For each weight: factors on its rows, applied after the update."""
+    """For each weight name: one factor per row, by which the row is multiplied after the update."""
     divisor: int = 1
     """Unreduced gradients are sums over the data of this number of ranks. To get the mean, divide a gradient by this
     number."""
 
     def of(self, param: Tensor) -> tuple[list[Tensor], Tensor | float | None]:
-        """Return the gradient of a flat parameter as a list of parts, and the factor by which each part must be
-        multiplied."""
+        """Return the gradient of a flat parameter as a list of parts, and the factor by which the caller must multiply
+        each part; None for no factor.
+        """
         if param not in self.unreduced:
             return [gradient_of(param).view(-1)], self.factor
         if self.divisor == 1:
@@ -190,7 +198,8 @@ def whole(tensor: Tensor) -> Shard:
 
 
 class ShardedOptimizer(Protocol):
-    """The optimizer interface that parallel/zero needs: it updates the flat fp32 parameters that ZeRO hands over.
+    """The optimizer interface that parallel/zero needs. The optimizer updates the flat fp32 parameters that ZeRO passes
+    to it.
 
     Implementations are torch.optim.Optimizer objects. Every parameter group has the update rule of its weights as
     `rule` (conf/optimizers.py).
@@ -199,16 +208,16 @@ class ShardedOptimizer(Protocol):
     param_groups: list[dict[str, Any]]
     handover: GradientHandover
     updates: int
-    """Number of updates before this step. The object that owns the optimizer adds 1 per step."""
+    """Number of updates before this step. The code that created the optimizer adds 1 per step."""
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
-        """Return the state of a flat parameter by name, created on first use.
+        """Return the state tensors of a flat parameter by name. They are created at the first call.
 
-        Each tensor has the parameter's shape, so that the same intervals cut state and parameter.
+        Each tensor has the parameter's shape, so that an interval of the parameter is also an interval of its state.
         """
 
     def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Return a tensor (pieces,) in fp64 with the sum of squares of each flat fp32 tensor."""
+        """Return a tensor (pieces,) in fp64: for each flat fp32 tensor, the sum of the squares of its elements."""
 
     def step(self, closure: None = None) -> None:
-        """Update every group that has gradients."""
+        """Update the parameters of every group that has gradients."""

@@ -1,22 +1,22 @@
-"""Every undocumented name of torch that Sluice uses: read this file before an upgrade.
+"""Lists every undocumented name of torch that Sluice uses. Read this file before an upgrade of torch.
 
-These are names with a leading underscore, and names of the pipeline runtime that are missing in torch's documentation.
-tests/test_torch_private.py compares the list with the names in the code and with the installed torch.
-parallel/zero/private_names.py does the same for DeepSpeed.
+The list contains names with a leading underscore, and names of the pipeline runtime that torch's documentation omits.
+tests/test_torch_private.py compares the list with the names in the code and with the installed torch. For DeepSpeed,
+parallel/zero/private_names.py is the corresponding list.
 """
 
 from typing import NamedTuple
 
 
 class BorrowedName(NamedTuple):
-    """owner: full path of the module or class that defines the name."""
+    """An undocumented name that Sluice uses. owner: full path of the module or class that defines the name."""
 
     owner: str
     name: str
     why: str
     since: str = ""
-    """First torch version that has the name. It is set if Sluice also supports older versions, which work without the
-    name.
+    """First torch version that has the name. It is empty if every supported version has it. Without the name, Sluice
+    works too.
     """
 
 
@@ -29,7 +29,7 @@ _ACTION = "torch.distributed.pipelining.schedules._Action"
 _CONTEXT = "torch.distributed.pipelining.schedules._PipelineContext"
 
 BORROWED = (
-    # A stage: parallel/pipeline/stage.py
+    # Names for a stage: parallel/pipeline/stage.py
     BorrowedName(_STAGE, "_get_init_p2p_neighbors_ops", "sends a first message to the neighbours, and to the rank itself if it holds both stages"),
     BorrowedName(_STAGE, "_prepare_forward_infra", "allocates receive buffers of all micro-batches; replaced by meta tensors"),
     BorrowedName(_STAGE, "_prepare_backward_infra", "allocates gradient buffers of all micro-batches; replaced by meta tensors"),
@@ -47,7 +47,7 @@ BORROWED = (
     BorrowedName(_STAGE, "group_rank", "the rank in the group, to find a neighbour stage on the same rank"),
     BorrowedName(_STAGE, "_warmup_forward_vote", "messages about shapes, which a lone rank does not receive", "2.13"),
     BorrowedName(_STAGE, "_warmup_backward_result", "the result of these messages", "2.13"),
-    # An overlapped pair: parallel/pipeline/overlap.py
+    # Names for an overlapped pair: parallel/pipeline/overlap.py
     BorrowedName(_RUNTIME, "register_custom_function", "registers the function for an overlapped pair"),
     BorrowedName("torch.distributed.pipelining.schedules", "OVERLAP_F_B", "the kind of action for an overlapped pair"),
     BorrowedName(_CONTEXT, "schedule_ref", "the running schedule"),
@@ -63,18 +63,18 @@ BORROWED = (
     BorrowedName(_STAGE, "set_local_fwd_input", "passes an output to the next stage on this rank"),
     BorrowedName(_STAGE, "set_local_bwd_input", "passes a gradient to the previous stage on this rank"),
     BorrowedName(_STAGE, "get_local_bwd_output", "the gradient for the previous stage on this rank"),
-    # The order of a schedule without running it: parallel/pipeline/orders.py
+    # Names for the order of a schedule that does not run: parallel/pipeline/orders.py
     BorrowedName(_MULTI, "pipeline_order", "the actions of every rank"),
     BorrowedName(_RUNTIME, "_prepare_schedule_with_comms", "adds sends and receives, which needs most of torch's time"),
     BorrowedName(_ACTION, "computation_type", "the kind of an action"),
     BorrowedName(_ACTION, "microbatch_index", "the micro-batch of an action"),
     BorrowedName(_ACTION, "sub_actions", "the halves of an overlapped pair"),
     BorrowedName("torch.distributed.pipelining._backward", "stage_backward_input", "runs only the input half of a backward, for a plan"),
-    # Groups: parallel/mesh.py
+    # Names for groups: parallel/mesh.py
     BorrowedName("torch.distributed.distributed_c10d", "_set_pg_timeout", "sets a longer timeout before the first step"),
-    # Ranks: parallel/exchange.py
+    # Names for ranks: parallel/exchange.py
     BorrowedName("torch.distributed.distributed_c10d", "_get_default_store", "the rendezvous store of all ranks, also under torchrun"),
-    # Tensors and operations
+    # Names for tensors and operations
     BorrowedName("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack", "copies the active modes to a second thread"),
     BorrowedName("torch.utils._python_dispatch", "TorchDispatchMode", "intercepts every operation, for a plan's memory ledger and a proof's fp64"),
     BorrowedName("torch.utils._python_dispatch", "_disable_current_modes", "excludes the stand-ins' own tensors from a rank's memory"),

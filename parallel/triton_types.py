@@ -1,9 +1,9 @@
 """Types of Triton's kernels for a type checker, and a launch that takes less host time. The module needs triton.
 
 Parameters of a kernel have no Python types: Triton derives types from the arguments of a launch. Triton recognises a
-compile-time parameter by the annotation `constexpr`; its interpreter compares the annotation's source text. For a type
-checker, Triton's own `constexpr` would require a constexpr argument, while a launch passes a plain number. The options
-of a launch are in no signature.
+compile-time parameter by the annotation `constexpr`; its interpreter compares the annotation's source text. This module
+defines its own `constexpr`. With Triton's own `constexpr`, a type checker would require an argument of that class, but
+a launch passes a plain number. A kernel's signature does not contain the options of a launch.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ Parameters = ParamSpec("Parameters")
 _Launched = TypeVar("_Launched")
 constexpr = Any if TYPE_CHECKING else tl.constexpr
 COMPILED: list[str] = []
-"""Kernels that this process has compiled or read from Triton's cache, with their specialisation. A kernel that is added
-during a run has delayed a step.
+"""Kernels that this process has compiled or read from Triton's cache, each with its specialisation. If the list grows
+during a run, the compilation has delayed a step.
 """
 
 
@@ -29,21 +29,22 @@ def _note_compiled(*, repr: str, **_: Any) -> None:
     COMPILED.append(repr)
 
 
-if knobs.runtime.jit_post_compile_hook is None:  # a hook set by other code stays in place
+if knobs.runtime.jit_post_compile_hook is None:  # if other code has set a hook, it stays in place
     knobs.runtime.jit_post_compile_hook = _note_compiled
 
 
 class QuickKernel:
     """A kernel that is launched like Triton's own, `kernel[grid](...)`, in half the host time.
 
-    Triton specialises a kernel on properties of the arguments. For a tensor, these are its dtype and whether 16 divides
-    its address. For a number, these are its type, whether 16 divides it and whether it is 1; for a number in
-    `do_not_specialize`, only the type. Constants and options count with their values. Row counts, which differ in every
-    step, are in `do_not_specialize`, so they cause no compilation during a run.
+    Triton compiles a kernel again for each combination of some properties of its arguments. For a tensor, these
+    properties are its dtype and whether 16 divides its address. For a number, they are its type, whether 16 divides it
+    and whether it is 1. For a number in `do_not_specialize`, only the type counts. Constants and options count with
+    their values. Row counts differ in every step. They are in `do_not_specialize`, so they cause no compilation during
+    a run.
 
-    This class computes an equivalent key in fewer steps and reuses the kernel that Triton returned for the first launch
-    with this key. Launches with unaligned tensors and launches with hooks go through Triton. The parameters of a kernel
-    must be tensors (named _ptr) first, then numbers, then constants.
+    This class computes a key from these properties in fewer steps than Triton. It reuses the kernel that Triton
+    returned for the first launch with this key. Launches with unaligned tensors and launches with hooks go through
+    Triton. The parameters of a kernel must be in this order: tensors (whose names end in _ptr), numbers, constants.
     """
 
     def __init__(self, kernel: JITFunction):
@@ -76,29 +77,30 @@ class QuickKernel:
 
 
 def quick(kernel: _Launched) -> _Launched:
-    """Return a `QuickKernel` if Triton compiles for a GPU whose specialisation rules this file knows; else the kernel
-    itself.
+    """Return a `QuickKernel`, or the kernel itself. It is a `QuickKernel` if Triton compiles for a GPU whose
+    specialisation rules this file knows.
     """
     known = isinstance(kernel, JITFunction) and torch.version.hip is None
     return cast("_Launched", QuickKernel(kernel)) if known else kernel
 
 
 def _watched(hook: Any) -> bool:
-    """Whether a hook is set. A hook is a chain of functions, one function, or None."""
+    """Whether a hook is set. `hook` is a chain of functions, one function, or None."""
     return bool(getattr(hook, "calls", hook))
 
 
 @lru_cache(1 << 14, typed=True)
 def _kind_of(number: float) -> tuple:
-    """Return the properties of a number that specialise a kernel."""
+    """Return the properties of a number for which Triton compiles a separate kernel."""
     if not isinstance(number, int):
         return (type(number),)
     return type(number), number == 1, number % 16 == 0, -(2**31) <= number < 2**31, number < 2**63
 
 
 def _width_of(number: int) -> bool:
-    """Return whether an unspecialised integer fits into 32 bits. No other property of the integer changes the
-    kernel."""
+    """Return whether an integer in `do_not_specialize` fits into 32 bits. Triton compiles a separate kernel only for
+    this property of it.
+    """
     return number < 2**31
 
 

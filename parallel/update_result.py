@@ -11,4 +11,4 @@ class Update:
     """Global gradient norm before clipping; not finite if the step was skipped."""
     applied: bool
     bad_parameters: list[str]
-    """Parameters of this rank's shard with a non-finite gradient."""
+    """Names of the parameters in this rank's shard whose gradients are not finite."""

@@ -174,7 +174,7 @@ class Driver:
         if self.clock() - self._ticked < TICK_EVERY:
             return  # the code below visits all nodes, which is too slow to do after each answer
         self._ticked = self.clock()
-        # Before the next start, the supervisor soon needs the age of the copies.
+        # If no attempt is running, the supervisor may soon need the age of the copies.
         if self.supervisor.phase is not DriverPhase.running:
             self._look_at_copies()
         self._tell(m.Tick())

@@ -1,22 +1,23 @@
 """The agent of a node: it starts the node's ranks as child processes and reports their state. It does not use Ray.
 
 Two methods wait: `ask` waits for news, and `network` waits for measurements. RayFleet gives each of them a thread. All
-other methods return at once, because the driver takes a late answer as the loss of the node. A rank reports through
-files (cluster/run_files.py) in a scratch folder of the attempt on the node's own disk. It never reports through the
-shared run folder, so that a rank of an old attempt cannot be mistaken for a new one. The agent sends the output of its
-ranks to the driver in parts.
+other methods return at once, because the driver counts a node as lost if an answer is late.
+
+A rank reports through files (cluster/run_files.py) in a scratch folder of the attempt on the node's own disk. It never
+reports through the shared run folder, so that the driver cannot mistake a rank of an old attempt for a new one. The
+agent sends the output of its ranks to the driver in parts.
 
 The environment of a rank has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, and
 
     GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME    as set on this node, else as set on the driver, else the interface of the
                                               node's address
-    SLUICE_LOGS                               the scratch folder
-    SLUICE_ATTEMPT                            the number that fences checkpoints
-    SLUICE_STORE_SECRET                       secret that seals the store where the ranks of this attempt meet, see
-                                              parallel/signed_store.py
+    SLUICE_LOGS                               path of the scratch folder
+    SLUICE_ATTEMPT                            number of the attempt; checkpoints with a number that is too low are refused
+    SLUICE_STORE_SECRET                       secret that protects the store through which the ranks of this attempt find
+                                              each other; see parallel/signed_store.py
 
-If an agent gets no question for `lease` seconds, not even by UDP (cluster/node/pulse_echo.py), it assumes that it has
-lost the driver. The agent then kills its ranks, because a new attempt may run on other nodes.
+If an agent gets no question for `lease` seconds, not even by UDP (cluster/node/pulse_echo.py), it assumes that the
+driver is lost. The agent then kills its ranks, because a new attempt may already run on other nodes.
 """
 
 import contextlib
@@ -51,51 +52,51 @@ from cluster.stacks import ask_stacks, handles, is_looked_into, read_stacks
 from conf.errors import EXIT_STOPPED
 
 NEWS_LOOK_SECONDS = 0.05
-"""Seconds between two checks for news while a question waits."""
+"""Seconds after which the agent checks for news again while a question waits."""
 STACKS_WITHIN = 0.25
-"""Maximum seconds that a question waits for requested stacks."""
+"""Seconds after which an answer is sent even if the requested stacks of some ranks are missing."""
 OUTPUT_BYTES = 64 << 10
 """Maximum bytes of one rank's output in one answer."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """Ranks to start on one node."""
+    """The driver's order to start ranks on one node."""
 
     attempt: int
     ranks: list[tuple[int, int]]
     """The ranks, as (rank, local rank)."""
     arguments: list[str]
-    """Command line after the Python interpreter."""
+    """Command line of a rank, after the Python interpreter."""
     environment: dict[str, str]
-    """Variables that are equal for all ranks of the run."""
+    """Environment variables that are equal for all ranks of the run."""
     address: str
     """IP address of the node. Ranks use the network interface that has this address."""
     folder: str | None = None
-    """Working folder; None for the agent's working folder, where Ray unpacked the code."""
+    """Working folder of the ranks. If None, it is the agent's working folder, into which Ray unpacked the code."""
 
 
 @dataclass
 class Answer:
-    """State of the ranks on a node."""
+    """An agent's answer to the driver: the state of the ranks on its node."""
 
     attempt: int
     ranks: list[RankReport]
     output: dict[int, bytes] = field(default_factory=dict)
-    """New output of ranks. It starts at the requested offsets."""
+    """New output of each rank. It starts at the offset that the driver requested."""
     stacks: dict[int, str] = field(default_factory=dict)
-    """Tracebacks that arrived since the last request for stacks."""
+    """Stacks of each rank that arrived since the last request for stacks."""
     rings: dict[int, bytes] = field(default_factory=dict)
-    """Packed communication rings of the ranks (cluster/comm_ring.py). Only the first answer after a request for stacks
-    has them.
+    """For each rank, its packed communication ring (cluster/comm_ring.py). Only the first answer after a request for
+    stacks contains the rings.
     """
     held: dict[str, list[int]] = field(default_factory=dict)
-    """Copies of the state in this node's memory: for each set, the ranks whose parts are complete; see
+    """Copies of the state in this node's memory. For each set of copies: the ranks whose parts are complete; see
     cluster/node/copy_store.py.
     """
     clock_set: float = 0.0
-    """Seconds by which the node's clock has been set ahead since the check. The times in `ranks` do not include
-    them.
+    """Seconds by which somebody has set the node's clock ahead since the driver's check. The times in `ranks` are not
+    affected by this change.
     """
     free_bytes: float = math.inf
     """Free bytes in the folder for temporary files."""
@@ -110,20 +111,20 @@ class _Child:
     world: int
     """Number of ranks of the run."""
     stopped_by: int | None = None
-    """Signal that asked the rank to stop."""
+    """Number of the signal by which the agent asked the rank to stop; None if it has not asked."""
     stacks_asked: bool = False
     native: bool = False
     """Whether the stacks of native threads are requested as well."""
     ring_due: bool = False
-    """Whether the next answer must include its communication ring."""
+    """Whether the next answer must include the rank's communication ring."""
 
 
 class Agent:
     """The agent of a node; see the module's docstring.
 
-    lease: seconds without a question after which the agent kills the ranks. own_process: whether the agent is alone in
-    its process. If so, SIGTERM means that the node will be removed, and the process ends with its parent. Create such
-    an agent in the main thread.
+    lease: seconds without a question after which the agent kills the ranks. own_process: whether the process contains
+    only the agent. If so, the process ends with its parent, and SIGTERM tells the agent that the node will be removed.
+    Create such an agent in the main thread.
     """
 
     def __init__(self, lease: float, own_process: bool = False):
@@ -131,17 +132,17 @@ class Agent:
         self._attempt = 0
         self._children: dict[int, _Child] = {}
         self._standbys: dict[tuple[str, str | None], list[subprocess.Popen]] = {}
-        """Reserve processes by module and working folder."""
+        """Reserve processes, by the module that they have imported and their working folder."""
         self._scratch: PrivateFolder | None = None
         self._asked = time.monotonic()
         self._clock = SteadyClock()
-        """Clock that was started when `facts` was last called."""
+        """The node's clock since the last call of `facts`. Changes of the system's clock do not affect it."""
         self._probe = NetworkProbe()
         self._store: Store | None = None
         self._echo: Echo | None = None
         self._leaving = False
         self._told: tuple = (0, [], [], False, {})
-        """The news that the driver has already received."""
+        """The values of `_news` that the last answer to the driver contained."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
         if own_process:
@@ -151,14 +152,15 @@ class Agent:
         threading.Thread(target=self._watch_lease, daemon=True).start()
 
     def facts(self, question: Question) -> Facts:
-        """Gather the facts that the checks before a start need. After this call, this node answers the driver's pulse.
-        It also answers the other nodes if there will be a network test."""
+        """Return the facts about this node that the driver checks before a start. After this call, this node answers
+        the driver's UDP questions. If there will be a network test, it also answers the other nodes.
+        """
         port, self._clock = 0, SteadyClock()
         if question.tests_network:
             with contextlib.suppress(OSError):  # the network test will report the error
                 port = self._probe.listen(question.address)
         if question.key and self._echo is None:
-            with contextlib.suppress(OSError):  # without a pulse the driver asks this node more often
+            with contextlib.suppress(OSError):  # without UDP, the driver asks this node more often through Ray
                 self._echo = Echo(question.node, question.address, question.key, self._renew)
         return dataclasses.replace(
             gather_facts(question), pulse=self._echo.place if self._echo else None, test_port=port
@@ -168,11 +170,11 @@ class Agent:
         self._asked = time.monotonic()
 
     def network(self, turns: list[tuple[str, int] | None]) -> list[NodeLink]:
-        """Run this node's part of the network test, see cluster/driver/network.py. Waits for the results."""
+        """Run this node's part of the network test and wait for the results; see cluster/driver/network.py."""
         return self._probe.play(turns)
 
     def open_memory(self, folder: str, token: str, address: str) -> OpenedCopy:
-        """Open a store in this folder that holds copies of the run's state, and serve it."""
+        """Open a store for copies of the run's state in this folder, and serve the copies to other nodes."""
         try:
             self._store = Store(Path(folder), token, address, lambda: self._attempt)
         except OSError as error:
@@ -181,13 +183,13 @@ class Agent:
         return OpenedCopy(self._store.port)
 
     def drop_memory(self) -> None:
-        """Free the memory of the copies, because nobody will need them."""
+        """Free the memory of the copies. Call this method when the run no longer needs the copies."""
         if self._store is not None:
             self._store.close(remove=True)
             self._store = None
 
     def probe(self) -> None:
-        """Return at once: any answer shows that the agent is alive."""
+        """Do nothing. Any answer shows that the agent is alive."""
 
     def free_port(self) -> int:
         """Return a port that is free now on all addresses of this node, see cluster/interfaces.py."""
@@ -203,7 +205,7 @@ class Agent:
             self._scratch = scratch = PrivateFolder(scratch_prefix())
             for rank, local_rank in order.ranks:
                 self._children[rank] = self._spawn(order, rank, local_rank, scratch.path)
-            # If thousands of nodes begin as ordered, that is no news: the driver only waits for the node of rank 0.
+            # On thousands of nodes, the start as ordered is not news. The driver only waits for the node of rank 0.
             if 0 not in self._children:
                 self._told = self._attempt, [], [], *self._told[3:]
 
@@ -227,7 +229,8 @@ class Agent:
         if standby := self._take_standby(order):
             line = {"environment": environment, "arguments": order.arguments[2:], "log": str(log)}
             assert standby.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # the process has just ended; its exit code is reported
+            # The process has just ended; the next answer reports its exit code.
+            with contextlib.suppress(BrokenPipeError):
                 standby.stdin.write(json.dumps(line).encode() + b"\n")
                 standby.stdin.close()
             return _Child(standby, log, world)
@@ -240,9 +243,7 @@ class Agent:
         return spawn([sys.executable, *arguments], _inherited() | environment, output, folder, stdin)
 
     def warm(self, arguments: list[str], folder: str | None, count: int) -> None:
-        """Keep `count` reserve processes that have imported the program of these arguments, see
-        cluster/node/standby.py.
-        """
+        """Keep `count` reserve processes that have imported the module of these arguments; see cluster/node/standby.py."""
         if arguments[:1] != ["-m"]:
             return
         with self._lock:
@@ -262,13 +263,13 @@ class Agent:
         return None
 
     def ask(self, offsets: dict[int, int], attempt: int | None = None, patience: float = 0.0) -> Answer:
-        """Return the state of the ranks, and their output. offsets: first byte of the output to return, by rank (0 by
-        default).
+        """Return the state of the ranks, and their new output.
 
-        attempt: the attempt to which the offsets belong; the answer has no output of other attempts. patience: maximum
-        seconds to wait for news. These events are news: an attempt began with rank 0 on this node; an attempt was ended
-        before this node received the order to start it; a rank reported a failure or ended; a part of the state in
-        memory is complete; the node will be removed.
+        offsets: for each rank, the first byte of the output to return (0 by default). attempt: the attempt to which the
+        offsets belong; the answer has no output of other attempts. patience: maximum seconds to wait for news. These
+        events are news: an attempt began with rank 0 on this node; an attempt was ended before this node received the
+        order to start it; a rank reported a failure or ended; a part of the state in memory is complete; the node will
+        be removed.
         """
         self._asked = asked = time.monotonic()
         while (left := asked + patience - time.monotonic()) > 0 and not self._has_news(patience - left):
@@ -293,12 +294,13 @@ class Agent:
             return answer
 
     def last_words(self, offsets: dict[int, int], attempt: int) -> Answer:
-        """Answer as `ask`, for a driver that ends. It returns at once, even while another question waits."""
+        """Return the final state and output of the ranks, for a driver that ends. The method returns at once, even
+        while a call of `ask` is waiting.
+        """
         return self.ask(offsets, attempt)
 
     def _news(self) -> tuple:
-        """Return the values whose change is news. If one of these values changes, the agent answers a waiting question
-        at once."""
+        """Return the values that count as news. If one of them changes, the agent answers a waiting question at once."""
         ended = [rank for rank, child in self._children.items() if child.process.poll() is not None]
         failed = [rank for rank, child in self._children.items() if failure_path(child.log.parent, rank).exists()]
         return self._attempt, ended, failed, self._leaving, self._held()
@@ -324,10 +326,10 @@ class Agent:
         return report
 
     def ask_stacks(self, attempt: int, native: bool = False) -> None:
-        """Make every rank write its stacks.
+        """Ask every rank to write its stacks.
 
-        Later answers contain the stacks. The next answer contains the communication rings of all ranks. native: also
-        collect the stacks of native threads.
+        Later answers contain the stacks. The next answer contains the communication rings of all ranks. native: whether
+        to collect the stacks of native threads too.
         """
         if attempt != self._attempt:
             return
@@ -340,10 +342,11 @@ class Agent:
     def stop(self, attempt: int, in_memory: bool = False, why: str = "") -> None:
         """Ask the ranks of this attempt to write a checkpoint and exit.
 
-        in_memory: whether a copy in memory is enough, see train/loop/stop.py. why: text for rank 0's last screen. The
-        ranks agree on the stop, so a rank on another node may already have stopped these ranks. A rank without a signal
-        handler gets no signal: it is about to exit, and the signal would kill it. If the signal still kills a rank, the
-        rank had just removed its handler, and it counts as stopped.
+        in_memory: whether a copy in memory is enough; see train/loop/stop.py. why: text for rank 0's last screen.
+
+        The ranks agree on the stop, so a rank on another node may already have stopped these ranks. A rank without a
+        signal handler gets no signal: it is about to exit, and the signal would kill it. A rank may remove its handler
+        just before the signal arrives. Then the signal kills the rank, and the rank counts as stopped.
         """
         wanted = [signal.SIGUSR2, signal.SIGTERM] if in_memory else [signal.SIGTERM]
         if why and attempt == self._attempt and 0 in self._children:
@@ -356,7 +359,7 @@ class Agent:
                 child.process.send_signal(handled[0])
 
     def end(self, attempt: int) -> None:
-        """Kill the ranks of this attempt and of older attempts. Later orders to start these attempts are ignored."""
+        """Kill the ranks of this attempt and of older attempts. Ignore later orders to start these attempts."""
         with self._lock:
             if attempt < self._attempt:
                 return
@@ -366,7 +369,9 @@ class Agent:
                 self._attempt = attempt
 
     def close(self) -> None:
-        """End everything except the copies in memory, which a new launch may need."""
+        """End the agent's ranks, reserve processes and servers. The copies in memory remain, because a new launch may
+        need them.
+        """
         self._closed.set()
         if self._echo is not None:
             self._echo.close()
@@ -391,7 +396,7 @@ class Agent:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.process.pid, signal.SIGKILL)
         for child in self._children.values():
-            # If the process waits in the kernel, it does not end; the next answers report it.
+            # A process that waits in the kernel does not end; the next answers report it as running.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(1.0)
 

@@ -5,21 +5,21 @@ Checkpoints on disk are rare, and the loss of a node would cost every step since
 (checkpoint.every_memory) each rank writes its part of the state to a folder in its own node's memory, and sends the
 same part to the next node. A node holds
 
-    /dev/shm/sluice-UID-RUN-ID-NODE/           RUN: digest of the run folder's path; ID: a number stored in the run
+    /dev/shm/sluice-UID-RUN-ID-NODE/           RUN: digest of the run folder's path; ID: random digits stored in the run
                                                folder
-        .lock                                  locked by the agent as long as it lives
-        attempt_00002.step_00000030.world_16/  one set: the state after step 30 as the 16 ranks of attempt 2 wrote it
-            rank_00003.safetensors             a part, as in a checkpoint on disk
-            rank_00003.json                    its index, written last: the part is complete once the index exists
+        .lock                                  locked by the agent as long as the agent lives
+        attempt_00002.step_00000030.world_16/  one set: the state after step 30, written by the 16 ranks of attempt 2
+            rank_00003.safetensors             part of rank 3, as in a checkpoint on disk
+            rank_00003.json                    index of this part, written last: once it exists, the part is complete
 
-There is no commit. A set counts as a checkpoint when the answering nodes together hold the parts of all ranks. A run
-that resumes from the set merges the indexes into a manifest. At most two sets exist: a set that is known to be complete
-on all nodes, and a set that is being written. Every rank removes all other sets before it writes.
+No process marks a set as complete. A set counts as a checkpoint when the answering nodes together hold the parts of all
+ranks. A run that resumes from the set merges the indexes into a manifest. At most two sets exist: a set that is known
+to be complete on all nodes, and a set that is being written. Every rank removes all other sets before it writes.
 
 The agent of a node serves its folder to other nodes: PUT stores a file, GET reads a part of a file. Both need the token
-of the run. The agent refuses a PUT of an attempt that is older than the agent's attempt, because ranks on a
-disconnected node stay alive for a while. The files still exist after agents and drivers have ended, so that a new
-launch finds the files. This file uses neither Ray nor torch.
+of the run. Ranks on a disconnected node stay alive for a while, so the agent refuses a PUT of an attempt that is older
+than the agent's attempt. The files still exist after agents and drivers have ended, so that a new launch finds them.
+This file uses neither Ray nor torch.
 """
 
 import contextlib
@@ -45,20 +45,20 @@ from cluster.run_files import RANK_FILE
 from conf.disk import cure_of_writing
 
 PIECE_BYTES = 1 << 20
-"""Maximum bytes transferred per call."""
+"""Maximum bytes transferred by one call of a read or a write."""
 CONNECTIONS = 256
-"""Maximum number of connections served at once, each in a thread; further connections wait."""
+"""Maximum number of connections that the server handles at once, each in a thread. Further connections wait."""
 ADMISSION = 10.0
-"""Seconds within which a connection must show the token."""
+"""Seconds after which the server closes a connection that has not sent the token."""
 STALE = 24 * 3600.0
-"""Seconds after which the folder of another run is removed if no agent holds it."""
+"""Minimum age in seconds at which the folder of another run is removed, if no agent has locked it."""
 _SET = re.compile(r"attempt_(\d{5,18})\.step_(\d{8,18})\.world_(\d{1,18})")
 _PATH = re.compile(rf"/({_SET.pattern})/({RANK_FILE.pattern})")
 
 
 @dataclass(frozen=True, order=True)
 class SetId:
-    """One state of the run in memory. Sets are ordered by age, like checkpoints."""
+    """Name of one set: a state of the run in memory. Sets are ordered by age, like checkpoints."""
 
     attempt: int
     step: int
@@ -78,7 +78,7 @@ def held(folder: Path) -> dict[str, list[int]]:
     """Return, for each set, the ranks whose parts are complete."""
     found: dict[str, list[int]] = {}
     for inner in folder.glob("attempt_*"):
-        with contextlib.suppress(FileNotFoundError):  # a writer is removing it
+        with contextlib.suppress(FileNotFoundError):  # a rank is removing this set
             parts = [match for name in os.listdir(inner) if (match := RANK_FILE.fullmatch(name))]
             ranks = [int(match[1]) for match in parts if match[2] == "json"]
             if ranks:
@@ -87,18 +87,18 @@ def held(folder: Path) -> dict[str, list[int]]:
 
 
 def prune(folder: Path, keep: Collection[str], attempt: int) -> None:
-    """Remove all sets except `keep` and the sets of later attempts."""
+    """Remove the sets of this attempt and of earlier attempts, except the sets in `keep`."""
     for inner in folder.glob("attempt_*"):
         found = SetId.parse(inner.name)
         if found is not None and found.attempt <= attempt and inner.name not in keep:
-            shutil.rmtree(inner, ignore_errors=True)  # another writer of this node may be removing it as well
+            shutil.rmtree(inner, ignore_errors=True)  # another rank of this node may also be removing it
 
 
 def folder_bytes(folder: Path) -> int:
     """Return the bytes of all files in the folder."""
     total = 0
     for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # a writer is removing it
+        with contextlib.suppress(FileNotFoundError):  # a rank is removing this file
             total += path.stat().st_size
     return total
 
@@ -108,18 +108,19 @@ class OpenedCopy:
     """Result of the request to store copies on a node."""
 
     port: int = 0
-    """Port where the store serves the copies; 0 if it does not."""
+    """Port at which the agent serves the copies; 0 if it does not serve them."""
     problem: str = ""
-    """Why the store does not serve the copies, and how to fix it."""
+    """Why the agent does not serve the copies, and how to fix it."""
     passes: bool = False
-    """Whether the problem is temporary: another agent holds the folder."""
+    """Whether the problem is temporary, because another agent still has the folder locked."""
     absent: bool = False
     """Whether the folder does not exist."""
 
 
 def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
-    """Convert an error of `Store` to a result. If Ray died, its agent may stay alive for a moment and hold the
-    folder.
+    """Convert an error of `Store` to a result.
+
+    If Ray has died, its agent may stay alive for a moment and keep the folder locked.
     """
     if isinstance(error, BlockingIOError):
         return OpenedCopy(
@@ -136,11 +137,15 @@ def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
 
 
 class Store:
-    """The agent's side of the copies. It locks the folder and serves the folder's files on `address`. `attempt` is a
-    function that returns the node's newest attempt."""
+    """The copies of one node. The store locks the folder and serves the folder's files on `address`.
+
+    attempt: function that returns the newest attempt of which the node knows.
+    """
 
     def __init__(self, folder: Path, token: str, address: str, attempt: Callable[[], int]):
-        """Raises OSError if the folder cannot be created, belongs to another user, or is held by another agent."""
+        """Lock the folder and start the server. Raises OSError if the folder cannot be created, belongs to another
+        user, or is locked by another agent.
+        """
         self.folder, self.token, self.attempt = folder, token, attempt
         _own(folder)
         self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -154,7 +159,7 @@ class Store:
         return self._server.server_address[1]
 
     def close(self, remove: bool) -> None:
-        """Stop serving. remove: whether to free the memory too."""
+        """Stop serving. remove: whether to remove the copies too."""
         self._server.shutdown()
         self._server.server_close()
         if remove:
@@ -165,8 +170,8 @@ class Store:
 def _own(folder: Path) -> None:
     """Create the folder, or check that this user owns it.
 
-    Links are not followed. All users share this memory, so another user could have placed a link to one of this user's
-    folders.
+    Links are not followed. All users can write to the parent folder, so another user could have created a link there
+    that points to one of this user's folders.
     """
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -182,7 +187,7 @@ def _own(folder: Path) -> None:
 
 
 def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
-    """Take the lock. If an agent that is being killed holds it, wait for at most `patience` seconds."""
+    """Lock the folder. If another agent that is being killed has it locked, wait for at most `patience` seconds."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -197,16 +202,16 @@ def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
 def folder_name(run: str, id: str, node: str) -> str:
     """Return the name of a run's folder on a node.
 
-    id: created with each new run folder, so that copies of a removed run are not used again.
+    id: random id of the run folder. A new run folder gets a new id, so that copies of a removed run are not used again.
     """
     return f"sluice-{os.geteuid()}-{run}-{id}-{re.sub(r'[^A-Za-z0-9.]', '_', node)}"
 
 
 def sweep(mine: Path) -> None:
-    """Remove folders next to this node's folder that no agent holds.
+    """Remove old folders next to this node's folder `mine`. A folder that an agent has locked is not removed.
 
-    Some of these folders belong to the same run and node, and were created before the run folder was removed. Others
-    belong to any run of this user, and are older than STALE.
+    A folder is removed if it belongs to the same run and node, but to a run folder that no longer exists. Any other
+    folder of this user's runs is removed if it is older than STALE.
     """
     kind, user, run, id, node = mine.name.split("-")
     for folder in mine.parent.glob(f"{kind}-{user}-*-*-*"):
@@ -227,7 +232,7 @@ def sweep(mine: Path) -> None:
 
 
 def _open_lock(folder: Path) -> int:
-    """Open the lock file of a real folder of this user. Raises OSError if the path is something else."""
+    """Open the lock file of a folder. Raises OSError if the path is a link or a file, or belongs to another user."""
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise PermissionError(f"{folder} was not created by Sluice")
@@ -235,9 +240,10 @@ def _open_lock(folder: Path) -> int:
 
 
 class _Server(socketserver.ThreadingTCPServer):
-    """Serves a bounded number of connections, and soon closes those that do not show the token.
+    """Serves a limited number of connections, and soon closes connections that have not sent the token.
 
-    The default server of http.server would ask the name service for the name of this host.
+    The class does not use the server of http.server, because that server asks the name service for the name of this
+    host.
     """
 
     daemon_threads = True
@@ -247,12 +253,12 @@ class _Server(socketserver.ThreadingTCPServer):
     def __init__(self, *arguments: Any):
         self._slots = threading.Semaphore(CONNECTIONS)
         self._unadmitted: dict[socket.socket, float] = {}
-        """Deadlines of connections that have not shown the token yet."""
+        """For each connection that has not sent the token: the time at which it is closed."""
         self._closing = False
         super().__init__(*arguments)
 
     def admit(self, connection: socket.socket) -> None:
-        """Mark a connection that has shown the token."""
+        """Record that a connection has sent the token, or has ended."""
         self._unadmitted.pop(connection, None)
 
     def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
@@ -266,7 +272,9 @@ class _Server(socketserver.ThreadingTCPServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Close connections that are past their deadline. The server's own thread calls it ten times a second."""
+        """Close connections that have not sent the token in time. The server's own thread calls this method ten times a
+        second.
+        """
         for connection, deadline in list(self._unadmitted.items()):
             if time.monotonic() > deadline:
                 self.admit(connection)
@@ -284,13 +292,13 @@ class _Server(socketserver.ThreadingTCPServer):
         super().shutdown()
 
     def handle_error(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
-        # For an OSError, the other side has disconnected and reports the problem itself.
+        # An OSError means that the other end has disconnected. The other end reports the problem itself.
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Handles PUT and GET of /SET/FILE. The header X-Keep names the other set that must stay."""
+    """Handles PUT and GET of /SET/FILE. The header X-Keep of a PUT names the other set that must not be removed."""
 
     protocol_version = "HTTP/1.1"
     server: _Server  # pyrefly: ignore[bad-override-mutable-attribute]  socketserver gives a handler the server that made it
@@ -326,7 +334,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _receive(self, handle: int, length: int) -> bool:
-        """Write the body to the file; False if the sender disconnected."""
+        """Write the body of the request to the file. Returns False if the sender disconnected."""
         buffer = memoryview(bytearray(min(PIECE_BYTES, max(1, length))))
         while length:
             count = self.rfile.readinto(buffer[: min(len(buffer), length)])
@@ -358,7 +366,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "not stored here")
 
     def _range(self, whole: int) -> tuple[int, int]:
-        """Return the first byte and the number of bytes requested."""
+        """Return the first byte and the number of bytes that the request asks for. whole: size of the file."""
         match = re.fullmatch(r"bytes=(\d{1,18})-(\d{1,18})", self.headers.get("Range", f"bytes=0-{whole - 1}"))
         if match is None:
             return 0, whole
@@ -366,7 +374,9 @@ class _Handler(BaseHTTPRequestHandler):
         return start, max(0, min(int(match[2]) + 1, whole) - start)
 
     def _admit(self) -> re.Match[str] | None:
-        """Return the parts of the path. If the token or the path is wrong, send the error response and return None."""
+        """Return the parts of the request's path. If the token or the path is wrong, send an error response and return
+        None.
+        """
         given = self.headers.get("Authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {self.server.store.token}".encode()):
             self._refuse(401, "wrong token")
@@ -382,30 +392,32 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_error(code, why)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Log nothing: the ranks report failures."""
+        """Log nothing, because the ranks report failures."""
 
 
 class Peer:
     """A rank's connection to the store of another node. Every method raises OSError."""
 
     def __init__(self, address: str, token: str, timeout: float):
-        """address: HOST:PORT."""
+        """Create the connection's settings. address: HOST:PORT of the store."""
         self._connection = http.client.HTTPConnection(address, timeout=timeout, blocksize=PIECE_BYTES)
         self._headers = {"Authorization": f"Bearer {token}"}
 
     def put(self, name: str, path: Path, keep: str) -> None:
-        """Store a file in the set `name`. The peer removes all sets except this one and `keep`."""
+        """Store the file `path` in the set `name` of the peer. The peer removes all sets except `name` and `keep`."""
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             headers = self._headers | {"X-Keep": keep, "Content-Length": str(length)}
             self._ask("PUT", f"/{name}/{path.name}", headers, file)
 
     def get(self, name: str, file: str) -> bytes:
-        """Return the complete content of a file of a set."""
+        """Return the complete content of a file in the set `name`."""
         return self._ask("GET", f"/{name}/{file}", self._headers)
 
     def read(self, name: str, file: str, view: memoryview, position: int) -> int:
-        """Fill `view` with the bytes of a file from `position` on. Returns the number of bytes that were read."""
+        """Fill `view` with bytes of a file in the set `name`, from byte `position` of the file on. Returns the number
+        of bytes read.
+        """
         headers = self._headers | {"Range": f"bytes={position}-{position + len(view) - 1}"}
         body = self._ask("GET", f"/{name}/{file}", headers)
         view[: len(body)] = body

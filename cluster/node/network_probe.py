@@ -1,4 +1,4 @@
-"""A node's side of the network test (cluster/driver/network.py): an echo server, and measurements to other nodes."""
+"""A node's part of the network test (cluster/driver/network.py): an echo server, and measurements to other nodes."""
 
 import socket
 import threading
@@ -8,31 +8,33 @@ from dataclasses import dataclass
 PINGS = 10
 BYTES = 4 << 20
 PAIR_SECONDS = 5.0
-"""Seconds after which a connection between two nodes counts as unreachable."""
+"""Maximum seconds for the test of a connection between two nodes. After this time, the connection counts as
+unreachable.
+"""
 
 
 @dataclass(frozen=True)
 class NodeLink:
-    """Measurement from one node to another."""
+    """Result of the measurement from one node to another."""
 
     address: str
     milliseconds: float = 0.0
     """Shortest round-trip time of one byte."""
     gbit: float = 0.0
-    """Gigabits per second of a single stream."""
+    """Bandwidth of a single stream in gigabits per second."""
     error: str | None = None
 
 
 class NetworkProbe:
-    """The agent's side: a thread with an echo server, and measurements to other nodes' servers."""
+    """Runs the network test on a node: a thread with an echo server, and measurements to the servers of other nodes."""
 
     def __init__(self) -> None:
         self._server: socket.socket | None = None
         self._served = threading.Semaphore(0)
-        """Counts measurements by other nodes that are complete and that no turn of `play` has waited for yet."""
+        """Counts complete measurements by other nodes. Each None turn of `play` waits for one of them."""
 
     def listen(self, address: str) -> int:
-        """Start the server on this address of the node and return its port; the server ends with `close`."""
+        """Start the server on this address of the node, and return its port. `close` ends the server."""
         self.close()
         self._server = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
         threading.Thread(target=self._serve, args=(self._server,), daemon=True).start()
@@ -45,10 +47,11 @@ class NetworkProbe:
             self._server = None
 
     def play(self, turns: list[tuple[str, int] | None]) -> list[NodeLink]:
-        """Measure the connections to these servers one after another.
+        """Measure the connections to other nodes' servers one after another. turns: address and port of each server, or
+        None.
 
-        If a turn is None, wait until another node has measured the connection to this node. So a node never measures
-        and is measured at the same time. A turn takes at most about PAIR_SECONDS.
+        If a turn is None, wait until another node has measured the connection to this node. So this node never measures
+        while another node measures it. A turn takes at most about PAIR_SECONDS.
         """
         found = []
         for turn in turns:
@@ -67,7 +70,7 @@ class NetworkProbe:
             threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
-        """Echo the pings, then receive the transfer and confirm it."""
+        """Echo the single bytes of the latency test, then receive the data of the bandwidth test and confirm it."""
         with connection:
             connection.settimeout(PAIR_SECONDS)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -84,7 +87,7 @@ class NetworkProbe:
 
 
 def measure(address: str, port: int) -> NodeLink:
-    """Return latency and bandwidth to a listening NetworkProbe."""
+    """Return latency and bandwidth of the connection to a listening NetworkProbe."""
     try:
         with socket.create_connection((address, port), timeout=PAIR_SECONDS) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

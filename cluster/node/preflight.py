@@ -1,8 +1,9 @@
-"""Checks a node before it may hold ranks: same program, same recipe, an accurate clock, storage, devices.
+"""Checks a node before it may run ranks: same program, same recipe, an accurate clock, shared storage, devices.
 
 The driver asks the agent of every node that joins. If an answer shows a problem, the driver refuses the node and
 reports the reason. The shared folder is tested in both directions: each node reads a file that the driver wrote, and
-writes a file that the driver reads. This is necessary because the same path may lead to different storage on each node.
+writes a file that the driver reads. Both tests are needed because the same path may lead to different storage on each
+node.
 """
 
 import hashlib
@@ -27,14 +28,16 @@ from conf.own_code import is_findable
 from conf.schema import ROOT
 
 CLOCK_LIMIT = 2.0
-"""Maximum seconds by which a node's clock may differ: the driver orders errors of several ranks by time."""
+"""Maximum seconds by which a node's clock may differ from the driver's clock, because the driver orders the errors of
+several ranks by time.
+"""
 SCRATCH_LIMIT = 256 << 20
-"""Free bytes that a node needs for the output of its ranks."""
+"""Minimum number of free bytes that a node needs for the output of its ranks."""
 DRIVER_LEAVES = 0.99
-"""Share of a GPU's memory that is left beside its driver. On an H100, 81008 of 81559 MiB are left."""
+"""Fraction of a GPU's memory that its driver leaves for programs. On an H100, it leaves 81008 of 81559 MiB."""
 PROBES = ".preflight"
 SOURCE_SUFFIXES = (".py", ".cpp", ".h")
-"""Suffixes of source files. Every node compiles the C++ code, so its source must be the same too."""
+"""Suffixes of source files. They include C++ files, because every node compiles the C++ code from source."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ class Question:
     address: str = ""
     """The node's address."""
     key: bytes = b""
-    """Key of the driver's pulse, see cluster/node/pulse_echo.py. It is empty if the driver sends no pulse."""
+    """Key of the driver's UDP questions, see cluster/node/pulse_echo.py. It is empty if the driver sends no such
+    questions.
+    """
     tests_network: bool = False
     """Whether the network test will need a port on this node, see cluster/driver/network.py."""
     targets: tuple[str, ...] = ()
@@ -62,30 +67,31 @@ class Question:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a node reports about itself."""
+    """The facts that a node reports about itself."""
 
     python: str
     torch: str
     program: str
-    """Digest of the program's source."""
+    """Digest of the source files of the program."""
     recipe: str
     """Digest of the run's config.yaml as the node reads it."""
     clock: float
     gpus: int
     device_bytes: int
-    """Memory of the smallest device in bytes. On CPU, each rank's share of the node's memory."""
+    """Memory in bytes of the node's smallest device. On CPU: the node's memory divided by its number of ranks."""
     free_bytes: int
     """Free bytes in the folder for temporary files."""
     storage: str
-    """Problem with the run folder; empty if there is none."""
+    """Text about a problem with the run folder; empty if there is none."""
     lacking: tuple[str, ...] = ()
-    """Those import paths of the question that the node cannot find."""
+    """Import paths in `Question.targets` that the node cannot find."""
     niceness: int = 0
-    """Niceness of the agent and its ranks. The higher it is, the more other processes of the node take precedence."""
+    """Niceness of the agent and its ranks. A higher value means that other processes of the node get more of the CPU.
+    """
     pulse: tuple[str, int] | None = None
-    """Address and port where the node answers the driver's pulse."""
+    """Address and port at which the node answers the driver's UDP questions; None if it does not answer them."""
     test_port: int = 0
-    """Port where the node listens for the network test; 0 if it does not listen."""
+    """Port at which the node listens for the network test; 0 if it does not listen."""
 
 
 def gather_facts(question: Question) -> Facts:
@@ -124,7 +130,7 @@ def _digest_of_program() -> str:
 
 
 def _try_storage(question: Question) -> tuple[str, str]:
-    """Return the problem with the run folder, and the digest of its recipe."""
+    """Return two texts: the problem with the run folder (empty if there is none), and the digest of the recipe in it."""
     folder = Path(question.folder)
     try:
         word = (folder / PROBES / "driver").read_text()
@@ -140,8 +146,9 @@ def _try_storage(question: Question) -> tuple[str, str]:
 
 
 def _gpu_bytes() -> list[int]:
-    """Return the usable memory in bytes of every GPU that nvidia-smi lists. The value is 0 for a GPU whose memory
-    nvidia-smi does not show."""
+    """Return the usable memory in bytes of every GPU that nvidia-smi lists. The value is 0 if nvidia-smi does not show
+    the memory of that GPU.
+    """
     words = ["nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"]
     try:
         result = subprocess.run(words, capture_output=True, text=True, timeout=20)
@@ -152,10 +159,12 @@ def _gpu_bytes() -> list[int]:
 
 
 class Preflight:
-    """The driver's side: the questions to nodes, and the problems in their answers."""
+    """The driver's part of the checks: the questions to nodes, and the problems that their answers show."""
 
     def __init__(self, folder: Path, gpus: bool, clock: SteadyClock, key: bytes = b"", targets: Sequence[str] = ()):
-        """key: key of the driver's pulse. targets: import paths of the user's own code."""
+        """Write the file that the nodes must read. key: key of the driver's UDP questions. targets: import paths of the
+        user's own code.
+        """
         self._targets = tuple(targets)
         self._folder, self._gpus, self._clock, self._key = folder, gpus, clock, key
         self._word = secrets.token_hex(8)
@@ -170,7 +179,7 @@ class Preflight:
         return Question(*words, tests_network, self._targets, os.getcwd())
 
     def problem(self, node: Node, facts: Facts) -> str | None:
-        """Return the reason why this node must not hold ranks, and how to fix it; None if the node may hold ranks."""
+        """Return the reason why this node must not run ranks, and how to fix it; None if the node may run ranks."""
         for what, cure in (
             ("python", "use the same Python on every node"),
             ("torch", "install the same torch on every node"),
@@ -201,7 +210,7 @@ class Preflight:
     def ahead(self, node: Node, facts: Facts) -> float:
         """Return the seconds by which the node's clock is ahead of the driver's; negative if it is behind.
 
-        Returns 0 if the travel time of question and answer could explain the complete difference.
+        Returns 0 if the time that the question and the answer took could explain the whole difference.
         """
         return max(0.0, facts.clock - self._clock.now()) - max(0.0, self._sent[node.id] - facts.clock)
 

@@ -1,9 +1,11 @@
-"""A node's side of the pulse: answers every datagram of the driver (cluster/driver/pulse_sender.py).
+"""A node's part of the pulse: it answers every UDP question of the driver (cluster/driver/pulse_sender.py).
 
-About once a second, the driver asks by UDP whether a node is alive. The driver asks for the state of the node's ranks
-through Ray. It does so only when there is news, because a call through Ray takes much more of the driver's time than a
-datagram. Questions and answers are sealed with the key of the launch: without the key nobody can ask or answer. An old
-datagram does not count.
+About once a second, the driver asks by UDP whether a node is alive. For the state of the node's ranks, the driver asks
+through Ray, and it waits there until there is news. It does not ask through Ray every second, because a call through
+Ray takes much more of the driver's time than a UDP datagram.
+
+Questions and answers are signed with a key that exists only for this launch. Without the key, nobody can ask or answer.
+The driver ignores an answer to an older question.
 """
 
 import contextlib
@@ -14,23 +16,23 @@ import threading
 from collections.abc import Callable
 
 SEAL = 16
-"""Number of bytes of a datagram that sign the other bytes."""
+"""Number of bytes of the signature in a datagram."""
 NUMBER = struct.Struct("!cQ")
 QUESTION, ANSWER = b"?", b"!"
 LONGEST_DATAGRAM = 512
 """Maximum bytes of a datagram; a node's id is much shorter."""
 END_LOOK_SECONDS = 0.5
-"""Seconds between two checks whether the thread must end."""
+"""Seconds after which the thread checks again whether it must end."""
 
 
 def seal_datagram(key: bytes, kind: bytes, number: int, node: str) -> bytes:
-    """Return a sealed datagram. It is a question to the node with this id, or the answer to such a question."""
+    """Return a signed datagram: a question to the node with this id, or the node's answer to such a question."""
     word = NUMBER.pack(kind, number) + node.encode()
     return hmac.digest(key, word, "sha256")[:SEAL] + word
 
 
 def unseal(key: bytes, kind: bytes, datagram: bytes) -> tuple[int, str] | None:
-    """Return the number and the node of a datagram of this kind; None if the datagram was not sealed with the key."""
+    """Return the number and the node id of a datagram of this kind; None if the datagram was not signed with the key."""
     signed, word = datagram[:SEAL], datagram[SEAL:]
     if not hmac.compare_digest(signed, hmac.digest(key, word, "sha256")[:SEAL]) or word[:1] != kind:
         return None
@@ -38,7 +40,7 @@ def unseal(key: bytes, kind: bytes, datagram: bytes) -> tuple[int, str] | None:
 
 
 class Echo:
-    """A thread that answers the driver's questions to this node until the thread is closed. It calls `heard` at each
+    """A thread that answers the driver's questions to this node until `close` is called. It calls `heard` for each
     question.
 
     Raises OSError if the address does not belong to this machine.

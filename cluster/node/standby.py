@@ -1,10 +1,10 @@
 """A process that has imported a rank's program and waits to become a rank:  python -m cluster.node.standby MODULE
 
-Imports take most of the time of a small rank's restart. So the agent keeps one such reserve process per rank. For a
-restart, the agent sends the process one line of JSON with the environment, arguments and log of the rank. The process
-then calls MODULE.main(). If the module has a function preload(), the process calls it before it waits; preload()
-imports the modules that main() would import later. A waiting process holds no device and no connection. It ends when
-its standard input is closed.
+Imports take most of the time that a small rank needs to restart. So the agent keeps one such reserve process for each
+rank. For a restart, the agent sends the process one line of JSON with the environment, arguments and log of the rank.
+The process then calls MODULE.main(). If the module has a function preload(), the process calls it before it waits.
+preload() imports the modules that main() would import later. A waiting process uses no device and no connection. It
+ends when its standard input is closed.
 """
 
 import gc

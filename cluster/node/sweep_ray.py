@@ -1,12 +1,12 @@
 """Cleans up after a Ray that a run started on its own machine, if the run's driver was killed.
 
-This is necessary because some of Ray's processes check by process id whether their parent is alive. A dead parent that
-nobody reaps keeps its process id.
+Ray does not always clean up by itself. Some of its processes check by process id whether their parent is alive, and a
+dead parent that nobody reaps keeps its process id.
 
-python -m cluster.node.sweep_ray FOLDER    waits for the end of its standard input, which the driver holds. It then
+python -m cluster.node.sweep_ray FOLDER    waits for the end of its standard input, which the driver keeps open. It then
                                            kills all processes of this user whose command line names the folder, and Ray
-                                           processes with an open file in it, and removes the folder; a minute later it
-                                           also removes scratch folders of agents.
+                                           processes that have a file in the folder open. Then it removes the folder. A
+                                           minute later it also removes the scratch folders of agents.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from cluster.node.agent import scratch_prefix
 from cluster.private_folder import FRESH, remove_dead
 
 SWEEPS, PAUSE_SECONDS = 50, 0.1
-"""Number of searches for such processes, and seconds between two searches. Several searches are needed, because a
-process may start another one.
+"""Number of searches for processes to kill, and seconds between two searches. Several searches are needed, because a
+process may start another one after a search.
 """
 
 
 def sweep_ray(folder: Path) -> None:
-    """Kill the processes of a Ray that uses this folder, and remove the folder."""
+    """Kill the processes of the Ray that uses this folder, and remove the folder."""
     for _ in range(SWEEPS):
         found = [process for process in psutil.process_iter() if _uses(process, str(folder))]
         for process in found:
@@ -41,14 +41,14 @@ def sweep_ray(folder: Path) -> None:
 
 
 def _uses(process: psutil.Process, folder: str) -> bool:
-    """Whether this is a live process of this user that belongs to a Ray in this folder. Some of Ray's processes have a
-    title instead of their command line.
+    """Whether this is a live process of this user that belongs to a Ray in this folder. Its command line is not enough,
+    because some of Ray's processes replace it by a title.
     """
     with contextlib.suppress(psutil.Error, OSError):
         line = process.cmdline()
         if process.pid == os.getpid() or process.uids().real != os.getuid() or not line:
             return False
-        # a process that only reads Ray's logs does not belong to Ray
+        # A process that only reads Ray's logs does not belong to Ray.
         if any(folder in word for word in line) and any("/ray/" in word for word in line):
             return True
         handles = os.scandir(f"/proc/{process.pid}/fd") if line[0].startswith("ray::") else ()

@@ -1,13 +1,13 @@
-"""Flat dispatch: one all-to-all over the whole expert-parallel group, dropless, with variable splits.
+"""Flat dispatch: one all-to-all over the whole expert-parallel group, with variable split sizes. No token is dropped.
 
 Every (token, expert) pair is a separate message, even if two experts of a token are on one rank. Common all-to-all
-dispatchers do the same. This dispatch is the reference for node-limited dispatch. A message is an encoded row and one
+dispatchers do the same. Tests compare node-limited dispatch with this dispatch. A message is an encoded row and one
 gate.
 
-    1. Sort the pairs by expert. Experts are numbered rank by rank, so the pairs are also sorted by rank.
-    2. Exchange the number of pairs per expert; copy the split sizes to the host, the only such copy.
-    3. Exchange the messages. The receiver knows the expert of each arrival from the counts.
-    4. Sort arrivals by expert.
+    1. Sort the pairs by expert. Experts are numbered rank by rank, so the pairs are then also sorted by rank.
+    2. Exchange the number of pairs per expert. Copy the split sizes to the host; this is the only such copy.
+    3. Exchange the messages. The receiver knows the expert of each message from the counts.
+    4. Sort the received messages by expert.
 
 Shapes besides those of dispatcher.py: P ranks, E experts in all, L experts per rank.
 """
@@ -23,7 +23,7 @@ from parallel.expert.wire import Wire
 
 
 class AllToAllDispatcher(ChainDispatcher):
-    """Experts over the ranks of one group, rank r holding experts [r*E/P, (r+1)*E/P).
+    """Dispatcher for experts over the ranks of one group; rank r holds experts [r*E/P, (r+1)*E/P).
 
     group: the expert-parallel group, or None if this rank holds all experts. experts: E. ranks_per_node: number of
     consecutive ranks on one node; only the traffic counters use it.
@@ -53,8 +53,8 @@ class AllToAllDispatcher(ChainDispatcher):
         gates_CX = gates_TK.reshape(-1, 1).view(torch.int32)
         message_CX = words_TW.new_empty(pairs.source_C.numel(), width + gates_CX.shape[1])
         torch.index_select(words_TW, 0, pairs.source_C, out=message_CX[:, :width])
-        # copy_C maps each (token, entry) to the position of its copy. Writing the gates through copy_C therefore sorts
-        # them.
+        # copy_C maps each (token, entry) to the position of its copy. So a gate that is written at this position is
+        # next to its copy, and the gates are then sorted like the copies.
         message_CX[:, width:].index_copy_(0, pairs.copy_C, gates_CX)
         return message_CX
 

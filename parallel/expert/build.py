@@ -1,4 +1,5 @@
-"""The table of dispatchers. Each row has the dispatcher's class and its stand-in for a rank that runs alone.
+"""The table of dispatchers. Each row has a dispatcher's class, and the class that replaces it for a rank that runs
+alone.
 
 conf/dispatches.py lists what a dispatch requires of a layout.
 """
@@ -19,7 +20,7 @@ from parallel.expert.wire import Fp8RowsWire, Fp8Wire, HighWire, Wire
 
 @dataclass(frozen=True)
 class ExpertPlaces:
-    """Location of a layer's experts, and the wire format of rows. Fields as in `build_dispatcher`."""
+    """Location of a layer's experts, and the wire format of rows. `build_dispatcher` describes the fields."""
 
     experts: int
     wire: Wire
@@ -38,9 +39,9 @@ def _node_limited(at: ExpertPlaces) -> NodeLimitedDispatcher:
 
 @dataclass(frozen=True)
 class DispatcherKind:
-    """build: creates the dispatcher over the ranks of a run.
+    """build: function that creates the dispatcher over the ranks of a run.
 
-    stand_in: creates the dispatcher of a rank that runs alone, from group, wire and load (stand_in.py).
+    stand_in: function that creates the dispatcher of a rank that runs alone, from group, wire and load (stand_in.py).
     """
 
     build: Callable[[ExpertPlaces], ExchangeDispatcher]
@@ -57,9 +58,9 @@ DISPATCHERS: dict[str, DispatcherKind] = {
 
 
 def build_wire(name: str, quantized: bool = False) -> Wire:
-    """Return the wire bf16 (the activation dtype, even if that is not bf16) or fp8.
+    """Return the wire with this name: bf16 (which sends the activation dtype, even if that is not bf16) or fp8.
 
-    quantized: whether experts take the received FP8 rows without decoding.
+    quantized: whether the experts compute with the received FP8 rows, so that the wire need not decode them.
     """
     return HighWire() if name == "bf16" else Fp8RowsWire() if quantized else Fp8Wire()
 
@@ -79,11 +80,11 @@ def build_dispatcher(
 ) -> ExchangeDispatcher:
     """Build a dispatcher. All layers of a rank may share it, because it keeps no state between uses.
 
-    name: parallel.dispatch. experts: routed experts of a layer. wire, quantized: see `build_wire`. ep_group: the
-    expert-parallel group (None: this rank alone). inter_group: one rank of every node, the rank with the same local
-    index as this rank; intra_group: the ranks of this node (None: only this rank). ranks_per_node: number of
-    consecutive ranks of the group on one node. groups: the router's expert groups. width: hidden width. Raises
-    UserError if the sizes do not fit.
+    name: value of parallel.dispatch. experts: number of routed experts of a layer. wire, quantized: see `build_wire`.
+    ep_group: the expert-parallel group; None if it is only this rank. inter_group: one rank of every node, each with
+    the same index on its node as this rank. intra_group: the ranks of this node; None if it is only this rank.
+    ranks_per_node: number of consecutive ranks of the group on one node. groups: number of expert groups of the router.
+    width: hidden width. Raises UserError if these numbers do not fit together.
     """
     coded = build_wire(wire, quantized)
     places = ExpertPlaces(experts, coded, ep_group, inter_group, intra_group, ranks_per_node, groups, width)
@@ -91,5 +92,5 @@ def build_dispatcher(
 
 
 def build_stand_in(name: str, group: Group, wire: Wire, load: Load) -> ExchangeDispatcher:
-    """Build the stand-in of the dispatcher with this name."""
+    """Build the dispatcher with this name for a rank that runs alone."""
     return DISPATCHERS[name].stand_in(group, wire, load)

@@ -1,14 +1,14 @@
-"""DeepEP's kernels with the dispatcher interface, for GPUs with NVLink and RDMA.
+"""Uses DeepEP's kernels through the dispatcher interface, for GPUs with NVLink and RDMA.
 
-This file follows the documentation of `deep_ep.Buffer` (get_dispatch_layout, dispatch, combine). This code has never
-run with the package itself, because suitable GPUs were not available. The tests use a stand-in that returns what the
-documentation promises.
+This file follows the documentation of `deep_ep.Buffer` (get_dispatch_layout, dispatch, combine). The code has never run
+with the package itself, because suitable GPUs were not available. The tests replace the package by a class that returns
+what the documentation promises.
 
-DeepEP sends a token once to every rank that holds one of its experts; one rank per node forwards it. For every arrival
-it returns the local expert ids (-1 for experts elsewhere) and gates. This file expands arrivals to rows by expert, and
-sums the rows again.
+DeepEP sends a token once to every rank that holds one of its experts; one rank per node forwards it. For every received
+token it returns the ids of its experts on this rank (-1 for experts elsewhere) and its gates. This file makes one row
+of each received token for every expert, sorted by expert. Combine first sums these rows again.
 
-Shapes: T tokens, D channels, K experts per token, M arrivals, R rows, E local experts.
+Shapes: T tokens, D channels, K experts per token, M received tokens, R rows, E experts of this rank.
 """
 
 from dataclasses import dataclass
@@ -26,16 +26,20 @@ from parallel.expert.wire import Fp8Wire, Wire
 
 @dataclass
 class _Plan(DispatchPlan):
-    """The routes of one hop. DeepEP records the hop itself; `fans` holds only the fan-out from arrivals to rows."""
+    """The routes of one dispatch. DeepEP records the exchange itself; `fans` holds only the map from received tokens to
+    rows.
+    """
 
     handle: Any = None
     """DeepEP's record of the routing; None before the first dispatch."""
     gates_MK: Tensor | None = None
-    """The arrivals' gates. A repeated dispatch on the same routes does not send the gates again."""
+    """Gates of the received tokens. A repeated dispatch on the same routes does not send the gates again."""
 
 
 class _Landing:
-    """A DeepEP operation in progress. It keeps the input buffers alive until the compute stream waits."""
+    """A DeepEP operation in progress. The object keeps the input buffers alive until the compute stream waits for the
+    operation.
+    """
 
     def __init__(self, brought: Any, rows: Tensor, *held: Any):
         self._brought, self._held = brought, held
@@ -52,12 +56,12 @@ class _Landing:
 class DeepEPDispatcher(ExchangeDispatcher):
     """DeepEP dispatcher for experts over the ranks of one group. Activations are bf16; the width is a multiple of 128.
 
-    group: NCCL group. experts: number of experts in all. width: D, which sizes the buffers. The class has no traffic
-    counters, because it does not count bytes.
+    group: NCCL group. experts: number of experts in all. width: hidden width D, which determines the size of DeepEP's
+    buffers. The class does not count traffic, so it has no traffic counters.
 
-    DeepEP waits on the current stream of its caller. In this class, that stream is not the compute stream. So DeepEP's
-    work overlaps with compute until `wait`, the second half of a use. In the first dispatch of tokens, the host waits,
-    because DeepEP needs the counts to allocate its output.
+    DeepEP waits on the stream that is current when it is called. This class calls it on a stream other than the compute
+    stream. So DeepEP's work overlaps with compute until the second half of an exchange, `wait`. In the first dispatch
+    of some tokens, the host waits, because DeepEP needs the counts to allocate its output.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, experts: int, width: int, wire: Wire):
@@ -93,7 +97,7 @@ class DeepEPDispatcher(ExchangeDispatcher):
             return _Landing(received, rows_TD, sent)
 
     def _first_out(self, plan: _Plan, sent: Any, gates_TK: Tensor) -> Any:
-        """Run the first dispatch: return the arrivals and record the routes in the plan."""
+        """Run the first dispatch of some tokens. Return DeepEP's output and record the routes in the plan."""
         ids_TK = plan.ids_TK.to(self._deep_ep.topk_idx_t)
         per_rank, per_rdma_rank, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(ids_TK, self.experts)
         received, ids_MK, plan.gates_MK, counts, plan.handle, _ = self.buffer.dispatch(
@@ -108,7 +112,7 @@ class DeepEPDispatcher(ExchangeDispatcher):
         plan.rows = sum(counts)
         fan, plan.entry_of_row = fan_out_with_entries(ids_MK, ExpertTargets(0, 1, self.local), plan.rows)
         plan.fans.append(fan)
-        # A copy from pageable memory would make the host wait.
+        # The tensor is in pinned memory, because a copy from pageable memory would make the host wait.
         plan.counts_E = torch.tensor(counts, pin_memory=ids_MK.is_cuda).to(ids_MK.device, non_blocking=True)
         return received
 
@@ -136,14 +140,14 @@ class DeepEPDispatcher(ExchangeDispatcher):
         return side_CX
 
     def _encode(self, rows_TD: Tensor, *, gradient: bool) -> Any:
-        """Return DeepEP's input: bf16 rows, or FP8 rows and their scales."""
+        """Return the input for DeepEP: bf16 rows, or FP8 rows with their scales."""
         if not isinstance(self.wire, Fp8Wire):
             return rows_TD.contiguous()
         q_TD, scale_TS = self.wire.decode_parts(self.wire.encode(rows_TD, gradient=gradient), rows_TD.shape[1])
         return q_TD.contiguous(), scale_TS
 
     def _decode(self, received: Any, *, gradient: bool) -> Tensor:
-        """Return bf16 rows from DeepEP's output."""
+        """Return bf16 rows. received: DeepEP's output, bf16 rows or FP8 rows with their scales."""
         if not isinstance(received, tuple):
             return received
         assert isinstance(self.wire, Fp8Wire)

@@ -1,28 +1,30 @@
-"""The common part of all dispatchers over ranks. Autograd uses a dispatcher in four ways, and each use has two halves.
-Sluice's own dispatchers send rows through a chain of hops.
+"""The common part of all dispatchers over ranks.
 
-Dispatch sends a token through a chain of fan-outs (parallel/expert/permute.py). After each fan-out except the last, the
-ranks exchange rows; the last fan-out sorts the arrivals by local expert. Combine is the same chain reversed. Training
-uses dispatch and combine twice each:
+A dispatcher sends each token to the ranks of its experts (dispatch) and returns the sum of the experts' outputs
+(combine). Sluice's own dispatchers send rows in one or two hops; a hop is one exchange between ranks. Before each
+exchange, a fan-out (parallel/expert/permute.py) copies each row once for every rank that needs it. After the last
+exchange, one more fan-out sorts the received rows by local expert. Combine does the same in reverse. Training uses
+dispatch and combine twice each:
 
     dispatch forward     out,  in the wire format   x and gates -> rows and their gates
     dispatch backward    back, activation dtype     gradients of rows and gates -> gradients of x and gates
     combine forward      back, activation dtype     expert outputs -> y
-    combine backward     out,  in the wire format   gradient of y -> gradient of expert outputs (cached routing)
+    combine backward     out,  in the wire format   gradient of y -> gradient of expert outputs (same routes as dispatch)
 
-This follows paper 3.3.3 (FP8 dispatch, BF16 combine). Every use has two halves, `begin` and `wait`. `begin` ends when
-the exchange nearest to the source has started (with two hops: the slow network). `wait` does the rest. In the backward
-pass the halves change roles: the gradient of `wait` starts the exchange, and the gradient of `begin` waits for the
-exchange. Autograd runs the latest ready node first. So the backward of operations between `begin` and `wait`, such as
-the shared expert, also runs between the two halves.
+This follows paper 3.3.3 (FP8 dispatch, BF16 combine). Each of these four uses has two halves, `begin` and `wait`. `begin`
+ends when the exchange next to the tokens' rank has started. That is the first exchange of a dispatch and the last
+exchange of a combine; with two hops, it is the exchange over the slow network. `wait` does the rest. In the backward pass
+the halves change roles: the gradient of `wait` starts the exchange, and the gradient of `begin` waits for the exchange.
+Autograd first runs the ready node that was created last. So operations between `begin` and `wait`, such as the shared
+expert, also have their backward between the two halves.
 
-On a GPU, the hops after the first also start in `begin`, on a separate stream (`beside`). The host already knows all
-sizes, so each hop sorts and forwards its arrivals independently of the compute stream, and `wait` only waits for the
-last hop. DeepEP works in the same way (parallel/expert/deep_ep.py). A CPU has no such streams, so the host starts the
-hop inside the node (the fast network) and waits for it at once.
+On a GPU, all hops start in `begin`, on a separate stream (`beside`). The host already knows all sizes, so each hop sorts
+and forwards its received rows independently of the compute stream, and `wait` only waits for the last hop. DeepEP works
+in the same way (parallel/expert/deep_ep.py). A CPU has no such streams, so the host starts the hop inside the node (the
+fast network) and waits for it at once.
 
-The token is quantized once, before it is copied. So all copies hold equal bytes, and the values that a run computes do
-not depend on the placement of experts on ranks.
+The token is quantized once, before it is copied. So all copies have equal bytes, and the results of a run do not depend
+on the placement of experts on ranks.
 
 Shapes: T tokens of this rank, D channels, K experts per token, R rows of this rank's experts, E local experts, M
 messages that arrived at this rank, C copies, B bytes of an encoded row, W = B/4 words, P peers of a hop.
@@ -46,7 +48,9 @@ from parallel.pipeline.overlap import yield_point
 if TYPE_CHECKING:
 
     class ExchangeFunction(torch.autograd.Function):
-        """torch's autograd Function. torch's annotations do not allow a backward with named arguments."""
+        """Type of autograd functions for the type checker. torch's own annotations do not allow a backward with named
+        arguments.
+        """
 
         backward: Callable[..., Any]
 
@@ -56,30 +60,34 @@ else:
 
 @dataclass
 class DispatchPlan:
-    """The routes of one dispatch. The forward dispatch builds it; all later uses read it."""
+    """The routes of one dispatch. The forward of the dispatch builds the plan. The combine and both backward passes
+    read it.
+    """
 
     sent: list[list[int]]
-    """Messages to every peer, per hop."""
+    """For each hop: number of messages sent to every peer."""
     received: list[list[int]]
-    """Messages from every peer, per hop."""
+    """For each hop: number of messages received from every peer."""
     rows: int
-    """Rows of this rank's experts."""
+    """Number of rows of this rank's experts."""
     counts_E: Tensor
-    """Rows per local expert, int64."""
+    """Number of rows per local expert, int64."""
     ids_TK: Tensor
     """The experts of this rank's own tokens."""
     fans: list[FanOut] = field(default_factory=list)
-    """One fan-out per hop, then the fan-out from arrivals to rows sorted by expert. A later fan-out may be unknown
-    until the arrivals of an earlier hop are known.
+    """One fan-out per hop, and a last one from the received messages to rows sorted by expert. A later fan-out is added
+    when the messages of the hop before it have arrived.
     """
     entry_of_row: Tensor | None = None
-    """For node-limited dispatch: each row's index in the arrivals' gates, (M, K) flattened."""
+    """For node-limited dispatch: for each row, the index of its gate in the flattened (M, K) gates of the received
+    messages.
+    """
     gates_dtype: torch.dtype = torch.float32
-    """Dtype of the gates, as the router chose it: gates and their gradients travel in this dtype."""
+    """Dtype of the gates, as the router chose it. Gates and their gradients are sent in this dtype."""
 
 
 class CombinableRows(Protocol):
-    """Fields of dispatched rows that combine reads."""
+    """The field of dispatched rows that combine reads."""
 
     state: Any
 
@@ -91,15 +99,15 @@ class DispatchedRows:
     rows_RD: Tensor
     """Rows for this rank's experts, sorted by local expert, in the activation dtype."""
     gates_R: Tensor
-    """fp32 gate value of every row, which the expert applies."""
+    """Gate of every row, fp32. The expert multiplies by it."""
     counts_E: Tensor
-    """Rows per local expert, int64, on the rows' device."""
+    """Number of rows per local expert, int64, on the device of the rows."""
     state: Any
-    """The dispatcher's own state for the combine."""
+    """Data that the dispatcher needs for the combine."""
 
 
 class PendingDispatch:
-    """A dispatch whose first exchange is in progress."""
+    """A dispatch that has begun: its first exchange is in progress."""
 
     def __init__(self, flight: "ExchangeFlight", ticket: Tensor):
         self._flight, self._ticket = flight, ticket
@@ -112,38 +120,42 @@ class PendingDispatch:
 
 
 class PendingCombine:
-    """A combine whose last exchange is in progress."""
+    """A combine that has begun: its last exchange is in progress."""
 
     def __init__(self, flight: "ExchangeFlight", ticket: Tensor):
         self._flight, self._ticket = flight, ticket
 
     def wait(self) -> Tensor:
-        """Finish the combine: y_TD. Call once, on every rank of the group in the same order."""
+        """Finish the combine and return y_TD. Call once, on every rank of the group in the same order."""
         return _CombineWait.apply(self._ticket, self._flight)
 
 
 class ExchangeDispatcher(ABC):
-    """Base class of dispatchers, whose uses have two halves. Subclasses move rows to experts and back.
+    """Base class of dispatchers. Dispatch and combine each have two halves, begin and wait. Subclasses move rows to
+    experts and back.
 
     wire: wire format of dispatch.
     """
 
     counters: Any = None
-    """`TrafficCounters` of the bytes moved, if they are counted."""
+    """`TrafficCounters` of the bytes sent; None if the class does not count them."""
 
     def __init__(self, wire: Wire):
         self.wire = wire
         self.on_wait: Callable[[], None] = yield_point
-        """Called before each wait for an exchange. In an overlapped pair, it lets the other lane compute first."""
+        """Called before each wait for an exchange. In an overlapped pair (parallel/pipeline/overlap.py), it lets the
+        other lane compute first.
+        """
 
     def dispatch_begin(
         self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: DispatchPlan | None = None
     ) -> PendingDispatch:
         """Start to send every token to its experts. Copies the split sizes to the host once.
 
-        x_TD: fp32 or bf16. expert_ids_TK: int64 ids over the whole group, distinct for each token. gates_TK: fp32.
-        Gates and x may be fp64, as in a check of `mode=prove`. again: the state of an earlier dispatch of these tokens.
-        The new dispatch reuses the earlier routes and exchanges no counts.
+        x_TD: tokens, fp32 or bf16. expert_ids_TK: experts of each token, int64 ids over the whole group; the ids of a
+        token differ. gates_TK: gates, fp32. Gates and x may be fp64, as in a check of `mode=prove`. again:
+        `DispatchedRows.state` of an earlier dispatch of the same tokens. If it is given, the new dispatch reuses the
+        earlier routes and exchanges no counts.
         """
         assert gates_TK.dtype in (torch.float32, torch.float64) and expert_ids_TK.shape == gates_TK.shape
         plan = self._plan(expert_ids_TK) if again is None else again
@@ -152,7 +164,7 @@ class ExchangeDispatcher(ABC):
         return PendingDispatch(flight, _DispatchBegin.apply(x_TD, gates_TK, flight))
 
     def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> DispatchedRows:
-        """Send every token to its experts; see dispatch_begin."""
+        """Send every token to its experts and wait; see `dispatch_begin`."""
         return self.dispatch_begin(x_TD, expert_ids_TK, gates_TK).wait()
 
     def combine_begin(self, out_RD: Tensor, routed: CombinableRows) -> PendingCombine:
@@ -162,53 +174,59 @@ class ExchangeDispatcher(ABC):
         return PendingCombine(flight, _CombineBegin.apply(out_RD, flight))
 
     def combine(self, out_RD: Tensor, routed: CombinableRows) -> Tensor:
-        """Return the sum of the expert outputs of every token, y_TD."""
+        """Send the experts' outputs back and wait. Return y_TD, the sum of the expert outputs of every token."""
         return self.combine_begin(out_RD, routed).wait()
 
     @abstractmethod
     def _plan(self, expert_ids_TK: Tensor) -> DispatchPlan:
-        """Return the part of the plan that is known before any arrival."""
+        """Return the part of the plan that is known before any message has arrived."""
 
     @abstractmethod
     def _start_out(self, flight: "ExchangeFlight", rows_TD: Tensor, gates_TK: Tensor | None) -> Any:
-        """Start to send tokens and gates to experts, or, without gates, gradients of results."""
+        """Start to send rows to experts. The rows are tokens with their gates, or, without gates, gradients of results."""
 
     @abstractmethod
     def _finish_out(self, flight: "ExchangeFlight", transfer: Any, gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """Return rows sorted by expert, and the side data for `_row_gates`; for gradients there is no side data."""
+        """Wait for the rows that `_start_out` sent. Return the rows sorted by expert, and the side data that contains
+        their gates. For gradients, the side data is empty.
+        """
 
     @abstractmethod
     def _start_back(self, flight: "ExchangeFlight", rows_RD: Tensor, side_MX: Tensor | None) -> Any:
-        """Start to send rows back: expert outputs, or gradients of rows together with gradients of the arrivals'
-        gates.
+        """Start to send rows back to the ranks of their tokens. The rows are expert outputs, or gradients of rows.
+
+        side_MX: with gradients of rows, the gradients of the gates of every received message; else None.
         """
 
     @abstractmethod
     def _finish_back(self, flight: "ExchangeFlight", transfer: Any) -> tuple[Tensor, Tensor]:
-        """Return sums per token, and the side data for `_gate_grads_by_token`."""
+        """Wait for the rows that `_start_back` sent. Return their sum per token, and the side data that contains the
+        gradients of the gates.
+        """
 
     @abstractmethod
     def _row_gates(self, plan: DispatchPlan, side_MX: Tensor) -> Tensor:
-        """Return gates_R from the side data of the arrivals."""
+        """Return the gate of every row, read from the side data of the received messages."""
 
     @abstractmethod
     def _gate_grads_by_token(self, plan: DispatchPlan, side_CX: Tensor) -> Tensor:
         """Return the gradients of gates_TK, read from the side data that returned to the tokens' rank."""
 
     def _gate_grads_by_message(self, plan: DispatchPlan, grads_R: Tensor) -> Tensor:
-        """Transpose of `_row_gates`: return the gradients of the gates of every arrival, (M, X)."""
+        """Return the gradients of the gates of every received message, (M, X). This is the transpose of `_row_gates`."""
         shape_MK = (plan.fans[-1].start_S.numel(), plan.ids_TK.shape[1])
         assert plan.entry_of_row is not None
-        # Entries of experts on other ranks stay 0, so the sum over copies fills each entry from exactly one rank.
+        # Entries of experts on other ranks stay 0, so in the sum over copies each entry has exactly one value that is
+        # not 0.
         return grads_R.new_zeros(shape_MK).view(-1).index_copy_(0, plan.entry_of_row, grads_R).view(shape_MK)
 
 
 class ChainDispatcher(ExchangeDispatcher):
-    """A dispatcher over one or two hops; subclasses define the layout of a token's copies and gates.
+    """A dispatcher over one or two hops. Subclasses define the content of a token's copies and gates in a message.
 
-    links: one per hop, in the order of dispatch. `_plan` exchanges counts. It also builds the fan-outs that are known
-    before any row arrives; the first fan-out is always known. Gates and their gradients travel as fp32 side words of
-    the rows.
+    links: one link per hop, in the order of dispatch. The subclass's `_plan` exchanges counts and builds all fan-outs
+    that are known before any row arrives. The first fan-out is always among them. Gates and their gradients are sent as
+    fp32 words after each row.
     """
 
     def __init__(self, links: list[Link], wire: Wire):
@@ -216,19 +234,19 @@ class ChainDispatcher(ExchangeDispatcher):
         self.links = links
         self.counters = TrafficCounters()
         self.as_on_gpu = False
-        """Whether rows on the meta device take the path of a GPU."""
+        """Whether rows on the meta device are processed as on a GPU."""
         self._back_wire = HighWire()
 
     @abstractmethod
     def _first_copies(self, plan: DispatchPlan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
-        """Return the messages of the first hop: copies of the encoded rows, each followed by its side words."""
+        """Return the messages of the first hop: for each copy, the encoded row and the words with its gates."""
 
     @abstractmethod
     def _learn(self, plan: DispatchPlan, side_MX: Tensor) -> None:
-        """Add the next fan-out to the plan, from the side words of the arrivals."""
+        """Add the next fan-out to the plan. side_MX: the words that follow the rows of the received messages."""
 
     def _sends_ahead(self, rows: Tensor) -> bool:
-        """Whether all hops start together with the first hop."""
+        """Whether the later hops start together with the first hop."""
         return len(self.links) > 1 and (rows.is_cuda or self.as_on_gpu)
 
     def _start_out(self, flight: "ExchangeFlight", rows_TD: Tensor, gates_TK: Tensor | None) -> Transfer:
@@ -246,7 +264,7 @@ class ChainDispatcher(ExchangeDispatcher):
             return self._send_on(flight, transfer, traffic).holding(message_CX)
 
     def _send_on(self, flight: "ExchangeFlight", transfer: Transfer, traffic: Traffic) -> Transfer:
-        """Run the hops from the first exchange to the last."""
+        """Run all hops after the first one. Returns the transfer of the last hop."""
         plan, words = flight.plan, self.wire.row_bytes(flight.width, flight.dtype) // 4
         for hop, link in enumerate(self.links[1:], 1):
             message_MX = transfer.wait()
@@ -290,7 +308,8 @@ class ChainDispatcher(ExchangeDispatcher):
 
     def _back_message(self, rows_CD: Tensor, fan: FanOut, side_MX: Tensor | None) -> Tensor:
         """Return the messages of one hop back, as int32. Each message is an encoded sum of rows, followed by its side
-        data. The sums are written directly into the messages."""
+        data. The sums are written directly into the messages.
+        """
         wire, width, dtype = self._back_wire, rows_CD.shape[1], rows_CD.dtype
         if side_MX is None:
             return wire.encode(collect(rows_CD, fan)).view(torch.int32)
@@ -308,10 +327,11 @@ class ChainDispatcher(ExchangeDispatcher):
 
 
 def from_words(words_MX: Tensor, dtype: torch.dtype) -> Tensor:
-    """Reinterpret words as values that take one or two words each.
+    """Reinterpret 4-byte words as values of one or two words each.
 
-    One-word values are returned as a view. Two-word values are returned as a copy, because they may be misaligned. The
-    copy is flat: torch treats a single row, or rows of no words, as contiguous whatever their strides are.
+    Values of one word are returned as a view. Values of two words are returned as a copy, because the words may be
+    misaligned. The copy is made flat first, because torch treats a single row, or rows without words, as contiguous
+    even if their strides are not.
     """
     if dtype.itemsize == 4:
         return words_MX.view(dtype)
@@ -321,14 +341,16 @@ def from_words(words_MX: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class ExchangeFlight:
-    """State that the two halves of one use share."""
+    """State that the two halves of a dispatch or of a combine share."""
 
     dispatcher: ExchangeDispatcher
     plan: DispatchPlan
     width: int
     dtype: torch.dtype
     transfer: Any = None
-    """The state that `_start_out` or `_start_back` of a subclass returns for the matching finish method."""
+    """Result of the subclass's `_start_out` or `_start_back`. The subclass's method for the second half takes it as
+    argument.
+    """
 
     def land(self) -> Any:
         """Return the started transfer; the caller waits for it.

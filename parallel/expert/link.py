@@ -10,24 +10,23 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch import Tensor
 
-# Counts bytes that the expert all-to-all moved, and the time spent waiting for arrivals.
+# Counts the bytes that the expert all-to-all sent, and the time that the host waited for received rows.
 #
-# A dispatcher owns one TrafficCounters object. It counts the bytes of messages, split counts included, that are handed
-# to the communication library for other ranks. It counts neither the library's headers nor rows that a rank sends to
-# itself.
+# A dispatcher owns one TrafficCounters object. It counts the bytes of messages to other ranks, including the counts
+# that are exchanged before the rows. It counts neither the headers of the communication library nor rows that a rank
+# sends to itself.
 
 
 @dataclass
 class Traffic:
-    """Sums over all transfers since the last `take`."""
+    """Traffic of all transfers since the last `take`."""
 
     inside_bytes: int = 0
     """Bytes sent to other ranks of the same node."""
     across_bytes: int = 0
     """Bytes sent to ranks of other nodes."""
     waited: float = 0.0
-    """Seconds that the host spent waiting for arriving rows. With NCCL, the host does not wait, so this time is near
-    0."""
+    """Seconds that the host waited for received rows. With NCCL, the host does not wait, so this time is near 0."""
 
 
 @dataclass
@@ -38,25 +37,25 @@ class TrafficCounters:
     backward: Traffic = field(default_factory=Traffic)
 
     def take(self) -> "TrafficCounters":
-        """Return the sums so far and start again at 0."""
+        """Return the sums so far, and set the counters to 0."""
         taken = TrafficCounters(self.forward, self.backward)
         self.forward, self.backward = Traffic(), Traffic()
         return taken
 
 
 class Transfer:
-    """An all-to-all in progress. It keeps its buffers alive until it is waited for."""
+    """An all-to-all in progress. The object keeps its buffers alive until `wait` returns."""
 
     def __init__(self, sent: Tensor, received: Tensor, work: dist.Work | None, traffic: Traffic):
         self._held, self._received, self._work, self._traffic = [sent], received, work, traffic
 
     def holding(self, buffer: Tensor) -> "Transfer":
-        """Also keep a buffer of an earlier transfer alive; returns this transfer."""
+        """Keep a buffer of an earlier transfer alive until `wait` returns. Returns this transfer."""
         self._held.append(buffer)
         return self
 
     def wait(self) -> Tensor:
-        """Return the rows received, by peer. Call once."""
+        """Wait for the received rows and return them, ordered by peer. Call once."""
         if self._work is not None:
             start = time.perf_counter()
             self._work.wait()
@@ -69,8 +68,8 @@ class Transfer:
 class Link:
     """All-to-all inside one group.
 
-    group: the process group, or None for a rank that runs alone and exchanges nothing. nodes_P: the node of every rank
-    of the group. The counters use it to separate bytes inside the node from bytes across nodes.
+    group: the process group; None for a rank that runs alone and exchanges nothing. nodes_P: the node of every rank of
+    the group. From it, the counters know which bytes stay inside the node.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, nodes_P: Sequence[int]):
@@ -81,7 +80,9 @@ class Link:
         self._across_P = [node != nodes_P[self.rank] for node in nodes_P]
 
     def start(self, rows_CX: Tensor, sent_P: Sequence[int], received_P: Sequence[int], traffic: Traffic) -> Transfer:
-        """Send sent_P[p] rows, in the order of peers, and receive received_P[p] rows from each peer p."""
+        """Start an all-to-all: send sent_P[p] rows to each peer p and receive received_P[p] rows from it. Rows are
+        ordered by peer.
+        """
         assert rows_CX.shape[0] == sum(sent_P)
         if self.size == 1:
             return Transfer(rows_CX, rows_CX, None, traffic)
@@ -92,7 +93,7 @@ class Link:
         return Transfer(rows_CX, rows_RX, work, traffic)
 
     def start_counts(self, counts_PX: Tensor, traffic: Traffic) -> Transfer:
-        """Send row p to peer p."""
+        """Start to send row p of `counts_PX` to peer p."""
         return self.start(counts_PX, [1] * self.size, [1] * self.size, traffic)
 
     def _count(self, row_bytes: int, sent_P: Sequence[int], traffic: Traffic) -> None:

@@ -1,23 +1,24 @@
-"""Node-limited dispatch: every token crosses the network between nodes once per target node (paper 3.2.2).
+"""Node-limited dispatch: a token is sent over the network between nodes only once for each target node (paper 3.2.2).
 
-With the router's limit of M nodes per token, a token costs M messages between nodes instead of up to K:
+The router limits the experts of a token to M nodes. So a token costs at most M messages between nodes, instead of up to
+K messages. Dispatch has these steps:
 
-    1. across nodes: to the rank with the same index on each node that holds one of its experts,
-    2. inside the node: from there to each rank that holds one of its experts, the bytes forwarded unread,
-    3. on the expert's rank: expanded to one row per expert.
+    1. Across nodes: send the token to each node that holds one of its experts, to the rank with the same index there.
+    2. Inside the node: that rank forwards the token to each rank that holds one of its experts. It does not decode it.
+    3. On the expert's rank: make one row of the token for each of its experts there.
 
-In combine, the expert's rank first adds outputs. Then the forwarding rank adds these sums, and at last the token's
-rank. So only one sum per node crosses the network. Each of the three ranks rounds its sum to the activation dtype,
-while flat dispatch rounds once. In fp32, the results of the two dispatches differ in the last bits. In bf16, they
-differ by up to two more roundings.
+In combine, the expert's rank first adds the outputs of a token. Then the forwarding rank adds these sums, and last the
+token's rank adds the sums of the nodes. So only one sum per node crosses the network. Each of the three ranks rounds
+its sum to the activation dtype, while flat dispatch rounds once. In fp32, the results of the two dispatches differ in
+the last bits. In bf16, they differ by up to two more roundings.
 
 A message is an encoded row, the token's K gates and its K expert ids (int16). Each rank on the route reads the ids to
 find the next targets. With one node there is only the hop inside the node. With one rank per node there is only the hop
 between nodes.
 
-Counts need two small exchanges, one per hop, and one copy to the host. In the first exchange, a rank tells each peer
-how many of its tokens go to the peer's node, to each rank of that node and to each expert there. The second exchange
-forwards the sums inside the node.
+The counts need two small exchanges, one per hop, and one copy to the host. In the first exchange, a rank tells each
+peer how many of its tokens go to the peer's node, to each rank of that node and to each expert there. In the second
+exchange, the ranks of a node forward the sums of these counts to each other.
 
 Shapes besides those of dispatcher.py: N nodes, L ranks per node, F experts per rank, E = N*L*F.
 """
@@ -34,9 +35,9 @@ from parallel.expert.wire import Wire
 
 
 class NodeLimitedDispatcher(ChainDispatcher):
-    """Experts over N nodes of L ranks, rank l of node n holding experts [(n*L + l)*F, (n*L + l + 1)*F).
+    """Dispatcher for experts over N nodes of L ranks; rank l of node n holds experts [(n*L + l)*F, (n*L + l + 1)*F).
 
-    inter_group: one rank of every node, in node order: the rank with the same local index as this rank; None with one
+    inter_group: one rank of every node, in node order, each with the same index on its node as this rank; None with one
     node. intra_group: the ranks of this node; None with one rank per node. experts: E, below 32768.
     """
 
@@ -68,8 +69,12 @@ class NodeLimitedDispatcher(ChainDispatcher):
         return DispatchPlan(sent, received, counts[4][0], counts_F, expert_ids_TK, fans)
 
     def _exchange_counts(self, outer_NX: Tensor) -> tuple[list[list[int]], Tensor]:
-        """Return, on the host, the numbers of sent and received messages of both hops and the number of rows. Also
-        return, on the device, the number of rows per local expert."""
+        """Exchange the counts of both hops.
+
+        Returns two values. The first is on the host: for both hops, the numbers of messages that this rank sends to and
+        receives from each peer, and the number of rows. The second is on the device: the number of rows per local
+        expert.
+        """
         ranks = self.intra.size
         arriving_NX = self.inter.start_counts(outer_NX, self.counters.forward).wait()
         totals_X = arriving_NX.sum(0)
@@ -107,7 +112,7 @@ class NodeLimitedDispatcher(ChainDispatcher):
 
 
 def _read_side(plan: DispatchPlan, side_MX: Tensor) -> tuple[Tensor, Tensor]:
-    """Return gates_MK and ids_MK (int16) of arrived messages."""
+    """Return the gates gates_MK and the expert ids ids_MK (int16) of received messages."""
     entries = plan.ids_TK.shape[1]
     words = entries * plan.gates_dtype.itemsize // 4
     ids_MK = side_MX[:, words:].view(torch.int16)[:, :entries]

@@ -1,7 +1,7 @@
 """Moves rows between two orders by gathers only.
 
-A FanOut maps every copy to its source row. It has two uses, `spread` and `collect`. They are transposes of each other,
-so each is the backward pass of the other. Neither scatters or adds in place:
+A FanOut maps every copy to its source row. It has two uses, `spread` and `collect`. Each of the two is the backward
+pass of the other. Neither scatters or adds in place:
 
     spread:  copies_C = sources_S[source_C]                        a gather
     collect: sources_S[s] = sum of copies_C[c] over c in the list of s    a gather with a sum
@@ -10,14 +10,14 @@ so each is the backward pass of the other. Neither scatters or adds in place:
 first write all copies again. Dispatch is a chain of spreads, with an exchange between two spreads. Combine is the
 reverse chain, with collects.
 
-On a GPU, building a fan-out of experts takes two kernels and `collect` takes one (parallel/expert/triton_dispatch.py).
+On a GPU, two kernels build a fan-out of experts, and one kernel runs `collect` (parallel/expert/triton_dispatch.py).
 This file computes the same with torch operations.
 
-Two possible savings were estimated and not implemented (`python -m bench.traffic`: an FP8 layer of DeepSeek-V3's
-experts, one of 64 ranks, 4096 tokens, forward and backward, 3 TB/s). First, GEMMs could read rows from the receive
-buffer. This would save the last gather, which takes 0.31 ms of the roughly 39 ms of a pair of layers. Second, the gates
-are applied inside SwiGLU, so combines are plain sums, which take 1.21 ms. GEMMs could do the sums after the experts,
-which take 0.61 ms of these 1.21 ms.
+Two possible savings are estimated, but not implemented. The estimates are from `python -m bench.traffic`, for an FP8
+layer of DeepSeek-V3's experts on one of 64 ranks, with 4096 tokens, forward and backward, and 3 TB/s. First, GEMMs
+could read rows from the receive buffer. This would save the last gather, which takes 0.31 ms of the roughly 39 ms of a
+pair of layers. Second, the sums of combine take 1.21 ms. They are plain sums, because the gates are applied inside
+SwiGLU. So the GEMMs could compute the sums after the experts, which are 0.61 ms of the 1.21 ms.
 
 Shapes: S sources, C copies, N targets, K entries per source, X any width.
 """
@@ -33,17 +33,17 @@ class FanOut(NamedTuple):
     """Maps every copy to its source row. Copies are ordered by target, then by source."""
 
     source_C: Tensor
-    """Source of every copy, int64."""
+    """For each copy, the index of its source row, int64."""
     copy_C: Tensor
-    """Indices of the copies, listed source by source, int64."""
+    """Indices of all copies, int64: first the copies of source 0, then the copies of source 1, and so on."""
     start_S: Tensor
-    """Start of each source's list in copy_C, int64."""
+    """For each source, the index in copy_C at which the list of its copies starts, int64."""
 
 
 def fan_out(hits_SN: Tensor, copies: int) -> FanOut:
-    """Make one copy of source s for every target n where hits_SN[s, n] is true.
+    """Return a FanOut with one copy of source s for every target n where hits_SN[s, n] is true.
 
-    copies: the number of hits. The caller knows it on the host, so this function needs no copy from a GPU.
+    copies: number of true values. The caller knows it on the host, so this function need not copy it from a GPU.
     """
     hits_NS = hits_SN.t().contiguous()
     source_C = torch.nonzero_static(hits_NS, size=copies)[:, 1]
@@ -55,7 +55,9 @@ def fan_out(hits_SN: Tensor, copies: int) -> FanOut:
 
 
 class ExpertTargets(NamedTuple):
-    """Targets that hold `per_target` experts each; the first target's first expert is `first`."""
+    """Targets that hold `per_target` consecutive experts each. first: the first expert of the first target. targets:
+    number of targets.
+    """
 
     first: int
     per_target: int
@@ -63,9 +65,9 @@ class ExpertTargets(NamedTuple):
 
 
 def fan_out_of(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> FanOut:
-    """Make one copy of source s for every target that holds one of the source's experts, ids_SK[s].
+    """Return a FanOut with one copy of source s for every target that holds one of the source's experts, ids_SK[s].
 
-    Experts that no target holds are skipped.
+    Experts that no target holds are skipped. copies: number of copies.
     """
     if ids_SK.is_cuda:
         return FanOut(*triton_dispatch().place_hits(ids_SK, *wanted, copies)[:3])
@@ -73,8 +75,8 @@ def fan_out_of(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> FanOut:
 
 
 def fan_out_with_entries(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> tuple[FanOut, Tensor]:
-    """Run `fan_out_of` for targets of one expert each. Also returns the index of each copy in the flattened ids_SK,
-    int64 (C,).
+    """Call `fan_out_of` for targets of one expert each. Also return, for each copy, the index of its expert in the
+    flattened ids_SK, int64 (C,).
     """
     assert wanted.per_target == 1
     if ids_SK.is_cuda:
@@ -89,14 +91,14 @@ def fan_out_with_entries(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> 
 
 
 def count_hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
-    """Return how many sources have an expert of each target, int64 (N,)."""
+    """Return, for each target, how many sources have an expert there, int64 (N,)."""
     if ids_SK.is_cuda:
         return triton_dispatch().count_hits(ids_SK, *wanted).sum(0)
     return hits(ids_SK, wanted).sum(0)
 
 
 def hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
-    """Return which targets hold one of each source's experts, bool (S, N)."""
+    """Return, for each source and each target, whether the target holds one of the source's experts: bool (S, N)."""
     first, per_target, targets = wanted
     column_SK = (ids_SK - first).div(per_target, rounding_mode="floor").long()
     column_SK = column_SK.where((column_SK >= 0) & (column_SK < targets), targets)
@@ -105,8 +107,8 @@ def hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
 
 
 def sort_entries(target_SK: Tensor) -> FanOut:
-    """Make one copy for every entry of target_SK, so one target may get K copies of a source. Targets must be below
-    32768.
+    """Return a FanOut with one copy for every entry of target_SK. So one target may get K copies of a source. Target
+    indices must be below 32768.
     """
     sources, entries = target_SK.shape
     order_C = target_SK.flatten().to(torch.int16).argsort(stable=True)
@@ -117,13 +119,14 @@ def sort_entries(target_SK: Tensor) -> FanOut:
 
 
 def spread(rows_SX: Tensor, fan: FanOut) -> Tensor:
-    """Return copies of rows, (C, X)."""
+    """Return the copies of the rows, (C, X)."""
     return rows_SX.index_select(0, fan.source_C)
 
 
 def collect(rows_CX: Tensor, fan: FanOut, out_SX: Tensor | None = None) -> Tensor:
-    """Return the sum of every source's copies, (S, X). Copies are added in the order of their targets, and the sum is
-    rounded once. out_SX: output buffer.
+    """Return, for every source, the sum of its copies, (S, X).
+
+    The copies are added in the order of their targets, and the sum is rounded once. out_SX: buffer for the result.
     """
     if not rows_CX.is_cuda:
         sum_SX = F.embedding_bag(fan.copy_C, rows_CX, fan.start_S, mode="sum")
@@ -135,7 +138,7 @@ def collect(rows_CX: Tensor, fan: FanOut, out_SX: Tensor | None = None) -> Tenso
 
 
 def triton_dispatch():
-    """Return the module of GPU kernels. The local import lets the type checker see the kernels' names."""
+    """Return the module of GPU kernels. It is imported here, so that the type checker sees the names of its kernels."""
     from parallel.expert import triton_dispatch as kernels
 
     return kernels

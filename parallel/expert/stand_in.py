@@ -1,9 +1,9 @@
-"""Dispatchers without peers. They are the real classes with another all-to-all, which creates the rows that peers would
-send.
+"""Dispatchers for a rank without peers. They use the real classes with another all-to-all, which creates the rows that
+peers would send.
 
 One rank of a large job runs alone, for a plan (on the meta device) or for a dry run. The real router routes this rank's
-tokens. A `Load` sets how many rows arrive; their values are copies of this rank's own rows. The real dispatcher's code
-does the encoding, copies, gathers and sums, and autograd saves the same tensors.
+tokens. A `Load` determines how many rows arrive; their values are copies of this rank's own rows. The code of the real
+dispatcher encodes, copies, gathers and sums the rows, and autograd saves the same tensors as in a real run.
 
 Shapes: T tokens of this rank, K experts per token, P peers, M messages that arrive, R rows, L experts of this rank.
 """
@@ -31,28 +31,30 @@ from parallel.expert.wire import Wire
 
 @dataclass(frozen=True)
 class Group:
-    """An expert-parallel group whose other ranks do not exist."""
+    """An expert-parallel group of which only this rank runs."""
 
     ranks: int
     ranks_per_node: int
     experts: int
     top_k: int
     groups: int
-    """Expert groups of the router; a token reaches top_groups of them."""
+    """Number of expert groups of the router. The experts of a token are in top_groups of these groups."""
     top_groups: int
 
     def reached(self, units: int) -> float:
-        """Return the expected number of units that hold at least one expert of a token, if all experts are equally
-        likely.
+        """Return how many units a token reaches on average, if all experts are equally likely. A token reaches a unit
+        that holds at least one of its experts.
 
-        Units are equal ranges of experts. A token's K experts are any K experts of its top_groups groups.
+        units: number of equal ranges into which the experts are divided, for example nodes. A token's K experts are any
+        K experts of its top_groups groups.
         """
         experts_per_unit, experts_per_group = self.experts // units, self.experts // self.groups
         open_experts = experts_per_group * self.top_groups
         if experts_per_unit <= experts_per_group:
             chance = self.top_groups / self.groups
             return units * chance * _some(open_experts, experts_per_unit, self.top_k)
-        inside = experts_per_unit // experts_per_group  # groups per unit; the number of chosen groups among them varies
+        # Number of groups per unit; how many of these groups the router chooses varies.
+        inside = experts_per_unit // experts_per_group
         ways = math.comb(self.groups, self.top_groups)
         return units * sum(
             math.comb(inside, opened)
@@ -64,7 +66,7 @@ class Group:
 
 
 def _some(experts: int, here: int, top_k: int) -> float:
-    """Return the chance that `top_k` different experts, drawn from `experts`, include at least one of `here` given
+    """Return the probability that `top_k` different experts, drawn from `experts`, include at least one of `here` given
     experts.
     """
     return 1 - math.comb(experts - here, top_k) / math.comb(experts, top_k)
@@ -72,18 +74,22 @@ def _some(experts: int, here: int, top_k: int) -> float:
 
 @dataclass(frozen=True)
 class Load:
-    """Number of tokens that all peers together send to each expert of this rank in one dispatch."""
+    """Number of tokens that all ranks together send to each expert of this rank in one dispatch."""
 
     per_token_L: tuple[float, ...]
-    """Rows of each expert of this rank, divided by the tokens of this rank. Peers have as many tokens."""
+    """For each expert of this rank: its number of rows divided by the number of tokens of this rank. All ranks have
+    equally many tokens.
+    """
 
     @classmethod
     def even(cls, group: Group, factor: float = 1.0) -> "Load":
-        """Build an even load. factor: rows of this rank divided by the mean over all ranks."""
+        """Return a load that is equal for all experts of this rank. factor: rows of this rank divided by the mean rows
+        of a rank.
+        """
         return cls((group.ranks * group.top_k / group.experts * factor,) * (group.experts // group.ranks))
 
     def rows_L(self, tokens: int) -> list[int]:
-        """Return the integer number of rows of every expert. Their sum is the rounded sum of the exact values."""
+        """Return the number of rows of every expert, as integers. Their sum is the rounded sum of the exact values."""
         ends = [round(tokens * end) for end in itertools.accumulate(self.per_token_L)]
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -94,7 +100,7 @@ def split_evenly(total: int, parts: int) -> list[int]:
 
 
 class StandInLink(Link):
-    """A link that returns the sent rows as its arrivals, repeated as often as needed."""
+    """A link without peers. The rows that it receives are the rows that it sends, repeated as often as needed."""
 
     def __init__(self, nodes_P: Sequence[int]):
         self.group: ProcessGroup | None = None
@@ -131,8 +137,9 @@ class FlatStandIn(AllToAllDispatcher):
 
 
 class NodeLimitedStandIn(NodeLimitedDispatcher):
-    """`NodeLimitedDispatcher` of a rank that runs alone. In each hop, the number of arriving messages equals the number
-    of sent messages. Only in the last hop, `load` sets the number of arriving messages."""
+    """`NodeLimitedDispatcher` of a rank that runs alone. In each hop except the last, as many messages arrive as the
+    rank sends. In the last hop, `load` determines how many arrive.
+    """
 
     def __init__(self, group: Group, wire: Wire, load: Load):
         nodes = group.ranks // group.ranks_per_node
@@ -149,8 +156,8 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
         tokens, device = len(expert_ids_TK), expert_ids_TK.device
         totals = [max(1, round(tokens * per_token)) for per_token in self._per_token]
         sent = [split_evenly(total, link.size) for total, link in zip(totals, self.links, strict=True)]
-        # As many messages arrive as leave. Only the last hop brings more, if this rank's experts are chosen more often
-        # than the mean.
+        # In each hop, as many messages arrive as the rank sends. In the last hop, more arrive if this rank's experts
+        # are chosen more often than the mean.
         rows_L = self.load.rows_L(tokens)
         arriving = max(1, round(totals[-1] * sum(rows_L) / expert_ids_TK.numel()), *rows_L)
         received = [*sent[:-1], split_evenly(arriving, self.links[-1].size)]
@@ -168,17 +175,17 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
 
 
 def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
-    """Build a FanOut that takes sources in turn. copies_N: number of copies for every target."""
+    """Build a FanOut in which each target takes the next sources in turn. copies_N: number of copies for every target."""
     targets = len(copies_N)
     return fan_out_of(_ids(tuple(copies_N), sources, device), ExpertTargets(0, 1, targets), sum(copies_N))
 
 
 @cache
 def _ids(copies_N: tuple[int, ...], sources: int, device: torch.device) -> Tensor:
-    """Return the targets of every source, -1 for none: (S, N).
+    """Return (S, N): for each source, the targets that get a copy of it, and -1 elsewhere.
 
-    A real rank has no such tensor. So this one is built and cached outside the dispatch modes, and a memory count does
-    not include it.
+    A real rank has no such tensor. So this tensor is built and cached outside the dispatch modes, and a memory count
+    does not include it.
     """
     with _disable_current_modes():
         ids_SN = torch.full((sources, len(copies_N)), -1, dtype=torch.int16, device=device)
@@ -192,7 +199,7 @@ def _ids(copies_N: tuple[int, ...], sources: int, device: torch.device) -> Tenso
 
 
 class DeepEPStandIn(DeepEPDispatcher):
-    """`DeepEPDispatcher` over `_Buffer`."""
+    """`DeepEPDispatcher` of a rank that runs alone. It uses `_Buffer` instead of DeepEP's buffer."""
 
     def __init__(self, group: Group, wire: Wire, load: Load):
         ExchangeDispatcher.__init__(self, wire)
@@ -202,7 +209,9 @@ class DeepEPStandIn(DeepEPDispatcher):
 
 
 class _Buffer:
-    """Behaves as the documentation of `deep_ep.Buffer` says; arrivals are copies of this rank's own rows."""
+    """Returns what the documentation of `deep_ep.Buffer` promises. The received rows are copies of this rank's own
+    rows.
+    """
 
     def __init__(self, load: Load, per_token: float, top_k: int):
         self._load, self._per_token, self._top_k = load, per_token, top_k
@@ -232,7 +241,7 @@ class _Buffer:
         return received, ids_MK, _cycle(topk_weights, messages), counts, tokens, None
 
     def combine(self, x_MD: Tensor, handle: int, topk_weights: Tensor | None = None):
-        """handle: the number of this rank's tokens."""
+        """Return the rows that come back to this rank. handle: number of this rank's tokens."""
         return _cycle(x_MD, handle), None if topk_weights is None else _cycle(topk_weights, handle), None
 
 

@@ -1,13 +1,14 @@
-"""GPU kernels for the rows of dispatch and combine: bitwise equal to parallel/expert/permute.py and wire.py.
+"""GPU kernels for the rows of dispatch and combine. Their results are bitwise equal to those of
+parallel/expert/permute.py and wire.py.
 
-    count_hits, place_hits      which copies are made of which sources, from the experts of each source
-    place_entries               the same if every expert is a target, with the inverse for combine
-    collect, sum_entries        the sum of every source's copies, in fp32, rounded once
-    encode_rows                 rows to the bytes of the FP8 wire
+    count_hits, place_hits      find which copies to make of which sources, from the experts of each source
+    place_entries               does the same if every expert is a target, and also returns the inverse map for combine
+    collect, sum_entries        sum every source's copies in fp32 and round once
+    encode_rows                 encodes rows as the bytes of the FP8 wire
 
-Decisions that depend on values stay on the device: no kernel waits for the host. The module needs triton and is
-imported only where its kernels run. Shapes as in permute.py and wire.py; `row` is the stride between message rows, in
-elements.
+Decisions that depend on values are made on the device, so no kernel waits for the host. The module needs triton and is
+imported only where its kernels run. The shapes are those of permute.py and wire.py. `row` is the stride between message
+rows, in elements.
 """
 
 import torch
@@ -18,19 +19,23 @@ from torch import Tensor
 from parallel.triton_types import constexpr, power_of_2_from, quick, with_options
 
 HITS = 4096
-"""Sources times targets that one program counts or places. A program takes at most 128 sources."""
+"""Number of sources times number of targets that one program of a kernel counts or places. A program takes at most 128
+sources.
+"""
 COUNT_BLOCKS = 64
-"""Number of blocks of sources whose counts are summed at a time."""
+"""Number of blocks of sources whose counts are added at a time."""
 COLLECT_COLUMNS = 1024
-"""Columns that one program of `collect` handles: eight values per thread."""
+"""Number of columns that one program of `collect` handles. Each thread handles eight values."""
 ENCODE_ROWS, ENCODE_TILES = 8, 4
-"""Rows and tiles that one program of `encode_rows` handles. The exponents of four tiles form one word."""
+"""Number of rows and number of tiles that one program of `encode_rows` handles. The exponents of four tiles form one
+word.
+"""
 
 
 @triton.jit
 def _hits(ids_ptr, sources, number, first, per_target, K: constexpr, TARGETS: constexpr):
-    """Return the last entry of each source that names an expert of each target: int32 (sources, TARGETS), -1 for
-    none.
+    """Return, for each source and each target, the last entry of the source whose expert is in the target: int32
+    (sources, TARGETS), or -1 if there is none.
     """
     target = tl.arange(0, TARGETS)[None, :]
     entry = tl.full((sources.shape[0], TARGETS), -1, tl.int32)
@@ -59,11 +64,11 @@ def _place_kernel(
     ids_ptr, counts_ptr, source_ptr, copy_ptr, start_ptr, entry_ptr, number, first, per_target, targets, blocks,
     by_entry: constexpr, K: constexpr, TARGETS: constexpr, SOURCES: constexpr, COUNT_BLOCKS: constexpr,
 ):  # fmt: skip
-    """Place every copy.
+    """Compute the fields of a FanOut, and write for each copy the index of its expert to entry_ptr.
 
-    Copies are ordered by target, then by source. A source's list is ordered by source, then by target, and start_ptr
-    gets the start of every list. With by_entry, copy_ptr is indexed by the entry that the copy is for, and start_ptr
-    gets the number of copies of every target.
+    Copies are ordered by target, then by source. Without by_entry, copy_ptr gets the list of each source's copies,
+    ordered by source and then by target, and start_ptr gets the start of every list. With by_entry, copy_ptr gets for
+    every entry the index of its copy, and start_ptr gets the number of copies of every target.
     """
     block = tl.program_id(0)
     sources = block * SOURCES + tl.arange(0, SOURCES)
@@ -97,7 +102,7 @@ def _place_kernel(
 def _collect_kernel(
     rows_ptr, copy_ptr, start_ptr, out_ptr, sources, copies, width, row, out_row, each: constexpr, COLLECT_COLUMNS: constexpr
 ):  # fmt: skip
-    """Sum the copies of every source. each: number of copies per source; 0 if start_ptr has the start of each list."""
+    """Sum the copies of every source. each: number of copies per source, or 0 if start_ptr has the start of each list."""
     source = tl.program_id(0)
     columns = tl.program_id(1) * COLLECT_COLUMNS + tl.arange(0, COLLECT_COLUMNS)
     first, last = source * each, source * each + each
@@ -119,8 +124,8 @@ def _encode_kernel(
 ):  # fmt: skip
     """Run `Fp8Wire.encode` for four tiles of some rows.
 
-    A row has units * ALIGN bytes. ALIGN is a compile-time constant, so the compiler knows that ALIGN divides the size
-    of a row.
+    A row has units * ALIGN bytes. ALIGN is a compile-time constant, so the compiler knows that ALIGN divides the number
+    of bytes of a row.
     """
     rows = tl.program_id(0) * ENCODE_ROWS + tl.arange(0, ENCODE_ROWS)
     first = tl.program_id(1) * ENCODE_TILES
@@ -143,9 +148,9 @@ def _encode_kernel(
 
 
 def count_hits(ids_SK: Tensor, first: int, per_target: int, targets: int) -> Tensor:
-    """Return, by blocks of sources, how many sources have an expert of each target: int32 (blocks, targets).
+    """Return how many sources have an expert in each target, for each block of sources: int32 (blocks, targets).
 
-    A target has per_target experts.
+    per_target: number of experts of a target. first: the first expert of the first target.
     """
     (sources, entries), size = ids_SK.shape, _sources(targets)
     blocks = -(-sources // size)
@@ -161,7 +166,9 @@ def count_hits(ids_SK: Tensor, first: int, per_target: int, targets: int) -> Ten
 def place_hits(
     ids_SK: Tensor, first: int, per_target: int, targets: int, copies: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the three fields of a FanOut, and the index of each copy in the flattened ids_SK; all int64."""
+    """Return four tensors of int64: the three fields of a FanOut, and for each copy the index of its expert in the
+    flattened ids_SK.
+    """
     start_S = ids_SK.new_empty(len(ids_SK), dtype=torch.int64)
     source_C, copy_C, entry_C = _place(ids_SK, first, per_target, targets, copies, start_S, by_entry=False)
     return source_C, copy_C, start_S, entry_C
@@ -177,7 +184,9 @@ def place_entries(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor,
 def _place(
     ids_SK: Tensor, first: int, per_target: int, targets: int, copies: int, start: Tensor, by_entry: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sources, lists and entries of the copies; see `_place_kernel`."""
+    """Return three tensors: for each copy its source, the list of copies, and for each copy its entry; see
+    `_place_kernel`.
+    """
     ids_SK = ids_SK.contiguous()
     counts_BN = count_hits(ids_SK, first, per_target, targets)
     source_C, copy_C, entry_C = (ids_SK.new_empty(copies, dtype=torch.int64) for _ in range(3))
@@ -191,12 +200,12 @@ def _place(
 
 
 def collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor) -> None:
-    """Compute the sum of every source's copies. Rows of the input and of the output may be strided."""
+    """Compute the sum of every source's copies. The rows of the input and of the output may be strided."""
     _collect(rows_CX, copy_C, start_S, out_SX, 0)
 
 
 def sum_entries(rows_CX: Tensor, copy_SK: Tensor, out_SX: Tensor) -> None:
-    """Compute the sum of the K copies of every source, in their order."""
+    """Compute the sum of the K copies of every source, in the order of its entries."""
     _collect(rows_CX, copy_SK, copy_SK, out_SX, copy_SK.shape[1])
 
 
@@ -210,7 +219,7 @@ def _collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor, e
 
 
 def encode_rows(x_RD: Tensor, bytes_RB: Tensor, floor: float) -> None:
-    """Encode rows to the bytes of the FP8 wire. The width must be a multiple of the tile."""
+    """Encode rows as the bytes of the FP8 wire. The width must be a multiple of the tile."""
     (rows, width), row = x_RD.shape, bytes_RB.shape[1]
     tiles, words = width // 128, bytes_RB.view(torch.int32)
     align = row & -row
@@ -231,5 +240,5 @@ def encode_rows(x_RD: Tensor, bytes_RB: Tensor, floor: float) -> None:
 
 
 def _sources(targets: int) -> int:
-    """Return the number of sources per program."""
+    """Return the number of sources that one program handles."""
     return max(1, min(128, HITS // power_of_2_from(targets)))

@@ -1,19 +1,19 @@
-"""The format in which rows travel.
+"""The formats in which dispatch and combine send rows.
 
 A wire encodes each row as one message row of bytes, and decodes message rows. The wire named `bf16` sends rows in the
 activation dtype, so an fp32 run sends fp32 and loses nothing; the name only means "no separate wire format". `fp8`
-sends E4M3 values with one power-of-two scale per 128 channels (paper 3.3.3). It needs half the bytes of bf16.
+sends E4M3 values with one power-of-two scale per tile of 128 channels (paper 3.3.3). It needs half the bytes of bf16.
 
-FP8 row, in bytes:  D values | ceil(D/128) scale exponents (UE8M0: exponent + 127) | zeros to a multiple of 4.
-Values are sent as bytes, because gloo has no FP8. With amax the largest magnitude of a tile:
+FP8 row, in bytes:  D values | ceil(D/128) scale exponents (UE8M0: exponent + 127) | zeros to a multiple of 4. Values
+are sent as bytes, because gloo has no FP8. Let amax be the largest magnitude of a tile:
 
     scale = 2^ceil(log2(max(amax, floor) / 448)),    q = e4m3(x / scale)
 
 448 = 1.75 * 2^8 is the largest E4M3 number. So the exponent of the scale is the exponent of amax minus 8, plus 1 if the
-mantissa of amax exceeds 1.75. The code gets it by one integer addition to the bits of amax, exactly and without a
-logarithm. Division by a power of two is exact as well, so bf16 holds q * scale exactly, and a second quantization
-changes no value. If rounding reduced a tile's amax to 224 * scale, the second quantization halves the scale and doubles
-q, both exactly.
+mantissa of amax exceeds 1.75. The code computes this exponent by one integer addition to the bits of amax, exactly and
+without a logarithm. Division by a power of two is exact as well, so bf16 holds q * scale exactly, and a second
+quantization changes no value. Rounding may reduce a tile's amax to 224 * scale. The second quantization then halves the
+scale and doubles q, both exactly.
 
 Shapes: R rows, D channels, B bytes per message row (a multiple of 4), S tiles of 128 channels.
 """
@@ -28,21 +28,22 @@ from torch.utils._pytree import tree_map_only
 
 from parallel.expert.permute import triton_dispatch
 
-# Rows as they arrive from an FP8 wire. GEMMs that take FP8 read them quantized; all other operations get plain values.
+# Rows that arrived over an FP8 wire. GEMMs that compute in FP8 read their quantized values; all other operations get
+# plain values.
 #
 # A `QuantizedRows` is a tensor of the activation dtype that holds E4M3 values and their scales. Autograd treats it like
 # any tensor, both as rows in the forward and as their gradient in the backward. The experts of an FP8 recipe read the
-# values and the scales; any other operation gets the product, so no other code handles the class. A gather of such rows
-# returns a `QuantizedRows`.
+# values and the scales. Any other operation gets their product, so no other code needs to know the class. A gather of
+# such rows returns a `QuantizedRows`.
 #
 # Shapes: R rows, D channels, S tiles of 128 channels.
 
 TILE = 128
-"""Number of values of a row that share a scale, on the wire and along the contraction of a GEMM. It is also the side of
-a weight's block (paper 3.3.2).
+"""Number of consecutive values of a row that share a scale, both on the wire and in a GEMM's input. It is also the
+height and width of the blocks that share a scale in a weight (paper 3.3.2).
 """
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-"""The fp32 value of every byte."""
+"""For every byte: the fp32 value that it has as E4M3."""
 Widen = Callable[[Tensor], Tensor]
 """Converts FP8 values to fp32."""
 
@@ -59,10 +60,12 @@ def widen(q_RD: Tensor) -> Tensor:
 
 
 class QuantizedRows(Tensor):
-    """Rows (R, D): each value is q_RD times the scale of its tile. bf16 holds this product exactly.
+    """Rows (R, D) as FP8 values with scales. Each value of a row is q_RD times the scale of its tile; bf16 holds this
+    product exactly.
 
-    q_RD: float8_e4m3fn; its rows may be strided. scale_RS: fp32 powers of two. floor: lower bound of a tile's amax in
-    the computation of its scale. dtype: dtype of the values. widen: function that converts q_RD to fp32.
+    q_RD: FP8 values, float8_e4m3fn; the rows may be strided. scale_RS: scales, fp32 powers of two. floor: lower bound
+    of a tile's amax in the computation of its scale. dtype: dtype of the values as the rest of the code sees them.
+    widen: function that converts q_RD to fp32.
     """
 
     @staticmethod
@@ -100,12 +103,12 @@ class QuantizedRows(Tensor):
 
 
 def dequantize(q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, widen: Widen = widen) -> Tensor:
-    """Return q_RD times the scale of its tile, in dtype."""
+    """Return each value of q_RD times the scale of its tile, in `dtype`."""
     return in_tiles(widen(q_RD)).mul_(scale_RS[..., None]).flatten(1)[:, : q_RD.shape[1]].to(dtype)
 
 
 def in_tiles(x_RD: Tensor) -> Tensor:
-    """Return rows as (R, S, 128), the last tile padded with zeros."""
+    """Return the rows as tiles, (R, S, 128). The last tile of each row is padded with zeros."""
     width = x_RD.shape[1]
     if width % TILE:
         x_RD = torch.nn.functional.pad(x_RD, (0, -width % TILE))
@@ -114,14 +117,14 @@ def in_tiles(x_RD: Tensor) -> Tensor:
 
 E4M3_MAX = 448.0
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
-"""Lower bounds of amax for activations and for gradients. All values of a gradient can be far below 1e-4. With the
-bound of activations, such a gradient would lose its range. So gradients use torchao's value, which only guards the
-division.
+"""Lower bounds of amax (the largest magnitude of a tile) for activations and for gradients. All values of a gradient
+can be far below 1e-4. With the bound of activations, such a gradient would be quantized too coarsely. So gradients use
+torchao's bound, which only prevents a division by 0.
 """
 
 
 class Wire(Protocol):
-    """The interface of a wire for dispatchers."""
+    """The interface of a wire that dispatchers use."""
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
         """Return the size of one message row in bytes, which is a multiple of 4. width: number of channels of a row."""
@@ -130,11 +133,11 @@ class Wire(Protocol):
         """Encode rows as bytes, uint8 (R, B)."""
 
     def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype, *, gradient: bool = False) -> Tensor:
-        """Decode bytes to rows, (R, width) of dtype. gradient: the value that `encode` got."""
+        """Decode bytes to rows (R, width) of `dtype`. gradient: the value that was passed to `encode`."""
 
 
 class HighWire:
-    """The wire that sends the activation dtype. Encode and decode return views if the width allows it."""
+    """The wire that sends rows in the activation dtype. Encode and decode return views if the width allows it."""
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
         return _round_up(width * dtype.itemsize, 4)
@@ -152,10 +155,10 @@ class HighWire:
 
 
 class Fp8Wire:
-    """E4M3 with power-of-two scales per 1x128 tile (paper 3.3.2, 3.3.3).
+    """The wire that sends E4M3 values with one power-of-two scale per 1x128 tile (paper 3.3.2, 3.3.3).
 
-    activation_floor: lower bound of amax when the scale of activations is computed; DeepSeek uses 1e-4. gradient_floor:
-    the same bound for gradients.
+    activation_floor: lower bound of amax (the largest magnitude of a tile) when the scale of activations is computed;
+    DeepSeek uses 1e-4. gradient_floor: the corresponding bound for gradients.
     """
 
     def __init__(self, activation_floor: float = ACTIVATION_FLOOR, gradient_floor: float = GRADIENT_FLOOR):
@@ -178,8 +181,8 @@ class Fp8Wire:
         amax_RS = tiles_RST.abs().amax(2).clamp_min(floor)
         exponent_RS = ((amax_RS.view(torch.int32) + 0x1FFFFF) >> 23) - 8
         inverse_RS = ((254 - exponent_RS) << 23).view(torch.float32)
-        # The clamp only changes infinities. They become infinite again through the scale; a cast would not guarantee
-        # that.
+        # The clamp only changes infinities. The product with the scale makes them infinite again in decode; a cast
+        # without the clamp would not guarantee this.
         q_RD = (tiles_RST * inverse_RS[..., None]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).flatten(1)
         bytes_RB = torch.zeros(rows, self.row_bytes(width, x_RD.dtype), dtype=torch.uint8, device=x_RD.device)
         bytes_RB[:, :width] = q_RD[:, :width].view(torch.uint8)
@@ -187,7 +190,7 @@ class Fp8Wire:
         return bytes_RB
 
     def decode_parts(self, bytes_RB: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Split bytes into q_RD (float8_e4m3fn, a view) and scale_RS (fp32), for a GEMM that takes both."""
+        """Split the bytes of rows into q_RD (float8_e4m3fn, a view) and scale_RS (fp32), for a GEMM that takes both."""
         q_RD = bytes_RB[:, :width].view(torch.float8_e4m3fn)
         exponent_RS = bytes_RB[:, width : width + _tiles(width)].to(torch.int32)
         return q_RD, (exponent_RS << 23).view(torch.float32)

@@ -1,21 +1,21 @@
-"""Stores activations in host memory between the forward that makes them and the backward that reads them.
+"""Stores activations in host memory from the forward that computes them to the backward that reads them.
 
-The activations that a part of the model saves for backward are copied to the host as one batch when that part's forward
-ends. Batches return in reverse order. The order of the pipeline's actions sets the times of the copies:
+When the forward of a part of the model ends, the activations that it saves for backward are copied to the host as one
+batch. Backward reads the batches in reverse order. The order of the pipeline's actions determines when copies start:
 
-    out     A copy starts when the batch is sent. The device memory is freed when the action sends its next batch, or
-            when the next action ends. Until then computing hides the copy, and a backward that follows at once reuses
-            what has not gone yet.
-    back    The newest batch of a micro-batch starts to return one action before the backward that reads it. When
-            backward reads a batch, the previous batch starts to return: two batches are on the device at a time.
+    out     A copy to the host starts when the batch is sent. The batch's device memory is freed when the action sends its
+            next batch, or when the next action ends. So the copy overlaps with compute. If a backward follows at once,
+            the batch is still on the device and is not copied back.
+    back    The newest batch of a micro-batch is copied back during the action before the backward that reads it. When
+            backward reads a batch, the copy of the batch before it starts. So two batches are on the device at a time.
 
-Copies use two device streams, one per direction, because the link works in both directions at once. Copies and
-computing wait for each other by events, so the host never waits. The memory of a copied tensor is freed only after the
-compute stream has waited for the copy. So the allocator need not know the second stream. On a CPU, the same code copies
-synchronously.
+Copies use two device streams, one per direction, because the link works in both directions at once. Copies and compute
+wait for each other by events, so the host never waits. The memory of a copied tensor is freed only after the compute
+stream has waited for the copy. So the allocator need not know about the stream of the copies. On a CPU, the same code
+copies synchronously.
 
-Host memory is taken in pages (pinned for a GPU), which are kept and reused. Experts' rows differ from one micro-batch
-to the next, so buffers of exact sizes would pile up.
+Host memory is allocated in pages (pinned for a GPU), which are kept and reused. The number of rows of experts differs
+from one micro-batch to the next. With buffers of exactly the needed size, more and more unused buffers would remain.
 """
 
 from collections import deque
@@ -33,7 +33,7 @@ from parallel.pipeline.orders import Action
 from parallel.pipeline.simulate import what_runs
 
 ALIGNMENT = 64
-"""Alignment in bytes of tensors in a batch."""
+"""Alignment in bytes of the tensors within a batch."""
 
 
 class HostMemoryFull(RuntimeError):
@@ -42,7 +42,8 @@ class HostMemoryFull(RuntimeError):
 
 def page_bytes(sizes: Iterable[int], kind: str) -> int:
     """Return the total bytes of the pages that a batch needs. sizes: bytes of each tensor of the batch. kind: type of
-    the device."""
+    the device, such as cuda.
+    """
     page = _size_of_page(kind)
     return -(-sum(map(_aligned, sizes)) // page) * page
 
@@ -52,9 +53,9 @@ def _size_of_page(kind: str) -> int:
 
 
 def reads(action: Action, one_piece: Collection[int] = ()) -> list[tuple[int, int]]:
-    """Return the stages and micro-batches whose activations this action reads first, before any other action.
+    """Return (stage, micro-batch) for the activations that this action is the first to read.
 
-    one_piece: stages whose backward cannot be split.
+    one_piece: stages whose backward cannot be split into a backward of inputs and a backward of weights.
     """
     return [
         (part.stage, part.micro_batch)
@@ -64,9 +65,10 @@ def reads(action: Action, one_piece: Collection[int] = ()) -> list[tuple[int, in
 
 
 class HostStore:
-    """The store of one rank. It copies activations between the rank's device and pages of host memory; see the module.
+    """The activations of one rank. The store copies them between the rank's device and pages of host memory; see the
+    top of the file.
 
-    Outside of actions, a batch returns only when backward reads it.
+    If a backward runs outside of `acting`, a batch is copied back only when backward reads it.
     """
 
     def __init__(self, device: torch.device):
@@ -74,32 +76,34 @@ class HostStore:
         self._pages = _Pages(device.type)
         self._out, self._back = _Copies(device), _Copies(device)
         self._reads: dict[tuple[str, int, int], tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {}
-        """For each action: the activations that it reads, and the activations that the next action reads."""
+        """For each action: two lists of (stage, micro-batch). The first names the activations that the action reads.
+        The second names the activations that the next action reads.
+        """
         self._batches: dict[tuple[int, int], list[_Batch]] = {}
-        """Batches by stage and micro-batch, until they are read."""
+        """Batches that no backward has read yet, by stage and micro-batch."""
         self._current: tuple[int, int] | None = None
-        """Stage and micro-batch of the running forward."""
+        """Stage and micro-batch of the forward that is running; None outside of a forward."""
         self._leaving: list[_Batch] = []
-        """Batches that the current action copies out; at most one."""
+        """Batches of the current action whose device memory is not yet freed; at most one."""
         self._left_over: list[_Batch] = []
-        """Batches that the previous action copied out and whose device memory is not yet freed."""
+        """Batches of the previous action whose device memory is not yet freed."""
         self.sent_bytes = 0
-        """Bytes sent to the host since construction."""
+        """Number of bytes sent to the host since construction."""
 
     @property
     def taken_bytes(self) -> int:
-        """Bytes of host memory in use for pages."""
+        """Bytes of host memory that the pages take."""
         return self._pages.taken
 
     def start(self, actions: Iterable[Action], one_piece: Collection[int] = ()) -> None:
-        """Start a step made of these actions. one_piece: as in `reads`."""
+        """Start a step that consists of these actions. one_piece: see `reads`."""
         runs = [action for action in actions if what_runs(action, action.stage in one_piece)]
         read = [*(reads(action, one_piece) for action in runs), []]
         self._reads = {action[:3]: pair for action, pair in zip(runs, pairwise(read), strict=True)}
 
     @contextmanager
     def acting(self, kind: str, stage: int, micro_batch: int) -> Iterator[None]:
-        """Wrap one action of the step. For an overlapped pair, pass the stage and micro-batch of the forward half."""
+        """Wrap one action of the step. For an overlapped pair, pass the stage and micro-batch of its forward."""
         if (kind, stage, micro_batch) not in self._reads:  # for an action that computes nothing
             yield
             return
@@ -115,11 +119,13 @@ class HostStore:
         self._left_over, self._leaving, self._current = self._leaving, [], None
         for key in now:
             for batch in self._batches.pop(key):
-                batch.wait()  # batches that were never read must also wait, before their memory is reused
+                # Also for batches that backward never read: their memory must not be reused before the copy has ended.
+                batch.wait()
 
     def send(self, storages: Sequence[Tensor]) -> list["_Piece"]:
-        """Start to copy storages (flat, in bytes) to the host. Returns one object per storage. The method `fetched` of
-        this object returns the storage."""
+        """Start to copy storages (flat tensors of bytes) to the host. Returns one object for each storage. Its method
+        `fetched` returns the storage.
+        """
         self._let_go(self._leaving)
         sizes = list(map(len, storages))
         before = [] if self._current is None else self._batches[self._current]
@@ -137,7 +143,7 @@ class HostStore:
         return batch.held
 
     def read(self, batch: "_Batch") -> None:
-        """Make this batch available to later compute, and start to fetch the previous batch."""
+        """Make later compute wait until this batch is on the device, and start to copy back the previous batch."""
         self._fetch(batch)
         batch.wait()
         before, batch.before = batch.before, None
@@ -175,7 +181,7 @@ class HostStore:
 
 
 class _Place(NamedTuple):
-    """Bytes `begin` to `end` of a storage, and their location on the host."""
+    """The bytes `begin` to `end` of a storage. host: the host memory to which they are copied."""
 
     begin: int
     end: int
@@ -190,22 +196,22 @@ class _Piece:
         self.batch: _Batch
 
     def fetched(self) -> Tensor:
-        """Return the storage as a flat tensor of bytes; copy it back to the device first if necessary."""
+        """Return the storage as a flat tensor of bytes on the device. Copy it back first if it is only on the host."""
         self._store.read(self.batch)
         assert self.tensor is not None
         return self.tensor
 
 
 class _Batch:
-    """Storages that were sent together."""
+    """Storages that are sent together."""
 
     def __init__(self, pieces: list[_Piece], before: "_Batch | None", pages: "_Pages"):
         self.held = pieces
-        """Storages of a copy in progress, in either direction. Their device memory must not be freed before the copy
-        ends.
+        """The storages, while a copy in either direction is in progress. The list keeps their device memory from being
+        freed before the copy has ended.
         """
         self.pieces = [ref(piece) for piece in pieces]
-        """Storages that backward still needs."""
+        """Weak references to the storages. A reference is empty once no backward needs its storage."""
         self.before = before
         """The previous batch of the same forward; None once this batch is read."""
         self.is_back = False
@@ -218,13 +224,13 @@ class _Batch:
             piece.batch = self
 
     def wait(self) -> None:
-        """Make compute wait for the last copy; later work may reuse the memory."""
+        """Make the compute stream wait for the batch's last copy. Later work may then reuse the memory."""
         if self.copied is not None:
             torch.cuda.current_stream().wait_event(self.copied)
         self.held = []
 
     def give_pages(self) -> None:
-        """Release the pages for reuse, after the last copy."""
+        """Release the pages, so that other batches may reuse them after the last copy."""
         self.places = []
         for page in self.pages:
             page.read = self.copied
@@ -232,11 +238,11 @@ class _Batch:
         self.pages = []
 
     def __del__(self):
-        self.give_pages()  # for a graph that was dropped without a backward
+        self.give_pages()  # for a batch whose graph was dropped without a backward
 
 
 class _Page:
-    """host: the page's memory. read: event that completes after the last copy that reads the page."""
+    """A page of host memory. host: the memory. read: event after the last copy that reads the page."""
 
     def __init__(self, host: Tensor):
         self.host = host
@@ -244,7 +250,7 @@ class _Page:
 
 
 class _Pages:
-    """The host memory of a rank."""
+    """The host memory of a rank, divided into pages of equal length. kind: type of the device."""
 
     def __init__(self, kind: str):
         self._kind, self._size = kind, _size_of_page(kind)
@@ -254,7 +260,7 @@ class _Pages:
     def take(self, size: int) -> list[_Page]:
         """Return pages for `size` bytes.
 
-        Copies to these pages on the current stream wait until earlier reads have finished.
+        Copies to these pages on the current stream wait until earlier copies have read the pages.
         """
         pages = [self.free.popleft() if self.free else self._make() for _ in range(-(-size // self._size))]
         for event in {page.read for page in pages if page.read is not None}:
@@ -273,14 +279,14 @@ class _Pages:
 
 
 class _Copies:
-    """The copies of a device in one direction."""
+    """The stream for the copies of a device in one direction."""
 
     def __init__(self, device: torch.device):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @contextmanager
     def after_computing(self) -> Iterator[None]:
-        """Make copies inside the block wait for all compute so far."""
+        """Run copies inside the block after all compute that the host has launched so far."""
         if self._stream is None:
             yield
             return
@@ -289,7 +295,7 @@ class _Copies:
             yield
 
     def mark(self) -> torch.cuda.Event | None:
-        """Return an event that completes after all copies so far; None on a CPU."""
+        """Return an event that completes after all copies that the host has launched so far; None on a CPU."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()
@@ -302,7 +308,7 @@ def _aligned(size: int) -> int:
 
 
 def _places(sizes: Iterable[int], pages: Sequence[_Page]) -> Iterator[list[_Place]]:
-    """Yield the places of storages with these sizes, one after another."""
+    """Yield, for each storage, the places to which its bytes are copied. The storages follow each other in the pages."""
     at = 0
     for size in sizes:
         places, begin = [], 0

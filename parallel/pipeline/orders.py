@@ -1,7 +1,7 @@
-"""The torch class that drives each schedule, and the order of its actions on every rank.
+"""The torch class that runs each schedule, and the order of its actions on every rank.
 
-The order comes from the torch class that a run uses, built with placeholder stages. So a plan simulates the schedule
-that will run. conf/pipeline_schedules.py lists what a schedule requires of a layout.
+The order is read from the torch class that a run uses; the class is built with placeholder stages. So a plan simulates
+the schedule that will run. conf/pipeline_schedules.py lists what a schedule requires of a layout.
 """
 
 from collections.abc import Callable
@@ -17,32 +17,34 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 from conf.pipeline_schedules import PLAIN_SCHEDULE, SCHEDULES
 
 TorchClass = type[Any]
-"""A PipelineScheduleSingle or a PipelineScheduleMulti; they are called in different ways."""
+"""A PipelineScheduleSingle or a PipelineScheduleMulti. Their constructors take different arguments."""
 
 
 class Action(NamedTuple):
-    """One unit of a rank's work: F, B, I or W of one stage and micro-batch, or FB, which has two halves."""
+    """One unit of a rank's work, for one stage and micro-batch: F (forward), B (backward), I (backward of inputs) or W
+    (backward of weights); or FB, a forward and a backward that run together.
+    """
 
     kind: str
     stage: int
     micro_batch: int
     halves: tuple["Action", ...] = ()
-    """For FB: the forward and the backward that run together; stage and micro_batch are those of the forward."""
+    """For FB: its forward and its backward. The stage and micro_batch of an FB are those of its forward."""
 
 
 @dataclass(frozen=True)
 class TorchOrder:
-    """How torch runs a schedule."""
+    """The torch class of a schedule, and the function that returns its order. drives: the torch class."""
 
     drives: TorchClass
     of_rank: Callable[[int, int, int], list[Action]] | None = None
-    """A function of rank, pp and micro_batches that returns the order. It is set if the torch class reports no correct
-    list, and serves one stage per rank.
+    """Function of rank, pp and micro_batches that returns the order of a rank. It is None if the torch class itself
+    reports the correct order. The function is for schedules with one stage per rank.
     """
 
     @property
     def is_multi(self) -> bool:
-        """Whether the class takes all stages of a rank, and waits for their sends at the end of a step."""
+        """Whether the torch class takes a list of stages and waits for their sends at the end of a step."""
         return issubclass(self.drives, PipelineScheduleMulti)
 
 
@@ -71,10 +73,11 @@ ORDERS: dict[str, TorchOrder] = {
 def schedule_actions(
     name: str, pp: int, micro_batches: int, virtual: int = 2, overlap: bool = True
 ) -> list[list[Action]]:
-    """Return every rank's actions, in order, under torch's schedule of this name.
+    """Return, for every rank, its actions in the order in which torch runs them under this schedule.
 
-    The caller must not change the result, which is cached. Needs no process group. virtual: parallel.virtual_stages.
-    overlap: whether the forward and backward of a pair run together; otherwise torch runs one after the other.
+    The caller must not change the result, because it is cached. No process group is needed. virtual: value of
+    parallel.virtual_stages. overlap: whether the forward and backward of a pair run together. If not, torch runs one
+    after the other.
     """
     order = ORDERS[name]
     if order.of_rank is not None:
@@ -95,8 +98,9 @@ def schedule_actions(
 
 
 def without_transfers(drives: type[PipelineScheduleMulti]) -> type[PipelineScheduleMulti]:
-    """Return a subclass that does not build the action lists with communication. Plans do not need these lists, and
-    torch spends most of its time building them."""
+    """Return a subclass that does not build the lists of actions with communication. Plans do not need these lists, and
+    torch needs most of its time to build them.
+    """
 
     class ComputeOnly(drives):  # pyrefly: ignore[invalid-inheritance]  the class is known at run time
         def _prepare_schedule_with_comms(self, *_: object, **__: object) -> None:
@@ -106,7 +110,7 @@ def without_transfers(drives: type[PipelineScheduleMulti]) -> type[PipelineSched
 
 
 def _action(torch_action) -> Action:
-    """Convert torch's action tuple to ours."""
+    """Convert torch's action tuple to an `Action`."""
     if torch_action.sub_actions:
         halves = tuple(_action(half) for half in torch_action.sub_actions)
         return Action("FB", halves[0].stage, halves[0].micro_batch, halves)

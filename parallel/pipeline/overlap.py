@@ -1,9 +1,10 @@
 """Interleaves the forward of one micro-batch and the backward of another, so that compute hides communication.
 
-Inside an expert layer, a pass cannot hide its own all-to-all, because its next GEMM needs the data in flight. The
-compute of the other pass can hide it (paper 3.2.1). So the two passes run as lanes that take turns. A lane that has
-launched an asynchronous all-to-all calls `yield_point()` before it waits. Then the other lane computes until it has
-launched its own all-to-all. Backward goes first, which gives the paper's order per pair of layers (deepseek_v3.md 5.3):
+Inside an expert layer, a forward or backward cannot hide its own all-to-all, because its next GEMM needs the data in
+flight. But it can compute while the other one communicates (paper 3.2.1). So the forward and the backward run as two
+lanes that take turns. A lane that has launched an asynchronous all-to-all calls `yield_point()` before it waits. Then
+the other lane computes until it has launched its own all-to-all. The backward lane goes first, which gives the paper's
+order for each pair of layers (deepseek_v3.md 5.3):
 
     backward lane                          forward lane
     begin combine(B)           ->
@@ -15,25 +16,26 @@ launched its own all-to-all. Backward goes first, which gives the paper's order 
                                <-
     wait, attn(B), attn(W)     ->          wait                              combine(F) is hidden by attn(B), attn(W)
 
-The order departs from the paper in one place. Autograd computes both gradients of a GEMM in one node, so mlp(W) runs
-with mlp(B). So mlp(W) helps to hide dispatch(F) instead of dispatch(B).
+Here F means forward, B the backward of inputs and W the backward of weights. The order differs from the paper in one
+place. Autograd computes both gradients of a GEMM in one node, so mlp(W) runs with mlp(B). So mlp(W) helps to hide
+dispatch(F) instead of dispatch(B).
 
-The backward lane is a second thread, because autograd cannot be paused in another way. A baton lets exactly one lane
-run at a time. So there is no data race, and both lanes together behave like one thread.
+The backward lane is a second thread, because autograd cannot be paused in another way. A token, called the baton, lets
+exactly one lane run at a time. So there is no data race, and both lanes together behave like one thread.
 
-No deadlock between ranks. Collectives on a group match if all its ranks issue them in the same order. The ranks of an
-expert group, and those that share sequences, hold the same stages and run the same list of actions, so they pair the
-same forward with the same backward. Within a pair, the order depends only on the sequence of yield points of each lane.
-The baton changes hands at each yield point, never by time, until a lane ends; then the other lane runs to its end. The
-sequence of yield points follows from the layers of the stage, which are the same on all these ranks. It must not depend
-on data: a dispatcher yields even if it has no row to send. By induction over turns every rank issues the same
-collectives in the same order.
+The ranks cannot deadlock. Collectives on a group match if all its ranks issue them in the same order. The ranks of an
+expert group hold the same stages and run the same list of actions, and so do the ranks that share sequences. So they
+pair the same forward with the same backward. Within a pair, the order depends only on the sequence of yield points of
+each lane. A lane passes the baton only at a yield point or at its end, never after some time. When one lane has ended,
+the other lane runs to its end. The sequence of yield points follows from the layers of the stage, which are the same on
+all these ranks. It must not depend on data: a dispatcher yields even if it has no row to send. By induction over turns,
+every rank issues the same collectives in the same order.
 
-Collectives of shared sequences have no yield point (parallel/context.py: the gather of latents before attention and in
-its backward, the scatter of their gradients, the sum of expert counts in the router). A lane issues such a collective
-and waits for it inside one turn. The number of these collectives depends on the layers, not on the data. So each of
-these collectives has a fixed place between two yield points. Pipeline sends and receives happen before and after the
-pair, never inside it.
+Collectives of ranks that share sequences have no yield point. These are the gather of latents before attention and in
+its backward, the sum of the latents' gradients, and the sum of expert counts in the router (parallel/context.py). A
+lane issues such a collective and waits for it inside one turn. The number of these collectives depends on the layers,
+not on the data. So each of them has a fixed place between two yield points. Pipeline sends and receives happen before
+and after the pair, never inside it.
 """
 
 import queue
@@ -46,7 +48,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-if TYPE_CHECKING:  # dispatchers import this file for yield_point, without torch's pipelining
+if TYPE_CHECKING:  # dispatchers import this file for yield_point; at run time it must not load torch's pipelining
     from parallel.pipeline.stage import Stage
 
 _FORWARD, _BACKWARD = 0, 1
@@ -54,12 +56,12 @@ _NAMES = ("forward", "backward")
 
 _current: "_Pair | None" = None
 # The pair that runs in this process, if any. A dispatcher's backward runs in a thread of autograd (one thread per CUDA
-# device). That thread inherits neither thread-locals nor context variables from the lane. Only one lane ever runs, so
-# the caller of yield_point() is the lane with the baton.
+# device). That thread inherits neither thread-locals nor context variables from the lane. So the pair is a global
+# variable. Only one lane runs at a time, so the caller of yield_point() is always the lane with the baton.
 
 
 def yield_point() -> None:
-    """Let the other lane compute. Call after launching an asynchronous transfer, before waiting for it.
+    """Let the other lane compute. Call this function after an asynchronous transfer is launched, before waiting for it.
 
     Does nothing outside of an overlapped pair, or after the other lane has ended.
     """
@@ -68,11 +70,11 @@ def yield_point() -> None:
 
 
 class LaneStopped(RuntimeError):
-    """Raised at the yield point of a lane whose partner failed; the user sees the partner's error."""
+    """Raised at the yield point of a lane if the other lane has failed. The user sees the error of the other lane."""
 
 
 class Lanes:
-    """Runs pairs of a forward and a backward. One thread runs all backward lanes; close() ends it.
+    """Runs pairs of a forward and a backward. One thread runs all backward lanes; `close` ends it.
 
     timeout: maximum number of seconds that one lane waits for its turn. It must exceed the longest collective.
     """
@@ -83,7 +85,7 @@ class Lanes:
         threading.Thread(target=_work_off, args=(self._work,), name="backward-lane", daemon=True).start()
 
     def run(self, forward: Callable[[], Any], backward: Callable[[], Any]) -> tuple[Any, Any]:
-        """Run both functions and return their results; forward runs in the calling thread.
+        """Run both functions as lanes and return their results. `forward` runs in the calling thread.
 
         Raises the first error of either lane.
         """
@@ -102,19 +104,21 @@ class Lanes:
         return pair.results[_FORWARD], pair.results[_BACKWARD]
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread of the backward lanes."""
         self._work.put(None)
 
 
 def _work_off(work: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
-    """Body of the backward lanes' thread."""
+    """Run the backward lanes one after another. This is the function of their thread."""
     while (job := work.get()) is not None:
         job()
-        del job  # the job holds the graph of its micro-batch, and the next job may come much later
+        del job  # the job holds the graph of its micro-batch, which must be freed before the next job comes
 
 
 def _on_current_stream(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """Make the work run on the caller's current stream. Otherwise another thread would use the default stream."""
+    """Return `work` as a function that runs on the caller's current stream. Without it, another thread would use the
+    default stream.
+    """
     if device.type != "cuda":
         return work
     stream = torch.cuda.current_stream(device)
@@ -127,8 +131,8 @@ def _on_current_stream(work: Callable[[], Any], device: torch.device) -> Callabl
 
 
 def _in_same_modes(work: Callable[[], Any]) -> Callable[[], Any]:
-    """Make the work run under the caller's dispatch modes. torch keeps modes per thread, and a memory count must see
-    both lanes.
+    """Return `work` as a function that runs under the caller's dispatch modes. torch keeps these modes per thread, but
+    a memory count must see both lanes.
     """
     modes = _get_current_dispatch_mode_stack()
     if not modes:
@@ -144,7 +148,7 @@ def _in_same_modes(work: Callable[[], Any]) -> Callable[[], Any]:
 
 
 class _Pair:
-    """One overlapped run: the lane whose turn it is, and the results."""
+    """One overlapped run of two lanes: which lane may run now, and the results."""
 
     def __init__(self, timeout: float):
         self.results: list[Any] = [None, None]
@@ -156,7 +160,7 @@ class _Pair:
         self._baton[_BACKWARD].release()
 
     def run(self, lane: int, work: Callable[[], Any]) -> None:
-        """Run one lane, from its first turn to its end. The lane passes the baton on even after an error."""
+        """Run one lane: wait for its first turn, run `work`, and pass the baton to the other lane, even after an error."""
         try:
             self._await_turn(lane)
             self.results[lane] = work()
@@ -168,7 +172,7 @@ class _Pair:
         self._baton[1 - lane].release()
 
     def hand_over(self) -> None:
-        """Pass the baton and wait until it comes back."""
+        """Pass the baton to the other lane, and wait until the other lane passes it back."""
         lane = self._turn
         if self._ended[1 - lane].is_set():
             return
@@ -177,7 +181,7 @@ class _Pair:
         self._await_turn(lane)
 
     def await_end(self, lane: int) -> None:
-        """Wait until this lane has ended, with or without an error."""
+        """Wait until this lane has ended, with or without an error. Raises TimeoutError if it does not end."""
         if not self._ended[lane].wait(self._timeout):
             raise TimeoutError(f"the {_NAMES[lane]} lane did not end within {self._timeout} s") from self.error
 
@@ -191,11 +195,11 @@ class _Pair:
 
 
 def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager]) -> Callable[[Any, Any], None]:
-    """Return the function that torch's runtime runs at an OVERLAP_F_B action of DualPipeV (for
-    register_custom_function).
+    """Return the function that torch's runtime runs for an OVERLAP_F_B action of DualPipeV. The caller registers it
+    with register_custom_function.
 
-    As in torch's own function, both receives complete before the pair starts, and both sends follow the pair. torch's
-    function runs the two halves one after the other; this one runs them as lanes.
+    As in torch's own function, the receives of both halves complete before the pair starts, and the sends of both
+    halves follow the pair. torch's function runs the two halves one after the other; this function runs them as lanes.
     """
 
     def run_pair(action: Any, context: Any) -> None:
@@ -225,8 +229,9 @@ def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager])
 
 
 def _receive(posted: dict, stage: int, micro_batch: int, local: bool) -> None:
-    """Wait for the message of a neighbouring stage. If that stage is on this rank, it has already handed over its
-    tensor."""
+    """Wait for the message of a neighbouring stage. local: whether that stage is on this rank. If so, there is no
+    message, because the stage has already passed its tensor on.
+    """
     if not local:
         for work in posted.pop((stage, micro_batch)):
             work.wait()

@@ -1,14 +1,15 @@
 """Forward and backward of all micro-batches of a step, over the stages of a pipeline.
 
-torch.distributed.pipelining owns the order of the actions and the transfers between stages. Every rank of a pipeline
-reads the same batch. tokens_BS and the caller's other tensors (documents_BS, supervised_BS, tensors per token) are cut
-into micro-batches along B. Every local chunk gets them as keyword arguments, so only hidden states are sent between
-stages. The last chunk computes its loss from the hidden states, of shape (1,): no logits enter the schedule.
+torch.distributed.pipelining determines the order of the actions and transfers data between stages. Every rank of a
+pipeline reads the same batch. tokens_BS and the caller's other tensors (documents_BS, supervised_BS, tensors per token)
+are cut into micro-batches along B. Every chunk of a rank gets them as keyword arguments, so only hidden states are sent
+between stages. The last chunk computes its loss from the hidden states and returns it with shape (1,), so no logits
+leave a chunk.
 
-The schedule divides each loss by the number of micro-batches and sums gradients. So the gradients are those of the mean
-loss over micro-batches. If data-parallel pipelines have different numbers of micro-batches, the divisor is the mean of
-these numbers. A single stage is a pipeline of one stage and runs through the same class, in the 1F1B order F0 B0 F1 B1
-...
+The schedule divides each loss by the number of micro-batches and sums the gradients. So the gradients are those of the
+mean loss over micro-batches. If data-parallel pipelines have different numbers of micro-batches, the divisor is the
+mean of these numbers. A model without pipeline parallelism is a pipeline of one stage. It runs through the same class,
+in the 1F1B order F0 B0 F1 B1 ...
 
 Shapes: B sequences, S = T + 1 tokens of a batch row (T inputs and T targets), T positions, D hidden width.
 """
@@ -34,7 +35,7 @@ Chunk = TypeVar("Chunk", bound=nn.Module)
 
 
 class Pipeline(Generic[Chunk]):
-    """This rank's part of a pipeline."""
+    """The chunks of the model that this rank holds, as stages of a pipeline."""
 
     def __init__(
         self,
@@ -52,15 +53,16 @@ class Pipeline(Generic[Chunk]):
         timeout: float = 600.0,
         host: HostStore | None = None,
     ):
-        """Collective over group.
+        """Set up this rank's part of the pipeline. Collective over the group.
 
-        modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=..., ...), where x is
-        tokens_BS for stage 0 and else hidden states (B, T, D). stage_ids: the stage index of each chunk. group: ranks
-        of this pipeline in order (None: the world). hidden: D. dtype: dtype of the hidden states between stages. cp:
-        number of ranks that share the positions of each sequence; T = (S - 1) / cp positions cross stages. overlap:
-        whether the forward and backward of a pair take turns (overlap.py) or run one after the other. timeout: longest
-        wait of one half for the other, in seconds. host: stores activations of the chunks; the pipeline reports every
-        action to it.
+        name: name of the schedule. modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=...,
+        documents_BS=..., ...); x is tokens_BS for stage 0, and hidden states (B, T, D) for the other stages. stage_ids:
+        stage index of each chunk. num_stages: number of stages of the pipeline. group: ranks of this pipeline in order;
+        None for all ranks. hidden: hidden width D. dtype: dtype of the hidden states between stages. cp: number of
+        ranks that share the positions of each sequence; only T = (S - 1) / cp positions are sent between stages.
+        overlap: whether the forward and backward of a pair take turns (overlap.py) or run one after the other. timeout:
+        maximum seconds that one of the two waits for the other. host: stores activations of the chunks; the pipeline
+        reports every action to it.
         """
         each = len(modules)
         self.facts = SCHEDULES[name]
@@ -70,23 +72,23 @@ class Pipeline(Generic[Chunk]):
         self.timeline = timeline_of(device)
         """Times of each action in the last steps."""
         self.stage_type: type[Stage] = Stage
-        """Class of the stages; set it before the first step."""
+        """Class of the stages. It may be changed until the first step."""
         self.on_action: Callable[[str, int, int], None] = lambda kind, stage, micro_batch: None
-        """Called at the start of every action."""
+        """Function that is called at the start of every action."""
         self.on_chunk_end: Callable[[int], None] = lambda chunk: None
-        """Called with a chunk as soon as its gradients are complete, but only while other chunks of the rank still have
-        work.
+        """Function that is called with the index of a chunk as soon as the chunk's gradients are complete. It is not
+        called for the last chunk of the rank to complete.
         """
         self._left: dict[int, int] = {}
-        """Number of backward passes left in this step, by stage."""
+        """For each stage: number of backward passes that this step has not completed yet."""
         self._host = host
         self._lanes = Lanes(device, timeout) if overlap and self.facts.pairs else None
         placement = self.facts.place_stages(num_stages // each, each)
         self._rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
         self._schedules: dict[tuple, Any] = {}
         if dist.get_world_size(group) > 1:
-            # torch opens the group's communicator at the first mixed send and receive. Only two ranks run that, but
-            # NCCL needs all ranks to open a communicator. So this all-reduce opens it.
+            # torch opens the group's communicator when two ranks first send and receive. But NCCL needs all ranks of
+            # the group to open a communicator. So this all-reduce opens it.
             dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     @property
@@ -104,12 +106,12 @@ class Pipeline(Generic[Chunk]):
         mean: float | None = None,
         **more: Tensor,
     ) -> Tensor | None:
-        """Run all micro-batches forward and backward; gradients are added to the parameters' .grad.
+        """Run all micro-batches forward and backward. Gradients are added to the parameters' .grad.
 
         tokens_BS (int64), documents_BS (int32 or None, on the host) and supervised_BS (bool or None, on the host) are
-        equal on every rank of the pipeline; B is a multiple of micro_batches. more: tensors (B, ...) that every chunk
+        equal on every rank of the pipeline. B is a multiple of micro_batches. more: tensors (B, ...) that every chunk
         gets as keyword arguments with these names. mean: divisor of the losses, by default micro_batches. Returns the
-        sum of the divided losses, a detached scalar, on the rank with the last stage, and None elsewhere.
+        sum of the divided losses, a detached scalar, on the rank with the last stage, and None on the other ranks.
         """
         schedule = self._schedule(tokens_BS, micro_batches, float(micro_batches) if mean is None else mean)
         keywords = {"tokens_BS": tokens_BS} | _given(documents_BS, supervised_BS) | more
@@ -118,11 +120,12 @@ class Pipeline(Generic[Chunk]):
         if self._host is not None:
             self._host.start(*self._actions(micro_batches))
         with self.timeline.step():
-            # torch requires a target, but its values are not used: the last chunk reads its targets from tokens_BS.
+            # torch requires a target, but its values are not used, because the last chunk reads its targets from
+            # tokens_BS.
             try:
                 schedule.step(tokens_BS, target=tokens_BS, losses=losses, return_outputs=False, **keywords)
             except BaseException:
-                self._schedules.clear()  # this schedule still holds the losses and graphs of its passes
+                self._schedules.clear()  # the failed schedule still holds the losses and graphs of its micro-batches
                 raise
         return torch.stack(losses).sum().detach() if self.has_last else None
 
@@ -135,9 +138,9 @@ class Pipeline(Generic[Chunk]):
         *,
         micro_batches: int,
     ) -> Tensor | None:
-        """Return the mean loss over micro-batches without gradients, on the rank with the last stage; None elsewhere.
+        """Return the mean loss over micro-batches, without gradients. Ranks without the last stage return None.
 
-        Arguments as in `forward`.
+        The arguments are those of `forward`.
         """
         losses = self.forward(tokens_BS, documents_BS, supervised_BS, micro_batches=micro_batches)
         total = torch.zeros((), device=self.device)
@@ -155,14 +158,14 @@ class Pipeline(Generic[Chunk]):
         micro_batches: int,
         **more: Tensor,
     ) -> list[Tensor]:
-        """Return the last stage's output for every micro-batch, without gradients, on the rank with that stage; an
-        empty list elsewhere.
+        """Return the last stage's output for every micro-batch, without gradients. Ranks without the last stage return
+        an empty list.
 
-        Arguments as in `step`; micro_batches may be any divisor of B. The modules are in eval mode during the call. The
-        stages advance in slots: in slot t, stage s runs micro-batch t - s, so that each micro-batch moves one stage per
-        slot. Between two slots all ranks exchange their outputs. Each slot has one batch of sends and receives, in the
-        same order on all ranks, so the ranks cannot deadlock, even if a rank has several stages. torch's own schedules
-        cannot run only the forward of such stages.
+        The arguments are those of `step`; micro_batches may be any divisor of B. The modules are in eval mode during
+        the call. The work is divided into slots: in slot t, stage s runs micro-batch t - s, so that each micro-batch
+        moves on by one stage per slot. Between two slots all ranks exchange their outputs. Each slot has one batch of
+        sends and receives, in the same order on all ranks, so the ranks cannot deadlock, even if a rank has several
+        stages. torch's own schedules are not used, because they cannot run only the forward of several stages per rank.
         """
         was_training = [module.training for module in self.modules]
         try:
@@ -194,7 +197,7 @@ class Pipeline(Generic[Chunk]):
         return found
 
     def _exchange(self, slot: int, outputs: dict, tokens: Sequence[Tensor]) -> dict[tuple[int, int], Tensor]:
-        """Send this rank's outputs of the slot to the next stages. Return the inputs of this rank's stages for the next
+        """Send this rank's outputs of a slot to the next stages. Return the inputs of this rank's stages for the next
         slot.
         """
         inputs, transfers = {}, []
@@ -216,8 +219,8 @@ class Pipeline(Generic[Chunk]):
         return dist.P2POp(operation, tensor, group=self.group, group_peer=self._rank_of[stage])
 
     def _schedule(self, tokens_BS: Tensor, micro_batches: int, mean: float):
-        """Return the torch schedule for this number and shape of micro-batches; a batch-size ramp changes the
-        number.
+        """Return the torch schedule for this number and shape of micro-batches. During a ramp of the batch size, the
+        number changes between steps.
         """
         B, S = tokens_BS.shape
         assert B % micro_batches == 0, (B, micro_batches)
@@ -254,7 +257,9 @@ class Pipeline(Generic[Chunk]):
         return schedule
 
     def _actions(self, micro_batches: int) -> tuple[list[Action], list[int]]:
-        """Return this rank's actions in a step, and its stages whose backward cannot be split."""
+        """Return the actions of this rank in a step, and the rank's stages whose backward cannot be split into two
+        parts.
+        """
         each = len(self.modules)
         actions = schedule_actions(
             self.facts.name, self.num_stages // each, micro_batches, each, self._lanes is not None
@@ -267,7 +272,7 @@ class Pipeline(Generic[Chunk]):
     def _acting(
         self, kind: str, stage: int, micro_batch: int, backward: tuple[int, int] | None = None
     ) -> Iterator[None]:
-        """Wrap every action; arguments as in `Timeline.action`."""
+        """Wrap every action of a step. The arguments are those of `Timeline.action`."""
         self.on_action(kind, stage, micro_batch)
         hosted = nullcontext() if self._host is None else self._host.acting(kind, stage, micro_batch)
         with self.timeline.action(kind, stage, micro_batch, backward), hosted:
@@ -281,8 +286,8 @@ class Pipeline(Generic[Chunk]):
             self.on_chunk_end(chunk)
 
     def _example(self, boundary: int, B: int, S: int) -> Tensor:
-        """Return an example tensor for the input of stage `boundary`: tokens, hidden states or, after the last stage,
-        the loss.
+        """Return an example of the tensor that enters stage `boundary`: tokens for stage 0, hidden states for other
+        stages. After the last stage, it is the loss.
         """
         if boundary == 0:
             return torch.empty(B, S, dtype=torch.int64, device="meta")
@@ -292,6 +297,6 @@ class Pipeline(Generic[Chunk]):
 
 
 def _given(documents_BS: Tensor | None, supervised_BS: Tensor | None) -> dict[str, Tensor]:
-    """Return the keyword arguments of a chunk other than its tokens."""
+    """Return the keyword arguments for a chunk, except its tokens. A tensor that is None is left out."""
     named = {"documents_BS": documents_BS, "supervised_BS": supervised_BS}
     return {name: value for name, value in named.items() if value is not None}

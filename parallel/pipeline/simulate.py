@@ -1,6 +1,7 @@
-"""Computes how long a schedule takes if its actions (orders.py) have given durations; needs no ranks.
+"""Computes how long a schedule takes if its actions (orders.py) have given durations. It needs no ranks.
 
-Each rank executes its list in order; an action starts when the rank is free and its inputs have arrived:
+F is a forward, B a backward, I a backward of inputs, W a backward of weights, and m a micro-batch. Each rank executes
+its list of actions in order. An action starts when the rank is free and the action's inputs have arrived:
 
     F(stage, m) needs F(stage - 1, m);    B or I(stage, m) needs B or I(stage + 1, m) and F(stage, m);
     W(stage, m) needs I(stage, m);        FB(F, B), an overlapped pair, needs the inputs of both halves.
@@ -19,26 +20,27 @@ class Simulation:
     makespan: float
     """Seconds from the start of the first action of any rank to the end of the last action."""
     busy: list[float]
-    """Seconds of compute, per rank."""
+    """For each rank: seconds in which it computes."""
     starts: list[list[float]]
-    """Start of every action, per rank, in the order of the rank's list."""
+    """For each rank: the start of every action in seconds, in the order of the rank's list."""
 
     @property
     def bubble(self) -> float:
-        """Idle share of all ranks' time."""
+        """Idle time of all ranks, as a fraction of the time of all ranks."""
         return 1 - sum(self.busy) / (len(self.busy) * self.makespan)
 
     @property
     def imbalance(self) -> float:
-        """The busiest rank's compute time divided by the mean over ranks."""
+        """Compute time of the busiest rank divided by the mean compute time of a rank."""
         return max(self.busy) * len(self.busy) / sum(self.busy)
 
 
 def what_runs(action: Action, one_piece: bool) -> str:
     """Return the kind of work that torch runs for an action: F, B, I, W, FB, or "" for nothing.
 
-    one_piece: whether the stage's backward cannot be split. If so, the stage's I does the complete backward. In the
-    first stage, if its backward can be split, torch does the complete backward in W.
+    one_piece: whether the stage's backward cannot be split into I (inputs) and W (weights). If so, torch runs the
+    complete backward at the stage's I and nothing at its W. In the first stage, if its backward can be split, torch
+    runs nothing at I and the complete backward at W.
     """
     if action.kind not in ("I", "W") or not (one_piece or action.stage == 0):
         return action.kind
@@ -46,10 +48,10 @@ def what_runs(action: Action, one_piece: bool) -> str:
 
 
 def stages_ahead(actions: Sequence[Action], one_piece: Collection[int] = ()) -> dict[int, int]:
-    """Return the stages of a rank whose gradients are complete before the rank's last stage ends.
+    """Return the stages of a rank whose gradients are complete before those of the rank's last stage to complete.
 
-    The keys are these stages, in the order in which they end; each value is the index of the stage's last backward
-    action. one_piece: stages as in `what_runs`.
+    Each key is such a stage, in the order in which the gradients are complete. Each value is the index of the stage's
+    last backward action in `actions`. one_piece: stages whose backward cannot be split; see `what_runs`.
     """
     ends = {
         part.stage: place
@@ -61,25 +63,29 @@ def stages_ahead(actions: Sequence[Action], one_piece: Collection[int] = ()) -> 
 
 
 def simulate(actions: list[list[Action]], duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:
-    """Simulate the lists of all ranks; see `Program`."""
+    """Simulate the lists of actions of all ranks; see `Program`."""
     return Program(actions).run(duration, transfer)
 
 
 class Program:
-    """All actions of all ranks, in an order in which every action follows its inputs.
+    """All actions of all ranks, in an order in which every action comes after the actions that it needs.
 
-    The order does not depend on how long actions take, so one Program can be run with many durations.
+    This order does not depend on the durations of actions, so one Program can be run with many durations.
     """
 
     def __init__(self, actions: list[list[Action]]):
-        """Raises AssertionError if ranks would wait for each other in a cycle."""
+        """Order the actions. actions: one list per rank. Raises AssertionError if ranks would wait for each other in a
+        cycle.
+        """
         self.actions = actions
         self._kinds: dict[tuple, tuple[int, Action]] = {}
-        """Actions that differ only in their micro-batches are of one kind. Maps each kind to its index and to the first
-        action of this kind."""
+        """Actions are of the same kind if they differ only in their micro-batches. For each kind: its index, and its
+        first action.
+        """
         self._steps: list[tuple[int, int, list[int]]] = []
-        """For each action: its rank, the index of its kind, and a list. The list has the indices, in `_steps`, of the
-        actions on other ranks whose results this action needs."""
+        """For each action: its rank, the index of its kind, and a list. The list has the index in `_steps` of every
+        action on another rank whose result this action needs.
+        """
         last = max(part.stage for line in actions for action in line for part in _parts(action))
         position = [0] * len(actions)
         made: dict[tuple[str, int, int], int] = {}
@@ -104,17 +110,17 @@ class Program:
         assert not stuck, f"every rank waits for another: {stuck}"
 
     def run(self, duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:
-        """Simulate.
+        """Return a simulation with these durations.
 
-        duration: a function that returns the seconds of an action; the result must not depend on the micro-batch. An FB
-        is one action. transfer: seconds until a result reaches a stage on another rank.
+        duration: function that returns the seconds of an action; the result must not depend on the micro-batch. An FB
+        counts as one action. transfer: seconds until a result reaches a stage on another rank.
         """
         lengths = [duration(action) for _, action in self._kinds.values()]
         ranks = len(self.actions)
         free, busy, ends = [0.0] * ranks, [0.0] * ranks, []
         starts: list[list[float]] = [[] for _ in range(ranks)]
         for rank, kind, needs in self._steps:
-            start = free[rank]  # results of the same rank exist by this time
+            start = free[rank]  # results of the same rank are complete by this time
             for step in needs:
                 start = max(start, ends[step] + transfer)
             free[rank] = start + lengths[kind]
@@ -137,8 +143,8 @@ def _needs(part: Action, last: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _result(part: Action) -> tuple[str, int, int]:
-    """Return the name of an action's result, by which other actions wait for it. An input gradient has the same name
-    from B and from I.
+    """Return the name by which other actions refer to an action's result. The gradient of inputs has the same name
+    whether B or I computes it.
     """
     return ("B" if part.kind == "I" else part.kind), part.stage, part.micro_batch
 

@@ -1,13 +1,18 @@
-"""Assigns layers to pipeline stages, and thereby to ranks. Does not import torch.
+"""Assigns layers to pipeline stages, and so to ranks. Does not import torch.
 
-The rank with the most work sets the pace of the pipeline, whether it has one stage or two. The split starts from equal
-numbers of layers. As long as this improves the split, it moves one layer from one stage to another, and each stage
-between the two passes a layer on. The goals, in order, are a smaller maximum cost of a rank, more even costs of ranks,
-more even costs of stages, and fewer layers in early stages, because early stages hold the activations of more
-micro-batches in flight. If all layers have the same cost, the result is optimal. With a few cheaper layers, the maximum
-cost exceeds the optimum by at most one cheap layer.
+The rank with the most work determines the speed of the pipeline, whether it has one stage or two. The split starts from
+equal numbers of layers. Then it is improved in steps. Each step moves one layer from one stage to another: every stage
+between the two receives one layer from one neighbour and passes one layer to the other neighbour. The steps end when
+none improves the split.
 
-The first stage has the embedding, and the last has the head and the MTP modules, so these two may have no layers.
+A split is better if the maximum cost of a rank is smaller. If two splits are equal in this, the costs of ranks decide
+(the more even ones are better), then the costs of stages (also the more even ones), then the number of layers in early
+stages (the fewer the better, because early stages hold the activations of more micro-batches). If all layers have the
+same cost, the result is optimal. With a few cheaper layers, the maximum cost exceeds the optimum by at most the cost of
+one cheap layer.
+
+The first stage also has the embedding, and the last stage has the head and the MTP modules. So these two stages may
+have no layers.
 """
 
 from collections.abc import Sequence
@@ -15,8 +20,9 @@ from itertools import accumulate, pairwise, permutations
 
 
 def split_layers_evenly(layers: int, stages: int) -> list[range]:
-    """Return the contiguous layers of each stage. The numbers of layers are as equal as possible. With too few layers,
-    the first and the last stage have none."""
+    """Return the layers of each stage, as consecutive ranges of nearly equal length. If there are too few layers, the
+    first and the last stage have none.
+    """
     bounds = [layers * stage // stages for stage in range(stages + 1)]
     if stages > 2 and layers < stages:
         bounds = [0, *(layers * stage // (stages - 2) for stage in range(stages - 1)), layers]
@@ -24,18 +30,19 @@ def split_layers_evenly(layers: int, stages: int) -> list[range]:
 
 
 def split_as_given(lengths: Sequence[int]) -> list[range]:
-    """Return contiguous layers per stage. lengths: number of layers of every stage."""
+    """Return the layers of each stage, as consecutive ranges. lengths: number of layers of every stage."""
     return [range(begin, end) for begin, end in pairwise(accumulate(lengths, initial=0))]
 
 
 def split_layers(
     costs: Sequence[float], first_cost: float, last_cost: float, placement: Sequence[Sequence[int]]
 ) -> list[range]:
-    """Return the contiguous layers of each stage. Each stage has at least one layer, but the first and the last stage
-    may have none.
+    """Return the layers of each stage, as consecutive ranges. Each stage has at least one layer, but the first and the
+    last stage may have none.
 
-    costs: cost of every layer, in any unit; first_cost: extra cost of the first stage (embedding); last_cost: extra
-    cost of the last stage (head, loss and MTP modules), in the same unit. placement: stages of every rank.
+    costs: cost of every layer, in any unit. first_cost: extra cost of the first stage, for the embedding. last_cost:
+    extra cost of the last stage, for the head, the loss and the MTP modules. Both are in the same unit as costs.
+    placement: stages of every rank.
     """
     stages, layers = sum(map(len, placement)), len(costs)
     assert layers >= stages - 2, "check_schedule comes first"
@@ -47,7 +54,7 @@ def split_layers(
         work[-1] += last_cost
         ranks = [sum(work[stage] for stage in own) for own in placement]
         squares = (sum(cost * cost for cost in part) for part in (ranks, work))
-        # Sums of the same costs in another order differ in the last digits. Rounding makes these sums equal.
+        # A sum of the same costs in another order differs in the last digits. Rounding makes such sums equal.
         return *(float(f"{figure:.9e}") for figure in (max(ranks), *squares)), sum(bounds)
 
     def allowed(bounds: list[int]) -> bool:
@@ -67,6 +74,6 @@ def split_layers(
 
 
 def _move(bounds: list[int], source: int, target: int) -> list[int]:
-    """Move one layer from stage `source` to stage `target`; the stages between keep their number of layers."""
+    """Move one layer from stage `source` to stage `target`. The stages between them keep their number of layers."""
     low, high, step = (source, target, -1) if source < target else (target, source, 1)
     return [bound + step if low < number <= high else bound for number, bound in enumerate(bounds)]

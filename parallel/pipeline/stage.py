@@ -1,10 +1,11 @@
-"""One chunk of the model as a stage of torch's pipeline runtime: timed, and with less memory.
+"""One chunk of the model as a stage of torch's pipeline runtime. Its actions are timed, and it needs less memory than
+torch's stage.
 
 torch's stage allocates the receive buffers of all micro-batches when it starts. So a step's memory would grow with the
-number of micro-batches, which a 1F1B-like order is meant to avoid: 120 micro-batches of 4096 x 7168 values in bf16 take
-7 GB per direction and stage. In this file the buffers start on the meta device. A real buffer is created when its
-receive is posted, and freed when its action is complete. For the same reason, the graph of a loss is freed right after
-its backward.
+number of micro-batches, although a 1F1B-like order is meant to avoid this growth. For example, 120 micro-batches of
+4096 x 7168 values in bf16 take 7 GB per direction and stage. In this file the buffers start on the meta device. A real
+buffer is created when its receive is posted, and freed when its action is complete. For the same reason, the graph of a
+loss is freed right after its backward.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +17,16 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.distributed.pipelining import PipelineStage
 
-# Changes to torch for a backward in two parts, first of inputs and then of weights.
+# Changes to torch's backward in two parts, the backward of inputs and then the backward of weights.
 
 
 def kept_graph(output: Tensor) -> Node | None:
-    """Keep the graph of an output alive for its backward of weights. Call it before the backward of inputs, which
-    releases the graph.
+    """Return an object that keeps the graph of an output alive for its backward of weights. Call this function before
+    the backward of inputs, which releases the graph.
 
-    The backward of weights starts from nodes of the graph. Before torch 2.13, a Python reference does not keep a node
-    of a Python function alive. Returns None for torch 2.13 and later, where the reference is enough and torch frees the
-    rest of the graph between the two parts.
+    The backward of weights starts from nodes of the graph. Before torch 2.13, a Python reference to such a node does
+    not keep the node alive if the node belongs to a Python function. For torch 2.13 and later the function returns
+    None, because there the reference is enough, and torch can free the rest of the graph between the two parts.
     """
     if torch.__version__ >= "2.13":
         return None
@@ -34,10 +35,10 @@ def kept_graph(output: Tensor) -> Node | None:
 
 
 def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
-    """Run the backward of weights: add to every weight's `.grad`. groups: as torch's stage_backward_input returns them.
+    """Run the backward of weights: add to every weight's `.grad`. groups: result of torch's stage_backward_input.
 
-    torch's own version calls autograd.grad() and adds the gradients itself. Then a GEMM could not add to its weight
-    gradient directly (train/model/weight_gradient.py). The results are the same.
+    torch's own version calls autograd.grad() and adds the gradients itself. With it, a GEMM could not add to its weight
+    gradient directly (train/model/weight_gradient.py). The gradients are the same.
     """
     for group in groups:
         pairs = list(zip(group.pop("intermediates"), group.pop("grads"), strict=True))
@@ -48,17 +49,18 @@ def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
             continue
         edges, gradients = zip(*arrived, strict=True)
         with ExitStack() as hooks:
-            # If another node leads to this node, its gradient would be counted a second time.
+            # The hook replaces a node's gradient by the stored one. Otherwise, if another node of the pairs leads to
+            # this node, its gradient would be counted twice.
             for node, ones in pairs if len(pairs) > 1 else ():
                 hooks.callback(node.register_prehook(lambda _, ones=ones: ones).remove)
             torch.autograd.backward(edges, gradients, inputs=[node.variable for node in group["params"]])
 
 
 class Stage(PipelineStage):
-    """A PipelineStage with static metadata.
+    """A torch PipelineStage whose tensor shapes are given in advance.
 
     inputs, outputs: example tensors of one micro-batch with the right shape, dtype and requires_grad; their values are
-    not used. With these examples, torch does not run the module to infer them. acting: a function with the arguments of
+    not used. With them, torch does not run the module to find out the shapes. acting: function with the arguments of
     `Timeline.action` that returns the context manager of an action.
     """
 
@@ -78,10 +80,13 @@ class Stage(PipelineStage):
         )
         self._acting = acting
         self._one_piece = getattr(module, "backward_in_one_piece", False)
-        """Whether the module's backward cannot be split. In that case the backward of inputs does all of it."""
+        """Whether the module's backward cannot be split into two parts. If so, the backward of inputs runs the complete
+        backward.
+        """
         self._graphs: dict[int, Node | None] = {}
-        """Maps a micro-batch to its autograd graph. It has an entry for each micro-batch whose backward of inputs has
-        run and whose backward of weights has not; see `kept_graph`."""
+        """Graphs that must be kept alive, by micro-batch: those of the micro-batches whose backward of inputs has run
+        and whose backward of weights has not; see `kept_graph`.
+        """
 
     def _get_init_p2p_neighbors_ops(self):
         # torch 2.11 sends a first message to the neighbours of every stage. A rank that holds two neighbouring stages
@@ -139,14 +144,14 @@ class Stage(PipelineStage):
         return (), None
 
     def run_forward(self, micro_batch: int, *args, **kwargs):
-        """forward_one_chunk without its record, for a caller that times a pair as one action."""
+        """Run forward_one_chunk without recording an action, for a caller that records a pair as one action."""
         output = super().forward_one_chunk(micro_batch, *args, **kwargs)
-        # The graph holds the activations for backward; the buffer slot must not hold them as well.
+        # The graph holds the activations for backward, so the receive slot must not hold the input buffer as well.
         _move(self.args_recv_info[micro_batch], torch.device("meta"))
         return output
 
     def run_backward(self, micro_batch: int, loss: Tensor | None = None, full_backward: bool = True, **kwargs) -> None:
-        """backward_one_chunk without its record."""
+        """Run backward_one_chunk without recording an action."""
         full_backward = full_backward or self._one_piece
         if not full_backward:
             output = loss if self.is_last else self.fwd_cache[micro_batch][0][0]
@@ -162,26 +167,28 @@ class Stage(PipelineStage):
 
 
 def _move(infos: tuple, device: torch.device) -> None:
-    """Replace the buffers of these receive slots by fresh ones on the device (contents are not copied)."""
+    """Replace the buffers of these receive slots by new buffers on the device. The contents are not copied."""
     for info in infos:
         buffer = getattr(info, "buffer", None)
         if buffer is not None:
             info.buffer = torch.empty_like(buffer, device=device, requires_grad=buffer.requires_grad)
 
 
-# A stage without neighbours. It computes on random hidden states and gradients, and sends nothing.
+# A stage that runs without its neighbours, in a dry run: one rank of a pipeline runs alone under torch's fake process
+# group, which moves no data.
 #
-# It serves a dry run: one rank of a pipeline runs alone under torch's fake process group, which moves no data.
+# The stage computes on random hidden states and gradients, and sends nothing.
 
 HIDDEN_STD, GRADIENT_STD = 0.02, 1e-5
-"""Standard deviations of the random hidden states and gradients. A block normalises its input, and gradients of a mean
-over many tokens are small.
+"""Standard deviations of the random hidden states and of the random gradients. A block normalises its input, so the
+first number matters little. Gradients of a mean over many tokens are small.
 """
 
 
 class LoneStage(Stage):
-    """A stage without neighbours; see the comment above. Compared with a real run, only the values of received tensors
-    differ."""
+    """A stage that runs without its neighbours; see the comment above. Only the values of the received tensors differ
+    from those of a real run.
+    """
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int):
         ops = super().get_fwd_recv_ops(fwd_chunk_id)
@@ -194,7 +201,8 @@ class LoneStage(Stage):
             _fill(self.grad_recv_info[bwd_chunk_id], GRADIENT_STD)
         return ops
 
-    # In a real run, all stages vote for static shapes by messages. A lone stage would wait for them forever.
+    # In a real run, all stages exchange messages to agree that shapes are static. A stage without neighbours would wait
+    # for these messages forever.
 
     def _warmup_forward_vote(self, has_backward: bool, received_acc: Tensor | None = None) -> Tensor:
         return torch.tensor([1], dtype=torch.int32, device=self.device)

@@ -1,9 +1,10 @@
-"""Times of each action of a step on this rank: the pipeline's bubble, measured in the run itself.
+"""Records the times of each action of a step on this rank, and so measures the pipeline's bubble in the run itself.
 
-Every action (F, B, I, W, or FB for an overlapped pair) is recorded with its start and its length. On CUDA, events on
-the current stream mark the times. The host reads them long after they completed, so it never waits for the device. On
-CPU, the times are clock readings. In the time between two actions, the rank waits for a neighbour's activations or
-gradients, or for a send to complete. bubble = 1 - busy / span.
+Every action (F, B, I, W, or FB for an overlapped pair) is recorded with its start and its duration. On CUDA, events on
+the current stream mark the times. The host reads an event long after it has completed, so it never waits for the
+device. On CPU, the times are read from a clock. Between two actions, the rank waits for a neighbour's activations or
+gradients, or for a send to complete. The bubble is the fraction of the step without an action: bubble = 1 - busy /
+span.
 """
 
 import time
@@ -20,16 +21,16 @@ class ActionRecord:
     """One action of one step."""
 
     kind: str
-    """F forward, B backward, I its input part, W its weight part, FB an overlapped pair."""
+    """F (forward), B (backward), I (backward of inputs), W (backward of weights) or FB (overlapped pair)."""
     stage: int
-    """Stage number; for FB the stage of the forward half."""
+    """Index of the stage. For FB, it is the stage of the forward."""
     micro_batch: int
-    """Micro-batch number; for FB the micro-batch of the forward half."""
+    """Index of the micro-batch. For FB, it is the micro-batch of the forward."""
     start: float
     """Seconds since the step began on this rank."""
     seconds: float
     backward: tuple[int, int] | None = None
-    """For FB: stage and micro-batch of the backward half."""
+    """For FB: stage and micro-batch of the backward. None for other kinds."""
 
 
 @dataclass
@@ -42,12 +43,12 @@ class StepRecord:
 
     @property
     def busy(self) -> float:
-        """Seconds in which an action ran."""
+        """Seconds of the step in which an action ran."""
         return sum(action.seconds for action in self.actions)
 
     @property
     def bubble(self) -> float:
-        """Share of the step in which this rank computed nothing."""
+        """Fraction of the step in which this rank ran no action."""
         return 1 - self.busy / self.span if self.span > 0 else 0.0
 
     def seconds(self, *kinds: str) -> float:
@@ -59,7 +60,7 @@ Moment = TypeVar("Moment")
 
 
 class _Clock(Protocol[Moment]):
-    """Takes time marks, and measures the time between two marks."""
+    """Reads times, and measures the seconds between two of them."""
 
     def now(self) -> Moment: ...
 
@@ -71,8 +72,8 @@ class _Clock(Protocol[Moment]):
 
 
 _Mark = tuple[str, int, int, tuple[int, int] | None, Moment, Moment]
-# A tuple of kind, stage, micro_batch and backward (as in ActionRecord), and of the clock's marks at the action's start
-# and end.
+# A tuple of kind, stage, micro_batch and backward (as in ActionRecord), and of two times of the clock: the start and
+# the end of the action.
 
 
 class Timeline(Generic[Moment]):
@@ -96,13 +97,13 @@ class Timeline(Generic[Moment]):
     def action(
         self, kind: str, stage: int, micro_batch: int, backward: tuple[int, int] | None = None
     ) -> Iterator[None]:
-        """Wrap one action; arguments as in ActionRecord."""
+        """Wrap one action. The arguments are the fields of ActionRecord with these names."""
         start = self._clock.now()
         yield
         self._open.append((kind, stage, micro_batch, backward, start, self._clock.now()))
 
     def newest(self) -> StepRecord:
-        """Return the newest step whose times are known. On CUDA, this may be the step before the last step."""
+        """Return the newest step for which all times are known. On CUDA, this may be the step before the last one."""
         self._settle()
         return self._newest
 
@@ -118,7 +119,7 @@ class Timeline(Generic[Moment]):
 
 
 class _WallClock:
-    """Marks are readings of the monotonic clock, in seconds."""
+    """A clock whose times are readings of the monotonic clock, in seconds."""
 
     def now(self) -> float:
         return time.perf_counter()
@@ -134,7 +135,7 @@ class _WallClock:
 
 
 class _EventClock:
-    """Marks are CUDA events on the current stream; events are reused after they have been read."""
+    """A clock whose times are CUDA events on the current stream. Events are reused after they have been read."""
 
     def __init__(self):
         self._free: list[torch.cuda.Event] = []
@@ -155,5 +156,5 @@ class _EventClock:
 
 
 def timeline_of(device: torch.device) -> Timeline[float] | Timeline[torch.cuda.Event]:
-    """Return a timeline whose clock suits the device."""
+    """Return a timeline with a clock for this device."""
     return Timeline(_EventClock()) if device.type == "cuda" else Timeline(_WallClock())

@@ -1,20 +1,21 @@
-"""Changes DeepSpeed before our engine is built on it. The table gives each change and its reason.
+"""Changes DeepSpeed before Sluice builds its engine on it. The table gives each change and its reason.
 
 The changes were checked against DeepSpeed 0.19.8 and 0.19.9.
 
     sys.modules            Two Muon modules are replaced by empty ones. DeepSpeed imports them even if nothing uses
-                           them, and they compile when imported: a rank would load torch's whole compiler (0.9 s of a
-                           core).
-    __compatible_ops__     On CPU, DeepSpeed's shared-memory collectives are off: they build for two minutes and have
-                           been seen to abort.
-    environment            DS_ACCELERATOR, LOCAL_SIZE, LOCAL_RANK: without them DeepSpeed searches for an accelerator,
-                           starts the program numactl for every bucket of gradients, and puts the weights of stage 3 on
-                           another device.
-    groups' tables         Our expert groups under the name that marks their parameters: DeepSpeed would create groups
-                           in its own order.
-    DeepSpeedEngine        `has_moe_layers` says whether this rank holds sharded experts, because DeepSpeed looks for
-                           its own class. The check of optimizers accepts ours, and so does the check of experts at
-                           stage 3, because ours have their placement on the parameters.
+                           them, and they compile code when imported, so that a rank would load torch's whole compiler
+                           (0.9 s of a core).
+    __compatible_ops__     On CPU, DeepSpeed's shared-memory collectives are off, because they build for two minutes and
+                           sometimes abort.
+    environment            DS_ACCELERATOR, LOCAL_SIZE and LOCAL_RANK are set. Without them DeepSpeed searches for an
+                           accelerator, starts the program numactl for every bucket of gradients, and puts the weights of
+                           stage 3 on another device.
+    groups' tables         Sluice's expert groups are added under the name that marks their parameters. Otherwise
+                           DeepSpeed would create groups in its own order.
+    DeepSpeedEngine        `has_moe_layers` says whether this rank holds sharded experts, because DeepSpeed would look for
+                           its own class of experts. The check of the optimizer's type accepts Sluice's optimizers. The
+                           check of experts at stage 3 is skipped, because Sluice's experts have their placement on the
+                           parameters.
 
 whole_weights.py and sharded_weights.py describe their changes to one DeepSpeed optimizer each. private_names.py lists
 every private name that the three files use. A rank compares this list with the installed version when it starts.
@@ -34,11 +35,11 @@ from parallel.mesh import Mesh
 from parallel.zero.private_names import require_names
 
 DEEPSPEED_MUON = ("muon_optimizer", "original_muon")
-"""Modules that are replaced by empty ones."""
+"""Names of DeepSpeed's Muon modules that are replaced by empty modules."""
 
 
 def import_deepspeed(on_cuda: bool) -> types.ModuleType:
-    """Import DeepSpeed without its log messages; on CPU, also skip three slow steps of the import."""
+    """Import DeepSpeed without its log messages. On CPU, also skip three slow steps."""
     if not on_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ["LOCAL_SIZE"] = "1"
@@ -46,7 +47,8 @@ def import_deepspeed(on_cuda: bool) -> types.ModuleType:
     import deepspeed
     import deepspeed.ops
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings concern deliberate settings of Sluice
+    # DeepSpeed warns about settings that Sluice chooses on purpose.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not on_cuda:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name in DEEPSPEED_MUON:
@@ -57,7 +59,7 @@ def import_deepspeed(on_cuda: bool) -> types.ModuleType:
 
 
 def _unused_class(name: str) -> type:
-    """Return a placeholder class for any name that is imported from an unused module."""
+    """Return a placeholder class for any name that code imports from a module that was replaced by an empty one."""
     if name.startswith("__"):
         raise AttributeError(name)
     return type(name, (), {})
@@ -75,7 +77,7 @@ def tell_groups(deepspeed: types.ModuleType, mesh: Mesh) -> None:
 
 @contextmanager
 def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
-    """Make `deepspeed.initialize` build an engine of our class inside the block.
+    """Make `deepspeed.initialize` build an engine of the class `PatchedEngine` inside the block.
 
     has_experts: whether this rank holds sharded experts.
     """
@@ -90,7 +92,7 @@ def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
             return ZERO_OPTIMIZATION
 
         def _validate_zero3_moe_compatibility(self) -> None:
-            """Skip the check: our experts have their ZeRO-3 placement on the parameters."""
+            """Do nothing instead of the check, because Sluice's experts have their ZeRO-3 placement on the parameters."""
 
     original, deepspeed.DeepSpeedEngine = deepspeed.DeepSpeedEngine, PatchedEngine
     try:
@@ -100,7 +102,9 @@ def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
 
 
 class MeshAsMpu:
-    """The methods by which DeepSpeed asks for groups. DeepSpeed sees pipeline ranks as its "model parallel" group."""
+    """Returns the process groups for which DeepSpeed asks. For DeepSpeed, the ranks of a pipeline are its "model
+    parallel" group.
+    """
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh

@@ -1,22 +1,23 @@
-"""DeepSpeed ZeRO around the chunks of one rank. In this project, only the files of this folder import deepspeed.
+"""Runs DeepSpeed ZeRO around the chunks of one rank. In this project, only the files of this folder import deepspeed.
 
 One engine per rank holds a ModuleList of the rank's chunks; the pipeline gets the raw modules. Master weights are fp32
-shards. Gradients are fp32 even if weights are bf16. Our optimizer holds the optimizer state. The ZeRO stage decides how
-weights and gradients are stored: whole_weights.py (stages 1 and 2) or sharded_weights.py (stage 3). At stage 3, weights
-may have no memory at first. The engine then allocates, initialises and shards them one after another.
+shards. Gradients are fp32 even if weights are bf16. Sluice's own optimizer holds the optimizer state. The ZeRO stage
+determines how weights and gradients are stored: whole_weights.py (stages 1 and 2) or sharded_weights.py (stage 3). At
+stage 3, weights may have no memory at first. The engine then allocates, initialises and shards them one after another.
 
-At stages 1 and 2, a step ends with the following calls, in this order. Stage 3 reduces in every backward pass; its step
-ends in the same way from `Zero.step` on.
+At stages 1 and 2, a step ends with the following calls, in this order. At stage 3, gradients are reduced in every
+backward pass, and only the calls from `Zero.step` on are the same.
 
-    accumulate        At its end, WholeWeights fills missing gradients with zeros, `Zero._close` sums the gradient of a
-                      tied weight, and DeepSpeed reduces all gradients that other ranks share, each rank to its shard.
+    accumulate        When its block ends, WholeWeights fills missing gradients with zeros, and `Zero._close` sums the
+                      gradient of a tied weight. Then DeepSpeed reduces all gradients that other ranks share; each rank
+                      gets the part in its shard.
     Zero.step         Calls DeepSpeed's step, which calls back for the norm. `Zero._global_norm` computes the norm over
-                      all ranks and names gradients that are not finite; `WholeWeights._take_norm` derives the clipping
-                      factor.
-    ShardedOptimizer  DeepSpeed calls its `step` if the norm is finite. It multiplies gradients by the factor
-                      (`GradientHandover`) and updates masters and state; DeepSpeed casts the masters to weights and
-                      gathers them.
-    forget_gradients  The next step starts without gradients.
+                      all ranks and names gradients that are not finite. `WholeWeights._take_norm` computes the clipping
+                      factor from the norm.
+    ShardedOptimizer  DeepSpeed calls its `step` if the norm is finite. `step` multiplies gradients by the factor
+                      (`GradientHandover`) and updates masters and state. Then DeepSpeed casts the masters to weights and
+                      gathers the weights.
+    forget_gradients  Drops the gradients, so that the next step starts without them.
 
 private_names.py lists, with reasons, all private names of DeepSpeed that these files use.
 """
@@ -59,13 +60,15 @@ class WeightFacts:
     """Properties of the weights of a rank's chunks that ZeRO needs."""
 
     is_expert: Callable[[str], bool]
-    """Whether the parameter with this global name is a weight of experts."""
+    """Function that says whether the parameter with this global name is a weight of experts."""
     is_frozen: Callable[[str], bool] = lambda _: False
-    """Whether the parameter with this global name never changes."""
+    """Function that says whether the parameter with this global name never changes."""
     tied: nn.Parameter | None = None
-    """A parameter that the first and the last rank of the pipeline both hold; its gradients are summed over the two."""
+    """A parameter that both the first and the last rank of the pipeline hold; None if there is none. Its gradients are
+    summed over the two ranks.
+    """
     units: tuple[type[nn.Module], ...] = ()
-    """Modules whose weights are gathered together at stage 3."""
+    """Types of modules. At stage 3, all weights of such a module are gathered together."""
     draws: Mapping[nn.Parameter, Callable[[], None]] = field(default_factory=dict)
     """For each weight: a function that allocates and initialises it. The engine calls it at stage 3 when it shards the
     weight. If the mapping is empty, all weights already exist.
@@ -73,7 +76,7 @@ class WeightFacts:
 
 
 class Zero:
-    """The ZeRO engine of one rank. Parameters have the global names that their chunks give them."""
+    """The ZeRO engine of one rank. Each parameter has a global name, which its chunk defines."""
 
     def __init__(
         self,
@@ -87,18 +90,21 @@ class Zero:
         names = _unique_names(chunks)
         self.names = {param: name for param, name in names.items() if param.requires_grad}
         self.untrained = {param: name for param, name in names.items() if not param.requires_grad}
-        """Names of weights that have no gradient, master or state; no checkpoint contains them. At stages 1 and 2 every
-        rank of a pipeline stage holds them completely; at ZeRO stage 3 they are sharded.
+        """Names of the weights that have no gradient, master or state. No checkpoint contains these weights. At stages
+        1 and 2, every rank of a pipeline stage holds them completely; at stage 3, they are sharded.
         """
         self.shapes = {param: tuple(param.shape) for param in names}
         # The first and the last pipeline rank both hold the tied parameter. The last rank's copy is left out of the
         # norm and of checkpoints.
         self.copy = about.tied if about.tied is not None and mesh.pp_rank > 0 else None
         self.observer: Callable[[dict[str, Shard]], None] | None = None
-        """Called before every update with copies of the reduced gradients of this rank's shard, by logical name."""
+        """Function that is called before every update. It receives copies of the reduced gradients of this rank's
+        shard, by logical name.
+        """
         self.local_observer: Callable[[str, Shard], None] | None = None
-        """A function that is called with every gradient of this rank before the gradient is reduced. It receives the
-        complete gradient of a parameter, once per step at stages 1 and 2, and once per micro-batch at stage 3."""
+        """Function that is called with every gradient of this rank before the gradient is reduced. It receives the
+        complete gradient of a parameter, once per step at stages 1 and 2, and once per micro-batch at stage 3.
+        """
         self._valid: bool | Tensor = True
         self._bad: list[str] = []
         expert_name = mark_experts(names, about.is_expert, mesh)
@@ -122,7 +128,7 @@ class Zero:
     def _hold_weights(
         self, settings: ZeroSettings, rules: dict[nn.Parameter, UpdateRule], members: list[list[nn.Parameter]]
     ) -> ShardedWeights | WholeWeights:
-        """Build the object that holds weights and gradients at this ZeRO stage.
+        """Return the object that holds weights and gradients at this ZeRO stage.
 
         members: the parameters of each group of the optimizer.
         """
@@ -149,19 +155,20 @@ class Zero:
             group["lr"] = 0.0 if group["frozen"] else lr
 
     def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
-        """Make the next update multiply rows of master weights, after the optimizer has changed them.
+        """Make the next update multiply rows of master weights by factors, after the optimizer has changed these rows.
 
         factors: for each weight name, one factor per row.
         """
         self.client.handover.row_factors = factors
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Run everything between two optimizer steps inside the block; afterwards the gradients are reduced."""
+        """Return a block. Run everything between two optimizer steps inside it. At its end, the gradients are reduced."""
         return self._weights.accumulate()
 
     def reduce_ahead(self, chunk: int) -> None:
-        """Report that a chunk's gradients are complete while other chunks of the rank still run passes. ZeRO stages 1
-        and 2 then reduce these gradients at once."""
+        """Tell the engine that the gradients of a chunk are complete, while other chunks of the rank still run passes.
+        At ZeRO stages 1 and 2, the engine then reduces these gradients at once.
+        """
         if isinstance(self._weights, WholeWeights):
             others = [set(one.parameters()) for one in self.engine.module]
             own = others.pop(chunk)
@@ -169,9 +176,9 @@ class Zero:
             self._weights.reduce_ahead(own - shared)
 
     def step(self, valid: bool | Tensor = True) -> Update:
-        """Clip, update the shard, gather the weights. Waits for the device once.
+        """Clip the gradients, update the shard and gather the weights. Waits for the device once.
 
-        Skips the update if a gradient is not finite or `valid` is false; `valid` may be a scalar on the device.
+        The update is skipped if a gradient is not finite or `valid` is false. `valid` may be a scalar on the device.
         """
         self._valid = valid
         self.engine.step()
@@ -182,21 +189,23 @@ class Zero:
         return Update(float(self._norm), applied, self._bad)
 
     def _reduced_elements(self, everything: bool) -> int:
-        """Return the number of elements of the weights whose gradients pass through DeepSpeed's bucket; see
+        """Return the number of elements of the weights whose gradients go through DeepSpeed's bucket; see
         whole_weights.py.
+
+        everything: whether to count all trained weights instead.
         """
         return sum(param.numel() for param in self.names if everything or self._shares(param).ranks > 1)
 
     def _shares(self, param: nn.Parameter) -> Sharing:
-        """Return how many ranks hold the same weights of a parameter, and this rank's index among these ranks."""
+        """Return how many ranks hold the same elements of a parameter, and this rank's index among these ranks."""
         mesh = self.mesh
         if getattr(param, "allreduce", True):
             return Sharing(mesh.layout.stage_ranks, mesh.stage_rank)
         return Sharing(mesh.layout.edp, mesh.edp_rank)
 
     def _global_norm(self) -> Tensor:
-        """Return the norm of all gradients of all ranks. Every element, experts included, is in exactly one rank's
-        shard.
+        """Return the norm of all gradients of all ranks. Every element, including those of experts, is in the shard of
+        exactly one rank, so no element counts twice.
         """
         pieces: dict[int, dict[str, Tensor]] = {}
         for param, gradient, divisor in self._weights.gradients():
@@ -206,7 +215,7 @@ class Zero:
             self.observer(self._gradient_shards())
         device = self.engine.device
         sums = [torch.zeros(0, dtype=torch.float64, device=device)]
-        for divisor, one in pieces.items():  # with offload, the squares are on the host
+        for divisor, one in pieces.items():  # with offload, the sums of squares are on the host
             sums.append((self.client.sums_of_squares(list(one.values())) / divisor**2).to(device))
         squares, names = torch.cat(sums), [name for one in pieces.values() for name in one]
         total = squares.sum()
@@ -217,20 +226,20 @@ class Zero:
         dist.all_reduce(total)
         *finite, total = torch.cat([squares.isfinite(), total.view(1)]).tolist()  # waits for the device
         self._bad = [name for name, good in zip(names, finite, strict=True) if not good]
-        # DeepSpeed checks several times whether the norm is finite. With a norm on the device, each check would wait
-        # for it.
+        # DeepSpeed checks several times whether the norm is finite. If the norm were on the device, each check would
+        # wait for the device.
         self._norm = torch.tensor(total, dtype=torch.float64).sqrt().float()
         return self._norm
 
     def weights(self) -> Iterator[Tensor]:
-        """Yield this rank's part of all weights as they are stored between steps; at stage 3, its shards."""
+        """Yield this rank's part of all weights as it is stored between steps. At stage 3, the parts are shards."""
         return (self._weights.held(param) for param in (*self.names, *self.untrained))
 
     def untrained_shards(self, owned: bool = False) -> dict[str, Shard]:
-        """Return this rank's part of the untrained weights by name. The tensors share memory with the live weights.
+        """Return this rank's part of the untrained weights, by name. The tensors share memory with the live weights.
 
-        The offset of a weight stored as bytes counts within the rank's local parameter. owned: if several ranks hold a
-        complete copy of a weight, only the first of them returns it.
+        For a weight that is stored as bytes, the shard's offset counts within this rank's local parameter. owned:
+        whether only the first of several ranks with a complete copy of a weight returns this weight.
         """
         found: dict[str, Shard] = {}
         for param, name in self.untrained.items():
@@ -244,9 +253,11 @@ class Zero:
         return found
 
     def shards(self, copies: bool = False) -> dict[str, Shard]:
-        """Return the live fp32 master weights and optimizer state of this rank's partition, by logical name.
+        """Return this rank's part of the fp32 master weights and of the optimizer state, by logical name. The tensors
+        share memory with the live state.
 
-        copies: whether to include a tied parameter whose master another rank returns. Loading needs these copies.
+        copies: whether to include the copy of a tied parameter whose master another rank returns. Loading a checkpoint
+        needs these copies.
         """
         found: dict[str, Shard] = {}
         for part in self._weights.fragments():
@@ -260,11 +271,12 @@ class Zero:
         return found
 
     def place(self, param: nn.Parameter, offset: int) -> tuple[int, tuple[int, ...]]:
-        """Return the position in the logical tensor of an element of a local parameter, and the shape of the logical
-        tensor.
+        """Return two values: the position in the logical tensor of element `offset` of a local parameter, and the shape
+        of the logical tensor.
         """
         shape = self.shapes[param]
-        if not getattr(param, "allreduce", True):  # experts are split over ep along their first dimension
+        # The experts of a layer are divided over ep ranks along the first dimension.
+        if not getattr(param, "allreduce", True):
             return offset + self.mesh.ep_rank * math.prod(shape), (shape[0] * self.mesh.layout.ep, *shape[1:])
         return offset, shape
 
@@ -282,8 +294,8 @@ class Zero:
         self._weights.refresh()
 
     def _close(self) -> None:
-        """End the backward passes of a step at stages 1 and 2: all gradients of this rank exist or are already
-        reduced.
+        """Finish the gradients of a step at stages 1 and 2. At this point, every gradient of this rank is complete or
+        already reduced.
         """
         for param in self.names:
             if param.grad is not None:
@@ -301,7 +313,7 @@ class Zero:
 
 
 def _unique_names(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
-    """Return the global name of every parameter; a parameter shared by two chunks keeps its first name."""
+    """Return the global name of every parameter. A parameter that two chunks share has the name from the first chunk."""
     names: dict[nn.Parameter, str] = {}
     for chunk in chunks:
         for name, param in chunk.named_parameters():
@@ -316,7 +328,8 @@ def _parameter_groups(
     expert_name: str,
     frozen: set[nn.Parameter],
 ) -> list[dict]:
-    """Group weights that have the same rule and reduce over the same ranks.
+    """Group the trained weights. The weights of a group have the same update rule and reduce their gradients over the
+    same ranks.
 
     Weights that all ranks of a stage share come first, then experts. Frozen weights are in separate groups.
     """
@@ -332,17 +345,17 @@ def _parameter_groups(
 
 
 def mark_experts(names: Mapping[nn.Parameter, str], is_expert: Callable[[str], bool], mesh: Mesh) -> str:
-    """Mark weights of experts, also frozen ones, with the attributes by which DeepSpeed recognises experts. Make
-    gradients fp32.
+    """Mark the weights of experts, including frozen ones, with the attributes by which DeepSpeed recognises experts.
+    Also make the gradients of all trained weights fp32.
 
     Returns the name of the experts' group.
     """
     expert_name = f"ep_size_{mesh.layout.ep}"
-    for param, name in names.items():  # DeepSpeed broadcasts rank 0's values, including frozen ones
+    for param, name in names.items():  # frozen weights too, because DeepSpeed broadcasts rank 0's values of all weights
         if param.requires_grad:
             param.grad_dtype = torch.float32
         if is_expert(name):
-            # DeepSpeed recognises experts by these attributes; stage 3 reads the last two.
+            # DeepSpeed recognises experts by these attributes. Only stage 3 reads the last two.
             param.allreduce = False  # pyrefly: ignore[missing-attribute]  see above
             param.group_name = expert_name  # pyrefly: ignore[missing-attribute]  see above
             param.ds_zero_placement_family = "autoep_expert"  # pyrefly: ignore[missing-attribute]  see above
@@ -356,10 +369,10 @@ def make_config(
     units: tuple[type[nn.Module], ...],
     reduced_elements: Callable[[bool], int],
 ) -> dict[str, Any]:
-    """Return DeepSpeed's configuration.
+    """Return the configuration for DeepSpeed.
 
-    reduced_elements: a function that returns a number of elements. With False, it counts the weights whose gradients
-    pass through DeepSpeed's bucket. With True, it counts all weights.
+    reduced_elements: function that returns a number of elements. With False, it counts the weights whose gradients go
+    through DeepSpeed's bucket. With True, it counts all weights.
     """
     first = next(param for param in module.parameters() if param.requires_grad)
     elements = reduced_elements(settings.stage == 3 or first.dtype == torch.float32)
@@ -373,7 +386,8 @@ def make_config(
         "communication_data_type": "fp32",
         "zero_optimization": {
             "stage": settings.stage,
-            "contiguous_gradients": True,  # false silently sums experts over the wrong group
+            # With False, DeepSpeed would sum experts over the wrong group without an error.
+            "contiguous_gradients": True,
             "overlap_comm": False,
             "reduce_bucket_size": max(1, min(elements, THRESHOLDS.bucket_elements)),
         },
@@ -381,7 +395,7 @@ def make_config(
     if first.dtype == torch.bfloat16:
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     if settings.offload:
-        config |= {"zero_force_ds_cpu_optimizer": False}  # our optimizer does the update
+        config |= {"zero_force_ds_cpu_optimizer": False}  # Sluice's own optimizer computes the update
         config["zero_optimization"] |= {"offload_optimizer": {"device": "cpu", "pin_memory": first.is_cuda}}
     if settings.stage == 3:
         config["zero_optimization"] |= stage3_config(module, units)
@@ -389,7 +403,9 @@ def make_config(
 
 
 class _DrawnInTurn(nn.Module):
-    """Initialises each weight when DeepSpeed asks for it, after DeepSpeed has sharded the previous weights."""
+    """Passes weights to DeepSpeed one at a time. It initialises a weight only when DeepSpeed asks for it, after
+    DeepSpeed has sharded the previous weight.
+    """
 
     def __init__(self, weights: Iterable[nn.Parameter], draws: Mapping[nn.Parameter, Callable[[], None]]):
         super().__init__()
@@ -412,7 +428,7 @@ def build_engine(
 ) -> Any:
     """Build DeepSpeed's engine.
 
-    With `about.draws`, DeepSpeed's engine initialises and shards the weights of stage 3 one after another, so that a
+    If `about.draws` is not empty, DeepSpeed initialises and shards the weights of stage 3 one after another, so that a
     rank holds only one complete weight at a time.
     """
     trained = [param for param in module.parameters() if param.requires_grad]
@@ -431,8 +447,8 @@ def build_engine(
             dtype=next(iter(weights)).dtype,
             mpu=MeshAsMpu(mesh),
         )
-    # Stages 1 and 2 require that the optimizer has a group with experts' weights; frozen experts have none. Stage 3
-    # shards frozen experts too.
+    # At stages 1 and 2, DeepSpeed's engine with experts requires an optimizer group with experts' weights. Frozen
+    # experts are in no such group, so only trained weights count there. Stage 3 shards frozen experts too.
     sharded = module.parameters() if stage == 3 else trained
     with own_engine(deepspeed, any(not getattr(param, "allreduce", True) for param in sharded)):
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=MeshAsMpu(mesh))

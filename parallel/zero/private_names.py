@@ -1,15 +1,18 @@
-"""Every private name of DeepSpeed that this folder uses, with the reason: read this file before a DeepSpeed upgrade.
+"""Lists every private name of DeepSpeed that this folder uses, with the reason. Read this file before a DeepSpeed
+upgrade.
 
 A name is private if DeepSpeed's documentation promises nothing about it. `require_names` compares the list with the
-installed version when a rank starts; tests/zero/test_private_names.py compares it with the real use in this folder.
+installed version when a rank starts. tests/zero/test_private_names.py compares it with the names that this folder uses.
 
-The second list holds behaviour of DeepSpeed that Sluice copies: a plan counts buffers as DeepSpeed allocates them. A
-plan cannot run DeepSpeed itself on tensors without memory. With offload, DeepSpeed reads values, which such tensors do
-not have. At stage 3, building one rank of DeepSeek-V3 takes 8 s of a core. At stages 1 and 2 without offload, DeepSpeed
-can run on such tensors, and tests/plan/memory/test_step_end.py compares the copied behaviour with it. Each row names
-the DeepSpeed functions that were read, with the hash of their source. tests/zero/test_copied_behaviour.py compares the
-hashes with the installed DeepSpeed. If a hash differs, read the function again, correct the copy if the behaviour has
-changed, and write the new hash here.
+A second list names behaviour of DeepSpeed that Sluice copies. A plan computes the sizes of buffers as DeepSpeed would
+allocate them. It cannot run DeepSpeed itself in all cases, because a plan's tensors have no memory. With offload,
+DeepSpeed reads values, which such tensors do not have. At stage 3, building one rank of DeepSeek-V3 would take 8 s of a
+core. At stages 1 and 2 without offload, DeepSpeed can run on such tensors, and tests/plan/memory/test_step_end.py
+compares the copied behaviour with it.
+
+Each row of the second list names the DeepSpeed functions that were read, with the hash of their source.
+tests/zero/test_copied_behaviour.py compares the hashes with the installed DeepSpeed. If a hash differs, read the
+function again, correct the copy if the behaviour has changed, and write the new hash here.
 """
 
 import inspect
@@ -22,9 +25,9 @@ from conf.errors import UserError
 
 
 class PrivateName(NamedTuple):
-    """owner: object that has the name; see `require_names`.
+    """A private name of DeepSpeed, and why Sluice uses it. owner: object that has the name; see `require_names`.
 
-    is_fast: the name only saves time. Without the name, Sluice computes the same result.
+    is_fast: whether the name only saves time. Without such a name, Sluice computes the same result.
     """
 
     owner: str
@@ -34,7 +37,7 @@ class PrivateName(NamedTuple):
 
 
 PRIVATE_NAMES = (
-    # deepspeed.utils.groups, and the attributes that mark experts' weights
+    # Names of deepspeed.utils.groups, and the attributes that mark experts' weights
     PrivateName("module", "_EXPERT_PARALLEL_GROUP", "the expert groups, over which stage 3 averages gradients"),
     PrivateName("module", "_EXPERT_DATA_PARALLEL_GROUP", "the ranks over which experts' gradients are summed"),
     PrivateName(
@@ -47,7 +50,7 @@ PRIVATE_NAMES = (
     PrivateName(
         "param", "ds_zero_partition_process_group", "the group of a weight that is sharded before the engine exists"
     ),
-    # DeepSpeedEngine
+    # Names of DeepSpeedEngine
     PrivateName(
         "engine", "has_moe_layers", "set by hand, because experts are marked weights and not deepspeed.moe.MoE"
     ),
@@ -61,7 +64,7 @@ PRIVATE_NAMES = (
         "engine", "_validate_zero3_moe_compatibility", "overridden; it refuses experts that are not deepspeed.moe.MoE"
     ),
     PrivateName("import", "__compatible_ops__", "turns off DeepSpeed's own CPU collectives, which sometimes abort"),
-    # stages 1 and 2: DeepSpeedZeroOptimizer
+    # Names for stages 1 and 2: DeepSpeedZeroOptimizer
     PrivateName(
         "optimizer12",
         "scaled_global_norm",
@@ -87,7 +90,7 @@ PRIVATE_NAMES = (
         "freed: a buffer of the size of the largest weight that is never used",
         True,
     ),
-    # stage 3: DeepSpeedZeroOptimizer_Stage3 and its coordinator of gathers
+    # Names for stage 3: DeepSpeedZeroOptimizer_Stage3, and the coordinator that gathers weights
     PrivateName(
         "optimizer3",
         "_grad_acc_hooks",
@@ -124,11 +127,11 @@ PRIVATE_NAMES = (
 
 
 def require_names(**owners: object) -> None:
-    """Raise UserError if the installed DeepSpeed lacks a listed name of these owners.
+    """Raise UserError if the installed DeepSpeed lacks a listed name of one of these owners.
 
-    Owners: module (deepspeed.utils.groups), engine (DeepSpeedEngine), optimizer12 and optimizer3 (the two optimizers,
-    built), offload12 (optimizer12 with offload), param3 (a weight at stage 3) and coordinator. The list has names of
-    other owners too; if one is missing, its import or call fails.
+    The argument names are: module (deepspeed.utils.groups), engine (DeepSpeedEngine), optimizer12 and optimizer3 (the
+    optimizers of stages 1, 2 and of stage 3, built), offload12 (optimizer12 with offload), param3 (a weight at stage 3)
+    and coordinator. The list also has names of other owners. If one of those is missing, its import or its call fails.
     """
     missing = [one for one in PRIVATE_NAMES if one.owner in owners and not _has(owners[one.owner], one.name)]
     if missing:
@@ -141,9 +144,9 @@ def require_names(**owners: object) -> None:
 
 
 def _has(owner: object, name: str) -> bool:
-    """Whether an object has the name, or the module of the object's class assigns the name to instances.
+    """Whether an object has the name. The name also counts if the module of the object's class assigns it to instances.
 
-    The function searches the source of the module, because a search of only the class's source would take 0.2 s.
+    The function searches the source of the whole module. Finding the source of only the class would take 0.2 s.
     """
     return hasattr(owner, name) or (isinstance(owner, type) and f"self.{name} =" in _source(owner.__module__))
 
@@ -154,19 +157,19 @@ def _source(module: str) -> str:
 
 
 READ_FROM = "0.19.8"
-"""The DeepSpeed version that was read."""
+"""Version of DeepSpeed whose source was read for the second list."""
 
 
 class CopiedBehaviour(NamedTuple):
-    """A behaviour of DeepSpeed that Sluice's code copies."""
+    """A behaviour of DeepSpeed that Sluice's code repeats."""
 
     copy: str
-    """Sluice's file with the same behaviour."""
+    """Path of Sluice's file that repeats the behaviour."""
     what: str
     file: str
-    """DeepSpeed's file, in the package folder."""
+    """Path of DeepSpeed's file, relative to the package folder."""
     owner: str
-    """The class that has the functions; empty for functions of the module."""
+    """Class that has the functions; empty for functions at module level."""
     functions: dict[str, str]
     """For each function: the first 16 digits of the SHA-256 of its source, from `def` to the end."""
 

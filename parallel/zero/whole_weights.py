@@ -1,19 +1,19 @@
-"""ZeRO stages 1 and 2: every rank holds all weights and its shard of the optimizer state.
+"""ZeRO stages 1 and 2: every rank holds all weights, and only a shard of the optimizer state.
 
-Gradients stay local during the schedule, as fp32 `.grad`. DeepSpeed's public coalesce_grad_reduction reduces them once,
-after the step's last micro-batch. This also works for pipeline schedules with split backward, which run no gradient
-hooks.
+During the schedule, gradients stay on their rank, as fp32 `.grad`. After the step's last micro-batch, DeepSpeed's
+public function coalesce_grad_reduction reduces them once. This also works for pipeline schedules with split backward,
+which run no gradient hooks.
 
-With bf16 weights, if a chunk finishes before another chunk of the rank, its gradients are reduced at once, in a
-separate block; on a GPU this overlaps with the remaining passes. Gradients that no other rank shares (dp = 1; experts
-with ep = dp) need no reduction. The optimizer reads these gradients in place; DeepSpeed would copy them five times
-through its bucket.
+With bf16 weights, gradients may be reduced earlier. If a chunk finishes before another chunk of the rank, its gradients
+are reduced at once, in a separate block. On a GPU, this overlaps with the remaining passes. Gradients that no other
+rank shares (dp = 1; experts with ep = dp) need no reduction. The optimizer reads these gradients in place; DeepSpeed
+would copy them five times through its bucket.
 
-With offload, masters and moments are in host memory. DeepSpeed copies the shard's gradients to the host as it reduces
-them. The update copies gradients that need no reduction one by one.
+With offload, masters and moments are in host memory. DeepSpeed copies a gradient of the shard to the host when it
+reduces the gradient. The update copies the gradients that need no reduction one by one.
 
-DeepSpeed calls back for the norm, which is computed over all ranks (engine.py), and for clipping, which the optimizer
-does while it reads the gradients.
+DeepSpeed calls back for the norm, which is computed over all ranks (engine.py). It also calls back for clipping, which
+Sluice's optimizer does later, while it reads the gradients.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from parallel.zero.private_names import require_names
 class WholeWeights:
     """The weights and gradients of stages 1 and 2.
 
-    client: our optimizer, which DeepSpeed's optimizer wraps. groups: the parameters of each group of our optimizer.
-    shares: a function that returns which ranks share a parameter. ranks: number of ranks over which gradients are
-    averaged. norm: a function that computes the global gradient norm; it is called once per step. close: a function
-    that is called before the last gradients are reduced. show: a function that is called with each parameter whose
-    gradient is reduced ahead. clip: the norm to clip to; 0 for no clipping. offload: whether masters and optimizer
-    state are in host memory.
+    client: Sluice's optimizer, which DeepSpeed's optimizer wraps. groups: parameters of each group of Sluice's
+    optimizer. shares: function that returns which ranks share a parameter. ranks: number of ranks over which gradients
+    are averaged. norm: function that computes the global gradient norm; it is called once per step. close: function
+    that is called before the last gradients are reduced. show: function that is called with each parameter whose
+    gradient is reduced before the end of the step. clip: maximum norm; 0 for no clipping. offload: whether masters and
+    optimizer state are in host memory.
     """
 
     def __init__(
@@ -66,35 +66,36 @@ class WholeWeights:
         self._unshared = [
             number for number, params in enumerate(self._groups) if is_bf16 and shares(params[0]).ranks == 1
         ]
-        """Groups whose gradients need no reduction. With fp32 weights the list is empty, because DeepSpeed assembles
-        the shard in its step.
+        """Indexes of the groups whose gradients need no reduction. With fp32 weights the list is empty, because
+        DeepSpeed then assembles the shard in its step.
         """
         self._adds = is_bf16 and not offload and len(self._unshared) < len(groups)
-        """Whether DeepSpeed adds reduced gradients to shards. Only then it may reduce in several blocks."""
+        """Whether DeepSpeed adds reduced gradients to the shard. If not, all gradients must be reduced in one block."""
         self._ahead: set[nn.Parameter] = set()
-        """Parameters whose gradients are already reduced in this step."""
+        """Parameters whose gradients were already reduced before the end of this step."""
         self._blocks = contextlib.ExitStack()
         self._stream = torch.cuda.Stream() if groups[0][0].is_cuda else None
-        """Stream on which gradients are reduced ahead."""
+        """Stream on which gradients are reduced before the end of the step; None on a CPU."""
         require_names(optimizer12=optimizer, **({"offload12": optimizer} if offload else {}))
         if offload:
             optimizer.temp_grad_buffer_for_gpu_offload = (
-                None  # this serves sums over several backward passes, but DeepSpeed sees only one pass
+                None  # this buffer is for sums over several backward passes, but DeepSpeed sees only one pass
             )
         optimizer.scaled_global_norm = lambda norm_type=2: self._take_norm(norm())
-        optimizer.check_overflow = lambda partition_gradients=True: None  # a norm that is not finite skips the step
+        # Sluice checks the norm and skips the step if it is not finite.
+        optimizer.check_overflow = lambda partition_gradients=True: None
         optimizer.unscale_and_clip_grads = lambda gradients, norm: None
         optimizer.use_grad_accum_attribute = False
         optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
 
     def _take_norm(self, norm: Tensor) -> Tensor:
-        """Set the update's clipping factor from this norm."""
+        """Compute the clipping factor of the update from this norm. Returns the norm."""
         self._handover.factor = 1 / ((norm + 1e-6) / self._clip).clamp_min(1) if self._clip > 0 else None
         return norm
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Run everything between two optimizer steps inside the block."""
+        """Return a block. Run everything between two optimizer steps inside it. At its end, the gradients are reduced."""
         params = [param for group in self._groups for param in group]
         self._ahead.clear()
         with self._blocks:
@@ -102,8 +103,8 @@ class WholeWeights:
             try:
                 yield
             except BaseException:
-                # Leaving DeepSpeed's block reduces all existing gradients, even after an error. It would then wait for
-                # a rank that no longer answers. So the gradients are removed.
+                # At the end of its block, DeepSpeed reduces all existing gradients, even after an error. It would then
+                # wait for a rank that no longer answers. So the gradients are removed.
                 for param in params:
                     param.grad = None
                 raise
@@ -116,9 +117,10 @@ class WholeWeights:
             self._keep_unshared()
 
     def reduce_ahead(self, params: Collection[nn.Parameter]) -> None:
-        """Reduce the gradients of these parameters, which are complete, while other gradients still accumulate.
+        """Reduce the gradients of these parameters now, while other gradients still accumulate. The gradients must be
+        complete.
 
-        All ranks that share these gradients call this at the same point of the schedule.
+        All ranks that share these gradients call this method at the same point of the schedule.
         """
         if not self._adds:
             return
@@ -143,7 +145,7 @@ class WholeWeights:
         self._blocks.enter_context(self._engine.coalesce_grad_reduction())
 
     def _keep_unshared(self) -> None:
-        """Hand gradients of groups that no other rank shares to the optimizer, without a copy."""
+        """Pass the gradients that no other rank shares to the optimizer, without a copy."""
         for number in self._unshared:
             params, master = self._groups[number], self._masters[number]
             self._handover.unreduced[master] = [gradient_of(param).view(-1) for param in params]
@@ -152,7 +154,7 @@ class WholeWeights:
         self._hold_places()
 
     def _hold_places(self) -> None:
-        """Set placeholders where DeepSpeed would look for gradients that need no reduction."""
+        """For the gradients that need no reduction, set placeholders at the places where DeepSpeed looks for gradients."""
         from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
         for number in self._unshared:
@@ -162,26 +164,27 @@ class WholeWeights:
             self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([], placeholder)
 
     def forget_gradients(self) -> None:
-        """Drop the gradients. Call it after every step, also after a skipped one."""
+        """Drop the gradients. Call this method after every step, even if the step was skipped."""
         self._handover.unreduced.clear()
         if self._offload:  # otherwise, after a skipped step, DeepSpeed would add the next gradients to the old ones
             for number in range(len(self._groups)):
                 self._optimizer.averaged_gradients[number] = None
 
     def held(self, param: nn.Parameter) -> Tensor:
-        """Return this rank's part of a weight between steps: all of it."""
+        """Return the part of a weight that this rank holds between steps: the complete weight."""
         return param
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Yield each gradient of this rank's shard without padding, and the number by which the caller must still
-        divide the gradient."""
+        """Yield, for each parameter in this rank's shard: the parameter, its gradient in the shard without padding, and
+        the number by which the caller must still divide the gradient.
+        """
         for number, (master, slices) in enumerate(self._slices.items()):
             gradients, divisor = self._handover.unreduced.get(master), self._handover.divisor
             if gradients is None and self._offload:
                 gradients, divisor = [gradient_of(master)[part.place] for part in slices], 1
             elif gradients is None:
                 gradients, divisor = self._optimizer.averaged_gradients[number], 1
-            # DeepSpeed's list has more entries than there are slices: the extra ones are padding.
+            # DeepSpeed's list may be longer than the list of slices. The extra entries are padding.
             yield from ((part.param, gradient, divisor) for part, gradient in zip(slices, gradients, strict=False))
 
     def fragments(self) -> Iterator[Fragment]:
@@ -191,7 +194,7 @@ class WholeWeights:
                 yield Fragment(param, offset, master.detach()[place], state)
 
     def flats(self) -> Iterator[tuple[Tensor, list[FlatWeight]]]:
-        """Yield every flat parameter of the optimizer with its weights."""
+        """Yield every flat parameter of the optimizer, with the weights that it consists of."""
         for params, master in zip(self._groups, self._masters, strict=True):
             size, (ranks, rank) = len(master), self._shares(params[0])
             firsts = [int(param.storage_offset()) - int(params[0].storage_offset()) for param in params]
@@ -212,27 +215,28 @@ class WholeWeights:
             )
 
     def refresh(self) -> None:
-        """Set the weights to the masters, rounded to the weights' dtype."""
+        """Copy the masters to the weights, rounded to the weights' dtype, and gather the weights."""
         self._optimizer.update_lp_params()
 
 
 def _complete(param: nn.Parameter) -> None:
-    """Fill a missing gradient with zeros. If only one rank lacked a gradient, the buckets of the other ranks would not
-    match.
+    """Set a missing gradient to zeros. Otherwise a rank without this gradient would have other buckets than the other
+    ranks.
     """
     if param.grad is None:
         param.grad = torch.zeros_like(param, dtype=torch.float32)
 
 
 def slices_of(params: Sequence[nn.Parameter], size: int, rank: int) -> list[ShardSlice]:
-    """Return the parameters' slices in a rank's shard. A shard is `size` elements of the group's concatenated
-    parameters.
+    """Return the parts of the parameters that are in a rank's shard. The parameters of a group are stored one after
+    another; a shard is an interval of `size` elements of them.
 
     DeepSpeed has made all parameters views of one tensor, so a parameter's storage offset is its offset in that tensor.
     """
     found = []
     for param in params:
-        first = int(param.storage_offset() - params[0].storage_offset()) - rank * size  # in the shard
+        # Offset of the parameter's first element in the shard.
+        first = int(param.storage_offset() - params[0].storage_offset()) - rank * size
         start, end = max(0, first), min(size, first + param.numel())
         if start < end:
             found.append(ShardSlice(param, start - first, slice(start, end)))
