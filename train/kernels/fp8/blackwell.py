@@ -1,18 +1,18 @@
-"""MXFP8 GEMMs on Blackwell GPUs of compute capability 10: E4M3 values, with an E8M0 scale for 32 values of the
-contraction.
+"""MXFP8 GEMMs on Blackwell GPUs of compute capability 10. Values are E4M3, and 32 values along the contraction share an
+E8M0 scale.
 
     quantise            Sluice's Triton kernel (`quantize_mx` of train/kernels/fp8/triton_quantize.py)
     dense GEMMs         torch's scaled_mm (cuBLASLt), 1x32 by 1x32
     grouped GEMMs       torch's scaled_grouped_mm (CUTLASS): rows of experts by their weights; in Wgrad sums over the rows of each expert
 
-These GEMMs cannot add to a sum, and grouped GEMMs round to bf16. So weight gradients are added in a separate pass. The
-grouped kernels of torch 2.11 to 2.13 have these pitfalls:
+These GEMMs cannot add to an existing sum, and grouped GEMMs round to bf16. So a separate pass adds weight gradients to
+their sum. The grouped kernels of torch 2.11 to 2.13 have these pitfalls:
 - The scales of each expert's rows begin at a multiple of 128 rows, even if the rows do not.
 - In Wgrad the scales of each expert form a separate matrix.
-- The gradient of an expert without rows is not written, so such an expert gets a tile of zeros.
+- The kernel does not write the gradient of an expert without rows. So Sluice gives such an expert a tile of zeros.
 
-Inputs saved for backward in tiles of 128 are treated as on Hopper. Shape suffixes: as in train/kernels/fp8/hopper.py; T
-tiles along the contraction.
+If an input is saved for backward in tiles of 128, it is processed as on Hopper. Shape suffixes: as in
+train/kernels/fp8/hopper.py; T groups of four scales along the contraction.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ _RECIPE = {
 
 
 class ScaledGroupedMatmuls:
-    """`train.kernels.fp8.hopper.GroupedMatmuls` by torch's scaled_grouped_mm."""
+    """Implements `train.kernels.fp8.hopper.GroupedMatmuls` with torch's scaled_grouped_mm."""
 
     flat = counted = False
 
@@ -62,7 +62,7 @@ class ScaledGroupedMatmuls:
 
 
 class BlackwellEngine(HopperEngine):
-    """`train.kernels.fp8.engines.Fp8Engine` on a Blackwell GPU."""
+    """Implements `train.kernels.fp8.engines.Fp8Engine` on a Blackwell GPU."""
 
     def keep(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
         if cast.block != (1, MX_TILE):
@@ -112,13 +112,14 @@ class BlackwellEngine(HopperEngine):
 
 
 def _by_row(scale: Tensor) -> Tensor:
-    """Converts scales from the GEMMs' memory order to row-major integers of four scales each, (O, T)."""
+    """Converts scales from the GEMMs' memory order to row-major order, int32 (O, T). Each integer contains four
+    scales."""
     tiles = scale.shape[1] // 4
     return scale.view(torch.int32).view(-1, tiles, TILE // 4, 4).permute(0, 3, 2, 1).reshape(-1, tiles)
 
 
 def _scales_by_expert(scale: Tensor, groups: PaddedGroups) -> Tensor:
-    """Returns the scales of rows in the GEMMs' memory order. The scales of each expert start at a multiple of 128
+    """Returns the scales in the GEMMs' memory order, with the scales of each expert's rows moved to a multiple of 128
     rows."""
     words_PT = groups.whole.pad(_by_row(scale)[: groups.rows])
     blocks = words_PT.view(-1, 4, TILE // 4, words_PT.shape[1]).permute(0, 3, 2, 1)

@@ -6,8 +6,9 @@ A linear layer has three matmuls, each with a left and a right operand:
     Dgrad   dx = dy w       gradient, weight         contracted over the outputs
     Wgrad   dw = dy^T x     gradient, activation     contracted over the tokens
 
-Tiles of 128 (of 32 in MXFP8) run along the contraction. So the same rule means 1x128 for a contraction over the last
-dimension of a tensor, and 128x1 for a contraction over the first.
+A tile consists of 128 values along the contraction (of 32 values in MXFP8). So the block of a rule depends on the
+contraction. If the contraction runs over the last dimension of a tensor, the tiles of the rule 1x128 are 1x128. If it
+runs over the first dimension, they are 128x1.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from train.kernels.fp8.formats import E4M3, E5M2, E5M6, MX_TILE, TILE, WHOLE_SID
 
 @dataclass(frozen=True)
 class OperandRule:
-    """Defines how one operand is quantised."""
+    """Defines how one operand of a matmul is quantised."""
 
     format: Format
     granularity: str = "1x128"
@@ -31,7 +32,7 @@ class OperandRule:
     def cast(self, transposed: bool = False) -> Cast:
         """Returns the cast of a tensor that is contracted over its last dimension.
 
-        transposed: the contraction runs over the dimension before the last.
+        transposed: whether the contraction runs over the last but one dimension instead.
         """
         return self._casts[transposed]
 
@@ -50,7 +51,7 @@ class OperandRule:
 
 
 class MatmulRules(NamedTuple):
-    """The rules of a matmul's operands."""
+    """The rules of the left and of the right operand of a matmul."""
 
     left: OperandRule
     right: OperandRule
@@ -58,7 +59,7 @@ class MatmulRules(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerCasts:
-    """The three matmuls of a linear layer, and the cast of its saved input for Wgrad."""
+    """The rules of the three matmuls of a linear layer. `cache` is the cast of the input that is saved for Wgrad."""
 
     fprop: MatmulRules
     dgrad: MatmulRules
@@ -68,21 +69,21 @@ class LayerCasts:
 
 @dataclass(frozen=True)
 class CastRules:
-    """The linear layers of a model by kind, and the saved SwiGLU input."""
+    """The rules of each kind of linear layer in a model, and the cast of the saved SwiGLU input."""
 
     dense: LayerCasts
     output: LayerCasts
-    """The attention's output projection."""
+    """Rules of the attention's output projection."""
     experts_up: LayerCasts
     experts_down: LayerCasts
-    """The second linear layer of experts. The field `cache` of these casts is not used, because the input is recomputed
-    from the SwiGLU input."""
+    """Rules of the second linear layer of experts. The field `cache` of these rules is not used, because backward
+    recomputes the layer's input from the SwiGLU input."""
     swiglu: Cast
     """The cast of the saved input of the experts' SwiGLU."""
 
 
 def build_rules(fp8: Fp8) -> CastRules:
-    """Builds the rules from a checked section `precision.fp8`."""
+    """Builds the rules from the section `precision.fp8` of a checked configuration."""
     dense, output, up, down = (_linear(fp8, family) for family in ("dense", "output", "experts_up", "experts_down"))
     return CastRules(dense, output, up, down, Cast(E4M3, (1, TILE), down.fprop.left.pow2, ACTIVATION_FLOOR))
 
@@ -97,6 +98,6 @@ def _linear(fp8: Fp8, family: str) -> LayerCasts:
 
 
 def parse_rule(text: str, floor: float) -> OperandRule:
-    """Parses the rule of an operand from its text in the configuration, FORMAT/GRANULARITY/SCALE."""
+    """Parses the rule of an operand. text: FORMAT/GRANULARITY/SCALE, as in the configuration."""
     name, granularity, scale = text.split("/")
     return OperandRule({"e4m3": E4M3, "e5m2": E5M2}[name], granularity, scale == "pow2", floor)

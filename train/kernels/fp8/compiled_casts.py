@@ -19,12 +19,13 @@ CASTS_SOURCE = CppSource(
     "precision.fp8.compiled=false: torch's operations, slower",
     ("-ffp-contract=off",),
 )
-"""Compiler flag that forbids fused multiply-add. So a multiplication is rounded before the addition, as in the
-reference."""
+"""The C++ source of the casts. Its compiler flag forbids fused multiply-add. So a product is rounded before it is
+added, as in the reference."""
 
 
 def _matrices(of: str, out: bool = False) -> Struct:
-    """`Matrices` of casts.cpp: values, one-byte codes, or twelve-bit codes, and their scales if used."""
+    """Declares the struct `Matrices` of casts.cpp. It has values, one-byte codes or twelve-bit codes, and scales if
+    there are any."""
     what = {"out": out, "optional": True}
     parts = {
         "values": Array((torch.bfloat16, torch.float32), "*M R C", **what),
@@ -57,9 +58,9 @@ _decode_matrices = Kernel(
 class CompiledCasts(EagerCasts):
     """Casts in compiled code. They give the same bits as `EagerCasts`, except for the sign of zeros.
 
-    The casts take CPU tensors. For meta tensors, which plans pass, they make the same allocations. A `QuantizedTensor`
-    from `split` contains the values of the codes in bf16 instead of the codes. bf16 represents the values of every
-    format exactly.
+    The casts take CPU tensors. Plans pass meta tensors; for these, the casts only make the same allocations. `split`
+    returns a `QuantizedTensor` whose `q` has the values of the codes in bf16 instead of the codes. bf16 represents the
+    values of every format exactly.
     """
 
     def quantize(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
@@ -71,12 +72,12 @@ class CompiledCasts(EagerCasts):
         return self._quantize(x_MK, q, cast)
 
     def split(self, x: Tensor | QuantizedTensor, cast: Cast) -> QuantizedTensor:
-        """Quantise like `quantize`, but return values in bf16 instead of codes."""
+        """Quantise like `quantize`, but store in `q` the values of the codes in bf16 instead of the codes."""
         q = (x.q if isinstance(x, QuantizedTensor) else x).new_empty(x.shape, dtype=torch.bfloat16)
         return self._quantize(x, q, fitted(cast, x))
 
     def decoded(self, x: QuantizedTensor) -> QuantizedTensor:
-        """Returns an operand with values in bf16 instead of codes."""
+        """Returns an operand whose `q` has the values of the codes in bf16 instead of the codes."""
         if x.q.dtype == torch.bfloat16:
             return x
         codes = _contiguous(x)
@@ -99,7 +100,7 @@ class CompiledCasts(EagerCasts):
         return values
 
     def _quantize(self, x: Tensor | QuantizedTensor, q: Tensor, cast: Cast) -> QuantizedTensor:
-        """Quantise into q, which holds codes or values."""
+        """Quantise into q. The dtype of q decides whether it gets codes or values."""
         blocks = [-(-size // side) for size, side in zip(x.shape[-2:], cast.block, strict=True)]
         scale = q.new_empty(*x.shape[:-2], *blocks, dtype=torch.float32)
         _cast(x, q, scale, cast)
@@ -108,20 +109,21 @@ class CompiledCasts(EagerCasts):
 
 @cache
 def load_casts() -> CompiledCasts:
-    """The compiled casts. Raises UserError if they cannot be built, stored or loaded."""
+    """Returns the compiled casts. Raises UserError if they cannot be built, stored or loaded."""
     load_library(CASTS_SOURCE)
     return CompiledCasts()
 
 
 def _cast(x: Tensor | QuantizedTensor, q: Tensor, scale: Tensor | None, cast: Cast) -> None:
-    """Cast into q, codes or values, and scale; without a scale, into values that include it."""
+    """Cast into q (codes or values) and scale. If scale is None, q gets values that are already multiplied by their
+    scales."""
     x = _contiguous(x)
     source = (x.q, x.scale, x.cast) if isinstance(x, QuantizedTensor) else (x, None, Cast(E4M3, (1, 1), False))
     _cast_matrices(*_memory(*source), *_memory(q, scale, cast), cast.floor, cast.pow2)
 
 
 def _memory(x: Tensor, scale: Tensor | None, cast: Cast) -> tuple:
-    """Arguments for `_matrices`."""
+    """Returns the arguments for the struct that `_matrices` declares."""
     format = cast.format
     if x.dtype in (torch.bfloat16, torch.float32):
         memory = x, None, None
@@ -141,7 +143,7 @@ def _contiguous(x: QuantizedTensor) -> QuantizedTensor: ...
 
 
 def _contiguous(x: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
-    """Returns a tensor in row-major order, with values in bf16 or fp32."""
+    """Returns the tensor in row-major order. A plain tensor that is neither bf16 nor fp32 becomes fp32."""
     if isinstance(x, QuantizedTensor):
         return QuantizedTensor(x.q.contiguous(), x.scale.contiguous(), x.cast, x.shape)
     return x.contiguous() if x.dtype in (torch.bfloat16, torch.float32) else x.float().contiguous()

@@ -1,8 +1,10 @@
-"""Emulates FP8 on a CPU with compiled matmuls, which take values and fp32 scales of operands as separate tensors.
+"""Emulates FP8 on a CPU with compiled matmuls. These matmuls take the values and the fp32 scales of an operand
+separately.
 
 The values are numbers of the FP8 format, which bf16 represents exactly. So a matmul costs as much as in bf16
-(train/kernels/cpu/products.cpp). If the scales are powers of two, the bf16 values include them, as in `CpuEngine`. Two
-such operands use the plain matmuls of train/kernels/cpu/compiled_matmuls.py, or torch's matmuls if these are faster.
+(train/kernels/cpu/products.cpp). If the scales are powers of two, the bf16 values are already multiplied by them, as in
+`CpuEngine`. If this holds for both operands, the engine uses the plain matmuls of
+train/kernels/cpu/compiled_matmuls.py, or torch's matmuls if these are faster.
 """
 
 from collections.abc import Sequence
@@ -25,14 +27,15 @@ from train.kernels.fp8.quantize import QuantizedTensor, fitted
 from train.model.operations import Kernels
 
 ScaledOperand = Tensor | QuantizedTensor
-"""An operand (O, C): a `QuantizedTensor` with values in bf16, or a bf16 tensor without scales. A scale applies to a
-tile of 128 along the contraction, or to the complete contraction."""
+"""An operand (O, C): a `QuantizedTensor` with values in bf16, or a bf16 tensor without scales. A scale applies to 128
+values along the contraction, or to the complete contraction."""
 
 
 class CompiledEngine(CpuEngine):
-    """A `CpuEngine` that adds in another order. It takes only CPU and meta tensors.
+    """Computes what `CpuEngine` computes, but adds in another order. It takes only CPU and meta tensors.
 
-    It never rounds operands with fp32 scales to bf16.
+    It never multiplies an operand by fp32 scales before a matmul, because the product would need more bits than bf16
+    has.
     """
 
     def __init__(self, casts: CompiledCasts, kernels: Kernels):
@@ -51,7 +54,7 @@ class CompiledEngine(CpuEngine):
         return _transposed(operand) if transposed else operand
 
     def _split(self, source: Source, cast: Cast) -> QuantizedTensor:
-        """Values and scales of a source with this cast."""
+        """Returns the values and scales of a source, quantised by this cast."""
         cast = fitted(cast, source)
         if isinstance(source, QuantizedTensor) and source.cast == cast:
             return self._compiled.decoded(source)
@@ -90,8 +93,8 @@ class CompiledEngine(CpuEngine):
         return QuantizedTensor(q_PF, scale, parts[0].cast, q_PF.shape)
 
     def _is_torchs(self, left: ScaledOperand, right: ScaledOperand) -> bool:
-        """Whether torch computes the matmul. It does so if both operands have no scales, and compiled code is not
-        faster."""
+        """Returns whether torch computes the matmul. It does so if neither operand has scales, and compiled matmuls are
+        not faster."""
         if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
             return False
         return not (self._plain_too and left.dtype == right.dtype == torch.bfloat16)
@@ -106,7 +109,8 @@ def _transposed(x: QuantizedTensor) -> QuantizedTensor:
 def scaled_matmul(
     left_OC: ScaledOperand, right_NC: ScaledOperand, dtype: torch.dtype, into_ON: Tensor | None = None
 ) -> Tensor:
-    """left right^T: (O, N). into: fp32 tensor to which the result is added."""
+    """Computes left @ right^T, a tensor (O, N). into_ON: fp32 tensor to which the result is added; None: a new
+    tensor."""
     (rows, contraction), columns = left_OC.shape, right_NC.shape[0]
     out_ON = _values(left_OC).new_empty(rows, columns, dtype=dtype) if into_ON is None else into_ON
     _run("scaled_gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)], into_ON is not None)
@@ -116,7 +120,8 @@ def scaled_matmul(
 def scaled_grouped(
     left_PC: ScaledOperand, right_ENC: ScaledOperand, groups: PaddedGroups, dtype: torch.dtype
 ) -> Tensor:
-    """Multiplies the rows of each expert by the expert's matrix. Returns (P, N), with zeros in the padding."""
+    """Multiplies the rows of each expert by the expert's transposed matrix. Returns (P, N), with zeros in the
+    padding."""
     _, columns, contraction = right_ENC.shape
     out_PN = _values(left_PC).new_zeros(groups.rows, columns, dtype=dtype)
     parts = parts_by_rows(groups.starts, groups.counts, columns, contraction)
@@ -131,7 +136,8 @@ def scaled_grouped_wgrad(
     dtype: torch.dtype,
     into_EON: Tensor | None = None,
 ) -> Tensor:
-    """Sums over the rows of each expert: (E, O, N). into: see `scaled_matmul`."""
+    """Computes the weight gradient of each expert, a sum over the expert's rows: (E, O, N). into_EON: see
+    `scaled_matmul`."""
     rows, columns = left_OP.shape[0], right_NP.shape[0]
     shape = len(groups.counts), rows, columns
     out_EON = _values(left_OP).new_empty(shape, dtype=dtype) if into_EON is None else into_EON
@@ -158,8 +164,8 @@ def _values(x: ScaledOperand) -> Tensor:
 
 
 def _scales(x: ScaledOperand) -> tuple[Tensor | None, int]:
-    """Returns the scales, one per block of the outer axis and tile of C, and log2 of the block's side. See
-    `compiled_matmuls._operand`."""
+    """Returns an operand's scales and a shift. There is one scale for every 1 << shift rows of the outer axis and every
+    tile of C. See `compiled_matmuls._operand`."""
     if isinstance(x, Tensor):
         return NO_SCALES
     (side, along), (*lead, outer, contraction) = x.cast.block, x.shape

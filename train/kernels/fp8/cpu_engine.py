@@ -1,15 +1,15 @@
 """Emulates FP8 matmuls with torch operations. It is used on CPUs, and works on any device that torch supports.
 
-A CPU has no FP8 arithmetic, so the emulation multiplies the dequantised operands and accumulates in fp32. The operands
-are exact. If the scales are powers of two, bf16 represents the operands exactly, and a matmul costs as much as in bf16.
-(An fp32 weight gradient costs as much as an fp32 matmul.) With fp32 scales, `CpuEngine` uses fp32 operands and an fp32
-matmul.
+A CPU has no FP8 arithmetic, so the emulation multiplies the dequantised operands and accumulates in fp32. The
+dequantised operands are exact. If the scales are powers of two, bf16 represents them exactly, and a matmul costs as
+much as in bf16. (An fp32 weight gradient costs as much as an fp32 matmul.) With fp32 scales, `CpuEngine` uses fp32
+operands and an fp32 matmul.
 
 On CPUs with AVX2, `CompiledEngine` (train/kernels/fp8/compiled_engine.py) takes values and fp32 scales as separate
-tensors. So its matmul with fp32 scales also costs about as much as in bf16. It sums each 128 elements of the
-contraction separately, like Hopper kernels. `CpuEngine` uses one matmul for each call. The results of the two engines
-differ by 3e-7 (relative). This is far below the quantisation error of 4e-2. An expert's rows are padded to a multiple
-of `expert_rows` in conf/thresholds.py (train/kernels/plain/grouped.py gives the reason).
+tensors. So its matmul with fp32 scales also costs about as much as in bf16. It computes a separate sum for every 128
+elements of the contraction, like Hopper kernels. `CpuEngine` uses one matmul for each call. The results of the two
+engines differ by a relative error of 3e-7, far below the quantisation error of 4e-2. An expert's rows are padded to a
+multiple of `expert_rows` in conf/thresholds.py; train/kernels/plain/grouped.py gives the reason.
 
 Shape suffixes: as in train/kernels/fp8/engines.py.
 """
@@ -29,13 +29,13 @@ from train.kernels.fp8.quantize import EagerCasts, QuantizedTensor, exact_dtype,
 from train.kernels.plain.plain_kernels import added
 
 CpuOperand = Tensor | QuantizedTensor
-"""An operand on a CPU; only `CompiledEngine` takes separate values and scales."""
+"""An operand on a CPU. Only `CompiledEngine` accepts a `QuantizedTensor`."""
 
 
 class CpuEngine:
-    """Implements `Fp8Engine` with torch operations on any device. It is the reference for `CompiledEngine`.
+    """Implements `Fp8Engine` with torch operations on any device. Tests compare `CompiledEngine` with it.
 
-    casts: the implementation of casts; torch operations by default.
+    casts: the implementation of casts; None: casts in torch operations.
     """
 
     def __init__(self, casts: EagerCasts | None = None):
@@ -115,7 +115,7 @@ class CpuEngine:
         return swiglu.recompute(self._values(h), gates_P)
 
     def _values(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns the values of a source, exactly or rounded to a given dtype."""
+        """Returns the values of a source: exactly, or rounded to `dtype` if it is given."""
         if isinstance(source, QuantizedTensor):
             return self._casts.dequantize(source, dtype or exact_dtype(source.cast))
         values = source.values if isinstance(source, RoundedTensor) else source
@@ -123,9 +123,9 @@ class CpuEngine:
 
 
 def _common(left: CpuOperand, right: CpuOperand, result: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Converts both operands to a dtype that represents both exactly, or to fp32 if the result is fp32.
+    """Converts both operands to one dtype. It represents both operands exactly, and is fp32 if the result is fp32.
 
-    torch rounds the result of a matmul to the dtype of its operands.
+    torch rounds the result of a matmul to the dtype of its operands, so an fp32 result needs fp32 operands.
     """
     assert isinstance(left, Tensor) and isinstance(right, Tensor), "the others are CompiledEngine's"
     if left.dtype == right.dtype and (left.dtype == torch.float32 or result != torch.float32):

@@ -9,7 +9,8 @@ matmul is left @ right^T. The engines:
     HopperEngine      sm_90            triton_quantize.py    cuBLASLt               triton_matmuls.py, or DeepGEMM if the recipe asks for it
     BlackwellEngine   sm_100, MXFP8    triton_quantize.py    cuBLASLt               torch (CUTLASS), with separate additions
 
-With parallel.wire=fp8, rows of other ranks arrive quantised and are not cast again (`Fp8Engine.take_arrived`).
+With parallel.wire=fp8, other ranks send rows that are already quantised. `Fp8Engine.take_arrived` uses them without a
+new cast.
 
 Shape suffixes: O outer, C contraction, P padded rows (train/kernels/fp8/groups.py), E experts, N outer of the right
 operand.
@@ -42,15 +43,16 @@ class RoundedTensor:
 
 
 Source = Tensor | QuantizedTensor | RoundedTensor
-"""A tensor from which an engine builds an operand, and which a layer saves for backward: original or quantised."""
+"""A tensor from which an engine builds an operand, and which a layer saves for backward. It is the original or a
+quantised tensor."""
 
 
 SourceForm = tuple[Cast, torch.Size] | Cast | None
-"""Describes a source without its tensors, so that `unpack_sources` can rebuild it."""
+"""Everything of a source except its tensors. `unpack_sources` rebuilds the source from it and the tensors."""
 
 
 def pack_sources(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
-    """Returns tensors for autograd to save, and the forms from which `unpack_sources` rebuilds the sources."""
+    """Returns the tensors of the sources, for autograd to save, and the forms of the sources for `unpack_sources`."""
     tensors: list[Tensor] = []
     forms: list[SourceForm] = []
     for one in kept:
@@ -67,7 +69,7 @@ def pack_sources(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
 
 
 def unpack_sources(tensors: Sequence[Tensor], forms: list[SourceForm]) -> list[Source]:
-    """Inverse of `pack_sources`."""
+    """Rebuild the sources from the result of `pack_sources`."""
     rest = iter(tensors)
 
     def one(form: SourceForm) -> Source:
@@ -79,73 +81,80 @@ def unpack_sources(tensors: Sequence[Tensor], forms: list[SourceForm]) -> list[S
 
 
 class Fp8Engine(Protocol):
-    """Quantises and multiplies on one kind of device."""
+    """Quantises and multiplies on one kind of device. See the list of engines at the top of this file."""
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Source:
-        """Quantise a tensor to save it for backward. The result equals that of `quantize` in all bits, but may be
-        padded."""
+        """Quantise a tensor to save it for backward. All engines return the bits that the reference `quantize` returns,
+        but may add padding."""
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Source:
-        """Quantise a tensor for immediate use, in the cheapest form."""
+        """Quantise a tensor for immediate use, in the form that is cheapest for this engine."""
 
     def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
-        """Returns the result of `keep` for values that arrived quantised. scale: (M, ceil(K / 128))."""
+        """Returns what `keep` returns, from codes and scales that another rank has sent. scale: (M, ceil(K / 128))."""
 
     def operand(
         self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
     ) -> Any:
-        """Builds the operand (O, C) from a source (O, C), or with `transposed` from a source (C, O). Keeps leading
-        axes.
+        """Builds the operand (O, C) from a source (O, C), or from a source (C, O) if `transposed` is set. Leading axes
+        remain.
 
-        groups: the contraction runs over the padded rows of several experts, separately for each expert.
+        groups: groups of an operand whose contraction runs over the rows of experts, separately for each expert; else
+        None.
         """
 
     def cast_again(self, x_MK: Tensor, kept: Cast, rule: OperandRule) -> Any:
-        """Returns the transposed `operand` of the values that the cast of `keep` produces."""
+        """Quantises x by the cast `kept`, and returns the transposed `operand` of the quantised values."""
 
     def values(self, source: Any) -> Tensor:
-        """Returns the values of a saved source, in bf16."""
+        """Returns the values of a saved source in bf16."""
 
     def gradient(
         self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None
     ) -> tuple[Any, Any]:
-        """Builds both left operands from a gradient (T, N): one for Dgrad, and a transposed one for Wgrad."""
+        """Builds two left operands from a gradient (T, N): one for Dgrad, and a transposed one for Wgrad.
+
+        for_inputs, for_weights: rules of the two operands.
+        """
 
     def groups(self, counts_E: Tensor, rows: int) -> PaddedGroups:
-        """Returns the layout of `rows` rows with these counts per expert, for the `groups` arguments of this engine."""
+        """Returns the positions of each expert's rows, for the `groups` arguments of this engine. rows: the sum of
+        counts_E."""
 
     def matmul(self, left: Any, right: Any, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """Returns left @ right^T. into: a tensor of dtype; the result is added to it, and it is returned."""
+        """Returns left @ right^T. into: a tensor of this dtype; the method adds the result to it and returns it."""
 
     def grouped(self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
-        """Multiplies the rows of each expert by the expert's matrix: left (P, C), right (E, N, C). Returns (P, N), with
-        zeros in the padding."""
+        """Multiplies the rows of each expert by the expert's transposed matrix: left (P, C), right (E, N, C). Returns
+        (P, N), with zeros in the padding."""
 
     def grouped_wgrad(
         self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
-        """Sums over the rows of each expert: left (O, P), right (N, P). Returns (E, O, N). into: see `matmul`."""
+        """Returns left @ right^T for each expert, a sum over the expert's rows: left (O, P), right (N, P). The result
+        is (E, O, N). into: see `matmul`."""
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast) -> tuple[Any, Source]:
-        """Returns the operand of SwiGLU's output (train/kernels/fp8/swiglu.py), and h in the form to save for
-        backward."""
+        """Computes SwiGLU (train/kernels/fp8/swiglu.py). Returns its output as an operand, and its input h in the form
+        to save for backward."""
 
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns a (P, F), dh (P, 2F) and the gradient of the gates (P,)."""
+        """Returns SwiGLU's recomputed output (P, F), the gradient of h (P, 2F) and the gradient of the gates (P,)."""
 
     def recompute_swiglu(self, h: Source, gates_P: Tensor) -> Tensor:
-        """Returns only the tensor `a` of `swiglu_backward`."""
+        """Returns only SwiGLU's recomputed output (P, F), with the same bits as `swiglu_backward`."""
 
 
 class HeldWeights:
-    """Stores weights as operands, which are built only one time in each step. No weight may change between `hold` and
-    `drop`.
+    """Stores weights as operands, so that each operand is built only once in a step. No weight may change between
+    `hold` and `drop`.
 
     A layer uses a weight in two casts: as stored for Fprop, and transposed for Dgrad. Weights change only between
-    steps, so all micro-batches can use the same operands. The first step builds each operand at its first use. Later
-    steps build all operands before their passes, so that the memory use is constant during the passes.
+    steps, so all micro-batches of a step can use the same operands. The first step builds each operand at its first
+    use. In later steps `hold` builds all operands before the forwards and backwards, so that the memory use is constant
+    during these.
 
-    making: a context around the construction of operands, in which a caller can measure their memory separately.
+    making: a context in which operands are built. A caller can measure their memory in this context.
     """
 
     def __init__(self, engine: Fp8Engine, making: Callable[[], AbstractContextManager] = nullcontext):
@@ -155,7 +164,8 @@ class HeldWeights:
         self._made: dict[tuple[int, bool], Any] = {}
 
     def name(self, weight: Tensor) -> int | None:
-        """Returns a key of a weight. Backward needs it, because autograd may pass another tensor with the same memory.
+        """Returns a key of a weight for `operand`. Backward needs the key, because autograd may pass to backward
+        another tensor with the same memory.
 
         The key is None if the weight's operands are not stored, for example if the weight was just unpacked from bytes.
         """
@@ -165,7 +175,8 @@ class HeldWeights:
         return id(weight)
 
     def operand(self, weight: Tensor, name: int | None, rule: OperandRule, transposed: bool = False) -> Any:
-        """See `Fp8Engine.operand`."""
+        """Returns a weight's stored operand, or builds the operand. name: the key from `name`. rule, transposed: see
+        `Fp8Engine.operand`."""
         if name is None or not self._holds:
             return self.engine.operand(weight, rule, transposed)
         key = name, transposed
@@ -177,19 +188,19 @@ class HeldWeights:
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Build all operands that earlier steps used. Store them and all operands that are built later."""
+        """Build all operands that earlier steps used. From now until `drop`, store every operand."""
         self.drop()
         self._holds = True
         for (name, transposed), rule in self._asked.items():
             self.operand(self._weights[name], name, rule, transposed)
 
     def drop(self) -> None:
-        """Drop all operands, before a weight changes."""
+        """Drop all stored operands. Call this before a weight changes."""
         self._holds = False
         self._made.clear()
 
     def count_bytes(self) -> int:
-        """Returns the bytes of the stored operands. Operands that share memory with the weights are left out."""
+        """Returns the bytes of the stored operands. Operands that share memory with the weights are not counted."""
         weights = {weight.untyped_storage()._cdata for weight in self._weights.values()}
         parts = [tensor for made in self._made.values() for tensor in _tensors(made)]
         storages = {one._cdata: one.nbytes() for one in (tensor.untyped_storage() for tensor in parts)}
@@ -197,5 +208,5 @@ class HeldWeights:
 
 
 def _tensors(made: Any) -> list[Tensor]:
-    """Returns the tensors of an operand. The operand is a tensor, or it has tensors as fields."""
+    """Returns the tensors of an operand. An operand is a tensor, or an object with tensors as fields."""
     return [made] if isinstance(made, Tensor) else [one for one in vars(made).values() if isinstance(one, Tensor)]

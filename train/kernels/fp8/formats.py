@@ -1,9 +1,9 @@
 """Defines number formats that are smaller than bf16, and the twelve-bit packing of E5M6.
 
 A format with m mantissa bits represents 1 + m significant bits down to 2**min_exponent. Below this value, the step
-between two neighbouring values is 2**(min_exponent - m). E5M6 has no torch dtype. Its code is the top twelve bits of an
-fp16, and two values share three bytes: value i is at bit 12 i of the little-endian stream (reference arithmetic:
-DeepSeek TileKernels).
+between two neighbouring values is 2**(min_exponent - m). torch has no dtype for E5M6. The code of an E5M6 value is the
+top twelve bits of an fp16, and two values share three bytes. Value i begins at bit 12 i of the little-endian stream
+(reference arithmetic: DeepSeek TileKernels).
 
 Shape suffixes: K packed dimension.
 """
@@ -18,23 +18,23 @@ from parallel.expert.wire import TILE
 MX_TILE = 32
 """Number of values along a contraction that share a scale in MXFP8 (OCP Microscaling Formats, v1.0)."""
 AMAX_FLOOR = 1e-4
-"""Lower bound of the max-abs from which a scale is computed. So a tile of zeros has a positive scale (as in the kernels
-of paper 3.3.2)."""
+"""Lower bound of the max-abs from which a scale is computed. Because of it, a tile of zeros has a positive scale, as in
+the kernels of paper 3.3.2."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A binary floating-point format with sign, five or four exponent bits and few mantissa bits."""
+    """A binary floating-point format with a sign bit, four or five exponent bits, and a few mantissa bits."""
 
     name: str
     mantissa: int
-    """Stored mantissa bits."""
+    """Number of stored mantissa bits."""
     min_exponent: int
     """Exponent of the smallest normal value."""
     max: float
     """Largest finite value."""
     dtype: torch.dtype | None
-    """torch's storage type; None for values in Sluice's own packing."""
+    """torch's dtype of the codes; None if Sluice packs the codes itself."""
 
 
 E4M3 = Format("e4m3", 3, -6, 448.0, torch.float8_e4m3fn)
@@ -44,37 +44,39 @@ E5M6 = Format("e5m6", 6, -14, 65024.0, None)
 ScaleBlock = tuple[int, int]
 
 WHOLE_SIDE = 2**62
-"""Side of a block that covers the complete tensor."""
+"""A side length that makes a block cover the complete tensor."""
 
 
 @dataclass(frozen=True)
 class Cast:
-    """The quantisation of a tensor: format, block and kind of scale."""
+    """Describes how to quantise a tensor: the format, the block and the kind of scale."""
 
     format: Format
     block: ScaleBlock
-    """Rows and columns of a block, which share a scale. A block is never larger than the tensor."""
+    """Numbers of rows and columns of a block. The values of a block share a scale. After `fitted`, a block is not
+    larger than the tensor."""
     pow2: bool
     """Whether scales are rounded up to powers of two."""
     floor: float = AMAX_FLOOR
-    """Lower bound of the max-abs in a scale."""
+    """Lower bound of the max-abs from which a scale is computed."""
 
     def empty_tiles(self, like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Returns memory on `like`'s device for q (rows, columns), and for a scale per row and 128 columns, stored
-        column by column."""
+        """Allocates q (rows, columns), and one scale for each row and each 128 columns, on `like`'s device. The scales
+        are stored column by column."""
         return like.new_empty(rows, columns, dtype=self.format.dtype), empty_scales(like, rows, columns // TILE)
 
 
 def empty_scales(like: Tensor, outer: int, tiles: int) -> Tensor:
-    """Returns memory on `like`'s device for fp32 scales (outer, tiles), stored column by column."""
+    """Allocates fp32 scales (outer, tiles) on `like`'s device, stored column by column."""
     return like.new_empty_strided((outer, tiles), (1, outer), dtype=torch.float32)
 
 
 def round_to(x: Tensor, format: Format) -> Tensor:
     """Round fp32 values, |x| <= format.max, to the nearest value of the format, ties to even; in place.
 
-    Adding 1.5 * 2**23 steps leaves no bit below the step in an fp32, so the addition itself rounds, and the subtraction
-    is exact. The step is the step of the value's own binade, or of the smallest normal binade.
+    The function adds 1.5 * 2**23 steps to x, and subtracts them again. A step is the distance between two neighbouring
+    values of the format at x, but not less than the step of the smallest normal values. After the addition, an fp32 has
+    no bits for fractions of a step. So the addition rounds x to whole steps, and the subtraction is exact.
     """
     assert x.dtype == torch.float32
     shift = x.view(torch.int32) & 0x7F800000
@@ -84,7 +86,7 @@ def round_to(x: Tensor, format: Format) -> Tensor:
 
 
 def pack_e5m6(x_K: Tensor) -> Tensor:
-    """Pack E5M6 values: (..., K) fp32 on the E5M6 grid -> (..., 3 ceil(K / 2)) uint8."""
+    """Pack fp32 values that E5M6 represents exactly: (..., K) fp32 -> (..., 3 ceil(K / 2)) uint8."""
     x_K = torch.nn.functional.pad(x_K, (0, x_K.shape[-1] % 2)).half()  # exact: fp16 has E5M6's exponent range
     bits = (x_K.view(torch.int16).int() >> 4) & 0xFFF
     first, second = bits[..., 0::2], bits[..., 1::2]
@@ -92,7 +94,7 @@ def pack_e5m6(x_K: Tensor) -> Tensor:
 
 
 def unpack_e5m6(packed: Tensor, length: int) -> Tensor:
-    """Unpack E5M6 values: (..., 3 ceil(K / 2)) uint8 -> (..., K) fp16, K = length."""
+    """Unpack E5M6 values: (..., 3 ceil(K / 2)) uint8 -> (..., K) fp16. length: K."""
     first, middle, last = packed.unflatten(-1, (-1, 3)).short().unbind(-1)
     pairs = torch.stack((first | (middle & 0xF) << 8, middle >> 4 | last << 4), -1).flatten(-2)
     return (pairs << 4).view(torch.float16)[..., :length]

@@ -1,9 +1,9 @@
 """FP8 matmuls for the model: DeepSeek-V3's mixed precision (paper 3.3).
 
 The model calls an `Fp8Precision` object for its matmuls and never branches on the precision. Embedding, output head,
-router, norms and the attention core do not use it and stay in high precision. Parameters and buffers contain no FP8
-state, because every matmul computes its scales from the current values. So an FP8 run can resume from a checkpoint of a
-bf16 run, and a bf16 run can resume from a checkpoint of an FP8 run.
+router, norms and the attention core do not use the object; they compute in bf16 or fp32. Parameters and buffers contain
+no FP8 state, because every matmul computes its scales from the current values. So an FP8 run can resume from a
+checkpoint of a bf16 run, and a bf16 run from a checkpoint of an FP8 run.
 
 Shape suffixes: R rows sorted by expert, D width, F inner width, E experts.
 """
@@ -55,8 +55,8 @@ class Fp8Precision:
         engine: Fp8Engine | None = None,
         making: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        """engine: replaces the device's default engine. making: passed to `HeldWeights`. Raises UserError if the device
-        lacks a requirement of its engine."""
+        """engine: None: the default engine for the device. making: is passed to `HeldWeights`. Raises UserError if the
+        device lacks something that its engine needs."""
         self.kernels = kernels
         self._rules = build_rules(fp8)
         self._health = HealthWatch(fp8.health.every)
@@ -66,13 +66,13 @@ class Fp8Precision:
         self.weights = HeldWeights(self._engine, making)
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: HeldInput | None = None) -> Tensor:
-        """Multiplies x (..., K) by the transposed weight (N, K). kind: dense, or output for the attention's output
-        projection."""
+        """Multiplies x (..., K) by the transpose of the weight (N, K). kind: `output` for the attention's output
+        projection, `dense` for all other layers."""
         rules = getattr(self._rules, kind)
         return linear(x, weight, self.weights, rules, self._health.probe(weight), held)
 
     def hold(self, x: Tensor, kind: str) -> HeldInput | None:
-        """See `LayerPrecision.hold`."""
+        """Returns x in the form in which `linear` saves it for backward; None without gradients."""
         rules = getattr(self._rules, kind)
         if not torch.is_grad_enabled():
             return None
@@ -94,39 +94,41 @@ class Fp8Precision:
         counts_E: Tensor,
         added: tuple[AddedMatmul | None, AddedMatmul | None] = (None, None),
     ) -> Tensor:
-        """Computes the SwiGLU FFN of every expert on the expert's rows: (R, D)."""
+        """Computes the SwiGLU FFN of every expert for the expert's rows. Returns a tensor (R, D)."""
         up, down = self._health.probe(w13_E2FD), self._health.probe(w2_EDF)
         probes = (up, down) if up is not None and down is not None else None
         both = w13_E2FD, w2_EDF
         return expert_ffn(rows_RD, gates_R, both, counts_E, self.weights, self._rules, probes, added, self.kernels)
 
     def watch(self, model: nn.Module) -> None:
-        """Store the names of the model's layers, for the health readings."""
+        """Store the names of the model's layers. Health readings need them."""
         self._health.name(model.named_parameters())
 
     def start_step(self, step: int, hold_weights: bool = False) -> None:
-        """Start a step. Every `precision.fp8.health.every` steps the matmuls are checked.
+        """Start a step. In every step whose index is a multiple of `precision.fp8.health.every`, the matmuls are
+        checked.
 
-        hold_weights: cast each weight only one time, because no weight changes before `end_passes`.
+        hold_weights: whether to cast each weight only once. This requires that no weight changes before `end_passes`.
         """
         self._health.start_step(step)
         if hold_weights:
             self.weights.hold()
 
     def end_passes(self) -> None:
-        """Drop the casts of weights, before the update."""
+        """Drop the stored casts of weights, before the optimizer updates the weights."""
         self.weights.drop()
 
     def health(self) -> Report:
-        """Metrics and warnings of the step that ends; empty for a step that was not checked."""
+        """Returns the metrics and warnings of the current step; empty for a step that was not checked."""
         return self._health.report()
 
 
 def cpu_engine(fp8: Fp8, kernels: Kernels, meta: bool = False) -> CpuEngine:
-    """The CPU emulation for a checked section. kernels: the kernels of matmuls without scales. meta: whether a plan
-    builds the engine; a plan runs no compiled code.
+    """Returns the engine that emulates FP8 on a CPU.
 
-    Raises UserError if compiled code is requested and cannot be built, stored or loaded.
+    fp8: the section `precision.fp8` of a checked configuration. kernels: compute the matmuls of operands without
+    scales. meta: whether a plan builds the engine; a plan runs no compiled code. Raises UserError if compiled code is
+    requested and cannot be built, stored or loaded.
     """
     if not fp8.compiled:
         return CpuEngine()
@@ -139,16 +141,17 @@ def cpu_engine(fp8: Fp8, kernels: Kernels, meta: bool = False) -> CpuEngine:
 
 
 def load_gpu_engine(fp8: Fp8) -> HopperEngine:
-    """Returns the GPU engine that the recipe requests: Hopper's, or Blackwell's for one scale per 32 values.
+    """Returns the GPU engine that the recipe requests: `BlackwellEngine` if 32 values share a scale, else
+    `HopperEngine`.
 
-    Raises UserError for missing requirements.
+    Raises UserError if the GPU or the installed software lacks something that the engine needs.
     """
     check_gpu_operands(fp8)
     mx = has_mx_tiles(fp8)
     require_fit(deep_gemm=False, mx=mx)
     casts = _triton_module("quantize")
     if mx:
-        grouped = F.scaled_grouped_mm  # pyrefly: ignore[missing-attribute]  torch's own stubs have only scaled_mm
+        grouped = F.scaled_grouped_mm  # pyrefly: ignore[missing-attribute]  torch's type stubs have only scaled_mm
         return BlackwellEngine(casts, ScaledGroupedMatmuls(grouped))
     if needs_deep_gemm(fp8):
         return HopperEngine(casts, DeepGemmMatmuls(load_deep_gemm()))
@@ -156,5 +159,5 @@ def load_gpu_engine(fp8: Fp8) -> HopperEngine:
 
 
 def _triton_module(name: str) -> ModuleType:
-    """Returns a module of kernels that needs triton, imported after triton is known to exist."""
+    """Imports a module with Triton kernels. Call this function only after a check that triton is installed."""
     return importlib.import_module(f"train.kernels.fp8.triton_{name}")

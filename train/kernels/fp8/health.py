@@ -1,16 +1,17 @@
 """Monitors the precision that FP8 casts lose, and the errors of FP8 matmuls.
 
-Every `every` steps each layer takes readings of each tensor class (activation, weight, gradient):
+In one of every `every` steps, each layer computes readings. A reading is one number, for one of three tensors
+(activation, weight, gradient):
 
     flushed       fraction of the non-zero values that became zero
     saturated     fraction of the values that the cast clamps: beyond the format's maximum, or not finite
     scale_range   log2 of the tensor's largest scale divided by its smallest scale
 
-and of each matmul (fprop, dgrad):
+or for one of two matmuls (fprop, dgrad):
 
     error         |y - y'| / |y'| for the first 128 rows; y' is the result of the same matmul with bf16 operands
 
-A reading stays on the device until the end of the step. So taking a reading does not wait for the device.
+A reading stays on the device until the end of the step. So the host does not wait for the device in between.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,32 +26,32 @@ from train.kernels.fp8.quantize import blocked, fitted, scales
 from train.model.recompute import is_repeated
 
 SHADOW_ROWS = 128
-"""Rows of a matmul that are recomputed in bf16."""
+"""Number of rows of a matmul that are recomputed in bf16."""
 LIMITS = {"flushed": 0.05, "saturated": 0.0, "error": 0.1}
-"""Maps the name of a reading to the largest value that causes no warning."""
+"""Maps the name of a reading to its limit. A larger value causes a warning."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One number of one tensor or matmul."""
+    """One measured number of one tensor or matmul in a layer."""
 
     layer: str
     subject: str
-    """activation, weight or gradient; fprop or dgrad for the error of a matmul."""
+    """The tensor (activation, weight or gradient), or the matmul (fprop or dgrad) if the reading is an error."""
     name: str
     value: Tensor
     """A scalar, on the device."""
 
 
 class LayerProbe:
-    """Takes the readings of one layer in one step."""
+    """Computes and stores the readings of one layer in one step."""
 
     def __init__(self, layer: str, readings: list[Reading]):
         self._layer, self._readings = layer, readings
 
     @torch.no_grad()
     def operand(self, subject: str, x: Tensor, rule: OperandRule) -> None:
-        """Take the readings of the cast of x (..., M, K) by the rule."""
+        """Compute the readings of a tensor x (..., M, K) that `rule` quantises. subject: see `Reading.subject`."""
         if x.numel() == 0:
             return
         cast = fitted(rule.cast(), x)
@@ -61,7 +62,7 @@ class LayerProbe:
         nonzero = blocks != 0
         clamped = ~(
             scaled.abs() <= rule.format.max * (1 + 2**-20)
-        )  # one rounding beyond the maximum does not count as clamped
+        )  # values beyond the maximum by a single rounding do not count as clamped
         flushed = (round_to(scaled, rule.format) == 0) & nonzero
         used = amax > 0
         self._take(subject, "flushed", flushed.sum() / nonzero.sum().clamp_min(1))
@@ -71,7 +72,8 @@ class LayerProbe:
 
     @torch.no_grad()
     def matmul(self, subject: str, out: Tensor, left: Tensor, right: Tensor) -> None:
-        """Take the relative error of out (M, N), the FP8 result of left (M, K) right (N, K)^T."""
+        """Compute the relative error of out (M, N), the FP8 result of left (M, K) right (N, K)^T. subject: see
+        `Reading.subject`."""
         if out.numel() == 0:
             return
         exact = (left[:SHADOW_ROWS].bfloat16() @ right.bfloat16().mT).float()
@@ -83,35 +85,36 @@ class LayerProbe:
 
 
 class HealthWatch:
-    """Selects the monitored steps, and summarises their readings."""
+    """Selects the steps that are monitored, and summarises their readings."""
 
     def __init__(self, every: int):
-        """every: number of steps from one check to the next; 0: no checks."""
+        """every: number of steps from one monitored step to the next; 0: no step is monitored."""
         self._every = every
         self._names: dict[int, str] = {}
         self._readings: list[Reading] = []
         self._watching = False
 
     def name(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Store the names of the weights, for the readings."""
+        """Store the names of the weights. Readings name their layers with them."""
         self._names.update((id(parameter), name.removesuffix(".weight")) for name, parameter in parameters)
 
     def start_step(self, step: int) -> None:
-        """Clear the readings, and monitor this step if it is one of every `every` steps."""
+        """Clear the readings, and monitor this step if its index is a multiple of `every`."""
         self._readings.clear()
         self._watching = self._every > 0 and step % self._every == 0
 
     def probe(self, weight: Tensor) -> LayerProbe | None:
-        """Returns the probe for the layer of this weight in a monitored step; else None.
+        """Returns the probe for the layer that has this weight; None if the step is not monitored.
 
-        Also None for a forward without a backward, which is not part of the step.
+        Also returns None in a forward without gradients, and in the second run of a recomputed layer.
         """
         if not self._watching or not torch.is_grad_enabled() or is_repeated():
             return None
         return LayerProbe(self._names.get(id(weight), f"weight of shape {tuple(weight.shape)}"), self._readings)
 
     def report(self) -> "Report":
-        """Returns the results of the step; empty if it was not monitored. The worst of several readings counts."""
+        """Returns the results of the step; empty if the step was not monitored. If a name has several readings, the
+        worst counts."""
         report = Report({}, {}, [])
         if not self._readings:
             return report
@@ -137,28 +140,28 @@ class HealthWatch:
 
 
 def _worse(value: float, other: float | None) -> float:
-    """Returns the larger value; NaN is worse than any number."""
+    """Returns the larger value. NaN counts as larger than any number."""
     return value if other is None or value != value or value > other else other
 
 
 @dataclass(frozen=True)
 class Report:
-    """Results of a monitored step."""
+    """Results of one monitored step."""
 
     metrics: dict[str, float]
-    """Maps fp8_SUBJECT_NAME to the value of the worst layer."""
+    """Maps fp8_SUBJECT_NAME to the worst value of all layers. SUBJECT and NAME are fields of the readings."""
     layers: dict[str, dict[str, float]]
-    """Maps layer_fp8_SUBJECT_NAME to the values of all layers."""
+    """Maps layer_fp8_SUBJECT_NAME to a value for each layer."""
     warnings: list[str]
     """One warning for every limit that a layer exceeded."""
 
 
 WARNINGS = 5
-"""Number of warnings of a step that are shown individually. Further warnings are only counted."""
+"""Number of warnings of a step that are shown one by one. Further warnings are only counted."""
 
 
 def merge_reports(reports: Sequence[Report]) -> Report:
-    """Returns the reports of all ranks as one: the worst value for each name."""
+    """Merges the reports of all ranks into one report, with the worst value for each name."""
     together = Report({}, {}, [])
     for report in reports:
         for key, value in report.metrics.items():

@@ -6,16 +6,17 @@
       TritonMatmuls    Sluice's kernels (train/kernels/fp8/triton_matmuls.py), which need only torch and triton
       DeepGemmMatmuls  DeepGEMM's: M-grouped 1x128 by 128x128 (Fprop, Dgrad), K-grouped 1x128 by 1x128 (Wgrad, fp32)
 
-A missing or old library is an error that names it; there is no fallback. The quantisation kernels pad operands with
-zero rows to multiples of 128.
+If a library is missing or too old, the run fails with an error that names the library. There is no fallback. The
+quantisation kernels pad operands with zero rows to multiples of 128.
 
 Pitfalls of the libraries:
-- cuBLASLt reads the scales of a 128x128 operand with their number along the contraction rounded up to a multiple of 4.
+- For a 128x128 operand, cuBLASLt expects the number of scales along the contraction to be a multiple of 4, so it is
+  padded.
 - DeepGEMM's K-grouped kernel takes each expert's operand as a separate matrix, one after another. It needs a C operand,
   and does not write the result of an expert without rows.
-- DeepGEMM transposes tile scales stored row by row, with a kernel that it compiles for each width. For Wgrad this means
-  for every number of rows, and the kernel's shared memory ends at 116,000 rows. Scales stored column by column, as
-  here, are accepted directly by both libraries.
+- If tile scales are stored row by row, DeepGEMM transposes them, with a kernel that it compiles for each width. In
+  Wgrad the width is the number of rows, so each number of rows would need a new kernel. Above 116,000 rows, that kernel
+  has too little shared memory. Here scales are stored column by column. Both libraries read them without a transpose.
 
 Shape suffixes: O outer, C contraction, P rows of experts (train/kernels/fp8/groups.py), E experts, N outer of the right
 operand.
@@ -44,51 +45,61 @@ from train.kernels.fp8.quantize import QuantizedTensor, dequantize
 
 @dataclass(frozen=True)
 class PaddedOperand:
-    """A quantised operand in the layout of the kernels, with sizes padded to multiples of 128."""
+    """A quantised operand in the memory layout that the kernels read. Its sizes are padded to multiples of 128."""
 
     q: Tensor
-    """(..., O, C); in DeepGEMM's K-grouped GEMM flat: one (O, rows of the expert) matrix after another."""
+    """Codes (..., O, C). DeepGEMM's K-grouped GEMM needs a flat tensor instead: one matrix (O, rows of the expert)
+    after another."""
     scale: Tensor
-    """Tiles: (O, C / 128) stored column by column. Blocks: (..., O / 128, C / 128), contiguous. MXFP8: the layout of
-    `quantize_mx` in train/kernels/fp8/triton_quantize.py."""
+    """Scales. For tiles: (O, C / 128), stored column by column. For blocks: (..., O / 128, C / 128), contiguous. For
+    MXFP8: the layout of `quantize_mx` in train/kernels/fp8/triton_quantize.py."""
     tiles: bool
-    """True: one scale per row and 128 (or 32) elements of the contraction. False: one scale per 128x128."""
+    """True: each row has a scale for 128 (or 32) elements along the contraction. False: each 128x128 block has a
+    scale."""
     outer: int
-    """O without the padding."""
+    """The size O without padding."""
 
     @cached_property
     def columns(self) -> tuple[Tensor, Tensor]:
-        """Returns q and scales of blocks, as cuBLASLt reads a right operand: (C, O), and (C / 128 padded to a multiple
-        of 4, O / 128)."""
-        right = -self.scale.shape[1] % 4  # zero for most sizes, which then need no copy
+        """The codes and block scales in the layout of cuBLASLt's right operand: (C, O), and (C / 128 padded to a
+        multiple of 4, O / 128)."""
+        right = -self.scale.shape[1] % 4  # zero for most shapes, which then need no copy
         return self.q.t(), (F.pad(self.scale, (0, right), value=1.0) if right else self.scale).t()
 
 
 class GroupedMatmuls(Protocol):
-    """Both kinds of grouped GEMMs, for at least one row. `PaddedGroups` gives the rows."""
+    """The two kinds of grouped GEMMs, for at least one row. `PaddedGroups` describes the rows of each expert."""
 
     flat: bool
-    """Whether the operands of `wgrad` are one expert's matrix after another."""
+    """Whether an operand of `wgrad` is a flat tensor with one matrix per expert."""
     counted: bool
-    """Whether the host must know the row count of each expert."""
+    """Whether the host must know the number of rows of each expert."""
 
     def grouped(self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups) -> Tensor:
-        """Multiplies left (P, C or more rows) in tiles by right (E, N, C) in blocks. Returns (P, N) in bf16."""
+        """Multiplies the rows of left (P, C) by their expert's transposed matrix in right (E, N, C). Returns (P, N) in
+        bf16.
+
+        left is quantised in tiles and may have more than P rows. right is quantised in blocks.
+        """
 
     def wgrad(
         self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups | None, out_EON: Tensor, added: bool
     ) -> None:
-        """Multiplies left (O, P) by right (N, P), both in tiles. Fills out_EON (bf16 or fp32), or adds to it (fp32).
-        groups: None if all rows are summed into one matrix."""
+        """Multiplies left (O, P) by the transpose of right (N, P), separately for the columns of each expert. Both
+        operands are in tiles.
+
+        out_EON: is overwritten (bf16 or fp32), or the result is added to it (fp32) if `added` is set. groups: None if
+        all rows are summed into one matrix.
+        """
 
 
 class TritonMatmuls:
-    """Grouped GEMMs by Sluice's Triton kernels."""
+    """Grouped GEMMs with Sluice's Triton kernels."""
 
     flat = counted = False
 
     def __init__(self, kernels: Any):
-        """kernels: the module with the kernels."""
+        """kernels: the module train.kernels.fp8.triton_matmuls."""
         self._kernels = kernels
 
     def grouped(self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups) -> Tensor:
@@ -103,7 +114,7 @@ class TritonMatmuls:
 
 
 class DeepGemmMatmuls:
-    """Grouped GEMMs by the module deep_gemm."""
+    """Grouped GEMMs with the package DeepGEMM (module deep_gemm)."""
 
     flat = counted = True
 
@@ -145,20 +156,25 @@ class DeepGemmMatmuls:
 
 
 def load_deep_gemm() -> ModuleType:
-    """Imports DeepGEMM in a version that has the kernels and is compatible with the installed torch."""
+    """Imports DeepGEMM. Raises UserError unless its version has the needed kernels and fits the installed torch."""
     require_fit(deep_gemm=True)
     try:
         return importlib.import_module("deep_gemm")
-    except (ImportError, OSError, AssertionError) as error:  # DeepGEMM asserts that it finds a CUDA toolkit
+    except (
+        ImportError,
+        OSError,
+        AssertionError,
+    ) as error:  # DeepGEMM raises AssertionError if it finds no CUDA toolkit
         rule = f"{DEEP_GEMM} {version(DEEP_GEMM)} cannot be loaded: {error!r}"
         raise UserError("precision", "fp8", rule, WITHOUT_PACKAGES) from error
 
 
 class HopperEngine:
-    """`train.kernels.fp8.engines.Fp8Engine` on a Hopper GPU."""
+    """Implements `train.kernels.fp8.engines.Fp8Engine` on a Hopper GPU."""
 
     def __init__(self, kernels: Any, matmuls: GroupedMatmuls, scaled_mm: Callable[..., Tensor] = F.scaled_mm):
-        """kernels: train.kernels.fp8.triton_quantize. matmuls: the grouped GEMMs of one of the libraries."""
+        """kernels: the module train.kernels.fp8.triton_quantize. matmuls: grouped GEMMs. scaled_mm: torch's dense
+        GEMM."""
         self._casts, self._matmuls, self._scaled_mm = kernels, matmuls, scaled_mm
 
     def keep(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
@@ -170,7 +186,7 @@ class HopperEngine:
 
     def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> QuantizedTensor:
         q = _padded_columns(q_MK.view(torch.uint8)).view(q_MK.dtype)
-        columns = scale.new_empty(scale.shape[::-1]).copy_(scale.t())  # sets the strides even for sizes of 1
+        columns = scale.new_empty(scale.shape[::-1]).copy_(scale.t())  # a copy has these strides even if a size is 1
         return QuantizedTensor(q, columns.t(), cast, q_MK.shape)
 
     def values(self, source: QuantizedTensor) -> Tensor:
@@ -270,26 +286,27 @@ class HopperEngine:
         return self._casts.swiglu_backward(h.q, gates_P, da_PF, h.scale)
 
     def recompute_swiglu(self, h: Source, gates_P: Tensor) -> Tensor:
-        # the same kernel gives the same bits; its other results, computed from the zeros, are ignored
+        # The same kernel gives the same bits. The other results of the kernel, computed from these zeros, are ignored.
         da_PF = gates_P.new_zeros(h.shape[0], h.shape[1] // 2, dtype=torch.bfloat16)
         return self.swiglu_backward(h, gates_P, da_PF)[0]
 
 
 def needs_deep_gemm(fp8: Fp8) -> bool:
-    """Whether the recipe uses DeepGEMM."""
+    """Returns whether the recipe uses DeepGEMM."""
     return fp8.backend == Fp8Backend.deepgemm
 
 
 def has_mx_tiles(fp8: Fp8) -> bool:
-    """Whether an operand has a scale per 32 values, as Blackwell's GEMMs take it."""
+    """Returns whether the recipe has an operand in which 32 values share a scale. Only Blackwell's GEMMs support
+    this."""
     return any("/1x32/" in getattr(fp8, name) for name in FP8_OPERANDS)
 
 
 def check_gpu_operands(fp8: Fp8) -> None:
-    """Check that a GPU supports the operands. Raises UserError.
+    """Check that a GPU supports the operands of a recipe. Raises UserError.
 
-    All operands must be E4M3. Hopper needs 1x128 tiles and 128x128 blocks of weights. Blackwell needs 1x32 tiles for
-    both.
+    All operands must be E4M3. On Hopper, weights must have 128x128 blocks, and other operands 1x128 tiles. On
+    Blackwell, all operands must have 1x32 tiles.
     """
     mx = has_mx_tiles(fp8)
     for name in FP8_OPERANDS:
@@ -309,7 +326,7 @@ def check_gpu_operands(fp8: Fp8) -> None:
 
 
 def check_expert_sizes(weight_ENK: Source) -> None:
-    """Raises UserError for expert weights whose sizes are not whole tiles."""
+    """Raises UserError if a size of the experts' weights is not a multiple of 128."""
     for size in weight_ENK.shape[1:]:
         if size % TILE:
             raise UserError(
@@ -325,6 +342,6 @@ def _operand(made: tuple[Tensor, Tensor], tiles: bool, outer: int) -> PaddedOper
 
 
 def _padded_columns(x_RC: Tensor) -> Tensor:
-    """Returns x with columns padded to complete tiles, contiguous."""
+    """Returns x, contiguous, with its columns padded to a multiple of 128."""
     right = -x_RC.shape[-1] % TILE
     return F.pad(x_RC, (0, right)) if right else x_RC.contiguous()

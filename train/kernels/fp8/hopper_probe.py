@@ -1,11 +1,12 @@
-"""Tests the FP8 GEMMs of this Hopper or Blackwell GPU with the installed software, in a separate process, before data
-are read.
+"""Tests the FP8 GEMMs of this Hopper or Blackwell GPU with the installed software. A separate process runs the test,
+before the run reads data.
 
     python -m train.kernels.fp8.hopper_probe CONFIG ANSWER DEVICE
 
-It checks versions first, then runs small GEMMs through the same calls as a training step. It compares their values with
-the emulation on the CPU (train/kernels/fp8/cpu_engine.py). An incompatible library may abort the process; then the last
-stage in the answer shows the place. The parent process imports no torch.
+The process checks versions first, and then runs small GEMMs through the functions that a training step calls. It
+compares the results with the emulation on the CPU (train/kernels/fp8/cpu_engine.py). The process writes each stage to
+the file ANSWER. An incompatible library may abort the process; then the last stage in ANSWER shows where. The parent
+process imports no torch.
 """
 
 import json
@@ -34,20 +35,20 @@ if TYPE_CHECKING:
     from train.kernels.fp8.engines import Fp8Engine
 
 PROBE_SECONDS = 300.0
-"""Longest duration of the probe. Imports take about 5 s, and each of two DeepGEMM kernels takes about 10 s to compile
-the first time."""
+"""Longest duration of the probe, in seconds. Imports take about 5 s. The first compilation of each of two DeepGEMM
+kernels takes about 10 s."""
 MATMUL_BOUND = 1e-2
-"""Largest allowed relative error of a row of a GEMM, in the norm, against the emulation with the same operands.
-Rounding to bf16 gives 1e-3, and Hopper's tensor cores keep fewer bits than fp32 within 128 elements of the contraction.
-A misplaced scale or row gives at least 0.1."""
+"""Largest allowed relative error of a row of a GEMM, as the norm of the difference from the emulation. Rounding to bf16
+causes an error of 1e-3. Hopper's tensor cores keep fewer bits than fp32 within 128 elements of the contraction, which
+causes an error too. A scale or row at the wrong position causes an error of at least 0.1."""
 PROBE_TAIL = 1500
-"""Number of characters, from the end of the child's output, that the error repeats."""
+"""Number of characters at the end of the child's output that an error message repeats."""
 
 
 def probe(config: Config, device: int = 0) -> str:
-    """Runs all tests, and returns the installed versions in one line. Waits at most PROBE_SECONDS.
+    """Runs all tests in a child process, and returns the installed versions in one line. Waits at most PROBE_SECONDS.
 
-    device: index of the GPU. Raises UserError with all incompatibilities.
+    device: index of the GPU. Raises UserError, which lists all incompatibilities.
     """
     name, fp8 = config.precision.name, config.precision.fp8
     assert fp8 is not None
@@ -83,7 +84,8 @@ def probe(config: Config, device: int = 0) -> str:
 
 
 def main() -> int:
-    """Runs in the child process. It writes its answer at every stage, so the answer shows the stage of an abort."""
+    """Runs the tests; the main function of the child process. It writes an answer at every stage. If the process
+    aborts, the answer shows the stage."""
     config, answer, device = read_config(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     fp8 = config.precision.fp8
     assert fp8 is not None
@@ -117,19 +119,20 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Trial:
-    """One GEMM. An engine and the reference compute it from the same inputs."""
+    """One GEMM of the test. The engine and the reference both compute it from the same inputs."""
 
     name: str
     run: "Callable[[Fp8Engine, Callable[[Tensor], Tensor]], Tensor]"
-    """The tested call. Its arguments are an engine, and a function that moves a tensor to the engine's device."""
+    """Computes the GEMM. Its arguments are an engine, and a function that moves a tensor to the engine's device."""
 
 
 def wrong_matmuls(
     engine: "Fp8Engine", device: "torch.device", fp8: Fp8, say: Callable[[str], None] = lambda stage: None
 ) -> list[tuple[str, str]]:
-    """Returns each small GEMM that fails or differs from the reference, with the fix.
+    """Runs all small GEMMs. Returns a problem and its fix for each GEMM that fails or differs from the reference.
 
-    fp8: names the library of the grouped GEMMs, if any. say: called with the name of each GEMM before it runs.
+    fp8: the recipe; decides which library computes the grouped GEMMs. say: is called with the name of each GEMM before
+    the GEMM runs.
     """
     from train.kernels.fp8.cpu_engine import CpuEngine
 
@@ -139,7 +142,9 @@ def wrong_matmuls(
         expected = trial.run(reference, lambda x: x).float()
         try:
             ours = trial.run(engine, lambda x: x.to(device)).float().cpu()
-        except Exception as error:  # any exception of a library; later GEMMs on a failed GPU fail too
+        except (
+            Exception
+        ) as error:  # a library may raise any exception; stop, because later GEMMs on a failed GPU would fail too
             said = "\n          ".join(str(error).strip().splitlines()[:3])[:PROBE_TAIL]
             return [*bad, (f"{trial.name} fails: {type(error).__name__}: {said}", _cures(fp8))]
         size = expected.norm(dim=-1)
@@ -151,7 +156,8 @@ def wrong_matmuls(
 
 
 def _trials(fp8: Fp8) -> "Iterator[Trial]":
-    """Tests with ragged sizes, five blocks of the contraction (not a multiple of four), and an expert without rows."""
+    """Yields the tests. Their shapes are difficult: not multiples of the tiles, five blocks along the contraction (not
+    a multiple of four), and an expert without rows."""
     import torch
 
     from train.kernels.fp8.cast_rules import OperandRule
@@ -164,7 +170,7 @@ def _trials(fp8: Fp8) -> "Iterator[Trial]":
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
-        """Rows of very different magnitude, which reveal misplaced scales."""
+        """Draw rows of very different magnitudes. With these, a scale at the wrong position causes a large error."""
         x = torch.randn(shape, generator=generator) * torch.exp(torch.randn(*shape[:-1], 1, generator=generator))
         return x.bfloat16()
 
@@ -188,7 +194,7 @@ def _trials(fp8: Fp8) -> "Iterator[Trial]":
         groups = engine.groups(there(counts), len(rows_RK))
         operands = engine.operand(groups.pad(there(rows_RK)), tiles), engine.operand(there(weight_ENK), blocks)
         y = engine.grouped(*operands, groups, torch.bfloat16)
-        with lowered():  # large tiles
+        with lowered():  # lower thresholds select the kernel variants for large GEMMs
             return torch.cat([groups.unpad(y), groups.unpad(engine.grouped(*operands, groups, torch.bfloat16))])
 
     def grouped_wgrad(engine, there, start=None):
@@ -214,7 +220,7 @@ def _how(code: int) -> str:
 
 
 def _text(output: bytes | str | None) -> str:
-    """Returns the output as text; after a timeout subprocess returns bytes even in text mode."""
+    """Returns the output as text. After a timeout, subprocess returns bytes even in text mode."""
     return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 

@@ -1,4 +1,4 @@
-"""Versions of the FP8 software for a Hopper or Blackwell GPU, and their incompatibilities."""
+"""Looks up the versions of the FP8 software for a Hopper or Blackwell GPU, and finds incompatibilities."""
 
 import ctypes
 import importlib.util
@@ -13,24 +13,26 @@ from pathlib import Path
 from conf.errors import UserError
 
 DEEP_GEMM = "sgl-deep-gemm"
-"""The package on PyPI that contains DeepGEMM, module deep_gemm."""
+"""The package on PyPI that contains DeepGEMM. Its module is deep_gemm."""
 DEEP_GEMM_OLDEST, DEEP_GEMM_NEWEST = (0, 1, 4), (0, 1, 5)
-"""The supported versions. The first is the first version with the K-grouped FP8 kernel. The last is the last version
-that is built for this torch."""
+"""The oldest and the newest supported version of DeepGEMM. The oldest is the first with the K-grouped FP8 kernel. The
+newest is the last that is built for TORCH_OF_DEEP_GEMM."""
 TORCH_OF_DEEP_GEMM = (2, 11)
-"""The torch version that DeepGEMM needs. With torch 2.12 and 2.13, DeepGEMM loads, but its first call aborts the
-process (PyObjectSlot)."""
+"""The torch version that DeepGEMM needs. With torch 2.12 and 2.13, DeepGEMM can be imported, but its first call aborts
+the process (PyObjectSlot)."""
 CUDA_OF_DEEP_GEMM = 13
 OTHER_BUILD = "another build"
-"""Version text for a module deep_gemm that is not from the package. The GEMMs of this module are tested too."""
+"""Stands for the version of a module deep_gemm that is not from the package. The probe tests the GEMMs of this module
+too."""
 OLDEST_CUDA = (12, 9)
 """The first CUDA version whose cuBLASLt has blockwise FP8 GEMMs."""
 OLDEST_NVCC = (12, 3)
 """Oldest nvcc version that DeepGEMM supports."""
 CAPABILITY = (9, 0)
-"""Compute capability of Hopper, whose GEMMs have tiles of 128."""
+"""Compute capability of Hopper GPUs, whose GEMMs have one scale for 128 values."""
 MX_CAPABILITIES = (10, 0), (10, 3)
-"""Compute capabilities of Blackwell server GPUs, the targets of torch's grouped GEMMs with tiles of 32."""
+"""Compute capabilities of Blackwell server GPUs. torch's grouped GEMMs with one scale for 32 values support these
+GPUs."""
 
 WITHOUT_PACKAGES = "use precision.fp8.backend=triton, which needs no extra package, or pip install 'torch>=2.11,<2.12' sgl-deep-gemm==0.1.5 (the extra [fp8])"
 TOOLKIT = (
@@ -42,30 +44,31 @@ CHOOSE_BF16 = "choose precision=bf16"
 
 @dataclass(frozen=True)
 class InstalledVersions:
-    """Versions of all parts of an FP8 GEMM; None for a part that is not installed."""
+    """Versions of all software and hardware that an FP8 GEMM needs; None for a part that is not installed."""
 
     torch: str
     cuda: str | None
     """The CUDA version that torch was built with."""
     abi: bool
-    """Whether torch has C++11's ABI, as DeepGEMM does."""
+    """Whether torch is built with C++11's ABI, as DeepGEMM is."""
     scaled_mm: bool
-    """Whether torch has GEMMs of scaled operands."""
+    """Whether torch has the function scaled_mm, which multiplies operands with scales."""
     triton: str | None
     deep_gemm: str | None
     nvcc: str | None
-    """Version of the compiler in `toolkit`."""
+    """Version of nvcc, the compiler in `toolkit`."""
     toolkit: str | None
-    """DeepGEMM's CUDA toolkit: CUDA_HOME, CUDA_PATH, the nvcc on the PATH, or /usr/local/cuda."""
+    """Folder of the CUDA toolkit that DeepGEMM uses: CUDA_HOME, CUDA_PATH, the folder of the nvcc on the PATH, or
+    /usr/local/cuda."""
     nvrtc: bool
-    """Whether DeepGEMM is configured to compile with NVRTC instead (DG_JIT_USE_NVRTC)."""
+    """Whether DeepGEMM is configured to compile with NVRTC instead of nvcc (DG_JIT_USE_NVRTC)."""
     driver: str | None
     """The newest CUDA version that the driver supports."""
     gpu: str | None
     capability: tuple[int, int] | None
 
     def __str__(self) -> str:
-        """All versions in one line."""
+        """Returns all versions in one line."""
         cuda, abi = f"CUDA {self.cuda}", "C++11's ABI" if self.abi else "the ABI before C++11"
         compiler = f"nvcc {self.nvcc or 'none'} in {self.toolkit or 'no CUDA_HOME'}"
         driver = f"driver for CUDA {self.driver or '?'}"
@@ -79,7 +82,8 @@ class InstalledVersions:
 
 
 def look_up_versions(device: int | None = None) -> InstalledVersions:
-    """The installed versions. device: index of the GPU; None: the current GPU. Initialises CUDA if possible."""
+    """Looks up the installed versions. device: index of the GPU; None: the current GPU. Initialises CUDA if
+    possible."""
     import torch
     from torch.nn import functional as F
 
@@ -101,8 +105,8 @@ def look_up_versions(device: int | None = None) -> InstalledVersions:
 
 
 def misfits(found: InstalledVersions, deep_gemm: bool, mx: bool = False) -> list[tuple[str, str]]:
-    """Incompatibilities, each with its fix. deep_gemm: whether DeepGEMM runs the grouped GEMMs. mx: whether a scale
-    covers 32 values."""
+    """Returns the incompatibilities, each with its fix. deep_gemm: whether DeepGEMM computes the grouped GEMMs. mx:
+    whether 32 values share a scale."""
     bad: list[tuple[str, str]] = []
     if found.gpu is None:
         bad.append(("torch sees no GPU", "use cluster.device=cpu"))
@@ -124,7 +128,7 @@ def misfits(found: InstalledVersions, deep_gemm: bool, mx: bool = False) -> list
 
 
 def require_fit(deep_gemm: bool, mx: bool = False) -> None:
-    """Raises UserError for incompatible parts. deep_gemm, mx: see `misfits`."""
+    """Raises UserError if installed parts are incompatible. deep_gemm, mx: see `misfits`."""
     found = look_up_versions()
     if bad := misfits(found, deep_gemm, mx):
         raise refusal(bad, str(found), "mxfp8" if mx else "fp8")
@@ -133,7 +137,7 @@ def require_fit(deep_gemm: bool, mx: bool = False) -> None:
 def _of_deep_gemm(found: InstalledVersions) -> list[tuple[str, str]]:
     bad = [] if found.deep_gemm == OTHER_BUILD else _of_package(found)
     if found.nvrtc:
-        return bad  # the probe tests whether its GEMM compiles
+        return bad  # the probe tests whether DeepGEMM's kernel compiles
     if found.nvcc is None:
         where = f"there is none in {found.toolkit}" if found.toolkit else "no CUDA_HOME, PATH or /usr/local/cuda has it"
         bad.append((f"DeepGEMM compiles its kernels with nvcc at the first call, and {where}", TOOLKIT))
@@ -164,14 +168,14 @@ def _of_package(found: InstalledVersions) -> list[tuple[str, str]]:
 
 
 def refusal(bad: list[tuple[str, str]], found: str, value: str = "fp8") -> UserError:
-    """One error for all problems. found: the installed versions. value: the precision's name."""
+    """Returns one error for all problems. found: the installed versions. value: the name of the precision."""
     problems = "".join(f"\n        - {problem}" for problem, _ in bad)
     rule = f"needs compatible packages:{problems}\n        found: {found}"
     return UserError("precision", value, rule, ";\n        ".join(dict.fromkeys(cure for _, cure in bad)))
 
 
 def version(package: str) -> str | None:
-    """Returns the version of a package that pip knows; None for an unknown package."""
+    """Returns the installed version of a package; None if the package is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -179,12 +183,12 @@ def version(package: str) -> str | None:
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:
-    """Returns the leading numbers of a version, at most three."""
+    """Returns the numbers at the start of a version text, at most three."""
     return tuple(map(int, re.findall(r"\d+", (text or "").partition("+")[0])[:3]))
 
 
 def _toolkit() -> str | None:
-    """The folder that DeepGEMM uses as CUDA's toolkit."""
+    """Returns the folder that DeepGEMM uses as the CUDA toolkit; None if there is none."""
     if given := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return given
     if (nvcc := shutil.which("nvcc")) is not None:
@@ -193,7 +197,7 @@ def _toolkit() -> str | None:
 
 
 def _nvcc(toolkit: str) -> str | None:
-    """Returns the compiler's version; None if it does not run."""
+    """Returns the version of nvcc; None if nvcc does not run."""
     try:
         said = subprocess.run(
             [f"{toolkit}/bin/nvcc", "--version"], capture_output=True, text=True, timeout=60, check=True
@@ -205,7 +209,7 @@ def _nvcc(toolkit: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """The newest CUDA version that the driver reports."""
+    """Returns the newest CUDA version that the driver supports; None without a driver."""
     number = ctypes.c_int()
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))

@@ -1,4 +1,4 @@
-"""Computes linear layers and the FFN of routed experts with FP8 matmuls. Their inputs are saved in FP8.
+"""Computes linear layers and the FFN of routed experts with FP8 matmuls. The inputs of layers are saved in FP8.
 
     linear      y  = Q(x) Q(w)^T                   saves Q(x): one byte per value, and the scales
       backward  dx = Q(dy) Q(w)
@@ -15,15 +15,15 @@
                 dw2 = Q'(D(Q(dy)))^T Q'(a)         the dispatcher delivers dy in FP8 already
 
 The cast of the saved input may differ from the cast in Fprop. For example, the attention's output is saved in E5M6 (12
-bits). If the model saves or recomputes the input anyway (`train.model.recompute`), a layer saves the original input. In
-backward it casts the input again, with the same result.
+bits). If the model saves the original input anyway, or recomputes it in backward (`train.model.recompute`), the layer
+saves no FP8 copy. It then casts the original input again in backward, with the same result.
 
-If the GEMMs need experts' rows padded to 128, the FFN pads the rows at its start (train/kernels/fp8/groups.py). If the
-dispatcher sends FP8, x and dy arrive quantised (parallel/expert/wire.py). If the rules require the same cast, their
-codes are used directly as Q(x) and Q(dy). Quantising the values again would give the same codes.
+Some GEMMs need each expert's rows padded to a multiple of 128. For these, the FFN pads the rows at its start
+(train/kernels/fp8/groups.py). If the dispatcher sends FP8, x and dy arrive quantised (parallel/expert/wire.py). If the
+rules require the same cast, the arrived codes are used as Q(x) and Q(dy). A new cast would give the same codes.
 
-Shape suffixes: T tokens (leading axes flattened), K inputs, N outputs; R rows sorted by expert, P rows as the GEMMs
-take them, D width, F inner width, E experts.
+Shape suffixes: T tokens (leading axes flattened), K inputs, N outputs; R rows sorted by expert, P rows in the layout
+that the GEMMs read, D width, F inner width, E experts.
 """
 
 from functools import partial
@@ -59,7 +59,7 @@ def linear(
     held: HeldInput | None = None,
 ) -> Tensor:
     """Multiplies x (..., K) by the transposed weight. Returns (..., N) in the dtype of x. held: the saved form of x, if
-    other layers share it."""
+    other code saves x too."""
     return _Linear.apply(x, weight_NK, weights, rules, probe, not torch.is_grad_enabled(), is_free(x), held)
 
 
@@ -69,7 +69,8 @@ def keep(x_MK: Tensor, engine: Fp8Engine, rules: LayerCasts) -> Source:
 
 
 def left_source(kept: Source, x_MK: Tensor, rules: LayerCasts) -> Source:
-    """Returns the source of Fprop's activation operand: the saved form if it has the same cast, else x itself."""
+    """Returns the tensor from which Fprop's activation operand is built: the saved form of x if it has Fprop's cast,
+    else x."""
     rule = rules.fprop.left
     same = not isinstance(kept, Tensor) and kept.cast == fitted(rule.cast(), x_MK)
     return kept if same else x_MK
@@ -83,8 +84,8 @@ def gradient_operands(
     weights_needed: bool,
     groups: PaddedGroups | None = None,
 ) -> tuple[Any, Any]:
-    """Returns the left operands of Dgrad and of Wgrad; None for a matmul that is not needed. groups: the groups of the
-    experts' rows."""
+    """Returns the left operand of Dgrad and the left operand of Wgrad; None for a matmul that is not needed. groups:
+    positions of the experts' rows."""
     if inputs_needed and weights_needed:
         return engine.gradient(dy, rules.dgrad.left, rules.wgrad.left, groups)
     for_inputs = engine.operand(dy, rules.dgrad.left) if inputs_needed else None
@@ -95,12 +96,14 @@ def gradient_operands(
 class _Linear(Function):
     @staticmethod
     def forward(ctx, x, weight_NK, weights, rules, probe, only_forward, free, held):
-        x_TK = x.reshape(-1, x.shape[-1])  # outside of autograd's view, so the reshape costs nothing
+        x_TK = x.reshape(-1, x.shape[-1])  # autograd does not record this reshape
         engine, ctx.name = weights.engine, weights.name(weight_NK)
         kept = x_TK if only_forward or free else keep(x_TK, engine, rules) if held is None else held.source
         left = engine.operand(left_source(kept, x_TK, rules), rules.fprop.left)
         y_TN = engine.matmul(left, weights.operand(weight_NK, ctx.name, rules.fprop.right), x_TK.dtype)
-        tensors, ctx.forms = pack_sources(*[kept] * ctx.needs_input_grad[1])  # a frozen weight needs nothing of x
+        tensors, ctx.forms = pack_sources(
+            *[kept] * ctx.needs_input_grad[1]
+        )  # with a frozen weight, backward does not need x
         ctx.save_for_backward(weight_NK, *tensors)
         ctx.weights, ctx.rules, ctx.probe, ctx.dtype, ctx.shape = weights, rules, probe, x.dtype, x.shape
         if probe is not None:
@@ -144,11 +147,10 @@ def expert_ffn(
     added: tuple[AddedMatmul | None, AddedMatmul | None],
     kernels: Kernels,
 ) -> Tensor:
-    """Computes the SwiGLU FFN of every expert on the expert's rows. Returns (R, D) in the rows' dtype. weights, probes,
-    added: one value for w13 and one for w2.
+    """Computes the SwiGLU FFN of every expert for the expert's rows. Returns (R, D) in the rows' dtype.
 
-    rows_RD and the gradient of the result may be `QuantizedRows`. kernels: the kernels of the added matmuls, which take
-    rows in bf16 or fp32.
+    rows_RD: rows sorted by expert. rows_RD and the gradient of the result may be `QuantizedRows`. weights, probes,
+    added: pairs, for w13 and for w2. kernels: compute the adapters' matmuls, with rows in bf16 or fp32.
     """
     groups, (w13_E2FD, w2_EDF) = held.engine.groups(counts_E, len(rows_RD)), weights
     up, down = (None, None) if probes is None else probes
@@ -169,8 +171,8 @@ def expert_ffn(
 
 
 class _Moved(Function):
-    """Converts rows between the layout of the GEMMs and the layout of the dispatcher. there: a function that converts
-    the rows. back: a function that converts the gradients of the rows."""
+    """Converts rows between the layout of the GEMMs and the layout of the dispatcher. there: converts the rows. back:
+    converts the gradients of the rows."""
 
     @staticmethod
     def forward(ctx, rows, there, back):
@@ -184,7 +186,7 @@ class _Moved(Function):
 
 
 class _Up(Function):
-    """Gate and up projection."""
+    """Computes the gate and up projections of every expert."""
 
     @staticmethod
     def forward(ctx, rows_RD, w13_E2FD, groups, held, casts, probe):
@@ -224,7 +226,7 @@ class _Up(Function):
 
 
 class _Down(Function):
-    """SwiGLU and down projection."""
+    """Computes SwiGLU and the down projection of every expert."""
 
     @staticmethod
     def forward(ctx, h_P2F, gates_R, w2_EDF, groups, held, casts, probe):
@@ -267,8 +269,8 @@ class _Down(Function):
 
 
 def _arrived(rows_RD: Tensor, groups: PaddedGroups, engine: Fp8Engine, rule: OperandRule) -> Source:
-    """Returns the rows in the form for the GEMMs: the codes that arrived if the rule requires their cast, else the
-    values."""
+    """Returns the rows in the layout of the GEMMs. If rows arrived quantised and the rule requires their cast, returns
+    their codes, else their values."""
     if isinstance(rows_RD, QuantizedRows):
         cast = Cast(E4M3, (1, TILE), pow2=True, floor=rows_RD.scale_floor)
         if rule.cast() == cast:
@@ -281,7 +283,8 @@ def _arrived(rows_RD: Tensor, groups: PaddedGroups, engine: Fp8Engine, rule: Ope
 def _probe_forward(
     probe: LayerProbe, rules: MatmulRules, groups: PaddedGroups, x_PK: Tensor, weight_ENK: Tensor, y_PN: Tensor
 ) -> None:
-    """Take readings of a projection's operands, and recompute the GEMM of the busiest expert."""
+    """Compute the readings of a projection's operands. For the expert with the most rows, also compute the error of the
+    GEMM."""
     probe.operand("activation", x_PK, rules.left)
     probe.operand("weight", weight_ENK, rules.right)
     busiest = max(range(len(groups.counts)), key=groups.counts.__getitem__)

@@ -3,16 +3,16 @@
 A tensor (..., M, K) is cut into blocks of (rows, columns). Each block is divided by one scale and cast (paper 3.3.2).
 Activations and gradients have tiles of 128 along the contraction, weights have blocks of 128x128.
 
-    amax    = max(max |x|, 1e-4)
+    amax    = max(max |x|, floor)                the floor is 1e-4 for activations and weights
     scale   = amax / max of the format           rounded up to a power of two for UE8M0 scales
     inverse = max of the format / amax           1 / scale for UE8M0
     q       = cast(clamp(x * inverse, -max, max))     and x is about q * scale
 
-All arithmetic is fp32 with IEEE division and one rounding to the format, to nearest with ties to even. So the CPU and
-the Triton kernels agree in every bit of q and scale. Incomplete blocks at the edges are padded with zeros, which do not
-change amax.
+All arithmetic is fp32 with IEEE division. Each value is rounded once to the format, to nearest with ties to even. So
+the CPU and the Triton kernels agree in every bit of q and scale. Incomplete blocks at the edges are padded with zeros,
+which do not change amax.
 
-`quantize` implements exactly this with torch operations; all other implementations are tested against it. The CPU
+`quantize` implements exactly this with torch operations. Tests compare all other implementations with it. The CPU
 emulation uses compiled code (train/kernels/fp8/compiled_casts.py) if the CPU has AVX2.
 
 Shape suffixes: M rows, K columns, m and k blocks of rows and columns.
@@ -29,24 +29,25 @@ from train.kernels.fp8.formats import Cast, ScaleBlock, pack_e5m6, round_to, unp
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A quantised tensor; x is about q * scale, with scale repeated over its block."""
+    """A quantised tensor. Its values are q * scale, where all values of a block have the same scale."""
 
     q: Tensor
     """Codes (..., M, K) in the format's dtype; for E5M6 (..., M, 3 ceil(K / 2)) uint8."""
     scale: Tensor
     """Scales (..., ceil(M / rows), ceil(K / columns)), fp32."""
     cast: Cast
-    """The cast that produced q and scale. The cast's block is no larger than the tensor."""
+    """The cast that produced q and scale. Its block is not larger than the tensor."""
     shape: torch.Size
     """Shape of the tensor, (..., M, K), without the padding that q and scale may have on CUDA."""
 
 
 def scales(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """Scale and inverse, in fp32, of blocks with this max-abs. NaN where amax is NaN."""
+    """Returns the fp32 scale and inverse of blocks. amax: the max-abs of each block. Where amax is NaN, the results are
+    NaN."""
     amax = amax.float().clamp_min(cast.floor)
     maximum = torch.full_like(
         amax, cast.format.max
-    )  # torch divides by a Python number as a multiplication by its reciprocal
+    )  # a tensor, because torch replaces division by a Python number by multiplication by its reciprocal
     scale = amax / maximum
     if not cast.pow2:
         return scale, maximum / amax
@@ -63,7 +64,7 @@ class ShapedTensor(Protocol):
 
 
 def fitted(cast: Cast, x_MK: ShapedTensor) -> Cast:
-    """Returns the cast with its block no larger than the tensor."""
+    """Returns the cast, with its block reduced to the tensor's shape if the block is larger."""
     block = min(cast.block[0], max(x_MK.shape[-2], 1)), min(cast.block[1], max(x_MK.shape[-1], 1))
     return cast if block == cast.block else replace(cast, block=block)
 
@@ -80,13 +81,13 @@ def blocked(x_MK: Tensor, block: ScaleBlock) -> Tensor:
 
 
 def unblocked(blocks: Tensor, shape: torch.Size) -> Tensor:
-    """Inverse of `blocked`: crop to (..., M, K) = shape, contiguous."""
+    """Inverse of `blocked`: removes the padding, and returns a contiguous tensor of this shape, (..., M, K)."""
     whole = blocks.flatten(-4, -3).flatten(-2, -1)
     return whole if whole.shape == shape else whole[..., : shape[-2], : shape[-1]].contiguous()
 
 
 def quantize(x_MK: Tensor, cast: Cast) -> QuantizedTensor:
-    """Quantise (..., M, K)."""
+    """Quantise a tensor (..., M, K) into codes and scales."""
     cast = fitted(cast, x_MK)
     blocks = blocked(x_MK.float(), cast.block)
     scale, inverse = scales(blocks.abs().amax((-3, -1), keepdim=True), cast)
@@ -100,29 +101,30 @@ def quantize(x_MK: Tensor, cast: Cast) -> QuantizedTensor:
 
 def dequantize(x: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Returns the values of a quantised tensor: (..., M, K)."""
-    # fp16 represents every code exactly, and its product with an fp32 scale is rounded once to fp32. This also holds in
-    # mode=prove, which widens fp32 to fp64.
+    # fp16 represents every code exactly. Its product with an fp32 scale is rounded once, to fp32. In mode=prove, the
+    # scale and the product are in fp64.
     values = unpack_e5m6(x.q, x.shape[-1]) if x.cast.format.dtype is None else x.q.half()
     return unblocked((blocked(values, x.cast.block) * x.scale[..., :, None, :, None]).to(dtype), values.shape)
 
 
 def exact_dtype(cast: Cast) -> torch.dtype:
-    """Returns the smallest dtype that represents the quantised values exactly: bf16 for power-of-two scales, else
+    """Returns the smallest dtype that represents the quantised values exactly: bf16 if scales are powers of two, else
     fp32."""
     return torch.bfloat16 if cast.pow2 else torch.float32
 
 
 class EagerCasts:
-    """Casts for the CPU emulation in torch operations; train/kernels/fp8/compiled_casts.py has the compiled casts."""
+    """Casts for the CPU emulation, in torch operations. train/kernels/fp8/compiled_casts.py has the same casts in
+    compiled code."""
 
     def quantize(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
-        """Codes and scales."""
+        """Returns codes and scales of x."""
         return quantize(x_MK, cast)
 
     def fake_quantize(self, x: Tensor | QuantizedTensor, cast: Cast, dtype: torch.dtype) -> Tensor:
-        """The values after the cast, in dtype."""
+        """Returns the values that x has after the cast, in `dtype`."""
         return dequantize(quantize(dequantize(x) if isinstance(x, QuantizedTensor) else x, cast), dtype)
 
     def dequantize(self, x: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-        """The values of the codes, in dtype."""
+        """Returns the values of a quantised tensor, in `dtype`."""
         return dequantize(x, dtype)

@@ -6,7 +6,7 @@
                dw = sum over the row of da * silu(g) * u
 
 Arithmetic is in fp32. The forward result is cast to FP8 directly from fp32. Backward returns the recomputed `a` and dh
-in bf16. After that, two casts (1x128 and 128x1) read each of these tensors, so both casts start from the same numbers.
+in bf16. Two casts (1x128 and 128x1) then read each of these tensors, so both casts start from the same numbers.
 
 Shape suffixes: P rows, F inner width of an expert.
 """
@@ -18,20 +18,23 @@ from conf.thresholds import THRESHOLDS
 
 
 def forward(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
-    """a (P, F) in fp32."""
+    """Returns a (P, F) in fp32."""
     gate_PF, up_PF = h_P2F.float().chunk(2, -1)
     return torch.nn.functional.silu(gate_PF).mul_(up_PF).mul_(gates_P[:, None])
 
 
 def chunks(x_P: Tensor, h_P2F: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Splits the rows of x into parts. For the rows of one part, h has at most as many elements as conf/thresholds.py
-    allows. h: x if not given."""
+    """Splits the rows of x into parts, so that the same rows of h have at most `fp8_gate_and_up` elements
+    (conf/thresholds.py).
+
+    h_P2F: None if x is h.
+    """
     h_P2F = x_P if h_P2F is None else h_P2F
     return x_P.split(max(1, THRESHOLDS.fp8_gate_and_up // max(h_P2F.shape[1], 1)))
 
 
 def recompute(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
-    """Returns a (P, F) in bf16, as `backward` does."""
+    """Returns a (P, F) in bf16, with the same bits as in `backward`."""
     a_PF = gates_P.new_empty(h_P2F.shape[0], h_P2F.shape[1] // 2, dtype=torch.bfloat16)
     for h, gates, a in zip(*(chunks(tensor, h_P2F) for tensor in (h_P2F, gates_P, a_PF)), strict=True):
         a.copy_(forward(h, gates))
