@@ -160,11 +160,7 @@ def load_deep_gemm() -> ModuleType:
     require_fit(deep_gemm=True)
     try:
         return importlib.import_module("deep_gemm")
-    except (
-        ImportError,
-        OSError,
-        AssertionError,
-    ) as error:  # DeepGEMM raises AssertionError if it finds no CUDA toolkit
+    except (ImportError, OSError, AssertionError) as error:  # DeepGEMM asserts that a CUDA toolkit exists
         rule = f"{DEEP_GEMM} {version(DEEP_GEMM)} cannot be loaded: {error!r}"
         raise UserError("precision", "fp8", rule, WITHOUT_PACKAGES) from error
 

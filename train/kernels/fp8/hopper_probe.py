@@ -142,9 +142,7 @@ def wrong_matmuls(
         expected = trial.run(reference, lambda x: x).float()
         try:
             ours = trial.run(engine, lambda x: x.to(device)).float().cpu()
-        except (
-            Exception
-        ) as error:  # a library may raise any exception; stop, because later GEMMs on a failed GPU would fail too
+        except Exception as error:  # any exception of a library; after it, all GEMMs on this GPU may fail
             said = "\n          ".join(str(error).strip().splitlines()[:3])[:PROBE_TAIL]
             return [*bad, (f"{trial.name} fails: {type(error).__name__}: {said}", _cures(fp8))]
         size = expected.norm(dim=-1)

@@ -101,9 +101,7 @@ class _Linear(Function):
         kept = x_TK if only_forward or free else keep(x_TK, engine, rules) if held is None else held.source
         left = engine.operand(left_source(kept, x_TK, rules), rules.fprop.left)
         y_TN = engine.matmul(left, weights.operand(weight_NK, ctx.name, rules.fprop.right), x_TK.dtype)
-        tensors, ctx.forms = pack_sources(
-            *[kept] * ctx.needs_input_grad[1]
-        )  # with a frozen weight, backward does not need x
+        tensors, ctx.forms = pack_sources(*[kept] * ctx.needs_input_grad[1])  # a frozen weight does not need x
         ctx.save_for_backward(weight_NK, *tensors)
         ctx.weights, ctx.rules, ctx.probe, ctx.dtype, ctx.shape = weights, rules, probe, x.dtype, x.shape
         if probe is not None:
