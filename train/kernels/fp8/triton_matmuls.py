@@ -1,22 +1,22 @@
 """GEMMs of FP8 operands as Triton kernels: grouped by expert, and summed into a gradient.
 
     matmul      left (R, C) in 1x128 by right (E, N, C) in 128x128 -> (R, N)       Fprop and Dgrad, each row times its expert's matrix
-    wgrad       left (O, P) by right (N, P), both in 1x128 -> (E, O, N) in fp32    Wgrad, summed over each expert's own columns
+    wgrad       left (O, P) by right (N, P), both in 1x128 -> (E, O, N) in fp32    Wgrad, a separate sum over the columns of each expert
 
-Tensor cores sum 128 elements of the contraction, starting from zero. This sum is scaled and added to an fp32 sum in
-registers. So the low-precision accumulator of tensor cores never sums more than 128 elements (paper 3.3.2). `wgrad` can
-add to the existing result. So the result is the unrounded sum of the gradients of several micro-batches.
+Tensor cores sum 128 elements of the contraction, starting from zero. The kernel scales this partial sum and adds it to
+an fp32 sum in registers. So the low-precision accumulator of tensor cores never sums more than 128 elements (paper
+3.3.2). `wgrad` can add to an existing result. So the gradients of several micro-batches are summed without rounding.
 
-The kernels read the end of each expert's rows on the device, so nothing waits for the host. Rows of Fprop and Dgrad
-have no padding: a program reads and writes only the rows of its tile that belong to its expert. In Wgrad the columns of
-each expert are complete tiles, with zeros after the real columns (`quantize_columns`). All other sizes are multiples of
-128. A dense GEMM is a grouped GEMM with a single expert.
+The kernels read the end of each expert's rows on the device, so the host never waits. In Fprop and Dgrad, rows have no
+padding: a program reads and writes only the rows of its tile that belong to its expert. In Wgrad, each expert has
+complete tiles of columns, with zeros after the real columns (`quantize_columns`). All other sizes are multiples of 128.
+A dense GEMM is a grouped GEMM with a single expert.
 
-A tile has one position, and its elements have 32-bit offsets from this position. With a 64-bit pointer for each
+A tile has one 64-bit position, and its elements have 32-bit offsets from this position. With a 64-bit pointer for each
 element, the loop over the contraction would be 10 % slower, and the loop of a dense Wgrad a third slower. In a large
-GEMM a program computes two adjacent tiles, 128 rows by 256 columns, which share the rows. It computes them one after
-another, because both sums fill half of the registers, and the GEMM of one tile fills a quarter. bench/RESULTS.md lists
-the registers of each variant.
+GEMM, a program computes two adjacent tiles with the same rows, 128 rows by 256 columns. It computes one tile after the
+other, because the sums of both tiles already fill half of the registers, and the partial sum of one tile fills a
+quarter. bench/RESULTS.md lists the registers of each variant.
 
 The module needs triton and is imported only where its kernels run. Shape suffixes: O, N outer, C contraction, R rows, P
 columns of whole tiles, E experts.
@@ -36,27 +36,28 @@ from train.kernels.fp8.groups import most_tiles
 from train.kernels.fp8.triton_quantize import rows_of_tile, tiles_of_experts
 
 BAND = 8
-"""Number of adjacent tiles of the left operand that consecutive programs compute. Together, these programs read each
-tile of the right operand only once from memory."""
+"""Number of adjacent row tiles in a band. Consecutive programs compute all tiles of a band for one column tile, so that
+each tile of the right operand is read from memory only once for a band."""
 WARPS, STAGES = 8, 4
-"""Two warpgroups, each with 64 rows of the tile. Their sum and the partial sum of 128 elements take half of a thread's
-registers. Four stages of 32 KiB, or 48 KiB for two tiles, fill more than half of a Hopper GPU's shared memory: while
-one stage is multiplied, three are being loaded."""
+"""Number of warps of a program, and of pipeline stages. Eight warps are two warpgroups; each computes 64 rows of the
+tile. The sum, and the partial sum of 128 elements, take half of a thread's registers. A stage has 32 KiB, or 48 KiB for
+two tiles. Four stages fill more than half of a Hopper GPU's shared memory: the program multiplies one stage while it
+loads three others."""
 LANES = 32
-"""Threads of a warp. The result of a sum over this many numbers is in a register of the whole warp. So the compiler
-knows that all threads take the same steps over an expert's columns: 244 instructions per step instead of 276, for up to
-16 experts (Triton 3.7.1)."""
+"""Number of threads of a warp. If a sum has this many terms, every thread of the warp has the result. So the compiler
+knows that all threads run the same number of steps over an expert's columns. With up to 16 experts this saves 32 of 276
+instructions per step (Triton 3.7.1)."""
 
 
 def _named(kernel: str, specialization) -> str:
-    """Returns the kernel's name in profilers, which distinguishes grouped from dense GEMMs."""
+    """Returns the name that profilers show for a kernel. It tells grouped GEMMs from dense GEMMs."""
     return f"_grouped_{kernel}_kernel" if specialization.constants["experts"] > 1 else f"_{kernel}_kernel"
 
 
 @triton.jit
 def tile_of_program(program, tiles_m, tiles_n, band: constexpr):
-    """Returns the tile (m, n) of a program. Consecutive programs take all tiles of a band of the left operand, and then
-    the next tile of the right operand."""
+    """Returns the tile (m, n) that a program computes. Consecutive programs compute all row tiles of a band for one n,
+    and then the same row tiles for the next n."""
     first = program // (band * tiles_n) * band
     height = tl.minimum(tiles_m - first, band)
     inside = program % (band * tiles_n)
@@ -75,7 +76,7 @@ def _matmul_kernel(
     if expert >= experts:
         return
     inside, contraction = tl.arange(0, 128), steps * 128
-    read = tl.minimum(inside, last - first - 1)  # rows of other experts are neither read nor written
+    read = tl.minimum(inside, last - first - 1)  # does not read rows of other experts, which are not stored either
     acc = tl.zeros((128, 128), tl.float32)
     beside = tl.zeros((128, 128), tl.float32)
     matrix = tl.cast(expert, tl.int64) * (width // 128) + n * tiles
@@ -93,15 +94,15 @@ def _matmul_kernel(
         rows = tl.load(left + left_place)
         acc += tl.dot(rows, tl.load(right + place).T) * scale[:, None]
         if tiles == 2:
-            # the operands of the next GEMM reuse the registers of the previous GEMM: this empty instruction keeps the
-            # order
+            # This empty instruction makes the compiler finish the first GEMM before the second. So both GEMMs use the
+            # same registers for their partial sums.
             acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, True, 1)
             beside += tl.dot(rows, tl.load(next_right + place).T) * next_scale[:, None]
             next_right += 128
         left, right = left + 128, right + 128
         left_scale_ptr, right_scale_ptr = left_scale_ptr + scale_rows, right_scale_ptr + 1
-    # Zero, which the compiler cannot know: so the offsets of the results are computed here and occupy no register
-    # before.
+    # Adds zero, but the compiler does not know that. So it computes the offsets of the results only here, and they
+    # occupy no registers during the loop.
     inside += scale_rows >> 31
     row = width if tiles == 2 else width_out
     out = out_ptr + tl.cast(first, tl.int64) * row + n * tiles * 128 + (inside[:, None] * row + inside[None, :])
@@ -115,7 +116,7 @@ def _matmul_kernel(
 
 @triton.jit
 def store_sums(acc, out_ptr, expert, m, n, height_out, width_out, added: constexpr):
-    """Store tile (m, n) of an expert's matrix. added: add it to the existing values."""
+    """Store tile (m, n) of an expert's matrix. added: whether to add the tile to the existing values."""
     row, column = m * 128 + tl.arange(0, 128), n * 128 + tl.arange(0, 128)
     matrix = out_ptr + expert.to(tl.int64) * height_out * width_out
     out = matrix + row[:, None].to(tl.int64) * width_out + column[None, :]
@@ -165,11 +166,11 @@ def matmul(
     out_RN: Tensor,
     ends_E: Tensor | None = None,
 ) -> Tensor:
-    """Fill out_RN, bf16 or fp32, with each row times the transposed matrix of its expert.
+    """Fill out_RN, bf16 or fp32, with the product of each row and the transposed matrix of the row's expert.
 
-    left_scale (R, C / 128), stored column by column; right_scale (E, N / 128, C / 128), contiguous. out_RN may omit the
-    last rows and columns. ends_E: end of each expert's rows, int32, the last equal to the rows of out_RN; None for a
-    single matrix.
+    left_scale: (R, C / 128), stored column by column. right_scale: (E, N / 128, C / 128), contiguous. out_RN: may have
+    fewer rows and columns than the operands. ends_E: end of each expert's rows, int32; None for a single matrix. The
+    last end must equal the number of rows of out_RN.
     """
     (rows, contraction), (experts, width, _), (height_out, width_out) = left_RC.shape, right_ENC.shape, out_RN.shape
     check_matmul(left_RC, left_scale, right_ENC, right_scale, out_RN)
@@ -186,7 +187,7 @@ def matmul(
 
 
 def check_matmul(left_RC: Tensor, left_scale: Tensor, right_ENC: Tensor, right_scale: Tensor, out_RN: Tensor) -> None:
-    """Assert that the operands of `matmul` have the layout that its kernels read."""
+    """Asserts that the operands of `matmul` have the layout that the kernels of `matmul` read."""
     rows, contraction = left_RC.shape
     _whole(right_ENC)
     assert left_RC.is_contiguous() and _by_column(left_scale) and left_scale.shape == (rows, contraction // TILE)
@@ -196,8 +197,8 @@ def check_matmul(left_RC: Tensor, left_scale: Tensor, right_ENC: Tensor, right_s
 def check_wgrad(
     left_OP: Tensor, left_scale: Tensor, right_NP: Tensor, right_scale: Tensor, out_EON: Tensor, added: bool
 ) -> tuple[int, int, int]:
-    """Asserts the layout of the operands of `wgrad`. Returns the padded height and width of the result, and the number
-    of columns."""
+    """Asserts that the operands of `wgrad` have the layout that its kernel reads. Returns the padded height and width
+    of the result, and the number of columns of the operands."""
     (height, columns), (width, others) = _whole(left_OP), _whole(right_NP)
     assert others == columns and out_EON.is_contiguous()
     assert _by_column(left_scale) and _by_column(right_scale)
@@ -206,10 +207,10 @@ def check_wgrad(
 
 
 def tiles_at_once(tiles_m: int, right_ENC: Tensor, out_RN: Tensor) -> int:
-    """Returns the number of adjacent tiles per program, 1 or 2. tiles_m: number of tiles along the rows."""
+    """Returns the number of adjacent tiles that a program computes, 1 or 2. tiles_m: number of row tiles."""
     experts, width, contraction = right_ENC.shape
     in_pairs = width == out_RN.shape[1] and width % (2 * TILE) == 0
-    in_pairs &= experts > 1 and contraction > TILE  # only there the loop is compiled
+    in_pairs &= experts > 1 and contraction > TILE  # in other cases the compiler unrolls the loop
     return 2 if in_pairs and tiles_m * (width // TILE) >= THRESHOLDS.matmul_tiles else 1
 
 
@@ -217,12 +218,12 @@ def wgrad(
     left_OP: Tensor, left_scale: Tensor, right_NP: Tensor, right_scale: Tensor, out_EON: Tensor, added: bool,
     ends_E: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Fill out_EON, bf16 or fp32, with left @ right^T over the columns of each expert; zero for an expert without
-    columns.
+    """Fill out_EON, bf16 or fp32, with left @ right^T, a separate sum over the columns of each expert. The sum is zero
+    for an expert without columns.
 
-    added: add to the existing values, in fp32. Scales (O or N, P / 128), stored column by column. out_EON may omit the
-    last rows and columns. ends_E: end of each expert's columns, int32. Each expert has complete tiles of columns. None
-    if all columns belong to one expert.
+    left_scale, right_scale: (O or N, P / 128), stored column by column. out_EON: may have fewer rows and columns than
+    the operands. added: whether to add to the existing values of out_EON, in fp32. ends_E: end of each expert's
+    columns, int32; None if all columns belong to one expert. Each expert has complete tiles of columns.
     """
     height, width, columns = check_wgrad(left_OP, left_scale, right_NP, right_scale, out_EON, added)
     experts, height_out, width_out = out_EON.shape
@@ -241,8 +242,7 @@ def _by_column(scale: Tensor) -> bool:
 
 
 def _whole(x: Tensor) -> tuple[int, int]:
-    """Returns the last two sizes. Asserts that the tensor is contiguous, and that both sizes are multiples of a
-    tile."""
+    """Returns the last two sizes. Asserts that the tensor is contiguous, and that both sizes are multiples of 128."""
     rows, columns = x.shape[-2:]
     assert x.is_contiguous() and rows % TILE == 0 and columns % TILE == 0, f"{rows} x {columns} is not whole tiles"
     return rows, columns

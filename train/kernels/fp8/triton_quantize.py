@@ -1,6 +1,6 @@
 """Quantisation kernels for CUDA, bitwise equal to `quantize` in q and scale.
 
-Each kernel reads its input once and writes FP8 values and fp32 scales in the layout of the GEMM that reads them:
+Each kernel reads its input once. It writes FP8 values and fp32 scales in the layout that the next GEMM reads:
 
     quantize_tiles      (R, C) -> q (P, C) and one scale per row and 128 columns         left operands
     quantize_columns    (R, C) -> q^T (C, P) and one scale per column and 128 rows       both operands of Wgrad
@@ -14,15 +14,18 @@ Each kernel reads its input once and writes FP8 values and fp32 scales in the la
     quantize_mx         (R, C) -> q (P, Q) and one scale per row and 32 columns          every MXFP8 operand, also SwiGLU's output
 
 The input of `quantize_columns` may be FP8 with a scale per row and 128 columns, or E5M6. The kernel dequantises such an
-input while it reads it. So one pass converts a saved input from 1x128 to 128x1 for Wgrad (paper 3.5.2). Divisions are
-IEEE divisions (`div_rn`). `/` is approximate on NVIDIA GPUs, and the bits would differ. The number of columns must be a
-multiple of 128, and so must the number of rows of weights; the caller pads. Other row counts are arbitrary. The missing
-rows of the last tile count as zeros. They are never read, and the kernel writes them only if a GEMM reads them.
+input while it reads the input. So one pass converts a saved input from 1x128 to 128x1 for Wgrad (paper 3.5.2).
+Divisions are IEEE divisions (`div_rn`), because `/` is approximate on NVIDIA GPUs and would give other bits.
 
-Only `quantize_mx` reads tensors of any strides and sizes, so its input may be a transposed view. It writes E8M0 scales
-in the layout that Blackwell's GEMMs read. An E8M0 scale is a byte: the exponent of a power of two plus 127. A block of
-128 rows by 4 scales has 512 bytes. The scales of row r begin at byte 16 (r mod 32) + 4 (r div 32). The blocks are
-ordered first along the contraction, and then along the rows (cuBLAS 13, "1D Block Scaling Factors Layout").
+The number of columns must be a multiple of 128, and for weights also the number of rows; the caller pads. Activations
+may have any number of rows. If the last tile has fewer than 128 rows, the kernel treats the missing rows as zeros. It
+writes these zeros only if a GEMM reads them.
+
+Only `quantize_mx` accepts tensors of any strides and sizes, so its input may be a transposed view. It writes E8M0
+scales in the layout that Blackwell's GEMMs read. An E8M0 scale is a byte: the exponent of a power of two plus 127. A
+block of 128 rows by 4 scales has 512 bytes. In a block, the scales of row r begin at byte 16 (r mod 32) + 4 (r div 32).
+All blocks of the first 128 rows come first, in the order of the contraction; then come the blocks of the next rows
+(cuBLAS 13, "1D Block Scaling Factors Layout").
 
 The module needs triton and is imported only where its kernels run. Shape suffixes: R rows, P rows of whole tiles, C
 columns, Q columns of whole tiles.
@@ -38,17 +41,17 @@ from train.kernels.fp8.formats import TILE, Cast, empty_scales
 from train.kernels.fp8.groups import most_tiles, on_device
 
 QUANTIZE_ROWS = 32
-"""Rows per program."""
+"""Number of rows that a program quantises."""
 BACKWARD_ROWS = 8
-"""Rows per program of `swiglu_backward`. It needs several values for each element, so more rows would need most of the
-registers."""
+"""Number of rows that a program of `swiglu_backward` computes. The program stores several values for each element in
+registers, so it computes fewer rows than other programs."""
 QUANTIZE_COLUMNS = 32
-"""Columns per program of `quantize_columns`."""
+"""Number of columns that a program of `quantize_columns` quantises."""
 
 
 @triton.jit
 def _scales(amax, maximum: constexpr, floor: constexpr, pow2: constexpr):
-    """Scale and inverse of a max-abs, as `train.kernels.fp8.quantize.scales`."""
+    """Returns scale and inverse for a max-abs, with the arithmetic of `train.kernels.fp8.quantize.scales`."""
     amax = tl.maximum(amax, floor)
     scale = tl.div_rn(amax, tl.full(amax.shape, maximum, tl.float32))
     if pow2:
@@ -70,7 +73,8 @@ def _cast(scaled, maximum: constexpr, dtype: constexpr):
 def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr, least: constexpr = 0):
     """Returns the end of each expert's rows, and each expert's number of tiles of 128 rows.
 
-    An expert has at least `least` tiles. Slots after the last expert have 0 tiles.
+    The results have `slots` entries, a power of two. Entries after the last expert have 0 tiles. An expert has at least
+    `least` tiles.
     """
     slot = tl.arange(0, slots)
     end = tl.load(ends_ptr + slot, mask=slot < experts, other=0)
@@ -80,8 +84,8 @@ def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr, least: cons
 
 @triton.jit
 def rows_of_tile(ends_ptr, tile, height, experts: constexpr, slots: constexpr, least: constexpr = 0):
-    """The expert of a tile, the first of its 128 rows, and the end of the expert's rows. Tiles after the last expert
-    have no rows."""
+    """Returns the expert of a tile, the first of the tile's 128 rows, and the end of the expert's rows. A tile after
+    the last expert has no rows."""
     expert, first, last = 0, tile * 128, height
     if experts > 1:
         end, tiles = tiles_of_experts(ends_ptr, experts, slots, least)
@@ -95,7 +99,8 @@ def rows_of_tile(ends_ptr, tile, height, experts: constexpr, slots: constexpr, l
 
 @triton.jit
 def _load(x_ptr, scale_ptr, rows, last, columns, tile, width, scale_rows, scaled: constexpr):
-    """fp32 values at rows x columns, all in one tile of 128 columns; zero from the row `last` on.
+    """Load fp32 values at rows x columns. All columns are in one tile of 128 columns. Values at and after row `last`
+    are zero.
 
     scaled: whether the input is FP8 with a scale per row and tile. These scales are stored column by column.
     """
@@ -111,8 +116,8 @@ def _store_tiles(
     x, q_ptr, scale_ptr, rows, columns, there, tile, width, scale_rows,
     maximum: constexpr, floor: constexpr, pow2: constexpr,
 ):  # fmt: skip
-    """Store values at rows x columns, all in one tile of 128 columns, as FP8 with a scale per row; scales are stored
-    column by column."""
+    """Store values at rows x columns as FP8, with a scale per row. All columns are in one tile of 128 columns. The
+    scales are stored column by column."""
     scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
     q = _cast(x * inverse[:, None], maximum, q_ptr.dtype.element_ty)
     tl.store(q_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], q, there[:, None])
@@ -138,19 +143,19 @@ def _e5m6_kernel(
     x_ptr, q_ptr, scale_ptr, height, width, height_out,
     maximum: constexpr, floor: constexpr, pow2: constexpr, block: constexpr,
 ):  # fmt: skip
-    """Packs eight values into three integers of 32 bits, as `train.kernels.fp8.formats.pack_e5m6` does."""
+    """Packs eight values into three 32-bit integers, with the same bits as `train.kernels.fp8.formats.pack_e5m6`."""
     rows = tl.program_id(0) * block + tl.arange(0, block)
     columns = tl.program_id(1) * 128 + tl.arange(0, 128)
     x = _load(x_ptr, x_ptr, rows, height, columns, 0, width, height, False)
     scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
     x = tl.clamp(x * inverse[:, None], -maximum, maximum, propagate_nan=tl.PropagateNan.ALL)
-    # Round as `formats.round_to`: the addition leaves no bit below six mantissa bits, or below the smallest normal
-    # value's.
+    # Round as `formats.round_to` does. After the addition, no bits are left for fractions of a step. A step is the
+    # distance between E5M6 values at x.
     step = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 113 << 23) + ((17 << 23) + 0x400000)
     x = (x + step.to(tl.float32, bitcast=True)) - step.to(tl.float32, bitcast=True)
     codes = (x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) >> 4) & 0xFFF
     even, odd = tl.split(tl.reshape(codes, (block, 64, 2)))
-    pairs = even | (odd << 12)  # 24 bits each
+    pairs = even | (odd << 12)  # 24 bits in each integer
     even, odd = tl.split(tl.reshape(pairs, (block, 32, 2)))
     first, third = tl.split(tl.reshape(even, (block, 16, 2)))
     second, fourth = tl.split(tl.reshape(odd, (block, 16, 2)))
@@ -163,8 +168,8 @@ def _e5m6_kernel(
 
 @triton.jit
 def _load_e5m6(q_ptr, scale_ptr, rows, start, tile, width, height, count: constexpr):
-    """Returns the fp32 values of `count` columns from `start` on, in the given rows. All columns are in one tile of 128
-    columns. The values are read from packed integers of 32 bits."""
+    """Returns the fp32 values of `count` columns from column `start`, in the given rows. All columns are in one tile of
+    128 columns. The function unpacks them from 32-bit integers."""
     words = rows[:, None].to(tl.int64) * (width // 8 * 3) + (start // 8 + tl.arange(0, count // 8))[None, :] * 3
     low, middle, high = tl.load(q_ptr + words), tl.load(q_ptr + words + 1), tl.load(q_ptr + words + 2)
     first = low & 0xFFFFFF
@@ -199,7 +204,7 @@ def _columns_kernel(
     scale, inverse = _scales(tl.max(tl.abs(x), axis=0), maximum, floor, pow2)
     q = _cast(x * inverse[None, :], maximum, q_ptr.dtype.element_ty)
     base, stride = tile * 128, tl.cast(height_out, tl.int64)
-    if flat:  # both are whole tiles; without this hint the compiler stores byte by byte
+    if flat:  # `base` and `stride` are multiples of 128; without this hint the compiler stores single bytes
         base, stride = tl.multiple_of(tl.load(base_ptr + tile), 128), tl.multiple_of(tl.load(stride_ptr + tile), 128)
     tl.store(q_ptr + base + columns[:, None] * stride + tl.arange(0, 128)[None, :], tl.trans(q))
     tl.store(scale_ptr + tile * width + columns, scale)
@@ -212,9 +217,10 @@ def _both_kernel(
     maximum: constexpr, floor: constexpr, pow2: constexpr,
     maximum_t: constexpr, floor_t: constexpr, pow2_t: constexpr, again: constexpr, experts: constexpr, slots: constexpr,
 ):  # fmt: skip
-    """`_tiles_kernel` and `_columns_kernel` for one tile of rows and 128 columns.
+    """Computes what `_tiles_kernel` and `_columns_kernel` compute, for 128 rows and 128 columns.
 
-    again: apply the second cast to the result of the first cast. The result of the first cast is not stored.
+    again: whether to apply the second cast to the result of the first cast, and not to store the result of the first
+    cast.
     """
     tile = tl.program_id(0)
     _, first, last = rows_of_tile(ends_ptr, tile, height, experts, slots)
@@ -332,11 +338,11 @@ def _mx_kernel(
     matrix, size = tl.program_id(2).to(tl.int64), tl.num_programs(0) * 128 * tl.cast(tiles * 128, tl.int64)
     rows, columns, last = tl.program_id(0) * 128 + local, tile * 128 + local, width
     block, of_expert = tl.program_id(0) * tiles + tile, tiles
-    if experts > 1:  # the scales of each expert are a separate matrix
+    if experts > 1:  # each expert's scales form a separate matrix
         slot = tl.arange(0, slots)
         _, counts = tiles_of_experts(ends_ptr, experts, slots, 1)
         expert, start, last = rows_of_tile(ends_ptr, tile, width, experts, slots, 1)
-        columns, expert = start + local, tl.minimum(expert, experts - 1)  # remaining tiles are zeros of the last expert
+        columns, expert = start + local, tl.minimum(expert, experts - 1)  # the last tiles are zeros of the last expert
         before = tl.sum(tl.where(slot < expert, counts, 0))
         of_expert = tl.where(expert < experts - 1, tl.sum(tl.where(slot == expert, counts, 0)), tiles - before)
         block = before * tl.num_programs(0) + tl.program_id(0) * of_expert + tile - before
@@ -346,7 +352,7 @@ def _mx_kernel(
     if gated:
         up = tl.load(x_ptr + place + tl.cast(width, tl.int64) * x_column, there, 0.0).to(tl.float32)
         x = tl.div_rn(x, 1.0 + tl.exp(-x)) * up * tl.load(gates_ptr + rows, rows < height, 0.0)[:, None]
-    if scaled:  # x is the transpose of the tensor with these scales
+    if scaled:  # the scales belong to the transpose of x
         word = (columns // 128 * tl.num_programs(0) + tl.program_id(0)) * 128 + columns % 32 * 4 + columns % 128 // 32
         word = tl.load(in_scale_ptr + word, columns < last, 0)
         factors = (((word[None, :] >> (tl.arange(0, 4) * 8)[:, None]) & 0xFF) << 23).to(tl.float32, bitcast=True)
@@ -361,7 +367,8 @@ def _mx_kernel(
 
 
 def quantize_tiles(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """Returns q (P, C), and scale (P, C / 128) stored column by column, as cuBLASLt and DeepGEMM read it."""
+    """Returns q (P, C) and scale (P, C / 128). The scale is stored column by column, as cuBLASLt and DeepGEMM read
+    it."""
     rows, columns = _sizes(x_RC)
     whole = -(-rows // TILE) * TILE
     q, scale = cast.empty_tiles(x_RC, whole, columns)
@@ -372,7 +379,7 @@ def quantize_tiles(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
 
 
 def quantize_e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """Returns q, uint8 (P, 3 C / 2), as `train.kernels.fp8.formats.pack_e5m6` packs it, and scale (P, C / 128) stored
+    """Returns q, uint8 (P, 3 C / 2), packed as in `train.kernels.fp8.formats.pack_e5m6`, and scale (P, C / 128), stored
     column by column."""
     rows, columns = _sizes(x_RC)
     whole = -(-rows // TILE) * TILE
@@ -385,7 +392,8 @@ def quantize_e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
 
 
 def decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
-    """Values (R, C) in bf16 of the result of `quantize_e5m6`; exact for power-of-two scales."""
+    """Returns the values of the result of `quantize_e5m6`, in bf16 (R, C). The values are exact if the scales are
+    powers of two."""
     columns = q.shape[1] // 3 * 2
     out_RC = q.new_empty(rows, columns, dtype=torch.bfloat16)
     _decode_kernel[(-(-rows // QUANTIZE_ROWS), columns // TILE)](
@@ -397,8 +405,8 @@ def decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
 def quantize_both(
     x_RC: Tensor, cast: Cast, cast_t: Cast, ends_E: Tensor | None = None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Returns the result of `quantize_tiles` by the first cast and of `quantize_columns` by the second cast, with one
-    read of x. With ends_E the first result has no padding rows."""
+    """Returns what `quantize_tiles` returns for the first cast, and what `quantize_columns` returns for the second
+    cast. The kernel reads x only once. With ends_E, the first result has no padding rows."""
     rows, columns = _sizes(x_RC)
     experts = 1 if ends_E is None else ends_E.shape[0]
     tiles, whole = most_tiles(rows, experts), -(-rows // TILE) * TILE if experts == 1 else rows
@@ -413,8 +421,8 @@ def quantize_both(
 
 
 def quantize_again(x_RC: Tensor, cast: Cast, cast_t: Cast) -> tuple[Tensor, Tensor]:
-    """Applies `quantize_tiles` by the first cast, and `quantize_columns` by the second cast to the resulting values, in
-    one pass. Both casts have the same format."""
+    """Quantises x with `quantize_tiles` and the first cast, and the resulting values with `quantize_columns` and the
+    second cast. Returns the second result. One kernel does both. Both casts must have the same format."""
     rows, columns = _sizes(x_RC)
     tiles = most_tiles(rows, 1)
     q_t, scale_t = cast_t.empty_tiles(x_RC, columns, tiles * TILE)
@@ -432,11 +440,12 @@ def quantize_columns(
     flat: list[int] | None = None,
     ends_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns q and scale of the transpose, with tiles along R.
+    """Returns q (C, P) and scale (C, P / 128) of the transpose of x, with tiles along R. The scale is stored column by
+    column.
 
-    q (C, P), scale (C, P / 128) stored column by column. ends_E: end of each expert's rows, int32. Each expert has its
-    own tiles; the tiles after the last expert are zeros. flat: the number of padded rows of each expert. If it is
-    given, q is flat: one (C, rows) matrix after another. x_RC may be the q of `quantize_e5m6`, with its scale.
+    in_scale: scales of x_RC if x_RC is quantised: FP8, or the packed result of `quantize_e5m6`. flat: number of padded
+    rows of each expert; if it is given, q is flat: one matrix (C, rows) after another. ends_E: end of each expert's
+    rows, int32. Each expert has its own tiles. Tiles after the last expert are zeros.
     """
     packed = x_RC.dtype == torch.uint8
     if packed:
@@ -455,7 +464,8 @@ def quantize_columns(
 
 
 def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor, Tensor]:
-    """Returns q (..., R, C) and scale (..., R / 128, C / 128), contiguous. transposed: both results are transposed."""
+    """Returns q (..., R, C) and scale (..., R / 128, C / 128), contiguous. transposed: whether to transpose both
+    results."""
     rows, columns = _sizes(x_RC)
     assert rows % TILE == 0, f"{rows} rows are not whole tiles"
     lead = x_RC.shape[:-2]
@@ -474,8 +484,8 @@ def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor,
 def swiglu_tiles(
     h_P2F: Tensor, gates_P: Tensor, cast: Cast, cache: Cast
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Returns the result of `quantize_tiles` for SwiGLU's output (P, F), and for h by the cache's cast, with one read
-    of h. Neither result has padding rows."""
+    """Returns two results of `quantize_tiles`: for SwiGLU's output (P, F) with the first cast, and for h with the cast
+    `cache`. The kernel reads h only once. Neither result has padding rows."""
     rows, width = _sizes(h_P2F)[0], h_P2F.shape[1] // 2
     made, kept = cast.empty_tiles(h_P2F, rows, width), cache.empty_tiles(h_P2F, rows, 2 * width)
     _swiglu_kernel[(-(-rows // QUANTIZE_ROWS), width // TILE)](
@@ -486,9 +496,9 @@ def swiglu_tiles(
 
 
 def swiglu_backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor, in_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns a (P, F) and dh (P, 2F) in bf16, and the gradient of the gates (P,).
+    """Returns SwiGLU's output (P, F) and the gradient of h (P, 2F), both in bf16, and the gradient of the gates (P,).
 
-    in_scale: the scale of h, as returned by `swiglu_tiles`.
+    h_P2F, in_scale: the quantised h and its scale, from `swiglu_tiles`.
     """
     rows, width = _sizes(da_PF)
     a_PF = torch.empty_like(da_PF, dtype=torch.bfloat16)
@@ -509,10 +519,10 @@ def quantize_mx(
 ) -> tuple[Tensor, Tensor]:
     """Returns q (..., P, Q) and its E8M0 scales: (P, Q / 32), or (..., P x Q / 32) for several matrices.
 
-    x_RC: a tensor with any strides. in_scale: scale of the transpose of x_RC, from this function. ends_E: end of each
-    expert's columns, int32. Each expert has its own tiles, at least one, and its scales form a separate matrix; the
-    remaining tiles are zeros of the last expert. gates_R: if given, x_RC is SwiGLU's input, and the function quantises
-    SwiGLU's output.
+    x_RC: a tensor with any strides. in_scale: scales of the transpose of x_RC, if this function quantised it; else
+    None. ends_E: end of each expert's columns, int32. Each expert has at least one tile of its own, and its scales form
+    a separate matrix. Tiles after the last expert's columns are zeros, and belong to the last expert. gates_R: if
+    given, x_RC is the input of SwiGLU, and the function quantises the output of SwiGLU.
     """
     *lead, rows, columns = x_RC.shape
     columns = columns if gates_R is None else columns // 2
@@ -520,7 +530,7 @@ def quantize_mx(
     tiles = -(-columns // TILE) if ends_E is None else most_tiles(columns + experts, experts)
     whole = -(-rows // TILE) * TILE
     q = x_RC.new_empty(*lead, whole, tiles * TILE, dtype=cast.format.dtype)
-    words = q.new_empty(*lead, whole, tiles, dtype=torch.int32)  # words of four scales
+    words = q.new_empty(*lead, whole, tiles, dtype=torch.int32)  # one integer for four scales
     with_options(_mx_kernel[(whole // TILE, tiles, lead[0] if lead else 1)], num_warps=16)(
         x_RC, x_RC if in_scale is None else in_scale.view(torch.int32), x_RC if gates_R is None else gates_R, q,
         words, x_RC if ends_E is None else ends_E, rows, columns, x_RC.stride(0) if lead else 0,
@@ -532,7 +542,8 @@ def quantize_mx(
 
 
 def _sizes(x_RC: Tensor) -> tuple[int, int]:
-    """Rows and columns of a contiguous tensor; columns must be whole tiles."""
+    """Returns the numbers of rows and columns. Asserts that the tensor is contiguous, and that columns are a multiple
+    of 128."""
     rows, columns = x_RC.shape[-2:]
     assert x_RC.is_contiguous(), "kernels read row by row"
     assert columns % TILE == 0, f"{columns} columns are not whole tiles"
@@ -540,8 +551,8 @@ def _sizes(x_RC: Tensor) -> tuple[int, int]:
 
 
 def _tile_places(lengths: list[int], columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns, for every 128 rows, the position of the first row in a flat q of (columns, rows) matrices, and the row
-    stride of its matrix."""
+    """Describes a flat q that has one matrix (columns, rows) after another. For every 128 rows, returns the position of
+    their first element, and the row stride of their matrix."""
     base, stride, before = [], [], 0
     for length in lengths:
         base += range(before * columns, before * columns + length, TILE)
