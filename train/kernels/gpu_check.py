@@ -1,4 +1,4 @@
-"""Checks whether torch and Triton can use the GPU, and whether its FP8 GEMMs are correct, before data are read."""
+"""Checks whether torch and Triton can use the GPU, and whether its FP8 GEMMs are correct, before the run reads data."""
 
 import importlib.util
 import os
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     import torch
 
 PROBED = "SLUICE_PROBED"
-"""Environment variable that tells the ranks on this machine which FP8 recipe the command has already tested."""
+"""Environment variable with the FP8 recipe that the command has already tested on this machine. The ranks read it."""
 PROBE_PATIENCE = timedelta(hours=1)
-"""Longest wait for the first rank of each machine. It tests GEMMs for at most hopper_probe.PROBE_SECONDS."""
+"""Longest time that ranks wait for the first rank of each machine. The first rank tests GEMMs for at most
+hopper_probe.PROBE_SECONDS."""
 
 
 def check_gpu(config: Config) -> None:
-    """Check the GPU in the driver of local ranks. Raises UserError.
+    """Check the GPU in the driver process of local ranks. Raises UserError.
 
-    With cluster=ray, the ranks check their own machines instead.
+    With cluster=ray, the ranks check the GPUs of their machines instead.
     """
     wanted, fp8 = config.cluster.device, config.precision.fp8
     if wanted == "cpu" or config.cluster.backend == "ray" or not (wanted == "cuda" or gpu_files()):

@@ -1,4 +1,4 @@
-"""Builds the precision object from the settings section `precision`. The object computes the model's matmuls."""
+"""Builds the object that computes the model's matmuls, from the settings section `precision`."""
 
 import torch
 
@@ -11,9 +11,10 @@ from train.model.operations import Kernels
 def build_precision(
     precision: Precision, device: torch.device, kernels: Kernels, recompute_swiglu: bool = True
 ) -> HighPrecision | Fp8Precision:
-    """Builds the precision object for a checked section. Raises UserError if this device does not support FP8.
+    """Builds the object that computes the model's matmuls. precision: a checked section. Raises UserError if this
+    device does not support FP8.
 
-    kernels: the model's kernels on this device, see train/kernels/choice.py. recompute_swiglu: whether experts in fp32
+    kernels: the model's kernels on this device; see train/kernels/choice.py. recompute_swiglu: whether experts in fp32
     or bf16 recompute their SwiGLU output in backward. In FP8 they always recompute it.
     """
     if precision.fp8 is not None:
@@ -22,7 +23,7 @@ def build_precision(
 
 
 def activation_dtype(precision: Precision) -> torch.dtype:
-    """Returns the dtype of weights, and of activations between the matmuls.
+    """Returns the dtype of weights in matmuls, and of activations between the matmuls.
 
     Master weights and gradients are always in fp32.
     """

@@ -1,9 +1,9 @@
-"""Implements the attention cores on a GPU with torch's kernels. train/kernels/choice.py selects the core of a run.
+"""Implements the attention cores on a GPU with torch's kernels. train/kernels/choice.py selects the core for a run.
 
-One kernel call computes consecutive documents of a sequence, and gets their lengths. It computes each document up to
-its own diagonal and needs no mask. Any other rectangle needs a separate call. Calls for one sequence have any length.
-Calls for all sequences have only a few different lengths. A run may use different cores for the two kinds of calls
-(`AttentionByKind`).
+One kernel call can compute several consecutive documents of a sequence. It gets the lengths of the documents. It
+computes each document up to the diagonal of the document, and needs no mask. Any other rectangle needs a separate call.
+A call for one sequence may have any length. Calls for all sequences have only a few different lengths. A run may use
+different cores for these two kinds of calls (`AttentionByKind`).
 
 Shapes as in train/model/attention.py; P documents of a call, M queries of a call.
 """
@@ -24,23 +24,26 @@ ATEN = torch.ops.aten
 LSE_ROWS = 32
 """The memory-efficient kernel pads log-sum-exps to multiples of this number of queries."""
 WASTE = 4
-"""In a call with documents, the kernel allocates log-sum-exps for every document, as many as the longest document
-needs. WASTE is the maximum ratio of these allocated numbers to the number of queries."""
+"""Largest ratio of allocated log-sum-exps to queries in a call with documents. For every document, the kernel allocates
+as many log-sum-exps as for the longest document."""
 
 
 class _Documents(NamedTuple):
-    """The documents of one call."""
+    """The documents that one call computes."""
 
     longest: int
     bounds: Tensor
-    """Start of each document, and end of the last document: int32 (P + 1,)."""
+    """The start of each document, and then the end of the last document: int32 (P + 1,)."""
     places: tuple[Tensor, Tensor]
-    """The document of every query and its position in the document: int64 (M,)."""
+    """For every query, the index of its document, and its position in the document: int64 (M,)."""
 
 
 class _Call(NamedTuple):
-    """A call of an attention kernel. Queries see all keys, or keys up to a diagonal. Each of `documents` has a
-    diagonal."""
+    """The arguments of one call of an attention kernel.
+
+    causal: whether queries see keys only up to a diagonal; else they see all keys. documents: None, or documents that
+    each have a diagonal of their own.
+    """
 
     sequences: slice
     queries: slice
@@ -49,17 +52,19 @@ class _Call(NamedTuple):
     documents: _Documents | None = None
 
     def take(self, *tensors: Tensor) -> list[Tensor]:
-        """Returns the rows of this call, of q, k, v, and of other tensors over queries."""
+        """Returns the parts of q, k, v and of other tensors that belong to this call. The other tensors have an axis of
+        queries."""
         return [t[self.sequences, :, self.keys if i in (1, 2) else self.queries] for i, t in enumerate(tensors)]
 
 
 def calls(rectangles: Sequence[Rectangle], device: torch.device, waste: float = WASTE) -> list[_Call]:
-    """All kernel calls for these rectangles. waste: see WASTE."""
+    """Returns the kernel calls for these rectangles. waste: see WASTE."""
     return [_call(run, device) for run in _runs(rectangles, waste)]
 
 
 def _runs(rectangles: Sequence[Rectangle], waste: float) -> Iterator[list[Rectangle]]:
-    """Groups the documents that share a call, in order. Any other rectangle forms its own group."""
+    """Groups the rectangles by call, in order. Consecutive documents can share a call. Any other rectangle forms a
+    group alone."""
     run: list[Rectangle] = []
     for one in rectangles:
         if run:
@@ -96,13 +101,13 @@ def _call(run: list[Rectangle], device: torch.device) -> _Call:
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """Returns the tensor on the device, copied without blocking the host."""
+    """Returns the tensor on the device. The host does not wait for the copy."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 class EfficientAttention(PlainAttention):
-    """torch's memory-efficient kernel, which supports every GPU since 2016. It supports documents, and any log-sum-exp
-    in backward."""
+    """torch's memory-efficient kernel, which runs on every GPU since 2016. It supports documents. Its backward accepts
+    log-sum-exps that cover more keys than the call has."""
 
     waste: float = WASTE
 
@@ -124,7 +129,7 @@ class EfficientAttention(PlainAttention):
         self, dout_BHTV: Tensor, given: AttentionInput, made: AttentionOutput
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs, scale, seen = given[:3], given.scale, given.seen
-        # The kernel assumes an output with contiguous heads and ignores its strides.
+        # The kernel ignores the strides of the output, and assumes the memory order (positions, heads, width).
         assert made.out_BHTV.stride(1) == made.out_BHTV.size(3), "the output has its positions first"
         grads: tuple[Tensor, ...] | None = None
         for call in seen.once(calls, dout_BHTV.device, self.waste):
@@ -139,7 +144,7 @@ class EfficientAttention(PlainAttention):
         return dq, dk, dv
 
     def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp of one call."""
+        """Returns the output and the log-sum-exp of one call."""
         if call.documents is None:
             out, lse, *_ = ATEN._scaled_dot_product_efficient_attention(
                 q, k, v, None, True, 0.0, call.causal, scale=scale
@@ -155,8 +160,8 @@ class EfficientAttention(PlainAttention):
     def _backward(
         self, call: _Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v of one call."""
-        unused = torch.empty((), dtype=torch.int64, device=q.device)  # dropout state
+        """Returns the gradients of q, k and v of one call."""
+        unused = torch.empty((), dtype=torch.int64, device=q.device)  # state of dropout, which is not used
         if call.documents is None:
             if more := -q.size(2) % LSE_ROWS:
                 lse = F.pad(lse, (0, more), value=torch.inf)
@@ -176,10 +181,10 @@ class EfficientAttention(PlainAttention):
 
 
 def _largest(given: AttentionInput, lse_BHT: Tensor) -> Tensor:
-    """Returns the largest score of each query. The kernels do not return scores, so this function computes the scores
+    """Returns the largest score of each query. torch's kernels do not return scores, so this function computes them
     again.
 
-    Queries whose log-sum-exp is at most the limit get their log-sum-exp instead.
+    If a query's log-sum-exp is at most the limit of `given.watch`, the result is the log-sum-exp instead.
     """
     if not lse_BHT.is_cuda:
         exact = PlainAttention().forward(given, largest=True).largest_BHT
@@ -192,10 +197,10 @@ def _largest(given: AttentionInput, lse_BHT: Tensor) -> Tensor:
 
 
 class FlashAttention(EfficientAttention):
-    """torch's FlashAttention, which torch's variable-length attention calls.
+    """torch's FlashAttention kernel, which torch also uses for sequences of various lengths.
 
-    It needs queries, keys and values of the same width. Narrower values are padded with columns of zeros, which do not
-    change other columns. Its log-sum-exps are packed, so no memory is wasted.
+    It needs queries, keys and values of one width. Narrower values are padded with columns of zeros, which do not
+    change the other columns. It stores the log-sum-exps of documents without padding, so no memory is wasted.
     """
 
     waste = math.inf
@@ -205,7 +210,7 @@ class FlashAttention(EfficientAttention):
         lengths = self._lengths(call, q, k)
         q, k, v = (_tokens(call, _widened(t, q)) for t in (q, k, v))
         out, lse, *_ = ATEN._flash_attention_forward(q, k, v, *lengths, 0.0, call.causal, False, scale=scale)
-        if call.documents is not None:  # tokens of one sequence: out (M, H, Q), lse (H, M)
+        if call.documents is not None:  # the result has no axis of sequences: out (M, H, Q), lse (H, M)
             out, lse = out.unsqueeze(0), lse.unsqueeze(0)
         out_BHTV = out.transpose(1, 2)
         return out_BHTV if out.size(-1) == width else positions_first(out_BHTV[..., :width], v.dtype), lse
@@ -214,7 +219,7 @@ class FlashAttention(EfficientAttention):
         self, call: _Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         width, lengths = v.size(-1), self._lengths(call, q, k)
-        unused = torch.empty((), dtype=torch.int64, device=q.device)  # dropout state
+        unused = torch.empty((), dtype=torch.int64, device=q.device)  # state of dropout, which is not used
         dout, q, k, v, out = (_tokens(call, _widened(t, q)) for t in (dout, q, k, v, out))
         lse = lse.contiguous() if call.documents is None else lse.squeeze(0).contiguous()
         grads = ATEN._flash_attention_backward(
@@ -224,7 +229,8 @@ class FlashAttention(EfficientAttention):
         return dq, dk, dv[..., :width]
 
     def _lengths(self, call: _Call, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None, int, int]:
-        """Bounds of documents in queries and keys, and the length of the longest document."""
+        """Returns the documents' bounds among queries and among keys, and the longest documents' numbers of queries and
+        keys. A call without documents counts as one document without bounds."""
         if call.documents is None:
             return None, None, q.size(2), k.size(2)
         return call.documents.bounds, call.documents.bounds, call.documents.longest, call.documents.longest
@@ -236,13 +242,15 @@ def _widened(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _tokens(call: _Call, x_BHTX: Tensor) -> Tensor:
-    """Positions before heads, without the axis of sequences if documents share a call."""
+    """Moves the axis of positions before the axis of heads. If documents share a call, also removes the axis of
+    sequences."""
     x = x_BHTX.transpose(1, 2)
     return x if call.documents is None else x.squeeze(0)
 
 
 class AttentionByKind(EfficientAttention):
-    """Uses one core for calls over all sequences, and another core for calls with documents, which have any length."""
+    """Uses one core for calls over all sequences. Uses another core for calls over one sequence, which may have any
+    length."""
 
     def __init__(self, whole: EfficientAttention, documents: EfficientAttention):
         self.whole, self.documents, self.waste = whole, documents, documents.waste
@@ -260,14 +268,14 @@ class AttentionByKind(EfficientAttention):
 
 
 class CudnnAttention(EfficientAttention):
-    """cuDNN's kernel, which is the fastest core. It is not used for documents, because it builds a plan for every
+    """cuDNN's kernel, the fastest core. It is not used for documents, because cuDNN builds a separate plan for every
     length."""
 
     takes_documents = False
 
     def __init__(self) -> None:
         self._last_axis: tuple[int, ...] = ()
-        """Trailing axes of cuDNN's log-sum-exp. They differ between torch versions."""
+        """Sizes of the axes of cuDNN's log-sum-exp after the first three axes. They differ between torch versions."""
 
     def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         assert call.sequences == slice(None), "documents have a core of their own"
@@ -278,7 +286,7 @@ class CudnnAttention(EfficientAttention):
     def _backward(
         self, call: _Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        unused = torch.empty((), dtype=torch.int64, device=q.device)  # dropout state
+        unused = torch.empty((), dtype=torch.int64, device=q.device)  # state of dropout, which is not used
         lse = lse.contiguous().view(*lse.shape, *self._last_axis)
         return ATEN._scaled_dot_product_cudnn_attention_backward(
             dout,

@@ -1,4 +1,4 @@
-"""Implements a GPU's kernels with torch's fused kernels, or with Sluice's Triton kernels if torch has none
+"""Implements the kernels of a GPU with torch's fused kernels. Where torch has none, it uses Sluice's Triton kernels
 (train/kernels/gpu/fused_rows.py).
 
 Shapes as in train/model/operations.py.
@@ -21,7 +21,8 @@ from train.model.weight_gradient import LinearMatmul
 
 
 class FusedKernels(PlainKernels):
-    """`Kernels` that never wait for the device. core: the attention core, see `train.kernels.choice`."""
+    """Implements `Kernels` so that the host never waits for the device. core: the attention core; see
+    `train.kernels.choice`."""
 
     def __init__(self, core: AttentionCore | None = None):
         self.core = core or EfficientAttention()
@@ -59,7 +60,7 @@ class FusedKernels(PlainKernels):
             return super().matmul(left_OC, right_NC, dtype, into_ON)
         if left_OC.is_meta:
             return left_OC.new_empty(len(left_OC), len(right_NC), dtype=dtype) if into_ON is None else into_ON
-        if not left_OC.is_cuda:  # torch has neither operation there; the same except for the order of sums
+        if not left_OC.is_cuda:  # torch has neither operation on a CPU; the result differs only in the order of sums
             return super().matmul(left_OC.float(), right_NC.float(), dtype, into_ON)
         if into_ON is None:
             return torch.mm(left_OC, right_NC.t(), out_dtype=dtype)
@@ -83,7 +84,7 @@ class FusedKernels(PlainKernels):
     def logits(self, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
         if x_ND.dtype != torch.bfloat16 or weight_ED.dtype != torch.bfloat16:
             return super().logits(x_ND, weight_ED)
-        return self.matmul(x_ND, weight_ED, torch.float32)  # tensor cores multiply bf16 without rounding
+        return self.matmul(x_ND, weight_ED, torch.float32)  # exact, because tensor cores multiply bf16 without rounding
 
     def logits_backward(
         self, grad_NE: Tensor, x_ND: Tensor, weight_ED: Tensor, x_needed: bool, weight_needed: bool
@@ -91,7 +92,7 @@ class FusedKernels(PlainKernels):
         if x_ND.dtype != torch.bfloat16 or weight_ED.dtype != torch.bfloat16:
             return super().logits_backward(grad_NE, x_ND, weight_ED, x_needed, weight_needed)
         (N, E), dx_ND, dweight_ED = grad_NE.shape, None, None
-        parts_N2E = x_ND.new_empty(N, 2, E)  # the gradient equals the sum of two bf16 numbers, up to 2^-17 of it
+        parts_N2E = x_ND.new_empty(N, 2, E)  # the gradient as a sum of two bf16 numbers, with a relative error of 2^-17
         large_NE, rest_NE = parts_N2E.unbind(1)
         torch.sub(grad_NE, large_NE.copy_(grad_NE), out=rest_NE)
         parts_NX = parts_N2E.flatten(1)
@@ -111,15 +112,15 @@ class FusedKernels(PlainKernels):
         positions: Positions,
         replayed_BTK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        # Three cases use plain code: fp64 in mode=prove; ranks that share a sequence, because they exchange counts
-        # between the two kernels; and softmax scores or counts per sample, because the kernel does not support them.
+        # Three cases use plain code. In mode=prove, values are fp64. If ranks share a sequence, they exchange counts in
+        # the middle of the computation. And the kernel supports neither softmax scores nor counts per sample.
         plain = positions.share is not None or positions.samples_BS is not None or rule.softmax
         one_kernel = logits_BTE.dtype == torch.float32 and not plain
         route = FusedRoute if one_kernel else Route
         return route.apply(logits_BTE, bias_E, rule, balance_weight, counters, positions, replayed_BTK)
 
     def index_scores(self, q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor) -> Tensor:
-        if not q_CHI.is_cuda or q_CHI.dtype == torch.float64:  # mode=prove uses fp64
+        if not q_CHI.is_cuda or q_CHI.dtype == torch.float64:  # the values of mode=prove are in fp64
             return super().index_scores(q_CHI, k_SI, w_CH)
         from train.kernels.gpu.triton_index import fused_index_scores
 

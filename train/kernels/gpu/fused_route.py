@@ -1,4 +1,4 @@
-"""The router's expert choice on a GPU, by the kernels of train/kernels/gpu/triton_route.py.
+"""Computes the router's expert choice on a GPU with the kernels of train/kernels/gpu/triton_route.py.
 
 Shapes as in train/kernels/plain/routing.py.
 """
@@ -43,7 +43,7 @@ class FusedRoute(Function):
         ctx.save_for_backward(scores_BTE, ids_BTK, gates_BTK, factor_BT1, total_BT1, frequency_BE)
         ctx.rule, ctx.weight = rule, weight
         ctx.mark_non_differentiable(ids_BTK)
-        ctx.set_materialize_grads(False)  # no zero gradients for the ids
+        ctx.set_materialize_grads(False)  # autograd need not build a zero gradient for the ids
         return gates_BTK, ids_BTK
 
     @staticmethod
@@ -57,7 +57,7 @@ class FusedRoute(Function):
 
 
 def _triton():
-    """The GPU's kernels, imported so that the type checker knows their names."""
+    """Imports the module with the Triton kernels. This function lets the type checker know the names in the module."""
     from train.kernels.gpu import triton_route
 
     return triton_route

@@ -1,7 +1,7 @@
-"""SwiGLU and the split into heads on a GPU, by the kernels of train/kernels/gpu/triton_rows.py.
+"""Computes SwiGLU and the split into heads on a GPU with the kernels of train/kernels/gpu/triton_rows.py.
 
-Triton is imported at the first call, because plans for GPUs also run on machines without it. Meta tensors cause the
-same allocations as real tensors, so plans count them. Shapes as in train/model/operations.py.
+The first call imports Triton, because plans for GPUs also run on machines without Triton. A function allocates the same
+memory for meta tensors as for real tensors, so a plan can count allocations. Shapes as in train/model/operations.py.
 """
 
 import torch
@@ -11,7 +11,7 @@ from train.model.needed import Function, once_differentiable
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
-    """Returns silu(gate) * up, times the row's gate value if given: (N, F)."""
+    """Returns silu(gate) * up, a tensor (N, F). If gates_N is given, each row is multiplied by its gate value."""
     out_NF = h_N2F.new_empty(h_N2F.size(0), h_N2F.size(1) // 2)
     if runs(out_NF):
         _triton().swiglu(h_N2F.contiguous(), None if gates_N is None else gates_N.contiguous(), out_NF)
@@ -29,7 +29,7 @@ def swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> t
 
 
 class FusedHeads(Function):
-    """Implements `train.model.operations.Kernels.to_heads`. Its queries and values are views of the inputs."""
+    """Implements `train.model.operations.Kernels.to_heads`. The returned queries and values are views of the inputs."""
 
     @staticmethod
     def forward(ctx, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int):
@@ -45,7 +45,10 @@ class FusedHeads(Function):
 def heads(
     q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, heads first. Queries are rotated in place, and values are a view of kv."""
+    """Returns queries, keys and values with the axis of heads before the axis of positions.
+
+    Queries are rotated in place, and values are a view of kv_BTHX.
+    """
     B, T = q_BTHQ.shape[:2]
     q_BTHQ, kv_BTHX = q_BTHQ.contiguous(), kv_BTHX.contiguous()
     k_BTHQ = torch.empty_like(q_BTHQ)
@@ -57,7 +60,8 @@ def heads(
 
 
 def heads_backward(dq_BHTQ: Tensor, dk_BHTQ: Tensor, dv_BHTV: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, of kv and of the rope key, from gradients with their axes in any memory order."""
+    """Returns the gradients of q, of kv and of the rope key. The axes of the given gradients may have any memory
+    order."""
     B, H, T, Q = dq_BHTQ.shape
     rope = 2 * table.size(1)
     dq_BTHQ, dkv_BTHX = (dq_BHTQ.new_empty(B, T, H, width) for width in (Q, Q - rope + dv_BHTV.size(3)))
@@ -69,17 +73,18 @@ def heads_backward(dq_BHTQ: Tensor, dk_BHTQ: Tensor, dv_BHTV: Tensor, table: Ten
 
 
 def runs(out: Tensor) -> bool:
-    """Whether there is work, on a real device."""
+    """Returns whether a kernel must run: the output is not empty, and is not on the meta device."""
     return out.numel() > 0 and not out.is_meta
 
 
 def _reals(table: Tensor) -> Tensor:
-    """Returns complex numbers as reals: real and imaginary parts adjacent, (T, R/2, 2)."""
+    """Returns a complex table (T, R/2) as real numbers (T, R/2, 2). The last axis has the real and the imaginary
+    part."""
     return torch.view_as_real(table.contiguous())
 
 
 def _triton():
-    """The GPU's kernels, imported so that the type checker knows their names."""
+    """Imports the module with the Triton kernels. This function lets the type checker know the names in the module."""
     from train.kernels.gpu import triton_rows
 
     return triton_rows

@@ -1,9 +1,9 @@
-"""Checks the host tools that Triton needs besides a GPU: a C compiler and Python's headers.
+"""Checks the tools on the host that Triton needs besides a GPU: a C compiler and Python's headers.
 
-Triton compiles every kernel itself, but builds small Python modules in C with the machine's C compiler to launch them.
-The first module is built when a process asks for the GPU's driver. So every run on a GPU needs the C compiler and the
-headers, also in bf16; a C++ compiler is not enough. The search follows triton.runtime.build of 3.6 to 3.9. The compiler
-is also tested, because it may be installed without the C library's headers.
+Triton compiles every kernel itself. To launch kernels, it builds small Python modules in C, with the machine's C
+compiler. It builds the first module when a process asks for the GPU's driver. So every run on a GPU needs the C
+compiler and the headers, even in bf16. A C++ compiler is not enough. The search follows triton.runtime.build of Triton
+3.6 to 3.9. The compiler is also tested, because it may be installed without the C library's headers.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 from conf.errors import UserError
 
 COMPILERS = ("gcc", "clang")
-"""Names of the compilers that Triton searches on the PATH if CC is not set. It does not search for `cc`."""
+"""Names of the compilers that Triton searches for on the PATH if CC is not set. Triton does not search for `cc`."""
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 TRIED_SOURCE = """#include <stdlib.h>
 #include <Python.h>
@@ -25,15 +25,16 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tried", NULL, -1, NU
 PyMODINIT_FUNC PyInit_tried(void) { return PyModule_Create(&module); }
 """
 COMPILER_SECONDS = 60.0
-"""Time limit of the compiler in seconds. It usually needs less than one second."""
+"""Time limit for the compiler, in seconds. The compiler usually needs less than one second."""
 COMPILER_TAIL = 600
-"""Number of characters, from the end of the compiler's output, that the error repeats."""
+"""Number of characters at the end of the compiler's output that an error message repeats."""
 INSTALL_COMPILER = "apt-get install build-essential (dnf install gcc), or set CC to a C compiler"
 INSTALL_HEADERS = f"apt-get install {PYTHON}-dev, or python3-dev for the system's own Python ({PYTHON}-devel or python3-devel with dnf)"
 
 
 def missing_for_triton() -> tuple[str, str] | None:
-    """Returns a missing requirement for Triton's launchers, and the fix; None if nothing is missing."""
+    """Returns something that Triton needs to build its launchers and that is missing, and the fix; None if nothing is
+    missing."""
     compiler = compiler_command()
     if compiler is None:
         return "there is no C compiler: CC is not set, and gcc and clang are not on the PATH", INSTALL_COMPILER
@@ -65,12 +66,12 @@ def require_for_triton(device: object) -> None:
 
 
 def compiler_command() -> str | None:
-    """Returns the C compiler that Triton runs; None if it finds none."""
+    """Returns the C compiler that Triton would run; None if Triton would find none."""
     given = os.environ.get("CC")
     return next((found for name in COMPILERS if (found := shutil.which(name))), None) if given is None else given
 
 
 def headers() -> str:
-    """Returns the folder where Triton's compiler command looks for Python.h."""
-    scheme = sysconfig.get_default_scheme()  # Debian's default scheme names a folder without headers
+    """Returns the folder in which Triton's compiler command looks for Python.h."""
+    scheme = sysconfig.get_default_scheme()  # Debian's default scheme has a folder without headers
     return sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)["include"]

@@ -1,12 +1,13 @@
-"""AdamW of train/optim/adamw.py on a GPU, in one pass over memory, and the norm before it.
+"""Implements the AdamW of train/optim/adamw.py on a GPU, in one pass over memory, and the sum of squares for the norm.
 
 An update reads weight, gradient and two moments, and writes all of them except the gradient. This moves 20 bytes for
 each parameter if the moments are bf16. The number of launches does not grow with the number of parameters. One launch
-works on many pieces of memory, and a table on the device contains their addresses. A program processes PROGRAM_ELEMENTS
-elements of one piece. The host writes one table row for each piece, and the device computes the parts of all programs.
+processes many pieces of memory, and a table on the device contains their addresses. A program processes a chunk:
+PROGRAM_ELEMENTS elements of one piece. The host writes one table row for each piece, and the device computes the chunks
+of all programs.
 
-The arithmetic is in fp32. The arithmetic is the same for every element, wherever shards begin and end, and the same as
-in the compiled code for CPUs.
+The arithmetic is in fp32. It is the same for every element, so it does not depend on the boundaries of shards. It is
+also the same as in the compiled code for CPUs.
 
 The module needs triton and is imported only where its kernels run.
 """
@@ -23,25 +24,26 @@ from torch import Tensor
 from parallel.triton_types import constexpr, with_options
 
 PROGRAM_ELEMENTS, ELEMENTS_AT_ONCE = 1 << 14, 1 << 11
-"""Number of elements per program, and number of elements that a program processes at a time."""
+"""Number of elements of a program, and number of elements that a program processes at a time."""
 ALIGNED = 16
-"""If a piece's address in bytes and its size in elements are multiples of this, threads read 128 bits at a time."""
+"""Threads read 128 bits at a time if the addresses of all pieces (in bytes) and their sizes (in elements) are multiples
+of this number."""
 
 
 class _Layout(NamedTuple):
-    """Describes how pieces are cut into chunks. The tensors are int64 and on the device."""
+    """Describes how pieces are cut into chunks, one for each program. The tensors are int64 and on the device."""
 
     starts: Tensor
-    """The first element of every piece in the concatenation of all pieces, and the end of the last."""
+    """Index of the first element of every piece, counted over all pieces, and then the number of all elements."""
     first_chunks: Tensor
-    """The first chunk of every piece, and the end of the last."""
+    """Index of the first chunk of every piece, and then the number of all chunks."""
     piece_of_chunk: Tensor
 
 
 @triton.jit
 def _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk: constexpr, aligned: constexpr):
-    """Finds the part of this program: the address of the piece, the start of the part in the piece, the start of the
-    piece among all pieces, and the size of the piece."""
+    """Finds the chunk of this program. Returns the address of its piece, the start of the chunk in the piece, the start
+    of the piece among all pieces, and the size of the piece."""
     piece = tl.load(pieces_ptr + tl.program_id(0))
     start = tl.load(starts_ptr + piece)
     size = tl.load(starts_ptr + piece + 1) - start
@@ -90,7 +92,7 @@ def _squares_kernel(
 
 @triton.jit
 def _sums_kernel(chunks_ptr, out_ptr, firsts_ptr, block: constexpr):
-    """Sum of every piece over its chunks, in their order."""
+    """Sums the chunks of every piece, in the order of the chunks."""
     first, end = tl.load(firsts_ptr + tl.program_id(0)), tl.load(firsts_ptr + tl.program_id(0) + 1)
     total = tl.zeros((block,), tl.float64)
     for begin in range(first, end, block):
@@ -103,10 +105,11 @@ def update(
     weight: Tensor, mean: Tensor, square: Tensor, gradients: Sequence[Tensor],
     *, factor: float, lerp: float, keep_square: float, add_square: float, decay: float, step: float, root: float, eps: float,
 ) -> None:  # fmt: skip
-    """Update a flat shard by its gradients, 1-D and fp32, which follow one another from its first element on.
+    """Update a flat shard. gradients: 1-D fp32 tensors; together they cover the shard from its first element, one after
+    another.
 
-    Each gradient g is multiplied by factor. mean += lerp (g - mean); square = keep_square square + add_square g^2;
-    weight = decay weight - step mean / (sqrt(square) / root + eps).
+    Each gradient g is first multiplied by factor. Then mean += lerp (g - mean); square = keep_square square +
+    add_square g^2; weight = decay weight - step mean / (sqrt(square) / root + eps).
     """
     gradients = [one for one in gradients if one.numel()]
     if not gradients:
@@ -119,7 +122,7 @@ def update(
 
 
 def sums_of_squares(pieces: Sequence[Tensor]) -> Tensor:
-    """Sum of squares of every fp32 1-D piece: fp64 (pieces,)."""
+    """Returns the sum of squares of every piece: fp64 (pieces,). pieces: 1-D fp32 tensors."""
     chunks, first_chunks = squares_of_chunks(pieces)
     out = chunks.new_empty(len(pieces))
     _sums_kernel[(len(pieces),)](chunks, out, first_chunks, ELEMENTS_AT_ONCE)
@@ -127,9 +130,9 @@ def sums_of_squares(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Sums of squares of the pieces' chunks, and the first chunk of every piece.
+    """Returns the sum of squares of every chunk, and the index of the first chunk of every piece.
 
-    The sums are in fp32 within the columns of a chunk, then in fp64.
+    A program computes ELEMENTS_AT_ONCE separate sums in fp32, and then adds these sums in fp64.
     """
     layout, pointers, aligned = _table(pieces)
     chunks = pointers.new_empty(len(layout.piece_of_chunk), dtype=torch.float64)
@@ -148,7 +151,8 @@ def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
-    """Returns the pieces' layout, their addresses, and whether all addresses and sizes are aligned."""
+    """Returns the layout of the pieces, their addresses, and whether all addresses and sizes are multiples of
+    ALIGNED."""
     device = pieces[0].device
     assert all(one.dtype == torch.float32 and one.is_contiguous() and one.device == device for one in pieces)
     sizes, addresses = tuple(one.numel() for one in pieces), [one.data_ptr() for one in pieces]
@@ -158,7 +162,7 @@ def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
 
 @lru_cache(maxsize=64)
 def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
-    """Returns the starts and ends of the pieces, which do not change in a run."""
+    """Returns the layout of pieces with these sizes. The result is cached, because the sizes do not change in a run."""
     starts, firsts = [0], [0]
     for size in sizes:
         starts.append(starts[-1] + size)
@@ -168,7 +172,7 @@ def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
 
 
 def _there(numbers: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Returns int64 numbers on the device. They are copied from page-locked memory, because the host would wait for a
-    copy from other memory."""
+    """Returns the numbers as int64 on the device, copied from page-locked memory. With other memory, the host would
+    wait for the copy."""
     numbers = torch.as_tensor(numbers)
     return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Computes the gradient of the experts' weights on a GPU, summed in fp32 over the micro-batches.
+"""Computes the gradient of the experts' weights on a GPU, and sums it in fp32 over the micro-batches.
 
 torch's grouped GEMM cannot do this, because it only writes bf16. Each program computes one tile of one expert's
 gradient. It loops over the expert's rows, and then adds the tile to the sum. It reads the end of the rows on the
@@ -17,9 +17,10 @@ from torch import Tensor
 from parallel.triton_types import constexpr, quick, with_options
 
 TILE_O, TILE_I, STEP_R = 128, 128, 64
-"""Sides of a tile, and number of rows that a program reads at a time."""
+"""Height and width of a tile, and number of rows that a program reads at a time."""
 NEIGHBOURS = 8
-"""Number of tiles along O that run together, for each tile along I. So their operands stay in the cache."""
+"""Number of adjacent tiles along O. Consecutive programs compute these tiles for one tile along I, and then for the
+next, so that operands stay in the cache."""
 
 
 @quick
@@ -59,9 +60,9 @@ def _gradient_kernel(
 
 
 def grouped_weight_gradient(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, into_EOI: Tensor | None) -> Tensor:
-    """Returns grad^T x over the rows of each expert, fp32 (E, O, I). If `into` is given, the result is added to it.
+    """Returns grad^T x over the rows of each expert, fp32 (E, O, I). If into_EOI is given, the result is added to it.
 
-    ends: end of each expert's rows, int32 (E,); rows after the last end are ignored.
+    ends_E: end of each expert's rows, int32 (E,). The function ignores rows after the last end.
     """
     grad_RO, x_RI = grad_RO.contiguous(), x_RI.contiguous()
     experts, outputs, inputs = len(ends_E), grad_RO.shape[1], x_RI.shape[1]

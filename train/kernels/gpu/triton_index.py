@@ -1,7 +1,7 @@
 """Computes the scores of an indexer on a GPU with a Triton kernel. train/model/indexer.py has the formula.
 
-Each program computes one tile of queries and keys for all heads, so the products of single heads stay in registers.
-torch's operations would write and read one number for each score and each head.
+Each program computes one tile of queries and keys, for all heads. So the product of each head stays in registers. In
+contrast, torch's operations would write the products of all heads to memory and read them again.
 
 The module needs triton and is imported only where its kernel runs.
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from parallel.triton_types import constexpr
 
 M, N = 64, 128
-"""Queries and keys of a tile."""
+"""Number of queries and number of keys of a tile."""
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _index_scores_kernel(
 
 
 def fused_index_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor) -> Tensor:
-    """I of one sequence, fp32 (C, S)."""
+    """Returns the scores I of one sequence, fp32 (C, S)."""
     q_CHI, k_SI, w_CH = (t if t.stride(-1) == 1 else t.contiguous() for t in (q_CHI, k_SI, w_CH))
     (queries, heads, width), keys = q_CHI.shape, len(k_SI)
     out_CS = torch.empty(queries, keys, dtype=torch.float32, device=q_CHI.device)

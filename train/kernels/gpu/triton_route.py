@@ -1,8 +1,8 @@
 """Computes the router's expert choice with Triton kernels.
 
-The results are the same as in train/kernels/plain/routing.py, except for the order of sums over experts and tokens.
+The results differ from train/kernels/plain/routing.py only in the order of sums over experts and tokens.
 
-    forward     scores, choice, gate values; and per block of tokens the sums for the counters
+    forward     scores, choice, gate values; and for each block of tokens the sums for the counters
     finish      adds these sums in the order of the tokens, and adds them to the counters: no atomic addition, so runs are repeatable
     backward    the gradient of the logits
 
@@ -18,14 +18,15 @@ from parallel.triton_types import constexpr, power_of_2_from, quick
 from train.model.operations import RouterCounters, RoutingRule
 
 ROUTE_TOKENS = 8
-"""Tokens of one sequence per program."""
+"""Number of tokens of one sequence that a program processes."""
 SUM_BLOCKS = 16
-"""Number of blocks of tokens whose sums one step of a loop adds."""
+"""Number of token blocks whose sums one iteration of the loop adds."""
 
 
 @triton.jit
 def _largest(values, last: constexpr):
-    """Index of the largest value of the last axis, the lowest index for equal values; in bounds even for NaN."""
+    """Returns the index of the largest value along the last axis. Of equal values, the lowest index wins. If values are
+    NaN, the index is still at most `last`."""
     return tl.minimum(tl.argmax(values, axis=1, tie_break_left=True), last)[:, None]
 
 
@@ -34,7 +35,8 @@ def _open_groups(
     biased, expert, per_group,
     GROUPS_G: constexpr, top_groups: constexpr, group_top_k: constexpr, GROUPS: constexpr,
 ):  # fmt: skip
-    """Whether each expert is in one of the top_groups groups with the highest sums of their group_top_k best scores."""
+    """Returns, for each expert, whether its group is open. The top_groups groups with the largest sums are open. The
+    sum of a group has its group_top_k largest scores."""
     tokens: constexpr = biased.shape[0]
     group, numbers = expert // per_group, tl.arange(0, GROUPS)[None, :]
     sums = tl.full((tokens, GROUPS), -float("inf"), tl.float32)
@@ -62,7 +64,8 @@ def _route_kernel(
     given: constexpr, counted: constexpr, balanced: constexpr,
     EXPERTS: constexpr, GROUPS: constexpr, CHOSEN: constexpr, ROUTE_TOKENS: constexpr,
 ):  # fmt: skip
-    """given: the ids are inputs, and the kernel computes only the values that depend on the ids."""
+    """Computes scores, choice and gate values of ROUTE_TOKENS tokens. given: whether the ids of the experts are an
+    input."""
     batch = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * ROUTE_TOKENS + tl.arange(0, ROUTE_TOKENS)[:, None]
     expert, entry = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOSEN)[None, :]
@@ -148,7 +151,7 @@ def _backward_kernel(
     E: constexpr, K: constexpr, balanced: constexpr,
     EXPERTS: constexpr, CHOSEN: constexpr, ROUTE_TOKENS: constexpr,
 ):  # fmt: skip
-    """weight: weight of the balance loss, divided by the number of tokens."""
+    """Computes the gradient of the logits. weight: weight of the balance loss, divided by the number of tokens."""
     batch = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * ROUTE_TOKENS + tl.arange(0, ROUTE_TOKENS)[:, None]
     expert, entry = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOSEN)[None, :]
@@ -183,8 +186,9 @@ def route(
 ) -> None:
     """Run the forward kernel.
 
-    made: scores, ids (an input if `given`), gates, factor, total. sums: load, share and choices without bias per block
-    of ROUTE_TOKENS tokens, (B, blocks, E); None if nothing is counted.
+    made: scores, ids, gates, factor and total, which the kernel writes; if `given`, the ids are an input. sums: for
+    each block of ROUTE_TOKENS tokens, the load, the share and the number of choices without bias, (B, blocks, E); None
+    if nothing is counted.
     """
     B, T, E = logits_BTE.shape
     _route_kernel[(-(-T // ROUTE_TOKENS), B)](
@@ -203,10 +207,10 @@ def finish_route(
     weight: float,
     added: bool,
 ) -> None:
-    """From the sums of all blocks, compute how often each expert has one of the largest scores, if the loss has a
-    weight.
+    """If the balance loss has a weight, compute from the sums of all blocks how often each expert has one of the
+    largest scores.
 
-    added: also add the sums to the counters.
+    added: whether to add the sums to the counters.
     """
     B, blocks, E = sums[0].shape
     _finish_kernel[(1,)](

@@ -1,9 +1,10 @@
 """Computes SwiGLU and the split into heads on a GPU with Triton kernels, each in one pass over memory.
 
-The arithmetic is in fp32 for all dtypes, and only the result is rounded, as in train/kernels/plain/plain_kernels.py.
-Only the last bit of exp, the order of the sum over heads and fused multiply-adds differ. Two alternatives are not used:
-liger-kernel's SwiGLU has no gate value and overwrites the saved [gate | up] with gradients, and torch.compile would
-recompile for each row count of the experts.
+As in train/kernels/plain/plain_kernels.py, the arithmetic is in fp32 for all dtypes, and only the result is rounded.
+The results differ only because of the last bit of exp, the order of the sum over heads, and fused multiply-adds.
+
+Two alternatives are not used. liger-kernel's SwiGLU has no gate value, and overwrites the saved [gate | up] with
+gradients. torch.compile would recompile the kernel for each row count of the experts.
 
 The module needs triton and is imported only where its kernels run, by train/kernels/gpu/fused_rows.py, which allocates
 the outputs. Shapes as in train/model/operations.py.
@@ -16,12 +17,12 @@ from torch import Tensor
 from parallel.triton_types import constexpr, power_of_2_from, quick
 
 SWIGLU_ROWS, SWIGLU_COLUMNS = 4, 512
-"""Rows and columns of [gate | up] that a program of SwiGLU processes at a time: 16 values per thread, so all loads have
-128 bits."""
+"""Numbers of rows and columns that a program of SwiGLU processes at a time. This gives 16 values per thread, so a load
+has 128 bits."""
 HEAD_POSITIONS = 16
-"""Positions of one head that a program of `heads` moves."""
+"""Number of positions of one head that a program of `heads` processes."""
 BACKWARD_TOKENS = 8
-"""Positions for which a program of `heads_backward` sums all heads."""
+"""Number of positions that a program of `heads_backward` processes, for all heads."""
 
 
 @quick
@@ -72,14 +73,15 @@ def _swiglu_backward_kernel(
 
 @triton.jit
 def _turned(pairs_ptr, place, there, table_ptr, table_place, table_there, ROPE: constexpr, back: constexpr):
-    """Adjacent pairs of a (tokens, ROPE) block times the complex table, or its conjugate; fp32."""
+    """Load a block (tokens, ROPE), and multiply its adjacent pairs by the complex table, in fp32. back: whether to use
+    the conjugate of the table."""
     pairs = tl.load(pairs_ptr + place, there, 0.0).to(tl.float32)
     return _times_table(pairs, table_ptr, table_place, table_there, ROPE, back)
 
 
 @triton.jit
 def _times_table(pairs, table_ptr, table_place, table_there, ROPE: constexpr, back: constexpr):
-    """`_turned` for a block that is already loaded."""
+    """Multiply adjacent pairs of a loaded block by the complex table, or by its conjugate if `back` is set; fp32."""
     rows: constexpr = pairs.shape[0]
     real, imaginary = tl.split(tl.reshape(pairs, (rows, ROPE // 2, 2)))
     table = tl.load(table_ptr + table_place, table_there, 0.0)
@@ -97,8 +99,8 @@ def _heads_kernel(
     nope: constexpr, rope: constexpr, kv_row: constexpr,
     NOPE: constexpr, ROPE: constexpr, HEAD_POSITIONS: constexpr,
 ):  # fmt: skip
-    """One head of HEAD_POSITIONS positions. q_ptr: the rope part of the queries, rows nope + rope apart, rotated in
-    place."""
+    """Processes HEAD_POSITIONS positions of one head. q_ptr: the rope part of the queries, which is rotated in place;
+    its rows are nope + rope elements apart."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     tokens = tl.program_id(0) * HEAD_POSITIONS + tl.arange(0, HEAD_POSITIONS)
     real = (tokens < length)[:, None]
@@ -108,7 +110,7 @@ def _heads_kernel(
     table_place = tokens[:, None] * rope + r
     place = row * (nope + rope) + r
     rotated = _turned(q_ptr, place, turned, table_ptr, table_place, turned, ROPE, False)
-    tl.debug_barrier()  # every thread has read before any thread writes
+    tl.debug_barrier()  # all threads must have read before a thread writes
     tl.store(q_ptr + place, rotated, turned)
     tl.store(k_ptr + row * (nope + rope) + n, tl.load(kv_ptr + row * kv_row + n, plain), plain)
     shared = (batch * length + tokens[:, None]) * shared_row + r
@@ -124,8 +126,8 @@ def _heads_backward_kernel(
     nope: constexpr, rope: constexpr, value: constexpr,
     NOPE: constexpr, ROPE: constexpr, VALUE: constexpr, HEAD_POSITIONS: constexpr,
 ):  # fmt: skip
-    """All heads of HEAD_POSITIONS positions, so the gradient of the shared rope key is one sum in the order of the
-    heads."""
+    """Processes all heads of HEAD_POSITIONS positions. So one program sums the gradient of the shared rope key over the
+    heads, in their order."""
     batch = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * HEAD_POSITIONS + tl.arange(0, HEAD_POSITIONS)
     places = tokens[:, None].to(tl.int64)
@@ -153,7 +155,8 @@ def _heads_backward_kernel(
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None, out_NF: Tensor) -> None:
-    """silu(gate) * up, times the row's gate value if given. All contiguous."""
+    """Writes silu(gate) * up to out_NF. If gates_N is given, each row is multiplied by its gate value. All tensors are
+    contiguous."""
     rows, width = out_NF.shape
     gates = h_N2F if gates_N is None else gates_N
     grid = -(-rows // SWIGLU_ROWS), -(-width // SWIGLU_COLUMNS)
@@ -163,7 +166,7 @@ def swiglu(h_N2F: Tensor, gates_N: Tensor | None, out_NF: Tensor) -> None:
 def swiglu_backward(
     grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None, dh_N2F: Tensor, dgates_N: Tensor | None
 ) -> None:
-    """Gradients of h and of the gate values. All contiguous."""
+    """Writes the gradients of h and of the gate values. All tensors are contiguous."""
     rows, width = grad_NF.shape
     gates, dgates = (h_N2F, dh_N2F) if gates_N is None else (gates_N, dgates_N)
     _swiglu_backward_kernel[(-(-rows // SWIGLU_ROWS),)](
@@ -172,9 +175,10 @@ def swiglu_backward(
 
 
 def heads(q_rope_BTHR: Tensor, k_nope_BTHN: Tensor, k_rope_BTR: Tensor, table: Tensor, k_BTHQ: Tensor) -> None:
-    """Rotate the rope part of contiguous queries in place, and fill contiguous keys.
+    """Rotates the rope part of the queries in place, and writes the keys. Queries and keys are contiguous.
 
-    The keys' nope part is the start of contiguous rows; the rows of k_rope are evenly spaced. table: real (T, R/2, 2).
+    k_nope_BTHN: the first elements of contiguous rows. k_rope_BTR: rows that are evenly spaced. table: the complex
+    table as real numbers (T, R/2, 2).
     """
     B, T, H, _ = k_BTHQ.shape
     nope, rope = k_nope_BTHN.size(3), k_rope_BTR.size(2)
@@ -193,8 +197,8 @@ def heads_backward(
     dkv_BTHX: Tensor,
     dk_rope_BTR: Tensor,
 ) -> None:
-    """Gradients of q, kv and the rope key. The given gradients may have any memory order of their axes, with the last
-    axis contiguous."""
+    """Writes the gradients of q, kv and the rope key. The axes of the given gradients may have any memory order, but
+    the last axis must be contiguous."""
     B, H, T, Q = dq_BHTQ.shape
     sizes = Q - dk_rope_BTR.size(2), dk_rope_BTR.size(2), dv_BHTV.size(3)
     nope, rope, value = map(power_of_2_from, sizes)

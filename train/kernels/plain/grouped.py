@@ -1,10 +1,13 @@
-"""Grouped matmuls of rows with their expert's weight, given row counts (bf16 on a CPU) or the ends of the rows.
+"""Grouped matmuls: each row is multiplied by the weight of its expert. The rows of experts are given as row counts
+(bf16 on a CPU) or as ends.
 
 oneDNN compiles a kernel for every new shape. This takes about 0.4 ms, as long as a matmul of a few hundred rows. An
 expert rarely has the same row count twice. So row counts are rounded up to a multiple of `expert_rows`
-(conf/thresholds.py). If rows are independent, the matmul also reads and writes some rows of the next expert, and the
-matmul of that expert overwrites them later. If the matmul sums over rows, they are padded with zeros. In fp32 and on a
-GPU, torch's own grouped matmul takes the end of each expert's rows, int32 (E,).
+(conf/thresholds.py). If rows are independent, the matmul of an expert also processes some rows of the next expert. The
+matmul of the next expert then overwrites the results of these rows. If a matmul sums over rows, the rows are padded
+with zeros.
+
+In fp32 and on a GPU, torch's grouped matmul is used. It reads the end of each expert's rows, int32 (E,).
 
 Shapes: R rows sorted by expert, E experts, I inputs and O outputs of a matmul.
 """
@@ -20,21 +23,21 @@ from conf.thresholds import THRESHOLDS
 
 
 def matmul(x_RI: Tensor, weight_EIO: Tensor, rows: Sequence[int]) -> Tensor:
-    """Each row times its expert's weight: (R, O). rows: number of rows of every expert."""
+    """Multiplies each row by the weight of the row's expert: (R, O). rows: number of rows of each expert."""
     R = len(x_RI)
     out_RO = x_RI.new_empty(R, weight_EIO.size(2))
     for weight_IO, start, end in _parts(weight_EIO, rows):
         size = _rounded(end - start)
         if start + size <= R:
             torch.mm(x_RI[start : start + size], weight_IO, out=out_RO[start : start + size])
-        else:  # no later rows: use the rows before instead
+        else:  # too few rows follow, so also use rows before these
             first = max(0, R - size)
             out_RO[start:end] = (x_RI[first:] @ weight_IO)[start - first : end - first]
     return out_RO
 
 
 def weight_gradient(grad_RO: Tensor, x_RI: Tensor, rows: Sequence[int]) -> Tensor:
-    """grad^T x over the rows of each expert: (E, O, I)."""
+    """Returns grad^T x over the rows of each expert: (E, O, I). rows: number of rows of each expert."""
     dweight_EOI = x_RI.new_zeros(len(rows), grad_RO.size(1), x_RI.size(1))
     most = _rounded(max(rows))
     grad_PO, x_PI = grad_RO.new_empty(most, grad_RO.size(1)), x_RI.new_empty(most, x_RI.size(1))
@@ -48,12 +51,12 @@ def weight_gradient(grad_RO: Tensor, x_RI: Tensor, rows: Sequence[int]) -> Tenso
 
 
 def ends_of(counts_E: Tensor) -> Tensor:
-    """End of each expert's rows. counts_E: rows of each expert."""
+    """Returns the end of each expert's rows, int32. counts_E: number of rows of each expert."""
     return counts_E.cumsum(0).to(torch.int32)
 
 
 def matmul_to_ends(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
-    """Each row times its expert's weight: (R, O)."""
+    """Multiplies each row by the weight of the row's expert: (R, O). ends_E: end of each expert's rows."""
     if (
         len(x_RI) == 0 or x_RI.is_meta
     ):  # torch's CUDA kernel refuses empty input, which a rank may get; on meta it supports only bf16
@@ -62,14 +65,15 @@ def matmul_to_ends(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def weight_gradient_to_ends(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
-    """grad^T x over the rows of each expert: (E, O, I)."""
+    """Returns grad^T x over the rows of each expert: (E, O, I). ends_E: end of each expert's rows."""
     if len(x_RI) == 0 or x_RI.is_meta:
         return x_RI.new_zeros(len(ends_E), grad_RO.shape[1], x_RI.shape[1])
     return F.grouped_mm(grad_RO.t(), x_RI, offs=ends_E)
 
 
 def _parts(by_expert: Tensor, rows: Sequence[int]) -> Iterator[tuple[Tensor, int, int]]:
-    """Every expert's own tensor with the start and the end of its rows; experts without rows are left out."""
+    """Yields, for each expert with rows, the expert's part of `by_expert`, and the start and the end of the expert's
+    rows."""
     ends = list(itertools.accumulate(rows))
     for one, count, end in zip(by_expert, rows, ends, strict=True):
         if count:

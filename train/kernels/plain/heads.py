@@ -1,4 +1,5 @@
-"""The split of queries, keys and values into heads, in torch operations: rotates the rope parts, and puts heads first.
+"""Splits queries, keys and values into heads in torch operations. It rotates the rope parts, and moves the axis of
+heads before the axis of positions.
 
 Shapes: B sequences, T positions, H heads, R rope width, Q qk width, V value width.
 """

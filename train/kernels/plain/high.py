@@ -1,6 +1,6 @@
-"""Matmuls in fp32 or bf16, without casts; bf16 matmuls accumulate in fp32 inside the kernels.
+"""Computes the model's matmuls in fp32 or bf16, without FP8. bf16 matmuls accumulate in fp32 inside the kernels.
 
-The object's kernels compute the matmuls (train/model/operations.py).
+The kernels of the object compute the matmuls (train/model/operations.py).
 
 Shapes: D width, F inner width, E experts of this rank, R rows sorted by expert.
 """
@@ -17,7 +17,7 @@ from train.model.weight_gradient import GroupedMatmul
 
 
 class HighPrecision:
-    """Matmuls with operands in dtype, torch.float32 or torch.bfloat16.
+    """Implements `LayerPrecision` with operands in `dtype`, torch.float32 or torch.bfloat16.
 
     recompute_swiglu: whether experts recompute their SwiGLU output in backward instead of saving it.
     """
@@ -30,7 +30,7 @@ class HighPrecision:
         return self.kernels.linear(x, weight.to(self.dtype))
 
     def hold(self, x: Tensor, kind: str) -> None:
-        """Returns None, because inputs are saved unchanged."""
+        """Returns None, because `linear` saves its input unchanged."""
 
     def expert_ffn(
         self,
@@ -51,14 +51,14 @@ class HighPrecision:
             return y_RD if down is None else down.add(y_RD, a_RF, groups)
 
     def watch(self, model: nn.Module) -> None:
-        """Nothing is quantised, so there is nothing to watch."""
+        """Does nothing, because nothing is quantised."""
 
     def start_step(self, step: int, hold_weights: bool = False) -> None:
-        """See watch."""
+        """Does nothing, because nothing is quantised."""
 
     def end_passes(self) -> None:
-        """See watch."""
+        """Does nothing, because no casts are stored."""
 
     def health(self) -> Report:
-        """See watch."""
+        """Returns an empty report, because nothing is quantised."""
         return Report({}, {}, [])

@@ -1,7 +1,7 @@
-"""Implements attention in torch operations on any device. It is the reference of all other cores.
+"""Implements attention in torch operations on any device. Tests compare all other cores with it.
 
-train/model/attention.py has the formulas. One matmul computes a block of queries with all keys that they see, so memory
-is linear in the sequence length. All arithmetic is in fp32.
+train/model/attention.py has the formulas. One matmul processes a block of queries and all keys that they see, so the
+memory grows linearly with the sequence length. All arithmetic is in fp32.
 
 Shapes as in train/model/attention.py; X = B*H rows of a batched matmul, C queries of a block.
 """
@@ -18,7 +18,7 @@ from train.model.sequence import SeenKeys
 
 
 class PlainAttention(AttentionCore):
-    """`AttentionCore` in torch operations, on any device."""
+    """Implements `AttentionCore` in torch operations, on any device."""
 
     takes_documents = True
 
@@ -55,10 +55,10 @@ class PlainAttention(AttentionCore):
 
 
 def _blocks(given: AttentionInput) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """Yields rows of the batched matmuls, positions of queries, positions of keys, and the mask (C, S).
+    """Yields blocks: rows of the batched matmul, positions of queries, positions of keys, and the mask (C, S).
 
-    The positions of keys include every key that at least one of the queries sees. The mask is added to the scores. It
-    is -inf where a query does not see a key, else 0.
+    The keys include every key that at least one of the queries sees. The mask is added to the scores. It is -inf where
+    a query does not see a key, else 0.
     """
     batch, heads = given.q_BHTQ.shape[:2]
     for sequences, queries, keys, bias_CS in query_blocks(given.seen, given.k_BHSQ.size(2), batch, given.q_BHTQ.device):
@@ -71,15 +71,15 @@ def _blocks(given: AttentionInput) -> Iterator[tuple[slice, slice, slice, Tensor
 def query_blocks(
     seen: SeenKeys, length: int, batch: int, device: torch.device
 ) -> Iterator[tuple[range, slice, slice, Tensor]]:
-    """Blocks of queries that see the same keys except for a diagonal.
+    """Yields blocks of queries that see the same keys, up to a diagonal.
 
-    Yields their sequences, the positions of the queries, the positions of the keys that at least one of these queries
-    sees (of `length`), and the mask (C, S), which is added to the scores: -inf where a query does not see a key, else
-    0.
+    A block consists of the sequences, the positions of the queries, the positions of the keys, and the mask (C, S). The
+    keys include every key that at least one of the queries sees. The mask is added to the scores. It is -inf where a
+    query does not see a key, else 0. length: number of keys.
     """
     most = THRESHOLDS.attention_queries
     bias = torch.full((most, most), -torch.inf, device=device).triu_(1)
-    bias = F.pad(bias, (length, 0))  # for keys after the diagonal of the last `most` columns
+    bias = F.pad(bias, (length, 0))  # a mask of zeros for the keys before the diagonal
     for sequence, first_query, last_query, first_key, last_key, before in seen.rectangles:
         sequences = range(batch) if sequence is None else range(sequence, sequence + 1)
         block = most if last_query - first_query >= 4 * most else most // 2

@@ -1,8 +1,8 @@
-"""Attention over chosen keys, and the loss of an indexer over them, in torch operations on any device: the reference of other kernels
-(train/model/chosen_attention.py has the formulas).
+"""Attention over chosen keys, and the loss of an indexer over these keys, in torch operations on any device. Tests
+compare other kernels with this file. train/model/chosen_attention.py has the formulas.
 
-One matmul applies W_UK or W_UV to a block of queries. The latents of the chosen keys are the largest tensor, so they
-are gathered only for some queries of the block at a time. All arithmetic is in fp32.
+One matmul applies W_UK or W_UV to a block of queries. The gathered latents of the chosen keys are the largest tensor.
+So they are gathered for only a part of the block at a time. All arithmetic is in fp32.
 
 Shapes as in train/model/chosen_attention.py; C queries of a block, R = kv_rank, I width of the indexer's heads.
 """
@@ -64,10 +64,8 @@ class PlainChosen:
     def attend(
         self, q_CHX: Tensor, latents_SX: Tensor, chosen_CK: Tensor, rank: int, scale: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns the weighted sums of latents (C, H, rank), log-sum-exps and largest scores (C, H), and mean attention
-        (C, K).
-
-        The mean of the attention probabilities is over heads.
+        """Computes a block. Returns the weighted sums of latents (C, H, rank), the log-sum-exp (C, H) and largest score
+        (C, H) of each query, and the attention probabilities (C, K), averaged over heads.
         """
         parts = []
         for some in _some(chosen_CK, q_CHX):
@@ -91,10 +89,11 @@ class PlainChosen:
         scale: float,
         dlatents_SX: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Returns the gradients of q (C, H, X), and the weighted sums of latents (C, H, rank).
+        """Computes the backward of a block. Returns the gradients of q (C, H, X), and the weighted sums of latents (C,
+        H, rank).
 
-        du: gradient of these sums. mean: product of du and the sums. dlatents: receives the gradients of latents by
-        addition.
+        du_CHR: gradient of the weighted sums. mean_CH: scalar product of du and the weighted sums. dlatents_SX: the
+        function adds the gradients of the latents to it.
         """
         rank, dq, out = du_CHR.size(-1), torch.empty_like(q_CHX), torch.empty_like(du_CHR)
         for some in _some(chosen_CK, q_CHX):
@@ -111,26 +110,27 @@ class PlainChosen:
 
 
 def absorbed(q_CHQ: Tensor, w_uk_HPR: Tensor, nope: int) -> Tensor:
-    """Returns queries that act on latents, [W_UK^T q_nope | q_rope], fp32 (C, H, X)."""
+    """Returns queries that can be multiplied by latents: [W_UK^T q_nope | q_rope], fp32 (C, H, X)."""
     q_CHQ = q_CHQ.float()
     return torch.cat([torch.bmm(q_CHQ[..., :nope].transpose(0, 1), w_uk_HPR).transpose(0, 1), q_CHQ[..., nope:]], -1)
 
 
 def gathered(rows_SX: Tensor, chosen_CK: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the chosen rows (C, K, X), and a mask (C, 1, K) of missing rows. The first row replaces a missing one."""
+    """Returns the chosen rows (C, K, X), and a mask (C, 1, K) of missing rows. For a missing row (index -1), the result
+    has the first row."""
     rows_CKX = rows_SX.index_select(0, chosen_CK.flatten().clamp(min=0)).view(*chosen_CK.shape, -1)
     return rows_CKX, (chosen_CK < 0).unsqueeze(1)
 
 
 def _blocks(batch: int, length: int) -> Iterator[tuple[int, slice]]:
-    """Yields each sequence with each block of its queries."""
+    """Yields every block of queries, as the index of the sequence and a slice of queries."""
     for b in range(batch):
         for first in range(0, length, THRESHOLDS.attention_queries):
             yield b, slice(first, min(first + THRESHOLDS.attention_queries, length))
 
 
 def _some(chosen_CK: Tensor, q_CHX: Tensor) -> Iterator[slice]:
-    """Yields slices of queries whose keys are gathered at one time."""
+    """Yields slices of queries whose chosen keys are gathered together."""
     (count, keys), (_, heads, width) = chosen_CK.shape, q_CHX.shape
     size = max(1, THRESHOLDS.attention_scores // (keys * (width + heads)))
     for first in range(0, count, size):

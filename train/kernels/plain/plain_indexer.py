@@ -1,7 +1,8 @@
-"""The key choice and the loss of an indexer in torch operations on any device (train/model/indexer.py has the formulas).
+"""The key choice and the loss of an indexer in torch operations on any device (train/model/indexer.py has the
+formulas).
 
-A block of queries and all keys that it sees are processed together, some heads at a time. So the function needs memory
-for the results and for one block.
+The functions process one block of queries, and all keys that the block sees, at a time. In a block they process a few
+heads at a time. So they need memory only for the results and for one block.
 
 Shapes as in train/model/indexer.py; C queries of a block.
 """
@@ -18,7 +19,7 @@ from train.model.sequence import SeenKeys
 
 
 def block_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor) -> Tensor:
-    """Returns I of one sequence, fp32 (C, S)."""
+    """Returns the scores I of one sequence, fp32 (C, S)."""
     return index_scores(q_CHI, k_SI, w_CH, THRESHOLDS.attention_scores)
 
 
@@ -29,7 +30,8 @@ def choose_keys(
     best_keys: Callable[[Tensor, int], Tensor] = best_keys,
     scores_of: Callable[[Tensor, Tensor, Tensor], Tensor] = block_scores,
 ) -> Tensor:
-    """Implements `train.model.operations.Kernels.choose_keys`. scores_of: a function like `block_scores`."""
+    """Implements `train.model.operations.Kernels.choose_keys`. best_keys, scores_of: functions that choose the keys of
+    a block and compute its scores."""
     q_BTHI, k_BSI, _ = index
     batch, length = q_BTHI.shape[:2]
     chosen_BTK = torch.full((batch, length, top_k), -1, dtype=torch.int32, device=q_BTHI.device)
@@ -76,7 +78,7 @@ def _scores(
 
 
 def _mean_attention(target: AttentionTarget, b: int, queries: slice, k_HSQ: Tensor, bias_CS: Tensor) -> Tensor:
-    """Attention probabilities, averaged over the heads: (C, S)."""
+    """Returns the attention probabilities, averaged over the heads: (C, S)."""
     heads = len(k_HSQ)
     p_CS = torch.zeros_like(bias_CS)
     for some in head_slices(heads, bias_CS.numel(), THRESHOLDS.attention_scores):
@@ -93,7 +95,7 @@ def _mean_attention(target: AttentionTarget, b: int, queries: slice, k_HSQ: Tens
 def _add_gradients(
     grads: IndexVectors, index: IndexVectors, b: int, queries: slice, keys: slice, dscores_CS: Tensor
 ) -> None:
-    """Add the gradients of q, k and w that follow from the gradient of the scores."""
+    """Add to `grads` the gradients of q, k and w, computed from the gradient of the scores."""
     k_SI = index.k_BSI[b, keys].float()
     for heads in head_slices(index.w_BTH.size(-1), dscores_CS.numel(), THRESHOLDS.attention_scores):
         q_HCI = index.q_BTHI[b, queries, heads].float().transpose(0, 1)

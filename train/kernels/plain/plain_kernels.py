@@ -1,6 +1,6 @@
-"""The operations of the layers (train/model/operations.py) in torch: the reference for all other implementations.
+"""The operations of the layers (train/model/operations.py) in torch. Tests compare all other implementations with them.
 
-Subclasses replace single methods: by compiled code for bf16 on a CPU (train/kernels/cpu/compiled_kernels.py), or by
+Subclasses replace single methods: with compiled code for bf16 on a CPU (train/kernels/cpu/compiled_kernels.py), or with
 torch's fused kernels on a GPU (train/kernels/gpu/fused_kernels.py).
 
 Shapes as in train/model/operations.py.
@@ -28,14 +28,15 @@ from train.model.sequence import Positions, SeenKeys
 
 
 class PlainKernels(Kernels):
-    """`Kernels` in torch operations, on any device."""
+    """Implements `Kernels` in torch operations, on any device."""
 
     parts: tuple[str, ...] = ()
     core: AttentionCore = PlainAttention()
     chosen = PlainChosen()
 
     def rows_at_once(self, x_ND: Tensor, elements: int) -> int:
-        """Returns the number of rows to process at a time, if `elements` elements fit a cache."""
+        """Returns the number of rows to process at a time, so that they have at most `elements` elements and fit a
+        cache."""
         return max(1, elements // x_ND.size(1))
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -49,7 +50,7 @@ class PlainKernels(Kernels):
         x_ND, grad_ND = x.flatten(0, -2).float(), grad.flatten(0, -2).float()
         rstd_N1, weight_D = rstd.view(-1, 1), weight_D.float()
         product_ND = x_ND * grad_ND
-        # Both sums over x * grad are matrix-vector products: one pass over memory each.
+        # Both sums over x * grad are matrix-vector products. Each reads memory once.
         dweight_D = torch.mv(product_ND.t(), rstd_N1.view(-1)) if weight_needed else None
         if not x_needed:
             return None, dweight_D
@@ -76,8 +77,7 @@ class PlainKernels(Kernels):
         return dh_N2F, dgates_N
 
     def _pieces(self, h_N2F: Tensor, *rows: Tensor | None) -> Iterator[tuple]:
-        """Splits the rows of all tensors into parts that are processed at a time. Yields the parts of all tensors with
-        the same rows together."""
+        """Splits the rows of all tensors into parts. Yields, for each part, the same rows of all tensors."""
         size = self.rows_at_once(h_N2F, THRESHOLDS.gate_and_up)
         splits = [t.split(size) if t is not None else itertools.repeat(None) for t in (h_N2F, *rows)]
         return zip(*splits, strict=False)
@@ -94,11 +94,11 @@ class PlainKernels(Kernels):
         return choose_keys(index, seen, top_k, self.best_keys, self.index_scores)
 
     def index_scores(self, q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor) -> Tensor:
-        """See `train.kernels.plain.plain_indexer.block_scores`."""
+        """Returns the scores I of a block of queries of one sequence, fp32 (C, S)."""
         return block_scores(q_CHI, k_SI, w_CH)
 
     def best_keys(self, scores_TS: Tensor, top_k: int) -> Tensor:
-        """See `train.model.indexer.best_keys`."""
+        """Returns the indices of the top_k largest scores of each row. See `train.model.indexer.best_keys`."""
         return best_keys(scores_TS, top_k)
 
     def index_loss(
@@ -193,12 +193,12 @@ class PlainKernels(Kernels):
 
 
 def added(made: Tensor, into: Tensor | None) -> Tensor:
-    """`made`, or `into` after `made` is added to it."""
+    """Returns `made`. If `into` is given, adds `made` to `into`, and returns `into`."""
     return made if into is None else into.add_(made)
 
 
 def _swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Gradients of h and of the gate values, for one piece, fp32."""
+    """Returns the gradients of h and of the gate values for one part of the rows, fp32."""
     gate_NF, up_NF = h_N2F.float().chunk(2, -1)
     dup_NF = F.silu(gate_NF).mul_(grad_NF)
     dsilu_NF = grad_NF * up_NF

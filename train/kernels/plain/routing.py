@@ -13,13 +13,14 @@ from train.model.sequence import Positions
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
-    """Returns the indices of the k largest values of the last axis, largest first; the lower index wins for equal
-    values."""
+    """Returns the indices of the k largest values of the last axis, largest first. If values are equal, the lower index
+    wins."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def choose_experts(biased_BTE: Tensor, rule: RoutingRule) -> Tensor:
-    """Returns the expert ids (B, T, K) from biased scores, in the allowed groups only."""
+    """Chooses the experts with the largest biased scores, from the groups that the rule allows. Returns ids (B, T,
+    K)."""
     if rule.top_groups < rule.groups:
         grouped_BTGX = biased_BTE.unflatten(-1, (rule.groups, -1))
         best = grouped_BTGX.topk(rule.group_top_k, dim=-1).values
@@ -30,45 +31,48 @@ def choose_experts(biased_BTE: Tensor, rule: RoutingRule) -> Tensor:
 
 
 def count_experts(ids: Tensor, experts: int) -> Tensor:
-    """Returns the number of occurrences of each expert along all axes except the first: int64 (B, E)."""
+    """Returns how often each expert occurs in `ids`, for each index of the first axis: int64 (B, E)."""
     ids = ids.flatten(1)
     return ids.new_zeros(ids.size(0), experts).scatter_add_(1, ids, torch.ones_like(ids))
 
 
 class _Whole:
-    """Counts choices per sequence: N = B."""
+    """Counts choices separately for each sequence: N = B."""
 
     def __init__(self, length: int):
         self._length = length
 
     def count(self, ids_BTK: Tensor, experts: int) -> Tensor:
-        """Returns the number of choices of each expert: int64 (N, E)."""
+        """Returns how often each expert is chosen: int64 (N, E)."""
         return count_experts(ids_BTK, experts)
 
     def frequency(self, best_NE: Tensor, experts: int, top_k: int) -> Tensor:
-        """Returns the frequency f of equation 18, from the number of positions at which each expert is among the best:
-        (N, E)."""
+        """Returns the frequency f of equation 18, (N, E). best_NE: number of positions at which each expert has one of
+        the top_k largest scores."""
         return best_NE * (experts / (top_k * self._length))
 
     def mean(self, scores_BTE: Tensor, total_BT1: Tensor) -> Tensor:
-        """Returns the mean share P of equation 20, (N, E): the sum of the scores' shares over the positions on this
-        rank, divided by the number of all positions."""
+        """Returns this rank's contribution to P of equation 20, (N, E): the sum of the normalised scores over the
+        positions of this rank, divided by the number of all positions."""
         return ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / self._length
 
     def spread(self, frequency_NE: Tensor, length: int) -> Tensor:
-        """Returns the frequency f for every position, times the weight of the position: (B, 1 or T, E).
+        """Returns for every position the frequency f times the weight of the position: (B, 1 or T, E).
 
-        The weight is relative to the weight of a position in a sequence of `length` positions.
+        A position in a sequence of `length` positions has weight 1.
         """
         return frequency_NE.unsqueeze(1)
 
 
 class _Packed:
-    """Counts per sample: N samples, and an extra sample for positions that do not count, which is dropped."""
+    """Counts choices separately for each of N samples. Positions that do not count form an extra sample, which is
+    dropped."""
 
     def __init__(self, number_BT: Tensor, lengths_N: Tensor):
         self._number_BT = number_BT
-        self._lengths_N1 = lengths_N.clamp_min(1).unsqueeze(-1)  # a sample of one token has no position
+        self._lengths_N1 = lengths_N.clamp_min(1).unsqueeze(
+            -1
+        )  # a sample of one token has no positions; avoid division by 0
 
     def count(self, ids_BTK: Tensor, experts: int) -> Tensor:
         places = (self._number_BT.unsqueeze(-1) * experts + ids_BTK).flatten()
@@ -90,7 +94,8 @@ class _Packed:
 
 
 class Route(Function):
-    """Implements `train.model.operations.Kernels.route`: one backward for the gates and the balance loss."""
+    """Implements `train.model.operations.Kernels.route`. One backward computes the gradient of the gates and of the
+    balance loss."""
 
     @staticmethod
     def forward(
@@ -123,7 +128,8 @@ class Route(Function):
                     balance_loss += balance_weight * (frequency_NE * share_NE).sum() / batch
         ctx.save_for_backward(scores_BTE, ids_BTK, gates_BTK, factor_BT1, frequency_BXE, total_BT1)
         ctx.route_scale, ctx.softmax = rule.route_scale, rule.softmax
-        # Gradients of ranks that share sequences are averaged, but each rank has only a part of the loss.
+        # The gradients of ranks that share sequences are averaged, but each rank has only a part of the loss. So the
+        # weight is multiplied by the number of ranks.
         ctx.balance_weight = balance_weight * (1 if share is None else share.parts) / (batch * max(length, 1))
         ctx.mark_non_differentiable(ids_BTK)
         return gates_BTK, ids_BTK
