@@ -70,9 +70,7 @@ class _Packed:
 
     def __init__(self, number_BT: Tensor, lengths_N: Tensor):
         self._number_BT = number_BT
-        self._lengths_N1 = lengths_N.clamp_min(1).unsqueeze(
-            -1
-        )  # a sample of one token has no positions; avoid division by 0
+        self._lengths_N1 = lengths_N.clamp_min(1).unsqueeze(-1)  # a sample of one token has no position
 
     def count(self, ids_BTK: Tensor, experts: int) -> Tensor:
         places = (self._number_BT.unsqueeze(-1) * experts + ids_BTK).flatten()
