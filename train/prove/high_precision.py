@@ -1,9 +1,9 @@
-"""Reference formulas of the parts that every recipe computes in bf16 and fp32 (paper 3.3.1): norms, attention and
+"""Reference for the parts that every recipe computes in bf16 or fp32 (paper 3.3.1): norms, attention, output head and
 router.
 
 The inputs are the rank's actual inputs. All arithmetic is in fp64. Values are rounded only where the recipe stores a
-result. Each result also has the sum of the magnitudes of its terms. Rounding errors are measured relative to this sum
-(`Total` in train/prove/low_precision.py).
+result. Each result is returned with the sum of the magnitudes of its terms. Rounding errors are measured relative to
+this sum (`Total` in train/prove/low_precision.py).
 
 Shapes: as in train/prove/reference.py; N rows.
 """
@@ -24,13 +24,13 @@ from train.prove.reference import best, group_scores, rotate, stretched, turns
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Total:
-    """x divided by its root mean square, times the norm weight."""
+    """Returns x divided by its root mean square, times the norm weight."""
     made = x_ND / (x_ND.square().mean(-1, keepdim=True) + eps).sqrt() * weight_D
     return Total(made, made.abs(), None)
 
 
 def rms_norm_back(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Total, Total]:
-    """Gradients of x and of the norm weight."""
+    """Returns the gradients of x and of the norm weight."""
     rstd_N1 = (x_ND.square().mean(-1, keepdim=True) + eps).rsqrt()
     up_ND = dy_ND * weight_D
     slope, magnitude = ((x_ND * up_ND).mean(-1, keepdim=True), (x_ND * up_ND).abs().mean(-1, keepdim=True))
@@ -44,7 +44,8 @@ def rms_norm_back(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> 
 
 
 def softmax_scale(config: Values) -> float:
-    """1 / sqrt(width of queries), multiplied by mscale^2 if YaRN is active (paper 4.3)."""
+    """Returns the factor of attention scores: 1 / sqrt(width of queries), with YaRN multiplied by the square of its
+    mscale term (paper 4.3)."""
     model = config.model
     scale = (model.nope_head_dim + model.rope_head_dim) ** -0.5
     if stretched(model, config.seq_len) and model.yarn.factor > 1:
@@ -70,13 +71,13 @@ class AttentionSlopes(NamedTuple):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, unseen: Tensor) -> Total:
-    """Computes softmax(scale q k^T) v: (B, H, T, ...)."""
+    """Computes softmax(scale q k^T) v, (B, H, T, ...). unseen: True for keys that a query must not attend to."""
     p, off = _shares(q, k, scale, unseen)
     return Total(p @ v, p @ v.abs(), off @ v.abs())
 
 
 def _shares(q: Tensor, k: Tensor, scale: float, unseen: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the softmax of the scores, and the error that this softmax may have if scores are summed in fp32."""
+    """Returns the softmax of the scores, and the possible error of this softmax if the scores are summed in fp32."""
     p = (q @ k.mT * scale).masked_fill(unseen, -math.inf).softmax(-1)
     off = 8 * FP32 * q.size(-1) ** 0.5 * scale * (q.abs() @ k.abs().mT)
     return p, p * (off + (p * off).sum(-1, keepdim=True))
@@ -85,7 +86,7 @@ def _shares(q: Tensor, k: Tensor, scale: float, unseen: Tensor) -> tuple[Tensor,
 def attend_back(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, unseen: Tensor
 ) -> AttentionSlopes:
-    """The gradients of attention. out: the output that the rank computed."""
+    """Computes the gradients of attention. out: the output of attention that the rank computed. dout: its gradient."""
     p, off = _shares(q, k, scale, unseen)
     ds = scale * p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True))
     sizes = scale * (dout.abs() @ v.abs().mT + (dout * out).abs().sum(-1, keepdim=True))
@@ -98,16 +99,16 @@ def attend_back(
 
 
 def query_sizes(config: Values, places: Sequence[int]) -> Tensor:
-    """Returns the factors of the queries at these positions (Llama 4's growth): fp64 (T, 1). All are 1 in a model
-    without this growth."""
+    """Returns the factors by which a model with yarn.query_growth multiplies the queries at these positions (as in
+    Llama 4), fp64 (T, 1). Without yarn.query_growth, all factors are 1."""
     yarn = config.model.yarn
     steps = [place // yarn.original_seq_len for place in places]
     return torch.tensor([[1 + yarn.query_growth * math.log1p(step)] for step in steps], dtype=torch.float64)
 
 
 def rotated(x: Tensor, config: Values, places: Sequence[int], back: bool = False) -> Total:
-    """Rotates adjacent pairs by the angle of their position: (..., T, R). back: rotates gradients in the opposite
-    direction."""
+    """Rotates adjacent pairs of x (..., T, R) by the angles of their positions. back: rotates in the opposite
+    direction, as backward does with gradients."""
     model = config.model
     angle = turns(model, config.seq_len, max(places) + 1, x)[list(places)]
     size = model.yarn.attention_factor if stretched(model, config.seq_len) else 1.0
@@ -116,11 +117,11 @@ def rotated(x: Tensor, config: Values, places: Sequence[int], back: bool = False
 
 
 def key_excess(index_BTS: Tensor, chosen_BTS: Tensor, top_k: int) -> float:
-    """Returns the smallest error of the index scores that would explain the rank's choice. The result is 0 if every
-    chosen key is among the best keys. A score of -inf marks a key that the query must not attend to."""
+    """Returns the smallest error of the index scores that would explain the keys that a rank chose. The result is 0 if
+    every chosen key is among the top_k best keys. A score of -inf marks a key that the query must not attend to."""
     kth_BT1 = index_BTS.sort(dim=-1, descending=True).values[..., top_k - 1 : top_k]
     worst_BT1 = index_BTS.masked_fill(~chosen_BTS, math.inf).amin(-1, keepdim=True)
-    behind = (kth_BT1 - worst_BT1).nan_to_num(0.0, 0.0, 0.0)  # the query sees fewer than top_k keys
+    behind = (kth_BT1 - worst_BT1).nan_to_num(0.0, 0.0, 0.0)  # if a query sees fewer than top_k keys
     return behind.clamp_min(0).max().item() / 2
 
 
@@ -128,7 +129,7 @@ def key_excess(index_BTS: Tensor, chosen_BTS: Tensor, top_k: int) -> float:
 
 
 class HeadSlopes(NamedTuple):
-    """The loss, its gradient of the states, and its gradient of the weight."""
+    """The loss, and the loss's gradients with respect to the states and the weight."""
 
     loss: Total
     x: Total
@@ -153,8 +154,8 @@ def head(
         each.sum() / positions, each.abs().sum() / positions, (off.gather(-1, targets_N1) + mean_off).sum() / positions
     )
     slopes = (p - F.one_hot(targets_N, p.size(-1))) / positions
-    # A share depends on its own logit, and in the other direction on the mean of all logits. For a share of almost 1,
-    # both effects are almost 0.
+    # An error of a logit changes the logit's own probability by p (1 - p) times the error, and all other probabilities
+    # in the opposite direction.
     p_off = p * ((1 - p) * off + (mean_off - p * off))
     made = rounded(NearNumbers(slopes, p_off / positions), high, CURVED * (p + (slopes < 0)) / positions)
     return HeadSlopes(loss, matmul(made, NearNumbers(weight_VD.mT)), matmul(transposed(made), transposed(x_ND)))
@@ -185,7 +186,7 @@ def gates(scores_BTE: Tensor, sizes_BTE: Tensor, ids_BTK: Tensor, route_scale: f
 
 
 def among_best(scores_BTE: Tensor, top_k: int) -> Tensor:
-    """Whether each expert is among the top_k best if the bias is ignored: 1 or 0, (B, T, E)."""
+    """Returns 1 for each expert that is among the top_k best scores without bias, else 0, (B, T, E)."""
     return F.one_hot(best(scores_BTE, top_k), scores_BTE.size(-1)).sum(2).double()
 
 
@@ -199,11 +200,10 @@ def route_back(
     off_B1E: Tensor,
     softmax: bool,
 ) -> RouterSlopes:
-    """The gradients of the router.
+    """Computes the gradients of the router's input and weight.
 
-    balance: derivative of the balance loss with respect to an expert's share of a token's scores. off: its possible
-    error.
-    """
+    balance_BTE: derivative of the balance loss with respect to the fraction that an expert has of a token's sum of
+    scores. off_B1E: possible error of this derivative."""
     scores_BTE, _ = route_scores(x_BTD, weight_ED, softmax)
     chosen_BTK = scores_BTE.gather(-1, ids_BTK)
     sum_BT1 = chosen_BTK.sum(-1, keepdim=True) + 1e-20
@@ -212,7 +212,7 @@ def route_back(
     inner_BT1 = (dgates_BTK * chosen_BTK).sum(-1, keepdim=True) / sum_BT1
     size_BT1 = (dgates_BTK * chosen_BTK).abs().sum(-1, keepdim=True) / sum_BT1
     total_BT1 = scores_BTE.sum(-1, keepdim=True)
-    # share = s / sum(s), where the sum runs over all experts.
+    # The balance loss uses the fraction s / sum(s), where the sum runs over all experts.
     mean_BT1 = (scores_BTE * balance_BTE).sum(-1, keepdim=True) / total_BT1
     dscores = (balance_BTE - mean_BT1) / total_BT1
     size = (balance_BTE + mean_BT1).abs() / total_BT1
@@ -232,7 +232,7 @@ def route_back(
 
 
 def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:
-    """Returns the smallest error of the scores that would explain the rank's choice of experts. The result is 0 if the
+    """Returns the smallest error of the scores that would explain the experts that a rank chose. The result is 0 if the
     rank and the reference choose the same experts."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     excess = 0.0
@@ -243,7 +243,7 @@ def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:
         least_N1 = groups_NG.sort(dim=-1, descending=True).values[:, model.top_groups - 1 : model.top_groups]
         behind_NK = (least_N1 - groups_NG.gather(1, ids_NK // size)).clamp_min(0)
         excess = behind_NK.max().item() / (2 * count)
-        # A group is certainly open only if its score is above the limit by more than this error.
+        # Another group is certainly chosen only if its score exceeds the limit by more than this error.
         open_NE = (groups_NG >= least_N1 + 2 * count * excess).repeat_interleave(size, 1)
     inside_NE = biased_NE.masked_fill(~open_NE, -math.inf)
     kth_N1 = inside_NE.sort(dim=-1, descending=True).values[:, model.top_k - 1 : model.top_k]

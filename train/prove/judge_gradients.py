@@ -4,12 +4,10 @@ Every recipe computes these sums in fp32 (paper 3.3.1), even with bf16 weights a
 reduced gradient must match within fp32 rounding. If a rank is missing, or if a sum is in bf16, the difference exceeds
 this bound.
 
-A rank records only the total of a sum over micro-batches. train/prove/judge_matmuls.py judges this total together with
-its matmuls. The code here only tests the format of the total. A total of several terms has bits that bf16 does not
-have, unless it was stored in bf16. There is one term for each micro-batch whose gradient reaches the part. Some
-micro-batches of chats have nothing to learn. A total of a single term is not tested, because it may be a matmul result
-that was rounded to bf16.
-"""
+A rank records only the total of a sum over micro-batches. train/prove/judge_matmuls.py judges the value of this total.
+The code here only tests that the total was computed in fp32: then most of its elements have more bits than bf16 can
+store. A total has one term for each micro-batch from which a gradient reaches the weight. A total of only one term is
+not tested, because it may be a matmul result that was rounded to bf16."""
 
 import re
 from collections import Counter
@@ -22,15 +20,15 @@ from train.prove.comparison import Comparisons, in_each
 from train.prove.evidence import Evidence, State, assemble, depth_of
 
 MORE = 4
-"""Number of roundings in a sum over ranks, in addition to one per term: divisions by the number of ranks, and the
-second sum of the tied embedding."""
+"""Number of roundings in a sum over ranks, in addition to one rounding per term: divisions by the number of ranks, and
+the second sum of a tied embedding."""
 MOST_IN_BF16, ENOUGH = 0.9, 16
-"""Largest fraction of a total's numbers that may be exact in bf16 by chance, and the smallest number of numbers for a
-conclusive test."""
+"""MOST_IN_BF16: maximum fraction of a total's elements that may be exact in bf16 by chance. ENOUGH: minimum number of
+elements for a conclusive test."""
 
 
 def judge_totals(at: Comparisons, ranks: list[Evidence]) -> None:
-    """Judge the totals over a rank's micro-batches, for weights that process every token."""
+    """Test that the totals over a rank's micro-batches are in fp32, for weights that process every token."""
     why = "fraction of numbers that are exact in bf16: few for sums in fp32, all for sums in bf16"
     for rank in ranks:
         came: Counter[str] = Counter()
@@ -46,7 +44,7 @@ def judge_totals(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def judge_reduction(at: Comparisons, ranks: list[Evidence]) -> None:
-    """Judge the sums over the ranks of a stage."""
+    """Judge the reduced gradients, which are sums over the ranks of a pipeline stage."""
     shapes, info = reference.trained_shapes(at.values), ranks[0].info
     reduced, want = assemble(ranks, "reduced"), sum_over_ranks(ranks, shapes)
     sizes = sum_over_ranks(ranks, shapes, signs=False)
@@ -62,16 +60,16 @@ def judge_reduction(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def _is_by_micro_batch(rank: Evidence) -> bool:
-    """Whether the gradients of each micro-batch were reduced separately, as at ZeRO stage 3."""
+    """Returns whether the gradients of each micro-batch were reduced separately, as at ZeRO stage 3."""
     return any(True for _ in rank.of_kind("sizes"))
 
 
 def _terms_of(weight: str, came: Counter[str]) -> int:
-    """Returns the number of micro-batches that contribute to the gradient of a weight. This number is taken from the
-    smallest recorded part that contains the weight. For the head, it is the sum over the head's inputs. In a warm-up of
-    indexers, gradients reach no part, so the result is 1.
+    """Returns the number of terms in the gradient of a weight. This is the number of micro-batches with a non-zero
+    gradient of the smallest recorded part that contains the weight. For the head, it is the sum over the head's inputs.
+    In a warm-up of indexers, no recorded part has a gradient, so the result is 1.
 
-    came: number of micro-batches with a non-zero gradient, by part.
+    came: maps each recorded part to its number of micro-batches with a non-zero gradient.
     """
     if weight.startswith("head."):
         depths = sorted((part for part in came if re.fullmatch(r"mtp\.\d+", part)), key=depth_of)
@@ -82,10 +80,9 @@ def _terms_of(weight: str, came: Counter[str]) -> int:
 
 
 def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]], signs: bool = True) -> State:
-    """Returns the mean of all local gradients over the ranks of a stage. This function computes the mean without
-    Sluice's own reduction.
+    """Returns the mean of the local gradients over the ranks of a pipeline stage, computed without Sluice's reduction.
 
-    signs: if False, the absolute values of the gradients are added.
+    signs: if False, uses the gradients' absolute values, summed over micro-batches where each micro-batch is reduced.
     """
     found: State = {}
     for rank in ranks:

@@ -16,12 +16,12 @@ from train.prove.low_precision import FORMATS, FP32, NearNumbers, Total
 from train.prove.step_parts import ELEMENTS, MOST_INCONCLUSIVE, PartCall, StepParts, SumOverCalls
 
 HALF = 2.0**-9
-"""Largest relative error when a number is rounded to bf16."""
+"""Largest relative error of rounding a number to bf16."""
 MOST_INCONCLUSIVE_ADAPTED = 0.2
-"""Maximum fraction of inconclusive gradients at the input of an adapted head. One uncertain logit makes a complete row
-inconclusive, and rounded low-rank inputs make more logits uncertain."""
+"""Maximum fraction of inconclusive elements in the gradient of an adapted head's input. One logit near a rounding tie
+makes a complete row of the gradient inconclusive, and the rounded output of LoRA A brings more logits near a tie."""
 SPLIT = 2.0**-15
-"""Relative error of a router's gradient on a GPU. The GPU splits each fp32 operand into two bf16 numbers."""
+"""Relative error of a router's gradient on a GPU, which splits each fp32 operand into two bf16 numbers."""
 NO_GRADIENT = Bound(0.0, "positions that are not learnt have no gradient")
 
 
@@ -70,8 +70,8 @@ def judge_embedding(step: StepParts, name: str) -> None:
 
 
 def judge_embedding_back(step: StepParts, name: str) -> None:
-    """Judge the gradient of the embedding table. For each token, it is the fp32 sum of its row's gradients over all
-    micro-batches and ranks."""
+    """Judge the gradient of the embedding table. The gradient of a row is the fp32 sum of the output gradients at all
+    positions with the row's token."""
     made, table = SumOverCalls(), step.weights[f"{name}.weight"]
     for call in step.calls[name]:
         if call.has("dy"):
@@ -81,11 +81,11 @@ def judge_embedding_back(step: StepParts, name: str) -> None:
     step.compare_gradient(f"{name}.weight", made)
 
 
-# Residual sums: the inputs of attention and FFN are added to their outputs
+# Residual sums: the input of attention is added to its output, and the input of the FFN is added to its output
 
 
 def judge_sums(step: StepParts, name: str) -> None:
-    """Judge the two sums in a block: first with attention, then with the FFN."""
+    """Judge the two residual sums of a block: after attention, and after the FFN."""
     ffn = f"{name}.ffn" if f"{name}.ffn.w13" in step.calls else f"{name}.moe"
     for call in step.calls[f"{name}.ffn_norm"]:
         before = next(
@@ -97,7 +97,8 @@ def judge_sums(step: StepParts, name: str) -> None:
 
 
 def judge_sums_back(step: StepParts, name: str) -> None:
-    """Judge the gradients of both sums in a block."""
+    """Judge the sum of gradients at the input of the FFN's norm: the gradient of the block's output plus the gradient
+    through the FFN."""
     for call in step.calls[f"{name}.ffn_norm"]:
         got, out = (_seen(call, "backward", one) for one in (f"{name}.attention", name))
         _judge_sum(step, call, f"gradients after {name}.attention", got, out, call.get("dx"))
@@ -118,14 +119,14 @@ def _seen(call: PartCall, phase: str, name: str) -> Tensor:
 
 
 def judge_head(step: StepParts, name: str) -> None:
-    """Judge the losses of every MTP depth, and of the main model."""
+    """Judge the losses of the main model and of every MTP depth."""
     bound = Bound(2 * ELEMENTS, "a logarithm and a sum in fp32")
     for call, made, _ in _head_calls(step):
         step.compare("output head", call, "y", made.loss, bound, FORMATS["fp32"])
 
 
 def judge_head_back(step: StepParts, name: str) -> None:
-    """Judge the gradients of the head's states, of its weight, and of its LoRA A and B."""
+    """Judge the gradients of the head's input states, of its weight, and of its LoRA A and B."""
     whole, lora, order = SumOverCalls(), WeightLora(step, "head.weight"), step.in_rows(step.config.model.vocab_size)
     for call, made, learnt_N in _head_calls(step):
         if not call.has("dx", "dy"):
@@ -133,10 +134,12 @@ def judge_head_back(step: StepParts, name: str) -> None:
             continue
         slope, dx_ND, x_ND = call.get("dy"), call.rows("dx"), call.rows("x")
         x, weight = _times(made.x, low.nearest(slope, step.rounding.high)), _times(made.weight, slope)
-        twice = low.spacing(x.x, step.rounding.high)  # the matmul is rounded, and then its multiple
+        twice = low.spacing(
+            x.x, step.rounding.high
+        )  # the result of the matmul is rounded, and then its product with the slope
         x = Total(x.x, x.size, twice if x.off is None else twice + x.off)
-        # The sum over each piece of the tokens is rounded. On a CPU without bf16 instructions, sums within a piece are
-        # rounded too.
+        # The sum over each piece of the tokens is rounded. On a CPU without bf16 instructions, partial sums of a piece
+        # are rounded too.
         pieces = 2 * HALF * weight.size if step.rounds_gradients else torch.zeros_like(weight.x)
         weight = weight._replace(off=pieces if weight.off is None else pieces + weight.off)
         if learnt_N is not None:
@@ -153,15 +156,15 @@ def judge_head_back(step: StepParts, name: str) -> None:
             got=dx_ND,
             most=MOST_INCONCLUSIVE_ADAPTED if lora.names else MOST_INCONCLUSIVE,
         )
-        if not step.config.optim.detach_mtp or call.name == "head.0":  # otherwise the head learns nothing from it
+        if not step.config.optim.detach_mtp or call.name == "head.0":  # otherwise this depth gives the head no gradient
             whole.add(weight, False, len(x.x))
     lora.judge_gradients(MOST_INCONCLUSIVE_ADAPTED)
     step.compare_gradient("head.weight", whole, step.in_rows(whole.terms))
 
 
 def _head_calls(step: StepParts) -> Iterator[tuple[PartCall, high.HeadSlopes, Tensor | None]]:
-    """Yields the calls of the head, for the main model and every MTP depth. The last value of a call tells which rows
-    have a target to learn; None means all rows."""
+    """Yields the calls of the head for the main model and every MTP depth, as (call, expected results, mask). The mask
+    is True for rows with a learnt target; None means all rows."""
     order, lora = step.in_rows(step.config.model.hidden).value, WeightLora(step, "head.weight")
     for depth in range(1 + step.config.model.mtp_depth):
         seats = reference.Seats.of(step.batch, depth)
@@ -174,7 +177,9 @@ def _head_calls(step: StepParts) -> Iterator[tuple[PartCall, high.HeadSlopes, Te
                 learnt_N = seats.learnt_BT[rows][:, places].flatten()
                 main_BT = reference.Seats.of(step.batch, 0).learnt_BT
                 assert main_BT is not None
-                micro_batches = info.plan["batch_size"] / (info.micro_batch_size * info.dp)  # mean number on a rank
+                micro_batches = info.plan["batch_size"] / (
+                    info.micro_batch_size * info.dp
+                )  # average number of micro-batches on a rank
                 x_ND, targets_N = x_ND[learnt_N], targets_N[learnt_N]
                 count = int(main_BT.sum()) / (step.shared * micro_batches)
             given = LoraCall(call, "dropped", NearNumbers(x_ND), low.matmul)
@@ -186,12 +191,12 @@ def _times(one: Total, factor: Tensor) -> Total:
     return Total(one.x * factor, one.size * factor.abs(), None if one.off is None else one.off * factor.abs())
 
 
-# Routers: gates, choices, and the gradients of inputs and weights, including the balance loss
+# Routers: gates, chosen experts, and the gradients of inputs and weights, which include the balance loss's gradient
 
 
 def judge_router(step: StepParts, name: str) -> None:
-    """Judge the gates. Also judge by how much the score of a chosen expert is below the score of an expert that was not
-    chosen."""
+    """Judge the gates and the chosen experts. A chosen expert's score may be below the score of an expert that was not
+    chosen only within rounding errors."""
     model, weight, order = step.config.model, step.weights[f"{name}.weight"], step.in_rows(step.config.model.hidden)
     for call in step.calls.get(name, []):
         ids_BTK, gates = _routed(call, "forward", "ids"), _routed(call, "forward", "gates")
@@ -221,16 +226,17 @@ def judge_router_back(step: StepParts, name: str) -> None:
         if call.has("dx"):
             step.compare("router", call, "dx", slopes.x, order)
         made.add(slopes.weight, False, ids_BTK[..., 0].numel())
-    if not step.config.optim.freeze_routers:  # otherwise its gradient is zero, which other checks show
+    if not step.config.optim.freeze_routers:  # a frozen router's gradient is zero, which other comparisons show
         bound = Bound(order.value + step.in_rows(made.terms).value, order.reason)
         step.compare_gradient(f"{name}.weight", made, bound)
 
 
 def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the derivative of the balance loss (paper eq. 17-20) with respect to each expert's share of a token's
-    scores, and the error that near ties may cause in this derivative. Both have the shape (B, T, E).
+    """Returns a derivative of the balance loss (paper eq. 17-20), and the error of this derivative from scores that are
+    nearly equal. Both have the shape (B, T, E).
 
-    The loss counts the tokens per expert over a complete sequence, or separately over each sample in a sequence.
+    The derivative is with respect to the fraction that an expert has of a token's sum of scores. The loss counts the
+    tokens per expert over a complete sequence, or separately over each independent sample in a sequence.
     """
     model, info, depth, config = step.config.model, call.rank.info, depth_of(call.name), step.config
     seats = reference.Seats.of(step.batch, depth)
@@ -246,7 +252,7 @@ def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, T
             kth, after = score_BTE.sort(-1, descending=True).values[..., model.top_k - 1 : model.top_k + 1].split(1, -1)
             near = (
                 2 * FP32 * (1 + size_BTE.amax(-1, keepdim=True))
-            )  # some roundings of the sum, and a sigmoid's slope of 1/4
+            )  # a few roundings of the logit's sum, times the sigmoid's slope of at most 1/4
             close = ((score_BTE - kth).abs() <= near) | ((score_BTE - after).abs() <= near)
             may_BTE[:, places] = ((kth - after <= near) & close).double()
     samples_BT, count = torch.zeros(often_BTE.shape[:2]), info.plan["batch_size"]
@@ -261,6 +267,7 @@ def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, T
 
 
 def _routed(call: PartCall, phase: str, what: str) -> Tensor | None:
-    """Returns a routing tensor that was recorded in the call's micro-batch: (B, T, K), fp64."""
+    """Returns a routing tensor that was recorded in the call's micro-batch, fp64 (B, T, K). None if there is none.
+    phase: forward or backward. what: ids or gates."""
     found = call.rank.tensors.get(f"{phase}/{call.name}.{what}/{call.number}")
     return None if found is None else found.double().view(*call.tensors["x"].shape[:2], -1)

@@ -1,8 +1,8 @@
-"""Judges check `loop`. A custom loop's steps must have the right log-probabilities, losses, tokens per expert,
-gradients and biases.
+"""Judges check `loop`: compares the log-probabilities, losses, tokens per expert, gradients and biases of a custom
+loop's steps with the reference.
 
 The reference runs all calls of a step as one batch, because sums over tokens are divided by the number of tokens in the
-step.
+complete step.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ WITH_LORA = Bound(EXACT, "fp64 rounds by 1e-16, and A and B of unit size enlarge
 
 
 def judge_loop(at: Comparisons, folder: Path) -> None:
-    """Judge the evidence of all ranks. folder: the folder of this evidence."""
+    """Judge the evidence of all ranks. folder: the folder that contains the evidence."""
     LoopJudge(at).judge([ranks for *_, ranks in read_evidence(folder, at.proof)])
 
 
@@ -56,8 +56,8 @@ class LoopJudge:
             self._judge_step(step, ranks)
 
     def _judge_logprobs(self, step: LoopStep, ranks: list[Evidence]) -> None:
-        """Judge the log-probabilities that the ranks asked for between two calls. Only targets that belong to the same
-        sample as the previous token count."""
+        """Judge the log-probabilities that the ranks requested between two calls. The comparison includes a target only
+        if it belongs to the same sample as the token before it."""
         batch = self._batches[0]
         want_BT = self._plain([batch], replayed=True, with_balance=False).logprobs(batch)
         assert batch.documents_BS is not None
@@ -125,13 +125,14 @@ class LoopJudge:
         self._at.compare(quantity, f"{name} by {step.name}", got, want, bound, rank=rank)
 
     def _plain(self, batches: list[Batch], replayed: bool, with_balance: bool) -> PolicyModel:
-        """The reference model for a step."""
+        """Returns the reference model for a step. batches: the batches of the step's calls. replayed: whether the first
+        batch prescribes its experts. with_balance: whether the step has a balance loss."""
         values = self._at.values
         if not with_balance:
             values = Values(values, optim=Values(values.optim, balance_loss=0.0))
         choices = {}
         if replayed:
-            ids_BTLK = self._experts_BTLK.clamp_min(0)  # any experts will do at positions that do not count
+            ids_BTLK = self._experts_BTLK.clamp_min(0)  # -1 becomes 0: at these positions any expert is right
             for number, name in enumerate(reference.layers_with_experts(values.model)[: ids_BTLK.size(2)]):
                 choices[f"{name}.moe.router"] = ids_BTLK[:, :, number].flatten(0, 1)
         plain = PolicyModel(values, self._weights, self._biases, choices)

@@ -1,4 +1,4 @@
-"""Judges the linear layers, experts and their SwiGLU on single ranks: forward, backward and weight gradients."""
+"""Judges the linear layers, the experts and SwiGLU on single ranks: forward, backward and weight gradients."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -23,7 +23,7 @@ def judge_linear(step: StepParts, name: str) -> None:
 
 
 def judge_linear_back(step: StepParts, name: str) -> None:
-    """Judge a linear layer's gradients of its inputs, its weight and its LoRA A and B."""
+    """Judge the gradients of a linear layer's inputs, of its weight, and of its LoRA A and B."""
     rules, whole, lora = _rules(step, name), step.weights[f"{name}.weight"], WeightLora(step, f"{name}.weight")
     weight, made = low.weight_for("dgrad", whole, rules), SumOverCalls()
     for call in step.calls.get(name, []):
@@ -56,7 +56,8 @@ def _rules(step: StepParts, name: str) -> LinearRules:
 
 
 def _rounds_gradients(step: StepParts) -> bool:
-    """Whether gradients are rounded to bf16 in those linear layers that a recipe may run in FP8."""
+    """Returns whether a micro-batch's weight gradient may be rounded to bf16, for linear layers that a recipe may run
+    in FP8."""
     return step.rounds_gradients and not step.rounding.is_fp8
 
 
@@ -80,7 +81,7 @@ def judge_swiglu_back(step: StepParts, name: str) -> None:
 
 
 def _swiglu_calls(step: StepParts, name: str) -> Iterator[tuple[PartCall, PartCall]]:
-    """Yields the calls of the first and of the second linear layer on the same rows."""
+    """Yields pairs of calls: the first and the second linear layer of an FFN on the same rows."""
     seconds = {(call.rank.info.rank, call.number): call for call in step.calls.get(f"{name}.w2", [])}
     for call in step.calls.get(f"{name}.w13", []):
         yield call, seconds[call.rank.info.rank, call.number]
@@ -108,7 +109,8 @@ def judge_experts(step: StepParts, name: str) -> None:
 
 
 def judge_experts_back(step: StepParts, name: str) -> None:
-    """Judge the experts' gradients of rows, first matmul, gates, both weights, and their LoRA A and B."""
+    """Judge the gradients of the experts: of their input rows, the first matmul's output, the gates, both weights, and
+    LoRA A and B."""
     up, down, high = step.rounding.up, step.rounding.down, step.rounding.high
     (whole13, lora13), (whole2, lora2) = _sides(step, name)
     w13, w2 = (
@@ -131,7 +133,7 @@ def judge_experts_back(step: StepParts, name: str) -> None:
             da_RF = lora2.add_back(da_RF, given, dropped, of_w2)
         back = back_of(low.cast_rows(h, counts, step.rounding.swiglu, -1), da_RF)
         dh, dgates = back.dh, back.dgates
-        if lora2.names and step.rounding.is_fp8:  # LoRA has a SwiGLU of its own
+        if lora2.names and step.rounding.is_fp8:  # in FP8, LoRA gets its input from a separate SwiGLU of the uncast h
             more = back_of(h, lora2.add_back(None, given, dropped, of_w2))
             dh, dgates = _added(back.dh, more.dh, high), _added(back.dgates, more.dgates, FORMATS["fp32"])
         step.compare("SwiGLU of experts", call, "dh", dh, IN_ELEMENTS)
@@ -156,7 +158,7 @@ def judge_experts_back(step: StepParts, name: str) -> None:
 
 
 def _sides(step: StepParts, name: str) -> list[tuple[Tensor, WeightLora]]:
-    """Returns the weights of the first and of the second matmul, each with its LoRA A and B."""
+    """Returns the weight of the first matmul and the weight of the second matmul, each with its LoRA A and B."""
     names = [f"{name}.experts.{part}" for part in ("w13", "w2")]
     return [(step.weights[each], WeightLora(step, each)) for each in names]
 
@@ -177,7 +179,8 @@ def _times(call: PartCall) -> RowMatmul:
 
 
 def _by_expert(counts: list[int], here: range, rows: NearNumbers, weight: NearNumbers) -> Total:
-    """Multiplies the rows of each expert by the expert's matrix. weight: matrices (E, N, C) of all experts."""
+    """Multiplies the rows of each expert by the expert's matrix. counts: rows of each expert. here: indices of this
+    rank's experts. weight: matrices (E, N, C) of all experts."""
     empty = rows.x.new_zeros(0, weight.x.size(1))
     parts = [Total(empty, empty, empty)]
     for expert, one in zip(here, low.split_rows(rows, counts), strict=True):
@@ -191,15 +194,15 @@ def _by_expert(counts: list[int], here: range, rows: NearNumbers, weight: NearNu
 def _add_rows(
     step: StepParts, call: PartCall, base: Tensor, made: SumOverCalls, dy: NearNumbers, x: NearNumbers
 ) -> None:
-    """Add one call's contribution to the gradient of LoRA A or B of experts. base: the adapted weight."""
+    """Add one call's contribution to the gradient of LoRA A or B of experts. base: the weight that LoRA adapts."""
     made.add_rows(dy, x, _rows(call), _here(call), len(base), step.rounds_gradients)
 
 
 def _swiglu_back(
     call: PartCall, high: PlainFormat, order: Bound, cancels: bool, h: NearNumbers, da: Total
 ) -> low.SwigluSlopes:
-    """The gradients of SwiGLU. cancels: whether da is a sum of rounded terms that may cancel. If so, rounding errors
-    are measured relative to the sum of the terms' magnitudes."""
+    """Returns the results of SwiGLU's backward. cancels: whether da is a sum of rounded terms that may cancel. If so,
+    the rounding errors of dh are measured relative to the sum of these terms' magnitudes."""
     back = low.swiglu_backward(h, call.get("gates"), low.rounded(da, high, order.value * da.size), high)
     if not cancels:
         return back
@@ -208,6 +211,6 @@ def _swiglu_back(
 
 
 def _added(one: Total, other: Total, form: PlainFormat) -> Total:
-    """Returns the sum of two results, each of which was rounded to `form` before."""
+    """Returns the sum of two results, each of which is rounded to `form` before the addition."""
     off = low.slack(one) + low.slack(other) + (low.spacing(one.x, form) + low.spacing(other.x, form)) / 2
     return Total(one.x + other.x, one.size + other.size, off)

@@ -30,7 +30,7 @@ class WholeModel:
     ranks: list[Evidence]
     want: ReferenceStep
     perturbed: PerturbedRuns | None
-    """The perturbed runs of the reference; None if the check is in fp64."""
+    """The reference's runs with random perturbations; None if the check is in fp64."""
     batch_size: int
 
     def judge_forward(self) -> None:
@@ -39,7 +39,7 @@ class WholeModel:
         at, seen, made = self.at, self.want.seen, calls_by_name(self.ranks, "forward")
         for name, value in seen.values.items():
             if name.endswith((".biased", ".index")) or (name == "embedding" and name not in made):
-                continue  # one rank may hold the table for two stages; the next layer then shows a fault
+                continue  # if one rank's table serves two stages, it is not recorded; the next layer then shows a fault
             if name not in made:
                 at.fail("outputs", name, "no rank computed it")
             for rank, number, got in made.get(name, ()):
@@ -56,8 +56,8 @@ class WholeModel:
                 self._compare("attention scores", name, rank, got, lambda step, name=name: step.seen.scores[name])
 
     def judge_backward(self) -> None:
-        """Judge the gradients from the last part to the first. For each part, the gradient of its output comes first,
-        then those of its weights."""
+        """Judge the gradients from the last part to the first. For each part, first judge the gradient of its output,
+        then the gradients of its weights."""
         at, came, wanted = self.at, calls_by_name(self.ranks, "backward"), self.want.gradients
         exact, shapes = at.proof == "exact", reference.trained_shapes(at.values)
         found = sum_over_ranks(self.ranks, shapes) if exact else assemble(self.ranks, "reduced")
@@ -83,8 +83,8 @@ class WholeModel:
         scale: float | None = None,
         bound: Bound | None = None,
     ) -> None:
-        """Compare a tensor with the same tensor of the reference's step. If the step is more sensitive to rounding than
-        the bound assumes, perturbed runs widen the bound."""
+        """Compare a rank's tensor with the tensor that `part` selects from the reference's step. If the error exceeds
+        the bound, perturbed runs determine how sensitive the tensor is to rounding, and may widen the bound."""
         bound, widen = bound or computed(self.at.proof, self.at.config), partial(self._widen, part, self.at.is_rounded)
         self.at.compare(quantity, name, got, part(self.want), bound, rank=rank, scale=scale, widen=widen)
 
@@ -95,7 +95,7 @@ class WholeModel:
         return max(bound, wider, key=lambda one: one.value)
 
     def _output(self, name: str, rank: Evidence, number: int, count: int | None, step: ReferenceStep) -> Tensor:
-        """Returns the output that a rank should have in a micro-batch."""
+        """Returns the reference's output for one micro-batch of a rank. number: index of the micro-batch."""
         return self._here(step.seen.values[name], name, rank, number, count)
 
     def _output_gradient(self, name: str, rank: Evidence, number: int, step: ReferenceStep) -> Tensor:
@@ -104,14 +104,15 @@ class WholeModel:
         return self._here(gradient * (rank.info.dp * rank.info.cp), name, rank, number)
 
     def _here(self, value: Tensor, name: str, rank: Evidence, number: int, count: int | None = None) -> Tensor:
-        """Returns the part of `value` that belongs to a rank's samples and positions. Samples and positions may share
-        one axis. count: number of positions that the rank recorded; None: the usual number."""
+        """Returns the part of `value` that belongs to the samples and positions of a rank's micro-batch. The samples
+        and positions of `value` may be flattened into one axis. count: argument of `_places`."""
         by_sample = value if value.size(0) == self.batch_size else value.unflatten(0, (self.batch_size, -1))
         return by_sample[rank.rows(number)][:, self._places(rank, name, count)]
 
     def _places(self, rank: Evidence, name: str, count: int | None) -> list[int]:
         """Returns the positions in a sequence for which a rank has this output. count: number of positions that the
-        rank recorded. An embedding also has some positions after every piece, because MTP modules look ahead."""
+        rank recorded; None: the positions of `places_of`. With context parallelism, an embedding also has some
+        positions after each of the rank's pieces, because MTP modules look ahead."""
         config, info = self.at.config, rank.info
         here = places_of(info, config.seq_len, depth_of(name))
         if info.cp == 1 or count in (None, len(here)):
@@ -121,8 +122,8 @@ class WholeModel:
         return here + [t for end in ends for t in range(end, min(end + config.model.mtp_depth, last))]
 
     def _judge_choice(self, name: str, rank: Evidence, number: int, ids: Tensor) -> None:
-        """Judge the chosen experts. In checks with rounding, ranks may choose other experts than the reference. The
-        scores of the two choices must then be close to each other."""
+        """Judge the chosen experts. Except in check `exact`, a rank may choose other experts than the reference if the
+        scores of both choices are equal within rounding errors."""
         at = self.at
         bound = chosen(at.proof, at.config)
         if at.proof == "exact":
@@ -132,7 +133,7 @@ class WholeModel:
         scores = partial(self._output, f"{name}.biased", rank, number, None)
 
         def widen(bound: Bound, _: float) -> Bound:
-            """The bound on the difference of two scores, which both have an error."""
+            """Returns the bound on the difference of two scores, each of which has an error."""
             wider = self._widen(scores, False, Bound(bound.value / 2, bound.reason), 1.0)
             return Bound(2 * wider.value, wider.reason)
 
@@ -140,9 +141,9 @@ class WholeModel:
         at.compare("chosen experts", name, excess, 0.0, bound, rank=rank, scale=1.0, widen=widen)
 
     def _judge_keys(self, name: str, rank: Evidence, number: int, keys_BTK: Tensor) -> None:
-        """Judge the chosen keys. In checks with rounding, the ranks may choose other keys than the reference. In this
-        case, the query must be allowed to attend to each chosen key, the number of keys must be right, and the scores
-        of these keys must be close to the best scores."""
+        """Judge the chosen keys. Except in check `exact`, a rank may choose other keys than the reference. Then the
+        query must be allowed to attend to each chosen key, the number of keys must be right, and the scores of the
+        chosen keys must equal the best scores within rounding errors."""
         at, chooser = self.at, self._chooser(name)
         index_of = partial(self._output, f"{chooser}.index", rank, number, None)
         index_BTS, want_BTS = index_of(self.want).detach(), self._output(f"{name}.keys", rank, number, None, self.want)
@@ -160,15 +161,15 @@ class WholeModel:
         bound, scale = computed(at.proof, at.config), size_of(index_BTS[seen_BTS], False)
 
         def widen(bound: Bound, _: float) -> Bound:
-            """The bound on the difference of two scores, which both have an error."""
+            """Returns the bound on the error of a score."""
             return self._widen(lambda step: index_of(step).nan_to_num(neginf=0.0), False, bound, scale)
 
         excess = key_excess(index_BTS, got_BTS > 0, top_k)
         at.compare("chosen keys", f"{name}, their scores", excess, 0.0, bound, rank=rank, scale=scale, widen=widen)
 
     def _chooser(self, name: str) -> str:
-        """Returns the name of the attention that chose the keys for this attention. This is the attention itself, or
-        the nearest earlier attention with an indexer."""
+        """Returns the name of the attention whose indexer chose the keys for the attention `name`. This is `name`
+        itself, or the nearest earlier attention with an indexer."""
         names = [key.removesuffix(".keys") for key in self.want.seen.values if key.endswith(".keys")]
         before = names[: names.index(name) + 1]
         return next(one for one in reversed(before) if f"{one}.index" in self.want.seen.values)
@@ -188,8 +189,8 @@ class WholeModel:
 
 
 def judge_batch(at: Comparisons, ranks: list[Evidence], batch_size: int) -> bool:
-    """Checks that the sequences of all ranks together form the batch. If the result is False, nothing can be
-    compared."""
+    """Returns whether the sequences of all ranks together form the batch. If not, adds a failed comparison; the step
+    then cannot be compared."""
     shares = {(rank.info.first, rank.info.first + rank.micro_batches() * rank.info.micro_batch_size) for rank in ranks}
     starts, ends = (sorted(side) for side in zip(*shares, strict=True))
     if [*starts, batch_size] == [0, *ends]:
@@ -210,9 +211,8 @@ def judge_validation(at: Comparisons, ranks: list[Evidence], plain: PlainModel) 
 
 
 def chosen_by_ranks(ranks: list[Evidence], seq_len: int) -> dict[str, Tensor]:
-    """Returns the choices of the ranks for all tokens of the batch, by name. The name of a router maps to the chosen
-    experts (N, K). The name of an attention plus `.keys` maps to a mask (B, T, T), which is True where a query attends
-    to a key."""
+    """Returns the choices of all ranks for the complete batch. The name of a router maps to its chosen experts (N, K).
+    The name of an attention plus `.keys` maps to a mask (B, T, T), which is True where a query attends to a key."""
     found: dict[str, Tensor] = {}
     for name, calls in calls_by_name(ranks, "forward").items():
         if name.endswith((".ids", ".keys")):

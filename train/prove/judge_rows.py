@@ -1,8 +1,8 @@
 """Judges dispatch and combine: compares the rows that arrive with the rows that were sent.
 
 Every layer, micro-batch and expert group is judged separately, with the rows that the ranks recorded. So a difference
-is a fault of dispatch or combine, and not of an earlier part. The judge does not rely on Sluice's order of rows. It
-matches rows and tokens by expert and gate.
+is a fault of dispatch or combine, and not of an earlier part. The judge does not rely on the order of rows. It matches
+rows and tokens by expert and gate.
 
     forward     gates at the experts, rows at the experts, sums of expert outputs
     backward    gradients at the experts, gradients of gates, sums of gradients of rows
@@ -29,23 +29,23 @@ AT_TOKENS = ("x", "ids", "gates", "y", "d_x", "d_gates", "d_y")
 AT_EXPERTS = ("rows", "row_gates", "counts", "out", "d_rows", "d_row_gates", "d_out")
 ROWS = Bound(0.0, "bit for bit: rows are rounded once, by the sender")
 SeenTensors = dict[str, Tensor]
-"""Tensors of one layer and micro-batch. Each is concatenated over the ranks of a group. The names are those of
-watched_dispatcher.py."""
+"""Maps the names of watched_dispatcher.py to the tensors of one layer and micro-batch. Each tensor is concatenated over
+the ranks of an expert group."""
 
 
 @dataclass(frozen=True)
 class SentRows:
-    """The rows of one layer, micro-batch and expert group."""
+    """The rows of one layer and micro-batch in one expert group, before and after dispatch and combine."""
 
     name: str
     """Name of the MoE layer."""
     number: int
-    """Number of the micro-batch."""
+    """Index of the micro-batch."""
     ranks: list[Evidence]
     seen: SeenTensors
 
     def place(self) -> tuple[int, bool, int, int]:
-        """Sort key that puts rows in the order of the computation."""
+        """Returns the sort key for the order of the computation."""
         kind, layer, *_ = self.name.split(".")
         return self.number, kind == "mtp", int(layer), self.ranks[0].info.rank
 
@@ -55,14 +55,14 @@ class SentRows:
         return _order(torch.arange(len(counts_E)).repeat_interleave(counts_E), seen["row_gates"], seen["d_row_gates"])
 
     def order_at_tokens(self) -> Tensor:
-        """Returns the order (P,) that sorts pairs of token and expert like `order_at_experts`, if the gates arrived
-        unchanged."""
+        """Returns the order (P,) that sorts pairs of token and expert by the same keys as `order_at_experts`. If the
+        gates arrived unchanged, both orders match."""
         return _order(*(self.seen[name].flatten() for name in ("ids", "gates", "d_gates")))
 
     def hops(self) -> list[int]:
-        """Returns sizes of groups of experts. In the combine, some dispatches add a token's rows on the rank of the
-        experts, and again on their node. The result has the number of experts on a rank and on a node, if the dispatch
-        adds rows there."""
+        """Returns the argument `hops` of `summed_rows`. In the combine, some dispatchers add a token's rows on the rank
+        of the experts, and again on the experts' node. The result then has the number of experts on a rank and on a
+        node."""
         info = self.ranks[0].info
         return DISPATCHES[info.dispatch].find_sums(len(self.seen["counts"]), info.ep, info.ep_ranks_per_node)
 
@@ -73,7 +73,7 @@ def judge_rows(at: Comparisons, ranks: list[Evidence]) -> None:
     every = [f"{layer}.block.moe" if layer.startswith("mtp.") else f"{layer}.moe" for layer in layers]
     at.phase = "forward"
     at.same_names("rows at the experts", {one.name for one in sent}, every)
-    # A number that is not finite before it is sent is the fault of another part, which judge_parts.py names.
+    # If a value is not finite before it is sent, another part is faulty. judge_parts.py reports it.
     sent = [one for one in sent if one.seen["gates"].isfinite().all() and one.seen["x"].isfinite().all()]
     for one in sent:
         seen = one.seen
@@ -94,8 +94,8 @@ def judge_rows(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def _judge_sent(at: Comparisons, sent: SentRows, quantity: str, names: tuple[str, str], floor: float) -> None:
-    """Judge rows that tokens sent to experts. names: two names, first that of the sent tensor, then that of the
-    received tensor."""
+    """Judge the rows that tokens sent to experts. names: name of the sent tensor, then name of the received tensor.
+    floor: lower bound of the magnitude from which an FP8 scale is computed."""
     given, arrived = (sent.seen[name] for name in names)
     rows_TD, top_k = given.double(), sent.seen["ids"].size(1)
     if at.config.parallel.wire == "fp8" and sent.ranks[0].info.ep > 1:
@@ -107,10 +107,11 @@ def _judge_sent(at: Comparisons, sent: SentRows, quantity: str, names: tuple[str
 
 
 def _judge_sums(at: Comparisons, sent: SentRows, rows: str, sums: str, quantity: str) -> None:
-    """Judge sums of rows that experts sent to tokens."""
+    """Judge the sums of rows that experts sent back to tokens. rows: name of the experts' rows. sums: name of the
+    sums."""
     seen, at_experts, at_tokens = sent.seen, sent.order_at_experts(), sent.order_at_tokens()
     if len(at_experts) != len(at_tokens):
-        return  # this fault was already reported
+        return  # the comparison of gates has reported this fault
     rows_PD = torch.empty(seen[rows].shape, dtype=torch.float64)
     rows_PD[at_tokens] = seen[rows][at_experts].double()
     in_bf16, by_addition = seen[sums].dtype == torch.bfloat16, DISPATCHES[sent.ranks[0].info.dispatch].in_bf16
@@ -123,7 +124,7 @@ def _judge_sums(at: Comparisons, sent: SentRows, rows: str, sums: str, quantity:
 
 
 def sent_rows(ranks: list[Evidence]) -> Iterator[SentRows]:
-    """Yields all rows that were sent in a step."""
+    """Yields the rows of each layer, micro-batch and expert group in a step."""
     for first in range(0, len(ranks), ranks[0].info.ep):
         group = ranks[first : first + ranks[0].info.ep]
         for key in dict(group[0].of_kind("sent")):

@@ -1,5 +1,5 @@
-"""Judges the state of a run between its steps: at the start, after a skipped step and in a checkpoint. Also judges its
-counters."""
+"""Judges the state and the counters of a run between its steps: at the start, after a skipped step and in a
+checkpoint."""
 
 import math
 from dataclasses import dataclass, replace
@@ -40,20 +40,21 @@ class Tally:
     skipped: int = 0
 
     def after(self, sequences: int, applied: bool = True) -> "Tally":
-        """The counters after one more step."""
+        """Returns the counters after one more step. sequences: batch size of the step. applied: whether the step
+        updated the weights."""
         return Tally(self.updates + applied, self.samples + sequences, self.skipped + (not applied))
 
 
 def state_after(config: Config, ranks: list[Evidence]) -> State:
     """Returns the state of the run after a step, assembled from the shards of all ranks."""
     found = {name: tensor for name, tensor in assemble(ranks, "after").items() if not name.startswith("running.")}
-    if config.adapter.on:  # the biases belong to the base weights, which are not saved
+    if config.adapter.on:  # biases belong to the base weights, so they are not in "after"
         found |= {name: bias.double() for rank in ranks for name, bias in rank.of_kind("own")}
     return found
 
 
 def given_state(config: Config) -> State:
-    """The initial state of a proof."""
+    """Returns the initial state of a proof's run."""
     values = read_values(config)
     trained = reference.trained_shapes(values)
     weights = {name: weight.double() for name, weight in initial_weights(config).items() if name in trained}
@@ -66,8 +67,8 @@ def given_state(config: Config) -> State:
 
 
 def state_from_checkpoint(config: Config, saved: State, tally: Tally) -> tuple[State, Tally]:
-    """Returns the state after a resume, and its counters. Both are as in the checkpoint. But if the optimizer has
-    changed, the optimizer's state is 0."""
+    """Returns the expected state and counters after a resume from the state `saved`. If the second part has another
+    optimizer than the first part, the optimizer's state and the number of updates are 0."""
     if config.prove.first_optimizer in (None, config.optim.name):
         return saved, tally
     kept = {name: tensor for name, tensor in saved.items() if name.startswith(("master.", "bias.", "ema."))}
@@ -75,10 +76,10 @@ def state_from_checkpoint(config: Config, saved: State, tally: Tally) -> tuple[S
 
 
 def judge_same(at: Comparisons, quantity: str, ranks: list[Evidence], want: State, own: str | None = None) -> State:
-    """Compare the state of all ranks bit for bit with the state `want`. Also compare every rank's own copy of the
-    biases.
+    """Compare the state of all ranks bit for bit with the state `want`, and also the biases in every rank's routers.
+    Returns the state of the ranks.
 
-    own: name of the quantity for these copies. Returns the state of the ranks.
+    quantity: name of the compared quantity. own: name of the quantity for the biases in the routers, if it differs.
     """
     got = state_after(at.config, ranks)
     at.same_names("state", got, want)
@@ -91,7 +92,7 @@ def judge_same(at: Comparisons, quantity: str, ranks: list[Evidence], want: Stat
 
 
 def judge_schedules(config: Config, findings: ProofFindings) -> None:
-    """Judge the settings of all steps of a run. A proof trains only a few of these steps."""
+    """Judge the settings of all steps of the recipe's run, although a proof trains only a few steps."""
     at, plans = Comparisons("fp32", config, findings), Schedules(config)
     at.phase, want = "settings", [vars(plan) for plan in reference_step.plan_steps(at.values)]
     got = [vars(plans.plan(step)) for step in range(1, config.steps + 1)]
@@ -104,7 +105,7 @@ def judge_schedules(config: Config, findings: ProofFindings) -> None:
 
 
 def judge_tally(at: Comparisons, ranks: list[Evidence], tally: Tally) -> None:
-    """Judge the counters of every rank."""
+    """Compare the counters of every rank with `tally`."""
     for rank in ranks:
         info = rank.info
         at.compare("applied updates", "Adam's count", info.updates, tally.updates, WHOLE_NUMBERS, rank=rank)
@@ -113,8 +114,8 @@ def judge_tally(at: Comparisons, ranks: list[Evidence], tally: Tally) -> None:
 
 
 def judge_drawn(at: Comparisons, ranks: list[Evidence]) -> None:
-    """Judge the initial weights of a run. They must be the same in every layout, and equal to those of a model on one
-    rank."""
+    """Judge the initial weights of a run. They must have the right distribution, and must equal the initial weights of
+    a model on one rank, bit for bit."""
     drawn, config = assemble(ranks, "drawn"), at.config
     if not drawn or at.proof != "fp32":
         return
@@ -141,8 +142,8 @@ def judge_drawn(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def judge_weights(at: Comparisons, ranks: list[Evidence], state: State) -> None:
-    """Judge the weights that the engine returned for this state. They include balance biases, and an adapter is added
-    to the weights."""
+    """Compare the weights and balance biases that `Engine.weights` returned with `state`. The engine must have added an
+    adapter to the returned weights."""
     if at.proof != "fp32" or at.values.adapter.base == "fp8":
         return
     got = {name: weight for rank in ranks for name, weight in rank.of_kind("weights")}
@@ -161,7 +162,7 @@ def judge_weights(at: Comparisons, ranks: list[Evidence], state: State) -> None:
 
 
 def judge_checkpoint(at: Comparisons, path: Path, state: State) -> None:
-    """Judge the files of a checkpoint. The checkpoint of an adapter contains no biases."""
+    """Compare the files of a checkpoint bit for bit with `state`. The checkpoint of an adapter contains no biases."""
     at.phase = "checkpoint"
     own = {name: value for name, value in state.items() if not (at.config.adapter.on and name.startswith("bias."))}
     found: dict[str, Tensor] = {name: torch.full_like(value, math.nan) for name, value in own.items()}

@@ -1,4 +1,5 @@
-"""Judges an update: compares norm, masters, moments, average of the weights, and biases with the reference."""
+"""Judges an update: compares the gradient norm, master weights, moments, average of the weights, and biases with the
+reference."""
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ QUANTITIES = {
     "exp_avg": "first moments",
     "exp_avg_sq": "second moments",
 }
-"""Name of each compared tensor in the findings. State that only one optimizer has uses that optimizer's own name."""
+"""Maps each kind of state to its name in the findings. A kind that is not in this mapping, such as momentum, has its
+own name."""
 ROUNDINGS = {"master": 4, "ema": 2, "bias": 2}
-"""Maximum number of fp32 roundings for each kind of state. train/prove/updates.py has the numbers for the optimizer's
-state."""
+"""Maximum number of fp32 roundings for each kind of state. For the optimizer's state, train/prove/updates.py defines
+this number."""
 STATE_ROUNDINGS = {kind: count for formula in UPDATES.values() for kind, count in formula.roundings.items()}
 SMALLEST_BF16 = 2.0**-133
 """The smallest positive bf16 number."""
@@ -30,10 +32,10 @@ SMALLEST_BF16 = 2.0**-133
 def judge_update(
     at: Comparisons, ranks: list[Evidence], before: State, loads: dict[str, Tensor], plan: PlainPlan, number: int
 ) -> State:
-    """Judge an update. It starts from the ranks' gradients, which were judged before. number: index of the update in
-    the run, from 1.
+    """Judge an update and return the state after it. The reference uses the ranks' reduced gradients, which were judged
+    earlier.
 
-    Returns the state after the update.
+    before: the state before the update. loads: tokens per expert. number: index of the update in the run, from 1.
     """
     reduced, after, optim = assemble(ranks, "reduced"), state_after(at.config, ranks), at.values.optim
     at.same_names("state", after, before)
@@ -77,7 +79,7 @@ def judge_update(
 def judge_biases(
     at: Comparisons, ranks: list[Evidence], before: State, loads: dict[str, Tensor], plan: PlainPlan
 ) -> None:
-    """Judge the biases in check exact. This check updates nothing else."""
+    """Judge the biases in check `exact`, which updates nothing else."""
     bound = Bound(4 * UNIT["fp64"], "two roundings of a sum in fp64")
     for rank in ranks:
         for name, bias in rank.of_kind("after"):
@@ -88,8 +90,8 @@ def judge_biases(
 def _judge_exact(
     at: Comparisons, ranks: list[Evidence], before: State, clipped: State, plan: PlainPlan, number: int
 ) -> None:
-    """Judge the fp64 updates that the ranks computed from the same gradients. clipped: the gradients after the
-    reference has clipped them."""
+    """Judge the updates of complete matrices that the ranks repeated in fp64. clipped: the ranks' reduced gradients,
+    multiplied by the reference's clip factor."""
     found, gradients = assemble(ranks, "exact"), assemble(ranks, "exact_gradient")
     fp64 = Bound(
         EXACT,
@@ -115,7 +117,8 @@ def _judge_exact(
 
 
 def _row_factors(at: Comparisons, ranks: list[Evidence]) -> State:
-    """Row factors of the weights that optim.qk_clip scales. They are computed from the scores that the ranks used."""
+    """Returns the factors by which optim.qk_clip multiplies the rows of weights, computed from the attention scores
+    that the ranks recorded."""
     found: State = {}
     for rank in ranks:
         for name, scores_H in rank.of_kind("scores"):
@@ -126,17 +129,17 @@ def _row_factors(at: Comparisons, ranks: list[Evidence]) -> State:
 
 
 def _size(before: Tensor, after: Tensor, moved: Tensor) -> Tensor:
-    """Returns the size of one fp32 rounding error for each element. An element is the sum of an old value and a change,
-    and both may be rounded."""
+    """Returns the magnitude of one fp32 rounding error for each element. An element is the sum of an old value and a
+    change, and both may have rounding errors."""
     return UNIT["fp32"] * (torch.maximum(before.abs(), after.abs()) + moved.abs())
 
 
 def _judge_moved(
     at: Comparisons, name: str, got: State, want: Tensor, before: State, rounded: Tensor, rank: Evidence | None = None
 ) -> None:
-    """Judge a tensor that an update changed. rounded: one fp32 rounding error of each element.
+    """Judge a tensor that an update changed. rounded: magnitude of one fp32 rounding error for each element.
 
-    If rounding may hide the complete change of an element, the element is inconclusive.
+    If the allowed error of an element is at least as large as its change, the element is inconclusive.
     """
     if name not in got:
         return
@@ -150,11 +153,10 @@ def _judge_moved(
 
 
 def _judge_decay(at: Comparisons, name: str, before: Tensor, got: Tensor, want: Tensor, rounded: Tensor) -> None:
-    """Judge the part of an error that is proportional to the weights.
+    """Judge weight decay: the part of the error that is proportional to the weights.
 
-    In this part of the error, the rounding errors of single weights average out. So this test reveals a wrong weight
-    decay, even if each weight changes by less than its rounding error.
-    """
+    This part is a mean over all elements, in which the rounding errors of single elements average out. So the
+    comparison detects a wrong weight decay even if the decay of each element is smaller than its rounding error."""
     square = before.square().sum().clamp_min(SMALLEST)
     error = float(((got - want) * before).sum() / square)
     own = float(rounded.square().sum().div(square).sqrt())

@@ -1,27 +1,28 @@
-"""Mixed precision, written like the formulas of the paper (section 3.3). It is the reference for single parts of a rank
-in check `recipe`.
+"""Reference for matmuls in mixed precision, written like the formulas of the paper (section 3.3). The judges of single
+parts use it.
 
 A linear layer has three matmuls, each with a left and a right operand (paper 3.3.1):
 
     Fprop   y  = x w^T      summed over the inputs
     Dgrad   dx = dy w       summed over the outputs
-    Wgrad   dw = dy^T x     summed over the tokens, in fp32, also over micro-batches (3.3.3)
+    Wgrad   dw = dy^T x     summed over the tokens and over micro-batches, in fp32 (paper 3.3.3)
 
-An FP8 operand is divided along the axis of the sum. Activations and gradients have tiles of 1x128, and weights have
-blocks of 128x128. Each tile has one scale, which is computed from its largest magnitude (paper 3.3.2):
+An FP8 operand is cut into tiles along the axis of the sum: tiles of 1x128 for activations and gradients, and blocks of
+128x128 for weights. Each tile has one scale, which is computed from its largest magnitude (paper 3.3.2):
 
     scale = max(largest, floor) / largest number of the format, or the next power of two above
     q     = x * (1 / scale), rounded to the nearest number of the format, and the matmul multiplies q * scale
 
-Each of these values is rounded to fp32. 1 / scale is computed by a division of its own, as in DeepSeek's TileKernels.
+scale, 1 / scale, x * (1 / scale) and q * scale are rounded to fp32. 1 / scale is a separate division, as in DeepSeek's
+TileKernels.
 
 Matmuls are summed in fp32, with promotion every 128 terms (paper 3.3.2). The results of Fprop and Dgrad are rounded
-once, to bf16. The result of Wgrad is not rounded. Inputs are saved for Wgrad in FP8; the input after attention is saved
-in E5M6. Wgrad casts them again along the tokens (paper 3.3.3, 3.5.2).
+once, to bf16. The result of Wgrad is not rounded. Inputs are saved for Wgrad in FP8; the input of attention's output
+projection is saved in E5M6. Wgrad casts the saved inputs again along the tokens (paper 3.3.3, 3.5.2).
 
 This file shares only the recipe's values with the judged code. All its arithmetic is in fp64. A correct rank may
-compute a sum in another order. If the result is near the middle between two numbers of a format, it may then be rounded
-to the other number. `NearNumbers` holds numbers with the possible error from both effects.
+compute a sum in another order. If the sum is near the middle between two numbers of a format (a rounding tie), the rank
+may then round it to the other number. `NearNumbers` holds numbers together with their possible error from both effects.
 
 Shapes: T rows, K inputs, N outputs. For experts: R rows sorted by expert, D model width, F inner width.
 """
@@ -38,20 +39,20 @@ from train.prove.recipe_values import Values
 
 TILE = 128
 FLOOR = 1e-4
-"""Lower bound for the largest magnitude of a tile of activations or weights, when its scale is computed. DeepSeek's
-kernels use the same bound."""
+"""Lower bound of the largest magnitude from which the scale of a tile is computed, for activations and weights.
+DeepSeek's kernels use the same bound."""
 FP32 = 2.0**-24
 """Unit roundoff of fp32."""
 EXPONENT = 0x7FF << 52
-"""Mask of the exponent bits in fp64."""
+"""Mask of the exponent bits of an fp64 number."""
 CURVED = 16 * FP32
-"""Largest relative error of an exponential together with the multiplications around it."""
+"""Bound on the relative error of an exponential and the multiplications with its result in fp32."""
 
 
 @dataclass(frozen=True)
 class PlainFormat:
-    """A number format. Its numbers have 1 + mantissa significant bits. Below 2^least, the numbers of the format are
-    equally spaced."""
+    """A number format. A number has 1 + mantissa significant bits. Below the magnitude 2^least, all numbers of the
+    format have the same spacing."""
 
     mantissa: int
     least: int
@@ -68,49 +69,49 @@ FORMATS = {
 
 
 class NearNumbers(NamedTuple):
-    """fp64 numbers, and for each number the possible distance of a correct result. None: the numbers are exact."""
+    """Numbers x in fp64. A correct rank's numbers may differ from x by at most `off`. off=None: by nothing."""
 
     x: Tensor
     off: Tensor | None = None
 
 
 class Total(NamedTuple):
-    """A sum of products before it is rounded."""
+    """Sums of products before they are rounded."""
 
     x: Tensor
     size: Tensor
-    """The sum of the products' magnitudes. Rounding errors of sums are proportional to it."""
+    """For each sum, the sum of the products' magnitudes. The rounding error of a sum is proportional to `size`."""
     off: Tensor | None
-    """Largest change of the sum if rounding ties of the operands are resolved differently."""
+    """Maximum change of each sum if rounding ties of the operands are rounded the other way. None: no change."""
 
 
 def slack(given: NearNumbers | Total) -> Tensor:
-    """The possible error of each number."""
+    """Returns the possible error `off` of each number, as zeros if `off` is None."""
     return torch.zeros_like(given.x) if given.off is None else given.off
 
 
 def spacing(x: Tensor, form: PlainFormat) -> Tensor:
-    """Distance between neighbouring numbers of the format, near x."""
-    # The exponent bits alone give x rounded down to a power of two.
+    """Returns the distance between neighbouring numbers of the format, near x."""
+    # The exponent bits without the mantissa are x rounded down to a power of two.
     leading = x.abs().clamp_min_(2.0**form.least).view(torch.int64) & EXPONENT
     return leading.view(torch.float64).mul_(2.0**-form.mantissa)
 
 
 def power(exponent: Tensor) -> Tensor:
-    """2^exponent, exactly."""
+    """Returns 2^exponent without a rounding error."""
     return ((exponent.long() + 1023) << 52).view(torch.float64)
 
 
 def nearest(x: Tensor, form: PlainFormat) -> Tensor:
-    """x rounded to the nearest number of the format, with ties to even. Larger magnitudes become the format's largest
-    number."""
+    """Rounds x to the nearest number of the format, with ties to even. Magnitudes above the format's largest number
+    become the largest number."""
     step = spacing(x, form)
     return ((x / step).round_() * step).clamp_(-form.largest, form.largest)
 
 
 def rounded(given: NearNumbers | Total, form: PlainFormat, noise: Tensor | float = 0.0) -> NearNumbers:
-    """Rounds numbers to the format. noise: possible error of a number, in addition to `off`. Such an error may change
-    the direction in which a number is rounded."""
+    """Rounds numbers to the format. noise: possible error of the numbers before the rounding, in addition to `off`. The
+    result's `off` states how far a number may be from the result after it is rounded the other way."""
     x, margin = nearest(given.x, form), noise if given.off is None else given.off + noise
     if isinstance(margin, float) and margin == 0:
         return NearNumbers(x)
@@ -122,29 +123,30 @@ def rounded(given: NearNumbers | Total, form: PlainFormat, noise: Tensor | float
 
 @dataclass(frozen=True)
 class Rule:
-    """How an operand is cast."""
+    """The rule by which an operand is cast to a lower format."""
 
     form: PlainFormat
     shared: str
-    """Which numbers share a scale: 1x128, 1x32, 128x128, row (all numbers along the sum) or tensor."""
+    """Which numbers have a common scale: 1x128, 1x32, 128x128, row (all numbers along the axis of the sum) or
+    tensor."""
     is_power: bool
     """Whether scales are powers of two."""
     floor: float
     """Lower bound of the largest magnitude from which a scale is computed."""
 
     def block(self, along: int) -> tuple[int | None, int | None]:
-        """Returns the number of rows and of columns that share a scale; None for all. along: axis over which the matrix
-        is summed."""
+        """Returns the number of rows and of columns that have a common scale; None for all rows or columns. along: axis
+        over which the matmul sums, -1 or -2."""
         sides = {"1x128": (1, TILE), "1x32": (1, 32), "128x128": (TILE, TILE), "row": (1, None), "tensor": (None, None)}
         across_along = sides[self.shared]
         return across_along if along == -1 else across_along[::-1]
 
 
 def cast(given: NearNumbers, rule: Rule | None, along: int, noise: float = 0.0) -> NearNumbers:
-    """Returns an operand (..., M, N) in the form in which the matmul reads it. The matmul sums over axis `along` (-1 or
-    -2). Without a rule, the operand is unchanged.
+    """Casts an operand (..., M, N) of a matmul, and returns the values that the matmul multiplies. If `rule` is None,
+    the operand does not change.
 
-    noise: relative error of the numbers, besides `off`.
+    along: axis over which the matmul sums, -1 or -2. noise: relative error of the numbers, in addition to `off`.
     """
     if rule is None:
         return given
@@ -164,7 +166,7 @@ def cast(given: NearNumbers, rule: Rule | None, along: int, noise: float = 0.0) 
 
 
 def _cast(blocks: Tensor, largest: Tensor, rule: Rule) -> Tensor:
-    """q * scale for these blocks. largest: the largest magnitude of each block."""
+    """Returns q * scale for these blocks. largest: the largest magnitude of each block."""
     amax, most = largest.clamp_min(rule.floor).float(), torch.tensor(rule.form.largest, dtype=torch.float32)
     scale, inverse = (amax / most).double(), (most / amax).double()
     if rule.is_power:
@@ -176,7 +178,7 @@ def _cast(blocks: Tensor, largest: Tensor, rule: Rule) -> Tensor:
 
 
 def _blocks(x: Tensor, rule: Rule, along: int) -> Tensor:
-    """Divides x into blocks: (..., M, N) becomes (..., m, rows, n, columns). Zeros pad the end."""
+    """Divides x into blocks: (..., M, N) becomes (..., m, rows, n, columns). Pads M and N with zeros at the end."""
     height, width = x.shape[-2:]
     rows, columns = (side or size for side, size in zip(rule.block(along), (height, width), strict=True))
     rows, columns = max(1, min(rows, height)), max(1, min(columns, width))
@@ -193,8 +195,8 @@ def _whole(blocks: Tensor, shape: torch.Size) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearRules:
-    """Formats of the operands of the three matmuls, and the cast of the input that is saved for Wgrad. A rule of None
-    means bf16."""
+    """The casts of a linear layer: of the two operands of each matmul, and of the input that is saved for Wgrad
+    (`kept`). None means no cast."""
 
     fprop: tuple[Rule | None, Rule | None]
     dgrad: tuple[Rule | None, Rule | None]
@@ -210,17 +212,17 @@ class PlainRounding:
     """Format of activations between matmuls."""
     dense: LinearRules
     output: LinearRules
-    """The attention's output projection."""
+    """Casts of attention's output projection."""
     up: LinearRules
     down: LinearRules
-    """Casts of the experts' second linear layer. `up` has those of the first, and SwiGLU is between them."""
+    """Casts of the experts' second linear layer, which follows SwiGLU. `up` has the casts of the first linear layer."""
     swiglu: Rule | None
     """The cast with which the input of the experts' SwiGLU is saved."""
     is_fp8: bool
 
 
 def read_rounding(precision: Values) -> PlainRounding:
-    """The casts of a recipe. A recipe describes an operand as FORMAT/GRANULARITY/SCALE."""
+    """Returns the casts of a recipe, which describes each operand as FORMAT/GRANULARITY/SCALE."""
     fp8, high = precision.fp8, FORMATS["fp32" if precision.name == "fp32" else "bf16"]
     if fp8 is None:
         plain = LinearRules((None, None), (None, None), (None, None), None)
@@ -245,7 +247,7 @@ def read_rounding(precision: Values) -> PlainRounding:
 
 
 def matmul(left: NearNumbers, right: NearNumbers) -> Total:
-    """left (O, C) times right (N, C)^T, summed over C."""
+    """Multiplies left (O, C) by the transpose of right (N, C), and returns (O, N)."""
     x, size = left.x @ right.x.mT, left.x.abs() @ right.x.abs().mT
     off = None
     if left.off is not None:
@@ -257,7 +259,7 @@ def matmul(left: NearNumbers, right: NearNumbers) -> Total:
 
 
 def fprop(x_TK: Tensor, weight: NearNumbers, rules: LinearRules) -> Total:
-    """Fprop of a linear layer. weight: (N, K), already cast for this matmul."""
+    """Computes Fprop of a linear layer. weight: (N, K), already cast for this matmul."""
     return matmul(cast(NearNumbers(x_TK), rules.fprop[0], -1), weight)
 
 
@@ -267,23 +269,23 @@ def transposed(given: NearNumbers) -> NearNumbers:
 
 
 def dgrad(dy_TN: NearNumbers, weight: NearNumbers, rules: LinearRules) -> Total:
-    """Dgrad of a linear layer. weight: (N, K), already cast for this matmul."""
+    """Computes Dgrad of a linear layer. weight: (N, K), already cast for this matmul."""
     return matmul(cast(dy_TN, rules.dgrad[0], -1), transposed(weight))
 
 
 def wgrad(dy_TN: NearNumbers, kept_TK: NearNumbers, rules: LinearRules) -> Total:
-    """Wgrad of a linear layer: the weight's gradient (N, K)."""
+    """Computes Wgrad of a linear layer, the weight's gradient (N, K). kept_TK: the saved input."""
     left, right = cast(dy_TN, rules.wgrad[0], -2), cast(kept_TK, rules.wgrad[1], -2)
     return matmul(transposed(left), transposed(right))
 
 
 def kept(x_TK: Tensor, rule: Rule | None) -> NearNumbers:
-    """Returns an input in the form in which Wgrad reads it, after it was saved."""
+    """Returns the values of an input after it was cast by `rule` and saved for Wgrad."""
     return NearNumbers(x_TK) if rule is None else cast(NearNumbers(x_TK), rule, -1)
 
 
 def weight_for(which: str, weight: Tensor, rules: LinearRules) -> NearNumbers:
-    """Returns a weight (..., N, K) in the form in which Fprop or Dgrad reads it."""
+    """Casts a weight (..., N, K) for Fprop or Dgrad. which: `fprop` or `dgrad`."""
     return (
         cast(NearNumbers(weight), rules.fprop[1], -1)
         if which == "fprop"
@@ -295,7 +297,7 @@ def weight_for(which: str, weight: Tensor, rules: LinearRules) -> NearNumbers:
 
 
 class SwigluSlopes(NamedTuple):
-    """Gradients of SwiGLU."""
+    """The results of SwiGLU's backward."""
 
     a: NearNumbers
     """Recomputed output of SwiGLU, in the activation dtype."""
@@ -304,20 +306,21 @@ class SwigluSlopes(NamedTuple):
 
 
 def swiglu(h_R2F: Tensor, gates_R: Tensor | None) -> Tensor:
-    """silu(gate) * up: (R, F). If router gates are given, each row is multiplied by its gate (paper 3.3.3)."""
+    """Computes silu(gate) * up, (R, F). gates_R: the router's gates, by which rows are multiplied (paper 3.3.3), or
+    None."""
     gate_RF, up_RF = h_R2F.chunk(2, -1)
     made = gate_RF * gate_RF.sigmoid() * up_RF
     return made if gates_R is None else made * gates_R[:, None]
 
 
 def swiglu_backward(h_R2F: NearNumbers, gates_R: Tensor | None, da_RF: NearNumbers, high: PlainFormat) -> SwigluSlopes:
-    """Gradients of h and of the gates, from the gradient of SwiGLU's output. h: the input of SwiGLU, in the form in
-    which it was saved."""
+    """Computes the gradients of SwiGLU's input h and of the router's gates, from the gradient da of SwiGLU's output.
+    h_R2F: the input of SwiGLU as it was saved, possibly after a cast."""
     factor_R1 = 1.0 if gates_R is None else gates_R[:, None]
 
     def parts(h_R2F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns silu(gate) * up, its derivatives with respect to gate and to up, and the magnitudes of their
-        terms."""
+        """Returns silu(gate) * up, its derivatives with respect to gate and up, and for each derivative the sum of the
+        magnitudes of its terms."""
         gate_RF, up_RF = h_R2F.chunk(2, -1)
         sigmoid_RF = gate_RF.sigmoid()
         silu_RF, rest_RF = gate_RF * sigmoid_RF, gate_RF * (1 - sigmoid_RF)
@@ -348,7 +351,8 @@ def swiglu_backward(h_R2F: NearNumbers, gates_R: Tensor | None, da_RF: NearNumbe
 def cast_rows(
     given: NearNumbers, counts: Sequence[int], rule: Rule | None, along: int, noise: float = 0.0
 ) -> NearNumbers:
-    """Casts the rows of several experts. No tile contains rows of two experts."""
+    """Casts the rows of several experts, so that no tile contains rows of two experts. counts: number of rows of each
+    expert."""
     rows = None if rule is None else rule.block(along)[0]
     if rule is None or rows in (None, 1):
         return cast(given, rule, along, noise)
@@ -359,6 +363,6 @@ def cast_rows(
 
 
 def split_rows(given: NearNumbers, counts: Sequence[int]) -> list[NearNumbers]:
-    """Splits rows by expert."""
+    """Splits rows by expert. counts: number of rows of each expert."""
     offs = [None] * len(counts) if given.off is None else given.off.split(list(counts))
     return [NearNumbers(x, off) for x, off in zip(given.x.split(list(counts)), offs, strict=True)]

@@ -1,18 +1,19 @@
-"""DeepSeek-V3 in one file, written like its formulas: the reference that mode=prove compares every layout with.
+"""Implements DeepSeek-V3 in one file, as its formulas are written. mode=prove compares every layout with this
+reference.
 
-Read it from top to bottom to learn the model. Nothing here is fast: it runs in one process, computes one expert after
+Read the file from top to bottom to learn the model. The code is slow: it runs in one process, computes one expert after
 another, and uses autograd. All arithmetic has the dtype of the given weights, which is fp64 in a proof. The reference
 shares no code with the judged code, only the recipe's values and the names of weights.
 
     forward                embedding -> blocks -> head and MTP modules -> losses             PlainModel
     backward               autograd                                                          gradients
 
-reference_sparse.py has sparse attention, reference_step.py the settings of a step and the update.
+reference_sparse.py contains sparse attention. reference_step.py contains the settings of a step and the update.
 
 Numbers of equations and sections refer to the DeepSeek-V3 report (arXiv 2412.19437).
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocabulary, H heads, Q = nope + rope width of
-a head, R rope width, N tokens in a row (B*T), E experts, G groups, K experts of a token, F inner width.
+a head, R rope width, N = B*T flattened tokens, E experts, G groups, K experts of a token, F inner width.
 """
 
 import math
@@ -30,13 +31,13 @@ from train.prove.reference_adapter import adapted, adapter_shapes, is_adapted
 from train.prove.reference_sparse import indexer_shapes, over_chosen
 
 Weights = dict[str, Tensor]
-"""All weights by name. The weights of experts are stacked: w13 (E, 2F, D) has the rows of w1 and then those of w3; w2
-is (E, D, F)."""
+"""Maps names to weights. The weights of experts are stacked: w13 (E, 2F, D) has the rows of w1 and then the rows of w3;
+w2 is (E, D, F)."""
 
 
 def weight_shapes(model: Values) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of all weights, in the order of a forward pass. Linear layers have no bias. Norm weights are
-    vectors."""
+    """Returns the shapes of all weights of the model, in the order of a forward pass. Linear layers have no bias. Norm
+    weights are vectors."""
     D, H, E, F_ = model.hidden, model.heads, model.experts, model.expert_width
     Q = model.nope_head_dim + model.rope_head_dim
     queries: dict[str, tuple[int, ...]] = {"q.weight": (H * Q, D)}
@@ -75,7 +76,7 @@ def weight_shapes(model: Values) -> dict[str, tuple[int, ...]]:
 
 
 def trained_shapes(config: Values) -> dict[str, tuple[int, ...]]:
-    """Shapes of the trained weights: all weights, or only an adapter's."""
+    """Returns the shapes of the trained weights: all weights of the model, or with an adapter only LoRA A and B."""
     shapes = weight_shapes(config.model)
     return adapter_shapes(config, shapes) if is_adapted(config) else shapes
 
@@ -90,23 +91,23 @@ def layers_with_experts(model: Values) -> list[str]:
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x divided by its root mean square, times a learnt norm weight."""
+    """Returns x divided by its root mean square, times the norm weight."""
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight_D
 
 
 def swiglu(x_ND: Tensor, w13_2FD: Tensor, w2_DF: Tensor) -> Tensor:
-    """The feed-forward network: w2 (silu(w1 x) * w3 x)."""
+    """Computes the feed-forward network: w2 (silu(w1 x) * w3 x)."""
     gate_NF, up_NF = (x_ND @ w13_2FD.T).chunk(2, -1)
     return (F.silu(gate_NF) * up_NF) @ w2_DF.T
 
 
 def turns(model: Values, seq_len: int, length: int, like: Tensor) -> Tensor:
-    """Returns the rotation angle of pair j at position t: (T, R/2). The angle is t / theta^(2j/R). For long sequences,
-    YaRN reduces some angles (paper 4.3).
+    """Returns the rotation angle of each pair j at each position t, (T, R/2). Without YaRN, the angle is
+    t / theta^(2j/R).
 
-    Some pairs rotate more than beta_fast times over the original length. YaRN keeps their angles. Other pairs rotate
-    less than beta_slow times. YaRN divides their angles by `factor`. Between the two, it interpolates linearly.
-    """
+    For long sequences, YaRN changes the angles (paper 4.3). It keeps the angles of pairs that rotate more than
+    beta_fast times over original_seq_len positions. It divides by `factor` the angles of pairs that rotate less than
+    beta_slow times. For pairs in between, it interpolates linearly."""
     yarn, width = model.yarn, model.rope_head_dim
     pair = torch.arange(width // 2, dtype=like.dtype, device=like.device)
     frequency = model.rope_theta ** (-2 * pair / width)
@@ -125,12 +126,12 @@ def turns(model: Values, seq_len: int, length: int, like: Tensor) -> Tensor:
 
 
 def stretched(model: Values, seq_len: int) -> bool:
-    """Whether YaRN is active."""
+    """Returns whether YaRN is active at this sequence length."""
     return model.yarn.always or seq_len > model.yarn.original_seq_len
 
 
 def rotate(x: Tensor, angle: Tensor, size: float) -> Tensor:
-    """Rotates the adjacent pairs of the last axis, times size: (a, b) -> (a cos - b sin, a sin + b cos)."""
+    """Rotates adjacent pairs of the last axis, multiplied by `size`: (a, b) -> (a cos - b sin, a sin + b cos)."""
     a, b = x[..., 0::2], x[..., 1::2]
     cos, sin = angle.cos() * size, angle.sin() * size
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
@@ -141,28 +142,28 @@ def rotate(x: Tensor, angle: Tensor, size: float) -> Tensor:
 
 @dataclass
 class WatchedPass:
-    """The results of a forward pass. The tensors in `values` keep their gradients in the backward pass."""
+    """The results of a forward pass. After the backward pass, the tensors in `values` have their gradients."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
     """Outputs of the parts by name, in the order of the computation."""
     main: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Cross-entropy of the next token, in nats."""
+    """Mean cross-entropy of the next token, in nats."""
     mtp: list[Tensor] = field(default_factory=list)
-    """Loss of every MTP depth, without its weight."""
+    """Loss of every MTP depth, not multiplied by its weight."""
     balance: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Sum of the sequence-wise balance losses of all layers, with their weight."""
+    """Sum of the sequence-wise balance losses of all layers, multiplied by their weight."""
     index: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Sum of the losses of all indexers, with their weight."""
+    """Sum of the losses of all indexers, multiplied by their weight."""
     loads: dict[str, Tensor] = field(default_factory=dict)
-    """Tokens per expert, by name of the layer."""
+    """Maps the name of each layer with experts to its tokens per expert."""
     scores: dict[str, Tensor] = field(default_factory=dict)
-    """Largest score of each head (H,), by name of the attention."""
+    """Maps the name of each attention to the largest attention score of each head, (H,)."""
     trains: bool = True
-    """Whether this pass trains. It then includes MTP modules and the losses of indexers."""
+    """Whether this pass trains. If so, it includes the MTP modules and the losses of indexers."""
     learnt: int = 1
     """Number of learnt targets of the main model, but at least 1."""
     open_BTT: Tensor | None = None
-    """The keys of each query that the most recent layer with an indexer chose."""
+    """Mask of the keys that the latest layer with an indexer chose for each query."""
 
     def keep(self, name: str, value: Tensor) -> Tensor:
         if value.requires_grad:
@@ -172,7 +173,7 @@ class WatchedPass:
 
 
 class PlainBatch(Protocol):
-    """The samples that are trained together."""
+    """The interface of a batch: the sequences that one step trains."""
 
     @property
     def tokens_BS(self) -> Tensor: ...
@@ -184,21 +185,21 @@ class PlainBatch(Protocol):
 
     @property
     def supervised_BS(self) -> Tensor | None:
-        """Which tokens are learnt. Documents are then independent samples. None: all tokens of one text are learnt."""
+        """Which tokens are learnt, and every document is an independent sample. None: all tokens are learnt."""
         ...
 
 
 @dataclass(frozen=True)
 class Seats:
-    """Documents, samples and learnt targets at MTP depth k. At this depth, position i has token i, and predicts token i
-    + k + 1."""
+    """The documents, samples and learnt targets of a batch at MTP depth k. At this depth, position i predicts token
+    i + k + 1."""
 
     documents_BT: Tensor | None
     samples_BT: Tensor | None = None
-    """Sample of each position; -1 if its target is padding or in another sample. None if samples are not
-    independent."""
+    """Sample of each position; -1 if the position's target is padding or belongs to another sample. None if the batch
+    has no independent samples."""
     learnt_BT: Tensor | None = None
-    """Whether the target of each position is learnt; None if all are."""
+    """Whether the target of each position is learnt; None if all targets are learnt."""
     samples: int = 0
     """Number of samples in the batch."""
 
@@ -217,10 +218,10 @@ class Seats:
 
 
 class PlainModel:
-    """The model with given weights, and given biases of its routers.
+    """The model with given weights and given router biases.
 
-    choices: experts (N, K) of a layer's tokens, or chosen keys (B, T, T), by name. They replace the model's own
-    choices.
+    choices: maps the name of a router to experts (N, K), and the name of an attention plus `.keys` to chosen keys
+    (B, T, T). The model uses these choices instead of its own.
     """
 
     def __init__(
@@ -234,8 +235,8 @@ class PlainModel:
         self.best_without_bias: Callable[[Tensor, int], Tensor] = best
 
     def losses(self, batch: PlainBatch, trains: bool = True) -> WatchedPass:
-        """Main loss, MTP losses (eq. 21-25) and balance losses of a batch. Each is a mean over all learnt targets;
-        without targets it is 0."""
+        """Runs a forward pass, and returns its results with the main loss, the MTP losses (eq. 21-25), the balance
+        losses and the indexers' losses. trains: whether to compute the MTP modules and the indexers' losses."""
         if is_adapted(self.config) and not self.is_whole:
             whole = copy(self)
             whole.is_whole, whole.weights = True, adapted(self.config, self.weights)
@@ -251,7 +252,7 @@ class PlainModel:
         state_BTD = seen.keep("norm", rms_norm(x_BTD, self.weights["norm.weight"], model.norm_eps))
         seen.main = self.cross_entropy(state_BTD, tokens_BS[:, 1:], seats, learnt)
         for depth in range(1, model.mtp_depth + 1) if trains else ():
-            # At depth k, position i knows the tokens up to i + k, and predicts token i + k + 1.
+            # At depth k, position i sees the tokens up to i + k, and predicts token i + k + 1.
             seats = Seats.of(batch, depth)
             if self.optim.detach_mtp and depth == 1:
                 state_BTD, embedded_BTD = state_BTD.detach(), embedded_BTD.detach()
@@ -264,10 +265,10 @@ class PlainModel:
     def cross_entropy(
         self, state_BTD: Tensor, targets_BT: Tensor, seats: "Seats", learnt: int, alone: bool = False
     ) -> Tensor:
-        """Returns the sum of -log softmax(head state)[target], divided by the number of the main model's targets. The
-        losses of MTP depths are divided by the same number (eq. 24).
+        """Returns the sum of -log softmax(head state)[target] over all learnt targets, divided by `learnt`.
 
-        alone: whether the head learns nothing from this loss.
+        learnt: number of the main model's targets. The losses of MTP depths are divided by the same number (eq. 24).
+        alone: whether the head gets no gradient from this loss.
         """
         head_VD = self.weights["head.weight"]
         logits_NV = state_BTD.flatten(0, 1) @ (head_VD.detach() if alone else head_VD).T
@@ -275,7 +276,8 @@ class PlainModel:
         return (each_N if seats.learnt_BT is None else each_N[seats.learnt_BT.flatten()]).sum() / learnt
 
     def mtp(self, name: str, state_BTD: Tensor, next_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
-        """One MTP module: joins the state with the embedding of a later token, and runs one more block (eq. 21, 22)."""
+        """Runs one MTP module: concatenates the state with the embedding of a later token, and runs one more block
+        (eq. 21, 22)."""
         w, eps = self.weights, self.model.norm_eps
         embedding_BTD = rms_norm(next_BTD, w[f"{name}.embedding_norm.weight"], eps)
         hidden_BTD = rms_norm(state_BTD, w[f"{name}.hidden_norm.weight"], eps)
@@ -284,7 +286,7 @@ class PlainModel:
         return seen.keep(name, rms_norm(x_BTD, w[f"{name}.norm.weight"], eps))
 
     def block(self, name: str, dense: bool, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
-        """x += attention(norm(x)); x += ffn(norm(x)), with a dense FFN or a mixture of experts."""
+        """Runs one block: x += attention(norm(x)); x += ffn(norm(x)). The FFN is dense or a mixture of experts."""
         w, eps = self.weights, self.model.norm_eps
         normed_BTD = rms_norm(x_BTD, w[f"{name}.attention_norm.weight"], eps)
         x_BTD = x_BTD + self.attention(f"{name}.attention", normed_BTD, seats, seen)
@@ -295,7 +297,8 @@ class PlainModel:
         return seen.keep(name, x_BTD + self.experts(f"{name}.moe", normed_BTD, seats, seen))
 
     def attention(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
-        """Multi-head latent attention (eq. 1-11). Queries, keys and values are computed from two small latents."""
+        """Computes multi-head latent attention (eq. 1-11). Keys and values are computed from a small latent. If q_rank
+        is set, queries are computed from another small latent."""
         model, w = self.model, self.weights
         (B, T, _), H, nope, R = x_BTD.shape, model.heads, model.nope_head_dim, model.rope_head_dim
         eps = model.norm_eps if model.latent_norm_eps is None else model.latent_norm_eps
@@ -316,7 +319,7 @@ class PlainModel:
         scale = (nope + R) ** -0.5
         if yarn and model.yarn.factor > 1:
             scale *= (0.1 * model.yarn.mscale * math.log(model.yarn.factor) + 1) ** 2
-        # Llama 4's growth of queries
+        # Late positions have larger queries, as in Llama 4.
         steps_T1 = torch.arange(T, device=x_BTD.device)[:, None] // model.yarn.original_seq_len
         scale *= 1 + model.yarn.query_growth * steps_T1.to(x_BTD.dtype).log1p()
         unseen_TT = torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).triu(1)
@@ -330,8 +333,8 @@ class PlainModel:
         return seen.keep(name, out_BHTV.transpose(1, 2).flatten(2) @ w[f"{name}.out.weight"].T)
 
     def experts(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
-        """Shared experts, which process every token, plus the gated sum of the chosen experts (eq. 12). No token is
-        dropped."""
+        """Computes the output of the shared experts, which process every token, plus the gated sum of the chosen
+        experts (eq. 12). No token is dropped."""
         w, x_ND = self.weights, x_BTD.flatten(0, 1)
         gates_NK, ids_NK = self.route(f"{name}.router", x_BTD, seats, seen)
         y_ND = torch.zeros_like(x_ND)
@@ -349,8 +352,8 @@ class PlainModel:
         """Returns the gates (N, K) and ids (N, K) of the chosen experts (eq. 13-16). The bias affects only the choice,
         and never a gate.
 
-        A position without a target in its own sample does not count in tokens per expert or in the balance loss.
-        """
+        If the target of a position belongs to another sample, the position does not count in the tokens per expert or
+        in the balance loss."""
         layer = name.removesuffix(".moe.router").removesuffix(".block")
         weight_ED = self.weights[f"{name}.weight"]
         logits_NE = x_BTD.flatten(0, 1) @ (weight_ED.detach() if self.optim.freeze_routers else weight_ED).T
@@ -367,8 +370,8 @@ class PlainModel:
         return seen.keep(f"{name}.gates", gates_NK), ids_NK
 
     def balance_losses(self, scores_BTE: Tensor, seats: "Seats") -> Tensor:
-        """Returns the mean of the balance losses of all sequences, or of all independent samples. Each is computed
-        separately."""
+        """Returns the mean of the balance losses of all sequences. If the batch has independent samples, returns the
+        mean over the samples instead."""
         if seats.samples_BT is None:
             return self.balance_loss(scores_BTE)
         total = scores_BTE.new_zeros(())
@@ -378,11 +381,10 @@ class PlainModel:
         return total / seats.samples
 
     def balance_loss(self, scores_BTE: Tensor) -> Tensor:
-        """sum_i f_i P_i of every sequence (eq. 17-20), as a mean over sequences.
+        """Computes sum_i f_i P_i for every sequence (eq. 17-20), and returns the mean over sequences.
 
-        f_i tells how often expert i is among the K best without bias, relative to an even share. P_i is the expert's
-        mean share of the scores.
-        """
+        f_i is the number of tokens for which expert i is among the K best without bias, divided by the mean of this
+        number over all experts. P_i is the mean of the expert's score divided by the token's sum of scores."""
         model, (B, T, E) = self.model, scores_BTE.shape
         best_BTK = self.best_without_bias(scores_BTE.detach(), model.top_k)
         f_BE = F.one_hot(best_BTK, E).sum((1, 2)).to(scores_BTE.dtype) * (E / (model.top_k * T))
@@ -391,8 +393,8 @@ class PlainModel:
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Returns the indices of the largest values in the last axis. Of equal values, the one with the lower index comes
-    first."""
+    """Returns the indices of the `count` largest values in the last axis. Among equal values, the value with the lower
+    index comes first."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
@@ -408,8 +410,8 @@ def choose(model: Values, biased_NE: Tensor) -> Tensor:
 
 
 def group_scores(model: Values, biased_NE: Tensor) -> Tensor:
-    """Returns the score of each group: (N, G). The score is the sum of the group's n best scores. n is the average
-    number of experts that a token takes from a chosen group."""
+    """Returns the score of each group of experts, (N, G): the sum of the n best scores in the group. By default, n is
+    the average number of experts that a token chooses from a chosen group."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     return biased_NE.unflatten(1, (model.groups, -1)).sort(dim=-1, descending=True).values[..., :count].sum(-1)
 
@@ -418,12 +420,14 @@ def group_scores(model: Values, biased_NE: Tensor) -> Tensor:
 
 
 def gradients(plain: PlainModel, batch: PlainBatch, mtp_weight: float) -> WatchedPass:
-    """Forward and backward of a batch: sets every weight's `.grad`, and the gradients of watched values.
+    """Runs forward and backward of a batch. This sets the gradients of all weights and of the values in the result.
 
     The minimised loss is
 
         main + mtp_weight / depths * sum of MTP losses + balance_loss * sum over layers of sequence-wise losses
-        + index_loss * sum of the indexers' losses, in a warm-up of indexers only this term
+        + index_loss * sum of the indexers' losses
+
+    In a warm-up of indexers, the minimised loss is only the last term.
     """
     seen = plain.losses(batch)
     loss = seen.index if plain.optim.index_warmup else seen.main + seen.balance + seen.index

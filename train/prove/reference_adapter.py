@@ -1,8 +1,7 @@
-"""An adapter, written like its formula. Every adapted matrix W acts as W + alpha / rank B A. Only B and A are trained.
+"""Reference for LoRA adapters: every adapted matrix W is replaced by W + alpha / rank B A. Only A and B are trained.
 
 The reference shares no code with the judged code, only the settings and the names of weights. w13 consists of two
-matrices, w1 and w3, stacked along the outputs. Each of the two has its own A and B. Every expert also has its own A and
-B.
+matrices, w1 and w3, stacked along the outputs. w1 and w3 have separate A and B. Every expert also has separate A and B.
 
 Shapes: O outputs, I inputs, E experts, F inner width.
 """
@@ -22,16 +21,17 @@ ADAPTED_ENDS = {
     "dense": ("ffn.w13.weight", "ffn.w2.weight"),
     "head": ("head.weight",),
 }
-"""For each target of an adapter, the endings of its weights' names."""
+"""Maps each target of an adapter to the endings of the names of its weights."""
 
 
 def is_adapted(config: Values) -> bool:
-    """Whether only LoRA A and B are trained."""
+    """Returns whether the recipe trains only LoRA A and B."""
     return config.adapter.name != "none"
 
 
 def lora_prefixes(config: Values, weight: str) -> list[str]:
-    """Name prefixes of A and B. A weight has one prefix for each matrix in it; none if it is not adapted."""
+    """Returns the name prefixes of A and B of a weight: one prefix for each matrix that the weight contains. The list
+    is empty if the weight is not adapted."""
     targets = config.adapter.targets or ()
     if not is_adapted(config) or not any(weight.endswith(end) for target in targets for end in ADAPTED_ENDS[target]):
         return []
@@ -44,14 +44,14 @@ def lora_prefixes(config: Values, weight: str) -> list[str]:
 
 
 def is_stored_in_blocks(name: str) -> bool:
-    """Whether adapter.base=fp8 stores this weight in blocks. It does so for all weights that can be adapted, except the
-    head."""
+    """Returns whether adapter.base=fp8 stores this weight in FP8 blocks. All weights that can be adapted are stored so,
+    except the head."""
     return any(name.endswith(end) for target, ends in ADAPTED_ENDS.items() if target != "head" for end in ends)
 
 
 def in_blocks(weight: Tensor) -> Tensor:
-    """Returns the values (..., O, I) after a cast to E4M3. Each 128x128 block has a scale that maps the block's largest
-    value to 448."""
+    """Returns the weight (..., O, I) after a cast to E4M3. Each 128x128 block has a scale that maps the block's largest
+    magnitude to 448."""
     found = torch.empty_like(weight)
     for top in range(0, weight.shape[-2], 128):
         for left in range(0, weight.shape[-1], 128):
@@ -62,8 +62,8 @@ def in_blocks(weight: Tensor) -> Tensor:
 
 
 def adapter_shapes(config: Values, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of all A (rank, I) and B (O, rank); those of experts are stacked. shapes: shapes of the
-    weights."""
+    """Returns the shapes of all A (rank, I) and B (O, rank). The shapes of experts have E as their first axis. shapes:
+    shapes of the model's weights."""
     found: dict[str, tuple[int, ...]] = {}
     for weight, (*experts, outputs, inputs) in ((name, shape) for name, shape in shapes.items() if len(shape) > 1):
         prefixes = lora_prefixes(config, weight)
@@ -74,7 +74,7 @@ def adapter_shapes(config: Values, shapes: dict[str, tuple[int, ...]]) -> dict[s
 
 
 def adapted(config: Values, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights of the model with the adapter added to them."""
+    """Returns the model's weights after LoRA B A, multiplied by alpha / rank, has been added to the adapted weights."""
     scale, found = config.adapter.alpha / config.adapter.rank, dict(weights)
     for name in weights:
         if prefixes := lora_prefixes(config, name):

@@ -1,7 +1,7 @@
-"""Initial weights of a run according to the papers. Tests whether random weights have the right distribution.
+"""Tests whether the random initial weights of a run have the distribution that the papers describe.
 
 weights     normal with standard deviation init_std, norm weights 1, biases 0     DeepSeek-V3 (arXiv 2412.19437), 4.2
-adapters    A uniform in +-1 / sqrt(inputs), B 0                 LoRA (arXiv 2106.09685), 4.1, as PEFT initialises A
+adapters    A uniform in +-1 / sqrt(inputs), B 0                 LoRA (arXiv 2106.09685), 4.1; A as PEFT initialises it
 """
 
 import math
@@ -12,8 +12,7 @@ from torch import Tensor
 from train.prove.recipe_values import Values
 
 DISTANCE = 3.0
-"""Bound on the Kolmogorov distance times the square root of the count. Correct random weights exceed it in 3 of 10^8
-cases."""
+"""Bound on the result of `distance`. Correct random weights exceed it in 3 of 10^8 cases."""
 
 
 def constant_of(name: str, dims: int) -> float | None:
@@ -24,7 +23,8 @@ def constant_of(name: str, dims: int) -> float | None:
 
 
 def shares(config: Values, name: str, weight: Tensor) -> Tensor:
-    """Returns the value of the distribution function for each element of a random weight."""
+    """Returns the value of the cumulative distribution function for each element of a random weight. If the weight is
+    correct, these values are uniform in [0, 1]."""
     x = weight.double().flatten()
     if name.endswith("lora_A"):
         return (x * weight.size(-1) ** 0.5 + 1).clamp(0, 2) / 2
@@ -32,8 +32,8 @@ def shares(config: Values, name: str, weight: Tensor) -> Tensor:
 
 
 def distance(shares_N: Tensor) -> float:
-    """Returns the Kolmogorov distance between the distribution of the shares and the uniform distribution, times the
-    square root of the number of shares."""
+    """Returns the Kolmogorov distance between the distribution of the values shares_N and the uniform distribution,
+    times the square root of the number of values."""
     below, count = shares_N.sort().values, len(shares_N)
     steps = torch.arange(count + 1, dtype=torch.float64) / count
     return float(torch.maximum(steps[1:] - below, below - steps[:-1]).max()) * count**0.5

@@ -1,4 +1,4 @@
-"""Losses of tokens for loops of reinforcement learning and distillation, written like the formulas of their papers.
+"""Reference for the token losses of reinforcement learning and distillation, written like the formulas of their papers.
 
     logprob     log-probability of a token, with its logits divided by the token's temperature
     r           exp(logprob - old_logprob), the ratio to the policy that sampled the token
@@ -6,7 +6,7 @@
     ppo         -min(r A, clip(r) A)                               Schulman et al. 2017, arXiv 1707.06347, eq. 7
     importance_sampling    -r A                                    the same paper, eq. 6
     cispo       -stopgrad(clip(r)) A logprob                       MiniMax-M1, arXiv 2506.13585, eq. 4
-    gspo        ppo with s for r, s the geometric mean of r        Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7
+    gspo        ppo with the geometric mean of r instead of r      Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7
     kl          exp(d) - d - 1, d = ref_logprob - logprob          DeepSeekMath, arXiv 2402.03300, eq. 4
 
 A loss is a function of the N learnt tokens of one sample. The loss of a step is a sum over all learnt tokens of all
@@ -23,8 +23,8 @@ from torch import Tensor
 from train.prove.reference import PlainBatch, PlainModel, Seats
 
 LearntTokens = Mapping[str, Tensor]
-"""Maps a name to a tensor (N,) with a value for each learnt token of one sample. The names are `logprobs`, whose tensor
-has a gradient, and those of the tensors of a batch."""
+"""Maps a name to a tensor (N,) with one value for each learnt token of a sample. The names are `logprobs`, whose tensor
+has a gradient, and the names in `PolicyModel.tensors_BT`."""
 
 
 def ratio(sample: LearntTokens) -> Tensor:
@@ -32,7 +32,7 @@ def ratio(sample: LearntTokens) -> Tensor:
 
 
 def smaller(ratio_N: Tensor, advantages_N: Tensor, low: float, high: float) -> Tensor:
-    """-min(r A, clip(r, 1 - low, 1 + high) A)."""
+    """Computes -min(r A, clip(r, 1 - low, 1 + high) A)."""
     kept_N, clipped_N = ratio_N * advantages_N, ratio_N.clamp(1 - low, 1 + high) * advantages_N
     return -torch.where(clipped_N < kept_N, clipped_N, kept_N)
 
@@ -66,28 +66,27 @@ PLAIN_LOSSES: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class PlainCall:
-    """One call: a loss over some rows of a step's batch."""
+    """One call of a custom loop: the loss over some rows of a step's batch."""
 
     losses: Mapping[str, Mapping[str, float]]
-    """Losses with their settings. They are added."""
+    """Maps each loss to its settings. The loss of the call is the sum of these losses."""
     rows: slice
 
 
 class PolicyModel(PlainModel):
-    """The model with a main loss from this file. The losses of MTP modules are still cross-entropies.
+    """A model whose main loss is a loss of this file. The losses of its MTP modules are still cross-entropies.
 
-    calls: the losses of a step. tensors_BT: maps a name to a tensor (B, T) with a value for each target. The names are
-    those of the losses' inputs, `temperatures` and `weights`.
-    """
+    calls: the calls of a step. tensors_BT: maps the name of an input of the losses, such as `advantages` or `weights`,
+    to a tensor (B, T) with one value for each target."""
 
     calls: Sequence[PlainCall] = ()
     tensors_BT: Mapping[str, Tensor]
     made: list[Tensor]
-    """The log-probabilities of each pass."""
+    """The log-probabilities (B, T) of each forward pass."""
 
     @torch.no_grad()
     def logprobs(self, batch: PlainBatch) -> Tensor:
-        """log p(target | all tokens before it): (B, T)."""
+        """Returns log p(target | all earlier tokens) for each position, (B, T)."""
         self.made = []
         self.losses(batch, False)
         return self.made[0]

@@ -1,7 +1,6 @@
-"""Muon and the limit of attention scores, written like their formulas. mode=prove compares train/optim with this
-reference.
+"""Reference for Muon and for QK-clip, the limit of attention scores. mode=prove compares train/optim with it.
 
-It computes one matrix after another, in the dtype of the inputs, and shares no code with the judged code.
+The reference computes one matrix after another, in the dtype of the inputs, and shares no code with the judged code.
 
 Sources: Muon, arXiv 2502.16982, 2.2; QK-clip, arXiv 2507.20534, 2.1; Newton-Schulz, kellerjordan.github.io/posts/muon.
 """
@@ -38,17 +37,17 @@ def newton_schulz(matrix: Tensor, name: str) -> Tensor:
 
 
 def is_matrix(name: str, dims: int) -> bool:
-    """Whether Muon updates a weight. It updates every matrix except embedding, head and routers (arXiv 2502.16982,
-    2.2), and except indexers, for which no paper gives a rule.
+    """Returns whether Muon updates a weight. AdamW updates all other weights.
 
-    Rows of embedding, head and routers represent tokens or experts. AdamW updates these weights and all vectors.
+    Muon updates every matrix except the embedding, the head, routers (arXiv 2502.16982, 2.2) and indexers. The rows of
+    embedding, head and routers represent tokens or experts. For indexers, no paper gives a rule.
     """
     return dims > 1 and not name.startswith(("embedding.", "head.")) and not {"router", "indexer"} & {*name.split(".")}
 
 
 def split_matrices(config: Values, name: str, weight: Tensor) -> list[Tensor]:
-    """Returns the views of the logical matrices in a weight: experts, w1 and w3, heads, keys and values, latent and
-    rope key."""
+    """Returns views of the matrices that Muon orthogonalises separately in a weight: the matrix of each expert; w1 and
+    w3; with optim.muon.by_head each head, keys apart from values; the latent and the rope key of kv_down."""
     model, heads = config.model, config.optim.muon.by_head
     part = name.removesuffix(".weight").rpartition(".")[2]
     stacked = list(weight) if weight.dim() == 3 else [weight]
@@ -72,10 +71,10 @@ def split_matrices(config: Values, name: str, weight: Tensor) -> list[Tensor]:
 def muon(
     config: Values, name: str, lr: float, weight: Tensor, gradient: Tensor, momentum: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns the weight and its momentum after an update (arXiv 2502.16982, 2.2). The Nesterov momentum of each matrix
-    is orthogonalised.
+    """Returns the weight and its momentum after an update (arXiv 2502.16982, 2.2). The update orthogonalises the
+    Nesterov momentum of each matrix.
 
-    The update is scaled to the size of Adam's updates.
+    A factor gives the update about the same root mean square as an update of Adam.
     """
     optim = config.optim
     momentum = optim.muon.momentum * momentum + gradient
@@ -87,8 +86,8 @@ def muon(
 
 
 def qk_factors(config: Values, name: str, scores_H: Tensor) -> dict[str, Tensor]:
-    """Returns factors for the rows of each weight. With these factors, all attention scores are at or below the limit
-    (arXiv 2507.20534, 2.1). name: name of the attention."""
+    """Returns the factors by which QK-clip multiplies the rows of the query and key weights, so that no attention score
+    exceeds optim.qk_clip (arXiv 2507.20534, 2.1). name: name of the attention. scores_H: largest score of each head."""
     model, limit = config.model, config.optim.qk_clip
     assert limit is not None
     eta_H1 = (limit / scores_H.double()).clamp(max=1.0).unsqueeze(1)

@@ -1,9 +1,9 @@
-"""Gives all weights and balance biases the names of DeepSeek-V3's folders on Hugging Face, instead of the reference's
-names.
+"""Converts the reference's weights and balance biases to the tensors and names of DeepSeek-V3's folders on Hugging
+Face.
 
-Linear layers have the same values in such a folder. Stacked matrices become separate tensors: the gate and the up
-projection of an FFN, and each expert. MTP module k is layer `layers + k`, with copies of the embedding and the head.
-This file shares no code with the judged code.
+The values do not change. Stacked matrices become separate tensors: the gate and the up projection of an FFN, and the
+matrices of each expert. MTP module k becomes layer `layers + k`, with copies of the embedding and the head. This file
+shares no code with the judged code.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,8 @@ FFNS = {"ffn": "mlp", "moe.shared": "mlp.shared_experts"}
 
 
 def folder_weights(model: Values, weights: dict[str, Tensor], biases: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns all tensors of a folder by name. weights: the model's weights, to which the adapter has been added."""
+    """Returns all tensors of a Hugging Face folder by name. weights: the model's weights, including the adapter's
+    change."""
     found = {"lm_head.weight": weights["head.weight"]}
     for name, weight in weights.items():
         if name.startswith(("layers.", "mtp.")):
@@ -57,8 +58,8 @@ def folder_weights(model: Values, weights: dict[str, Tensor], biases: dict[str, 
 
 
 def _parts(part: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors for one weight of a layer, by their name in the layer. part: the weight's name in its
-    layer."""
+    """Yields the Hugging Face tensors for one weight of a layer, as (name inside the layer, tensor). part: the
+    reference's name of the weight inside the layer."""
     inside, stem = part.startswith("block."), part.removeprefix("block.")
     if stem.startswith("moe.experts."):
         for expert, matrix in enumerate(weight):

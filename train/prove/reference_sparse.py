@@ -1,11 +1,12 @@
-"""Sparse attention, written like its formulas. An indexer chooses the keys of every query, and learns from the
-attention.
+"""Reference for sparse attention, written like its formulas. An indexer chooses the keys that each query attends to.
+The indexer learns to predict the attention probabilities.
 
     index score     I_ts = sum_j w_tj ReLU(q_tj . k_s)                               DeepSeek-V3.2 (arXiv 2512.02556), 2.1, eq. 1
-    choice          the top_k keys with the largest scores of those that a query sees               eq. 2
-    warm-up         KL(p_t || softmax(I_t)) over all keys, p the attention, all else frozen         eq. 3
-    sparse stage    the same over the chosen keys, beside the language loss                         eq. 4
-    shared choice   a layer without an indexer takes the keys of the last layer with one            arXiv 2603.12201
+    choice          among the keys that a query may attend to, the top_k keys with the largest I    eq. 2
+    warm-up         loss KL(p_t || softmax(I_t)) over all keys, p: attention probabilities;
+                    all weights outside of indexers are frozen                                      eq. 3
+    sparse stage    the same loss over the chosen keys, added to the language loss                  eq. 4
+    shared choice   a layer without an indexer uses the keys of the last layer with an indexer      arXiv 2603.12201
 
 The indexer's inputs and p count as constants, so the indexer's loss has no gradient for other weights. The paper does
 not say which of two keys with equal scores is chosen. This reference chooses the earlier key.
@@ -24,12 +25,12 @@ from train.prove.recipe_values import Values
 from train.prove.reference_adapter import is_adapted
 
 INDEX_NORM_EPS = 1e-6
-"""Epsilon of the LayerNorm of the indexer's keys. All released models use it."""
+"""Epsilon of the LayerNorm of the indexer's keys, as in all released models."""
 
 
 def indexer_shapes(model: Values, layer: int | None) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of an indexer's weights, in a layer of the main model or in an MTP module (layer None).
-    Returns an empty mapping for a layer without an indexer."""
+    """Returns the shapes of the weights of a layer's indexer. layer: index of the layer; None for an MTP module.
+    Returns an empty mapping if the layer has no indexer."""
     sparse = model.sparse
     if not sparse.heads or (layer is not None and sparse.pattern and sparse.pattern[layer] != "F"):
         return {}
@@ -44,13 +45,13 @@ def indexer_shapes(model: Values, layer: int | None) -> dict[str, tuple[int, ...
 
 
 def is_frozen(optim: Values, name: str) -> bool:
-    """Whether a weight is not trained. In a warm-up of indexers, only indexers are trained."""
+    """Returns whether a weight is frozen. In a warm-up of indexers, all weights except the indexers' are frozen."""
     return optim.index_warmup and ".indexer." not in name
 
 
 def turned(x: Tensor, angle: Tensor, size: float, interleaved: bool) -> Tensor:
-    """Rotates the first elements of each vector by the angle of its position. Pairs are adjacent (GLM-5), or element j
-    with j + R/2 (DeepSeek-V3.2)."""
+    """Rotates pairs among the first R elements of each vector by the angles of its position. With `interleaved`, a pair
+    is two adjacent elements (GLM-5); otherwise it is the elements j and j + R/2 (DeepSeek-V3.2)."""
     width = 2 * angle.size(-1)
     first, rest = x[..., :width], x[..., width:]
     a, b = (first[..., 0::2], first[..., 1::2]) if interleaved else first.chunk(2, -1)
@@ -62,7 +63,7 @@ def turned(x: Tensor, angle: Tensor, size: float, interleaved: bool) -> Tensor:
 def score_keys(
     model: Values, w: dict[str, Tensor], x_BTD: Tensor, latent_BTC: Tensor, angle: Tensor, size: float
 ) -> Tensor:
-    """Returns the index scores I of all queries and keys: (B, T, T). latent: the latent of the queries, after its
+    """Returns the index scores I of all queries and keys, (B, T, T). latent_BTC: the latent of the queries, after its
     norm."""
     heads, width, interleaved = model.sparse.heads, model.sparse.head_dim, model.sparse.interleaved
     q_BHTI = (latent_BTC @ w["q.weight"].T).unflatten(-1, (heads, width)).transpose(1, 2)
@@ -78,15 +79,15 @@ def score_keys(
 
 
 def chosen_keys(index_BTT: Tensor, top_k: int) -> Tensor:
-    """Whether each query attends to each key. It attends to the top_k keys with the largest scores above -inf. Of equal
-    scores, the earlier key comes first."""
+    """Returns a mask of the keys that each query attends to: the top_k keys with the largest index scores above -inf.
+    If two keys have equal scores, the earlier key is chosen first."""
     order = index_BTT.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     return torch.zeros_like(index_BTT, dtype=torch.bool).scatter(-1, order, True) & (index_BTT > -math.inf)
 
 
 def index_kl(index_BTT: Tensor, scores_BHTT: Tensor, open_BTT: Tensor) -> Tensor:
-    """Returns the KL divergence (B, T) between the attention and the softmax of I, both over the open keys. The
-    attention is summed over heads and normalised."""
+    """Returns the KL divergence (B, T) between the attention probabilities and the softmax of the index scores, both
+    over the keys in open_BTT. The attention probabilities are summed over heads and normalised."""
     p_BTT = scores_BHTT.detach().masked_fill(~open_BTT.unsqueeze(1), -math.inf).softmax(-1).sum(1)
     p_BTT = p_BTT / p_BTT.sum(-1, keepdim=True)
     log_BTT = index_BTT.masked_fill(~open_BTT, -math.inf).log_softmax(-1).masked_fill(~open_BTT, 0)
@@ -103,11 +104,11 @@ def over_chosen(
     learnt_BT: Tensor | None,
     seen: Any,
 ) -> Tensor:
-    """Returns the scores of attention, with -inf for keys that a query does not attend to. Also adds the indexer's loss
-    to the pass.
+    """Returns the attention scores with -inf for all keys that sparse attention does not choose. Also adds the
+    indexer's loss to `seen`.
 
-    plain: the PlainModel. name: name of the attention. scores: attention scores, with -inf for keys that a query must
-    not attend to. seen: the pass.
+    plain: the PlainModel. name: name of the attention. turn: rotation angles and their factor. scores_BHTT: attention
+    scores, with -inf for later keys and keys of other documents. seen: the results of the forward pass.
     """
     config, weights = plain.config, plain.weights
     model, optim, top_k = config.model, config.optim, config.model.sparse.top_k

@@ -1,4 +1,4 @@
-"""Settings and update of a step, written like their formulas. reference.py has the forward and backward pass.
+"""Reference for the settings and the update of a step. reference.py contains the forward and backward pass.
 
     settings of a step     learning rate, weights and batch size during the run              plan_step
     update                 clip by the global norm, AdamW, average of the weights            clip_factor, adamw, moving_average
@@ -31,13 +31,13 @@ class PlainPlan:
 
 
 def plan_step(config: Values, step: int) -> PlainPlan:
-    """The settings of one step. step: its number, from 1."""
+    """Returns the settings of one step. step: number of the step, from 1."""
     return next(islice(plan_steps(config), step - 1, None))
 
 
 def plan_steps(config: Values) -> Iterator[PlainPlan]:
-    """The settings of all steps. A schedule depends on the number of samples. A step takes the value at the middle of
-    its batch."""
+    """Yields the settings of all steps. A schedule is a function of the fraction of samples that the run has trained. A
+    step uses the value of the schedule at the middle of its batch."""
     sizes = [batch_size(config, index) for index in range(config.steps)]
     optim, before, whole = config.optim, 0, sum(sizes)
     for step, size in enumerate(sizes, 1):
@@ -49,8 +49,8 @@ def plan_steps(config: Values) -> Iterator[PlainPlan]:
 
 
 def batch_size(config: Values, index: int) -> int:
-    """Returns the number of sequences in a step. index: index of the step, from 0. A ramp is linear, rounded down to a
-    multiple of its increment."""
+    """Returns the number of sequences in a step. index: index of the step, from 0. A batch ramp is linear; each batch
+    size is rounded down to a multiple of the ramp's increment."""
     optim = config.optim
     if optim.batch_ramp_start is None or index >= optim.batch_ramp_steps:
         return config.batch_size
@@ -60,8 +60,8 @@ def batch_size(config: Values, index: int) -> int:
 
 
 def scheduled(phases: list[Values], done: float) -> float:
-    """Returns the value of a schedule after the fraction `done` of the run. Each phase starts at the previous phase's
-    final value."""
+    """Returns the value of a schedule after the fraction `done` of the run. Each phase starts at the final value of the
+    phase before it."""
     index = next(i for i, phase in enumerate(phases) if done <= phase.until)
     phase, earlier = phases[index], phases[index - 1] if index else None
     start, value = (0.0, phase.value) if earlier is None else (earlier.until, earlier.value)
@@ -74,12 +74,12 @@ def scheduled(phases: list[Values], done: float) -> float:
 
 
 def global_norm(gradients_of: dict[str, Tensor]) -> Tensor:
-    """The norm of all gradients together."""
+    """Returns the L2 norm over the elements of all gradients."""
     return torch.stack([gradient.square().sum() for gradient in gradients_of.values()]).sum().sqrt()
 
 
 def clip_factor(norm: float, optim: Values) -> float:
-    """Returns a factor for the gradients, with which their norm is at most optim.clip. The formula adds 1e-6 to the
+    """Returns the factor that reduces the norm of the gradients to at most optim.clip. The formula adds 1e-6 to the
     norm, as torch.nn.utils does."""
     return 1.0 if optim.clip == 0 else min(1.0, optim.clip / (norm + 1e-6))
 
@@ -87,8 +87,8 @@ def clip_factor(norm: float, optim: Values) -> float:
 def adamw(
     optim: Values, lr: float, update: int, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the weight, the mean and the mean of squares after an AdamW update. number: index of the update, from
-    1."""
+    """Returns the weight, the mean of gradients and the mean of squared gradients after an AdamW update. update: index
+    of the update, from 1."""
     beta1, beta2 = optim.betas
     mean = beta1 * mean + (1 - beta1) * gradient
     square = beta2 * square + (1 - beta2) * gradient.square()
@@ -97,12 +97,13 @@ def adamw(
 
 
 def decays(optim: Values, weight: Tensor) -> bool:
-    """Whether weight decay applies: to every matrix, and to norm weights if the recipe says so."""
+    """Returns whether weight decay applies to a weight: to every matrix, and with optim.decay_norms also to norm
+    weights."""
     return weight.dim() > 1 or optim.decay_norms
 
 
 def rate_of(optim: Values, name: str, lr: float) -> float:
-    """Learning rate of a weight. It is 0 for frozen weights."""
+    """Returns the learning rate of a weight; 0 for a frozen weight."""
     frozen = is_frozen(optim, name) or (optim.freeze_routers and name.endswith(".router.weight"))
     return 0.0 if frozen else lr
 
@@ -113,6 +114,6 @@ def moving_average(before: Tensor, weight: Tensor, decay: float) -> Tensor:
 
 
 def move_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> Tensor:
-    """Balance without a loss (paper 2.1.2). If an expert has more tokens than the mean, its bias falls, so it is chosen
-    less. Otherwise its bias rises."""
+    """Returns the routers' biases after a step of balancing without a loss (paper 2.1.2). If an expert has more tokens
+    than the mean, its bias falls, so it is chosen less often. If it has fewer tokens, its bias rises."""
     return bias_E + speed * torch.sign(load_E.to(bias_E.dtype).mean() - load_E)

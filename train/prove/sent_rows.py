@@ -38,8 +38,8 @@ def summed_rows(
 ) -> tuple[Tensor, Tensor]:
     """Returns the sum of the K rows of every token, and by how much a correct sum may differ from it. Both are (T, D).
 
-    ids_TK: the expert of each row. hops: the stages at which rows are added on the way to the token's rank, each as the
-    number of experts whose rows are added together. Each stage rounds its sums and sends them on. The token's rank then
+    ids_TK: the expert of each row. hops: one entry for each time that rows are added on the way to the token's rank, as
+    the number of experts whose rows are added together. Such a sum is rounded before it is sent on. The token's rank
     adds in fp32 and rounds once, to bf16 (in_bf16) or to fp32. by_addition: whether the token's rank may instead round
     after each addition.
 

@@ -1,4 +1,4 @@
-"""References for the updates of all optimizers: their formulas, and bounds on their fp32 rounding errors."""
+"""Reference for the updates of all optimizers: the formulas, and bounds on the fp32 rounding errors of the updates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from train.prove.bounds import UNIT
 from train.prove.recipe_values import Values
 
 STEP_ROUNDINGS = 8
-"""Number of roundings of a step, in units of one rounding of its weight. The step is computed from both moments."""
+"""Number of fp32 roundings in the change that AdamW adds to a weight. The change is computed from both moments."""
 
 
 NEWTON_SCHULZ_ROUNDINGS = 4
-"""Number of roundings in a Newton-Schulz step. Three matmuls round their terms, and the sum of the terms is rounded
-once more."""
+"""Number of fp32 roundings in a Newton-Schulz step: three matmuls round their results, and the sum of the terms is
+rounded once more."""
 
 
 class WeightUpdate(NamedTuple):
@@ -35,30 +35,30 @@ class PlainUpdate:
     """The formula of an update, and its rounding errors."""
 
     make: Callable[..., tuple[Tensor, ...]]
-    """Computes the update as in the reference. Takes (WeightUpdate, weight, gradient, *state), and returns the new
-    weight and the new state."""
+    """Computes an update by the reference's formula. Takes (WeightUpdate, weight, gradient, *state), and returns the
+    new weight and the new state."""
     size_roundings: Callable[..., list[Tensor]]
-    """Computes the rounding errors. Takes (WeightUpdate, before, gradient, new), and returns one fp32 rounding error
-    for each element of weight and state."""
+    """Takes (WeightUpdate, before, gradient, new), and returns the magnitude of one fp32 rounding error for each
+    element of the weight and the state."""
     roundings: dict[str, int]
-    """Maximum number of roundings for each kind of state. A gradient is multiplied by a clip factor. The norm in this
-    factor may have 16 roundings. The square of a gradient is multiplied by the square of the factor."""
+    """Maximum number of roundings for each kind of state. It includes the roundings of the clip factor, whose norm may
+    have 16 roundings. A mean of squares has twice as many, because the clip factor is squared."""
     is_whole: bool = False
-    """Whether the formula takes complete matrices. A rank then repeats the update in fp64."""
+    """Whether the formula needs complete matrices. If so, the ranks repeat the update in fp64 for the judge."""
 
 
 def make_adamw(one: WeightUpdate, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor) -> tuple[Tensor, ...]:
-    """An AdamW update by the reference's formula."""
+    """Computes an AdamW update by the reference's formula."""
     return reference_step.adamw(one.config.optim, one.lr, one.number, weight, gradient, mean, square)
 
 
 def size_adamw_roundings(
     one: WeightUpdate, before: list[Tensor], gradient: Tensor, new: tuple[Tensor, Tensor, Tensor]
 ) -> list[Tensor]:
-    """Returns one fp32 rounding error for each element of weight, mean and mean of squares.
+    """Returns the magnitude of one fp32 rounding error for each element of weight, mean and mean of squares.
 
-    The error is relative to the sizes of the terms, and not to the size of their sum. If two terms have opposite signs,
-    the sum may be smaller than the rounding errors of the terms.
+    The error is proportional to the magnitudes of a sum's terms, and not to the magnitude of the sum. If two terms have
+    opposite signs, the sum may be smaller than the rounding errors of the terms.
     """
     optim, lr = one.config.optim, one.lr
     (weight, mean, _), unit, (beta1, beta2) = before, UNIT["fp32"], optim.betas
@@ -69,17 +69,18 @@ def size_adamw_roundings(
 
 
 def make_muon(one: WeightUpdate, weight: Tensor, gradient: Tensor, momentum: Tensor) -> tuple[Tensor, ...]:
-    """A Muon update by the reference's formula."""
+    """Computes a Muon update by the reference's formula."""
     return reference_muon.muon(one.config, one.name, one.lr, weight, gradient, momentum)
 
 
 def size_muon_roundings(
     one: WeightUpdate, before: list[Tensor], gradient: Tensor, new: tuple[Tensor, Tensor]
 ) -> list[Tensor]:
-    """Returns one fp32 rounding error for each element of weight and momentum.
+    """Returns the magnitude of one fp32 rounding error for each element of weight and momentum.
 
-    Newton-Schulz multiplies an error in a singular direction by a factor that depends on the singular value. The
-    smallest singular value has the largest factor. The error in its direction may affect any element.
+    Newton-Schulz multiplies an error in a singular direction by a factor, which depends on the singular value and is
+    largest for the smallest singular value. An error in this direction may affect any element, so all elements of a
+    matrix get the same bound.
     """
     (weight, momentum), unit, muon = before, UNIT["fp32"], one.config.optim.muon
     terms = muon.momentum * momentum.abs() + gradient.abs()
@@ -94,8 +95,8 @@ def size_muon_roundings(
 
 
 def _slope(singular: float, steps: list[tuple[float, float, float]]) -> float:
-    """Returns the factor of Newton-Schulz for a singular value. At 0, it is the product of the first coefficients of
-    all steps."""
+    """Returns the factor by which Newton-Schulz multiplies a singular value. Near 0, the factor is the product of the
+    first coefficients of all steps."""
     x = max(singular, 1e-12)
     for a, b, c in steps:
         x = a * x + b * x**3 + c * x**5
