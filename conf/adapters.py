@@ -15,7 +15,7 @@ experts stacks the matrices of all experts. Then every stacked matrix has its ow
 from typing import NamedTuple
 
 ADAPTER_TARGETS: dict[str, tuple[str, ...]] = {
-    "q_up": ("attention.q_up.weight", "attention.q.weight"),  # attention.q: without a query latent
+    "q_up": ("attention.q_up.weight", "attention.q.weight"),  # attention.q: models without query latent
     "kv_up": ("attention.kv_up.weight",),
     "down": ("attention.q_down.weight", "attention.kv_down.weight"),
     "out": ("attention.out.weight",),
@@ -24,8 +24,8 @@ ADAPTER_TARGETS: dict[str, tuple[str, ...]] = {
     "dense": ("ffn.w13.weight", "ffn.w2.weight"),
     "head": ("head.weight",),
 }
-"""Maps each target, a word of adapter.targets, to the base parameters that it adapts. A parameter belongs to the target
-if its name has one of these ends. This includes parameters of MTP modules."""
+"""Maps each target, which is a word of adapter.targets, to ends of parameter names. The target adapts every base
+parameter whose name ends like this, including those of MTP modules."""
 ON_REQUEST = ("head",)
 """Targets that a run adapts only if adapter.targets names them."""
 
@@ -48,8 +48,8 @@ def target_of(base: str) -> str | None:
 
 
 def is_held_in_blocks(base: str) -> bool:
-    """Whether adapter.base=fp8 stores this base parameter in FP8 with a scale for each block. It does so for the
-    weights whose GEMMs run in FP8 if the recipe has precision.fp8."""
+    """Whether adapter.base=fp8 stores this base parameter in FP8 with a scale for each block. These parameters are the
+    weights whose GEMMs run in FP8 in a recipe with precision.fp8."""
     return target_of(base) not in (None, *ON_REQUEST)
 
 

@@ -26,8 +26,8 @@ line. AROUND: number of characters of a long value that are shown before, and af
 
 
 class Effect(Enum):
-    """How the change of a setting may affect the training. The value of a member is the heading of its group of changed
-    settings."""
+    """Possible effects on the training when a setting changes. The report has one group of changed settings per effect,
+    and the value of a member is the heading of the effect's group."""
 
     training = "change the training"
     rounding = "change only rounding and speed"
@@ -125,7 +125,7 @@ class Changes:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """Return all settings, resolved, as JSON values."""
+    """Return all settings of a loaded configuration as JSON values."""
     return json.loads(json.dumps(asdict(config)))
 
 
@@ -156,7 +156,8 @@ def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    """Return the value that runs had for each setting before its key existed. The FP8 settings are included."""
+    """Return a value for every setting, including the FP8 settings. Runs of earlier versions, which did not have the
+    setting's key, trained as if the key had this value."""
     config = Config(
         data=Data(cache="", hold_out_by=HoldOutBy.name),
         optim=Optim(name=OptimizerName[ADAMW]),
@@ -214,8 +215,8 @@ def _facts(config: Config, fingerprint: str, meta: dict[str, Any], found: dict[s
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to a dictionary by dotted key. An entry of a list of groups has its index in the key. A
-    list of numbers or words remains one value."""
+    """Flatten nested settings to a dictionary by dotted key. For a list of mappings, the index of an entry is part of
+    the key, as in optim.lr_schedule[0].value. A list of numbers or words remains one value."""
     if isinstance(node, dict) and node:
         parts = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in node.items()]
     elif isinstance(node, list) and any(isinstance(item, dict) for item in node):

@@ -240,8 +240,8 @@ def _phases(key: str) -> tuple[ConfigCheck, ...]:
 
 
 def _pieces(key: str, each: bool = False) -> ConfigCheck:
-    """Return the rules for sequences that parallel.cp ranks share: each sequence is cut into 2 x cp pieces of equal
-    length. key: name of the setting with the sequence length."""
+    """Return the rules for a sequence length with parallel.cp: cp ranks share each sequence, which is cut into 2 x cp
+    pieces of equal length. key: name of the setting with the sequence length."""
     return ConditionalRules(
         lambda c: c.parallel.cp > 1,
         (

@@ -100,7 +100,7 @@ def _explained(error: Exception, words: Sequence[str]) -> UserError:
         return _wrong_option(group, name, groups) if slash else _wrong_option("conf", group, groups)
     typed = {key.partition("@")[0]: text for key, _, text in (word.lstrip("+").partition("=") for word in settings)}
     if not isinstance(error, (HydraException, OmegaConfBaseException)) or "hydra.runtime" in str(error):
-        # OmegaConf raises AssertionError for a key of a null section. Hydra raises it for an option that is no word.
+        # OmegaConf raises AssertionError for a key of a null section, and Hydra for an option that is not a word.
         odd = (group for group, text in typed.items() if group in groups and text not in groups[group])
         unknown = (key for key in typed if type_of(key) is None and key not in groups and not key.startswith("hydra"))
         if "" in typed:
@@ -245,8 +245,8 @@ def _wrong_list(key: str, value: Any, kind: Any, default: Any) -> UserError:
 
 
 def _unknown_part(key: str, value: Any, kind: Any) -> UserError:
-    """Return the error for a mapping that has a key which its section does not have. The value may be a list of such
-    mappings."""
+    """Return the error for a mapping, or a list of mappings, that contains an unknown key. kind: type of the key's
+    value in the schema."""
     section = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
     known = [field.name for field in fields(section)] if is_dataclass(section) else []
     given = [name for part in (value if isinstance(value, list) else [value]) for name in part]
@@ -309,8 +309,8 @@ def _close_keys(key: str, more: Sequence[str] = ()) -> list[str]:
 def _may_be_in(section: str, key: str) -> bool:
     """Whether a user who typed a key of `section` may have meant `key`.
 
-    Keys of different sections may have equal last parts and no relation. So this is true only if the typed section
-    exists in the schema, or if its name resembles the section of `key`. It is also true without a typed section.
+    Two keys of different sections may have the same last part by chance. So the result is true only in three cases: the
+    user typed no section, the typed section exists in the schema, or its name resembles the section of `key`.
     """
     first, own = section.partition(".")[0], key.rpartition(".")[0]
     return not section or first in kinds(Config) or bool(difflib.get_close_matches(section, [own, key]))
@@ -401,8 +401,7 @@ def _unknown_flag(flag: str, value: str) -> UserError:
 
 
 def refuse_keys_of_other_modes(mode: Mode, overrides: Sequence[str]) -> None:
-    """Raise UserError for the first setting of a command line that this mode does not read. Recipes may contain keys of
-    all modes."""
+    """Raise UserError if the command line sets a key that this mode does not read. A recipe may contain such a key."""
     for override in overrides:
         key, _, value = override.partition("=")
         key = key.lstrip("+")
@@ -413,8 +412,8 @@ def refuse_keys_of_other_modes(mode: Mode, overrides: Sequence[str]) -> None:
 
 
 def _in_null_section(typed: dict[str, str]) -> UserError | None:
-    """Return the error for the first typed key whose optional section is null under the chosen options; None if there
-    is no such key."""
+    """Return the error for the first typed key of an optional section that is null. Return None if there is no such
+    key."""
     for key, value in typed.items():
         section = next((each for each in dotted_keys() if key.startswith(f"{each}.") and is_nullable(each)), "")
         if is_dataclass(type_of(section)):
@@ -427,9 +426,8 @@ def _in_null_section(typed: dict[str, str]) -> UserError | None:
 
 
 def _in_recipe(name: str, inside: str, own: Sequence[Path]) -> tuple[str, Any] | None:
-    """Return the key and the value that caused an error in a recipe file. This is the key in OmegaConf's error, or a
-    section whose value is not a mapping. name: GROUP/OPTION of the recipe file. inside: the key in OmegaConf's
-    error."""
+    """Return the key and the value that caused an error in a recipe file. The key is `inside`, or a section whose value
+    is not a mapping. name: GROUP/OPTION of the recipe file. inside: the key in OmegaConf's error."""
     files = (folder / f"{name}.yaml" for folder in (*own, ROOT / "conf"))
     given = read_yaml(next(file for file in files if file.is_file()))
     for key in dotted_keys():

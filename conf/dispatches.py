@@ -55,8 +55,8 @@ class DispatchFacts:
     package: str | None = None
     """Name of the Python package that the dispatch needs; None if it needs none."""
     in_bf16: bool = False
-    """Whether the dispatch takes only bf16 rows. Combine then adds the rows that come from one rank one by one in
-    bf16."""
+    """Whether the dispatch takes only bf16 rows. In this case it also adds rows in bf16: those of one rank, one after
+    another."""
     repeats: bool = True
     """Whether rows arrive in the same order in every run."""
     width: int = 1
@@ -98,9 +98,9 @@ class DispatchFacts:
         return None
 
     def find_sums(self, experts: int, ep: int, per_node: int) -> list[int]:
-        """Return the sizes of the expert groups over which the dispatch adds rows before it returns them to the token's
-        rank: the number of experts of a rank and, if rows are also added on each node, the number of experts of a node.
-        The list is empty if the dispatch adds no rows."""
+        """Return numbers of experts. Some dispatches add the outputs of a token's experts before they return them to
+        the token's rank: over the experts of one rank, and possibly over the experts of one node. The list has the
+        numbers of these experts. It is empty if each row is returned separately."""
         if self.per_expert or ep == 1:
             return []
         of_rank = experts // ep
@@ -110,9 +110,9 @@ class DispatchFacts:
 
 @dataclass(frozen=True)
 class DeepEPFacts(DispatchFacts):
-    """The package DeepEP (github.com/deepseek-ai/DeepEP), which copies and adds rows during the transfer.
+    """Properties of the package DeepEP (github.com/deepseek-ai/DeepEP), which copies and adds rows during the transfer.
 
-    Its file deep_ep/buffer.py lists the supported sizes of an expert group.
+    DeepEP's file deep_ep/buffer.py lists the supported sizes of an expert group.
     """
 
     def count_messages(self, reach: Reach) -> Messages:
@@ -155,8 +155,8 @@ def check_groups(ep: int, ranks_per_node: int, groups: int) -> None:
     """Raise UserError unless the router's expert groups match the nodes (paper 2.1.2, 3.2.2).
 
     A node holds ranks_per_node consecutive ranks of an expert-parallel group. A router's group of experts must not
-    straddle two nodes. Otherwise a token that is limited to M groups could reach more than M nodes. If there is only
-    one group, tokens have no limit, and the layout always fits.
+    straddle two nodes. Otherwise a token that may choose experts of M groups could need more than M nodes. If there is
+    only one group, the choice of a token has no such limit, and every layout is valid.
     """
     if ep % ranks_per_node:
         raise UserError(

@@ -133,10 +133,10 @@ def open_lock(path: Path) -> int:
 
 @contextmanager
 def exclusive(path: Path, timeout: float) -> Iterator[None]:
-    """Hold the advisory lock on this file; create the file if it is missing. Raises TimeoutError after `timeout`
-    seconds.
+    """Context that holds the advisory lock on a file, and creates the file if it is missing. Raises TimeoutError if the
+    lock is not free within `timeout` seconds.
 
-    The kernel releases the lock when the process that holds it dies.
+    The kernel releases the lock when the process that holds the lock dies.
     """
     handle = open_lock(path)
     try:

@@ -21,7 +21,7 @@ from conf import schema
 from conf.schema import Config
 
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "word or list of whole numbers"}
-"""Names of the types for the user."""
+"""Maps each type of the schema to its name in texts for the user."""
 ITEM, NAME = "[]", "NAME"
 """Placeholders in the path of a key. ITEM is any entry of a list, and NAME is any name in a mapping."""
 
@@ -54,8 +54,8 @@ class KeyGroup:
     """Path of each subsection, with a note that applies to all keys of the subsection."""
 
     def part(self, expert: bool) -> "KeyGroup":
-        """Return a copy of the group that has only its expert keys, or only its other keys. Of the notes, the copy has
-        those whose subsection contains one of these keys."""
+        """Return a copy of the group with either only the expert keys or only the other keys. The copy keeps the notes
+        of the subsections to which these keys belong."""
         keys = tuple(key for key in self.keys if key.expert is expert)
         notes = tuple((path, note) for path, note in self.notes if any(key.path.startswith(path) for key in keys))
         return replace(self, keys=keys, notes=notes)
@@ -72,7 +72,7 @@ class SchemaField:
     section: type | None
     """The section that the type contains, if there is one."""
     mark: str
-    """Placeholder that stands for any entry in a path, if the field is a list or a mapping of sections; empty for one
+    """Placeholder for any entry in a path, if the field is a list or a mapping of sections. Empty if the field is one
     section."""
     meaning: str
     expert: bool
@@ -235,8 +235,8 @@ def _tree() -> ast.Module:
 
 
 def value_words(path: str, values: DictConfig) -> str:
-    """Return the value of a key in a composed configuration, as YAML. Entries of a list may differ, so a key of such
-    entries returns its default."""
+    """Return the value of a key in a composed configuration, as YAML. The entries of a list may have different values,
+    so for their keys the result is the schema's default."""
     place: Any = values
     for part in path.split("."):
         place = None if ITEM in part or part == NAME else place._get_node(part) if place is not None else None

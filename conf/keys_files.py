@@ -81,7 +81,8 @@ def _cell(text: str) -> str:
 
 
 def recipe_schema() -> str:
-    """Return the JSON schema of a recipe (conf/conf/NAME.yaml), for YAML support in editors. Each key has one line."""
+    """Return the JSON schema of a recipe (conf/conf/NAME.yaml), for YAML support in editors. The text has one line per
+    key."""
     sections = {Config.__name__: Config}
     _collect(Config, sections)
     bodies = ",\n".join(f' "{name}": {_object(cls)}' for name, cls in sections.items())

@@ -225,8 +225,8 @@ def compose_node(*overrides: str) -> DictConfig:
 
 @contextmanager
 def explained(words: Sequence[str]) -> Iterator[None]:
-    """Context that converts errors of Hydra and OmegaConf to UserError. words: arguments of the command line that is
-    composed in it."""
+    """Context that converts errors of Hydra and OmegaConf to UserError. words: arguments of the command line that the
+    code in this context composes."""
     check_words(words)
     try:
         yield
@@ -277,8 +277,8 @@ def _empty_beside_typed(node: DictConfig, words: Sequence[str]) -> None:
         key: value for key, _, value in (word.lstrip("+").partition("=") for word in words)
     }  # if a key is typed twice, the last value is used
     given = [key for key, value in settings.items() if value.lower() not in ("", "null", "[]")]
-    # A typed key inside a dictionary, such as data.source, counts as typing the dictionary. `data` is a group, and a
-    # typed key inside it does not count as typing the group.
+    # If the user types a key inside a dictionary such as data.source, the dictionary counts as typed. `data` is a
+    # group: if he types a key inside it, `data` does not count as typed.
     inside = [key for key in given if "." in key]
     typed = [
         name

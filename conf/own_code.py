@@ -26,7 +26,7 @@ TARGET = "_target_"
 CodeSection = Mapping[str, Any]
 """A recipe's section for user code: its import path, and its arguments."""
 OWN_CODE = ("data.source", "data.template_function", "model.block", "model.router", "optim.extra_loss", "callbacks")
-"""The keys that accept user code. The last key accepts a list."""
+"""The keys that accept user code. The last one, callbacks, accepts a list."""
 READ_FROM_RUNS: dict[str, tuple[Mode, ...]] = {
     "data.source": (Mode.evaluate,),
     "data.template_function": (Mode.evaluate, Mode.generate),

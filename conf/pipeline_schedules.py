@@ -39,16 +39,17 @@ class ScheduleFacts:
     least: int = 0
     """Minimum number of micro-batches, divided by the number of pipeline ranks."""
     rounds: bool = False
-    """Whether the number of micro-batches must be a multiple of the number of rounds, where a round has about pp
-    micro-batches."""
+    """Whether micro-batches run in rounds of about pp micro-batches. If so, the number of rounds must divide the number
+    of micro-batches."""
     splits: bool = False
     """Whether a backward is split into I (gradients of inputs) and W (gradients of weights).
 
-    If it is not split, a rank is idle at the start of a step while earlier stages run forward, and at its end while
-    they run backward.
+    If a backward is not split, a rank is idle twice in a step: first while the stages before its first stage run
+    forward, and last while these stages run backward.
     """
     pairs: bool = False
-    """Whether the forward of one micro-batch and the backward of another run together if parallel.overlap is true."""
+    """Whether the schedule runs the forward of one micro-batch together with the backward of another micro-batch. It
+    does so only if parallel.overlap is true."""
     in_parts: str | None = None
     """Name of the schedule that runs in the same order, but with several stages per rank; None if there is none."""
 
@@ -82,8 +83,8 @@ class ScheduleFacts:
 
 
 def _forward_and_backward(seconds: ActionSeconds) -> float:
-    """Return a rank's idle seconds divided by pp - 1, for one stage per rank. `seconds` are those of one stage, so the
-    formula also holds for several stages per rank."""
+    """Return a rank's idle seconds divided by pp - 1. `seconds` has the times of one stage, so the formula holds for
+    any number of stages per rank."""
     return seconds.forward + seconds.inputs + seconds.weights
 
 
@@ -91,14 +92,14 @@ def _inputs(seconds: ActionSeconds) -> float:
     """Return a rank's idle seconds divided by pp - 1, if F <= I <= 2 W.
 
     The result is never 0, although the paper's title says zero bubble. In the paper, some ranks start a step while
-    others end the step before it. In Sluice, the optimizer runs between two steps.
+    other ranks still run the previous step. In Sluice, all ranks run the optimizer between two steps.
     """
     return seconds.inputs
 
 
 def _pair(seconds: ActionSeconds) -> float:
-    """Return a rank's idle seconds divided by pp - 1, if I <= F pp / (pp - 1). The last rank is an exception: one of
-    its pairs does not overlap.
+    """Return a rank's idle seconds divided by pp - 1, if I <= F pp / (pp - 1). For the last rank the result is wrong,
+    because one of this rank's FB pairs does not overlap.
 
     If F = I, the result equals (PP/2 - 1)(FB + B - 3 W) of the paper's Table 2.
     """

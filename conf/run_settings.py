@@ -1,8 +1,8 @@
-"""Applies the settings of an existing run in modes that read a run, so a user need not repeat them.
+"""Applies the settings of an existing run in modes that read a run, so that a user need not repeat these settings.
 
     python -m train mode=evaluate name=mine data.path=OTHER
 
-The settings of the run (model, precision, seq_len, tokenizer, ...) come from its config.yaml. The command line
+The settings of the run (model, precision, seq_len, tokenizer, ...) come from the run's config.yaml. The command line
 overrides them. The layout of this job (parallel, cluster) comes only from the command line. If the user types
 conf=RECIPE, or if the run does not exist, the composed configuration is used unchanged.
 

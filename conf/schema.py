@@ -178,7 +178,8 @@ class Model:
     nope_head_dim: int = number(32, least=1, slip=WIDEST)
     """Width, per head, of the part of queries and keys without RoPE."""
     rope_head_dim: int = number(16, least=1, slip=WIDEST)
-    """Width, per head, of the RoPE part of queries, and width of the RoPE key that all heads share. Even."""
+    """Width, per head, of the RoPE part of queries. The RoPE key, which all heads share, has the same width. An even
+    number."""
     v_head_dim: int = number(32, least=1, slip=WIDEST)
     """Width of values per head."""
     dense_width: int = number(768, least=1, slip=WIDEST)
@@ -196,8 +197,8 @@ class Model:
     top_groups: int = 2
     """Number of groups among which the experts of one token are chosen."""
     group_top_k: int | None = number(None, least=1)
-    """A group is ranked by the sum of its best expert scores; this is the number of these scores. null: top_k /
-    top_groups (paper 2.1.2). transformers and DeepSeek's inference code use 2, which is also the result for
+    """Expert groups are ranked by the sum of their best expert scores. This is the number of scores in the sum. null:
+    top_k / top_groups (paper 2.1.2). transformers and DeepSeek's inference code use 2, which is also the result for
     DeepSeek-V3."""
     scores: ScoreFunction = ScoreFunction.sigmoid
     """Function that turns router logits into scores. softmax is for Mistral Large 3, whose routers have no balance
@@ -273,13 +274,13 @@ class MixSource:
     """One part of a data mix."""
 
     path: str = ""
-    """Path of the source, as data.path; empty for formats stdlib and docstrings."""
+    """Path of the source, in any form that data.path accepts; empty for formats stdlib and docstrings."""
     weight: float = number(1.0, above=0)
     """Share of the samples that come from this source, relative to the weights of the other sources."""
     format: DataFormat = DataFormat.auto
-    """Format of the source, as data.format."""
+    """Format of the source; see data.format."""
     text_key: str = "text"
-    """Field that holds the text, as data.text_key."""
+    """Field that holds the text; see data.text_key."""
 
 
 @dataclass
@@ -321,7 +322,7 @@ class Data:
     """Chats: a function instead of data.template: `_target_: my_mod.render` with its arguments. It renders messages,
     tools and add_generation_prompt as a text (train/data/template_function.py)."""
     template_keys: dict[str, bool | int | str] | None = field(default_factory=dict)
-    """Chats: variables of the template, as apply_chat_template takes them: `{thinking: true}` of DeepSeek-V3.1,
+    """Chats: variables of the template, as for apply_chat_template. Examples: `{thinking: true}` for DeepSeek-V3.1,
     `{enable_thinking: false}`."""
     supervise: Supervise = Supervise.assistant
     """Chats: tokens that are learnt. assistant: all turns of the assistant, with their stop tokens; last: the
@@ -329,12 +330,13 @@ class Data:
     too_long: TooLong = TooLong.refuse
     """Chats longer than a sequence: refuse (an error before the start), cut (drop the end) or drop (drop the chat)."""
     reasoning: LostReasoning | None = None
-    """Chats: reasoning that the template leaves out of a learnt turn. template: leave it out; insert: put it in front of
-    the content; drop: remove the reasoning of all turns; null: an error before the start."""
+    """Chats: how to treat reasoning in a learnt turn, if the template leaves this reasoning out. template: leave it
+    out; insert: put it in front of the content; drop: remove the reasoning of all turns; null: an error before the
+    start."""
     cut_reasoning: bool = False
     """Chats: remove the reasoning of the assistant's turns before the last question, as some templates do."""
     cache: str = "${oc.env:SLUICE_CACHE,${oc.env:HOME}/.cache/sluice}"
-    """Folder for tokenizers and tokens, which runs share."""
+    """Folder for tokenizers and tokens; all runs share it."""
     workers: int = number(0, least=0)
     """Number of threads for tokenising; 0 means one per core."""
 
@@ -370,7 +372,7 @@ class Optim:
     warmup_steps: int = number(2000, least=0)
     """Steps of linear warm-up from 0."""
     lr_schedule: list[Phase] = field(default_factory=lambda: [Phase()])
-    """Schedule of a factor on lr, after the warm-up."""
+    """Schedule of a factor. After the warm-up, lr is multiplied by this factor."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """Decay per step of Adam's two averages: of the gradient, and of the squared gradient."""
     eps: float = expert(1e-8, above=0)
@@ -392,8 +394,8 @@ class Optim:
     batch_ramp_steps: int = number(0, least=0)
     """Steps over which the batch grows linearly to batch_size."""
     batch_ramp_increment: int = expert(1, least=1)
-    """During the ramp, the number of sequences per step is rounded down to a multiple of this number. This number must
-    be a multiple of micro_batch_size x dp; with parallel.uneven, of micro_batch_size x ep."""
+    """During the ramp, the number of sequences per step is rounded down to a multiple of this number. The number must
+    be a multiple of micro_batch_size x dp, or, with parallel.uneven, a multiple of micro_batch_size x ep."""
     ema_decay: float = number(0.0, least=0, below=1)
     """Decay of a moving average of the weights, which is stored in CPU memory; 0 for no average."""
     muon: MuonOptim = expert(make=MuonOptim)
@@ -493,9 +495,9 @@ class Parallel(RankCounts):
     """Data-parallel ranks, which divide the sequences of a batch."""
     cp: int = number(1, least=1)
     """Number of ranks that share each sequence. Each of these ranks has a part of the sequence's first half and a part
-    of its second half (train/docs/several_gpus.md). Divides seq_len / 2."""
+    of its second half (train/docs/several_gpus.md). It must divide seq_len / 2."""
     ep: int = number(1, least=1)
-    """Ranks that share the experts of one layer; divides dp x cp."""
+    """Number of ranks that share the experts of one layer. It must divide dp x cp."""
     uneven: bool = False
     """If dp does not divide the batch, let the ranks of some expert groups have one micro-batch more than the ranks of
     the other groups. Losses are weighted by tokens. A run on Ray sets this key when it restarts with fewer ranks. Needs
@@ -509,14 +511,14 @@ class Parallel(RankCounts):
     """Pipeline schedule: 1f1b, interleaved, zbv or dualpipev. The last two give every rank two stages, and interleaved
     gives every rank two or more."""
     virtual_stages: int = number(2, least=2)
-    """interleaved: stages per rank; rank r has stages r, r + pp, r + 2 pp and so on. More stages per rank reduce idle
-    time, but more hidden states are sent."""
+    """Schedule interleaved: number of stages per rank. Rank r has the stages r, r + pp, r + 2 pp and so on. More stages
+    reduce idle time, but more hidden states are sent."""
     split: Any = "cost"
     """Number of layers of each stage: cost (equal operations per rank, including head and MTP modules), even (equal
     numbers of layers), or a list such as [1,2,2,1]. Only the first and the last number of a list may be 0."""
     overlap: bool = expert(True)
-    """dualpipev, also with pp=1: run the forward of one micro-batch together with the backward of another, so that
-    compute hides the all-to-all. false: run them one after the other."""
+    """Schedule dualpipev, also with pp=1: run the forward of one micro-batch together with the backward of another, so
+    that compute hides the all-to-all. false: run them one after the other."""
     dispatch: DispatchKind = DispatchKind[FLAT_DISPATCH]
     """All-to-all between experts: flat (one all-to-all with a row per token and expert), node_limited (a token is sent
     to each node once, and copied inside the node) or deepep (the DeepEP package, on GPUs)."""
@@ -650,8 +652,8 @@ class Checkpoint:
     """Save a checkpoint after each validation that has the lowest held-out loss so far (log.validate_every), and keep
     it; best.json names this checkpoint."""
     weights_every: int = number(0, least=0)
-    """Interval, in steps, at which a run writes its weights as a Hugging Face folder, like mode=export; its last step
-    writes a folder too. The two newest folders are kept, and NAME/weights/newest links to the newest
+    """Interval, in steps, at which a run writes its weights as a Hugging Face folder, like mode=export. A folder is
+    also written at the last step. The two newest folders are kept, and NAME/weights/newest links to the newest
     (train/docs/fine_tuning.md). A multiple of checkpoint.every; 0 for none."""
     staging_bytes: float = expert(0.0, least=0)
     """Maximum bytes of a rank's host buffer for a checkpoint. If a checkpoint is larger, it is written in parts, and
@@ -702,13 +704,14 @@ class Cluster:
     """Ray: maximum number of restarts after failures of the same kind, if no new checkpoint was written between the
     failures. Losses of different nodes count separately. After the last restart the run ends with a diagnosis."""
     standby: bool = expert(True)
-    """Ray: for each rank, keep a standby process that has completed all imports, for quick restarts (0.5 GB each)."""
+    """Ray: for each rank, keep a standby process that has completed all imports, so that restarts are quick. Each such
+    process needs 0.5 GB."""
 
 
 @dataclass
 class Rate:
-    """Rate of a kernel. A kernel takes calls x seconds + operations / flops + bytes / bandwidth. A term whose rate is 0
-    is left out."""
+    """Rate of a kernel. The time of a kernel is calls x seconds + operations / flops + bytes / bandwidth. A term whose
+    rate is 0 is left out."""
 
     seconds: float = number(0.0, least=0)
     """Seconds of each call, for any size."""
@@ -732,8 +735,8 @@ class Hardware:
     memory_bytes: float = expert(0.0, least=0)
     """Memory of one device, in bytes; 0 for its share of this machine's memory."""
     host_memory_bytes: float = expert(0.0, least=0)
-    """Host memory that devices_per_host devices share, in bytes; 0 if unknown. Plans with offloaded tensors need it,
-    and also the rates `host` (transfers between one device and the host) and `host_memory` (reads and writes of the
+    """Host memory that devices_per_host devices share, in bytes; 0 if unknown. A plan with offloaded tensors needs this
+    key and two rates: `host` (transfers between one device and the host) and `host_memory` (reads and writes of the
     host's processors for one device)."""
     devices_per_host: int = expert(0, least=0)
     """Number of devices that share host_memory_bytes; 0 for all devices of a node. For example 4 for an NVL72, in which
@@ -864,8 +867,8 @@ class Profile:
     """Profile of steps by torch's profiler: a trace for Perfetto, and a table of the ten most expensive operations (train/docs/troubleshooting.md)."""
 
     steps: list[int] = field(default_factory=list)
-    """First and last profiled step, such as [10,12]; empty for no profile. mode=dry_run profiles as many steps, after
-    its timed steps."""
+    """First and last profiled step, such as [10,12]; empty for no profile. mode=dry_run profiles the same number of
+    steps, after its timed steps."""
     ranks: list[int] = field(default_factory=lambda: [0])
     """Ranks that are profiled. mode=dry_run profiles its only rank."""
 
@@ -962,7 +965,8 @@ class Average:
     """mode=average: the mean of the weights of several checkpoints of one model (train/checkpoint/average.py)."""
 
     of: list[str] = field(default_factory=list)
-    """Checkpoint folders, or run folders, of which the newest checkpoints are used. Empty: the folder of this run."""
+    """Checkpoint folders, or run folders, of which the newest checkpoints are used. Empty: the checkpoints of this
+    run."""
     last: int = number(1, least=1)
     """Number of newest checkpoints that are used of each run folder."""
     to: str | None = None

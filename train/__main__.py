@@ -142,8 +142,8 @@ def _train(config: Config, alone: bool) -> int:
 def check_before_start(config: Config) -> None:
     """Run all checks of a start before anything is written, the quickest check first.
 
-    They find a layout that cannot run, too little disk space or memory, a checkpoint of another model, and unreadable
-    data.
+    The checks find a layout that cannot run, too little disk space or memory, a checkpoint of another model, and
+    unreadable data.
     """
     from train.checkpoint.run_folder import check_space, resume_point
     from train.checkpoint.trained_with import describe_base, refuse_mean, require_adapter, require_base, require_model

@@ -161,8 +161,8 @@ def complete(model: "LoadedModel", prompt: str, *, tokens: int = 200, **how: Any
 
 
 def _quoted(text: str) -> str:
-    """Quotes a value for Hydra's command line. The value may have any characters. A backslash is special only before a
-    quote."""
+    """Quotes a value for Hydra's command line. The value may contain any character. In a quoted value, a backslash is
+    special only before a quote."""
     return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), text) + '"'
 
 

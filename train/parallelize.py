@@ -217,7 +217,7 @@ def build_chunks(
             dtype=dtype,
             device="meta"
             if hollow or in_blocks
-            else device,  # the weights must not be in memory in addition to their blocks
+            else device,  # otherwise memory would hold the weights in addition to their FP8 blocks
         )
         if in_blocks:
             hold_in_blocks(chunk)

@@ -83,7 +83,8 @@ def environment_of_children() -> dict[str, str]:
 
 
 def typed_command() -> list[str] | None:
-    """Returns the command with which the user started the program; None if another program, such as torchrun, did."""
+    """Returns the command with which the user started the program; None if another program, such as torchrun, started
+    it."""
     started = Path(sys.argv[0]).name
     if started == COMMAND:
         return [COMMAND]

@@ -83,7 +83,7 @@ def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> in
             return _report(error, place, failures)
         if place.rank == 0:  # nothing else tells the user, if all ranks stop in this way
             say("stopped before the first step; the same command resumes", file=sys.stderr)
-        with suppress(OSError):  # if only this rank got the signal, the other ranks fail, and this is the reason
+        with suppress(OSError):  # the reason why the other ranks fail, if only this rank got the signal
             words = "this rank alone received a stop signal, before it completed a step"
             Failure(place.rank, uptime(), "stopped", words, EXIT_STOPPED).write(failures)
         return EXIT_STOPPED

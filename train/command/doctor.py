@@ -107,7 +107,7 @@ def requirements() -> list[str]:
 
 
 def _device(config: Config) -> Iterator[DoctorLine]:
-    """The device that a run would use, and the state of FP8 if the recipe needs it."""
+    """Yields lines about the device that a run would use, and about FP8."""
     import torch
 
     from train.kernels.device import idle_gpu, sees_gpu
@@ -147,7 +147,7 @@ def _device(config: Config) -> Iterator[DoctorLine]:
 
 
 def _cpu() -> Iterator[DoctorLine]:
-    """A line about the CPU, and whether the compiled code for a step can be built."""
+    """Yields a line about the CPU, and a line about the compiled code."""
     from train.kernels.cpu.cpp_build import compiler_name, cpu_features, has_avx2
     from train.kernels.cpu.libraries import LIBRARY_NAMES, library, source
 

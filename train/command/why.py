@@ -83,8 +83,8 @@ def _tell(folder: Path) -> None:
 
 
 def alive_traces(logs: Path) -> dict[int, RankTrace]:
-    """Returns the traces of all ranks of the run, including ranks that have ended. The result is empty unless at least one
-    rank is alive on this machine."""
+    """Returns the traces of all ranks of the run, including ranks that have ended. The result is empty unless at
+    least one rank is alive on this machine."""
     traces = read_traces(logs)
     return traces if living_ranks(logs, traces) else {}
 

@@ -37,7 +37,8 @@ def encode_record(record: Record) -> bytes:
 def _plain(value: Any) -> Any:
     """Converts numpy and torch numbers in a value to Python numbers.
 
-    They are rounded to 7 significant digits, the precision of fp32.
+    Floating-point numbers below 1e8 are rounded to 7 significant digits, the precision of fp32. Non-finite
+    numbers become None.
     """
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -145,7 +146,8 @@ def read_heads_with_loads(path: Path) -> Iterator[tuple[Record, bool]]:
 
 
 def read_last_lines(file: Path) -> list[Record]:
-    """Returns the records of the complete lines at the end of metrics.jsonl, oldest first; empty without a file."""
+    """Returns the records of the complete lines in the last TAIL bytes of metrics.jsonl, oldest first; empty without a
+    file."""
     return [record for line in read_tail(file, TAIL).splitlines() for record in _parse(line)]
 
 

@@ -1,8 +1,8 @@
 """Splits the wall time of a run, over all its starts, into parts that add up to the total.
 
 For a run with a driver of cluster=ray, most parts come from the driver's events (cluster/driver/time_split.py). For
-other runs, starts.json gives the time of each start, and metrics.jsonl gives the time of each step. Three parts are
-waits within the training time, which always come from metrics.jsonl:
+other runs, starts.json gives the time of each start, and metrics.jsonl gives the time of each step. For every run,
+metrics.jsonl also gives three parts that are subtracted from the training time:
 
     data        waiting for data
     stall       waiting for a checkpoint, on disk or in memory
@@ -48,8 +48,8 @@ TimeSpan = tuple[float, float]
 class WallTime:
     """The split of a run's wall time.
 
-    seconds_in: seconds of each part in PART_WORDS. effective: fraction of the wall time in which the run trained. If
-    only some of the requested ranks were running, the time counts by the fraction of these ranks.
+    seconds_in: seconds of each part in PART_WORDS. effective: fraction of the wall time in which the run trained. Time
+    in which only some of the requested ranks ran is multiplied by the fraction of these ranks.
     """
 
     seconds_in: dict[str, float]
@@ -169,7 +169,7 @@ def _number(head: Record, name: str) -> float:
 # The split for a cluster run comes from the events that its driver writes (cluster/driver/journal.py).
 
 EVENT_ROWS = 200
-"""Maximum number of events in the report. It shows the newest events."""
+"""Maximum number of events that the report shows. The newest events are shown."""
 ROUTINE = {"checkpoint"}
 """Kinds of events that the report omits."""
 
