@@ -1,1 +1,1 @@
-"""Runs one rank of a job alone on the present device, and compares it with its plan."""
+"""Runs one rank of a job alone on this device, and compares the measurements with the plan."""

@@ -1,9 +1,10 @@
 """Computes how many rows the absent ranks would send to this rank's experts, from dry_run.routing.
 
-balanced      as many rows as every other rank gets, and as many for each of this rank's experts
-skewed        1.5 times as many; the number falls linearly from the rank's first expert to its last
-a folder      the folder of an earlier run: the rows that these experts got in its last recorded load, as a mean
-              over the layers
+balanced      Every rank receives the same number of rows, and so does every expert of this rank.
+skewed        This rank receives 1.5 times the balanced number. The number of rows falls linearly from the rank's first
+              expert to its last expert.
+a folder      The folder of an earlier run. The experts receive the same fraction of rows as in the last step of this
+              run for which the loads of experts were recorded, as a mean over the layers.
 """
 
 from dataclasses import replace
@@ -19,7 +20,7 @@ SKEW = 1.5
 
 
 def group_of(config: Config) -> Group:
-    """The expert-parallel group of the recipe's layout."""
+    """Returns the expert-parallel group of the recipe's layout."""
     model, parallel = config.model, config.parallel
     return Group(
         parallel.ep,
@@ -32,8 +33,11 @@ def group_of(config: Config) -> Group:
 
 
 def load_of(config: Config, rank: int) -> Load:
-    """Returns the load that dry_run.routing describes. Raises UserError if the load was recorded in a run of another
-    model, or if no other rank exists that could send rows."""
+    """Returns the number of rows that dry_run.routing assumes for each of this rank's experts.
+
+    Raises UserError if dry_run.routing is the folder of a run without recorded loads, or of a run with another number
+    of experts. Also raises it if parallel.ep is 1 and routing is not balanced, because no other rank could send rows.
+    """
     group, routing = group_of(config), config.dry_run.routing
     if routing == "balanced":
         return Load.even(group)

@@ -1,4 +1,4 @@
-"""Compares the results of a dry run with its plan. Writes dry_run.json and shows a screen."""
+"""Compares the measurements of a dry run with its plan, for dry_run.json and for the terminal."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ ACTION_NAMES = {
     "FB": "overlapped pair",
 }
 REST = "other tensors at the peak"
-"""Name of the rest of the peak: gradients that exist then, activations and workspace."""
+"""Label of those bytes at the peak that are not permanent state: activations, workspace, and existing gradients."""
 
 
 @dataclass(frozen=True)
 class ComparedFigure:
-    """A measured figure and the planned one. A figure is None if it was not measured or not planned."""
+    """A measured number and the planned number. Each is None if it is unknown."""
 
     measured: float | None
     planned: float | None = None
@@ -62,32 +62,33 @@ class Findings:
     host_phases: dict[str, ComparedFigure]
     """Peaks of host memory by phase; empty on a CPU."""
     items: dict[str, ComparedFigure]
-    """Bytes of weights, master weights and moments; gradients at the end of the schedule; and `rest`: the peak without
-    weights, master weights and moments."""
+    """Bytes of weights, of master weights, of moments, and of gradients when all passes have ended. `rest` is the peak
+    minus weights, master weights and moments."""
     actions: dict[str, ComparedFigure]
-    """Seconds of one action, by kind. This is the mean over the actions of the median step."""
+    """Mean seconds of one action, by kind of action. The measured number is the median over the timed steps."""
     counts: dict[str, int]
     """Number of actions in a step, by kind."""
     steps: dict[str, ComparedFigure]
-    """Median seconds of a step, and of each of its phases."""
+    """Seconds of a step, and of each phase of a step. The measured numbers are medians over the timed steps."""
     skipped: int
     """Number of timed steps that did not update the weights."""
     unsaved: str
-    """The reason if the dry run saved nothing."""
+    """Why the dry run saved no files; empty if it saved them."""
     job_peak: int
-    """Planned peak of the complete rank on the job's hardware."""
+    """Planned peak bytes of the rank in the job, with all of its layers and at full width."""
     job_room: int | None
-    """Planned free memory after that peak and the reserve; None without a hardware description."""
+    """Bytes of the job's device that are free at `job_peak`, after the reserve; None without a hardware description."""
     job_step: float | None
-    """Planned seconds of the job's step; None if its hardware has no rates."""
+    """Planned seconds of the job's step; None if the job's hardware has no rates."""
     job_step_again: float | None
-    """Seconds of the job's step, corrected by the measured times. None if these times do not apply to the job."""
+    """Seconds of the job's step, corrected by the measured times; None if the measured times do not apply to the
+    job."""
     reason: str
-    """Why `job_step` or `job_step_again` is missing."""
+    """Why `job_step` or `job_step_again` is None; empty if both have a value."""
 
 
 def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch.device) -> Findings:
-    """Combine the measurements with the plans."""
+    """Returns the measurements together with the planned numbers. times: the planned times."""
     job, part = piece.job, times.piece
     here = phases(piece.config, piece.pp_rank, piece.rank % job.parallel.stage_ranks, piece.scene, piece.layers)
     job_peak = rank_memory(job, piece.pp_rank, scene_of(job, piece.load)).peak_bytes
@@ -127,12 +128,11 @@ def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch
 
 
 def _items(piece: DryRunPiece, measured: MeasuredRank, planned_peak: int) -> dict[str, ComparedFigure]:
-    """Returns the memory of the rank's permanent state, the memory of its gradients, and the rest of the memory
-    peak."""
+    """Returns the field `items` of `Findings`."""
     plan = rank_memory(piece.config, piece.pp_rank, piece.scene, piece.layers).items
     state = ("weights", "master", "moments")
     items = {name: ComparedFigure(measured.items[name], plan.get(name, 0)) for name in state}
-    if piece.config.parallel.zero == 1:  # at ZeRO 2 and 3, no complete gradients are left
+    if piece.config.parallel.zero == 1:  # at ZeRO 2 and 3, complete gradients no longer exist at that time
         chunks = list(chunk_parts(piece.config, piece.layers)[piece.pp_rank].values())
         gradients = FP32_BYTES * sum(w.elements for w in rank_weights(piece.config, chunks) if w.is_trained)
         items["gradients"] = ComparedFigure(measured.items["gradients"], gradients)
@@ -148,7 +148,7 @@ def _planned_phase(part: ExpectedTimes | None, name: str) -> float | None:
 
 
 def record(found: Findings) -> dict[str, Any]:
-    """The content of dry_run.json. Sizes are in bytes, and times in seconds."""
+    """Returns the content of dry_run.json. Sizes are in bytes, and times in seconds."""
     piece = found.piece
     stages = {str(stage): [piece.layers[stage].start, piece.layers[stage].stop] for stage in piece.stages}
     return {
@@ -181,7 +181,7 @@ def record(found: Findings) -> dict[str, Any]:
 
 
 def dry_run_screen(found: Findings, folder: Path, console: Console | None = None) -> None:
-    """Shows the results on one screen: the tested part of the job, memory, times, and the whole job."""
+    """Prints the results on the terminal: the part of the job that ran, its memory, its times, and the complete job."""
     piece = found.piece
     rows = [("Ran", _what_ran(found))]
     if piece.left_out:
@@ -255,7 +255,7 @@ def _times(found: Findings) -> dict[str, ComparedFigure]:
 
 
 def _size(value: float) -> str:
-    """Returns a size in GiB. Sizes below one GiB are in MiB with three digits."""
+    """Returns text for a number of bytes: in GiB, or below one GiB in MiB with three digits."""
     return gib(value) if value >= 2**30 else f"{value / 2**20:.3g} MiB"
 
 

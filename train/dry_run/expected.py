@@ -1,10 +1,12 @@
 """Plans the seconds of a rank that runs alone, and corrects the planned step of the job by the measured times.
 
-A lone rank sends nothing, so its exchanges, sends, reductions and gathers take no time. To plan the lone rank, the
-planner assumes links on which transfers take no time. To correct the planned step of the job, it uses the real links:
+A rank that runs alone sends nothing. So the plan for this rank assumes that all transfers take no time. The plan of the
+job's step uses the real links, and is then corrected:
 
-    every action    its planned time with transfers; its planned computing time is scaled by measured / planned, by kind
-    the update      its planned time; reduction and update on the rank are scaled by measured / planned
+    actions     The planned computing time of each action is multiplied by measured / planned time of this kind of
+                action. The planned time of transfers is not changed.
+    update      The planned time of the rank's reduction and update, without transfers, is multiplied by measured /
+                planned time.
 """
 
 from collections import defaultdict
@@ -28,36 +30,36 @@ from train.plan.time.update import UpdateTime, count_weights, update_time
 
 @dataclass(frozen=True)
 class ExpectedTimes:
-    """Planned seconds of the piece that the lone rank runs."""
+    """Planned times of a rank that runs alone, in seconds."""
 
     stages: Stages
     actions: Mapping[str, float]
-    """Seconds of all actions of one kind in a step of this rank."""
+    """Total seconds of the rank's actions in a step, by kind of action."""
     update: UpdateTime
 
     @property
     def schedule(self) -> float:
-        """Seconds of all actions in sequence."""
+        """Seconds of all actions of a step, one after another."""
         return sum(self.actions.values())
 
 
 @dataclass(frozen=True)
 class Times:
-    """The planned times that could be computed."""
+    """The planned times of a dry run and of the job; None for times that the planner cannot compute."""
 
     job: StepTime | None
-    """The planned time of the job on its own hardware; None without rates."""
+    """The time of the job's step on the job's hardware; None if no rates are known."""
     piece: ExpectedTimes | None
-    """The planned times of the piece that runs; None if the rates are of another device."""
+    """The times of the piece that the dry run runs; None if the rates are for another device."""
     whole: ExpectedTimes | None
-    """The planned times of this rank in the job, at full width and with all its layers."""
+    """The times of the rank alone with all of its layers and at full width, as in the job; None if the dry run divides
+    the widths, or if the rates are for another device."""
     reason: str
-    """Reason why one of these times is missing."""
+    """Why one of these times is None; empty if all have a value."""
 
 
 def expect(piece: DryRunPiece, device: torch.device) -> Times:
-    """Plan the times. Times without a rate and times that the planner does not support are left out. Raises UserError
-    for a calibration that cannot be used."""
+    """Plan the times of a dry run and of the job. Raises UserError if the recipe's calibration cannot be used."""
     job = piece.job
     if not job.hardware.rates and job.plan.calibration is None:
         return Times(
@@ -82,7 +84,8 @@ def expect(piece: DryRunPiece, device: torch.device) -> Times:
 def plan_again(times: Times, measured: Mapping[str, float], update: float) -> float:
     """Returns the seconds of the job's step, corrected by the measured times.
 
-    measured: seconds of the piece per step, by kind of action. update: seconds of its reduction and update together.
+    measured: the measured total seconds of actions in a step, by kind of action. update: the measured seconds of
+    reduction and update together.
     """
     assert times.job is not None and times.piece is not None and times.whole is not None
     job, whole = times.job, times.whole
@@ -103,8 +106,8 @@ def _is_here(job: Config, device: torch.device) -> bool:
 
 
 def _with_load(config: Config, piece: DryRunPiece) -> Config:
-    """Returns the recipe with plan.imbalance set to this rank's number of expert rows divided by the mean over all
-    ranks."""
+    """Returns the recipe with plan.imbalance set for this rank: the number of rows that its experts receive, divided by
+    the mean over all ranks."""
     imbalance = sum(piece.load.per_token_L) / piece.job.model.top_k
     return replace(config, plan=replace(config.plan, imbalance=imbalance))
 

@@ -1,9 +1,8 @@
-"""Runs one rank without the other ranks. It uses the trainer's own parts, on torch's fake process group, which moves no
-data.
+"""Runs one rank of a job without the other ranks. torch's fake process group replaces the real one, and moves no data.
 
-Model, schedule, optimizer and DeepSpeed are the same as in a run. Stand-in stages create the tensors that neighbours
-would send. A stand-in dispatcher replaces the all-to-all, and returns as many rows as `Load` defines. These tensors and
-rows have arbitrary values, so the losses have no meaning.
+Model, schedule, optimizer and DeepSpeed are the same as in a run. Stand-in stages create the tensors that other
+pipeline ranks would send. A stand-in dispatcher replaces the all-to-all, and returns as many rows as `Load` defines.
+These tensors and rows have arbitrary values, so the losses have no meaning.
 """
 
 import warnings
@@ -42,19 +41,19 @@ class MeasuredRank:
     """Measurements of a rank, in bytes and seconds."""
 
     phases: dict[str, PhaseBytes] = field(default_factory=dict)
-    """Memory peaks of the measured phases (the names of `train.plan.memory.rank_memory.phases`)."""
+    """Memory peaks by phase. The phases have the names of `train.plan.memory.rank_memory.phases`."""
     unsaved: str = ""
-    """The reason if the dry run saved nothing."""
+    """Why the dry run saved no files; empty if it saved them."""
     items: dict[str, int] = field(default_factory=dict)
-    """Bytes of weights, master weights, moments, and of the gradients at the end of the schedule."""
+    """Bytes of weights, of master weights, of moments, and of gradients when all passes have ended."""
     actions: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Seconds of all actions of one kind together, in every timed step."""
+    """Total seconds of all actions of one kind, by kind. Each list has one entry per timed step."""
     counts: Counter[str] = field(default_factory=Counter)
     """Number of actions in a step, by kind."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Seconds in every timed step, by phase. The entry `step` has the seconds of the complete step."""
+    """Seconds by phase of a step. Each list has one entry per timed step. The phase `step` is the complete step."""
     skipped: int = 0
-    """Number of timed steps without an update, because gradients were not finite."""
+    """Number of timed steps that did not update the weights, because gradients were not finite."""
 
     @property
     def peak(self) -> int:
@@ -62,9 +61,11 @@ class MeasuredRank:
 
 
 def run_alone(piece: DryRunPiece, device: torch.device, folder: Path | None = None) -> MeasuredRank:
-    """Run a warm-up step, a step that measures memory, and the timed steps. Then run every other phase of a run once.
+    """Run the rank alone through all phases of a run, and measure it. Raises UserError if the device's memory runs out.
 
-    folder: folder for temporary files; None: the system's folder. Raises UserError if the device's memory runs out.
+    The rank starts and runs a warm-up step. Then it runs, with measured memory, the work outside of steps and one step.
+    The timed steps follow. Last, the rank is started again from its saved files. folder: folder for temporary files;
+    None: the system's folder.
     """
     config = piece.config
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
@@ -75,7 +76,7 @@ def run_alone(piece: DryRunPiece, device: torch.device, folder: Path | None = No
         if layout.ep > 1:
             wire = build_wire(config.parallel.wire, config.precision.fp8 is not None)
             dispatcher = build_stand_in(config.parallel.dispatch, group_of(config), wire, piece.load)
-        mesh, (kernels, _) = build_mesh(layout), choose_kernels(config, device)  # the kernels of a run
+        mesh, (kernels, _) = build_mesh(layout), choose_kernels(config, device)  # a run uses the same kernels
         share = LoneContext(layout.cp, mesh.cp_rank) if layout.cp > 1 else None
         rank, more = RankSetup(device, mesh), {"dispatcher": dispatcher, "layers": piece.layers, "share": share}
 
@@ -133,12 +134,12 @@ def _train(config: Config, life: RunPhases, rank: RankSetup, number: int) -> Mea
         run(step, measured)
     if config.profile.steps:
         _watch(config, parts, rank, number)
-    parts.zero.engine.destroy()  # its hooks would keep all objects alive while a sweep goes on
+    parts.zero.engine.destroy()  # otherwise its hooks would keep all objects alive while a sweep runs its next job
     return measured
 
 
 def _watch(config: Config, parts: ParallelModel, rank: RankSetup, number: int) -> None:
-    """After the timed steps, run the steps of profile.steps under the profiler."""
+    """Run the steps with the numbers of profile.steps under the profiler, after the timed steps."""
     watched = replace(config, profile=replace(config.profile, ranks=[number]))
     timed, (first, last) = TimedStep(config, parts, rank), config.profile.steps
     with closing(StepProfiler(watched, number, parts)) as profiler:
@@ -149,7 +150,7 @@ def _watch(config: Config, parts: ParallelModel, rank: RankSetup, number: int) -
 
 
 def _items(parts: ParallelModel) -> dict[str, int]:
-    """Bytes of the rank's state, by item."""
+    """Returns the bytes of the rank's weights, master weights, moments and gradients."""
     shards = parts.zero.shards(copies=True)
     return {
         "weights": _bytes(parts.zero.weights()),
@@ -160,6 +161,6 @@ def _items(parts: ParallelModel) -> dict[str, int]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' storages. Each storage counts once."""
+    """Returns the bytes of the tensors' storages. A storage that several tensors share counts once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -1,10 +1,10 @@
 """Chooses the part of a job that a dry run runs: which rank, and how far the rank must be reduced to fit the device.
 
-A rank can be reduced in two ways. With fewer layers, a chunk has fewer blocks, but each has its full width. With less
-width, one number divides the hidden width, heads, latents, FFNs, vocabulary and sequence. The number of experts, the
+A rank can be reduced in two ways. First, layers can be left out; the remaining layers have their full width. Second,
+one number can divide the hidden width, heads, latents, FFNs, vocabulary and sequence length. The number of experts, the
 layout and the schedule do not change. On a GPU, layers are left out first, because the remaining layers do the same
-work as in the job. A CPU would need hours at full width, so it uses the smallest divisor with which a step takes
-seconds.
+work as in the job. A CPU would need hours for a step at full width. So on a CPU, the program uses the smallest divisor
+with which a step takes seconds.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from train.plan.memory.rank_memory import plan_memory, rank_memory, scene_of
 from train.plan.reserve import fragmentation
 
 CPU_WORK = 4e11
-"""Operations that a CPU can do in some ten seconds. A step on a CPU should not need more."""
+"""Maximum number of operations in a step on a CPU. A CPU needs some ten seconds for them."""
 MOST_SHRINK = 256
 
 
@@ -37,13 +37,13 @@ class DryRunPiece:
     """The recipe for this device, with widths divided by `shrink`."""
     rank: int
     layers: list[range]
-    """Layers of every stage of the job. Layers of this rank may be left out."""
+    """Layers of every stage of the job. For the stages of this rank, only the layers that run are listed."""
     load: Load
     shrink: int
     left_out: int
     """Number of this rank's layers that do not run."""
     needed: int
-    """Planned peak in bytes, if all layers of the rank ran."""
+    """Planned peak in bytes if all layers of the rank ran, at the widths of `config`."""
     room: int
     """Available memory of the device, in bytes."""
 
@@ -57,18 +57,18 @@ class DryRunPiece:
 
     @property
     def whole(self) -> bool:
-        """Whether the rank runs exactly as in the job."""
+        """Whether the rank runs with all layers and at full width."""
         return self.shrink == 1 and self.left_out == 0
 
     @property
     def scene(self) -> Scene:
-        """The planner's scene of this piece. Its dispatchers send nothing."""
+        """The planner's settings for this piece. They assume that the rank sends nothing."""
         return _alone(self.config, self.load)
 
 
 def choose_rank(config: Config) -> int:
-    """Returns the rank that the recipe selects. If the recipe selects a pipeline position, returns the first rank at
-    that position."""
+    """Returns the rank of dry_run.rank. For `worst`, returns the first rank at the pipeline position with the highest
+    planned peak."""
     if config.dry_run.rank != "worst":
         return int(config.dry_run.rank)
     fullest = max(plan_memory(config), key=lambda rank: rank.peak_bytes)
@@ -76,7 +76,8 @@ def choose_rank(config: Config) -> int:
 
 
 def choose_piece(config: Config, rank: int, load: Load, device: torch.device) -> DryRunPiece:
-    """Returns the largest part of the rank that fits the device. Raises UserError if no part fits."""
+    """Returns the largest piece of a rank that fits the device. load: number of rows that the rank's experts receive.
+    Raises UserError if no piece fits."""
     here, room, wanted = for_device(config, device), free_memory(device), config.dry_run.shrink
     factor = wanted or 1
     while factor <= MOST_SHRINK:
@@ -96,13 +97,14 @@ def choose_piece(config: Config, rank: int, load: Load, device: torch.device) ->
 
 
 def for_device(config: Config, device: torch.device) -> Config:
-    """The recipe for this device. It keeps the job's number of ranks per node."""
+    """Returns the recipe changed for this device, with the job's number of ranks per node."""
     cluster = replace(config.cluster, device=DeviceKind(device.type), ranks_per_node=layout_of(config).ranks_per_node)
     return replace(config, hardware=Hardware(), cluster=cluster)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a dry run may use. On a GPU, this excludes the existing CUDA context, and gaps between tensors."""
+    """Returns the bytes that a dry run may use. On a GPU, they exclude the existing CUDA context, and gaps between
+    tensors. On a CPU, they are half of the available memory."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free - fragmentation(total)
@@ -110,8 +112,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def shrunk(config: Config, factor: int) -> Config:
-    """Returns the recipe with widths, vocabulary and sequence divided by `factor`, but not below a model's minimum
-    sizes."""
+    """Returns the recipe with widths, vocabulary and sequence length divided by `factor`. The results are not smaller
+    than some minimum sizes."""
     if factor == 1:
         return config
 
@@ -137,8 +139,8 @@ def shrunk(config: Config, factor: int) -> Config:
 
 
 def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: int) -> DryRunPiece | None:
-    """Returns the rank with as many of its layers as fit. Returns None if even the smallest number of layers does not
-    fit."""
+    """Returns the piece with as many layers of the rank as fit. Returns None if not even the smallest number of layers
+    fits. job: the recipe as given. config: the recipe with divided widths. room: available bytes."""
     pp_rank, scene = rank // job.parallel.stage_ranks, _alone(config, load)
     placement = job.parallel.placement
     layers, stages = stage_layers(job), placement[pp_rank]
@@ -162,7 +164,7 @@ def _alone(config: Config, load: Load) -> Scene:
 
 
 def _work(job: Config, config: Config, rank: int) -> float:
-    """Operations of one step of this rank with all its layers, at the widths of `config`."""
+    """Returns the number of operations in a step of this rank, with all layers and at the widths of `config`."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
     placement, layers = parallel.placement, stage_layers(job)
     stages = placement[rank // parallel.stage_ranks]

@@ -1,5 +1,7 @@
-"""mode=dry_run: chooses a rank and the part of it that fits the device, runs it alone, and compares it with the
-plan."""
+"""mode=dry_run: runs one rank of a job alone on this device, and compares the measurements with the plan.
+
+If the device is too small for the rank, only a part of the rank runs.
+"""
 
 import json
 from pathlib import Path
@@ -39,7 +41,8 @@ def dry_run(config: Config) -> int:
 
 
 def _choose_device(config: Config) -> torch.device:
-    """Returns the device that a run of one rank would use. A CPU gets the number of threads of its calibration."""
+    """Returns the device that a run of one rank would use. If this is a CPU and the recipe names a calibration, torch
+    is set to the calibration's number of threads."""
     device = choose_device(config, Place())
     if device.type == "cpu" and config.plan.calibration is not None and not config.cluster.threads:
         torch.set_num_threads(read_calibration(config.plan.calibration)["threads"])

@@ -1,8 +1,8 @@
-"""Measures the memory of one rank in all phases of a run: its start, a step, other work, and restarts from its files.
+"""Measures the memory of one rank in all phases of a run: its start, a step, work outside of steps, and restarts.
 
-Other work is saving to disk, copying to memory, exporting, averaging the weights, and validation. Each phase runs the
-code of a real run. In a dry run, the rank is alone. So it writes files like a job with one rank. In these files, each
-shard of the rank is stored as a complete tensor.
+The work outside of steps is saving to disk, copying to memory, exporting, averaging the weights, and validation. Each
+phase runs the code of a real run. In a dry run, the rank is alone. So it writes checkpoints as if the job had only this
+rank, and stores each of its shards as a complete tensor.
 """
 
 import gc
@@ -34,13 +34,13 @@ from train.plan.memory.rank_memory import HELD_COPIES
 from train.rank_parts import ParallelModel, RankSetup
 
 TOKEN = "of a dry run"
-"""The token that a rank sends to the stores that hold its copies."""
+"""Secret that a rank sends to the stores of in-memory copies."""
 NOTHING_BEFORE = PhaseBytes(0, 0)
 
 
 class RunPhases(ExitStack):
-    """Runs one rank through the phases of a run, and measures its memory `peaks`. When the context ends, the stores of
-    its files are closed."""
+    """Runs one rank through the phases of a run, and measures the memory peak of each phase (`peaks`). It is a context
+    manager; when the context ends, the stores of in-memory copies are closed."""
 
     def __init__(
         self,
@@ -51,10 +51,10 @@ class RunPhases(ExitStack):
         *,
         is_alone: bool,
     ):
-        """folder: folder for the files of all ranks. build: a function that builds the rank's model. Its argument is
-        True if the weights need not be initialised at random.
+        """folder: folder for the files of all ranks. build: a function that builds the rank's model. Its argument says
+        whether the weights will be loaded; if so, they are not initialised at random.
 
-        is_alone: whether other ranks, or some layers, are absent.
+        is_alone: whether other ranks of the job, or some layers of this rank, are absent.
         """
         super().__init__()
         self._config, self._rank, self._is_alone = replace(config, runs=str(folder)), rank, is_alone
@@ -66,14 +66,15 @@ class RunPhases(ExitStack):
         self._nodes: list[Path] = []
         self._averages: list[AveragedWeights] = []
         self._held: tuple[object, ...] = ()
-        """Keeps the buffers of saves alive, as in a run."""
+        """References that keep the buffers of saves alive, as in a run."""
         self.peaks: dict[str, PhaseBytes] = {}
+        """Memory peak of each phase so far."""
         self.unsaved = ""
-        """The reason if nothing was saved."""
+        """Why no files were saved; empty if they were saved."""
 
     def begin(self, phase: str, fill: Callable[[RunState], None] | None = None) -> tuple[ParallelModel, RunState]:
-        """Start the rank. fill: a function that loads the weights from a source; None: the weights are initialised from
-        the seed."""
+        """Start the rank, and measure the memory of this phase. fill: a function that loads the weights into the state;
+        None: the weights are initialised from the seed."""
         with self.meter() as meter:
             # DeepSpeed's caches hold tensors of an earlier engine, which a real run does not have.
             before = meter.mark_both()
@@ -89,20 +90,21 @@ class RunPhases(ExitStack):
         return PeakMeter(self._rank.device, counts_host=True)
 
     def mark(self, phase: str, meter: PeakMeter, before: PhaseBytes = NOTHING_BEFORE) -> None:
-        """Record the peaks of the phase that ends now, minus `before`."""
+        """Record the memory peaks of the phase that ends now. before: bytes to subtract from the peaks."""
         device, host = (most - there for most, there in zip(meter.mark_both(), before, strict=True))
         copied = sum(map(folder_bytes, self._nodes))  # these files are in the memory of nodes
         on_cpu = self._rank.device.type == "cpu"
         self.peaks[phase] = PhaseBytes(device + copied * on_cpu, host + copied * (not on_cpu))
 
     def go_on(self, parts: ParallelModel, state: RunState, tokens_BS: Tensor, meter: PeakMeter) -> None:
-        """Run each kind of work that a run does outside of its steps, once. As in a run, the buffers of this work are
-        kept. `begin_again` frees these buffers."""
+        """Run each kind of work outside of steps once, and measure its memory. As in a run, the buffers of this work
+        stay allocated; `begin_again` frees them."""
         for phase in self._do(parts, state, tokens_BS[: self._config.micro_batch_size]):
             self.mark(phase, meter)
 
     def begin_again(self) -> None:
-        """Measure restarts. The memory of the previous start is freed, so only the run's files are left."""
+        """Start the rank again from its checkpoint and from its exported weights, and measure the memory of both
+        starts. Before each start, the memory of the previous start is freed."""
         self._held = ()
         for phase, fill, source in (
             ("resume", self._resume, self._paths.checkpoints),
@@ -115,10 +117,10 @@ class RunPhases(ExitStack):
             parts = self.begin(phase, fill)[0]
             parts.zero.engine.destroy()
             del parts
-            self._nodes = []  # a new run finds no copies in memory
+            self._nodes = []  # a new run (init_from) has no in-memory copies yet
 
     def _do(self, parts: ParallelModel, state: RunState, tokens_BS: Tensor) -> Iterator[str]:
-        """Run each phase, then yield its name."""
+        """Runs one phase after the other, and yields the name of each phase after it has run."""
         yield from self._save(state)
         for average in self._averages:
             average.ema.update()
@@ -179,7 +181,8 @@ class RunPhases(ExitStack):
         )
 
     def _open_copies(self) -> MemoryCopies | None:
-        """Open two stores for copies in memory: one for this rank's node, and one for the next node."""
+        """Open two stores of in-memory copies: one for this rank's node, and one for the next node. Returns None if the
+        recipe has no in-memory copies."""
         if not self._config.checkpoint.every_memory:
             return None
         self._nodes = [self._folder / f"node_{self._number}_{place}" for place in range(2)]

@@ -1,5 +1,5 @@
-"""Writes plan.html: the plan on one page that needs no network. Shows every rank's memory, the time by kind of work,
-and the pipeline's step."""
+"""Writes plan.html, a page that shows a plan and needs no network. The page shows every rank's memory, the time by kind
+of work, and the pipeline's step."""
 
 import html
 import json
@@ -39,7 +39,7 @@ BAR_COLOURS = (BLUE, SKY, GREEN, "#93D9C3", ORANGE, "#E69F00", PURPLE, "#7A8B1C"
 
 
 def write_page(path: Path, plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> None:
-    """Write the page atomically. record: the content of plan.json."""
+    """Write the page atomically. split: a faster split of layers, if there is one. record: the content of plan.json."""
     atomic_write_text(path, "\n".join(_parts(plan, split, record)))
 
 
@@ -185,7 +185,7 @@ def _phases(plan: RunPlan) -> str:
 
 
 def _stages(record: dict[str, Any]) -> str:
-    """A table of the stages. Equal stages next to each other share a row."""
+    """Returns a table of the stages. Consecutive stages with equal values share a row."""
     rows = []
     for (layers, *times), group in groupby(record["stages"], key=_shown):
         alike = list(group)
@@ -225,7 +225,7 @@ def memory_figure(plan: RunPlan) -> Figure | None:
 
 
 def host_figure(plan: RunPlan) -> Figure | None:
-    """Returns a figure with a bar of host memory per pipeline rank; None if no rank uses any."""
+    """Returns a figure with a bar of host memory for each pipeline rank; None if no rank uses host memory."""
     if not plan.host_bytes:
         return None
     caption = "The peak of each rank's tensors in the memory of its host. The line is a rank's equal share of the memory that a host has for tensors."
@@ -317,8 +317,8 @@ def traffic_figure(record: dict[str, Any]) -> Figure | None:
 
 
 def time_figure(plan: RunPlan) -> Figure | None:
-    """Returns a figure of the seconds of a step on an average rank. It shows the time of each action, divided by kind
-    of work."""
+    """Returns a figure of the seconds of a step, as means over the ranks of a pipeline. Some bars show the time by kind
+    of action; other bars show the computing time by kind of work."""
     step = plan.step
     names = {"F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of weights", "FB": "pairs"}
     actions = [(names[kind], value) for kind, value in step.action_seconds.items()]
@@ -344,7 +344,7 @@ def time_figure(plan: RunPlan) -> Figure | None:
 
 
 def step_figure(plan: RunPlan) -> Figure | None:
-    """The planned step of the pipeline. The drawing is the same as for a measured step in the report."""
+    """Returns a figure of the planned step of the pipeline. The report draws a measured step in the same way."""
     step = plan.step
     actions = []
     for pp_rank, (line, starts) in enumerate(zip(step.actions, step.simulation.starts, strict=True)):

@@ -1,6 +1,6 @@
-"""Contents of a plan: plan.json for programs, and the sentences that both the terminal and the page show.
+"""Converts a plan to the content of plan.json, and to the sentences that both the terminal and plan.html show.
 
-The names of plan.json's fields contain their units. train/docs/plan.md describes each field.
+The names of the fields in plan.json contain the units. train/docs/plan.md describes each field.
 """
 
 from collections.abc import Sequence
@@ -128,7 +128,7 @@ OWN_CODE_PLANNED = {
 
 
 def own_code_words(config: Config) -> dict[str, str]:
-    """How the plan covers each part of the user's own code, by configuration key."""
+    """Returns text about how the plan counts each piece of the user's code, by configuration key."""
     return {f"{key} ({target})": OWN_CODE_PLANNED[key.partition("[")[0]] for key, target in targets_of(config).items()}
 
 
@@ -146,7 +146,7 @@ def _stage(stages: Stages, stage: int) -> dict[str, Any]:
 
 
 def verdict(plan: RunPlan) -> str:
-    """Whether the plan fits, by how much, and which rank decides."""
+    """Returns text about whether the run fits, how much memory is free or missing, and on which rank."""
     rank, memory = f"pipeline rank {plan.fullest.pp_rank}", gib(plan.memory_bytes)
     if plan.fits:
         return f"{plan.verdict}, with {room_words(plan.room_bytes, plan.memory_bytes)} of {memory} on {rank}"
@@ -156,8 +156,8 @@ def verdict(plan: RunPlan) -> str:
 
 
 def _lacking_beside(plan: RunPlan) -> str:
-    """Returns text about what is too small although the plan fits on its devices: host memory, space for in-memory
-    copies, or disk space."""
+    """Returns text about what is too small: host memory, the folder of in-memory copies, or the disk. It is called if
+    the run's tensors fit on the devices, but the plan does not fit."""
     config = plan.config
     if over := copies_lacking(config, plan.ranks):
         folder, room = config.checkpoint.memory_folder, copies_memory(config) or 0
@@ -174,7 +174,7 @@ def _lacking_beside(plan: RunPlan) -> str:
 
 
 def disk_words(plan: RunPlan) -> str:
-    """The run's disk usage."""
+    """Returns text about the run's disk usage."""
     disk, saves = plan.disk, plan.config.checkpoint
     rule = f"checkpoint.keep={saves.keep}"
     if saves.keep:
@@ -187,7 +187,7 @@ def disk_words(plan: RunPlan) -> str:
 
 
 def reserve_words(reserve: dict[str, int]) -> str:
-    """The reserved device memory."""
+    """Returns text about the reserved device memory, by name."""
     if len(reserve) < 2:
         return f"{gib(sum(reserve.values()))} reserved"
     parts = ", ".join(f"{name} {gib(size)}" for name, size in reserve.items() if size)
@@ -195,7 +195,7 @@ def reserve_words(reserve: dict[str, int]) -> str:
 
 
 def layout_words(plan: RunPlan) -> str:
-    """Layout, micro-batches and recomputation."""
+    """Returns text about the layout, the micro-batches, recomputation and offloading."""
     config, parallel = plan.config, plan.config.parallel
     shared = f"cp {parallel.cp}, " if parallel.cp > 1 else ""
     again = ", ".join(config.model.recompute) or "nothing"
@@ -219,8 +219,8 @@ def budget_words(budget: Budget, hardware: Hardware) -> str:
 
 
 def failure_words(plan: RunPlan) -> str | None:
-    """Returns text about the budget with failures, the parts of a restart, and the advised interval. Returns None if
-    failures are not planned."""
+    """Returns text about the budget with failures, the parts of a restart, and the advised interval between
+    checkpoints. Returns None if failures are not planned."""
     found, checkpoint, hardware = plan.failures, plan.config.checkpoint, plan.config.hardware
     if found is None:
         return None
@@ -242,8 +242,8 @@ def failure_words(plan: RunPlan) -> str | None:
 
 
 def interval_words(step: StepTime) -> str:
-    """Returns text about the range of step times that real jobs may have, for each kind of program. Returns an empty
-    text if the range is unknown."""
+    """Returns text about the range in which the real step time is expected, for each kind of program. Returns an empty
+    string if this range is unknown."""
     words = []
     for kind, (least, most) in step.interval_seconds.items():
         one = step.intervals[kind]
@@ -254,8 +254,8 @@ def interval_words(step: StepTime) -> str:
 
 
 def split_words(plan: RunPlan, split: FasterSplit | None) -> str | None:
-    """Returns text about the number of layers in every stage, the imbalance between ranks and, if one exists, a better
-    split. Returns None without a pipeline."""
+    """Returns text about the number of layers in every stage, and about the imbalance between ranks. If a faster split
+    exists, the text names it. Returns None if the layout has no pipeline."""
     simulation, parallel = plan.step.simulation, plan.config.parallel
     if parallel.pp == 1:
         return None

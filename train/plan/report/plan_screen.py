@@ -1,4 +1,4 @@
-"""The plan on the terminal, with the verdict first."""
+"""Prints a plan on the terminal; the first line says whether the run fits."""
 
 import re
 import shlex
@@ -99,7 +99,7 @@ def _fullest(plan: RunPlan) -> str:
 
 
 def _beside(plan: RunPlan) -> str:
-    """Returns text about the reserve, and the imbalance that the peak takes into account."""
+    """Returns text about the reserved device memory, and about the assumed imbalance of the experts."""
     imbalance = plan.config.plan.imbalance
     more = (
         f"; the busiest experts get {imbalance:g} times the mean (plan.imbalance)"
@@ -132,8 +132,8 @@ def cure_words(cure: Cure, plan: RunPlan) -> str:
 
 
 def _matrices(config: Config) -> str:
-    """Returns text about the matrices that the optimizer orthogonalises. For each kind of weight, the text has the
-    number of matrices and their rows and columns."""
+    """Returns text about the matrices that the optimizer orthogonalises: the number of matrices for each kind of
+    weight, and the numbers of rows and columns."""
     found: dict[str, Counter[tuple[int, int]]] = {}
     for part in ("dense", "moe", *["end"] * (config.model.mtp_depth > 0)):
         for weight in part_weights(FrozenSection(config.model), part, config.model.experts):
@@ -148,7 +148,7 @@ def _matrices(config: Config) -> str:
 
 
 def _adapter(plan: RunPlan) -> str:
-    """Returns text about the trained parameters, and about the format of the frozen parameters."""
+    """Returns text about the number of trained parameters, and about how frozen weights are stored."""
     counts = count_parameters(plan.config.model)
     frozen = "ZeRO 1 and 2 shard only optimizer state: every rank of a stage has all its frozen weights, except experts of other ep ranks"
     if plan.config.parallel.zero == 3:
@@ -201,7 +201,8 @@ def _run(plan: RunPlan, phases: Sequence[tuple[str, RunPlan]]) -> list[tuple[str
 
 
 def search_screen(found: Search, written: Path | None, console: Console | None = None) -> None:
-    """Prints the best layouts, and the reason why the other layouts are not among them."""
+    """Prints the best layouts of a search. For each family of layouts without a layout among the best, prints the
+    reason."""
     rows = [(str(place), _found(one, found)) for place, one in enumerate(found.best, 1)]
     rows += [("Not", f"{family.name}: {family.reason}") for family in found.rejected]
     if written is not None:

@@ -1,4 +1,4 @@
-"""Lists the layouts of a search: all combinations of the searched settings on a given number of devices."""
+"""Lists the layouts that a search tries: all combinations of the searched settings on a given number of devices."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from train.plan.search.changes import LIGHTEST, fitted_ramp, with_changes
 MICRO_BATCHES = (1, 2, 4, 8)
 VIRTUAL_STAGES = (2, 3, 4)
 CONTEXT_TOKENS = 4096
-"""If several ranks share a sequence, each rank must have at least this many of its tokens."""
+"""If several ranks share a sequence, each rank must have at least this many tokens of the sequence."""
 WAYS = [*product(DISPATCHES, WireFormat)]
 """All pairs of a dispatch and a wire format."""
 
@@ -27,18 +27,18 @@ class ActivationSaving:
     recompute: list[str]
     offload: list[str] = field(default_factory=list)
     blocks: str = ""
-    """How the first blocks of every stage save more memory: `recompute`, `offload`, or empty for neither. The search
-    uses as few such blocks as memory allows."""
+    """What the first blocks of every stage do to save more memory: `recompute`, `offload`, or empty for neither. The
+    search applies this to as few blocks as memory allows."""
 
     def applied(self, config: Config, blocks: int) -> Config:
-        """Returns the recipe with this saving, applied to this number of blocks per stage."""
+        """Returns the recipe with this saving. blocks: number of blocks per stage that recompute or offload."""
         more = [f"layer:{blocks}"] if self.blocks and blocks else []
         recompute = self.recompute + more * (self.blocks == "recompute")
         return with_changes(config, recompute=recompute, offload=self.offload + more * (self.blocks == "offload"))
 
 
 SOME = [str(Recompute.norm), str(Recompute.swiglu)]
-"""Recomputed items that cost little time."""
+"""Items that cost little time to recompute."""
 SAVINGS = (
     ActivationSaving([]), ActivationSaving(SOME), ActivationSaving(LIGHTEST), ActivationSaving(LIGHTEST, blocks="recompute"), ActivationSaving([str(Recompute.layer)]),
     ActivationSaving(SOME, blocks="offload"), ActivationSaving(LIGHTEST, blocks="offload"),
@@ -47,54 +47,55 @@ SAVINGS = (
 
 @dataclass(frozen=True)
 class Frame:
-    """Layouts that differ only in activation saving, dispatch, wire format, and place of the optimizer."""
+    """A set of layouts that differ only in activation saving, dispatch, wire format, and whether the optimizer is on
+    the host."""
 
     config: Config
-    """The recipe with flat dispatch in bf16, and with the optimizer on the device."""
+    """The recipe in this layout, with flat dispatch in bf16, and with the optimizer on the device."""
     family: str
-    """The name that all layouts of one pipeline length and schedule share."""
+    """Name of the layout's family, which consists of all layouts with the same pipeline length and schedule."""
     savings: Sequence[ActivationSaving]
     ways: Sequence[tuple[str, WireFormat]]
     hosts: list[bool]
-    """Tried values of parallel.offload_optimizer."""
+    """Values of parallel.offload_optimizer that the search tries."""
 
     @property
     def layouts(self) -> int:
-        """Returns the number of layouts. Layouts that differ only in the number of blocks that save activations count
-        as one."""
+        """The number of layouts in the frame. Layouts that differ only in the number of recomputed or offloaded blocks
+        count as one."""
         return len(self.savings) * len(self.ways) * len(self.hosts)
 
 
 @dataclass
 class Candidate:
-    """A layout that the bounds do not rule out (train/plan/search/lower_bounds.py)."""
+    """A layout that the memory bound does not rule out (train/plan/search/lower_bounds.py)."""
 
     placed: Config
-    """The recipe without the activation saving, with flat dispatch in bf16."""
+    """The recipe in this layout, before `saving` and `way` are applied."""
     way: tuple[str, WireFormat]
     family: str
     saving: ActivationSaving
     blocks: int
-    """Maximum number of saving blocks in a stage."""
+    """Largest possible number of blocks per stage that recompute or offload."""
     seconds: float
     """Lower bound on the step time."""
     least_bytes: int
     """Lower bound on the memory of the fullest rank."""
     fullest: int
-    """The pipeline rank with this bound on memory."""
+    """The pipeline rank with the largest bound on memory, which is `least_bytes`."""
     kept_bytes: int
-    """The part of `least_bytes` for activations that wait for backward."""
+    """The part of `least_bytes` that consists of activations kept for backward."""
 
     @cached_property
     def config(self) -> Config:
-        """Returns the recipe in which the maximum number of blocks saves activations. The recipe is built on access,
-        because a search needs the recipe of only one candidate in ten."""
+        """The recipe in which the largest possible number of blocks recomputes or offloads. It is built on first
+        access, because a search needs it for only one candidate in ten."""
         dispatch, wire = self.way
         return with_changes(self.saving.applied(self.placed, self.blocks), dispatch=dispatch, wire=wire)
 
 
 def frames(config: Config, devices: int) -> Iterator[Frame]:
-    """All combinations for this number of devices. No rule is checked yet."""
+    """Yields all combinations for this number of devices. Some combinations may break a rule of the recipe."""
     model, able = config.model, can_offload(config)
     savings = [one for one in SAVINGS if able or one.blocks != "offload"]
     own = ActivationSaving(model.recompute, model.offload)
@@ -121,8 +122,8 @@ def frames(config: Config, devices: int) -> Iterator[Frame]:
 
 
 def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
-    """Returns the schedules, each with its possible numbers of virtual stages. If a schedule has several stages per
-    rank, every inner stage must have a layer."""
+    """Yields pairs of a schedule and a possible number of virtual stages. If a schedule has several stages per rank,
+    all stages but the first and the last must have a layer."""
     if pp == 1:
         yield PLAIN_SCHEDULE, 2
         return
@@ -132,8 +133,8 @@ def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
 
 
 def _contexts(config: Config, ranks: int) -> list[int]:
-    """Returns the possible numbers of ranks that share a sequence. These are 1, and all numbers with which each rank
-    has at least CONTEXT_TOKENS tokens of the sequence."""
+    """Returns the possible numbers of ranks that share a sequence. With each number above 1, a rank has at least
+    CONTEXT_TOKENS tokens of the sequence, or at least as many tokens as in the recipe."""
     most = max(config.seq_len // CONTEXT_TOKENS, config.parallel.cp)
     return [cp for cp in divisors(ranks) if cp <= most and (cp == 1 or config.seq_len % (2 * cp) == 0)]
 
@@ -141,8 +142,8 @@ def _contexts(config: Config, ranks: int) -> list[int]:
 def _ramp(config: Config, share: int, pp: int, schedule: str) -> Config:
     """Returns the recipe with a batch ramp that fits this pipeline.
 
-    Some schedules have rounds of pp micro-batches. If the full batch consists of complete rounds, the batches of the
-    ramp do too.
+    Some schedules have rounds of pp micro-batches. If the full batch is a multiple of a round, all batches of the ramp
+    are multiples of a round, too.
     """
     if SCHEDULES[schedule].rounds:
         whole = fitted_ramp(config, share * pp, 2)

@@ -1,4 +1,4 @@
-"""Changes the layout of a recipe, and checks whether the new recipe may run."""
+"""Changes the layout of a recipe, and checks whether the changed recipe breaks a rule."""
 
 import math
 import shlex
@@ -20,11 +20,11 @@ LIGHTEST: list[str] = [str(what) for what in SELECTIVE]
 
 
 def with_changes(config: Config, **values: Any) -> Config:
-    """Returns the recipe with other values of parallel's fields, micro_batch_size, recompute, offload, loss_chunk or
-    moments.
+    """Returns the recipe with changed values. values: fields of the section `parallel`, and micro_batch_size,
+    recompute, offload, loss_chunk or moments.
 
-    If `split` lists layers for another number of stages, a split by cost replaces this list. If the new schedule has no
-    virtual stages, the number of virtual stages is reset.
+    If `split` is a list for another number of stages, it becomes a split by cost. If the new schedule has a fixed
+    number of stages per rank, virtual_stages is reset to 2.
     """
     parallel = {name: value for name, value in values.items() if hasattr(config.parallel, name)}
     model = {name: value for name, value in values.items() if name in ("recompute", "offload", "loss_chunk")}
@@ -45,11 +45,10 @@ def with_changes(config: Config, **values: Any) -> Config:
 
 
 def fitted_ramp(config: Config, share: int, least: int) -> Config:
-    """Returns the recipe with a batch ramp whose batches are multiples of `share` sequences. The smallest batch is
-    `least` shares.
+    """Returns the recipe with a batch-size ramp that fits another layout. All batches of the ramp are multiples of
+    `share` sequences, and have at least `least` * `share` sequences.
 
-    Another layout may need such a ramp. The recipe stays unchanged if it has no ramp, or if no such multiple divides
-    the full batch.
+    The recipe is returned unchanged if it has no ramp, or if the full batch permits no such ramp.
     """
     optim = config.optim
     if optim.batch_ramp_start is None:
@@ -62,7 +61,8 @@ def fitted_ramp(config: Config, share: int, least: int) -> Config:
 
 
 def broken_rule(config: Config) -> UserError | None:
-    """Returns the first rule that forbids running or planning the recipe. Returns None if no rule does."""
+    """Returns the first rule that the recipe breaks, of the rules for running and for planning. Returns None if it
+    breaks no rule."""
     try:
         check(config)
         require_rule(config)
@@ -99,7 +99,7 @@ def overrides(config: Config, base: Config) -> list[str]:
     size = config.micro_batch_size
     if size != base.micro_batch_size or (
         found and size != choose_micro_batch_size(config)
-    ):  # with this layout, null would select the same value
+    ):  # micro_batch_size is left out if the default of this layout is the same value
         found.append(f"micro_batch_size={size}")
     if config.model.recompute != base.model.recompute:
         found.append(f"model.recompute=[{','.join(config.model.recompute)}]")
@@ -156,9 +156,10 @@ def unsearched(config: Config) -> Iterator[Config]:
 
 
 def write_parallel(config: Config, name: str, base: Config, folder: Path | None = None) -> Path:
-    """Write conf/parallel/<name>.yaml, and return its path. Raises UserError if another file already has this name.
+    """Write the section `parallel` to conf/parallel/<name>.yaml, and return the path of this file. Raises UserError if
+    the file exists and was not written by a search.
 
-    Settings of other groups (micro-batch, recomputation) do not belong in this file. A comment in it lists them as
+    Settings of other sections (such as recomputation) do not belong in this file. A comment in the file lists them as
     command-line arguments.
     """
     path = (folder or ROOT / "conf" / "parallel") / f"{name}.yaml"

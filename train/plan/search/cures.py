@@ -1,5 +1,7 @@
-"""Finds changes that make a plan fit, and changes that make it faster. Each shown change has a complete plan of its
-own. The cheapest change comes first."""
+"""Finds changes of a recipe that make its plan fit, and changes that make its step faster.
+
+Every change that is shown to the user has been planned completely.
+"""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -17,11 +19,11 @@ from train.plan.time.step_time import plan_time
 
 SHOWN_CURES = 3
 PAIRED = 5
-"""Number of changes that are combined in pairs if no single change makes the plan fit. The changes that save most are
-used."""
+"""Number of changes that are combined in pairs if no single change makes the plan fit. These are the changes that save
+the most memory."""
 
 WORTH = 0.01
-"""Minimum share of the step time that a change must save to be shown. Applies to layer splits and numbers of stages."""
+"""Minimum fraction of the step time that another layer split or number of stages must save to be shown."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def find_cures(plan: RunPlan) -> list[Cure]:
 def find_beyond(plan: RunPlan) -> list[Cure]:
     """Returns changes that make a layout fit, and that a search on the same devices does not try.
 
-    The function first tries single changes of other settings. Then it looks for the smallest sufficient number of
-    devices, up to twice the present number.
+    The function first tries single changes of settings that a search does not vary. Then it looks for the smallest
+    sufficient number of devices, up to twice the number in the plan.
     """
     parallel = plan.config.parallel
     more = [with_changes(plan.config, pp=pp) for pp in range(parallel.pp + 1, 2 * parallel.pp + 1)]
@@ -76,8 +78,8 @@ def find_beyond(plan: RunPlan) -> list[Cure]:
 
 @dataclass(frozen=True)
 class FasterSplit:
-    """A split of layers into stages that shortens the plan's step. room_bytes: free memory of the fullest device
-    (negative: lacking)."""
+    """A split of layers into stages with which the step is faster than in the plan. room_bytes: free memory of the
+    fullest device; negative if memory is lacking."""
 
     layers: list[int]
     step_seconds: float
@@ -85,8 +87,8 @@ class FasterSplit:
 
 
 def find_split(plan: RunPlan) -> FasterSplit | None:
-    """Returns the split that best balances the planned times of the ranks. Returns None if this split shortens the step
-    by less than WORTH."""
+    """Returns the layer split that best balances the planned times of the ranks. Returns None if the step becomes
+    shorter by less than the fraction WORTH."""
     layout = layout_of(plan.config)
     if layout.pp == 1:
         return None
@@ -99,10 +101,10 @@ def find_split(plan: RunPlan) -> FasterSplit | None:
 
 
 def find_stages(plan: RunPlan) -> Cure | None:
-    """Returns the number of stages per rank with the shortest step. Returns None if no such number both fits and
-    shortens the step by at least WORTH.
+    """Returns the change to the number of stages per rank with which the step is shortest. Returns None if no number of
+    stages both fits and shortens the step by at least the fraction WORTH.
 
-    The order of actions stays the same.
+    The function tries only the schedule that has the same order of actions with several stages per rank.
     """
     schedule = plan.config.parallel.schedule_facts.in_parts
     if plan.config.parallel.pp == 1 or schedule is None:
@@ -118,8 +120,8 @@ def find_stages(plan: RunPlan) -> Cure | None:
 
 
 def _peak_of_fullest(config: Config, plan: RunPlan) -> int:
-    """Returns the peak memory of the pipeline rank that was the fullest. This is a quick check before all ranks are
-    planned."""
+    """Returns the peak memory of only one pipeline rank: the one that is the fullest in the plan. This quick check
+    comes before all ranks are planned."""
     rank = min(plan.fullest.pp_rank, config.parallel.pp - 1)
     return rank_memory(config, rank, scene_of(config)).peak_bytes
 

@@ -1,13 +1,15 @@
 """Computes lower bounds on the memory and the step time of layouts, without tracing their memory or simulating their
 steps.
 
-    memory   each rank's weights, gradients and optimizer state, and the least that its micro-batches in flight keep
-    time     work of the busiest rank, idle time of the schedule in closed form, and the update
+    memory   weights, gradients and optimizer state of each rank, and the minimum of activations that the rank keeps for
+             the micro-batches that wait for backward
+    time     work of the busiest rank, plus idle time of the schedule (by a formula), plus the update
 
-All layouts of a frame have the same weights, update and micro-batches in flight. If an activation saving applies to
-some blocks, the memory bound assumes that it applies to all blocks, and the time bound assumes none. Memory is checked
-first. A layout that lacks memory gets no time bound. A search computes the times of equal layers under equal conditions
-only once.
+All layouts of a frame (`Frame` in candidates.py) have the same weights, update and number of micro-batches that wait
+for backward. An activation saving may apply to some blocks of a stage. The memory bound assumes that it applies to all
+blocks. The time bound assumes no offloaded blocks, and the fewest recomputed blocks with which memory may be
+sufficient. Memory is checked first. A layout that lacks memory gets no time bound. A search caches the times of layers
+and reuses them for other layouts.
 """
 
 from bisect import bisect_left
@@ -41,11 +43,11 @@ class FrameBounds:
     """Bounds on the layouts of one frame."""
 
     def __init__(self, frame: Frame, rates: Rates, memo: dict):
-        """memo: results that the whole search shares, as in `Stages`."""
+        """memo: a cache for the complete search, as in `Stages`."""
         self._frame, self._rates, self._memo = frame, rates, memo
         self.lacking: list[tuple[int, str, Candidate]] = []
-        """Layouts that exceed the memory. Each entry has the number of missing bytes per device, the kind of memory,
-        and the layout."""
+        """Layouts that the memory bound rules out. Each entry has the number of missing bytes per device, words about
+        the kind of memory, and the layout."""
 
     def candidates(self) -> Iterator[Candidate]:
         """Yields the layouts that the memory bound does not rule out."""
@@ -65,7 +67,7 @@ class FrameBounds:
         for saving in frame.savings:
             kept = cache(partial(self._kept, saving, stages, flight))
             blocks = longest if saving.blocks else 0
-            least = [list(map(add, each, kept(blocks))) for each in state]  # by place of the optimizer, then by rank
+            least = [list(map(add, each, kept(blocks))) for each in state]  # first index: as `hosts`; second: rank
             for dispatch, wire in frame.ways:
                 way = dispatch, wire
                 for number, each in enumerate(least):
@@ -92,7 +94,7 @@ class FrameBounds:
                     yield one
 
     def _kept(self, saving: ActivationSaving, stages: Stages, flight: list[int], blocks: int) -> list[int]:
-        """`_kept_bytes` of every rank, if the saving applies to this number of blocks."""
+        """Returns `_kept_bytes` for every rank. blocks: number of blocks per stage that recompute or offload."""
         config = saving.applied(self._frame.config, blocks)
         model, longest = config.model, max(map(len, stages.layers))
         light = sum(place < model.repeated_layers or bool(model.offloaded_part(place)) for place in range(longest))
@@ -103,15 +105,15 @@ class FrameBounds:
 
 
 SPREAD_WORK = 0.97
-"""Ratio of a stage's work with any number of expert ranks to its work with the most expert ranks. This is its minimum.
+"""Lower bound on the ratio of a stage's work in a layout to its work in the layout with the most expert-parallel ranks.
 
-The number of ranks affects only the permutation of tokens, which is a few percent of the work.
+The number of expert-parallel ranks affects only the permutation of tokens, which is a few percent of the work.
 """
 
 
 class QuickStages(Stages):
-    """Lower bounds on the times of a frame's stages. All layouts use one trace, in which each rank has as few experts
-    as possible."""
+    """Lower bounds on the times of a frame's stages. All layouts of the frame share one trace of the model, in which
+    each rank has as few experts as possible."""
 
     def __init__(self, config: Config, rates: Rates, memo: dict):
         super().__init__(config, layout_of(config), rates, memo)
@@ -129,15 +131,18 @@ class QuickStages(Stages):
 
 
 def _holds(kept: Callable[[int], list[int]], held: list[int], room: int, blocks: int) -> bool:
-    """Whether the memory of the fullest rank is large enough for its state and its kept activations. blocks: number of
-    blocks that save activations."""
+    """Whether the memory of every rank is large enough for its state and the activations that it keeps for backward.
+
+    kept: a function that returns the bytes of kept activations by rank. held: bytes of state by rank. room: bytes of
+    memory. blocks: number of blocks per stage that recompute or offload; the argument of `kept`.
+    """
     return max(map(add, held, kept(blocks))) <= room
 
 
 def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
-    """The memory bound with traced activations: a forward pass of the model's own code measures them.
+    """Returns a tighter lower bound on a candidate's memory, for which a forward of the model measures the activations.
 
-    config: the candidate's recipe, with any number of saving blocks.
+    config: the candidate's recipe, with any number of blocks that recompute or offload.
     """
     rank = candidate.fullest
     chunks = [chunk_of(scene, parts) for parts in chunk_parts(config)[rank].values()]
@@ -148,12 +153,11 @@ def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
 
 
 def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
-    """Returns two lower bounds for each rank. Both are on the maximum number of micro-batches whose complete
-    activations are in memory. The first bound counts at any time. The second bound counts only while another
-    micro-batch runs forward.
+    """Returns two numbers for each rank: lower bounds on how many micro-batches have all their activations in memory.
 
-    The second bound is -1 if no forward runs at such a time. In a pair of micro-batches, only one of the two has
-    complete activations.
+    The first number is for the moment with the most such micro-batches. The second number is for the moment with the
+    most such micro-batches among all moments at which another micro-batch runs forward; -1 if there is no such moment.
+    While two micro-batches run as a pair, only one of them has all its activations in memory.
     """
     most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp), parallel.virtual_stages)
     paired = parallel.schedule_facts.pairs
@@ -161,11 +165,12 @@ def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
 
 
 def _pipeline_seconds(stages: Stages) -> float:
-    """Returns the seconds of the busiest rank for all micro-batches, plus its idle time.
+    """Returns a lower bound on the seconds of the pipeline: the work of a rank for all micro-batches, plus idle time.
 
-    If backward is not split, a rank starts after the forwards of all stages before its first stage. It ends before the
-    backwards of these stages. If all ranks are equal, the last rank gives the closed form. For other schedules, this is
-    the closed form with the shortest times of actions.
+    If backward is not split, a rank begins after the first micro-batch has passed forward through all earlier stages.
+    It ends before the last micro-batch passes backward through these stages. So it is idle for the forward and backward
+    times of the earlier stages, and the result is the maximum over all ranks. If backward is split, the idle time is
+    the schedule's formula with the shortest action times of all stages.
     """
     parallel, ids = stages.config.parallel, range(len(stages.layers))
     busy = [_busy(stages, own) * stages.micro_batches for own in stages.placement]
@@ -183,15 +188,15 @@ def _pipeline_seconds(stages: Stages) -> float:
 
 
 def _busy(stages: Stages, ids: list[int]) -> float:
-    """Returns the seconds of one micro-batch on the stages of a rank. If the schedule has pairs, the passes run in
-    pairs."""
+    """Returns the seconds of forward and backward of one micro-batch on these stages. If the schedule runs passes in
+    overlapped pairs, the pairs are counted."""
     if stages.config.parallel.schedule_facts.pairs:
         return 2 * _pair(stages, ids)
     return sum(stages.elapsed(Action(kind, stage, 0)).seconds for stage in ids for kind in "FB")
 
 
 def _pair(stages: Stages, ids: list[int]) -> float:
-    """Mean time of the two kinds of pairs that a rank runs."""
+    """Returns the mean time of the two kinds of overlapped pairs that a rank runs."""
     pairs = [(ids[0], ids[1]), (ids[1], ids[0])]
     return sum(_overlapped(stages, *pair) for pair in pairs) / 2
 
@@ -222,8 +227,8 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
 
 
 def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
-    """Returns how many bytes more per device the optimizer state needs than the node's memory has. The result is 0 or
-    less if the state fits."""
+    """Returns by how many bytes per device the optimizer state exceeds the host's memory. The result is 0 or less if
+    the state fits."""
     has = host_memory(config)
     if not config.parallel.offload_optimizer or not has:
         return 0
@@ -233,7 +238,7 @@ def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
 
 
 def _shard(config: Config, held: WeightCounts) -> float:
-    """Returns the number of trained weights whose optimizer state is on this rank."""
+    """Returns the number of trained weights in a rank's shard, which has the optimizer state."""
     parallel = config.parallel
     return held.dense / parallel.stage_ranks + held.experts / (parallel.stage_ranks // parallel.ep)
 
@@ -243,13 +248,14 @@ def _moment_bytes(config: Config) -> int:
 
 
 def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flight: int) -> int:
-    """Returns a lower bound on the bytes that `flight` micro-batches of one stage keep.
+    """Returns a lower bound on the bytes of activations that a rank keeps for backward.
 
-    A layer keeps the inputs of both norms and the output of attention. Experts keep their inputs and the inputs of
-    their SwiGLU. The first `light` layers are recomputed or offloaded, and keep only their own input.
+    flight: number of micro-batches that wait for backward. ids: stages of the rank; the bound uses the stage that keeps
+    the fewest bytes. A layer keeps the inputs of both norms and the output of attention. Experts keep their inputs and
+    the inputs of their SwiGLU. The first `light` layers are recomputed or offloaded, and keep only their own input.
     """
     model, element = config.model, stages.element
-    if config.optim.index_warmup:  # then only indexers have a backward
+    if config.optim.index_warmup:  # only the indexers are trained, so layers keep nothing for backward
         return 0
     quantised = 1 if config.precision.fp8 is not None else element
     row = 2 * model.hidden * element + model.heads * model.v_head_dim * quantised
@@ -266,11 +272,12 @@ def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flig
 
 @cache
 def in_flight(schedule: str, pp: int, micro_batches: int, virtual: int = 2) -> list[tuple[int, int]]:
-    """Returns the maximum number of micro-batches in flight for each rank, after all its weights have gradients.
+    """Returns the maximum number of micro-batches in flight on each rank, after backward has run at least once on each
+    of its stages.
 
     A micro-batch is in flight between its forward and its backward. The function returns two numbers per rank. The
-    first is the maximum at any time. The second is the maximum while a forward runs (0 if no forward runs after all
-    weights have gradients).
+    first is the maximum at any time. The second is the maximum at the times at which a forward runs (0 if no forward
+    runs after the first backward of every stage).
     """
     most = []
     for line in schedule_actions(schedule, pp, micro_batches, virtual):

@@ -1,9 +1,9 @@
-"""plan.search=true: finds the fastest layouts on these devices, and the reason why each other kind of layout is slower
-or does not fit.
+"""plan.search=true: finds the fastest layouts on a number of devices, and says why other kinds of layouts are slower or
+do not fit.
 
-1. To give an early answer, the search first tries the recipe's own layout on these devices, then the layouts nearest to it.
+1. To give an early answer, the search first tries the recipe's layout on these devices, then the layouts most similar to it.
 2. The search lists all combinations that the rules allow: pipeline, contexts, experts, schedule, micro-batch,
-   recomputation, activations on the host, dispatch, wire format and place of the optimizer (candidates.py).
+   recomputation, offloaded activations, dispatch, wire format, and optimizer on the device or on the host (candidates.py).
 3. Every combination gets a lower bound on its memory. If it may fit, it also gets a lower bound on its step time
    (lower_bounds.py).
 4. The search simulates layouts in the order of their time bounds, and plans their memory in the order of their step
@@ -11,11 +11,11 @@ or does not fit.
    uneven work, a layout that fits is also tried with the stage split that its planned times suggest.
 
 The optimizer is on the host only if a layout does not fit otherwise. As few blocks as possible are recomputed or
-offloaded. Both only cost time. An interrupted search returns the best layouts that it has found.
+offloaded, because this costs time. An interrupted search returns the best layouts that it has found.
 
-A family is all layouts of one pipeline length and schedule. If a family has no layout among the best, the search gives
-a reason. The reason is the rule that all layouts of the family break, the memory that is missing for the family's
-smallest layout, or how much slower the family's best layout is.
+All layouts with the same pipeline length and schedule are a family. If a family has no layout among the best, the
+search gives a reason. The reason is a rule that the layouts of the family break, the memory that the family's smallest
+layout lacks, or how much slower the family's fastest layout is than the best layout.
 """
 
 import gc
@@ -50,13 +50,17 @@ from train.plan.time.step_time import estimate_step, mfu, plan_time, simulate_st
 
 SHOWN_LAYOUTS = 10
 REASONS = 3
-"""Maximum number of families whose broken rule is shown if no layout can run."""
+"""Maximum number of families whose broken rule is shown in the error if no layout can run."""
 _UNSEEN = -1
-"""Used instead of a number of saving blocks for candidates that have only bounds so far."""
+"""Stands for the number of recomputed or offloaded blocks in a candidate of which only bounds are known so far."""
 NEARER = (1.0, 2.0, 3.0)
-"""Distances beyond the nearest layouts, in factors of two. At each distance, the search looks for a better answer."""
+"""Steps in which the search goes from layouts that are similar to the recipe's layout to all layouts.
+
+The numbers are differences in distance (`_Finder._distance`) from the most similar possible layout. After each step,
+the search reports a better layout if it has found one.
+"""
 UNEVEN = 1.03
-"""Minimum ratio of the busiest rank's work to the mean for which another stage split is tried."""
+"""The search tries another stage split if the busiest rank has at least this many times the mean work of all ranks."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,14 @@ class FoundLayout:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of layouts without a place among the best, and the reason for it."""
+    """A family of layouts that has no layout among the best, and the reason."""
 
     name: str
     reason: str
 
 
 def _choice(found: FoundLayout) -> dict[str, Any]:
-    """Returns one of the best layouts, as plan.json contains it."""
+    """Returns the entry in plan.json for one of the best layouts."""
     budget, failures = budget_of(found.config, plan_time(found.config)), plan_failures(found.config, found.step_seconds)
     return {
         "overrides": found.overrides,
@@ -100,7 +104,7 @@ class Search:
     devices: int
     tried: int
     complete: bool = True
-    """False after an interrupt."""
+    """False if the search was interrupted."""
     best: list[FoundLayout] = field(default_factory=list)
     rejected: list[Family] = field(default_factory=list)
 
@@ -121,7 +125,8 @@ class Search:
 
 
 def search(config: Config, tell: Callable[[FoundLayout], None] = lambda found: None) -> Search:
-    """Finds the ten fastest layouts that fit. After an interrupt (SIGINT), only the layouts tried so far count.
+    """Finds the ten fastest layouts that fit. If an interrupt (SIGINT) ends the search early, the result has the
+    fastest layouts that were found before.
 
     tell: a function that is called with each layout that is faster than all earlier layouts. Raises UserError if no
     layout fits, and KeyboardInterrupt if the interrupt comes before the first layout that fits.
@@ -166,11 +171,12 @@ class _Miss(NamedTuple):
     """Number of missing bytes per device, or a lower bound on this number. The bytes are missing in the device's
     memory, or in the device's share of the host's memory."""
     what: str
+    """Words about the kind of memory that is missing; empty for the device's memory."""
     config: Config
 
     @classmethod
     def of(cls, config: Config) -> "_Miss":
-        """Returns the bytes by which a layout exceeds the memory according to a full plan (negative: free bytes)."""
+        """Makes a full memory plan of a layout. In the result, `lacking` is negative if the layout fits."""
         ranks = plan_memory(config)
         lacking = max(rank.peak_bytes for rank in ranks) - tensor_memory(config)
         if host := host_lacking(config, ranks) // host_ranks(config):
@@ -180,17 +186,17 @@ class _Miss(NamedTuple):
 
 @dataclass
 class _Looked:
-    """What a search has found about a family."""
+    """What a search has found about a family of layouts."""
 
     rule: UserError | None = None
-    """The first rule that one of its layouts breaks."""
+    """The first rule that a layout of the family was found to break."""
     runs: bool = False
-    """Whether at least one of its layouts breaks no rule."""
+    """Whether at least one layout of the family breaks no rule."""
     lacking: list[tuple[int, str, Candidate]] = field(default_factory=list)
-    """Layouts that a bound rules out. Each entry has the number of missing bytes per device, the kind of memory, and
-    the layout. For each frame, only the layout with the fewest missing bytes is listed."""
+    """Layouts that the memory bound rules out. Each entry has the number of missing bytes per device, words about the
+    kind of memory, and the layout. For each frame, only the layout with the fewest missing bytes is listed."""
     possible: list[Candidate] = field(default_factory=list)
-    """Layouts that no bound rules out."""
+    """Layouts that the memory bound does not rule out."""
     missed: list["_Miss"] = field(default_factory=list)
     """Layouts that were tried and do not fit."""
     nearest: "_Miss | None" = None
@@ -208,15 +214,15 @@ class _Finder:
         self._rates, self._memo = load_rates(config, alone=devices == 1), {}
         self._families: defaultdict[str, _Looked] = defaultdict(_Looked)
         self._looked: dict[tuple[str, ...], tuple[int, str]] = {}
-        """Lacking bytes of layouts that were tried, by the layout's overrides."""
+        """Results of `_look`. The key is the tuple of a layout's overrides."""
         self._blocks: dict[int, int | None] = {}
         self._estimated: dict[tuple[int, int], float] = {}
-        """Caches `_seconds` by the id of a candidate and a number of blocks; `_blocks` caches `_fewest` by id. Candidates
-        live as long as the search, so the ids stay valid."""
+        """Cache of `_seconds`. The key is the id of a candidate and a number of blocks. `_blocks` is the cache of
+        `_fewest`, by the id of a candidate. Candidates exist as long as the search, so their ids stay valid."""
         self._fitting: dict[tuple[str, ...], _Fit] = {}
-        """Layouts that fit, by the layout's overrides."""
+        """Layouts that fit. The key is the tuple of a layout's overrides."""
         self._on_devices: set[tuple[str, ...]] = set()
-        """Overrides of layouts that fit with the optimizer on the devices."""
+        """The overrides of each layout that fits with the optimizer on the devices."""
 
     @property
     def runs(self) -> bool:
@@ -237,7 +243,7 @@ class _Finder:
         return sorted(fits, key=_step_seconds)
 
     def _find(self) -> None:
-        """Try the recipe's own layout on these devices, then the layouts nearest to it, then all layouts."""
+        """Try the recipe's layout on these devices, then the layouts most similar to it, then all layouts."""
         every = list(frames(self._base, self._devices))
         self.tried = sum(frame.layouts for frame in every)
         every.sort(key=self._distance)
@@ -258,14 +264,15 @@ class _Finder:
                 break
 
     def _distance(self, frame: Frame) -> float:
-        """How much a layout's group sizes and micro-batch differ from the recipe's, in factors of two."""
+        """Returns how much the layouts of a frame differ from the recipe. The result is the number of doublings or
+        halvings of pp, cp, ep, zero and micro_batch_size."""
         one, base = frame.config, self._base
         pairs = [(getattr(one.parallel, name), getattr(base.parallel, name)) for name in ("pp", "cp", "ep", "zero")]
         return sum(abs(math.log2(a / b)) for a, b in (*pairs, (one.micro_batch_size, base.micro_batch_size)))
 
     def _as_given(self, frame: Frame) -> Frame | None:
-        """Returns the frame restricted to the recipe's schedule and dispatch, and to its activation saving or whole
-        layers. Returns None if nothing is left."""
+        """Returns the frame with only those layouts that have the recipe's schedule and dispatch, and either the
+        recipe's activation saving or recomputation of whole layers. Returns None if no such layout exists."""
         base, model = self._base.parallel, self._base.model
         if (frame.config.parallel.schedule != base.schedule and base.pp > 1) or not (ways := self._ways(frame)):
             return None
@@ -275,7 +282,8 @@ class _Finder:
         return replace(frame, savings=savings, ways=given)
 
     def _bound(self, frame: Frame) -> None:
-        """Sort the layouts of a frame into layouts that may fit and layouts that a bound rules out."""
+        """Compute the bounds of a frame's layouts, and add the layouts to their family: to `possible` if they may fit,
+        otherwise to `lacking`."""
         family = self._families[frame.family]
         if ways := self._ways(frame):
             bounds = FrameBounds(replace(frame, ways=ways), self._rates, self._memo)
@@ -283,7 +291,7 @@ class _Finder:
             family.lacking += sorted(bounds.lacking, key=_bytes_lacking)[:1]
 
     def _try(self, possible: list[Candidate], wanted: int) -> None:
-        """Keep the layouts that fit, and report each one that is faster than all earlier ones."""
+        """Store the layouts that fit, and report each layout that is faster than all layouts before it."""
         for fit in self._fits(possible, wanted):
             before = min(self._fitting.values(), key=_step_seconds, default=None)
             self._fitting[self._name(fit.config)] = fit
@@ -307,7 +315,8 @@ class _Finder:
         return ways
 
     def _fits(self, possible: list[Candidate], wanted: int) -> Iterator[_Fit]:
-        """Yields layouts that fit. Ends when no remaining layout can be among the `wanted` fastest."""
+        """Yields layouts that fit, and ends when no other layout can be among the fastest. wanted: number of fastest
+        layouts that the caller needs."""
         queue = [(one.seconds, number, _UNSEEN) for number, one in enumerate(possible)]
         heapify(queue)
         best: list[float] = []
@@ -322,16 +331,16 @@ class _Finder:
             if self._needs_no_host(config):
                 continue
             lacking, what = self._look(one, config)
-            if lacking <= 0 and (blocks or not one.blocks):  # without such blocks, it equals a layout of another saving
+            if lacking <= 0 and (blocks or not one.blocks):  # with 0 blocks, the layout equals one of another saving
                 fit = self._fit(one.family, config, -lacking, seconds)
                 best = sorted([*best, fit.step_seconds])[:wanted]
                 yield fit
-            elif lacking > 0 and blocks < one.blocks and not what:  # more blocks need even more of a node's own memory
+            elif lacking > 0 and blocks < one.blocks and not what:  # more offloaded blocks need more host memory
                 heappush(queue, (self._seconds(one, blocks + 1), number, blocks + 1))
 
     def _fewest(self, one: Candidate) -> int | None:
-        """Returns the smallest number of blocks that must save activations so that a candidate fits, by its memory
-        bound. Returns None if the candidate does not fit even if all blocks save activations."""
+        """Returns the smallest number of recomputed or offloaded blocks per stage with which the memory bound of a
+        candidate fits. Returns None if it does not even fit with the largest number."""
         if id(one) not in self._blocks:
             able = self._lacking(one, one.blocks) <= 0
             fewest = bisect_left(range(one.blocks * able), True, key=lambda blocks: self._lacking(one, blocks) <= 0)
@@ -352,8 +361,8 @@ class _Finder:
         return Stages(config, layout_of(config), self._rates, self._memo)
 
     def _needs_no_host(self, config: Config) -> bool:
-        """Whether a layout with the optimizer on the host also fits with the optimizer on the device. If so, the layout
-        is faster with the optimizer on the device."""
+        """Whether a layout has the optimizer on the host although it also fits with the optimizer on the device, where
+        it is faster."""
         host = config.parallel.offload_optimizer
         return host and self._name(with_changes(config, offload_optimizer=False)) in self._on_devices
 
@@ -371,7 +380,7 @@ class _Finder:
         return self._looked[name]
 
     def _fit(self, family: str, config: Config, room: int, seconds: float) -> _Fit:
-        """Record a layout that fits. Returns it with the faster of two stage splits."""
+        """Record a layout that fits. Returns the layout, with another stage split if that split is faster."""
         if not config.parallel.offload_optimizer:
             self._on_devices.add(self._name(config))
         fit = self._faster(_Fit(config, family, room, seconds))
@@ -379,8 +388,8 @@ class _Finder:
         return fit
 
     def _faster(self, fit: _Fit) -> _Fit:
-        """Returns the layout with the stage split that the planned times suggest, if this split fits and is faster.
-        Otherwise returns the layout unchanged."""
+        """Returns the layout with a stage split that balances the planned times of the ranks, if this split fits and is
+        faster. Otherwise returns the layout unchanged."""
         stages = self._stages(fit.config)
         if estimate_step(stages)[1] < UNEVEN:
             return fit
@@ -392,7 +401,7 @@ class _Finder:
         return fit if lacking > 0 else _Fit(config, fit.family, -lacking, seconds)
 
     def found(self, fit: _Fit) -> FoundLayout:
-        """Convert a layout to the form that the search returns."""
+        """Converts a layout that fits to the form that the search returns."""
         config = replace(fit.config, plan=self._base.plan)
         causal = mfu(config, fit.step_seconds, causal=True)
         return FoundLayout(config, overrides(config, self._base), fit.step_seconds, fit.room_bytes, causal)
@@ -442,8 +451,9 @@ def _bytes_lacking(one: tuple[int, str, Candidate]) -> tuple[int, int]:
 
 
 def _missed(config: Config, fullest: int) -> tuple[int, str]:
-    """Returns by how many bytes the fullest rank exceeds its memory (negative: free bytes), and the kind of memory.
-    Checks those ranks first that are most likely to be the fullest."""
+    """Returns by how many bytes the fullest rank exceeds its memory (negative: free bytes), and words about the kind of
+    memory. The function first checks the ranks that are most likely to be the fullest. fullest: the rank that is the
+    fullest by the memory bound."""
     scene, memory, last = scene_of(config), tensor_memory(config), config.parallel.pp - 1
     ranks: list[RankMemory] = []
     for depth in WalkDepth:  # bounds come first, because they rule out most layouts
