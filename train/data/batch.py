@@ -16,18 +16,18 @@ class Batch:
     tokens_BS: Tensor
     """int64 (B, seq_len + 1): token ids. The model's inputs are [:, :-1], and the targets are [:, 1:]."""
     documents_BS: Tensor | None = None
-    """int32 (B, seq_len + 1): the index of the document or sample that each token belongs to, counted from 0 in each sequence.
-    Padding has -1. None unless data.mask_documents is set or samples are packed."""
+    """int32 (B, seq_len + 1): the index of the document or sample that each token belongs to, counted from 0 in each
+    sequence. Padding has -1. None unless data.mask_documents is set or samples are packed."""
     supervised_BS: Tensor | None = None
-    """bool (B, seq_len + 1): whether a token is supervised. The loss includes the prediction of a supervised token. None: every
-    token is supervised, and the documents form one continuous text.
+    """bool (B, seq_len + 1): whether a token is supervised. The loss includes the prediction of a supervised token.
+    None: every token is supervised, and the documents form one continuous text.
 
     If this field is set, the samples in `documents_BS` are independent: no loss, count or module combines tokens of two
     samples.
     """
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """Maps names to fp32 tensors (B, seq_len + 1), which are inputs of a token loss (train/model/token_losses.py). Each value
-    belongs to its token as a target. `weights` multiply the loss, and `temperatures` divide the logits."""
+    """Maps names to fp32 tensors (B, seq_len + 1), which are inputs of a token loss (train/model/token_losses.py). Each
+    value belongs to its token as a target. `weights` multiply the loss, and `temperatures` divide the logits."""
     experts_BTLK: Tensor | None = None
     """int64 (B, seq_len, MoE layers of the main model, experts per token): the experts that another engine chose
     (mode=score writes them). The last token has none. The model uses these experts. None: the routers choose."""

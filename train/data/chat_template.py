@@ -51,7 +51,7 @@ OPENED = re.compile(rf"{THINK}\s*\Z")
 CLOSED = re.compile(rf"(?:(?P<open>{THINK})(?P<gap>\s*))?{THOUGHT}\s*\Z")
 EMPTY_THOUGHT = re.compile(rf"\s*(?:{THINK}\s*)?{THOUGHT}\s*")
 NAMED_TOKEN = re.compile(r"<\|[^<>|\s]+\|>|<\uff5c[^<>\uff5c\s]+\uff5c>")
-"""Matches special tokens in the two usual spellings: `<|name|>`, also with full-width bars."""
+"""Matches special tokens in the two usual spellings: `<|name|>` with ASCII bars, or with full-width bars."""
 Span = tuple[int, int]
 
 
@@ -370,10 +370,10 @@ class ChatTemplate:
     # Methods for templates that do not mark the turns
 
     def _probed(self, chat: Chat) -> tuple[str, dict[int, PlacedTurn]]:
-        """Finds the turns in the text of a chat.
+        """Finds the turns in the text of a chat. Returns the text and the turns.
 
-        The method renders the chat with and without the assistant's contents, which a probe character replaces. It
-        compares the two texts. Returns the text and the turns.
+        The method renders the chat twice: unchanged, and with a probe character instead of each content of the
+        assistant. The difference of the two texts shows the turns.
         """
         plain = self._run(chat.messages, chat.tools)
         numbers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
@@ -441,7 +441,8 @@ class ChatTemplate:
 
 
 def _unmarked(text: str) -> tuple[str, list[Span]]:
-    """Returns the text without its marks, and the spans that the marks enclosed."""
+    """Removes the marks of the assistant's turns from a text. Returns the text, and the spans that were between the
+    marks."""
     parts = re.split(f"([{TURN_BEGIN}{TURN_END}])", text)
     plain, begins, spans = "", [], []
     for part in parts:
@@ -455,7 +456,8 @@ def _unmarked(text: str) -> tuple[str, list[Span]]:
 
 
 def _shared(one: str, other: str) -> int:
-    """Returns the number of characters in the common prefix; a common start of <think> and </think> does not count."""
+    """Returns the length of the common prefix of two texts. If the texts differ inside the tags <think> and </think>,
+    the `<` at the start of both tags is not part of the prefix."""
     pairs = enumerate(zip(one, other, strict=False))
     place = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
     inside = place > 0 and {one[place - 1 :][: len(word)] for word in (THINK, THOUGHT)} & {THINK, THOUGHT}
@@ -463,7 +465,8 @@ def _shared(one: str, other: str) -> int:
 
 
 def _forms(content: str) -> Iterator[tuple[str, bool]]:
-    """Yields the forms in which a template may write a content, and for each form whether leading reasoning is cut."""
+    """Yields the forms in which a template may write a content, each with whether leading reasoning is missing in this
+    form."""
     whole = [(content, False)]
     if THOUGHT in content:
         whole += [(content.rpartition(THOUGHT)[2], True), (content.partition(THOUGHT)[2], True)]
@@ -472,8 +475,11 @@ def _forms(content: str) -> Iterator[tuple[str, bool]]:
 
 
 def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int, bool]] | None:
-    """Finds each content between the pieces of a text. Returns its begin, its end, and whether its reasoning is cut;
-    None if the text does not consist of these contents and pieces."""
+    """Finds the contents in a text that consists of the pieces, with one content between each two pieces.
+
+    Returns for each content: index of its first character, index after its last character, and whether its reasoning is
+    cut. Returns None if the text does not consist of these pieces and contents.
+    """
     if len(pieces) != len(contents) + 1 or not plain.startswith(pieces[0]):
         return None
     at, found = len(pieces[0]), []
@@ -487,8 +493,11 @@ def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list
 
 
 def _inserted(text: str, turn: PlacedTurn, thought: str) -> tuple[str, PlacedTurn]:
-    """Inserts reasoning before a turn's content. It goes into the reasoning block that the template closes before the
-    content, or else into a new block. Returns the new text and the moved turn."""
+    """Inserts reasoning before a turn's content. Returns the new text and the new turn.
+
+    If the template writes an empty reasoning block or </think> before the content, the reasoning is inserted there.
+    Otherwise the function inserts a new reasoning block.
+    """
     closed = CLOSED.search(text[: turn.content])
     if closed is None:
         place = after = turn.content
@@ -508,8 +517,10 @@ def _inserted(text: str, turn: PlacedTurn, thought: str) -> tuple[str, PlacedTur
 
 
 def refuse_unknown_token(token: str, tokenizer: Tokenizer, field: str, name: str) -> None:
-    """Raise UserError if the tokenizer does not know a special token. The error names `field` and the template's
-    `name`."""
+    """Raise UserError if the tokenizer does not know a special token.
+
+    field, name: the configuration key and the name of the template in the error message.
+    """
     if tokenizer.id_of(token) is None:
         rule = f"writes {token}, which is not a token of the tokenizer and would be split into characters"
         raise UserError(
@@ -522,7 +533,8 @@ def load_template(
 ) -> ChatTemplate:
     """Returns the template that data.template names, or the template in the tokenizer's folder. Raises UserError.
 
-    folder: the tokenizer's folder; None if the tokenizer is not on this disk. keys: data.template_keys.
+    folder: the tokenizer's folder; None if the tokenizer is not on this disk. keys: template variables that the user
+    sets (data.template_keys).
     """
     keys = keys or {}
     if wrong := [key for key in keys if key in GIVEN]:
@@ -580,6 +592,6 @@ def stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
         ends = [encoding.ids for encoding in tokenizer.encode_rendered(template.stops())]
     except CannotRender as error:
         raise UserError("data.template", template.name, error.rule, error.cure) from error
-    # a stop of several ordinary tokens is not used, because its first token may occur inside an answer
+    # a stop text of several ordinary tokens is left out, because its first token may also occur inside an answer
     own = [ids[0] for ids in ends if ids and (len(ids) == 1 or tokenizer.bytes_V[ids[0]] == 0)]
     return list(dict.fromkeys([*tokenizer.stop_ids, *own]))

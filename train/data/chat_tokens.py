@@ -41,12 +41,12 @@ AT_ONCE = 256
 @dataclass(frozen=True)
 class TokenisedChats:
     ids_N: np.ndarray
-    """uint32, all chats concatenated."""
+    """Token ids of all chats, concatenated (uint32)."""
     supervised_N: np.ndarray
-    """uint8: 1 for learnt tokens."""
+    """Mask of the tokens (uint8): 1 for learnt tokens."""
     lengths_D: np.ndarray
     hashes_D: np.ndarray
-    """uint64, hashes of the chats' ids."""
+    """Hashes of the chats' stable ids (uint64)."""
     text_bytes: int
     unlearnt: int
     """Number of chats that were left out because they have no learnt token."""

@@ -48,7 +48,7 @@ may already contain it."""
 CHAT_KEYS = ("messages", "prompt", "completion", "conversations", "tools", "system")
 """Columns that this file reads from a Parquet file, if the file has them."""
 PLACE_MARKS = "\ufdd0\ufdd1"
-"""Unicode noncharacters that mark positions in a text (train/data/chat_template.py)."""
+"""Two Unicode noncharacters that mark positions in a text (train/data/chat_template.py)."""
 
 Message = dict[str, Any]
 
@@ -60,7 +60,8 @@ class Chat:
     messages: list[Message]
     tools: list[Any] | None
     learnt: list[bool]
-    """For each message: whether the assistant wrote it and the model may learn it."""
+    """For each message: whether the model may learn it. This is false for all messages that the assistant did not
+    write."""
 
     def without_old_reasoning(self) -> "Chat":
         """Returns a copy without the reasoning in assistant turns before the last question."""

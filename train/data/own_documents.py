@@ -117,8 +117,9 @@ class OwnDocuments:
     def held_out(self, wanted: int) -> Documents:
         """Returns held-out documents from the start of a pass.
 
-        It stops when they have `wanted` tokens in total; if the pass has fewer, it returns all. Raises UserError if the
-        source has no held-out document or no training document.
+        The method stops when the documents have `wanted` tokens in total. If a pass has fewer held-out tokens, it
+        returns all held-out documents of the pass. Raises UserError if the source has no held-out document or no
+        training document.
         """
         found, size, trains = [], 0, False
         for document in takewhile(lambda one: not one.passes, self.walk()):

@@ -1,17 +1,18 @@
 """Packed training sequences, each a pure function of (seed, index) (paper 4.1).
 
-The algorithm. In epoch e, the random order (seed, e) shuffles the documents, and eos ends each document. The epochs
-follow one another as one endless stream of tokens. Window w covers tokens w*S to w*S + S (inclusive) of the stream, S =
-seq_len. Neighbouring windows overlap by one token, so every token is the target of exactly one window. The samples of
-epoch e are the windows that begin inside epoch e. A second shuffle orders these windows, so that the parts of a long
-document are rarely in one batch.
+The algorithm. In epoch e, the documents have a random order that depends on (seed, e), and eos ends each document. The
+epochs follow one another as one endless stream of tokens. A window is a training sequence: window w covers the tokens
+w*S to w*S + S (inclusive) of the stream, where S is seq_len. Neighbouring windows overlap by one token, so every token
+is the target of exactly one window. The samples of epoch e are the windows that begin inside epoch e. A second shuffle
+orders these windows, so that the parts of a long document are rarely in one batch.
 
 Fill-in-the-middle (FIM; paper 4.1, PSM order) reorders a document: begin, prefix, hole, suffix, end, middle, eos. The
 document is cut between tokens, not between characters. So the text is not tokenised again, and the FIM document is
-always three tokens longer. The slots of all epochs have indices g = 0, 1, 2, ... The document in slot g becomes a FIM
-document if floor((g+1)*rate) > floor(g*rate). The documents in the slots are shuffled, so this choice is as good as
-random. The number of FIM documents before any slot is a formula. So the start of every epoch and the position of every
-sample are formulas too, and a resumed run does not read earlier data again, with any number of ranks.
+always three tokens longer. Each document of the stream has a slot; the slots of all epochs are numbered 0, 1, 2, ...
+The document in slot g becomes a FIM document if floor((g+1)*rate) > floor(g*rate). The order of the documents is
+random, so this choice is as good as random. A formula gives the number of FIM documents before any slot. So the start
+of every epoch and the position of every sample are computed by formulas too, and a resumed run does not read earlier
+data again, with any number of ranks.
 
 The index of an epoch (order and ends of the documents) takes O(documents) memory. Only the indices of the two newest
 epochs are in memory.
@@ -54,11 +55,11 @@ class Documents:
 class _Epoch:
     order_D: np.ndarray
     ends_D: np.ndarray
-    """End of the document in each slot, counted in tokens from the start of the epoch."""
+    """End of each document in the order of the epoch, counted in tokens from the start of the epoch."""
 
 
 class Stream:
-    """The endless token stream over some documents, and its windows.
+    """The endless token stream over some documents, and its windows, which are the training sequences.
 
     eos: the token after each document. fim: the tokens (begin, hole, end), required if fim_rate > 0.
     """
@@ -113,7 +114,7 @@ class Stream:
 
     @property
     def whole_windows(self) -> int:
-        """Number of windows that lie entirely in the first epoch."""
+        """Number of windows (training sequences) that lie entirely in the first epoch."""
         return (self.tokens_before(1) - 1) // self.seq_len
 
     def fill(
@@ -143,7 +144,7 @@ class Stream:
                 return
 
     def _documents_from(self, token: int) -> Iterator[tuple[list[np.ndarray], int]]:
-        """Yields documents of the stream, beginning with the document that contains the token with this position.
+        """Yields documents of the stream, beginning with the document that contains the token at this position.
 
         Each document is a list of token arrays and a number of tokens to skip at its start, which is 0 after the first
         document.
@@ -172,8 +173,8 @@ class Stream:
         return [begin, text[:low], hole, text[high:], end, text[low:high], self.eos]
 
     def _fim_before(self, place):
-        """Number of FIM documents in the first `place` slots, counted over all epochs. `place` may be an int or an
-        int64 array."""
+        """Number of FIM documents among the first `place` documents of the stream. `place` may be an int or an int64
+        array."""
         return place * self.rate.numerator // self.rate.denominator
 
     def _epoch(self, number: int) -> _Epoch:
@@ -193,7 +194,7 @@ class Stream:
     def _epoch_of(self, position: int, before: Callable[[int], int], tokens: int) -> int:
         """Returns the epoch e with before(e) <= position < before(e + 1).
 
-        tokens: distance between two successive positions, in tokens.
+        before: maps an epoch to its first position. tokens: distance between two successive positions, in tokens.
         """
         epoch = int(position * tokens // self.mean_tokens)  # an estimate, which is at most a few epochs off
         while before(epoch) > position:

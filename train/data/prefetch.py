@@ -13,7 +13,7 @@ class Prefetch:
     """Iterates over the batches of a plan, and builds them in a thread before they are needed.
 
     make: builds the batch of one request. plan: the requests; each is a tuple of arguments of `make`. ahead: number of
-    batches that are built in advance. If `make` or the plan raises an exception, the consumer gets it when it reaches
+    batches that are built in advance. If `make` or the plan raises an exception, the loop over the batches raises it at
     that batch. `close` (or leaving the context manager) stops the thread, and then the iteration ends.
     """
 

@@ -130,7 +130,7 @@ def _text_of(record: object, text_key: str, place: str, field: str) -> str:
 
 
 def text_key_of(field: str) -> str:
-    """Returns the name of the text_key setting that belongs to a path setting."""
+    """Returns the key of the setting `text_key` for the data whose path is under the key `field`."""
     return field.removesuffix("path") + "text_key"
 
 

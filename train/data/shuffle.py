@@ -1,5 +1,5 @@
-"""Random orders as pure functions of integers. They have no state, and use no generator of a library, which might
-change.
+"""Random orders as pure functions of integers. They have no state. They do not use the random generator of a library,
+because another version of the library might have other numbers.
 
 The data order uses randomness only from `key` (a seed for a purpose), `noise_N` (64 random bits per index) and
 `permute_N`. `permute_N` evaluates a permutation of [0, size) point by point, so sample 10^9 costs the same as sample 0.

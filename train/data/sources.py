@@ -277,7 +277,7 @@ class HubSource:
     split: str
     text_key: str
     table: Any
-    """A datasets.Dataset."""
+    """The dataset, a datasets.Dataset."""
     by_content: bool
     """Whether a document's content, instead of its row number, decides if it is held out."""
 
@@ -310,7 +310,8 @@ class HubSource:
 
 
 def open_hub(path: str, text_key: str, key: str, by_content: bool = False) -> HubSource:
-    """Load the split. Raises UserError if the package, network, dataset, split or column is missing."""
+    """Load the dataset split that `path` names. Raises UserError if the package, network, dataset, split or column is
+    missing."""
     match = re.fullmatch(r"(?:hf://)?(.+?)(?:@([^@:/]+))?(?::([^:/]+))?", path)
     if match is None:
         raise UserError(key, path, "must be hf://NAME[@CONFIG][:SPLIT]", "write it in this form")
@@ -438,8 +439,8 @@ def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: 
 
 
 def _read_manifest(path: Path) -> dict[str, list]:
-    """Returns the content of the manifest. If the manifest is missing or damaged, it is empty, so that it is written
-    again."""
+    """Returns the content of the manifest. If the manifest is missing or damaged, the result is empty, so that the
+    caller writes the manifest again."""
     try:
         manifest = json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -52,7 +52,7 @@ class TokenStore:
 
     path: Path
     tokens_N: np.ndarray
-    """uint16 or uint32, memory-mapped."""
+    """Token ids of all documents (uint16 or uint32), memory-mapped."""
     offsets_D1: np.ndarray
     hashes_D: np.ndarray
     meta: dict[str, Any]
@@ -91,9 +91,9 @@ def keep_text(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock of a cache entry. If another process holds it, call `waiting` and wait.
+    """Returns a context that holds the lock of a cache entry. If another process holds it, calls `waiting` and waits.
 
-    When a process dies, its lock is freed. The next holder removes its unfinished files.
+    When a process dies, its lock is freed. The next holder removes the unfinished files of the dead process.
     """
     lock = path.with_name(f".{path.name}.lock")
     with space_errors(path.parent):

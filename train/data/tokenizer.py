@@ -58,7 +58,8 @@ TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
-"""Files with chat templates in a tokenizer's folder: one for all chats, and optionally another for chats with tools."""
+"""Maps a kind of chat template to its file in a tokenizer's folder: `default` for all chats, and optionally `tool_use`
+for chats with tools."""
 BESIDE = (
     *(TOKENIZER_SETTINGS_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json", GENERATION_FILE),
     *TEMPLATE_FILES.values(),
@@ -320,8 +321,11 @@ def in_parts(text: str, limit: int = PART) -> Iterator[str]:
 
 
 def _end_of_part(text: str, first: int, last: int) -> int:
-    """Returns the last position between `first` and `last` at which a cut does not change the tokens; `last` if there
-    is none."""
+    """Returns a position between `first` and `last` at which a cut does not change the tokens.
+
+    The function prefers the last line end to the last space, and the last space to the last punctuation. Without any of
+    them, it returns `last`.
+    """
     at = text.rfind("\n", first, last)
     while at > 0 and text[at + 1].isspace():
         at = text.rfind("\n", first, at)
@@ -341,9 +345,9 @@ def _end_of_part(text: str, first: int, last: int) -> int:
 def _is_between_words(text: str, at: int) -> bool:
     """Whether the text can be cut before this space without a change of its tokens.
 
-    This is true for the only space between two words, and for the last of several spaces before a word of letters. A
-    cut before digits, kanji or kana is not safe: some patterns split these off first and keep all spaces before them
-    together.
+    This is true for the only space between two words, and for the last of several spaces before a word of letters. It
+    is false before digits, kanji or kana: some word patterns split the digits or characters off first, and keep all
+    spaces before them together.
     """
     before, after = text[at - 1], text[at + 1]
     return after.isalnum() if before.isalnum() else before.isspace() and after.isalpha() and ord(after) < 0x3040

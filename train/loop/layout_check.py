@@ -67,7 +67,7 @@ def _check_choices(config: Config) -> None:
     """Raise UserError if sparse attention does not fit the pipeline stages.
 
     A stage must not begin with a layer that uses the keys selected by an earlier layer. With optim.index_warmup, the
-    first stage must contain a layer. Otherwise it has no indexer to train.
+    first stage must contain a layer. Otherwise this stage has no indexer to train.
     """
     from train.parallelize import stage_layers
 

@@ -4,14 +4,15 @@ A hook is an object with any of these methods. Every rank has its own hooks and 
 (train/loop/hooks/hook_list.py), which includes the `callbacks` of a recipe:
 
     on_start(run)                    the state is restored, and this attempt has done no step yet
-    on_phase(run, step, phase)       a phase begins. In a step: data, schedule (forward and backward), reduction, update,
-                                     record. Outside of steps: validation or checkpoint; at their end, record again
+    on_phase(run, step, phase)       a phase begins. In a step: data, schedule (forward and backward), reduction,
+                                     update, record. Outside of steps: validation or checkpoint; at their end, record
     on_batch(run, step, batch)       this rank's share of the step's batch is loaded, and the passes begin
     on_update(run, step)             the optimizer has updated the weights
     on_skip(run, step)               the step skips its update, because its loss or gradient is not finite
-    on_step(run, step, record)       the step is done; record: metric name -> value (train/metrics/names.py) over all ranks
+    on_step(run, step, record)       the step is done; record: maps metric names (train/metrics/names.py) to values over
+                                     all ranks
     on_save(run, step)               the state is copied for a checkpoint, whose files are written during training
-    on_checkpoint(run, step, path)   on rank 0: a checkpoint is complete; on other ranks: this rank has written its part.
+    on_checkpoint(run, step, path)   a checkpoint is complete; on ranks other than 0: this rank has written its part.
                                      The loop calls this method when it saves the next checkpoint, or at the end
     on_end(run, code)                the last checkpoint is written; code: an exit code of conf/errors.py
     close(run)                       the run has ended, perhaps with an error: release the hook's resources
@@ -99,7 +100,7 @@ class LiveRun:
         self.rank, self.folder, self.chunks = self.mesh.rank, RunPaths(self.config).path, self.parts.chunks
         """This rank's number, the run folder, and this rank's chunks of the model."""
         self.step = self.state.step
-        """Index of the current step, or of the last step."""
+        """Index of the current step. Between steps, it is the index of the last completed step."""
 
     def tell(self, method: str, *what: Any) -> None:
         """Call the method with this name on every hook that has it, with the run and the arguments `what`.

@@ -2,10 +2,10 @@
 
 Ranks hold intervals of Sluice's tensors (parallel/shard.py). Each tensor of a Hugging Face folder is an interval of one
 of Sluice's tensors (train/hf/tensor_names.py). To read the weights, all ranks fill one bucket of Hugging Face tensors
-after another. On each rank the bucket starts with zeros, and the rank writes those elements into it that it holds. Then
-an all-reduce adds the buckets of all ranks. Each element is nonzero on one rank only, so the sum is exact. Besides its
-part of the model, a rank needs memory only for one bucket. The values are the fp32 master weights, rounded to the
-requested dtype.
+after another. On each rank the bucket starts with zeros, and the rank writes the elements of its intervals into the
+bucket. Then an all-reduce adds the buckets of all ranks. Each element is nonzero on one rank only, so the sum is exact.
+Besides its part of the model, a rank needs memory only for one bucket. The values are the fp32 master weights, rounded
+to the requested dtype.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,9 +25,10 @@ from train.kernels.precision import activation_dtype
 from train.loop.state import RunState
 
 BUCKET_ELEMENTS = 1 << 26
-"""Maximum number of elements in a bucket, 256 MB in fp32. A larger tensor has a bucket of its own."""
+"""Maximum number of elements in a bucket, 256 MB in fp32. A tensor with more elements gets a separate bucket."""
 STACKED_NAMES = {"w13": "gate_up_proj", "w2": "down_proj"}
-"""Maps Sluice's name of an expert matrix to transformers' name of the tensor that stacks this matrix of all experts."""
+"""Maps Sluice's name of an expert matrix to the name of the tensor in which transformers stacks the matrices of all
+experts."""
 
 
 class _Wanted(NamedTuple):

@@ -112,12 +112,12 @@ class Measure:
 
 
 class CollectedMeasures:
-    """The sums over all ranks. They are being copied from the device to the host."""
+    """The measurements of a step, summed over all ranks. They are being copied from the device to the host."""
 
     def __init__(self, measure: Measure, vector: Tensor, sizes: list[int], scores_LH: Tensor):
         self._measure, self._sizes = measure, sizes
         self.scores_LH = scores_LH
-        """Largest attention scores in the format of `QKClip.largest`, on the device."""
+        """Largest attention score of each layer and head, from `QKClip.largest`, on the device."""
         losses, loads, *_ = vector.split(sizes)
         self.finite = losses[0].isfinite()
         """Whether the main loss is finite: bool, on the device."""
@@ -128,7 +128,7 @@ class CollectedMeasures:
             self._host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
 
     def read(self) -> MeasuredStep:
-        """Returns the sums as a `MeasuredStep`.
+        """Returns the summed measurements as a `MeasuredStep`.
 
         Call this method only after the host has waited for work that the device ran after the copies. The update of
         every training step waits for such work.

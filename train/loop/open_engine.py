@@ -37,8 +37,8 @@ def open_engine(config: Config, place: Place | None = None) -> Engine:
         rule = f"must equal the number of ranks of the layout, {config.parallel.world}"
         raise UserError("WORLD_SIZE", place.world, rule, "start as many processes, or change parallel.*")
     check_layout(config)
-    # After an engine with one rank, the same process may start a session on other nodes. Ranks there need other network
-    # interfaces, so the environment variables for interfaces are restored.
+    # A process that has opened an engine with one rank may later start a session. Ranks of the session on other nodes
+    # need other network interfaces. So this context restores the environment variables that select interfaces.
     with keep_interfaces() if place.world == 1 else nullcontext():
         rank = set_up_rank(config, place)
     kernels, _ = choose_kernels(config, rank.device)

@@ -77,7 +77,7 @@ class StepTotal(NamedTuple):
     rows: int
     """Number of token sequences."""
     targets: int | None
-    """Number of tokens whose prediction the loss learns; None if all tokens are learnt."""
+    """Number of tokens whose prediction the loss includes (learnt tokens); None if all tokens are learnt."""
     samples: int
     """Number of samples. If a batch does not mark samples, each sequence is one sample."""
 
@@ -601,7 +601,7 @@ def _counting(batch: Batch) -> Tensor:
     """Returns at which positions the loss uses a replayed choice of experts or keys: bool (B, T).
 
     These are all positions except padding and, if the batch marks learnt tokens, the last position of each sample. The
-    batch must have documents.
+    field `documents_BS` of the batch must be set.
     """
     assert batch.documents_BS is not None
     here, following = batch.documents_BS[:, :-1], batch.documents_BS[:, 1:]

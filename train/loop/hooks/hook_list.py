@@ -35,13 +35,13 @@ def build_hooks(
     progress = RankProgress(RunPaths(config).logs, mesh.rank, rank.device, ring)
     return [
         StepMetrics(flops),  # before slow hooks, so that the measured time of the step excludes them
-        TimelineSampler(),  # the pipeline's ranks start together; before the profiler, which must not record this wait
+        TimelineSampler(),  # waits for the pipeline's other ranks; before the profiler, which must not record this wait
         StepProfiler(
             config, mesh.rank, parts
-        ),  # last before the passes and first after the update, so that the profile contains only their work
+        ),  # the last hook before the passes and the first after the update, so that the profile contains no hooks
         ReplicaCheck(
             config.log.replicas_every, zero, mesh
-        ),  # before `progress` reports the next phase: compares right after the passes
+        ),  # compares right after the passes, before `progress` reports the next phase
         StateCheck(config.log.state_every, zero, mesh.rank),  # before anything reads the state
         progress,  # before slow hooks, so that the driver knows the rank's phase
         Fp8Readings(config),  # anywhere before `Recorder`

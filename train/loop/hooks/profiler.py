@@ -2,7 +2,7 @@
 
 runs/NAME/profile/
     rank_0.trace.json.gz   every operation with its time; https://ui.perfetto.dev opens it
-    rank_0.json            rows of the table: part, operation, calls and seconds per step
+    rank_0.json            the operations with the most time: part, operation, calls and seconds per step
 
 In the trace, a part of the model appears as calls of its methods. The profiler records these calls only in profiled
 steps, so other steps cost nothing. A backward operation belongs to the part of its forward operation.
@@ -171,8 +171,7 @@ def _wrapped_actions(timeline: Any) -> Iterator[None]:
 
 
 def largest(events: Sequence[FunctionEvent], steps: int) -> list[dict[str, Any]]:
-    """Returns the rows of the table, sorted by time, the longest first. Each row has the time of one operation in one
-    part.
+    """Returns a table of the operations with the most time, the longest first. Each row is one operation in one part.
 
     The time of a row excludes nested operations. If any operation ran on a GPU, all rows have GPU times, else CPU
     times.

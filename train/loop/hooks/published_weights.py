@@ -24,10 +24,10 @@ KEPT_FOLDERS = 2
 
 
 class PublishedWeights:
-    """Writes the folder on rank 0 every checkpoint.weights_every steps, as soon as the checkpoint of the step is
+    """Writes a Hugging Face folder every checkpoint.weights_every steps, as soon as the checkpoint of the step is
     complete.
 
-    Other ranks wait for rank 0 in the next step.
+    Rank 0 writes the folder. Other ranks wait for rank 0 in the next step.
     """
 
     def on_save(self, run: LiveRun, step: int) -> None:

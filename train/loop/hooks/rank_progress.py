@@ -52,7 +52,7 @@ class RankProgress:
         self._is_beside = phase in SHOWN_PHASES
 
     def say(self, run: LiveRun, phase: str, sequences: int = 0) -> None:
-        """Report the rank's phase. It is valid until the next report."""
+        """Report the rank's phase, which is valid until the next report."""
         busy = None if run.seconds is None else run.engine.measure.step_work.busy
         self.write(run.step, phase, sequences, busy, run.seconds)
 

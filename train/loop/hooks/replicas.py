@@ -1,16 +1,16 @@
 """Detects flipped bits in weights that have copies on several ranks, and in optimizer state between two uses.
 
-Weights: ranks compare the copies of a weight bit by bit after the backward passes, before the update. After the update
-it would be too late: the update computes the weights anew from the master weights, which removes the flip but applies
-the wrong gradients that the flip caused. Each rank sums the bits of each weight as integers, so one flipped bit changes
-the sum. One all-reduce finds the smallest and the largest sum among all copies of each weight. The check does not
-detect a flip that disappeared before the comparison, or a flip in an expert that only one rank holds. With ZeRO 3 it
-detects nothing, because no weight has a copy.
+Weights: ranks compare the copies of a weight bit by bit after the backward passes, before the update. A check after the
+update would be too late. The update computes the weights anew from the master weights, so the flip would be gone, but
+the update would already contain the wrong gradients that the flip caused. Each rank sums the bits of each weight as
+integers, so one flipped bit changes the sum. One all-reduce finds the smallest and the largest sum among all copies of
+each weight. The check does not detect a flip that disappeared before the comparison, or a flip in an expert that only
+one rank holds. With ZeRO 3 it detects nothing, because no weight has a copy.
 
 State: no code writes master weights and moments between two updates. Most of this state has no copy on another rank. So
-each rank sums the bits of its shard's tensors after the update of a checked step. It sums them again before the next
-update or checkpoint reads them. The check does not detect a flip during an update, a flip after a step that is not
-checked, or a flip in a gradient or an activation.
+each rank sums the bits of its shard's tensors after the update of a checked step. The rank sums the bits again before
+the next update or checkpoint reads the tensors. The check does not detect a flip during an update, a flip after a step
+that is not checked, or a flip in a gradient or an activation.
 """
 
 from collections import Counter

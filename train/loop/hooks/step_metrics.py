@@ -90,10 +90,10 @@ class StepMetrics:
 
 
 class Fp8Readings:
-    """precision.fp8.health: records the worst readings of the FP8 GEMMs over all ranks, and warns if a reading is
-    beyond its limit.
+    """precision.fp8.health: records the worst result of each FP8 check over all ranks, and warns if a result is beyond
+    its limit.
 
-    It reads them every `precision.fp8.health.every` steps.
+    The hook reads the results every `precision.fp8.health.every` steps.
     """
 
     def __init__(self, config: Config):
