@@ -108,7 +108,7 @@ def _sources(config: Config) -> list[Manifest]:
 
 
 def _require_equal(one: Manifest, other: Manifest) -> None:
-    """Raise UserError unless two checkpoints have the same model and tokenizer, and contain all weights, not an
+    """Raise UserError unless two checkpoints have the same model and tokenizer, and contain all weights instead of an
     adapter."""
 
     def refuse(what: str) -> UserError:

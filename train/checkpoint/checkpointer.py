@@ -36,17 +36,17 @@ SAVE_PATIENCE = 0.8
 """Fraction of the timeout after which the next save gives up an unfinished save. It is less than 1, because other ranks
 may already wait for this rank, with the same timeout."""
 GRACE = 0.1
-"""Fraction of the timeout. A save that was given up must end and report the reason within this time. Otherwise it
-counts as stuck."""
+"""A save that was given up must end and report the reason within this fraction of the timeout. Otherwise it counts as
+stuck."""
 LEAST_GRACE = 1.0
-"""Lower limit of the time for this report, in seconds."""
+"""Minimum time, in seconds, in which a save that was given up may still end and report the reason."""
 MOST_STUCK = 2
 """Maximum number of stuck saves at the same time. The number is limited because each stuck save occupies its
 buffers."""
 
 
 class SaveFailed(DiskFailed):
-    """The required save failed.
+    """The last save of a run failed, although it was required.
 
     ranks: the ranks that did not write their files. late: whether the save did not end in time, without a disk error.
     """
@@ -187,7 +187,7 @@ class Checkpointer:
     def finish(self, required: bool = False) -> list[SaveResult]:
         """Wait for the save in progress, and return the results like `poll`.
 
-        `required`: raise SaveFailed if the last save failed.
+        `required`: whether to raise SaveFailed if the last save failed.
         """
         if not required:
             self._settle()
@@ -333,8 +333,8 @@ class Checkpointer:
     def _prune(self, warning: str | None) -> str | None:
         """Remove old checkpoints. Returns the warning to report.
 
-        warning: an earlier warning of the save. A failure here only replaces it, because the new checkpoint is
-        complete.
+        warning: an earlier warning of the save. If the removal fails, the method only returns another warning, because
+        the new checkpoint is complete.
         """
         try:
             best = next((path for path in reversed(self._best) if path.exists()), None)

@@ -125,7 +125,7 @@ class Committer:
                 if match is None or int(match["attempt"]) >= self.attempt:
                     continue  # a folder of this attempt: another rank may already write to it
                 if match["kind"] == "replaced" and not (self.root / match["name"]).exists():
-                    folder.rename(self.root / match["name"])  # an earlier process ended between its two renames
+                    folder.rename(self.root / match["name"])  # undo the first of two renames of a process that died
                 else:
                     shutil.rmtree(folder, ignore_errors=True)  # a rank of the old attempt may still write to it
 
@@ -229,7 +229,7 @@ class Committer:
         with self._lock():
             self._check_fence()
             self._check_wanted(save)
-            if final.exists():  # a damaged or rolled-back checkpoint, because a rename cannot replace a folder
+            if final.exists():  # an older checkpoint of this step: move it away, as a rename cannot replace a folder
                 final.rename(aside)
             folder.rename(final)
             fsync_folder(self.root)

@@ -1,7 +1,8 @@
-"""Reads the frozen base of an adapter, which may be held in block FP8 during training.
+"""Reads the frozen base of an adapter and rounds it to block FP8.
 
-The base is either stored as block FP8, or read in fp32 and rounded to values of block FP8. If the source is block FP8,
-the values do not change (train/hf/blocks.py); other sources are rounded. Only a few matrices are in memory at a time.
+`fill_blocks` fills weights that are held in block FP8. `fill_rounded` fills fp32 shards with the same values. If the
+base is stored in block FP8, the rounding does not change any value (train/hf/blocks.py). Only a few matrices are in
+memory at a time.
 """
 
 import math
@@ -25,8 +26,8 @@ def fill_blocks(
     """Fill this rank's bytes of one weight in block FP8.
 
     name: the weight's name in a checkpoint. blocks: the weight's format. ep: number of ranks that share the experts.
-    held: the bytes of this rank: those of the weight from position `first` on, and padding at the end. fill: reads fp32
-    values. mark: receives the values that the bytes represent.
+    held: this rank's buffer. It gets the weight's bytes from position `first` on; the rest of it is padding. fill:
+    reads fp32 values. mark: receives the values that the bytes represent.
     """
     size, (rows, columns) = blocks.matrix_bytes, blocks.shape[-2:]
     local = range(1) if blocks.experts is None else blocks.experts
@@ -69,9 +70,10 @@ def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
 
 
 def _block_rows(first: int, stop: int, rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Yields groups of matrix rows that together contain the elements [first, stop): first element and number of rows.
+    """Yields groups of matrix rows that together contain the elements [first, stop).
 
-    A group consists of complete rows of blocks of one matrix. rows, columns: shape of each matrix.
+    A group consists of complete rows of blocks of one matrix. The function yields its first element and its number of
+    rows. rows, columns: shape of each matrix.
     """
     size = rows * columns
     for matrix in range(first // size, -(-stop // size)):

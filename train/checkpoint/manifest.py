@@ -97,7 +97,7 @@ class Meta(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Entry:
-    """One logical tensor in a checkpoint: the whole tensor, of which each rank stores intervals."""
+    """One logical tensor in a checkpoint. The ranks' files contain intervals of this tensor."""
 
     dtype: str
     """Name of the element type in the safetensors format, such as F32 or BF16."""
@@ -358,7 +358,7 @@ def _newest_first(root: Path, warnings: list[str]) -> list[Manifest]:
             try:
                 sound.append(read_manifest(folder))
             except UserError as error:
-                if not os.path.lexists(folder):  # a live run has pruned it, so there are newer ones: search again
+                if not os.path.lexists(folder):  # a live run pruned it: search again
                     break
                 if not isinstance(error, CheckpointDamaged):
                     raise

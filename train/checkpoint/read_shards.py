@@ -1,8 +1,8 @@
 """Loads a checkpoint into live shards. The run that wrote the checkpoint may have had any layout.
 
-Each wanted shard is an interval of a flattened tensor. The manifest lists the intervals that each rank wrote. Where a
-wanted interval overlaps a written interval, the reader must read bytes. It reads all blocks that contain such bytes,
-and compares each block with its CRC-32 before it uses any element of the block.
+Each wanted shard is an interval of a flattened tensor. The manifest lists the intervals that each rank wrote. If a
+wanted interval and a written interval overlap, the rank needs the bytes of the overlap. It reads all blocks that
+contain such bytes, and compares each block with its CRC-32 before it uses any element of the block.
 """
 
 import json
@@ -111,11 +111,14 @@ class FilePiece:
 
 
 ReadSpan = Callable[[memoryview, int], int]
-"""Reads bytes of a file, from the given byte position, into the given memory. Returns the number of bytes read."""
+"""A function that reads bytes of a file, from the given byte position, into the given memory.
+
+It returns the number of bytes read.
+"""
 
 
 class Files(Protocol):
-    """Gives access to the files of a checkpoint, on disk or on other nodes. Both methods raise OSError."""
+    """Gives access to the files of a checkpoint, on disk or on other nodes. Both methods may raise OSError."""
 
     def index(self, rank: int) -> bytes:
         """Returns the index of a rank's data file."""

@@ -122,8 +122,8 @@ class RunFolder(RunPaths):
 def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
     """Returns a context in which rank 0 holds a lock, because it may write to the run folder.
 
-    The lock is shared. If one of two nodes is disconnected, the ranks 0 of two attempts may hold it at the same time. A
-    new start may hold it for a moment.
+    The lock is shared. If a node is disconnected, rank 0 of the old attempt and rank 0 of the new attempt may hold it
+    at the same time. A new start may hold it for a moment.
     """
     paths.path.mkdir(parents=True, exist_ok=True)
     handle = open_lock(paths.rank_lock)
@@ -266,8 +266,8 @@ def _named(path: Path) -> FoundCheckpoint:
 def wandb_place(run: Path) -> dict[str, str | None]:
     """Returns project, entity and group of a run folder's W&B run; empty if it has no W&B run, or if they are unknown.
 
-    An earlier version of Sluice had configuration keys for these values. Then they are in the old config.yaml, until a
-    new start replaces this file.
+    An earlier version of Sluice had configuration keys for these values. The config.yaml of such a run contains them
+    until a new start replaces this file.
     """
     with suppress(*UNREADABLE, KeyError, TypeError, AttributeError):
         if (run / "wandb" / WANDB_PLACE).is_file():

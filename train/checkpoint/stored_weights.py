@@ -130,7 +130,7 @@ class StoredWeights:
         """Opens the checkpoint, but reads no weights yet.
 
         kind: `master`, or `ema` for the moving average. In an adapter's run, the moving average is that of the adapter.
-        Raises UserError if the base of the adapter is missing, or is not the base of its training.
+        Raises UserError if the base of the adapter is missing, or is not the base with which the adapter was trained.
         """
         self.manifest, self._kind = read_manifest(checkpoint), kind
         self._own = partial(fill_shards, self.manifest, FolderFiles(checkpoint))
@@ -352,11 +352,11 @@ def load_hf_model(
 ) -> tuple[Model, DeepSeekV3, Path | None]:
     """Loads all weights of a Hugging Face folder into one model on the CPU, in eval mode.
 
-    Returns the model's configuration, the model, and the path of its tokenizer.json if it exists. dtype: the dtype of
-    weights and matmuls. Weights are read directly in this dtype, so memory contains the model only once. field: name of
-    the key in errors. kernels: the kernels of the model's operations; torch's operations by default. text_only: leave
-    out the tensors of other modalities. adapter: a PEFT folder whose adapter is added to the weights. Raises UserError
-    if the folder does not contain an intact model of a supported family.
+    Returns the model's configuration, the model, and the path of the folder's tokenizer.json if it exists. dtype: the
+    dtype of weights and matmuls. Weights are read directly in this dtype, so memory contains the model only once.
+    field: name of the key in errors. kernels: the kernels of the model's operations; torch's operations by default.
+    text_only: leave out the tensors of other modalities. adapter: a PEFT folder whose adapter is added to the weights.
+    Raises UserError if the folder does not contain an intact model of a supported family.
     """
     path = Path(folder).expanduser()
     headers, config, _ = open_model(path, field, text_only)

@@ -173,7 +173,7 @@ def other_base(init_from: str | None, checkpoint: Path, meta: dict[str, Any]) ->
 
 
 def refuse_adapter(checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError if a checkpoint from which a run would start contains only an adapter."""
+    """Raise UserError if this checkpoint, from which a run is to start, contains only an adapter."""
     if holds_adapter(meta):
         rule = f"{checkpoint} has only an adapter for the weights of {meta['base']['path']}"
         cure = "merge the adapter first (mode=export of its run with export.merge=true), and start from the exported folder"

@@ -35,12 +35,12 @@ from train.hf.mistral_fields import GROWTH, to_params
 SHOWN_NAMES = 6
 """Maximum number of names in an error message."""
 SCALE_BLOCK = 128
-"""Rows and columns of a block in FP8 weights. A block has one scale."""
+"""Number of rows, and number of columns, of a block in FP8 weights. Each block has one scale."""
 MEANINGLESS_NUMBER = 2.0**63
 """Every number in the file must be below this limit."""
 GROUP_TOP_K = 2
-"""transformers ranks a group of experts by the sum of this number of best scores in the group. No field of config.json
-changes the number."""
+"""Number of best scores in a group of experts whose sum ranks the group in transformers. No field of config.json
+changes this number."""
 LATENT_NORM_EPS = 1e-6
 """transformers uses this eps in the norms of latents. No field of config.json changes the value."""
 YARN = tuple(field.name for field in fields(Yarn) if field.name != "always")
@@ -351,7 +351,7 @@ def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
         )
     wrong = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
     values = {f"model.{name}": (getattr(ours, name), getattr(theirs, name)) for name in wrong}
-    # so that a null in the recipe is not resolved from a field that may be wrong
+    # otherwise a null in the recipe would be resolved from a field that may be wrong
     cured = replace(ours, top_k=theirs.top_k, top_groups=theirs.top_groups, norm_eps=theirs.norm_eps)
     eps = cured.resolved_latent_norm_eps, theirs.resolved_latent_norm_eps
     values |= {"model.latent_norm_eps": eps} if eps[0] != eps[1] else {}

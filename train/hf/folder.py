@@ -20,7 +20,7 @@ from train.hf.families import FAMILIES, find_family
 from train.hf.tensor_names import MTP_NAMES, SCALE, PlacedTensor, tensors
 
 STEMS = tuple({facts.stem: None for facts in FAMILIES.values()})
-"""Prefixes of the names of weight files."""
+"""Prefixes of the names of weight files, such as `model`."""
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 PLAIN_TYPES = ("F32", "BF16", "F16")
@@ -30,7 +30,7 @@ FP8 = "F8_E4M3"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the folder."""
+    """One tensor, as the header of a weight file describes it."""
 
     file: str
     dtype: str
@@ -171,7 +171,8 @@ def _listing(folder: Folder) -> str:
 
 
 def _index(folder: Folder) -> dict[str, list[str]]:
-    """Return, for each weight file, the names of the tensors that the index assigns to it; no names without an index.
+    """Return, for each weight file, the names of the tensors that the index assigns to it; an empty list without an
+    index.
 
     Raises UserError if files are missing.
     """

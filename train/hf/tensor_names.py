@@ -1,9 +1,10 @@
 """Maps every tensor of a Hugging Face folder to its place in our model. The map depends only on the configuration.
 
 The Hugging Face layout and ours differ in names and in stacking, not in values. RoPE rotates adjacent elements in both,
-so no row is permuted. We stack the up projection below the gate projection, and the matrices of all experts. So each
-Hugging Face tensor is one interval of one of our flattened tensors. MTP module k is the Hugging Face layer `layers +
-k`. That layer has copies of the embedding and the head. Our MTP modules share these two with the main model.
+so no row is permuted. Sluice stacks the gate and the up projection in one tensor, and also the matrices of all experts.
+So each Hugging Face tensor is one interval of one of our flattened tensors. In a folder, MTP module k is the layer with
+index `layers` + k. This layer has copies of the embedding and the head. Our MTP modules share these two tensors with
+the main model.
 
 Our names are the names in a checkpoint: `master.PARAMETER` for weights, `bias.BLOCK` for balance biases.
 
