@@ -28,6 +28,10 @@ def summed(logprobs_BT, tokens):
     return -logprobs_BT.sum()
 
 
+def interrupted(seconds):
+    raise KeyboardInterrupt
+
+
 def dying(logprobs_BT, tokens):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -73,7 +77,7 @@ def test_a_session_is_the_engine_of_one_process_and_is_reopened_in_another_layou
             engine.logprobs(replace(batch, tokens_BS=batch.tokens_BS[:3]))
         shared = batch.tensors["old_logprobs"]
         assert engine.logprobs(replace(batch, tensors={**batch.tensors, "same": shared})).shape == shared.shape
-        engine.forward_backward(batch, halved, by=2.0)
+        engine.forward_backward(batch, halved, by=torch.tensor(2.0))
         with pytest.raises(UserError, match="must be called between steps"):
             list(engine.weights())
         assert engine.update().measured.main_loss == pytest.approx(one["first"].item(), rel=1e-5)
@@ -98,7 +102,7 @@ def test_a_session_is_the_engine_of_one_process_and_is_reopened_in_another_layou
 
 
 @pytest.mark.slow
-def test_a_dead_rank_ends_the_call_with_its_name_and_ctrl_c_leaves_nothing(tmp_path):
+def test_a_dead_rank_ends_the_call_with_its_name_and_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
     config, before = config_of("parallel.pp=2", f"runs={tmp_path}"), children()
     batch = policy_batch(config)
     with train.session(config) as engine:
@@ -114,6 +118,16 @@ def test_a_dead_rank_ends_the_call_with_its_name_and_ctrl_c_leaves_nothing(tmp_p
     with pytest.raises(KeyboardInterrupt), train.session(config) as engine:
         engine.forward_backward(batch, "ppo")
         raise KeyboardInterrupt
+    assert children() <= before
+    with train.session(config) as engine:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(engine._link, "poll", interrupted)
+            engine.logprobs(batch)
+        with pytest.raises(
+            UserError, match="the session has ended"
+        ):  # and the answer of that call is not the next one's
+            engine.count([batch])
+            engine.discard()
     assert children() <= before
     assert not list(Path(tmp_path).glob("*/session/address.json"))
     with pytest.raises(SessionFailed, match="must be the loss of every token"), train.session(config) as engine:

@@ -148,12 +148,14 @@ class Session:
     ) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.weights`. Read all tensors before you call another method, or leave the loop over them early."""
         named = None if dtype is None else str(dtype).removeprefix("torch.")
-        self._send("weights", {"merged": merged, "stacked": stacked, "dtype": named})
+        with self._whole_call():
+            self._send("weights", {"merged": merged, "stacked": stacked, "dtype": named})
         said: dict[str, Any] = {"done": False}
         self._is_reading = True
         try:
             while not said["done"]:
-                said, tensors = self._answer()
+                with self._whole_call():
+                    said, tensors = self._answer()
                 yield from tensors.items()
         except GeneratorExit:  # the caller leaves the loop early: read the remaining answers
             while not said["done"] and self._link is not None:
@@ -203,8 +205,21 @@ class Session:
         self.step = self._answer()[0]["step"]
 
     def _call(self, method: str, said: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> tuple[dict, dict]:
-        self._send(method, said, tensors)
-        return self._answer()
+        with self._whole_call():
+            self._send(method, said, tensors)
+            return self._answer()
+
+    @contextmanager
+    def _whole_call(self) -> Iterator[None]:
+        """End the session if something interrupts a call, such as Ctrl-C. Otherwise, the next call would read the
+        answer of this call."""
+        try:
+            yield
+        except UserError:
+            raise
+        except BaseException:
+            self._end(at_once=True)
+            raise
 
     def _send(self, method: str, said: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
         if self._link is None:
@@ -215,7 +230,8 @@ class Session:
             rule = "comes while weights() still has tensors"
             raise UserError("session", method, rule, "read all of them first, as dict(engine.weights())")
         with suppress(ConnectionError):  # if rank 0 has ended, `_answer` finds the reason
-            self._link.send_bytes(json.dumps({"method": method, **said}).encode())
+            # Settings of a loss may be numbers of NumPy or torch.
+            self._link.send_bytes(json.dumps({"method": method, **said}, default=float).encode())
             self._link.send_bytes(save(tensors or {}))
 
     def _answer(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
