@@ -5,11 +5,11 @@ wait until a time-out. The peers then fail too, and often report their failure f
 
     1. A rank whose input was wrong (exit code 2): the user must act.
     2. A node that no longer answers: all other failures follow from it.
-    3. A rank that vanished without a report. The rank was killed, crashed in native code, or ended before the end of its
-       work with any exit code, even 0. Such a rank is no victim, because a victim has time to write its reason.
+    3. A rank that vanished without a report. The rank was killed, crashed in native code, or ended before the end of
+       its work with any exit code, even 0. Such a rank is no victim, because a victim has time to write its reason.
     4. Ranks that are silent while the others timed out in a collective: the silent ranks hang.
-    5. The rank that reported the earliest error. If this error blames other ranks, they are named instead. An error of a
-       non-finite loss fails all ranks at once, and blames the ranks where the loss became non-finite. An error of a
+    5. The rank that reported the earliest error. If this error blames other ranks, they are named instead. An error of
+       a non-finite loss fails all ranks at once, and blames the ranks where the loss became non-finite. An error of a
        checkpoint blames the ranks that did not write their part of it. Errors are ordered by their host's uptime clock,
        which nobody can set.
 """
@@ -136,13 +136,13 @@ class RankReport:
 
     rank: int
     code: int | None = None
-    """Exit code, or minus the number of a signal; None while the rank runs."""
+    """Exit code, or the negative number of the signal that ended the rank. None while the rank runs."""
     failure: Failure | None = None
     """The report that the rank wrote before it failed."""
     step: int = -1
     """Optimizer step that the rank works on, from 1; -1 before the loop has begun."""
     phase: str = "start"
-    """start, step, validation, checkpoint, or the hook of a callback, as the rank reports it."""
+    """What the rank is doing, as it reports: start, step, validation, checkpoint, or the name of a callback's hook."""
     busy: float | None = None
     """Seconds of the last step in which the rank did its own work and did not wait for other ranks. None if the rank
     did not report them.
@@ -327,7 +327,7 @@ def _tail(report: RankReport) -> str:
 
 
 def _how(report: RankReport) -> str:
-    """Describe how a rank ended that wrote no failure report."""
+    """Describe how a rank ended, if the rank wrote no failure report."""
     assert report.code is not None, "it has ended"
     if report.code < 0:
         memory = " (out of memory?)" if -report.code == signal.SIGKILL else ""

@@ -4,12 +4,13 @@ The file is called the rank's ring. It has a record of every recent collective, 
 and pipeline action in which the operation ran. The file is mapped into memory, so the kernel keeps its content even if
 SIGKILL ends the process. The file has these parts:
 
-    header    80 bytes: magic, version, number of records, rank, number of ranks of the run, process id, Unix time of the
-              ring's creation, host
-    state     48 bytes: step, phase, layer and action that run now, and the Unix time at which the phase or action began;
-              the number of completed work units, and the bytes of checkpoints written
-    table     the rest of the first 64 KiB: one JSON value per line for each group of ranks and each place in the program.
-              Records refer to a line by its number. A line is written before the first record that refers to it
+    header    80 bytes: magic, version, number of records, rank, number of ranks of the run, process id, Unix time of
+              the ring's creation, host
+    state     48 bytes: step, phase, layer and action that run now, and the Unix time at which the phase or action
+              began; the number of completed work units, and the bytes of checkpoints written
+    table     the rest of the first 64 KiB: one JSON value per line for each group of ranks and each place in the
+              program. Records refer to a line by its number. A line is written before the first record that refers to
+              it
     records   88 bytes each; a new record overwrites the oldest record
 
 One or more threads write without a lock. Each record has a unique number at its start and at its end, and the record is
@@ -47,10 +48,10 @@ NOW_AT, TABLE_AT, RECORDS_AT = 80, 128, 64 << 10
 """Offsets in bytes of the current state, the table and the records."""
 HEADER = struct.Struct("<12sIIIIId32s")
 NOW = struct.Struct("<IhBxHHH2xd")
-"""Current state: step, layer, phase, kind of action, stage, micro-batch, Unix time."""
+"""Format of the current state: step, layer, phase, kind of action, stage, micro-batch, Unix time."""
 RECORD = struct.Struct("<QIHHBBhIi4xQQHHHBxdddQ")
-"""A record: serial, seq, group, place, kind, type, layer, step, peer, sent, received, action, stage, micro-batch,
-phase, began, waited, ended, serial.
+"""Format of a record: serial, seq, group, place, kind, type, layer, step, peer, sent, received, action, stage,
+micro-batch, phase, began, waited, ended, serial.
 """
 WAITED_AT, ENDED_AT = 64, 72
 """Byte offsets of the fields `waited` and `ended` within a record."""
@@ -211,11 +212,11 @@ class CommRing:
         COUNTS.pack_into(self._map, COUNTS_AT, self._done, self._written)
 
     def name_group(self, name: str, label: str, ranks: Sequence[int]) -> int:
-        """Return the number of a group in the file's table, and add the group if it is new. Pass the number to `begin`."""
+        """Return a group's number in the file's table, and add the group if it is new. Pass the number to `begin`."""
         return self._number((name, *ranks), ["group", name, label, _as_range(ranks)])
 
     def place(self, file: str, line: int) -> int:
-        """Return the number of a place in the file's table, and add the place if it is new. Pass the number to `begin`."""
+        """Return a place's number in the file's table, and add the place if it is new. Pass the number to `begin`."""
         return self._number((file, line), ["place", file, line])
 
     def _number(self, key: Any, entry: list) -> int:

@@ -6,8 +6,9 @@ matches decides:
     1. stopped    A rank's process is stopped.
     2. differs    Two ranks called different operations as the same collective of their group, or a rank sent what its
                   receiver did not expect. The wrong rank is found by these tests, in this order. It differs from most
-                  ranks of its group. It differs from its own earlier steps (the last step, or a step one period earlier)
-                  while the others do not. It differs from other groups with the same label. Otherwise it is unknown.
+                  ranks of its group. It differs from its own earlier steps (the last step, or a step one period
+                  earlier) while the others do not. It differs from other groups with the same label. Otherwise it is
+                  unknown.
     3. absent     Some ranks wait, directly or indirectly, for a rank that waits for no rank itself.
     4. link       Sent data is not acknowledged between some hosts, and one host is part of every such connection.
     5. crossed    Ranks wait for each other. The wrong rank is the one that differs from its own last step.

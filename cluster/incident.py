@@ -7,7 +7,8 @@ replaces the first cause. A screen summarises the incident. logs/incident_N.json
 
     time, kind, text     Unix time; kind of the cause; sentence about the cause
     fault                kind of fault; see judgement.Fault
-    ranks, among         the culprits; if the culprit is unknown, ranks of which one is the culprit
+    ranks                the ranks that caused the fault
+    among                if it is unknown which rank caused the fault: the ranks that may have caused it
     where, advice        file and line; what to do
     seconds              for a hang: seconds since the last news
     waits                [{"rank": 0, "for": [1], "what": "all_reduce 7 of ...", "place": "file:line", "seconds": 12.1},
@@ -307,7 +308,7 @@ PASSED = "passed"
 
 
 def warning_of(text: str, seconds_left: float) -> str:
-    """Return the warning about the ranks that block a run, before the driver ends the run."""
+    """Return the text of a warning that names the ranks that block a run. text: their description."""
     return f"{text}; the run is ended in {seconds_left:.0f} s without progress (cluster.kill_after)"
 
 

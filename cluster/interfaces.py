@@ -72,7 +72,7 @@ def _source_address(host: str) -> str:
         return probe.getsockname()[0]
 
 
-# Free ports. Another process opens the port later.
+# Finds free ports. The port is not opened here; another process opens it later.
 
 LOWEST = 20000
 """Ray's own processes use ports below this number."""

@@ -21,7 +21,7 @@ from typing import Any
 from conf.errors import EXIT_INTERRUPTED, StopInterrupt
 
 RAISE_AGAIN_S = 0.05
-"""Seconds after which a KeyboardInterrupt is raised that could not be raised during an import or a destructor."""
+"""If a KeyboardInterrupt comes during an import or a destructor, it is raised again after this many seconds."""
 SHOW_CURSOR = "\x1b[?25h"
 IMPORTS = "<frozen importlib._bootstrap>"
 

@@ -74,7 +74,7 @@ class Judgement:
     """File and line of the fault."""
     waits: list[RankWait] = field(default_factory=list)
     among: tuple[int, ...] = ()
-    """Ranks of which at least one caused the fault, if it is unknown which one."""
+    """If it is unknown which rank caused the fault: the ranks that may have caused it."""
 
     @property
     def advice(self) -> str:

@@ -17,7 +17,7 @@ START_PHASE, STEP_PHASE = "start", "step"
 STEP_PHASES = (STEP_PHASE, "on_step")
 """Phases that belong to a step: the step itself, and the hook that callbacks run after each step."""
 PATIENT_PHASES = ("checkpoint", "on_start", "on_step", "on_save", "on_checkpoint", "on_end")
-"""Phases in which a disk, a network or user code may work without news: saves, uploads and callbacks."""
+"""Phases in which a disk, a network or user code may work without reporting progress: saves, uploads and callbacks."""
 STEP_FLOOR, OTHER_FLOOR = 7.0, 30.0
 """A run is not late before it was silent for this many seconds. The first number is for steps. The second number is for
 other phases, in which a disk may be slow.
@@ -25,8 +25,8 @@ other phases, in which a disk may be slow.
 KILL_ON_CPU, KILL_ON_GPU = 60.0, 120.0
 """Defaults of `cluster.kill_after`, in seconds."""
 HANG_ROOM, FIRST_HANG_ROOM = 2.5, 9.0
-"""The limit is the longest observation times a factor. The factor is the first number plus the second number divided by
-the count of observations. A single observation says little, so the factor is large at first.
+"""A run is late after the longest observed time multiplied by a factor. The factor is the first number plus the second
+number divided by the count of observations. A single observation says little, so the factor is large at first.
 """
 REMEMBERED = 500
 """Number of observations stored for each kind of phase. Older observations are dropped, because they no longer show how

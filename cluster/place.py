@@ -31,7 +31,7 @@ def given_attempt() -> int | None:
 
 @dataclass(frozen=True)
 class Meeting:
-    """The point at which the ranks that a driver started meet. It is either a file of this machine, or an address of
+    """Where the ranks that a driver started find each other. It is either a file of this machine, or an address of
     rank 0 with a secret.
     """
 

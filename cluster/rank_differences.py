@@ -212,8 +212,8 @@ def first_change(
         return _common(one) == _common(other) and one.peer == other.peer
 
     def matches(i: int, j: int) -> int:
-        """Return how many records of `now` from i on equal the records of `before` from j on, until the first
-        difference. A record from the same place in the program counts twice.
+        """Return how many records of `now`, from index i on, equal the records of `before` from index j on, up to the
+        first difference. A record counts twice if both records are from the same place in the program.
         """
         count = 0
         for one, other in zip(now[i:], before[j:], strict=False):
@@ -245,8 +245,9 @@ def first_change(
 
 
 def _odd_messages(traces: Mapping[int, RankTrace]) -> list[tuple[float, tuple[int, CommRecord, int, CommRecord]]]:
-    """Return sends that differ in size or type from the receive with the same sequence number. For each such send,
-    return the later of the two start times, and both records."""
+    """Return the sends whose number or type of elements differs from that of the matching receive. Each result has the
+    later start time of the two, and both records with their ranks.
+    """
     sends = {
         (record.group.name, rank, record.peer, record.seq): record
         for rank, trace in traces.items()

@@ -40,8 +40,8 @@ class RankWatch:
         self._silences = 0
         """Number of events that ended a silence."""
         self._late: tuple[int, float] | None = None
-        """The silence about which the watch has warned: the value of `_silences` and the start time. None if there is
-        no such silence.
+        """The silence for which a warning was printed: the value of `_silences` at that time, and the start time of the
+        silence. None if there is no such silence.
         """
         self._ended = self._bad = 0
         """Number of ranks that have ended, and number of ranks that have failed."""
@@ -150,13 +150,13 @@ class RankWatch:
         self._late = self._silences, self.silent_since
 
     def over(self, now: float) -> float | None:
-        """Return how many seconds the silence lasted about which the watch has warned; None if there is no such
-        silence. Call this method when all ranks have ended without a failure.
+        """Return the length in seconds of the silence for which a warning was printed; None if no warning was printed.
+        Call this method when all ranks have ended without a failure.
         """
         return now - self._late[1] if self._late is not None else None
 
     def went_on(self) -> float | None:
-        """If the silence has ended about which the watch has warned, return how many seconds it lasted. Otherwise
+        """If a warning was printed for a silence and the silence has ended, return its length in seconds. Otherwise
         return None. Each silence is returned only once.
         """
         if self._late is None or self._late[0] == self._silences:

@@ -1,8 +1,9 @@
 """Show where the ranks of a recipe would run, and start nothing:  python -m cluster.show NODESxDEVICES[/RACK]
 OVERRIDES...
 
-RACK is the number of nodes in a rack. An example with 256 nodes of 8 devices each and 32 nodes in a rack: python -m
-cluster.show 256x8/32 conf=deepseek_v3 data=stdlib
+RACK is the number of nodes in a rack. An example with 256 nodes of 8 devices each and 32 nodes in a rack:
+
+    python -m cluster.show 256x8/32 conf=deepseek_v3 data=stdlib
 """
 
 import re

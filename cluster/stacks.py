@@ -148,7 +148,8 @@ def is_looked_into(pid: int) -> bool:
 
 
 def unanswered(pid: int) -> str:
-    """Return text that names this process's own address and the hosts that have not acknowledged its TCP data.
+    """Return text that names the address of the process `pid`, and the hosts that have not acknowledged TCP data of the
+    process.
 
     The text is empty if the process has no connections.
     """

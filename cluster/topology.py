@@ -6,12 +6,12 @@ stages communicate less than expert groups, but more than all other ranks. So co
 data-parallel block get consecutive groups of devices:
 
     1. Sort nodes by rack, name and address. Divide their devices into slots: a slot holds one expert group. If a group
-       fits on a node, a node has devices // ep slots. Otherwise a slot consists of ep / g nodes with g ranks each, where
-       g is the largest divisor of ep that the nodes can hold. Slots are formed first inside racks, then from the
+       fits on a node, a node has devices // ep slots. Otherwise a slot consists of ep / g nodes with g ranks each,
+       where g is the largest divisor of ep that the nodes can hold. Slots are formed first inside racks, then from the
        remaining nodes of the racks.
-    2. A block consists of one expert group of every stage, so it needs pp slots. All ranks of a pipeline are in the same
-       block, so a lost device costs at most one block of the attempt; cluster/driver/shapes.py then chooses the smaller
-       layout. Slot i is stage i % pp of block i // pp.
+    2. A block consists of one expert group of every stage, so it needs pp slots. All ranks of a pipeline are in the
+       same block, so a lost device costs at most one block of the attempt; cluster/driver/shapes.py then chooses the
+       smaller layout. Slot i is stage i % pp of block i // pp.
     3. Nodes without a rank are spares.
     4. After a failure, ranks stay on their nodes, next to their copies in memory. A spare replaces each missing node,
        from the same rack if possible. If this placement has more groups that span several racks than the placement by

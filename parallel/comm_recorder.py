@@ -168,8 +168,8 @@ class CommRecorder:
         return known
 
     def _place(self) -> int:
-        """Return the log's number of the line in Sluice's or the user's code that called the operation. If several such
-        lines are on the stack, it is the innermost one.
+        """Return the number, in the log, of the code line that called the operation. It is the innermost line on the
+        stack that belongs to Sluice's or the user's code.
         """
         frame: FrameType | None = sys._getframe(3)
         while frame is not None:

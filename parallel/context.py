@@ -55,8 +55,9 @@ class ContextParallel:
         return LatentsOnTheirWay(own_BTX, all_NBTX, work, rows)
 
     def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
-        """Return, for this rank's two pieces, the sum of the values that all ranks pass: (B, T, X). pieces: one tensor
-        for each piece of the sequences.
+        """Sum the values of all ranks for each piece, and return the sums for this rank's two pieces: (B, T, X).
+
+        pieces: this rank's values, one tensor for each piece of the sequences.
         """
         size = max(piece.size(1) for piece in pieces)
         own = pieces[self.part].size(1) + pieces[-1 - self.part].size(1)

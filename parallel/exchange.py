@@ -95,7 +95,7 @@ class RankNotes:
     """
 
     def __init__(self, store: dist.Store | None = None):
-        """Use a store. store: None for the store of all ranks."""
+        """store: the store to use; None for the store of all ranks."""
         self._store = store or distributed_c10d._get_default_store()
 
     def leave(self, name: str, text: str) -> None:

@@ -99,7 +99,7 @@ def cut_pieces(elements: range, width: int) -> list[WeightPiece]:
 
 @dataclass
 class FlatWeight:
-    """A parameter, and its place in the flat shards of the ranks that share it."""
+    """A parameter, and its position in the flat shards of the ranks that share the parameter."""
 
     param: nn.Parameter
     shape: tuple[int, ...]

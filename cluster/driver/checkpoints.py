@@ -12,7 +12,8 @@ from cluster.run_files import MANIFEST, NONE, STEP_FOLDERS, Age, hold_lock, read
 def newest(folder: Path) -> Age:
     """Return the age of the newest committed checkpoint, or NONE.
 
-    A manifest is complete before its checkpoint folder gets its final name.
+    A checkpoint folder gets its final name only after its manifest is complete, so every manifest found here is
+    complete.
     """
     return max(_ages(folder), default=NONE)
 
@@ -21,8 +22,8 @@ def claim_attempt(folder: Path, timeout: float) -> int:
     """Return a number (1 or more) that is higher than the number of every earlier attempt. After this call, earlier
     attempts cannot write checkpoints.
 
-    Otherwise a rank that an earlier driver started, and that begins only now, could still write a checkpoint. Raises
-    UserError for a damaged fence, or if a rank keeps the folder locked for longer than `timeout` seconds.
+    This is needed because a rank that an earlier driver started may begin only now, and would then write a checkpoint.
+    Raises UserError for a damaged fence, or if a rank keeps the folder locked for longer than `timeout` seconds.
     """
     started = [int(path.stem) for path in (folder / "attempts").glob("*.yaml") if re.fullmatch(r"\d{1,15}", path.stem)]
     # attempts that ended before their ranks started are named only by the events

@@ -56,7 +56,7 @@ LONGEST_PATIENCE = 30.0
 the node does not answer them, only the agent's answer shows that the node is alive. The bound is then half a heartbeat.
 """
 TICK_EVERY = 0.05
-"""Minimum seconds between two decisions."""
+"""Minimum seconds between two ticks, at which the supervisor makes its decisions."""
 LOOK_EVERY = 1.0
 """Seconds between checks of the node list and of the checkpoints."""
 HELD_BACK = 2.0
@@ -358,7 +358,7 @@ class Driver:
             self._warm([node])
 
     def _refuse(self, node: Node, problem: str, again: float = REFUSED_SECONDS) -> None:
-        """Exclude a node until a later check passes, and report the problem once. again: seconds until the next check."""
+        """Exclude a node until a later check passes. Report the problem once. again: seconds until the next check."""
         self._check_again[node.id] = self.clock() + again
         if node.name not in self._refused:
             self._note("node_refused", f"{node.name}: {problem}", node=node.name)
@@ -392,7 +392,7 @@ class Driver:
             self._plan_layouts()
 
     def _log_wholes(self, answer: Answer) -> None:
-        """Write the complete failures to the logs of the failed ranks. The ranks' own output omits some parts of them."""
+        """Write the complete failures to the logs of the failed ranks. The ranks' own output omits some parts."""
         failures = [report.failure for report in answer.ranks if report.failure and report.rank not in self._logged]
         for failure in failures:
             self._logged.add(failure.rank)
@@ -410,7 +410,7 @@ class Driver:
             self._note("no_pulse", text, nodes=without)
 
     def _tell_of_priority(self) -> None:
-        """Name the nodes where other processes have a higher priority than the ranks and agents, and so slow them down."""
+        """Name the nodes where other processes slow down ranks and agents, because they have a higher priority."""
         # A Ray that this run started has the priority of this process. On a Ray cluster, a submitted job has the
         # priority that Ray gives to all its workers.
         if low := self.vitals.low(os.nice(0) if self.config.cluster.address is None else 0):

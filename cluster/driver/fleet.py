@@ -28,7 +28,7 @@ class Reply:
     """Text of the exception that the method raised, or text that says how the agent died. None if the method returned.
     """
     dead: bool = False
-    """Whether the agent is gone. The next call then starts a new agent."""
+    """Whether the agent has died. If so, the next call starts a new agent."""
 
     def is_of(self, method: Callable) -> bool:
         """Whether this is the outcome of a call to `method`, a method of `Agent`."""
@@ -36,7 +36,7 @@ class Reply:
 
 
 class FleetLost(RuntimeError):
-    """The list of nodes is no longer available. Agents to which the driver already has a connection may still answer."""
+    """The list of nodes is no longer available. Agents to which the driver is already connected may still answer."""
 
 
 class Fleet(Protocol):

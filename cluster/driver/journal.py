@@ -137,9 +137,11 @@ def _is_event(found: Any) -> bool:
 
 # ranks.json of a run folder: the state of all ranks in the newest attempt, for external tools.
 #
-# time      Unix time at which the driver wrote the file attempt   number of the attempt phase     phase of the driver
-# (cluster/driver/messages.py) pp, dp    layout of the attempt; with parallel.cp, dp counts all ranks of a stage ranks
-# [[rank, node, step, phase, busy, seconds, memory, ended], ...], as in cluster.cause.RankReport
+# time      Unix time at which the driver wrote the file
+# attempt   number of the attempt
+# phase     phase of the driver (cluster/driver/messages.py)
+# pp, dp    layout of the attempt; with parallel.cp, dp counts all ranks of a stage
+# ranks     [[rank, node, step, phase, busy, seconds, memory, ended], ...], as in cluster.cause.RankReport
 
 RANKS_FILE = "ranks.json"
 WRITTEN_EVERY, SLOWER_FROM = 2.0, 1000

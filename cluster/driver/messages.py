@@ -42,7 +42,7 @@ class NodeState:
         return self.health is NodeHealth.ok and not self.draining
 
 
-# What happens -------------------------------------------------------------------------------------------------------
+# Events -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class NodeLost:
 
 @dataclass(frozen=True)
 class AgentBeat:
-    """An agent's answer: the attempt of the ranks that it holds (0 if it holds none), and the reports of these ranks."""
+    """An agent's answer: the attempt of the agent's ranks (0 if it has no ranks), and the reports of these ranks."""
 
     node: str
     attempt: int
@@ -156,7 +156,7 @@ Event = (
 )
 
 
-# What to do ---------------------------------------------------------------------------------------------------------
+# Actions ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

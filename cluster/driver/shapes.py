@@ -54,11 +54,12 @@ def with_shape(config: Config, shape: StageShape) -> Config:
 def smaller_shapes(config: Config) -> list[StageShape]:
     """Return all shapes with fewer data-parallel ranks or a smaller ep, the best shape first.
 
-    The function checks only that the batch and the experts divide. Other rules of a layout are not checked here.
+    The function checks only that the batch and the experts can be divided evenly. Other rules of a layout are not
+    checked.
     """
     own, size, found = config.parallel, config.micro_batch_size, []
     for ep in range(own.ep, 0, -1):
-        group = math.lcm(ep, own.cp)  # number of ranks that must work in the same micro-batch
+        group = math.lcm(ep, own.cp)  # number of ranks that must run equally many micro-batches
         rounds, rest = divmod(config.batch_size, size * group // own.cp)
         if rest or config.model.experts % ep:
             continue

@@ -7,8 +7,8 @@ peers' median times). One slow step, or a short series of slow steps, changes at
 if all of these conditions hold:
 
     - The mean of its values over the blocks is at least log(`factor`).
-    - This mean is at least NOISE times the noise of one block. That is NOISE x sqrt(WINDOW_BLOCKS) standard errors of the
-      mean.
+    - This mean is at least NOISE times the noise of one block. That is NOISE x sqrt(WINDOW_BLOCKS) standard errors of
+      the mean.
     - Its value in every block is at least half of the mean, so that the slowness lasts.
 
 The noise of a block is the larger of two values. The first value is the standard error of the block's median, computed

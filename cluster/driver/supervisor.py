@@ -14,8 +14,8 @@ nodes costs little. These rules always hold:
       answer, the agent ends the ranks itself when its lease is over (see cluster/spawn.py). Checkpoints of these ranks
       are refused, because their attempt number is too low.
     - Attempt numbers rise, also from one launch to the next.
-    - A restart first uses spare nodes. If they are not enough, it uses the fastest layout that fits on the nodes and that
-      the rules and the memory allow (shapes.py). The driver reports the nodes that stay idle.
+    - A restart first uses spare nodes. If they are not enough, it uses the fastest layout that fits on the nodes and
+      that the rules and the memory allow (shapes.py). The driver reports the nodes that stay idle.
     - When nodes return, the run stops right after a checkpoint or a complete copy in memory, and restarts with more
       ranks. When a node drains, the run writes a checkpoint at once and restarts without that node.
     - Every kind of cause has a budget: the number of failures that are allowed before the run saves a later step. For
@@ -86,8 +86,8 @@ class Supervisor:
         self._settled_at = self._probed_at = now
         self._failed_at: float | None = None
         self._named_by: float | None = None
-        """A late run: time until which the supervisor waits for stacks before it names the rank that blocks the run.
-        None if it does not wait.
+        """If the run is late, the supervisor waits for stacks until this time. Then it names the rank that blocks the
+        run. None if the supervisor does not wait for stacks.
         """
         self._quiet_since = now
         """Time of the ranks' last progress before the failure that the supervisor is judging."""
@@ -513,7 +513,7 @@ class Supervisor:
             self._regroup(now)
 
     def _regroup(self, now: float) -> None:
-        """Start the next attempt at once. If a node is about to return, or if no layout fits, start the attempt later."""
+        """Start the next attempt at once; or later, if a node is about to return or if no layout fits."""
         self.phase = DriverPhase.gathering
         enough = self._place(self._usable())
         self._deadline = now + (self.policy.return_wait if enough else self.policy.wait)

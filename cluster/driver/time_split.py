@@ -74,7 +74,7 @@ class TimeSplit:
 
     @property
     def held_share(self) -> float:
-        """Effective training time divided by the time of all nodes that the run occupied, including spares; 1 is best."""
+        """Effective training time divided by the time of all occupied nodes, including spares; 1 is best."""
         return self.effective_seconds / self.held_seconds if self.held_seconds > 0 else 0.0
 
 

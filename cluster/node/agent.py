@@ -12,9 +12,10 @@ The environment of a rank has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MA
     GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME    as set on this node, else as set on the driver, else the interface of the
                                               node's address
     SLUICE_LOGS                               path of the scratch folder
-    SLUICE_ATTEMPT                            number of the attempt; checkpoints with a number that is too low are refused
-    SLUICE_STORE_SECRET                       secret that protects the store through which the ranks of this attempt find
-                                              each other; see parallel/signed_store.py
+    SLUICE_ATTEMPT                            number of the attempt; checkpoints with a number that is too low are
+                                              refused
+    SLUICE_STORE_SECRET                       secret that protects the store through which the ranks of this attempt
+                                              find each other; see parallel/signed_store.py
 
 If an agent gets no question for `lease` seconds, not even by UDP (cluster/node/pulse_echo.py), it assumes that the
 driver is lost. The agent then kills its ranks, because a new attempt may already run on other nodes.
@@ -205,7 +206,8 @@ class Agent:
             self._scratch = scratch = PrivateFolder(scratch_prefix())
             for rank, local_rank in order.ranks:
                 self._children[rank] = self._spawn(order, rank, local_rank, scratch.path)
-            # On thousands of nodes, the start as ordered is not news. The driver only waits for the node of rank 0.
+            # Ranks that start as ordered are no news, because thousands of nodes would report it at the same time. The
+            # driver only waits for the node of rank 0.
             if 0 not in self._children:
                 self._told = self._attempt, [], [], *self._told[3:]
 
@@ -243,7 +245,7 @@ class Agent:
         return spawn([sys.executable, *arguments], _inherited() | environment, output, folder, stdin)
 
     def warm(self, arguments: list[str], folder: str | None, count: int) -> None:
-        """Keep `count` reserve processes that have imported the module of these arguments; see cluster/node/standby.py."""
+        """Keep `count` reserve processes with the module of these arguments imported; see cluster/node/standby.py."""
         if arguments[:1] != ["-m"]:
             return
         with self._lock:
@@ -300,7 +302,7 @@ class Agent:
         return self.ask(offsets, attempt)
 
     def _news(self) -> tuple:
-        """Return the values that count as news. If one of them changes, the agent answers a waiting question at once."""
+        """Return the values that count as news. If one of them changes, the agent answers a question at once."""
         ended = [rank for rank, child in self._children.items() if child.process.poll() is not None]
         failed = [rank for rank, child in self._children.items() if failure_path(child.log.parent, rank).exists()]
         return self._attempt, ended, failed, self._leaving, self._held()

@@ -45,7 +45,7 @@ from cluster.run_files import RANK_FILE
 from conf.disk import cure_of_writing
 
 PIECE_BYTES = 1 << 20
-"""Maximum bytes transferred by one call of a read or a write."""
+"""Maximum bytes that a single read or write transfers."""
 CONNECTIONS = 256
 """Maximum number of connections that the server handles at once, each in a thread. Further connections wait."""
 ADMISSION = 10.0

@@ -34,7 +34,7 @@ several ranks by time.
 SCRATCH_LIMIT = 256 << 20
 """Minimum number of free bytes that a node needs for the output of its ranks."""
 DRIVER_LEAVES = 0.99
-"""Fraction of a GPU's memory that its driver leaves for programs. On an H100, it leaves 81008 of 81559 MiB."""
+"""Fraction of a GPU's memory that the GPU driver leaves for programs. On an H100, it leaves 81008 of 81559 MiB."""
 PROBES = ".preflight"
 SOURCE_SUFFIXES = (".py", ".cpp", ".h")
 """Suffixes of source files. They include C++ files, because every node compiles the C++ code from source."""
@@ -130,7 +130,7 @@ def _digest_of_program() -> str:
 
 
 def _try_storage(question: Question) -> tuple[str, str]:
-    """Return two texts: the problem with the run folder (empty if there is none), and the digest of the recipe in it."""
+    """Return two texts: the problem with the run folder (empty if there is none), and the digest of its recipe."""
     folder = Path(question.folder)
     try:
         word = (folder / PROBES / "driver").read_text()

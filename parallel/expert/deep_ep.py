@@ -6,7 +6,7 @@ what the documentation promises.
 
 DeepEP sends a token once to every rank that holds one of its experts; one rank per node forwards it. For every received
 token it returns the ids of its experts on this rank (-1 for experts elsewhere) and its gates. This file makes one row
-of each received token for every expert, sorted by expert. Combine first sums these rows again.
+for each of these experts of a received token, and sorts the rows by expert. Combine first sums the rows of each token.
 
 Shapes: T tokens, D channels, K experts per token, M received tokens, R rows, E experts of this rank.
 """

@@ -9,19 +9,19 @@ dispatch and combine twice each:
     dispatch forward     out,  in the wire format   x and gates -> rows and their gates
     dispatch backward    back, activation dtype     gradients of rows and gates -> gradients of x and gates
     combine forward      back, activation dtype     expert outputs -> y
-    combine backward     out,  in the wire format   gradient of y -> gradient of expert outputs (same routes as dispatch)
+    combine backward     out,  in the wire format   gradient of y -> gradient of expert outputs (known routes)
 
-This follows paper 3.3.3 (FP8 dispatch, BF16 combine). Each of these four uses has two halves, `begin` and `wait`. `begin`
-ends when the exchange next to the tokens' rank has started. That is the first exchange of a dispatch and the last
-exchange of a combine; with two hops, it is the exchange over the slow network. `wait` does the rest. In the backward pass
-the halves change roles: the gradient of `wait` starts the exchange, and the gradient of `begin` waits for the exchange.
-Autograd first runs the ready node that was created last. So operations between `begin` and `wait`, such as the shared
-expert, also have their backward between the two halves.
+This follows paper 3.3.3 (FP8 dispatch, BF16 combine). Each of these four uses has two halves, `begin` and `wait`.
+`begin` ends when one exchange has started: the first exchange of a dispatch, or the last exchange of a combine. With
+two hops, this is the exchange over the slow network. `wait` does the rest. In the backward pass the halves change
+roles: the gradient of `wait` starts the exchange, and the gradient of `begin` waits for the exchange. Of all nodes that
+are ready, autograd first runs the node that was created last. So operations between `begin` and `wait`, such as the
+shared expert, also have their backward between the two halves.
 
-On a GPU, all hops start in `begin`, on a separate stream (`beside`). The host already knows all sizes, so each hop sorts
-and forwards its received rows independently of the compute stream, and `wait` only waits for the last hop. DeepEP works
-in the same way (parallel/expert/deep_ep.py). A CPU has no such streams, so the host starts the hop inside the node (the
-fast network) and waits for it at once.
+On a GPU, all hops start in `begin`, on a separate stream (`beside`). The host already knows all sizes, so each hop
+sorts and forwards its received rows independently of the compute stream, and `wait` only waits for the last hop. DeepEP
+works in the same way (parallel/expert/deep_ep.py). A CPU has no such streams, so the host starts the hop inside the
+node (the fast network) and waits for it at once.
 
 The token is quantized once, before it is copied. So all copies have equal bytes, and the results of a run do not depend
 on the placement of experts on ranks.
@@ -183,7 +183,7 @@ class ExchangeDispatcher(ABC):
 
     @abstractmethod
     def _start_out(self, flight: "ExchangeFlight", rows_TD: Tensor, gates_TK: Tensor | None) -> Any:
-        """Start to send rows to experts. The rows are tokens with their gates, or, without gates, gradients of results."""
+        """Start to send rows to experts. The rows are tokens with gates, or, without gates, gradients of results."""
 
     @abstractmethod
     def _finish_out(self, flight: "ExchangeFlight", transfer: Any, gradient: bool = False) -> tuple[Tensor, Tensor]:
@@ -213,7 +213,7 @@ class ExchangeDispatcher(ABC):
         """Return the gradients of gates_TK, read from the side data that returned to the tokens' rank."""
 
     def _gate_grads_by_message(self, plan: DispatchPlan, grads_R: Tensor) -> Tensor:
-        """Return the gradients of the gates of every received message, (M, X). This is the transpose of `_row_gates`."""
+        """Return the gradients of the gates of every received message, (M, X): the transpose of `_row_gates`."""
         shape_MK = (plan.fans[-1].start_S.numel(), plan.ids_TK.shape[1])
         assert plan.entry_of_row is not None
         # Entries of experts on other ranks stay 0, so in the sum over copies each entry has exactly one value that is

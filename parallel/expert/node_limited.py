@@ -4,7 +4,7 @@ The router limits the experts of a token to M nodes. So a token costs at most M 
 K messages. Dispatch has these steps:
 
     1. Across nodes: send the token to each node that holds one of its experts, to the rank with the same index there.
-    2. Inside the node: that rank forwards the token to each rank that holds one of its experts. It does not decode it.
+    2. Inside the node: that rank forwards the token, without decoding it, to each rank that holds one of its experts.
     3. On the expert's rank: make one row of the token for each of its experts there.
 
 In combine, the expert's rank first adds the outputs of a token. Then the forwarding rank adds these sums, and last the

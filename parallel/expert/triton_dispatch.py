@@ -102,7 +102,7 @@ def _place_kernel(
 def _collect_kernel(
     rows_ptr, copy_ptr, start_ptr, out_ptr, sources, copies, width, row, out_row, each: constexpr, COLLECT_COLUMNS: constexpr
 ):  # fmt: skip
-    """Sum the copies of every source. each: number of copies per source, or 0 if start_ptr has the start of each list."""
+    """Sum the copies of every source. each: number of copies per source; 0 if start_ptr has each list's start."""
     source = tl.program_id(0)
     columns = tl.program_id(1) * COLLECT_COLUMNS + tl.arange(0, COLLECT_COLUMNS)
     first, last = source * each, source * each + each

@@ -4,8 +4,8 @@ A wire encodes each row as one message row of bytes, and decodes message rows. T
 activation dtype, so an fp32 run sends fp32 and loses nothing; the name only means "no separate wire format". `fp8`
 sends E4M3 values with one power-of-two scale per tile of 128 channels (paper 3.3.3). It needs half the bytes of bf16.
 
-FP8 row, in bytes:  D values | ceil(D/128) scale exponents (UE8M0: exponent + 127) | zeros to a multiple of 4. Values
-are sent as bytes, because gloo has no FP8. Let amax be the largest magnitude of a tile:
+FP8 row, in bytes:  D values | ceil(D/128) scale exponents (UE8M0: exponent + 127) | zeros to a multiple of 4.
+Values are sent as bytes, because gloo has no FP8. Let amax be the largest magnitude of a tile:
 
     scale = 2^ceil(log2(max(amax, floor) / 448)),    q = e4m3(x / scale)
 

@@ -3,9 +3,9 @@
 When the forward of a part of the model ends, the activations that it saves for backward are copied to the host as one
 batch. Backward reads the batches in reverse order. The order of the pipeline's actions determines when copies start:
 
-    out     A copy to the host starts when the batch is sent. The batch's device memory is freed when the action sends its
-            next batch, or when the next action ends. So the copy overlaps with compute. If a backward follows at once,
-            the batch is still on the device and is not copied back.
+    out     A copy to the host starts when the batch is sent. The batch's device memory is freed when the action sends
+            its next batch, or when the next action ends. So the copy overlaps with compute. If a backward follows at
+            once, the batch is still on the device and is not copied back.
     back    The newest batch of a micro-batch is copied back during the action before the backward that reads it. When
             backward reads a batch, the copy of the batch before it starts. So two batches are on the device at a time.
 
@@ -119,7 +119,7 @@ class HostStore:
         self._left_over, self._leaving, self._current = self._leaving, [], None
         for key in now:
             for batch in self._batches.pop(key):
-                # Also for batches that backward never read: their memory must not be reused before the copy has ended.
+                # Wait also for batches that backward never read. Their memory must not be reused before the copy ends.
                 batch.wait()
 
     def send(self, storages: Sequence[Tensor]) -> list["_Piece"]:
@@ -308,7 +308,7 @@ def _aligned(size: int) -> int:
 
 
 def _places(sizes: Iterable[int], pages: Sequence[_Page]) -> Iterator[list[_Place]]:
-    """Yield, for each storage, the places to which its bytes are copied. The storages follow each other in the pages."""
+    """Yield, for each storage, the places to which its bytes are copied. The storages are stored one after another."""
     at = 0
     for size in sizes:
         places, begin = [], 0

@@ -1,7 +1,7 @@
 """Interleaves the forward of one micro-batch and the backward of another, so that compute hides communication.
 
 Inside an expert layer, a forward or backward cannot hide its own all-to-all, because its next GEMM needs the data in
-flight. But it can compute while the other one communicates (paper 3.2.1). So the forward and the backward run as two
+flight. But the forward can compute while the backward communicates, and the reverse (paper 3.2.1). So both run as two
 lanes that take turns. A lane that has launched an asynchronous all-to-all calls `yield_point()` before it waits. Then
 the other lane computes until it has launched its own all-to-all. The backward lane goes first, which gives the paper's
 order for each pair of layers (deepseek_v3.md 5.3):
@@ -160,7 +160,7 @@ class _Pair:
         self._baton[_BACKWARD].release()
 
     def run(self, lane: int, work: Callable[[], Any]) -> None:
-        """Run one lane: wait for its first turn, run `work`, and pass the baton to the other lane, even after an error."""
+        """Run one lane: wait for its first turn, run `work`, and pass the baton on, even after an error."""
         try:
             self._await_turn(lane)
             self.results[lane] = work()

@@ -77,7 +77,7 @@ class Pipeline(Generic[Chunk]):
         """Function that is called at the start of every action."""
         self.on_chunk_end: Callable[[int], None] = lambda chunk: None
         """Function that is called with the index of a chunk as soon as the chunk's gradients are complete. It is not
-        called for the last chunk of the rank to complete.
+        called for the chunk of the rank that completes last.
         """
         self._left: dict[int, int] = {}
         """For each stage: number of backward passes that this step has not completed yet."""

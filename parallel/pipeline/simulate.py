@@ -48,7 +48,7 @@ def what_runs(action: Action, one_piece: bool) -> str:
 
 
 def stages_ahead(actions: Sequence[Action], one_piece: Collection[int] = ()) -> dict[int, int]:
-    """Return the stages of a rank whose gradients are complete before those of the rank's last stage to complete.
+    """Return the stages of a rank whose gradients are complete before the rank has run its last backward.
 
     Each key is such a stage, in the order in which the gradients are complete. Each value is the index of the stage's
     last backward action in `actions`. one_piece: stages whose backward cannot be split; see `what_runs`.

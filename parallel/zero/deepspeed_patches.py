@@ -8,14 +8,14 @@ The changes were checked against DeepSpeed 0.19.8 and 0.19.9.
     __compatible_ops__     On CPU, DeepSpeed's shared-memory collectives are off, because they build for two minutes and
                            sometimes abort.
     environment            DS_ACCELERATOR, LOCAL_SIZE and LOCAL_RANK are set. Without them DeepSpeed searches for an
-                           accelerator, starts the program numactl for every bucket of gradients, and puts the weights of
-                           stage 3 on another device.
+                           accelerator, starts the program numactl for every bucket of gradients, and puts the weights
+                           of stage 3 on another device.
     groups' tables         Sluice's expert groups are added under the name that marks their parameters. Otherwise
                            DeepSpeed would create groups in its own order.
-    DeepSpeedEngine        `has_moe_layers` says whether this rank holds sharded experts, because DeepSpeed would look for
-                           its own class of experts. The check of the optimizer's type accepts Sluice's optimizers. The
-                           check of experts at stage 3 is skipped, because Sluice's experts have their placement on the
-                           parameters.
+    DeepSpeedEngine        `has_moe_layers` says whether this rank holds sharded experts, because DeepSpeed would look
+                           for its own class of experts. The check of the optimizer's type accepts Sluice's optimizers.
+                           The check of experts at stage 3 is skipped, because Sluice's experts have their placement on
+                           the parameters.
 
 whole_weights.py and sharded_weights.py describe their changes to one DeepSpeed optimizer each. private_names.py lists
 every private name that the three files use. A rank compares this list with the installed version when it starts.
@@ -39,7 +39,7 @@ DEEPSPEED_MUON = ("muon_optimizer", "original_muon")
 
 
 def import_deepspeed(on_cuda: bool) -> types.ModuleType:
-    """Import DeepSpeed without its log messages. On CPU, also skip three slow steps."""
+    """Import DeepSpeed without its log messages. On CPU, also skip three slow steps (see the top of the file)."""
     if not on_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ["LOCAL_SIZE"] = "1"
@@ -92,7 +92,7 @@ def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
             return ZERO_OPTIMIZATION
 
         def _validate_zero3_moe_compatibility(self) -> None:
-            """Do nothing instead of the check, because Sluice's experts have their ZeRO-3 placement on the parameters."""
+            """Skip the check, because Sluice's experts have their ZeRO-3 placement on the parameters."""
 
     original, deepspeed.DeepSpeedEngine = deepspeed.DeepSpeedEngine, PatchedEngine
     try:

@@ -15,8 +15,8 @@ backward pass, and only the calls from `Zero.step` on are the same.
                       all ranks and names gradients that are not finite. `WholeWeights._take_norm` computes the clipping
                       factor from the norm.
     ShardedOptimizer  DeepSpeed calls its `step` if the norm is finite. `step` multiplies gradients by the factor
-                      (`GradientHandover`) and updates masters and state. Then DeepSpeed casts the masters to weights and
-                      gathers the weights.
+                      (`GradientHandover`) and updates masters and state. Then DeepSpeed casts the masters to weights
+                      and gathers the weights.
     forget_gradients  Drops the gradients, so that the next step starts without them.
 
 private_names.py lists, with reasons, all private names of DeepSpeed that these files use.
@@ -162,7 +162,9 @@ class Zero:
         self.client.handover.row_factors = factors
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Return a block. Run everything between two optimizer steps inside it. At its end, the gradients are reduced."""
+        """Return a context manager. Run everything between two optimizer steps inside its block. At the end of the
+        block, the gradients are reduced.
+        """
         return self._weights.accumulate()
 
     def reduce_ahead(self, chunk: int) -> None:
@@ -239,7 +241,7 @@ class Zero:
         """Return this rank's part of the untrained weights, by name. The tensors share memory with the live weights.
 
         For a weight that is stored as bytes, the shard's offset counts within this rank's local parameter. owned:
-        whether only the first of several ranks with a complete copy of a weight returns this weight.
+        whether to leave out a complete copy of a weight if an earlier rank also holds a complete copy.
         """
         found: dict[str, Shard] = {}
         for param, name in self.untrained.items():
@@ -313,7 +315,7 @@ class Zero:
 
 
 def _unique_names(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
-    """Return the global name of every parameter. A parameter that two chunks share has the name from the first chunk."""
+    """Return the global name of every parameter. A parameter that two chunks share has the first chunk's name for it."""
     names: dict[nn.Parameter, str] = {}
     for chunk in chunks:
         for name, param in chunk.named_parameters():

@@ -103,7 +103,7 @@ class ShardedWeights:
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Return a block. Run everything between two optimizer steps inside it."""
+        """Return a context manager. Run everything between two optimizer steps inside its block."""
         self._optimizer.micro_step_id = 0  # the first micro-batch overwrites the sums of the last step
         yield
         self._end_pass()

@@ -95,7 +95,9 @@ class WholeWeights:
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Return a block. Run everything between two optimizer steps inside it. At its end, the gradients are reduced."""
+        """Return a context manager. Run everything between two optimizer steps inside its block. At the end of the
+        block, the gradients are reduced.
+        """
         params = [param for group in self._groups for param in group]
         self._ahead.clear()
         with self._blocks:
@@ -154,7 +156,7 @@ class WholeWeights:
         self._hold_places()
 
     def _hold_places(self) -> None:
-        """For the gradients that need no reduction, set placeholders at the places where DeepSpeed looks for gradients."""
+        """For gradients that need no reduction, set placeholders where DeepSpeed looks for gradients."""
         from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
         for number in self._unshared:
