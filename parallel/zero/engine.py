@@ -315,7 +315,7 @@ class Zero:
 
 
 def _unique_names(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
-    """Return the global name of every parameter. A parameter that two chunks share has the first chunk's name for it."""
+    """Return the global name of every parameter. A parameter that two chunks share has the name from the first."""
     names: dict[nn.Parameter, str] = {}
     for chunk in chunks:
         for name, param in chunk.named_parameters():
