@@ -1,8 +1,8 @@
-// AdamW of train/optim/adamw.py with bf16 moments, in one pass over memory, and the norm before it, for CPUs with
-// AVX-512 or AVX2. Called by ctypes.
+// Implements AdamW of train/optim/adamw.py with bf16 moments, in one pass over memory, and the sum of squares for the
+// norm. For CPUs with AVX-512 or AVX2. Python calls the functions with ctypes.
 //
-// Every element gets the same arithmetic for any shard borders: the arithmetic of torch's kernel, in fp32, so moments
-// are rounded to the same bf16.
+// The arithmetic is that of torch's kernel, in fp32, so moments are rounded to the same bf16. It is the same for every
+// element, so it does not depend on the boundaries of shards.
 
 #include <vector>
 
@@ -12,15 +12,15 @@ namespace {
 
 using namespace tiles;
 
-constexpr i64 PIECE = 4096;  // elements per work item of a thread
+constexpr i64 PIECE = 4096;  // number of elements that a thread processes at a time
 
 struct Settings {
-  float factor;  // of the gradient
+  float factor;  // factor of the gradient
   float lerp, keep_square, add_square;  // mean += lerp (g - mean), square = keep_square square + add_square g^2
   float decay, step, root, eps;
 };
 
-// A whole vector of elements, or fewer.
+// Updates the elements that `which` selects: a complete vector, or its first elements.
 template <class Which>
 inline void update(float* weight, const float* gradient, u16* mean, u16* square, const Settings& s, Which which) {
   const Vector g = load(gradient, which) * all(s.factor);
@@ -35,7 +35,7 @@ inline void update(float* weight, const float* gradient, u16* mean, u16* square,
   store(square, v, which);
 }
 
-// Sum of squares of up to PIECE elements, in fp32.
+// Returns the sum of squares of at most PIECE elements, computed in fp32.
 float squares(const float* x, i64 n) {
   Vector sums[4] = {};
   i64 i = 0;
@@ -55,7 +55,8 @@ float squares(const float* x, i64 n) {
 
 extern "C" {
 
-// Pieces are added in fp64 in their order, so the number of threads does not change the result.
+// Returns the sum of squares. The sums of the pieces are added in fp64, in the order of the pieces, so the result does
+// not depend on the number of threads.
 double sum_of_squares(const float* x, i64 n, i64 threads) {
   const i64 pieces = (n + PIECE - 1) / PIECE;
   std::vector<float> sums(pieces);

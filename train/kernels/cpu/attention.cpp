@@ -1,9 +1,10 @@
-// The attention core of train/model/attention.py for bf16 on CPUs with AVX-512 or AVX2. Called by ctypes.
+// Implements the attention core of train/model/attention.py for bf16, on CPUs with AVX-512 or AVX2. Python calls the
+// functions with ctypes.
 //
-// A job is one head of one span of positions. A block of its queries is processed with all earlier keys at once:
-// scores, softmax over whole rows, matmul with the values, all in fp32. Tiles above the diagonal are skipped. Backward
-// uses the probabilities that forward saved, rounded to bf16, or recomputes them from the log-sum-exp of their scores.
-// It sums the gradients of keys and values in fp32.
+// A job is one head of one span. A span is an interval of positions that attend to each other. A job processes one
+// block of queries after another, each with all earlier keys of the span: scores, softmax over complete rows, matmul
+// with the values, all in fp32. It skips tiles above the diagonal. Backward uses the probabilities that forward saved
+// in bf16, or recomputes them from the log-sum-exp of the scores. It sums the gradients of keys and values in fp32.
 
 #include <cmath>
 #include <vector>
@@ -14,8 +15,8 @@ namespace {
 
 using namespace tiles;
 
-constexpr i64 QUERIES = 96;  // of a block, a multiple of a tile's rows
-constexpr i64 DEPTH = 256;   // keys that a matmul sums over before the next channels: their panel stays in the cache
+constexpr i64 QUERIES = 96;  // number of queries in a block, a multiple of ROWS
+constexpr i64 DEPTH = 256;   // number of keys that a matmul sums over before the next panel of channels, so that a panel stays in the cache
 
 // A matrix of one head: element (position, channel) is data[position * stride + channel].
 struct Matrix {
@@ -27,10 +28,11 @@ inline Matrix matrix(const Heads& x, i64 b, i64 h, i64 t) { return {x.at(b, h, t
 
 struct Span {
   i64 sequence, start, end;
-  i64 kept;  // saved values before the span's first head, or -1 if nothing is saved
+  i64 kept;  // number of saved values before the span's first head; -1 if nothing is saved for the span
 };
 
-// Number of saved probabilities of a head before row m: a row has whole panels of keys up to its diagonal.
+// Returns the number of saved probabilities of a head before row m. A row has complete panels of keys, up to its
+// diagonal.
 i64 kept_before(i64 m) { return PANEL * (m / PANEL + 1) * (m / PANEL * PANEL / 2 + m % PANEL); }
 
 // The largest scaled score of a row, and the log-sum-exp of all its scores.
@@ -38,7 +40,7 @@ struct Sums {
   float largest, lse;
 };
 
-// Replaces the scores of one row by probabilities; zero from key `keys` up to `end`.
+// Replaces the scores of one row by probabilities. The probabilities of keys from index `keys` to `end` become zero.
 Sums softmax(float* s, i64 keys, i64 end, float scale) {
   Vector most = all(-INFINITY), sum{};
   for (i64 j = 0; j < keys; j += LANES)
@@ -59,7 +61,7 @@ Sums softmax(float* s, i64 keys, i64 end, float scale) {
   return {largest, largest + std::log(total)};
 }
 
-// The same, from the log-sum-exp.
+// Replaces the scores of one row by probabilities, as `softmax` does, but uses the known log-sum-exp `lse`.
 void probabilities_of(float* s, i64 keys, i64 end, float scale, float lse) {
   const Vector factor = all(scale), top = all(lse), zero{};
   for (i64 j = 0; j < end; j += LANES) {
@@ -75,8 +77,8 @@ float dot(const T* a, const T* b, i64 n) {
   return sum_of(sum);
 }
 
-// Replaces the gradients of the probabilities of one row by the scaled gradients of its scores; zero from key `keys` up
-// to `end`. mean: of the gradients, weighted by the probabilities.
+// Replaces the gradients of one row's probabilities by the scaled gradients of the row's scores. The gradients of keys
+// from index `keys` to `end` become zero. mean: mean of the probabilities' gradients, weighted by the probabilities.
 void softmax_backward(float* dp, const float* p, i64 keys, i64 end, float scale, float mean) {
   const Vector weighted = all(mean), factor = all(scale);
   for (i64 j = 0; j < end; j += LANES) {
@@ -102,11 +104,12 @@ struct Problem {
   i64 heads, length, qk, width, longest;
   float scale;
 
-  // Row length of p and dp: whole panels of keys, and not a power of two, which would cause cache conflicts.
+  // Returns the row length of p and dp: complete panels of keys, plus 16 so that it is not a power of two. A power of
+  // two would cause cache conflicts.
   i64 columns() const { return up(longest, PANEL) + 16; }
 
-  // (rows, before + rows) matmul of rows of a, in panels, with columns of the panels, except for tiles above the
-  // diagonal.
+  // Computes c (rows, before + rows): the matmul of the packed rows `a` and the columns of `panels`. Skips tiles above
+  // the diagonal.
   void below(const float* a, const float* panels, i64 channels, float* c, i64 rows, i64 before) const {
     for (i64 n = 0; n < before + rows; n += PANEL)
       for (i64 m = 0; m < rows; m += ROWS) {
@@ -116,8 +119,8 @@ struct Problem {
       }
   }
 
-  // rows x channels: probabilities or their gradients (rows, keys) times panels of (keys, channels), up to the
-  // diagonal.
+  // Computes c (rows, channels): the matmul of probabilities or their gradients (rows, keys) and panels of (keys,
+  // channels). Skips keys after the diagonal.
   void along_keys(const float* p, const float* panels, i64 length, i64 channels, float* c, i64 rows, i64 before) const {
     const i64 ldc = up(channels, PANEL);
     for (i64 k = 0; k < before + rows; k += DEPTH)
@@ -129,7 +132,7 @@ struct Problem {
         }
   }
 
-  // keys x channels, added: the transpose of p (rows, keys) times panels of (rows, channels).
+  // Adds to c (keys, channels) the matmul of the transpose of p (rows, keys) and panels of (rows, channels).
   void along_queries(const float* p, const float* panels, i64 channels, float* c, i64 rows, i64 before) const {
     const i64 ldc = up(channels, PANEL);
     for (i64 m = 0; m < before + rows; m += ROWS) {
@@ -155,8 +158,9 @@ struct Problem {
     }
   }
 
-  // one(scores of a row, number of keys that it sees, padded number of keys, index of the row): replaces the scores by
-  // probabilities.
+  // Computes the scores of a block of queries, and calls `one` for each row to replace the scores by probabilities.
+  // Arguments of `one`: the scores of the row, the number of keys that the row sees, the padded number of keys, and the
+  // index of the row.
   template <class One>
   void probabilities(Room& room, Matrix query, i64 rows, i64 before, const One& one) const {
     pack_transposed<ROWS>(query.data, query.stride, rows, qk, room.left.data());
@@ -225,8 +229,9 @@ struct Problem {
         float* const dp = room.dp.data() + m * columns();
         const float* const p = room.p.data() + m * columns();
         const i64 keys = first + m + 1;
-        // Saved probabilities are rounded, so the mean uses them. Otherwise the log-sum-exp may cover more keys than
-        // these, and the output gives the mean.
+        // Saved probabilities are rounded to bf16, so compute the mean from the rounded values. If probabilities are
+        // recomputed, the log-sum-exp may cover more keys than this span; then only the output gives the mean over all
+        // keys.
         const float mean = kept ? dot<float>(dp, p, keys) : dot(gradient.data + m * gradient.stride, output.data + m * output.stride, width);
         softmax_backward(dp, p, keys, end, scale, mean);
       }
@@ -259,7 +264,8 @@ struct Problem {
 
 extern "C" {
 
-// Positions of the saved values of spans with up to `longest` positions; returns their total size.
+// Sets the offset of the saved values in every span with at most `longest` positions. Returns the number of all saved
+// values.
 i64 attention_kept(Span* spans, i64 count, i64 heads, i64 longest) {
   i64 values = 0;
   for (Span* span = spans; span < spans + count; ++span) {

@@ -1,11 +1,12 @@
-// Matmuls of bf16 matrices, and of bf16 values with fp32 scales, for CPUs with AVX-512 or AVX2. Called by ctypes.
+// Matmuls of bf16 matrices, and of bf16 values with fp32 scales, for CPUs with AVX-512 or AVX2. Python calls the
+// functions with ctypes.
 //
-// A job is a block of one matmul's output. Its thread packs DEPTH elements of the contraction of the left operand, for
-// all rows of the block, which fit the L2 cache. Then it packs the same of the right operand panel by panel; a panel
-// fits the L1 cache while all rows use it. Then it continues with the next DEPTH elements. With scales, each 128
-// elements of the contraction are summed in registers, multiplied by the scales of their row and their column, and
-// added to an fp32 sum, like kernels on Hopper (paper 3.3.2). The order of an element's sum depends neither on the
-// block nor on the threads.
+// A job is a block of the output of one matmul. Its thread repeats these steps for every DEPTH elements of the
+// contraction. It packs these elements of the left operand for all rows of the block; they fit the L2 cache. Then it
+// packs these elements of the right operand, one panel after another. A panel fits the L1 cache while it is multiplied
+// by all rows. With scales, the thread sums 128 elements of the contraction in registers, multiplies the sum by the
+// scales of its row and column, and adds the product to an fp32 sum, like kernels on Hopper (paper 3.3.2). The order in
+// which the terms of an element are summed depends neither on the block nor on the threads.
 
 #include <chrono>
 #include <memory>
@@ -17,19 +18,19 @@ namespace {
 
 using namespace tiles;
 
-constexpr i64 TILE = 128;                 // of the contraction: one pair of scales
-constexpr i64 DEPTH = 256;                // packed at once, a multiple of a tile
-constexpr i64 HEIGHT = 516, WIDTH = 512;  // maximum sides of a block
+constexpr i64 TILE = 128;                 // number of elements of the contraction that share a pair of scales
+constexpr i64 DEPTH = 256;                // number of elements of the contraction that are packed at a time, a multiple of TILE
+constexpr i64 HEIGHT = 516, WIDTH = 512;  // maximum height and width of a block
 
-// Matrices (outer, contraction). Each scale belongs to one value of outer >> shift and one tile; null: all scales are
-// one.
+// Matrices (outer, contraction). One scale applies to 1 << shift rows of the outer axis and to one tile of the
+// contraction. scale null: all scales are 1.
 struct Operand {
   const u16* data;
-  i64 matrix, outer, inner;  // strides; either outer or inner is one
+  i64 matrix, outer, inner;  // strides; either outer or inner is 1
   const float* scale;
   i64 scale_matrix, scale_outer, scale_tile, shift;  // strides, and log2 of the number of outer rows that share a scale
 
-  // Panels of outer [first, first + count) over contraction [begin, end).
+  // Packs the outer rows [first, first + count) and the contraction [begin, end) of one matrix into panels.
   template <i64 WIDTH>
   void pack(i64 of, i64 first, i64 count, i64 begin, i64 end, float* panels) const {
     const u16* from = data + of * matrix + first * outer + begin * inner;
@@ -44,20 +45,20 @@ struct Operand {
   }
 };
 
-// One matmul: rows [first, first + rows) of the left operand, all rows of one matrix on the right, contraction [begin,
-// end). With scales, begin is the start of a tile.
+// One matmul. Its left operand is the rows [first, first + rows), its right operand is the complete matrix with index
+// `right`, and its contraction is [begin, end). With scales, `begin` must be the start of a tile.
 struct Part {
   i64 first, rows, right, begin, end;
-  i64 out;  // offset of the first element
+  i64 out;  // offset of the first element in the output
 };
 
-// Some rows and columns of a part's output.
+// A rectangle of the output of one matmul.
 struct Block {
   const Part* part;
   i64 row, rows, column, columns;
 };
 
-// `tile`, with the sums multiplied by the scales of their rows and columns.
+// Computes what `tile` computes, but multiplies each sum by the scales of its row and its column.
 template <class To>
 void scaled_tile(i64 rows, Left a, const float* panel, i64 count, const float* left, const float* right, const float* from, i64 from_row, To to, i64 to_row) {
   of_rows(rows, [=](auto constant) {
@@ -77,12 +78,12 @@ void scaled_tile(i64 rows, Left a, const float* panel, i64 count, const float* l
   });
 }
 
-// Sides of the blocks, multiples of a tile's sides.
+// Height and width of the blocks. They are multiples of a tile's height and width.
 struct Sides {
   i64 height, width;
 };
 
-// Buffers of one thread: 1.6 MB at most.
+// Buffers of one thread. They need at most 1.6 MB.
 struct Room {
   std::unique_ptr<float[]> left, panel, scales, sums;
   Room(Sides sides, i64 depth)
@@ -93,14 +94,14 @@ struct Room {
 struct Problem {
   Operand left, right;
   void* out;
-  i64 fp32;  // else bf16
+  i64 fp32;  // whether the output is fp32; else it is bf16
   i64 columns, out_stride;
-  i64 into;  // whether to add the result to out, which is then fp32
+  i64 into;  // whether to add the result to `out`, which must then be fp32
 
-  // Offset in out of the first element of a row of the block.
+  // Returns the offset in `out` of the first element of row m of the block.
   i64 place(const Block& block, i64 m) const { return block.part->out + (block.row + m) * out_stride + block.column; }
 
-  // To: dtype of the output.
+  // Computes one block of the output. To: type of the output's elements.
   template <class To>
   void run(Room& room, const Block& block) const {
     const Part& part = *block.part;
@@ -131,12 +132,13 @@ struct Problem {
 
   bool scaled() const { return left.scale || right.scale; }
 
-  // Computes the panel of the block that begins with column n, over [begin, end) of the contraction. Both operands are
+  // Computes the panel of the block that begins with column n, over the contraction [begin, end). Both operands must be
   // packed.
   template <class To>
   void add(Room& room, const Block& block, i64 n, i64 begin, i64 end) const {
     const Part& part = *block.part;
-    // An fp32 output is a weight gradient, which is not read before the end of the step.
+    // Store complete cache lines past the caches if the output is fp32. Such an output is a weight gradient, which no
+    // code reads before the end of the step.
     const bool lines = fp32 && uintptr_t(out) % 64 == 0 && part.out % 16 == 0 && out_stride % 16 == 0;
     const bool scaled = this->scaled();
     const i64 packed = end - begin, step = scaled ? TILE : packed, width = up(block.columns, PANEL);
@@ -154,12 +156,13 @@ struct Problem {
         To* to = (To*)out + place(block, m) + n;
         const float* before = first && !into ? nullptr : first && !ragged ? (const float*)to : sums;
         const i64 before_row = first && into && !ragged ? out_stride : width;
-        // By value: the innermost loop would read variables captured by reference from memory again.
+        // Capture by value. With captures by reference, the innermost loop would load the variables from memory in each
+        // iteration.
         const auto write = [=](auto to, i64 to_row) {
           if (scaled) scaled_tile(rows, a, panel, count, left_scales, columns, before, before_row, to, to_row);
           else tile<true>(rows, a, panel, count, before, before_row, to, to_row);
         };
-        // The last sums are written directly to the output, if their panel is whole.
+        // Write the final sums directly to the output, if the panel is complete.
         if (k + count < part.end || ragged) write(sums, width);
         else if (lines) write(Stream{(float*)to}, out_stride);
         else write(to, out_stride);
@@ -177,7 +180,8 @@ struct Problem {
   }
 };
 
-// The side of equal pieces: as few pieces as possible, none larger than `most`.
+// Splits `size` into as few equal pieces as possible, none larger than `most`. Returns the size of a piece, rounded up
+// to `multiple`.
 i64 even(i64 size, i64 most, i64 multiple) {
   const i64 pieces = std::max<i64>(1, (size + most - 1) / most);
   return up((size + pieces - 1) / pieces, multiple);
@@ -185,7 +189,8 @@ i64 even(i64 size, i64 most, i64 multiple) {
 
 #ifdef __AVX512BF16__
 
-// Seconds of a fixed number of rounds of ten independent register operations: the minimum of several tries.
+// Returns the time, in seconds, of a fixed number of rounds. A round consists of ten independent operations on
+// registers. The result is the minimum of several tries.
 template <class Operation>
 double seconds(const Operation& op) {
   using clock = std::chrono::steady_clock;
@@ -208,8 +213,8 @@ double seconds(const Operation& op) {
 
 extern "C" {
 
-// Rate of this CPU's dot products of bf16 pairs, relative to the rate of fp32's FMA; 0 without them. Takes a
-// millisecond.
+// Returns the rate of this CPU's dot products of bf16 pairs, relative to the rate of its fp32 FMA instructions; 0 if
+// the CPU has no such dot products. The measurement takes a millisecond.
 double bf16_rate() {
 #ifdef __AVX512BF16__
   const Vector x = all(1);
@@ -231,8 +236,8 @@ void products(const Problem* problem, const Part* parts, i64 count, i64 threads)
   const auto sides_of = [=](i64 height, i64 width) { return Sides{even(rows, height, ROWS), even(problem->columns, width, PANEL)}; };
   Sides sides = sides_of(HEIGHT, WIDTH);
   std::vector<Block> blocks = problem->blocks(parts, count, sides);
-  // Small blocks are packed more often than large blocks. So blocks are only made small enough to give all threads
-  // equal work.
+  // With smaller blocks, operands are packed more often. So reduce the size of blocks only until all threads have equal
+  // work.
   const auto uneven = [=](i64 jobs) { return jobs < 4 * threads && jobs % threads; };
   while (threads > 1 && uneven(blocks.size()) && std::max(sides.height, sides.width) > 2 * PANEL) {
     sides = sides.height > sides.width ? sides_of(sides.height / 2, sides.width) : sides_of(sides.height, sides.width / 2);

@@ -1,9 +1,9 @@
-// The model's row operations in bf16 between its matmuls, for CPUs with AVX-512 or AVX2: RMSNorm and SwiGLU of
-// train/model/layers.py, the split into heads of train/model/mla.py and the loss of train/model/loss.py. Called by
-// ctypes.
+// Operations on rows in bf16 that the model computes between its matmuls, for CPUs with AVX-512 or AVX2: RMSNorm and
+// SwiGLU of train/model/layers.py, the split into heads of train/model/mla.py and the loss of train/model/loss.py.
+// Python calls the functions with ctypes.
 //
-// Each direction is one pass over memory. Values are widened to fp32 when they are read and rounded once when they are
-// written. No result depends on the number of threads.
+// Each forward and each backward is one pass over memory. Values are widened to fp32 when they are read, and rounded
+// once when they are written. No result depends on the number of threads.
 
 #include <algorithm>
 #include <cfloat>
@@ -20,7 +20,7 @@ using namespace tiles;
 
 // ---- RMSNorm
 
-constexpr i64 PARTS = 64, PART = 64;  // maximum number of row parts whose sums are added in order; minimum rows of a part
+constexpr i64 PARTS = 64, PART = 64;  // rows are split into at most PARTS parts with at least PART rows, whose sums are added in order
 
 void norm_row(const u16* x, const u16* weight, u16* y, float* rstd, i64 width, float eps) {
   Vector sum{};
@@ -92,7 +92,8 @@ void swiglu_row_backward(const u16* grad, const u16* h, const float* gate_value,
 
 inline float value_of(const u16* x) { return load(x, Some{first_of(1)})[0]; }
 
-// -log softmax(x)[target]. If `gradient`, x is replaced by the gradient times scale. powers: buffer of width values.
+// Returns -log softmax(x)[target]. gradient: whether to replace x by the gradient times scale. powers: a buffer of
+// `width` values.
 float cross_entropy_row(u16* x, i64 target, float scale, bool gradient, float* powers, i64 width) {
   const Vector least = all(-INFINITY), lowest = all(-FLT_MAX);
   Vector most = least, sum{}, broken{};
@@ -102,7 +103,7 @@ float cross_entropy_row(u16* x, i64 target, float scale, bool gradient, float* p
     const Vector v = load(x + j, which), power = exp(v - all(largest));
     store(powers + j, power, which);
     sum = sum + where(which, power, Vector{});
-    broken = fmadd(max(lowest, v), Vector{}, broken);  // NaN if a value is NaN, which no power shows
+    broken = fmadd(max(lowest, v), Vector{}, broken);  // NaN if a value is NaN; `power` is not NaN then
   });
   const float total = sum_of(sum) + sum_of(broken) + largest * 0, loss = std::log(total) - (value_of(x + target) - largest);
   if (!gradient) return loss;
@@ -114,7 +115,7 @@ float cross_entropy_row(u16* x, i64 target, float scale, bool gradient, float* p
 
 // ---- the largest scores
 
-// Bits of x as a number of the same order; 0 and -0 are equal.
+// Maps x to an unsigned integer that has the same order as x. 0 and -0 get the same integer.
 inline std::uint32_t order_of(float x) {
   x += 0.0f;
   std::uint32_t bits;
@@ -122,14 +123,14 @@ inline std::uint32_t order_of(float x) {
   return bits >> 31 ? ~bits : bits | 1u << 31;
 }
 
-// The k numbers of the largest scores, ascending; of equal scores the lower number. -1 after them if fewer are above
-// -inf. orders: buffer of width values.
+// Writes to `best` the indices of the k largest scores, in ascending order. If scores are equal, the lower index wins.
+// If fewer than k scores are above -inf, -1 fills the remaining entries. orders: a buffer of `width` values.
 void best_keys_row(const float* scores, int* best, i64 width, i64 k, std::uint32_t* orders) {
   constexpr int BITS[] = {11, 11, 10};
   const std::uint32_t nothing = order_of(-INFINITY);
   for (i64 j = 0; j < width; ++j) orders[j] = order_of(scores[j]);
-  std::uint32_t least = 0, known = 0;  // the k-th largest order, and which of its bits are final
-  i64 left = std::min(k, width);       // how many are to be taken of those equal to it in these bits
+  std::uint32_t least = 0, known = 0;  // the k-th largest order, and a mask of its bits that are final
+  i64 left = std::min(k, width);       // number of scores to choose among those that equal `least` in the bits of `known`
   for (int shift = 32, pass = 0; pass < 3; ++pass) {
     shift -= BITS[pass];
     std::vector<i64> counts(std::size_t(1) << BITS[pass]);
@@ -148,10 +149,10 @@ void best_keys_row(const float* scores, int* best, i64 width, i64 k, std::uint32
 
 // ---- heads
 
-constexpr i64 POSITIONS = 32;  // positions of a job
+constexpr i64 POSITIONS = 32;  // number of positions that a job processes
 
-// Pairs rotated by complex numbers, or back. Every product is rounded before the addition, like torch's complex
-// products.
+// Multiplies pairs by complex numbers, or by their conjugates if BACK. Every product is rounded before it is added, as
+// in torch's complex products.
 template <bool BACK>
 inline Vector turn(Vector x, Vector by) {
   const Vector straight = x * evens(by), across = swapped(x) * odds(by);
@@ -174,11 +175,11 @@ struct Positions {
 
 struct Split {
   Positions q, kv, shared;       // (B, T, H, nope + rope), (B, T, H, nope + value), (B, T, 1, rope); or their gradients
-  Heads queries, keys, values;   // heads first; or their gradients
+  Heads queries, keys, values;   // (B, H, T, width); or their gradients
   const float* table;            // (T, rope / 2) complex
   i64 batch, heads, length, nope, rope, value;
 
-  // Both directions read memory in order, which matters more than the order of writes.
+  // Forward and backward both read memory in order. This matters more for speed than the order of writes.
 
   void forward(i64 b, i64 first, i64 last) const {
     for (i64 t = first; t < last; ++t)
@@ -194,7 +195,7 @@ struct Split {
       }
   }
 
-  // sums: buffer of POSITIONS x rope.
+  // sums: a buffer of POSITIONS x rope values.
   void backward(i64 b, i64 first, i64 last, float* sums) const {
     std::fill_n(sums, (last - first) * rope, 0.f);
     for (i64 h = 0; h < heads; ++h)
@@ -279,7 +280,7 @@ void swiglu_backward(const u16* grad, i64 grad_row, const u16* h, i64 h_row, con
                         dgates ? dgates + n : nullptr, inner);
 }
 
-// The loss of every row, see cross_entropy_row. False: a target is out of range.
+// Computes the loss of every row with cross_entropy_row. Returns false if a target is out of range.
 bool cross_entropy(u16* logits, const i64* targets, float* losses, i64 rows, i64 width, float scale, bool gradient, i64 threads) {
   for (i64 n = 0; n < rows; ++n)
     if (targets[n] < 0 || targets[n] >= width) return false;
@@ -294,7 +295,8 @@ bool cross_entropy(u16* logits, const i64* targets, float* losses, i64 rows, i64
   return true;
 }
 
-// Sorts rows by expert; rows of one expert keep their order. k: rows of a token. False: an expert id is out of range.
+// Sorts rows by expert; rows of one expert keep their order. k: number of rows of each token. Returns false if an
+// expert id is out of range.
 bool sort_by_expert(const i64* expert, i64* order, i64* inverse, i64* tokens, i64* counts, i64 rows, i64 k, i64 experts) {
   std::fill_n(counts, experts, 0);
   for (i64 n = 0; n < rows; ++n) {

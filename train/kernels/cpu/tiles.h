@@ -1,10 +1,10 @@
-// Matmuls in tiles that stay in registers, and their helpers.
+// Matmuls C = A B in tiles that stay in registers, and helper functions.
 //
-// bf16 operands are widened when they are packed, and multiplied and summed in fp32. The products are exact. This is
-// twice as fast as dot products of bf16 pairs (VDPBF16PS) on CPUs where those run at a quarter of the rate of fp32's
-// FMA. A, on the left, is read value by value; it may be packed in panels of ROWS rows. B is packed in panels of PANEL
-// columns, each with all its rows of PANEL values, so B is read sequentially. C is fp32 with rows of whole panels. No
-// operation is masked: panels are padded with zeros.
+// bf16 operands are widened to fp32 when they are packed. Products are exact, and sums are in fp32. On some CPUs, dot
+// products of bf16 pairs (VDPBF16PS) have only a quarter of the rate of fp32 FMA instructions; there this method is
+// twice as fast as such dot products. A is read value by value, and may be packed in panels of ROWS rows. B is packed
+// in panels of PANEL columns. A panel contains all rows of these columns, one after another, so B is read in memory
+// order. C is fp32, and its rows are complete panels. No operation needs a mask, because panels are padded with zeros.
 
 #pragma once
 
@@ -14,8 +14,8 @@
 
 namespace tiles {
 
-constexpr i64 PANEL = 2 * LANES;            // columns
-constexpr i64 ROWS = LANES == 16 ? 12 : 6;  // of a tile: its sums occupy three quarters of the registers
+constexpr i64 PANEL = 2 * LANES;            // columns of a panel
+constexpr i64 ROWS = LANES == 16 ? 12 : 6;  // rows of a tile, whose sums occupy three quarters of the registers
 
 inline i64 up(i64 x, i64 step) { return (x + step - 1) / step * step; }
 
@@ -25,15 +25,16 @@ struct Left {
   i64 row, inner;
 };
 
-// Calls body(M) with M = rows as a compile-time constant, 1 to ROWS.
+// Calls body(M), where M equals `rows` and is a compile-time constant from 1 to ROWS.
 template <int M = ROWS, class Body>
 inline void of_rows(i64 rows, const Body& body) {
   if (rows == M) body(std::integral_constant<int, M>{});
   else if constexpr (M > 1) of_rows<M - 1>(rows, body);
 }
 
-// Adds the products of M rows and one panel, over `count` elements of the contraction, to the sums. TURNED: a.row is 1,
-// else a.inner is 1. Inlined and with unrolled loops over rows, so the sums stay in registers.
+// Adds to the sums the products of M rows and one panel, over `count` elements of the contraction. TURNED: whether
+// a.row is 1; else a.inner is 1. The function is inlined and its loops over rows are unrolled, so that the sums stay in
+// registers.
 template <int M, bool TURNED>
 [[gnu::always_inline]] inline void multiply(Left a, const float* panel, i64 count, Vector (&sum)[M][2]) {
   for (i64 k = 0; k < count; ++k, panel += PANEL) {
@@ -54,7 +55,8 @@ inline void narrow(const float* from, u16* to, i64 n) {
 
 // ---- tiles
 
-// Sums of up to ROWS rows of one panel, added to the values at `from` if given. To: float*, u16* or Stream.
+// Computes the sums of at most ROWS rows of one panel. If `from` is not null, adds them to the values at `from`. To:
+// float*, u16* or Stream.
 template <bool TURNED, class To>
 inline void tile(i64 rows, Left a, const float* panel, i64 count, const float* from, i64 from_row, To to, i64 to_row) {
   of_rows(rows, [=](auto constant) {
@@ -75,7 +77,7 @@ inline void tile(i64 rows, Left a, const float* panel, i64 count, const float* f
   });
 }
 
-// Adds the sums to C, or overwrites C.
+// Computes a tile of C. add: whether to add the sums to C instead of overwriting C.
 template <bool TURNED>
 inline void tile(i64 rows, Left a, const float* panel, i64 count, float* c, i64 ldc, bool add) {
   tile<TURNED>(rows, a, panel, count, add ? c : nullptr, ldc, c, ldc);
@@ -83,13 +85,13 @@ inline void tile(i64 rows, Left a, const float* panel, i64 count, float* c, i64 
 
 // ---- panels of bf16 matrices, widened. WIDTH: PANEL for B, ROWS for A.
 
-// Number of values in the panels of a rows x columns matrix.
+// Returns the number of values in the panels of a matrix (rows, columns).
 template <i64 WIDTH>
 inline i64 panel_values(i64 rows, i64 columns) { return rows * up(columns, WIDTH); }
 
 constexpr i64 part_of(i64 width) { return std::min(width, LANES); }
 
-// Packs panels of X, whose rows are the contraction: N whole panels at a time.
+// Packs N complete panels of X. The contraction runs over the rows of X.
 template <i64 WIDTH, i64 N>
 inline void pack_panels(const u16* x, i64 stride, i64 rows, float* panels) {
   constexpr i64 PART = part_of(WIDTH), PARTS = WIDTH / PART;
@@ -99,7 +101,7 @@ inline void pack_panels(const u16* x, i64 stride, i64 rows, float* panels) {
       store_part<PART>(panels + i / PARTS * rows * WIDTH + k * WIDTH + i % PARTS * PART, load_part<PART>(x + i * PART));
 }
 
-// Packs a panel with fewer columns.
+// Packs the last panel, which has fewer than WIDTH columns.
 template <i64 WIDTH>
 inline void pack_last(const u16* x, i64 stride, i64 rows, i64 columns, float* panel) {
   constexpr i64 PART = part_of(WIDTH);
@@ -109,14 +111,14 @@ inline void pack_last(const u16* x, i64 stride, i64 rows, i64 columns, float* pa
 
 template <i64 WIDTH>
 inline void pack(const u16* x, i64 stride, i64 rows, i64 columns, float* panels) {
-  constexpr i64 LINES = WIDTH < PANEL ? 96 : PANEL;  // columns that are read together: whole cache lines
+  constexpr i64 LINES = WIDTH < PANEL ? 96 : PANEL;  // number of columns that are read together: complete cache lines
   i64 first = 0;
   for (; first + LINES <= columns; first += LINES) pack_panels<WIDTH, LINES / WIDTH>(x + first, stride, rows, panels + first * rows);
   for (; first + WIDTH <= columns; first += WIDTH) pack_panels<WIDTH, 1>(x + first, stride, rows, panels + first * rows);
   if (first < columns) pack_last<WIDTH>(x + first, stride, rows, columns - first, panels + first * rows);
 }
 
-// Packs panels of X^T: the columns of X are the contraction.
+// Packs panels of X^T. The contraction runs over the columns of X.
 template <i64 WIDTH>
 inline void pack_transposed(const u16* x, i64 stride, i64 rows, i64 columns, float* panels) {
   constexpr i64 PART = part_of(WIDTH);
@@ -144,7 +146,8 @@ struct Heads {
   u16* at(i64 b, i64 h, i64 t) const { return data + b * batch + h * head + t * position; }
 };
 
-// exp for x <= 0: 2^n times a polynomial of the remainder, with an error of 2 units in the last place.
+// Returns exp(x) for x <= 0, computed as 2^n times a polynomial of the remainder. The error is at most 2 units in the
+// last place.
 inline Vector exp(Vector x) {
   x = max(x, all(-104));
   const Vector n = nearest(x * all(1.44269504f));

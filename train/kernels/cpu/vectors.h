@@ -1,5 +1,6 @@
-// fp32 vectors of this CPU's width and their operations for tiles.h and its users: 16 values with AVX-512, 8 with AVX2
-// and FMA. Plain arithmetic uses operators; nothing is contracted.
+// fp32 vectors of this CPU's width, and operations on them, for tiles.h and the files that include it. A vector has 16
+// values with AVX-512, and 8 with AVX2 and FMA. Operators compute plain arithmetic; the compiler does not fuse a
+// multiplication and an addition.
 
 #pragma once
 
@@ -14,18 +15,19 @@ namespace tiles {
 using i64 = int64_t;
 using u16 = uint16_t;
 
-// Destination of whole cache lines that are not read soon. Stores bypass the caches, which would fetch the lines first.
+// A destination for complete cache lines that are not read soon. Stores to it bypass the caches. Otherwise the caches
+// would first read each line from memory.
 struct Stream {
   float* at;
   Stream operator+(i64 n) const { return {at + n}; }
 };
 
-// Threads for work of about this many cycles. Each thread gets at least the work of the time to wake it, about ten
-// microseconds.
+// Returns the number of threads for work of about this many cycles. It takes about ten microseconds to wake a thread,
+// so each thread gets work for at least this time.
 constexpr i64 WAKING = 1 << 15;
 inline i64 threads_for(i64 cycles, i64 threads) { return std::clamp<i64>(cycles / WAKING, 1, threads); }
 
-// Selects all values of a vector. `Some` selects the first few; the others are zero.
+// Selects all values of a vector. In contrast, `Some` selects only the first values; the others count as zero.
 struct All {};
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
@@ -57,8 +59,9 @@ inline float largest_of(Vector x) { return _mm512_reduce_max_ps(x); }
 inline Vector where(Some some, Vector a, Vector b) { return _mm512_mask_mov_ps(b, some.mask, a); }
 inline Vector where_negative(Vector x, Vector a, Vector b) { return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(x)), a); }
 
-// evens, odds: the first or the second value of each adjacent pair, twice. swapped: both values exchanged.
-// subtract_add, add_subtract: b is subtracted from the first value and added to the second, or the reverse.
+// evens, odds: twice the first value of each adjacent pair, or twice the second value. swapped: each pair with its
+// values exchanged. subtract_add: subtracts b from the first value of each pair, and adds b to the second value.
+// add_subtract: adds b to the first value, and subtracts b from the second value.
 inline Vector evens(Vector x) { return _mm512_moveldup_ps(x); }
 inline Vector odds(Vector x) { return _mm512_movehdup_ps(x); }
 inline Vector swapped(Vector x) { return _mm512_permute_ps(x, 0xB1); }
@@ -67,7 +70,7 @@ inline Vector add_subtract(Vector a, Vector b) { return _mm512_fmsubadd_ps(a, _m
 
 inline Vector widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
-// Rounds to nearest, ties to even. CPUs with an instruction for it flush subnormals to zero.
+// Rounds to bf16, to nearest with ties to even. CPUs that have an instruction for this also flush subnormals to zero.
 inline __m256i narrowed(Vector x) {
 #ifdef __AVX512BF16__
   return (__m256i)_mm512_cvtneps_pbh(x);
@@ -90,7 +93,7 @@ inline Vector load(const float* x, Some some) { return _mm512_maskz_loadu_ps(som
 inline void store(u16* to, Vector x, Some some) { _mm256_mask_storeu_epi16(to, some.mask, narrowed(x)); }
 inline void store(float* to, Vector x, Some some) { _mm512_mask_storeu_ps(to, some.mask, x); }
 
-// The first PART values, with a mask. Whole overlapping vectors would take longer to write.
+// Loads or stores the first PART values, with a mask. Complete vectors that overlap would take longer to write.
 template <i64 PART>
 inline Vector load_part(const u16* x) {
   if constexpr (PART < LANES) return load(x, Some{first_of(PART)});
@@ -103,7 +106,7 @@ inline void store_part(float* to, Vector x) {
   else store(to, x, All{});
 }
 
-// Two times LANES values, or the first n.
+// Loads 2 * LANES values, or only the first n if n is smaller.
 inline Pairs load_pairs(const u16* x, i64 n) {
   return _mm512_maskz_loadu_epi16(n >= 2 * LANES ? ~__mmask32(0) : (__mmask32(1) << n) - 1, x);
 }
@@ -111,7 +114,7 @@ inline Pairs no_pairs() { return _mm512_setzero_si512(); }
 inline Vector first_of_pairs(Pairs x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 inline Vector second_of_pairs(Pairs x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(0xffff0000))); }
 
-// Transposes LANES vectors of LANES words.
+// Transposes LANES vectors of LANES 32-bit words.
 inline void transpose(Pairs* x) {
   __m512i y[16];
   for (int i = 0; i < 16; i += 2) {
@@ -164,7 +167,7 @@ inline Vector sqrt(Vector x) { return _mm256_sqrt_ps(x); }
 inline Vector nearest(Vector x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vector minus_abs(Vector x) { return _mm256_or_ps(x, _mm256_set1_ps(-0.f)); }
 
-// x 2^n, in two steps, because 2^n itself may be too small for fp32.
+// Returns x 2^n, in two multiplications, because 2^n alone may be too small for fp32.
 inline Vector times_power(Vector x, Vector n) {
   const auto power = [](__m256i exponent) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23)); };
   const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
@@ -183,7 +186,7 @@ inline float largest_of(Vector x) { return reduce(x, [](__m128 a, __m128 b) { re
 inline Vector where(Some some, Vector a, Vector b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(some.mask.lanes)); }
 inline Vector where_negative(Vector x, Vector a, Vector b) { return _mm256_blendv_ps(b, a, x); }
 
-// As for AVX-512.
+// The AVX-512 part above describes these functions.
 inline Vector evens(Vector x) { return _mm256_moveldup_ps(x); }
 inline Vector odds(Vector x) { return _mm256_movehdup_ps(x); }
 inline Vector swapped(Vector x) { return _mm256_permute_ps(x, 0xB1); }
@@ -192,7 +195,7 @@ inline Vector add_subtract(Vector a, Vector b) { return _mm256_fmsubadd_ps(a, _m
 
 inline Vector widened(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
 
-// Rounds to nearest, ties to even.
+// Rounds to bf16, to nearest with ties to even.
 inline __m128i narrowed(Vector x) {
   const __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
@@ -220,7 +223,7 @@ inline void store(u16* to, Vector x, Some some) {
 }
 inline void store(float* to, Vector x, Some some) { _mm256_maskstore_ps(to, some.mask.lanes, x); }
 
-// The first PART values, 6 or all. Without masks, because some CPUs write slowly with masks.
+// Loads or stores the first PART values, 6 or all. It uses no masks, because some CPUs write slowly with masks.
 template <i64 PART>
 inline Vector load_part(const u16* x) {
   static_assert(PART == 6 || PART == LANES);
@@ -238,7 +241,7 @@ inline void store_part(float* to, Vector x) {
   _mm_storel_pi((__m64*)(to + 4), _mm256_extractf128_ps(x, 1));
 }
 
-// Two times LANES values, or the first n.
+// Loads 2 * LANES values, or only the first n if n is smaller.
 inline Pairs load_pairs(const u16* x, i64 n) {
   if (n >= 2 * LANES) return _mm256_loadu_si256((const __m256i*)x);
   u16 values[2 * LANES] = {};
@@ -249,7 +252,7 @@ inline Pairs no_pairs() { return _mm256_setzero_si256(); }
 inline Vector first_of_pairs(Pairs x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
 inline Vector second_of_pairs(Pairs x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xffff0000))); }
 
-// Transposes LANES vectors of LANES words.
+// Transposes LANES vectors of LANES 32-bit words.
 inline void transpose(Pairs* x) {
   __m256i y[8];
   for (int i = 0; i < 8; i += 2) {
@@ -272,7 +275,7 @@ inline void transpose(Pairs* x) {
 
 inline Vector where(All, Vector a, Vector) { return a; }
 
-// Calls body(first, which) over n values.
+// Calls body(first, which) for all n values, one vector at a time. The last vector may be incomplete.
 template <class Body>
 inline void along(i64 n, const Body& body) {
   i64 j = 0;

@@ -1,11 +1,11 @@
-// Casts to formats below bf16 on a CPU, as train/kernels/fp8/quantize.py defines them, in one pass over memory. Called
-// by ctypes.
+// Casts to formats smaller than bf16 on a CPU, in one pass over memory. train/kernels/fp8/quantize.py defines the
+// casts. Python calls the functions with ctypes.
 //
-// A matrix is processed in strips of at least as many rows as share scales. Rows of 1x128 tiles are read once, strips
-// of 128 rows twice, the second time from the cache. Some rows at a time are widened to fp32 in a buffer that fits the
-// L1 cache. All arithmetic is fp32 with IEEE rounding, as in the reference, so every bit agrees with it (except signed
-// zeros). The loops are plain, so the compiler vectorises them. The compiler must not contract a multiplication and an
-// addition.
+// A matrix is processed in strips. If several rows share scales, a strip has at least these rows. With 1x128 tiles,
+// each row is read once. With blocks of 128 rows, each row is read twice, the second time from the cache. The code
+// widens a few rows at a time to fp32, in a buffer that fits the L1 cache. All arithmetic is fp32 with IEEE rounding,
+// as in the reference, so every bit agrees with the reference (except the sign of zeros). The loops are simple, so the
+// compiler vectorises them. The compiler must not fuse a multiplication and an addition.
 
 #include <algorithm>
 #include <cstdint>
@@ -21,10 +21,10 @@ inline i32 bits(float x) { i32 b; std::memcpy(&b, &x, 4); return b; }
 inline float number(i32 b) { float x; std::memcpy(&x, &b, 4); return x; }
 inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
-// A format with sign, exponent and `mantissa` bits; exponent field 0 encodes the fixed steps below the smallest normal
-// value.
+// A format with a sign bit, exponent bits and `mantissa` bits. Exponent field 0 means values below the smallest normal
+// value, which have a fixed step.
 struct Format {
-  i32 mantissa, min_exponent, width;  // width: bits of a code, 8 or 12
+  i32 mantissa, min_exponent, width;  // width: number of bits of a code, 8 or 12
   float max;
 
   i32 bias() const { return 1 - min_exponent; }
@@ -32,13 +32,13 @@ struct Format {
   float step() const { return number((127 + min_exponent - mantissa) << 23); }
 };
 
-// Matrices in memory, row-major: values, or codes and scales; null if absent. Values next to scales do not include the
-// scales.
+// Matrices in row-major memory. They have values, or codes and scales; a pointer is null if its part is absent. If
+// there are values and scales, the values are not yet multiplied by the scales.
 struct Matrices {
   void* values;
-  i64 fp32;         // else bf16
-  uint8_t* codes;   // of one byte
-  uint8_t* packed;  // codes of twelve bits, in pairs
+  i64 fp32;         // whether values are fp32; else they are bf16
+  uint8_t* codes;   // codes of one byte
+  uint8_t* packed;  // codes of twelve bits; two codes have three bytes
   float* scale;
   i64 block_rows, block_columns;
   Format format;
@@ -74,7 +74,7 @@ void decode(const Code* codes, float* to, i64 n, const Format& f, float scale) {
   }
 }
 
-// from: values that the format represents exactly.
+// Encodes values that the format represents exactly.
 template <class Code>
 void encode(const float* from, Code* codes, i64 n, const Format& f) {
   const i32 mantissa = f.mantissa, bias = f.bias(), sign = f.sign();
@@ -88,7 +88,7 @@ void encode(const float* from, Code* codes, i64 n, const Format& f) {
   }
 }
 
-// Codes of 12 bits are stored in pairs in three bytes, with the first code of a pair in the low bits.
+// Two codes of 12 bits are stored in three bytes, with the first code in the low bits.
 void unpack(const uint8_t* from, uint16_t* to, i64 pairs) {
   for (i64 j = 0; j < pairs; ++j) {
     const i32 first = from[3 * j], middle = from[3 * j + 1], last = from[3 * j + 2];
@@ -122,7 +122,8 @@ void scales(const i32* amax, float* scale, float* inverse, i64 n, float max, flo
   }
 }
 
-// Nearest value of the format: adding 1.5 * 2**23 steps leaves no bit below the step, and the subtraction is exact.
+// Rounds to the nearest value of the format. A step is the distance between two neighbouring values. After the addition
+// of 1.5 * 2**23 steps, an fp32 has no bits for fractions of a step, so the addition rounds. The subtraction is exact.
 struct Grid {
   i32 smallest, half;
   explicit Grid(const Format& f)
@@ -151,7 +152,7 @@ struct Cast {
       if (!in.scale) return;
     }
     const i64 scales = ceil_div(columns, in.block_columns);
-    const i64 side = in.scale ? in.block_columns : columns;  // without scales, one block per row
+    const i64 side = in.scale ? in.block_columns : columns;  // without scales, a row is one block
     for (i64 i = 0; i < count; ++i) {
       const i64 first = (matrix * ceil_div(rows, in.block_rows) + (row + i) / in.block_rows) * scales;
       if (in.packed) unpack(in.packed + (index + i) * packed_bytes(columns), wide, ceil_div(columns, 2));
@@ -177,13 +178,14 @@ struct Cast {
     if (out.codes) return encode(x, out.codes + index * columns, count * columns, out.format);
     for (i64 i = 0; i < count; ++i) {
       encode(x + i * columns, wide, columns, out.format);
-      wide[columns] = 0;  // the second code of the last pair, if the number of columns is odd
+      wide[columns] = 0;  // second code of the last pair if the number of columns is odd
       pack(wide, out.packed + (index + i) * packed_bytes(columns), ceil_div(columns, 2));
     }
   }
 
-  // Calls a function per row and block. With blocks of one column: column(index of x, index of amax or scale) per row;
-  // else block(...) per block.
+  // Calls a function for each row and each block. If a block has one column: calls column(index in x, index in amax or
+  // scale) for each row. Else: calls block(first index in x, end index, index in amax or scale) for each block of a
+  // row.
   template <class Column, class Block>
   void each(i64 count, const Column& column, const Block& block) const {
     for (i64 i = 0; i < count; ++i) {
@@ -194,7 +196,8 @@ struct Cast {
     }
   }
 
-  // Bits of max-abs: positive floats have the same order as their bits, with NaN last.
+  // Updates the max-abs of each block, stored as the bits of a float. Bits of positive floats have the same order as
+  // the floats, and NaN comes last.
   void raise(const float* x, i32* amax, i64 count) const {
     each(count,
          [=, n = columns](i64 x0, i64 k0) {
@@ -207,7 +210,7 @@ struct Cast {
          });
   }
 
-  // The values of the codes: x times inverse, rounded.
+  // Replaces x by the values of the codes: x times inverse, rounded to the format.
   void round(float* x, const float* inverse, i64 count) const {
     const Grid grid(out.format);
     each(count,
@@ -231,7 +234,7 @@ struct Cast {
          });
   }
 
-  // Rows first to last of a matrix, which share their scales or have their own.
+  // Casts the rows from `first` to `last` of a matrix. These rows share their scales, or each row has its own scales.
   void strip(i64 matrix, i64 first, i64 last, float* x, i32* amax, float* scale, float* inverse, uint16_t* wide) const {
     const bool own = out.block_rows == 1;
     const i64 step = rows_at_a_time(), blocks = across() * (own ? last - first : 1);
@@ -259,7 +262,8 @@ struct Cast {
 
 extern "C" {
 
-// Cast matrices of one size to a format: to codes and scales, to values, or to values without scales and the scales.
+// Casts matrices of one size to a format. The result is codes and scales, or values, or scales and values that are not
+// yet multiplied by the scales.
 void cast_matrices(const Matrices* in, const Matrices* out, i64 matrices, i64 rows, i64 columns, float floor, i32 pow2,
                    i32 threads) {
   const Cast cast{*in, *out, rows, columns, floor, bool(pow2)};
@@ -279,7 +283,7 @@ void cast_matrices(const Matrices* in, const Matrices* out, i64 matrices, i64 ro
   }
 }
 
-// Values of codes, or of values with scales.
+// Computes the values of codes and scales, or of values and scales.
 void decode_matrices(const Matrices* in, const Matrices* out, i64 matrices, i64 rows, i64 columns, i32 threads) {
   const Cast cast{*in, *out, rows, columns, 0, false};
   const i64 height = cast.rows_at_a_time(), strips = ceil_div(rows, height);
