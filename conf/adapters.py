@@ -24,8 +24,8 @@ ADAPTER_TARGETS: dict[str, tuple[str, ...]] = {
     "dense": ("ffn.w13.weight", "ffn.w2.weight"),
     "head": ("head.weight",),
 }
-"""Maps each target, which is a word of adapter.targets, to ends of parameter names. The target adapts every base
-parameter whose name ends like this, including those of MTP modules."""
+"""Maps each target, which is a word of adapter.targets, to name endings. The target adapts every base parameter whose
+name has one of these endings, including parameters of MTP modules."""
 ON_REQUEST = ("head",)
 """Targets that a run adapts only if adapter.targets names them."""
 

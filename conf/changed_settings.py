@@ -1,8 +1,9 @@
-"""Reports how a resumed run differs from the run that wrote its checkpoint: each key with its old and new value.
+"""Reports how a resumed run differs from the run that wrote the checkpoint: each key with its old and its new value.
 
-A checkpoint stores the resolved settings of the run that wrote it. Keys whose values differ are reported in groups by
-their possible effect. A key is not reported if EFFECTS says that it cannot change the training. A key without an entry
-in EFFECTS is assumed to change the training, so new fields of the schema are reported by default.
+A checkpoint stores the resolved settings of the run that wrote it. Keys with different values are reported in groups.
+There is one group for each possible effect of a key. A key is not reported if EFFECTS says that the key cannot change
+the training. A key without an entry in EFFECTS is assumed to change the training, so new fields of the schema are
+reported by default.
 """
 
 import json

@@ -150,7 +150,7 @@ class Backlog:
         self._waiting: deque[bytes] = deque()
         self._bytes = 0
         self.dropped = 0
-        """Number of lost items. If the held data exceed BACKLOG bytes, the oldest items are dropped."""
+        """Number of lost items. If the data in memory exceed BACKLOG bytes, the oldest items are dropped."""
 
     def __len__(self) -> int:
         return len(self._waiting)

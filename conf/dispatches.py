@@ -1,7 +1,7 @@
 """The kinds of dispatch, which send tokens to experts on other ranks: what they need, and what they cost. Imports no
 torch.
 
-Other code reads the properties of a dispatch from its entry in this table, and never compares its name. The table in
+Other code reads the properties of a dispatch from this table, and never compares the name of a dispatch. The table in
 parallel/expert/build.py maps the name to the class that sends the rows. A new dispatch needs an entry in both tables.
 """
 
@@ -16,7 +16,7 @@ class Reach:
     group."""
 
     nodes: float
-    """Number of nodes that hold at least one expert of the token."""
+    """Number of nodes on which the token has at least one expert."""
     ranks: float
     experts: int
     ep: int
@@ -35,9 +35,9 @@ class Messages:
     arrivals: float
     """Number of rows per token that arrive at the ranks of the experts."""
     inside: float
-    """Messages to other ranks of the same node."""
+    """Number of messages per token to other ranks of the same node."""
     across: float
-    """Messages to other nodes."""
+    """Number of messages per token to other nodes."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class DispatchFacts:
     package: str | None = None
     """Name of the Python package that the dispatch needs; None if it needs none."""
     in_bf16: bool = False
-    """Whether the dispatch takes only bf16 rows. In this case it also adds rows in bf16: those of one rank, one after
-    another."""
+    """Whether the dispatch takes only bf16 rows. Such a dispatch also adds rows in bf16: before it returns the rows of
+    a token, each rank adds its rows of this token one after another."""
     repeats: bool = True
     """Whether rows arrive in the same order in every run."""
     width: int = 1

@@ -93,7 +93,7 @@ def expert(default: Any = dataclasses.MISSING, *, make: Callable[[], Any] | None
 
 
 def check_fields(section: Any, prefix: str = "") -> None:
-    """Raise UserError for the first value in a section or its subsections that is out of its bounds.
+    """Raise UserError for the first value of a section that is out of bounds. Values of subsections are checked too.
 
     Raises OmegaConf's error if a command line added a name (`+KEY=VALUE`) that is not a key of the section. prefix:
     start of the section's keys, such as `model.`.

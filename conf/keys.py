@@ -154,7 +154,7 @@ def plain(found: Any) -> tuple[Any, bool]:
 
 
 def type_words(found: Any) -> str:
-    """A type as text for the user."""
+    """Return a type as text for the user."""
     arguments = typing.get_args(found)
     if typing.get_origin(found) is list:
         inner = arguments[0]
@@ -235,8 +235,8 @@ def _tree() -> ast.Module:
 
 
 def value_words(path: str, values: DictConfig) -> str:
-    """Return the value of a key in a composed configuration, as YAML. The entries of a list may have different values,
-    so for their keys the result is the schema's default."""
+    """Return the value of a key in a composed configuration, as YAML. For a key of list entries, which may have
+    different values, return the schema's default."""
     place: Any = values
     for part in path.split("."):
         place = None if ITEM in part or part == NAME else place._get_node(part) if place is not None else None

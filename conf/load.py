@@ -297,7 +297,7 @@ class RecipeFiles(FileConfigSource):
     """Hydra's reader of recipe and group files, which also drops the keys of earlier versions."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Read a file. Raises UserError for a removed key whose value is not its last default."""
+        """Read a file. Raises UserError if the file sets a removed key to a value other than the key's last default."""
         found = super().load_config(config_path)
         package = found.header["package"] or config_path.rpartition("/")[0].replace("/", ".")
         plain = OmegaConf.to_container(found.config)
@@ -333,7 +333,7 @@ def run(job: Callable[[list[Config]], int]) -> int:
     All configurations are checked before job is called, so an error in the last job of a sweep is shown at once.
     """
     words = sys.argv[1:] = [_reworded(word) for word in sys.argv[1:]]
-    # Hydra then raises errors instead of printing them, so all errors have the same form.
+    # With this variable, Hydra raises errors instead of printing them, so all errors have the same form.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         settings = settings_in(words)  # Hydra accepts no flags between settings

@@ -38,7 +38,7 @@ def share_of(config: Config, batch: int, dp_rank: int) -> tuple[int, int]:
 
 
 def most_micro_batches(config: Config) -> int:
-    """Return the maximum number of micro-batches of a rank in a step with the full batch. Rank 0 has this number."""
+    """Return the maximum number of micro-batches of a rank in a step with the full batch. Rank 0 has this maximum."""
     return share_of(config, config.batch_size, 0)[1] // config.micro_batch_size
 
 

@@ -1,9 +1,9 @@
 """The optimizers: what state they store for each weight, and how much memory and memory traffic they need. Imports no
 torch.
 
-Other code reads an optimizer's properties from its entry in this table. It never compares the optimizer's name or the
-names of its state. A new optimizer needs an entry in three tables: here, in train/optim/optimizer_classes.py (the code
-of the update), and in train/prove/updates.py (the reference update for mode=prove).
+Other code reads the properties of an optimizer from this table. It never compares the name of an optimizer, or the
+names of an optimizer's state. A new optimizer needs an entry in three tables: here, in train/optim/optimizer_classes.py
+(the code of the update), and in train/prove/updates.py (the reference update for mode=prove).
 """
 
 import re

@@ -145,8 +145,8 @@ def _defined(called: Any) -> str:
 
 @contextmanager
 def refused(key: str, target: str, doing: str) -> Iterator[None]:
-    """Context that converts an exception of user code to a UserError with file and line. It is used before a run
-    starts."""
+    """Context that converts an exception of user code to a UserError with file and line. Code uses this context before
+    a run starts."""
     try:
         yield
     except UserError:

@@ -1,6 +1,6 @@
 """The pipeline schedules: what they need from the layout, and what they cost. Imports no torch.
 
-Other code reads the properties of a schedule from its entry in this table, and never compares its name. The table in
+Other code reads the properties of a schedule from this table, and never compares the name of a schedule. The table in
 parallel/pipeline/orders.py has the order of the schedule's actions. A new schedule needs an entry in both tables.
 """
 

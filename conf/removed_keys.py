@@ -1,6 +1,6 @@
 """A table of keys of earlier versions. It says how to treat these keys in recipes, run folders and checkpoints.
 
-If a removed key has the value that this version always uses, it is dropped silently. Any other value asks for a removed
+A removed key is dropped silently if it has the value that this version always uses. Any other value asks for a removed
 feature, so it is an error with a fix. Files that a run wrote (config.yaml, checkpoints) contain every key. In these
 files, a key that never changed results is dropped whatever its value is.
 """

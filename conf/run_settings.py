@@ -76,8 +76,8 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
 
 
 def _folders(node: DictConfig) -> list[Path]:
-    """Return the folders to search for the run's config.yaml. If the command names a checkpoint, these are its folder
-    and the two folders above it. Otherwise it is the folder with the run's name."""
+    """Return the folders in which to search the run's config.yaml. If the command names a checkpoint, these are the
+    checkpoint's folder and the two folders above this folder. Otherwise it is the folder with the run's name."""
     sections = {mode: node[mode.value] for mode in (Mode.export, Mode.evaluate, Mode.generate, Mode.score)}
     named = sections[node.mode].checkpoint if node.mode in sections else None
     if named is None:

@@ -31,7 +31,7 @@ class Mode(StrEnum):
     report = "report"
     """Write report.html of an existing run, also while the run trains."""
     plan = "plan"
-    """Predict the memory, speed and cost of the run, and whether it fits its devices."""
+    """Predict the memory, speed and cost of the run, and whether the run fits its devices."""
     dry_run = "dry_run"
     """Measure one rank of the run on this machine's device, without the other ranks."""
     prove = "prove"
@@ -125,11 +125,11 @@ class Yarn:
     truncate: bool = expert(True)
     """Round the two ends of the ramp between beta_fast and beta_slow outwards to whole pairs."""
     mscale: float = expert(1.0, least=0)
-    """Attention scores are multiplied by (0.1 mscale ln factor + 1)^2; with 0 they are unchanged. The field of Hugging
-    Face is mscale_all_dim."""
+    """Attention scores are multiplied by (0.1 mscale ln factor + 1)^2; with 0 they are unchanged. Hugging Face calls
+    this field mscale_all_dim."""
     attention_factor: float = expert(1.0, above=0)
-    """Factor on the RoPE parts of queries and keys. Hugging Face: the field attention_factor, or the value that it
-    infers."""
+    """Factor on the RoPE parts of queries and keys. Hugging Face calls this field attention_factor, and infers a
+    missing value."""
     query_growth: float = expert(0.0, least=0)
     """Queries of position p are multiplied by 1 + query_growth ln(1 + floor(p / original_seq_len)), as in Llama 4 and Mistral Large 3."""
 
@@ -140,9 +140,9 @@ class SparseAttention:
     only to the keys with the highest scores (train/docs/sparse_attention.md)."""
 
     heads: int = number(0, least=0, slip=WIDEST)
-    """Heads of the indexer; 0 for dense attention without an indexer."""
+    """Number of heads of the indexer; 0 for dense attention without an indexer."""
     head_dim: int = number(128, least=1, slip=WIDEST)
-    """Width of the indexer's heads, and of its single key per token. At least rope_head_dim."""
+    """Width of the indexer's heads, and of the indexer's single key per token. It is at least rope_head_dim."""
     top_k: int = number(2048, least=1)
     """Number of keys to which a query attends. Sequences of at most this length have dense attention."""
     interleaved: bool = False
@@ -162,7 +162,7 @@ class Model:
     """Shape of a DeepSeek-V3 model (paper 2.1, 2.2 and 4.2)."""
 
     vocab_size: int = number(4096, least=1, slip=16 * WIDEST)
-    """Rows of the embedding and of the output head."""
+    """Number of rows of the embedding and of the output head."""
     hidden: int = number(256, least=1, slip=WIDEST)
     """Width of the residual stream."""
     layers: int = number(4, least=1, slip=10_000)
@@ -170,7 +170,7 @@ class Model:
     dense_layers: int = number(1, least=0)
     """Number of blocks at the start of the model that have a dense FFN instead of experts."""
     heads: int = number(4, least=1, slip=WIDEST)
-    """Attention heads."""
+    """Number of attention heads."""
     q_rank: int | None = number(128, least=1, slip=WIDEST)
     """Width of the query latent; with null, queries are projected directly."""
     kv_rank: int = number(64, least=1, slip=WIDEST)
@@ -178,8 +178,8 @@ class Model:
     nope_head_dim: int = number(32, least=1, slip=WIDEST)
     """Width, per head, of the part of queries and keys without RoPE."""
     rope_head_dim: int = number(16, least=1, slip=WIDEST)
-    """Width, per head, of the RoPE part of queries. The RoPE key, which all heads share, has the same width. An even
-    number."""
+    """Width, per head, of the RoPE part of queries. The RoPE key, which all heads share, has the same width. The width
+    must be even."""
     v_head_dim: int = number(32, least=1, slip=WIDEST)
     """Width of values per head."""
     dense_width: int = number(768, least=1, slip=WIDEST)
@@ -187,11 +187,11 @@ class Model:
     expert_width: int = number(128, slip=WIDEST)
     """Inner width of one expert."""
     experts: int = number(16, least=0, slip=MOST_EXPERTS)
-    """Routed experts per MoE layer."""
+    """Number of routed experts per MoE layer."""
     shared_experts: int = number(1, least=0, slip=MOST_EXPERTS)
-    """Experts that process every token."""
+    """Number of experts that process every token."""
     top_k: int = 4
-    """Routed experts per token."""
+    """Number of routed experts per token."""
     groups: int = 4
     """Number of expert groups. In a large run each group is on one node."""
     top_groups: int = 2
@@ -208,7 +208,7 @@ class Model:
     mtp_depth: int = number(1, least=0, slip=64)
     """Number of multi-token-prediction modules; 0 for none."""
     max_seq_len: int = number(4096, least=1)
-    """Longest sequence, in tokens."""
+    """Length of the longest sequence, in tokens."""
     rope_theta: float = number(10000.0, above=1)
     """Base of RoPE's frequencies."""
     yarn: Yarn = field(default_factory=Yarn)
@@ -314,8 +314,8 @@ class Data:
     """Share of documents that are held out for validation. Of plain text, complete files are held out."""
     hold_out_by: FilledKey[HoldOutBy] = expert(None)
     """Property that decides whether a document is held out: content, or name (path of its file in the data, with the
-    line or row). null: the property of the existing run, or of the run in resume or init_from; else content. Earlier
-    versions used the name."""
+    line or row). null: the property that the existing run used, or the run that resume or init_from names; else
+    content. Earlier versions used the name."""
     template: str | None = None
     """Chats: the template. A Jinja file, or `plain` for a simple built-in template; null takes the template of the tokenizer's folder."""
     template_function: dict[str, Any] | None = field(default_factory=dict)
@@ -370,7 +370,7 @@ class Optim:
     """The optimizer. The argument optim=muon is short for optim.name=muon. null: the optimizer with which the weights
     of init_from were pretrained, if this is known, else adamw. An existing run keeps its optimizer."""
     warmup_steps: int = number(2000, least=0)
-    """Steps of linear warm-up from 0."""
+    """Number of steps of linear warm-up from 0."""
     lr_schedule: list[Phase] = field(default_factory=lambda: [Phase()])
     """Schedule of a factor. After the warm-up, lr is multiplied by this factor."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -390,16 +390,16 @@ class Optim:
     balance_loss: float = number(1e-4, least=0)
     """Weight alpha of the sequence-wise balance loss; 0 for no balance loss."""
     batch_ramp_start: int | None = number(None, least=1)
-    """Sequences per step at the start of the ramp; null for no ramp."""
+    """Number of sequences per step at the start of the ramp; null for no ramp."""
     batch_ramp_steps: int = number(0, least=0)
-    """Steps over which the batch grows linearly to batch_size."""
+    """Number of steps over which the batch grows linearly to batch_size."""
     batch_ramp_increment: int = expert(1, least=1)
     """During the ramp, the number of sequences per step is rounded down to a multiple of this number. The number must
     be a multiple of micro_batch_size x dp, or, with parallel.uneven, a multiple of micro_batch_size x ep."""
     ema_decay: float = number(0.0, least=0, below=1)
     """Decay of a moving average of the weights, which is stored in CPU memory; 0 for no average."""
     muon: MuonOptim = expert(make=MuonOptim)
-    """Settings of name=muon."""
+    """Settings of optim.name=muon."""
     freeze_routers: bool = False
     """Freeze the weights of all routers. If bias_speed is 0 as well, the routers do not change."""
     index_loss: float = number(1.0, least=0)
@@ -490,14 +490,14 @@ class Parallel(RankCounts):
     """Layout of the ranks. World size = pp x dp x cp; dp x cp = expert-data-parallel x ep."""
 
     pp: int = number(1, least=1)
-    """Pipeline ranks."""
+    """Number of pipeline ranks."""
     dp: int = number(1, least=1)
-    """Data-parallel ranks, which divide the sequences of a batch."""
+    """Number of data-parallel ranks, which divide the sequences of a batch."""
     cp: int = number(1, least=1)
     """Number of ranks that share each sequence. Each of these ranks has a part of the sequence's first half and a part
-    of its second half (train/docs/several_gpus.md). It must divide seq_len / 2."""
+    of its second half (train/docs/several_gpus.md). cp must divide seq_len / 2."""
     ep: int = number(1, least=1)
-    """Number of ranks that share the experts of one layer. It must divide dp x cp."""
+    """Number of ranks that share the experts of one layer. ep must divide dp x cp."""
     uneven: bool = False
     """If dp does not divide the batch, let the ranks of some expert groups have one micro-batch more than the ranks of
     the other groups. Losses are weighted by tokens. A run on Ray sets this key when it restarts with fewer ranks. Needs
@@ -582,15 +582,16 @@ class Fp8:
     """
 
     activation: str = "e4m3/1x128/fp32"
-    """Inputs of linear layers."""
+    """Format of the inputs of linear layers."""
     weight: str = "e4m3/128x128/fp32"
-    """Weights of linear layers."""
+    """Format of the weights of linear layers."""
     gradient: str = "e4m3/1x128/fp32"
-    """Gradients of outputs. With 128x128 the paper's model diverged (paper B.2)."""
+    """Format of the gradients of outputs. With 128x128 the paper's model diverged (paper B.2)."""
     attention_output: str = "e4m3/1x128/pow2"
-    """Input of the attention's output projection."""
+    """Format of the input of the attention's output projection."""
     dispatched: str = "e4m3/1x128/pow2"
-    """Rows sent to experts: the input of the up-projection, and the gradient of the expert output."""
+    """Format of rows that are sent to experts: the input of the up-projection, and the gradient of the expert
+    output."""
     compiled: bool = expert(True)
     """On a CPU, use compiled code for casts and, with AVX2, for matmuls. The first use needs a C++ compiler and takes
     some seconds. false: use torch's operations, which are slower. Both cast to the same bits; their matmuls differ only
@@ -669,7 +670,7 @@ class Cluster:
     device: DeviceKind = DeviceKind.auto
     """auto (a GPU if there is one), cpu or cuda."""
     threads: int = number(0, least=0)
-    """CPU threads per rank; 0 divides the cores among the ranks of a machine."""
+    """Number of CPU threads per rank; 0 divides the cores among the ranks of a machine."""
     compiled: bool = True
     """On a CPU with AVX-512 or AVX2, use compiled code for parts of a bf16 step. The machine's C++ compiler builds the
     code at its first use. Each matmul uses compiled code or torch, whichever was faster in a measurement at the start
@@ -837,7 +838,7 @@ class Log:
     validate_every: int = number(0, least=0)
     """Interval of validations, in steps; 0 validates only at the end."""
     validation_sequences: int = number(64, least=1)
-    """Sequences of seq_len per validation."""
+    """Number of sequences of seq_len tokens per validation."""
     norms_every: int = expert(50, least=0)
     """Interval, in steps, of the norms of weights and updates per layer; 0 for none. During the update of such a step,
     a rank needs host memory for a second copy of its master weights."""
@@ -930,13 +931,12 @@ class Score:
     to: str | None = None
     """The Parquet file to write; it must not exist yet."""
     routing: ScoredRouting = ScoredRouting.own
-    """Experts of every token. own: the routers choose them. write: the routers choose them, and they are written to the
-    column `experts`. replay: they are read from the field `experts` of each sample, in which an inference engine stored
-    its choice."""
+    """Experts of every token: own (chosen by the routers), write (chosen by the routers, and written to the column
+    `experts`) or replay (read from the field `experts` of each sample, in which an inference engine stored its
+    choice)."""
     keys: ScoredRouting = ScoredRouting.own
-    """Keys to which every token attends with sparse attention. own: the indexers choose them. write: the indexers
-    choose them, and they are written to the column `keys`. replay: they are read from the field `keys` of each
-    sample."""
+    """Keys to which every token attends with sparse attention: own (chosen by the indexers), write (chosen by the
+    indexers, and written to the column `keys`) or replay (read from the field `keys` of each sample)."""
     checkpoint: str | None = None
     """A checkpoint or run folder, or a Hugging Face folder; null takes the newest intact checkpoint of this run."""
 
@@ -984,18 +984,18 @@ class Config:
     seed: int = number(1, least=0, most=LARGEST_SEED)
     """Seed of the initial weights, the order of samples, and FIM."""
     steps: int = number(300, least=1)
-    """Optimizer steps of the whole run."""
+    """Number of optimizer steps of the whole run."""
     epochs: float | None = number(None, above=0)
-    """Number of passes over the data. It replaces the key steps. With a mix, a pass has as many sequences as all its
-    sources together."""
+    """Number of passes over the data. If set, this key replaces the key steps. With a mix, a pass has as many sequences
+    as all sources together."""
     seq_len: int = number(256, least=1)
-    """Tokens per sequence."""
+    """Number of tokens per sequence."""
     batch_size: int = number(16, least=1, slip=10_000_000)
-    """Sequences per optimizer step, over all ranks."""
+    """Number of sequences per optimizer step, over all ranks."""
     micro_batch_size: FilledKey[int] = number(None, least=1)
-    """Sequences per forward pass of a rank. null: the largest number that divides a rank's share of the batch, has at
-    most 4096 tokens and leaves enough micro-batches for the pipeline schedule. A loaded configuration always has a
-    number."""
+    """Number of sequences per forward pass of a rank. null: the largest number that divides a rank's share of the
+    batch, has at most 4096 tokens and leaves enough micro-batches for the pipeline schedule. A loaded configuration
+    always has a number."""
     resume: str = "auto"
     """auto (newest intact checkpoint of this run, if there is one), never (start a new run; an existing run is an
     error), or a checkpoint folder."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 @dataclass
 class Thresholds:
-    """The sizes. Code reads a size each time it needs it, so a change takes effect at once."""
+    """The sizes. Code reads a size at each use, so a change takes effect at once."""
 
     attention_queries: int = 128
     """Number of queries per block of attention. A range of fewer than four blocks of queries is cut into blocks of half
@@ -83,7 +83,7 @@ LOWERED = Thresholds(
     gpu_page_bytes=1 << 12,
     staging_bytes=1 << 12,
 )
-"""The sizes that mode=prove uses. They are smaller than most tensors of its miniature model, and mostly do not divide
+"""The sizes that mode=prove uses. They are smaller than most tensors of the miniature model, and mostly do not divide
 the sizes of these tensors."""
 
 

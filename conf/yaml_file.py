@@ -1,8 +1,8 @@
 """Reads a YAML file. If the file cannot be read, the error gives the reason in one sentence.
 
-A run folder may belong to another user, so its file is only data. A reference such as ${model.layers} is allowed; it
-means another value of the file. A resolver such as ${oc.env:HOME} is refused, because it calls a function that can read
-data of this machine.
+A run folder may belong to another user, so the file of a run is read only as data. A reference such as ${model.layers}
+is allowed; it means another value of the file. A resolver such as ${oc.env:HOME} is refused, because it calls a
+function that can read data of this machine.
 """
 
 import re

@@ -73,8 +73,8 @@ def _lacking() -> Iterator[str]:
 
 
 def environment_of_children() -> dict[str, str]:
-    """Returns environment variables for child processes. With them, the Python of a child finds this program, and
-    ignores modules in the working folder."""
+    """Returns environment variables for child processes. With these variables, the Python of a child finds this
+    program, and ignores modules in the working folder."""
     found = {"PYTHONSAFEPATH": "1"}
     if ROOT.name != "site-packages":  # a checkout, which Python may have found only through the working folder
         others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]

@@ -83,7 +83,7 @@ def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Pa
     watch = SelfWatch(paths.logs, place, patience_of(config.cluster), ends=given_place() is not None)
     logs = failures or paths.logs
     if not driven and given_place() is not None:
-        answer_requests(logs, place.rank)  # a comparison of ranks reads the answers in this folder
+        answer_requests(logs, place.rank)  # a comparison of ranks reads this rank's answers from this folder
     with (
         held_by_rank_0(paths) if place.rank == 0 else nullcontext(),
         nullcontext() if driven else watch,

@@ -41,7 +41,7 @@ SPARE_TIME = 1.25
 """The requested time is the planned time of all steps times this factor. The factor leaves time for starts, checkpoints
 and validations."""
 FILE_KINDS = ("slurm", "kuberay", "skypilot", "torchrun")
-"""Kinds of files; each has a template."""
+"""Kinds of job files. Each kind has a template."""
 ON_RAY = ("slurm", "kuberay")
 """Kinds whose job file starts Ray. For these kinds, the recipe gets the settings for Ray."""
 LAUNCH_FLAGS = ("--print", "--queue", "--image")

@@ -1,11 +1,11 @@
 """`sluice why NAME [runs=FOLDER] [--json]`: explains why a run failed or hangs.
 
-It names the rank that caused the problem, the operation of this rank and its
-place in the code. It also names the ranks that wait for this rank, and since
-when they wait. If the run's ranks are on this machine, it reads their last
-operations from ring buffers and the stacks of their threads; the ranks do not
-stop. If the run has ended, or its ranks are on other machines, it shows the
-newest logs/incident_N.json.
+The command names the rank that caused the problem, and shows in which operation
+and at which place in the code this rank is. It also names the ranks that wait
+for this rank, and since when they wait. If the ranks run on this machine, the
+command reads the last operations and the stacks of all ranks, without stopping
+any rank. If the run has ended, or if its ranks are on other machines, the
+command shows the newest logs/incident_N.json.
 """
 
 import json

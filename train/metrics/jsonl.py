@@ -21,7 +21,7 @@ from train.metrics.names import LAYERS_MARK, Record, is_layer_metric, order
 METRICS_FILE = "metrics.jsonl"
 LOADS_PER_STEP = 1024
 """Approximate mean number of expert token counts in a line. A model with more counts (the 671B model has 16,000) writes
-them only in every n-th line."""
+the counts only in every n-th line."""
 TAIL = 1 << 18
 """Number of bytes at the end of the file in which the last steps are searched."""
 _STEP = re.compile(rb'\{"step":(\d+)[,}]')
