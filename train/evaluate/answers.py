@@ -34,7 +34,7 @@ SHOWN_QUESTIONS = 5
 
 @dataclass(frozen=True)
 class HeldOutQuestion:
-    """A chat up to an answer, and the true answer."""
+    """The tokens of a held-out chat before its last learnt turn, and this turn as the true answer."""
 
     prompt: list[int]
     answer: list[int]
@@ -46,11 +46,11 @@ class AnswerScore:
     """The score of a set of answers: how similar they are to the true answers."""
 
     of: str
-    """Origin of the answers, as text."""
+    """Text for the user: where the answers come from."""
     rouge_l: float
     """Mean ROUGE-L over the questions, from 0 to 1."""
     loss: float | None = None
-    """Nats per learnt token of the held-out chats; None for a baseline without a model."""
+    """Held-out loss of the model, in nats per learnt token; None for a baseline without a model."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def to_other_questions(answers: list[str]) -> list[str]:
 
 
 def rouge_l(answer: str, truth: str) -> float:
-    """ROUGE-L: F1 of the longest common subsequence of words, from 0 to 1."""
+    """Returns ROUGE-L, the F1 of the longest common subsequence of words, from 0 to 1."""
     found, wanted = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, truth))
     lengths = [0] * (len(wanted) + 1)
     for word in found:

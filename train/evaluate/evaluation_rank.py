@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
+import train.kernels.cpu.tuned  # noqa: F401  must be imported before torch allocates memory
 from cluster.interrupts import leave  # imported before slow libraries, so that Ctrl-C is handled during their import
 from cluster.launch import given_run
 from cluster.place import Place
@@ -127,7 +127,7 @@ def _score(
 
 
 class _Watch:
-    """Scores the keys on the rank with the last chunk of the model. On other ranks it does nothing."""
+    """Scores the keys on the rank with the last chunk of the model. On other ranks, the sums stay 0."""
 
     def __init__(self, last: DeepSeekV3 | None):
         self._keys: list[int] = []

@@ -32,7 +32,7 @@ NEEDLE_TEXTS = 10
 NEEDLE_DEPTHS = 0.0, 0.25, 0.5, 0.75, 1.0
 """Relative position of the key in the text: 0 at the beginning, 1 right before the question."""
 GUESSING = math.log(NEEDLE_KEYS)
-"""Lowest possible mean loss of a key, in nats, for a model that does not use the needle."""
+"""Lower bound of the mean loss of a key, in nats, for a model that does not use the needle."""
 BEFORE, AFTER = "\nThe pass key is", ". Remember it.\n"
 NEEDLE_QUESTION = "\nWhat is the pass key? The pass key is"
 

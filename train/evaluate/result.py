@@ -85,7 +85,7 @@ class ObservedChunk:
     pass."""
 
     def __init__(self, depths: int, seq_len: int, last: DeepSeekV3 | None):
-        """last: the chunk with the head; None on a rank without it."""
+        """depths: number of MTP depths. last: the chunk with the output head; None on a rank without the head."""
         self._ends = torch.tensor([positions.stop for positions in position_ranges(seq_len)])
         self._sums = torch.zeros(len(self._ends) + 2 * depths, dtype=torch.float64)
         if last is not None:
@@ -94,10 +94,9 @@ class ObservedChunk:
     def take(self) -> Tensor:
         """Returns the sums of the latest forward pass as one vector.
 
-        It has one value for each range of positions: the loss of the range's targets in nats. Two values for each MTP
-        depth follow: the loss of the targets of this depth in nats, and the number of positions where the MTP module
-        predicts the same token as the main model.
-        """
+        The vector first has one value for each range of positions: the summed loss of the range's targets in nats. Then
+        it has two values for each MTP depth: the summed loss of the depth's targets in nats, and the number of
+        positions where the MTP module predicts the same token as the main model."""
         return self._sums
 
     @torch.no_grad()

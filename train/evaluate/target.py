@@ -18,7 +18,7 @@ class Target:
     """Weights to evaluate."""
 
     config: Config
-    """The configuration with the shape and tokenizer of the weights."""
+    """The configuration, changed to the model shape and the tokenizer of the weights."""
     checkpoint: Path
     meta: dict[str, Any] | None
     """Metadata of a Sluice checkpoint; None for a Hugging Face folder."""

@@ -43,7 +43,7 @@ def _use(loader: str) -> list[str]:
 
 
 def _head(family: ModelFamily) -> dict[str, Any]:
-    """Front matter of the card, which the Hub reads."""
+    """Returns the fields of the card's YAML front matter, which the Hugging Face Hub reads."""
     return CARD_HEAD | {"tags": [FAMILIES[family].model_types[0], *TAGS]}
 
 

@@ -21,7 +21,7 @@ from train.model.indexer import IndexVectors, best_keys, index_scores
 from train.model.sequence import KeyChoices
 
 FIRST_COLUMNS = 256
-"""Columns allocated at the start."""
+"""Number of cache columns that are allocated at the start."""
 
 
 def bytes_per_token(config: Model, item_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""`mode=generate`: writes a model's text to standard output, and information about it to standard error.
+"""`mode=generate`: writes a model's text to standard output, and notes and statistics to standard error.
 
 The prompt is `generate.prompt`, or lines that a person types, or each line of standard input. The command reads
 checkpoints and writes no file.

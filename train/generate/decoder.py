@@ -193,8 +193,8 @@ class RoutingTap:
             hook.remove()
 
     def take(self) -> Tensor:
-        """Return the experts of the last forward pass, (T, L, K). The tokens of several rows follow one another,
-        padding included."""
+        """Return the experts of the last forward pass, (T, L, K). If the batch has several rows, T runs over the tokens
+        of all rows, padding included."""
         chosen, self._chosen = self._chosen, []
         return torch.stack(chosen, 1)
 

@@ -60,7 +60,7 @@ class _Row:
     room: int
     """Number of tokens that the row may still generate."""
     full: EndReason
-    """Why the row ends when it has generated this number of tokens."""
+    """Why the row ends when `room` becomes 0."""
     generator: torch.Generator
     tokens: list[int] = field(default_factory=list)
     end: EndReason | None = None
@@ -115,17 +115,18 @@ class Generation:
 
     @property
     def tokens(self) -> list[list[int]]:
-        """Tokens so far for each prompt, without the end token."""
+        """The tokens that were generated for each prompt so far, without the end token."""
         return [row.tokens for row in self._rows]
 
     @property
     def ends(self) -> list[EndReason | None]:
-        """Why each text ended; None while it continues."""
+        """Why each text ended; None for a text that has not ended."""
         return [row.end for row in self._rows]
 
     @property
     def drawn(self) -> list[DrawnText]:
-        """The text of each prompt with its records. It is available after all texts have ended, and only with a tap."""
+        """The text of each prompt with its log-probabilities and experts. Read it only after all texts have ended, and
+        only if the generation has a tap."""
         found = []
         for row in self._rows:
             tokens, before, after = (list(part) for part in zip(*row.drawn, strict=True))
@@ -134,7 +135,7 @@ class Generation:
 
     @torch.inference_mode()
     def steps(self) -> Iterator[dict[int, list[int]]]:
-        """Yield the new tokens by prompt, step after step."""
+        """Run the generation. After each step, yield a dict from the index of each prompt to its new tokens."""
         length = max(map(len, self._prompts))
         padded = [[prompt[0]] * (length - len(prompt)) + prompt for prompt in self._prompts]
         tokens_B = self._step(torch.tensor(padded, device=self._decoder.device))

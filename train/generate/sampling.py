@@ -20,7 +20,8 @@ class Sampler:
     temperature: float = 0.8
     """0 takes the most likely token."""
     top_p: float = 1.0
-    """Total probability of the tokens that can be drawn: the most likely tokens, as many as needed to reach it."""
+    """Only the most likely tokens can be drawn: the smallest number of tokens whose total probability is at least
+    top_p. """
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """Return the log-softmax at this temperature before the top-p cut, fp32 (..., V); all 0 at temperature 0."""

@@ -31,7 +31,7 @@ BLIND = {
     "recipe": "errors of whole outputs and gradients below the loosest bound; single parts of a recipe with rounding have much tighter bounds",
     "tiles": "whole outputs, updates and checkpoints, which other checks cover; pipelines, which change no scale",
 }
-"""For each check, the faults that it cannot detect."""
+"""Maps each check to the faults that the check cannot detect."""
 WIDTH = 100
 """Width of wrapped text, in characters."""
 VERIFIED = {
@@ -70,7 +70,7 @@ class Certificate:
     name: str
     layout: str
     second_layout: str
-    """The layout that read the checkpoint of the first layout."""
+    """The layout that resumed from the checkpoint of the first layout, and its number of ranks."""
     ranks: int
     device: str
     steps: int

@@ -93,7 +93,7 @@ class StepInfo:
 
 @dataclass
 class Evidence:
-    """The data of one rank in one step."""
+    """The tensors, settings and counters that one rank recorded in one step."""
 
     info: StepInfo
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -105,7 +105,7 @@ class Evidence:
         self.add_seen({f"{kind}/{name}": tensor})
 
     def add_seen(self, seen: dict[str, Tensor]) -> None:
-        """Add the tensors that a watch has recorded, under the watch's keys."""
+        """Add copies of tensors. seen: maps complete keys, such as KIND/NAME, to tensors."""
         self.tensors |= {key: tensor.detach().cpu().clone().contiguous() for key, tensor in seen.items()}
 
     def add_shard(self, kind: str, name: str, shard: Shard) -> None:
@@ -224,7 +224,9 @@ class EvidenceWatch:
         tables = [chunk.embedding for chunk in chunks if hasattr(chunk, "embedding")]
         for chunk in chunks:
             for name, module in chunk.named_modules():
-                shared = name == "embedding" and len(tables) > 1  # calls of the two chunks could not be told apart
+                shared = (
+                    name == "embedding" and len(tables) > 1
+                )  # two chunks with an embedding would record under one name
                 if (isinstance(module, WATCHED) or name == "norm") and not shared:
                     module.register_forward_hook(partial(self._take, name))
                 if isinstance(module, MLA):

@@ -32,7 +32,7 @@ class ExactUpdates:
                 self._update(param, shard, group)
             update(param, group)
 
-        zero.client.update = updated  # pyrefly: ignore[missing-attribute]  see above
+        zero.client.update = updated  # pyrefly: ignore[missing-attribute]  AdamW and its subclasses have it
 
     def clear(self) -> None:
         """Delete the evidence of the previous step."""
@@ -53,7 +53,7 @@ class ExactUpdates:
             made.handover.unreduced[weight] = [gradient.double() for gradient in held.unreduced[param]]
         else:
             weight.grad = gradient_of(param).double().view_as(weight)
-        made.moments = torch.float64  # pyrefly: ignore[missing-attribute]  see above
+        made.moments = torch.float64  # pyrefly: ignore[missing-attribute]  AdamW and its subclasses have it
         for name, kept in made.allocate(weight).items():
             kept.copy_(client.allocate(param)[name])
         gradients, factor = made.handover.of(weight)
@@ -64,7 +64,7 @@ class ExactUpdates:
             )
         else:
             self._keep(shard, "exact_gradient", "", lambda at, place, held: gradients[0][place] * factor)
-        made.update(weight, group)  # pyrefly: ignore[missing-attribute]  see above
+        made.update(weight, group)  # pyrefly: ignore[missing-attribute]  AdamW and its subclasses have it
         for name, flat in {"master": weight, **made.allocate(weight)}.items():
             self._keep(shard, "exact", f"{name}.", lambda at, place, held, flat=flat: flat.view(-1)[place])
 

@@ -104,7 +104,7 @@ class ProofFindings:
     """Maps each mechanism that acts only in some cases, such as clipping, to how often it acted and how often it could
     have acted."""
     device: str = "cpu"
-    """Kind of the ranks' devices."""
+    """Device type of the ranks: cpu or cuda."""
     second_layout: str = ""
     """The layout that resumed from the checkpoint, and its number of ranks."""
 

@@ -6,15 +6,15 @@ cover the run.
 
 The comparisons follow the order of the computation. So the first failed comparison shows the origin of a fault:
 
-    start          the state equals the given or the saved state, bit for bit                          judge_state.py
+    start          the state equals the proof's initial state or the saved state, bit for bit          judge_state.py
     forward        outputs of all parts, first to last; losses; tokens per expert                      judge_model.py
     backward       from the last part to the first: the gradient that reaches a part's output,
                    then the gradients of the part's weights
     reduction      sums of gradients over micro-batches and ranks                                      judge_gradients.py
-    update         norm, masters, moments, average of the weights, biases; a step whose
-                   gradient is not finite changes none of them                                         judge_update.py
+    update         gradient norm, master weights, moments, average of the weights, biases; a step
+                   whose gradient is not finite must change none of them                               judge_update.py
     validation     loss on held-out sequences
-    checkpoint     the files hold the state of their step, bit for bit                                 judge_state.py
+    checkpoint     the files contain the state after the checkpoint's step, bit for bit                judge_state.py
 
 In precisions with rounding, single parts (judge_parts.py) and dispatched rows (judge_rows.py) are judged before the
 outputs of the complete model. All comparisons use `Comparisons.compare` (comparison.py).
@@ -95,7 +95,7 @@ class Judge:
         self.checkpoints = RunPaths(replace(config, name=f"{config.name}/{proof}")).checkpoints
         self.tally = Tally()
         self.losses: dict[int, float] = {}
-        """Validation losses of the first part, by step."""
+        """Maps each step of the run's first part to its validation loss."""
         self.run: RunPart | None = None
         """The part of the run that contains the current step."""
 

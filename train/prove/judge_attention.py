@@ -110,7 +110,7 @@ def _heads_of(x_BTX: Tensor, heads: int) -> Tensor:
     return x_BTX.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-# Complete sequences
+# Ranks that have complete sequences
 
 
 def _whole_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
@@ -153,7 +153,7 @@ def _grown(step: StepParts, q_BHTQ: Tensor, places: Sequence[int]) -> Tensor:
     return low.nearest(q_BHTQ * high.query_sizes(step.config, places), step.rounding.high)
 
 
-# Shared sequences
+# Ranks that share sequences (context parallelism)
 
 
 def _shared_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:

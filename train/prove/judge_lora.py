@@ -20,10 +20,11 @@ from train.prove.reference_adapter import lora_prefixes
 from train.prove.step_parts import MOST_INCONCLUSIVE, PartCall, StepParts, SumOverCalls
 
 RowMatmul = Callable[[NearNumbers, NearNumbers], Total]
-"""Multiplies rows (N, C) by a weight (..., O, C). For experts, it multiplies each row by the matrix of its expert."""
+"""A function that multiplies rows (N, C) by a weight (..., O, C). For experts, it multiplies each row by the matrix of
+the row's expert."""
 AddTo = Callable[[SumOverCalls, NearNumbers, NearNumbers], None]
-"""Adds one contribution to the gradient of a weight. The arguments are the sum, output gradients (N, O) and inputs (N,
-I)."""
+"""A function that adds one contribution to the gradient of a weight. The arguments are the sum, output gradients (N, O)
+and inputs (N, I)."""
 HEAD_PIECES = 2.0**-8
 """Relative error of a gradient that the output head sums over pieces of the tokens, if each piece and the sum are
 rounded to bf16."""
@@ -173,7 +174,7 @@ class WeightLora:
         sides = zip(*((one.x, one.size, low.slack(one)) for one in terms), strict=True)
         x, size, off = (torch.stack(side).sum(0) for side in sides)
         sizes = sum(one.x.abs() for one in terms)
-        # Roundings of the sums, and of the multiplications by dropout's factor.
+        # The sums round, and so do the multiplications by dropout's factor.
         roundings = max(len(terms) - 2, 0) + 2 * (self._share > 0)
         return Total(x, size, off + roundings * low.spacing(torch.as_tensor(sizes), self._high) / 2)
 

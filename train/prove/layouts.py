@@ -213,8 +213,8 @@ def _go_on(config: Config, ranks: int) -> Config:
 
 
 def _held_out(config: Config, ranks: int) -> int:
-    """Returns the number of validation sequences: the smallest number from three on that neither of the two layouts can
-    divide evenly among its data-parallel ranks."""
+    """Returns the number of validation sequences. It is at least three. In both layouts, the data-parallel ranks cannot
+    divide this number evenly, so the proof covers an uneven division."""
     other = second_layout(config, ranks)
     passes = {config.micro_batch_size * config.parallel.dp, other.dp} - {1}
     return next(count for count in itertools.count(3) if all(count % size for size in passes))
@@ -230,7 +230,7 @@ def _is_allowed(config: Config) -> bool:
 
 
 def second_layout(config: Config, ranks: int) -> Parallel:
-    """Returns another layout for this number of ranks. If the rules allow no other layout, returns the recipe's own."""
+    """Returns another layout for this number of ranks. If no other layout is allowed, returns the recipe's layout."""
     return next((each for each in _others(config, ranks) if _is_allowed(in_layout(config, each))), config.parallel)
 
 

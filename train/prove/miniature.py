@@ -271,9 +271,7 @@ def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
     shares = "S" in model.sparse.pattern
     layers = min(model.layers, max(dense + moe, stages * (1 + (cfg.adapter.on or shares))))
     if not isinstance(given, list):
-        if (
-            shares or cfg.optim.index_warmup
-        ) and stages > 1:  # each stage begins with a layer that chooses keys and learns
+        if (shares or cfg.optim.index_warmup) and stages > 1:  # each stage must begin with a layer that has an indexer
             return layers, [layers // stages + (stage < layers % stages) for stage in range(stages)]
         return layers, given
     split = [1] * stages

@@ -179,7 +179,7 @@ class PartsWatch:
         """Replaces the method that applies dropout to the input of LoRA A. drop: the original method."""
         dropped, context = drop(x)
         key = self._open().get(name) or getattr(self._here, "experts", (None,))[0]
-        if isinstance(key, list):  # the head's depths come in order
+        if isinstance(key, list):  # the head calls its LoRA once for each depth, in order
             key = next(self._open()["depths"])
         if key is not None and dropped is not x:
             self.keep(what, key, dropped)

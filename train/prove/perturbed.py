@@ -36,7 +36,7 @@ about sqrt(10) = 3.2 times as large. The rest of the factor allows for the small
 
 @dataclass(frozen=True)
 class ReferenceStep:
-    """What the reference computes in one step."""
+    """The results of the reference in one step."""
 
     seen: WatchedPass
     gradients: Weights

@@ -21,8 +21,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import cast
 
-import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
-from cluster.interrupts import leave  # must be imported before libraries
+import train.kernels.cpu.tuned  # noqa: F401  must be imported before torch allocates memory
+from cluster.interrupts import (
+    leave,
+)  # must be imported before slow libraries, so that Ctrl-C is handled during their import
 
 # isort: split
 import torch

@@ -46,8 +46,11 @@ def is_matrix(name: str, dims: int) -> bool:
 
 
 def split_matrices(config: Values, name: str, weight: Tensor) -> list[Tensor]:
-    """Returns views of the matrices that Muon orthogonalises separately in a weight: the matrix of each expert; w1 and
-    w3; with optim.muon.by_head each head, keys apart from values; the latent and the rope key of kv_down."""
+    """Returns views of the matrices in a weight that Muon orthogonalises separately.
+
+    Each expert has separate matrices. w1 and w3 are separate, and so are the rows of kv_down for the latent and for the
+    rope key. With optim.muon.by_head, each head is separate, and its keys are separate from its values.
+    """
     model, heads = config.model, config.optim.muon.by_head
     part = name.removesuffix(".weight").rpartition(".")[2]
     stacked = list(weight) if weight.dim() == 3 else [weight]

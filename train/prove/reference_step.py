@@ -1,10 +1,10 @@
 """Reference for the settings and the update of a step. reference.py contains the forward and backward pass.
 
-    settings of a step     learning rate, weights and batch size during the run              plan_step
+    settings of a step     learning rate, loss weights and batch size during the run         plan_step
     update                 clip by the global norm, AdamW, average of the weights            clip_factor, adamw, moving_average
     balance                the routers' biases follow the tokens per expert                  move_bias
 
-Numbers of sections refer to the DeepSeek-V3 report (arXiv 2412.19437). This file shares no code with the judged code.
+Section numbers refer to the DeepSeek-V3 report (arXiv 2412.19437). This file shares no code with the judged code.
 """
 
 import math

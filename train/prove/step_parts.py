@@ -69,7 +69,7 @@ class StepParts:
         self.rounding = low.read_rounding(self.config.precision)
         self.on_gpu, self.cp = info.device == "cuda", info.cp
         masters = {name.removeprefix("master."): w for name, w in before.items() if name.startswith("master.")}
-        base = initial_weights(at.config) if at.config.adapter.on else {}  # no step changes it
+        base = initial_weights(at.config) if at.config.adapter.on else {}  # no step changes the base weights
         given = {name: weight.double() for name, weight in base.items()} | masters
         self.weights = {name: low.nearest(weight, self.rounding.high) for name, weight in given.items()}
         self.trained = reference.trained_shapes(self.config)
@@ -168,7 +168,9 @@ class SumOverCalls:
         """Add the contribution of one call. is_rounded: whether this contribution may be rounded to bf16."""
         off = low.slack(one)
         if is_rounded:
-            off = off + (low.spacing(one.x, FORMATS["bf16"]) / 2).masked_fill_(one.size == 0, 0)  # 0 is not rounded
+            off = off + (low.spacing(one.x, FORMATS["bf16"]) / 2).masked_fill_(
+                one.size == 0, 0
+            )  # a sum without non-zero terms is exact
         self.terms += terms
         if self.total is None:
             self.total = Total(one.x, one.size, off)
