@@ -1,7 +1,7 @@
 """Scores the model's answers to held-out questions by their similarity to the true answers.
 
-The true answer is the last turn of a held-out chat that training would learn. The question is the part of the chat
-before this turn, with the same tokens as in training. The model decodes greedily until the chats' stop token, or until
+The true answer is the last turn of a held-out chat whose tokens are learnt. The question is the part of the chat before
+this turn, with the same tokens as in training. The model decodes greedily until the chats' stop token, or until
 it has ANSWER_TOKENS tokens. The score is ROUGE-L: F1 of the longest common subsequence of words (Lin 2004; lower case,
 letters and digits).
 

@@ -1,7 +1,7 @@
 """Writes evaluate.json and prints its table.
 
     name, checkpoint, step          run name, folder of the weights, optimizer steps so far (null: Hugging Face)
-    weights                         master, or ema (their moving average)
+    weights                         master, or ema (the moving average of the master weights)
     precision, seq_len              settings of the evaluation
     total                           figures of all sources together, see below
     sources                         one object per source: name, documents (held out, or all), and the keys of total

@@ -41,8 +41,8 @@ class ExportTensor:
 
 
 class PieceWriter:
-    """Writes one safetensors file in pieces. Use it in a `with` block. If the block raises nothing, its end asserts
-    that every byte was written."""
+    """Writes one safetensors file in pieces. Use it in a `with` block. The end of the block asserts that every byte was
+    written, unless the block raised an exception."""
 
     def __init__(self, path: Path, outs: list[ExportTensor], metadata: dict[str, str] | None = None):
         self._outs = {out.name: out for out in outs}

@@ -144,7 +144,8 @@ class Decoder:
 
 
 class KeyTap:
-    """Records the positions that each indexer chooses as keys in a forward pass over one sample, or replaces them."""
+    """Records the key positions that each indexer chooses in a forward pass over one sample, or replaces these
+    positions."""
 
     def __init__(self, decoder: Decoder):
         self.given_TLK: Tensor | None = None

@@ -16,8 +16,8 @@ SMALLEST = 2.0**-126
 LOW = ("recipe", "tiles")
 """Checks that compute in the recipe's number formats."""
 MOST = 0.75
-"""Upper limit of a bound in low precision, however long the chain of matmuls is. A missing or doubled value has an
-error of 1."""
+"""Upper limit of a bound in low precision, however long the chain of matmuls is. A missing or doubled value has a
+relative error of 1, so every bound must be below 1."""
 ROOM = 8.0
 """Factor by which norms, softmax and the router's sigmoid may enlarge an error."""
 

@@ -54,7 +54,7 @@ NOT_HERE = {
     "conversion": "a proof does not convert weights; `mode=export` writes a Hugging Face folder, and `init_from` reads one",
     "speed": "a proof does not measure speed; `python -m bench` and the metrics of a run do",
 }
-"""Maps each field of card.md that a proof does not verify to a text on what does."""
+"""Maps each field of card.md that a proof does not verify to a text about the commands for it."""
 NEVER_PROVEN = [
     "kernels of GPUs, and NCCL, unless the ranks ran on GPUs",
     "sizes beyond the miniature: memory, overflow of counters, speed",

@@ -131,8 +131,8 @@ class Comparisons:
             self.fail(quantity, name, reason, made.inconclusive, len(got_N), rank)
 
     def acted(self, name: str, times: int, of: int = 1) -> None:
-        """Record how often a mechanism acted that does not act in every case, such as clipping. of: number of cases in
-        which the mechanism could have acted."""
+        """Record how often a mechanism acted that acts only in some cases. For example, clipping acts only on large
+        gradients. of: number of cases in which the mechanism could have acted."""
         name = f"{name} (check {self.proof})"
         before = self.findings.acted.get(name, (0, 0))
         self.findings.acted[name] = before[0] + times, before[1] + of

@@ -1,4 +1,5 @@
-"""Repeats in fp64 the updates of matrices that are updated as a whole, with the same shards and groups as the run.
+"""Repeats updates of complete matrices in fp64, with the same shards and groups as the run. Some optimizers, such as
+Muon, compute the update of a matrix from the complete matrix.
 
 In fp32, rounding errors are large in directions with a small singular value, and could hide a fault.
 

@@ -243,7 +243,8 @@ def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:
         least_N1 = groups_NG.sort(dim=-1, descending=True).values[:, model.top_groups - 1 : model.top_groups]
         behind_NK = (least_N1 - groups_NG.gather(1, ids_NK // size)).clamp_min(0)
         excess = behind_NK.max().item() / (2 * count)
-        # Another group is certainly chosen only if its score exceeds the limit by more than this error.
+        # If scores may have the error `excess`, a group is certainly chosen only if its score is this far above the
+        # limit.
         open_NE = (groups_NG >= least_N1 + 2 * count * excess).repeat_interleave(size, 1)
     inside_NE = biased_NE.masked_fill(~open_NE, -math.inf)
     kth_N1 = inside_NE.sort(dim=-1, descending=True).values[:, model.top_k - 1 : model.top_k]

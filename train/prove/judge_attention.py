@@ -6,7 +6,7 @@ each sequence. Then each rank has only the queries of its own positions, and com
 positions from latents that it receives. So the judge computes the keys and values itself, from the recorded outputs of
 the linear layers.
 
-Shapes: as in train/prove/reference.py; L positions of a complete sequence, of which a rank has T.
+Shapes: as in train/prove/reference.py; L positions of a complete sequence, T positions of a rank.
 """
 
 import math
@@ -71,7 +71,7 @@ def judge_attention(step: StepParts, name: str) -> None:
 
 
 def judge_attention_back(step: StepParts, name: str) -> None:
-    """Judge the gradients of queries, keys and values."""
+    """Judge the gradients of queries, keys and values that attention computes."""
     scale, shared = high.softmax_scale(step.config), step.cp > 1
     for one in _shared_calls(step, name) if shared else _whole_calls(step, name):
         dout = "dx" if shared else "dy"

@@ -195,8 +195,8 @@ def _times(one: Total, factor: Tensor) -> Total:
 
 
 def judge_router(step: StepParts, name: str) -> None:
-    """Judge the gates and the chosen experts. A chosen expert's score may be below the score of an expert that was not
-    chosen only within rounding errors."""
+    """Judge the gates and the chosen experts. If a chosen expert has a lower score than an expert that was not chosen,
+    rounding errors must explain the difference."""
     model, weight, order = step.config.model, step.weights[f"{name}.weight"], step.in_rows(step.config.model.hidden)
     for call in step.calls.get(name, []):
         ids_BTK, gates = _routed(call, "forward", "ids"), _routed(call, "forward", "gates")
@@ -267,7 +267,7 @@ def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, T
 
 
 def _routed(call: PartCall, phase: str, what: str) -> Tensor | None:
-    """Returns a routing tensor that was recorded in the call's micro-batch, fp64 (B, T, K). None if there is none.
-    phase: forward or backward. what: ids or gates."""
+    """Returns a routing tensor that was recorded in the call's micro-batch, fp64 (B, T, K). None if no such tensor was
+    recorded. phase: forward or backward. what: ids or gates."""
     found = call.rank.tensors.get(f"{phase}/{call.name}.{what}/{call.number}")
     return None if found is None else found.double().view(*call.tensors["x"].shape[:2], -1)

@@ -34,7 +34,7 @@ def judge_loop(at: Comparisons, folder: Path) -> None:
 
 
 class LoopJudge:
-    """Judges the steps of one layout."""
+    """Judges the steps of check `loop`, which the ranks of one layout ran."""
 
     def __init__(self, at: Comparisons):
         self._at = at

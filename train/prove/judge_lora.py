@@ -2,8 +2,8 @@
 
 The result of every matmul with A or B is rounded once. The result of a multiplication with the scale and the result of
 every sum are also rounded once. Only A and B are trained. The reference uses the input after dropout that the rank
-recorded. The judge checks which fraction of elements was dropped and the factor of the others, but not which elements
-were dropped.
+recorded. The judge checks the fraction of dropped elements, and the factor by which dropout multiplied the others. It
+does not check which elements were dropped.
 """
 
 import math
@@ -174,7 +174,7 @@ class WeightLora:
         sides = zip(*((one.x, one.size, low.slack(one)) for one in terms), strict=True)
         x, size, off = (torch.stack(side).sum(0) for side in sides)
         sizes = sum(one.x.abs() for one in terms)
-        # The sums round, and so do the multiplications by dropout's factor.
+        # The additions round their results, and so do the multiplications by dropout's factor.
         roundings = max(len(terms) - 2, 0) + 2 * (self._share > 0)
         return Total(x, size, off + roundings * low.spacing(torch.as_tensor(sizes), self._high) / 2)
 

@@ -39,7 +39,7 @@ class WholeModel:
         at, seen, made = self.at, self.want.seen, calls_by_name(self.ranks, "forward")
         for name, value in seen.values.items():
             if name.endswith((".biased", ".index")) or (name == "embedding" and name not in made):
-                continue  # if one rank's table serves two stages, it is not recorded; the next layer then shows a fault
+                continue  # not recorded if two chunks have an embedding; a fault then shows in the next layer
             if name not in made:
                 at.fail("outputs", name, "no rank computed it")
             for rank, number, got in made.get(name, ()):

@@ -48,7 +48,7 @@ or a block."""
 
 def judge_parts(step: StepParts) -> None:
     """Judge forward from the first part to the last, then backward from the last part to the first. If evidence is
-    missing, only report that."""
+    missing, report only the missing evidence."""
     at, parts = step.at, list(_parts_of(reference.weight_shapes(step.config.model)))
     if step.config.optim.index_warmup:  # other parts have no gradients; a proof without warm-up judges them
         parts = [part for part in parts if ".indexer." in part[0]]
@@ -85,7 +85,7 @@ def _parts_of(weights: Iterable[str]) -> Iterable[tuple[str, PartJudge, PartJudg
 def _judge_returns(step: StepParts, name: str) -> None:
     """Check that backward reached the part exactly once for every micro-batch."""
     if is_adapted(step.config) and name.endswith("embedding_norm"):
-        return  # no trained layer precedes it, so it gets no gradient
+        return  # no trained layer precedes this norm, so it gets no gradient
     if ".indexer." in name and (is_adapted(step.config) or step.at.config.data.chats):
         return  # an indexer gets no gradient here, or only from micro-batches with learnt tokens
     for rank in step.ranks:

@@ -48,7 +48,7 @@ class Tally:
 def state_after(config: Config, ranks: list[Evidence]) -> State:
     """Returns the state of the run after a step, assembled from the shards of all ranks."""
     found = {name: tensor for name, tensor in assemble(ranks, "after").items() if not name.startswith("running.")}
-    if config.adapter.on:  # biases belong to the base weights, so they are not in "after"
+    if config.adapter.on:  # biases belong to the base weights, so no shard of the state has them
         found |= {name: bias.double() for rank in ranks for name, bias in rank.of_kind("own")}
     return found
 
@@ -142,8 +142,8 @@ def judge_drawn(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def judge_weights(at: Comparisons, ranks: list[Evidence], state: State) -> None:
-    """Compare the weights and balance biases that `Engine.weights` returned with `state`. The engine must have added an
-    adapter to the returned weights."""
+    """Compare the weights and balance biases that `Engine.weights` returned with `state`. With an adapter, the engine
+    must have added LoRA's matrices to the weights."""
     if at.proof != "fp32" or at.values.adapter.base == "fp8":
         return
     got = {name: weight for rank in ranks for name, weight in rank.of_kind("weights")}

@@ -54,12 +54,13 @@ two tiles of 128, and the second tile is not full. With a single tile, the check
 scale of a neighbouring tile."""
 TILED_HEADS = 4
 WARP, WIDE_RANKS = 32, 2
-"""WARP: number of threads in a warp. In check `tiles`, each rank has more than WARP experts, if the model has WARP
-experts and an expert group has at most WIDE_RANKS ranks. With more ranks, the experts together would take a
+"""WARP: number of threads in a warp. In check `tiles`, each rank has more than WARP experts, if the model has at least
+WARP experts and an expert group has at most WIDE_RANKS ranks. With more ranks, the experts together would take a
 gigabyte."""
 SLOW = 1e-9
-"""Learning rate of check `tiles` if something is in FP8. Some norm weights are so small that their tiles get the
-smallest FP8 scale. A larger learning rate would raise these norm weights, and their tiles would get larger scales."""
+"""Learning rate of check `tiles` if something is in FP8. Some norm weights are so small that the tiles of their outputs
+get the smallest FP8 scale. A larger learning rate would raise these norm weights, and the tiles would get larger
+scales."""
 FAINT = 1e-13
 """Weight of the MTP loss in check `tiles` if something is in FP8. The weight makes the gradient of this loss so small
 that some of its tiles get the smallest FP8 scale."""

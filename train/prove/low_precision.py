@@ -69,7 +69,8 @@ FORMATS = {
 
 
 class NearNumbers(NamedTuple):
-    """Numbers x in fp64. A correct rank's numbers may differ from x by at most `off`. off=None: by nothing."""
+    """Numbers x in fp64. The numbers of a correct rank differ from x by at most `off`. If `off` is None, they equal
+    x."""
 
     x: Tensor
     off: Tensor | None = None

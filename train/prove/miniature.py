@@ -9,10 +9,11 @@ A layout has as many ranks as the product of these degrees:
 
     pipeline ranks x copies of every expert x nodes of an expert group x ranks of the group on a node
 
-If the recipe has more than `prove.ranks` ranks, the miniature gets smaller degrees. A degree of 1 stays 1. A larger
-degree becomes 2, or the smallest prime factor of the recipe's degree if routing needs a divisor. If the recipe uses
-context parallelism, two ranks split a sequence in the miniature. If there are still too many ranks, some degrees become
-1, in the order of `LOST`. `Miniature.cuts` describes every reduction.
+If the recipe has more than `prove.ranks` ranks, the miniature gets smaller degrees. A degree of 1 stays 1. The first
+two degrees become 2. The last two degrees become their smallest prime factor, because expert groups need a divisor. If
+there are still too many ranks, some degrees become 1, in the order of `LOST`. If `prove.ranks` allows it, a pipeline of
+three or more ranks keeps three. If the recipe uses context parallelism, two ranks split a sequence in the miniature.
+`Miniature.cuts` describes every reduction.
 
 Some small numbers are odd on purpose. The vocabulary size is prime, so ZeRO has to pad its shards. The last chunk of
 the loss is shorter than the other chunks."""
@@ -123,8 +124,8 @@ LOST = {
     "nodes": "expert groups over several nodes",
     "pp": "the pipeline",
 }
-"""Degrees that may become 1 if even the smallest layout has too many ranks, in this order. The values describe, for the
-user, the structure that the proof then does not cover."""
+"""Degrees that become 1, in this order, as long as the layout has too many ranks. Each value tells the user which
+structure the proof then does not cover."""
 
 
 def shrink(cfg: Config) -> Miniature:
@@ -145,7 +146,7 @@ def shrink(cfg: Config) -> Miniature:
     share, less = micro_batch_size * layout.dp, 0
     together = in_lockstep(replace(cfg.parallel, cp=layout.cp, ep=layout.ep))
     if cfg.parallel.uneven and layout.dp > together:
-        start = full  # the steps of a batch ramp are larger than the difference between the ranks' parts of the batch
+        start = full  # no batch ramp: its steps are larger than the difference between the ranks' parts of the batch
         less = micro_batch_size * together
     adapter, rank = cfg.adapter, min(cfg.adapter.rank, RANK)
     if adapter.on:

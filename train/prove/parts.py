@@ -60,7 +60,7 @@ class PartsWatch:
                     module.register_forward_pre_hook(partial(self._take_input, name))
                     if not isinstance(module, Router):
                         module.register_forward_hook(partial(self._take_output, name))
-                elif isinstance(module, Embedding) and module not in tables:  # two chunks may share a table
+                elif isinstance(module, Embedding) and module not in tables:  # two chunks may share an embedding table
                     tables.add(module)
                     module.register_forward_hook(self._take_embedded)
                 elif isinstance(module, Head):
@@ -216,7 +216,7 @@ class _Passed(Function):
 
 
 class _WatchedSwiGLU:
-    """Wraps an engine or kernels. Passes all calls on, and records the input of each SwiGLU."""
+    """Wraps the FP8 engine or the kernels of a model. Passes all calls on, and records the input of each SwiGLU."""
 
     def __init__(self, inner: Any, watch: PartsWatch):
         self._inner, self._watch = inner, watch

@@ -185,7 +185,8 @@ class PlainBatch(Protocol):
 
     @property
     def supervised_BS(self) -> Tensor | None:
-        """Which tokens are learnt, and every document is an independent sample. None: all tokens are learnt."""
+        """Which tokens are learnt. None: all tokens are learnt. If it is not None, every document is an independent
+        sample."""
         ...
 
 
@@ -384,7 +385,8 @@ class PlainModel:
         """Computes sum_i f_i P_i for every sequence (eq. 17-20), and returns the mean over sequences.
 
         f_i is the number of tokens for which expert i is among the K best without bias, divided by the mean of this
-        number over all experts. P_i is the mean of the expert's score divided by the token's sum of scores."""
+        number over all experts. P_i is the score of expert i divided by the sum of the token's scores, averaged over
+        the sequence's tokens."""
         model, (B, T, E) = self.model, scores_BTE.shape
         best_BTK = self.best_without_bias(scores_BTE.detach(), model.top_k)
         f_BE = F.one_hot(best_BTK, E).sum((1, 2)).to(scores_BTE.dtype) * (E / (model.top_k * T))

@@ -74,7 +74,7 @@ def adapter_shapes(config: Values, shapes: dict[str, tuple[int, ...]]) -> dict[s
 
 
 def adapted(config: Values, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the model's weights after LoRA B A, multiplied by alpha / rank, has been added to the adapted weights."""
+    """Returns the model's weights, with alpha / rank B A added to every adapted weight."""
     scale, found = config.adapter.alpha / config.adapter.rank, dict(weights)
     for name in weights:
         if prefixes := lora_prefixes(config, name):

@@ -1,6 +1,7 @@
-"""Training samples and initial state of a proof. Both depend only on the seed, and on an index or a name.
+"""Draws the training samples and the initial state of a proof. A sample depends only on the seed and the sample's
+index. A weight or bias depends only on the seed and its name.
 
-As in text, some tokens are frequent and some never occur. Weights are larger than at the start of a training. Norm
+As in text, some tokens are frequent and some never occur. Weights are larger than at the start of a real run. Norm
 weights differ from 1 and biases differ from 0, because a missing multiplication by 1 or a missing addition of 0 would
 not change any result. If a width has several tiles of 128, every second tile of weights, activations and gradients is
 multiplied by STEP or its inverse. So code that uses the scale of a neighbouring tile gets a large error. If the

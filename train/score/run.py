@@ -4,7 +4,7 @@ One row per sample, in the order of the file. Its columns are:
 
     sample     index of the sample
     tokens     token ids of the sample
-    logprobs   log-probability of every token given the previous tokens, in nats, at temperature 1; null for the first
+    logprobs   log-probability of every token given the earlier tokens, in nats, at temperature 1; null for token 0
     first      index of the completion's first token; 1 without a completion
     logprob    the sum of logprobs from `first` on
     count      the number of tokens in that sum
