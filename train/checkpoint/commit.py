@@ -1,9 +1,9 @@
 """Combines the files of all ranks into one checkpoint. It uses no collectives, because threads must not call them.
 
 1. Every rank writes its data file into checkpoints/.step_N.attempt_A.save_K.tmp/. Then it adds its index by rename.
-   The index is the rank's vote: its data are on disk. Ranks other than 0 are then done.
+   The index is the rank's vote: it declares that the rank's data are on disk. Ranks other than 0 are then done.
 2. Rank 0 waits for all votes, merges the indexes into manifest.json, and renames the folder to step_N. That rename is
-   the commit: before it no folder has the final name, after it everything is durable.
+   the commit. Before the commit no folder has the final name; after the commit everything is durable.
 
 A rank that cannot write its data writes a note, rank_R.failed, so that rank 0 gives up at once and not after its
 timeout. If the disk refuses the note too, the rank writes the note to the store of the rendezvous. When rank 0 gives
@@ -16,8 +16,8 @@ number. A new attempt, or the driver of a new launch, raises the number. An atte
 than its attempt number. One advisory lock protects two operations: raising the number, and checking it before a folder
 is renamed. So a new attempt cannot start between the check and the rename of an old attempt. This needs a file system
 that shares flock between hosts (NFSv4, Lustre with -o flock, or one machine). On other file systems, a new attempt may
-start in the few microseconds between check and rename. Then an intact checkpoint of the old attempt appears. It counts
-as older than all checkpoints of the new attempt (`Manifest.age`).
+start in the few microseconds between check and rename. Then an intact checkpoint of the old attempt appears. This
+checkpoint counts as older than all checkpoints of the new attempt (`Manifest.age`).
 """
 
 import os
@@ -67,7 +67,7 @@ def next_attempt(root: Path) -> int:
 
 @dataclass(frozen=True)
 class Save:
-    """Identifies one save. All ranks use the same values for it."""
+    """Identifies one save of a checkpoint by two numbers, which are the same on all ranks."""
 
     step: int
     serial: int

@@ -72,8 +72,8 @@ def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
 def _block_rows(first: int, stop: int, rows: int, columns: int) -> Iterator[tuple[int, int]]:
     """Yields groups of matrix rows that together contain the elements [first, stop).
 
-    A group consists of complete rows of blocks of one matrix. The function yields its first element and its number of
-    rows. rows, columns: shape of each matrix.
+    A group consists of complete rows of blocks of one matrix. The function yields the first element and the number of
+    rows of each group. rows, columns: shape of each matrix.
     """
     size = rows * columns
     for matrix in range(first // size, -(-stop // size)):

@@ -54,7 +54,10 @@ META = {
     "held_out": dict,
     "config": dict,
 }
-"""Maps the entries of the meta that modes read to their types. An int is a count, so it must not be negative."""
+"""Maps the name of an entry to its type, for those entries of the meta that modes read.
+
+An int is a count, so it must not be negative.
+"""
 
 
 class CheckpointDamaged(UserError):

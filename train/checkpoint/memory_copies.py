@@ -203,8 +203,10 @@ class MemoryCopies:
 
 
 class ShelfFiles:
-    """Reads the files of the set to resume from, on this node or on others. The class implements
-    `train.checkpoint.read_shards.Files`."""
+    """Reads the files of the copies in memory that a run resumes from, on this node or on others.
+
+    The class implements `train.checkpoint.read_shards.Files`.
+    """
 
     def __init__(self, shelves: Shelves, token: str, rank: int, timeout: float):
         assert shelves.resume is not None

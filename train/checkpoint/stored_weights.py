@@ -60,8 +60,8 @@ from train.model.operations import Kernels
 from train.parallelize import build_chunks, build_pipeline, make_dispatcher, make_share
 
 CACHED_TENSORS = 8
-"""Number of adapter tensors that are cached, because several matrices use the same tensor, such as a layer's
-experts."""
+"""Number of adapter tensors that are cached, because several matrices use the same tensor, such as the matrices of a
+layer's experts."""
 
 
 class StoredLora:
@@ -88,7 +88,8 @@ class StoredLora:
         self._scale, self._read, self._base = scale, read, base
 
     def as_trained(self, fill_base: FillShards) -> FillShards:
-        """Returns a function like `fill_base` that rounds the base to its format in the adapter's training.
+        """Returns a function like `fill_base` that rounds the base to the format that it had while the adapter was
+        trained.
 
         The function also computes the base's mark.
         """
@@ -178,8 +179,10 @@ class StoredWeights:
 
 
 def plain_name(name: str) -> str:
-    """Returns the name under which a checkpoint stores a weight. name: that name, or the name of the weight's moving
-    average."""
+    """Returns the name of a weight's tensor in a checkpoint.
+
+    name: this name, or the name of the tensor that contains the weight's moving average.
+    """
     return f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
 
 

@@ -105,8 +105,8 @@ def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, me
 # fingerprint covers the checksums of its files. If it is a Hugging Face folder, the fingerprint covers the headers of
 # its files and samples of their bytes. So most wrong bases are refused before anything starts.
 #
-# While all weights are read, a mark of them is computed (train/checkpoint/weights_mark.py). The mark detects every
-# changed value. Checkpoints of earlier versions have no mark.
+# While all weights are read, a checksum of them is computed, the mark (train/checkpoint/weights_mark.py). It detects
+# every changed value. Checkpoints of earlier versions have no mark.
 
 PLACES, BYTES_OF_PLACE = 16, 4096
 """Number of positions at which a fingerprint samples a file, from its start to its end, and number of bytes in a
@@ -139,8 +139,8 @@ def describe_base(source: Folder | Path) -> dict[str, str]:
 
 
 def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError unless checkpoint and run both train all weights, or both train adapters with the same SHAPING
-    values."""
+    """Raise UserError unless checkpoint and run both train all weights, or both train adapters with equal settings
+    (SHAPING)."""
     if config.adapter.on != holds_adapter(meta):
         here, there = "trains an adapter", "whole weights"
         cure = f"set init_from={checkpoint} and another name=, or omit adapter=lora"

@@ -1,4 +1,5 @@
-"""Computes a mark of a base's weights while they are read. It identifies the weights in any file format and layout.
+"""Computes a mark of a base's weights while they are read. A mark is a checksum that identifies the weights in any file
+format and layout.
 
     mark = sum over all elements of  number(value) * factor(place in its block) * factor(tensor, block)    mod 2^64
 
@@ -34,7 +35,7 @@ MarkedPart = tuple[str, int, int, int]
 
 
 class WeightsMark:
-    """Sums the weights that are read, and combines the sums to a mark."""
+    """Sums the weights that are read, and combines the sums into a mark (a checksum)."""
 
     def __init__(self) -> None:
         self.parts: list[MarkedPart] = []

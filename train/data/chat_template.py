@@ -465,8 +465,8 @@ def _shared(one: str, other: str) -> int:
 
 
 def _forms(content: str) -> Iterator[tuple[str, bool]]:
-    """Yields the forms in which a template may write a content, each with whether leading reasoning is missing in this
-    form."""
+    """Yields pairs: a form in which a template may write the content, and whether this form lacks the leading
+    reasoning."""
     whole = [(content, False)]
     if THOUGHT in content:
         whole += [(content.rpartition(THOUGHT)[2], True), (content.partition(THOUGHT)[2], True)]

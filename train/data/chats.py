@@ -64,7 +64,7 @@ class Chat:
     write."""
 
     def without_old_reasoning(self) -> "Chat":
-        """Returns a copy without the reasoning in assistant turns before the last question."""
+        """Returns a copy without the reasoning in assistant turns before the last message of the user."""
         last = max((n for n, message in enumerate(self.messages) if message["role"] == "user"), default=0)
         return replace(
             self,

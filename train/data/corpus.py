@@ -51,7 +51,7 @@ class CorpusPart:
     name: str
     """Path of the source, absolute if it is on this machine; `stdlib` for Python's library."""
     content: str
-    """Hash of the meta of the source's token folder, which contains checksums of the tokens."""
+    """Hash of the meta.json in the source's token folder. meta.json contains checksums of the tokens."""
     weight: float
     train: Documents
     validation: Documents
@@ -64,7 +64,8 @@ class Corpus:
     parts: list[CorpusPart]
     tokenizer: Tokenizer
     fingerprint: str
-    """Hash of the contents, the tokenizer, the weights and the split."""
+    """Hash of the contents, the tokenizer, the weights of the sources, and the split into training and held-out
+    documents."""
     notes: list[str] = field(default_factory=list)
     """Notes for the user, one sentence each."""
     template_files: dict[str, str] | None = None

@@ -19,9 +19,9 @@ from train.data.tokenizer import Tokenizer
 # the schedule needs no state.
 #
 # Source 0 takes its share of all samples: of the first n samples it takes floor(n * w0 / (w0 + w1 + ...)). The other
-# samples are numbered again from 0, source 1 takes its share of them, and so on. So the number of samples of a source
-# among the first n samples is a formula in n that never falls. It differs from the exact share by a few samples at most
-# (one for each earlier source). Weights become fractions with a denominator of at most 10^6.
+# samples are numbered again from 0, source 1 takes its share of them, and so on. So a formula gives the number of
+# samples of a source among the first n samples, and this number never decreases with n. It differs from the exact share
+# by a few samples at most (one for each earlier source). Weights become fractions with a denominator of at most 10^6.
 #
 # N = samples.
 
@@ -113,7 +113,7 @@ class ValidationData:
     """
 
     def __init__(self, corpus: Corpus, config: Config, sequences: int | None = None):
-        """sequences: number of sequences in total; the sources' weights split it among the sources. None:
+        """sequences: number of sequences in total. It is split among the sources by their weights. None:
         log.validation_sequences."""
         self.seq_len, self.mask, self.chats = config.seq_len, config.data.mask_documents, config.data.chats
         self.notes: list[str] = []

@@ -1,5 +1,7 @@
-"""Shows the progress of `prepare` on stderr: a bar in a terminal, otherwise a line per stage. It shows nothing if all
-data are cached."""
+"""Shows the progress of `prepare` on stderr: a bar in a terminal, otherwise a line per stage.
+
+If all data are cached, it shows nothing.
+"""
 
 import sys
 from collections.abc import Callable, Iterator

@@ -130,7 +130,7 @@ def _text_of(record: object, text_key: str, place: str, field: str) -> str:
 
 
 def text_key_of(field: str) -> str:
-    """Returns the key of the setting `text_key` for the data whose path is under the key `field`."""
+    """Returns the configuration key with `text_key` instead of `path`. field: a key of data, such as data.path."""
     return field.removesuffix("path") + "text_key"
 
 

@@ -74,7 +74,7 @@ class StreamedData:
         tokens = np.empty(0, np.int64)
         held: deque[tuple[OwnDocument, int, int]] = (
             deque()
-        )  # for each document in the buffer: number of its tokens before the buffer, and in the buffer
+        )  # each entry: a document, number of its tokens that are already used, number of its tokens in the buffer
         for document in self._documents.walk(mark):
             if document.passes and not self._pass_samples:
                 self._pass_samples = sample
@@ -95,7 +95,7 @@ class StreamedData:
                 held[0] = at, after + left, here - left
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Returns, by the source's name, how many passes these samples cover; 0 until the first pass has ended."""
+        """Returns how many passes these samples cover, under the source's name; 0 until the first pass has ended."""
         return {self._documents.name: samples / self._pass_samples if self._pass_samples else 0.0}
 
     def repeats(self, samples: int) -> str | None:

@@ -31,8 +31,10 @@ from train.kernels.fp8.quantize import blocked, quantize, unblocked
 
 CAST = Cast(E4M3, (SCALE_BLOCK, SCALE_BLOCK), pow2=False)
 TOP_BINADE = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
-"""Possible values of a block's largest |q|: the E4M3 values of the highest binade. A block with a smaller largest |q|
-is also in this table, because 2 q and s / 2 represent the same values as q and s."""
+"""Possible values of a block's largest |q|: the E4M3 values of the highest binade.
+
+They also cover a block with a smaller largest |q|, because 2 q and s / 2 represent the same values as q and s.
+"""
 
 
 def dequantize(q_MK: Tensor, scale_mk: Tensor) -> Tensor:

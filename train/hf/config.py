@@ -39,8 +39,8 @@ SCALE_BLOCK = 128
 MEANINGLESS_NUMBER = 2.0**63
 """Every number in the file must be below this limit."""
 GROUP_TOP_K = 2
-"""Number of best scores in a group of experts whose sum ranks the group in transformers. No field of config.json
-changes this number."""
+"""transformers ranks a group of experts by the sum of the best scores in the group. This is the number of these scores.
+No field of config.json changes this number."""
 LATENT_NORM_EPS = 1e-6
 """transformers uses this eps in the norms of latents. No field of config.json changes the value."""
 YARN = tuple(field.name for field in fields(Yarn) if field.name != "always")
@@ -99,7 +99,8 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
 
 
 def _section(field: str, path: Path, body: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """Return the JSON object under this key of the file; None if there is none. Raises UserError for another value."""
+    """Return the JSON object under this key of the file; None if there is none. Raises UserError for any other
+    value."""
     value = body.get(key)
     if value is not None and not isinstance(value, dict):
         raise _refuse(field, path, f"{key} must be an object, and is {value!r:.80}", "download it again")

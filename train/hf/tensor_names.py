@@ -149,8 +149,9 @@ def _ffn(
 ) -> Iterator[PlacedTensor]:
     """Yield the tensors of a dense or shared FFN, or of one expert.
 
-    index, experts: index of the expert, and number of experts that Sluice stacks in one tensor. In w13, (2F, D) or (E,
-    2F, D), the rows of up follow the rows of gate. w2 is (D, F) or (E, D, F).
+    index, experts: index of the expert, and number of experts that Sluice stacks in one tensor. In w13, the rows of the
+    up projection follow the rows of the gate projection. Its shape is (2F, D) or, with experts, (E, 2F, D). The shape
+    of w2 is (D, F) or (E, D, F).
     """
     stack, end = ((), ".weight") if experts is None else ((experts,), "")
     for number, name in enumerate(("gate_proj", "up_proj")):

@@ -27,8 +27,8 @@ from train.loop.state import RunState
 BUCKET_ELEMENTS = 1 << 26
 """Maximum number of elements in a bucket, 256 MB in fp32. A tensor with more elements gets a separate bucket."""
 STACKED_NAMES = {"w13": "gate_up_proj", "w2": "down_proj"}
-"""Maps Sluice's name of an expert matrix to the name of the tensor in which transformers stacks the matrices of all
-experts."""
+"""Maps Sluice's names of the expert matrices to transformers' names. transformers stacks the matrices of all experts of
+a layer in one tensor."""
 
 
 class _Wanted(NamedTuple):

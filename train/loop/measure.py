@@ -66,7 +66,7 @@ class Measure:
         self.last = next((chunk for chunk in parts.chunks if chunk.has_head), None)
         self.micro_batches = 1.0
         """Mean number of micro-batches per data-parallel rank in this step. The engine sets this field. `collect`
-        divides this rank's losses by it."""
+        divides this rank's losses by this mean."""
 
     def clear(self) -> None:
         """Reset the counters for a new step."""

@@ -57,7 +57,7 @@ def _with_indexers(config: Config, fill: "FillShards", has: Callable[[str], bool
 
     fill: reads tensors from the source. has: tells whether the source has a tensor with a given name.
     """
-    from train.model.init import draw_indexer  # torch
+    from train.model.init import draw_indexer  # this imports torch
 
     def fill_all(wanted: "dict[str, Shard]") -> None:
         fill({name: shard for name, shard in wanted.items() if has(name)})
@@ -101,15 +101,16 @@ def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
 
 
 def start_from(config: Config, source: Folder | Path, state: "RunState") -> None:
-    """Fill this rank's part of the weights from a source. If the run trains an adapter, the source fills its base.
+    """Fill this rank's part of the weights from a source. If the run trains an adapter, fill the weights of the
+    adapter's base.
 
     source: a result of `check_start` or `own_start`.
     """
-    from train.checkpoint.weights_mark import WeightsMark  # torch
+    from train.checkpoint.weights_mark import WeightsMark  # this imports torch
 
     mark = WeightsMark()
     if isinstance(source, Path):
-        from train.checkpoint.read_shards import FolderFiles, fill_shards  # torch
+        from train.checkpoint.read_shards import FolderFiles, fill_shards  # this imports torch
 
         manifest = read_manifest(source)
         read = partial(fill_shards, manifest, FolderFiles(source), rounded=config.adapter.on)
@@ -117,7 +118,7 @@ def start_from(config: Config, source: Folder | Path, state: "RunState") -> None
         state.fill_base(_with_indexers(config, read, has), mark)
         family = manifest.meta.get("family")
     else:
-        from train.hf.read import folder_reader  # torch
+        from train.hf.read import folder_reader  # this imports torch
 
         facts, read = FAMILIES[source.family], folder_reader(source, match(source, _model_of(config, source)))
         named = lambda wanted: read(  # noqa: E731
@@ -126,7 +127,7 @@ def start_from(config: Config, source: Folder | Path, state: "RunState") -> None
         state.fill_base(_with_indexers(config, named, lambda name: INDEXER not in name or facts.is_sparse), mark)
         family = source.family
     if config.adapter.on:
-        from parallel.exchange import from_rank_0, gather  # torch
+        from parallel.exchange import from_rank_0, gather  # this imports torch
 
         state.base = from_rank_0(lambda: describe_base(source)) | {"weights": mark.text(gather)}
     meta = {"step": 0, "samples": 0, "skipped": 0, "updates": 0, "has_ema": False} | (

@@ -120,7 +120,7 @@ class RunState:
         element."""
         shards = {f"master.{name}": shard for name, shard in self.zero.untrained_shards(owned=True).items()}
         if self.mesh.pp_rank > 0:
-            shards.pop("master.embedding.weight", None)  # a copy of the first rank's embedding, which MTP uses
+            shards.pop("master.embedding.weight", None)  # MTP's copy; the first pipeline rank has the original
         return shards | (self._biases() if self.mesh.stage_rank == 0 else {})
 
     def fill_base(self, fill: FillShards, mark: WeightsMark | None = None) -> None:

@@ -1,7 +1,7 @@
 """Measures the work of this rank's pipeline and dispatcher in a step. Sums over all ranks become metrics.
 
-Each rank divides its values by the world size, so that the sum over all ranks is the mean (train/loop/measure.py). The
-file omits metrics that a layout cannot have: the bubble without a pipeline, traffic without expert parallelism.
+Each rank divides its values by the world size, so that the sum over all ranks is the mean (train/loop/measure.py). A
+metric is omitted if the layout cannot have it: the bubble without a pipeline, traffic without expert parallelism.
 
 The bubble is the time between a rank's pipeline actions. A rank may also wait inside an action, for tokens from other
 ranks of its expert group (dispatch_wait_seconds) or for sharded weights. The bubble does not include this time.

@@ -32,8 +32,8 @@ class StopRequest:
         self.has_stepped = False
         """Whether this attempt has completed a step. Without a completed step there is no new state to save.
 
-        Until then, SIGTERM or Ctrl-C ends the run at once. Otherwise the user might have to wait very long, for example
-        for a step of a far too large model.
+        Before the first step is done, SIGTERM or Ctrl-C ends the run at once. Otherwise the user might have to wait
+        very long, for example for a step of a far too large model.
         """
         numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR2
         self._previous = {number: signal.signal(number, self._take) for number in numbers}

@@ -310,8 +310,8 @@ class Engine:
     ) -> StepOutcome:
         """Run a whole step with the recipe's loss.
 
-        batch: this rank's share. stopping: how this rank was asked to stop; the sum of the measurements tells it to all
-        ranks. on_phase: replaces the field `on_phase`.
+        batch: this rank's share. stopping: how this rank was asked to stop; the engine sends this to all ranks together
+        with the measurements. on_phase: replaces the field `on_phase`.
         """
         self.on_phase, self._moves_biases = on_phase, True
         self._pass(plan, batch, self.count([batch], plan.batch_size), stopping=stopping)
@@ -609,7 +609,8 @@ def _counting(batch: Batch) -> Tensor:
 
 
 def _completed(batch: Batch) -> Batch:
-    """Returns the batch. If it marks learnt tokens but has no documents, each sequence becomes one sample."""
+    """Returns a batch whose samples are marked. If the batch marks learnt tokens but has no documents, each sequence
+    becomes one sample."""
     if batch.supervised_BS is None or batch.documents_BS is not None:
         return batch
     return replace(batch, documents_BS=torch.zeros(batch.tokens_BS.shape, dtype=torch.int32))

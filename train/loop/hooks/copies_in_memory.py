@@ -9,8 +9,10 @@ from train.metrics.names import Record
 
 
 class CopiesInMemory:
-    """Copies the state to memory every checkpoint.every_memory steps, and when the run stops only to be restarted at
-    once."""
+    """Copies the state to memory every checkpoint.every_memory steps.
+
+    It also copies the state at the end of an attempt, if the driver starts the next attempt at once.
+    """
 
     def __init__(self, copies: MemoryCopies | None):
         """copies: writes the copies; None for a run without copies in memory."""

@@ -53,6 +53,6 @@ def build_hooks(
         Recorder(),  # after all hooks that add to the record
         *make_callbacks(config, progress),  # after the record is written, and before the state is saved
         copies,  # before checkpoints, which take longer
-        SampleTexts(),  # after a checkpoint has begun; waits for it
+        SampleTexts(),  # after a checkpoint has begun: waits until it is complete
         PublishedWeights(),  # also after a checkpoint has begun; after the samples, because it takes longer
     ]

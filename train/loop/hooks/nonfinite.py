@@ -38,7 +38,7 @@ class Sighting:
 
     layer: int
     boundary: int
-    """Index of the boundary among all boundaries of its layer."""
+    """Index of this module boundary among all module boundaries of its layer."""
     name: str
     """The module's tensor that was not finite: its input, its output or a weight."""
     catching: bool = False

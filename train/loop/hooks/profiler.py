@@ -44,8 +44,7 @@ METHODS: dict[type, dict[str, str]] = {
     MoE: {"run_experts": "experts"},
     Head: {"forward": "head and loss"},
 }
-"""Maps a module type to those of its methods that appear in the trace, and maps each method to its name in the
-trace."""
+"""For each module type, maps those of its methods that appear in the trace to their names in the trace."""
 DISPATCH = {"dispatch_begin": "dispatch", "combine": "dispatch"}
 TRAVELS = "_Dispatch", "_Combine"
 """Prefixes of the names of the autograd functions in parallel/expert/dispatcher.py.

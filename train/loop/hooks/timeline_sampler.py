@@ -1,4 +1,7 @@
-"""Samples the pipeline's timeline in a few steps of a run. train/metrics/timeline_file.py describes the file."""
+"""Samples the timeline of the pipeline's actions in a few steps of a run.
+
+train/metrics/timeline_file.py describes the file with these samples.
+"""
 
 from itertools import chain
 from typing import Any
