@@ -1,7 +1,8 @@
-"""Compares several runs on one page: settings that differ, final results, and overlaid curves.
+"""Compares several runs on one page: the settings that differ, the final results, and all curves in common figures.
 
-`mode=report name=SWEEP` compares the jobs of a sweep; `mode=report 'name=[a,b,c]'` compares any runs. The x axis shows
-tokens, because runs with different batch sizes do different work per step.
+`mode=report name=SWEEP` compares the jobs of a sweep; `mode=report 'name=[a,b,c]'` compares any runs. The x axis of a
+figure is the number of trained tokens, because runs with different batch sizes train on different numbers of tokens per
+step.
 """
 
 import html
@@ -59,25 +60,25 @@ DRAWN = (
 class RunToCompare:
     name: str
     settings: dict[str, Any]
-    """All settings, by dotted key."""
+    """All settings of the run, by dotted key."""
     series: Series
     gpu: bool
     """Whether the run trained on GPUs."""
 
 
 def print_reports(config: Config) -> int:
-    """mode=report: write the pages and print their paths. Returns the exit code. Raises UserError as `write_reports`
-    does."""
+    """Run mode=report: write the pages and print their paths. Returns the exit code. Raises UserError as
+    `write_reports` does."""
     for page in write_reports(config):
         say(page)
     return EXIT_OK
 
 
 def write_reports(config: Config) -> list[Path]:
-    """Write the pages of mode=report: a report for one run, a comparison for several runs or a sweep. Returns the
-    paths.
+    """Write the pages of mode=report: a report for one run, or a comparison for several runs or a sweep. Returns the
+    paths of the pages.
 
-    Raises UserError for a name that is neither a run nor a sweep.
+    Raises UserError if config.name is neither a run nor a sweep.
     """
     runs = Path(config.runs)
     names = names_of(config.name)
@@ -96,12 +97,12 @@ def write_reports(config: Config) -> list[Path]:
 
 
 def names_of(name: str) -> list[str]:
-    """Run names in the setting `name`; `[a,b]` names several runs."""
+    """Returns the run names in the setting `name`. A text such as `[a,b]` contains several names."""
     return [one.strip() for one in name[1:-1].split(",")] if name.startswith("[") else [name]
 
 
 def sweep_jobs(folder: Path) -> list[int]:
-    """Job numbers of a sweep that have recorded steps."""
+    """Returns the numbers of those jobs of a sweep that have recorded steps."""
     found = (path.parent.name for path in folder.glob(f"*/{METRICS_FILE}"))
     return sorted(int(name) for name in found if name.isdecimal())
 
@@ -139,7 +140,7 @@ def _write(path: Path, title: str, runs: list[RunToCompare]) -> Path:
 
 
 def varied(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns the dotted keys whose value differs between the settings, in the order of the schema."""
+    """Returns the dotted keys that do not have the same value in all of these settings, in the order of the schema."""
     keys = dict.fromkeys(key for one in settings for key in one if key not in WHERE_IT_LIES)
     return [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
 
@@ -166,8 +167,8 @@ RESULT_FORMATS = {
 
 
 def _results(run: RunToCompare, runs: Sequence[RunToCompare]) -> Iterator[str]:
-    """Formatted results of one run. If any of the runs is on a GPU, the MFU of a CPU run is left out: the peak of a CPU
-    is measured, so the two MFUs are not comparable."""
+    """Yields the formatted results of one run. If any of the runs was on a GPU, the MFU of a CPU run is an empty text.
+    The peak of a CPU is the speed of a measured GEMM, so the MFU of a CPU is not comparable with that of a GPU."""
     for label, measure in COMPARED_RESULTS:
         value, style = measure(run.series), RESULT_FORMATS.get(label, ".4f")
         if label == "MFU" and not run.gpu and any(other.gpu for other in runs):
@@ -201,12 +202,12 @@ def _tokens(series: Series) -> np.ndarray:
 # At the end of a sweep the screen shows one table of its jobs.
 
 WIDE = 200
-"""Width in columns of a table that goes to a file. It is so large that no cell wraps."""
+"""Width, in columns, of a table that is written to a file. With this width, no cell wraps."""
 
 
 def sweep_screen(configs: Sequence[Config], codes: Sequence[int], console: Console | None = None) -> None:
-    """Prints job, varied settings, held-out loss, speed and exit code on stdout. codes: exit codes of the
-    started jobs, in order."""
+    """Prints a table with a row for each job of a sweep on stdout. A row has the job's name, the varied settings, the
+    held-out loss, the speed and the exit code. codes: exit codes of the started jobs, in order."""
     console = console or Terminal()
     settings = [flat(settings_of(config)) for config in configs]
     keys = varied(settings)
@@ -229,7 +230,8 @@ def _word(value: object) -> str:
 
 
 def _job_results(config: Config) -> tuple[str, str]:
-    """Held-out loss and median speed of a job; empty texts if the job has no step yet."""
+    """Returns the held-out loss and the median speed of a job, as texts. A text is empty if the job has no such
+    value."""
     path = Path(config.runs) / config.name / METRICS_FILE
     series = read_series(path)
     loss = f"{last(series, 'validation_loss'):.4f}" if series.has("validation_loss") else ""

@@ -1,8 +1,8 @@
-"""Builds a W&B workspace for a run with the library wandb-workspaces: `mode=dashboard`.
+"""mode=dashboard: builds a W&B workspace for a run, with the library wandb-workspaces.
 
 The content is plain data: each metric in train/metrics/names.py names its panel, and SECTIONS below lists the panels.
-With a W&B key, the workspace is saved at W&B and its link is printed. The definition of the workspace is always written
-to dashboard.json in the run folder, so no account is needed to read it.
+If this machine has a W&B key, the workspace is saved at W&B and its link is printed. The definition of the workspace is
+always written to dashboard.json in the run folder, where it can be read without a W&B account.
 """
 
 import json
@@ -24,7 +24,7 @@ DASHBOARD_FILE = "dashboard.json"
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over the steps; a histogram metric becomes a heat map."""
+    """A figure with the curves of some metrics over the steps. W&B shows a metric with histograms as a heat map."""
 
     title: str
     unit: str
@@ -90,7 +90,7 @@ SECTIONS = {
     },
     "Memory": {"memory": "Peak of the logging rank, and as planned"},
 }
-"""For each section its panels: the key by which metrics name the panel, and the panel's title."""
+"""The panels of each section: the key by which metrics name the panel, and the title of the panel."""
 
 
 def sections(model: Model) -> dict[str, tuple[Panel, ...]]:
@@ -104,8 +104,8 @@ def sections(model: Model) -> dict[str, tuple[Panel, ...]]:
 
 
 def _panel(word: str, title: str) -> Panel:
-    """The panel of all metrics with this key. A metric's name with a placeholder, such as mtp_loss_K, becomes a
-    pattern."""
+    """Returns the panel with all metrics that name this key. If a metric's name has a placeholder, such as mtp_loss_K,
+    the panel has a regular expression instead of names."""
     shown = [metric for metric in (*SCALARS, *WANDB) if metric.panel == word]
     first, names = shown[0], tuple(metric.name for metric in shown)
     pattern = first.name.replace("_K", r"_\d+").replace("LAYER", ".+")
@@ -115,8 +115,8 @@ def _panel(word: str, title: str) -> Panel:
 
 
 def build_dashboard(config: Config) -> int:
-    """Write dashboard.json, and save the workspace at W&B if there is a key. Prints the path and the link. Returns the
-    exit code."""
+    """Write dashboard.json, and save the workspace at W&B if this machine has a key. Prints the path and the link.
+    Returns the exit code."""
     folder = Path(config.runs) / config.name
     if not (folder / "config.yaml").is_file():
         raise UserError(
@@ -175,7 +175,7 @@ def _plots(panels: Iterable[Panel]) -> Iterable[Any]:
 
 
 def specification(workspace: Any) -> dict[str, Any]:
-    """The definition that W&B stores for a workspace."""
+    """Returns the definition of a workspace, in the form in which W&B stores it."""
     return workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)["spec"]
 
 

@@ -1,9 +1,9 @@
-"""Builds the figures of report.html. Each has a title and a caption that says how to read it.
+"""Builds the figures of report.html. Each figure has a title, and a caption that says how to read the figure.
 
 Shape suffixes as in series.py.
 
-A long run is thinned so that the page stays small. Curves are thinned as in plot.py; a heat map keeps every n-th
-recorded step.
+For a long run, the figures show fewer points, so that the page stays small. plot.py describes how the points of curves
+are reduced. A heat map shows every n-th recorded step.
 """
 
 from collections.abc import Callable, Mapping
@@ -109,7 +109,8 @@ CURVE_FIGURES = {
         quiet=True,
     ),
 }
-"""Figures by key. Each metric in train/metrics/names.py names the key of its figure."""
+"""Texts and settings of the curve figures, by the figure's key. Each metric in train/metrics/names.py has the key of
+the figure in which it is shown."""
 
 
 MFU_OF_GPUS = "DeepSeek-V3 reports 38.9 % (causal) and 43.7 % (full) on its H800s, also without MTP."
@@ -119,7 +120,7 @@ MFU_OF_PROCESSORS = (
 
 
 def curves_of(key: str) -> dict[str, Curve]:
-    """Returns the curves of a figure, by metric, in the order of train/metrics/names.py."""
+    """Returns the curves of the figure with this key, by metric, in the order of train/metrics/names.py."""
     return {metric.name: metric.curve for metric in SCALARS if metric.curve is not None and metric.curve.figure == key}
 
 
@@ -138,8 +139,10 @@ def _of_table(key: str, more: str = "") -> Callable[[Series, Mapping[str, Any]],
 def build(
     series: Series, settings: Mapping[str, Any], sampled: SampledStep | None = None, gpu: bool = False
 ) -> list[Figure]:
-    """All figures for which the run has data, in reading order. settings: the run's configuration. gpu: whether the
-    run used GPUs."""
+    """Returns all figures for which the run has data, in the order of the page.
+
+    settings: the run's configuration. sampled: the step that the pipeline figure shows. gpu: whether the run used GPUs.
+    """
     makers = (
         _loss,
         _of_table("imbalance"),
@@ -206,8 +209,8 @@ def _layer_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
 
 
 def _layer_norms(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    """Three heat maps in one figure; the reader chooses which one is visible. Colours show the logarithm to base
-    ten."""
+    """Returns a figure with three heat maps, of which the reader of the page selects one. Colours show the logarithm to
+    base ten."""
     if not series.norms:
         return None
     steps, layers = [one["step"] for one in series.norms], list(series.norms[0]["layer_weight_norm"])

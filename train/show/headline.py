@@ -1,4 +1,4 @@
-"""Builds the first screen of report.html: the key numbers, and sentences about notable facts."""
+"""Builds the first part of report.html: the most important numbers, and sentences about notable facts."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from train.metrics.quantities import duration, short
 from train.show.series import Series, last, median, tail_mean
 
 RESUMES = 8
-"""Maximum number of resumes with changed settings that the report mentions: the newest ones."""
+"""Maximum number of resumes with changed settings that the report mentions. The report leaves out older ones."""
 
 
 SETTING = 60
@@ -30,8 +30,8 @@ class Card(NamedTuple):
 
 
 def headline(series: Series, settings: Mapping[str, Any], gpu: bool = False) -> list[Card]:
-    """Cards for the quantities that the run measured, quality first. settings: the run's configuration. gpu: whether
-    the run used GPUs."""
+    """Returns a card for each quantity that the run measured. The losses come first. settings: the run's configuration.
+    gpu: whether the run used GPUs."""
     found = _quality(series, settings) + _amount(series, gpu) + _experts(series) + _health(series)
     return [Card(label, text, caption) for label, value, text, caption in found if math.isfinite(value)]
 
@@ -129,7 +129,7 @@ def _health(series: Series) -> list[CardRow]:
 
 
 def findings(series: Series, settings: Mapping[str, Any]) -> list[str]:
-    """Sentences about the run's progress and anything unusual."""
+    """Returns sentences about the run's progress, and about anything unusual."""
     found, main = [], series.finite("main_loss")
     if len(main) > 1:
         found.append(f"The training loss went from {main[0]:.3f} to {tail_mean(main):.3f} nats per token.")
@@ -169,13 +169,15 @@ def _changes(resumed: Record) -> str:
 
 
 def clipped(value: Any) -> str:
-    """A setting's value as text for a sentence. A long value is shortened; config.yaml has the full value."""
+    """Returns the value of a setting as text for a sentence. A long text is shortened in the middle; config.yaml has
+    the complete value."""
     text = value if isinstance(value, str) and value else json.dumps(value)
     return text if len(text) <= SETTING else f"{text[: SETTING // 2]}...{text[-SETTING // 2 :]}"
 
 
 def _stretches(series: Series, name: str) -> list[tuple[int, float]]:
-    """For each series of steps with an unchanged value: its first step, and the value."""
+    """Divides the steps into intervals in which the metric does not change. Returns the first step and the value of
+    each interval."""
     found: list[tuple[int, float]] = []
     for step, value in zip(series.step_N, series.columns.get(name, ()), strict=False):
         if math.isfinite(value) and (not found or found[-1][1] != value):
@@ -188,12 +190,13 @@ def total(series: Series, name: str) -> float:
 
 
 def _seconds(series: Series) -> float:
-    """Seconds of training. A record has the duration of its own step only. Its checkpoint stall is the sum over all steps
-    since the previous record."""
+    """Returns the seconds of training. A record has the duration of one step, so the sum of durations is multiplied by
+    the number of steps per record. The checkpoint stall of a record already includes all steps since the previous
+    record."""
     return _steps_per_record(series) * total(series, "step_seconds") + total(series, "checkpoint_stall_seconds")
 
 
 def _steps_per_record(series: Series) -> float:
-    """Mean number of steps per record: 1 unless log.every skips steps."""
+    """Returns the mean number of steps per record. It is above 1 only if log.every skips steps."""
     steps = series.step_N
     return float(steps[-1] - steps[0] + 1) / len(steps) if len(steps) else 1.0

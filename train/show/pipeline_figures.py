@@ -11,7 +11,7 @@ from train.metrics.timeline_file import SampledStep
 from train.show.plot import IDLE, Figure, figure, set_look
 
 PICTURE_ROWS, BARS = 16, 12_000
-"""Maximum number of pipeline ranks and of actions in the picture."""
+"""Maximum number of pipeline ranks in the figure, and maximum number of actions."""
 ACTION_COLOURS = {
     "F": ("forward", BLUE, "#9CCBE8"),
     "B": ("backward", GREEN, "#93D9C3"),
@@ -21,11 +21,13 @@ ACTION_COLOURS = {
 }
 """For each kind of action: its name, the colour on a rank's first stage, and the colour on its other stages."""
 NUMBERED = 800
-"""Maximum number of actions at which each bar is wide enough for its micro-batch number."""
+"""If the figure has at most this many actions, each bar is labelled with the number of its micro-batch. Otherwise the
+bars are too narrow."""
 
 
 def timeline_figure(sampled: SampledStep | None) -> Figure | None:
-    """Returns a Gantt chart of a step, with one row per pipeline rank; None without a pipeline."""
+    """Returns a Gantt chart of a step, with one row per pipeline rank. Returns None if no step was sampled, or if the
+    run has no pipeline."""
     if sampled is None or len(sampled.span_seconds) < 2:
         return None
     ranks = len(sampled.span_seconds)
@@ -64,8 +66,9 @@ def _row_name(pp_rank: int, stages: list[int]) -> str:
 def _bars(
     actions: list[dict[str, Any]], rows: Mapping[int, str], later: bool, scale: float, unit: str, numbered: bool
 ) -> go.Bar:
-    """The bars of all actions of one kind. later: whether they are on the later stages of their ranks or on the first
-    stage."""
+    """Returns the bars for these actions, which all have the same kind. later: False if each action is on the first
+    stage of its rank, True if each action is on another stage. scale, unit: factor from seconds to the shown unit, and
+    the unit's name. numbered: whether bars are labelled with micro-batch numbers."""
     name, strong, pale = ACTION_COLOURS[actions[0]["kind"]]
     numbers = {
         "text": [_label(action) for action in actions],

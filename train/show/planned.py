@@ -1,7 +1,7 @@
-"""Compares the predictions of mode=plan with the run's measurements. The predictions come from plan.json in the run
-folder, if its recipe is the run's recipe.
+"""Compares the predictions of mode=plan with the measurements of a run.
 
-Memory means the tensors on the device. Step time is compared only if the plan is for the device that trains.
+The predictions come from plan.json in the run folder. They are used only if the plan was made for the run's recipe. The
+predicted memory is that of tensors on the device. Step time is compared only if the plan is for the device that trains.
 """
 
 import json
@@ -27,7 +27,8 @@ ACTION_SUMS = {
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
-    """Returns the settings that a plan and a run must share, as JSON values."""
+    """Returns the settings that must be equal in a plan and a run, so that the two are comparable. The values are JSON
+    values."""
     found = {
         "parallel": asdict(config.parallel),
         "model": asdict(config.model),
@@ -41,7 +42,8 @@ def recipe_of(config: Config) -> dict[str, Any]:
 
 
 def planned(config: Config, run_folder: Path) -> Record:
-    """The predictions for the reporting rank. They are empty if there is no plan, or if the plan has another recipe."""
+    """Returns the predictions for the logging rank. Returns an empty record if the folder has no plan, or if the plan
+    was made for another recipe."""
     plan = _read(run_folder)
     if plan is None or plan.get("recipe") != recipe_of(config):
         return {}
@@ -64,9 +66,10 @@ def _read(run_folder: Path) -> dict[str, Any] | None:
 
 
 def _is_here(plan: dict[str, Any], config: Config) -> bool:
-    """Whether the plan's device is the training device.
+    """Whether the plan was made for the device of this process.
 
-    A GPU matches if CUDA's name contains the plan's name. A CPU must have the same name and number of threads.
+    A GPU matches if the name that CUDA reports contains the name in the plan. A CPU matches if the name and the number
+    of threads are those of the plan.
     """
     import torch  # imported here, because a process without torch can also write the report
 
@@ -80,7 +83,8 @@ PlanRow = tuple[str, str, str, str]
 
 
 def plan_rows(run_folder: Path, series: Series) -> list[PlanRow]:
-    """Rows with the predicted value and the run's measured median of each quantity; empty if the run had no plan."""
+    """Returns a row for each quantity, with the planned value and the run's measured median. Returns no rows if the run
+    had no plan."""
     plan, predicted = _read(run_folder), last(series, "memory_predicted_bytes")
     if plan is None or predicted != plan["peak"]:
         return []
@@ -101,7 +105,7 @@ def plan_rows(run_folder: Path, series: Series) -> list[PlanRow]:
 
 def _memory(plan: dict[str, Any], series: Series) -> PlanRow:
     peak, measured = plan["peak"], max(series.finite("memory_bytes"), default=0.0)
-    if plan["on_cpu"]:  # on a CPU only the memory of the whole process is measured; mode=dry_run measures the tensors
+    if plan["on_cpu"]:  # a run on a CPU measures only the memory of the process; mode=dry_run measures tensors
         return "memory of tensors", gib(peak), f"{gib(measured)} of the whole process", ""
     return "peak memory", gib(peak), gib(measured), error(peak, measured)
 
@@ -115,7 +119,7 @@ def _points(difference: float) -> str:
 
 
 def plan_words(rows: list[PlanRow]) -> str:
-    """The rows as one sentence for the terminal."""
+    """Returns the rows as one sentence for the terminal."""
     return "; ".join(
         f"{what} {measured}, planned {planned}" + (f" ({off})" if off else "") for what, planned, measured, off in rows
     )

@@ -2,9 +2,10 @@
 
 Shape suffixes as in series.py.
 
-A noisy curve is drawn twice: a pale line shows every step, and a strong line shows a moving average. A long run is
-thinned so that the page stays small: its steps are divided into short intervals. A pale band then shows the lowest and
-highest value of each interval, so every spike stays visible. The line shows the mean.
+A noisy curve is drawn twice: a pale line shows every step, and a strong line shows a moving average. The curve of a
+long run is drawn with fewer points, so that the page stays small. Its steps are divided into short intervals. A pale
+band shows the lowest and the highest value of each interval, so every spike is visible. A strong line shows the mean of
+each interval.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ DARK = {
     GREY: "#A5ABB4",
     IDLE: "#3A3F48",
 }
-"""The colour that replaces each colour on a dark page: the same hue, but lighter."""
+"""Maps each colour to the colour that replaces it on a dark page, which has the same hue but is lighter."""
 DOTTED_STEPS = 60
 """If a run has at most this number of steps, each step is drawn as a dot, and no curve is smoothed."""
 TICKS = 6
@@ -49,7 +50,11 @@ class Figure:
 def curves(
     series: Series, wanted: Mapping[str, Curve], unit: str, *, log: bool = False, zero: bool = False, height: int = 320
 ) -> go.Figure | None:
-    """Line plot, over steps, of the metrics that have values. None if no metric has a value."""
+    """Returns a line plot over steps of all metrics in `wanted` that have values. Returns None if no metric has a
+    value.
+
+    unit: title of the y axis. log: whether the y axis is logarithmic. zero: whether the y axis begins at 0.
+    """
     plot = go.Figure()
     for metric, curve in wanted.items():
         if series.has(metric):
@@ -68,8 +73,8 @@ def log_axis(plot: go.Figure) -> None:
 
 
 def add_curve(plot: go.Figure, curve: Curve, x_N: np.ndarray, y_N: np.ndarray) -> None:
-    """Draw a curve of these values, as the module docstring describes."""
-    if curve.markers:  # occasional measurements are joined without gaps
+    """Draw a curve of these values. The docstring of this file describes how noisy and long curves are drawn."""
+    if curve.markers:  # a line joins consecutive measurements, even if the steps between them have no value
         measured = np.isfinite(y_N)
         x_N, y_N = x_N[measured], y_N[measured]
     line, marker = {"color": curve.colour, "width": 1.8, "dash": curve.dash}, {"size": 6}
@@ -87,8 +92,8 @@ def add_curve(plot: go.Figure, curve: Curve, x_N: np.ndarray, y_N: np.ndarray) -
 
 
 def add_tokens_axis(plot: go.Figure, series: Series) -> None:
-    """Adds an axis of trained tokens above a figure over steps. If the batch size grows during the run, the labels of
-    this axis are unevenly spaced."""
+    """Adds a second x axis above the figure, which shows the number of trained tokens. If the batch size grows during
+    the run, the distances between the labels of this axis differ."""
     tokens_N = series.columns.get("tokens", np.zeros(0))
     known = np.isfinite(tokens_N)
     if known.sum() < 2:
@@ -121,7 +126,7 @@ def set_look(plot: go.Figure, height: int = 320) -> go.Figure:
 def style(plot: go.Figure, step_N: np.ndarray, height: int = 320) -> go.Figure:
     """Sets the layout of a figure whose x axis shows the steps step_N."""
     set_look(plot, height).update_xaxes(title="step", nticks=10, tickformat=",d")
-    if len(step_N) <= 10:  # otherwise the axis would have labels between two steps
+    if len(step_N) <= 10:  # with so few steps, plotly would also label fractions of a step
         plot.update_xaxes(tickvals=step_N.tolist())
     return plot
 

@@ -1,7 +1,7 @@
-"""Writes report.html: one file that shows how a run went, without network or server.
+"""Writes report.html: one file that shows the course of a run, without network or server.
 
-It reads only the run folder (metrics.jsonl, timeline.json, events.jsonl, config.yaml, checkpoints/). So the report can
-be written again at any time, also while the run trains or after a crash.
+The program reads only the run folder (metrics.jsonl, timeline.json, events.jsonl, config.yaml, checkpoints/). So the
+report can be written again at any time, even while the run trains or after it has crashed.
 """
 
 import datetime
@@ -38,19 +38,21 @@ from train.show.writer import REPORT_EVERY
 
 REPORT = "report.html"
 SAMPLE = "sample.json"
-"""The newest generated text: step, temperature, text; and under `earlier` the previous texts, oldest first."""
+"""File with the newest generated text, its step and its temperature. The key `earlier` has the previous texts, oldest
+first."""
 RELOADED = 60
 """Interval in seconds at which the page of a training run reloads itself."""
 TRUSTED = 900.0 + REPORT_EVERY
-"""Seconds for which a page says that the run trains, from the time at which the page was written. Each new page starts
-this period again."""
+"""Seconds after which a page no longer says that the run trains, counted from the time at which the page was written. A
+training run writes new pages more often."""
 
 
 def write_report(run_folder: Path, ended: bool = False) -> Path:
-    """Write report.html into the run folder and return its path. An older report is replaced atomically.
+    """Write report.html into the run folder and return the path of the page. An older page is replaced atomically.
 
-    ended: the run has ended, but the process of the run writes this page and still holds the run folder's lock. Raises
-    OSError. Raises UserError if a file of the run is so damaged that no page can be built.
+    ended: True if the run has ended, and its process calls this function while it still holds the run folder's lock.
+    Raises OSError if a file cannot be read or written. Raises UserError if a file of the run is so damaged that no page
+    can be built.
     """
     try:
         page = _whole_page(run_folder, ended)
@@ -88,7 +90,8 @@ def _whole_page(run_folder: Path, ended: bool) -> str:
 
 
 def _made(what: str, make: Callable[[], list[str]]) -> list[str]:
-    """Builds a part of the page. If a file for this part is damaged, the part shows this error instead."""
+    """Builds a part of the page. If a file for this part is damaged, the part shows the error. what: name of the part.
+    make: a function that builds it."""
     try:
         return make()
     except (UserError, OSError):
@@ -115,7 +118,7 @@ def _incident_parts(run_folder: Path) -> list[str]:
 
 
 def _profile_parts(run_folder: Path) -> list[str]:
-    """Tables of the profiled ranks (train/loop/hooks/profiler.py)."""
+    """Returns the tables of operations of the profiled ranks (train/loop/hooks/profiler.py)."""
     found = []
     for file in sorted(run_folder.glob("profile/rank_*.json")):
         try:
@@ -141,7 +144,8 @@ def _profile_parts(run_folder: Path) -> list[str]:
 
 
 def _answer_parts(run_folder: Path) -> list[str]:
-    """Scores of answers to held-out questions, from the newest evaluation (train/evaluate/answers.py)."""
+    """Returns the part with the scores of answers to held-out questions, from the newest evaluation
+    (train/evaluate/answers.py)."""
     try:
         found = read_plain_json(run_folder / "evaluate.json")["answers"]
         if not found:
@@ -153,7 +157,7 @@ def _answer_parts(run_folder: Path) -> list[str]:
         examples = [tuple(str(text) for text in example.values()) for example in found["examples"]]
         heads = tuple(found["examples"][0])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-        return []  # no evaluation, or an evaluation that an earlier version wrote
+        return []  # the run has no evaluation, or an earlier version of the program wrote it
     words = (
         f"Answers to {found['questions']} held-out questions, compared with the true ones by ROUGE-L (the longest common subsequence of words, "
         "0 to 1). A common form of all answers raises it, so the table also has answers to other questions and the most common answer. Loss: nats "
@@ -177,7 +181,7 @@ def read_settings(run_folder: Path) -> Mapping[str, Any]:
 
 
 def _checkpoints(run_folder: Path) -> list[tuple[str, str, str]]:
-    """Name, size and time of every checkpoint, oldest first."""
+    """Returns the name, the size and the time of every checkpoint, oldest first."""
     found = []
     for folder in (run_folder / "checkpoints").glob(STEP_FOLDERS):
         number = folder.name.removeprefix("step_")
@@ -198,7 +202,8 @@ def _page(
     gpu: bool,
     until: float | None,
 ) -> str:
-    """The complete page. sections: parts below the figures. gpu: whether the run used GPUs. until: see `_until`."""
+    """Returns the complete page. sections: the parts of the page below the figures. gpu: whether the run used GPUs.
+    until: Unix time, as `_until` returns it."""
     written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     trains = "" if until is None else " The run trains: this page reloads every minute."
     parts = opening(f"Training report: {name}", f"{_description(settings)} Written {written}.{trains}")
@@ -239,7 +244,7 @@ def _run_parts(series: Series, settings: Mapping[str, Any], figures: list[Figure
 
 
 def _description(settings: Mapping[str, Any]) -> str:
-    """One sentence about the model and the data, from the configuration."""
+    """Returns a sentence about the model and the data, from the settings of the run."""
     model, data = settings.get("model") or {}, settings.get("data") or {}
     if not {"layers", "hidden", "experts", "top_k"} <= model.keys():
         return ""
@@ -251,7 +256,8 @@ def _description(settings: Mapping[str, Any]) -> str:
 
 
 def read_written_texts(run_folder: Path) -> list[dict[str, Any]]:
-    """Generated texts, oldest first: step, temperature, text. Raises UserError for a damaged file."""
+    """Returns the generated texts of a run, oldest first, each with its step and temperature. Raises UserError if the
+    file is damaged."""
     path = run_folder / SAMPLE
     if not path.exists():
         return []
@@ -268,7 +274,7 @@ def read_written_texts(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def _sample_parts(run_folder: Path) -> list[str]:
-    """Generated texts, newest first."""
+    """Returns the part with the generated texts, newest first."""
     if not (samples := read_written_texts(run_folder)):
         return []
     *earlier, newest = samples
@@ -290,7 +296,7 @@ def _text(sample: Mapping[str, Any]) -> str:
 
 
 def _origin_parts(run_folder: Path) -> list[str]:
-    """Command, code and machine of each start of the run."""
+    """Returns the part with the command, the code and the machine of each start of the run."""
     starts = read_starts(run_folder)
     if not starts:
         return []
@@ -330,7 +336,7 @@ def _when(start: StartRecord) -> str:
 
 
 def _plan_parts(rows: list[PlanRow]) -> list[str]:
-    """Table of planned and measured quantities."""
+    """Returns the part with the table of planned and measured quantities."""
     if not rows:
         return []
     text = "Medians over the run, with times as means over ranks; the error is the plan's error."
@@ -341,7 +347,7 @@ def _plan_parts(rows: list[PlanRow]) -> list[str]:
 
 
 def _wall_time_parts(found: WallTime | None) -> list[str]:
-    """Table of the parts of the run's wall time."""
+    """Returns the part with the table of the run's wall time by cause."""
     if found is None:
         return []
     rows = [(words, duration(found.seconds_in[part]), f"{share:.2%}") for part, words, share in found.rows()]
@@ -353,7 +359,7 @@ def _wall_time_parts(found: WallTime | None) -> list[str]:
 
 
 def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:
-    """Table of the run's events on its machines."""
+    """Returns the part with the table of events on the run's machines, such as restarts."""
     if cluster is None:
         return []
     sentence, rows = cluster
@@ -364,7 +370,7 @@ def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:
 
 
 def _proof_parts(proof: tuple[str, list] | None) -> list[str]:
-    """The part about the result of mode=prove."""
+    """Returns the part about the result of mode=prove."""
     if proof is None:
         return []
     sentence, rows = proof
@@ -379,5 +385,5 @@ def _checkpoint_table(checkpoints: list[tuple[str, str, str]]) -> list[str]:
 
 
 if __name__ == "__main__":  # ReportSink starts this module
-    os.nice(10)  # at 19 this process would get almost no CPU time if the ranks use all cores
+    os.nice(10)  # with nice 19, this process would get almost no CPU time while the ranks use all cores
     write_report(Path(sys.argv[1]))

@@ -1,8 +1,9 @@
-"""Common parts of report.html, plan.html and the comparison page: one file with figures, without network or server.
+"""Builds the common parts of report.html, plan.html and the comparison page, which need no network or server.
 
-The page has plotly.js and the figures' data as gzip in base64, because plotly.js alone would take 4.8 MB. The browser
-unpacks them (DecompressionStream). Colours follow the reader's light or dark setting. On a narrow screen, figures get
-smaller margins, and the colour scale is below the figure.
+Each page is one file. It contains plotly.js and the data of the figures, compressed with gzip and encoded in base64,
+because plotly.js alone has 4.8 MB. The browser decompresses both (DecompressionStream). The colours of the page follow
+the light or dark setting of the browser. On a narrow screen, figures have smaller margins, and the colour scale is
+below the figure.
 """
 
 import base64
@@ -123,13 +124,12 @@ def opening(title: str, subtitle: str) -> list[str]:
 
 
 def reloading(seconds: float, until: float) -> str:
-    """Script that reloads the page every `seconds` until the Unix time `until`. If the page is no longer rewritten, it
-    stops reloading at this time."""
+    """Returns a script that reloads the page after this number of seconds, unless the Unix time `until` has passed."""
     return f"<script>if (Date.now() < {1000 * until:.0f}) setTimeout(() => location.reload(), {1000 * seconds:.0f});</script>"
 
 
 def closing(figures: Sequence[Figure]) -> list[str]:
-    """Returns the end of a page. Its script draws these figures into the placeholders of `figure_html`."""
+    """Returns the end of a page, with a script that draws these figures into the placeholders of `figure_html`."""
     if not figures:
         return ["</main></body></html>"]
     plain = {figure.key: _plain(figure) for figure in figures}
@@ -145,7 +145,7 @@ def closing(figures: Sequence[Figure]) -> list[str]:
 
 @cache
 def _packed_plotly() -> str:
-    """plotly.js, compressed. A process compresses it only for the first page (0.2 s) and caches the result."""
+    """Returns plotly.js, compressed. The result is cached, because compression takes 0.2 s."""
     return _packed(get_plotlyjs())
 
 
@@ -154,7 +154,8 @@ def _packed(text: str) -> str:
 
 
 def _plain(figure: Figure) -> dict[str, Any]:
-    """A figure's data and layout without the template. The page has the template of each colour scheme only once."""
+    """Returns the data and the layout of a figure, without plotly's template. All figures of a page share one template
+    for light pages and one for dark pages."""
     plain = figure.plot.to_plotly_json()
     return {
         "data": plain["data"],
@@ -163,14 +164,14 @@ def _plain(figure: Figure) -> dict[str, Any]:
 
 
 def _theme(name: str, label: str) -> Mapping[str, Any]:
-    """A plotly template with the page's background. label: background colour of the hover label."""
+    """Returns a plotly template with a transparent background. label: background colour of the hover label."""
     theme = plotly.io.templates[name].to_plotly_json()
     see_through = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "hoverlabel": {"bgcolor": label}}
     return {**theme, "layout": {**theme["layout"], **see_through}}
 
 
 def cards_html(cards: Iterable[Card]) -> str:
-    """HTML with one box for each number."""
+    """Returns HTML with one box for each card."""
     return "".join(
         f'<div class="card">{html.escape(card.label)}<b>{html.escape(card.value)}</b><small>{html.escape(card.caption)}</small></div>'
         for card in cards
@@ -192,13 +193,13 @@ def figure_html(figure: Figure) -> str:
 
 
 def _cell(text: str) -> str:
-    """Returns a table cell; a short text, such as a number with its unit, stays on one line."""
+    """Returns a table cell. A short text, such as a number with its unit, does not wrap."""
     whole = ' class="whole"' if len(text) <= len("1023.9 GiB") else ""
     return f"<td{whole}>{html.escape(text)}</td>"
 
 
 def table_html(head: Iterable[str], rows: Iterable[Iterable[str]], whole: bool = False) -> str:
-    """Returns an HTML table that scrolls if it is too wide. whole: whether no cell wraps."""
+    """Returns an HTML table that scrolls if it is too wide. whole: if True, no cell wraps."""
     titles = "".join(f"<th>{html.escape(text)}</th>" for text in head)
     body = "".join("<tr>" + "".join(_cell(text) for text in row) + "</tr>" for row in rows)
     kind = ' class="whole"' if whole else ""

@@ -1,7 +1,7 @@
-"""Screens at the end of a run, and the progress line while it trains.
+"""Prints the progress line while a run trains, and the summary when the run ends.
 
-A screen is a line with the outcome, and then labelled lines. No text is boxed or wrapped, so paths and commands can be
-copied from any window.
+A summary has one line with the outcome, and then labelled lines. It has no boxes, and a command is never wrapped, so
+paths and commands can be copied from a terminal.
 """
 
 import math
@@ -40,11 +40,11 @@ def final_screen(
     wandb: str | None = None,
     console: Console | None = None,
 ) -> None:
-    """Prints the end of a run on stdout. None leaves a line out. seconds: wall time of the run.
+    """Prints the summary of a complete run on stdout. The line of an argument that is None is left out.
 
-    training_loss: mean next-token loss of the last steps, comparable with the held-out loss. plan: planned and measured
-    quantities. report: path of the report, or why there is no report. wandb: address of the W&B run, or folder of the
-    offline run.
+    seconds: wall time of the run. training_loss: mean next-token loss of the last steps, which is comparable with the
+    held-out loss. plan: planned and measured quantities. report: path of the report, or why no report was written.
+    wandb: address of the W&B run, or folder of the offline run.
     """
     took = f" in {duration(seconds)}" if seconds is not None else ""
     rows = []
@@ -74,7 +74,8 @@ def stopped_screen(
     command: str,
     console: Console | None = None,
 ) -> None:
-    """Prints on stdout that a signal or a limit stopped the run. command: the command that resumes the run."""
+    """Prints the summary of a run that a signal or a limit has stopped, on stdout. reason: what stopped the run.
+    command: the command that resumes the run."""
     rows = [
         ("Why", reason),
         ("Checkpoint", str(checkpoint) if checkpoint else "none yet: the run would start from step 0"),
@@ -109,30 +110,30 @@ def show_rows(console: Console, title: str, style: str, rows: list[tuple[str, st
 
 
 def printable(text: str, encoding: str) -> str:
-    """Returns the text without control characters, and without characters that the terminal's encoding lacks. So a
-    generated escape sequence cannot reach the terminal."""
+    """Returns the text with a replacement for each control character, and for each character that the encoding lacks.
+    So an escape sequence that a model generates cannot reach the terminal."""
     safe = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return safe.encode(encoding, "replace").decode(encoding)
 
 
 # Progress at the terminal while a run trains.
 #
-# On a terminal there is one live line, fitted to the window's width. Elsewhere (a file, a CI log) there is one plain
-# line for each of the first steps. After these, a line appears every few seconds or every tenth of the run. The
-# interval grows with the run's duration. Live and plain lines show the same numbers.
+# On a terminal, one line is updated while the run trains. It is not longer than the window is wide. If the output is
+# not a terminal (a file, a CI log), one line is printed for each of the first steps. Later lines follow at intervals
+# that grow with the run's duration, and after each tenth of the run. All of these lines show the same numbers.
 
 FIRST_STEPS = 3
 PLAIN_SECONDS, PLAIN_SHARE = 5.0, 1 / 60
-"""Minimum interval between plain lines: a number of seconds, or a share of the time since the start, whichever is
-longer. After an hour the interval is a minute."""
+"""Minimum interval between two printed lines: PLAIN_SECONDS seconds, or the fraction PLAIN_SHARE of the time since the
+start, whichever is longer. After an hour, the interval is a minute."""
 SMOOTHING = 0.05
-"""Weight of the newest step in the mean step time. This mean gives the estimate of the time left."""
+"""Weight of the newest step in the moving average of the step time, from which the remaining time is estimated."""
 MIN_BAR, MAX_BAR = 8, 40
 ASCII_BAR = str.maketrans("━╌", "#-")
 
 
 class StepClock:
-    """Exponential moving average of the wall time between steps, stalls included. The caller passes `now` in
+    """Exponential moving average of the wall time from step to step, which includes stalls. now: the present time in
     seconds."""
 
     def __init__(self, now: float):
@@ -148,9 +149,10 @@ class StepClock:
 
 
 class Progress:
-    """Shows records of a run of `steps` steps, of which `done` were completed before.
+    """Shows the progress of a run on the terminal. Several threads may call it.
 
-    Safe to call from several threads. clock: returns the time in seconds; tests replace it.
+    steps: number of steps of the run. done: number of steps that an earlier start has completed. enabled: whether
+    progress is shown. clock: a function that returns the time in seconds; tests replace it.
     """
 
     def __init__(
@@ -184,7 +186,7 @@ class Progress:
         with self._lock:
             self._pace.tick(now)
             held_out = {"validation_loss": self._record["validation_loss"]} if "validation_loss" in self._record else {}
-            self._record = held_out | record  # keeps the last held-out loss visible
+            self._record = held_out | record  # the newest held-out loss is shown until the next validation
             self._seen += 1
             due = self._is_due(record, now)
             if due:
@@ -203,7 +205,8 @@ class Progress:
         )
 
     def event(self, text: str | None) -> None:
-        """Shows what the run does other than steps, such as a validation. None: this activity has ended."""
+        """Shows what the run does besides steps, such as a validation. text: name of the activity; None when it has
+        ended."""
         with self._lock:
             self._event = text
 
@@ -224,7 +227,7 @@ class Progress:
         yield Segment(line.translate(ASCII_BAR) if options.ascii_only else line)
 
     def line(self, width: int | None) -> str:
-        """Returns the current state on one line of at most `width` characters. None: there is no limit and no bar."""
+        """Returns the progress line. width: maximum number of characters; None: no limit, and no progress bar."""
         with self._lock:
             record, event = self._record, self._event
             left = (self._steps - record["step"]) * self._pace.seconds_per_step()
@@ -254,7 +257,8 @@ def parts(record: Record, steps: int, seconds_left: float, event: str | None) ->
 
 
 def fit(pieces: list[str], fraction: float, width: int | None) -> str:
-    """Join the first pieces, as many as fit into `width` characters. A bar fills the remaining space."""
+    """Joins as many of the first pieces as fit into `width` characters. A progress bar fills the remaining space.
+    fraction: completed fraction of the run, for the bar."""
     if width is None:
         return "  ".join(pieces)
     while len(pieces) > 1 and len("  ".join(pieces)) > width:

@@ -1,4 +1,4 @@
-"""Reads a run's numbers as arrays for report.html, and thins them without losing spikes.
+"""Reads a run's metrics as arrays for report.html, and reduces the number of points without losing spikes.
 
 Shape suffixes: N recorded steps, S steps kept for the heat maps, L MoE layers, E experts.
 """
@@ -15,18 +15,18 @@ from train.metrics.jsonl import read_heads_with_loads, read_steps
 from train.metrics.names import Record, is_event
 
 POINTS = 1000
-"""Approximate maximum of points in a curve."""
+"""Approximate maximum number of points in a curve."""
 HEAT_STEPS, HEAT_CELLS = 240, 600_000
-"""Maximum columns of a heat map, and maximum cells of all expert heat maps together."""
+"""Maximum number of columns of a heat map, and maximum total number of cells of all heat maps of experts."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """Data of the figures: the scalars of every recorded step, and the values by layer of some steps."""
+    """Data of the figures: the scalar metrics of every recorded step, and the metrics by layer of some steps."""
 
     step_N: np.ndarray
     columns: Mapping[str, np.ndarray]
-    """Metric name -> values_N, NaN where absent."""
+    """Maps the name of a metric to its values_N, with NaN for steps without a value."""
     layers: Sequence[str]
     layer_step_S: np.ndarray
     layer_vio_SL: np.ndarray
@@ -35,7 +35,7 @@ class Series:
     norms: Sequence[Record] = ()
     """Records with the norms of weights and updates by layer."""
     resumes: Sequence[Record] = ()
-    """Events `resumed`, oldest first."""
+    """Events of the kind `resumed`, oldest first."""
 
     def finite(self, metric: str) -> np.ndarray:
         """Returns the finite values of a metric, in step order; empty if the metric was never measured."""
@@ -47,8 +47,8 @@ class Series:
 
 
 def thin(x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Returns about `points` points or fewer. The curve is divided into points/2 intervals, and the lowest and the
-    highest point of each interval stay."""
+    """Reduces a curve to about `points` points. The curve is divided into points/2 intervals, and the lowest and the
+    highest point of each interval are kept. A shorter curve is returned unchanged."""
     if len(x_N) <= points:
         return x_N, y_N
     kept = {0, len(x_N) - 1}
@@ -64,16 +64,16 @@ def thin(x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS) -> tuple[np.nda
 
 
 def stretch_means(x_N: np.ndarray, y_N: np.ndarray, stretches: int = POINTS // 4) -> tuple[np.ndarray, np.ndarray]:
-    """Divides the curve into intervals. Returns the mean of the finite values in each interval, placed at the middle of
-    the interval; NaN if an interval has no finite value."""
+    """Divides a curve into intervals. Returns the x value at the middle of each interval, and the mean of the finite y
+    values in each interval; NaN if an interval has no finite value. stretches: number of intervals."""
     parts = np.array_split(np.arange(len(x_N)), stretches)
     means = [float(np.mean(good)) if len(good := y_N[part][np.isfinite(y_N[part])]) else np.nan for part in parts]
     return np.array([x_N[part[len(part) // 2]] for part in parts]), np.array(means)
 
 
 def smoothed(y_N: np.ndarray) -> np.ndarray:
-    """Returns the moving average of the finite values, over a fortieth of the curve. If a value is not finite, the
-    average at its place is NaN."""
+    """Returns the moving average of the finite values, over a window of a fortieth of the curve. The average is NaN
+    where the value is not finite."""
     half = max(1, len(y_N) // 80)
     finite = np.isfinite(y_N)
     window = np.ones(2 * half + 1)
@@ -83,8 +83,8 @@ def smoothed(y_N: np.ndarray) -> np.ndarray:
 
 
 def read_series(path: Path) -> Series:
-    """Reads the scalars of every step, and the values by layer and tokens per expert of evenly spaced steps. If the
-    file is missing, the series has no steps."""
+    """Reads the series of a run from metrics.jsonl: scalar metrics of every recorded step, and metrics by layer of
+    evenly spaced steps. If the file is missing, the series has no steps."""
     heads, loaded = [], []
     for head, has_loads in read_heads_with_loads(path) if path.exists() else ():
         heads.append(head)
@@ -99,7 +99,8 @@ def read_series(path: Path) -> Series:
 
 
 def _norms(path: Path, steps: list[int]) -> list[Record]:
-    """Norm records of evenly spaced steps, at most one record for each column of a heat map."""
+    """Returns the records with norms by layer, at evenly spaced steps. steps: all steps with such a record. The result
+    has at most one record for each column of a heat map."""
     if not steps:
         return []
     wanted = {steps[i] for i in np.linspace(0, len(steps) - 1, min(HEAT_STEPS, len(steps))).round().astype(int)}
@@ -107,7 +108,8 @@ def _norms(path: Path, steps: list[int]) -> list[Record]:
 
 
 def _layers(path: Path, loaded: list[int]) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Returns layer names, steps_S, MaxVio_SL and load_SLE, for as many steps as fit in the page."""
+    """Returns layer names, steps_S, MaxVio_SL and load_SLE for evenly spaced steps. loaded: all steps with recorded
+    loads. The number of returned steps is limited by HEAT_STEPS and HEAT_CELLS."""
     if not loaded:
         return [], np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0, 0))
     (first,) = read_steps(path, {loaded[0]})
@@ -126,17 +128,19 @@ def _number(value: Any) -> float:
 
 
 def last(series: Series, name: str) -> float:
-    """Returns the newest finite value; NaN if there is none."""
+    """Returns the newest finite value of a metric; NaN if the metric has no finite value."""
     values = series.finite(name)
     return float(values[-1]) if len(values) else math.nan
 
 
 def median(series: Series, name: str) -> float:
-    """Returns the median of the values without the first tenth, which is warm-up; NaN if there is no value."""
+    """Returns the median of a metric's finite values without the first tenth, which is warm-up; NaN if the metric has
+    no finite value."""
     values = series.finite(name)
     return float(np.median(values[len(values) // 10 :])) if len(values) else math.nan
 
 
 def tail_mean(values: np.ndarray) -> float:
-    """Returns the mean of the last tenth of the values, but of at most 20 values; NaN if there is no value."""
+    """Returns the mean of the last tenth of the values, or of the last 20 values if a tenth is more. Returns NaN if
+    there is no value."""
     return float(values[-max(1, min(20, len(values) // 10)) :].mean()) if len(values) else math.nan

@@ -1,17 +1,17 @@
-"""Logs to Weights & Biases in a separate thread, so that the training does not wait. Without an account it logs
-offline.
+"""Logs to Weights & Biases in a separate thread, so that the training does not wait.
 
-The thread imports wandb (about a second), starts the run, and takes records from a queue. So neither the import nor a
-slow server delays a step, and no record is lost. After any error the thread prints one note and switches W&B off;
-metrics.jsonl still has all records.
+The thread imports wandb (about a second), starts the W&B run, and takes records from a queue. So neither the import nor
+a slow server delays a step. After any error, the thread prints one note and switches W&B off; metrics.jsonl still has
+all records.
 
-In mode `offline`, or without an API key, the W&B run is offline, and W&B does not ask for a key. With a key the run is
-online, unless the server does not answer in time. WANDB_MODE in the environment overrides `auto`.
+In mode `offline`, or without an API key, the W&B run is offline, and W&B does not ask for a key. With a key, the W&B
+run is online, unless the server does not answer in time. The variable WANDB_MODE in the environment overrides the mode
+`auto`.
 
-All attempts of a run folder are one W&B run. Its id is in wandb/run_id; its project, entity and group are in
-wandb/place.json. A resumed attempt repeats some logged steps; wandb/last_step holds the last logged step, and repeated
-steps are not logged again. After kill -9, wandb/last_step can be ahead of W&B's file by the steps of the last second,
-because W&B had not yet flushed them.
+All attempts of a run folder log to one W&B run. The file wandb/run_id has the id of the W&B run, and wandb/place.json
+has its project, entity and group. A resumed attempt repeats some steps. The file wandb/last_step has the last logged
+step, and repeated steps are not logged again. If the process is killed with kill -9, W&B may lose the steps of the last
+second, although wandb/last_step counts them as logged.
 """
 
 import os
@@ -34,27 +34,29 @@ from conf.words import harmless, one_line
 from train.checkpoint.run_folder import WANDB_PLACE, wandb_place
 from train.metrics.names import LAYER_LOAD_EVERY, Record, is_event, is_layer_metric
 
-# Items are what W&B gets in addition to step records: axes and minima, checkpoints, tables, alerts.
+# In addition to step records, W&B gets items: checkpoints, tables and alerts.
 #
-# Each item is a function of the module wandb, the run and the newest logged step, for WandbSink.write. A table is
-# logged under the next step, because W&B accepts only one row per step. A resumed run writes its own row of that step
-# into another file.
+# An item is a function with three arguments: the module wandb, the W&B run, and the newest logged step. It is passed to
+# WandbSink.write. A table is logged under the step after the newest logged step, because W&B accepts only one row per
+# step.
 
 Item = Callable[[ModuleType, Any, int], None]
 
 OVER_TOKENS = ("main_loss", "mtp_loss", "mtp_loss_*", "balance_loss")
-"""Metrics that W&B draws over trained tokens. So runs with different batch sizes are comparable."""
+"""Metrics whose x axis in W&B is the number of trained tokens, so that runs with different batch sizes are
+comparable."""
 WITH_MINIMUM = ("validation_loss", "validation_bits_per_byte")
-"""Metrics over trained tokens. Their W&B summary has the smallest value (NAME.min) and the newest value (NAME.last)."""
+"""Further metrics over the number of trained tokens. W&B's summary of a run has their smallest value (NAME.min) and
+their newest value (NAME.last)."""
 FILES = 1_000_000
-"""Maximum number of files in a checkpoint; each rank writes two or more."""
+"""Maximum number of files of a checkpoint that W&B lists. Each rank writes two or more files."""
 FIGURES = ("sequences", "tokens", "text_bytes", "loss", "perplexity", "bits_per_byte")
 
 
 def define_metrics(run: Any) -> None:
-    """Sets the axis and the summary of each metric."""
-    # W&B's summary shows the last value of each metric. `loss` gets no summary, because it changes with the weights of
-    # its parts.
+    """Sets the x axis and the summary of metrics in W&B."""
+    # By default, W&B's summary shows the last value of each metric. `loss` is left out, because it is a weighted sum
+    # whose weights may change during a run.
     run.define_metric("loss", hidden=True, summary="none", step_metric="tokens")
     for name in OVER_TOKENS:
         run.define_metric(name, step_metric="tokens")
@@ -63,7 +65,8 @@ def define_metrics(run: Any) -> None:
 
 
 def checkpoint(step: int, path: Path) -> Item:
-    """Returns an artifact that refers to the checkpoint's files: W&B gets only their names and sizes."""
+    """Returns an item that logs a checkpoint as an artifact. The artifact refers to the files of the checkpoint, and
+    W&B gets only their names and sizes."""
 
     def log(wandb: ModuleType, run: Any, _: int) -> None:
         about = {"step": step, "path": str(path), "host": socket.gethostname()}
@@ -75,7 +78,7 @@ def checkpoint(step: int, path: Path) -> Item:
 
 
 def sample_table(step: int, text: str) -> Item:
-    """A generated text, as the table `samples`."""
+    """Returns an item that logs a generated text as the table `samples`."""
 
     def log(wandb: ModuleType, run: Any, logged: int) -> None:
         run.log({"samples": wandb.Table(columns=["step", "text"], data=[[step, text]])}, step=logged + 1)
@@ -84,8 +87,8 @@ def sample_table(step: int, text: str) -> Item:
 
 
 def evaluation_tables(found: dict[str, Any]) -> Item:
-    """Returns the tables of an evaluation in the form of evaluate.json: `evaluations` and `evaluated_positions`. If the
-    evaluation has them, also `evaluated_needle` and `evaluated_tasks`."""
+    """Returns an item that logs the results of an evaluation as tables: `evaluations`, `evaluated_positions`, and, if
+    the evaluation has such results, `evaluated_needle` and `evaluated_tasks`. found: the content of evaluate.json."""
 
     def log(wandb: ModuleType, run: Any, logged: int) -> None:
         head = [found["step"], found["checkpoint"], found["weights"]]
@@ -107,7 +110,7 @@ def evaluation_tables(found: dict[str, Any]) -> Item:
 
 
 def alert(title: str, text: str) -> Item:
-    """An alert. The settings of the W&B account decide how W&B forwards it."""
+    """Returns an item that sends an alert. The settings of the W&B account decide how W&B forwards the alert."""
 
     def send(wandb: ModuleType, run: Any, _: int) -> None:
         run.alert(title=one_line(title), text=harmless(text), level=wandb.AlertLevel.WARN)
@@ -116,29 +119,33 @@ def alert(title: str, text: str) -> Item:
 
 
 ONLINE_SECONDS = 10.0
-"""Maximum wait for the server at the start."""
+"""Maximum seconds to wait for W&B's server when the run starts."""
 FINISH_SECONDS = 60.0
-"""Maximum wait for the upload of the last records at the end."""
+"""Maximum seconds to wait for the upload of the last records when the run ends."""
 FLUSH_SECONDS = 1.0
-"""Interval at which W&B writes its file. With W&B's default of 15 s, the end of a killed run would be lost."""
+"""Interval in seconds at which W&B writes records to its file. With W&B's default of 15 s, a killed run would lose its
+last 15 s."""
 WAITING_RECORDS = 10_000
 LAYER_SCALARS = ("layer_max_vio", "layer_entropy")
-"""Metrics that W&B gets for every MoE layer in every step. Tokens per expert are sent separately, as histograms."""
+"""Metrics that W&B gets for each MoE layer in each recorded step. Tokens per expert are sent separately, as
+histograms."""
 LOAD_BINS, LOAD_TOP = 40, 4.0
-"""The histogram of tokens per expert runs from 0 to 4 fair shares. Its last bin also counts all larger values."""
+"""Number of bins and upper end of the histograms of tokens per expert, in multiples of the mean number of tokens. The
+last bin also counts all larger values."""
 
 
 def wants_wandb(mode: WandbMode) -> bool:
-    """Whether the run logs to W&B at all; checked before W&B starts."""
+    """Whether the run logs to W&B, online or offline."""
     return mode != WandbMode.disabled and not (mode == WandbMode.auto and os.environ.get("WANDB_MODE") == "disabled")
 
 
 class WandbSink:
-    """Logs records and Items to the W&B run of a run folder.
+    """Logs records and items to the W&B run of a run folder.
 
-    config: the configuration that W&B shows, as plain values. group: see `place_at_wandb`. The library wandb itself
-    reads WANDB_TAGS and WANDB_NOTES. commit: the commit of the program. note: called with one sentence when W&B goes
-    offline unexpectedly or is switched off. online_seconds: maximum wait for the server, for tests.
+    config: the settings that W&B shows, as plain values. group: as in `place_at_wandb`. commit: the commit of the
+    program. note: a function that is called with one sentence if W&B unexpectedly goes offline, or if an error switches
+    W&B off. online_seconds: maximum seconds to wait for the server; tests replace it. The library wandb itself reads
+    the variables WANDB_TAGS and WANDB_NOTES.
     """
 
     def __init__(
@@ -163,12 +170,12 @@ class WandbSink:
         self._queue: queue.Queue[Record | Item | None] = queue.Queue(WAITING_RECORDS)
         self._off = False
         self.where: str | None = None
-        """Address of the run, or the folder of the offline run. It is set when the run has started."""
+        """Address of the W&B run, or folder of the offline run; None until the W&B run has started."""
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
     def write(self, record: Record | Item) -> None:
-        """Queue a record or an Item; the thread handles them in order. Returns at once."""
+        """Put a record or an item into the queue, and return at once. The thread handles the queue in order."""
         if self._off:
             return
         try:
@@ -177,7 +184,8 @@ class WandbSink:
             self._switch_off(f"{WAITING_RECORDS} records are waiting, and W&B accepts none")
 
     def close(self) -> None:
-        """Wait until all records are on disk and, if online, on the server."""
+        """Wait until W&B has written all records to disk and, if online, sent them to the server. The wait has a time
+        limit."""
         limit = self._online_seconds + FINISH_SECONDS
         try:
             self._queue.put(None, timeout=0 if self._off else limit)
@@ -212,7 +220,7 @@ class WandbSink:
                 if callable(record):
                     self._do(record, wandb, run, logged)
                     continue
-                if (resumed := record.get("resumed")) is not None:  # even if an earlier attempt has logged this step
+                if (resumed := record.get("resumed")) is not None:  # also for a step that was logged before
                     run.config.update({f"resumed_at_step_{resumed['step']}": resumed}, allow_val_change=True)
                 if record["step"] > logged:
                     run.log(to_wandb(record), step=record["step"], commit=True)
@@ -260,7 +268,7 @@ class WandbSink:
 
 
 def goes_online(mode: WandbMode, wandb: ModuleType) -> bool:
-    """Whether the run tries W&B's server; False: it is offline from the start."""
+    """Whether the W&B run tries to be online. If False, it is offline from its start."""
     if mode == WandbMode.offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
         return False
     return has_key(wandb)
@@ -284,10 +292,10 @@ def has_netrc_key(base_url: str) -> bool:
 
 
 def place_at_wandb(run_folder: Path, group: str | None = None) -> dict[str, str | None]:
-    """Project, entity and group of the W&B run of a run folder. They come from the first attempt, or in this first
-    attempt from the environment.
+    """Returns the project, the entity and the group of a run folder's W&B run. The first attempt reads them from the
+    environment and stores them; later attempts read the stored values.
 
-    group: W&B's group, unless WANDB_RUN_GROUP is set.
+    group: the W&B group, if the variable WANDB_RUN_GROUP is not set.
     """
     return wandb_place(run_folder) or {
         "project": os.environ.get("WANDB_PROJECT", "sluice"),
@@ -297,7 +305,7 @@ def place_at_wandb(run_folder: Path, group: str | None = None) -> dict[str, str 
 
 
 def run_id(run_folder: Path) -> str:
-    """Returns the W&B id of a run folder, created at its first attempt."""
+    """Returns the W&B id of a run folder. The first attempt creates the id and stores it."""
     path = run_folder / "wandb" / "run_id"
     if not path.exists():
         atomic_write_text(path, secrets.token_hex(4) + "\n")
@@ -329,8 +337,8 @@ def layer_key(layer: str) -> str:
 
 
 def load_histogram(load: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the histogram of the layer's tokens per expert, in multiples of the fair share: the number of experts in
-    each bin, and LOAD_BINS + 1 edges."""
+    """Returns the histogram of the tokens per expert in one or more layers: the number of experts in each bin, and the
+    LOAD_BINS + 1 edges of the bins. Tokens are counted in multiples of the layer's mean tokens per expert."""
     counts_LE = np.array([np.asarray(row, np.float64) for row in load.values()])
     shares_LE = counts_LE / np.maximum(counts_LE.mean(axis=1, keepdims=True), 1e-9)
     return np.histogram(np.minimum(shares_LE, LOAD_TOP), bins=LOAD_BINS, range=(0.0, LOAD_TOP))

@@ -1,7 +1,8 @@
-"""Writes the metrics of a step to metrics.jsonl, the terminal, and Weights & Biases.
+"""Writes the metrics of each step to metrics.jsonl, to the terminal, and to Weights & Biases.
 
-The trainer of the logging rank opens one MetricsWriter and passes it one flat record per step, with names as in
-train/metrics/names.py. The sinks are independent, and an error in a sink does not stop the training.
+The logging rank opens one MetricsWriter, and passes it one flat record per step, with the names of
+train/metrics/names.py. The writer passes the records to its sinks, such as metrics.jsonl. The sinks are independent,
+and an error in a sink does not stop the training.
 """
 
 import subprocess
@@ -28,19 +29,19 @@ from train.show.wandb_sink import Item, WandbSink, alert, wants_wandb
 
 # While a run trains, a separate low-priority process writes report.html, so that no step waits for it.
 #
-# This process uses a core for some seconds. The pause before the next report process is at least ten times as long as
-# the last one ran.
+# The report process uses a core for some seconds. After it ends, the next report process starts after a pause of at
+# least IDLE_TIMES times the duration of the last one.
 
 REPORT_EVERY = 300.0
 """Minimum seconds between the starts of two report processes while the run trains."""
 FIRST_REPORT = 60.0
 """Seconds from the start of the run to the first report process."""
 IDLE_TIMES = 10.0
-"""Minimum ratio of the pause after a report process to the time that this process ran."""
+"""Minimum pause after a report process, divided by the duration of this process."""
 
 
 class ReportSink:
-    """Starts processes that write report.html, at intervals while the run trains. `close` ends a running process."""
+    """Sink that regularly starts a process which writes report.html while the run trains."""
 
     def __init__(self, run_folder: Path, every: float = REPORT_EVERY):
         """every: minimum seconds between the starts of two report processes."""
@@ -50,8 +51,7 @@ class ReportSink:
         self._next = self._began + min(FIRST_REPORT, every)
 
     def write(self, record: Record) -> None:
-        """Start a report process if the interval since the last one has passed. The training process does not wait for
-        the report."""
+        """Start a report process if it is time for a new report. The training process does not wait for the report."""
         now = time.monotonic()
         if self._child is not None and self._child.poll() is not None:
             self._child = None
@@ -63,7 +63,7 @@ class ReportSink:
             self._began = now
 
     def close(self) -> None:
-        """End a running report process, so that its report cannot replace the final report."""
+        """End the report process if one runs, so that its report cannot replace the final report of the run."""
         if self._child is not None:
             self._child.kill()
             self._child.wait()
@@ -73,7 +73,7 @@ class ReportSink:
 
 
 SELDOM = {"validation_loss", "weight_norm"}
-"""Metrics that only a few steps measure. Every record with such a metric goes to the sinks."""
+"""Metrics that only a few steps measure. The sinks get every record with such a metric."""
 
 
 class Sink(Protocol):
@@ -83,7 +83,8 @@ class Sink(Protocol):
 
 
 class MetricsWriter:
-    """Passes records to sinks. Use it as a context manager, so that the terminal stays readable after an exception."""
+    """Passes records to the terminal and to sinks. Use it as a context manager, so that an exception closes the sinks
+    and the progress line."""
 
     def __init__(
         self,
@@ -96,11 +97,12 @@ class MetricsWriter:
         extra: Callable[[], Record] = dict,
         alerts: str | None = None,
     ):
-        """every: interval, in steps, between records that the sinks get. The sinks always get the first step, the last
-        step and each step with a metric in SELDOM.
+        """Opens the writer. The terminal gets every record; the sinks get only some records.
 
-        The terminal shows every record. first: events for the first record. extra: returns further scalars for the
-        sinks. alerts: beginning of the titles of W&B alerts; None: no alerts are sent.
+        every: interval, in steps, between the records that the sinks get. The sinks also get the first step, the last
+        step, and each step with a metric in SELDOM. last_step: number of the last step. first: events to add to the
+        first record. extra: a function that returns further scalars to add to each record for the sinks. alerts: text
+        at the beginning of the titles of W&B alerts; None: no alerts are sent.
         """
         self._sinks, self._progress, self._extra = list(sinks), progress, extra
         self._every, self._last_step, self._first = every, last_step, first or {}
@@ -122,7 +124,8 @@ class MetricsWriter:
         return due
 
     def event(self, text: str | None) -> None:
-        """Shows what the run does other than steps (`validation`, `checkpoint`). None: this activity has ended."""
+        """Shows what the run does besides steps. text: name of the activity, such as `validation`; None when it has
+        ended."""
         self._progress.event(text)
 
     def note(self, text: str) -> None:
@@ -130,7 +133,7 @@ class MetricsWriter:
         self._progress.note(text)
 
     def show(self, item: Item) -> None:
-        """Sends an Item to W&B."""
+        """Sends an item to W&B, if the run logs to W&B."""
         if self._wandb is not None:
             self._wandb.write(item)
 
@@ -180,10 +183,10 @@ def what_ended(error: BaseException) -> str:
 def open_writer(
     config: Config, run_folder: Path, *, resumed_step: int = 0, resumed: Record | None = None
 ) -> MetricsWriter:
-    """Opens a writer with the sinks that config.log selects. resumed_step: last step in the loaded checkpoint, 0 for a
-    new run.
+    """Opens a writer with the sinks that config.log selects.
 
-    resumed: the origin of the run and the settings that differ from the earlier run, as in train/metrics/names.py.
+    resumed_step: step of the loaded checkpoint; 0 for a new run. resumed: the event `resumed` of
+    train/metrics/names.py, with the changed settings; None for a new run.
     """
     name = config.name or run_folder.name
     progress = Progress(name, config.steps, enabled=config.log.progress, done=resumed_step)
@@ -216,8 +219,8 @@ def open_writer(
 
 
 def _with_steps_again(metrics: Path, resumed_step: int, resumed: Record | None) -> Record | None:
-    """Returns `resumed` with two more entries about the recorded steps after the resumed step, which the run repeats:
-    their number, and the time of the last record."""
+    """Returns the event `resumed`, with two more entries if metrics.jsonl has steps after the resumed step. The run
+    repeats these steps. The entries are the number of these steps, and the time of the last record."""
     last = read_last(metrics)
     again = last.get("step", 0) - resumed_step
     if again <= 0:
@@ -228,8 +231,8 @@ def _with_steps_again(metrics: Path, resumed_step: int, resumed: Record | None) 
 def open_wandb(
     config: Config, run_folder: Path, note: Callable[[str], None], settings: Mapping[str, Any] | None = None
 ) -> WandbSink:
-    """Opens the W&B run of a run folder. note: prints a sentence at the terminal. settings: the configuration that W&B
-    shows."""
+    """Opens the W&B run of a run folder. note: a function that prints a sentence on the terminal. settings: the
+    settings that W&B shows."""
     starts = read_starts(run_folder)
     name = config.name or run_folder.name
     return WandbSink(
@@ -244,8 +247,8 @@ def open_wandb(
 
 
 def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
-    """Send the alert that a run has finally failed, in the cases where rank 0 cannot send it: on a cluster, or after a
-    hang."""
+    """Send a W&B alert that a run has failed and is not restarted, if rank 0 cannot send it. This is so for runs with
+    Ray, and after a hang. code: exit code of the run."""
     text = last_failure(run_folder) if config.cluster.backend == "ray" else _hang_of(run_folder)
     if text and wants_wandb(config.log.wandb) and (run_folder / "wandb" / "run_id").is_file():
         sink = open_wandb(config, run_folder, lambda text: say(text, file=sys.stderr))
@@ -254,7 +257,8 @@ def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
 
 
 def _hang_of(run_folder: Path) -> str:
-    """Returns the sentence about the hang that ended the run's newest start; empty if no hang ended this start."""
+    """Returns the sentence about the hang that ended the newest start of the run. Returns an empty string if this start
+    did not end with a hang."""
     _, incident = newest_incident(run_folder / "logs") or (None, {})
     begun = next((start["time"] for start in reversed(read_starts(run_folder))), 0.0)
     return incident["text"] if incident.get("kind") == Kind.hang.value and incident["time"] >= begun else ""
