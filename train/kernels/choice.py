@@ -40,7 +40,7 @@ gives TRIED_SCORE."""
 ATTENTION_RESULTS = "its result", "its log-sum-exp", "dq", "dk", "dv"
 
 ATTENTION_PARTS = "whole sequences", "documents", "blocks of keys"
-"""Kinds of attention that a run may need. It needs "blocks of keys" only if ranks share sequences."""
+"""Kinds of attention that a run may need. A run needs "blocks of keys" only if ranks share sequences."""
 
 CORES: dict[str, AttentionCore] = {
     "cuDNN's attention": CudnnAttention(),

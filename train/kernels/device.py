@@ -44,8 +44,7 @@ def check_memory(config: Config, state_bytes: int) -> None:
 def usable_gpu(wanted: str) -> bool:
     """Returns whether runs can use a GPU. wanted: the value of cluster.device, auto or cuda.
 
-    Raises UserError if torch cannot use a GPU that is required or present, and if Triton cannot start kernels on the
-    GPU.
+    Raises UserError in the same cases as `sees_gpu`, and if Triton cannot start kernels on the GPU.
     """
     if not sees_gpu(wanted):
         return False
@@ -56,8 +55,8 @@ def usable_gpu(wanted: str) -> bool:
 def sees_gpu(wanted: str) -> bool:
     """Returns whether torch can use a GPU. Does not check Triton.
 
-    Raises UserError if torch cannot use a GPU that is required, or that is present with a torch that is built with
-    CUDA.
+    Raises UserError if torch cannot use a GPU, but cluster.device requires a GPU. Also raises it if the machine has a
+    GPU and torch is built with CUDA, but torch cannot use the GPU.
     """
     import torch
 

@@ -38,7 +38,7 @@ def check_gpu(config: Config) -> None:
 
 
 def require_dispatch(config: Config) -> None:
-    """Raises UserError if the package that the dispatch needs is not installed."""
+    """Raises UserError if the package that the setting parallel.dispatch needs is not installed."""
     package = config.parallel.dispatch_facts.package
     if package is not None and config.parallel.ep > 1 and importlib.util.find_spec(package) is None:
         rule = f"needs the package {package}, which is not installed"

@@ -11,11 +11,11 @@ from train.model.operations import Kernels
 def build_precision(
     precision: Precision, device: torch.device, kernels: Kernels, recompute_swiglu: bool = True
 ) -> HighPrecision | Fp8Precision:
-    """Builds the object that computes the model's matmuls. precision: a checked section. Raises UserError if this
-    device does not support FP8.
+    """Builds the object that computes the model's matmuls. Raises UserError if this device does not support FP8.
 
-    kernels: the model's kernels on this device; see train/kernels/choice.py. recompute_swiglu: whether experts in fp32
-    or bf16 recompute their SwiGLU output in backward. In FP8 they always recompute it.
+    precision: the section `precision` of a checked configuration. kernels: the model's kernels on this device; see
+    train/kernels/choice.py. recompute_swiglu: whether experts in fp32 or bf16 recompute their SwiGLU output in
+    backward. In FP8 they always recompute it.
     """
     if precision.fp8 is not None:
         return Fp8Precision(precision.fp8, device, kernels)

@@ -125,7 +125,7 @@ ADDED = {"weight": "added", "w13": "added_up", "w2": "added_down"}
 
 
 def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: int) -> None:
-    """Freeze the weights of a chunk, and add LoRA A and B to the target weights.
+    """Freeze the weights of a chunk, and add LoRA matrices A and B to the target weights.
 
     The values of A depend on the name of the weight, so they are equal in every layout. On the meta device, which plans
     use, no values are drawn.

@@ -1,7 +1,8 @@
 """Defines the interface of the attention core, softmax(scale q k^T) v. Each query sees some of the keys.
 
-train/kernels implements the core. Rectangles (train/model/sequence.py) describe which queries see which keys. A
-complete sequence or a packed document is a square with a diagonal. Ranks that share sequences use arbitrary rectangles.
+train/kernels implements the core. Rectangles (train/model/sequence.py) describe which queries see which keys. The
+rectangle of a complete sequence or a packed document is a square. Its queries see the keys up to the diagonal. Ranks
+that share sequences use arbitrary rectangles.
 
 The core computes no scores above a diagonal or between documents, and stores no mask. Backward recomputes the
 probabilities p from l, the log-sum-exp of a query's scores. A caller may pass an l that includes the scores of other
@@ -30,9 +31,9 @@ class AttentionInput(NamedTuple):
     scale: float
     seen: SeenKeys
     watch: "LargestScores | None" = None
-    """Receives the scores of training calls."""
+    """Records the largest scores of training calls; None if no code needs them."""
     lse: "KeptLse | None" = None
-    """Receives the log-sum-exp of the scores."""
+    """Stores the log-sum-exp of the scores; None if no code needs it."""
 
 
 class KeptLse:
@@ -42,11 +43,11 @@ class KeptLse:
 
 
 class LargestScores:
-    """Records the largest scaled score of each head over all calls since `clear`, in `most_H` (fp32).
+    """Records the largest scaled score of each head in `most_H` (fp32), over all calls since the last call of `clear`.
 
     limit: an attention core may return the log-sum-exp of a query instead of its largest score, if the log-sum-exp is
-    at most `limit`. The log-sum-exp is an upper bound of the scores. A core that does not compute the largest score can
-    so avoid a second computation of the scores.
+    at most `limit`. The log-sum-exp is an upper bound of the scores. Because of this rule, a core that does not return
+    the largest scores need not compute small scores a second time.
     """
 
     def __init__(self, heads: int, limit: float, device: torch.device):

@@ -39,8 +39,8 @@ from train.model.token_losses import LossTokens, TokenLoss
 
 
 class Losses:
-    """Sums up the losses of the micro-batches since `clear`, without gradient. The sums stay on the device until they
-    are read."""
+    """Sums up the losses of all micro-batches since the last call of `clear`, without gradient. The sums stay on the
+    device until they are read."""
 
     def __init__(self, depths: int):
         self._depths = depths
@@ -105,8 +105,8 @@ class ModelOutputs:
 
 
 class Head(nn.Module):
-    """The output head. One call computes the losses of all depths, because every call of a module may gather its
-    weights."""
+    """The output head. One call computes the losses of all depths, because every call of a module may gather the
+    module's weights from other ranks."""
 
     def __init__(self, width: int, vocab_size: int, chunk: int, kernels: Kernels, **factory):
         super().__init__()
@@ -184,7 +184,7 @@ class Head(nn.Module):
         if rows_N is not None:
             if not len(rows_N):
                 # Use one row that has no effect on the loss. Without a row, the graph would be incomplete, and other
-                # ranks would wait forever in backward. Its temperature is 1.
+                # ranks would wait forever in backward. The temperature of this row is 1.
                 rows_N, temperature_N = rows_N.new_zeros(1), None
             hidden_ND, targets_N = hidden_ND.index_select(0, rows_N), targets_N.index_select(0, rows_N)
             temperature_N = None if temperature_N is None else temperature_N.index_select(0, rows_N)
@@ -416,7 +416,7 @@ class DeepSeekV3(nn.Module):
         supervised_BS: Tensor | None,
         tensors_BS: dict[str, Tensor],
     ) -> Tensor:
-        """Run `forward` at `positions`."""
+        """Compute what `forward` returns, for these positions of the sequences."""
         embedding_BTD = None
         if self.has_embedding or self._depths:
             assert tokens_BS is not None

@@ -42,7 +42,7 @@ class IndexVectors(NamedTuple):
     q_BTHI: Tensor
     k_BSI: Tensor
     w_BTH: Tensor
-    """The head weights w of the module docstring, fp32, already multiplied by heads^-0.5 and head_dim^-0.5."""
+    """The weight w of each indexer head, fp32, already multiplied by heads^-0.5 and head_dim^-0.5."""
 
 
 class LayerNorm(nn.Module):
@@ -59,7 +59,7 @@ class LayerNorm(nn.Module):
 
 
 class Indexer(nn.Module):
-    """The indexer of one layer. `loss` is the sum of its training losses since `clear`."""
+    """The indexer of one layer. `loss` is the sum of its training losses since the last call of `clear`."""
 
     def __init__(self, config: Model, precision: LayerPrecision, **factory):
         super().__init__()
@@ -199,7 +199,7 @@ class LearnAlone(Function):
 def index_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor, elements: int) -> Tensor:
     """Compute the scores I of one sequence, fp32 (C, S).
 
-    elements: maximum number of elements of all heads that are computed at a time.
+    elements: maximum number of products (query, key, head) that are in memory at the same time.
     """
     scores_CS = torch.zeros(len(q_CHI), len(k_SI), device=q_CHI.device)
     for heads in head_slices(w_CH.size(1), scores_CS.numel(), elements):
@@ -209,15 +209,16 @@ def index_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor, elements: int) -> Te
 
 
 def head_slices(heads: int, each: int, elements: int) -> Iterator[slice]:
-    """Split the heads into slices. A slice has at most `elements` elements, or one head. each: number of elements of
-    one head."""
+    """Split the heads into slices. A slice has at most `elements` elements, but at least one head. each: number of
+    elements of one head."""
     count = max(1, elements // max(1, each))
     for first in range(0, heads, count):
         yield slice(first, min(first + count, heads))
 
 
 def best_keys(scores_TS: Tensor, top_k: int) -> Tensor:
-    """Return the indices of the top_k largest scores of the last axis, ascending, int32 (..., top_k).
+    """Return the indices of the top_k largest scores along the last axis, in ascending order of the index: int32 (...,
+    top_k).
 
     If scores are equal, the lower index wins. If fewer than top_k scores are above -inf, -1 fills the end of the row.
     """

@@ -5,7 +5,7 @@ expert. So every layout of chunks and ranks starts from the same model. Each dev
 For a layer of DeepSeek-V3, a CPU needs half a minute, and a GPU needs a negligible time.
 
 All CPUs draw the same numbers, and all GPUs of one kind draw the same numbers. A CPU and a GPU, or GPUs of two kinds,
-draw different numbers: torch's GPU generator distributes the numbers by the count of multiprocessors.
+draw different numbers, because the numbers of torch's GPU generator depend on the count of multiprocessors.
 """
 
 import hashlib

@@ -22,7 +22,7 @@ class HeldInput(NamedTuple):
     """The input of a linear layer in the form that is saved for backward."""
 
     source: Any
-    """The input in a form that only the precision object reads."""
+    """The input in a form that only the `LayerPrecision` object reads."""
     tensors: Sequence[Tensor]
     """The tensors that contain the saved input."""
     values: Callable[..., Tensor]
@@ -185,7 +185,7 @@ class RMSNorm(nn.Module):
         y = self(x)
         if not (self._recompute and torch.is_grad_enabled()):
             return y, nullcontext()
-        # Do not read the weight before backward, because ZeRO 3 may free its memory in between.
+        # Read the weight in backward and not here, because ZeRO 3 may free the weight's memory until backward.
         return y, RecomputedOutputs(lambda source: self._kernels.rms_norm(source, self.weight, self._eps)[0], (x,), y)
 
 

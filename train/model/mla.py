@@ -10,8 +10,8 @@ rope key]. For each head, q_up computes [nope | rope], and kv_up computes [nope 
 matrix `q` computes the queries from x directly.
 
 With sparse attention, a query attends to the keys that an indexer chooses (indexer.py). The indexer belongs to this
-layer or to an earlier layer. With chosen keys, chosen_attention.py computes attention from the latents, and no keys and
-values of the heads are computed.
+layer or to an earlier layer. In this case chosen_attention.py computes attention directly from the latents, without
+keys and values for each head.
 
 Shapes: B sequences, T positions, D width, H heads, Q qk width = nope + rope, R rope width, V value width.
 """
@@ -179,7 +179,7 @@ class MLA(nn.Module):
         x_BTX = out_BHTV.transpose(1, 2).flatten(2)
         held, heads = self.out.hold(x_BTX), out_BHTV.size(1)
         if held is not None:
-            values = held.values  # read now, because another object may hold the tensors before backward needs them
+            values = held.values  # so that the function below does not keep held.tensors in memory
             saved.replace(
                 out_BHTV, lambda *kept: values(*kept).unflatten(-1, (heads, -1)).transpose(1, 2), *held.tensors
             )
@@ -202,7 +202,7 @@ class MLA(nn.Module):
         If the model has no q_rank, q_latent is already the query.
         """
         if self._config.q_rank is None:
-            q = q_latent.clone() if self._recompute_up else q_latent  # backward calls this again with the same tensor
+            q = q_latent.clone() if self._recompute_up else q_latent  # backward calls this method again with q_latent
         else:
             q_latent, remake = self.q_norm.with_remake(q_latent)
             with remake:

@@ -76,8 +76,8 @@ class OffloadedBlock(SavedContext):
                     one.leave(sent)
 
     def _place(self, kept: "weakref.ref[_OnHost | Slot]") -> "_OnHost | None":
-        """Return the entry of a tensor that is still needed, or None. If an inner context saved the tensor, create the
-        entry now."""
+        """Return the entry of a saved tensor that must go to the host, or None. If an inner context saved the tensor,
+        create the entry now."""
         found = kept()
         if isinstance(found, Slot):
             return found.hand_over(_OnHost) if found.tensor is not None and self._goes(found.tensor) else None

@@ -45,7 +45,7 @@ class Kernels(Protocol):
     """Computes the operations of the model on one kind of machine."""
 
     parts: tuple[str, ...]
-    """The parts of a step that use compiled code. The names are keys of `train.kernels.cpu.libraries.LIBRARY_NAMES`."""
+    """The parts of a step that use compiled code. The names are from `train.kernels.cpu.libraries.LIBRARY_NAMES`."""
     core: AttentionCore
     """Computes attention."""
 
@@ -168,8 +168,8 @@ class Kernels(Protocol):
         """Return x W^T. Differentiable."""
 
     def matmul(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
-        """Return left @ right^T: a tensor (O, N). into_ON: a tensor of this dtype; the method adds the result to it and
-        returns it."""
+        """Return left @ right^T: a tensor (O, N) of this dtype. into_ON: a tensor of the same dtype; the method adds
+        the result to it and returns it."""
 
     def groups(self, counts_E: Tensor, dtype: torch.dtype) -> ExpertGroups:
         """Return the argument `groups` of the two grouped GEMMs below, for operands in `dtype`. counts_E: number of

@@ -144,7 +144,7 @@ class RecomputedOutputs(SavedContext):
             self._waiting = self._saved
         base = self._made[index]
         self._waiting -= 1
-        if self._waiting == 0:  # the last reader; another backward pass would compute the result again
+        if self._waiting == 0:  # all saved tensors are read; another backward pass would compute the result again
             self._made = None
         return base.as_strided(size, stride, base.storage_offset())
 

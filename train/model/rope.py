@@ -1,12 +1,12 @@
 """Rotary position embedding on adjacent pairs (paper 2.1.1), and its extension by YaRN (paper 4.3).
 
 Pair j of the R rope elements at position t rotates by the angle t * theta^(-2j/R), as a complex multiplication in fp32.
-YaRN changes the frequencies of the pairs. Fast pairs keep their frequency, and slow pairs have it divided by `factor`.
-For the pairs in between, YaRN interpolates linearly.
+YaRN changes the frequencies of the pairs. Fast pairs keep their frequency. The frequency of slow pairs is divided by
+`factor`. For the pairs in between, YaRN interpolates linearly.
 
-YaRN also increases the attention scores at long lengths, in one of two ways. DeepSeek scales complete queries and keys
-by `mscale`. The YaRN paper (3.4) scales only the rotated parts of queries and keys, by `attention_factor`. A model may
-use both. Mistral Large 3 instead scales each query by a factor that grows with the query's position (`Rope.grow`).
+YaRN also increases the attention scores. There are two ways, and a model may use both. DeepSeek scales complete queries
+and keys by `mscale`. The YaRN paper (3.4) scales only the rotated parts of queries and keys, by `attention_factor`.
+Mistral Large 3 uses neither; it scales each query by a factor that grows with the query's position (`Rope.grow`).
 
 Shapes: B sequences, T positions, H heads, R rope width, Q qk width, V value width.
 """
@@ -95,7 +95,7 @@ class Rope:
 def rotate(x_BTHR: Tensor, table: Tensor) -> Tensor:
     """Multiply adjacent pairs of the last axis by the complex table (T, R/2). The result is fp32.
 
-    Backward passes table.conj().
+    To compute gradients, the caller passes table.conj().
     """
     pairs = torch.view_as_complex(x_BTHR.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * table.unsqueeze(1)).flatten(-2)

@@ -110,7 +110,7 @@ class Router(nn.Module):
         self.balance_loss.zero_()
 
     def entropy(self) -> Tensor:
-        """Return the entropy, in nats, of the experts' mean normalised scores since `clear`.
+        """Return the entropy, in nats, of the experts' mean normalised scores since the last call of `clear`.
 
         If all experts have the same mean score, the entropy is log(experts).
         """

@@ -42,8 +42,8 @@ class SequenceShare(Protocol):
     """Index r of this process."""
 
     def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> PendingGather:
-        """Start to gather every piece j, with values (B, rows[j], X), in order. own_BTX: the values of the two local
-        pieces."""
+        """Start to gather the values of all pieces, in order. Piece j has the shape (B, rows[j], X). own_BTX: the
+        values of the two local pieces."""
 
     def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
         """Sum each piece over all processes. Return the sums of the local pieces, (B, local positions, X).
@@ -59,7 +59,7 @@ class Rectangle(NamedTuple):
     """A range of queries and a range of keys. Query i sees each key j with j - first_key <= i - first_query + before.
 
     i is the index of a local position, and j is the index of a position in a block of keys. sequence: index of the
-    sequence; None for all sequences.
+    sequence; None for all sequences. before: number of keys in the range that are earlier than the first query.
     """
 
     sequence: int | None
@@ -236,7 +236,7 @@ class Positions:
     def shorter(self, by: int) -> "Positions":
         """Return the positions without the last `by` positions of each sequence, for an MTP depth.
 
-        The first `count` local positions remain. MTP modules do not replay recorded experts or keys, because inference
+        Only the last local positions are removed. MTP modules do not replay recorded experts or keys, because inference
         engines do not record the choices of MTP modules.
         """
         documents_BT = None if self.documents_BT is None else self.documents_BT[:, :-by]
@@ -245,7 +245,8 @@ class Positions:
         return replace(self, length=self.length - by, whole=whole, **changes)
 
     def take(self, x: Tensor, shift: int = 0) -> Tensor:
-        """Return x at the local positions plus `shift`. x: values of complete sequences, (B, S, ...)."""
+        """Return the entries of x at the local positions, shifted by `shift` positions. x: values of complete
+        sequences, (B, S, ...)."""
         return _joined([x[:, piece.start + shift : piece.stop + shift] for piece in self.here])
 
     def take_with_next(self, x: Tensor, more: int) -> Tensor:
@@ -283,8 +284,8 @@ class Positions:
 
     @cached_property
     def seen(self) -> list[SeenKeys]:
-        """For each piece as a block of keys, describes which local queries see which of the piece's keys. If complete
-        sequences are local, the list has one piece."""
+        """One entry for each piece. It describes which local queries see which keys of the piece. If complete sequences
+        are local, there is one piece."""
         return [SeenKeys(self._rectangles(block)) for block in self.pieces]
 
     @cached_property

@@ -143,7 +143,8 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
-    """Update with torch's fused kernel, in one pass over memory. Afterwards the gradient is multiplied by `factor`.
+    """Update with torch's fused kernel, in one pass over memory. The function also multiplies the gradient by `factor`
+    in place.
 
     If the moments have another dtype than fp32, they are copied to fp32 and back, chunk by chunk.
     """
@@ -189,7 +190,8 @@ def _update_on_gpu(
 
 
 def _settings(group: dict, count: int, factor: Tensor | float | None) -> dict[str, float]:
-    """Returns the factors of update number `count`. train/kernels/cpu/adamw.cpp explains them in `Settings`."""
+    """Returns the coefficients of update number `count`. The struct `Settings` in train/kernels/cpu/adamw.cpp explains
+    them."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     return {
         "factor": 1.0 if factor is None else float(factor), "lerp": 1 - beta1,

@@ -48,8 +48,8 @@ STACKS: dict[str, MatrixStack] = {
     r"attention\.kv_down\.": MatrixStack(lambda m, _: [m.kv_rank, m.rope_head_dim]),
     r"\.w13(\.|$)": MatrixStack(lambda _, rows: [rows // 2] * 2),
 }
-"""Maps a pattern of weight names to the stack of these weights. A weight whose name matches no pattern is one
-matrix."""
+"""Maps a pattern to the `MatrixStack` of all weights whose names match the pattern. A weight whose name matches no
+pattern is one matrix."""
 
 
 def logical_matrices(name: str, shape: Sequence[int], model: Model, by_head: bool) -> list[LogicalMatrix]:
@@ -79,7 +79,7 @@ def _ranges(sizes: Sequence[int]) -> list[range]:
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-# Newton-Schulz iteration. It computes the orthogonal factor of a matrix; Muon applies it to the momentum.
+# Newton-Schulz iteration, which computes the orthogonal factor of a matrix. Muon applies the iteration to the momentum.
 #
 # With G = U S V^T, each step applies the same odd polynomial to all singular values and keeps U and V:
 #
@@ -122,8 +122,8 @@ ITERATIONS: dict[str, tuple[Coefficients, ...]] = {
 def orthogonalise(g_BMN: Tensor, iteration: str) -> Tensor:
     """Returns the orthogonal factor of each matrix. The matmuls and the result have the dtype of g.
 
-    Each matrix is first divided by its largest element, and then by its norm. So its norm does not overflow or
-    underflow, even for the largest and smallest numbers of the dtype.
+    Each matrix is first divided by its largest element, and then by its norm. So the norm cannot overflow or underflow,
+    even for the largest and smallest numbers of the dtype.
     """
     x_BMN = g_BMN / _or_one(g_BMN.abs().amax((-2, -1), keepdim=True))
     x_BMN = x_BMN / _or_one(torch.linalg.matrix_norm(x_BMN, keepdim=True))

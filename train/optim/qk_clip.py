@@ -65,6 +65,6 @@ class QKClip:
 
 
 def _by_rows(*parts: tuple[Tensor, int]) -> Tensor:
-    """Concatenates, for each head, the rows' factors of all parts. parts: the factor of each head, and the part's
-    number of rows."""
+    """Returns the factor of each row. The rows of a head follow one another, part by part. parts: for each part, the
+    factors of the heads, and the number of rows that the part has in a head."""
     return torch.cat([factor_H.unsqueeze(1).expand(-1, rows) for factor_H, rows in parts], 1).flatten()

@@ -31,7 +31,7 @@ from train.kernels.cpu.cpp_function import (
 from train.kernels.cpu.libraries import library
 
 NO_SCALES = (None, 0)
-"""An operand's scales and their shift if all scales are 1."""
+"""Scales and shift of an operand without scales."""
 
 
 def _operand(side: str, matrices: str, outer: str) -> dict[str, Parameter]:

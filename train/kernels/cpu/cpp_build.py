@@ -2,8 +2,8 @@
 
 A compiler on this machine (CXX, g++ or clang++) builds the libraries, so that loops use the widest vectors of the CPU.
 A library is stored in $SLUICE_CACHE/kernels. Its name is a hash of everything that determines its code, including the
-CPU's features. Sluice does not load a library that another user could have written, because it would run that user's
-code with the rights of this user.
+CPU's features. Sluice does not load a library that another user could have written. Otherwise that user could run code
+with the rights of the user who starts Sluice.
 """
 
 import ctypes
@@ -46,7 +46,8 @@ class CppSource:
     """A C++ file to compile, and texts for the error if it cannot be compiled.
 
     flags: compiler flags in addition to COMPILER_FLAGS. headers: Sluice's headers that the file includes. field: the
-    setting that requires the library. without: the setting that makes the run work without the library, and its effect.
+    setting that requires the library. without: a setting with which the run does not need the library, and the effect
+    of this setting.
     """
 
     path: Path
@@ -60,7 +61,7 @@ def load_library(source: CppSource) -> ctypes.CDLL:
     """Loads the library, and builds it if it is missing. Raises UserError if it cannot be built, stored or loaded."""
     path = _built(source)
     try:
-        handle = os.open(path, os.O_RDONLY)  # stays open, so that no later file gets the same name for the loader
+        handle = os.open(path, os.O_RDONLY)  # never closed, because no later file may get its descriptor number
         _require_own(os.fstat(handle), path, source)
         name = (
             f"/proc/self/fd/{handle}" if sys.platform.startswith("linux") else str(path)

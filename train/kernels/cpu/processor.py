@@ -14,8 +14,9 @@ SPINS = "10000"
 microseconds. By default, a thread spins for milliseconds, which slows other processes on the same cores. With ten
 processes, a matmul took three times as long."""
 PRIMITIVES = "16"
-"""Number of prepared matmuls in torch's cache. oneDNN has a cache of its own with 1024 more. torch's default is 1024
-too, which needs 160 MB more memory in a run of `tiny`, and does not make steps faster."""
+"""Size of torch's cache of oneDNN primitives. A primitive is a matmul that is prepared for one shape. oneDNN itself
+caches 1024 more. torch's default is 1024 too. This default needs 160 MB more memory in a run of `tiny`, and does not
+make steps faster."""
 
 CUDA_VARIABLES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "TORCH_NCCL_HIGH_PRIORITY": "1"}
 """Environment variables for CUDA and NCCL. A step uses up to ten streams, but by default CUDA has only eight
@@ -24,8 +25,8 @@ priority to the streams that NCCL creates. Dispatch and combine of the experts n
 
 
 def tune_cpu() -> None:
-    """Let waiting threads sleep soon, let the process reuse freed memory, and limit torch's cache of prepared
-    matmuls."""
+    """Let waiting threads sleep soon, let the process reuse freed memory, and limit torch's cache of oneDNN
+    primitives."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     os.environ.setdefault("LRU_CACHE_CAPACITY", PRIMITIVES)
     _tune_malloc()
@@ -56,8 +57,9 @@ def cpu_name() -> str:
 def _tune_malloc() -> None:
     """Let glibc's allocator reuse freed memory instead of unmapping it. Does nothing on systems without glibc.
 
-    Without this, each step would return its memory to the kernel, and page faults would allocate it again. The value -1
-    disables trimming. The largest other value is 2 GB. A step of a large model frees more than 2 GB at once.
+    Without this, each step would return its memory to the kernel, and page faults would allocate it again. A trim
+    threshold of -1 means that no memory is returned. The largest other threshold is 2 GB, but a step of a large model
+    frees more than 2 GB at once.
     """
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if hasattr(libc, "mallopt"):

@@ -123,7 +123,7 @@ class CpuEngine:
 
 
 def _common(left: CpuOperand, right: CpuOperand, result: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Converts both operands to one dtype. It represents both operands exactly, and is fp32 if the result is fp32.
+    """Converts both operands to a dtype that represents both exactly. If the result is fp32, this dtype is fp32.
 
     torch rounds the result of a matmul to the dtype of its operands, so an fp32 result needs fp32 operands.
     """

@@ -48,7 +48,7 @@ quantised tensor."""
 
 
 SourceForm = tuple[Cast, torch.Size] | Cast | None
-"""Everything of a source except its tensors. `unpack_sources` rebuilds the source from it and the tensors."""
+"""The data of a source without its tensors. `unpack_sources` rebuilds the source from this data and the tensors."""
 
 
 def pack_sources(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
@@ -151,8 +151,7 @@ class HeldWeights:
 
     A layer uses a weight in two casts: as stored for Fprop, and transposed for Dgrad. Weights change only between
     steps, so all micro-batches of a step can use the same operands. The first step builds each operand at its first
-    use. In later steps `hold` builds all operands before the forwards and backwards, so that the memory use is constant
-    during these.
+    use. In later steps `hold` builds all operands before the first forward, so that the memory use is then constant.
 
     making: a context in which operands are built. A caller can measure their memory in this context.
     """

@@ -1,7 +1,7 @@
 """Monitors the precision that FP8 casts lose, and the errors of FP8 matmuls.
 
-In one of every `every` steps, each layer computes readings. A reading is one number, for one of three tensors
-(activation, weight, gradient):
+In every step whose index is a multiple of `every`, each layer computes readings. A reading is one number, for one of
+three tensors (activation, weight, gradient):
 
     flushed       fraction of the non-zero values that became zero
     saturated     fraction of the values that the cast clamps: beyond the format's maximum, or not finite
@@ -95,7 +95,7 @@ class HealthWatch:
         self._watching = False
 
     def name(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Store the names of the weights. Readings name their layers with them."""
+        """Store the names of the weights. A reading refers to its layer by this name."""
         self._names.update((id(parameter), name.removesuffix(".weight")) for name, parameter in parameters)
 
     def start_step(self, step: int) -> None:

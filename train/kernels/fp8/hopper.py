@@ -10,10 +10,9 @@ If a library is missing or too old, the run fails with an error that names the l
 quantisation kernels pad operands with zero rows to multiples of 128.
 
 Pitfalls of the libraries:
-- For a 128x128 operand, cuBLASLt expects the number of scales along the contraction to be a multiple of 4, so it is
-  padded.
-- DeepGEMM's K-grouped kernel takes each expert's operand as a separate matrix, one after another. It needs a C operand,
-  and does not write the result of an expert without rows.
+- For a 128x128 operand, cuBLASLt expects a multiple of 4 scales along the contraction. So Sluice pads these scales.
+- DeepGEMM's K-grouped kernel takes each expert's operand as a separate matrix, one after another. The kernel needs a C
+  operand, and does not write the result of an expert without rows.
 - If tile scales are stored row by row, DeepGEMM transposes them, with a kernel that it compiles for each width. In
   Wgrad the width is the number of rows, so each number of rows would need a new kernel. Above 116,000 rows, that kernel
   has too little shared memory. Here scales are stored column by column. Both libraries read them without a transpose.
@@ -68,7 +67,8 @@ class PaddedOperand:
 
 
 class GroupedMatmuls(Protocol):
-    """The two kinds of grouped GEMMs, for at least one row. `PaddedGroups` describes the rows of each expert."""
+    """The two kinds of grouped GEMMs. They require at least one row. `PaddedGroups` describes the rows of each
+    expert."""
 
     flat: bool
     """Whether an operand of `wgrad` is a flat tensor with one matrix per expert."""
@@ -182,7 +182,7 @@ class HopperEngine:
 
     def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> QuantizedTensor:
         q = _padded_columns(q_MK.view(torch.uint8)).view(q_MK.dtype)
-        columns = scale.new_empty(scale.shape[::-1]).copy_(scale.t())  # a copy has these strides even if a size is 1
+        columns = scale.new_empty(scale.shape[::-1]).copy_(scale.t())  # stored column by column, even if a size is 1
         return QuantizedTensor(q, columns.t(), cast, q_MK.shape)
 
     def values(self, source: QuantizedTensor) -> Tensor:

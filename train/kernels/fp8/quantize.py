@@ -47,7 +47,7 @@ def scales(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     amax = amax.float().clamp_min(cast.floor)
     maximum = torch.full_like(
         amax, cast.format.max
-    )  # a tensor, because torch replaces division by a Python number by multiplication by its reciprocal
+    )  # a tensor, because torch multiplies by the reciprocal of a Python number instead of dividing
     scale = amax / maximum
     if not cast.pow2:
         return scale, maximum / amax

@@ -18,7 +18,7 @@ from conf.thresholds import THRESHOLDS
 
 
 def forward(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
-    """Returns a (P, F) in fp32."""
+    """Returns the output `a` (P, F) in fp32."""
     gate_PF, up_PF = h_P2F.float().chunk(2, -1)
     return torch.nn.functional.silu(gate_PF).mul_(up_PF).mul_(gates_P[:, None])
 
@@ -34,7 +34,7 @@ def chunks(x_P: Tensor, h_P2F: Tensor | None = None) -> tuple[Tensor, ...]:
 
 
 def recompute(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
-    """Returns a (P, F) in bf16, with the same bits as in `backward`."""
+    """Returns the output `a` (P, F) in bf16, with the same bits as `backward`."""
     a_PF = gates_P.new_empty(h_P2F.shape[0], h_P2F.shape[1] // 2, dtype=torch.bfloat16)
     for h, gates, a in zip(*(chunks(tensor, h_P2F) for tensor in (h_P2F, gates_P, a_PF)), strict=True):
         a.copy_(forward(h, gates))
@@ -42,7 +42,7 @@ def recompute(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
 
 
 def backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns a (P, F) and dh (P, 2F) in bf16, and dw (P,) in fp32."""
+    """Returns the recomputed output `a` (P, F) and dh (P, 2F) in bf16, and dw (P,) in fp32."""
     a_PF = torch.empty_like(da_PF, dtype=torch.bfloat16)
     dh_P2F = torch.empty_like(h_P2F, dtype=torch.bfloat16)
     dgates_P = torch.empty_like(gates_P)
@@ -53,7 +53,7 @@ def backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Ten
 
 
 def _backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor, a_PF: Tensor, dh_P2F: Tensor, dgates_P: Tensor) -> None:
-    """Write a, dh and dw of some rows."""
+    """Writes `a`, dh and dw of some rows to a_PF, dh_P2F and dgates_P."""
     gate_PF, up_PF = h_P2F.float().chunk(2, -1)
     da_PF, gates_P1 = da_PF.float(), gates_P[:, None]
     dgate_PF, dup_PF = dh_P2F.chunk(2, -1)

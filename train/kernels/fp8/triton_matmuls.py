@@ -50,7 +50,7 @@ instructions per step (Triton 3.7.1)."""
 
 
 def _named(kernel: str, specialization) -> str:
-    """Returns the name that profilers show for a kernel. It tells grouped GEMMs from dense GEMMs."""
+    """Returns the name that profilers show for a kernel. The names of grouped GEMMs and dense GEMMs differ."""
     return f"_grouped_{kernel}_kernel" if specialization.constants["experts"] > 1 else f"_{kernel}_kernel"
 
 
@@ -76,7 +76,7 @@ def _matmul_kernel(
     if expert >= experts:
         return
     inside, contraction = tl.arange(0, 128), steps * 128
-    read = tl.minimum(inside, last - first - 1)  # does not read rows of other experts, which are not stored either
+    read = tl.minimum(inside, last - first - 1)  # rows of other experts are neither read nor stored
     acc = tl.zeros((128, 128), tl.float32)
     beside = tl.zeros((128, 128), tl.float32)
     matrix = tl.cast(expert, tl.int64) * (width // 128) + n * tiles
@@ -101,8 +101,8 @@ def _matmul_kernel(
             next_right += 128
         left, right = left + 128, right + 128
         left_scale_ptr, right_scale_ptr = left_scale_ptr + scale_rows, right_scale_ptr + 1
-    # Adds zero, but the compiler does not know that. So it computes the offsets of the results only here, and they
-    # occupy no registers during the loop.
+    # Add zero, but the compiler does not know that it is zero. So it computes the offsets of the results only here, and
+    # the offsets occupy no registers during the loop.
     inside += scale_rows >> 31
     row = width if tiles == 2 else width_out
     out = out_ptr + tl.cast(first, tl.int64) * row + n * tiles * 128 + (inside[:, None] * row + inside[None, :])
@@ -140,7 +140,7 @@ def _wgrad_kernel(
         slot = tl.arange(0, slots)
         start = tl.sum(tl.where(slot < expert, tiles, 0))
         count = tl.sum(tl.where(slot == expert, tiles, 0))
-    if added:  # noqa: SIM102 (the first is known when the kernel is compiled)
+    if added:  # noqa: SIM102 (the first condition is known when the kernel is compiled)
         if count == 0:
             return
     first = tl.cast(start, tl.int64) * 128

@@ -27,7 +27,7 @@ def _largest_kernel(
     q_b, q_h, q_t, k_b, k_h, k_s, seen_b, heads, queries, scale, limit,
     Q: constexpr, M: constexpr, N: constexpr, D: constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)  # from 87,382 positions on, offsets in q and k exceed 32 bits
+    row = tl.program_id(1).to(tl.int64)  # with 87,382 positions or more, offsets in q and k exceed 32 bits
     sequence, head = row // heads, row % heads
     query = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     real = query < queries
