@@ -101,9 +101,7 @@ class Indexer(nn.Module):
 
     def _turn(self, x_BTHI: Tensor, table: Tensor) -> Tensor:
         turning, rest = x_BTHI.split([self._rope_width, x_BTHI.size(-1) - self._rope_width], -1)
-        if (
-            not self._config.interleaved
-        ):  # element j rotates with j + R/2; an order that q and k share does not change their products
+        if not self._config.interleaved:  # make elements j and j + R/2 adjacent, in q and in k, so q . k is the same
             turning = turning.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         return torch.cat([rotate(turning, table).to(x_BTHI.dtype), rest], -1)
 
