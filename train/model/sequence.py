@@ -236,8 +236,8 @@ class Positions:
     def shorter(self, by: int) -> "Positions":
         """Return the positions without the last `by` positions of each sequence, for an MTP depth.
 
-        If this process has the end of the sequences, its last positions are removed. MTP modules do not replay recorded experts or keys, because inference
-        engines do not record the choices of MTP modules.
+        If this process has the end of the sequences, its last positions are removed. MTP modules do not replay recorded
+        experts or keys, because inference engines do not record the choices of MTP modules.
         """
         documents_BT = None if self.documents_BT is None else self.documents_BT[:, :-by]
         whole = self.whole_length
