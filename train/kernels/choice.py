@@ -35,8 +35,8 @@ to bf16 causes an error of about 3e-3. A wrong mask, scale or head causes an err
 TRIED_SCORE = -120.0
 """Approximate value of all scores in the test. A correct softmax does not change if all scores have the same offset."""
 LARGE = 32.0
-"""Value of the first component of every query in the test. Multiplied by the first component of a key and the scale, it
-gives TRIED_SCORE."""
+"""Value of the first component of every query in the test. The product of this value, the first component of a key and
+the scale is TRIED_SCORE."""
 ATTENTION_RESULTS = "its result", "its log-sum-exp", "dq", "dk", "dv"
 
 ATTENTION_PARTS = "whole sequences", "documents", "blocks of keys"

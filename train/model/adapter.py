@@ -127,8 +127,8 @@ ADDED = {"weight": "added", "w13": "added_up", "w2": "added_down"}
 def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: int) -> None:
     """Freeze the weights of a chunk, and add LoRA matrices A and B to the target weights.
 
-    The values of A depend on the name of the weight, so they are equal in every layout. On the meta device, which plans
-    use, no values are drawn.
+    The values of A depend on the name of the weight, so they are equal in every layout. On the meta device, which
+    mode=plan uses, no values are drawn.
     """
     bases = [(name, param) for name, param in chunk.named_parameters() if target_of(name) in (adapter.targets or ())]
     (dtype,) = {param.dtype for param in chunk.parameters()} - {torch.uint8}  # packed weights are stored as uint8

@@ -206,7 +206,7 @@ def checkpoint_bytes(config: Config) -> int:
     """Return the size of one checkpoint in bytes.
 
     A checkpoint contains the fp32 master weights, the optimizer state, and the moving average of the weights if the run
-    computes one. If the run trains an adapter, the checkpoint contains only the adapter's weights.
+    computes one. If the run trains an adapter, these contain values only for the adapter's weights.
     """
     counts, facts = count_parameters(config.model), config.optim.facts
     stored = count_adapter(config) if config.adapter.on else counts.total + counts.mtp

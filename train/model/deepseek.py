@@ -311,8 +311,8 @@ class DeepSeekV3(nn.Module):
         self.detaches_mtp = False
         """Whether MTP losses train only the MTP modules, set by the code that builds the model."""
         self.warms_indexers = False
-        """Whether training changes only the indexers and computes attention over all keys. The code that builds the
-        model sets it."""
+        """Whether training changes only the indexers. Attention then covers all keys. The code that builds the model
+        sets it."""
         self.loss_divisor: float | None = None
         """Divisor of loss sums in training, set by the code that runs the step; None: the number of local positions. In
         eval mode, the loss of supervised tokens is a sum without a divisor.

@@ -48,8 +48,8 @@ def first_draws(chunk: DeepSeekV3, seed: int | None) -> dict[nn.Parameter, Calla
 
 
 def materialise(chunk: nn.Module, device: torch.device | str | None = None, hollow: bool = False) -> None:
-    """Allocate on `device` the parameters and buffers that are on the meta device. Weights get arbitrary values,
-    buffers 0.
+    """Allocate on `device` the parameters and buffers that are on the meta device. Weights get arbitrary values.
+    Buffers become 0.
 
     hollow: whether each weight gets its full shape, but memory for only one element.
     """

@@ -96,8 +96,9 @@ class LayerPrecision(Protocol):
     ) -> Tensor:
         """Compute the SwiGLU FFN of each expert for the rows of that expert. Returns a tensor (R, D).
 
-        rows_RD: rows, sorted by expert. gates_R: gate value of each row; the SwiGLU output of a row is multiplied by it
-        before the down-projection. counts_E: number of rows of each expert, int64. added: adapters for w13 and for w2.
+        rows_RD: rows, sorted by expert. gates_R: gate value of each row, by which the SwiGLU output of the row is
+        multiplied before the down-projection. counts_E: number of rows of each expert, int64. added: adapters for w13
+        and for w2.
         """
 
 

@@ -83,7 +83,7 @@ class Rope:
         """
         table = self._tables.get(device)
         if table is None or table.size(0) < length:
-            # The CPU computes the table for every device. In a plan (device meta), no code reads the values.
+            # The CPU computes the table for every device. In mode=plan (device meta), no code reads the values.
             maker = device if device.type == "meta" else torch.device("cpu")
             positions = torch.arange(max(length, self._seq_len), dtype=torch.float32, device=maker)
             angles = torch.outer(positions, self.frequencies().to(maker))

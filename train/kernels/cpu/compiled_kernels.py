@@ -1,8 +1,8 @@
 """Implements the kernels of a CPU with AVX2: bf16 operations in compiled code (train/kernels/cpu), other operations in
 torch.
 
-Shapes as in train/model/operations.py. A kernel allocates the same memory for meta tensors as for real tensors, so a
-plan can count allocations.
+Shapes as in train/model/operations.py. A kernel allocates the same memory for meta tensors as for real tensors, so that
+mode=plan can count allocations.
 """
 
 import torch

@@ -59,8 +59,8 @@ _matmuls = Kernel(
 )  # fmt: skip
 
 Part = tuple[int, int, int, int, int, int]
-"""One matmul: first row of the left operand, number of rows, matrix of the right operand, start and end of the
-contraction, offset of the output."""
+"""One matmul, as a tuple: first row in the left operand, number of rows, index of the right operand's matrix, start and
+end of the contraction, offset in the output."""
 
 
 def matmul(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:

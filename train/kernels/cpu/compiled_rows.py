@@ -1,7 +1,7 @@
 """Computes norm, SwiGLU, head split, loss and row sorting in bf16 in compiled code: `train/kernels/cpu/rows.cpp`.
 
-Shapes as in train/model/operations.py. A function allocates the same memory for meta tensors as for real tensors, so a
-plan can count allocations.
+Shapes as in train/model/operations.py. A function allocates the same memory for meta tensors as for real tensors, so
+that mode=plan can count allocations.
 """
 
 from ctypes import c_bool, c_float, c_int64

@@ -5,7 +5,7 @@ the order of the C++ parameters. For a tensor, it declares the dtype, the shape 
 code accepts, and whether the C++ code writes to the tensor. A tensor that does not match is a bug in Sluice. Examples
 are a tensor on another device, with other strides, or of a class that stores its values elsewhere. The call then raises
 an AssertionError and does not run the C++ function. The error names the function, the parameter, the declaration and
-the argument. On the meta device a call only checks the arguments, so a plan sees the same allocations as a run.
+the argument. On the meta device a call only checks the arguments, so mode=plan sees the allocations of a run.
 
 `torch.library.custom_op` is an alternative, but it does not check strides and takes 36 us per call. This code takes 5
 to 10 us.

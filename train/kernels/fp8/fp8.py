@@ -127,8 +127,8 @@ def cpu_engine(fp8: Fp8, kernels: Kernels, meta: bool = False) -> CpuEngine:
     """Returns the engine that emulates FP8 on a CPU.
 
     fp8: the section `precision.fp8` of a checked configuration. kernels: compute the matmuls of operands without
-    scales. meta: whether a plan builds the engine; a plan runs no compiled code. Raises UserError if compiled code is
-    requested and cannot be built, stored or loaded.
+    scales. meta: whether mode=plan builds the engine, in which no compiled code runs. Raises UserError if compiled code
+    is requested and cannot be built, stored or loaded.
     """
     if not fp8.compiled:
         return CpuEngine()

@@ -2,8 +2,9 @@
 
 Triton compiles every kernel itself. To launch kernels, it builds small Python modules in C, with the machine's C
 compiler. It builds the first module when a process asks for the GPU's driver. So every run on a GPU needs the C
-compiler and the headers, even in bf16. A C++ compiler is not enough. The search follows triton.runtime.build of Triton
-3.6 to 3.9. The compiler is also tested, because it may be installed without the C library's headers.
+compiler and the headers, even in bf16. A C++ compiler is not enough. This file searches for the compiler as
+triton.runtime.build of Triton 3.6 to 3.9 does. It also tests the compiler, which may be installed without the C
+library's headers.
 """
 
 import os

@@ -6,8 +6,8 @@ processes many pieces of memory, and a table on the device contains their addres
 PROGRAM_ELEMENTS elements of one piece. The host writes one table row for each piece, and the device computes the chunks
 of all programs.
 
-The arithmetic is in fp32. It is the same for every element, so it does not depend on the boundaries of shards. It is
-also the same as in the compiled code for CPUs.
+The arithmetic is in fp32. Every element gets the same arithmetic, so the result does not depend on the boundaries of
+shards. The compiled code for CPUs uses the same arithmetic.
 
 The module needs triton and is imported only where its kernels run.
 """
