@@ -1,8 +1,8 @@
 """Chooses the implementation of `Kernels` for a run: compiled code or torch operations on a CPU, fused kernels on a
 GPU.
 
-For a GPU it also chooses one attention core for complete sequences and one for documents. It chooses the first core
-whose forward and backward compute correct values.
+For a GPU it also chooses one attention core for complete sequences and one for documents. Each is the first core whose
+forward and backward compute correct values.
 
 torch selects an attention kernel only by the shapes of its inputs. DeepSeek-V3's heads have 192 elements in queries and
 keys and 128 in values. Few kernels support these shapes. cuDNN's kernel is the fastest, but in some library versions it

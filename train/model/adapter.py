@@ -1,6 +1,6 @@
 """Adds LoRA matrices A and B to frozen weights (arXiv 2106.09685): y = W x + scale B (A dropout(x)).
 
-The model's own matmuls do not change. An adapted module adds the output of its LoRA matrices to its own output. This
+The model's own matmuls do not change. An adapted module adds the output of its LoRA matrices to its own output. So LoRA
 works in any precision and with any storage format of the weights. The LoRA matmuls use the activation dtype, and their
 gradients are summed in fp32. The initial values of A are uniform in +-1 / sqrt(inputs), as in PEFT. B is initially 0.
 

@@ -1,8 +1,8 @@
 """Defines the interface of the attention core, softmax(scale q k^T) v. Each query sees some of the keys.
 
 train/kernels implements the core. Rectangles (train/model/sequence.py) describe which queries see which keys. The
-rectangle of a complete sequence or a packed document is a square. Its queries see the keys up to the diagonal. Ranks
-that share sequences use arbitrary rectangles.
+rectangle of a complete sequence or a packed document is a square. The queries see the keys up to the diagonal of the
+square. Ranks that share sequences use arbitrary rectangles.
 
 The core computes no scores above a diagonal or between documents, and stores no mask. Backward recomputes the
 probabilities p from l, the log-sum-exp of a query's scores. A caller may pass an l that includes the scores of other

@@ -157,7 +157,7 @@ def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool 
 
 
 def count_adapter(config: Config) -> int:
-    """Return the number of an adapter's parameters. Each adapted matrix has rank * (inputs + outputs) of them."""
+    """Return the number of an adapter's parameters. Each adapted matrix adds rank * (inputs + outputs) parameters."""
     model = config.model
     hidden, inner, value = model.hidden, model.expert_width, model.heads * model.v_head_dim
     queries, keys = model.heads * (model.nope_head_dim + model.rope_head_dim), model.kv_rank + model.rope_head_dim

@@ -115,7 +115,7 @@ class Head(nn.Module):
         self.added: AddedMatmul | None = None
         """The adapter of the head's weight, set by the code that trains an adapter; None: no adapter."""
         self.extra_loss: Callable[[ModelOutputs], Tensor] | None = None
-        """The user's own loss term, set by the code that builds the model for a training."""
+        """The user's own loss term, set by the code that builds the model for training."""
         self.token_loss: TokenLoss | None = None
         """The loss that the main model minimises instead of the cross-entropy, set by the code that runs the step."""
         self.gives_logprobs = False
@@ -174,8 +174,8 @@ class Head(nn.Module):
         """Return log p(token | previous tokens) of every target, fp32 (B, T), for the complete sequences even if ranks
         share them.
 
-        If the batch has a tensor `temperatures`, the logits are divided by it. rows_N: indices of the rows of the local
-        positions to compute; the results of all other rows are 0.
+        If the batch has a tensor `temperatures`, the logits are divided by it. rows_N: indices of the local positions
+        to compute; the results of all other local positions are 0. None: compute all.
         """
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1), positions.take(tokens_BS, 1).flatten()
         temperature_N = None

@@ -3,10 +3,10 @@
 The logits of all tokens never exist at the same time. With a vocabulary of 129,280, the logits of one sequence of 4096
 tokens would need 2 GiB in fp32, and their gradient another 2 GiB.
 
-For each chunk of tokens, the forward of the cross-entropy computes the logits, the softmax in fp32 and the loss. It
-also computes the gradients of the hidden states and of the head; backward only scales them. A matmul processes a
-complete chunk. On a CPU, the softmax and its gradient are computed for a few rows at a time, so that the rows fit in
-the cache. The gradient overwrites the logits.
+For each chunk of tokens, the forward of the cross-entropy computes the logits, the softmax in fp32 and the loss.
+Forward also computes the gradients of the hidden states and of the head, and backward only scales these gradients. A
+matmul processes a complete chunk. On a CPU, the softmax and its gradient are computed for a few rows at a time, so that
+the rows fit in the cache. The gradient overwrites the logits.
 
 Shapes: N tokens, C tokens of a chunk, R rows of a chunk, D width, V vocabulary.
 """

@@ -1,7 +1,7 @@
 """Offloads activations to host memory until backward. The transfer to the host starts when the context ends.
 
-Each storage is sent completely, and only once even if autograd saved several views of it. These tensors stay on the
-device:
+Each storage is sent completely, and only once even if autograd saved several views of it. The following tensors stay on
+the device:
 
     the block's input   other code holds it: the previous part as its output, or a pipeline's stage
     weights, buffers    they are on the device anyway

@@ -106,9 +106,9 @@ class RecomputedOutputs(SavedContext):
     """A context that saves `function` instead of each of `outputs`. The function recomputes all outputs.
 
     function: computes the outputs from `sources`, without gradient. It returns one tensor or a tuple of tensors, with
-    the values and strides of the outputs. Each backward pass may call it again. All tensors that the context saved
-    share the result of one call. A saved tensor counts as an output if both start at the same address. So views that
-    start at the first element (reshapes, transposes) count as outputs too.
+    the values and strides of the outputs. Each backward pass may call `function` again. All tensors that the context
+    saved share the result of one call. A saved tensor counts as an output if both start at the same address. So views
+    that start at the first element (reshapes, transposes) count as outputs too.
     """
 
     def __init__(

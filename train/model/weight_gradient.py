@@ -2,8 +2,8 @@
 
 The `.grad` of a weight is a sum over micro-batches in fp32, even if the weight is bf16 (paper 3.3.3). With plain
 autograd, a matmul would write a separate tensor, rounded to the weight's dtype, and autograd would add it to the sum.
-For a bf16 matmul this needs 18 bytes of memory traffic per weight. Here the matmul adds directly to the sum. This needs
-8 bytes per weight, and rounds no intermediate result.
+For a bf16 matmul, plain autograd moves 18 bytes per weight. With the functions of this file, the matmul adds directly
+to the sum. This moves 8 bytes per weight, and rounds no intermediate result.
 
 The matmul then returns an undefined gradient to autograd. autograd still runs the weight's node after all Functions
 that use the weight. So the execution of this node shows that the weight's gradient of the pass is complete

@@ -1,4 +1,4 @@
-"""AdamW with fp32 weights and bf16 moments (paper 3.3.3). It updates flat shards from ZeRO.
+"""AdamW with fp32 weights and bf16 moments (paper 3.3.3). The optimizer updates flat shards, which ZeRO passes.
 
 The reference is torch's fused kernel. CPUs with AVX2 use compiled code (train/kernels/cpu/adamw.cpp). GPUs use
 train/kernels/gpu/triton_adamw.py.
@@ -96,9 +96,10 @@ class AdamW(torch.optim.Optimizer):
         return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
 
     def _sum_of_squares(self, x: Tensor) -> Tensor:
-        """Returns the sum of squares of all elements. It sums each row in fp32, and the sums of the rows in fp64.
+        """Returns the sum of squares of all elements. The function sums each row in fp32, and adds the sums of the rows
+        in fp64.
 
-        The relative error is 1e-7. This is as accurate as fp64 for all elements, and ten times as fast. torch's norm of
+        The relative error is 1e-7. This method is as accurate as a sum in fp64, and ten times as fast. torch's norm of
         the complete tensor would have an error of 1e-4.
         """
         if self._compiled:

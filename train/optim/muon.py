@@ -53,8 +53,8 @@ class Muon(AdamW):
     def count_scratch_bytes(kind: str, precision: Precision, elements: int, compiled: bool) -> int:
         """Returns the bytes of scratch memory.
 
-        A pack is a group of matrices that are processed together. It needs about six copies in memory, including
-        factors and Newton-Schulz results. In addition, ranks exchange two packs at the same time.
+        A pack is a group of matrices that are processed together. A pack needs memory for about six copies of its
+        matrices, including factors and Newton-Schulz results. In addition, ranks exchange two packs at the same time.
         """
         return 32 * min(THRESHOLDS.muon_elements, elements)
 

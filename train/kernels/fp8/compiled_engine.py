@@ -32,10 +32,9 @@ values along the contraction, or to the complete contraction."""
 
 
 class CompiledEngine(CpuEngine):
-    """Computes what `CpuEngine` computes, but adds in another order. It takes only CPU and meta tensors.
-
-    It never multiplies an operand by fp32 scales before a matmul, because the product would need more bits than bf16
-    has.
+    """Computes what `CpuEngine` computes, but adds in another order. The engine takes only CPU and meta tensors. The
+    engine never multiplies an operand by fp32 scales before a matmul, because the product would need more bits than
+    bf16 has.
     """
 
     def __init__(self, casts: CompiledCasts, kernels: Kernels):

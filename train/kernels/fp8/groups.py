@@ -62,7 +62,7 @@ class PaddedGroups:
 
     @cached_property
     def whole(self) -> "PaddedGroups":
-        """These rows in a layout with padding between the experts."""
+        """Describes the same rows in a layout with padding between the experts."""
         return PaddedGroups(self._counts_E, self._rows)
 
     @cached_property

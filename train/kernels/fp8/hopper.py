@@ -282,8 +282,8 @@ class HopperEngine:
         return self._casts.swiglu_backward(h.q, gates_P, da_PF, h.scale)
 
     def recompute_swiglu(self, h: Source, gates_P: Tensor) -> Tensor:
-        # The same kernel gives the same bits of `a`. Its other results depend on da, which is zero here, and are
-        # ignored.
+        # The same kernel gives the same bits of `a`. The other results of the kernel depend on da, which is zero here,
+        # and are ignored.
         da_PF = gates_P.new_zeros(h.shape[0], h.shape[1] // 2, dtype=torch.bfloat16)
         return self.swiglu_backward(h, gates_P, da_PF)[0]
 

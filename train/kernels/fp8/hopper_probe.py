@@ -3,10 +3,10 @@ before the run reads data.
 
     python -m train.kernels.fp8.hopper_probe CONFIG ANSWER DEVICE
 
-The process checks versions first, and then runs small GEMMs through the functions that a training step calls. It
-compares the results with the emulation on the CPU (train/kernels/fp8/cpu_engine.py). The process writes each stage to
-the file ANSWER. An incompatible library may abort the process; then the last stage in ANSWER shows where. The parent
-process imports no torch.
+The process checks versions first, and then runs small GEMMs through the functions that a training step calls. The
+process compares the results with the emulation on the CPU (train/kernels/fp8/cpu_engine.py). The process writes each
+stage to the file ANSWER. An incompatible library may abort the process; then the last stage in ANSWER shows where. The
+parent process imports no torch.
 """
 
 import json

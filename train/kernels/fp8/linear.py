@@ -16,7 +16,7 @@
 
 The cast of the saved input may differ from the cast in Fprop. For example, the attention's output is saved in E5M6 (12
 bits). If the model saves the original input anyway, or recomputes it in backward (`train.model.recompute`), the layer
-saves no FP8 copy. It then casts the original input again in backward, with the same result.
+saves no FP8 copy. The layer then casts the original input again in backward, with the same result.
 
 Some GEMMs need each expert's rows padded to a multiple of 128. For these, the FFN pads the rows at its start
 (train/kernels/fp8/groups.py). If the dispatcher sends FP8, x and dy arrive quantised (parallel/expert/wire.py). If the

@@ -21,10 +21,10 @@ The number of columns must be a multiple of 128, and for weights also the number
 may have any number of rows. If the last tile has fewer than 128 rows, the kernel treats the missing rows as zeros. It
 writes these zeros only if a GEMM reads them.
 
-Only `quantize_mx` accepts tensors of any strides and sizes, so its input may be a transposed view. It writes E8M0
-scales in the layout that Blackwell's GEMMs read. An E8M0 scale is a byte: the exponent of a power of two plus 127. A
-block of 128 rows by 4 scales has 512 bytes. In a block, the scales of row r begin at byte 16 (r mod 32) + 4 (r div 32).
-All blocks of the first 128 rows come first, in the order of the contraction; then come the blocks of the next rows
+Only `quantize_mx` accepts tensors of any strides and sizes, so its input may be a transposed view. This kernel writes
+E8M0 scales in the layout that Blackwell's GEMMs read. An E8M0 scale is a byte: the exponent of a power of two plus 127.
+A block of 128 rows by 4 scales has 512 bytes. In a block, the scales of row r begin at byte 16 (r mod 32) + 4 (r div
+32). All blocks of the first 128 rows come first, in the order of the contraction; then come the blocks of the next rows
 (cuBLAS 13, "1D Block Scaling Factors Layout").
 
 The module needs triton and is imported only where its kernels run. Shape suffixes: R rows, P rows of whole tiles, C

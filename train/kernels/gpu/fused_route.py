@@ -43,7 +43,7 @@ class FusedRoute(Function):
         ctx.save_for_backward(scores_BTE, ids_BTK, gates_BTK, factor_BT1, total_BT1, frequency_BE)
         ctx.rule, ctx.weight = rule, weight
         ctx.mark_non_differentiable(ids_BTK)
-        ctx.set_materialize_grads(False)  # autograd need not build a zero gradient for the ids
+        ctx.set_materialize_grads(False)  # so that autograd builds no zero gradient for the ids
         return gates_BTK, ids_BTK
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Checks the tools on the host that Triton needs besides a GPU: a C compiler and Python's headers.
 
 Triton compiles every kernel itself. To launch kernels, it builds small Python modules in C, with the machine's C
-compiler. It builds the first module when a process asks for the GPU's driver. So every run on a GPU needs the C
+compiler. Triton builds the first module when a process asks for the GPU's driver. So every run on a GPU needs the C
 compiler and the headers, even in bf16. A C++ compiler is not enough. This file searches for the compiler as
 triton.runtime.build of Triton 3.6 to 3.9 does. It also tests the compiler, which may be installed without the C
 library's headers.
@@ -34,8 +34,8 @@ INSTALL_HEADERS = f"apt-get install {PYTHON}-dev, or python3-dev for the system'
 
 
 def missing_for_triton() -> tuple[str, str] | None:
-    """Returns something that Triton needs to build its launchers and that is missing, and the fix; None if nothing is
-    missing."""
+    """Returns a tool that is missing, and how to install it. Triton needs the tool to build its launchers. None: no
+    tool is missing."""
     compiler = compiler_command()
     if compiler is None:
         return "there is no C compiler: CC is not set, and gcc and clang are not on the PATH", INSTALL_COMPILER

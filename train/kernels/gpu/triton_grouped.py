@@ -1,8 +1,8 @@
 """Computes the gradient of the experts' weights on a GPU, and sums it in fp32 over the micro-batches.
 
 torch's grouped GEMM cannot do this, because it only writes bf16. Each program computes one tile of one expert's
-gradient. It loops over the expert's rows, and then adds the tile to the sum. It reads the end of the rows on the
-device, so the host does not wait for row counts.
+gradient. The program loops over the expert's rows, and then adds the tile to the sum. It reads the end of the rows on
+the device, so the host does not wait for row counts.
 
 The module needs triton and is imported only where its kernel runs.
 

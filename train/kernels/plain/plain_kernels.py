@@ -50,7 +50,7 @@ class PlainKernels(Kernels):
         x_ND, grad_ND = x.flatten(0, -2).float(), grad.flatten(0, -2).float()
         rstd_N1, weight_D = rstd.view(-1, 1), weight_D.float()
         product_ND = x_ND * grad_ND
-        # Both sums over x * grad are matrix-vector products. Each reads memory once.
+        # Both sums over x * grad are matrix-vector products. Each product reads memory once.
         dweight_D = torch.mv(product_ND.t(), rstd_N1.view(-1)) if weight_needed else None
         if not x_needed:
             return None, dweight_D
