@@ -197,8 +197,8 @@ class RankReport:
 def read_report(rank: int, code: int | None, logs: Path, pid: int | None = None) -> RankReport:
     """Read the files that a rank left in its folder.
 
-    code: the rank's exit code, or None while the rank runs. Call this function only after the exit code is known,
-    because a rank writes until it ends. pid: the rank's process id, if the process is on this machine.
+    code: the rank's exit code; None while the rank runs. Find out the exit code before this call, because a rank may
+    write until it ends. pid: the rank's process id, if the process is on this machine.
     """
     report = RankReport(rank, code)
     if pid is not None and code is None:

@@ -263,7 +263,7 @@ INCIDENT_FIELDS: dict[str, Callable[[Any], bool]] = {
 
 
 def incident_screen(incident: Mapping[str, Any], path: Path | None = None, reported: bool = False) -> str:
-    """Return one screen of the incident.
+    """Return text about the incident that fits on one screen.
 
     reported: whether the failure text is printed above the screen. If so, the screen omits text that a rank reported
     itself.

@@ -89,8 +89,9 @@ def name_record(record: CommRecord) -> str:
 
 
 def channel_of(record: CommRecord) -> tuple:
-    """Return the channel of a record: the key of the sequence in which the record is numbered. A channel is a group, or
-    for sends and receives a group, the kind and the peer.
+    """Return the channel of a record. The records of a channel are numbered one after another.
+
+    The channel of a collective is its group. The channel of a send or receive is its group, its kind and its peer.
     """
     group = record.group.name, record.group.ranks
     return (*group, record.kind, record.peer) if record.peer >= 0 else group

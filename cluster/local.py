@@ -48,8 +48,8 @@ StartRank = Callable[[dict[str, str], IO | None], Child]
 """A function that starts a rank. It takes the rank's environment, and an output file or None. None means the terminal.
 """
 CLOSE = 60.0
-"""After a rank has failed, seconds that the running ranks get to end by themselves. Rank 0 may have much data to send
-to W&B.
+"""Seconds that the running ranks get to end by themselves after another rank has failed. Rank 0 may have much data to
+send to W&B.
 """
 
 

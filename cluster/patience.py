@@ -83,7 +83,7 @@ class Patience:
         self._work = sequences
 
     def forget_steps(self) -> None:
-        """Forget step times. Call it when another layout begins, because the steps of that layout may take any time."""
+        """Forget all step times. Call this method when the layout changes, because the new steps may take any time."""
         self._seconds[STEP_PHASE].clear()
 
     def limit(self, doing: str) -> float:

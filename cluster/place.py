@@ -44,8 +44,8 @@ class Meeting:
 def given_meeting() -> Meeting | None:
     """Return the meeting point that the driver set; None for ranks of torchrun, which has its own store.
 
-    Call it only once: it removes the secret from the environment, because every child of the rank would inherit the
-    secret.
+    Call this function only once. It removes the secret from the environment, because otherwise every child of the rank
+    would inherit the secret.
     """
     if file := os.environ.get("SLUICE_STORE"):
         return Meeting(file)

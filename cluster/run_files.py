@@ -152,7 +152,7 @@ def read_fence(checkpoints: Path) -> int:
 
 @contextmanager
 def hold_lock(checkpoints: Path, timeout: float) -> Iterator[None]:
-    """Hold the lock of checkpoints/ while a start changes the folder.
+    """Hold the lock of checkpoints/ inside the block, so that no other process changes the folder.
 
     Raises UserError if another process holds the lock for `timeout` seconds.
     """

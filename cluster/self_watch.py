@@ -34,7 +34,7 @@ from conf.files import exclusive
 from conf.words import say
 
 LOOK_SECONDS = 0.25
-"""Seconds between two checks."""
+"""Seconds between two checks of this rank's progress."""
 OTHERS_AFTER_SECONDS, RANKS_IN_A_SECOND = 2.0, 50.0
 """First number: seconds of silence after which a rank checks the progress of the other ranks. Second number: how many
 ranks it checks per second.

@@ -202,7 +202,7 @@ class MatrixOwners:
         write: Callable[[int, int, WeightPiece, Tensor], None],
         like: Tensor,
     ) -> Callable[[], None]:
-        """Start to send the results of a pack back to the ranks that hold the elements.
+        """Start to send the results of a pack from the owners to the ranks that hold the matrices' elements.
 
         Returns a function that waits until the results of this rank's elements have arrived, and writes them.
         """

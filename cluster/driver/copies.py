@@ -158,8 +158,8 @@ class Copies:
 
 
 def given_shelves() -> tuple[Shelves, str] | None:
-    """Return the locations of all copies, which the driver wrote for this rank, and the token of the stores. Return
-    None if the run keeps no copies in memory.
+    """Return two values that the driver passed to this rank: the locations of all copies, and the token of the stores.
+    Return None if the run keeps no copies in memory.
 
     Call this function only once. It removes the token from the environment, because otherwise every child of the rank
     would inherit the token.

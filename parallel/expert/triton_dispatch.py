@@ -64,11 +64,12 @@ def _place_kernel(
     ids_ptr, counts_ptr, source_ptr, copy_ptr, start_ptr, entry_ptr, number, first, per_target, targets, blocks,
     by_entry: constexpr, K: constexpr, TARGETS: constexpr, SOURCES: constexpr, COUNT_BLOCKS: constexpr,
 ):  # fmt: skip
-    """Compute the fields of a FanOut, and write for each copy the index of its expert to entry_ptr.
+    """Compute the fields of a FanOut, whose copies are ordered by target, then by source.
 
-    Copies are ordered by target, then by source. Without by_entry, copy_ptr gets the list of each source's copies,
-    ordered by source and then by target, and start_ptr gets the start of every list. With by_entry, copy_ptr gets for
-    every entry the index of its copy, and start_ptr gets the number of copies of every target.
+    source_ptr gets the source of each copy. entry_ptr gets, for each copy, the index of its expert in the flattened
+    ids. If by_entry is false, copy_ptr gets the indices of each source's copies, source by source, and start_ptr gets
+    the start of each source's list in copy_ptr. If by_entry is true, copy_ptr gets the index of each entry's copy, and
+    start_ptr gets the number of copies of each target.
     """
     block = tl.program_id(0)
     sources = block * SOURCES + tl.arange(0, SOURCES)

@@ -7,7 +7,7 @@ batch. Backward reads the batches in reverse order. The order of the pipeline's 
             its next batch, or when the next action ends. So the copy overlaps with compute. If a backward follows at
             once, the batch is still on the device and is not copied back.
     back    The newest batch of a micro-batch is copied back during the action before the backward that reads it. When
-            backward reads a batch, the copy of the batch before it starts. So two batches are on the device at a time.
+            backward reads a batch, the copy of the previous batch starts. So two batches are on the device at a time.
 
 Copies use two device streams, one per direction, because the link works in both directions at once. Copies and compute
 wait for each other by events, so the host never waits. The memory of a copied tensor is freed only after the compute

@@ -5,11 +5,15 @@ equal numbers of layers. Then it is improved in steps. Each step moves one layer
 between the two receives one layer from one neighbour and passes one layer to the other neighbour. The steps end when
 none improves the split.
 
-A split is better if the maximum cost of a rank is smaller. If two splits are equal in this, the costs of ranks decide
-(the more even ones are better), then the costs of stages (also the more even ones), then the number of layers in early
-stages (the fewer the better, because early stages hold the activations of more micro-batches). If all layers have the
-same cost, the result is optimal. With a few cheaper layers, the maximum cost exceeds the optimum by at most the cost of
-one cheap layer.
+Two splits are compared by these values, in this order; smaller is better:
+
+    1. the maximum cost of a rank
+    2. the sum of the squared costs of ranks, which is smallest if all ranks have the same cost
+    3. the sum of the squared costs of stages
+    4. the number of layers in early stages, because early stages hold the activations of more micro-batches
+
+If all layers have the same cost, the result is optimal. With a few cheaper layers, the maximum cost of a rank exceeds
+the optimum by at most the cost of one cheap layer.
 
 The first stage also has the embedding, and the last stage has the head and the MTP modules. So these two stages may
 have no layers.

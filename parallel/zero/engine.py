@@ -291,7 +291,10 @@ class Zero:
         }
 
     def finish_load(self, updates: int) -> None:
-        """Set the weights from the masters. Call it after a checkpoint has filled the shards."""
+        """Copy the masters to the weights. Call this method after a checkpoint has been read into the shards.
+
+        updates: number of optimizer updates before the checkpoint.
+        """
         self.client.updates = updates
         self._weights.refresh()
 

@@ -129,9 +129,9 @@ PRIVATE_NAMES = (
 def require_names(**owners: object) -> None:
     """Raise UserError if the installed DeepSpeed lacks a listed name of one of these owners.
 
-    The argument names are: module (deepspeed.utils.groups), engine (DeepSpeedEngine), optimizer12 and optimizer3 (the
-    optimizers of stages 1, 2 and of stage 3, built), offload12 (optimizer12 with offload), param3 (a weight at stage 3)
-    and coordinator. The list also has names of other owners. If one of those is missing, its import or its call fails.
+    The argument names are: module (deepspeed.utils.groups), engine (DeepSpeedEngine), optimizer12 (the optimizer of
+    stages 1 and 2), optimizer3 (the optimizer of stage 3), offload12 (optimizer12 with offload), param3 (a weight at
+    stage 3) and coordinator. The list also has names of other owners. If one of those is missing, its import or its call fails.
     """
     missing = [one for one in PRIVATE_NAMES if one.owner in owners and not _has(owners[one.owner], one.name)]
     if missing:
