@@ -34,8 +34,8 @@ class RankWatch:
         """First step that any rank reported; None before the first report."""
         self._patience, self._told_quiet = patience, False
         self._step_began = now
-        """Time at which the current step began. It is the time at which the first rank reached the highest step, or at
-        which the ranks returned from another phase to this step.
+        """Time at which the current step began: when the first rank reached the highest step. If the ranks were in
+        another phase since then, it is the time at which they returned to the step.
         """
         self._silences = 0
         """Number of events that ended a silence."""
@@ -106,7 +106,8 @@ class RankWatch:
         self._learn(now, doing, step)
 
     def see_others(self, now: float, phases: set[str], moved: bool) -> None:
-        """Record the phases of ranks that this watch does not follow. Call it while the ranks of this watch are silent.
+        """Record the phases of ranks that this watch does not follow. Call this method while the ranks of this watch
+        are silent.
 
         moved: whether these other ranks made progress since the previous call.
         """

@@ -91,9 +91,9 @@ def _all_ranks() -> ProcessGroup:
 def form_later() -> None:
     """Make new groups create their communicators at their first collective.
 
-    Call it after the default group, which is bound to a device, has created its communicator. Otherwise torch splits
-    the communicator of all ranks once for each new group, even for groups of other ranks and groups of one rank. With
-    2048 ranks these are some 1800 splits.
+    Call this function after the default group, which is bound to a device, has created its communicator. Otherwise
+    torch splits the communicator of all ranks once for each new group, even for groups of other ranks and groups of one
+    rank. With 2048 ranks these are some 1800 splits.
     """
     _all_ranks().bound_device_id = None
 

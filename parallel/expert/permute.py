@@ -16,8 +16,8 @@ This file computes the same with torch operations.
 Two possible savings are estimated, but not implemented. The estimates are from `python -m bench.traffic`, for an FP8
 layer of DeepSeek-V3's experts on one of 64 ranks, with 4096 tokens, forward and backward, and 3 TB/s. First, GEMMs
 could read rows from the receive buffer. This would save the last gather, which takes 0.31 ms of the roughly 39 ms of a
-pair of layers. Second, the sums of combine take 1.21 ms. They are plain sums, because the gates are applied inside
-SwiGLU. So the GEMMs could compute the sums after the experts, which are 0.61 ms of the 1.21 ms.
+pair of layers. Second, the sums of combine take 1.21 ms, of which 0.61 ms are the sums right after the experts.
+GEMMs could compute these sums too, because they have no factors: the gates are applied inside SwiGLU.
 
 Shapes: S sources, C copies, N targets, K entries per source, X any width.
 """

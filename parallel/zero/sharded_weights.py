@@ -79,8 +79,8 @@ class ShardedWeights:
         self._order = list(shapes)[::-1]
         chunks = Counter(param for chunk in engine.module for param in {*chunk.parameters()})
         self._shared = {param for param, count in chunks.items() if count > 1}
-        """Weights that two chunks of this rank share. One micro-batch adds to the gradient of such a weight twice, so
-        the gradient must not be passed to DeepSpeed after the first addition.
+        """Weights that two chunks of this rank share. A micro-batch adds to the gradient of such a weight twice. The
+        gradient must not be passed to DeepSpeed before the second addition.
         """
         self._ready: set[nn.Parameter] = set()
         self._handed = 0
