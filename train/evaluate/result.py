@@ -96,7 +96,8 @@ class ObservedChunk:
 
         The vector first has one value for each range of positions: the summed loss of the range's targets in nats. Then
         it has two values for each MTP depth: the summed loss of the depth's targets in nats, and the number of
-        positions where the MTP module predicts the same token as the main model."""
+        positions where the MTP module predicts the same token as the main model.
+        """
         return self._sums
 
     @torch.no_grad()

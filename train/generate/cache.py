@@ -143,8 +143,8 @@ class LatentCache:
 # sum_s p_s v_s = sum_s p_s W_UV_i c_s = W_UV_i (sum_s p_s c_s)
 #
 # So keys and values are never computed. All heads share one key, the cache entry, and one value, the latent part of
-# this entry. Torch's attention gets the entry as key and as value; the rope part of the result is dropped. The heads
-# are rows of one matmul, so this matmul reads the cache once for all heads.
+# this entry. Torch's attention gets the entry as key and as value; the rope part of the result is dropped. The queries
+# of all heads are rows of one matmul, so this matmul reads the cache once for all heads.
 #
 # Shapes: B rows, T tokens, H heads, S columns of the cache, C kv_rank, R rope width, W = C + R width of a cache entry,
 # X = queries * heads.

@@ -1,4 +1,5 @@
-"""Computes bounds on the difference between two correct computations of the same quantity. Each bound has a reason.
+"""Computes bounds on the difference between two correct computations of the same quantity. Each bound has a reason. A
+proof (mode=prove) fails if a rank's result differs from the reference's result by more than the bound.
 
 u is the unit roundoff of a format: rounding changes a result by at most the fraction u of the result. In a chain of n
 matmuls whose sums have K terms, rounding errors usually add up to about u sqrt(n K).

@@ -1,4 +1,4 @@
-"""Writes the result of a proof to prove.json and card.md, and prints it on one screen."""
+"""Writes the result of a proof (mode=prove) to prove.json and card.md, and prints the result on one screen."""
 
 import json
 import math

@@ -1,4 +1,5 @@
-"""Compares two values of a named quantity, and records the result.
+"""Compares values of the ranks with expected values, and records the results. Every value belongs to a named quantity,
+such as outputs or losses.
 
 All comparisons use `Comparisons.compare`. A `DifferenceMeasure` defines the unit in which a difference is measured. The
 unit is the magnitude of the tensor (`in_size`), or an allowed error for each element (`in_each`). The measure in

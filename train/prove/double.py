@@ -6,7 +6,8 @@ programs compute the same function, and not only similar results.
 
 A torch dispatch mode intercepts every operation below autograd, on all threads of a pipeline. It replaces the dtype
 fp32 by fp64 in operations that create, cast or sum tensors. torch's grouped matmul does not support fp64, so this file
-has a plain version."""
+has a plain version.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

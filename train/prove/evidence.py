@@ -1,5 +1,5 @@
-"""Defines the evidence that one rank records in one step of a proof, and the safetensors file of this evidence. The
-judge reads these files.
+"""Defines the evidence of a proof: the tensors and counters that one rank records in one step. Each rank writes its
+evidence to a safetensors file per step, and the judge (train/prove/judge.py) reads these files.
 
 Tensors have the key KIND/NAME. A tensor of one micro-batch has the key KIND/NAME/NUMBER, where NUMBER is the index of
 the micro-batch:
@@ -209,7 +209,8 @@ class EvidenceWatch:
     """Records the outputs of the chunks' parts in training, and the gradients of these outputs.
 
     Every pipeline schedule sends the micro-batches through a chunk in order. So the number of earlier calls is the
-    index of the micro-batch."""
+    index of the micro-batch.
+    """
 
     def __init__(self, chunks: list[DeepSeekV3], sent: bool = False):
         """sent: whether to wrap the dispatchers, and record their inputs and outputs while `keeps_sent` is True."""

@@ -1,4 +1,5 @@
-"""Defines the findings of a proof: for each check, one verdict on each quantity, and all failed comparisons."""
+"""Defines the findings of a proof: for each check, such as `exact` or `fp32`, one verdict on each compared quantity;
+and all failed comparisons."""
 
 import math
 from collections.abc import Sequence
@@ -44,7 +45,8 @@ def first_of(differences: Sequence[Difference]) -> Difference | None:
     """Returns the failed comparison that is closest to the origin of a fault.
 
     differences: in the order of the computation. In low precision, the bounds on outputs of the complete model are
-    wide. So the function prefers a difference in a single part, even if this difference comes later."""
+    wide. So the function prefers a difference in a single part, even if this difference comes later.
+    """
     if not differences or not is_blurred(differences[0]):
         return differences[0] if differences else None
     proof = differences[0].proof

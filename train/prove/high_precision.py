@@ -44,8 +44,8 @@ def rms_norm_back(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> 
 
 
 def softmax_scale(config: Values) -> float:
-    """Returns the factor of attention scores: 1 / sqrt(width of queries), with YaRN multiplied by the square of its
-    mscale term (paper 4.3)."""
+    """Returns the factor of attention scores. It is 1 / sqrt(width of queries). If YaRN is active, it is multiplied by
+    the square of YaRN's mscale term (paper 4.3)."""
     model = config.model
     scale = (model.nope_head_dim + model.rope_head_dim) ** -0.5
     if stretched(model, config.seq_len) and model.yarn.factor > 1:
@@ -203,7 +203,8 @@ def route_back(
     """Computes the gradients of the router's input and weight.
 
     balance_BTE: derivative of the balance loss with respect to the fraction that an expert has of a token's sum of
-    scores. off_B1E: possible error of this derivative."""
+    scores. off_B1E: possible error of this derivative.
+    """
     scores_BTE, _ = route_scores(x_BTD, weight_ED, softmax)
     chosen_BTK = scores_BTE.gather(-1, ids_BTK)
     sum_BT1 = chosen_BTK.sum(-1, keepdim=True) + 1e-20

@@ -1,4 +1,5 @@
-"""Compares the ranks' evidence with the reference.
+"""Judges a proof: compares the ranks' evidence, which consists of recorded tensors and counters, with the reference,
+which computes the same steps in one process (train/prove/reference.py).
 
 Every step is judged separately. The reference starts from the ranks' state before the step, which was judged after the
 previous step. So differences do not grow from step to step, and each bound applies to one step. All steps together

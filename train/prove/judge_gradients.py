@@ -7,7 +7,8 @@ this bound.
 A rank records only the total of a sum over micro-batches. train/prove/judge_matmuls.py judges the value of this total.
 The code here only tests that the total was summed in fp32. In this case, most elements of the total have more bits than
 bf16 can store. A total has one term for each micro-batch from which a gradient reaches the weight. A total of only one
-term is not tested, because it may be a matmul result that was rounded to bf16."""
+term is not tested, because it may be a matmul result that was rounded to bf16.
+"""
 
 import re
 from collections import Counter
@@ -83,7 +84,8 @@ def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]], si
     """Returns the mean of the local gradients over the ranks of a pipeline stage, computed without Sluice's reduction.
 
     signs: if False, uses absolute values instead: the evidence `sizes` of a gradient, or else the absolute values of
-    the gradient."""
+    the gradient.
+    """
     found: State = {}
     for rank in ranks:
         for name, tensor in rank.of_kind("local"):

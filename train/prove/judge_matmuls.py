@@ -133,7 +133,9 @@ def judge_experts_back(step: StepParts, name: str) -> None:
             da_RF = lora2.add_back(da_RF, given, dropped, of_w2)
         back = back_of(low.cast_rows(h, counts, step.rounding.swiglu, -1), da_RF)
         dh, dgates = back.dh, back.dgates
-        if lora2.names and step.rounding.is_fp8:  # in FP8, LoRA gets its input from a separate SwiGLU of the uncast h
+        if (
+            lora2.names and step.rounding.is_fp8
+        ):  # in FP8, LoRA gets its input from a separate SwiGLU of h before the cast
             more = back_of(h, lora2.add_back(None, given, dropped, of_w2))
             dh, dgates = _added(back.dh, more.dh, high), _added(back.dgates, more.dgates, FORMATS["fp32"])
         step.compare("SwiGLU of experts", call, "dh", dh, IN_ELEMENTS)

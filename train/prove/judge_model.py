@@ -1,4 +1,5 @@
-"""Compares one step of the complete model with the reference's step: outputs, choices, losses and gradients."""
+"""Compares one step of the complete model with the reference's step (train/prove/reference.py): outputs, chosen experts
+and keys, losses and gradients."""
 
 import math
 from collections.abc import Callable

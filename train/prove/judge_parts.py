@@ -1,5 +1,5 @@
-"""Judges single parts of the ranks in precisions with rounding. Each recorded output is compared with the result that
-the reference computes from the recorded input of the same part.
+"""Judges single parts of the model, such as a linear layer or a norm, on each rank, in precisions with rounding. Each
+recorded output is compared with the result that the reference computes from the recorded input of the same part.
 
 The reference formulas in train/prove/low_precision.py and high_precision.py round wherever the recipe rounds. So a
 correct result differs from the reference only by the order of a sum and by one rounding. The comparison subtracts the

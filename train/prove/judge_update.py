@@ -156,7 +156,8 @@ def _judge_decay(at: Comparisons, name: str, before: Tensor, got: Tensor, want: 
     """Judge weight decay: the part of the error that is proportional to the weights.
 
     This part is a mean over all elements, in which the rounding errors of single elements average out. So the
-    comparison detects a wrong weight decay even if the decay of each element is smaller than its rounding error."""
+    comparison detects a wrong weight decay even if the decay of each element is smaller than its rounding error.
+    """
     square = before.square().sum().clamp_min(SMALLEST)
     error = float(((got - want) * before).sum() / square)
     own = float(rounded.square().sum().div(square).sqrt())

@@ -58,12 +58,12 @@ WARP, WIDE_RANKS = 32, 2
 WARP experts and an expert group has at most WIDE_RANKS ranks. With more ranks, the experts together would take a
 gigabyte."""
 SLOW = 1e-9
-"""Learning rate of check `tiles` if something is in FP8. Some norm weights are so small that the tiles of their outputs
-get the smallest FP8 scale. A larger learning rate would raise these norm weights, and the tiles would get larger
-scales."""
+"""Learning rate of check `tiles` if matmuls or the wire use FP8. Some norm weights are so small that the tiles of their
+outputs get the smallest FP8 scale. A larger learning rate would raise these norm weights, and the tiles would get
+larger scales."""
 FAINT = 1e-13
-"""Weight of the MTP loss in check `tiles` if something is in FP8. The weight makes the gradient of this loss so small
-that some of its tiles get the smallest FP8 scale."""
+"""Weight of the MTP loss in check `tiles` if matmuls or the wire use FP8. The weight makes the gradient of this loss so
+small that some of its tiles get the smallest FP8 scale."""
 
 
 def with_two_tiles(config: Config) -> Config:

@@ -16,7 +16,8 @@ three or more ranks keeps three. If the recipe uses context parallelism, two ran
 `Miniature.cuts` describes every reduction.
 
 Some small numbers are odd on purpose. The vocabulary size is prime, so ZeRO has to pad its shards. The last chunk of
-the loss is shorter than the other chunks."""
+the loss is shorter than the other chunks.
+"""
 
 import itertools
 import math

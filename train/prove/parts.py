@@ -1,5 +1,5 @@
-"""Records inputs and outputs of single parts of the model on a rank. So each part can be judged separately
-(train/prove/judge_parts.py).
+"""Records inputs and outputs of single parts of the model, such as a linear layer or a norm, on a rank. So each part
+can be judged separately (train/prove/judge_parts.py).
 
 The recording uses hooks on modules, tensors and autograd nodes, replaced methods of a layer, and a wrapper of the
 layer's kernels. So it works for GPU and CPU kernels, every pipeline schedule and every recomputation. It changes no

@@ -1,15 +1,16 @@
-"""Measures how rounding changes the reference itself. To do so, it perturbs every part of a step at random by a unit
-roundoff.
+"""Measures how sensitive a step is to rounding. The reference (train/prove/reference.py) runs the step again with
+random perturbations of the magnitude of a rounding error.
 
 A bound that depends only on the number of matmuls ignores how sensitive a step is. Some steps have a sharp softmax, a
 gradient that is the difference of large numbers, or a width of 16 that averages only few roundings. In such steps,
-correct ranks differ by several times that bound. So the reference runs the step again. It perturbs every weight, every
-output of a part and the gradient of every output by the unit roundoff of the format. The change of the results then
-shows how much real rounding errors can change them.
+correct ranks differ by several times that bound. So the reference runs the step again, and perturbs every weight, every
+output of a part and the gradient of every output by the unit roundoff of the format. The change of the results shows
+how much real rounding errors can change the results.
 
 In some narrow models, rounding to FP8 alone may change a tensor by its full magnitude. Then the check is inconclusive
 for this tensor, and the certificate counts the tensor's elements as inconclusive. The checks `exact` and `fp32` are
-still conclusive for the tensor."""
+still conclusive for the tensor.
+"""
 
 import math
 from collections.abc import Callable
@@ -30,8 +31,8 @@ affordable. For a weight with few elements, the maximum over few runs is too sma
 elements differed by 4.8 times the maximum over three runs."""
 MARGIN = 4.0
 """Maximum ratio of a difference to the largest change in the perturbed runs. A perturbed run perturbs each part once. A
-rank rounds about ten times in a part (attention: projections, norms, RoPE, scores, softmax, sums), so its error is
-about sqrt(10) = 3.2 times as large. The rest of the factor allows for the small number of runs."""
+rank rounds about ten times in a part (attention: projections, norms, RoPE, scores, softmax, sums), which causes about
+sqrt(10) = 3.2 times the error of one perturbation. The rest of the factor allows for the small number of runs."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class PerturbedRuns:
         """unit: unit roundoff of the format, relative to the value.
 
         near: if the scores of two experts differ by at most this value, rounding may exchange the two experts in the
-        balance loss. Random runs rarely exchange them, so one more run does. None: no such run is needed.
+        balance loss. Random runs rarely exchange experts, so one more run exchanges these. None: no such run is needed.
         """
         self._plain, self._samples, self._plan, self._unit, self._near = plain, samples, plan, unit, near
         self._runs: list[ReferenceStep] = []

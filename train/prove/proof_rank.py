@@ -1,6 +1,7 @@
 """Runs one rank of a proof. The driver starts it as `python -m train.prove.proof_rank CONFIG [PART]`.
 
-The rank trains with Sluice's own code and writes evidence. Other processes judge the evidence later.
+The rank trains with Sluice's own code and writes evidence, which consists of recorded tensors and counters. The
+evidence is judged after all ranks have ended.
 
     exact      one step in fp64; records the gradients of this rank before any reduction; the thresholds at which code
                takes another path (conf/thresholds.py) are lowered, so that small inputs take this path too
@@ -419,7 +420,7 @@ class _ProvenTrainer(Trainer):
         info.validation_loss = self._validation_loss
         compiles = getattr(
             self.run.parts.precision.kernels, "compiles_matmul", None
-        )  # torch's own matmuls round to bf16
+        )  # without this method, torch's matmuls compute, and they round to bf16
         info.sums_in_fp32 = compiles is not None and compiles(torch.empty(0, dtype=torch.bfloat16))
         evidence = Evidence(info)
         add_scores(evidence, self.run.engine, outcome)

@@ -107,7 +107,8 @@ def turns(model: Values, seq_len: int, length: int, like: Tensor) -> Tensor:
 
     For long sequences, YaRN changes the angles (paper 4.3). It keeps the angles of pairs that rotate more than
     beta_fast times over original_seq_len positions. It divides by `factor` the angles of pairs that rotate less than
-    beta_slow times. For pairs in between, it interpolates linearly."""
+    beta_slow times. For pairs in between, it interpolates linearly.
+    """
     yarn, width = model.yarn, model.rope_head_dim
     pair = torch.arange(width // 2, dtype=like.dtype, device=like.device)
     frequency = model.rope_theta ** (-2 * pair / width)
@@ -354,7 +355,8 @@ class PlainModel:
         and never a gate.
 
         If the target of a position belongs to another sample, the position does not count in the tokens per expert or
-        in the balance loss."""
+        in the balance loss.
+        """
         layer = name.removesuffix(".moe.router").removesuffix(".block")
         weight_ED = self.weights[f"{name}.weight"]
         logits_NE = x_BTD.flatten(0, 1) @ (weight_ED.detach() if self.optim.freeze_routers else weight_ED).T
@@ -386,7 +388,8 @@ class PlainModel:
 
         f_i is the number of tokens for which expert i is among the K best without bias, divided by the mean of this
         number over all experts. P_i is the score of expert i divided by the sum of the token's scores, averaged over
-        the sequence's tokens."""
+        the sequence's tokens.
+        """
         model, (B, T, E) = self.model, scores_BTE.shape
         best_BTK = self.best_without_bias(scores_BTE.detach(), model.top_k)
         f_BE = F.one_hot(best_BTK, E).sum((1, 2)).to(scores_BTE.dtype) * (E / (model.top_k * T))

@@ -77,7 +77,8 @@ class PolicyModel(PlainModel):
     """A model whose main loss is a loss of this file. The losses of its MTP modules are still cross-entropies.
 
     calls: the calls of a step. tensors_BT: maps the name of an input of the losses, such as `advantages` or `weights`,
-    to a tensor (B, T) with one value for each target."""
+    to a tensor (B, T) with one value for each target.
+    """
 
     calls: Sequence[PlainCall] = ()
     tensors_BT: Mapping[str, Tensor]

@@ -29,16 +29,16 @@ from train.prove.reference_adapter import in_blocks, is_stored_in_blocks
 BIAS = 0.05
 """Standard deviation of the routers' initial biases. The biases are added to scores between 0 and 1."""
 CROWDED = 1.0
-"""Added to the bias of the first expert, so that all tokens choose this expert. It is subtracted from the bias of the
-last expert, so that no token chooses the last expert."""
+"""Value that is added to the bias of the first expert, so that all tokens choose this expert. The value is subtracted
+from the bias of the last expert, so that no token chooses the last expert."""
 TILE, STEP = 128, 2.0**-6
 """Number of channels in a tile, and the factor on every second tile."""
 LOUD = 64.0
 """In wide models, the factor on the first head's queries and on the last row of the output head. With this factor, a
 softmax overflows if the code does not subtract the maximum first."""
 BELOW_FLOOR = 2.0**-26
-"""If something is in FP8, the factor on the second tile of the inputs of the last layer's experts. The tile's values
-are then so small that the tile gets the smallest FP8 scale."""
+"""If matmuls or the wire use FP8, the factor on the second tile of the inputs of the last layer's experts. This makes
+the tile's values so small that the tile gets the smallest FP8 scale."""
 
 
 class Samples:

@@ -1,5 +1,5 @@
-"""Contains the data and the measures with which single parts of a step are judged: recorded inputs and outputs,
-comparisons of results, and sums over calls."""
+"""Contains the data and the measures with which single parts of the model, such as a linear layer or a norm, are
+judged: recorded inputs and outputs, comparisons of results, and sums over calls."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Records the inputs and outputs of a dispatcher on every rank, as evidence.
+"""Records the inputs and outputs of a dispatcher on every rank. train/prove/judge_rows.py judges them.
 
 `WatchedDispatcher` replaces the model's dispatcher. It does not depend on how rows are sent, so it works for all
 dispatchers. It records tensors under these names:
