@@ -672,10 +672,10 @@ class Cluster:
     threads: int = number(0, least=0)
     """Number of CPU threads per rank; 0 divides the cores among the ranks of a machine."""
     compiled: bool = True
-    """On a CPU with AVX-512 or AVX2, use compiled code for parts of a bf16 step. The machine's C++ compiler builds the
-    code at its first use. Each matmul uses compiled code or torch, whichever was faster in a measurement at the start
-    of the run; checkpoints store this choice. If the code cannot be built, the run prints a note and uses torch's
-    operations. false: always use torch's operations."""
+    """On a CPU with AVX-512 or AVX2, use compiled code for parts of a bf16 step. A C++ compiler builds the code at its
+    first use. Each matmul uses compiled code or torch, whichever was faster at the start of the run; checkpoints store
+    this choice. If the code cannot be built, the run prints a note and uses torch. false: always use torch's
+    operations."""
     deterministic: bool = False
     """Use only code that gives the same bits in every run on the same machines, also after a resume: torch's
     deterministic kernels, attention without cuDNN, no sums in NVLink switches, and no choice of kernels by measured
@@ -954,8 +954,8 @@ class Export:
     ema: bool = False
     """Take the moving average of the weights (optim.ema_decay) instead of the weights."""
     family: ModelFamily | None = None
-    """Model family, which decides the names of fields and tensors. null: the family of the folder from which the run
-    started, else deepseek_v3."""
+    """Family of the names of fields and tensors; null: the family of the folder from which the run started, else
+    deepseek_v3."""
     merge: bool = False
     """Add the adapter to its base and write a complete model, instead of a PEFT adapter."""
 
