@@ -33,8 +33,8 @@ from train.checkpoint.read_shards import NotCovered, load_shards, merge_indexes
 from train.checkpoint.staging import StagingBuffers
 
 SAVE_PATIENCE = 0.8
-"""Fraction of the timeout after which the next save gives up an unfinished save. It is less than 1, because other ranks
-may already wait for this rank, with the same timeout."""
+"""Fraction of the timeout after which the next save gives up an unfinished save. The fraction is less than 1, because
+other ranks may already wait for this rank, with the same timeout."""
 GRACE = 0.1
 """A save that was given up must end and report the reason within this fraction of the timeout. Otherwise it counts as
 stuck."""

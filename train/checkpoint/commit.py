@@ -14,10 +14,10 @@ Fencing. When a node loses its network, its ranks keep running while a new attem
 old ranks must not replace or prune checkpoints of the new attempt. The file `.fence` contains the highest attempt
 number. A new attempt, or the driver of a new launch, raises the number. An attempt stops when it reads a number higher
 than its attempt number. One advisory lock protects two operations: raising the number, and checking it before a folder
-is renamed. So a new attempt cannot start between the check and the rename of an old attempt. This needs a file system
-that shares flock between hosts (NFSv4, Lustre with -o flock, or one machine). On other file systems, a new attempt may
-start in the few microseconds between check and rename. Then an intact checkpoint of the old attempt appears. This
-checkpoint counts as older than all checkpoints of the new attempt (`Manifest.age`).
+is renamed. So a new attempt cannot start between the check and the rename of an old attempt. This protection needs a
+file system that shares flock between hosts (NFSv4, Lustre with -o flock, or one machine). On other file systems, a new
+attempt may start in the few microseconds between check and rename. Then an intact checkpoint of the old attempt
+appears. This checkpoint counts as older than all checkpoints of the new attempt (`Manifest.age`).
 """
 
 import os

@@ -14,10 +14,10 @@ index contains checksums of the header and of every block of its data file. A re
 reads and checks only the blocks that contain this part. A run uses no byte that was not checked.
 
 There are two kinds of verification. The fast verification checks the manifest, and calls `stat` once for every file to
-check its size. It detects the effects of crashes, full disks and partial copies. Sluice uses it to select the
-checkpoint to resume from, because one process cannot read terabytes at every start. The full verification reads all
-bytes; tools and tests use it. Flipped bits are detected when a checkpoint is loaded: each rank checks the blocks that
-it reads.
+check its size. The fast verification detects the effects of crashes, full disks and partial copies. Sluice uses this
+verification to select the checkpoint to resume from, because one process cannot read terabytes at every start. The full
+verification reads all bytes; tools and tests use it. Flipped bits are detected when a checkpoint is loaded: each rank
+checks the blocks that it reads.
 
 Nothing is pickled: an untrusted checkpoint may contain wrong values, but it cannot run code.
 """
@@ -41,8 +41,8 @@ FORMAT = "sluice checkpoint"
 CHECKPOINT_VERSION = 1
 """Version of the format. It is increased by every change that older code cannot read."""
 CRC_BLOCK = 4 << 20
-"""Number of bytes of data that one CRC-32 covers. It is a multiple of every element size, so no element is in two
-blocks."""
+"""Number of bytes of data that one CRC-32 covers. This number is a multiple of every element size, so no element is in
+two blocks."""
 LARGEST_NUMBER = 2**63 - 1
 """Largest integer that a checkpoint may contain."""
 HOOK_STATE = "hook."

@@ -32,7 +32,7 @@ from train.checkpoint.read_shards import FolderFiles, ReadSpan, merge_indexes
 from train.checkpoint.staging import StagingBuffers, lay_out_shards
 
 SETS = 2
-"""Maximum number of sets that a node stores at one time."""
+"""Maximum number of sets of copies that a node stores at one time. A set is the files of all ranks for one step."""
 
 
 class MemoryCopies:
@@ -48,7 +48,8 @@ class MemoryCopies:
         self._folder = Path(shelves.nodes[home].folder)
         self._next = None if following is None else shelves.nodes[following]
         self._resumed = ""
-        """Name of the set that this attempt resumed from. It is not deleted until a newer set is complete."""
+        """Name of the set of copies that this attempt resumed from. The set is not deleted until a newer set is
+        complete."""
         self._stored = -1
         """Newest step whose file this rank has stored on both nodes; -1 if there is none."""
         self._asked = -1
@@ -108,8 +109,8 @@ class MemoryCopies:
         return True
 
     def _agree_on_kept(self) -> str:
-        """Returns the name of the set that must not be deleted until the next set is complete; empty if there is
-        none."""
+        """Returns the name of the set of copies that must not be deleted until the next set is complete; empty if there
+        is none."""
         step = self._oldest_stored()
         if step < self._asked == self._stored:
             self._warnings.append(
@@ -135,7 +136,7 @@ class MemoryCopies:
         """Write the file to this rank's node, and then to the next node. On both nodes, the data are written before the
         index.
 
-        kept: name of the set that must not be deleted.
+        kept: name of the set of copies that must not be deleted.
         """
         prune(self._folder, {id.name, kept}, self.attempt)
         folder = self._folder / id.name
@@ -181,9 +182,11 @@ class MemoryCopies:
     # Resuming -------------------------------------------------------------------------------------------------------
 
     def manifest(self) -> Manifest | None:
-        """Builds the manifest of the set to resume from, from the indexes of all ranks' files; None if there is no set.
+        """Builds the manifest of the set of copies to resume from, from the indexes of all ranks' files; None if there
+        is no set.
 
-        One rank calls it. Raises CheckpointDamaged if a file is missing, or if the files do not cover the tensors.
+        Only one rank calls this method. Raises CheckpointDamaged if a file is missing, or if the files do not cover the
+        tensors.
         """
         if self.shelves.resume is None:
             return None
@@ -198,7 +201,7 @@ class MemoryCopies:
         return ShelfFiles(self.shelves, self.token, self.rank, self.timeout)
 
     def mark_resumed(self) -> None:
-        """Do not delete the loaded set until a newer set is complete."""
+        """Do not delete the loaded set of copies until a newer set is complete."""
         self._resumed = self.shelves.resume or ""
 
 

@@ -1,7 +1,7 @@
 """Loads a checkpoint into live shards. The run that wrote the checkpoint may have had any layout.
 
 Each wanted shard is an interval of a flattened tensor. The manifest lists the intervals that each rank wrote. If a
-wanted interval and a written interval overlap, the rank needs the bytes of the overlap. It reads all blocks that
+wanted interval and a written interval overlap, the rank needs the bytes of the overlap. The rank reads all blocks that
 contain such bytes, and compares each block with its CRC-32 before it uses any element of the block.
 """
 
@@ -155,7 +155,8 @@ def load_shards(path: Path, wanted: dict[str, Shard], rounded: bool = False) -> 
 
 
 def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], rounded: bool = False) -> dict[str, Any]:
-    """Fill shards from a checkpoint whose manifest was read before. Its files may be on disk or on other nodes.
+    """Fill shards from a checkpoint whose manifest was read before. The files of the checkpoint may be on disk or on
+    other nodes.
 
     rounded: as in `load_shards`.
     """

@@ -359,8 +359,8 @@ def check_space(config: Config, checkpoint_bytes: int) -> None:
     """Raise UserError if the disk does not have enough space for the checkpoints.
 
     The check assumes the maximum number of checkpoints at one time: checkpoint.keep, one more that is being written,
-    the best one if checkpoint.keep_best is set, and the one to resume from. It subtracts the number that already
-    exists.
+    the best one if checkpoint.keep_best is set, and the one to resume from. The check subtracts the number of
+    checkpoints that already exist.
     """
     paths = RunPaths(config)
     there = len(checkpoints(paths.checkpoints))

@@ -44,7 +44,8 @@ DTYPES = {
 }
 """Maps dtypes to their names in the safetensors format."""
 WRITE_BYTES = 16 << 20
-"""Maximum number of bytes in one write call. It is small, so that the rank shows progress even on a slow disk."""
+"""Maximum number of bytes in one write call. The number is small, so that the rank shows progress even on a slow
+disk."""
 DTYPE_BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 """Maps names of dtypes in the safetensors format to the number of bytes of an element."""
 
@@ -198,7 +199,7 @@ class Checksums:
     def __init__(self) -> None:
         self.all: list[int] = []
         self._room = 0
-        """Number of bytes that the last block can still take."""
+        """Number of bytes by which the last block may still grow."""
 
     def add(self, view: memoryview) -> None:
         while view:

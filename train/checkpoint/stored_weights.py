@@ -189,7 +189,7 @@ def plain_name(name: str) -> str:
 def open_base(config: Config, manifest: Manifest) -> FillShards:
     """Returns a function that reads the base with which a checkpoint's adapter was trained. Raises UserError.
 
-    It searches for the base first at the path in the checkpoint's meta, and then at init_from.
+    The function searches for the base first at the path in the checkpoint's meta, and then at init_from.
     """
     meta = manifest.meta
     path = Path(meta["base"]["path"])
@@ -276,7 +276,7 @@ def fits_here(config: Config, device: torch.device) -> bool:
 
 
 def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> None:
-    """Raise UserError if all weights do not fit into the free memory of this machine.
+    """Raise UserError if the weights together do not fit into the free memory of this machine.
 
     item_bytes: bytes of an element. what: the source of the weights, which is the value of the key `field`.
     """

@@ -105,8 +105,8 @@ def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, me
 # fingerprint covers the checksums of its files. If it is a Hugging Face folder, the fingerprint covers the headers of
 # its files and samples of their bytes. So most wrong bases are refused before anything starts.
 #
-# While all weights are read, a checksum of them is computed, the mark (train/checkpoint/weights_mark.py). It detects
-# every changed value. Checkpoints of earlier versions have no mark.
+# While all weights are read, a checksum of them is computed, the mark (train/checkpoint/weights_mark.py). The mark
+# detects every changed value. Checkpoints of earlier versions have no mark.
 
 PLACES, BYTES_OF_PLACE = 16, 4096
 """Number of positions at which a fingerprint samples a file, from its start to its end, and number of bytes in a

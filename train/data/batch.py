@@ -27,7 +27,7 @@ class Batch:
     """
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     """Maps names to fp32 tensors (B, seq_len + 1), which are inputs of a token loss (train/model/token_losses.py). Each
-    value belongs to its token as a target. `weights` multiply the loss, and `temperatures` divide the logits."""
+    value belongs to the prediction of its token. `weights` multiply the loss, and `temperatures` divide the logits."""
     experts_BTLK: Tensor | None = None
     """int64 (B, seq_len, MoE layers of the main model, experts per token): the experts that another engine chose
     (mode=score writes them). The last token has none. The model uses these experts. None: the routers choose."""

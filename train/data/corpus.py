@@ -74,7 +74,7 @@ class Corpus:
 
 
 def build_corpus(config: Config, progress: ReportProgress = silent) -> Corpus:
-    """Open the corpus and build missing parts. Several processes may call it at once. Raises UserError."""
+    """Open the corpus and build missing parts. Several processes may call it at the same time. Raises UserError."""
     return _Builder(config, progress).build()
 
 
@@ -236,8 +236,9 @@ class _Builder:
     ) -> tuple[Tokenizer, str]:
         """Returns the tokenizer and its name if data.tokenizer is not set.
 
-        If some data are already tokenised, it is their tokenizer. Otherwise the method trains one. memmaps: folders of
-        tokenised data, by configuration key. sources, digests: other sources and their hashes, by configuration key.
+        If some data are already tokenised, the method returns their tokenizer. Otherwise it trains one. memmaps:
+        folders of tokenised data, by configuration key. sources, digests: other sources and their hashes, by
+        configuration key.
         """
         for key, path in memmaps.items():
             if not (path / "tokenizer.json").is_file():

@@ -20,8 +20,9 @@ from train.data.tokenizer import Tokenizer
 #
 # Source 0 takes its share of all samples: of the first n samples it takes floor(n * w0 / (w0 + w1 + ...)). The other
 # samples are numbered again from 0, source 1 takes its share of them, and so on. So a formula gives the number of
-# samples of a source among the first n samples, and this number never decreases with n. It differs from the exact share
-# by a few samples at most (one for each earlier source). Weights become fractions with a denominator of at most 10^6.
+# samples of a source among the first n samples, and this number never decreases with n. The number differs from the
+# exact share by a few samples at most (one for each earlier source). Weights become fractions with a denominator of at
+# most 10^6.
 #
 # N = samples.
 
@@ -113,8 +114,8 @@ class ValidationData:
     """
 
     def __init__(self, corpus: Corpus, config: Config, sequences: int | None = None):
-        """sequences: number of sequences in total. It is split among the sources by their weights. None:
-        log.validation_sequences."""
+        """sequences: number of sequences in total. The weights of the sources decide how many of them each source gets.
+        None: log.validation_sequences."""
         self.seq_len, self.mask, self.chats = config.seq_len, config.data.mask_documents, config.data.chats
         self.notes: list[str] = []
         self._tokenizer = corpus.tokenizer

@@ -178,7 +178,7 @@ class Stream:
         return place * self.rate.numerator // self.rate.denominator
 
     def _epoch(self, number: int) -> _Epoch:
-        """Returns the index of an epoch: the order and the ends of its documents. It is built on first use."""
+        """Returns the index of an epoch: the order and the ends of its documents. The index is built on first use."""
         if number not in self._epochs:
             size = len(self.documents)
             order_D = shuffled_D(key(self.seed, number, 0), size)

@@ -79,7 +79,7 @@ def with_steps(config: Config) -> Config:
         corpus = build_corpus(config, progress)
     wanted = TrainingData(corpus, config).sequences * config.epochs
     steps = math.ceil(wanted / config.batch_size)
-    while Schedules(replace(config, steps=steps)).samples[-1] < wanted:  # a ramp starts with smaller batches
+    while Schedules(replace(config, steps=steps)).samples[-1] < wanted:  # a batch-size ramp starts with small batches
         steps += 1
     if config.optim.warmup_steps >= steps:
         rule = f"is not less than the {steps} steps of epochs = {config.epochs:g} and batch_size = {config.batch_size}: the warm-up would not end"

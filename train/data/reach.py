@@ -9,7 +9,7 @@ from functools import cache
 from threading import Thread
 
 REACH_SECONDS = 10.0
-"""Time limit of the check in seconds. It includes the look-up of the host name."""
+"""Time limit of the check in seconds. The limit includes the look-up of the host name."""
 
 
 def hub() -> str:

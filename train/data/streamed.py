@@ -5,10 +5,10 @@ document. The passes follow one another as one endless stream of tokens. Sample 
 (inclusive) of the stream, S = seq_len. Every rank reads the whole stream and keeps only the samples of its share of the
 batch. So a sample is the same in every layout.
 
-As with other data, a checkpoint stores the number of samples as the position. It also stores a mark, which is a
-position in the stream at or before the next sample: the pass, the document, and the number of tokens of this document
-that belong to earlier samples. To resume, a run reads the documents before the mark from the source again and ignores
-their content. If the source has `state_dict` and `load_state_dict`, it does not produce these documents again.
+As with other data, a checkpoint stores the number of samples as the position. The checkpoint also stores a mark, which
+is a position in the stream at or before the next sample: the pass, the document, and the number of tokens of this
+document that belong to earlier samples. To resume, a run reads the documents before the mark from the source again and
+ignores their content. If the source has `state_dict` and `load_state_dict`, it does not produce these documents again.
 
 S1 = seq_len + 1, B = sequences.
 
@@ -29,7 +29,8 @@ from train.data.batch import Batch
 from train.data.own_documents import OwnDocument, OwnDocuments, StreamMark
 
 MARKS = 16
-"""Number of recent batches whose marks are stored. It exceeds the number of batches that are built in advance."""
+"""Number of recent batches whose marks are stored. This number exceeds the number of batches that are built in
+advance."""
 
 
 class StreamedData:

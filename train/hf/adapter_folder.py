@@ -24,8 +24,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Prefix of the tensor names; the names in the base's folder follow it."""
 BASE_MARK = "base_mark"
-"""Key in the file's metadata: a hash of two rows of the base. It identifies the base, so that a check need not read the
-whole base."""
+"""Key in the file's metadata: a hash of two rows of the base. The hash identifies the base, so that a check need not
+read the whole base."""
 BASE_WEIGHTS = "base_weights"
 """Key in the file's metadata: the mark of all weights of the base (train/checkpoint/weights_mark.py). Earlier versions
 did not write this key.

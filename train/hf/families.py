@@ -90,7 +90,7 @@ READ_APART = (
     "num_local_experts",
     "mlp_layer_types",
 )
-"""Fields that this file or `read_model` reads separately."""
+"""Fields that are in no other table, because this file or `read_model` reads them by special rules."""
 GENERATION = """
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
@@ -287,7 +287,7 @@ FAMILIES = {
         ),
     )
 }
-"""Maps a family's name to its facts. Other architectures are rejected."""
+"""Maps a family's name to its `FamilyFacts`. Architectures of other families are rejected."""
 
 REFUSED_MODELS = {
     "MistralLarge4ForConditionalGeneration": "its own sparse attention is not supported",
@@ -300,13 +300,13 @@ REFUSED_MODELS = {
 
 
 def find_family(folder: Path, field: str) -> FamilyFacts:
-    """Return the facts of the folder's family. Raises UserError if the folder's family is unknown."""
+    """Return the `FamilyFacts` of the folder's family. Raises UserError if the folder's family is unknown."""
     return read_fields(folder, field)[0]
 
 
 def read_fields(folder: Path, field: str) -> tuple[FamilyFacts, Path, Fields]:
-    """Return the facts of a folder's family, its configuration file, and the language model's fields under DeepSeek's
-    names.
+    """Return the `FamilyFacts` of a folder's family, its configuration file, and the language model's fields under
+    DeepSeek's names.
 
     Raises UserError if the file is missing or unreadable, names another architecture, or has unknown fields outside of
     the language model's section.
@@ -328,7 +328,7 @@ def read_fields(folder: Path, field: str) -> tuple[FamilyFacts, Path, Fields]:
 
 
 def _named(field: str, path: Path, body: Fields) -> FamilyFacts:
-    """Return the facts of the family whose architecture the file names. Raises UserError."""
+    """Return the `FamilyFacts` of the family whose architecture the file names. Raises UserError."""
     found = body.get("architectures")
     for facts in FAMILIES.values():
         if isinstance(found, list) and len(found) == 1 and found[0] in facts.architectures:

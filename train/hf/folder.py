@@ -129,7 +129,7 @@ def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]
 
 
 def _count_mtp(folder: Folder, layers: int) -> int:
-    """Return the number of MTP modules in the weights. They follow the `layers` layers of the main model.
+    """Return the number of MTP modules in the weights. MTP modules follow the `layers` layers of the main model.
 
     They are recognised by tensors that a layer of the main model never has.
     """

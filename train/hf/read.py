@@ -137,7 +137,7 @@ class _Reader:
         return dequantize(padded, scale)[above:]
 
     def _scale(self, opened, name: str) -> Tensor:
-        """Return all scales of an FP8 weight. They may be in another file than the weight.
+        """Return all scales of an FP8 weight. The scales may be in another file than the weight.
 
         Raises UserError if a scale is not above 0.
         """

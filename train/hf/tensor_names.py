@@ -150,8 +150,8 @@ def _ffn(
     """Yield the tensors of a dense or shared FFN, or of one expert.
 
     index, experts: index of the expert, and number of experts that Sluice stacks in one tensor. In w13, the rows of the
-    up projection follow the rows of the gate projection. Its shape is (2F, D) or, with experts, (E, 2F, D). The shape
-    of w2 is (D, F) or (E, D, F).
+    up projection follow the rows of the gate projection. The shape of w13 is (2F, D) or, with experts, (E, 2F, D). The
+    shape of w2 is (D, F) or (E, D, F).
     """
     stack, end = ((), ".weight") if experts is None else ((experts,), "")
     for number, name in enumerate(("gate_proj", "up_proj")):

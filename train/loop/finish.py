@@ -54,9 +54,9 @@ def _why_stopped(logs: Path) -> str:
 
 
 def _plan_line(folder: Path, series: Series) -> str | None:
-    """Returns one line that compares the planned with the measured values; None without a plan.
+    """Returns one line that compares the planned with the measured values; None if the run has no plan.
 
-    If plan.json is damaged, the function only prints a note, because the training itself has succeeded.
+    If plan.json is damaged, the function prints a note and returns None, because the training itself has succeeded.
     """
     try:
         return plan_words(plan_rows(folder, series))
@@ -77,7 +77,7 @@ def _report(config: Config, folder: Path) -> Path | str:
 
 
 def last_validation(metrics: Path) -> dict[str, float]:
-    """Returns the newest record of metrics.jsonl that contains a validation."""
+    """Returns the newest record of metrics.jsonl that contains a validation; empty if there is none."""
     found: dict[str, float] = {}
     for record in read_heads(metrics):
         if "validation_loss" in record:

@@ -1,9 +1,9 @@
 """Combines all ranks' measurements of a step by one all-reduce.
 
 Each rank holds some of the layers and some of the tokens. Every rank fills a vector with one element for each
-measurement of each layer. It writes the values that it measured and leaves zeros elsewhere. So the sum over all ranks
-contains every measurement. Losses come from the last pipeline stage. Tokens per expert come from every rank of a stage,
-and balance biases from the first rank of a stage. Times and traffic come from every rank.
+measurement of each layer. A rank writes the values that it measured and leaves zeros elsewhere. So the sum over all
+ranks contains every measurement. Losses come from the last pipeline stage. Tokens per expert come from every rank of a
+stage, and balance biases from the first rank of a stage. Times and traffic come from every rank.
 
 Dimensions: L MoE layers (including those of MTP modules), E experts.
 """

@@ -73,8 +73,8 @@ def session(config: Config) -> "Iterator[Session]":
     try:
         if not try_lock(lock):
             raise UserError("name", config.name, f"already has a session: {folder} is in use", "give another name=")
-        # The driver treats the session as a run in this folder. It must not restart the ranks, because all updates
-        # would be lost.
+        # The driver treats the session as a run in this folder. The driver must not restart the ranks, because all
+        # updates would be lost.
         cluster = replace(config.cluster, restarts=0)
         with Session(replace(config, runs=str(folder.parent), name=folder.name, cluster=cluster), folder) as opened:
             yield opened
@@ -266,7 +266,7 @@ class Session:
         raise SessionFailed(said[-8000:] or f"the ranks ended with exit code {driver.returncode}; logs: {self._folder}")
 
     def _end(self, at_once: bool) -> None:
-        """Wait until the ranks have ended. at_once: first send SIGTERM to the driver."""
+        """Wait until the ranks have ended. at_once: whether to send SIGTERM to the driver first."""
         if self._link is not None:
             self._link.close()  # rank 0 ends when the connection closes
             self._link = None

@@ -52,8 +52,8 @@ def _model_of(config: Config, folder: Folder) -> Model:
 
 
 def _with_indexers(config: Config, fill: "FillShards", has: Callable[[str], bool]) -> "FillShards":
-    """Returns a function like `fill` that also works for a source without indexers. It draws the weights of missing
-    indexers from config.seed.
+    """Returns a function like `fill` that also works for a source without indexers. The returned function draws the
+    weights of missing indexers from config.seed.
 
     fill: reads tensors from the source. has: tells whether the source has a tensor with a given name.
     """

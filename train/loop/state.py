@@ -44,7 +44,7 @@ class RunState:
         self.step = 0
         self.samples = 0
         self.best: tuple[int, float] | None = None
-        """Step and value of the lowest held-out loss so far, if the run keeps the best checkpoint."""
+        """Step and value of the lowest held-out loss so far, if checkpoint.keep_best is set."""
         self.skipped = 0
         self.family = ModelFamily.deepseek_v3
         self._trains_adapter = config.adapter.on
@@ -126,8 +126,8 @@ class RunState:
     def fill_base(self, fill: FillShards, mark: WeightsMark | None = None) -> None:
         """Fill this rank's part of the initial weights and the balance biases. In an adapter's run, the base is filled.
 
-        fill: reads given shards from the source. mark: sees the values of an adapter's base, to compute a checksum of
-        them.
+        fill: reads given shards from the source. mark: receives the values of an adapter's base, and computes a
+        checksum of them.
         """
         mark = mark or WeightsMark()
         (mark.watching(fill) if self._trains_adapter else fill)(self.wanted_of_start())

@@ -37,7 +37,7 @@ class StepWork:
             self._counters.take()
 
     def collect(self) -> list[float]:
-        """Returns this rank's addends of the metrics, for the step that has just ended on the device.
+        """Returns the values that this rank adds to the metrics, for the step that has just ended on the device.
 
         The list has the same length on every rank.
         """

@@ -1,6 +1,6 @@
 """Implements the engine of one rank: the operations that a training loop needs, in any layout.
 
-    forward_backward    computes the gradients of a loss over a batch, and adds them to those of earlier calls
+    forward_backward    computes the gradients of a loss over a batch, and adds them to the gradients so far
     update              clips and applies the gradients if loss and gradients are finite; adjusts the router biases by
                         the step's tokens per expert (paper 2.1.2)
     discard             deletes the gradients
@@ -102,7 +102,8 @@ class Engine:
         self._live = live
         self._config, self._parts, self._device = config, parts, rank.device
         self.mesh = rank.mesh
-        """This rank's position in the layout. Its `dp_rank` determines which share of a batch the rank gets."""
+        """This rank's position in the layout. The field `dp_rank` of the position determines which share of a batch the
+        rank gets."""
         self._layout, self._schedules = rank.mesh.layout, Schedules(config)
         self.step = 0
         """Number of completed steps. The next step uses the recipe's schedules at `step` + 1. A caller that resumes a
@@ -353,7 +354,8 @@ class Engine:
 
     @contextmanager
     def _accumulating(self, plan: StepPlan) -> Iterator[None]:
-        """Returns a context for one call of `forward_backward`. It continues the current step, or starts a new one.
+        """Returns a context for one call of `forward_backward`. The context continues the current step, or starts a new
+        one.
 
         An error inside the context ends the step.
         """

@@ -11,7 +11,7 @@ from train.metrics.names import Record
 class CopiesInMemory:
     """Copies the state to memory every checkpoint.every_memory steps.
 
-    It also copies the state at the end of an attempt, if the driver starts the next attempt at once.
+    The hook also copies the state at the end of an attempt, if the driver starts the next attempt at once.
     """
 
     def __init__(self, copies: MemoryCopies | None):

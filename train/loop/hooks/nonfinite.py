@@ -180,7 +180,7 @@ class Origin:
     """The place where a non-finite value began, as far as the ranks' findings show it."""
 
     what: str
-    """`non-finite loss` or `non-finite gradient`."""
+    """What was not finite: `non-finite loss` or `non-finite gradient`."""
     phase: str | None
     """The pass in which the value began, `forward` or `backward`; None if the repeated step was finite."""
     where: str

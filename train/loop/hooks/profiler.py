@@ -49,7 +49,8 @@ DISPATCH = {"dispatch_begin": "dispatch", "combine": "dispatch"}
 TRAVELS = "_Dispatch", "_Combine"
 """Prefixes of the names of the autograd functions in parallel/expert/dispatcher.py.
 
-These functions belong to the part "dispatch", too. They run outside of the methods in `DISPATCH`.
+The table assigns these functions to the part "dispatch", like the methods in `DISPATCH`, although they run outside of
+these methods.
 """
 OPTIMIZER = "optimizer"
 PART_NAMES = {*(name for methods in METHODS.values() for name in methods.values()), *DISPATCH.values(), OPTIMIZER}
