@@ -1,10 +1,10 @@
 """Computes how many rows the absent ranks would send to this rank's experts, from dry_run.routing.
 
-balanced      Every rank receives the same number of rows, and so does every expert of this rank.
-skewed        This rank receives 1.5 times the balanced number. The number of rows falls linearly from the rank's first
-              expert to its last expert.
-a folder      The folder of an earlier run. The experts receive the same fraction of rows as in the last step of this
-              run for which the loads of experts were recorded, as a mean over the layers.
+balanced      All ranks receive equally many rows, and all experts of this rank receive equally many rows.
+skewed        This rank receives 1.5 times as many rows as in `balanced`. The number of rows falls linearly from the
+              rank's first expert to its last expert.
+a folder      The folder of an earlier run. Each expert receives the same fraction of all rows as in that run. The
+              fraction is a mean over the layers, from the last step with recorded loads.
 """
 
 from dataclasses import replace

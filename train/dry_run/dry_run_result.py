@@ -65,7 +65,8 @@ class Findings:
     """Bytes of weights, of master weights, of moments, and of gradients when all passes have ended. `rest` is the peak
     minus weights, master weights and moments."""
     actions: dict[str, ComparedFigure]
-    """Mean seconds of one action, by kind of action. The measured number is the median over the timed steps."""
+    """Mean seconds of one action, by kind of action. The measured number is computed from the median over the timed
+    steps of the total time of a kind."""
     counts: dict[str, int]
     """Number of actions in a step, by kind."""
     steps: dict[str, ComparedFigure]
@@ -132,7 +133,7 @@ def _items(piece: DryRunPiece, measured: MeasuredRank, planned_peak: int) -> dic
     plan = rank_memory(piece.config, piece.pp_rank, piece.scene, piece.layers).items
     state = ("weights", "master", "moments")
     items = {name: ComparedFigure(measured.items[name], plan.get(name, 0)) for name in state}
-    if piece.config.parallel.zero == 1:  # at ZeRO 2 and 3, complete gradients no longer exist at that time
+    if piece.config.parallel.zero == 1:  # at ZeRO 2 and 3, no complete gradients exist after the passes
         chunks = list(chunk_parts(piece.config, piece.layers)[piece.pp_rank].values())
         gradients = FP32_BYTES * sum(w.elements for w in rank_weights(piece.config, chunks) if w.is_trained)
         items["gradients"] = ComparedFigure(measured.items["gradients"], gradients)

@@ -92,7 +92,7 @@ class RunPhases(ExitStack):
     def mark(self, phase: str, meter: PeakMeter, before: PhaseBytes = NOTHING_BEFORE) -> None:
         """Record the memory peaks of the phase that ends now. before: bytes to subtract from the peaks."""
         device, host = (most - there for most, there in zip(meter.mark_both(), before, strict=True))
-        copied = sum(map(folder_bytes, self._nodes))  # these files are in the memory of nodes
+        copied = sum(map(folder_bytes, self._nodes))  # the files of in-memory copies are in host memory
         on_cpu = self._rank.device.type == "cpu"
         self.peaks[phase] = PhaseBytes(device + copied * on_cpu, host + copied * (not on_cpu))
 
@@ -165,7 +165,7 @@ class RunPhases(ExitStack):
     def _resume(self, state: RunState) -> None:
         newest, saved = checkpoints(self._paths.checkpoints)[0], state.shards().keys()
         wanted = self._placed(state.wanted(newest.meta))
-        if self._is_alone:  # other ranks would save the biases and loads
+        if self._is_alone:  # in the job, other ranks save the biases and loads
             wanted = {name: wanted[name] for name in saved}
         self._open_checkpoints(attempt=2).load(newest.folder, wanted)
         state.finish_load(newest.meta)

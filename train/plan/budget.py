@@ -31,8 +31,8 @@ class Verdict(StrEnum):
 
 
 BARELY = 0.03
-"""Minimum fraction of a device's memory that must be free for the verdict `fits`. The reserve and the planned imbalance
-of the experts do not count as free.
+"""Minimum fraction of a device's memory that must be free for the verdict `fits`. Memory for the reserve and for the
+planned imbalance of the experts does not count as free.
 
 In measurements, the planned bytes of tensors differed from the measured bytes by at most 1 %. The reserve is an
 estimate whose error may be up to a third.
@@ -74,8 +74,8 @@ class Budget:
         return Budget(self.tokens, self.days / share, hours, hours * TRILLION / self.tokens, cost, energy)
 
     def __add__(self, other: "Budget") -> "Budget":
-        """Returns the budget of two runs that follow each other. If one of their costs is unknown, the cost of the sum
-        is unknown too."""
+        """Returns the budget of two runs together. If the cost of one run is unknown, the cost of both together is
+        unknown."""
         tokens, hours = self.tokens + other.tokens, self.gpu_hours + other.gpu_hours
         cost = None if self.cost is None or other.cost is None else self.cost + other.cost
         energy = None if self.energy_kwh is None or other.energy_kwh is None else self.energy_kwh + other.energy_kwh
@@ -214,7 +214,7 @@ def _whole_run(config: Config, step: StepTime) -> tuple[float, float]:
     interpolates the step time linearly, because every micro-batch takes the same time.
     """
     sizes = Schedules(config).batch_sizes
-    wanted = config.plan.tokens and config.plan.tokens / config.seq_len  # sequences
+    wanted = config.plan.tokens and config.plan.tokens / config.seq_len  # number of sequences
     samples, seconds = 0.0, 0.0
     least = min(sizes)
     first = step.step_seconds

@@ -13,10 +13,10 @@ has the largest effective share. T is at least w, because each save waits for th
 hardly changes near the best T. So the plan advises a longer T: the largest T whose effective share is at most FLAT
 below the best effective share.
 
-A restart has four parts: detection, rescheduling, loading (bytes over hardware.storage_bandwidth) and warm-up. The
-resulting effective shares agree with published runs: Llama 3 (16,384 GPUs) and MegaScale (more than 10,000) were
-effective for over 90 % of the time, ByteRobust's run of 9,600 GPUs for 97 % (arXiv 2509.16293). A synchronous run of
-Meta on some 100,000 GPUs paused for 10 minutes at each failure (arXiv 2602.00277).
+A restart has four parts: detection, rescheduling, loading (bytes divided by hardware.storage_bandwidth) and warm-up.
+The resulting effective shares agree with published runs. Llama 3 (16,384 GPUs) and MegaScale (more than 10,000 GPUs)
+had effective shares above 90 %. ByteRobust's run of 9,600 GPUs had 97 % (arXiv 2509.16293). A synchronous run of Meta
+on some 100,000 GPUs paused for 10 minutes at each failure (arXiv 2602.00277).
 """
 
 import itertools

@@ -99,7 +99,8 @@ def micro_batches_of(config: Config) -> int:
 
 
 STEADY = 4
-"""Number of rounds after which a schedule repeats itself. A round has at least one micro-batch per pipeline rank."""
+"""Number of rounds that are enough to find the memory peak, because further rounds repeat the same actions. A round is
+a group of micro-batches, with at least one for each pipeline rank."""
 
 
 def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
@@ -119,7 +120,7 @@ def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
 
 def program_of(config: Config, micro_batches: int | None = None) -> Program:
     """Returns the actions of all ranks of a pipeline as a `Program`, which can be simulated. micro_batches: number of
-    micro-batches to use instead of those of a step."""
+    micro-batches; None: those of a step."""
     parallel = config.parallel
     count = micro_batches or micro_batches_of(config)
     return _program(parallel.schedule, parallel.pp, count, parallel.virtual_stages, parallel.overlap)

@@ -8,8 +8,8 @@
 NCCL (2.30; the files are in github.com/NVIDIA/nccl) allocates a communicator's buffers at the first collective that
 needs them. Inside a node, a connection receives into 10 MiB and sends from 2 MiB (src/transport/p2p.cc: three protocols
 of 0.5, 4.7 and 4 MiB, rounded up); over a network, it sends from 10 MiB. On every channel, a ring has one connection of
-each kind, and a tree has up to three. So the size of a group's buffers depends on the number of its channels. Beyond
-two nodes, it does not depend on the number of ranks (issue 864):
+each kind, and a tree has up to three. So the size of a group's buffers depends on the number of its channels. For more
+than two nodes, the size does not depend on the number of ranks (issue 864):
 
     several ranks per node   Between nodes, the group uses 16 channels (issue 1538: two nodes of eight H100), with ring
                              and tree. They need some 0.6 GB. 0.69 GB were measured on A100 with NVLink, and 0.54 GB for

@@ -52,7 +52,7 @@ def timeline_figure(sampled: SampledStep | None) -> Figure | None:
     set_look(plot, height=150 + 44 * len(rows))
     plot.update_layout(barmode="overlay", bargap=0.18, hovermode="closest")
     if len(kept) <= NUMBERED:
-        plot.update_layout(uniformtext={"minsize": 9, "mode": "hide"})  # Plotly hides a number that does not fit
+        plot.update_layout(uniformtext={"minsize": 9, "mode": "hide"})  # hides numbers that do not fit into their bars
     plot.update_yaxes(autorange="reversed", type="category", automargin=True, showgrid=False)
     plot.update_xaxes(title=f"{unit} since the step began", range=[0, end * scale], showgrid=False)
     title = f"The pipeline in step {sampled.step:,}: who computes when ({sampled.schedule})"

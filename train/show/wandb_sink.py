@@ -227,9 +227,9 @@ class WandbSink:
                     logged = record["step"]
                     os.pwrite(
                         file.fileno(), b"%020d\n" % logged, 0
-                    )  # one call of fixed width never leaves half a number
+                    )  # one write of fixed width, so that a killed process cannot leave half a number
         run.finish()
-        wandb.teardown()  # finish alone returns before the last records are on disk
+        wandb.teardown()  # run.finish() alone would return before the last records are on disk
 
     def _do(self, item: Item, wandb: ModuleType, run: Any, logged: int) -> None:
         try:

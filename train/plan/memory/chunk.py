@@ -48,8 +48,8 @@ def chunk_of(scene: Scene, parts: Parts) -> "ChunkMemory":
 
 @dataclass(frozen=True)
 class ChunkMemory:
-    """Memory of the passes of one chunk, in bytes. Every pass counts x_0, x_n and their gradients while they are
-    alive."""
+    """Memory of the passes of one chunk, in bytes. The memory of a pass includes x_0, x_n and their gradients, as long
+    as they are allocated."""
 
     scene: Scene
     parts: Parts
@@ -147,7 +147,7 @@ class ChunkMemory:
             yield "embedding", self._input
         early = self.hidden * (self._joins and not self._has_embedding)  # E exists before the blocks run
         for i, name in enumerate(self._names):
-            own = self.hidden * (name == "end" and self._joins)  # the end's own measurement includes E
+            own = self.hidden * (name == "end" and self._joins)  # the measurement of the part `end` includes E
             yield name, self._resident(i) + i * self.hidden + early - own
 
     @property
@@ -188,11 +188,11 @@ class ChunkMemory:
             run = run_of(names[i], i == len(names) - 1)
             below = self._resident(i) + i * h + output + rest
             if names[i] == "end":
-                below -= h * (self._joins and self._has_embedding)  # E is x_0
+                below -= h * (self._joins and self._has_embedding)  # E is x_0; the run of `end` includes it
             yield names[i], run, below
             rest += run.end - h  # includes dE, which the part `end` computes, until the embedding's backward uses dE
         if self._has_embedding or self._joins:
-            arrived = h * self._joins  # dE
+            arrived = h * self._joins  # dE is in `rest` and in the measurement of the embedding
             yield "embedding", run_of("embedding", False), output + rest - arrived + self._input
 
     def split(self, first: bool) -> tuple[PassMemory, PassMemory]:

@@ -88,11 +88,11 @@ class Scene:
     sequences: int
     """B: sequences of a micro-batch."""
     dispatch: str
-    """parallel.dispatch; local if a rank has all experts."""
+    """The value of parallel.dispatch; `local` if every rank has all experts."""
     wire: str
     ep: int
     ranks_per_node: int
-    """Ranks of an expert-parallel group on one node."""
+    """Number of ranks of an expert-parallel group on one node."""
     load: Load
     """Number of rows that this rank's experts receive."""
     gloo: bool
@@ -114,7 +114,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A part of a pass between two points at which an overlapped pair of passes may switch to the other pass."""
+    """A section of a pass. At the end of each section, an overlapped pair of passes may switch to the other pass."""
 
     peak: int
     """Maximum of the live bytes in the stretch."""
@@ -283,7 +283,7 @@ class Run:
     def __enter__(self) -> Self:
         self._module, self._precision = self._build()
         self._fill()
-        with MetaLedger():  # its cache lets all runs share the shapes of the tables
+        with MetaLedger():  # caches the shapes of the tables for later runs
             self._make_tables()
         for param in (param for param in self._module.parameters() if param.requires_grad):
             param.grad_dtype = torch.float32
@@ -313,7 +313,8 @@ class Run:
         return self._precision.weights.count_bytes() if isinstance(self._precision, Fp8Precision) else 0
 
     def forward(self, leaves: bool = False) -> Forward:
-        """Run the part forward. leaves: make the inputs leaves of the graph, as torch's split backward needs them."""
+        """Run the forward of the part. leaves: whether the inputs are leaves of the graph, as torch's split backward
+        needs."""
         self._ledger.tag = "activations"
         joins = self._scene.model.section.mtp_depth > 0 and not leaves
         borders = {"embedding": 0, "end": 1 + joins}.get(self._part, 1)
@@ -380,8 +381,8 @@ class Run:
         return self._states(self._scene.seq_len // self._scene.cp)
 
     def _embedded(self) -> Tensor:
-        """Returns the embedding's output, as the last part reads it. It includes the tokens that follow this rank's
-        pieces of a sequence, because MTP modules predict from these tokens."""
+        """Returns the embedding's output, as the last part reads it. It includes the embeddings of the tokens that
+        follow this rank's pieces of a sequence, because MTP modules need these tokens."""
         positions = Positions(self._scene.seq_len, None, self._module._share)
         return self._states(positions.take_with_next(self._tokens_BS, self._module._depths).size(1))
 

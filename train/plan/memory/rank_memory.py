@@ -215,13 +215,13 @@ def _phases(
         found["export"] = PhaseBytes(held, kept + export_bytes(config))
     in_files = (
         (state + host)["copies"] * (HELD_COPIES - 1) // HELD_COPIES
-    )  # the files still exist after the ranks have ended
+    )  # the files of in-memory copies still exist after the previous start has ended
     found["resume"] = on_host(built, early, CRC_BLOCK + in_files)
     if config.init_from is not None and not config.adapter.on:
         groups = shards(config, rank_weights(config, list(chunk_parts(config, layers)[pp_rank].values())))
         experts = (
             config.model.experts // config.parallel.ep
-        )  # a folder stores each expert separately, and the gate and up matrices too
+        )  # in a Hugging Face folder, each expert and each of its gate and up matrices is a separate tensor
         largest = max(
             min(size, one.elements // (experts if one.is_expert else 1) // (2 if "w13" in one.name else 1))
             for one, size in kept_elements(config, groups, stage_rank)
@@ -246,8 +246,8 @@ def export_bytes(config: Config) -> int:
 def _built_bytes(config: Config, pp_rank: int, held: int, layers: list[range] | None) -> int:
     """Returns the peak bytes while a rank starts. held: bytes that are still in use after the start.
 
-    ZeRO 3 draws weights in fp32, one expert at a time, and shards each weight before it draws the next. With an
-    adapter, all weights exist before they are sharded.
+    At ZeRO stage 3, weights are initialised in fp32, one expert at a time. Each weight is sharded before the next one
+    is initialised. With an adapter, all weights exist before they are sharded.
     """
     if config.parallel.zero < 3:
         return held

@@ -117,7 +117,7 @@ class StepEnd:
         self._offload = config.parallel.offload_optimizer
         self._config = config
         self._has_expert_groups = config.parallel.ep > 1
-        """If False, experts are summed over the same ranks as all other weights."""
+        """If False, the gradients of experts are summed over the same ranks as all other gradients."""
         self._ranks = [stage_rank * group.ranks // config.parallel.stage_ranks for group in groups]
         self._own = [group for group in groups if self._is_own(group)]
         self._gradients = [one for one in _gradients(groups, self._ranks) if not self._is_own(groups[one.group])]
@@ -175,7 +175,7 @@ class StepEnd:
                 if one.mine and one.group not in self._shards:
                     self._shards.add(one.group)
                     meter.take(FP32_BYTES * self._groups[one.group].partition)
-        for experts in (False, True):  # dense weights and experts have different ranks
+        for experts in (False, True):  # gradients of dense weights and of experts are summed over different ranks
             slices = [one for one in waiting if (self._has_expert_groups and one.weight.is_expert) == experts]
             for copied in self._copies(slices):
                 meter.take(FP32_BYTES * copied)
@@ -200,8 +200,8 @@ class StepEnd:
         return sum(one.size for one in self._gradients if one.mine)
 
     def _copies(self, gradients: Sequence[Gradient]) -> Iterator[int]:
-        """Yields the number of elements of each copy that joins several slices. A single slice is not copied, and
-        yields 0 or nothing."""
+        """Yields the number of elements of each copy that joins several slices. For a single slice, which is not
+        copied, the function yields 0 or nothing."""
         slices: list[int] = []
         for mine, run in groupby(
             ((one, piece) for one in gradients for piece in one.slices),

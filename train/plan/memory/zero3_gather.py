@@ -9,8 +9,9 @@ Before each unit runs, DeepSpeed does two things (parallel/zero/private_names.py
 
 All weights of one gather share a buffer. When a unit first waits for one of these weights, DeepSpeed copies all of them
 out of the buffer. The buffer is freed when units have waited for all of these weights. A weight is not copied if it was
-gathered alone, or if only one rank has it. After a unit has run, its weights are freed. DeepSpeed keeps a weight if it
-has already skipped a later gather of this weight because the weight was present.
+gathered alone, or if only one rank has it. After a unit has run, its weights are freed. An exception is a weight that a
+later unit needs too: if DeepSpeed has found it already gathered while it looked for weights of later units, the weight
+is kept.
 
 DeepSpeed waits for a unit's weights in the order of a Python set of objects, which differs between processes. So the
 simulation uses the order that needs the most memory. If another unit runs than the recorded one, DeepSpeed frees all
@@ -46,7 +47,7 @@ class SharedWeight(NamedTuple):
 
 
 class GatheredBytes(NamedTuple):
-    """Bytes of gathered weights before and during one visit of a unit."""
+    """Bytes of gathered weights at one visit of a unit: before the unit runs, and while it runs."""
 
     fetching: int
     """Peak bytes while the unit waits for its weights."""
@@ -62,8 +63,8 @@ class _Status(Enum):
 
 @dataclass(eq=False)
 class _Weight:
-    """The state of one weight in a simulation. next_use: index of the last visit for which the weight has been
-    requested so far."""
+    """The state of one weight in a simulation. next_use: index of the latest visit for which DeepSpeed has gathered the
+    weight, or has found it already gathered."""
 
     shared: SharedWeight
     status: _Status = _Status.away
@@ -165,7 +166,8 @@ class _Coordinator:
         coming = [weight for weight in weights if weight in self._coming]
         left = Counter(self._coming.values())  # number of weights left in each gather; at 0, its buffers are freed
         early = list({gather: weight for weight in coming if left[gather := self._coming[weight]] > 1}.values())
-        for weight in [*early, *(weight for weight in coming if weight not in early)]:  # the worst possible order
+        # The simulation waits in the order that needs the most memory.
+        for weight in [*early, *(weight for weight in coming if weight not in early)]:
             self._coming[weight].arrive()
             highest = max(highest, self._size())
             del self._coming[weight]

@@ -156,8 +156,8 @@ def verdict(plan: RunPlan) -> str:
 
 
 def _lacking_beside(plan: RunPlan) -> str:
-    """Returns text about what is too small: host memory, the folder of in-memory copies, or the disk. It is called if
-    the run's tensors fit on the devices, but the plan does not fit."""
+    """Returns text about what is too small if the run fits in device memory: host memory, the folder of in-memory
+    copies, or the disk."""
     config = plan.config
     if over := copies_lacking(config, plan.ranks):
         folder, room = config.checkpoint.memory_folder, copies_memory(config) or 0
@@ -207,7 +207,7 @@ def layout_words(plan: RunPlan) -> str:
 
 
 def budget_words(budget: Budget, hardware: Hardware) -> str:
-    """Returns text about the time and cost to train on all tokens."""
+    """Returns text about the time and the cost of training on all tokens."""
     words = f"{amount(budget.tokens)} tokens in {length_of_run(budget.days)}: {amount(budget.gpu_hours)} device hours"
     if budget.cost is not None:
         words += (

@@ -81,7 +81,7 @@ class FrameBounds:
                         self.lacking.append((max(lacking, 0) + max(hosts[number], 0), what, one))
                         continue
                     host, fewest = frame.hosts[number], 0
-                    if saving.blocks == "recompute":  # offload may cost no time
+                    if saving.blocks == "recompute":  # with offload, the bound assumes 0 blocks
                         holds = partial(_holds, kept, state[number], memory[dispatch])
                         fewest = bisect_left(range(blocks), True, key=holds)
                     key = (*saving.recompute, "", *saving.offload, dispatch, wire, fewest)
@@ -180,7 +180,7 @@ def _pipeline_seconds(stages: Stages) -> float:
     lengths = {stages.kind(stage): _lengths(stages, stage) for stage in ids}
     forward, inputs, weights = (min(column) for column in zip(*lengths.values(), strict=True))
     pair = 0.0
-    if parallel.schedule_facts.pairs:  # a longer W shortens the idle time; the first stage has its whole backward in W
+    if parallel.schedule_facts.pairs:  # a longer W means less idle time; stage 0 has its complete backward in W
         pair = min(_pair(stages, own) for own in stages.placement)
         weights = max(each[2] for kind, each in lengths.items() if kind != stages.kind(0))
     shortest = ActionSeconds(forward, inputs, weights, pair)
@@ -238,7 +238,8 @@ def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
 
 
 def _shard(config: Config, held: WeightCounts) -> float:
-    """Returns the number of trained weights in a rank's shard, which has the optimizer state."""
+    """Returns the number of elements in a rank's shard of the trained weights. The rank has the optimizer state of this
+    shard."""
     parallel = config.parallel
     return held.dense / parallel.stage_ranks + held.experts / (parallel.stage_ranks // parallel.ep)
 

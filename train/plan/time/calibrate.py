@@ -161,8 +161,9 @@ def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float
     """Fits a rate to samples (operations, bytes, seconds) of one call each. Also returns the largest relative error of
     the fit.
 
-    A rate has three terms: seconds = calls a + operations / flops + bytes / bandwidth. The fit minimises the squared
-    relative errors, and no term may be negative. With three unknowns, it can try all seven subsets of non-zero terms.
+    A rate has three terms: seconds = calls * seconds per call + operations / flops + bytes / bandwidth. The fit
+    minimises the sum of squared relative errors, and no term may be negative. It tries all seven non-empty subsets of
+    the three terms.
     """
     rows_N3 = np.array([[1.0, flops, moved] for flops, moved, _ in samples])
     seconds_N = np.array([seconds for *_, seconds in samples])

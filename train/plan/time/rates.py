@@ -57,8 +57,8 @@ LINKS = {
     "gather_inside": "inside",
     "gather_across": "across",
 }
-"""Kinds of transfers and their fallbacks, inside a node and across nodes. Their rates count bytes of one device in one
-direction."""
+"""Kinds of transfers, inside a node and across nodes, and their fallbacks. The rate of a transfer counts the bytes that
+one device sends."""
 TUNED, OURS_UNTIMED = "tuned Megatron", "this program"
 
 

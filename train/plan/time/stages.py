@@ -1,8 +1,8 @@
-"""Computes the seconds of every action of a pipeline, from the recorded work of its stages
-(train/plan/work_recorder.py) and the rates of a device.
+"""Computes the seconds of every action of a pipeline from the work of its stages and the rates of a device.
 
-The memory plan runs each part of a stage once (train/plan/memory/part.py) and records its work. This work becomes the
-segments of a stage (passes.py), which the schedule can overlap.
+The memory plan runs each part of a stage once (train/plan/memory/part.py), and a recorder counts the work of the part
+(train/plan/work_recorder.py). This file converts the work of a stage to segments (passes.py), which the schedule can
+overlap.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,7 +61,7 @@ class Directions:
 
     def __init__(self, make: Callable[[str], PassTime]):
         self.of = cache(make)
-        """Returns the pass for a kind of action: F, B, I or W."""
+        """Function that returns the pass for a kind of action: F, B, I or W."""
 
     @property
     def forward(self) -> PassTime:
@@ -144,8 +144,8 @@ class Stages:
         return self._remembered(key, lambda: Directions(lambda way: self._stage(parts, way)))
 
     def balanced(self) -> list[int]:
-        """Returns the number of layers of every stage, as for parallel.split. This split balances the planned times of
-        the ranks."""
+        """Returns the split that best balances the planned times of the ranks: a list with the number of layers of
+        every stage, as in parallel.split."""
         model = self.config.model
         # If only some layers of a stage are recomputed, the split determines which ones; the costs then assume none.
         again = model.repeated_layers >= model.layers
@@ -169,7 +169,7 @@ class Stages:
         first, depth = parts[0] == "embedding", self.config.model.mtp_depth if parts[-1] == "end" else 0
         whole = (
             self.config.parallel.zero == 3 or depth > 1 or self.config.model.sparse.heads > 0
-        )  # backward_in_one_piece
+        )  # the backward cannot be split, as in DeepSeekV3.backward_in_one_piece
         if way in "IW" and (whole or first):
             # The first stage has no gradient to send. So torch's split does nothing in I and everything in W.
             return self._stage(parts, "B") if (way == "I") == whole else PassTime()

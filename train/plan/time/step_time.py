@@ -1,8 +1,7 @@
-"""Plans the seconds of a training step. Simulates the pipeline action by action, then adds reduction, optimizer and
-gather.
+"""Plans the seconds of a training step: simulates the pipeline, then adds reduction, optimizer and gather.
 
-torch itself gives the actions and their order (parallel/pipeline/simulate.py), and stages.py gives their durations. MFU
-follows DeepSeek's definition: it excludes MTP, and is relative to the bf16 peak.
+torch's schedules define the actions and their order (parallel/pipeline/simulate.py), and stages.py computes the
+durations of actions. MFU follows DeepSeek's definition: it excludes MTP, and is relative to the bf16 peak.
 """
 
 from collections import defaultdict
@@ -65,7 +64,7 @@ class StepTime:
     actions: list[list[Action]]
     """The actions of every rank of a pipeline, in order."""
     length: Callable[[Action], float]
-    """Returns the seconds of an action."""
+    """Function that returns the seconds of an action."""
     transfer_seconds: float
     """Seconds from the end of a stage until the stage's output is on the next rank."""
     simulation: Simulation

@@ -41,7 +41,7 @@ PIECES = (2**14, 2**20)
 
 
 class TimedRun(Run):
-    """One part of a recipe on a real device."""
+    """Runs one part of the model on a real device, and times its kernels."""
 
     def __init__(self, config: Config, part: str, device: torch.device):
         """config: a recipe for a single rank. part: name of the part."""

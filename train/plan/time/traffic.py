@@ -52,7 +52,7 @@ class Spread:
 
 
 def spread_of(config: Config, layout: Layout) -> Spread:
-    """Returns the spread of a recipe's tokens over the expert group of a layout."""
+    """Returns the expected number of messages per token in a layout, and their bytes."""
     model, element = config.model, config.precision.weight_bytes
     if layout.ep == 1:
         return Spread(1, (), 1.0, 0, 0, 0, 0, 0.0, 0.0)
