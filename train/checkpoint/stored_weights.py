@@ -1,4 +1,4 @@
-"""Reads the weights of a checkpoint. For an adapter's run, it reads the base and adds the adapter:
+"""Reads the weights of a checkpoint. For an adapter's run, this file reads the base and adds the adapter:
 
     W + scale B A       in fp32, before any rounding
 

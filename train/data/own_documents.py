@@ -42,7 +42,7 @@ class StreamMark:
     document: int = 0
     """Index, within the pass, of the document with the sample's first token."""
     skip: int = 0
-    """Number of tokens of this document that precede the sample."""
+    """Number of tokens of the document that precede the sample's first token."""
     pass_samples: int = 0
     """Number of samples in the first pass; 0 if the first pass has not ended yet."""
     state: str | None = None

@@ -29,7 +29,7 @@ def offline_reason() -> str | None:
         "ON",
         "YES",
         "TRUE",
-    )  # as in huggingface_hub
+    )  # huggingface_hub accepts the same values
     reason = "HF_HUB_OFFLINE is set" if wanted else _unreachable(hub())
     if reason is not None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for modules that are imported later, and for child processes

@@ -72,8 +72,7 @@ INDEX_SHARING = (
 The last field applies to drafts that run one MTP module several times, which training never does.
 """
 FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
-"""Fields that files of DeepSeek-V3 do not have, with the one allowed value. transformers would apply them to this model
-too."""
+"""Fields with one allowed value. Files of DeepSeek-V3 do not have these fields, but transformers would apply them."""
 READ_APART = (
     "architectures",
     "model_type",

@@ -86,7 +86,7 @@ class Watch:
         finite."""
         self.backward: Sighting | None = None
         """The sighting in the backward pass that comes last in the order of the layers; None if all gradients were
-        finite. The backward pass reaches this boundary first."""
+        finite. The backward pass reaches the module boundary of this sighting first."""
 
     def __enter__(self) -> Self:
         for chunk in self._chunks:
