@@ -48,7 +48,7 @@ def repeat_bits() -> None:
     for name, values in LIBRARY_VARIABLES.items():
         os.environ.setdefault(name, values[0])
     torch.use_deterministic_algorithms(True)
-    # Sluice writes every value before it reads the value, so torch need not fill new memory, which would cost one more
-    # pass over it.
+    # Sluice writes every value before it reads the value. So torch need not fill new memory. Filling would cost one
+    # more pass over the memory.
     deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]  torch sets the module's class at run time
     torch.backends.cudnn.benchmark = False

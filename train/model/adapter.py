@@ -4,9 +4,10 @@ The model's own matmuls do not change. An adapted module adds the output of its 
 works in any precision and with any storage format of the weights. The LoRA matmuls use the activation dtype, and their
 gradients are summed in fp32. The initial values of A are uniform in +-1 / sqrt(inputs), as in PEFT. B is initially 0.
 
-Dropout does not use a random generator. An element of the input is set to 0 depending on a hash of the values in its
-row, its column index, the index of the step and the name of the weight. So the same elements are set to 0 in any
-layout, in a resumed run, and when backward runs a block again. Rows with equal values have equal dropout masks.
+Dropout does not use a random generator. It computes a hash for each element of the input. The hash depends on the
+values in the element's row, the column index, the index of the step and the name of the weight. The hash decides
+whether the element is set to 0. So the same elements are set to 0 in any layout, in a resumed run, and when backward
+runs a block again. Rows with equal values have equal dropout masks.
 
 Shapes: N rows (any leading axes), R rows sorted by expert, I inputs and O outputs of a matmul, E experts of this rank,
 Q rank of the LoRA matrices.

@@ -1,9 +1,9 @@
 """Counts the parameters of a model, and the operations for each token. The counts depend only on the configuration.
 
-For each token, every weight of a matmul costs 2 operations in forward and 4 in backward. In attention, a token and a
-key that it attends to cost 6 operations for each head and each element of the qk width and of the value width.
-Embedding lookup, norms and the router are not counted (0.3 % of all operations of DeepSeek-V3), because DeepSeek's own
-figures leave them out too. Recomputation is not counted.
+For each token, every weight of a matmul costs 2 operations in forward and 4 in backward. In attention, a token attends
+to some keys. Each pair of a token and a key costs 6 operations for each head and each element of the qk width and the
+value width. As in DeepSeek's own figures, embedding lookup, norms and the router are not counted. They are 0.3 % of all
+operations of DeepSeek-V3. Recomputation is not counted.
 """
 
 from dataclasses import dataclass

@@ -205,7 +205,7 @@ class Head(nn.Module):
     ) -> Tensor:
         """Return the sum of `token_loss` over the learnt tokens, divided by divisor.
 
-        If ranks share sequences, each of these ranks computes the sum over complete sequences, and returns the sum
+        If ranks share sequences, each of these ranks computes the sum over complete sequences. It returns this sum,
         divided by the number of these ranks.
         """
         assert self.token_loss is not None

@@ -4,8 +4,8 @@ A value depends only on the seed, the global name of its parameter and, for expe
 expert. So every layout of chunks and ranks starts from the same model. Each device draws the weights that it stores.
 For a layer of DeepSeek-V3, a CPU needs half a minute, and a GPU needs a negligible time.
 
-All CPUs draw the same numbers, and all GPUs of one kind draw the same numbers. A CPU and a GPU, or GPUs of two kinds,
-draw different numbers, because the numbers of torch's GPU generator depend on the count of multiprocessors.
+All CPUs draw the same numbers, and all GPUs of one kind draw the same numbers. A CPU and a GPU draw different numbers,
+and so do GPUs of two kinds: the numbers of torch's GPU generator depend on the count of multiprocessors.
 """
 
 import hashlib

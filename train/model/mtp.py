@@ -1,8 +1,8 @@
 """Multi-token prediction (paper 2.2, eq. 21-25).
 
-Depth k predicts the token k+1 positions ahead. At position i it combines the embedding of token i+k with the hidden
-state of depth k-1 at position i, which depends on the tokens up to i+k-1. A transformer block processes the
-combination:
+Depth k predicts the token k+1 positions ahead. At position i it combines two vectors: the embedding of token i+k, and
+the hidden state of depth k-1 at position i. This hidden state depends on the tokens up to i+k-1. A transformer block
+processes the combination:
 
     h_k[i] = norm( block( W [ norm(Emb(t[i+k])) ; norm(h_(k-1)[i]) ] ) ),   i = 1 .. T-k
 

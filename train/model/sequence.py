@@ -228,7 +228,7 @@ class Positions:
     def gather(self, here_BT: Tensor) -> Tensor:
         """Gather the values of all positions, (B, length), from the processes that share the sequences.
 
-        The gradient is correct only if each process computes the same loss from all values and returns the loss divided
+        For a correct gradient, each process must compute the same loss from all values. It must return the loss divided
         by the number of processes.
         """
         return here_BT if self.share is None else _Gather.apply(here_BT, self)

@@ -10,8 +10,8 @@ log-sum-exps of the scores combine the results of the blocks:
 
 So the keys and values of only one block are in memory. Backward gathers the latents and computes keys and values again.
 It sends the gradient of a latent to the rank that has the position. It also computes the gradient of the weight that
-produces keys and values. If a backward is split (needed.py), its first pass computes this gradient already and stores
-it for the second pass, which needs only weight gradients.
+produces keys and values. If a backward is split into two passes (needed.py), the first pass already computes the
+weight's gradient and stores it. The second pass returns the stored gradient.
 
 Shapes: B sequences, T positions of this rank, H heads, Q qk width, V value width, L positions of a block, C kv_rank, R
 rope width.

@@ -110,8 +110,8 @@ class CompiledAttention(PlainAttention):
 def _spans(given: AttentionInput) -> Spans | None:
     """Returns the intervals of the input's positions; None if the compiled code does not support the input.
 
-    The compiled code supports bf16 inputs in which every interval of queries sees the keys of the same interval, up to
-    the diagonal.
+    The compiled code supports bf16 inputs. Every interval of queries must see the keys of the same interval, up to the
+    diagonal.
     """
     if given.q_BHTQ.dtype != torch.bfloat16:
         return None

@@ -19,9 +19,9 @@ caches 1024 more. torch's default is 1024 too. This default needs 160 MB more me
 make steps faster."""
 
 CUDA_VARIABLES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "TORCH_NCCL_HIGH_PRIORITY": "1"}
-"""Environment variables for CUDA and NCCL. A step uses up to ten streams, but by default CUDA has only eight
-connections to the device, and streams that share a connection wait for each other. The second variable gives high
-priority to the streams that NCCL creates. Dispatch and combine of the experts need this priority."""
+"""Environment variables for CUDA and NCCL. A step uses up to ten streams. By default CUDA has only eight connections to
+the device, and streams that share a connection wait for each other. The second variable gives high priority to the
+streams that NCCL creates. Dispatch and combine of the experts need this priority."""
 
 
 def tune_cpu() -> None:

@@ -75,8 +75,8 @@ def round_to(x: Tensor, format: Format) -> Tensor:
     """Round fp32 values, |x| <= format.max, to the nearest value of the format, ties to even; in place.
 
     The function adds 1.5 * 2**23 steps to x, and subtracts them again. A step is the distance between two neighbouring
-    values of the format at x, but not less than the step of the smallest normal values. After the addition, an fp32 has
-    no bits for fractions of a step. So the addition rounds x to whole steps, and the subtraction is exact.
+    values of the format at x. It is at least the step of the smallest normal values. After the addition, an fp32 has no
+    bits for fractions of a step. So the addition rounds x to whole steps, and the subtraction is exact.
     """
     assert x.dtype == torch.float32
     shift = x.view(torch.int32) & 0x7F800000

@@ -15,8 +15,8 @@ A dense GEMM is a grouped GEMM with a single expert.
 A tile has one 64-bit position, and its elements have 32-bit offsets from this position. With a 64-bit pointer for each
 element, the loop over the contraction would be 10 % slower, and the loop of a dense Wgrad a third slower. In a large
 GEMM, a program computes two adjacent tiles with the same rows, 128 rows by 256 columns. It computes one tile after the
-other, because the sums of both tiles already fill half of the registers, and the partial sum of one tile fills a
-quarter. bench/RESULTS.md lists the registers of each variant.
+other. The sums of both tiles already fill half of the registers, and the partial sum of one tile fills a quarter.
+bench/RESULTS.md lists the registers of each variant.
 
 The module needs triton and is imported only where its kernels run. Shape suffixes: O, N outer, C contraction, R rows, P
 columns of whole tiles, E experts.
@@ -36,8 +36,8 @@ from train.kernels.fp8.groups import most_tiles
 from train.kernels.fp8.triton_quantize import rows_of_tile, tiles_of_experts
 
 BAND = 8
-"""Number of adjacent row tiles in a band. Consecutive programs compute all tiles of a band for one column tile, so that
-each tile of the right operand is read from memory only once for a band."""
+"""Number of adjacent row tiles in a band. Consecutive programs compute all tiles of a band for one column tile. So each
+tile of the right operand is read from memory only once for each band."""
 WARPS, STAGES = 8, 4
 """Number of warps of a program, and of pipeline stages. Eight warps are two warpgroups; each computes 64 rows of the
 tile. The sum, and the partial sum of 128 elements, take half of a thread's registers. A stage has 32 KiB, or 48 KiB for

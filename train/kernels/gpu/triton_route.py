@@ -207,10 +207,10 @@ def finish_route(
     weight: float,
     added: bool,
 ) -> None:
-    """If the balance loss has a weight, compute from the sums of all blocks how often each expert has one of the
-    largest scores.
+    """Add up the sums of all blocks. If the balance loss has a weight, also compute how often each expert has one of
+    the largest scores.
 
-    added: whether to add the sums to the counters.
+    added: whether to add the totals to the counters.
     """
     B, blocks, E = sums[0].shape
     _finish_kernel[(1,)](

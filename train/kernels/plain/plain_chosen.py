@@ -64,8 +64,8 @@ class PlainChosen:
     def attend(
         self, q_CHX: Tensor, latents_SX: Tensor, chosen_CK: Tensor, rank: int, scale: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Computes a block. Returns the weighted sums of latents (C, H, rank), the log-sum-exp (C, H) and largest score
-        (C, H) of each query, and the attention probabilities (C, K), averaged over heads.
+        """Computes a block. Returns for each query: the weighted sums of latents (C, H, rank), the log-sum-exps (C, H),
+        the largest scores (C, H), and the attention probabilities averaged over heads (C, K).
         """
         parts = []
         for some in _some(chosen_CK, q_CHX):
