@@ -54,7 +54,7 @@ CORES: dict[str, AttentionCore] = {
 def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCore, list[str]]:
     """Returns the attention core for a run on this GPU, and notes on the cores that failed their test.
 
-    Raises UserError if no core gives correct values.
+    Raises UserError if no core computes correct values.
     """
     parts = ATTENTION_PARTS if config.parallel.cp > 1 else ATTENTION_PARTS[:2]
     whole, notes = _first_right(config, device, [part for part in parts if part != "documents"], CORES)
@@ -197,7 +197,7 @@ def choose_kernels(config: Config, device: torch.device, matmuls: bool | None = 
 
     matmuls: the result of `choose_matmuls`; None: this function calls `choose_matmuls`.
 
-    Raises UserError if no attention core of a GPU gives correct values.
+    Raises UserError if no attention core of a GPU computes correct values.
     """
     if device.type == "cuda":
         core, notes = choose_attention(config, device)

@@ -237,7 +237,7 @@ class Head(nn.Module):
         return (found_BT.where(learnt_BT, 0) + 0 * given_BT).sum() / (divisor * parts)
 
     def adapted(self, hidden: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the operands of the matmul that gives the logits of hidden states (..., D)."""
+        """Return the operands of the matmul that computes the logits of hidden states (..., D)."""
         return (hidden, weight_VD) if self.added is None else self.added.widen(hidden, weight_VD)
 
     def loss(
@@ -456,7 +456,7 @@ class DeepSeekV3(nn.Module):
         return [module for module in self.modules() if isinstance(module, Indexer)]
 
     def add_loss(self, extra_loss: Callable[[ModelOutputs], Tensor]) -> None:
-        """Add the user's own loss term to the last chunk. Call it before a pipeline takes the chunk."""
+        """Add the user's own loss term to the last chunk. Call it before the chunk is passed to a pipeline."""
         self.head.extra_loss = extra_loss
         self.backward_in_one_piece = True  # the graph of the user's loss term may use any weight twice
 

@@ -7,10 +7,11 @@ c_Q is the query latent after its norm, and x is the input of the block. All hea
 top_k visible keys with the largest scores. If scores are equal, the earlier key wins, so all layouts select the same
 keys.
 
-The loss of an indexer is the mean of KL(p || softmax(I)) over the learnt queries. The target p is the attention
-probability of each key, summed over heads and normalised to a sum of 1. Both p and the softmax cover only the keys that
-the query attends to. The loss trains only the indexer: x, c_Q and p are constants. The backward of the attention's
-output adds the gradient of the loss, so no loss value is sent to the last pipeline stage.
+The loss of an indexer is the mean of KL(p || softmax(I)) over the learnt queries, which are the queries whose next
+token training supervises. The target p is the attention probability of each key, summed over heads and normalised to a
+sum of 1. Both p and the softmax cover only the keys that the query attends to. The loss trains only the indexer: x, c_Q
+and p are constants. The backward of the attention's output adds the gradient of the loss, so no loss value is sent to
+the last pipeline stage.
 
 Shapes: B sequences, T queries, S keys, D width, H heads of the indexer, I width of an indexer head, K chosen keys, Q qk
 width of attention.

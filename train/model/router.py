@@ -37,8 +37,8 @@ class Router(nn.Module):
 
     In training, every forward adds to load_E (tokens per expert, int64), score_E (sum over sequences of P_i) and
     balance_loss (already multiplied by its weight). `clear` sets these three sums to 0. Positions whose target is in
-    another sample (`Positions.counted_BT`) get experts, but do not change the sums. If ranks share sequences, f_i
-    covers complete sequences, and each rank adds the contribution of its own positions.
+    another sample (`Positions.counted_BT`) are routed to experts, but do not change the sums. If ranks share sequences,
+    f_i covers complete sequences, and each rank adds the contribution of its own positions.
     """
 
     bias_E: Tensor

@@ -2,8 +2,8 @@
 
 A loss is a function `loss(logprobs_BT, tokens, **settings)`. It returns the loss of every token, (B, T), with gradient.
 The engine accepts the losses of this file by name, and also accepts your own function. The engine multiplies each
-token's loss by the token's weight. It sums over the learnt tokens of all ranks and of all calls in a step, and divides
-the sum by the number of learnt tokens.
+token's loss by the token's weight. It sums over the learnt tokens, which are the tokens that training supervises, of
+all ranks and of all calls in a step. Then it divides the sum by the number of learnt tokens.
 
 All functions get complete sequences, even if ranks share sequences. At tokens that are not learnt, log-probabilities
 are 0, and the engine ignores the result of the function. The formulas below use:

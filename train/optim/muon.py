@@ -8,7 +8,7 @@ The factor 0.2 sqrt(max(rows, columns)) gives an update the magnitude of AdamW's
 rate and decay that suit AdamW. AdamW updates the embedding, the head, the routers, the indexers and the norm weights.
 
 ZeRO passes flat shards, which may begin and end at any element. Each rank updates the momentum of its shard element by
-element. If several ranks hold parts of a matrix, they send these parts to one rank, the owner of the matrix. The owner
+element. If several ranks have parts of a matrix, they send these parts to one rank, the owner of the matrix. The owner
 orthogonalises the matrix and sends the result back to the other ranks (parallel/owners.py).
 """
 

@@ -221,7 +221,7 @@ def rows_of_table(rows: Iterable[Iterable[int]]) -> ctypes.Array:
 
 
 class Struct:
-    """Several parameters that the C++ function takes as one struct. The function gets the address of the struct."""
+    """Several parameters that are the fields of one C++ struct. The C++ function gets the address of the struct."""
 
     types = [c_char_p]
 

@@ -58,7 +58,7 @@ _decode_matrices = Kernel(
 class CompiledCasts(EagerCasts):
     """Casts in compiled code. They give the same bits as `EagerCasts`, except for the sign of zeros.
 
-    The casts take CPU tensors. mode=plan passes meta tensors; for these, the casts only make the same allocations.
+    The casts accept CPU tensors. mode=plan passes meta tensors; for these, the casts only make the same allocations.
     `split` returns a `QuantizedTensor` whose `q` has the values of the codes in bf16 instead of the codes. bf16
     represents the values of every format exactly.
     """

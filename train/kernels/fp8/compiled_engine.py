@@ -1,5 +1,5 @@
-"""Emulates FP8 on a CPU with compiled matmuls. These matmuls take the values and the fp32 scales of an operand
-separately.
+"""Emulates FP8 on a CPU with compiled matmuls. These matmuls read the values and the fp32 scales of an operand from
+separate tensors.
 
 The values are numbers of the FP8 format, which bf16 represents exactly. So a matmul costs as much as in bf16
 (train/kernels/cpu/products.cpp). If the scales are powers of two, the bf16 values are already multiplied by them, as in
@@ -32,7 +32,7 @@ values along the contraction, or to the complete contraction."""
 
 
 class CompiledEngine(CpuEngine):
-    """Computes what `CpuEngine` computes, but adds in another order. The engine takes only CPU and meta tensors. The
+    """Computes what `CpuEngine` computes, but adds in another order. The engine accepts only CPU and meta tensors. The
     engine never multiplies an operand by fp32 scales before a matmul, because the product would need more bits than
     bf16 has.
     """

@@ -5,7 +5,7 @@ dequantised operands are exact. If the scales are powers of two, bf16 represents
 much as in bf16. (An fp32 weight gradient costs as much as an fp32 matmul.) With fp32 scales, `CpuEngine` uses fp32
 operands and an fp32 matmul.
 
-On CPUs with AVX2, `CompiledEngine` (train/kernels/fp8/compiled_engine.py) takes values and fp32 scales as separate
+On CPUs with AVX2, `CompiledEngine` (train/kernels/fp8/compiled_engine.py) reads values and fp32 scales from separate
 tensors. So its matmul with fp32 scales also costs about as much as in bf16. The matmul computes a separate sum for
 every 128 elements of the contraction, like Hopper kernels. `CpuEngine` uses one matmul for each call. The results of
 the two engines differ by a relative error of 3e-7, far below the quantisation error of 4e-2. An expert's rows are

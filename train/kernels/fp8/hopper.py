@@ -11,11 +11,11 @@ quantisation kernels pad operands with zero rows to multiples of 128.
 
 Pitfalls of the libraries:
 - For a 128x128 operand, cuBLASLt expects a multiple of 4 scales along the contraction. So Sluice pads these scales.
-- DeepGEMM's K-grouped kernel takes each expert's operand as a separate matrix, one after another. The kernel needs a C
-  operand, and does not write the result of an expert without rows.
+- DeepGEMM's K-grouped kernel reads each expert's operand as a separate matrix, one after another. The kernel needs a C
+operand, and does not write the result of an expert without rows.
 - If tile scales are stored row by row, DeepGEMM transposes them, with a kernel that it compiles for each width. In
-  Wgrad the width is the number of rows, so each number of rows would need a new kernel. Above 116,000 rows, that kernel
-  has too little shared memory. Here scales are stored column by column. Both libraries read them without a transpose.
+Wgrad the width is the number of rows, so each number of rows would need a new kernel. Above 116,000 rows, that kernel
+has too little shared memory. Here scales are stored column by column. Both libraries read them without a transpose.
 
 Shape suffixes: O outer, C contraction, P rows of experts (train/kernels/fp8/groups.py), E experts, N outer of the right
 operand.

@@ -22,8 +22,8 @@ TORCH_OF_DEEP_GEMM = (2, 11)
 the process (PyObjectSlot)."""
 CUDA_OF_DEEP_GEMM = 13
 OTHER_BUILD = "another build"
-"""Stands for the version of a module deep_gemm that is not from the package. The probe tests the GEMMs of this module
-too."""
+"""Text shown as the version of a module deep_gemm that is not from the package. The probe tests the GEMMs of this
+module too."""
 OLDEST_CUDA = (12, 9)
 """The first CUDA version whose cuBLASLt has blockwise FP8 GEMMs."""
 OLDEST_NVCC = (12, 3)

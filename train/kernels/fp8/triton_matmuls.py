@@ -40,7 +40,7 @@ BAND = 8
 tile of the right operand is read from memory only once for each band."""
 WARPS, STAGES = 8, 4
 """Number of warps of a program, and of pipeline stages. Eight warps are two warpgroups; each computes 64 rows of the
-tile. The sum, and the partial sum of 128 elements, take half of a thread's registers. A stage has 32 KiB, or 48 KiB for
+tile. The sum, and the partial sum of 128 elements, need half of a thread's registers. A stage has 32 KiB, or 48 KiB for
 two tiles. Four stages fill more than half of a Hopper GPU's shared memory: the program multiplies one stage while it
 loads three others."""
 LANES = 32

@@ -57,7 +57,8 @@ class FusedRoute(Function):
 
 
 def _triton():
-    """Imports the module with the Triton kernels. This function lets the type checker know the names in the module."""
+    """Imports and returns the module with the Triton kernels. Because of this import, the type checker knows the names
+    in the module."""
     from train.kernels.gpu import triton_route
 
     return triton_route

@@ -85,7 +85,8 @@ def _reals(table: Tensor) -> Tensor:
 
 
 def _triton():
-    """Imports the module with the Triton kernels. This function lets the type checker know the names in the module."""
+    """Imports and returns the module with the Triton kernels. Because of this import, the type checker knows the names
+    in the module."""
     from train.kernels.gpu import triton_rows
 
     return triton_rows
