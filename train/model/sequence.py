@@ -284,8 +284,8 @@ class Positions:
 
     @cached_property
     def seen(self) -> list[SeenKeys]:
-        """One entry for each piece. It describes which local queries see which keys of the piece. If complete sequences
-        are local, there is one piece."""
+        """A list with one entry for each piece of a sequence. The entry describes which local queries see which keys of
+        the piece. If complete sequences are local, there is one piece."""
         return [SeenKeys(self._rectangles(block)) for block in self.pieces]
 
     @cached_property
@@ -317,7 +317,8 @@ class Positions:
 
 
 class _Gather(Function):
-    """Gathers the local positions' values of all processes into the values of all positions."""
+    """Gathers values from all processes. Each process passes the values of its local positions, and gets the values of
+    all positions."""
 
     @staticmethod
     def forward(ctx: Any, here_BT: Tensor, positions: Positions) -> Tensor:

@@ -140,6 +140,7 @@ def _or_one(sizes: Tensor) -> Tensor:
 
 
 def newton_schulz_flops(rows: int, columns: int, iteration: str) -> float:
-    """Returns the number of operations for one matrix. Each step has three matmuls. One of them multiplies A by A."""
+    """Returns the number of operations for one matrix. Each step has three matmuls. One of them multiplies the Gram
+    matrix by itself."""
     short, long = sorted((rows, columns))
     return len(ITERATIONS[iteration]) * (4.0 * short * short * long + 2.0 * short**3)

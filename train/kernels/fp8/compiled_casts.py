@@ -59,8 +59,8 @@ class CompiledCasts(EagerCasts):
     """Casts in compiled code. They give the same bits as `EagerCasts`, except for the sign of zeros.
 
     The casts accept CPU tensors. mode=plan passes meta tensors; for these, the casts only make the same allocations.
-    `split` returns a `QuantizedTensor` whose `q` has the values of the codes in bf16 instead of the codes. bf16
-    represents the values of every format exactly.
+    `split` returns a `QuantizedTensor` with bf16 values in `q` instead of codes. bf16 represents the values of every
+    format exactly.
     """
 
     def quantize(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
@@ -72,12 +72,12 @@ class CompiledCasts(EagerCasts):
         return self._quantize(x_MK, q, cast)
 
     def split(self, x: Tensor | QuantizedTensor, cast: Cast) -> QuantizedTensor:
-        """Quantise like `quantize`, but store in `q` the values of the codes in bf16 instead of the codes."""
+        """Quantise like `quantize`, but store bf16 values in `q` instead of codes."""
         q = (x.q if isinstance(x, QuantizedTensor) else x).new_empty(x.shape, dtype=torch.bfloat16)
         return self._quantize(x, q, fitted(cast, x))
 
     def decoded(self, x: QuantizedTensor) -> QuantizedTensor:
-        """Returns an operand whose `q` has the values of the codes in bf16 instead of the codes."""
+        """Returns the same operand with bf16 values in `q` instead of codes."""
         if x.q.dtype == torch.bfloat16:
             return x
         codes = _contiguous(x)

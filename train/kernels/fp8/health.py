@@ -114,7 +114,7 @@ class HealthWatch:
 
     def report(self) -> "Report":
         """Returns the results of the step; empty if the step was not monitored. If a name has several readings, the
-        worst counts."""
+        results contain the worst."""
         report = Report({}, {}, [])
         if not self._readings:
             return report

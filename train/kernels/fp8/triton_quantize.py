@@ -219,8 +219,7 @@ def _both_kernel(
 ):  # fmt: skip
     """Computes what `_tiles_kernel` and `_columns_kernel` compute, for 128 rows and 128 columns.
 
-    again: whether to apply the second cast to the result of the first cast, and not to store the result of the first
-    cast.
+    again: whether to apply the second cast to the result of the first cast. This result is then not stored.
     """
     tile = tl.program_id(0)
     _, first, last = rows_of_tile(ends_ptr, tile, height, experts, slots)
