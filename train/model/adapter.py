@@ -50,9 +50,9 @@ class LoraWeights:
         chunk: DeepSeekV3,
         salt: str,
     ):
-        """names: for each A and B, the names of their parameters in `module`. If there are several A and B, their
-        outputs are concatenated. chunk: the model chunk that has the module; its field `step` is the index of the
-        current step. salt: makes the dropout hash different for each weight.
+        """names: for each pair of A and B, the names of the two parameters in `module`. The outputs of several pairs
+        are concatenated. chunk: the model chunk that has the module; its field `step` is the index of the current step.
+        salt: makes the dropout hash different for each weight.
         """
         self._module, self._names, self._kernels, self._chunk = module, names, kernels, chunk
         self._scale, self._dropout, self._salt = adapter.scale, adapter.dropout, salt

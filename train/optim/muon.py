@@ -38,7 +38,7 @@ class _Placed(NamedTuple):
 
 
 class Muon(AdamW):
-    """Updates the weights that conf/optimizers.py selects with Muon, and all other weights with AdamW."""
+    """Updates some weights with Muon and all other weights with AdamW. The rules in conf/optimizers.py decide which."""
 
     def __init__(self, groups: list[dict], config: Config, compiled: bool):
         super().__init__(groups, config.optim, moments_dtype(config.precision), compiled)

@@ -420,8 +420,8 @@ def quantize_both(
 
 
 def quantize_again(x_RC: Tensor, cast: Cast, cast_t: Cast) -> tuple[Tensor, Tensor]:
-    """Quantises x with `quantize_tiles` and the first cast, and the resulting values with `quantize_columns` and the
-    second cast. Returns the second result. One kernel does both. Both casts must have the same format."""
+    """Returns what `quantize_columns` returns for the second cast, if its input is the result of `quantize_tiles` for
+    the first cast. One kernel computes both casts. Both casts must have the same format."""
     rows, columns = _sizes(x_RC)
     tiles = most_tiles(rows, 1)
     q_t, scale_t = cast_t.empty_tiles(x_RC, columns, tiles * TILE)
