@@ -66,7 +66,7 @@ class Thresholds:
 THRESHOLDS = Thresholds()
 LOWERED = Thresholds(
     attention_queries=4,
-    attention_scores=100,
+    attention_scores=30,
     gate_and_up=500,
     fp8_gate_and_up=500,
     logits=1000,

@@ -54,8 +54,10 @@ UNTOUCHED = {one.name: one for one in (_untouched(*pair) for pair in sorted(SHOW
 
 
 def find(name: str) -> Mutation:
-    """Of MUTATIONS, UNTOUCHED or those that are generated."""
-    return drawn_by_name(name) if name.startswith(GENERATED) else (MUTATIONS | UNTOUCHED)[name]
+    """Of MUTATIONS, UNTOUCHED or those that are generated, whose recipes and passes may have no other bug."""
+    if name.startswith("nothing in "):
+        return _untouched(*name.removeprefix("nothing in ").rsplit(", ", 1))
+    return drawn_by_name(name) if name.startswith(GENERATED) else MUTATIONS[name]
 
 
 @dataclass
