@@ -114,7 +114,7 @@ class Changes:
         return [*found, *self.facts]
 
     def plain(self) -> dict[str, Any]:
-        """The differences as JSON values, for metrics.jsonl and W&B."""
+        """Return the differences as JSON values, for metrics.jsonl and W&B."""
         return {
             "changed": {
                 harmless(key): [harmless(value) if isinstance(value, str) else value for value in pair]
@@ -131,7 +131,7 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def effect_of(key: str) -> Effect:
-    """The possible effect of a key such as `optim.lr_schedule[0].value`."""
+    """Return the possible effect of a key such as `optim.lr_schedule[0].value`."""
     fitting = [name for name in EFFECTS if key == name or key.startswith((f"{name}.", f"{name}["))]
     return EFFECTS[max(fitting, key=len)][0] if fitting else Effect.training
 

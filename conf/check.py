@@ -35,7 +35,7 @@ from conf.schema import (
 )
 
 OF_STDLIB = (DataFormat.stdlib, DataFormat.docstrings)
-"""Formats that need no data.path."""
+"""Data formats that need no data.path."""
 NEEDS_NO_DATA = (Mode.generate, Mode.score, Mode.plan, Mode.dry_run, Mode.prove)
 NOT_CHATS, FOR_CHATS = (
     "applies to chats, and this recipe's data are not chats",

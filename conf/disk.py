@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 BACKLOG = 64 << 20
-"""Maximum bytes that are held in memory until a disk has space."""
+"""Maximum bytes that are held in memory until a full disk has space."""
 FULL = {errno.ENOSPC, errno.EDQUOT}
 RIGHTS = {errno.EACCES, errno.EPERM}
 DISK_FAILED = {
@@ -125,7 +125,7 @@ def describe_room(path: Path | str) -> str:
 
 
 def size_in_words(count: float) -> str:
-    """A number of bytes as text with a unit."""
+    """Return a number of bytes as text with a unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -20,9 +20,9 @@ class Reach:
     ranks: float
     experts: int
     ep: int
-    """Number of ranks of the expert group."""
+    """Number of ranks in the expert group."""
     per_node: int
-    """Number of ranks of the expert group on one node."""
+    """Number of ranks in the expert group that are on the same node."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Messages:
 
 @dataclass(frozen=True)
 class DispatchFacts:
-    """Properties of a dispatch."""
+    """Properties of a kind of dispatch."""
 
     name: str
     per_expert: bool = False
@@ -60,7 +60,7 @@ class DispatchFacts:
     repeats: bool = True
     """Whether rows arrive in the same order in every run."""
     width: int = 1
-    """A divisor that model.hidden must have; 1 for no limit."""
+    """Number by which model.hidden must be divisible; 1 for no limit."""
     sizes: tuple[int, ...] | None = None
     """Supported sizes of an expert group; None for any size."""
 

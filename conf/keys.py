@@ -33,14 +33,14 @@ class Key:
 
     path: str
     type: str
-    """The type as text."""
+    """Type of the key as text."""
     choices: tuple[str, ...]
     """All accepted words; empty if the key accepts any value of its type."""
     nullable: bool
     meaning: str
-    """The meaning in one line, with the unit."""
+    """Meaning of the key in one line, with the unit."""
     expert: bool = False
-    """Whether it is an expert key, which is rarely used."""
+    """Whether the key is an expert key, which is rarely used."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class SchemaField:
 
     name: str
     kind: Any
-    """The type without `| None`."""
+    """Type of the field without `| None`."""
     nullable: bool
     section: type | None
-    """The section that the type contains, if there is one."""
+    """Section class that the field's type contains; None if there is none."""
     mark: str
     """Placeholder for any entry in a path, if the field is a list or a mapping of sections. Empty if the field is one
     section."""
@@ -173,7 +173,7 @@ def choices_of(found: Any) -> tuple[str, ...]:
 
 
 def dotted_keys() -> list[str]:
-    """Every dotted key of the schema."""
+    """Return every dotted key of the schema."""
 
     def walk(section: type, prefix: str) -> Iterator[str]:
         for name, item in fields_of(section).items():

@@ -185,7 +185,7 @@ def _choose_hold_out(config: Config) -> HoldOutBy:
 
 
 def _setting_of(run: Path, key: str) -> Any:
-    """The value of a key in a config.yaml; None if the file or the value is missing."""
+    """Return the value of a key in a config.yaml; None if the file or the value is missing."""
     with contextlib.suppress(UserError, OmegaConfBaseException):
         return OmegaConf.select(read_yaml(run), key) if run.is_file() else None
     return None

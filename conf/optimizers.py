@@ -25,7 +25,7 @@ class UpdateRule:
     weight decay."""
 
     name: str
-    """Name of the weights' parameter group."""
+    """Name of the parameter group of the weights that this rule updates."""
     state: tuple[str, ...]
     """State tensors, which have the shape of the weight and the dtype of precision.moments. A checkpoint stores each
     one as STATE.WEIGHT."""
@@ -47,15 +47,15 @@ class OptimizerFacts:
     name: str
     matrices: UpdateRule
     vectors: UpdateRule
-    """Rule of the norm weights."""
+    """Rule that updates the norm weights."""
     meanings: tuple[tuple[str, str], ...]
     """Name of each state tensor, with a text about it for the user."""
     tables: UpdateRule | None = None
-    """Rule of embedding, head, routers and indexers. None: they are updated by the rule `matrices`."""
+    """Rule that updates embedding, head, routers and indexers. None: the rule `matrices` updates them."""
 
     @property
     def rules(self) -> tuple[UpdateRule, ...]:
-        """All rules, in the order in which a rank updates its weights."""
+        """All rules of the optimizer, in the order in which a rank updates its weights."""
         return tuple(rule for rule in (self.matrices, self.tables, self.vectors) if rule is not None)
 
     def choose_rule(self, weight: str, dims: int) -> UpdateRule:

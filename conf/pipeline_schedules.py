@@ -25,7 +25,7 @@ class ActionSeconds:
 
 @dataclass(frozen=True)
 class ScheduleFacts:
-    """Properties of a schedule."""
+    """Properties of a pipeline schedule."""
 
     name: str
     idle_per_hop: Callable[[ActionSeconds], float]

@@ -19,7 +19,7 @@ class RemovedKey:
     """The value that this version always uses. It was the default of the last version with the key. `${KEY}` means the
     value of another key."""
     version: str
-    """The first version without the key."""
+    """The first version of Sluice without the key."""
     cure: str
     """The fix for users who set another value."""
     changes_results: bool = True

@@ -58,7 +58,7 @@ Shape = StrEnum("Shape", ["constant", "linear", "cosine"])
 Recompute = StrEnum("Recompute", ["norm", "mla_up", "swiglu", "layer"])
 """Activations that backward recomputes (paper 3.2.3 and 3.3.3). No recipe of the paper uses `layer`."""
 SELECTIVE = [Recompute.norm, Recompute.mla_up, Recompute.swiglu]
-"""The parts that the paper recomputes."""
+"""The parts of a block that the paper recomputes in backward."""
 Offload = StrEnum("Offload", ["attention", "ffn", "layer"])
 """Parts of a block whose activations are in host memory until backward. No recipe of the paper uses this."""
 DataFormat = StrEnum(
@@ -102,9 +102,9 @@ class Phase:
     until: float = number(1.0, above=0, most=1)
     """End of the phase, as a fraction of the run's tokens, 0 < until <= 1."""
     value: float = number(1.0, least=0)
-    """Value at the end of the phase."""
+    """Value of the schedule at the end of the phase."""
     shape: Shape = Shape.constant
-    """Curve from the value at the end of the previous phase."""
+    """Curve of the schedule between the value at the end of the previous phase and the value of this phase."""
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Yarn:
     always: bool = False
     """Use YaRN at any seq_len. Needed for weights that were extended with YaRN, such as DeepSeek's released weights."""
     factor: float = number(40.0, above=0)
-    """Largest sequence length, as a multiple of original_seq_len."""
+    """Largest sequence length with YaRN, as a multiple of original_seq_len."""
     original_seq_len: int = number(4096, least=1)
     """Sequence length of the pretraining, in tokens."""
     beta_fast: float = expert(32.0, above=0)
@@ -271,7 +271,7 @@ class Model:
 
 @dataclass
 class MixSource:
-    """One part of a data mix."""
+    """One source of a data mix."""
 
     path: str = ""
     """Path of the source, in any form that data.path accepts; empty for formats stdlib and docstrings."""
@@ -285,7 +285,7 @@ class MixSource:
 
 @dataclass
 class Data:
-    """Source of the tokens."""
+    """Sources, tokenizer and chat format of the data."""
 
     path: str | None = None
     """Text folder or file, .jsonl[.gz|.zst] or .parquet file, folder of such files, hf://NAME[@CONFIG][:SPLIT], or
@@ -384,9 +384,9 @@ class Optim:
     clip: float = number(1.0, least=0)
     """Global gradient norm above which gradients are scaled down to this norm; 0 for no clipping."""
     mtp_weight: list[Phase] = field(default_factory=lambda: [Phase(value=0.3)])
-    """Weight lambda of the MTP loss (paper 2.2)."""
+    """Schedule of lambda, the weight of the MTP loss (paper 2.2)."""
     bias_speed: list[Phase] = expert(make=lambda: [Phase(value=0.001)])
-    """Speed gamma of the balance bias, per step (paper 2.1.2)."""
+    """Schedule of gamma, the speed of the balance bias per step (paper 2.1.2)."""
     balance_loss: float = number(1e-4, least=0)
     """Weight alpha of the sequence-wise balance loss; 0 for no balance loss."""
     batch_ramp_start: int | None = number(None, least=1)
@@ -644,7 +644,7 @@ class Checkpoint:
     """Ray: interval, in steps, of copies of the state in the memory of a rank's node and of the next node. If a node is
     lost, the run resumes from these copies. 0 for no copies."""
     memory_folder: str = expert("/dev/shm")
-    """Folder of the copies of every_memory on every node, in memory or on a fast local disk."""
+    """Folder on every node for the copies of checkpoint.every_memory, in memory or on a fast local disk."""
     keep: int = number(3, least=0)
     """Number of newest checkpoints to keep; 0 keeps all. The checkpoint from which the run resumed is also kept."""
     keep_every: int = number(0, least=0)
@@ -715,11 +715,11 @@ class Rate:
     rate is 0 is left out."""
 
     seconds: float = number(0.0, least=0)
-    """Seconds of each call, for any size."""
+    """Fixed time of each call in seconds, for any size."""
     flops: float = number(0.0, least=0)
-    """Operations per second."""
+    """Number of operations per second."""
     bandwidth: float = number(0.0, least=0)
-    """Bytes per second."""
+    """Number of bytes per second."""
 
 
 @dataclass
@@ -831,7 +831,7 @@ class Prove:
 
 @dataclass
 class Log:
-    """Metrics, validation, samples and W&B."""
+    """Metrics, validation, generated samples and W&B."""
 
     every: int = number(1, least=1)
     """Interval of lines in metrics.jsonl, in steps."""

@@ -54,10 +54,10 @@ class Thresholds:
     bucket_elements: int = 50_000_000
     """Maximum number of gradient elements that are reduced together."""
     host_page_bytes: int = 1 << 16
-    """Bytes of a page of the host store if the device is a CPU."""
+    """Bytes of a page of the host store, which holds offloaded activations, if the device is a CPU."""
     gpu_page_bytes: int = 1 << 23
-    """Bytes of a page of the host store if the device is a GPU. With this size, the copy of a page takes longer than
-    its launch."""
+    """Bytes of a page of the host store, which holds offloaded activations, if the device is a GPU. With this size, the
+    copy of a page takes longer than the launch of the copy."""
     staging_bytes: int = 1 << 28
     """Bytes of one staging buffer of a checkpoint. It is a power of two, because page-locked allocations are rounded up
     to powers of two."""

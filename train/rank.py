@@ -132,7 +132,7 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
             RunPaths(config).path / "logs"
         )  # in the run's own folder, because the folder of a node's agent is removed
     timeout = timedelta(seconds=config.cluster.timeout)
-    store: dist.Store | None = None  # None: torchrun's store
+    store: dist.Store | None = None  # None: torch uses torchrun's store
     meeting = given_meeting()
     if place.world == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -53,7 +53,7 @@ def main(words: list[str]) -> int:
 
 
 def version_line() -> str:
-    """Versions of Sluice, torch and DeepSpeed."""
+    """Returns the versions of Sluice, torch and DeepSpeed as text."""
     return f"{COMMAND} {__version__}, torch {version('torch')}, deepspeed {version('deepspeed')}"
 
 
@@ -71,7 +71,7 @@ def doctor_screen(findings: list[DoctorLine], console: Console) -> int:
 
 
 def find_all(config: Config) -> Iterator[DoctorLine]:
-    """All findings, in display order."""
+    """Yields all findings, in display order."""
     from train.model.count import checkpoint_bytes
 
     yield DoctorLine("Program", f"{version_line()}, Python {platform.python_version()}, in {ROOT}")
@@ -98,8 +98,8 @@ def _packages() -> DoctorLine:
 
 
 def requirements() -> list[str]:
-    """Requirements of the installed distribution. If there is no installed distribution, the requirements in the
-    checkout's pyproject.toml."""
+    """Returns the requirements of the installed distribution. If there is no installed distribution, returns the
+    requirements in the checkout's pyproject.toml."""
     try:
         return metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:

@@ -81,7 +81,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def summaries(folder: Path) -> Iterator[RunSummary]:
-    """The runs in a folder, including the jobs of sweeps. The run with the newest file is first."""
+    """Yields the runs in a folder, including the jobs of sweeps. The run with the newest file is first."""
     configs = [*folder.glob("*/config.yaml"), *folder.glob("*/*/config.yaml")]
     runs = [_summary(folder, config.parent) for config in configs]
     yield from sorted(runs, key=lambda run: run.age_s)
@@ -108,7 +108,8 @@ def _summary(folder: Path, run: Path) -> RunSummary:
 
 
 def _setting(run: Path, *keys: str) -> Any:
-    """A value in a run's config.yaml. None if the file is unreadable, so that the other runs are still shown."""
+    """Returns a value in a run's config.yaml. Returns None if the file is unreadable, so that the other runs are still
+    shown."""
     try:
         value = yaml.safe_load(read_plain(run / "config.yaml"))
         for key in keys:
@@ -119,7 +120,7 @@ def _setting(run: Path, *keys: str) -> Any:
 
 
 def disk_bytes(path: Path) -> int:
-    """Disk space of a folder in bytes. Links are not followed."""
+    """Returns the disk space of a folder in bytes. Links are not followed."""
     total = 0
     for place, _, files in os.walk(path):
         for file in files:

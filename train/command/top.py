@@ -177,7 +177,7 @@ def _share(index: int, parts: int, count: int) -> range:
 
 
 def _table(picture: dict[str, Any], width: int, shown: int) -> list[Text]:
-    """Table of the busiest ranks."""
+    """Returns a table of the busiest ranks."""
     ranks = sorted(picture["ranks"], key=lambda rank: (-(rank["busy"] or 0.0), rank["rank"]))
     head = f"{'rank':>6} {'stage':>5} {'step':>8} {'doing':<10} {'busy':>9} {'waiting':>9} {'memory':>10} {'news':>7}  node"
     found = [Text(head[:width], style="bold")]
@@ -193,7 +193,7 @@ def _table(picture: dict[str, Any], width: int, shown: int) -> list[Text]:
 
 
 def _news(picture: dict[str, Any], width: int) -> Iterator[Text]:
-    """One line per event, oldest first."""
+    """Yields one line per event, the oldest event first."""
     for event in picture["events"]:
         kind, when = event["kind"].replace("_", " "), time.strftime("%m-%d %H:%M:%S", time.localtime(event["time"]))
         text = f"{when}  {one_line(kind)}: {one_line(event['text'])}"

@@ -36,7 +36,7 @@ class RunningLoad(NamedTuple):
     """Number of steps since the expert last got a token. If it never got a token, the number of steps since the
     start."""
     steps: int
-    """Number of steps in the sum."""
+    """Number of steps whose token counts are in `load_LE`."""
 
 
 def max_vio(counts_LE: Any) -> np.ndarray:

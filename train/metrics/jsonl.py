@@ -81,7 +81,7 @@ class JsonlSink:
             self._tell_of_room()
 
     def _append(self, line: bytes) -> None:
-        """Writes the complete line or nothing."""
+        """Writes the complete line to the file, or nothing if the disk refuses the line."""
         try:
             with naming(self._path, len(line)):
                 if (written := self._file.write(line)) != len(line):

@@ -45,9 +45,9 @@ class Metric:
     panel: str = ""
     """Key of the metric's panel in the W&B workspace (SECTIONS in train/show/dashboard.py)."""
     curve: Curve | None = None
-    """Appearance in report.html; None: no curve."""
+    """Appearance of the metric in report.html; None: the report shows no curve."""
     log: bool = False
-    """Whether the y axis of the metric is logarithmic."""
+    """Whether the y axis of the metric's W&B panel is logarithmic."""
 
 
 FP8_READINGS = (
