@@ -116,7 +116,7 @@ def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def mean_rouge_l(answers: list[str], truth: list[str]) -> float:
-    """Mean ROUGE-L of the answers."""
+    """Returns the mean ROUGE-L of the answers."""
     return float(np.mean([rouge_l(*pair) for pair in zip(answers, truth, strict=True)]))
 
 

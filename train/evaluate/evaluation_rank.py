@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 import train.kernels.cpu.tuned  # noqa: F401  must be imported before torch allocates memory
-from cluster.interrupts import leave  # imported before slow libraries, so that Ctrl-C is handled during their import
+from cluster.interrupts import leave  # before libraries, so that its exit handler runs after their handlers
 from cluster.launch import given_run
 from cluster.place import Place
 from conf.disk import disk_errors

@@ -111,8 +111,9 @@ def nearest(x: Tensor, form: PlainFormat) -> Tensor:
 
 
 def rounded(given: NearNumbers | Total, form: PlainFormat, noise: Tensor | float = 0.0) -> NearNumbers:
-    """Rounds numbers to the format. noise: possible error of the numbers before the rounding, in addition to `off`. The
-    result's `off` states how far a number may be from the result after it is rounded the other way."""
+    """Rounds numbers to the format. noise: possible error of the numbers before the rounding, in addition to `off`.
+    Such an error may round a number to another number of the format; `off` of the result is the largest such
+    difference."""
     x, margin = nearest(given.x, form), noise if given.off is None else given.off + noise
     if isinstance(margin, float) and margin == 0:
         return NearNumbers(x)

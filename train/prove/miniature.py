@@ -10,10 +10,10 @@ A layout has as many ranks as the product of these degrees:
     pipeline ranks x copies of every expert x nodes of an expert group x ranks of the group on a node
 
 If the recipe has more than `prove.ranks` ranks, the miniature gets smaller degrees. A degree of 1 stays 1. The first
-two degrees become 2. The last two degrees become their smallest prime factor, because expert groups need a divisor. If
-there are still too many ranks, some degrees become 1, in the order of `LOST`. If `prove.ranks` allows it, a pipeline of
-three or more ranks keeps three. If the recipe uses context parallelism, two ranks split a sequence in the miniature.
-`Miniature.cuts` describes every reduction.
+two degrees become 2. The last two degrees become their smallest prime factor, because the number of experts must stay
+divisible by them. If there are still too many ranks, some degrees become 1, in the order of `LOST`. If `prove.ranks`
+allows it, a pipeline of three or more ranks keeps three ranks. If the recipe uses context parallelism, two ranks split
+a sequence in the miniature. `Miniature.cuts` describes every reduction.
 
 Some small numbers are odd on purpose. The vocabulary size is prime, so ZeRO has to pad its shards. The last chunk of
 the loss is shorter than the other chunks.

@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import cast
 
 import train.kernels.cpu.tuned  # noqa: F401  must be imported before torch allocates memory
-from cluster.interrupts import (
-    leave,
-)  # must be imported before slow libraries, so that Ctrl-C is handled during their import
+from cluster.interrupts import leave  # before libraries, so that its exit handler runs after their handlers
 
 # isort: split
 import torch

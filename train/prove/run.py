@@ -81,11 +81,11 @@ def _launch(small: Config, folder: Path, alone: bool) -> int:
 
 
 def forks(config: Config) -> bool:
-    """Whether ranks and judges are forks of this process. If so, this process imports torch once, and the forks need
-    not import torch again.
+    """Returns whether ranks and judges are forks of this process. If so, this process imports torch once, and the forks
+    need not import torch again.
 
-    False with GPUs, because a GPU's driver does not survive a fork. False if another program has started the ranks.
-    """
+    Returns False with GPUs, because a GPU's driver does not survive a fork, and if another program has started the
+    ranks."""
     from train.kernels.device import sees_gpu
 
     return given_place() is None and (config.cluster.device == "cpu" or not sees_gpu(config.cluster.device))
