@@ -135,7 +135,8 @@ class Generation:
 
     @torch.inference_mode()
     def steps(self) -> Iterator[dict[int, list[int]]]:
-        """Run the generation. After each step, yield a dict from the index of each prompt to its new tokens."""
+        """Run the generation. After each step, yield a dict from the index of each prompt that is still generated to
+        the prompt's new tokens."""
         length = max(map(len, self._prompts))
         padded = [[prompt[0]] * (length - len(prompt)) + prompt for prompt in self._prompts]
         tokens_B = self._step(torch.tensor(padded, device=self._decoder.device))

@@ -26,8 +26,8 @@ AddTo = Callable[[SumOverCalls, NearNumbers, NearNumbers], None]
 """A function that adds one contribution to the gradient of a weight. The arguments are the sum, output gradients (N, O)
 and inputs (N, I)."""
 HEAD_PIECES = 2.0**-8
-"""Relative error of a gradient that the output head sums over pieces of the tokens, if each piece and the sum are
-rounded to bf16."""
+"""Relative error of a gradient that the output head computes for pieces of the tokens and then sums. Each piece and the
+sum may be rounded to bf16."""
 DEVIATIONS = 6.0
 """Maximum difference between the dropped fraction of a tensor and the dropout rate, in standard deviations."""
 

@@ -456,8 +456,8 @@ class _Gradients:
         self._sizes: dict[str, Shard] = {}
 
     def add_local(self, name: str, gradient: Shard) -> None:
-        """Add a gradient of one micro-batch to this rank's sum in fp64. ZeRO calls this method for weights whose
-        gradients are reduced in each micro-batch."""
+        """Record a gradient of this rank before it is reduced. At ZeRO stage 3, ZeRO calls this method in each
+        micro-batch, and the method adds up the gradients in fp64."""
         held = self._local.get(name)
         if held is None:
             self._local[name] = replace(gradient, local=gradient.local.clone())

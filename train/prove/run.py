@@ -85,7 +85,8 @@ def forks(config: Config) -> bool:
     need not import torch again.
 
     Returns False with GPUs, because a GPU's driver does not survive a fork, and if another program has started the
-    ranks."""
+    ranks.
+    """
     from train.kernels.device import sees_gpu
 
     return given_place() is None and (config.cluster.device == "cpu" or not sees_gpu(config.cluster.device))

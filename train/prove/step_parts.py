@@ -144,8 +144,8 @@ class StepParts:
 
 
 def beyond_rounding(want: Total, form: PlainFormat, most: float = MOST_INCONCLUSIVE) -> DifferenceMeasure:
-    """Returns a measure of the part of a difference that one rounding of the result and rounding ties cannot explain.
-    The unit is the sum of the terms' magnitudes. most: maximum fraction of inconclusive elements."""
+    """Returns a measure of differences. It subtracts what one rounding of the result and rounding ties can explain, and
+    divides the rest by the sum of the terms' magnitudes. most: maximum fraction of inconclusive elements."""
 
     def measure(got: Tensor, want_N: Tensor) -> Measurement:
         size, off = want.size.flatten(), low.slack(want).flatten()
