@@ -67,8 +67,8 @@ class DryRunPiece:
 
 
 def choose_rank(config: Config) -> int:
-    """Returns the rank of dry_run.rank. For `worst`, returns the first rank at the pipeline position with the highest
-    planned peak."""
+    """Returns the rank that dry_run.rank selects. The value `worst` selects the first rank at the pipeline position
+    with the highest planned peak."""
     if config.dry_run.rank != "worst":
         return int(config.dry_run.rank)
     fullest = max(plan_memory(config), key=lambda rank: rank.peak_bytes)

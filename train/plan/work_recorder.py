@@ -247,8 +247,8 @@ class WorkRecorder:
         vars(link)["start"] = begin
 
     def _listen_to_buffer(self, buffer: Any, name: str) -> None:
-        """Record the exchanges of DeepEP's buffer. The buffer sends rows, the weights of their experts, and the ids of
-        their experts."""
+        """Record the exchanges of DeepEP's buffer. The buffer sends rows, and the gates and ids of each row's
+        experts."""
         call = getattr(buffer, name)
 
         def send(rows: Any, *rest: Any, **more: Any) -> Any:
@@ -349,8 +349,8 @@ def _count_grouped_wgrad(out: Tensor, grad_RO: Tensor, x_RI: Tensor, groups: Any
 
 
 SCORE_BYTES = 24
-"""Bytes that an indexer reads and writes per head and (query, key) pair. It writes the product, applies ReLU and the
-weight of the head in place, and adds up the heads."""
+"""Bytes that an indexer reads and writes per head and (query, key) pair. The indexer writes the product, applies ReLU
+and the weight of the head in place, and adds up the scores of all heads."""
 
 
 CHOICE_BYTES = 50

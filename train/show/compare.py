@@ -1,4 +1,4 @@
-"""Compares several runs on one page: the settings that differ, the final results, and all curves in common figures.
+"""Compares several runs on one page: the settings that differ, the final results, and figures with a curve per run.
 
 `mode=report name=SWEEP` compares the jobs of a sweep; `mode=report 'name=[a,b,c]'` compares any runs. The x axis of a
 figure is the number of trained tokens, because runs with different batch sizes train on different numbers of tokens per

@@ -182,7 +182,7 @@ def specification(workspace: Any) -> dict[str, Any]:
 def _entity(wandb: Any, config: Config) -> str:
     try:
         return wandb.Api(timeout=10).default_entity
-    except Exception as error:  # any exception of the HTTP client
+    except Exception as error:  # the library can raise any exception of its HTTP client
         raise _no_answer(config, error) from error
 
 

@@ -21,8 +21,8 @@ ACTION_COLOURS = {
 }
 """For each kind of action: its name, the colour on a rank's first stage, and the colour on its other stages."""
 NUMBERED = 800
-"""If the figure has at most this many actions, each bar is labelled with the number of its micro-batch. Otherwise the
-bars are too narrow."""
+"""If the figure has at most this many actions, each bar is labelled with the number of its micro-batch. With more
+actions, the bars are too narrow for labels."""
 
 
 def timeline_figure(sampled: SampledStep | None) -> Figure | None:

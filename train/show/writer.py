@@ -148,7 +148,7 @@ class MetricsWriter:
         return self._wandb.where if self._wandb is not None else None
 
     def close(self) -> None:
-        """Finish every sink. This may wait for W&B. A second call does nothing."""
+        """Close every sink. The call may wait until W&B has finished. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -166,7 +166,7 @@ class MetricsWriter:
 
 
 def what_ended(error: BaseException) -> str:
-    """Describes the error that ended a run in one short phrase."""
+    """Returns a short phrase about the error that ended a run, for the title of an alert."""
     from parallel.exchange import (
         is_timeout,
     )  # imports torch; the driver does not need torch and never has this error

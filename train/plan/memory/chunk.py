@@ -98,8 +98,8 @@ class ChunkMemory:
 
     @cached_property
     def host_bytes(self) -> tuple[int, int]:
-        """Host memory in bytes: first for the offloaded tensors of all parts, then for those of the last part that
-        offloads."""
+        """Two sizes in host memory, in bytes: that of the offloaded tensors of all parts, and that of the offloaded
+        tensors of the last part which offloads."""
         taken = [trace_forward(self.scene, name).host_bytes for name in self._names if AWAY in name]
         return sum(taken), next((size for size in reversed(taken) if size), 0)
 
@@ -188,11 +188,11 @@ class ChunkMemory:
             run = run_of(names[i], i == len(names) - 1)
             below = self._resident(i) + i * h + output + rest
             if names[i] == "end":
-                below -= h * (self._joins and self._has_embedding)  # E is x_0; the run of `end` includes it
+                below -= h * (self._joins and self._has_embedding)  # E is x_0, which would be counted twice
             yield names[i], run, below
             rest += run.end - h  # includes dE, which the part `end` computes, until the embedding's backward uses dE
         if self._has_embedding or self._joins:
-            arrived = h * self._joins  # dE is in `rest` and in the measurement of the embedding
+            arrived = h * self._joins  # bytes of dE, which would be counted twice
             yield "embedding", run_of("embedding", False), output + rest - arrived + self._input
 
     def split(self, first: bool) -> tuple[PassMemory, PassMemory]:

@@ -67,7 +67,7 @@ class Ledger(TorchDispatchMode):
 
     def _count(self, func, types, args=(), kwargs=None):
         if not _PLAIN.issuperset(types):
-            return NotImplemented  # the subclass then runs operations on its inner tensors, which the ledger counts
+            return NotImplemented  # a tensor subclass then runs operations on its inner tensors, which are counted
         if self.recorder is None:
             out = self._run(func, args, kwargs or {})
         else:

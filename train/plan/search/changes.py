@@ -99,7 +99,7 @@ def overrides(config: Config, base: Config) -> list[str]:
     size = config.micro_batch_size
     if size != base.micro_batch_size or (
         found and size != choose_micro_batch_size(config)
-    ):  # micro_batch_size is left out if the default of this layout is the same value
+    ):  # left out if it is the default for this layout
         found.append(f"micro_batch_size={size}")
     if config.model.recompute != base.model.recompute:
         found.append(f"model.recompute=[{','.join(config.model.recompute)}]")

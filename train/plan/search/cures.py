@@ -104,7 +104,7 @@ def find_stages(plan: RunPlan) -> Cure | None:
     """Returns the change to the number of stages per rank with which the step is shortest. Returns None if no number of
     stages both fits and shortens the step by at least the fraction WORTH.
 
-    The function tries only the schedule that has the same order of actions with several stages per rank.
+    The function tries one schedule, with several stages per rank, which orders actions as the recipe's schedule does.
     """
     schedule = plan.config.parallel.schedule_facts.in_parts
     if plan.config.parallel.pp == 1 or schedule is None:

@@ -180,7 +180,8 @@ def _pipeline_seconds(stages: Stages) -> float:
     lengths = {stages.kind(stage): _lengths(stages, stage) for stage in ids}
     forward, inputs, weights = (min(column) for column in zip(*lengths.values(), strict=True))
     pair = 0.0
-    if parallel.schedule_facts.pairs:  # a longer W means less idle time; stage 0 has its complete backward in W
+    if parallel.schedule_facts.pairs:
+        # Longer W actions mean less idle time. Stage 0 does not count, because its W is its complete backward.
         pair = min(_pair(stages, own) for own in stages.placement)
         weights = max(each[2] for kind, each in lengths.items() if kind != stages.kind(0))
     shortest = ActionSeconds(forward, inputs, weights, pair)

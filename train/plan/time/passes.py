@@ -81,7 +81,7 @@ def overlapped(forward: list[Segment], backward: list[Segment], taken: float) ->
 
 
 def _compute(now: float, seconds: float, link: float, taken: float) -> float:
-    """Returns the time at which a computation ends that starts at time `now` and takes `seconds` on an idle device.
-    Until time `link`, a transfer runs and slows the computation."""
+    """Returns the time at which a computation ends. The computation starts at time `now`, and would take `seconds`
+    without transfers. Until time `link`, a transfer runs and slows the computation."""
     lost = taken * max(0.0, link - now)
     return now + min(seconds + lost, seconds / max(1 - taken, 1e-9))

@@ -45,8 +45,8 @@ class Spread:
     """Number of messages of a token to other nodes."""
 
     def step_bytes(self, tokens: float) -> tuple[float, float]:
-        """Returns the bytes that one layer of experts sends for this number of tokens, first inside nodes and then
-        across nodes. The bytes of forward and backward are added up."""
+        """Returns two numbers for one layer of experts: the bytes that are sent inside nodes, and the bytes that are
+        sent across nodes, in forward and backward together. tokens: number of tokens of the layer."""
         row = self.row_bytes + self.gradient_bytes + self.high_bytes + self.high_gradient_bytes
         return tokens * self.inside * row, tokens * self.across * row
 
@@ -90,8 +90,8 @@ def _chosen(experts: int, top_k: int, groups: int, top_groups: int, group_top_k:
 
 def reached(model: Model, nodes: int, per_node: int) -> tuple[float, float, int]:
     """Returns three numbers for a token: the expected number of nodes with at least one of the token's experts, the
-    expected number of ranks with at least one of them, and the number of the token's experts. Each rank has experts
-    with consecutive ids."""
+    expected number of ranks with at least one of the token's experts, and the number of the token's experts. Each rank
+    has experts with consecutive ids."""
     rule = model.experts, model.top_k, model.groups, model.top_groups, model.resolved_group_top_k
     return _distinct(nodes, *rule), _distinct(nodes * per_node, *rule), model.top_k
 

@@ -39,8 +39,8 @@ element into its bucket, copies it out of the bucket, and divides it.
 With bf16 weights, gradients that no other rank shares are not copied.
 """
 NORM_BYTES, CLIP_BYTES = 4, 8
-"""Bytes per element of the shard that the norm and clipping read and write. The norm reads each element. Clipping at
-ZeRO stage 3 reads and writes each element; at other stages, the update itself clips."""
+"""Bytes that the gradient norm and clipping read and write per element of the shard. The norm reads each element.
+Clipping at ZeRO stage 3 reads and writes each element; at other stages, the update itself clips."""
 
 
 @dataclass(frozen=True)
