@@ -77,8 +77,8 @@ def judge_attention_back(step: StepParts, name: str) -> None:
         dout = "dx" if shared else "dy"
         if one.out is None or not one.call.has(dout):
             continue
-        # Backward of attention reads the output of attention in the format in which the input of the output projection
-        # is saved (paper 3.3.3).
+        # The output of attention is the input of the output projection. It is saved only once, in the projection's
+        # format, and backward of attention reads this saved tensor (paper 3.3.3).
         kept = low.kept(one.out.rows("x"), step.rounding.output.kept).x.view(one.out.tensors["x"].shape)
         slopes = high.attend_back(
             one.heads(one.call.get(dout)), one.q, one.k, one.v, _heads_of(kept, one.q.size(1)), scale, one.unseen

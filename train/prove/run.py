@@ -84,8 +84,8 @@ def forks(config: Config) -> bool:
     """Returns whether ranks and judges are forks of this process. If so, this process imports torch once, and the forks
     need not import torch again.
 
-    Returns False with GPUs, because a GPU's driver does not survive a fork, and if another program has started the
-    ranks.
+    Returns False with GPUs, because a GPU's driver does not survive a fork. Also returns False if another program has
+    started the ranks.
     """
     from train.kernels.device import sees_gpu
 
