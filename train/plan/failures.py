@@ -134,7 +134,7 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
         "warm_up": WARM_UP_STEPS * step_seconds,
     } | ({"loading": moved} if storage else {})
     write = moved
-    if 0 < checkpoint.staging_bytes < size / layout.world:  # training waits for the disk
+    if 0 < checkpoint.staging_bytes < size / layout.world:  # a small staging buffer makes training wait for the disk
         stall, write = max(stall, moved), 0.0
     on_disk = SaveCosts(between, sum(parts.values()), stall, write)
     steps, saving, best = checkpoint.every or math.inf, on_disk, None

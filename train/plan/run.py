@@ -28,7 +28,7 @@ def tell_best(found: FoundLayout) -> None:
 def run_plan(config: Config) -> int:
     """Calibrate, search or plan, as the section `plan` of the recipe says. Returns the exit code."""
     if config.plan.calibrate:
-        from train.plan.time.calibrate import calibrate  # only a calibration runs kernels
+        from train.plan.time.calibrate import calibrate  # only a calibration needs this import
 
         calibration_screen(calibrate(config))
         return EXIT_OK

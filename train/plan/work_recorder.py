@@ -318,7 +318,7 @@ _ROWWISE = {
 }
 """Maps methods of `Kernels` that autograd Functions call to their kind of work. GEMMs are not included."""
 _DIFFERENTIABLE = {"to_heads": "heads", "route": "route"}
-"""Maps methods of `Kernels` that are differentiable themselves to their kind of work."""
+"""Maps differentiable methods of `Kernels` to their kind of work. Their backward is a kind of its own."""
 
 
 def matmul_kind(left_OC: Tensor, right_NC: Tensor) -> str:

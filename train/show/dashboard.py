@@ -122,7 +122,7 @@ def build_dashboard(config: Config) -> int:
         raise UserError(
             "name", config.name, f"must be a run; there is none in {folder}", "train first, or give name=RUN"
         )
-    import wandb  # takes a second
+    import wandb  # imported here, because it takes a second
 
     wandb.setup(wandb.Settings(silent=True))
     online = has_key(wandb)

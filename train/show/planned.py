@@ -71,7 +71,7 @@ def _is_here(plan: dict[str, Any], config: Config) -> bool:
     A GPU matches if the name that CUDA reports contains the name in the plan. A CPU matches if the name and the number
     of threads are those of the plan.
     """
-    import torch  # imported here, because a process without torch can also write the report
+    import torch  # imported here, so that a process can write the report without torch
 
     if config.cluster.device != "cpu" and torch.cuda.is_available():
         return plan["device"] in torch.cuda.get_device_name()

@@ -175,7 +175,7 @@ def read_settings(run_folder: Path) -> Mapping[str, Any]:
     """Returns the content of config.yaml; empty if it is absent or unreadable."""
     try:
         settings = yaml.safe_load(_read_text(run_folder / "config.yaml"))
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an impossible date
+    except (yaml.YAMLError, ValueError, RecursionError):  # yaml raises ValueError for an impossible date
         return {}  # the page shows the raw text
     return settings if isinstance(settings, dict) else {}
 

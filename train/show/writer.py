@@ -169,7 +169,7 @@ def what_ended(error: BaseException) -> str:
     """Returns a short phrase about the error that ended a run, for the title of an alert."""
     from parallel.exchange import (
         is_timeout,
-    )  # imports torch; the driver does not need torch and never has this error
+    )  # imported here, because it imports torch, which the driver does not need
 
     if getattr(error, "code", None) == EXIT_DIVERGED:
         return "diverged"

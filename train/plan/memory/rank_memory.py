@@ -307,7 +307,7 @@ def _moments(
     averaged, copied = config.optim.ema_decay > 0, config.checkpoint.every_memory > 0
     host["average"] = (
         averaged * 2 * FP32_BYTES * owned
-    )  # the average, and a copy of the weights from which it is updated (train/loop/hooks/averaged_weights.py)
+    )  # the average, and a copy of the newest weights (train/loop/hooks/averaged_weights.py)
     copy = {
         weight: size
         for weight, size in kept_elements(config, groups, stage_rank)

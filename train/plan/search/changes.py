@@ -99,7 +99,7 @@ def overrides(config: Config, base: Config) -> list[str]:
     size = config.micro_batch_size
     if size != base.micro_batch_size or (
         found and size != choose_micro_batch_size(config)
-    ):  # left out if it is the default for this layout
+    ):  # the argument is not needed for a default value
         found.append(f"micro_batch_size={size}")
     if config.model.recompute != base.model.recompute:
         found.append(f"model.recompute=[{','.join(config.model.recompute)}]")

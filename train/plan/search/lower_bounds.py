@@ -67,7 +67,7 @@ class FrameBounds:
         for saving in frame.savings:
             kept = cache(partial(self._kept, saving, stages, flight))
             blocks = longest if saving.blocks else 0
-            least = [list(map(add, each, kept(blocks))) for each in state]  # first index: as `hosts`; second: rank
+            least = [list(map(add, each, kept(blocks))) for each in state]  # bytes by value in `placed`, then by rank
             for dispatch, wire in frame.ways:
                 way = dispatch, wire
                 for number, each in enumerate(least):

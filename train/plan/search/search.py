@@ -216,9 +216,10 @@ class _Finder:
         self._looked: dict[tuple[str, ...], tuple[int, str]] = {}
         """Results of `_look`. The key is the tuple of a layout's overrides."""
         self._blocks: dict[int, int | None] = {}
+        """Cache of `_fewest`. The key is the id of a candidate."""
         self._estimated: dict[tuple[int, int], float] = {}
-        """Cache of `_seconds`. The key is the id of a candidate and a number of blocks. `_blocks` is the cache of
-        `_fewest`, by the id of a candidate. Candidates exist as long as the search, so their ids stay valid."""
+        """Cache of `_seconds`. The key is the id of a candidate and a number of blocks. Candidates exist as long as the
+        search, so their ids stay valid."""
         self._fitting: dict[tuple[str, ...], _Fit] = {}
         """Layouts that fit. The key is the tuple of a layout's overrides."""
         self._on_devices: set[tuple[str, ...]] = set()
@@ -339,8 +340,8 @@ class _Finder:
                 heappush(queue, (self._seconds(one, blocks + 1), number, blocks + 1))
 
     def _fewest(self, one: Candidate) -> int | None:
-        """Returns the smallest number of recomputed or offloaded blocks per stage with which the memory bound of a
-        candidate fits. Returns None if it does not even fit with the largest number."""
+        """Returns the smallest number of recomputed or offloaded blocks per stage with which a candidate fits by its
+        memory bound. Returns None if the candidate does not even fit with the largest number of such blocks."""
         if id(one) not in self._blocks:
             able = self._lacking(one, one.blocks) <= 0
             fewest = bisect_left(range(one.blocks * able), True, key=lambda blocks: self._lacking(one, blocks) <= 0)

@@ -40,8 +40,8 @@ NOT_MEMORY = ("memory", "attention_forward", "attention_backward", "launch")
 """Kinds of work without a fallback. The kinds of GEMMs, of links and of the host have their own tables. All other kinds
 fall back to `memory`."""
 HOST = ("host", "host_memory")
-"""Kinds of work of offloading; they have no fallback. `host` counts the bytes that are copied between a device and its
-host. `host_memory` counts the bytes that the host's processors read and write in host memory."""
+"""Kinds of work that offloading causes; they have no fallback. `host` counts the bytes that are copied between a device
+and its host. `host_memory` counts the bytes that the host's processors read and write in host memory."""
 HOST_LAUNCH = "host_launch"
 """Kind of work for launching kernels; its rate has the seconds that a host core needs per launch.
 
@@ -105,8 +105,8 @@ class Rates:
     rates: Mapping[str, Rate]
     source: str
     factors: Mapping[str, float] = field(default_factory=dict)
-    """Factors by which passes and update take longer than the rates of their kernels say. A factor is 1 if it was not
-    measured."""
+    """Measured time of the passes and of the update, divided by the time that follows from the rates of their kernels.
+    A factor is 1 if it was not measured."""
     threads: int | None = None
     """Number of threads per rank on the calibrated CPU."""
     intervals: Mapping[str, JobInterval] = field(default_factory=dict)

@@ -186,7 +186,7 @@ class Stages:
         if part == "end" and self._scene.ep > 1 and self.config.model.mtp_depth:
             return self._end(way)
         if way == "F":
-            trace_backward(self._scene, part, False, False)  # traces the forward too
+            trace_backward(self._scene, part, False, False)  # this traces and caches the forward, too
             return self._timed([(1.0, trace_forward(self._scene, part).run)])
         share = 1 / self.micro_batches if self.micro_batches <= FEW_MICRO_BATCHES else 0.0
         shares = {True: share, False: 1 - share}
@@ -195,9 +195,9 @@ class Stages:
     def _end(self, way: str) -> PassTime:
         """Returns one pass through the part `end`, for MTP modules whose experts are on several ranks.
 
-        The function starts from the time of `end` with all experts on one rank. It subtracts the time of the MTP blocks
-        in this layout, and adds their time in the real layout. Tracing `end` separately for every layout of experts
-        would take most of a search's time.
+        The function starts from the time of `end` if all experts were on one rank. It subtracts the time of MTP blocks
+        with all experts on one rank, and adds the time of MTP blocks in the planned layout. A separate trace of `end`
+        for every layout of experts would take most of a search's time.
         """
         model, parallel = self.config.model, replace(self.config.parallel, ep=1)
         block = "moe" + AGAIN * (Recompute.layer in model.recompute)

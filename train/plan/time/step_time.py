@@ -87,8 +87,9 @@ class StepTime:
 
     @property
     def interval_seconds(self) -> dict[str, tuple[float, float]]:
-        """Expected range of the real step time, by kind of program. For four in five published jobs, the measured step
-        time was in the range that their plan gave. Empty if the rates were not compared with published jobs."""
+        """Expected range of the real step time, by kind of program. The measured step times of four in five published
+        jobs were in such a range around the planned step time. Empty if the rates were not compared with published
+        jobs."""
         return {kind: one.around(self.step_seconds) for kind, one in self.intervals.items()}
 
 
