@@ -55,8 +55,8 @@ class DispatchFacts:
     package: str | None = None
     """Name of the Python package that the dispatch needs; None if it needs none."""
     in_bf16: bool = False
-    """Whether the dispatch takes only bf16 rows. Such a dispatch also adds rows in bf16: before it returns the rows of
-    a token, each rank adds its rows of this token one after another."""
+    """Whether the dispatch takes only bf16 rows. Such a dispatch also adds rows in bf16: a rank adds the rows of one
+    token one after another, and returns the sum."""
     repeats: bool = True
     """Whether rows arrive in the same order in every run."""
     width: int = 1
@@ -98,9 +98,9 @@ class DispatchFacts:
         return None
 
     def find_sums(self, experts: int, ep: int, per_node: int) -> list[int]:
-        """Return numbers of experts. Some dispatches add the outputs of a token's experts before they return them to
-        the token's rank: over the experts of one rank, and possibly over the experts of one node. The list has the
-        numbers of these experts. It is empty if each row is returned separately."""
+        """Return how many experts contribute to a returned row. Some dispatches first add a token's rows over the
+        experts of one rank, and possibly over the experts of one node. The list has the number of experts on a rank,
+        and the number on a node, if the dispatch adds rows there. It is empty if the dispatch adds no rows."""
         if self.per_expert or ep == 1:
             return []
         of_rank = experts // ep

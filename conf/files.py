@@ -206,8 +206,8 @@ TYPE_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or f
 def read_json(path: Path, field: str, cure: str, kind: type = dict, value: object = None) -> Any:
     """Return the JSON value in a file. If the file has no JSON value of type `kind`, raise UserError.
 
-    The error has the given `field`, `value` (by default the path) and `cure`, and a rule with the problem. cure: fix
-    for wrong content. Disk errors have another fix.
+    The error has the given `field`, `value` (by default the path) and `cure`. The rule of the error names the problem.
+    cure: fix for wrong content. Disk errors have another fix.
     """
     try:
         return parse_json(read_plain_text(path), kind)

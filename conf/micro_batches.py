@@ -75,8 +75,8 @@ def choose_micro_batch_size(config: Config) -> int:
 def check_batch(config: Config) -> None:
     """Raise UserError unless every data-parallel rank has the same integer number of micro-batches.
 
-    With parallel.uneven, only the ranks of the same expert group need equal numbers. The error proposes values near the
-    present ones.
+    With parallel.uneven, only the ranks of the same expert group need equal numbers. The error proposes valid values
+    near the present values.
     """
     batch, size, dp = config.batch_size, config.micro_batch_size, config.parallel.dp
     if batch % (size * dp) == 0:

@@ -238,7 +238,7 @@ class Model:
     @property
     def repeated_layers(self) -> int:
         """Number of blocks that backward recomputes completely, counted from the first block of every stage. If
-        backward recomputes all blocks, this is `layers`."""
+        backward recomputes all blocks, the result is `layers`."""
         return self._share(self.recompute)
 
     def offloaded_part(self, place: int) -> str:
@@ -291,8 +291,9 @@ class Data:
     """Text folder or file, .jsonl[.gz|.zst] or .parquet file, folder of such files, hf://NAME[@CONFIG][:SPLIT], or
     folder of tokens (train/data/token_store.py)."""
     format: DataFormat = DataFormat.auto
-    """Format of path; auto decides by file names. stdlib: Python's standard library if there is no path, else auto. chat: chats
-    (train/docs/fine_tuning.md). docstrings: chats built from the standard library's docstrings if there is no path, else chat."""
+    """Format of the data in path. auto: chosen by file names. stdlib: Python's standard library, or auto if there is a
+    path. chat: chats (train/docs/fine_tuning.md). docstrings: chats built from the docstrings of the standard library,
+    or chat if there is a path."""
     text_key: str = "text"
     """Field that holds the text in JSONL, Parquet and Hugging Face data."""
     mix: list[MixSource] = field(default_factory=list)
@@ -520,8 +521,9 @@ class Parallel(RankCounts):
     """Schedule dualpipev, also with pp=1: run the forward of one micro-batch together with the backward of another, so
     that compute hides the all-to-all. false: run them one after the other."""
     dispatch: DispatchKind = DispatchKind[FLAT_DISPATCH]
-    """All-to-all between experts: flat (one all-to-all with a row per token and expert), node_limited (a token is sent
-    to each node once, and copied inside the node) or deepep (the DeepEP package, on GPUs)."""
+    """All-to-all that sends tokens to experts on other ranks: flat (one all-to-all with a row per token and expert),
+    node_limited (a token is sent to each node once, and copied inside the node) or deepep (the DeepEP package, on
+    GPUs)."""
     wire: WireFormat = WireFormat.bf16
     """Format of rows in dispatch, and of gradients in the backward of combine: bf16 (the activation dtype) or fp8 (E4M3
     with a power-of-two scale for every 128 values, paper 3.3.3). Rows in combine always have the activation dtype."""
@@ -641,8 +643,8 @@ class Checkpoint:
     every: int = number(100, least=0)
     """Interval of checkpoints, in steps; 0 saves only at the end and on a signal."""
     every_memory: int = number(0, least=0)
-    """Ray: interval, in steps, of copies of the state in the memory of a rank's node and of the next node. If a node is
-    lost, the run resumes from these copies. 0 for no copies."""
+    """Ray: interval, in steps, at which the state of every rank is copied to the memory of the rank's node and of the
+    next node. If a node is lost, the run resumes from these copies. 0 for no copies."""
     memory_folder: str = expert("/dev/shm")
     """Folder on every node for the copies of checkpoint.every_memory, in memory or on a fast local disk."""
     keep: int = number(3, least=0)
@@ -927,7 +929,7 @@ class Score:
     """mode=score: log-probabilities of given samples (train/score)."""
 
     data: str | None = None
-    """A .jsonl or .parquet of samples: tokens, or prompt and completion, or text."""
+    """A .jsonl or .parquet file of samples. A sample has tokens, or prompt and completion, or text."""
     to: str | None = None
     """The Parquet file to write; it must not exist yet."""
     routing: ScoredRouting = ScoredRouting.own

@@ -51,9 +51,9 @@ def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int
 
 @contextmanager
 def _marked(place: Place, failures: Path | None) -> Iterator[None]:
-    """A context that marks the rank as working.
+    """Context that marks the rank as working, by a file.
 
-    The driver uses the mark to detect a process that ended inside the context.
+    If a process ends inside the context, the driver finds the mark.
     """
     if failures is None:
         yield

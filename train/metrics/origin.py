@@ -143,7 +143,7 @@ def _git(*words: str) -> str | None:
         done = subprocess.run(
             ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=GIT_SECONDS, check=True
         )
-    except (OSError, subprocess.SubprocessError):  # such as another user's or a damaged repository, or a slow disk
+    except (OSError, subprocess.SubprocessError):  # another user's repository, a damaged repository, a slow disk
         return None
     return done.stdout.strip()
 

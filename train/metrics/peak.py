@@ -1,9 +1,9 @@
 """Finds the peak rate of a device in FLOP/s. MFU is a fraction of this rate.
 
 For data-centre GPUs it is the manufacturer's figure for dense bf16 GEMMs, even if GEMMs run in FP8. The paper also
-relates its rate to the bf16 figure (ISCA paper 5.1.2: 432 TFLOPS non-causal is 43.7 % of an H800's 989). For other
-devices, such as CPUs, the figure is unknown. Their peak is the rate of the fastest of a few plain GEMMs, with the
-kernels of training.
+relates its rate to the bf16 figure (ISCA paper 5.1.2: 432 TFLOPS, counted with non-causal attention, are 43.7 % of an
+H800's 989 TFLOPS). For other devices, such as CPUs, the figure is unknown. Their peak is the rate of the fastest of a
+few plain GEMMs, with the kernels of training.
 
 On a busy machine, a measurement is too low, but never too high. So a cache folder stores the highest measured rate for
 each kind of device, number of threads, number format and code. Every start measures the rate again, in about 0.3 s, and
