@@ -155,7 +155,7 @@ class Kernels(Protocol):
     def sum_entries(self, rows_RD: Tensor, places_TK: Tensor) -> Tensor:
         """Return, for every token, the sum of its K rows: a tensor (T, D). places_TK: indices of each token's rows.
 
-        The rows are added in fp32 in the order of K. Only the final sum is rounded.
+        The rows are added in fp32, in the order of the axis K. Only the final sum is rounded.
         """
 
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:

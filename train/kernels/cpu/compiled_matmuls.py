@@ -116,8 +116,8 @@ def run_matmuls(
 ) -> None:  # fmt: skip
     """Write the results of all parts into `out`, or add them to `out` (fp32). Operands are (O, C) or (E, O, C).
 
-    name: the name that torch's profiler shows for the call, because the profiler does not record compiled code itself.
-    left_scales, right_scales: see `_operand`. into: whether to add to `out`.
+    name: name of the call in torch's profiler, which does not record compiled code by itself. left_scales,
+    right_scales: see `_operand`. into: whether to add to `out`.
     """
     assert not into or out.dtype == torch.float32, out.dtype
     left, right = readable(left), readable(right)

@@ -186,9 +186,10 @@ def route(
 ) -> None:
     """Run the forward kernel.
 
-    made: scores, ids, gates, factor and total, which the kernel writes; if `given`, the ids are an input. sums: for
-    each block of ROUTE_TOKENS tokens, the load, the share and the number of choices without bias, (B, blocks, E); None
-    if nothing is counted.
+    made: scores, ids, gates, factor and total, which the kernel writes; if `given`, the ids are an input. sums: three
+    tensors (B, blocks, E) with sums over each block of ROUTE_TOKENS tokens; None if nothing is counted. The sums are
+    each expert's number of tokens, its normalised scores, and the number of tokens for which it has one of the largest
+    scores without bias.
     """
     B, T, E = logits_BTE.shape
     _route_kernel[(-(-T // ROUTE_TOKENS), B)](
