@@ -112,8 +112,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def shrunk(config: Config, factor: int) -> Config:
-    """Returns the recipe with widths, vocabulary and sequence length divided by `factor`. The results are not smaller
-    than some minimum sizes."""
+    """Returns the recipe with widths, vocabulary and sequence length divided by `factor`. Each of them has a minimum,
+    below which it is not divided."""
     if factor == 1:
         return config
 

@@ -12,8 +12,8 @@ each kind, and a tree has up to three. So the size of a group's buffers depends 
 than two nodes, the size does not depend on the number of ranks (issue 864):
 
     several ranks per node   Between nodes, the group uses 16 channels (issue 1538: two nodes of eight H100), with ring
-                             and tree. They need some 0.6 GB. 0.69 GB were measured on A100 with NVLink, and 0.54 GB for
-                             a group of two ranks (issue 964).
+                             and tree. The buffers need some 0.6 GB. 0.69 GB were measured on A100 with NVLink, and
+                             0.54 GB for a group of two ranks (issue 964).
     one rank per node        The group uses 4 channels (issue 1189 reports 8 for two ranks per node).
     sends and exchanges      Inside a node, every pair of ranks has a connection on each of up to 32 channels, two for
                              every NVLink (src/graph/paths.cc: ncclTopoGetNchannels). 3.28 GB were measured on eight

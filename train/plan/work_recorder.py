@@ -318,7 +318,8 @@ _ROWWISE = {
 }
 """Maps methods of `Kernels` that autograd Functions call to their kind of work. GEMMs are not included."""
 _DIFFERENTIABLE = {"to_heads": "heads", "route": "route"}
-"""Maps differentiable methods of `Kernels` to their kind of work. Their backward is a kind of its own."""
+"""Maps differentiable methods of `Kernels` to their kind of work. Forward and backward of a method are counted
+separately."""
 
 
 def matmul_kind(left_OC: Tensor, right_NC: Tensor) -> str:

@@ -220,7 +220,7 @@ class WandbSink:
                 if callable(record):
                     self._do(record, wandb, run, logged)
                     continue
-                if (resumed := record.get("resumed")) is not None:  # also for a step that was logged before
+                if (resumed := record.get("resumed")) is not None:  # sent even if W&B has this step already
                     run.config.update({f"resumed_at_step_{resumed['step']}": resumed}, allow_val_change=True)
                 if record["step"] > logged:
                     run.log(to_wandb(record), step=record["step"], commit=True)

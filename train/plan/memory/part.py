@@ -329,7 +329,7 @@ class Run:
             self._y = self._module(*self._inputs, tokens_BS=self._tokens_BS)
         else:
             self._y = self._module(self._inputs[0], tokens_BS=self._tokens_BS)
-        self._y.requires_grad_()  # this is not automatic if all weights of the part are frozen
+        self._y.requires_grad_()  # needed if all weights of the part are frozen
         run = self._finish()
         output = self._y.untyped_storage().nbytes()
         kept = Counter(self._ledger.now.by_tag)

@@ -41,8 +41,8 @@ class Bucket:
     gloo: bool
 
     def is_full(self, waiting: WaitingGradients, elements: int, experts: bool) -> bool:
-        """Whether the waiting gradients must be reduced before another gradient is added. elements: size of the other
-        gradient. experts: whether it belongs to an expert."""
+        """Whether the waiting gradients must be reduced before a new gradient is added. elements: size of the new
+        gradient. experts: whether the new gradient is that of an expert's weight."""
         return waiting.tensors > 0 and (experts != waiting.experts or waiting.elements + elements > self.limit)
 
     def add(self, waiting: WaitingGradients, elements: int, experts: bool) -> WaitingGradients:

@@ -187,7 +187,7 @@ def disk_words(plan: RunPlan) -> str:
 
 
 def reserve_words(reserve: dict[str, int]) -> str:
-    """Returns text about the reserved device memory, by name."""
+    """Returns text about the reserved device memory: its total, and its parts."""
     if len(reserve) < 2:
         return f"{gib(sum(reserve.values()))} reserved"
     parts = ", ".join(f"{name} {gib(size)}" for name, size in reserve.items() if size)

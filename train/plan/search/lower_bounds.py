@@ -153,11 +153,12 @@ def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
 
 
 def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
-    """Returns two numbers for each rank: lower bounds on how many micro-batches have all their activations in memory.
+    """Returns two lower bounds for each rank on the number of micro-batches that wait for backward with all of their
+    activations in memory.
 
-    The first number is for the moment with the most such micro-batches. The second number is for the moment with the
-    most such micro-batches among all moments at which another micro-batch runs forward; -1 if there is no such moment.
-    While two micro-batches run as a pair, only one of them has all its activations in memory.
+    The first bound is on the maximum of this number over the step. The second bound is on its maximum over the times at
+    which another micro-batch runs forward; -1 if no forward runs then. While two micro-batches run as a pair, only one
+    of the two has all of its activations in memory.
     """
     most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp), parallel.virtual_stages)
     paired = parallel.schedule_facts.pairs
