@@ -99,8 +99,8 @@ class Job:
 
     @property
     def mounts(self) -> dict[str, str]:
-        """Maps each top-level folder that every node must be able to read to the keys whose paths are inside the
-        folder."""
+        """Returns the top-level folders that every node must be able to read. Each folder is mapped to the keys whose
+        paths are inside this folder."""
         config, found = self.config, {}
         named = {"runs": config.runs, "data.path": config.data.path, "data.tokenizer": config.data.tokenizer,
                  "init_from": config.init_from, "data.cache": config.data.cache}  # fmt: skip
