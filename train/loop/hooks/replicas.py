@@ -1,7 +1,7 @@
 """Detects flipped bits in weights that have copies on several ranks, and in optimizer state between two uses.
 
 Weights: ranks compare the copies of a weight bit by bit after the backward passes, before the update. A check after the
-update would be too late. The update computes the weights anew from the master weights, so the flip would be gone, but
+update would be too late. The update computes the weights again from the master weights, so the flip would be gone, but
 the update would already contain the wrong gradients that the flip caused. Each rank sums the bits of each weight as
 integers, so one flipped bit changes the sum. One all-reduce finds the smallest and the largest sum among all copies of
 each weight. The check does not detect a flip that disappeared before the comparison, or a flip in an expert that only
