@@ -65,8 +65,8 @@ class Findings:
     """Bytes of weights, of master weights, of moments, and of gradients when all passes have ended. `rest` is the peak
     minus weights, master weights and moments."""
     actions: dict[str, ComparedFigure]
-    """Mean seconds of one action, by kind of action. The measured number is computed from the median over the timed
-    steps of the total time of a kind."""
+    """Mean seconds of one action, by kind of action. For the measured number, the seconds of all actions of a kind are
+    added up in each timed step. The median of these sums is divided by the number of actions."""
     counts: dict[str, int]
     """Number of actions in a step, by kind."""
     steps: dict[str, ComparedFigure]

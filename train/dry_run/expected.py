@@ -106,8 +106,8 @@ def _is_here(job: Config, device: torch.device) -> bool:
 
 
 def _with_load(config: Config, piece: DryRunPiece) -> Config:
-    """Returns the recipe with plan.imbalance set for this rank: the number of rows that its experts receive, divided by
-    the mean over all ranks."""
+    """Returns the recipe with plan.imbalance set for this rank: the number of rows that the rank's experts receive,
+    divided by the mean over all ranks."""
     imbalance = sum(piece.load.per_token_L) / piece.job.model.top_k
     return replace(config, plan=replace(config.plan, imbalance=imbalance))
 

@@ -32,7 +32,8 @@ from train.plan.job import device_kind, device_memory, host_ranks, layout_of
 
 MIB = 2**20
 CONTEXT = 1_060_000_000
-"""Bytes used besides tensors on an H100 that has loaded torch and NCCL, before its first exchange (nccl issue 1685).
+"""Bytes that a process uses on an H100 besides tensors, after it has loaded torch and NCCL (nccl issue 1685). The bytes
+were measured before the first exchange.
 
 If kernels are loaded lazily, the CUDA context alone uses some 0.4 GB (pytorch issue 109888).
 """

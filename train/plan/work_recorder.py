@@ -83,7 +83,7 @@ class TimedWork(NamedTuple):
 
 YIELD, WAIT = "yield", "wait"
 ONCE = "once_"
-"""Prefix of the kind, for work that a rank does once per step and not in every micro-batch."""
+"""Prefix of the kinds of work that a rank does once per step and not in every micro-batch."""
 
 
 class WorkRecorder:
@@ -145,7 +145,7 @@ class WorkRecorder:
         return out
 
     def listen(self, owner: Any, name: str, count: Callable[..., Work]) -> None:
-        """Record all calls of one method of this object. count: as in `run`."""
+        """Record all calls of the method `name` of the object `owner`. count: as in `run`."""
         call = getattr(owner, name)
         setattr(owner, name, lambda *args, **kwargs: self.run(call, count, *args, **kwargs))
 
@@ -365,7 +365,7 @@ def _count_choice(out: Tensor, index: IndexVectors, seen: SeenKeys, top_k: int) 
 
 
 def _count_fused_choice(out: Tensor, index: IndexVectors, seen: SeenKeys, top_k: int) -> Work:
-    """Returns the work of the choice of keys, if one kernel computes the scores of all heads."""
+    """Returns the work of choosing keys, if one kernel computes the scores of all heads."""
     (*_, H, I), pairs = index.q_BTHI.shape, _all_pairs(index, seen)
     return Work(f"index_{_form(index.q_BTHI)}", 2 * pairs * H * I, CHOICE_BYTES * pairs + _size((out, index)))
 
@@ -418,7 +418,7 @@ def _widths(given: ChosenInput) -> tuple[int, int, int]:
 
 
 def _over_chosen(chosen_BTK: Tensor, heads: int, gathered: int, products: int, up: int, made: float) -> Work:
-    """Returns the work over chosen keys, which runs as torch operations in fp32.
+    """Returns the work of attention, or of the indexer's loss, over chosen keys in torch operations in fp32.
 
     gathered: width of the rows that are gathered for the chosen keys; each row is written once and read twice.
     products: number of multiplications per query, head and chosen key. up: number of further multiplications per query

@@ -61,8 +61,7 @@ def fitted_ramp(config: Config, share: int, least: int) -> Config:
 
 
 def broken_rule(config: Config) -> UserError | None:
-    """Returns the first rule that the recipe breaks, of the rules for running and for planning. Returns None if it
-    breaks no rule."""
+    """Returns the first rule for running or for planning that the recipe breaks. Returns None if it breaks no rule."""
     try:
         check(config)
         require_rule(config)

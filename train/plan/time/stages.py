@@ -147,7 +147,7 @@ class Stages:
         """Returns the split that best balances the planned times of the ranks: a list with the number of layers of
         every stage, as in parallel.split."""
         model = self.config.model
-        # If only some layers of a stage are recomputed, the split determines which ones; the costs then assume none.
+        # If only some layers of a stage are recomputed, the costs assume that no layer is recomputed.
         again = model.repeated_layers >= model.layers
         end = AGAIN if again and Recompute.layer in model.recompute else ""
         costs = [self._pair((block_of(model, index) + end,)) for index in range(model.layers)]

@@ -78,8 +78,8 @@ class WeightCounts:
 
 @dataclass(frozen=True)
 class Orthogonal:
-    """Matrices that the optimizer orthogonalises. Several ranks share the matrices. One rank, the owner of a matrix,
-    computes it."""
+    """Matrices that the optimizer orthogonalises. Several ranks share the matrices. Each matrix is orthogonalised by
+    one rank, the owner of the matrix."""
 
     elements: float
     """Number of elements of all matrices."""
