@@ -84,7 +84,7 @@ def search_needles(
     fillers: list[list[int]],
     start_id: int,
 ) -> list[NeedleCell]:
-    """Runs the needle test. Returns one result cell for each length and depth, with the same values on every rank.
+    """Runs the needle test. Returns one `NeedleCell` for each length and depth, with the same values on every rank.
     Collective: all ranks must call this function. start_id: first token of every text."""
     needles = make_needles(config, tokenizer)
     keys = [len(needle.key) for needle in needles]
@@ -107,8 +107,8 @@ def _score(
     keys: list[int],
     size: int,
 ) -> tuple[int, float]:
-    """Returns the number of keys that the model found, and the mean loss of a key in nats. Each data-parallel rank runs
-    a part of the texts. size: number of texts that a rank runs at a time."""
+    """Returns the number of pass keys that the model found, and the mean loss of a pass key in nats. Each data-parallel
+    rank runs a part of the texts. size: number of texts that a rank runs at a time."""
     sums_B2 = torch.zeros(len(keys), 2, dtype=torch.float64)
     for first in range(0, len(keys), size * mesh.layout.dp):
         # Every rank sends tokens to experts on other ranks, so all ranks must run the same number of forward passes. A
@@ -127,7 +127,8 @@ def _score(
 
 
 class _Watch:
-    """Scores the keys on the rank with the last chunk of the model. On other ranks, the sums stay 0."""
+    """Measures the losses of the pass keys on the rank with the last chunk of the model. On other ranks, all losses
+    stay 0."""
 
     def __init__(self, last: DeepSeekV3 | None):
         self._keys: list[int] = []
@@ -135,8 +136,8 @@ class _Watch:
             last.observer = partial(self._observe, last)
 
     def over(self, keys: list[int], forward: Callable[[], object]) -> Tensor:
-        """Returns two values per text, (B, 2): the loss of the key in nats, and the number of key tokens that the model
-        does not rank first. Both values count only the key tokens on this rank.
+        """Returns two values per text, (B, 2): the loss of the text's pass key in nats, and the number of key tokens
+        that the model does not rank first. Both values count only the key tokens on this rank.
 
         keys: number of tokens in each text's key. forward: runs the texts through the model.
         """

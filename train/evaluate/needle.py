@@ -30,9 +30,9 @@ NEEDLE_KEYS = 100_000
 NEEDLE_TEXTS = 10
 """Number of texts for each length and depth; each text has a different key."""
 NEEDLE_DEPTHS = 0.0, 0.25, 0.5, 0.75, 1.0
-"""Relative position of the key in the text: 0 at the beginning, 1 right before the question."""
+"""Relative position of the pass key in the text: 0 at the beginning, 1 right before the question."""
 GUESSING = math.log(NEEDLE_KEYS)
-"""Lower bound of the mean loss of a key, in nats, for a model that does not use the needle."""
+"""Lower bound of the mean loss of a pass key, in nats, for a model that does not use the needle."""
 BEFORE, AFTER = "\nThe pass key is", ". Remember it.\n"
 NEEDLE_QUESTION = "\nWhat is the pass key? The pass key is"
 
@@ -51,8 +51,8 @@ class Needle:
         return 1 + len(self.sentence) + len(self.question) + len(self.key)
 
     def text(self, start_id: int, filler: list[int], length: int, depth: float) -> list[int]:
-        """Returns a text of length + 1 tokens that ends with the key. filler: held-out tokens around the needle, at
-        least length + 1. depth: relative position of the needle, 0 to 1."""
+        """Returns a text of length + 1 tokens that ends with the pass key. filler: held-out tokens around the needle,
+        at least length + 1. depth: relative position of the needle, 0 to 1."""
         room = length + 1 - self.size
         place = round(depth * room)
         return [start_id, *filler[:place], *self.sentence, *filler[place:room], *self.question, *self.key]
@@ -67,7 +67,7 @@ class NeedleCell:
     texts: int
     found: int
     nats: float
-    """Mean loss of a key."""
+    """Mean loss of a pass key, in nats."""
 
     def plain(self) -> dict[str, Any]:
         """Returns the result as an object for evaluate.json. nats is null if it is not finite."""

@@ -125,8 +125,8 @@ def here(positions: Positions, device: torch.device) -> Tensor:
 def read(last: DeepSeekV3, hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the likeliest token at each position, and -log p of the target in nats, fp32.
 
-    The arguments may have any shapes (..., D) and (...). The logits are computed for model.loss_chunk positions at a
-    time.
+    hidden_BTD may have any shape (..., D), and targets_BT has the shape (...). The logits are computed for
+    model.loss_chunk positions at a time.
     """
     head_VD, chunk = last.head.weight.to(hidden_BTD.dtype), last.config.loss_chunk
     named, nats = [], []
@@ -148,7 +148,8 @@ def _of_whole_sequences(own_BT: Tensor, positions: Positions) -> Tensor:
 
 
 ALL = 1 << 62
-"""Stands for all sequences of a source: larger than the number of sequences of any source."""
+"""Requested number of sequences if all sequences of a source are evaluated. It is larger than the number
+of sequences of any source."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,8 @@ class Evaluation:
 
 
 def figures(sums: Sums, seq_len: int) -> dict[str, Any]:
-    """Computes the figures of evaluate.json from sums. `sums.more` is laid out as `ObservedChunk.take` returns it."""
+    """Computes the figures of evaluate.json from the sums over the evaluated tokens. `sums.more` is a vector in the
+    format of `ObservedChunk.take`."""
     ranges = position_ranges(seq_len) if sums.more else []
     by_range, by_depth = sums.more[: len(ranges)], sums.more[len(ranges) :]
     mtp = []

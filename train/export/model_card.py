@@ -125,7 +125,7 @@ def _sources(config: Config) -> list[str]:
 
 
 def _sections(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the sections of the settings that contain no local path."""
+    """Returns the sections model, optim and precision of the settings. These sections contain no local path."""
     return {name: settings[name] for name in ("model", "optim", "precision") if name in settings}
 
 

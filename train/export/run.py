@@ -320,8 +320,8 @@ def _cuts(written: WrittenTensor) -> Iterator[ExportSlice]:
 
 
 def _read(stored: StoredWeights, batch: list[ExportSlice], ema: bool) -> dict[str, Shard]:
-    """Reads the elements that the batch needs from each Sluice tensor. The elements of one tensor form one interval,
-    because Sluice and Hugging Face store them in the same order."""
+    """Reads the elements of these slices from the Sluice tensors. batch: the slices. The elements that are read from
+    one Sluice tensor form one interval, because Sluice and Hugging Face store them in the same order."""
     spans: dict[str, Shard] = {}
     needed = defaultdict(list)
     for cut in batch:

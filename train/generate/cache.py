@@ -150,7 +150,8 @@ class LatentCache:
 # X = queries * heads.
 
 ABSORBED_ROWS = 2048
-"""Maximum of queries times heads in one attention call. It bounds the memory of the mask for a long prompt."""
+"""Maximum product of the number of queries and the number of heads in one attention call. This limit bounds the memory
+of the mask for a long prompt."""
 
 
 def latent_attention(q_BTHW: Tensor, entries_BSW: Tensor, kv_rank: int, scale: float, slots: Slots) -> Tensor:

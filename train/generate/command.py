@@ -119,7 +119,7 @@ class Writer:
 
 
 def _statistics(generation: Generation) -> str:
-    """Return one line about the speed and why the texts ended."""
+    """Return one line about the speed and the reasons why the texts ended."""
     counts = generation.counts
     ends = " and ".join(dict.fromkeys(end.value for end in generation.ends if end is not None))
     said = f"[{sum(map(len, generation.tokens))} tokens"

@@ -185,7 +185,7 @@ class RoutingTap:
         self._chosen: list[Tensor] = []
         routers = [block.moe.router for block in model.layers.values() if hasattr(block, "moe")]
         self.shape = (len(routers), model.config.top_k, model.config.experts)
-        """MoE layers, experts per token, and experts per layer."""
+        """Number of MoE layers, number of experts per token, and number of experts per layer."""
         self._hooks = [router.register_forward_hook(self._hook(number)) for number, router in enumerate(routers)]
 
     def close(self) -> None:

@@ -100,8 +100,8 @@ class Generation:
     ):
         """Raises UserError for a prompt that leaves no room in the context.
 
-        All rows have the same seed; with own_seeds, row i has seed + i. tap: a RoutingTap on the decoder's model;
-        `drawn` needs it.
+        All rows have the same seed; with own_seeds, row i has seed + i. tap: a RoutingTap on the decoder's model. The
+        property `drawn` can be read only with a tap.
         """
         assert prompts and all(prompts), "a prompt has at least the token that starts a document"
         self._decoder, self._sampler, self._limits = decoder, sampler, limits
@@ -135,8 +135,8 @@ class Generation:
 
     @torch.inference_mode()
     def steps(self) -> Iterator[dict[int, list[int]]]:
-        """Run the generation. After each step, yield a dict from the index of each prompt that is still generated to
-        the prompt's new tokens."""
+        """Run the generation. After each step, yield a dict. It maps the index of each prompt in this step to the
+        prompt's new tokens. A prompt that ended in an earlier step is not in the dict."""
         length = max(map(len, self._prompts))
         padded = [[prompt[0]] * (length - len(prompt)) + prompt for prompt in self._prompts]
         tokens_B = self._step(torch.tensor(padded, device=self._decoder.device))
@@ -212,7 +212,7 @@ def _row(index: int, prompt: list[int], limits: Limits, seed: int) -> _Row:
 
 
 class GenerationOptions(TypedDict, total=False):
-    """Keyword arguments of `start`."""
+    """Options of a generation. They are keyword arguments of the function `start`."""
 
     tokens: Required[int]
     temperature: float
@@ -245,7 +245,8 @@ def start(
 
 
 def complete(source: LoadedModel, prompt: str, **how: Unpack[GenerationOptions]) -> str:
-    """Return the continuation of a prompt, at most `tokens` tokens long. how: keyword arguments of `start`."""
+    """Return the continuation of a prompt. how: options of the generation, such as `tokens`, the maximum number of
+    tokens."""
     generation = start(source, [prompt], **how)
     for _ in generation.steps():
         got_on()

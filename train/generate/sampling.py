@@ -48,7 +48,8 @@ def uniforms(generators: list[torch.Generator], device: torch.device) -> Tensor:
 
 
 def draw(p_BV: Tensor, u_B: Tensor) -> Tensor:
-    """Return for each row the first token at which the cumulative probability exceeds u, (B,)."""
+    """Return for each row the first token at which the cumulative probability exceeds the row's random number in u_B,
+    (B,)."""
     cumulated_BV = p_BV.double().cumsum(-1)  # fp32 would lose rare tokens of a large vocabulary
     targets_B1 = u_B.double().unsqueeze(-1) * cumulated_BV[:, -1:]
     return torch.searchsorted(cumulated_BV, targets_B1, right=True).squeeze(-1)

@@ -50,7 +50,7 @@ def open_weights(config: Config, device: torch.device, checkpoint: str | None, f
     """Load the model of a checkpoint or of a Hugging Face folder. checkpoint=None: the newest intact checkpoint of the
     run.
 
-    Raises UserError; the error names the key `field`.
+    Raises UserError; field: the configuration key that the error names.
     """
     given = checkpoint and Path(checkpoint).expanduser()
     if given and is_hf_folder(given):

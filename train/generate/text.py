@@ -23,7 +23,7 @@ class TextStream:
         self._open: list[int] = []
         """Tokens after the last complete character."""
         self._shown = 0
-        """Number of characters of the `_open` tokens that were already returned."""
+        """Number of characters that `feed` has already returned from the text of the tokens in `_open`."""
 
     def feed(self, ids: list[int]) -> str:
         """Add tokens, and return the new text up to the last complete character."""

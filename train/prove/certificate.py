@@ -54,7 +54,8 @@ NOT_HERE = {
     "conversion": "a proof does not convert weights; `mode=export` writes a Hugging Face folder, and `init_from` reads one",
     "speed": "a proof does not measure speed; `python -m bench` and the metrics of a run do",
 }
-"""Maps each field of card.md that a proof does not verify to a text about the commands for it."""
+"""Maps each field of card.md that a proof does not verify to a text. For example, the text for speed names
+the commands that measure speed."""
 NEVER_PROVEN = [
     "kernels of GPUs, and NCCL, unless the ranks ran on GPUs",
     "sizes beyond the miniature: memory, overflow of counters, speed",
@@ -81,12 +82,12 @@ class Certificate:
     differences: Sequence[Difference]
     """Failed comparisons, in the order of the computation."""
     acted: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Maps each mechanism that acts only in some cases, such as clipping, to how often it acted and how often it could
-    have acted."""
+    """Maps each mechanism that acts only in some cases, such as clipping, to two counts: how often it acted, and how
+    often it could have acted."""
     proven: Mapping[str, Any] = field(default_factory=dict)
     """The proven recipe, layout and code; see `train.show.proof_rows.describe_proven`."""
     own_code: Mapping[str, str] = field(default_factory=dict)
-    """Import paths of the user's own code, by key. A proof does not run this code."""
+    """Maps a configuration key to the import path of the user's own code. A proof does not run this code."""
 
     @property
     def holds(self) -> bool:
@@ -190,7 +191,7 @@ class Sharpness:
 
 
 def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
-    """Returns the sharpness of every check that ran."""
+    """Returns, for every check that ran, how many numbers it compared and how tight its bounds were."""
     found = []
     for proof in PROOFS_SAY:
         of_pass = [one for one in verdicts if one.proof == proof]

@@ -80,7 +80,7 @@ class Comparisons:
     """The comparisons of one check. Each result is added to the findings, with the current part, step and phase."""
 
     def __init__(self, proof: str, config: Config, findings: ProofFindings):
-        """config: the configuration that the ranks ran."""
+        """config: the configuration with which the ranks ran."""
         self.proof, self.findings = proof, findings
         self.run_as(config)
         self.is_low, self.is_rounded = is_low(proof, config), is_rounded(proof, config)
@@ -88,7 +88,7 @@ class Comparisons:
         self.part = self.step = 0
 
     def run_as(self, config: Config) -> None:
-        """Set the configuration that the ranks run from this point on."""
+        """Set the configuration of the ranks for the following comparisons."""
         self.config, self.values = config, read_values(config)
 
     def compare(
@@ -104,8 +104,9 @@ class Comparisons:
         measure: DifferenceMeasure | None = None,
         widen: Callable[[Bound, float], Bound] | None = None,
     ) -> None:
-        """Compare the ranks' value `got` with the expected value `want`. measure: how to measure the difference; by
-        default `in_size` with `scale`. widen: is called if the error exceeds the bound, and returns a wider bound."""
+        """Compare the ranks' value `got` with the expected value `want`. measure: function that measures the
+        difference; by default the result of `in_size` for `scale`. widen: function that returns a wider bound; it is
+        called if the error exceeds the bound."""
         flat = (torch.as_tensor(one, dtype=torch.float64).detach().flatten() for one in (got, want))
         got_N, want_N = flat
         if len(got_N) != len(want_N):
@@ -132,8 +133,8 @@ class Comparisons:
             self.fail(quantity, name, reason, made.inconclusive, len(got_N), rank)
 
     def acted(self, name: str, times: int, of: int = 1) -> None:
-        """Record how often a mechanism acted that acts only in some cases. For example, clipping acts only on large
-        gradients. of: number of cases in which the mechanism could have acted."""
+        """Record how often a mechanism acted. The mechanism acts only in some cases; for example, clipping acts only on
+        large gradients. of: number of cases in which the mechanism could have acted."""
         name = f"{name} (check {self.proof})"
         before = self.findings.acted.get(name, (0, 0))
         self.findings.acted[name] = before[0] + times, before[1] + of

@@ -4,11 +4,12 @@ evidence to a safetensors file per step, and the judge (train/prove/judge.py) re
 Tensors have the key KIND/NAME. A tensor of one micro-batch has the key KIND/NAME/NUMBER, where NUMBER is the index of
 the micro-batch:
 
-    forward, backward      output of a part of the model, and the gradient of this output, by micro-batch; NAME.ids and
-                           NAME.keys: ids of the chosen experts, and positions of the chosen keys
+    forward, backward      output of a part of the model, and the gradient of this output, by micro-batch; NAME.ids has the
+                           ids of the chosen experts, and NAME.keys the positions that sparse attention chose
     sent                   inputs and outputs of a dispatcher: NAME/WHAT/NUMBER, see watched_dispatcher.py
     local                  gradient of a weight on this rank, before any reduction
-    sizes                  absolute values of a gradient, summed over micro-batches; only if each micro-batch is reduced
+    sizes                  absolute values of a gradient, summed over micro-batches; only if the gradients of each
+                           micro-batch are reduced separately
     drawn                  master weights as Sluice initialises them at the start of a run
     reduced                this rank's shard of a gradient, as the update uses it
     exact_gradient, exact  only for a matrix that is updated as a whole, in fp64: its clipped gradient; its master
@@ -206,7 +207,7 @@ def places_of(info: StepInfo, seq_len: int, depth: int) -> list[int]:
 
 
 class EvidenceWatch:
-    """Records the outputs of the chunks' parts in training, and the gradients of these outputs.
+    """Records the outputs of the model's parts during training, and the gradients of these outputs.
 
     Every pipeline schedule sends the micro-batches through a chunk in order. So the number of earlier calls is the
     index of the micro-batch.
@@ -242,7 +243,8 @@ class EvidenceWatch:
             dispatcher.start_step()
 
     def _choose(self, name: str, module: MLA, choose: Callable[..., Any], *given: Any) -> Any:
-        """Replaces the method with which a layer chooses keys. choose: the original method."""
+        """Replaces the method with which a layer chooses the keys that its queries attend to. choose: the original
+        method."""
         index, keys_BTK = choose(*given)
         if keys_BTK is not None and module.training and not is_repeated() and self.is_open:
             number = self._calls[f"{name}.keys"] = self._calls.get(f"{name}.keys", -1) + 1

@@ -81,8 +81,8 @@ class ProofVerdict:
     """The smallest and the largest bound that were applied, relative to the magnitude of the compared tensor."""
 
     def take(self, error: float, bound: Bound, numbers: int, inconclusive: int, unit: float, where: str) -> None:
-        """Add one comparison of `numbers` elements. unit: the bound's unit, relative to the magnitude of the compared
-        tensor."""
+        """Add one comparison. numbers: number of compared elements. unit: the bound's unit, relative to the magnitude
+        of the compared tensor."""
         share = bound.value * unit
         self.compared, self.untold = self.compared + numbers - inconclusive, self.untold + inconclusive
         self.sharpest, self.loosest = min(self.sharpest, share), max(self.loosest, share)
@@ -103,8 +103,8 @@ class ProofFindings:
     differences: list[Difference] = field(default_factory=list)
     """Failed comparisons, in the order of the computation."""
     acted: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Maps each mechanism that acts only in some cases, such as clipping, to how often it acted and how often it could
-    have acted."""
+    """Maps each mechanism that acts only in some cases, such as clipping, to two counts: how often it acted, and how
+    often it could have acted."""
     device: str = "cpu"
     """Device type of the ranks: cpu or cuda."""
     second_layout: str = ""

@@ -139,7 +139,7 @@ class HeadSlopes(NamedTuple):
 def head(
     x_ND: NearNumbers, weight_VD: Tensor, targets_N: Tensor, positions: float, high: PlainFormat, order: float
 ) -> HeadSlopes:
-    """Returns the sum of -log softmax(x W^T)[target] divided by `positions`, with its gradients.
+    """Returns the loss sum(-log softmax(x W^T)[target]) / positions, and the gradients of this loss.
 
     Logits and their gradients are stored in the activation dtype. order: error that the order of the terms may cause in
     a sum, relative to the sum of the terms' magnitudes.

@@ -91,7 +91,7 @@ class Judge:
     """Judges one check."""
 
     def __init__(self, proof: str, config: Config, folder: Path, findings: ProofFindings):
-        """config: the configuration that the ranks ran. folder: the folder with the ranks' evidence."""
+        """config: the configuration with which the ranks ran. folder: the folder with the ranks' evidence."""
         self.at, self.job, self._folder = Comparisons(proof, config, findings), config, folder
         self.checkpoints = RunPaths(replace(config, name=f"{config.name}/{proof}")).checkpoints
         self.tally = Tally()

@@ -40,7 +40,7 @@ class AttentionCall:
     call: PartCall
     """The call that recorded the output: the call of attention itself, or of the output projection."""
     what: str
-    """Name under which `call` recorded the output of attention."""
+    """Name under which the call recorded the output of attention."""
     out: PartCall | None
     """The call of the output projection; None if no gradients went through it."""
     q: Tensor

@@ -1,8 +1,8 @@
 """Judges gradients that are summed over micro-batches and over ranks.
 
 Every recipe computes these sums in fp32 (paper 3.3.1), even with bf16 weights and activations. So each element of a
-reduced gradient must match within fp32 rounding. If a rank is missing, or if a sum is in bf16, the difference exceeds
-this bound.
+reduced gradient must match within fp32 rounding. If the gradient of a rank is missing, or if a sum is computed in bf16,
+the difference exceeds this bound.
 
 A rank records only the total of a sum over micro-batches. train/prove/judge_matmuls.py judges the value of this total.
 The code here only tests that the total was summed in fp32. In this case, most elements of the total have more bits than
@@ -22,14 +22,14 @@ from train.prove.evidence import Evidence, State, assemble, depth_of
 
 MORE = 4
 """Number of roundings in a sum over ranks, in addition to one rounding per term: divisions by the number of ranks, and
-the second sum of a tied embedding."""
+one more addition for a tied embedding, which has two gradients."""
 MOST_IN_BF16, ENOUGH = 0.9, 16
-"""MOST_IN_BF16: maximum fraction of a total's elements that may be exact in bf16 by chance. ENOUGH: minimum number of
-elements for a conclusive test."""
+"""MOST_IN_BF16: maximum fraction of a gradient sum's elements that may be exact in bf16 by chance. ENOUGH: minimum
+number of elements for a conclusive test."""
 
 
 def judge_totals(at: Comparisons, ranks: list[Evidence]) -> None:
-    """Test that the totals over a rank's micro-batches are in fp32, for weights that process every token."""
+    """Test that the sums of gradients over a rank's micro-batches are in fp32, for weights that process every token."""
     why = "fraction of numbers that are exact in bf16: few for sums in fp32, all for sums in bf16"
     for rank in ranks:
         came: Counter[str] = Counter()
@@ -83,8 +83,8 @@ def _terms_of(weight: str, came: Counter[str]) -> int:
 def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]], signs: bool = True) -> State:
     """Returns the mean of the local gradients over the ranks of a pipeline stage, computed without Sluice's reduction.
 
-    signs: if False, uses absolute values instead: the evidence `sizes` of a gradient, or else the absolute values of
-    the gradient.
+    signs: whether to keep the signs. If False, the function averages absolute values: the evidence `sizes` of a
+    gradient if a rank recorded it, otherwise the absolute values of the gradient.
     """
     found: State = {}
     for rank in ranks:

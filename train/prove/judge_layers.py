@@ -232,8 +232,8 @@ def judge_router_back(step: StepParts, name: str) -> None:
 
 
 def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a derivative of the balance loss (paper eq. 17-20), and the error of this derivative from scores that are
-    nearly equal. Both have the shape (B, T, E).
+    """Returns a derivative of the balance loss (paper eq. 17-20), and the possible error of this derivative. Nearly
+    equal scores cause this error. Derivative and error have the shape (B, T, E).
 
     The derivative is with respect to the fraction that an expert has of a token's sum of scores. The loss counts the
     tokens per expert over a complete sequence, or separately over each independent sample in a sequence.

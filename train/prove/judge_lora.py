@@ -23,8 +23,8 @@ RowMatmul = Callable[[NearNumbers, NearNumbers], Total]
 """A function that multiplies rows (N, C) by a weight (..., O, C). For experts, it multiplies each row by the matrix of
 the row's expert."""
 AddTo = Callable[[SumOverCalls, NearNumbers, NearNumbers], None]
-"""A function that adds one contribution to the gradient of a weight. The arguments are the sum, output gradients (N, O)
-and inputs (N, I)."""
+"""A function that adds one contribution to the gradient of a weight. The arguments are the object that sums the
+contributions, output gradients (N, O) and inputs (N, I)."""
 HEAD_PIECES = 2.0**-8
 """Relative error of a gradient that the output head computes for pieces of the tokens and then sums. Each piece and the
 sum may be rounded to bf16."""
@@ -39,7 +39,7 @@ class LoraCall(NamedTuple):
     dropped: str
     """Name under which the call recorded its input after dropout."""
     x: NearNumbers
-    """The input (N, I)."""
+    """The layer's input (N, I), before dropout."""
     times: RowMatmul
 
     def taken(self) -> NearNumbers:
@@ -169,8 +169,8 @@ class WeightLora:
         return Total(made, total.size, torch.maximum(more - made, made - less))
 
     def _sum(self, terms: list[Total]) -> Total:
-        """Returns the sum of the terms, where the result of each addition is rounded. The bound covers every order of
-        the additions."""
+        """Returns the sum of the terms. The result of each addition is rounded. The error bound that is returned with
+        the sum covers every order of the additions."""
         sides = zip(*((one.x, one.size, low.slack(one)) for one in terms), strict=True)
         x, size, off = (torch.stack(side).sum(0) for side in sides)
         sizes = sum(one.x.abs() for one in terms)
@@ -180,5 +180,5 @@ class WeightLora:
 
 
 def _beside(parts: list[NearNumbers]) -> NearNumbers:
-    """Concatenates the parts along the last axis."""
+    """Concatenates the numbers, and their possible errors, along the last axis."""
     return NearNumbers(torch.cat([one.x for one in parts], -1), torch.cat([low.slack(one) for one in parts], -1))

@@ -47,7 +47,7 @@ def _with_lora(call: PartCall) -> LoraCall:
 
 
 def _add(step: StepParts, made: SumOverCalls, dy: NearNumbers, x: NearNumbers) -> None:
-    """Add one call's contribution to the gradient of LoRA A or B."""
+    """Add the contribution of one call of a linear layer to the gradient of LoRA A or B."""
     made.add(low.matmul(low.transposed(dy), low.transposed(x)), step.rounds_gradients, len(x.x))
 
 

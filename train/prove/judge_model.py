@@ -106,14 +106,15 @@ class WholeModel:
 
     def _here(self, value: Tensor, name: str, rank: Evidence, number: int, count: int | None = None) -> Tensor:
         """Returns the part of `value` that belongs to the samples and positions of a rank's micro-batch. The samples
-        and positions of `value` may be flattened into one axis. count: argument of `_places`."""
+        and positions of `value` may be flattened into one axis. count: number of positions that the rank recorded; see
+        `_places`."""
         by_sample = value if value.size(0) == self.batch_size else value.unflatten(0, (self.batch_size, -1))
         return by_sample[rank.rows(number)][:, self._places(rank, name, count)]
 
     def _places(self, rank: Evidence, name: str, count: int | None) -> list[int]:
         """Returns the positions in a sequence for which a rank has this output. count: number of positions that the
-        rank recorded; None: the positions of `places_of`. With context parallelism, an embedding also has some
-        positions after each of the rank's pieces, because MTP modules look ahead."""
+        rank recorded; None: the positions that `places_of` returns. With context parallelism, an embedding also has
+        some positions after each of the rank's pieces, because MTP modules look ahead."""
         config, info = self.at.config, rank.info
         here = places_of(info, config.seq_len, depth_of(name))
         if info.cp == 1 or count in (None, len(here)):
@@ -162,7 +163,7 @@ class WholeModel:
         bound, scale = computed(at.proof, at.config), size_of(index_BTS[seen_BTS], False)
 
         def widen(bound: Bound, _: float) -> Bound:
-            """Returns the bound on the error of a score."""
+            """Returns the bound on the error of an index score, after perturbed runs may have widened it."""
             return self._widen(lambda step: index_of(step).nan_to_num(neginf=0.0), False, bound, scale)
 
         excess = key_excess(index_BTS, got_BTS > 0, top_k)

@@ -42,8 +42,8 @@ PART_JUDGES: tuple[tuple[str, PartJudge, PartJudge], ...] = (
 """Each row has a pattern for the name of a weight without `.weight`, and the judges of forward and backward. The first
 group of the pattern matches the name of the judged part."""
 WITHIN = ("", ".w13", ".0", ".out", ".ffn_norm")
-"""Endings of the names under which a part is recorded: the part itself, or a layer inside an FFN, the head, attention
-or a block."""
+"""Suffixes of a part's name. The name and one of these suffixes form the name under which calls are recorded: the part
+itself has no suffix, and an FFN, the head, attention and a block have the suffix of a layer inside them."""
 
 
 def judge_parts(step: StepParts) -> None:

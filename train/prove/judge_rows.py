@@ -45,7 +45,7 @@ class SentRows:
     seen: SeenTensors
 
     def place(self) -> tuple[int, bool, int, int]:
-        """Returns the sort key for the order of the computation."""
+        """Returns a sort key. It sorts objects of this class in the order of the computation."""
         kind, layer, *_ = self.name.split(".")
         return self.number, kind == "mtp", int(layer), self.ranks[0].info.rank
 
@@ -55,14 +55,15 @@ class SentRows:
         return _order(torch.arange(len(counts_E)).repeat_interleave(counts_E), seen["row_gates"], seen["d_row_gates"])
 
     def order_at_tokens(self) -> Tensor:
-        """Returns the order (P,) that sorts pairs of token and expert by the same keys as `order_at_experts`. If the
-        gates arrived unchanged, both orders match."""
+        """Returns the order (P,) that sorts the pairs (token, expert). As in `order_at_experts`, the sort keys are the
+        expert, the gate, and the gradient of the gate. If the gates arrived unchanged, both orders match."""
         return _order(*(self.seen[name].flatten() for name in ("ids", "gates", "d_gates")))
 
     def hops(self) -> list[int]:
-        """Returns the argument `hops` of `summed_rows`. In the combine, some dispatchers add a token's rows on the rank
-        of the experts, and again on the experts' node. The result then has the number of experts on a rank and on a
-        node."""
+        """Returns the additions of the combine before the token's rank, in the format of the argument `hops` of
+        `summed_rows`. If the dispatcher adds a token's rows on the rank of the experts, the list has the number of
+        experts on a rank. If the dispatcher adds these sums again on the experts' node, the list also has the number of
+        experts on a node."""
         info = self.ranks[0].info
         return DISPATCHES[info.dispatch].find_sums(len(self.seen["counts"]), info.ep, info.ep_ranks_per_node)
 

@@ -19,8 +19,8 @@ QUANTITIES = {
     "exp_avg": "first moments",
     "exp_avg_sq": "second moments",
 }
-"""Maps each kind of state to its name in the findings. A kind that is not in this mapping, such as momentum, has its
-own name."""
+"""Maps each kind of state to its name in the findings. A kind that is not in this mapping, such as momentum, appears in
+the findings under the same name."""
 ROUNDINGS = {"master": 4, "ema": 2, "bias": 2}
 """Maximum number of fp32 roundings for each kind of state. For the optimizer's state, train/prove/updates.py defines
 this number."""

@@ -28,7 +28,7 @@ from train.prove.bounds import is_tiled
 
 
 def in_fp32(config: Config) -> Config:
-    """Returns the recipe in fp32, without features that exist only in other formats."""
+    """Returns the recipe in fp32, without features that exist only in other number formats."""
     config = without_dropout(config)
     parallel = replace(config.parallel, wire=WireFormat.bf16)  # the wire uses the activation dtype
     if parallel.dispatch_facts.in_bf16:
@@ -49,9 +49,9 @@ def without_dropout(config: Config) -> Config:
 
 
 TILED = 136
-"""Every width in check `tiles`, and about the number of a rank's tokens in a micro-batch. Each of these dimensions has
-two tiles of 128, and the second tile is not full. With a single tile, the check could not detect that a value gets the
-scale of a neighbouring tile."""
+"""Every width in check `tiles`. The number of a rank's tokens in a micro-batch is about the same. Each of these
+dimensions has two tiles of 128, and the second tile is not full. With a single tile, the check could not detect that a
+value gets the scale of a neighbouring tile."""
 TILED_HEADS = 4
 WARP, WIDE_RANKS = 32, 2
 """WARP: number of threads in a warp. In check `tiles`, each rank has more than WARP experts, if the model has at least
@@ -106,9 +106,9 @@ def with_two_tiles(config: Config) -> Config:
 
 
 def with_pattern(sparse: SparseAttention, stages: Sequence[int]) -> SparseAttention:
-    """Returns the settings with a pattern in which as many layers as possible reuse the keys of an earlier layer. The
-    first layer of every stage chooses its own keys. In a stage of three or more layers, the second layer also chooses
-    keys, and the later layers reuse these keys. stages: number of layers of each stage."""
+    """Returns the settings of sparse attention with a pattern in which as many layers as possible reuse the keys that
+    an earlier layer chose. The first layer of every stage chooses its own keys. In a stage of three or more layers, the
+    second layer also chooses keys, and the later layers reuse these keys. stages: number of layers of each stage."""
     if "S" not in sparse.pattern:
         return sparse
     letters = {0: "", 1: "F", 2: "FS"}
@@ -187,7 +187,7 @@ def run_part(config: Config, number: int, ranks: int) -> RunPart:
 
 
 def run_parts(proof: str, config: Config, ranks: int, numbers: Sequence[int]) -> list[RunPart]:
-    """Configures the parts `numbers` of a check's run. Check `tiles` has only part 0."""
+    """Returns the configured parts of a check's run. numbers: indices of these parts. Check `tiles` has only part 0."""
     if proof == "tiles":
         return [RunPart(0, config, config.steps, None) for number in numbers if number == 0]
     return [run_part(config, number, ranks) for number in numbers]

@@ -49,8 +49,8 @@ class LoopStep:
         return any(call.replayed for call in self.calls)
 
     def has(self, term: str) -> bool:
-        """Returns whether the step has this loss term. If the step selects no terms, it has all terms; `biases` only
-        without replayed experts, because replay leaves the biases unchanged."""
+        """Returns whether the step has this loss term. If the caller selects no terms, the step has all terms. There is
+        one exception: a step with replayed experts has no term `biases`, because replay leaves the biases unchanged."""
         return not (self.replayed and term == "biases") if self.terms is None else term in self.terms
 
 
@@ -108,8 +108,8 @@ def counting(documents_BS: Tensor) -> Tensor:
 
 
 def _draw(config: Config, name: str, first: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Draws random normal numbers in fp32. The numbers of a row depend only on the row's index, `first` plus its place
-    in the batch."""
+    """Draws random normal numbers in fp32. The numbers of a row depend only on `name` and on the row's index, which is
+    `first` plus the row's place in this batch."""
     rows = [torch.randn(shape[1:], generator=drawing(f"{config.seed}/loop/{name}/{first + row}"), dtype=torch.float32)
             for row in range(shape[0])]  # fmt: skip
     return torch.stack(rows)

@@ -46,7 +46,7 @@ FP32 = 2.0**-24
 EXPONENT = 0x7FF << 52
 """Mask of the exponent bits of an fp64 number."""
 CURVED = 16 * FP32
-"""Bound on the relative error of an exponential and the multiplications with its result in fp32."""
+"""Bound on the relative error of a result that is computed in fp32 from one exponential and some multiplications."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class NearNumbers(NamedTuple):
 
 
 class Total(NamedTuple):
-    """Sums of products before they are rounded."""
+    """Sums of products, before the sums are rounded."""
 
     x: Tensor
     size: Tensor
@@ -112,8 +112,8 @@ def nearest(x: Tensor, form: PlainFormat) -> Tensor:
 
 def rounded(given: NearNumbers | Total, form: PlainFormat, noise: Tensor | float = 0.0) -> NearNumbers:
     """Rounds numbers to the format. noise: possible error of the numbers before the rounding, in addition to `off`.
-    Such an error may round a number to another number of the format; `off` of the result is the largest such
-    difference."""
+    Because of this error, a rank may round to another number of the format. The result's `off` is the distance between
+    the largest and the smallest number to which a rank may round."""
     x, margin = nearest(given.x, form), noise if given.off is None else given.off + noise
     if isinstance(margin, float) and margin == 0:
         return NearNumbers(x)
@@ -148,7 +148,8 @@ def cast(given: NearNumbers, rule: Rule | None, along: int, noise: float = 0.0) 
     """Casts an operand (..., M, N) of a matmul, and returns the values that the matmul multiplies. If `rule` is None,
     the operand does not change.
 
-    along: axis over which the matmul sums, -1 or -2. noise: relative error of the numbers, in addition to `off`.
+    along: axis over which the matmul sums, -1 or -2. noise: relative error of the operand's numbers, in addition to the
+    operand's possible error `off`.
     """
     if rule is None:
         return given
@@ -168,7 +169,8 @@ def cast(given: NearNumbers, rule: Rule | None, along: int, noise: float = 0.0) 
 
 
 def _cast(blocks: Tensor, largest: Tensor, rule: Rule) -> Tensor:
-    """Returns q * scale for these blocks. largest: the largest magnitude of each block."""
+    """Quantizes these blocks to q, and returns the values q * scale that a matmul multiplies. largest: the largest
+    magnitude of each block."""
     amax, most = largest.clamp_min(rule.floor).float(), torch.tensor(rule.form.largest, dtype=torch.float32)
     scale, inverse = (amax / most).double(), (most / amax).double()
     if rule.is_power:

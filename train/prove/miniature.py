@@ -63,11 +63,12 @@ MINIATURE_WIDTH, TILED_WIDTH = 32, 136
 two tiles of 128, and the second tile is not full. Other widths have two tiles only in check `tiles`
 (train/prove/layouts.py)."""
 ROPE = 16
-"""Width of the rotated part of a head. It has eight pairs, and YaRN's ramp covers some of these pairs. In DeepSeek-V3,
-the ramp covers the middle third of the pairs."""
+"""Width of the rotated part of a head. The rotated part consists of eight pairs of elements, and YaRN's ramp covers
+some of these pairs. In DeepSeek-V3, the ramp covers the middle third of the pairs."""
 ODD = 15
-"""Width of the latent of keys and values. It is odd, so a vector length does not divide the latent's norm weight or its
-shards. With a GPU, the width is 16 instead, because GEMMs on a GPU need multiples of 16 bytes."""
+"""Width of the latent of keys and values. It is odd, so the number of elements in the latent's norm weight, or in a
+shard of this weight, is not a multiple of a vector length. With a GPU, the width is 16 instead, because GEMMs on a GPU
+need multiples of 16 bytes."""
 HEADS = 3
 """Number of heads. With only two heads, the next head would also be the first or the last head, so a proof could not
 detect that a layout takes the wrong one of them."""
@@ -93,9 +94,10 @@ SHOWN = (
     "batch_size",
     "micro_batch_size",
 )
-"""Prefixes of the keys for which a proof shows the miniature's value next to the recipe's value."""
+"""Prefixes of the configuration keys for which a proof shows the miniature's value next to the recipe's value."""
 OWN = ("mode", "resume")
-"""Keys whose values in a proof always differ from the recipe. A proof does not report these differences."""
+"""Configuration keys whose values in a proof always differ from the recipe. A proof does not report these
+differences."""
 
 
 @dataclass(frozen=True)
@@ -325,8 +327,8 @@ def _shrink_sparse(cfg: Config, seq_len: int, model: Model, stages: list[int]) -
 
 
 def _experts(model: Model, ep: int) -> int:
-    """Returns a number of experts near EXPERTS, which the number of groups and the number of ranks divide. Where the
-    recipe has that many experts, a token chooses from at least twice top_k experts."""
+    """Returns a number of experts near EXPERTS. It is divisible by the number of groups and by the number of ranks. If
+    the recipe has enough experts, a token of the miniature chooses from at least twice top_k experts."""
     size = model.experts // model.groups
     needed = max(model.resolved_group_top_k + 1, math.ceil(2 * model.top_k / model.top_groups))
     least = min(size, max(needed, EXPERTS // model.groups))
@@ -390,7 +392,7 @@ def _differences(cfg: Config, small: Config) -> list[str]:
 
 
 def _both_values(prefix: str, cfg: Any, small: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yields all keys, as (key, value in the recipe, value in the miniature)."""
+    """Yields all configuration keys, as (key, value in the recipe, value in the miniature)."""
     for entry in fields(cfg):
         there, here = getattr(cfg, entry.name), getattr(small, entry.name)
         if is_dataclass(there):

@@ -44,8 +44,8 @@ BETWEEN = 8
 
 
 class PartsWatch:
-    """Records inputs and outputs of the chunks' parts while `is_on` is True. precision: the precision object that the
-    chunks compute with."""
+    """Records inputs and outputs of the model's parts in these chunks while `is_on` is True. precision: the precision
+    object that the chunks compute with."""
 
     def __init__(self, chunks: list[DeepSeekV3], precision: HighPrecision | Fp8Precision):
         self.is_on = False
@@ -83,7 +83,7 @@ class PartsWatch:
         return self.is_on and not is_repeated()
 
     def begin(self, name: str) -> str:
-        """Counts a call of the part, and returns NAME/NUMBER for its key."""
+        """Counts a call of the part, and returns NAME/NUMBER, the end of the call's key in the evidence."""
         number = self._calls[name] = self._calls.get(name, -1) + 1
         return f"{name}/{number}"
 
@@ -135,7 +135,7 @@ class PartsWatch:
             self.keep_gradient("dy", key, loss)
 
     def _open(self) -> dict[str, Any]:
-        """Returns the keys of the calls that have begun but not ended in this thread, by name of the part."""
+        """Maps the name of a part to the evidence keys of the calls that have begun but not ended in this thread."""
         return self._here.__dict__.setdefault("keys", {})
 
     def _run_experts(self, name: str, first: Tensor, run: Callable[[RoutedRows], Tensor], routed: RoutedRows) -> Tensor:
@@ -192,7 +192,8 @@ class PartsWatch:
         setattr(owner, name, _WatchedSwiGLU(getattr(owner, name), self))
 
     def enter_experts(self, key: str | None, counts: Sequence[int] = ()) -> None:
-        """Set the experts whose SwiGLU runs next in this thread. key: None if these experts are not recorded."""
+        """Set under which key this thread records the input of the experts' SwiGLU that runs next. key: None if this
+        input is not recorded."""
         self._here.experts = key, counts
 
     def saw_swiglu(self, h: Tensor) -> None:
@@ -252,7 +253,7 @@ def first_node(y: Tensor, x: Tensor) -> Any:
 
 
 def own_rows(rows_PX: Tensor, counts: Sequence[int]) -> Tensor:
-    """Returns the rows of all experts without the padding between them."""
+    """Returns the rows of all experts without the padding rows that follow each expert's rows."""
     if len(rows_PX) == sum(counts):
         return rows_PX
     starts = accumulate((-(-count // TILE) * TILE for count in counts), initial=0)

@@ -60,15 +60,16 @@ class PerturbedRuns:
         """unit: unit roundoff of the format, relative to the value.
 
         near: if the scores of two experts differ by at most this value, rounding may exchange the two experts in the
-        balance loss. Random runs rarely exchange experts, so one more run exchanges these. None: no such run is needed.
+        balance loss. Random perturbations rarely exchange experts, so an additional run exchanges all such experts.
+        None: no additional run is needed.
         """
         self._plain, self._samples, self._plan, self._unit, self._near = plain, samples, plan, unit, near
         self._runs: list[ReferenceStep] = []
 
     def bound(self, part: Callable[[ReferenceStep], Tensor], want: Tensor, scale: float, by_norm: bool) -> Bound:
-        """Returns the bound on the distance between a rank's result and `want`, in units of `scale`. part: returns the
-        same result of a perturbed run. by_norm: the distance is the root mean square of the differences; otherwise it
-        is the largest difference."""
+        """Returns the bound on the distance between a rank's result and the reference's result `want`, divided by
+        `scale`. part: function that selects this result from a perturbed run. by_norm: the distance is the root mean
+        square of the differences; otherwise it is the largest difference."""
         if not self._runs:
             self._runs = [self._run(seed) for seed in range(FP32_RUNS if self._unit == UNIT["fp32"] else RUNS)]
             if self._near is not None:

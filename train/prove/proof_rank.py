@@ -80,7 +80,7 @@ from train.rank import choose_device, guarded, start_process_group
 from train.rank_parts import ParallelModel, RankModel, RankSetup
 
 PARTS = (0, 1)
-"""The parts of a run; see `run_pass`."""
+"""Indices of the two parts of a run. Part 0 saves a checkpoint, and part 1 resumes from it."""
 
 
 def run_rank(
@@ -199,8 +199,8 @@ class LocalGradients(Zero):
             chunk.zero_grad(set_to_none=True)
 
     def give(self, evidence: Evidence) -> None:
-        """Add the local gradients to the evidence. For experts, the evidence also has the offset of this rank's first
-        expert."""
+        """Add the local gradients to the evidence. For experts, the evidence also has the index of this rank's first
+        element in the complete stacked gradient."""
         done: set[int] = set()
         for chunk in self._chunks:
             for prefix, module in chunk.named_modules():
@@ -331,7 +331,7 @@ def _fill(shard: Shard, whole: Tensor) -> None:
 
 
 class _Stop(StopRequest):
-    """Used instead of stop signals. Only the proof itself asks to stop."""
+    """Replaces the handler of stop signals. Only the proof itself can ask the run to stop."""
 
     def __init__(self) -> None:
         self.signal, self.has_stepped = None, False

@@ -132,7 +132,8 @@ def stretched(model: Values, seq_len: int) -> bool:
 
 
 def rotate(x: Tensor, angle: Tensor, size: float) -> Tensor:
-    """Rotates adjacent pairs of the last axis, multiplied by `size`: (a, b) -> (a cos - b sin, a sin + b cos)."""
+    """Rotates adjacent pairs (a, b) of the last axis by `angle`, and multiplies the rotated pairs by `size`: (a, b) ->
+    size * (a cos - b sin, a sin + b cos)."""
     a, b = x[..., 0::2], x[..., 1::2]
     cos, sin = angle.cos() * size, angle.sin() * size
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
@@ -152,9 +153,9 @@ class WatchedPass:
     mtp: list[Tensor] = field(default_factory=list)
     """Loss of every MTP depth, not multiplied by its weight."""
     balance: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Sum of the sequence-wise balance losses of all layers, multiplied by their weight."""
+    """Sum of the sequence-wise balance losses of all layers, multiplied by the weight of the balance loss."""
     index: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Sum of the losses of all indexers, multiplied by their weight."""
+    """Sum of the losses of all indexers, multiplied by the weight of the indexers' losses."""
     loads: dict[str, Tensor] = field(default_factory=dict)
     """Maps the name of each layer with experts to its tokens per expert."""
     scores: dict[str, Tensor] = field(default_factory=dict)
@@ -174,7 +175,7 @@ class WatchedPass:
 
 
 class PlainBatch(Protocol):
-    """The interface of a batch: the sequences that one step trains."""
+    """The interface of a batch. A batch contains the sequences on which one step trains."""
 
     @property
     def tokens_BS(self) -> Tensor: ...
@@ -198,8 +199,8 @@ class Seats:
 
     documents_BT: Tensor | None
     samples_BT: Tensor | None = None
-    """Sample of each position; -1 if the position's target is padding or belongs to another sample. None if the batch
-    has no independent samples."""
+    """Index of each position's sample; -1 if the position's target is padding or belongs to another sample. None if the
+    batch has no independent samples."""
     learnt_BT: Tensor | None = None
     """Whether the target of each position is learnt; None if all targets are learnt."""
     samples: int = 0

@@ -21,7 +21,7 @@ ADAPTED_ENDS = {
     "dense": ("ffn.w13.weight", "ffn.w2.weight"),
     "head": ("head.weight",),
 }
-"""Maps each target of an adapter to the endings of the names of its weights."""
+"""Maps each target of an adapter to the suffixes of the names of the weights that it adapts."""
 
 
 def is_adapted(config: Values) -> bool:
@@ -44,8 +44,8 @@ def lora_prefixes(config: Values, weight: str) -> list[str]:
 
 
 def is_stored_in_blocks(name: str) -> bool:
-    """Returns whether adapter.base=fp8 stores this weight in FP8 blocks. All weights that can be adapted are stored so,
-    except the head."""
+    """Returns whether adapter.base=fp8 stores this weight in FP8 blocks. It stores every weight that can be adapted in
+    FP8 blocks, except the head."""
     return any(name.endswith(end) for target, ends in ADAPTED_ENDS.items() if target != "head" for end in ends)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from train.prove.recipe_values import Values
 
 DISTANCE = 3.0
-"""Bound on the result of `distance`. Correct random weights exceed it in 3 of 10^8 cases."""
+"""Bound on the scaled Kolmogorov distance that `distance` returns. Correct random weights exceed this bound in 3 of
+10^8 cases."""
 
 
 def constant_of(name: str, dims: int) -> float | None:

@@ -32,7 +32,7 @@ def ratio(sample: LearntTokens) -> Tensor:
 
 
 def smaller(ratio_N: Tensor, advantages_N: Tensor, low: float, high: float) -> Tensor:
-    """Computes -min(r A, clip(r, 1 - low, 1 + high) A)."""
+    """Computes -min(r A, clip(r, 1 - low, 1 + high) A), where r is the probability ratio and A is the advantage."""
     kept_N, clipped_N = ratio_N * advantages_N, ratio_N.clamp(1 - low, 1 + high) * advantages_N
     return -torch.where(clipped_N < kept_N, clipped_N, kept_N)
 

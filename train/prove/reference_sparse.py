@@ -87,7 +87,8 @@ def chosen_keys(index_BTT: Tensor, top_k: int) -> Tensor:
 
 def index_kl(index_BTT: Tensor, scores_BHTT: Tensor, open_BTT: Tensor) -> Tensor:
     """Returns the KL divergence (B, T) between the attention probabilities and the softmax of the index scores, both
-    over the keys in open_BTT. The attention probabilities are summed over heads and normalised."""
+    over the keys for which the mask open_BTT is True. The attention probabilities are summed over heads and
+    normalised."""
     p_BTT = scores_BHTT.detach().masked_fill(~open_BTT.unsqueeze(1), -math.inf).softmax(-1).sum(1)
     p_BTT = p_BTT / p_BTT.sum(-1, keepdim=True)
     log_BTT = index_BTT.masked_fill(~open_BTT, -math.inf).log_softmax(-1).masked_fill(~open_BTT, 0)

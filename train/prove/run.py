@@ -1,4 +1,5 @@
-"""mode=prove: reduces the recipe to a miniature, trains its ranks, judges their evidence, and reports the result."""
+"""mode=prove: reduces the recipe to a miniature, trains the miniature on its ranks, judges the ranks' evidence, and
+reports the result."""
 
 import shutil
 import sys

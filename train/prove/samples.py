@@ -37,8 +37,8 @@ LOUD = 64.0
 """In wide models, the factor on the first head's queries and on the last row of the output head. With this factor, a
 softmax overflows if the code does not subtract the maximum first."""
 BELOW_FLOOR = 2.0**-26
-"""If matmuls or the wire use FP8, the factor on the second tile of the inputs of the last layer's experts. This makes
-the tile's values so small that the tile gets the smallest FP8 scale."""
+"""Factor by which the second tile of the last experts' input is multiplied, if matmuls or the wire use FP8. The factor
+makes the values so small that the tile gets the smallest FP8 scale."""
 
 
 class Samples:
@@ -107,7 +107,7 @@ class HeldOut:
 
 @dataclass
 class ProofData:
-    """Used instead of train.data.prepare.PreparedData."""
+    """The random data of a proof, with the interface of train.data.prepare.PreparedData."""
 
     train: Samples
     validation: HeldOut
@@ -166,8 +166,8 @@ def _stretch(config: Config, weights: dict[str, Tensor]) -> None:
 
 
 def _by_tile(width: int, halves: bool = False) -> Tensor:
-    """Returns the factor of each channel. halves: whether the width consists of two halves, such as gate and up
-    projection."""
+    """Returns one factor for each channel: STEP in every second tile of TILE channels, and 1 in the others. halves:
+    whether the width consists of two halves, such as gate and up projection."""
     if halves:
         return _by_tile(width // 2).repeat(2)
     return torch.where(torch.arange(width) // TILE % 2 == 0, 1.0, STEP)

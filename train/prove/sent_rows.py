@@ -28,7 +28,7 @@ def sent_in_fp8(x_RD: Tensor, floor: float) -> Tensor:
     """Returns the rows that the receiver gets. The sender divides each tile by its scale, a power of two, and rounds it
     to E4M3. The receiver multiplies the tile by the scale.
 
-    "We group and scale elements on a 1x128 tile basis", in the format of "all tensors" (paper 3.3.2).
+    Source: paper 3.3.2. "We group and scale elements on a 1x128 tile basis". E4M3 is the format of "all tensors".
     """
     return cast(NearNumbers(x_RD.double()), Rule(FORMATS["e4m3"], "1x128", True, floor), -1).x
 
@@ -38,10 +38,10 @@ def summed_rows(
 ) -> tuple[Tensor, Tensor]:
     """Returns the sum of the K rows of every token, and by how much a correct sum may differ from it. Both are (T, D).
 
-    ids_TK: the expert of each row. hops: one entry for each time that rows are added on the way to the token's rank, as
-    the number of experts whose rows are added together. Such a sum is rounded before it is sent on. The token's rank
-    adds in fp32 and rounds once, to bf16 (in_bf16) or to fp32. by_addition: whether the token's rank may instead round
-    after each addition.
+    ids_TK: the expert of each row. hops: one entry for each addition before the token's rank, for example on the rank
+    and on the node of the experts. The entry is the number of experts whose rows are added together. The result is
+    rounded before it is sent on. The token's rank adds the received rows in fp32 and rounds once, to bf16 (in_bf16) or
+    to fp32. by_addition: whether the token's rank may instead round after each addition.
 
     Another order of additions can change a result in bf16 only if the sum is close to the middle between two bf16
     numbers.

@@ -1,5 +1,5 @@
 """Contains the data and the measures with which single parts of the model, such as a linear layer or a norm, are
-judged: recorded inputs and outputs, comparisons of results, and sums over calls."""
+judged: recorded inputs and outputs, comparisons of results, and sums over all calls of a part."""
 
 import math
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ FEW = 16
 """Number of inconclusive elements that even a small tensor may have. One tie in a tile changes several elements, which
 is a large fraction of a small tensor."""
 FLUSHED = 2.0**-110
-"""Absolute error of a sum in which fp32 rounds a factor of one term to 0, such as a probability below 2^-126. The other
-factor is below 2^16."""
+"""Absolute error of a sum in which one term is a product, and fp32 rounds one factor of this product to 0, such as a
+probability below 2^-126. The other factor of the product is below 2^16."""
 SHORT = 2.0**-12
 """Relative error of a GPU's tensor cores. They sum FP8 values with about 14 bits, 128 at a time (paper
 3.3.2)."""
@@ -144,8 +144,9 @@ class StepParts:
 
 
 def beyond_rounding(want: Total, form: PlainFormat, most: float = MOST_INCONCLUSIVE) -> DifferenceMeasure:
-    """Returns a measure of differences. It subtracts what one rounding of the result and rounding ties can explain, and
-    divides the rest by the sum of the terms' magnitudes. most: maximum fraction of inconclusive elements."""
+    """Returns a function that measures how much a result differs from `want`. The function subtracts the largest
+    difference that one rounding of the result and rounding ties can cause. It divides the rest by the sum of the terms'
+    magnitudes. most: maximum fraction of inconclusive elements."""
 
     def measure(got: Tensor, want_N: Tensor) -> Measurement:
         size, off = want.size.flatten(), low.slack(want).flatten()

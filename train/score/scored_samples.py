@@ -44,9 +44,10 @@ def read_scored_samples(
     """Read all samples of a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), in order.
 
     encode: converts text to ids. start_id: the token before every text. longest: maximum number of tokens of a sample.
-    replayed: number of MoE layers, of experts per token, and of experts per layer; None if the samples' experts are not
-    replayed. replayed_keys: number of layers with an indexer, and of keys per token; None if the samples' keys are not
-    replayed. Raises UserError for a file that cannot be read, and for the first invalid sample.
+    replayed: the number of MoE layers, the number of experts per token, and the number of experts per layer; None if
+    the samples' experts are not replayed. replayed_keys: the number of layers with an indexer, and the number of
+    attended positions per token; None if the samples' positions are not replayed. Raises UserError for a file that
+    cannot be read, and for the first invalid sample.
     """
     if not path.is_file():
         raise UserError(SCORE_DATA, path, "no such file", "give a .jsonl or .parquet of samples")
@@ -101,8 +102,8 @@ def _sample(place: str, record: dict[str, Any], encode: Callable[[str], list[int
 def _with_experts(
     sample: ScoredSample, place: str, record: dict[str, Any], layers: int, top_k: int, experts: int
 ) -> ScoredSample:
-    """Return the sample with the experts from its record. If the record also has experts for the last token, they are
-    ignored, because the last token predicts nothing. Raises UserError for invalid experts.
+    """Return the sample with the expert ids that its record prescribes. If the record also has expert ids for the last
+    token, these ids are ignored, because the last token predicts nothing. Raises UserError for invalid experts.
     """
     given, positions = record.get("experts"), len(sample.tokens) - 1
     good = isinstance(given, list) and len(given) in (positions, positions + 1)
@@ -116,8 +117,8 @@ def _with_experts(
 
 
 def _with_keys(sample: ScoredSample, place: str, record: dict[str, Any], layers: int, top_k: int) -> ScoredSample:
-    """Return the sample with the keys from its record. A sample of at most top_k positions may omit its keys. Raises
-    UserError for invalid keys."""
+    """Return the sample with the attended positions that its record prescribes under `keys`. A sample of at most top_k
+    positions may omit `keys`. Raises UserError for invalid positions."""
     given, positions = record.get("keys"), len(sample.tokens) - 1
     if given is None and positions <= top_k:
         return sample
@@ -133,7 +134,7 @@ def _with_keys(sample: ScoredSample, place: str, record: dict[str, Any], layers:
 
 
 def _is_choice(of_token: Any, layers: int, chosen: int, among: int) -> bool:
-    """Return whether the lists of one token have, for each layer, `chosen` different numbers from 0 to `among` - 1."""
+    """Return whether a token's choice is valid: one list per layer, each with `chosen` different ids below `among`."""
     return (
         isinstance(of_token, list)
         and len(of_token) == layers
