@@ -251,11 +251,11 @@ class CommRing:
         return at
 
     def wait(self, at: int) -> None:
-        """Record that the rank starts to wait for the operation of the record at offset `at`."""
+        """Record the time at which the rank starts to wait for an operation. at: offset of the operation's record."""
         _TIME.pack_into(self._map, at + WAITED_AT, self._now())
 
     def end(self, at: int) -> None:
-        """Record that the operation of the record at offset `at` is complete, as far as this rank knows."""
+        """Record that an operation is complete, as far as this rank knows. at: offset of the operation's record."""
         _TIME.pack_into(self._map, at + ENDED_AT, self._now())
 
     def close(self) -> None:
@@ -422,7 +422,7 @@ _rings: list[CommRing] = []
 
 @contextmanager
 def counted_in(ring: CommRing) -> Iterator[None]:
-    """Count the progress of code inside the block in this ring."""
+    """Count the progress of the code inside the block. The counts go to `ring`."""
     _rings.append(ring)
     try:
         yield

@@ -39,8 +39,8 @@ def raylets() -> list[tuple[psutil.Process, str, str]]:
 
 
 def shares_network(process: psutil.Process) -> bool:
-    """Whether the process is in this process's network namespace. Returns True if the namespace cannot be read, for
-    example for a process of another user.
+    """Whether `process` is in the same network namespace as the current process. Returns True if the namespace of
+    `process` cannot be read, for example because another user owns `process`.
     """
     try:
         return os.readlink(f"/proc/{process.pid}/ns/net") == os.readlink("/proc/self/ns/net")

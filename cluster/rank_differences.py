@@ -35,7 +35,9 @@ def _whole(record: CommRecord) -> Signature:
 
 
 def find_difference(traces: Mapping[int, RankTrace]) -> Judgement | None:
-    """Return the first collective in which ranks differ, or the first message whose ends disagree."""
+    """Find the first collective that ranks called differently, or the first message for which sender and receiver
+    disagree. Returns None if there is none.
+    """
     by_group = defaultdict[tuple, dict[int, dict[int, CommRecord]]](lambda: defaultdict(dict))
     for rank, trace in traces.items():
         for record in trace.records:
@@ -129,7 +131,7 @@ def _kind_of(mine: CommRecord, theirs: CommRecord) -> Fault:
 
 
 def _by_step(trace: RankTrace, record: CommRecord) -> dict[int, list[CommRecord]]:
-    """Return the rank's records of the channel (see `channel_of`) to which `record` belongs, by step."""
+    """Return those records of the rank that are in the same channel as `record` (see `channel_of`), grouped by step."""
     done, channel = defaultdict[int, list[CommRecord]](list), channel_of(record)
     for one in trace.records:
         if channel_of(one) == channel:
@@ -143,7 +145,8 @@ def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord]
 
     A rank may repeat its communication with a period of several steps; for example, the period is 10 if the rank
     gathers metrics every 10 steps. So the step is compared with the step one period earlier. Returns None in these
-    cases: both steps agree, the step equals an earlier step that no period explains, or no earlier step is known.
+    cases: both steps agree; the step equals an earlier step, but no step of the current repetition; no earlier step is
+    known.
     """
     # The ring may have lost the beginning of the first step.
     done, first = _by_step(trace, record), trace.records[0].step
@@ -212,8 +215,8 @@ def first_change(
         return _common(one) == _common(other) and one.peer == other.peer
 
     def matches(i: int, j: int) -> int:
-        """Return how many records of `now`, from index i on, equal the records of `before` from index j on, up to the
-        first difference. A record counts twice if both records are from the same place in the program.
+        """Compare the records now[i], now[i + 1], ... with before[j], before[j + 1], ..., up to the first difference.
+        Return the number of equal pairs. A pair counts twice if its two records are from the same place in the program.
         """
         count = 0
         for one, other in zip(now[i:], before[j:], strict=False):

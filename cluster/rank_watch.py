@@ -61,8 +61,8 @@ class RankWatch:
 
     @property
     def doing(self) -> str:
-        """Return the phase of the running ranks: step if all are in steps, else another phase in which some of them
-        are.
+        """Return the phase of the running ranks. It is `start` until the attempt has completed a step. After that, it
+        is `step` if all ranks are in steps, else another phase that at least one rank is in.
 
         Phases of ranks that this watch does not follow also count, if they are known.
         """

@@ -70,7 +70,7 @@ class Age(NamedTuple):
 
 
 NONE = Age(0, -1)
-"""The age that stands for no checkpoint. It is lower than the age of every checkpoint."""
+"""The value that is used as age if there is no checkpoint. It is lower than the age of every checkpoint."""
 
 
 def step_name(step: int) -> str:

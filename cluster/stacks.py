@@ -32,7 +32,7 @@ STACKS_LOOK_SECONDS = 0.05
 """Seconds after which the requested stacks are checked again."""
 PYSTACK = Path(sys.executable).with_name("pystack")
 NO_PYSTACK = ["echo", "it is not installed; run `pip install pystack`"]
-"""Command that runs instead of pystack if pystack is not installed. It prints this fact."""
+"""Command that runs instead of pystack if pystack is not installed. It prints how to install pystack."""
 NATIVE_SECONDS = 1.5
 """Maximum seconds that pystack may take."""
 PR_SET_PTRACER = 0x59616D61
@@ -44,8 +44,8 @@ _natives: dict[int, tuple[subprocess.Popen, float]] = {}
 TCP_ESTABLISHED = "01"
 """The state of an established connection in /proc/net/tcp."""
 TCP_RETRANSMITS = "01:"
-"""Start of the timer field of a connection in /proc/net/tcp if sent data is not acknowledged. The field differs if the
-other end only accepts no more data.
+"""Start of the timer field in /proc/net/tcp for a connection whose sent data is not acknowledged. The field has another
+value if the other end acknowledges the data but cannot receive more data now.
 """
 _kept_open: list[IO] = []
 

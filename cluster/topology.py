@@ -74,7 +74,7 @@ class Placement:
     pp: int
     shape: StageShape
     seats: tuple[Seat, ...]
-    """One seat for each rank, in rank order."""
+    """The node and device of every rank, in rank order."""
     spares: tuple[Node, ...]
 
     @property

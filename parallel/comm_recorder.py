@@ -46,13 +46,14 @@ GROUP_METHODS = {
     "send": "send",
     "recv": "receive",
 }
-"""For each method of a group: the kind of operation that is recorded. A torch version may lack some of these methods.
+"""For each recorded method of torch's `ProcessGroup`: the kind of its operation. A torch version may lack some of these
+methods.
 """
 IN_PLACE = ("all_reduce", "broadcast", "reduce")
 """Kinds of operations with a single tensor, which is both sent and received."""
 _BETWEEN = ("-packages" + os.sep, sysconfig.get_path("stdlib") + os.sep, __file__)
-"""Parts of the paths of files that do not count as callers: files of installed packages (torch and DeepSpeed among
-them), Python's library and this file.
+"""A file does not count as a caller if its path contains one of these texts. They match the files of installed packages
+(torch and DeepSpeed among them), Python's library and this file.
 """
 
 

@@ -31,8 +31,8 @@ from parallel.expert.link import TrafficCounters
 class ContextParallel:
     """Exchanges data with the ranks that share this rank's sequences. Implements `train.model.sequence.SequenceShare`.
 
-    group: the ranks that share sequences, in the order of their first pieces. across: whether the ranks span several
-    nodes.
+    group: the N ranks that share sequences. Rank r of the group works on the pieces r and 2 N - 1 - r of each sequence.
+    across: whether the ranks span several nodes.
     """
 
     def __init__(self, group: dist.ProcessGroup, across: bool = False):
@@ -55,9 +55,9 @@ class ContextParallel:
         return LatentsOnTheirWay(own_BTX, all_NBTX, work, rows)
 
     def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
-        """Sum the values of all ranks for each piece, and return the sums for this rank's two pieces: (B, T, X).
+        """Sum the values of all ranks, and return the sums for the positions on which this rank works: (B, T, X).
 
-        pieces: this rank's values, one tensor for each piece of the sequences.
+        pieces: this rank's values for all positions, one tensor for each of the 2 N pieces of a sequence.
         """
         size = max(piece.size(1) for piece in pieces)
         own = pieces[self.part].size(1) + pieces[-1 - self.part].size(1)

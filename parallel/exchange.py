@@ -99,12 +99,12 @@ class RankNotes:
         self._store = store or distributed_c10d._get_default_store()
 
     def leave(self, name: str, text: str) -> None:
-        """Write a note. If the rank that serves the store has ended, the note is lost."""
+        """Write a text under this name. If the rank that serves the store has ended, the text is lost."""
         with suppress(dist.DistError):
             self._store.set(name, text)
 
     def read(self, name: str) -> str | None:
-        """Return the note with this name, or None if there is none."""
+        """Return the text that a rank wrote under this name, or None if there is none."""
         with suppress(dist.DistError):
             return self._store.get(name).decode() if self._store.check([name]) else None
         return None

@@ -43,14 +43,17 @@ class LinkRate:
     """Measured rate of one link or one group."""
 
     kind: str
-    """One of: inside (two ranks of a node), across (two ranks of different nodes), all-reduce, all-to-all."""
+    """Kind of the link or group: inside (two ranks of a node), across (two ranks of different nodes), all-reduce,
+    all-to-all.
+    """
     ranks: tuple[int, ...]
     bytes_per_second: float
     """Rate of each rank in one direction."""
 
 
 def rounds_of_pairs(world: int, local: int) -> Iterator[tuple[str, list[Pair]]]:
-    """Yield rounds of pairs, each with its kind. A rank has at most one partner per round.
+    """Yield the rounds of the test. A round is a kind of link (inside or across) and the pairs of ranks to test at the
+    same time. A rank has at most one partner per round.
 
     world: number of ranks. local: number of ranks per node; the ranks of a node are consecutive.
     """

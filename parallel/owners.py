@@ -37,7 +37,7 @@ class SharedMatrix(NamedTuple):
     """A matrix that is part of a weight with `width` columns. Every rank holds an interval of the weight's elements."""
 
     weight: int
-    """Index of the weight in its flat shard."""
+    """Position of the weight among the weights of its flat shard."""
     width: int
     held: Sequence[range]
     """For each rank: the elements of the flattened weight that this rank holds."""

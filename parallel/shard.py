@@ -135,7 +135,9 @@ class FlatShard:
     """Global names of the weights."""
 
     def scale_rows(self, flat: Tensor, factors: Mapping[str, Tensor]) -> None:
-        """Multiply each row of the weights in `factors` by its factor. flat: this rank's shard."""
+        """Multiply rows of weights in place. factors: for each weight name, one factor per row; other weights do not
+        change. flat: this rank's shard.
+        """
         for name, weight in zip(self.names, self.weights, strict=True):
             if name in factors:
                 factor_R1 = factors[name].to(flat).unsqueeze(1)
@@ -148,7 +150,7 @@ class ShardSlice(NamedTuple):
 
     param: nn.Parameter
     offset: int
-    """Index, in the flattened parameter, of the first element."""
+    """Index of the first of these elements in the flattened parameter."""
     place: slice
     """Position of the elements in the shard."""
 
@@ -217,7 +219,9 @@ class ShardedOptimizer(Protocol):
         """
 
     def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Return a tensor (pieces,) in fp64: for each flat fp32 tensor, the sum of the squares of its elements."""
+        """Return the sum of the squares of each tensor in `pieces`, as an fp64 tensor of shape (len(pieces),). The
+        tensors are flat and fp32.
+        """
 
     def step(self, closure: None = None) -> None:
         """Update the parameters of every group that has gradients."""

@@ -98,8 +98,8 @@ def _kind_of(number: float) -> tuple:
 
 
 def _width_of(number: int) -> bool:
-    """Return whether an integer in `do_not_specialize` fits into 32 bits. Triton compiles a separate kernel only for
-    this property of it.
+    """Return whether an integer in `do_not_specialize` fits into 32 bits. This is the only property of such an integer
+    for which Triton compiles a separate kernel.
     """
     return number < 2**31
 

@@ -45,9 +45,11 @@ class Shelves:
     the node after each node, or the first node after the last, stores that node's second copy.
     """
     resume: str | None
-    """Name of the newest complete set; None if no set is complete."""
+    """Name of the newest set of copies that is complete; None if no set is complete."""
     holders: list[list[int]]
-    """For every rank that wrote the set `resume`, the indexes of the nodes that hold the rank's part."""
+    """For every rank that wrote the set of copies `resume`: the nodes that hold this rank's part of the set, as indexes
+    in `nodes`.
+    """
     full_size: bool
     """Whether the attempt runs the full layout of the run. Only then must the attempt's copies fit into memory."""
 
@@ -127,8 +129,8 @@ class Copies:
     def shelves(self, placement: Placement, nodes: dict[str, Node], full_size: bool, auto: bool) -> Shelves:
         """Return the locations of all copies for the ranks of an attempt.
 
-        nodes: all answering nodes, by id. auto: whether the attempt may resume from a set that an earlier launch wrote.
-        If not, it resumes only from a set of this launch.
+        nodes: all answering nodes, by id. auto: whether the attempt may resume from a set of copies that an earlier
+        launch wrote. If not, it resumes only from a set of copies of this launch.
         """
         ranks = {id: [seat.rank for seat in seats] for id, seats in placement.by_node.items()}
         ids = [*ranks, *(id for id in nodes if id not in ranks and id in self._ports)]

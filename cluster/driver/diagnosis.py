@@ -56,7 +56,9 @@ def too_few(policy: Policy, free: list[Node], found: Placement | None, last: Cau
 
 
 def no_node_comes(last: Cause | None, saved: int) -> str:
-    """Explain why a run ends after the Ray that it started on this machine has ended."""
+    """Return the final report of a run whose Ray has ended. The run had started this Ray on this machine, so no other
+    node can replace the machine.
+    """
     before = f"\n  earlier: {last.text}" if last else ""
     return (
         f"the Ray that this run started on this machine has ended, and it cannot be replaced by another node{before}\n  newest checkpoint: {_step(saved)}\n"

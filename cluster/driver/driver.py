@@ -64,8 +64,8 @@ HELD_BACK = 2.0
 copy folder.
 """
 REFUSED_SECONDS = 10.0
-"""Seconds until the driver checks a node again that it refused for any other reason. Until then, an admin may correct
-the node's clock or free its disk.
+"""Seconds until the driver checks a refused node again, unless a locked copy folder was the reason for the refusal.
+Until then, an admin may correct the node's clock or free its disk.
 """
 
 
@@ -133,7 +133,7 @@ class Driver:
         self._first_step: int | None = None
         self._offsets: dict[int, int] = {}
         self._logged: set[int] = set()
-        """Ranks of the current attempt whose complete failure is already in their logs."""
+        """Ranks of the current attempt whose logs already contain the full text of the failure."""
         self._looked, self._ticked = -LOOK_EVERY, -TICK_EVERY
         self._held_up, self._slept = HeldUp(NAP * config.cluster.heartbeat, clock()), 0.0
         self._stop: str | None = None
@@ -392,7 +392,9 @@ class Driver:
             self._plan_layouts()
 
     def _log_wholes(self, answer: Answer) -> None:
-        """Write the complete failures to the logs of the failed ranks. The ranks' own output omits some parts."""
+        """Write the full text of each failure to the log of the failed rank. The rank's own output omits some parts of
+        this text.
+        """
         failures = [report.failure for report in answer.ranks if report.failure and report.rank not in self._logged]
         for failure in failures:
             self._logged.add(failure.rank)

@@ -36,7 +36,7 @@ class Pulse:
         self._turn: collections.deque[str] = collections.deque()
         """Nodes in the order of their next questions."""
         self._asked: dict[str, int] = {}
-        """For each node: the number of its last question, if the node has not answered it."""
+        """For each node that has not answered its newest question: the number of this question."""
         self._heard: dict[str, float] = {}
         self.number = 0
         """Number of the newest question. The questions to all nodes are numbered together."""

@@ -120,7 +120,9 @@ class RayFleet:
         self._folder: PrivateFolder | None = None
         """Folder of the Ray that this run started on this machine; None if it started none."""
         self._sweeper: subprocess.Popen | None = None
-        """Process that removes what this process leaves behind if this process is killed."""
+        """Process that cleans up if this process is killed: it ends the Ray that this run started, and removes Ray's
+        folder. None if the run started no Ray.
+        """
         self.ships = config.cluster.address is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
         """Whether Ray must copy the program to the nodes. This is not needed for a submitted Ray job, because Ray has
         already copied the program.
@@ -143,8 +145,8 @@ class RayFleet:
         self._out = 0
         """Number of pending calls; calls of WAITING methods do not count."""
         self._look: Future | None = None
-        """Pending question to Ray's head, which the driver asked at the time `_look_began`; None if no question is
-        pending.
+        """Pending question to Ray's head; None if no question is pending. The driver asked the question at the time
+        `_look_began`.
         """
         self._look_began = 0.0
         self._leaving: dict[str, str] = {}

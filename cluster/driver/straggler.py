@@ -58,8 +58,8 @@ class Stragglers:
     """Collects the step times of ranks and names the slow ranks."""
 
     def __init__(self, stages: Sequence[Sequence[int]]):
-        """Start without step times. stages: for each stage, its ranks, which have the same work. Ranks are numbered
-        from 0 over all stages.
+        """Create an empty collection of step times. stages: for each stage, its ranks, which have the same work. Ranks
+        are numbered from 0 over all stages.
         """
         everyone = [rank for ranks in stages for rank in ranks]
         self._groups = [np.array(ranks) for ranks in stages if len(ranks) > 1]

@@ -65,9 +65,9 @@ class Supervisor:
         self.number = policy.first_attempt - 1
         self.attempt: Attempt | None = None
         self.saved = NONE
-        """Age of the newest checkpoint."""
+        """Attempt and step of the newest checkpoint."""
         self.held = NONE
-        """Age of the newest complete copy in the memory of the answering nodes."""
+        """Attempt and step of the newest copy of the state that is complete in the memory of the answering nodes."""
         self.failures: list[tuple[int, Cause]] = []
         self._spent = Counter[tuple[Kind, str]]()
         self._patience = Patience(policy.hang_after, policy.start_timeout, policy.kill_after, policy.timeout)
@@ -81,7 +81,9 @@ class Supervisor:
         self._no_node_comes = False
         self._stop_why: str | None = None
         self._placed: tuple[tuple | None, Placement | None] = None, None
-        """Key and result of the last search for a placement. The key contains the nodes for which it was computed."""
+        """The last search for a placement: its inputs, such as the ids of the nodes, and its result. The supervisor
+        uses the result again while the inputs stay the same.
+        """
         self._probing: set[str] = set()
         self._settled_at = self._probed_at = now
         self._failed_at: float | None = None

@@ -37,7 +37,7 @@ STEPPING = (TimePart.training, TimePart.again)
 
 @dataclass
 class TimeSplit:
-    """Seconds of a run in each part, summed over all its launches."""
+    """The wall time of a run, divided into parts. The seconds of each part are summed over all launches of the run."""
 
     seconds_in: dict[TimePart, float] = field(default_factory=lambda: dict.fromkeys(TimePart, 0.0))
     spans: list[tuple[float, float]] = field(default_factory=list)
@@ -49,7 +49,8 @@ class TimeSplit:
     effective_seconds: float = 0.0
     """Training seconds x (number of working ranks / number of wanted ranks)."""
     held_seconds: float = 0.0
-    """Seconds of all parts x (number of occupied nodes, including spares / number of nodes that the full layout needs).
+    """Seconds in which a driver ran, each multiplied by a factor: the number of occupied nodes, including spares,
+    divided by the number of nodes that the full layout needs. The factor is at least 1.
     """
 
     @property
@@ -59,7 +60,7 @@ class TimeSplit:
 
     @property
     def downtime_seconds(self) -> float:
-        """Seconds without training steps, including the starts."""
+        """Seconds without training steps: the sum of the parts waiting, start, detection and restart."""
         return sum(seconds for part, seconds in self.seconds_in.items() if part not in STEPPING)
 
     @property

@@ -25,7 +25,8 @@ class _Vitals:
     ahead: float = 0.0
     """Seconds by which the node's clock was ahead of the driver's at the check."""
     reported: float = 0.0
-    """Seconds by which the node's clock has been set ahead since the check, according to the last report to the user.
+    """Seconds by which somebody has set the node's clock ahead since the driver's check, as in the last report of a
+    clock jump to the user; 0 if no jump was reported.
     """
     full: bool = False
     niceness: int = 0
@@ -47,8 +48,8 @@ class Vitals:
         self._nodes[node.id] = _Vitals(node.name, ahead, niceness=niceness)
 
     def low(self, niceness: int) -> dict[str, int]:
-        """Return the names of nodes whose agents have a lower priority than niceness `niceness`, each with its agent's
-        niceness. Each node is returned only once.
+        """Return the nodes whose agents have a niceness above `niceness`, and so a lower priority. For each node name,
+        the result has the niceness of the agent. Each node is returned only once.
         """
         found = {each.name: each.niceness for each in self._nodes.values() if each.niceness > niceness}
         fresh = {name: value for name, value in found.items() if name not in self._low}
@@ -56,8 +57,8 @@ class Vitals:
         return fresh
 
     def take(self, node: Node, answer: Answer) -> list[tuple[str, str]]:
-        """Convert the times of failures in `answer` to the driver's clock. Returns the problems of the node to report,
-        as (kind, text) pairs.
+        """Change the times of the failures in `answer` from the node's clock to the driver's clock. Returns new
+        problems of the node as (kind, text) pairs; the driver reports them to the user.
         """
         known = self._nodes[node.id]
         for report in answer.ranks:

@@ -86,7 +86,7 @@ class Answer:
     output: dict[int, bytes] = field(default_factory=dict)
     """New output of each rank. It starts at the offset that the driver requested."""
     stacks: dict[int, str] = field(default_factory=dict)
-    """Stacks of each rank that arrived since the last request for stacks."""
+    """For each rank: its stacks, if they have arrived since the last request for stacks."""
     rings: dict[int, bytes] = field(default_factory=dict)
     """For each rank, its packed communication ring (cluster/comm_ring.py). Only the first answer after a request for
     stacks contains the rings.
@@ -137,7 +137,9 @@ class Agent:
         self._scratch: PrivateFolder | None = None
         self._asked = time.monotonic()
         self._clock = SteadyClock()
-        """The node's clock since the last call of `facts`. Changes of the system's clock do not affect it."""
+        """Clock that read the node's system time at the last call of `facts`. Later changes of the system time do not
+        affect it.
+        """
         self._probe = NetworkProbe()
         self._store: Store | None = None
         self._echo: Echo | None = None
@@ -245,7 +247,9 @@ class Agent:
         return spawn([sys.executable, *arguments], _inherited() | environment, output, folder, stdin)
 
     def warm(self, arguments: list[str], folder: str | None, count: int) -> None:
-        """Keep `count` reserve processes with the module of these arguments imported; see cluster/node/standby.py."""
+        """Keep `count` reserve processes that have imported the module that `arguments` names; see
+        cluster/node/standby.py.
+        """
         if arguments[:1] != ["-m"]:
             return
         with self._lock:

@@ -58,7 +58,9 @@ _PATH = re.compile(rf"/({_SET.pattern})/({RANK_FILE.pattern})")
 
 @dataclass(frozen=True, order=True)
 class SetId:
-    """Name of one set: a state of the run in memory. Sets are ordered by age, like checkpoints."""
+    """Name of one set of copies: the state of the run after one step, in the memory of the nodes. Sets are ordered by
+    age, like checkpoints.
+    """
 
     attempt: int
     step: int
@@ -75,7 +77,7 @@ class SetId:
 
 
 def held(folder: Path) -> dict[str, list[int]]:
-    """Return, for each set, the ranks whose parts are complete."""
+    """Return, for each set of copies in the folder, the ranks whose parts are complete."""
     found: dict[str, list[int]] = {}
     for inner in folder.glob("attempt_*"):
         with contextlib.suppress(FileNotFoundError):  # a rank is removing this set
@@ -87,7 +89,7 @@ def held(folder: Path) -> dict[str, list[int]]:
 
 
 def prune(folder: Path, keep: Collection[str], attempt: int) -> None:
-    """Remove the sets of this attempt and of earlier attempts, except the sets in `keep`."""
+    """Remove the sets of copies of this attempt and of earlier attempts, except the sets in `keep`."""
     for inner in folder.glob("attempt_*"):
         found = SetId.parse(inner.name)
         if found is not None and found.attempt <= attempt and inner.name not in keep:
@@ -110,7 +112,8 @@ class OpenedCopy:
     port: int = 0
     """Port at which the agent serves the copies; 0 if it does not serve them."""
     problem: str = ""
-    """Why the agent does not serve the copies, and how to fix it."""
+    """Text for the user: why the agent does not serve the copies, and what to do. It is empty if the agent serves them.
+    """
     passes: bool = False
     """Whether the problem is temporary, because another agent still has the folder locked."""
     absent: bool = False
@@ -187,7 +190,7 @@ def _own(folder: Path) -> None:
 
 
 def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
-    """Lock the folder. If another agent that is being killed has it locked, wait for at most `patience` seconds."""
+    """Lock the folder. An agent that is being killed may still hold the lock, so wait for at most `patience` seconds."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -210,8 +213,8 @@ def folder_name(run: str, id: str, node: str) -> str:
 def sweep(mine: Path) -> None:
     """Remove old folders next to this node's folder `mine`. A folder that an agent has locked is not removed.
 
-    A folder is removed if it belongs to the same run and node, but to a run folder that no longer exists. Any other
-    folder of this user's runs is removed if it is older than STALE.
+    If a folder has the same run path and node as `mine`, but another random id, its run folder no longer exists, and
+    the folder is removed. Any other folder of this user's runs is removed if it is older than STALE.
     """
     kind, user, run, id, node = mine.name.split("-")
     for folder in mine.parent.glob(f"{kind}-{user}-*-*-*"):
@@ -298,7 +301,9 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Handles PUT and GET of /SET/FILE. The header X-Keep of a PUT names the other set that must not be removed."""
+    """Handles PUT and GET of /SET/FILE, where SET is the name of a set of copies. A PUT also removes all
+    other sets of this attempt and of earlier attempts, except the set that its header X-Keep names.
+    """
 
     protocol_version = "HTTP/1.1"
     server: _Server  # pyrefly: ignore[bad-override-mutable-attribute]  socketserver gives a handler the server that made it
@@ -392,7 +397,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_error(code, why)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Log nothing, because the ranks report failures."""
+        """Log nothing. The rank at the other end reports a failed request."""
 
 
 class Peer:
@@ -404,19 +409,21 @@ class Peer:
         self._headers = {"Authorization": f"Bearer {token}"}
 
     def put(self, name: str, path: Path, keep: str) -> None:
-        """Store the file `path` in the set `name` of the peer. The peer removes all sets except `name` and `keep`."""
+        """Store the file `path` in the set of copies `name` on the peer. The peer removes its other sets of this
+        attempt and of earlier attempts, except `keep`.
+        """
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             headers = self._headers | {"X-Keep": keep, "Content-Length": str(length)}
             self._ask("PUT", f"/{name}/{path.name}", headers, file)
 
     def get(self, name: str, file: str) -> bytes:
-        """Return the complete content of a file in the set `name`."""
+        """Return the complete content of a file in the set of copies `name`."""
         return self._ask("GET", f"/{name}/{file}", self._headers)
 
     def read(self, name: str, file: str, view: memoryview, position: int) -> int:
-        """Fill `view` with bytes of a file in the set `name`, from byte `position` of the file on. Returns the number
-        of bytes read.
+        """Read bytes of a file in the set of copies `name` into `view`. position: index of the first byte to read.
+        Returns the number of bytes read.
         """
         headers = self._headers | {"Range": f"bytes={position}-{position + len(view) - 1}"}
         body = self._ask("GET", f"/{name}/{file}", headers)

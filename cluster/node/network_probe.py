@@ -31,7 +31,9 @@ class NetworkProbe:
     def __init__(self) -> None:
         self._server: socket.socket | None = None
         self._served = threading.Semaphore(0)
-        """Counts complete measurements by other nodes. Each None turn of `play` waits for one of them."""
+        """Counts the measurements that other nodes have completed. `play` waits for one of them wherever its list of
+        servers has None.
+        """
 
     def listen(self, address: str) -> int:
         """Start the server on this address of the node, and return its port. `close` ends the server."""

@@ -130,7 +130,9 @@ def _digest_of_program() -> str:
 
 
 def _try_storage(question: Question) -> tuple[str, str]:
-    """Return two texts: the problem with the run folder (empty if there is none), and the digest of its recipe."""
+    """Return two texts: the problem with the run folder (empty if there is none), and the digest of the recipe in the
+    run folder.
+    """
     folder = Path(question.folder)
     try:
         word = (folder / PROBES / "driver").read_text()

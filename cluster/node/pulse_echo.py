@@ -32,7 +32,9 @@ def seal_datagram(key: bytes, kind: bytes, number: int, node: str) -> bytes:
 
 
 def unseal(key: bytes, kind: bytes, datagram: bytes) -> tuple[int, str] | None:
-    """Return the number and the node id of a datagram of this kind; None if it was not signed with the key."""
+    """Return the number and the node id of a datagram. Returns None if the datagram is not of this kind (QUESTION or
+    ANSWER), or if it was not signed with the key.
+    """
     signed, word = datagram[:SEAL], datagram[SEAL:]
     if not hmac.compare_digest(signed, hmac.digest(key, word, "sha256")[:SEAL]) or word[:1] != kind:
         return None

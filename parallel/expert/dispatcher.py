@@ -87,7 +87,7 @@ class DispatchPlan:
 
 
 class CombinableRows(Protocol):
-    """The field of dispatched rows that combine reads."""
+    """Any result of a dispatch that has the field `state`. Combine reads only this field."""
 
     state: Any
 
@@ -107,7 +107,7 @@ class DispatchedRows:
 
 
 class PendingDispatch:
-    """A dispatch that has begun: its first exchange is in progress."""
+    """A dispatch whose first half has run. Its first exchange is in progress; `wait` does the rest."""
 
     def __init__(self, flight: "ExchangeFlight", ticket: Tensor):
         self._flight, self._ticket = flight, ticket
@@ -120,7 +120,9 @@ class PendingDispatch:
 
 
 class PendingCombine:
-    """A combine that has begun: its last exchange is in progress."""
+    """A combine whose first half has run. Its last exchange is in progress; `wait` only waits for it and sums the
+    received rows.
+    """
 
     def __init__(self, flight: "ExchangeFlight", ticket: Tensor):
         self._flight, self._ticket = flight, ticket
@@ -195,7 +197,7 @@ class ExchangeDispatcher(ABC):
     def _start_back(self, flight: "ExchangeFlight", rows_RD: Tensor, side_MX: Tensor | None) -> Any:
         """Start to send rows back to the ranks of their tokens. The rows are expert outputs, or gradients of rows.
 
-        side_MX: with gradients of rows, the gradients of the gates of every received message; else None.
+        side_MX: if the rows are gradients, the gradients of the gates of every received message; else None.
         """
 
     @abstractmethod
@@ -222,11 +224,12 @@ class ExchangeDispatcher(ABC):
 
 
 class ChainDispatcher(ExchangeDispatcher):
-    """A dispatcher over one or two hops. Subclasses define the content of a token's copies and gates in a message.
+    """A dispatcher over one or two hops. Subclasses define the content of a message: how a token's row is copied, and
+    where its gates are stored.
 
-    links: one link per hop, in the order of dispatch. The subclass's `_plan` exchanges counts and builds all fan-outs
-    that are known before any row arrives. The first fan-out is always among them. Gates and their gradients are sent as
-    fp32 words after each row.
+    links: one link per hop, in the order of dispatch. The subclass's `_plan` exchanges counts. It also builds every
+    fan-out (a map from copies to rows, see permute.py) that is known before any row arrives. The first fan-out is
+    always among them. Gates and their gradients are sent as fp32 words after each row.
     """
 
     def __init__(self, links: list[Link], wire: Wire):
@@ -239,11 +242,13 @@ class ChainDispatcher(ExchangeDispatcher):
 
     @abstractmethod
     def _first_copies(self, plan: DispatchPlan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
-        """Return the messages of the first hop: for each copy, the encoded row and the words with its gates."""
+        """Return the messages of the first hop. Each copy has one message: the encoded row, then the 32-bit words that
+        contain the gates.
+        """
 
     @abstractmethod
     def _learn(self, plan: DispatchPlan, side_MX: Tensor) -> None:
-        """Add the next fan-out to the plan. side_MX: the words that follow the rows of the received messages."""
+        """Add the next fan-out to the plan. side_MX: the 32-bit words that follow the row in each received message."""
 
     def _sends_ahead(self, rows: Tensor) -> bool:
         """Whether the later hops start together with the first hop."""
@@ -307,8 +312,8 @@ class ChainDispatcher(ExchangeDispatcher):
         return collect(rows_CD, flight.plan.fans[0]), side_CX
 
     def _back_message(self, rows_CD: Tensor, fan: FanOut, side_MX: Tensor | None) -> Tensor:
-        """Return the messages of one hop back, as int32. Each message is an encoded sum of rows, followed by its side
-        data. The sums are written directly into the messages.
+        """Return the messages that one hop sends towards the ranks of the tokens, as int32. Each message is an encoded
+        sum of rows, followed by its side data. The sums are written directly into the messages.
         """
         wire, width, dtype = self._back_wire, rows_CD.shape[1], rows_CD.dtype
         if side_MX is None:
@@ -327,11 +332,11 @@ class ChainDispatcher(ExchangeDispatcher):
 
 
 def from_words(words_MX: Tensor, dtype: torch.dtype) -> Tensor:
-    """Reinterpret 4-byte words as values of one or two words each.
+    """Reinterpret 32-bit words as values of `dtype`. A value takes one word or two words.
 
-    Values of one word are returned as a view. Values of two words are returned as a copy, because the words may be
-    misaligned. The copy is made flat first, because torch treats a single row, or rows without words, as contiguous
-    even if their strides are not.
+    If a value takes one word, the result is a view. If it takes two words, the result is a copy, because the words may
+    be misaligned. The copy is flattened before it gets the new dtype. Without that, torch treats a tensor with one row,
+    or with no words, as contiguous even if its strides are not.
     """
     if dtype.itemsize == 4:
         return words_MX.view(dtype)
@@ -384,7 +389,9 @@ def beside(rows: Tensor) -> AbstractContextManager:
 
 
 def _ticket(like: Tensor) -> Tensor:
-    """Return an empty tensor that connects the two halves in the autograd graph."""
+    """Return an empty tensor. It connects the two halves (begin and wait) of a dispatch or of a combine in the autograd
+    graph.
+    """
     return like.new_empty(0, dtype=torch.float32)
 
 

@@ -50,7 +50,9 @@ class Transfer:
         self._held, self._received, self._work, self._traffic = [sent], received, work, traffic
 
     def holding(self, buffer: Tensor) -> "Transfer":
-        """Keep a buffer of an earlier transfer alive until `wait` returns. Returns this transfer."""
+        """Make this transfer keep `buffer` alive until `wait` returns, because an earlier transfer still uses the
+        buffer. Returns this transfer.
+        """
         self._held.append(buffer)
         return self
 

@@ -30,7 +30,9 @@ from torch import Tensor
 
 
 class FanOut(NamedTuple):
-    """Maps every copy to its source row. Copies are ordered by target, then by source."""
+    """Maps copies of rows to their source rows. Each copy is for one target, for example a rank or an expert. Copies
+    are ordered by target, then by source.
+    """
 
     source_C: Tensor
     """For each copy, the index of its source row, int64."""
@@ -91,7 +93,7 @@ def fan_out_with_entries(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> 
 
 
 def count_hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
-    """Return, for each target, how many sources have an expert there, int64 (N,)."""
+    """Return, for each target, the number of sources that have at least one expert in this target: int64 (N,)."""
     if ids_SK.is_cuda:
         return triton_dispatch().count_hits(ids_SK, *wanted).sum(0)
     return hits(ids_SK, wanted).sum(0)

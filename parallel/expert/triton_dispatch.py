@@ -19,8 +19,8 @@ from torch import Tensor
 from parallel.triton_types import constexpr, power_of_2_from, quick, with_options
 
 HITS = 4096
-"""Number of sources times number of targets that one program of a kernel counts or places. A program takes at most 128
-sources.
+"""Maximum size of the table of sources and targets that one program of a kernel handles: number of sources times number
+of targets. A program handles at most 128 sources.
 """
 COUNT_BLOCKS = 64
 """Number of blocks of sources whose counts are added at a time."""
@@ -28,14 +28,14 @@ COLLECT_COLUMNS = 1024
 """Number of columns that one program of `collect` handles. Each thread handles eight values."""
 ENCODE_ROWS, ENCODE_TILES = 8, 4
 """Number of rows and number of tiles that one program of `encode_rows` handles. The exponents of four tiles form one
-word.
+32-bit word.
 """
 
 
 @triton.jit
 def _hits(ids_ptr, sources, number, first, per_target, K: constexpr, TARGETS: constexpr):
-    """Return, for each source and each target, the last entry of the source whose expert is in the target: int32
-    (sources, TARGETS), or -1 if there is none.
+    """Return an int32 tensor of shape (sources, TARGETS). An element says which of the source's K experts is in the
+    target: the index k of the last such expert, or -1 if there is none.
     """
     target = tl.arange(0, TARGETS)[None, :]
     entry = tl.full((sources.shape[0], TARGETS), -1, tl.int32)
@@ -64,12 +64,13 @@ def _place_kernel(
     ids_ptr, counts_ptr, source_ptr, copy_ptr, start_ptr, entry_ptr, number, first, per_target, targets, blocks,
     by_entry: constexpr, K: constexpr, TARGETS: constexpr, SOURCES: constexpr, COUNT_BLOCKS: constexpr,
 ):  # fmt: skip
-    """Compute the fields of a FanOut, whose copies are ordered by target, then by source.
+    """Compute the fields of a FanOut, whose copies are ordered by target, then by source. An entry is one element of
+    the flattened expert ids: one expert of one source.
 
-    source_ptr gets the source of each copy. entry_ptr gets, for each copy, the index of its expert in the flattened
-    ids. If by_entry is false, copy_ptr gets the indices of each source's copies, source by source, and start_ptr gets
-    the start of each source's list in copy_ptr. If by_entry is true, copy_ptr gets the index of each entry's copy, and
-    start_ptr gets the number of copies of each target.
+    source_ptr receives the source of each copy, and entry_ptr the index of its entry. If by_entry is false, copy_ptr
+    receives the indices of each source's copies, source by source; start_ptr receives, for each source, the position in
+    copy_ptr at which its copies begin. If by_entry is true, copy_ptr receives the index of each entry's copy, and
+    start_ptr receives the number of copies of each target.
     """
     block = tl.program_id(0)
     sources = block * SOURCES + tl.arange(0, SOURCES)
@@ -206,7 +207,7 @@ def collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor) ->
 
 
 def sum_entries(rows_CX: Tensor, copy_SK: Tensor, out_SX: Tensor) -> None:
-    """Compute the sum of the K copies of every source, in the order of its entries."""
+    """Compute the sum of the K copies of every source. The copies are added in the order of copy_SK."""
     _collect(rows_CX, copy_SK, copy_SK, out_SX, copy_SK.shape[1])
 
 
@@ -220,7 +221,7 @@ def _collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor, e
 
 
 def encode_rows(x_RD: Tensor, bytes_RB: Tensor, floor: float) -> None:
-    """Encode rows as the bytes of the FP8 wire. The width must be a multiple of the tile."""
+    """Encode rows in the byte format of `Fp8Wire`. The width must be a multiple of the tile width."""
     (rows, width), row = x_RD.shape, bytes_RB.shape[1]
     tiles, words = width // 128, bytes_RB.view(torch.int32)
     align = row & -row

@@ -91,7 +91,7 @@ class QuantizedRows(Tensor):
         return func(*args, **kwargs)
 
     def values(self) -> Tensor:
-        """Return the rows as a plain tensor."""
+        """Return the dequantized rows as an ordinary tensor."""
         return dequantize(self.q_RD, self.scale_RS, self.dtype, self.widen)
 
     def _gather(self, index_X: Tensor) -> "QuantizedRows":

@@ -80,13 +80,13 @@ class HostStore:
         The second names the activations that the next action reads.
         """
         self._batches: dict[tuple[int, int], list[_Batch]] = {}
-        """Batches that no backward has read yet, by stage and micro-batch."""
+        """Batches of activations that no backward has read yet, by stage and micro-batch."""
         self._current: tuple[int, int] | None = None
         """Stage and micro-batch of the forward that is running; None outside of a forward."""
         self._leaving: list[_Batch] = []
-        """Batches of the current action whose device memory is not yet freed; at most one."""
+        """Batches that the current action has sent and whose device memory is not yet freed; at most one."""
         self._left_over: list[_Batch] = []
-        """Batches of the previous action whose device memory is not yet freed."""
+        """Batches that the previous action sent and whose device memory is not yet freed."""
         self.sent_bytes = 0
         """Number of bytes sent to the host since construction."""
 
@@ -189,7 +189,7 @@ class _Place(NamedTuple):
 
 
 class _Piece:
-    """One storage of a batch."""
+    """One torch storage in a batch of activations."""
 
     def __init__(self, store: HostStore, tensor: Tensor | None):
         self._store, self.tensor = store, tensor
@@ -203,17 +203,19 @@ class _Piece:
 
 
 class _Batch:
-    """Storages that are sent together."""
+    """Storages of activations that are copied to the host together."""
 
     def __init__(self, pieces: list[_Piece], before: "_Batch | None", pages: "_Pages"):
         self.held = pieces
-        """The storages, while a copy in either direction is in progress. The list keeps their device memory from being
-        freed before the copy has ended.
+        """The batch's storages while a copy in either direction is in progress; otherwise empty. The list keeps their
+        device memory from being freed before the copy has ended.
         """
         self.pieces = [ref(piece) for piece in pieces]
-        """Weak references to the storages. A reference is empty once no backward needs its storage."""
+        """Weak references to the batch's storages. A reference is empty once no backward needs the storage."""
         self.before = before
-        """The previous batch of the same forward; None once this batch is read."""
+        """The batch that the same forward sent before this batch. None if there is none, or after this batch has been
+        read.
+        """
         self.is_back = False
         self.places: list[list[_Place]] = []
         self.pages: list[_Page] = []
@@ -230,7 +232,7 @@ class _Batch:
         self.held = []
 
     def give_pages(self) -> None:
-        """Release the pages, so that other batches may reuse them after the last copy."""
+        """Release the batch's pages. Other batches may reuse the pages as soon as this batch's last copy is complete."""
         self.places = []
         for page in self.pages:
             page.read = self.copied
@@ -286,7 +288,9 @@ class _Copies:
 
     @contextmanager
     def after_computing(self) -> Iterator[None]:
-        """Run copies inside the block after all compute that the host has launched so far."""
+        """Run the copies inside the block on this stream. They start after all compute that the host launched before
+        the block.
+        """
         if self._stream is None:
             yield
             return
@@ -308,7 +312,9 @@ def _aligned(size: int) -> int:
 
 
 def _places(sizes: Iterable[int], pages: Sequence[_Page]) -> Iterator[list[_Place]]:
-    """Yield, for each storage, the places to which its bytes are copied. The storages are stored one after another."""
+    """Yield, for each storage, the parts of pages to which its bytes are copied. The storages fill the pages one after
+    another.
+    """
     at = 0
     for size in sizes:
         places, begin = [], 0

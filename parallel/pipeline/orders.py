@@ -34,7 +34,7 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True)
 class TorchOrder:
-    """The torch class of a schedule, and the function that returns its order. drives: the torch class."""
+    """The torch class that runs a schedule (`drives`), and the function that returns the order of its actions."""
 
     drives: TorchClass
     of_rank: Callable[[int, int, int], list[Action]] | None = None

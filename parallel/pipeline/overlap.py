@@ -116,8 +116,8 @@ def _work_off(work: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
 
 
 def _on_current_stream(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """Return `work` as a function that runs on the caller's current stream. Without it, another thread would use the
-    default stream.
+    """Return a function that runs `work` on the stream that is current now. Otherwise `work` would run on the default
+    stream of its thread.
     """
     if device.type != "cuda":
         return work
@@ -160,7 +160,7 @@ class _Pair:
         self._baton[_BACKWARD].release()
 
     def run(self, lane: int, work: Callable[[], Any]) -> None:
-        """Run one lane: wait for its first turn, run `work`, and pass the baton on, even after an error."""
+        """Run one lane: wait for its first turn, run `work`, and then let the other lane run, even after an error."""
         try:
             self._await_turn(lane)
             self.results[lane] = work()
@@ -172,7 +172,7 @@ class _Pair:
         self._baton[1 - lane].release()
 
     def hand_over(self) -> None:
-        """Pass the baton to the other lane, and wait until the other lane passes it back."""
+        """Let the other lane run, and wait until it is this lane's turn again."""
         lane = self._turn
         if self._ended[1 - lane].is_set():
             return

@@ -76,8 +76,8 @@ class Pipeline(Generic[Chunk]):
         self.on_action: Callable[[str, int, int], None] = lambda kind, stage, micro_batch: None
         """Function that is called at the start of every action."""
         self.on_chunk_end: Callable[[int], None] = lambda chunk: None
-        """Function that is called with the index of a chunk as soon as the chunk's gradients are complete. It is not
-        called for the chunk of the rank that completes last.
+        """Function that is called with the index of a chunk as soon as the chunk's gradients are complete. Of this
+        rank's chunks, the last one to complete is left out.
         """
         self._left: dict[int, int] = {}
         """For each stage: number of backward passes that this step has not completed yet."""
@@ -197,8 +197,8 @@ class Pipeline(Generic[Chunk]):
         return found
 
     def _exchange(self, slot: int, outputs: dict, tokens: Sequence[Tensor]) -> dict[tuple[int, int], Tensor]:
-        """Send this rank's outputs of a slot to the next stages. Return the inputs of this rank's stages for the next
-        slot.
+        """Send this rank's outputs of a time slot (see `forward`) to the next stages. Return the inputs of this rank's
+        stages for the next time slot.
         """
         inputs, transfers = {}, []
         for (stage, m), output in outputs.items():
@@ -272,7 +272,7 @@ class Pipeline(Generic[Chunk]):
     def _acting(
         self, kind: str, stage: int, micro_batch: int, backward: tuple[int, int] | None = None
     ) -> Iterator[None]:
-        """Wrap every action of a step. The arguments are those of `Timeline.action`."""
+        """Run one action of a step inside the block, and record it. The arguments are those of `Timeline.action`."""
         self.on_action(kind, stage, micro_batch)
         hosted = nullcontext() if self._host is None else self._host.acting(kind, stage, micro_batch)
         with self.timeline.action(kind, stage, micro_batch, backward), hosted:

@@ -83,8 +83,8 @@ class Program:
         first action.
         """
         self._steps: list[tuple[int, int, list[int]]] = []
-        """For each action: its rank, the index of its kind, and a list. The list has the index in `_steps` of every
-        action on another rank whose result this action needs.
+        """For each action: its rank, the index of its kind, and the actions on other ranks whose results it needs. Each
+        needed action is given by its index in `_steps`.
         """
         last = max(part.stage for line in actions for action in line for part in _parts(action))
         position = [0] * len(actions)

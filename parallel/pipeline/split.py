@@ -41,8 +41,7 @@ def split_as_given(lengths: Sequence[int]) -> list[range]:
 def split_layers(
     costs: Sequence[float], first_cost: float, last_cost: float, placement: Sequence[Sequence[int]]
 ) -> list[range]:
-    """Return the layers of each stage, as consecutive ranges. Each stage has at least one layer, but the first and the
-    last stage may have none.
+    """Return the layers of each stage, as consecutive ranges. Only the first and the last stage may have no layers.
 
     costs: cost of every layer, in any unit. first_cost: extra cost of the first stage, for the embedding. last_cost:
     extra cost of the last stage, for the head, the loss and the MTP modules. Both are in the same unit as costs.

@@ -43,7 +43,7 @@ class StepRecord:
 
     @property
     def busy(self) -> float:
-        """Seconds of the step in which an action ran."""
+        """Number of seconds in which this rank ran an action."""
         return sum(action.seconds for action in self.actions)
 
     @property
@@ -87,7 +87,7 @@ class Timeline(Generic[Moment]):
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Wrap one complete step of the schedule."""
+        """Record one complete step of the schedule. The step runs inside the block."""
         self._open, begin = [], self._clock.now()
         yield
         self._pending.append((begin, self._clock.now(), self._open))
@@ -97,7 +97,9 @@ class Timeline(Generic[Moment]):
     def action(
         self, kind: str, stage: int, micro_batch: int, backward: tuple[int, int] | None = None
     ) -> Iterator[None]:
-        """Wrap one action. The arguments are the fields of ActionRecord with these names."""
+        """Record one action. The action runs inside the block. The arguments are the fields of ActionRecord with these
+        names.
+        """
         start = self._clock.now()
         yield
         self._open.append((kind, stage, micro_batch, backward, start, self._clock.now()))

@@ -92,7 +92,9 @@ def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
             return ZERO_OPTIMIZATION
 
         def _validate_zero3_moe_compatibility(self) -> None:
-            """Skip the check, because Sluice's experts have their ZeRO-3 placement on the parameters."""
+            """Skip DeepSpeed's check of experts at stage 3, because Sluice's experts have their placement on the
+            parameters.
+            """
 
     original, deepspeed.DeepSpeedEngine = deepspeed.DeepSpeedEngine, PatchedEngine
     try:

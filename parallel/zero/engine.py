@@ -62,7 +62,7 @@ class WeightFacts:
     is_expert: Callable[[str], bool]
     """Function that says whether the parameter with this global name is a weight of experts."""
     is_frozen: Callable[[str], bool] = lambda _: False
-    """Function that says whether the parameter with this global name never changes."""
+    """Function that says whether the parameter with this global name is frozen."""
     tied: nn.Parameter | None = None
     """A parameter that both the first and the last rank of the pipeline hold; None if there is none. Its gradients are
     summed over the two ranks.
@@ -258,8 +258,8 @@ class Zero:
         """Return this rank's part of the fp32 master weights and of the optimizer state, by logical name. The tensors
         share memory with the live state.
 
-        copies: whether to include the copy of a tied parameter whose master another rank returns. Loading a checkpoint
-        needs these copies.
+        copies: whether to include a tied parameter that the first rank of the pipeline already returns. Loading a
+        checkpoint needs both of its copies.
         """
         found: dict[str, Shard] = {}
         for part in self._weights.fragments():
@@ -299,8 +299,8 @@ class Zero:
         self._weights.refresh()
 
     def _close(self) -> None:
-        """Finish the gradients of a step at stages 1 and 2. At this point, every gradient of this rank is complete or
-        already reduced.
+        """At ZeRO stages 1 and 2, pass this rank's gradients to `local_observer`, and sum the gradients of the tied
+        parameter. Every gradient of this rank must be complete; gradients that are already reduced are skipped.
         """
         for param in self.names:
             if param.grad is not None:

@@ -144,7 +144,8 @@ def require_names(**owners: object) -> None:
 
 
 def _has(owner: object, name: str) -> bool:
-    """Whether an object has the name. The name also counts if the module of the object's class assigns it to instances.
+    """Whether an object has the name. If the object is a class, an assignment to `self.NAME` in the class's module
+    counts too.
 
     The function searches the source of the whole module. Finding the source of only the class would take 0.2 s.
     """
@@ -169,7 +170,7 @@ class CopiedBehaviour(NamedTuple):
     file: str
     """Path of DeepSpeed's file, relative to the package folder."""
     owner: str
-    """Class that has the functions; empty for functions at module level."""
+    """DeepSpeed's class that defines the `functions`; empty for functions at module level."""
     functions: dict[str, str]
     """For each function: the first 16 digits of the SHA-256 of its source, from `def` to the end."""
 

@@ -84,7 +84,9 @@ class ShardedWeights:
         """
         self._ready: set[nn.Parameter] = set()
         self._handed = 0
-        """Number of parameters, in the fixed order, whose gradients were passed to DeepSpeed in this micro-batch."""
+        """Number of parameters whose gradients were passed to DeepSpeed in this micro-batch. They are passed in the
+        order of `_order`.
+        """
         self._in_pass = False
         self._backward: set[nn.Module] = set()
         """Chunks whose backward has begun in this micro-batch."""

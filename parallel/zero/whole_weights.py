@@ -66,8 +66,8 @@ class WholeWeights:
         self._unshared = [
             number for number, params in enumerate(self._groups) if is_bf16 and shares(params[0]).ranks == 1
         ]
-        """Indexes of the groups whose gradients need no reduction. With fp32 weights the list is empty, because
-        DeepSpeed then assembles the shard in its step.
+        """Indexes of the parameter groups whose gradients need no reduction. With fp32 weights the list is empty,
+        because DeepSpeed then assembles the shard in its step.
         """
         self._adds = is_bf16 and not offload and len(self._unshared) < len(groups)
         """Whether DeepSpeed adds reduced gradients to the shard. If not, all gradients must be reduced in one block."""
@@ -119,8 +119,8 @@ class WholeWeights:
             self._keep_unshared()
 
     def reduce_ahead(self, params: Collection[nn.Parameter]) -> None:
-        """Reduce the gradients of these parameters now, while other gradients still accumulate. The gradients must be
-        complete.
+        """Reduce the gradients of `params` now, while gradients of other parameters still accumulate. The gradients of
+        `params` must be complete.
 
         All ranks that share these gradients call this method at the same point of the schedule.
         """
@@ -147,7 +147,7 @@ class WholeWeights:
         self._blocks.enter_context(self._engine.coalesce_grad_reduction())
 
     def _keep_unshared(self) -> None:
-        """Pass the gradients that no other rank shares to the optimizer, without a copy."""
+        """Take the gradients that no other rank shares, and pass them to the optimizer without a copy."""
         for number in self._unshared:
             params, master = self._groups[number], self._masters[number]
             self._handover.unreduced[master] = [gradient_of(param).view(-1) for param in params]
