@@ -85,7 +85,7 @@ class Failure:
     clock, so the agent converts these seconds to Unix time.
     """
     kind: str
-    """One of: user, timeout, stopped, crash."""
+    """Kind of failure, one of: user, timeout, stopped, crash."""
     message: str
     """Sluice's error screen, or the traceback of the error that was raised first."""
     code: int

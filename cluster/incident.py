@@ -292,7 +292,7 @@ def incident_screen(incident: Mapping[str, Any], path: Path | None = None, repor
 
 
 def unpack_traces(rings: Mapping[int, bytes]) -> dict[int, RankTrace]:
-    """Parse rings that agents sent."""
+    """Parse the communication rings that agents sent."""
     traces = dict[int, RankTrace]()
     for rank, packed in rings.items():
         with suppress(ValueError, zlib.error):
@@ -308,7 +308,7 @@ PASSED = "passed"
 
 
 def warning_of(text: str, seconds_left: float) -> str:
-    """Return the text of a warning that names the ranks that block a run. text: their description."""
+    """Return the text of a warning that names the ranks that block a run. text: description of these ranks."""
     return f"{text}; the run is ended in {seconds_left:.0f} s without progress (cluster.kill_after)"
 
 

@@ -42,7 +42,8 @@ class Meeting:
 
 
 def given_meeting() -> Meeting | None:
-    """Return the meeting point that the driver set; None for ranks of torchrun, which has its own store.
+    """Return where the ranks of this run find each other, as the driver set it; None for ranks of torchrun, which has
+    its own store.
 
     Call this function only once. It removes the secret from the environment, because otherwise every child of the rank
     would inherit the secret.

@@ -269,7 +269,7 @@ def _odd_messages(traces: Mapping[int, RankTrace]) -> list[tuple[float, tuple[in
 def _blame_message(
     traces: Mapping[int, RankTrace], sender: int, sent: CommRecord, receiver: int, received: CommRecord
 ) -> Judgement:
-    """Name the rank at the wrong end of a message."""
+    """Name the rank that made the mistake in a message: its sender or its receiver."""
     changed = {
         rank: found
         for rank, record in ((sender, sent), (receiver, received))

@@ -61,8 +61,8 @@ _FENCE = ".fence"
 
 
 class Age(NamedTuple):
-    """Age of a checkpoint. A checkpoint of a later attempt is newer, even if the later attempt resumed from an earlier
-    step and so wrote a lower step number.
+    """Age of a checkpoint: its attempt and its step. A checkpoint of a later attempt is newer, even if the later
+    attempt resumed from an earlier step and so wrote a lower step number.
     """
 
     attempt: int

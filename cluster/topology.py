@@ -91,8 +91,8 @@ class Placement:
 
     @cached_property
     def by_node(self) -> dict[str, list[Seat]]:
-        """Return the seats of each node, by node id. Nodes without seats are missing. The seats of a node are ordered
-        by local rank.
+        """Return the seats (ranks with their devices) on each node, by node id. Nodes without seats are missing. The
+        seats of a node are ordered by local rank.
 
         The result is cached, because a run with thousands of nodes reads it often.
         """

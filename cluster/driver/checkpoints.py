@@ -10,7 +10,7 @@ from cluster.run_files import MANIFEST, NONE, STEP_FOLDERS, Age, hold_lock, read
 
 
 def newest(folder: Path) -> Age:
-    """Return the age of the newest committed checkpoint, or NONE.
+    """Return the age (attempt and step) of the newest committed checkpoint, or NONE.
 
     A checkpoint folder gets its final name only after its manifest is complete, so every manifest found here is
     complete.

@@ -41,8 +41,8 @@ class Shelves:
     """Everything that the ranks of one attempt know about the in-memory copies."""
 
     nodes: list[Shelf]
-    """The nodes that store copies. Nodes with ranks come first, in placement order. The nodes with ranks form a ring:
-    the node after each node, or the first node after the last, stores that node's second copy.
+    """The nodes that store copies. Nodes with ranks come first, in placement order. They form a ring: the second copy
+    of a node's parts is on the next node in the ring.
     """
     resume: str | None
     """Name of the newest set of copies that is complete; None if no set is complete."""
@@ -81,7 +81,7 @@ class Copies:
         self._run = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
         self._ports: dict[str, int] = {}
         self._held: dict[str, dict[str, list[int]]] = {}
-        """For each node id and each set name: the ranks whose parts the node holds."""
+        """For each node id and each name of a set of copies: the ranks whose parts the node holds."""
 
     @cached_property
     def _id(self) -> str:
@@ -118,7 +118,7 @@ class Copies:
         self._held.pop(node, None)
 
     def newest(self, nodes: Iterable[str]) -> SetId | None:
-        """Return the newest set that is complete on these nodes together; None if no set is complete."""
+        """Return the newest set of copies that is complete on these nodes together; None if no set is complete."""
         ranks: dict[str, set[int]] = {}
         for node in nodes:
             for name, held in self._held.get(node, {}).items():

@@ -113,7 +113,7 @@ class Driver:
         questions no longer count as a sign of life.
         """
         self._ask_later: set[str] = set()
-        """Nodes whose agents the driver asks only at its next check of the node list."""
+        """Nodes whose agents the driver does not ask for news before its next check of the node list."""
         self._released: set[str] = set()
         """Draining nodes whose agents the driver has ended. Nothing of the run is left on these nodes."""
         self._probed_from = 0
@@ -253,7 +253,7 @@ class Driver:
         self._ask_later.clear()
 
     def _forget(self, id: str) -> Node:
-        """Remove a node from all records, because its agent of this launch is gone. Returns the node."""
+        """Remove a node from all records. The node's agent of this launch no longer exists. Returns the node."""
         self.copies.forget(id)
         self.pulse.forget(id)
         self._overdue.pop(id, None)
@@ -412,7 +412,9 @@ class Driver:
             self._note("no_pulse", text, nodes=without)
 
     def _tell_of_priority(self) -> None:
-        """Name the nodes where other processes slow down ranks and agents, because they have a higher priority."""
+        """Name the nodes on which other processes have a higher priority than the ranks and the agent, and so slow the
+        run down.
+        """
         # A Ray that this run started has the priority of this process. On a Ray cluster, a submitted job has the
         # priority that Ray gives to all its workers.
         if low := self.vitals.low(os.nice(0) if self.config.cluster.address is None else 0):

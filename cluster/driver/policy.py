@@ -30,7 +30,9 @@ class Policy:
     restarts: int = 3
     """Number of failures of one kind that are allowed before the run saves a new checkpoint."""
     straggler_factor: float = 1.2
-    """The driver names a rank as slow if its work time per step stays at least this factor times that of its peers."""
+    """The driver names a rank as slow if its work time per step stays at least this many times the median work time of
+    its peers.
+    """
     saves: bool = True
     """Whether the run writes checkpoints at intervals. If not, the run restarts at once when nodes return."""
     copies: bool = False

@@ -52,7 +52,8 @@ def with_shape(config: Config, shape: StageShape) -> Config:
 
 
 def smaller_shapes(config: Config) -> list[StageShape]:
-    """Return all shapes with fewer data-parallel ranks or a smaller ep, the best shape first.
+    """Return all shapes of a pipeline stage (see `StageShape`) that have fewer data-parallel ranks or a smaller ep than
+    the full layout, the best shape first.
 
     The function checks only that the batch and the experts can be divided evenly. Other rules of a layout are not
     checked.

@@ -51,7 +51,9 @@ SHOWN_NODES = 8
 
 
 def _budgets(cause: Cause) -> list[tuple[Kind, str]]:
-    """Return the keys of the failure budgets that a failure reduces."""
+    """Return the failure budgets that a failure reduces, as pairs of kind and node name. The name is empty unless the
+    failure is the loss of a node.
+    """
     return [(cause.kind, name) for name in cause.nodes] if cause.kind is Kind.node else [(cause.kind, "")]
 
 

@@ -301,8 +301,8 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Handles PUT and GET of /SET/FILE, where SET is the name of a set of copies. A PUT also removes all
-    other sets of this attempt and of earlier attempts, except the set that its header X-Keep names.
+    """Handles PUT and GET of /SET/FILE, where SET is the name of a set of copies. A PUT also removes all other
+    sets of this attempt and of earlier attempts, except the set that its header X-Keep names.
     """
 
     protocol_version = "HTTP/1.1"

@@ -97,7 +97,9 @@ class DeepEPDispatcher(ExchangeDispatcher):
             return _Landing(received, rows_TD, sent)
 
     def _first_out(self, plan: _Plan, sent: Any, gates_TK: Tensor) -> Any:
-        """Run the first dispatch of some tokens. Return DeepEP's output and record the routes in the plan."""
+        """Run the dispatch of tokens whose routes are not known yet. Return DeepEP's output and record the routes in
+        the plan.
+        """
         ids_TK = plan.ids_TK.to(self._deep_ep.topk_idx_t)
         per_rank, per_rdma_rank, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(ids_TK, self.experts)
         received, ids_MK, plan.gates_MK, counts, plan.handle, _ = self.buffer.dispatch(

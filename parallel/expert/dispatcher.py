@@ -107,7 +107,7 @@ class DispatchedRows:
 
 
 class PendingDispatch:
-    """A dispatch whose first half has run. Its first exchange is in progress; `wait` does the rest."""
+    """A dispatch whose first half has run. At least its first exchange is in progress; `wait` does the rest."""
 
     def __init__(self, flight: "ExchangeFlight", ticket: Tensor):
         self._flight, self._ticket = flight, ticket
@@ -181,16 +181,18 @@ class ExchangeDispatcher(ABC):
 
     @abstractmethod
     def _plan(self, expert_ids_TK: Tensor) -> DispatchPlan:
-        """Return the part of the plan that is known before any message has arrived."""
+        """Return the plan of a dispatch, as far as it is known before any message has arrived."""
 
     @abstractmethod
     def _start_out(self, flight: "ExchangeFlight", rows_TD: Tensor, gates_TK: Tensor | None) -> Any:
-        """Start to send rows to experts. The rows are tokens with gates, or, without gates, gradients of results."""
+        """Start to send rows to experts. The rows are tokens; if gates_TK is None, they are gradients of the combine's
+        results.
+        """
 
     @abstractmethod
     def _finish_out(self, flight: "ExchangeFlight", transfer: Any, gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Wait for the rows that `_start_out` sent. Return the rows sorted by expert, and the side data that contains
-        their gates. For gradients, the side data is empty.
+        their gates. If the rows are gradients, the side data is empty.
         """
 
     @abstractmethod

@@ -186,9 +186,7 @@ def place_entries(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor,
 def _place(
     ids_SK: Tensor, first: int, per_target: int, targets: int, copies: int, start: Tensor, by_entry: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three tensors: for each copy its source, the list of copies, and for each copy its entry; see
-    `_place_kernel`.
-    """
+    """Return three outputs of `_place_kernel`: the tensors at source_ptr, at copy_ptr and at entry_ptr."""
     ids_SK = ids_SK.contiguous()
     counts_BN = count_hits(ids_SK, first, per_target, targets)
     source_C, copy_C, entry_C = (ids_SK.new_empty(copies, dtype=torch.int64) for _ in range(3))

@@ -103,7 +103,9 @@ class HostStore:
 
     @contextmanager
     def acting(self, kind: str, stage: int, micro_batch: int) -> Iterator[None]:
-        """Wrap one action of the step. For an overlapped pair, pass the stage and micro-batch of its forward."""
+        """Run one action of the step inside the block. For an overlapped pair, pass the stage and micro-batch of the
+        pair's forward.
+        """
         if (kind, stage, micro_batch) not in self._reads:  # for an action that computes nothing
             yield
             return
@@ -226,7 +228,9 @@ class _Batch:
             piece.batch = self
 
     def wait(self) -> None:
-        """Make the compute stream wait for the batch's last copy. Later work may then reuse the memory."""
+        """Make the compute stream wait for the batch's last copy. Work that is launched later may then reuse the
+        batch's memory.
+        """
         if self.copied is not None:
             torch.cuda.current_stream().wait_event(self.copied)
         self.held = []

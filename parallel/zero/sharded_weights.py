@@ -183,8 +183,8 @@ class ShardedWeights:
     def _begin_backward(self, chunk: nn.Module) -> None:
         """Prepare for the backward of a chunk.
 
-        A schedule may run two backwards of a chunk without a forward between them. The second backward must start with
-        new records, because gradients of the first one may already have been passed to DeepSpeed.
+        A schedule may run two backwards of a chunk without a forward between them. Before the second backward, the
+        first one's micro-batch is ended, because some of its gradients may already have been passed to DeepSpeed.
         """
         if chunk in self._backward:
             self._end_pass()
@@ -195,7 +195,7 @@ class ShardedWeights:
         """Record that the gradient of a parameter is complete. Autograd calls this after it has run the parameter's
         node.
 
-        Then pass gradients to DeepSpeed in the fixed order, up to the first gradient that is still missing.
+        Then pass gradients to DeepSpeed in the order of `_order`, up to the first gradient that is still missing.
         """
         if param.grad is None or param in self._shared:
             return
