@@ -47,7 +47,7 @@ class Needle:
 
     @property
     def size(self) -> int:
-        """Number of tokens of a text without its filler. The start token counts."""
+        """Number of tokens of a text, with the start token but without the filler tokens."""
         return 1 + len(self.sentence) + len(self.question) + len(self.key)
 
     def text(self, start_id: int, filler: list[int], length: int, depth: float) -> list[int]:

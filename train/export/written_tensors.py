@@ -53,8 +53,8 @@ class PieceWriter:
         self._write(header, 0)
 
     def write(self, name: str, start: int, values: Tensor) -> None:
-        """Write values into the tensor `name`, from element `start` on. Their dtype must be the declared dtype of the
-        tensor. Raises OSError if the disk is full or fails."""
+        """Write values into the tensor `name`. start: index of the tensor's first element to write. The dtype of the
+        values must be the declared dtype of the tensor. Raises OSError if the disk is full or fails."""
         out = self._outs[name]
         assert DTYPES[values.dtype] == out.dtype, f"{name} was announced as {out.dtype}"
         raw = values.detach().contiguous().view(-1).view(torch.uint8).numpy()

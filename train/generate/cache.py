@@ -70,7 +70,7 @@ class Slots:
         """Return a mask of the columns that are visible to the C new tokens in `queries`: from the row's start to the
         token's column. None: every column.
 
-        A padding column can see itself, because attention fails on a row with an empty mask.
+        A padding column is visible to itself, because attention fails on a row with an empty mask.
         """
         if not self.padded and queries.stop - queries.start == 1:
             return None

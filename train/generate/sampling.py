@@ -1,6 +1,6 @@
 """Chooses tokens from logits, with temperature and top-p.
 
-Every row draws from its own generator, so a row's tokens do not depend on the other rows of the batch.
+Every row has a separate random number generator, so a row's tokens do not depend on the other rows of the batch.
 
 Shapes: B rows, V vocabulary.
 """
@@ -43,7 +43,7 @@ class Sampler:
 
 
 def uniforms(generators: list[torch.Generator], device: torch.device) -> Tensor:
-    """Return one random number in [0, 1) for each row, (B,), drawn from the row's generator."""
+    """Return one random number in [0, 1) for each row, (B,), drawn from the row's random number generator."""
     return torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(device)
 
 

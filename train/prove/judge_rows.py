@@ -108,8 +108,8 @@ def _judge_sent(at: Comparisons, sent: SentRows, quantity: str, names: tuple[str
 
 
 def _judge_sums(at: Comparisons, sent: SentRows, rows: str, sums: str, quantity: str) -> None:
-    """Judge the sums of rows that experts sent back to tokens. rows: name of the experts' rows. sums: name of the
-    sums."""
+    """Judge the sums of rows that experts sent back to tokens. rows: name of the recorded rows of the experts. sums:
+    name of the recorded sums."""
     seen, at_experts, at_tokens = sent.seen, sent.order_at_experts(), sent.order_at_tokens()
     if len(at_experts) != len(at_tokens):
         return  # the comparison of gates has reported this fault

@@ -217,7 +217,7 @@ class _Passed(Function):
 
 
 class _WatchedSwiGLU:
-    """Wraps the FP8 engine or the kernels of a model. Passes all calls on, and records the input of each SwiGLU."""
+    """Wraps the FP8 engine or the kernels of a model. Forwards all calls, and records the input of each SwiGLU."""
 
     def __init__(self, inner: Any, watch: PartsWatch):
         self._inner, self._watch = inner, watch

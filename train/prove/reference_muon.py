@@ -77,7 +77,7 @@ def muon(
     """Returns the weight and its momentum after an update (arXiv 2502.16982, 2.2). The update orthogonalises the
     Nesterov momentum of each matrix.
 
-    A factor gives the update about the same root mean square as an update of Adam.
+    The update is multiplied by a factor, so that its root mean square is about the same as for an update of Adam.
     """
     optim = config.optim
     momentum = optim.muon.momentum * momentum + gradient

@@ -55,7 +55,8 @@ def make_adamw(one: WeightUpdate, weight: Tensor, gradient: Tensor, mean: Tensor
 def size_adamw_roundings(
     one: WeightUpdate, before: list[Tensor], gradient: Tensor, new: tuple[Tensor, Tensor, Tensor]
 ) -> list[Tensor]:
-    """Returns the magnitude of one fp32 rounding error for each element of weight, mean and mean of squares.
+    """Returns the magnitude of one fp32 rounding error for each element of the weight, the mean of gradients and the
+    mean of squared gradients.
 
     The error is proportional to the magnitudes of a sum's terms, and not to the magnitude of the sum. If two terms have
     opposite signs, the sum may be smaller than the rounding errors of the terms.

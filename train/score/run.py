@@ -6,7 +6,7 @@ One row per sample, in the order of the file. Its columns are:
     tokens     token ids of the sample
     logprobs   log-probability of every token given the earlier tokens, in nats, at temperature 1; null for token 0
     first      index of the completion's first token; 1 without a completion
-    logprob    the sum of logprobs from `first` on
+    logprob    the sum of logprobs over token `first` and all later tokens
     count      the number of tokens in that sum
     experts    ids of the chosen experts, see EXPERTS_COLUMN; only with score.routing=write
     keys       positions that sparse attention chose, see KEYS_COLUMN; only with score.keys=write; null if the sample has
