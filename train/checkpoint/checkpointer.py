@@ -36,10 +36,11 @@ SAVE_PATIENCE = 0.8
 """Fraction of the timeout after which the next save gives up an unfinished save. The fraction is less than 1, because
 other ranks may already wait for this rank, with the same timeout."""
 GRACE = 0.1
-"""A save that was given up must end and report the reason within this fraction of the timeout. Otherwise it counts as
-stuck."""
+"""After a save was given up, it must end and report why it failed, within this fraction of the timeout. Otherwise it
+counts as stuck."""
 LEAST_GRACE = 1.0
-"""Minimum time, in seconds, in which a save that was given up may still end and report the reason."""
+"""A save that was given up has at least this time, in seconds, to end and report why it failed. The minimum applies if
+the fraction GRACE of the timeout is shorter."""
 MOST_STUCK = 2
 """Maximum number of stuck saves at the same time. The number is limited because each stuck save occupies its
 buffers."""
@@ -148,8 +149,8 @@ class Checkpointer:
         """Step of the last requested save; None after a report that this save succeeded."""
         self._protected: Path | None = None
         self._best: list[Path] = []
-        """Paths of the checkpoints with the lowest held-out loss so far, oldest first. The last of them may not exist
-        yet."""
+        """Paths of the checkpoints that had the lowest held-out loss when they were saved, oldest first. The last
+        checkpoint of the list may not exist yet."""
 
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
         """Write the state as the checkpoint of `step`. Returns the seconds that the caller was blocked.
@@ -304,8 +305,8 @@ class Checkpointer:
         )
 
     def _write(self, flight: SaveInFlight) -> str | None:
-        """Write this rank's files, and retry after a failure. Returns a warning if a try failed before one
-        succeeded."""
+        """Write this rank's files, and retry after a failure. Returns a warning if the write succeeded, but only after
+        a failed try."""
         save = flight.save
         folder = self.committer.begin(save, self.rank)
         warning = None

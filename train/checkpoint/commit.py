@@ -97,7 +97,7 @@ class Committer:
         it."""
 
     def enter(self, rank: int) -> None:
-        """Start to use the folder as this rank. Raises AttemptFenced if a newer attempt has started.
+        """Prepare the folder for the saves of this rank. Raises AttemptFenced if a newer attempt has started.
 
         Rank 0 also fences older attempts and removes their incomplete folders. It raises UserError if another process
         does not release the lock.

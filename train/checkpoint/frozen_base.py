@@ -26,8 +26,8 @@ def fill_blocks(
     """Fill this rank's bytes of one weight in block FP8.
 
     name: the weight's name in a checkpoint. blocks: the weight's format. ep: number of ranks that share the experts.
-    held: this rank's buffer. The buffer gets the weight's bytes from position `first` on; the rest of the buffer is
-    padding. fill: reads fp32 values. mark: receives the values that the bytes represent.
+    held: this rank's buffer. The buffer gets the weight's bytes, beginning with the byte at index `first`; the rest of
+    the buffer is padding. fill: reads fp32 values. mark: receives the values that the bytes represent.
     """
     size, (rows, columns) = blocks.matrix_bytes, blocks.shape[-2:]
     local = range(1) if blocks.experts is None else blocks.experts

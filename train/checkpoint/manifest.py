@@ -54,7 +54,8 @@ META = {
     "held_out": dict,
     "config": dict,
 }
-"""Maps the name of an entry to its type, for those entries of the meta that modes read.
+"""Maps names of meta entries to their types. The map contains only the entries that a mode of Sluice, such as
+mode=evaluate, reads.
 
 An int is a count, so it must not be negative.
 """
@@ -315,8 +316,8 @@ class FoundCheckpoint:
 
     manifest: Manifest | None
     warnings: list[str]
-    """Problems of damaged checkpoints, one text for each file. The list covers checkpoints that are newer than the
-    found one, and checkpoints whose age is unknown because their manifest is damaged."""
+    """Problems of damaged checkpoints, one text for each file. The list covers checkpoints that are newer than
+    `manifest`, and checkpoints whose age is unknown because their manifest is damaged."""
 
     @property
     def path(self) -> Path | None:

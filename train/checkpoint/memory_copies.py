@@ -36,7 +36,8 @@ SETS = 2
 
 
 class MemoryCopies:
-    """Makes the copies in memory of one rank in one attempt. All ranks call `save` for the same steps."""
+    """Copies the state of one rank to the memory of nodes, during one attempt of a run. All ranks call `save` for the
+    same steps."""
 
     def __init__(self, shelves: Shelves, token: str, *, rank: int, world_size: int, attempt: int, timeout: float):
         """shelves: the nodes, and the sets of copies on them. token: authenticates this rank to other nodes. timeout:
@@ -51,7 +52,8 @@ class MemoryCopies:
         """Name of the set of copies that this attempt resumed from. The set is not deleted until a newer set is
         complete."""
         self._stored = -1
-        """Newest step whose file this rank has stored on both nodes; -1 if there is none."""
+        """Newest step whose file this rank has stored on its node and, if there is one, on the next node; -1 if there
+        is no such step."""
         self._asked = -1
         """Step of the last requested save; -1 if there is none."""
         self._stage: StagingBuffers | None = None
@@ -119,7 +121,8 @@ class MemoryCopies:
         return SetId(self.attempt, step, self.world_size).name if step >= 0 else self._resumed
 
     def _oldest_stored(self) -> int:
-        """Returns the newest step whose files all ranks have stored on both nodes; -1 if there is none. Collective."""
+        """Returns the newest step whose file every rank has stored on its node and, if there is one, on the next node;
+        -1 if there is no such step. Collective."""
         stored = torch.tensor([self._stored])
         dist.all_reduce(stored, op=dist.ReduceOp.MIN)
         return int(stored)
@@ -133,8 +136,8 @@ class MemoryCopies:
             self._warnings.append(f"copy of step {id.step} in memory not made by rank {self.rank}: {error}")
 
     def _write(self, stage: StagingBuffers, id: SetId, kept: str, meta: dict[str, Any]) -> None:
-        """Write the file to this rank's node, and then to the next node. On both nodes, the data are written before the
-        index.
+        """Write the file to this rank's node and then, if there is one, to the next node. On each node, the data are
+        written before the index.
 
         kept: name of the set of copies that must not be deleted.
         """
@@ -206,7 +209,7 @@ class MemoryCopies:
 
 
 class ShelfFiles:
-    """Reads the files of the copies in memory that a run resumes from, on this node or on others.
+    """Reads the copies in memory from which a run resumes. Their files may be on this node or on other nodes.
 
     The class implements `train.checkpoint.read_shards.Files`.
     """

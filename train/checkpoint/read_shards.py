@@ -101,13 +101,13 @@ dtypes."""
 
 @dataclass
 class FilePiece:
-    """A part of one wanted shard that one file contains."""
+    """A part of a wanted shard. One file contains all bytes of this part."""
 
     name: str
     start: int
     """First element of the part, in the flattened logical tensor."""
     target: Tensor
-    """The memory of the shard to fill."""
+    """The memory, in the shard, that gets the values of the part."""
 
 
 ReadSpan = Callable[[memoryview, int], int]
@@ -176,7 +176,7 @@ def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], roun
 
 
 def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[tuple[int, FilePiece]]:
-    """Returns (rank, piece) pairs that together cover one wanted shard.
+    """Returns pairs of a rank and a piece. The pieces are parts of one wanted shard, and together cover this shard.
 
     If several ranks have written an element, only one of the pieces contains it.
     """
@@ -234,8 +234,8 @@ def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> E
 
 
 def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePiece], buffer: Tensor) -> None:
-    """Fill all pieces that one rank's file contains. The pieces are read in file order, so that a shared block is read
-    once.
+    """Fill those pieces (parts of wanted shards) that one rank's file contains. The pieces are read in file order. So a
+    block that two pieces share is read only once.
 
     buffer: memory for one block.
     """

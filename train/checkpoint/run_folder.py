@@ -123,7 +123,7 @@ def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
     """Returns a context in which rank 0 holds a lock, because it may write to the run folder.
 
     The lock is shared. If a node is disconnected, rank 0 of the old attempt and rank 0 of the new attempt may hold it
-    at the same time. A new start may hold it for a moment.
+    at the same time. A new start of the run takes the lock for a moment, to see whether a rank 0 still holds it.
     """
     paths.path.mkdir(parents=True, exist_ok=True)
     handle = open_lock(paths.rank_lock)

@@ -1,13 +1,13 @@
-"""Reads the weights of a checkpoint. For an adapter's run, this file reads the base and adds the adapter:
+"""Reads the weights of a checkpoint or of a Hugging Face folder, and adds a LoRA adapter if there is one:
 
-    W + scale B A       in fp32, before any rounding
+    W + scale B A       W: a weight of the adapter's base. The sum is computed in fp32, and then rounded if needed
 
-LoRA's A and B come from the checkpoint of the run. For a complete model, they may come from a PEFT folder
-(adapter.path). While the base is read interval by interval, the product B A is added to each interval. So only a few
-tensors are in memory at a time.
+If a run trains an adapter, its checkpoints contain A and B, and the base is elsewhere. If a checkpoint or folder
+contains all weights, it can be the base of an adapter in a PEFT folder (adapter.path). The base is read one interval
+after another, and B A is added to each interval. So only a few tensors are in memory at a time.
 
-The optimizer state of a Sluice checkpoint is not read. The weights of a checkpoint are read into the chunks of a
-layout, or completely into one process. A Hugging Face folder is read completely into one process.
+A checkpoint is read into the chunks of a layout, or into one complete model in one process. A Hugging Face folder is
+read into one complete model in one process. The optimizer state of a checkpoint is not read.
 """
 
 import hashlib
@@ -60,8 +60,8 @@ from train.model.operations import Kernels
 from train.parallelize import build_chunks, build_pipeline, make_dispatcher, make_share
 
 CACHED_TENSORS = 8
-"""Number of adapter tensors that are cached, because several matrices use the same tensor, such as the matrices of a
-layer's experts."""
+"""Number of adapter tensors that are cached. Without the cache, a tensor that several matrices use would be read
+several times. The matrices of a layer's experts, for example, can be in one tensor."""
 
 
 class StoredLora:
@@ -179,9 +179,9 @@ class StoredWeights:
 
 
 def plain_name(name: str) -> str:
-    """Returns the name of a weight's tensor in a checkpoint.
+    """Returns the name of the tensor that contains a weight in a checkpoint.
 
-    name: this name, or the name of the tensor that contains the weight's moving average.
+    name: the name of this tensor, or of the tensor that contains the weight's moving average.
     """
     return f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from parallel.shard import Shard
 
 FillShards = Callable[[dict[str, Shard]], Any]
-"""A function that fills shards of weights and balance biases. The keys are their names in a checkpoint."""
+"""A function that fills shards of weights and balance biases. Its argument maps the name of each weight or bias in a
+checkpoint to its shard."""
 BLOCK, BLOCKS_AT_ONCE = 1 << 14, {"cpu": 4, "cuda": 512}
 """BLOCK: number of elements of a block. BLOCKS_AT_ONCE: number of blocks that one call sums, for each device type.
 
@@ -42,7 +43,8 @@ class WeightsMark:
         self._taken: dict[str, list[tuple[int, int]]] = {}
 
     def watching(self, fill: FillShards) -> FillShards:
-        """Returns a function that calls `fill` and then adds the filled values to the mark."""
+        """Returns a function that calls `fill` and then adds the values of the filled shards to this mark (a
+        checksum)."""
 
         def watched(wanted: dict[str, Shard]) -> Any:
             found = fill(wanted)
@@ -86,8 +88,8 @@ class WeightsMark:
 
 
 def same_weights(one: str | None, other: str | None) -> bool:
-    """Whether two marks agree in all parts of the model that both contain. An unknown mark (None) agrees with every
-    mark."""
+    """Whether two marks (checksums of weights) agree in every part of the model that both marks cover. An unknown mark
+    (None) agrees with every mark."""
     return not one or not other or all(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
 
 

@@ -29,12 +29,14 @@ class Batch:
     """Maps names to fp32 tensors (B, seq_len + 1), which are inputs of a token loss (train/model/token_losses.py). Each
     value belongs to the prediction of its token. `weights` multiply the loss, and `temperatures` divide the logits."""
     experts_BTLK: Tensor | None = None
-    """int64 (B, seq_len, MoE layers of the main model, experts per token): the experts that another engine chose
-    (mode=score writes them). The last token has none. The model uses these experts. None: the routers choose."""
+    """int64 (B, seq_len, MoE layers of the main model, experts per token): the experts that routers chose earlier for
+    each token, for example in mode=score or in an inference engine. The last token has no experts. The model uses these
+    experts. None: the model's routers choose."""
     keys_BTLK: Tensor | None = None
-    """int32 (B, seq_len, layers of the main model with an indexer, top_k): the keys that another engine chose. The last
-    token has none. A key is a position in the sequence; -1 fills the row if there are fewer than top_k keys. None: the
-    indexers choose."""
+    """int32 (B, seq_len, layers of the main model with an indexer, top_k): the attention keys that indexers selected
+    earlier for each token, for example in mode=score or in an inference engine. The last token has no keys. A key is
+    given as a position in the sequence. If a token has fewer than top_k keys, the other entries are -1. None: the
+    model's indexers select the keys."""
 
     def take(self, rows: slice) -> "Batch":
         """Returns a batch with the sequences in the slice `rows`."""
@@ -139,9 +141,10 @@ class GivenSample:
     """Maps names of tensors in `Batch.tensors` to values: one number for all learnt tokens, or one number for each
     learnt token."""
     experts_TLK: Tensor | None = None
-    """Experts that another engine chose for all tokens except the last."""
+    """Experts that routers chose earlier, for example in an inference engine, for all tokens except the last."""
     keys_TLK: Tensor | None = None
-    """Keys that another engine chose for all tokens except the last."""
+    """Positions of the attention keys that indexers selected earlier, for example in an inference engine, for all
+    tokens except the last."""
 
 
 def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int = 0) -> Batch:
@@ -182,9 +185,9 @@ def _padded(
 ) -> Tensor | None:
     """Returns the replayed choices of all samples in one tensor (B, length - 1, L, K); None if the samples have none.
 
-    choices: a tensor (tokens - 1, L, K) for each sample. name, axes: names of the choices, and of L and K, in errors.
-    filling: value after the end of a sample. Raises UserError if only some samples have choices, or if a shape is
-    wrong.
+    choices: a tensor (tokens - 1, L, K) for each sample. name: what error messages call the choices. axes: what they
+    call the dimensions L and K. filling: value after the end of a sample. Raises UserError if only some samples have
+    choices, or if a shape is wrong.
     """
     first = choices[0]
     padded = None if first is None else first.new_full((len(choices), length - 1, *first.shape[1:]), filling)

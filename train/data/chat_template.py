@@ -322,7 +322,8 @@ class ChatTemplate:
         return text, found
 
     def _has(self, text: str, content: str, chat: Chat) -> bool:
-        """Whether the text contains `content` as often as the chat has messages with this content."""
+        """Whether the text contains `content` at least n times, where n is the number of the chat's messages with this
+        content."""
         alike = [m for m in chat.messages if isinstance(m.get("content"), str) and m["content"].strip() == content]
         return text.count(content) >= len(alike)
 
@@ -414,11 +415,13 @@ class ChatTemplate:
         return len(piece) - place - len(header) if place >= 0 else 0, after.rstrip()
 
     def _by_prefix(self, plain: str, chat: Chat, number: int, at: int) -> PlacedTurn:
-        """Finds a turn if the template renders turns with and without content differently.
+        """Finds a turn if a probe character cannot show it, because the template writes other text around the probe
+        character than around the content.
 
-        There are two cases. In the first, the text up to this turn is a prefix of the complete text. In the second, the
-        template drops the reasoning of older turns. Then the method searches the rest of the turn's text, without
-        reasoning, after position `at`. at: end of the previous turn.
+        The method renders the chat only up to the end of this turn. There are two cases. In the first, the result is a
+        prefix of the complete text. In the second, the complete text lacks the reasoning of this turn, because the
+        template drops the reasoning of older turns. Then the method removes the reasoning from the turn's text, and
+        searches the complete text, after the position `at`, for what is left. at: end of the previous turn.
         """
         before, message = chat.messages[:number], chat.messages[number]
         turn = self._run([*before, message], chat.tools).rstrip()
@@ -456,8 +459,8 @@ def _unmarked(text: str) -> tuple[str, list[Span]]:
 
 
 def _shared(one: str, other: str) -> int:
-    """Returns the length of the common prefix of two texts. If the texts differ inside the tags <think> and </think>,
-    the `<` at the start of both tags is not part of the prefix."""
+    """Returns the length of the common prefix of two texts. If this prefix ends with the `<` of a tag <think> or
+    </think> in `one`, the `<` is not counted."""
     pairs = enumerate(zip(one, other, strict=False))
     place = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
     inside = place > 0 and {one[place - 1 :][: len(word)] for word in (THINK, THOUGHT)} & {THINK, THOUGHT}
@@ -475,10 +478,11 @@ def _forms(content: str) -> Iterator[tuple[str, bool]]:
 
 
 def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int, bool]] | None:
-    """Finds the contents in a text that consists of the pieces, with one content between each two pieces.
+    """Finds the contents of the assistant's turns in the text of a chat.
 
-    Returns for each content: index of its first character, index after its last character, and whether its reasoning is
-    cut. Returns None if the text does not consist of these pieces and contents.
+    pieces: the parts of the text before, between and after the contents. Returns for each content: index of its first
+    character, index after its last character, and whether its reasoning is cut. Returns None if the text does not
+    consist of these pieces and contents.
     """
     if len(pieces) != len(contents) + 1 or not plain.startswith(pieces[0]):
         return None

@@ -31,8 +31,8 @@ from train.data.tokenizer import Tokenizer, load_tokenizer
 MASK_VERSION = 3
 """Version of the method that finds learnt tokens. A change of the version rebuilds the cached token files.
 
-Version 1 missed turns that begin with a space. Version 2 wrote reasoning into the contents, and it learnt no stop token
-if the template writes none.
+Version 1 missed turns that begin with a space. Version 2 wrote reasoning into the contents. For templates that write no
+stop token, version 2 did not mark any token as the learnt end of a turn.
 """
 AT_ONCE = 256
 """Number of chats that are encoded in one call."""

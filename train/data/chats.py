@@ -179,7 +179,8 @@ def _from_sharegpt(turn: Any, refuse: Any) -> Message:
 
 
 def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
-    """Returns the message in the form that templates take, and whether its weight is 1.
+    """Returns the message in the form that templates take, and whether its field `weight` is 1. A missing field counts
+    as 1.
 
     number: index of the message in the chat. refuse: builds the error for an invalid message.
     """

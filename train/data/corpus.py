@@ -56,7 +56,8 @@ class CorpusPart:
     train: Documents
     validation: Documents
     whole: Documents
-    """Training and held-out documents together; a single document is not cut in two."""
+    """All documents, training and held-out. If the source has only one document, it is cut in two for `train` and
+    `validation`, but not here."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def build_corpus(config: Config, progress: ReportProgress = silent) -> Corpus:
 
 
 class _Builder:
-    """Builds one corpus, and holds what the steps of the build share."""
+    """Builds one corpus, and holds the settings and notes that all parts of the build use."""
 
     def __init__(self, config: Config, progress: ReportProgress):
         self.config, self.data, self.progress = config, config.data, progress
@@ -166,7 +167,7 @@ class _Builder:
     def _tell_of_long(self, fitted: list[tuple[str, FittedChats]], parts: list[CorpusPart]) -> None:
         """Raise UserError for chats that are too long, or add notes about how many chats were cut or dropped.
 
-        fitted: name and chats of each source.
+        fitted: for each source, its name and its chats.
         """
         long = sum(one.long for _, one in fitted)
         if long and self.data.too_long is TooLong.refuse:
@@ -209,10 +210,11 @@ class _Builder:
             writer.more = {"unlearnt": unlearnt} | ({"unthought": unthought} if unthought else {})
 
     def _without_short(self, name: str, *sides: Documents) -> tuple[Documents, ...]:
-        """Returns the documents with at least data.min_tokens tokens, for each of `sides`.
+        """Removes the documents with fewer than data.min_tokens tokens from the training documents, from the held-out
+        documents, and from all documents. Returns what is left of these three sets.
 
-        sides: training documents, held-out documents, and all documents. They were split before, so data.min_tokens
-        does not change which documents are held out.
+        sides: the three sets of documents. The documents were split before this call, so data.min_tokens does not
+        change which documents are held out.
         """
         least = self.data.min_tokens
         if not least:

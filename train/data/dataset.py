@@ -172,7 +172,7 @@ class _Rows:
         self._supervised_BS = np.empty(shape, np.bool_) if chats else None
 
     def of(self, row: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Returns the buffers of one row, which the caller fills: tokens, document numbers and the supervised mask."""
+        """Returns the buffers of one row, which the caller fills: tokens, document indices and the supervised mask."""
         numbers_S = None if self._numbers_BS is None else self._numbers_BS[row]
         return self._tokens_BS[row], numbers_S, None if self._supervised_BS is None else self._supervised_BS[row]
 

@@ -51,7 +51,8 @@ def split_documents(store: TokenStore, tokenizer: Tokenizer, fraction: float) ->
 
 
 def all_documents(store: TokenStore) -> Documents:
-    """Returns all documents of a token folder. A single document is not cut in two."""
+    """Returns all documents of a token folder, training and held-out. If there is only one document, it is not cut in
+    two."""
     return Documents(store.tokens_N, store.offsets_D1[:-1], np.diff(store.offsets_D1), store.supervised_N)
 
 

@@ -46,7 +46,7 @@ class StreamMark:
     pass_samples: int = 0
     """Number of samples in the first pass; 0 if the first pass has not ended yet."""
     state: str | None = None
-    """The source's state_dict, as JSON, from before the source produced the document; None if the source has no
+    """The source's state_dict as JSON, taken before the source produced the document; None if the source has no
     state_dict."""
 
 
@@ -64,7 +64,7 @@ class OwnDocuments:
 
     field = KEY
     size = 1 << 21
-    """Number of characters from the beginning of the source on which a tokenizer is trained. The number is fixed,
+    """A tokenizer is trained on this number of characters from the beginning of the source. The number is fixed,
     because a source may be endless."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None):

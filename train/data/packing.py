@@ -11,8 +11,8 @@ document is cut between tokens, not between characters. So the text is not token
 always three tokens longer. Each document of the stream has a slot; the slots of all epochs are numbered 0, 1, 2, ...
 The document in slot g becomes a FIM document if floor((g+1)*rate) > floor(g*rate). The order of the documents is
 random, so this choice is as good as random. A formula gives the number of FIM documents before any slot. So the start
-of every epoch and the position of every sample are computed by formulas too, and a resumed run does not read earlier
-data again, with any number of ranks.
+of every epoch and the position of every sample are computed by formulas too. A resumed run does not read earlier data
+again, even if its number of ranks is different.
 
 The index of an epoch (order and ends of the documents) takes O(documents) memory. Only the indices of the two newest
 epochs are in memory.
@@ -124,8 +124,8 @@ class Stream:
         self.read(window * self.seq_len, tokens_S, numbers_S)
 
     def read(self, first_token: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None) -> None:
-        """Fill tokens_S with the stream's tokens from `first_token` on, and numbers_S with their document indices from
-        0."""
+        """Fill tokens_S with the stream's tokens, starting at the position `first_token`. Fill numbers_S with the
+        document index of each token, counted from 0 in this buffer."""
         number, filled = 0, 0
         for pieces, skip in self._documents_from(first_token):
             begin = filled
@@ -146,8 +146,8 @@ class Stream:
     def _documents_from(self, token: int) -> Iterator[tuple[list[np.ndarray], int]]:
         """Yields documents of the stream, beginning with the document that contains the token at this position.
 
-        Each document is a list of token arrays and a number of tokens to skip at its start, which is 0 after the first
-        document.
+        Yields for each document a list of token arrays, and the number of tokens to skip at the document's start. This
+        number is 0 for all documents except the first.
         """
         number = self._epoch_of(token, self.tokens_before, 1)
         local = token - self.tokens_before(number)
@@ -194,7 +194,8 @@ class Stream:
     def _epoch_of(self, position: int, before: Callable[[int], int], tokens: int) -> int:
         """Returns the epoch e with before(e) <= position < before(e + 1).
 
-        before: maps an epoch to its first position. tokens: distance between two successive positions, in tokens.
+        position: index of a token or of a sample. before: maps an epoch to the index of its first token or sample.
+        tokens: 1 for tokens; the number of tokens per sample for samples.
         """
         epoch = int(position * tokens // self.mean_tokens)  # an estimate, which is at most a few epochs off
         while before(epoch) > position:
@@ -250,7 +251,7 @@ class PackedChats:
     """The endless samples of packed chats. `train.data.dataset` uses them like a `Stream`."""
 
     def __init__(self, documents: Documents, seq_len: int, eos: int, seed: int):
-        """eos: the padding token."""
+        """eos: the end-of-document token, which is also used as padding."""
         assert documents.supervised is not None and len(documents) > 0
         self._documents, self._supervised, self._eos, self._seed = documents, documents.supervised, eos, seed
         self._sequences = pack_chats(documents.lengths_D, seq_len + 1, seed)

@@ -69,8 +69,8 @@ def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
 
 
 def with_steps(config: Config) -> Config:
-    """Returns the recipe with as many steps as `epochs` epochs over all sources need. The last step may read some
-    sequences again.
+    """Returns the recipe with the number of steps in which all sources are read as many times as the key `epochs` says.
+    The last step may read some sequences again.
 
     Builds the tokens if they are missing. Raises UserError.
     """

@@ -64,7 +64,7 @@ def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator
 
 
 def _cut(block: bytes) -> int:
-    """Returns the number of bytes of `block` to put into the first of two documents.
+    """Returns the position at which `block` is cut into two documents: the number of bytes of the first document.
 
     The cut is after the last line end in the second half of the block, or else before the last character.
     """
@@ -233,7 +233,7 @@ def read_parquet_records(
 ) -> Iterator[tuple[str, str, dict[str, object]]]:
     """Yields the stable id, the place for error messages, and the values of each row.
 
-    columns: a function that chooses the columns to read from the list of all column names.
+    columns: a function that gets the names of all columns and returns the names of the columns to read.
     """
     import pyarrow
     import pyarrow.parquet  # takes half a second, so imported only when such a file is read

@@ -172,8 +172,8 @@ def open_source(source: MixSource, key: str, by_content: bool = False) -> Docume
 def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) -> FileSource:
     """Find the files of a chat source. The documents of the returned source are `Chat` objects.
 
-    way: the other settings on which the tokens depend. by_content: whether the content decides if a chat is held out
-    (data.hold_out_by).
+    way: a text that contains the settings on which the tokens depend, except those of the source. by_content: whether
+    the content decides if a chat is held out (data.hold_out_by).
     """
     if source.path.startswith("hf://"):
         rule, cure = (
@@ -214,7 +214,7 @@ def no_text(source: DocumentSource) -> UserError:
 
 
 def format_of(source: MixSource, key: str) -> DataFormat:
-    """Returns the configured format, or the format that the file names show. stdlib with a path means auto."""
+    """Returns the configured format. For `auto`, and for `stdlib` with a path, the file names show the format."""
     if not source.path:
         return DataFormat.stdlib
     return _guess(source, key) if source.format in (DataFormat.auto, DataFormat.stdlib) else source.format

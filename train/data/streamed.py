@@ -70,7 +70,8 @@ class StreamedData:
         return Batch(tokens_BS, numbers_BS.int() if self._mask else None)
 
     def _samples(self, mark: StreamMark) -> Iterator[tuple[StreamMark, np.ndarray, np.ndarray]]:
-        """Yields each sample from `mark` on: its mark, its tokens (S1,), and the document index of each token (S1,)."""
+        """Yields the samples of the stream, beginning at the position `mark`. Yields for each sample: the mark at which
+        it begins, its tokens (S1,), and the document index of each token (S1,)."""
         length, sample, skip = self.seq_len, mark.sample, mark.skip
         tokens = np.empty(0, np.int64)
         held: deque[tuple[OwnDocument, int, int]] = (
@@ -96,7 +97,8 @@ class StreamedData:
                 held[0] = at, after + left, here - left
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Returns how many passes these samples cover, under the source's name; 0 until the first pass has ended."""
+        """Returns a map from the source's name to the number of passes that these samples cover. The number is 0 until
+        the first pass has ended."""
         return {self._documents.name: samples / self._pass_samples if self._pass_samples else 0.0}
 
     def repeats(self, samples: int) -> str | None:

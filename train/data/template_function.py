@@ -36,16 +36,16 @@ class FunctionTemplate(ChatTemplate):
     """A chat template that calls a Python function instead of Jinja."""
 
     def __init__(self, section: CodeSection, eos: str = ""):
-        """eos: the end-of-document token. Raises UserError if there is no such function, or if it does not accept the
-        arguments."""
+        """eos: the end-of-document token. Raises UserError if the function that data.template_function names does not
+        exist, or does not accept the arguments of a template."""
         self._section, self.name, self._tokens = section, str(section[TARGET]), {"eos_token": eos}
         self._function = make(KEY_OF_FUNCTION, section)
         require_arguments(KEY_OF_FUNCTION, section, self._function, 3, "messages, tools, add_generation_prompt")
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the function's file and keys. If the file or a key changes, the chats are rendered again. A change in
-        a module that the function imports does not change the hash."""
+        """Hash of the function's source file and of the section data.template_function. If one of them changes, the
+        chats are rendered again. A change in a module that the function imports does not change the hash."""
         function = getattr(self._function, "func", type(self._function))
         file = inspect.getsourcefile(function)
         code = Path(file).read_bytes() if file else b""

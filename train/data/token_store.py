@@ -230,7 +230,7 @@ class StoreWriter:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """Save an array like np.save, with an OSError that has an errno if the disk is full."""
+    """Save an array like np.save. Unlike np.save, raises an OSError with an errno if the disk is full."""
     content = io.BytesIO()
     np.save(content, array)
     path.write_bytes(content.getbuffer())

@@ -32,7 +32,8 @@ class TokenisedSource:
     """Hashes of the documents' stable ids (uint64)."""
     text_bytes: int
     continues: bool
-    """Whether the first document began in the previous task, so that its tokens continue the last document there."""
+    """Whether the first document began in the previous task. Then its tokens continue the last document of that
+    task."""
 
 
 def tokenise(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, workers: int) -> Iterator[TokenisedSource]:
@@ -54,7 +55,7 @@ def tokenise(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, workers
 @dataclass
 class _Task:
     names: list[str] = field(default_factory=list)
-    """For each part of the task, the name of its document. The parts of one document are adjacent."""
+    """For each part of the task, the stable id of its document. The parts of one document are adjacent."""
     parts: list[str] = field(default_factory=list)
     size: int = 0
     continues: bool = False

@@ -123,8 +123,8 @@ class Tokenizer:
         text."""
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and the files that belong to it unchanged, so that load_tokenizer(folder) loads the same
-        tokenizer.
+        """Write tokenizer.json and the files that belong to it. All are unchanged, so that load_tokenizer(folder) loads
+        the same tokenizer.
 
         If the tokenizer has no settings file, the method writes one with the name of eos.
         """
@@ -134,7 +134,7 @@ class Tokenizer:
         atomic_write_text(folder / TOKENIZER_FILE, self.json_text)
 
     def with_files(self, files: Mapping[str, str]) -> "Tokenizer":
-        """Returns a copy of the tokenizer. files: texts of the files besides tokenizer.json that the copy has."""
+        """Returns a copy of the tokenizer with other files besides tokenizer.json. files: texts of these files."""
         made = copy.copy(self)
         made.files = dict(files)
         return made

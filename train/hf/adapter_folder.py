@@ -31,8 +31,8 @@ BASE_WEIGHTS = "base_weights"
 did not write this key.
 """
 BASE_FORMAT = "base_format"
-"""Key in the file's metadata: the base's storage format while the adapter was trained, with the values of
-adapter.base."""
+"""Key in the file's metadata: the base's storage format while the adapter was trained. The format is given as a value
+of the configuration key adapter.base."""
 
 
 class AdaptedTensor(NamedTuple):

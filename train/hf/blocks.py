@@ -100,5 +100,8 @@ def _reproduces(blocks_NX: Tensor, scale_N: Tensor) -> Tensor:
 
 
 def _beside(scale_N: Tensor, places: int) -> Tensor:
-    """Return the fp32 values that are `places` units in the last place above the scales. Scales must be positive."""
+    """Return for each scale the fp32 value that is `places` positions after it in the sorted list of all fp32 values.
+
+    Scales must be positive.
+    """
     return (scale_N.view(torch.int32) + places).view(torch.float32)

@@ -283,10 +283,11 @@ def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differing(older: dict[str, Any], newer: dict[str, Any], theta: Any) -> list[str]:
-    """Return the names of the rotary parameters that differ between the two sections of a file.
+    """Return the names of the rotary parameters that differ between rope_scaling and rope_parameters of a file.
 
-    If the newer section has the type `default` and only rope_theta, then only rope_theta is compared. theta: the file's
-    rope_theta, which applies to a section without rope_theta.
+    older: rope_scaling. newer: rope_parameters. If rope_parameters has the type `default` and no parameter besides
+    rope_theta, then only rope_theta is compared. theta: the file's rope_theta, which applies to a section without
+    rope_theta.
     """
     if newer.keys() <= {"rope_type", "type", "rope_theta"} and newer.get("rope_type", newer.get("type")) in (
         None,

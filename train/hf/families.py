@@ -58,7 +58,7 @@ the default of the model family."""
 INDEX_TYPES, INDEX_LETTERS = "indexer_types", {"full": "F", "shared": "S"}
 """INDEX_TYPES: the field that lists the kind of each layer. INDEX_LETTERS: maps each kind to its letter.
 
-A layer of kind `full` has an indexer. A layer of kind `shared` uses the keys that an earlier layer selected.
+A layer of kind `full` has an indexer. A layer of kind `shared` uses the attention keys that an earlier layer selected.
 """
 INDEX_SHARING = (
     INDEX_TYPES,
@@ -67,9 +67,10 @@ INDEX_SHARING = (
     "index_skip_topk_offset",
     "index_share_for_mtp_iteration",
 )
-"""Fields that tell which layers share keys: a list of kinds, a text of letters, or a rule.
+"""Fields that tell which layers use the attention keys that an earlier layer selected. Such a field is a list of kinds,
+a text of letters, or a rule.
 
-The last field applies to drafts that run one MTP module several times, which training never does.
+The last field only concerns drafts that run one MTP module several times. Training never does this.
 """
 FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
 """Fields with one allowed value. Files of DeepSeek-V3 do not have these fields, but transformers would apply them."""
@@ -135,8 +136,8 @@ HARMLESS = {
     **dict.fromkeys(GENERATION.split(), "sampling of text; Sluice uses the section generate"),
     **dict.fromkeys(OTHER_MODELS.split(), "written into every file by older transformers, for other models"),
 }
-"""Maps fields that do not change the model's results in Sluice to the reason. All unknown fields are rejected unless
-they are null."""
+"""Maps a field that does not change the model's results in Sluice to the reason why it does not. All unknown fields are
+rejected unless they are null."""
 QUANTISED = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -202,11 +203,11 @@ class FamilyFacts:
     fixed: Fields = field(default_factory=lambda: FIXED)
     """Fields with one allowed value, which a file may leave out."""
     is_sparse: bool = False
-    """Whether the attention is sparse: an indexer selects keys."""
+    """Whether the attention is sparse: an indexer selects the keys to which a query attends."""
     interleaved: bool = False
     """Whether the indexer's RoPE rotates adjacent elements if the file does not have the field INDEX_ROPE."""
     shares: bool = False
-    """Whether layers may use the keys that an earlier layer selected."""
+    """Whether layers may use the attention keys that an earlier layer selected."""
     scores: ScoreFunction = ScoreFunction.sigmoid
     has_mtp: bool = True
     has_fp8: bool = True
@@ -295,7 +296,7 @@ REFUSED_MODELS = {
     "DeepseekV2ForCausalLM": "softmax routers without normalised gates are not supported",
     "KimiLinearForCausalLM": "layers with linear attention are not supported",
 }
-"""Maps architectures that are similar, but not supported, to the reason."""
+"""Maps each architecture that is similar, but not supported, to the reason why it is not supported."""
 
 
 def find_family(folder: Path, field: str) -> FamilyFacts:

@@ -34,8 +34,8 @@ class ShardPart:
     start: int
     """Index of the first element in the flattened Hugging Face tensor."""
     target: Tensor
-    """The memory of the shard to which the part is copied. If the Hugging Face tensor is an MTP module's copy of
-    another tensor, the part is only compared with this memory."""
+    """The part is copied into this slice of the shard's memory. If the Hugging Face tensor is an MTP module's copy of
+    another tensor, the part is not copied. It is only compared with the slice."""
 
 
 def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[str, Shard]) -> int:

@@ -83,7 +83,7 @@ def _as_deepseek(model: Model) -> Iterator[PlacedTensor]:
 
 
 def _same(theirs: str, ours: str, shape: tuple[int, ...], fp8: bool = False) -> PlacedTensor:
-    """Return the entry of a Hugging Face tensor that is the same as one whole tensor of Sluice."""
+    """Return the entry of a Hugging Face tensor that has the same values as one complete tensor of Sluice."""
     return PlacedTensor(theirs, shape, ours, 0, shape, fp8)
 
 

@@ -87,7 +87,7 @@ class LiveRun:
     """Settings of the current step."""
     batch: "Batch" = field(init=False)
     outcome: "StepOutcome" = field(init=False)
-    """Results of the current step's passes and update."""
+    """Results of the current step: of its forward and backward passes, and of its update."""
     started: float = 0.0
     """Start time of the current step, from time.perf_counter."""
     seconds: float | None = None
@@ -98,7 +98,7 @@ class LiveRun:
     def __post_init__(self) -> None:
         self.device, self.mesh = self.setup.device, self.setup.mesh
         self.rank, self.folder, self.chunks = self.mesh.rank, RunPaths(self.config).path, self.parts.chunks
-        """This rank's number, the run folder, and this rank's chunks of the model."""
+        """The index of this rank, the run folder, and this rank's chunks of the model."""
         self.step = self.state.step
         """Index of the current step. Between steps, it is the index of the last completed step."""
 

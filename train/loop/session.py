@@ -52,7 +52,7 @@ with the output of the driver and rank 0."""
 SESSION_LOOK_SECONDS = 0.2
 """Interval, in seconds, at which this process checks the driver while it waits for an answer."""
 SESSION_END_SECONDS = 20.0
-"""Maximum time, in seconds, that the ranks have to end by themselves. Then they are killed."""
+"""Maximum time, in seconds, that the ranks may take to end by themselves. After this time they are killed."""
 
 
 class SessionFailed(RuntimeError):
@@ -146,7 +146,8 @@ class Session:
     def weights(
         self, *, merged: bool = True, stacked: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.weights`. Read all tensors before you call another method, or leave the loop over them early."""
+        """See `Engine.weights`. Before you call another method, read all tensors, or end the loop over the tensors with
+        `break`."""
         named = None if dtype is None else str(dtype).removeprefix("torch.")
         with self._whole_call():
             self._send("weights", {"merged": merged, "stacked": stacked, "dtype": named})

@@ -52,7 +52,7 @@ class SessionRank:
     def __init__(self, config: Config, engine: Engine, link: Connection | None, group: dist.ProcessGroup):
         """link: connection to the controlling process, only on rank 0.
 
-        group: a process group of all ranks with a long timeout, because hours may pass between two calls.
+        group: a process group of all ranks. Its timeout is long, because hours may pass between two calls.
         """
         self._config, self._engine, self._link, self._group = config, engine, link, group
         self._sharing = config.parallel.dp

@@ -8,9 +8,9 @@
 
 The meta contains the other state: step, samples (the data position), updates, and the family of the Hugging Face folder
 that the run started from. The meta of an adapter's run also describes its base (train/checkpoint/trained_with.py). The
-meta of a CPU run also tells whether the run uses compiled matmuls, which it decides by a measurement at its start.
-Schedules need no state, because they depend only on the step. A run draws random numbers only for its initial weights,
-so no generator state is stored.
+meta of a CPU run also tells whether the run uses compiled matmuls. The run makes this choice at its start. Schedules
+need no state, because they depend only on the step. A run draws random numbers only for its initial weights, so no
+generator state is stored.
 """
 
 from collections import ChainMap
@@ -39,8 +39,8 @@ class RunState:
         """hooks: all hooks of the run. If a hook has the method `shards`, checkpoints contain its state."""
         self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
         self.compiled_matmuls: bool | None = None
-        """Whether a CPU run uses compiled matmuls, which it decides by a measurement at its start; None if it has no
-        choice."""
+        """Whether this run uses compiled matmuls on a CPU. A new run chooses the faster matmuls at its start, and the
+        resumed run keeps this choice. None: there is nothing to choose, for example on a GPU."""
         self.step = 0
         self.samples = 0
         self.best: tuple[int, float] | None = None

@@ -411,7 +411,8 @@ class Engine:
     def _inputs(self, batch: Batch) -> dict:
         """Returns the pipeline's inputs from a batch.
 
-        Every rank gets replayed experts and keys. Only the rank with the head gets other per-token tensors.
+        Every rank gets the replayed choices of experts and of attention keys. Only the rank with the head gets the
+        other per-token tensors.
         """
         more = {} if self.measure.last is None else dict(batch.tensors)
         if batch.experts_BTLK is not None:
@@ -600,10 +601,10 @@ def _total(counts: list[int]) -> StepTotal:
 
 
 def _counting(batch: Batch) -> Tensor:
-    """Returns at which positions the loss uses a replayed choice of experts or keys: bool (B, T).
+    """Returns whether the loss depends on the experts and attention keys that are replayed at a position: bool (B, T).
 
-    These are all positions except padding and, if the batch marks learnt tokens, the last position of each sample. The
-    field `documents_BS` of the batch must be set.
+    This is false for padding and, if the batch marks learnt tokens, for the last position of each sample. It is true
+    for all other positions. The field `documents_BS` of the batch must be set.
     """
     assert batch.documents_BS is not None
     here, following = batch.documents_BS[:, :-1], batch.documents_BS[:, 1:]

@@ -16,7 +16,7 @@ from train.data.dataset import ValidationData
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over the sequences of all ranks."""
+    """Counts, and the sum of the losses, over the sequences of all ranks."""
 
     sequences: int = 0
     tokens: int = 0
@@ -26,7 +26,7 @@ class Sums:
     nats: float = 0.0
     """Sum of -log p over all target tokens, for the main model (without MTP)."""
     more: tuple[float, ...] = ()
-    """Sums of the additional measurements of `held_out_loss`."""
+    """Sums of the additional values that the argument `more` of `held_out_loss` returns."""
 
     def __add__(self, other: "Sums") -> "Sums":
         more = tuple(a + b for a, b in zip(self.more, other.more, strict=True)) if self.more else other.more
@@ -45,7 +45,7 @@ class Sums:
 
     @property
     def bits_per_byte(self) -> float:
-        """Mean loss in bits per byte of text; NaN if the targets have no text."""
+        """Mean loss in bits per byte of text; NaN if the target tokens contain no text."""
         return self.nats / math.log(2) / self.text_bytes if self.text_bytes else math.nan
 
 

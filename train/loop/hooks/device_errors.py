@@ -27,7 +27,7 @@ from train.metrics.quantities import gib
 CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 NCCL = "NCCL error"
 NO_MEMORY = re.compile(r"Cuda failure[^\n]*out of memory|Failed to CUDA (c|m)alloc")
-"""Matches the messages of NCCL when NCCL cannot allocate its buffers."""
+"""Matches those messages of NCCL which report that NCCL cannot allocate its buffers."""
 LESS_ON_HOST = "a smaller model.offload (layer:N, attention, ffn), a smaller micro_batch_size, or more ranks of a pipeline (parallel.pp); mode=plan predicts the memory of a node"
 PHASES = {
     "forward_one_chunk": "forward",

@@ -22,14 +22,17 @@ from train.metrics.names import Record
 
 
 def layer_names(model: Model) -> list[str]:
-    """Returns the names of the model's parts whose norms are computed separately. The names are prefixes of parameter
-    names."""
+    """Returns the names of the model's parts. The weights of each part get a separate norm. The names are prefixes of
+    parameter names."""
     blocks = [f"layers.{i}" for i in range(model.layers)]
     return ["embedding", *blocks, "norm", "head", *(f"mtp.{i}" for i in range(model.mtp_depth))]
 
 
 class LayerNorms:
-    """Computes the norms of all layers every log.norms_every steps. Every rank sums the squares of its shard."""
+    """Computes norms of each layer's weights, and of their change in a step, every log.norms_every steps.
+
+    Each rank sums the squares of the elements in its shard.
+    """
 
     def __init__(self, config: Config, zero: Zero, device: torch.device):
         self._every = config.log.norms_every
@@ -50,7 +53,8 @@ class LayerNorms:
             self._before = {name: master.to("cpu", copy=True) for name, master in self._masters()}
 
     def collect(self, step: int) -> Record:
-        """Returns the norms of each layer and of the whole model; empty for a step that is not measured.
+        """Returns the norms of the weights and of their change, for each layer and for the whole model; empty for a
+        step that is not measured.
 
         Call this method after the update, on all ranks.
         """

@@ -99,7 +99,8 @@ class Watch:
             handle.remove()
 
     def _visit(self, name: str, module: nn.Module, layer: int, boundary: int) -> int:
-        """Install hooks that check a module and its children. Returns the index of the module's last boundary."""
+        """Install hooks that check the inputs and outputs of a module and of its children. In the forward order, the
+        module's input has the index `boundary`. Returns the index of the module's output."""
         start = Sighting(layer, boundary, f"the input of {name}")
         for child_name, child in module.named_children():
             boundary = self._visit(f"{name}.{child_name}", child, layer, boundary + 1)
@@ -182,10 +183,11 @@ class Origin:
     what: str
     """What was not finite: `non-finite loss` or `non-finite gradient`."""
     phase: str | None
-    """The pass in which the value began, `forward` or `backward`; None if the repeated step was finite."""
+    """The pass in which the non-finite value first appeared, `forward` or `backward`; None if the repeated step was
+    finite."""
     where: str
     ranks: tuple[int, ...]
-    """Ranks on which the value began; empty if the findings do not show them."""
+    """Ranks on which the non-finite value first appeared; empty if the findings do not show these ranks."""
     alone: bool
     """Whether at least one other data-parallel replica had only finite values, although its weights are the same."""
     weights: tuple[str, ...]
@@ -236,7 +238,7 @@ def shown_ranks(ranks: Sequence[int]) -> str:
 
 
 def find_origin(finite_loss: bool, saw: Sequence[RankSightings]) -> Origin:
-    """Derives the origin from what all ranks found in the repeated step.
+    """Finds the origin of the non-finite value in what all ranks found when they repeated the step.
 
     finite_loss: whether the loss of the skipped step was finite.
     """

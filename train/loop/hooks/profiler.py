@@ -44,7 +44,8 @@ METHODS: dict[type, dict[str, str]] = {
     MoE: {"run_experts": "experts"},
     Head: {"forward": "head and loss"},
 }
-"""For each module type, maps those of its methods that appear in the trace to their names in the trace."""
+"""Maps each module type to the methods that appear in the trace. These methods are mapped to their names in the
+trace."""
 DISPATCH = {"dispatch_begin": "dispatch", "combine": "dispatch"}
 TRAVELS = "_Dispatch", "_Combine"
 """Prefixes of the names of the autograd functions in parallel/expert/dispatcher.py.

@@ -59,7 +59,7 @@ class ReplicaCheck:
     def require_equal(self, step: int) -> None:
         """Compare the copies every `every` steps. Call this method before the update of every step, on all ranks.
 
-        Raises ReplicasDiffer on the ranks that hold a weight with different copies.
+        Raises ReplicasDiffer on every rank that holds a weight whose copies differ.
         """
         if not self._every or step % self._every:
             return
@@ -136,8 +136,8 @@ class StateCheck:
     def __init__(self, every: int, zero: Zero, rank: int):
         self._every, self._zero, self._rank = every, zero, rank
         self._left: tuple[int, dict[str, Tensor]] | None = None
-        """The last checked step, and the sums of bits after its update; None if the newest step is not a checked
-        step."""
+        """The last checked step, and the checksums (`sum_of_bits`) of the state after this step; None if the newest
+        step is not a checked step."""
 
     def on_phase(self, run: LiveRun, step: int, phase: str) -> None:
         if phase in ("update", "checkpoint"):
@@ -149,12 +149,12 @@ class StateCheck:
     on_skip = on_update
 
     def note(self, step: int) -> None:
-        """Compute and store the sums of bits, if this step is a checked step. Call this method after the update of
-        every step."""
+        """Compute and store the checksums (`sum_of_bits`) of the state, if this step is a checked step. Call this
+        method after the update of every step."""
         self._left = (step, self._sums()) if self._every and step % self._every == 0 else None
 
     def require_unchanged(self) -> None:
-        """Compare the state with the sums of bits that `note` stored. Call this method before anything reads the state.
+        """Compare the state with the checksums that `note` stored. Call this method before anything reads the state.
 
         Raises StateChanged on the rank whose state changed.
         """

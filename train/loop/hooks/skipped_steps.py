@@ -27,7 +27,8 @@ class SkippedSteps:
         self._bad_in_a_row, self._has_updated = 0, True
 
     def on_skip(self, run: LiveRun, step: int) -> None:
-        """Repeat the step on all ranks to find the origin, if the step is the first or the last bad step in a row.
+        """Repeat the step on all ranks if it is the first or the last bad step in a row. The repeated step shows where
+        the non-finite value began.
 
         Raises RunDiverged after optim.max_bad_steps bad steps in a row. In the last step of the run, two bad steps in a
         row suffice, or only one if this attempt has made no update. Otherwise the run would end and save the state of

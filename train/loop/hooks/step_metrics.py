@@ -29,7 +29,7 @@ class Flops:
     peak: float
     """Peak FLOP/s of one rank's device."""
     label: str
-    """Describes the source of the peak."""
+    """Describes the source of the device's peak FLOP/s."""
 
 
 class StepMetrics:
@@ -115,7 +115,8 @@ SETTLED = 2
 
 
 class Recorder:
-    """Sends the record to metrics.jsonl, the terminal and W&B, and complete checkpoints to W&B. Only rank 0 sends."""
+    """Sends each step's record to metrics.jsonl, to the terminal and to W&B. Also sends complete checkpoints to W&B.
+    Only rank 0 sends."""
 
     def __init__(self) -> None:
         self._steps = self._compiled = 0
