@@ -144,11 +144,11 @@ class RankReport:
     phase: str = "start"
     """What the rank is doing, as it reports: start, step, validation, checkpoint, or the name of a callback's hook."""
     busy: float | None = None
-    """Seconds of the last step in which the rank did its own work and did not wait for other ranks. None if the rank
-    did not report them.
+    """Duration in seconds of the rank's own work in the last step, without the waits for other ranks. None if the rank
+    did not report it.
     """
     seconds: float | None = None
-    """Seconds of the whole last step, including the waits for other ranks."""
+    """Duration in seconds of the whole last step, including the waits for other ranks."""
     memory: int = 0
     """Peak memory in bytes of the rank's device, or of its process on a CPU; 0 if the rank did not report it."""
     sequences: float = 0.0
@@ -252,7 +252,7 @@ class Cause:
     """Names of the nodes on which the failed ranks ran."""
     code: int = EXIT_CRASH
     log: str = field(default="", repr=False)
-    """Output or stacks of the ranks that explain the failure."""
+    """Text that explains the failure: output or stacks of ranks."""
     advice: str = ""
     """Advice that follows from how the rank ended; empty if there is none."""
 

@@ -146,7 +146,7 @@ class RankTrace:
     started: float
     """Unix time at which the ring was created."""
     records: list[CommRecord] = field(default_factory=list)
-    """The newest records, oldest first."""
+    """The newest records, in the order in which the rank wrote them."""
     step: int = 0
     phase: str = "start"
     layer: int = NO_LAYER
@@ -207,7 +207,7 @@ class CommRing:
         self.count()
 
     def count(self, written: int = 0) -> None:
-        """Count one unit of work. written: if not 0, count this number of checkpoint bytes instead."""
+        """Count one unit of work. If `written` is not 0, count that many bytes of a checkpoint instead."""
         self._done, self._written = self._done + (not written), self._written + written
         COUNTS.pack_into(self._map, COUNTS_AT, self._done, self._written)
 

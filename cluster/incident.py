@@ -46,7 +46,7 @@ _CONSEQUENCE = re.compile(r"\n  (?:consequence|what failed of it): ")
 "consequence".
 """
 SHOWN_RECORDS = 40
-"""Number of records, the newest ones, that the file stores for each rank."""
+"""Number of the newest records that the file stores for each rank."""
 SHOWN_WAITS, LINE = 6, 400
 """Maximum number of waiting ranks on the screen, and maximum characters of a sentence."""
 ADVICE_OF_CAUSE = {

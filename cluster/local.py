@@ -208,7 +208,9 @@ def _keep(
     stacks: dict[int, str],
     seconds: float = 0.0,
 ) -> Cause:
-    """Write the incident to disk, and add the incident's screen to the log of the cause."""
+    """Write the incident to disk. Return the cause, with the incident's screen added to its log. For bad input, or
+    without recorded communication, only return the cause.
+    """
     if not traces or cause.kind is Kind.user:
         return cause
     incident = describe_incident(cause, finding, traces, stacks, seconds)

@@ -19,8 +19,8 @@ STEP_PHASES = (STEP_PHASE, "on_step")
 PATIENT_PHASES = ("checkpoint", "on_start", "on_step", "on_save", "on_checkpoint", "on_end")
 """Phases in which a disk, a network or user code may work without reporting progress: saves, uploads and callbacks."""
 STEP_FLOOR, OTHER_FLOOR = 7.0, 30.0
-"""A run is not late before it was silent for this many seconds. The first number is for steps. The second number is for
-other phases, in which a disk may be slow.
+"""Minimum seconds of silence before a run is late. The first number is for steps. The second number is for other
+phases, in which a disk may be slow.
 """
 KILL_ON_CPU, KILL_ON_GPU = 60.0, 120.0
 """Defaults of `cluster.kill_after`, in seconds."""

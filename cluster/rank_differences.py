@@ -248,8 +248,8 @@ def first_change(
 
 
 def _odd_messages(traces: Mapping[int, RankTrace]) -> list[tuple[float, tuple[int, CommRecord, int, CommRecord]]]:
-    """Return the sends whose number or type of elements differs from that of the matching receive. Each result has the
-    later start time of the two, and both records with their ranks.
+    """Return the sends that differ from the matching receive in the number or type of elements. Each result has the
+    later of their two start times, and both records with their ranks.
     """
     sends = {
         (record.group.name, rank, record.peer, record.seq): record

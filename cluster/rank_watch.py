@@ -40,8 +40,8 @@ class RankWatch:
         self._silences = 0
         """Number of events that ended a silence."""
         self._late: tuple[int, float] | None = None
-        """The silence for which a warning was printed: the value of `_silences` at that time, and the start time of the
-        silence. None if there is no such silence.
+        """The silence for which a warning was printed: the value of `_silences` when the warning was printed, and the
+        start time of the silence. None if there is no such silence.
         """
         self._ended = self._bad = 0
         """Number of ranks that have ended, and number of ranks that have failed."""

@@ -54,7 +54,7 @@ class StageShape:
     """Number of ranks of a stage: parallel.dp x parallel.cp."""
     ep: int
     micro_batches: int = 0
-    """Number of micro-batches of the busiest rank in a step."""
+    """Number of micro-batches that the busiest rank runs in a step."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from conf.check import check_world
 from parallel.layout import Layout
 
 Partition = tuple[tuple[int, ...], ...]
-"""A division of the ranks into groups, as a value that can be compared."""
+"""How the ranks are divided into groups. The value is a tuple, so two divisions can be compared."""
 
 
 def partition(groups: list[list[int]]) -> Partition:

@@ -6,8 +6,8 @@ from the whole run down to a row:
     Shard        an interval of a logical tensor; checkpoints and exports consist of shards
     Fragment     the elements of a rank's own parameter that the rank updates, with master and state
     ShardSlice   position of such elements in the rank's flat shard
-    FlatShard    all weights of one flat parameter, each a `FlatWeight` that knows which rank holds which of its
-                 elements; for updates of whole matrices
+    FlatShard    all weights of one flat parameter, for updates of whole matrices. Each weight is a `FlatWeight`, which
+                 says which rank holds which elements of the weight
     WeightPiece  rows and columns of one weight
 """
 

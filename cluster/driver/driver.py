@@ -545,8 +545,8 @@ class Driver:
         return self.copies.write(number, shelves)
 
     def _drop_copies(self, code: int) -> None:
-        """Drop the copies in memory if the disk holds a checkpoint that is at least as new. Otherwise keep them,
-        because the next launch needs them.
+        """Drop the copies in memory if the run ended without a failure, and the disk holds a checkpoint that is at
+        least as new as the copies. Otherwise keep the copies, because the next launch needs them.
         """
         saved = newest(self.folder)
         safe = saved > NONE and saved >= self.supervisor.held

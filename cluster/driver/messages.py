@@ -54,7 +54,7 @@ class NodeJoined:
 
 @dataclass(frozen=True)
 class NodeLost:
-    """A node is dead. With `returning`, only its agent is dead and the node can return."""
+    """A node is dead. If `returning` is true, only the node's agent is dead, and the node can return."""
 
     node: str
     why: str

@@ -65,7 +65,7 @@ class TimeSplit:
 
     @property
     def share(self) -> float:
-        """Time in steps, including repeated steps, divided by all time; 1 is best."""
+        """Fraction of the time in which the ranks ran steps, including repeated steps; 1 is best."""
         return 1 - self.downtime_seconds / self.seconds if self.seconds > 0 else 0.0
 
     @property

@@ -37,7 +37,7 @@ class Vitals:
 
     def __init__(self) -> None:
         self._nodes: dict[str, _Vitals] = {}
-        """Vitals by node id."""
+        """Health of each node, by node id."""
         self._low: set[str] = set()
         """Names of the low-priority nodes that were already reported."""
 

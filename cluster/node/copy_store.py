@@ -190,7 +190,7 @@ def _own(folder: Path) -> None:
 
 
 def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
-    """Lock the folder. An agent that is being killed may still hold the lock, so wait for at most `patience` seconds."""
+    """Lock the folder. An agent that is being killed may still hold the lock, so wait at most `patience` seconds."""
     deadline = time.monotonic() + patience
     while True:
         try:

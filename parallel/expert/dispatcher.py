@@ -73,14 +73,14 @@ class DispatchPlan:
     counts_E: Tensor
     """Number of rows per local expert, int64."""
     ids_TK: Tensor
-    """The experts of this rank's own tokens."""
+    """Expert ids of this rank's tokens."""
     fans: list[FanOut] = field(default_factory=list)
-    """One fan-out per hop, and a last one from the received messages to rows sorted by expert. A later fan-out is added
-    when the messages of the hop before it have arrived.
+    """One fan-out per hop. One more fan-out then leads from the received messages to the rows sorted by expert. If a
+    fan-out depends on received messages, it is added when these messages have arrived.
     """
     entry_of_row: Tensor | None = None
-    """For node-limited dispatch: for each row, the index of its gate in the flattened (M, K) gates of the received
-    messages.
+    """For node-limited dispatch and DeepEP: for each row, the index of its gate in the flattened (M, K) gates of the
+    received messages.
     """
     gates_dtype: torch.dtype = torch.float32
     """Dtype of the gates, as the router chose it. Gates and their gradients are sent in this dtype."""

@@ -77,8 +77,8 @@ def fan_out_of(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> FanOut:
 
 
 def fan_out_with_entries(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> tuple[FanOut, Tensor]:
-    """Call `fan_out_of` for targets of one expert each. Also return, for each copy, the index of its expert in the
-    flattened ids_SK, int64 (C,).
+    """Return the same FanOut as `fan_out_of`, for targets of one expert each. Also return, for each copy, the index of
+    its expert in the flattened ids_SK, int64 (C,).
     """
     assert wanted.per_target == 1
     if ids_SK.is_cuda:

@@ -175,7 +175,9 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
 
 
 def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
-    """Build a FanOut in which each target takes the next sources in turn. copies_N: number of copies per target."""
+    """Build a FanOut that assigns the sources to the targets in order: each target takes the sources after those of the
+    target before it. After the last source, the first source follows. copies_N: number of copies per target.
+    """
     targets = len(copies_N)
     return fan_out_of(_ids(tuple(copies_N), sources, device), ExpertTargets(0, 1, targets), sum(copies_N))
 

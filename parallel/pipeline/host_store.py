@@ -76,8 +76,8 @@ class HostStore:
         self._pages = _Pages(device.type)
         self._out, self._back = _Copies(device), _Copies(device)
         self._reads: dict[tuple[str, int, int], tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {}
-        """For each action: two lists of (stage, micro-batch). The first names the activations that the action reads.
-        The second names the activations that the next action reads.
+        """For each action: two lists of (stage, micro-batch). The first list names the activations that the action
+        reads. The second list names the activations that the next action reads.
         """
         self._batches: dict[tuple[int, int], list[_Batch]] = {}
         """Batches of activations that no backward has read yet, by stage and micro-batch."""
@@ -236,7 +236,7 @@ class _Batch:
         self.held = []
 
     def give_pages(self) -> None:
-        """Release the batch's pages. Other batches may reuse the pages as soon as this batch's last copy is complete."""
+        """Release the batch's pages. Other batches may reuse them as soon as this batch's last copy is complete."""
         self.places = []
         for page in self.pages:
             page.read = self.copied

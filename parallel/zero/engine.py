@@ -57,7 +57,7 @@ class ZeroSettings:
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """Properties of the weights of a rank's chunks that ZeRO needs."""
+    """What ZeRO must know about the weights of a rank's chunks."""
 
     is_expert: Callable[[str], bool]
     """Function that says whether the parameter with this global name is a weight of experts."""
@@ -234,7 +234,7 @@ class Zero:
         return self._norm
 
     def weights(self) -> Iterator[Tensor]:
-        """Yield this rank's part of all weights as it is stored between steps. At stage 3, the parts are shards."""
+        """Yield this rank's part of every weight, as it is stored between steps. At stage 3, the parts are shards."""
         return (self._weights.held(param) for param in (*self.names, *self.untrained))
 
     def untrained_shards(self, owned: bool = False) -> dict[str, Shard]:
@@ -318,7 +318,7 @@ class Zero:
 
 
 def _unique_names(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
-    """Return the global name of every parameter. A parameter that two chunks share has the name from the first."""
+    """Return the global name of every parameter. A parameter in two chunks has the name from the first of these chunks."""
     names: dict[nn.Parameter, str] = {}
     for chunk in chunks:
         for name, param in chunk.named_parameters():

@@ -131,7 +131,8 @@ def require_names(**owners: object) -> None:
 
     The argument names are: module (deepspeed.utils.groups), engine (DeepSpeedEngine), optimizer12 (the optimizer of
     stages 1 and 2), optimizer3 (the optimizer of stage 3), offload12 (optimizer12 with offload), param3 (a weight at
-    stage 3) and coordinator. The list also has names of other owners. If one of those is missing, its import or its call fails.
+    stage 3) and coordinator. Names of other owners are listed too, but not checked here: if DeepSpeed lacks such a
+    name, its import or its call fails.
     """
     missing = [one for one in PRIVATE_NAMES if one.owner in owners and not _has(owners[one.owner], one.name)]
     if missing:

@@ -231,7 +231,7 @@ def _complete(param: nn.Parameter) -> None:
 
 def slices_of(params: Sequence[nn.Parameter], size: int, rank: int) -> list[ShardSlice]:
     """Return the parts of the parameters that are in a rank's shard. The parameters of a group are stored one after
-    another; a shard is an interval of `size` elements of them.
+    another. A shard is an interval of `size` of these elements.
 
     DeepSpeed has made all parameters views of one tensor, so a parameter's storage offset is its offset in that tensor.
     """
