@@ -318,7 +318,7 @@ class Zero:
 
 
 def _unique_names(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
-    """Return the global name of every parameter. A parameter in two chunks has the name from the first of these chunks."""
+    """Return the global name of every parameter. A parameter in two chunks has the name from the first of them."""
     names: dict[nn.Parameter, str] = {}
     for chunk in chunks:
         for name, param in chunk.named_parameters():
