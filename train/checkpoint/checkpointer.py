@@ -278,7 +278,7 @@ class Checkpointer:
         threading.Thread(target=tell, daemon=True).start()  # the disk may not answer this write either
 
     def _run(self, flight: SaveInFlight, meta: dict[str, Any]) -> None:
-        """Run a save in the thread. Every failure becomes a `SaveResult`."""
+        """Run a save; the thread of the save calls this method. Every failure becomes a `SaveResult`."""
         save, path, warning, failure = flight.save, None, None, None
         ranks, late = (self.rank,), False
         try:
@@ -334,8 +334,8 @@ class Checkpointer:
     def _prune(self, warning: str | None) -> str | None:
         """Remove old checkpoints. Returns the warning to report.
 
-        warning: an earlier warning of the save. If the removal fails, the method only returns another warning, because
-        the new checkpoint is complete.
+        warning: an earlier warning of the save. If the removal fails, the method raises no error, because the new
+        checkpoint is complete. It returns another warning instead.
         """
         try:
             best = next((path for path in reversed(self._best) if path.exists()), None)

@@ -128,7 +128,7 @@ class MemoryCopies:
         return int(stored)
 
     def _run(self, stage: StagingBuffers, id: SetId, kept: str, meta: dict[str, Any]) -> None:
-        """Run a save in the thread. Every failure becomes a warning."""
+        """Run a save; the thread of the save calls this method. Every failure becomes a warning."""
         try:
             self._write(stage, id, kept, meta)
             self._stored = id.step
@@ -185,8 +185,8 @@ class MemoryCopies:
     # Resuming -------------------------------------------------------------------------------------------------------
 
     def manifest(self) -> Manifest | None:
-        """Builds the manifest of the set of copies to resume from, from the indexes of all ranks' files; None if there
-        is no set.
+        """Combines the indexes of all ranks' files into the manifest of the set of copies from which the run resumes.
+        Returns None if there is no set.
 
         Only one rank calls this method. Raises CheckpointDamaged if a file is missing, or if the files do not cover the
         tensors.

@@ -105,8 +105,8 @@ class StoredLora:
             raise self._other
 
     def add_to(self, wanted: dict[str, Shard]) -> None:
-        """Add scale * B A to all shards that overlap adapted matrices. wanted: fp32 shards by Sluice's names of the
-        weights."""
+        """Add scale * B A to the shards that contain elements of adapted matrices. wanted: maps Sluice's names of
+        weights to fp32 shards."""
         for part in parts_of([one.base for one in self.adapted], wanted):
             found, width = self._by_place[part.placed.ours, part.placed.start], part.placed.shape[1]
             row, end = part.start // width, -(-(part.start + part.target.numel()) // width)

@@ -75,7 +75,7 @@ class OwnDocuments:
         self._tokenizer, self._rows = tokenizer, config.model.vocab_size
 
     def walk(self, mark: StreamMark = StreamMark()) -> Iterator[OwnDocument]:
-        """Yields the documents from `mark` on, pass after pass, without end."""
+        """Yields the documents, beginning at the position `mark`, pass after pass, without end."""
         source = make(KEY, self._section)
         says_state = hasattr(source, "state_dict")
         passes, number = mark.passes, 0

@@ -278,7 +278,7 @@ class PackedChats:
     def fill(
         self, window: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None, supervised_S: np.ndarray | None
     ) -> None:
-        """Fill the buffers with one sequence: its tokens, the chat of each token, and the supervised mask.
+        """Fill the buffers with one sequence: its tokens, the index of each token's chat, and the supervised mask.
 
         Chats are numbered from 0 within the sequence; padding has -1.
         """

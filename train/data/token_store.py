@@ -180,8 +180,8 @@ class StoreWriter:
             self._masks.append(supervised_N)
 
     def _needed(self, more: int = 0) -> int:
-        """Returns the estimated size in bytes of all tokens, from the size of the tokens written so far plus `more`
-        bytes."""
+        """Returns the estimated size, in bytes, of the tokens of the complete text. The estimate uses the size of the
+        tokens written so far. more: number of bytes to add to this size."""
         there = self.tokens * self.dtype.itemsize + more
         return round(there * max(1.0, self.expected / self.text_bytes)) if self.text_bytes else there
 

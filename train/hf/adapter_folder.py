@@ -22,7 +22,7 @@ from train.hf.tensor_names import PlacedTensor, tensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""Prefix of the tensor names; the names in the base's folder follow it."""
+"""Prefix of a tensor's name in an adapter folder. The prefix is followed by the name in the base's folder."""
 BASE_MARK = "base_mark"
 """Key in the file's metadata: a hash of two rows of the base. The hash identifies the base, so that a check need not
 read the whole base."""

@@ -129,9 +129,9 @@ def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]
 
 
 def _count_mtp(folder: Folder, layers: int) -> int:
-    """Return the number of MTP modules in the weights. MTP modules follow the `layers` layers of the main model.
+    """Return the number of MTP modules in the weights. layers: number of layers of the main model.
 
-    They are recognised by tensors that a layer of the main model never has.
+    MTP modules follow these layers. An MTP module has tensors that a layer of the main model never has.
     """
     found, name_of = 0, FAMILIES[folder.family].name_of
     while any(name_of(f"model.layers.{layers + found}.{name}") in folder.stored for name in MTP_NAMES):

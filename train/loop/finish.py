@@ -77,7 +77,7 @@ def _report(config: Config, folder: Path) -> Path | str:
 
 
 def last_validation(metrics: Path) -> dict[str, float]:
-    """Returns the newest record of metrics.jsonl that contains a validation; empty if there is none."""
+    """Returns the newest record of metrics.jsonl that contains a validation loss; empty if there is none."""
     found: dict[str, float] = {}
     for record in read_heads(metrics):
         if "validation_loss" in record:

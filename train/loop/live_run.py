@@ -103,7 +103,7 @@ class LiveRun:
         """Index of the current step. Between steps, it is the index of the last completed step."""
 
     def tell(self, method: str, *what: Any) -> None:
-        """Call the method with this name on every hook that has it, with the run and the arguments `what`.
+        """Call the method with this name on every hook that has it. Its arguments are this run, and then `what`.
 
         An exception from a hook ends the run.
         """

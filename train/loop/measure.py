@@ -130,8 +130,9 @@ class CollectedMeasures:
     def read(self) -> MeasuredStep:
         """Returns the summed measurements as a `MeasuredStep`.
 
-        Call this method only after the host has waited for work that the device ran after the copies. The update of
-        every training step waits for such work.
+        The device copies the measurements to the host asynchronously. Call this method only after the copy is complete.
+        In a training step, it is complete after the update, because the update waits for the gradient norm, which the
+        device computes later.
         """
         losses, loads, biases, scores, clipped, own = self._host.split(self._sizes)
         main_loss, *mtp_losses, extra_loss, balance_loss, index_loss = losses.tolist()

@@ -25,7 +25,7 @@ from train.hf.folder import Folder, match, open_model
 from train.hf.tokenizer_files import check_tokenizer
 
 INDEXER = ".indexer."
-"""Text that the names of all indexer weights contain."""
+"""A part of the name of every indexer weight."""
 
 if TYPE_CHECKING:
     from parallel.shard import Shard

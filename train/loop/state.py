@@ -102,7 +102,8 @@ class RunState:
     def wanted_of_start(self) -> dict[str, Shard]:
         """Returns the shards that this rank reads when a run starts from given weights: weights and balance biases.
 
-        The weights are this rank's master weights, or in an adapter's run its part of the base.
+        In an adapter's run, the weights are this rank's part of the base. Otherwise they are this rank's master
+        weights.
         """
         if not self._trains_adapter:
             return {

@@ -119,7 +119,8 @@ class Engine:
         self._open: ExitStack | None = None
         """The contexts of the current step, which end with its last call; None between steps."""
         self._is_reduced = False
-        """Whether the gradients of the step are complete, so that `update` or `discard` must be the next call."""
+        """Whether the step's last call has reduced the gradients over the ranks. Then the next call must be `update` or
+        `discard`."""
         self._moves_biases = True
         self.has_failed = False
         """Whether a call failed during the computation. Then other ranks may wait for this rank."""
@@ -312,7 +313,7 @@ class Engine:
         """Run a whole step with the recipe's loss.
 
         batch: this rank's share. stopping: how this rank was asked to stop; the engine sends this to all ranks together
-        with the measurements. on_phase: replaces the field `on_phase`.
+        with the measurements. on_phase: new value of the field `on_phase`.
         """
         self.on_phase, self._moves_biases = on_phase, True
         self._pass(plan, batch, self.count([batch], plan.batch_size), stopping=stopping)

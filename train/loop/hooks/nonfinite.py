@@ -238,7 +238,7 @@ def shown_ranks(ranks: Sequence[int]) -> str:
 
 
 def find_origin(finite_loss: bool, saw: Sequence[RankSightings]) -> Origin:
-    """Finds the origin of the non-finite value in what all ranks found when they repeated the step.
+    """Finds out where the non-finite value began, from the findings of all ranks in the repeated step.
 
     finite_loss: whether the loss of the skipped step was finite.
     """

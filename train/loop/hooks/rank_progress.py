@@ -19,7 +19,7 @@ from conf.words import say_note
 from train.loop.live_run import LiveRun
 
 SHOWN_PHASES = ("validation", "checkpoint")
-"""Phases outside of steps that the terminal shows."""
+"""The phases that the terminal shows. They are outside of steps."""
 
 
 class RankProgress:
