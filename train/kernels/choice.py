@@ -33,7 +33,8 @@ ATTENTION_BOUND = 2e-2
 """Largest allowed relative error of the result and of each gradient, measured as the norm of the difference. Rounding
 to bf16 causes an error of about 3e-3. A wrong mask, scale or head causes an error of at least 0.1."""
 TRIED_SCORE = -120.0
-"""Approximate value of all scores in the test. A correct softmax does not change if all scores have the same offset."""
+"""Approximate value of all scores in the test. A correct softmax does not change if the same number is added to all
+scores."""
 LARGE = 32.0
 """Value of the first component of every query in the test. The product of this value, the first component of a key and
 the scale is TRIED_SCORE."""
@@ -71,7 +72,8 @@ def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCor
 def _first_right(
     config: Config, device: torch.device, parts: Sequence[str], cores: dict[str, AttentionCore]
 ) -> tuple[AttentionCore, list[str]]:
-    """Returns the first core that is correct for all `parts`, and a note on the cores that failed before."""
+    """Returns the first core that is correct for all kinds of attention in `parts`. Also returns a note on the cores
+    that were tested before it and failed."""
     failed: list[str] = []
     for name, core in cores.items():
         problem = next(filter(None, (_refusal(core, config, device, part) for part in parts)), None)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables with the settings of torch's allocator: the current name, and an older name."""
 FLIGHTS = "flight_recorder_rank_"
-"""Prefix of the files in which a rank writes the last collectives of its process groups. The rank follows the
-prefix."""
+"""Start of the names of the files in which a rank writes the last collectives of its process groups. The index of the
+rank follows."""
 GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg")
 """Patterns for the device files of NVIDIA GPUs on a machine or in a container. The second pattern is for Windows
 (WSL)."""
@@ -73,7 +73,7 @@ def sees_gpu(wanted: str) -> bool:
 
 
 def idle_gpu(config: Config, device: "torch.device") -> str | None:
-    """Returns a note if the run uses the CPU although the machine has a GPU, because torch is built without CUDA."""
+    """Returns a note if torch is built without CUDA, so that the run uses the CPU although the machine has a GPU."""
     import torch
 
     if device.type == "cpu" and config.cluster.device == "auto" and gpu_files() and torch.version.cuda is None:

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 PROBED = "SLUICE_PROBED"
 """Environment variable with the FP8 recipe that the command has already tested on this machine. The ranks read it."""
 PROBE_PATIENCE = timedelta(hours=1)
-"""Longest time that ranks wait for the first rank of each machine. The first rank tests GEMMs for at most
+"""Longest time that the ranks of a machine wait for the machine's first rank. The first rank tests GEMMs for at most
 hopper_probe.PROBE_SECONDS."""
 
 
 def check_gpu(config: Config) -> None:
-    """Check the GPU in the driver process of local ranks. Raises UserError.
+    """Check the GPU in the driver process, if the driver starts the ranks on its own machine. Raises UserError.
 
     With cluster=ray, the ranks check the GPUs of their machines instead.
     """

@@ -112,8 +112,8 @@ def _drop(x: Tensor, share: float, salt: int) -> Tensor:
 
 
 def _mixed(number: Tensor) -> Tensor:
-    """Return the splitmix64 hash of int64 numbers. A right shift copies the sign bit here, which mixes the bits just as
-    well."""
+    """Return the splitmix64 hash of int64 numbers. Here a right shift copies the sign bit. This mixes the bits as well
+    as the original shift, which fills with zeros."""
     first, second, third = MIX
     number = number + first
     number = (number ^ (number >> 30)) * second

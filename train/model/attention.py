@@ -31,7 +31,7 @@ class AttentionInput(NamedTuple):
     scale: float
     seen: SeenKeys
     watch: "LargestScores | None" = None
-    """Records the largest scores of training calls; None if no code needs them."""
+    """Records the largest attention scores during training; None if no code needs them."""
     lse: "KeptLse | None" = None
     """Stores the log-sum-exp of the scores; None if no code needs it."""
 
@@ -86,7 +86,8 @@ class AttentionCore(Protocol):
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
         """Compute attention.
 
-        keep: whether to return `kept` for a backward. largest: whether to return the largest scores.
+        keep: whether to set the field `kept` of the result, which backward needs. largest: whether to return the
+        largest scores.
         """
 
     def backward(

@@ -68,7 +68,8 @@ class Block(nn.Module):
             return x_BTD + self.moe(normed_BTD, remake, positions)
 
     def _offloaded(self, part: str, x_BTD: Tensor) -> AbstractContextManager:
-        """Return the context that offloads the activations of a part of the block. x_BTD: input of the block."""
+        """Return the context that offloads the activations of a part of the block. x_BTD: the residual stream before
+        this part."""
         if self._host is None or part != self._offload or not torch.is_grad_enabled():
             return nullcontext()
         return OffloadedBlock(self._host, (x_BTD, *self.parameters(), *self.buffers()))

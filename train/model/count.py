@@ -79,7 +79,7 @@ def expert_params(config: Model) -> int:
 
 
 def count_parameters(config: Model) -> Counts:
-    """Count the parameters of every part."""
+    """Count the parameters of every part of a model."""
     attention = attention_matmul_weights(config) + (config.q_rank or 0) + config.kv_rank
     outside_ffn = attention + 2 * config.hidden
     expert = expert_params(config)
@@ -131,7 +131,8 @@ def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, f
 
 
 def _attended(config: Model, seq_len: int, pairs: float) -> float:
-    """Return the mean number of keys that a token attends to. pairs: the mean number of keys that a token sees."""
+    """Return the mean number of keys that a token attends to. pairs: the mean number of keys that the mask lets a token
+    see. With sparse attention, a token attends to only some of these keys."""
     top_k = config.sparse.top_k
     if not config.sparse.heads or seq_len <= top_k:
         return pairs

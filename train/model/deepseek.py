@@ -50,7 +50,7 @@ class Losses:
         self.count = 0
         """Number of micro-batches."""
         self.main: Tensor | float = 0.0
-        """Sum of the main losses."""
+        """Sum of the main model's losses."""
         self.mtp: list[Tensor | float] = [0.0] * self._depths
         """Sum of the losses of each MTP depth, not multiplied by the MTP weight."""
         self.extra: Tensor | float = 0.0
@@ -86,8 +86,8 @@ class ModelOutputs:
     learnt_BT: Tensor
     """Whether a target is learnt, bool. In chats, only targets in answers are learnt; in other texts all targets."""
     divisor: float
-    """Divide a sum over the local learnt positions by this number. Then every learnt position of the step has the same
-    weight."""
+    """Divide a sum over the local positions whose target is learnt by this number. Then every learnt target of the step
+    has the same weight."""
 
     def mean(self, values_BT: Tensor) -> Tensor:
         """Return this micro-batch's contribution to the mean of `values_BT` over all learnt tokens of the step.
@@ -119,7 +119,7 @@ class Head(nn.Module):
         self.token_loss: TokenLoss | None = None
         """The loss that the main model minimises instead of the cross-entropy, set by the code that runs the step."""
         self.gives_logprobs = False
-        """Whether eval mode returns log-probabilities (B, T) instead of a loss. The caller sets it."""
+        """Whether eval mode returns log-probabilities (B, T) instead of a loss. The caller sets this flag."""
 
     def forward(
         self,
@@ -275,9 +275,9 @@ class DeepSeekV3(nn.Module):
     blocks. has_head: whether the chunk has the final norm, the output head and the MTP modules. dispatcher: sends
     tokens to experts, for all MoE layers; None if all experts are local. local_experts: indices of this rank's experts
     in every layer; None: all experts. embedding: an embedding table that another chunk has too; None: build one. share:
-    exchanges positions with other ranks; None if complete sequences are local. host: stores the activations that
-    config.offload names; None if no backward follows. dtype, device: dtype and device of the parameters. After a build
-    on the meta device, call `init.initialise` or load weights.
+    exchanges values with the ranks that have other positions of the same sequences; None if complete sequences are
+    local. host: stores the activations that config.offload names; None if no backward follows. dtype, device: dtype and
+    device of the parameters. After a build on the meta device, call `init.initialise` or load weights.
     """
 
     def __init__(
@@ -385,9 +385,10 @@ class DeepSeekV3(nn.Module):
 
         x: tokens (B, S) for the first chunk, else hidden states of the local positions. tokens_BS: tokens of complete
         sequences; needed if ranks share sequences, and for a last chunk that is not the first chunk. documents_BS:
-        document index of every token, on the host; a token attends only to its own document. supervised_BS: mask of
-        learnt tokens, on the host; if it is given, each document is a separate sample (`Positions.samples_BS`).
-        experts_BTLK, keys_BTLK: see `Positions`. tensors_BS: the tensors per token that `Head.token_loss` needs.
+        document index of every token, on the host; a token attends only to its own document. supervised_BS: mask of the
+        tokens that training supervises, on the host; if it is given, each document is a separate sample
+        (`Positions.samples_BS`). experts_BTLK, keys_BTLK: see `Positions`. tensors_BS: the tensors per token that
+        `Head.token_loss` needs.
 
         In training, the loss is main + mtp_weight / depths * sum of MTP losses, over the local positions. In eval mode,
         it is the main loss.
@@ -443,8 +444,8 @@ class DeepSeekV3(nn.Module):
         return F.linear(*self.head.adapted(hidden_BTD, self.head.weight.to(hidden_BTD.dtype))).float()
 
     def routers(self) -> dict[str, Router]:
-        """Return the routers of this chunk, including the routers of MTP modules. The keys are the global names of
-        their blocks."""
+        """Return the routers of this chunk, including the routers of MTP modules. The dictionary maps the global name
+        of a block to the block's router."""
         return {
             name.removesuffix(".moe.router").removesuffix(".block"): module
             for name, module in self.named_modules()
@@ -456,7 +457,7 @@ class DeepSeekV3(nn.Module):
         return [module for module in self.modules() if isinstance(module, Indexer)]
 
     def add_loss(self, extra_loss: Callable[[ModelOutputs], Tensor]) -> None:
-        """Add the user's own loss term to the last chunk. Call it before the chunk is passed to a pipeline."""
+        """Add the user's own loss term to the last chunk. Call this method before the chunk is passed to a pipeline."""
         self.head.extra_loss = extra_loss
         self.backward_in_one_piece = True  # the graph of the user's loss term may use any weight twice
 

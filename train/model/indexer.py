@@ -128,8 +128,8 @@ class IndexLoss(NamedTuple):
 
 
 def query_weights(positions: Positions, batch: int, device: torch.device) -> Tensor:
-    """Return the weight of each local query in the indexer's loss, fp32 (B, T). A query that is not learnt has weight
-    0."""
+    """Return the weight of each local query in the indexer's loss, fp32 (B, T). A query whose target training does not
+    supervise has weight 0."""
     choices = positions.choices
     if choices.supervised_BS is None:
         return torch.full((batch, positions.count), choices.weight, device=device)
@@ -177,7 +177,7 @@ class Learn(Function):
 
 
 class LearnAlone(Function):
-    """Returns a chunk's output when training changes only the indexers.
+    """Returns a chunk's output unchanged. It is used when training changes only the indexers.
 
     In backward, each indexer's loss gets gradient 1, and the chunk's input gets a gradient of zeros.
     """

@@ -96,9 +96,10 @@ def draw_indexer(name: str, shape: tuple[int, ...], seed: int, std: float) -> Te
 
 
 def draw_uniform(weight: Tensor, key: str, bound: float, experts: range | None = None) -> None:
-    """Fill a weight with uniform values in +-bound. The values depend only on `key`.
+    """Fill a weight with uniform values in +-bound. The values depend only on the text `key`.
 
-    experts: indices of the experts along the first dimension. Each expert has its own key, derived from `key`.
+    experts: indices of the experts along the first dimension. The values of an expert depend on `key` and the index of
+    the expert.
     """
     _fill_drawn(weight, key, experts, lambda exact, generator: exact.uniform_(-bound, bound, generator=generator))
 
@@ -111,8 +112,8 @@ def draw_normal(weight: Tensor, key: str, std: float, experts: range | None = No
 def _fill_drawn(
     weight: Tensor, key: str, experts: range | None, draw: Callable[[Tensor, torch.Generator], Tensor]
 ) -> None:
-    """Call `draw` on an fp32 copy of the weight, and store the result. With `experts`, only one expert at a time is
-    copied."""
+    """Call `draw` on a new fp32 tensor of the weight's shape, and copy the result to the weight. With `experts`, the
+    fp32 tensor has only one expert at a time."""
     for index, one in [(None, weight)] if experts is None else zip(experts, weight, strict=True):
         generator = _generator(weight, key if index is None else f"{key}/{index}")
         one.copy_(draw(torch.empty(one.shape, dtype=torch.float32, device=weight.device), generator))
@@ -123,5 +124,5 @@ def _generator(weight: Tensor, key: str) -> torch.Generator:
 
 
 def key_number(key: str) -> int:
-    """Return a signed 64-bit integer derived from the key."""
+    """Return a signed 64-bit integer: the start of the SHA-256 hash of the text `key`."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)

@@ -25,7 +25,8 @@ class Function(torch.autograd.Function):
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Apply torch's decorator of this name to calls with gradients enabled. Other calls run `backward` directly."""
+    """Apply torch's decorator once_differentiable to calls with gradients enabled. Other calls run `backward`
+    directly."""
     guarded = torch.autograd.function.once_differentiable(backward)
 
     @wraps(backward)

@@ -3,7 +3,7 @@
 Each storage is sent completely, and only once even if autograd saved several views of it. The following tensors stay on
 the device:
 
-    the block's input   other code holds it: the previous part as its output, or a pipeline's stage
+    the block's input   the code before the block, or a pipeline's stage, keeps it in memory anyway
     weights, buffers    they are on the device anyway
     small tensors       starting their copy takes longer than the copy
 
@@ -76,8 +76,8 @@ class OffloadedBlock(SavedContext):
                     one.leave(sent)
 
     def _place(self, kept: "weakref.ref[_OnHost | Slot]") -> "_OnHost | None":
-        """Return the entry of a saved tensor that must go to the host, or None. If an inner context saved the tensor,
-        create the entry now."""
+        """Return the entry of a saved tensor if the tensor must be sent to the host, else None. If an inner context
+        saved the tensor, create the entry now."""
         found = kept()
         if isinstance(found, Slot):
             return found.hand_over(_OnHost) if found.tensor is not None and self._goes(found.tensor) else None

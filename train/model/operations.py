@@ -168,12 +168,12 @@ class Kernels(Protocol):
         """Return x W^T. Differentiable."""
 
     def matmul(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
-        """Return left @ right^T: a tensor (O, N) of this dtype. into_ON: a tensor of the same dtype; the method adds
-        the result to it and returns it."""
+        """Return left @ right^T, a tensor (O, N) in `dtype`. into_ON: a tensor in `dtype`. If it is given, the method
+        adds the result to this tensor, and returns the tensor."""
 
     def groups(self, counts_E: Tensor, dtype: torch.dtype) -> ExpertGroups:
-        """Return the argument `groups` of the two grouped GEMMs below, for operands in `dtype`. counts_E: number of
-        rows of each expert."""
+        """Return the argument `groups` of `grouped_matmul` and `grouped_weight_gradient`, for operands in `dtype`.
+        counts_E: number of rows of each expert."""
 
     def grouped_matmul(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
         """Multiply each row of x by the weight of the row's expert. Returns a tensor (R, O)."""

@@ -17,8 +17,8 @@ A layer decides which experts a token uses, and to which rank each row is sent. 
 decisions, and stores them with `remember`. So the second run sends the same rows to the same ranks, even if a repeated
 matmul differs in its last bits.
 
-Contexts can be nested. An inner context passes to the enclosing context the tensors that it does not intercept, and the
-functions that it creates.
+Contexts can be nested. An inner context passes two kinds of objects to the enclosing context: tensors that the inner
+context does not intercept, and the objects that the inner context saves instead of tensors.
 """
 
 import weakref
@@ -125,7 +125,8 @@ class RecomputedOutputs(SavedContext):
         return self._output(tensor) is not None
 
     def _output(self, tensor: Tensor) -> int | None:
-        """Return the index of the output that has the memory of this tensor; None if no output has it."""
+        """Return the index of the output that starts at the same address as this tensor; None if there is no such
+        output."""
         index, numel = self._index.get(_address(tensor), (None, 0))
         return index if 0 < tensor.numel() <= numel else None
 
@@ -314,5 +315,6 @@ def recall() -> Any:
 
 
 def _address(tensor: Tensor) -> tuple[int, int | torch.SymInt]:
-    """Return a key for the start of the tensor's memory. The key also works on the meta device, which has no memory."""
+    """Return an identifier of the start of the tensor's memory. It also works on the meta device, which has no
+    memory."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset()

@@ -104,7 +104,7 @@ class Router(nn.Module):
         return self
 
     def clear(self) -> None:
-        """Set the three sums to 0 for a new step."""
+        """Set load_E, score_E and balance_loss to 0 for a new step."""
         self.load_E.zero_()
         self.score_E.zero_()
         self.balance_loss.zero_()

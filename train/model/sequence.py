@@ -39,7 +39,7 @@ class SequenceShare(Protocol):
     parts: int
     """Number N of processes that share a sequence."""
     part: int
-    """Index r of this process."""
+    """Index r of this process among the processes that share a sequence."""
 
     def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> PendingGather:
         """Start to gather the values of all pieces, in order. Piece j has the shape (B, rows[j], X). own_BTX: the
@@ -78,9 +78,9 @@ class PackedSamples:
     """
 
     def __init__(self, number_BT: Tensor, lengths_N: Tensor):
-        """number_BT: sample index of every local position, counted over all sequences; N for positions that do not
-        count. lengths_N: number of counted positions in each sample, including positions of other processes. Both
-        tensors are on the host.
+        """number_BT: for every local position, the index of its sample among the N samples of all sequences. If
+        `Positions.counted_BT` excludes the position, the entry is N. lengths_N: number of counted positions in each
+        sample, including positions of other processes. Both tensors are on the host.
         """
         self._number_BT, self._lengths_N = number_BT, lengths_N
         self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -117,14 +117,14 @@ class KeyChoices:
     """
 
     weight: float = 0.0
-    """Weight of the indexers' loss at every learnt query; 0 if the indexers do not learn."""
+    """Weight of the indexers' loss at every query whose target training supervises; 0 if the indexers do not learn."""
     supervised_BS: Tensor | None = None
-    """Mask of learnt tokens, on the host; None if all tokens are learnt."""
+    """Mask of the tokens that training supervises, on the host; None if training supervises all tokens."""
     alone: list[Tensor] | None = None
     """Collects the indexers' losses if training changes only the indexers; None if it changes the complete model."""
     chosen_BTK: Tensor | None = None
     """Keys that the most recent layer with an indexer selected, as positions in the sequence, int32. If a query has
-    fewer keys, -1 fills the remaining entries."""
+    fewer than top_k keys, -1 fills the remaining entries of its row."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ class Positions:
     """
     keys_BTLK: Tensor | None = None
     """Keys that layers use instead of the keys that indexers choose: positions, int32, on the host; None: indexers
-    choose. -1 fills the remaining entries of a row. The tensor has keys for every position and each layer of the main
-    model with an indexer.
+    choose. If a query has fewer keys than its row has entries, -1 fills the remaining entries. The tensor has keys for
+    every position and each layer of the main model with an indexer.
     """
     choices: KeyChoices = field(default_factory=KeyChoices)
     """State that the layers of sparse attention share."""
@@ -211,7 +211,7 @@ class Positions:
 
     @cached_property
     def experts_here_BTLK(self) -> Tensor | None:
-        """`experts_BTLK` of the local positions."""
+        """The entries of `experts_BTLK` at the local positions: expert ids that routers use. None: routers choose."""
         return None if self.experts_BTLK is None else self.take(self.experts_BTLK)
 
     def learnt_BT(self, supervised_BS: Tensor) -> Tensor:
@@ -221,8 +221,8 @@ class Positions:
         return learnt_BT if self.counted_BT is None else learnt_BT & self.counted_BT
 
     def learnt(self, supervised_BS: Tensor) -> Tensor:
-        """Return the indices of the learnt local positions, in a batch whose axes (B, local positions) are flattened;
-        int64 on the host."""
+        """Return the indices of the local positions whose target is supervised and in the same sample; int64, on the
+        host. An index counts over the flattened axes (B, local positions)."""
         return self.take(self.learnt_BT(supervised_BS)).flatten().nonzero().squeeze(-1)
 
     def gather(self, here_BT: Tensor) -> Tensor:

@@ -80,8 +80,9 @@ class KeysOfLatents:
 class SharedAttention(Function):
     """Computes softmax(scale q k^T) v of the local queries over the keys of all positions: (B, H, T, V).
 
-    latents_BTX: [latent | rotated rope key] of the local positions. weights: the trained weights of keys.up. gathering:
-    the started gather of the latents of all positions. watch, lse: see `AttentionInput`.
+    latents_BTX: [latent | rotated rope key] of the local positions. weights: the trained weights of the function
+    `keys.up`, which maps latents to keys and values. gathering: the gather of the latents of all positions, which is
+    already in progress. watch, lse: see `AttentionInput`.
     """
 
     @staticmethod

@@ -2,8 +2,8 @@
 
 A loss is a function `loss(logprobs_BT, tokens, **settings)`. It returns the loss of every token, (B, T), with gradient.
 The engine accepts the losses of this file by name, and also accepts your own function. The engine multiplies each
-token's loss by the token's weight. It sums over the learnt tokens, which are the tokens that training supervises, of
-all ranks and of all calls in a step. Then it divides the sum by the number of learnt tokens.
+token's loss by the token's weight. It adds the results for all learnt tokens of a step, over all ranks and all calls.
+Learnt tokens are the tokens that training supervises. Then the engine divides the sum by the number of learnt tokens.
 
 All functions get complete sequences, even if ranks share sequences. At tokens that are not learnt, log-probabilities
 are 0, and the engine ignores the result of the function. The formulas below use:
@@ -67,7 +67,7 @@ def negative_logprob(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
 def importance_sampling(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
     """Returns -r A: the policy gradient with importance weights, for tokens that another policy sampled.
 
-    Tensors: advantages, old_logprobs.
+    The batch must have the tensors advantages and old_logprobs.
     """
     return -_ratio(logprobs_BT, tokens) * tokens["advantages"]
 
@@ -76,8 +76,8 @@ def ppo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 0.2, clip_high: f
     """Returns the PPO loss -min(r A, clip(r, 1 - clip, 1 + clip_high) A) (Schulman et al. 2017, arXiv 1707.06347, eq.
     7).
 
-    clip_high: None for the value of `clip`; DAPO uses a larger value (arXiv 2503.14476). Tensors: advantages,
-    old_logprobs.
+    clip_high: None for the value of `clip`; DAPO uses a larger value (arXiv 2503.14476). The batch must have the
+    tensors advantages and old_logprobs.
     """
     return _clipped(_ratio(logprobs_BT, tokens), tokens["advantages"], clip, clip_high)
 
@@ -86,7 +86,7 @@ def cispo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 1.0, clip_high:
     """Returns -stopgrad(clip(r, 1 - clip, 1 + clip_high)) A logprob (MiniMax-M1, arXiv 2506.13585, eq. 4).
 
     The importance weight r is clipped, but every token has a gradient. With clip = 1 there is no lower bound, as in the
-    paper. Tensors: advantages, old_logprobs.
+    paper. The batch must have the tensors advantages and old_logprobs.
     """
     weights_BT = _ratio(logprobs_BT, tokens).detach().clamp(1 - clip, 1 + clip_high)
     return -weights_BT * tokens["advantages"] * logprobs_BT
@@ -97,8 +97,8 @@ def gspo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 3e-4, clip_high:
     logprob - old_logprob).
 
     s is the geometric mean of the tokens' ratios r (Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7, bounds from 5.1).
-    Every learnt token has the loss of its sample, so a longer sample has a larger weight. Tensors: advantages (equal
-    for all tokens of a sample), old_logprobs.
+    Every learnt token has the loss of its sample, so a longer sample has a larger weight. The batch must have the
+    tensors advantages (equal for all tokens of a sample) and old_logprobs.
     """
     ratio_BT = tokens.mean_of_samples(logprobs_BT - tokens["old_logprobs"]).exp()
     return _clipped(ratio_BT, tokens["advantages"], clip, clip_high)
@@ -108,7 +108,7 @@ def kl(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
     """Returns exp(d) - d - 1 with d = ref_logprob - logprob (DeepSeekMath, arXiv 2402.03300, eq. 4).
 
     For tokens that the policy sampled, this is an unbiased, nonnegative estimate of the KL divergence between the
-    policy and a reference policy. Tensors: ref_logprobs.
+    policy and a reference policy. The batch must have the tensor ref_logprobs.
     """
     difference_BT = tokens["ref_logprobs"] - logprobs_BT
     return difference_BT.exp() - difference_BT - 1

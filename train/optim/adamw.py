@@ -202,7 +202,8 @@ def _settings(group: dict, count: int, factor: Tensor | float | None) -> dict[st
 
 
 def _update_rest(rest: list[Tensor], group: dict, step: Tensor) -> None:
-    """Update the last elements as one padded vector. Then the result does not depend on the boundaries of the shard."""
+    """Update the last elements of a shard, which do not fill a vector, as one padded vector. Then the result does not
+    depend on the boundaries of the shard."""
     padded = [torch.zeros(VECTOR, device=tensor.device) for tensor in rest]
     for vector, tensor in zip(padded, rest, strict=True):
         vector[: tensor.numel()] = tensor

@@ -108,8 +108,8 @@ PUBLISHED_POLAR: tuple[Coefficients, ...] = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 SAFETY = 1.01
-"""Divisor that makes the paper's coefficients a little smaller. Without it, rounding could leave a singular value above
-1."""
+"""Divisor that makes the coefficients of the Polar Express paper a little smaller. Without it, rounding could leave a
+singular value above 1."""
 
 
 ITERATIONS: dict[str, tuple[Coefficients, ...]] = {
@@ -140,7 +140,7 @@ def _or_one(sizes: Tensor) -> Tensor:
 
 
 def newton_schulz_flops(rows: int, columns: int, iteration: str) -> float:
-    """Returns the number of operations for one matrix. Each step has three matmuls. One of them multiplies the Gram
-    matrix by itself."""
+    """Returns the number of operations for one matrix. Each step of the Newton-Schulz iteration has three matmuls. One
+    of them multiplies the Gram matrix by itself."""
     short, long = sorted((rows, columns))
     return len(ITERATIONS[iteration]) * (4.0 * short * short * long + 2.0 * short**3)

@@ -113,7 +113,7 @@ class Muon(AdamW):
 
     def _factors(self, matrices: Sequence[Tensor]) -> list[Tensor]:
         """Returns the orthogonal factor of each matrix. Adjacent matrices of one shape form a batch. A GPU computes in
-        bf16, as published."""
+        bf16, as in the published method."""
         found: list[Tensor] = []
         for _, same in groupby(matrices, key=lambda matrix: matrix.shape):
             batch = torch.stack(list(same))

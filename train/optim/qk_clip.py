@@ -53,7 +53,7 @@ class QKClip:
         return scores_LH
 
     def factors(self, scores_LH: Tensor) -> dict[str, Tensor]:
-        """Returns for each weight the factors of its rows, fp32 (R,). The keys are the names of the weights."""
+        """Returns a dictionary that maps the name of each weight to the factors of the weight's rows, fp32 (R,)."""
         model, found = self._model, {}
         eta_LH = (self.limit / scores_LH).where(scores_LH > self.limit, 1.0)
         for name, eta_H in zip(self.layers, eta_LH, strict=True):
@@ -65,6 +65,7 @@ class QKClip:
 
 
 def _by_rows(*parts: tuple[Tensor, int]) -> Tensor:
-    """Returns the factor of each row. The rows of a head follow one another, part by part. parts: for each part, the
-    factors of the heads, and the number of rows that the part has in a head."""
+    """Returns the factor of each row of a weight. The rows of a head are adjacent. They consist of parts, for example
+    the nope rows and the rope rows. parts: for each part, its factor in every head, and its number of rows in one
+    head."""
     return torch.cat([factor_H.unsqueeze(1).expand(-1, rows) for factor_H, rows in parts], 1).flatten()

@@ -37,8 +37,8 @@ class Schedules:
     def plan(self, step: int, shift: int = 0) -> StepPlan:
         """Returns the settings of a step.
 
-        step: index of the step, from 1. shift: is added to `first_sample`. A resumed run with another batch size needs
-        it, because it has consumed another number of samples than this schedule computes.
+        step: index of the step, from 1. shift: a number that is added to `first_sample`. It is not 0 in a resumed run
+        with another batch size, because the run has consumed another number of samples than this schedule computes.
         """
         index, optim = step - 1, self.config.optim
         # Use the middle of the step, so that a run of one step gets the middle of its schedule and not the start or the

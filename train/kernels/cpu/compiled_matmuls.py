@@ -93,8 +93,8 @@ def grouped_weight_gradient(
 
 
 def parts_by_rows(starts: Sequence[int], rows: Sequence[int], columns: int, contraction: int) -> list[Part]:
-    """Returns one matmul for every expert. The left operand is the expert's rows, and the right operand is the expert's
-    matrix.
+    """Returns one `Part` for every expert: the matmul of the expert's rows (left operand) and the expert's matrix
+    (right operand).
 
     starts: first row of each expert.
     """
@@ -102,7 +102,7 @@ def parts_by_rows(starts: Sequence[int], rows: Sequence[int], columns: int, cont
 
 
 def parts_by_sums(starts: Sequence[int], rows: Sequence[int], outer: int, columns: int) -> list[Part]:
-    """Returns one matmul for every expert. The matmul sums over the rows of the expert."""
+    """Returns one `Part` for every expert: a matmul that sums over the expert's rows."""
     return [(0, outer, 0, s, s + n, e * outer * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=True))]
 
 

@@ -82,7 +82,8 @@ def cpu_features() -> str:
 
 
 def _limit() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the CPU features that SLUICE_CPU hides, and the compiler flags that belong to its value."""
+    """Returns the CPU features that the environment variable SLUICE_CPU hides, and the compiler flags that exclude
+    these features."""
     most = os.environ.get("SLUICE_CPU", "")
     if most and most not in CPU_LIMITS:
         raise UserError(

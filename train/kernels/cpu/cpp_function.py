@@ -50,7 +50,8 @@ class _Unfit(Exception):
 
 
 def _compiled(sizes: str) -> list[str | CodeType]:
-    """Splits the declared sizes, and compiles those that are expressions. A name remains a string."""
+    """Splits the text of declared sizes at spaces, and compiles each size that is an expression. A size that is a name
+    remains a string."""
     return [size if size.isidentifier() else compile(size, "size", "eval") for size in sizes.split()]
 
 
@@ -72,12 +73,12 @@ class Parameter(Protocol):
 class Array:
     """A tensor parameter. The C++ function gets the tensor's address, and then the strides of its leading axes.
 
-    - dtype: the allowed dtype, or several. If there are several, the size named PARAMETER_dtype is the index of the
-      actual dtype.
+    - dtype: the allowed dtype, or a tuple of allowed dtypes. With a tuple, expressions of sizes may use
+      PARAMETER_dtype, which is the index of the actual dtype in the tuple.
     - sizes: for each axis a name, a number or an expression without spaces, as in "N 2*F". "*N" means the product of
       all leading axes; it is 1 if there are none.
     - apart: number of leading axes that may have any stride. With 0 the tensor must be contiguous.
-    - beside: one of this many last axes must have stride 1.
+    - beside: a number n. One of the last n axes must have stride 1.
     - out: whether the C++ function writes to the tensor.
     - optional: whether the argument may be None, which becomes a null pointer.
     """
@@ -153,8 +154,8 @@ class Array:
 
 
 class Number:
-    """A number that the C++ function gets unchanged. Expressions of sizes may use the number by the name of the
-    parameter."""
+    """A number that the C++ function gets unchanged. Expressions of sizes may use the parameter's name for this
+    number."""
 
     def __init__(self, kind: type):
         self.types = [kind]
@@ -196,8 +197,8 @@ class Zeros:
 
 
 class Table:
-    """A table with `columns` int64 values in a row, built by `rows_of_table`. The C++ function gets the table's address
-    and number of rows."""
+    """A table that `rows_of_table` built. Each row has `columns` int64 values. The C++ function gets the table's
+    address and number of rows."""
 
     types = [c_void_p, c_int64]
 
@@ -256,8 +257,8 @@ class Kernel:
         Kernel.declared.append(self)
 
     def __call__(self, *given: Any) -> Any:
-        """Calls the C++ function and returns its result. If a tensor is on the meta device, it only checks, and returns
-        None.
+        """Calls the C++ function and returns its result. If a tensor is on the meta device, the call only checks the
+        arguments, and returns None.
 
         Raises AssertionError if an argument does not match its declaration.
         """

@@ -25,8 +25,8 @@ streams that NCCL creates. Dispatch and combine of the experts need this priorit
 
 
 def tune_cpu() -> None:
-    """Let waiting threads sleep soon, let the process reuse freed memory, and limit torch's cache of oneDNN
-    primitives."""
+    """Let waiting threads sleep after a short time, let the process reuse freed memory, and limit torch's cache of
+    oneDNN primitives."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     os.environ.setdefault("LRU_CACHE_CAPACITY", PRIMITIVES)
     _tune_malloc()
@@ -39,7 +39,8 @@ def tune_gpu() -> None:
 
 
 def threads_of(given: int, ranks: int) -> int:
-    """Returns the number of threads of a rank. This is `given`, or an equal share of the cores if `given` is 0.
+    """Returns the number of threads of a rank. If `given` is 0, the ranks of this machine share the cores equally.
+    Otherwise the number is `given`.
 
     ranks: number of ranks on this machine.
     """

@@ -6,9 +6,9 @@ A linear layer has three matmuls, each with a left and a right operand:
     Dgrad   dx = dy w       gradient, weight         contracted over the outputs
     Wgrad   dw = dy^T x     gradient, activation     contracted over the tokens
 
-A tile consists of 128 values along the contraction (of 32 values in MXFP8). So the block of a rule depends on the
-contraction. If the contraction runs over the last dimension of a tensor, the tiles of the rule 1x128 are 1x128. If it
-runs over the first dimension, they are 128x1.
+A tile consists of 128 values along the contraction (of 32 values in MXFP8). So the shape of a tile depends on the
+contraction. With the rule 1x128, a tile has the shape 1x128 if the contraction runs over the last dimension of the
+tensor, and the shape 128x1 if the contraction runs over the first dimension.
 """
 
 from dataclasses import dataclass

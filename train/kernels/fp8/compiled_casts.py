@@ -24,8 +24,8 @@ added, as in the reference."""
 
 
 def _matrices(of: str, out: bool = False) -> Struct:
-    """Declares the struct `Matrices` of casts.cpp. The struct has values, one-byte codes or twelve-bit codes, and
-    scales if there are any."""
+    """Declares the struct `Matrices` of casts.cpp. The struct points to one of three tensors: values, one-byte codes or
+    twelve-bit codes. It also points to the scales, if there are any."""
     what = {"out": out, "optional": True}
     parts = {
         "values": Array((torch.bfloat16, torch.float32), "*M R C", **what),

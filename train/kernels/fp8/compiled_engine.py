@@ -53,7 +53,7 @@ class CompiledEngine(CpuEngine):
         return _transposed(operand) if transposed else operand
 
     def _split(self, source: Source, cast: Cast) -> QuantizedTensor:
-        """Returns the values and scales of a source, quantised by this cast."""
+        """Returns the values and scales of a `Source` that is quantised with this cast."""
         cast = fitted(cast, source)
         if isinstance(source, QuantizedTensor) and source.cast == cast:
             return self._compiled.decoded(source)

@@ -115,7 +115,7 @@ class CpuEngine:
         return swiglu.recompute(self._values(h), gates_P)
 
     def _values(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns the values of a source: exactly, or rounded to `dtype` if it is given."""
+        """Returns the values of a `Source`: exactly, or rounded to `dtype` if `dtype` is given."""
         if isinstance(source, QuantizedTensor):
             return self._casts.dequantize(source, dtype or exact_dtype(source.cast))
         values = source.values if isinstance(source, RoundedTensor) else source

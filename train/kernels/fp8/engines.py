@@ -48,11 +48,13 @@ quantised tensor."""
 
 
 SourceForm = tuple[Cast, torch.Size] | Cast | None
-"""The data of a source without its tensors. `unpack_sources` rebuilds the source from this data and the tensors."""
+"""The metadata of a `Source`: cast and shape of a `QuantizedTensor`, cast of a `RoundedTensor`, None for a plain
+tensor. `unpack_sources` rebuilds the source from the metadata and the tensors."""
 
 
 def pack_sources(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
-    """Returns the tensors of the sources, for autograd to save, and the forms of the sources for `unpack_sources`."""
+    """Returns the tensors of all sources, which autograd can save, and the `SourceForm` of each source.
+    `unpack_sources` needs both."""
     tensors: list[Tensor] = []
     forms: list[SourceForm] = []
     for one in kept:
@@ -69,7 +71,7 @@ def pack_sources(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
 
 
 def unpack_sources(tensors: Sequence[Tensor], forms: list[SourceForm]) -> list[Source]:
-    """Rebuild the sources from the result of `pack_sources`."""
+    """Rebuild the sources from the tensors and the metadata that `pack_sources` returned."""
     rest = iter(tensors)
 
     def one(form: SourceForm) -> Source:
@@ -96,18 +98,19 @@ class Fp8Engine(Protocol):
     def operand(
         self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
     ) -> Any:
-        """Builds the operand (O, C) from a source (O, C), or from a source (C, O) if `transposed` is set. Leading axes
-        remain.
+        """Builds the operand (O, C) of a matmul from a tensor (O, C), or from a tensor (C, O) if `transposed` is set.
+        Leading axes remain.
 
-        groups: groups of an operand whose contraction runs over the rows of experts, separately for each expert; else
+        groups: the positions of each expert's rows, if the matmul sums separately over the rows of each expert; else
         None.
         """
 
     def cast_again(self, x_MK: Tensor, kept: Cast, rule: OperandRule) -> Any:
-        """Quantises x by the cast `kept`, and returns the transposed `operand` of the quantised values."""
+        """Quantises x with the cast `kept`, and builds the transposed operand from the quantised values. See
+        `operand`."""
 
     def values(self, source: Any) -> Tensor:
-        """Returns the values of a saved source in bf16."""
+        """Returns the values of a saved `Source` as a bf16 tensor."""
 
     def gradient(
         self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None
@@ -122,7 +125,8 @@ class Fp8Engine(Protocol):
         counts_E."""
 
     def matmul(self, left: Any, right: Any, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """Returns left @ right^T. into: a tensor of this dtype; the method adds the result to it and returns it."""
+        """Returns left @ right^T in `dtype`. into: a tensor in `dtype`. If it is given, the method adds the result to
+        this tensor, and returns the tensor."""
 
     def grouped(self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
         """Multiplies the rows of each expert by the expert's transposed matrix: left (P, C), right (E, N, C). Returns
@@ -163,10 +167,11 @@ class HeldWeights:
         self._made: dict[tuple[int, bool], Any] = {}
 
     def name(self, weight: Tensor) -> int | None:
-        """Returns a key of a weight for `operand`. Backward needs the key, because autograd may pass to backward
-        another tensor with the same memory.
+        """Returns an identifier of a weight, which the method `operand` needs. Forward saves the identifier for
+        backward, because backward may get another tensor object with the same memory from autograd.
 
-        The key is None if the weight's operands are not stored, for example if the weight was just unpacked from bytes.
+        The identifier is None if the weight's operands are not stored, for example if the weight was just unpacked from
+        bytes.
         """
         if not (self._holds and isinstance(weight, nn.Parameter)):
             return None
@@ -174,8 +179,8 @@ class HeldWeights:
         return id(weight)
 
     def operand(self, weight: Tensor, name: int | None, rule: OperandRule, transposed: bool = False) -> Any:
-        """Returns a weight's stored operand, or builds the operand. name: the key from `name`. rule, transposed: see
-        `Fp8Engine.operand`."""
+        """Returns a weight's stored operand, or builds the operand. name: what the method `name` returned for the
+        weight. rule, transposed: see `Fp8Engine.operand`."""
         if name is None or not self._holds:
             return self.engine.operand(weight, rule, transposed)
         key = name, transposed

@@ -61,13 +61,14 @@ class Cast:
     """Lower bound of the max-abs from which a scale is computed."""
 
     def empty_tiles(self, like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Allocates q (rows, columns), and one scale for each row and each 128 columns, on `like`'s device. The scales
-        are stored column by column."""
+        """Allocates q (rows, columns), and one scale for each row and each 128 columns, on the device of the tensor
+        `like`. The scales are stored column by column."""
         return like.new_empty(rows, columns, dtype=self.format.dtype), empty_scales(like, rows, columns // TILE)
 
 
 def empty_scales(like: Tensor, outer: int, tiles: int) -> Tensor:
-    """Allocates fp32 scales (outer, tiles) on `like`'s device, stored column by column."""
+    """Allocates fp32 scales (outer, tiles) on the device of the tensor `like`. The scales are stored column by
+    column."""
     return like.new_empty_strided((outer, tiles), (1, outer), dtype=torch.float32)
 
 

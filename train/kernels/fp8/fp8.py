@@ -55,8 +55,8 @@ class Fp8Precision:
         engine: Fp8Engine | None = None,
         making: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        """engine: None: the default engine for the device. making: is passed to `HeldWeights`. Raises UserError if the
-        device lacks something that its engine needs."""
+        """engine: the engine that computes the matmuls; None: the default engine for the device. making: is passed to
+        `HeldWeights`. Raises UserError if the device lacks something that its engine needs."""
         self.kernels = kernels
         self._rules = build_rules(fp8)
         self._health = HealthWatch(fp8.health.every)
@@ -127,8 +127,8 @@ def cpu_engine(fp8: Fp8, kernels: Kernels, meta: bool = False) -> CpuEngine:
     """Returns the engine that emulates FP8 on a CPU.
 
     fp8: the section `precision.fp8` of a checked configuration. kernels: compute the matmuls of operands without
-    scales. meta: whether mode=plan builds the engine, in which no compiled code runs. Raises UserError if compiled code
-    is requested and cannot be built, stored or loaded.
+    scales. meta: whether mode=plan builds the engine. In mode=plan, no compiled code runs. Raises UserError if compiled
+    code is requested and cannot be built, stored or loaded.
     """
     if not fp8.compiled:
         return CpuEngine()

@@ -69,15 +69,15 @@ class FrozenBlocks:
         return row
 
     def round(self, values: Tensor) -> None:
-        """Quantise values of the weight's shape in blocks, and store the bytes."""
+        """Quantise `values` in blocks, and store the resulting bytes as the weight. `values` has the weight's shape."""
         rows = self.data.detach().view(-1, self.matrix_bytes)
         for row, matrix in zip(rows, values.view(-1, *self.shape[-2:]), strict=True):
             found = quantize(matrix, BLOCKS)
             row.copy_(self.pack(found.q, found.scale))
 
     def _parts(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the scales (m, k) fp32 and the codes (M, K) uint8 of one matrix, as views of the matrix's bytes. row:
-        the bytes."""
+        """Returns the scales (m, k) fp32 and the codes (M, K) uint8 of one matrix. Both are views of `row`, which
+        contains the stored bytes of the matrix."""
         codes = row[self._scale_bytes : self._scale_bytes + math.prod(self.shape[-2:])]
         return row[: self._scale_bytes].view(torch.float32).view(self._scales), codes.view(self.shape[-2:])
 

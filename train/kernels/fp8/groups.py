@@ -69,8 +69,8 @@ class PaddedGroups:
     def sum_ends_E(self) -> Tensor:
         """End of each expert's rows for a sum over rows (Wgrad), int32.
 
-        The rows are padded, and each expert has at least one tile. All rows after the last expert count as rows of the
-        last expert.
+        The rows are padded, and each expert has at least one tile. All rows that follow the last expert's rows count as
+        rows of the last expert.
         """
         ends_E = ((self._counts_E.clamp_min(1) + (TILE - 1)) // TILE * TILE).cumsum(0, dtype=torch.int32)
         ends_E[-1:].fill_(most_tiles(self.rows + len(ends_E), len(ends_E)) * TILE)
@@ -85,7 +85,7 @@ class PaddedGroups:
     @cached_property
     def slots_R(self) -> Tensor | None:
         """Position of every row in the padded layout, int64. None if rows have no padding, or if the host knows that
-        none is needed."""
+        the rows need no padding."""
         if not self._is_padded or (self._rows is None and self.padded == self.counts):
             return None
         counts_E = self._counts_E
@@ -116,8 +116,8 @@ class PaddedGroups:
 
 
 def most_tiles(rows: int, experts: int) -> int:
-    """Returns the largest possible number of tiles. A tile has at most 128 rows, all of one expert. rows: rows of all
-    experts."""
+    """Returns the largest possible number of tiles. A tile has at most 128 rows, all of one expert. rows: the total
+    number of rows of all experts."""
     return (rows + min(rows, experts) * (TILE - 1)) // TILE
 
 

@@ -37,7 +37,8 @@ class Reading:
 
     layer: str
     subject: str
-    """The tensor (activation, weight or gradient), or the matmul (fprop or dgrad) if the reading is an error."""
+    """The measured tensor (activation, weight or gradient). For readings with the name error: the matmul (fprop or
+    dgrad)."""
     name: str
     value: Tensor
     """A scalar, on the device."""
@@ -157,7 +158,7 @@ class Report:
 
 
 WARNINGS = 5
-"""Number of warnings of a step that are shown one by one. Further warnings are only counted."""
+"""Largest number of warnings that a step shows one by one. Further warnings are only counted."""
 
 
 def merge_reports(reports: Sequence[Report]) -> Report:

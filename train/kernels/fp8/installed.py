@@ -22,8 +22,8 @@ TORCH_OF_DEEP_GEMM = (2, 11)
 the process (PyObjectSlot)."""
 CUDA_OF_DEEP_GEMM = 13
 OTHER_BUILD = "another build"
-"""Text shown as the version of a module deep_gemm that is not from the package. The probe tests the GEMMs of this
-module too."""
+"""Text shown as the version if the module deep_gemm is installed, but does not belong to the package DEEP_GEMM. The
+probe tests the GEMMs of this module too."""
 OLDEST_CUDA = (12, 9)
 """The first CUDA version whose cuBLASLt has blockwise FP8 GEMMs."""
 OLDEST_NVCC = (12, 3)
@@ -52,7 +52,7 @@ class InstalledVersions:
     abi: bool
     """Whether torch is built with C++11's ABI, as DeepGEMM is."""
     scaled_mm: bool
-    """Whether torch has the function scaled_mm, which multiplies operands with scales."""
+    """Whether torch has the function scaled_mm, which multiplies two quantised matrices and applies their scales."""
     triton: str | None
     deep_gemm: str | None
     nvcc: str | None
@@ -82,8 +82,8 @@ class InstalledVersions:
 
 
 def look_up_versions(device: int | None = None) -> InstalledVersions:
-    """Looks up the installed versions. device: index of the GPU; None: the current GPU. Initialises CUDA if
-    possible."""
+    """Looks up the `InstalledVersions` of this machine. device: index of the GPU; None: the current GPU. Initialises
+    CUDA if possible."""
     import torch
     from torch.nn import functional as F
 

@@ -281,8 +281,8 @@ def _arrived(rows_RD: Tensor, groups: PaddedGroups, engine: Fp8Engine, rule: Ope
 def _probe_forward(
     probe: LayerProbe, rules: MatmulRules, groups: PaddedGroups, x_PK: Tensor, weight_ENK: Tensor, y_PN: Tensor
 ) -> None:
-    """Compute the readings of a projection's operands. For the expert with the most rows, also compute the error of the
-    GEMM."""
+    """Compute the health readings of a projection's operands. For the expert with the most rows, also compute the error
+    of the GEMM."""
     probe.operand("activation", x_PK, rules.left)
     probe.operand("weight", weight_ENK, rules.right)
     busiest = max(range(len(groups.counts)), key=groups.counts.__getitem__)

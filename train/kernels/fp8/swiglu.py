@@ -24,7 +24,7 @@ def forward(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
 
 
 def chunks(x_P: Tensor, h_P2F: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Splits the rows of x into parts. For each part, the same rows of h have at most `fp8_gate_and_up` elements
+    """Splits the rows of x into parts. In h, the rows of one part have at most `fp8_gate_and_up` elements
     (conf/thresholds.py).
 
     h_P2F: None if x is h.

@@ -44,9 +44,9 @@ tile. The sum, and the partial sum of 128 elements, need half of a thread's regi
 two tiles. Four stages fill more than half of a Hopper GPU's shared memory: the program multiplies one stage while it
 loads three others."""
 LANES = 32
-"""Number of threads of a warp. If a sum has this many terms, every thread of the warp has the result. So the compiler
-knows that all threads run the same number of steps over an expert's columns. With up to 16 experts this saves 32 of 276
-instructions per step (Triton 3.7.1)."""
+"""Number of threads of a warp. If a warp sums a vector of at least this many elements, every thread of the warp has the
+result. So the compiler knows that all threads run the same number of steps over an expert's columns. With up to 16
+experts this saves 32 of 276 instructions per step (Triton 3.7.1)."""
 
 
 def _named(kernel: str, specialization) -> str:

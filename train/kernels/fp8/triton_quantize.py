@@ -518,10 +518,10 @@ def quantize_mx(
 ) -> tuple[Tensor, Tensor]:
     """Returns q (..., P, Q) and its E8M0 scales: (P, Q / 32), or (..., P x Q / 32) for several matrices.
 
-    x_RC: a tensor with any strides. in_scale: scales of the transpose of x_RC, if this function quantised it; else
-    None. ends_E: end of each expert's columns, int32. Each expert has at least one tile of its own, and its scales form
-    a separate matrix. Tiles after the last expert's columns are zeros, and belong to the last expert. gates_R: if
-    given, x_RC is the input of SwiGLU, and the function quantises the output of SwiGLU.
+    x_RC: a tensor with any strides. It may be the transpose of a q that this function returned earlier. Then in_scale
+    is the scale of this q, else None. ends_E: end of each expert's columns, int32. Each expert has at least one tile of
+    its own, and its scales form a separate matrix. Tiles after the last expert's columns are zeros, and belong to the
+    last expert. gates_R: if given, x_RC is the input of SwiGLU, and the function quantises the output of SwiGLU.
     """
     *lead, rows, columns = x_RC.shape
     columns = columns if gates_R is None else columns // 2

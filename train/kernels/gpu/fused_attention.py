@@ -1,9 +1,10 @@
 """Implements the attention cores on a GPU with torch's kernels. train/kernels/choice.py selects the core for a run.
 
-One kernel call can compute several consecutive documents of a sequence. It gets the lengths of the documents. It
-computes each document up to the diagonal of the document, and needs no mask. Any other rectangle needs a separate call.
-A call for one sequence may have any length. Calls for all sequences have only a few different lengths. A run may use
-different cores for these two kinds of calls (`AttentionByKind`).
+One kernel call can compute attention for several consecutive documents of a sequence. The call gets the lengths of the
+documents. In each document, queries see keys up to the diagonal of the document, so the call needs no mask. Any other
+rectangle of queries and keys needs a separate call. A call for one sequence may have any length. Calls for all
+sequences have only a few different lengths. A run may use different cores for these two kinds of calls
+(`AttentionByKind`).
 
 Shapes as in train/model/attention.py; P documents of a call, M queries of a call.
 """
@@ -29,11 +30,11 @@ as many log-sum-exps as for the longest document."""
 
 
 class _Documents(NamedTuple):
-    """The documents that one call computes."""
+    """The documents for which one kernel call computes attention."""
 
     longest: int
     bounds: Tensor
-    """The start of each document, and then the end of the last document: int32 (P + 1,)."""
+    """Start of each document. The last entry is the end of the last document. int32 (P + 1,)."""
     places: tuple[Tensor, Tensor]
     """For every query, the index of its document, and its position in the document: int64 (M,)."""
 
@@ -58,13 +59,13 @@ class _Call(NamedTuple):
 
 
 def calls(rectangles: Sequence[Rectangle], device: torch.device, waste: float = WASTE) -> list[_Call]:
-    """Returns the kernel calls for these rectangles. waste: see WASTE."""
+    """Returns the kernel calls that compute attention for these rectangles of queries and keys. waste: see WASTE."""
     return [_call(run, device) for run in _runs(rectangles, waste)]
 
 
 def _runs(rectangles: Sequence[Rectangle], waste: float) -> Iterator[list[Rectangle]]:
-    """Groups the rectangles by call, in order. Consecutive documents can share a call. Any other rectangle forms a
-    group alone."""
+    """Groups the rectangles of queries and keys by kernel call, in order. Consecutive documents can share a call. Any
+    other rectangle gets a separate call."""
     run: list[Rectangle] = []
     for one in rectangles:
         if run:
@@ -229,8 +230,8 @@ class FlashAttention(EfficientAttention):
         return dq, dk, dv[..., :width]
 
     def _lengths(self, call: _Call, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None, int, int]:
-        """Returns the documents' bounds among queries and among keys, and the longest documents' numbers of queries and
-        keys. A call without documents counts as one document without bounds."""
+        """Returns the bounds of the documents among the queries, the bounds among the keys, and the numbers of queries
+        and keys of the longest document. A call without documents counts as one document, and its bounds are None."""
         if call.documents is None:
             return None, None, q.size(2), k.size(2)
         return call.documents.bounds, call.documents.bounds, call.documents.longest, call.documents.longest

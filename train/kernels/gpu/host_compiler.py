@@ -1,8 +1,8 @@
 """Checks the tools on the host that Triton needs besides a GPU: a C compiler and Python's headers.
 
 Triton compiles every kernel itself. To launch kernels, it builds small Python modules in C, with the machine's C
-compiler. Triton builds the first module when a process asks for the GPU's driver. So every run on a GPU needs the C
-compiler and the headers, even in bf16. A C++ compiler is not enough. This file searches for the compiler as
+compiler. Triton builds the first module when a process first uses Triton's driver for the GPU. So every run on a GPU
+needs the C compiler and the headers, even in bf16. A C++ compiler is not enough. This file searches for the compiler as
 triton.runtime.build of Triton 3.6 to 3.9 does. It also tests the compiler, which may be installed without the C
 library's headers.
 """

@@ -1,4 +1,5 @@
-"""Implements the AdamW of train/optim/adamw.py on a GPU, in one pass over memory, and the sum of squares for the norm.
+"""Implements the AdamW of train/optim/adamw.py on a GPU, in one pass over memory. Also computes sums of squares, from
+which other code computes norms.
 
 An update reads weight, gradient and two moments, and writes all of them except the gradient. This moves 20 bytes for
 each parameter if the moments are bf16. The number of launches does not grow with the number of parameters. One launch
@@ -24,26 +25,28 @@ from torch import Tensor
 from parallel.triton_types import constexpr, with_options
 
 PROGRAM_ELEMENTS, ELEMENTS_AT_ONCE = 1 << 14, 1 << 11
-"""Number of elements of a program, and number of elements that a program processes at a time."""
+"""Number of elements that one program processes in total, and number of elements that it processes at a time."""
 ALIGNED = 16
 """Threads read 128 bits at a time if the addresses of all pieces (in bytes) and their sizes (in elements) are multiples
 of this number."""
 
 
 class _Layout(NamedTuple):
-    """Describes how pieces are cut into chunks, one for each program. The tensors are int64 and on the device."""
+    """Describes how pieces of memory are cut into chunks. Each program processes one chunk. The tensors are int64 and
+    on the device."""
 
     starts: Tensor
-    """Index of the first element of every piece, counted over all pieces, and then the number of all elements."""
+    """Index of the first element of every piece, counted over all pieces. The last entry is the number of all
+    elements."""
     first_chunks: Tensor
-    """Index of the first chunk of every piece, and then the number of all chunks."""
+    """Index of the first chunk of every piece. The last entry is the number of all chunks."""
     piece_of_chunk: Tensor
 
 
 @triton.jit
 def _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk: constexpr, aligned: constexpr):
-    """Finds the chunk of this program. Returns the address of its piece, the start of the chunk in the piece, the start
-    of the piece among all pieces, and the size of the piece."""
+    """Finds the chunk of this program. Returns four numbers: the address of the piece that contains the chunk, the
+    start of the chunk in the piece, the start of the piece among all pieces, and the size of the piece."""
     piece = tl.load(pieces_ptr + tl.program_id(0))
     start = tl.load(starts_ptr + piece)
     size = tl.load(starts_ptr + piece + 1) - start
@@ -151,7 +154,7 @@ def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
-    """Returns the layout of the pieces, their addresses, and whether all addresses and sizes are multiples of
+    """Returns the layout of the pieces of memory, their addresses, and whether all addresses and sizes are multiples of
     ALIGNED."""
     device = pieces[0].device
     assert all(one.dtype == torch.float32 and one.is_contiguous() and one.device == device for one in pieces)

@@ -2,8 +2,8 @@
 
 The results differ from train/kernels/plain/routing.py only in the order of sums over experts and tokens.
 
-    forward     scores, choice, gate values; and for each block of tokens the sums for the counters
-    finish      adds these sums in the order of the tokens, and adds them to the counters: no atomic addition, so runs are repeatable
+    forward     scores, choice, gate values; and for each block of tokens the sums that the router's counters need
+    finish      adds these sums to the router's counters, in the order of the tokens: no atomic addition, so runs are repeatable
     backward    the gradient of the logits
 
 The module needs triton and is imported only where its kernels run, by train/kernels/gpu/fused_route.py. Shapes as in
@@ -211,7 +211,7 @@ def finish_route(
     """Add up the sums of all blocks. If the balance loss has a weight, also compute how often each expert has one of
     the largest scores.
 
-    added: whether to add the totals to the counters.
+    added: whether to add the totals to the router's counters.
     """
     B, blocks, E = sums[0].shape
     _finish_kernel[(1,)](

@@ -76,7 +76,7 @@ def largest_scores(given: AttentionInput, lse_BHT: Tensor, limit: float) -> Tens
 
 
 def _seen_by_query(rectangles: list[Rectangle], batch: int, queries: int, device: torch.device) -> Tensor:
-    """Returns, for each query of each sequence, the first key that it sees, and the end of these keys: int32 (B, T,
+    """Returns, for each query of each sequence, the start and the end of the keys that the query sees: int32 (B, T,
     2)."""
     seen = torch.zeros(batch, queries, 2, dtype=torch.int32)
     for sequence, first_query, last_query, first_key, last_key, before in rectangles:

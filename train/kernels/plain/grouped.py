@@ -1,11 +1,11 @@
-"""Grouped matmuls: each row is multiplied by the weight of its expert. The rows of experts are given as row counts
-(bf16 on a CPU) or as ends.
+"""Grouped matmuls: each row is multiplied by the weight of its expert. A function gets either the number of rows of
+each expert (bf16 on a CPU) or the end of each expert's rows.
 
 oneDNN compiles a kernel for every new shape. This takes about 0.4 ms, as long as a matmul of a few hundred rows. An
 expert rarely has the same row count twice. So row counts are rounded up to a multiple of `expert_rows`
-(conf/thresholds.py). If rows are independent, the matmul of an expert also processes some rows of the next expert. The
-matmul of the next expert then overwrites the results of these rows. If a matmul sums over rows, the rows are padded
-with zeros.
+(conf/thresholds.py). If each row of a result depends on only one row of the input, the matmul of an expert also
+processes some rows of the next expert. The matmul of the next expert then overwrites the results of these rows. If a
+matmul sums over rows, the rows are padded with zeros.
 
 In fp32 and on a GPU, torch's grouped matmul is used. It reads the end of each expert's rows, int32 (E,).
 
@@ -72,8 +72,8 @@ def weight_gradient_to_ends(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Te
 
 
 def _parts(by_expert: Tensor, rows: Sequence[int]) -> Iterator[tuple[Tensor, int, int]]:
-    """Yields, for each expert with rows, the expert's part of `by_expert`, and the start and the end of the expert's
-    rows."""
+    """Yields, for each expert that has rows, the expert's matrix in `by_expert`, and the start and the end of the
+    expert's rows."""
     ends = list(itertools.accumulate(rows))
     for one, count, end in zip(by_expert, rows, ends, strict=True):
         if count:

@@ -1,6 +1,6 @@
 """Computes the model's matmuls in fp32 or bf16, without FP8. bf16 matmuls accumulate in fp32 inside the kernels.
 
-The kernels of the object compute the matmuls (train/model/operations.py).
+An object of type `Kernels` computes the matmuls (train/model/operations.py).
 
 Shapes: D width, F inner width, E experts of this rank, R rows sorted by expert.
 """

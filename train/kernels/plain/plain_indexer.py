@@ -30,8 +30,8 @@ def choose_keys(
     best_keys: Callable[[Tensor, int], Tensor] = best_keys,
     scores_of: Callable[[Tensor, Tensor, Tensor], Tensor] = block_scores,
 ) -> Tensor:
-    """Implements `train.model.operations.Kernels.choose_keys`. best_keys, scores_of: functions that choose the keys of
-    a block and compute its scores."""
+    """Implements `train.model.operations.Kernels.choose_keys`. scores_of: computes the scores of a block of queries.
+    best_keys: chooses the keys with the largest scores."""
     q_BTHI, k_BSI, _ = index
     batch, length = q_BTHI.shape[:2]
     chosen_BTK = torch.full((batch, length, top_k), -1, dtype=torch.int32, device=q_BTHI.device)

@@ -1,6 +1,6 @@
 """The operations of the layers (train/model/operations.py) in torch. Tests compare all other implementations with them.
 
-Subclasses replace single methods: with compiled code for bf16 on a CPU (train/kernels/cpu/compiled_kernels.py), or with
+Subclasses replace some methods: with compiled code for bf16 on a CPU (train/kernels/cpu/compiled_kernels.py), or with
 torch's fused kernels on a GPU (train/kernels/gpu/fused_kernels.py).
 
 Shapes as in train/model/operations.py.
@@ -35,8 +35,8 @@ class PlainKernels(Kernels):
     chosen = PlainChosen()
 
     def rows_at_once(self, x_ND: Tensor, elements: int) -> int:
-        """Returns the number of rows to process at a time, so that they have at most `elements` elements and fit a
-        cache."""
+        """Returns the number of rows to process at a time. These rows have at most `elements` elements, so that they
+        fit in a cache."""
         return max(1, elements // x_ND.size(1))
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -193,7 +193,7 @@ class PlainKernels(Kernels):
 
 
 def added(made: Tensor, into: Tensor | None) -> Tensor:
-    """Returns `made`. If `into` is given, adds `made` to `into`, and returns `into`."""
+    """Adds the tensor `made` to the tensor `into`, and returns `into`. If `into` is None, returns `made`."""
     return made if into is None else into.add_(made)
 
 
