@@ -30,8 +30,9 @@ from train.model.operations import Kernels
 from train.model.sequence import Positions, Rectangle, SeenKeys
 
 ATTENTION_BOUND = 2e-2
-"""Largest allowed relative error of the result and of each gradient, measured as the norm of the difference. Rounding
-to bf16 causes an error of about 3e-3. A wrong mask, scale or head causes an error of at least 0.1."""
+"""Largest allowed relative error of the result and of each gradient: the norm of the difference from the reference,
+divided by the norm of the reference minus its mean. Rounding to bf16 causes an error of about 3e-3. A wrong mask, scale
+or head causes an error of at least 0.1."""
 TRIED_SCORE = -120.0
 """Approximate value of all scores in the test. A correct softmax does not change if the same number is added to all
 scores."""

@@ -105,8 +105,8 @@ class LayerPrecision(Protocol):
 class Linear(nn.Module):
     """A matmul without bias, in the precision of the run.
 
-    kind: `output` for the attention's output projection, `dense` for all other layers. In FP8 training, the input of
-    `output` is saved in a more precise format than the input of `dense`.
+    kind: `output` for the attention's output projection, `dense` for all other layers. FP8 training saves the input of
+    the output projection in a more precise format than the inputs of other layers.
     """
 
     def __init__(self, inputs: int, outputs: int, precision: LayerPrecision, kind: str = "dense", **factory):

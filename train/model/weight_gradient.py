@@ -74,8 +74,8 @@ class LinearMatmul(Function):
 class GroupedMatmul(Function):
     """Multiplies each row by the transposed weight of the row's expert.
 
-    The Function saves the weight itself. F.grouped_mm would save a view of the weight. The view would keep the memory
-    allocated when ZeRO 3 frees the weight until backward.
+    The Function saves the weight itself. F.grouped_mm would save a view of the weight. Between forward and backward,
+    ZeRO 3 frees the weight, but the view would keep the weight's memory allocated.
     """
 
     @staticmethod

@@ -42,8 +42,8 @@ class _Documents(NamedTuple):
 class _Call(NamedTuple):
     """The arguments of one call of an attention kernel.
 
-    causal: whether queries see keys only up to a diagonal; else they see all keys. documents: None, or documents that
-    each have a diagonal of their own.
+    causal: whether queries see keys only up to a diagonal; else they see all keys. documents: the documents of the
+    call, if there are several; else None. In each document, queries see keys only up to the diagonal of this document.
     """
 
     sequences: slice

@@ -1,8 +1,8 @@
 """Computes SwiGLU and the split into heads on a GPU with the kernels of train/kernels/gpu/triton_rows.py.
 
-The first call imports Triton, because mode=plan for GPUs also runs on machines without Triton. A function allocates the
-same memory for meta tensors as for real tensors, so that mode=plan can count allocations. Shapes as in
-train/model/operations.py.
+The first call imports Triton, and this module does not, because mode=plan for GPUs also runs on machines without
+Triton. A function allocates the same memory for meta tensors as for real tensors, so that mode=plan can count
+allocations. Shapes as in train/model/operations.py.
 """
 
 import torch
