@@ -256,7 +256,8 @@ def _times(found: Findings) -> dict[str, ComparedFigure]:
 
 
 def _size(value: float) -> str:
-    """Returns text for a number of bytes: in GiB, or below one GiB in MiB with three digits."""
+    """Returns text for a number of bytes. The unit is GiB, or MiB (with three digits) if the number is below one
+    GiB."""
     return gib(value) if value >= 2**30 else f"{value / 2**20:.3g} MiB"
 
 

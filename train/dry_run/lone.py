@@ -139,7 +139,8 @@ def _train(config: Config, life: RunPhases, rank: RankSetup, number: int) -> Mea
 
 
 def _watch(config: Config, parts: ParallelModel, rank: RankSetup, number: int) -> None:
-    """Run the steps with the numbers of profile.steps under the profiler, after the timed steps."""
+    """Run further steps under the profiler, after the timed steps. The setting profile.steps lists the numbers of these
+    steps."""
     watched = replace(config, profile=replace(config.profile, ranks=[number]))
     timed, (first, last) = TimedStep(config, parts, rank), config.profile.steps
     with closing(StepProfiler(watched, number, parts)) as profiler:

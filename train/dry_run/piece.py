@@ -76,8 +76,8 @@ def choose_rank(config: Config) -> int:
 
 
 def choose_piece(config: Config, rank: int, load: Load, device: torch.device) -> DryRunPiece:
-    """Returns the largest piece of a rank that fits the device. load: number of rows that the rank's experts receive.
-    Raises UserError if no piece fits."""
+    """Returns the part of a job to run on this device: as much of this rank as fits. load: number of rows that the
+    rank's experts receive. Raises UserError if nothing of the rank fits."""
     here, room, wanted = for_device(config, device), free_memory(device), config.dry_run.shrink
     factor = wanted or 1
     while factor <= MOST_SHRINK:
@@ -139,8 +139,8 @@ def shrunk(config: Config, factor: int) -> Config:
 
 
 def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: int) -> DryRunPiece | None:
-    """Returns the piece with as many layers of the rank as fit. Returns None if not even the smallest number of layers
-    fits. job: the recipe as given. config: the recipe with divided widths. room: available bytes."""
+    """Returns the part of the job to run, with as many layers of the rank as fit. Returns None if not even the smallest
+    number of layers fits. job: the recipe as given. config: the recipe with divided widths. room: available bytes."""
     pp_rank, scene = rank // job.parallel.stage_ranks, _alone(config, load)
     placement = job.parallel.placement
     layers, stages = stage_layers(job), placement[pp_rank]
@@ -164,7 +164,7 @@ def _alone(config: Config, load: Load) -> Scene:
 
 
 def _work(job: Config, config: Config, rank: int) -> float:
-    """Returns the number of operations in a step of this rank, with all layers and at the widths of `config`."""
+    """Returns a function that sends a W&B alert. The settings of the W&B account decide how W&B forwards the alert."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
     placement, layers = parallel.placement, stage_layers(job)
     stages = placement[rank // parallel.stage_ranks]

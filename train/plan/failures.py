@@ -32,12 +32,12 @@ DETECTION = 600.0
 """Seconds until a failure is noticed, tests have found the faulty node, and that node is replaced.
 
 MegaScale (NSDI 2024, 6.3) needs less than 10 minutes on average. Sluice's own driver names most faults of toy runs in 5
-to 33 s (bench/RESULTS.md, faults that are named), but it does not test nodes.
+to 33 s (bench/RESULTS.md, section "Faults that are named"), but it does not test nodes.
 """
 RESCHEDULING, OF_A_NODE = 11.1, 0.003
 """Seconds from the diagnosis to the first step of a toy run, and the seconds that each node adds.
 
-Source: bench/RESULTS.md, a link that is cut, and starts of 64 to 4096 nodes.
+Source: in bench/RESULTS.md, the recovery from a cut link, and the starts of 64 to 4096 nodes.
 """
 WARM_UP_STEPS = 2.0
 """Extra time of the first steps after a start, in units of a normal step. These steps compile kernels, open connections
@@ -47,7 +47,8 @@ On a CPU, the first two steps of toy runs take two to three times as long as lat
 published.
 """
 FLAT = 0.005
-"""Maximum difference between the largest possible effective share and the effective share of the advised interval."""
+"""Maximum loss of effective share that the advised interval between checkpoints may have, compared with the best
+interval. The effective share is the fraction of time spent on steps that no failure undoes."""
 REPAIR = 5.5 * 24 * HOUR
 """Mean repair time of a node, in seconds (InfiniteHBD's trace of 400 servers, SIGCOMM 2025; median 0.85 days)."""
 COVERED = 0.99
@@ -77,7 +78,8 @@ class SaveCosts:
     def best_interval(self) -> float:
         """The interval between checkpoints with the largest effective share.
 
-        At this interval, x = (T + s) / M solves x = 1 + s / M - exp(-x). Newton's iteration approaches x from above.
+        With the symbols of this file's docstring: at this interval, x = (T + s) / M solves x = 1 + s / M - exp(-x).
+        Newton's iteration approaches x from above.
         """
         stall = max(self.stall / self.between_failures, 1e-12)
         x = stall + math.sqrt(2 * stall)  # Young's formula never gives less than the solution

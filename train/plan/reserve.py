@@ -151,10 +151,11 @@ def _exchange(config: Config, layout: Layout) -> int:
 
 
 def _peers(config: Config, layout: Layout, ranks: range, most: int) -> int:
-    """Returns the bytes for sends and receives between the first rank of a group and other ranks of the group.
+    """Returns the bytes of the buffers for sends and receives between the first rank of a group and other ranks of the
+    group.
 
-    most: maximum number of these other ranks. The function takes the ranks on the first rank's node before ranks on
-    other nodes.
+    most: maximum number of these other ranks. The function counts ranks on the first rank's node before ranks on other
+    nodes.
     """
     others = [layout.node(rank) == layout.node(ranks[0]) for rank in ranks[1:]]
     near, far = min(most, sum(others)), not all(others)

@@ -104,8 +104,9 @@ def sections(model: Model) -> dict[str, tuple[Panel, ...]]:
 
 
 def _panel(word: str, title: str) -> Panel:
-    """Returns the panel with all metrics that name this key. If a metric's name has a placeholder, such as mtp_loss_K,
-    the panel has a regular expression instead of names."""
+    """Returns the panel with the key `word`, which shows all metrics with this panel key in train/metrics/names.py. If
+    a metric's name has a placeholder, such as mtp_loss_K, the panel selects metrics by a regular expression instead of
+    by names."""
     shown = [metric for metric in (*SCALARS, *WANDB) if metric.panel == word]
     first, names = shown[0], tuple(metric.name for metric in shown)
     pattern = first.name.replace("_K", r"_\d+").replace("LAYER", ".+")
@@ -146,7 +147,8 @@ def build_dashboard(config: Config) -> int:
 
 
 def make_workspace(config: Config, project: str, entity: str) -> Any:
-    """Returns the workspace in the run's project, filtered to this run. entity: the W&B user or team."""
+    """Returns a W&B workspace in the project of the run. The workspace shows only this run. entity: the W&B user or
+    team."""
     from wandb_workspaces import workspaces as ws
 
     return ws.Workspace(

@@ -26,7 +26,7 @@ class Card(NamedTuple):
     label: str
     value: str
     caption: str
-    """Meaning of the number, and which values are good."""
+    """Meaning of the card's value, and which values are good."""
 
 
 def headline(series: Series, settings: Mapping[str, Any], gpu: bool = False) -> list[Card]:
@@ -37,7 +37,7 @@ def headline(series: Series, settings: Mapping[str, Any], gpu: bool = False) -> 
 
 
 CardRow = tuple[str, float, str, str]
-"""Label, value (no card if not finite), value as text, caption."""
+"""A card: label, value (no card is shown if the value is not finite), value as text, caption."""
 
 
 def _quality(series: Series, settings: Mapping[str, Any]) -> list[CardRow]:

@@ -79,7 +79,7 @@ def _is_here(plan: dict[str, Any], config: Config) -> bool:
 
 
 PlanRow = tuple[str, str, str, str]
-"""Quantity, planned value, measured value, and error of the plan."""
+"""A row of the table: the quantity, its planned value, its measured value, and the error of the plan."""
 
 
 def plan_rows(run_folder: Path, series: Series) -> list[PlanRow]:

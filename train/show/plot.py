@@ -44,14 +44,14 @@ class Figure:
     plot: go.Figure
     wide: bool = False
     choices: Sequence[str] = ()
-    """Names of the traces, if the figure shows only one trace at a time."""
+    """Names of the plotted data sets, if the figure shows only one of them at a time."""
 
 
 def curves(
     series: Series, wanted: Mapping[str, Curve], unit: str, *, log: bool = False, zero: bool = False, height: int = 320
 ) -> go.Figure | None:
-    """Returns a line plot over steps of all metrics in `wanted` that have values. Returns None if no metric has a
-    value.
+    """Returns a line plot of all metrics in `wanted` that have values. The x axis shows the steps. Returns None if no
+    metric has a value.
 
     unit: title of the y axis. log: whether the y axis is logarithmic. zero: whether the y axis begins at 0.
     """

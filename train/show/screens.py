@@ -1,8 +1,5 @@
-"""Prints the progress line while a run trains, and the summary when the run ends.
-
-A summary has one line with the outcome, and then labelled lines. It has no boxes, and a command is never wrapped, so
-paths and commands can be copied from a terminal.
-"""
+"""Returns the offloaded bytes (sent_j) of part j, which is the last part before part i that offloads. Returns 0 if
+there is no such part."""
 
 import math
 import threading
@@ -257,8 +254,8 @@ def parts(record: Record, steps: int, seconds_left: float, event: str | None) ->
 
 
 def fit(pieces: list[str], fraction: float, width: int | None) -> str:
-    """Joins as many of the first pieces as fit into `width` characters. A progress bar fills the remaining space.
-    fraction: completed fraction of the run, for the bar."""
+    """Joins as many parts of the progress line, from the first part on, as fit into `width` characters. A progress bar
+    fills the remaining space. fraction: completed fraction of the run, for the bar."""
     if width is None:
         return "  ".join(pieces)
     while len(pieces) > 1 and len("  ".join(pieces)) > width:

@@ -26,12 +26,12 @@ class Series:
 
     step_N: np.ndarray
     columns: Mapping[str, np.ndarray]
-    """Maps the name of a metric to its values_N, with NaN for steps without a value."""
+    """Maps the name of a metric to its values at the N recorded steps, with NaN for steps without a value."""
     layers: Sequence[str]
     layer_step_S: np.ndarray
     layer_vio_SL: np.ndarray
     load_SLE: np.ndarray
-    """Tokens per expert."""
+    """Tokens per expert, by step, MoE layer and expert."""
     norms: Sequence[Record] = ()
     """Records with the norms of weights and updates by layer."""
     resumes: Sequence[Record] = ()
@@ -108,8 +108,9 @@ def _norms(path: Path, steps: list[int]) -> list[Record]:
 
 
 def _layers(path: Path, loaded: list[int]) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Returns layer names, steps_S, MaxVio_SL and load_SLE for evenly spaced steps. loaded: all steps with recorded
-    loads. The number of returned steps is limited by HEAT_STEPS and HEAT_CELLS."""
+    """Returns the names of the layers, and three arrays for evenly spaced steps: the step numbers (S), MaxVio (S, L),
+    and the tokens per expert (S, L, E). loaded: all steps with recorded tokens per expert. HEAT_STEPS and HEAT_CELLS
+    limit the number of returned steps."""
     if not loaded:
         return [], np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0, 0))
     (first,) = read_steps(path, {loaded[0]})

@@ -46,8 +46,8 @@ OVER_TOKENS = ("main_loss", "mtp_loss", "mtp_loss_*", "balance_loss")
 """Metrics whose x axis in W&B is the number of trained tokens, so that runs with different batch sizes are
 comparable."""
 WITH_MINIMUM = ("validation_loss", "validation_bits_per_byte")
-"""Further metrics over the number of trained tokens. W&B's summary of a run has their smallest value (NAME.min) and
-their newest value (NAME.last)."""
+"""Further metrics whose x axis in W&B is the number of trained tokens. W&B's summary of a run has their smallest value
+(NAME.min) and their newest value (NAME.last)."""
 FILES = 1_000_000
 """Maximum number of files of a checkpoint that W&B lists. Each rank writes two or more files."""
 FIGURES = ("sequences", "tokens", "text_bytes", "loss", "perplexity", "bits_per_byte")
@@ -65,8 +65,8 @@ def define_metrics(run: Any) -> None:
 
 
 def checkpoint(step: int, path: Path) -> Item:
-    """Returns an item that logs a checkpoint as an artifact. The artifact refers to the files of the checkpoint, and
-    W&B gets only their names and sizes."""
+    """Returns a function that logs a checkpoint to W&B as an artifact. The artifact refers to the files of the
+    checkpoint, and W&B gets only their names and sizes."""
 
     def log(wandb: ModuleType, run: Any, _: int) -> None:
         about = {"step": step, "path": str(path), "host": socket.gethostname()}
@@ -78,7 +78,7 @@ def checkpoint(step: int, path: Path) -> Item:
 
 
 def sample_table(step: int, text: str) -> Item:
-    """Returns an item that logs a generated text as the table `samples`."""
+    """Returns a function that logs a generated text to W&B as the table `samples`."""
 
     def log(wandb: ModuleType, run: Any, logged: int) -> None:
         run.log({"samples": wandb.Table(columns=["step", "text"], data=[[step, text]])}, step=logged + 1)
@@ -87,8 +87,9 @@ def sample_table(step: int, text: str) -> Item:
 
 
 def evaluation_tables(found: dict[str, Any]) -> Item:
-    """Returns an item that logs the results of an evaluation as tables: `evaluations`, `evaluated_positions`, and, if
-    the evaluation has such results, `evaluated_needle` and `evaluated_tasks`. found: the content of evaluate.json."""
+    """Returns a function that logs the results of an evaluation to W&B as tables: `evaluations`, `evaluated_positions`,
+    and, if the evaluation has such results, `evaluated_needle` and `evaluated_tasks`. found: the content of
+    evaluate.json."""
 
     def log(wandb: ModuleType, run: Any, logged: int) -> None:
         head = [found["step"], found["checkpoint"], found["weights"]]
@@ -140,7 +141,7 @@ def wants_wandb(mode: WandbMode) -> bool:
 
 
 class WandbSink:
-    """Logs records and items to the W&B run of a run folder.
+    """Logs records of steps, and items (checkpoints, tables and alerts), to the W&B run of a run folder.
 
     config: the settings that W&B shows, as plain values. group: as in `place_at_wandb`. commit: the commit of the
     program. note: a function that is called with one sentence if W&B unexpectedly goes offline, or if an error switches
@@ -175,7 +176,8 @@ class WandbSink:
         self._thread.start()
 
     def write(self, record: Record | Item) -> None:
-        """Put a record or an item into the queue, and return at once. The thread handles the queue in order."""
+        """Put a record or an item (a checkpoint, table or alert) into the queue, and return at once. The thread handles
+        the queue in order."""
         if self._off:
             return
         try:
@@ -275,13 +277,13 @@ def goes_online(mode: WandbMode, wandb: ModuleType) -> bool:
 
 
 def has_key(wandb: ModuleType) -> bool:
-    """Whether this machine has a key for the W&B server."""
+    """Whether this machine has an API key for the W&B server."""
     settings = wandb.setup().settings
     return bool(settings.api_key or settings.identity_token_file or has_netrc_key(settings.base_url))
 
 
 def has_netrc_key(base_url: str) -> bool:
-    """Whether `wandb login` has left a key for this server in the netrc file."""
+    """Whether `wandb login` has stored an API key for this server in the netrc file."""
     import netrc
 
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()

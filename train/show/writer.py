@@ -133,7 +133,7 @@ class MetricsWriter:
         self._progress.note(text)
 
     def show(self, item: Item) -> None:
-        """Sends an item to W&B, if the run logs to W&B."""
+        """Sends a checkpoint, a table or an alert to W&B, if the run logs to W&B."""
         if self._wandb is not None:
             self._wandb.write(item)
 

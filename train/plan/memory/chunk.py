@@ -48,8 +48,8 @@ def chunk_of(scene: Scene, parts: Parts) -> "ChunkMemory":
 
 @dataclass(frozen=True)
 class ChunkMemory:
-    """Memory of the passes of one chunk, in bytes. The memory of a pass includes x_0, x_n and their gradients, as long
-    as they are allocated."""
+    """Memory of the passes of one chunk, in bytes. The memory of a pass includes the chunk's input x_0, its output x_n,
+    and the gradients of both, as long as they are allocated."""
 
     scene: Scene
     parts: Parts
@@ -73,7 +73,7 @@ class ChunkMemory:
 
     @cached_property
     def hidden(self) -> int:
-        """h: bytes of the hidden states."""
+        """Bytes of one tensor of hidden states (h in the docstring of this file)."""
         return trace_forward(self.scene, "embedding").output
 
     @cached_property
@@ -87,13 +87,13 @@ class ChunkMemory:
 
     @cached_property
     def sent_last(self) -> int:
-        """sent_i of the last part that offloads. These bytes are on the device when a forward ends, and when a backward
-        begins."""
+        """Offloaded bytes (sent_i) of the last part that offloads. These bytes are on the device when a forward ends,
+        and when a backward begins."""
         return self._newest(len(self._names))
 
     @cached_property
     def sent_bytes(self) -> int:
-        """Sum of all sent_i."""
+        """Bytes of the offloaded tensors of all parts (the sum of all sent_i)."""
         return sum(self._sent)
 
     @cached_property
@@ -108,7 +108,8 @@ class ChunkMemory:
         return next((size for size in reversed(self._sent[:i]) if size), 0)
 
     def _resident(self, i: int) -> int:
-        """Returns the bytes of own_0 ... own_i-1 that are on the device while part i runs, in forward or backward."""
+        """Returns how many of the bytes that all parts before part i keep for backward (own_0 ... own_i-1) are on the
+        device while part i runs, in forward or backward."""
         return sum(self._own[:i]) - sum(self._sent[:i]) + self._newest(i)
 
     def _kept(self, name: str) -> Counter:
@@ -119,8 +120,8 @@ class ChunkMemory:
 
     @cached_property
     def kept(self) -> Counter:
-        """Device bytes that the chunk keeps for backward, by item. They exclude x_n. They exclude x_0, too, if another
-        rank sent x_0."""
+        """Device bytes that the chunk keeps for backward, by item. They exclude the chunk's output x_n. They exclude
+        the chunk's input x_0, too, if another rank sent x_0."""
         kept: Counter = Counter()
         for name, count in Counter(self._names).items():
             for item, size in (self._kept(name) - trace_forward(self.scene, name).sent).items():
@@ -131,7 +132,7 @@ class ChunkMemory:
 
     @property
     def _held(self) -> int:
-        """Bytes of x_0 ... x_n and E."""
+        """Bytes of all hidden states of the chunk (x_0 ... x_n), and of the embedding's output (E)."""
         count = len(self._names) + (not self.has_end) + (self._joins and not self._has_embedding)
         return count * self.hidden
 
@@ -152,12 +153,13 @@ class ChunkMemory:
 
     @property
     def _input(self) -> int:
-        """Bytes of x_0 if another rank sent it, else 0."""
+        """Bytes of the chunk's input x_0 if another rank sent it, else 0."""
         return 0 if self._has_embedding else self.hidden
 
     @cached_property
     def evaluation(self) -> int:
-        """Returns the peak bytes of a forward without gradients. x_0 is in memory until this forward ends."""
+        """Returns the peak bytes of a forward without gradients. The chunk's input x_0 is in memory until this forward
+        ends."""
         runs = [trace_evaluation(self.scene, name) for name in self.parts]
         first = runs[: 1 + self._has_embedding]
         return max(first + [run + self.hidden for run in runs[len(first) :]])
@@ -222,13 +224,13 @@ class ChunkMemory:
 
 
 def _lifted(run: PassMemory, below: int) -> PassMemory:
-    """Returns the pass with `below` added to its live bytes."""
+    """Returns a copy of the pass, with `below` bytes added to the live bytes."""
     return PassMemory(run.start + below, tuple(Stretch(piece.peak + below, piece.end + below) for piece in run.pieces))
 
 
 def _joined(runs: Sequence[Sequence[Stretch]]) -> tuple[Stretch, ...]:
-    """Joins passes that run in sequence. The last stretch of each pass and the first stretch of the next pass become
-    one stretch."""
+    """Joins passes that run in sequence. The last section of each pass and the first section of the next pass become
+    one section."""
     joined: list[Stretch] = []
     for pieces in runs:
         first, *others = pieces

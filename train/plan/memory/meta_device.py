@@ -101,20 +101,22 @@ def meta_kernels(kind: str, compiled: bool) -> Kernels:
 
 
 def _last(rows_BTX: Tensor) -> Tensor:
-    """Returns the rows of the last block of queries."""
+    """Returns only those rows that belong to the last block of queries."""
     return rows_BTX[:, -THRESHOLDS.attention_queries :]
 
 
 def last_blocks(seen: SeenKeys) -> SeenKeys:
-    """Returns only the last queries of the last rectangle (a range of queries and the keys that they attend to). These
-    are four blocks of queries, or all queries of the rectangle if it has fewer."""
+    """Returns a copy that has only the last queries of the last rectangle. A rectangle is a range of queries, with the
+    keys that they attend to. The last queries are four blocks of queries, or all queries of the rectangle if it has
+    fewer."""
     last = seen.rectangles[-1]
     first = max(last.first_query, last.last_query - 4 * THRESHOLDS.attention_queries)
     return SeenKeys([last._replace(first_query=first, before=last.before + first - last.first_query)])
 
 
 def meta_wire(name: str, quantized: bool, kind: str) -> Wire:
-    """Returns the wire (the format of rows that are sent to experts) of a kind of device, for the meta device."""
+    """Returns the wire (the format of rows that are sent to experts) that a kind of device uses, in a form that runs on
+    the meta device."""
     wire = build_wire(name, quantized)
     if isinstance(wire, Fp8Wire) and kind == "cuda":
         wire.widen = Tensor.float
@@ -128,7 +130,8 @@ def meta_precision(
     recompute_swiglu: bool,
     making: Callable[[], AbstractContextManager] = nullcontext,
 ) -> HighPrecision | Fp8Precision:
-    """Returns the precision of a kind of device, for the meta device. making: as in `Fp8Precision`."""
+    """Returns the precision that a kind of device uses, in a form that runs on the meta device. making: as in
+    `Fp8Precision`."""
     if precision.fp8 is None:
         return HighPrecision(activation_dtype(precision), kernels, recompute_swiglu)
     if kind == "cpu":
@@ -235,10 +238,11 @@ _MATMULS = SimpleNamespace(
     matmul=lambda left, left_scale, right, right_scale, out, ends=None: out,
     wgrad=lambda left, left_scale, right, right_scale, out, added, ends=None: out,
 )
-"""Replaces train/kernels/fp8/triton_matmuls.py, whose kernels write into tensors that the engine allocates."""
+"""Replaces train/kernels/fp8/triton_matmuls.py on the meta device. The real kernels write into tensors that the FP8
+engine allocates."""
 
 _DEEP_GEMM = SimpleNamespace(
     m_grouped_fp8_gemm_nt_contiguous=lambda *args, **kwargs: None,
     k_grouped_fp8_gemm_nt_contiguous=lambda *args, **kwargs: None,
 )
-"""Replaces DeepGEMM, whose kernels write into tensors that the engine allocates."""
+"""Replaces DeepGEMM on the meta device. The real kernels write into tensors that the FP8 engine allocates."""

@@ -117,9 +117,9 @@ class Stretch:
     """A section of a pass. At the end of each section, an overlapped pair of passes may switch to the other pass."""
 
     peak: int
-    """Maximum of the live bytes in the stretch."""
+    """Maximum of the live bytes in this section of the pass."""
     end: int
-    """Live bytes at the end of the stretch."""
+    """Live bytes at the end of this section of the pass."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class PassMemory:
     start: int
     pieces: tuple[Stretch, ...]
     work: tuple[WorkSegment, ...] = ()
-    """Computation and communication of the pass. It is empty for a pass through several parts."""
+    """Work of the pass: computation and communication. Empty for a pass through several parts."""
 
     @property
     def end(self) -> int:
@@ -153,21 +153,22 @@ class Forward:
     sent: Counter
     """Bytes that are included in `kept` and that are copied to the host, by item."""
     host_bytes: int
-    """Host memory of the sent tensors."""
+    """Bytes of host memory for the tensors that are copied to the host."""
 
 
 Result = TypeVar("Result")
 
 
 def traced_once(trace: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorator that caches the results of a trace function. Two scenes share a result if they differ only in settings
-    that do not affect the part. The function `seen_by` decides which settings affect a part."""
+    """Decorator that caches the results of a trace function. Two calls with different settings share a result if the
+    settings that differ do not affect the part. The function `seen_by` decides which settings affect a part."""
     made = lru_cache(maxsize=4096)(trace)
     return lru_cache(maxsize=4096)(wraps(trace)(lambda scene, part, *rest: made(seen_by(part, scene), part, *rest)))
 
 
 _FORWARDS: dict[tuple[Scene, str], Forward] = {}
-"""Forward passes that `trace_backward` has traced. Each key is a scene, as returned by `seen_by`, and a part's name."""
+"""Forward passes that `trace_backward` has traced. Each key has two parts: the settings of the pass (a `Scene`, as
+`seen_by` returns it), and the part's name."""
 
 
 @traced_once
@@ -244,7 +245,7 @@ def _trace_casts(scene: Scene, part: str) -> int:
 
 @lru_cache(maxsize=4096)
 def seen_by(part: str, scene: Scene) -> Scene:
-    """Returns a copy of the scene in which all settings that do not affect this part have fixed values.
+    """Returns a copy of the settings in which all settings that do not affect this part have fixed values.
 
     The part's name tells whether its block is recomputed or offloaded. Expert settings do not affect a part without
     experts.
@@ -296,7 +297,7 @@ class Run:
         scene, model = self._scene, self._scene.model.section
         shape = scene.sequences, scene.seq_len // scene.cp, model.sparse.top_k
         self._chosen = torch.empty(shape, dtype=torch.int32, device=self.device)
-        """The keys that an earlier block has chosen, for sparse attention."""
+        """The attention keys that an earlier block has chosen, for sparse attention."""
         tokens = self._scene.sequences, self._scene.seq_len + 1
         self._tokens_BS = self._tokens(*tokens)
         self._anchor = torch.empty(0, device=self.device, requires_grad=True)
@@ -396,7 +397,8 @@ class Run:
         return torch.empty(shape, dtype=torch.int64, device=self.device)
 
     def _fill(self) -> None:
-        """Hook for subclasses whose weights need memory and values."""
+        """Does nothing here, because weights on the meta device have no values. A subclass for real devices initialises
+        the weights."""
 
     def _kernels_of_device(self) -> Kernels:
         return meta_kernels(self._scene.kind, self._scene.compiled)
@@ -422,7 +424,7 @@ class Run:
         self._cut()
 
     def _cut(self) -> None:
-        """End a stretch."""
+        """End the current section of the pass."""
         if self._pieces is not None:
             peak = self._ledger.mark().total
             self._pieces.append(Stretch(peak - self._base, self._ledger.now.total - self._base))
@@ -549,8 +551,8 @@ class _End(DeepSeekV3):
 
 
 class _Tagged:
-    """Wraps a dispatcher and tags its memory in the ledger. It also gives values to the counts of rows per expert,
-    because the model reads these values and tensors on the meta device have none."""
+    """Wraps a dispatcher and tags its memory in the ledger. It also gives values to the counts of rows per expert. The
+    model reads these values, but tensors on the meta device have no values."""
 
     def __init__(self, dispatcher: Dispatcher, ledger: Ledger, load: Load):
         self._dispatcher, self._ledger, self._load = dispatcher, ledger, load
@@ -580,9 +582,9 @@ class _StandInHost:
     def __init__(self, ledger: Ledger):
         self._ledger = ledger
         self.sent: Counter = Counter()
-        """Sent bytes by item."""
+        """Bytes that a real run would copy to the host, by item."""
         self.sizes: list[int] = []
-        """Bytes of each sent storage."""
+        """Bytes of each storage that a real run would copy to the host."""
 
     def send(self, storages: Sequence[Tensor]) -> list["_Here"]:
         for storage in storages:
@@ -612,6 +614,6 @@ def bare(part: str) -> str:
 
 
 def sparse_of(part: str, model: Model) -> SparseAttention:
-    """Returns the settings of sparse attention for a model in which every block behaves as this part does: it either
-    chooses keys itself, or uses the keys of an earlier block."""
+    """Returns the settings of sparse attention for a model in which all blocks behave as the block of this part does.
+    Either all blocks choose keys themselves, or all blocks use the keys of an earlier block."""
     return replace(model.sparse, pattern="S" * model.layers if SHARED_KEYS in part else "")

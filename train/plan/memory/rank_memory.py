@@ -200,8 +200,7 @@ def _phases(
     host: Counter,
     moments: dict[str, MemoryPeak],
 ) -> dict[str, PhaseBytes]:
-    """Returns the peaks of one rank in each phase. The function starts from the state, host memory and moments that
-    `_moments` returns."""
+    """Returns the peaks of one rank in each phase. state, host, moments: the results of `_moments`."""
     held, kept = sum(state.values()), sum(host.values())
 
     def on_host(device: int, host: int, more: int) -> PhaseBytes:
@@ -429,7 +428,7 @@ def state_items(config: Config, groups: list[Shards]) -> Counter:
 
 def _offload_buffers(config: Config, groups: list[Shards]) -> int:
     """Returns the bytes of the host buffers of DeepSpeed's ZeRO-Offload. The buffers hold the gradients of the shard,
-    the shard's updated weights, and one complete weight, the largest."""
+    the updated weights of the shard, and the rank's largest weight as a whole."""
     owned, element = sum(group.partition for group in groups), config.precision.weight_bytes
     largest = max(weight.elements for group in groups for weight in group.weights)
     return (FP32_BYTES + element) * owned + element * largest
@@ -463,8 +462,8 @@ def _walk(
 
     def gradients(*names: str) -> int:
         """Returns the bytes of the gradients that backward allocates for these parts. If only the indexers are trained
-        (optim.index_warmup), backward allocates only their gradients, and the reduction allocates all other
-        gradients."""
+        (optim.index_warmup), backward allocates only the gradients of the indexers, and the reduction allocates all
+        other gradients."""
         found = (w for name in names for w in part_weights(scene.model, name, share, scene.adapter) if w.is_trained)
         return FP32_BYTES * sum(w.elements for w in found if ".indexer." in w.name or not scene.warms_index)
 

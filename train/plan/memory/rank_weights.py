@@ -140,7 +140,7 @@ def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
 
 
 def state_bytes(config: Config, groups: Sequence[Shards], owned: Callable[[Shards], int]) -> int:
-    """Returns the bytes of this rank's optimizer state. owned: a function that returns, for a group, the number of
-    elements that this rank owns."""
+    """Returns the bytes of this rank's optimizer state. owned: a function that takes a parameter group, and returns the
+    number of the group's elements that this rank owns."""
     moment = config.precision.moment_bytes
     return sum(group.rule.count_state_bytes(moment) * owned(group) for group in groups)

@@ -58,8 +58,8 @@ class WalkDepth(IntEnum):
     on the peak."""
 
     forwards = 0
-    """Measure only forward passes. Between the two halves of a split backward, the walk counts all tensors that forward
-    kept, because the graph holds them."""
+    """Measure only forward passes. Between the two halves of a split backward, all tensors that forward kept are
+    counted, because the graph holds them."""
 
     settled = 1
     """Measure all passes except those that allocate gradients. This halves the number of measured backward passes."""
@@ -68,7 +68,7 @@ class WalkDepth(IntEnum):
 
 
 SENT = -1
-"""Stands for the transport (gloo) in a tensor's set of holders. All other holders are numbers of stages."""
+"""Stands for the transport (gloo) in a tensor's set of holders. Each other holder is the index of a stage."""
 
 
 class ScheduleWalk:
@@ -93,7 +93,7 @@ class ScheduleWalk:
         self._stages, self._last, self._holds_sent, self._depth = stages, num_stages - 1, holds_sent, depth
         self._alive: dict[tuple[str, int, int], Counter] = {}
         """Bytes of live items by kind, stage and micro-batch. Hidden states between two stages have the later stage in
-        their key. A Counter is never changed after it is added."""
+        their key. A Counter is never changed after it is added to this dict."""
         self._bytes: dict[tuple[str, int, int], int] = {}
         self._total = 0
         self._holders: defaultdict[tuple[str, int, int], set[int]] = defaultdict(set)
@@ -145,7 +145,8 @@ class ScheduleWalk:
         self._gradients += stays
 
     def _fetch(self, action: Action) -> None:
-        """Copies those tensors to the device that a backward reads first, unless they are still on the device."""
+        """If this action is a backward, copies the tensors that it reads first from the host to the device, unless they
+        are still on the device."""
         stage, m = action.stage, action.micro_batch
         chunk = self._stages[stage].chunk
         if self._kind(action) not in ("B", "I") or ("kept", stage, m) not in self._alive or not chunk.sent_last:
@@ -287,7 +288,7 @@ def _pass(chunk: ChunkMemory, kind: str, first: bool, table_first: bool) -> Pass
 
 
 def _highest(lanes: Sequence[PassMemory]) -> int:
-    """Returns the peak of one pass, or of two passes that alternate after each stretch. The first pass begins. When one
+    """Returns the peak of one pass, or of two passes that alternate after each section. The first pass begins. When one
     pass ends, the other pass continues alone."""
     now = [lane.start for lane in lanes]
     left = [list(lane.pieces) for lane in lanes]

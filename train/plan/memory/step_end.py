@@ -59,7 +59,7 @@ class _Bytes:
 
 @dataclass(frozen=True)
 class Slice:
-    """A slice of a gradient that one rank keeps."""
+    """A slice of a gradient. One rank, the owner, keeps the slice."""
 
     owner: int
     elements: int
@@ -74,7 +74,7 @@ class Gradient:
     weight: Weight
     slices: list[Slice]
     mine: bool
-    """Whether this rank keeps a slice."""
+    """Whether this rank keeps a slice of this gradient."""
 
     @property
     def size(self) -> int:
@@ -168,7 +168,7 @@ class StepEnd:
         return one.weight.elements <= self._bucket
 
     def _reduce(self, waiting: Sequence[Gradient]) -> None:
-        """Simulates the sum of the waiting gradients over their ranks, and stores this rank's slices."""
+        """Simulates the reduction that sums the waiting gradients over ranks, and stores this rank's slices."""
         meter = self._meter
         if self._bf16:
             for one in waiting:
@@ -200,8 +200,8 @@ class StepEnd:
         return sum(one.size for one in self._gradients if one.mine)
 
     def _copies(self, gradients: Sequence[Gradient]) -> Iterator[int]:
-        """Yields the number of elements of each copy that joins several slices. For a single slice, which is not
-        copied, the function yields 0 or nothing."""
+        """Yields the number of elements of each copy. A copy joins several slices. A single slice is not copied: the
+        function yields 0 for it if it is larger than the bucket, and nothing for it if it is the last slice."""
         slices: list[int] = []
         for mine, run in groupby(
             ((one, piece) for one in gradients for piece in one.slices),

@@ -68,7 +68,7 @@ class Zero3Memory:
         """Returns the peak bytes of a forward without gradients.
 
         This forward does not run the MTP modules. DeepSpeed has recorded the order of units in training, so it still
-        gathers the weights of the MTP modules until the head runs instead.
+        gathers the weights of the MTP modules, until the head runs and DeepSpeed notices the other order.
         """
         visits = [visit for part in self._chunk.parts for visit in trace_unit_evaluation(self._chunk.scene, part)]
         held = self._held[: len(visits)]
@@ -121,7 +121,8 @@ class Zero3Memory:
 
     @cached_property
     def _held(self) -> list[GatheredBytes]:
-        """Bytes of gathered weights at each visit of a micro-batch: first those of forward, then those of backward."""
+        """Bytes of gathered weights at each execution of a unit in a micro-batch: first those of forward, then those of
+        backward."""
         last = len(self._learnt[0]) - 1
         held = follow_gathers(*self._learnt)
         return held[1 : last + 1] + held[-last:]

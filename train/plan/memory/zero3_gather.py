@@ -75,9 +75,12 @@ class _Weight:
 
 @dataclass(eq=False)
 class _Gather:
-    """One gather of several weights in a single transfer. waited: the weights of the gather; empty after the first wait
-    for one of them. copied: weights that are copied out of the buffers at this wait. buffers: bytes of the buffers from
-    which weights are copied."""
+    """One gather of several weights in a single transfer. When a unit first waits for any of these weights, the
+    transfer ends, and weights are copied out of the buffers.
+
+    waited: the weights of the gather; empty after the first wait. copied: weights to copy out of the buffers at the
+    first wait; empty after it. buffers: bytes of the buffers from which weights are copied.
+    """
 
     waited: list[_Weight]
     copied: list[_Weight] = field(default_factory=list)
@@ -94,16 +97,16 @@ class _Gather:
 def follow_gathers(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int
 ) -> list[GatheredBytes]:
-    """Returns the bytes of gathered weights at every visit. visits: pairs (index of a unit in `units`, whether the unit
-    is finished after the visit)."""
+    """Returns the bytes of gathered weights at every visit (execution of a unit). visits: pairs (index of a unit in
+    `units`, whether the unit is finished after the visit)."""
     return _Coordinator(units, visits, limit).run(len(visits))
 
 
 def follow_change(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int, number: int, unit: int
 ) -> GatheredBytes:
-    """Returns the bytes of gathered weights at a visit in which DeepSpeed expects another unit than the one that runs.
-    number: index of the visit. unit: index of the unit that runs."""
+    """Returns the bytes of gathered weights during one execution of a unit (a visit), if DeepSpeed expects another unit
+    than the one that runs. number: index of the visit. unit: index of the unit that runs."""
     coordinator = _Coordinator(units, visits, limit)
     coordinator.run(number)
     return coordinator.visit_unlearnt(unit)
@@ -119,7 +122,8 @@ class _Coordinator:
         """Number of elements that DeepSpeed counts as gathered. Padding and buffers do not count."""
 
     def run(self, end: int) -> list[GatheredBytes]:
-        """Returns the bytes of gathered weights at each visit before the visit with index `end`."""
+        """Returns the bytes of gathered weights at each visit (execution of a unit) before the visit with index
+        `end`."""
         found = []
         for number, (unit, done) in enumerate(self._visits[:end]):
             weights = self._units[unit]
@@ -132,8 +136,8 @@ class _Coordinator:
         return found
 
     def visit_unlearnt(self, unit: int) -> GatheredBytes:
-        """Simulates a visit in which DeepSpeed expects another unit than the one that runs. The buffers are freed after
-        all weights in transfer have arrived and have been freed."""
+        """Simulates one execution of a unit at which DeepSpeed expects another unit than the one that runs. DeepSpeed
+        then waits for all weights in transfer and frees them. It frees their buffers last."""
         highest = self._size()
         for weight, gather in self._coming.items():
             gather.arrive()

@@ -72,7 +72,7 @@ class Visit(NamedTuple):
     peak: int
 
     def lifted(self, below: int) -> "Visit":
-        """Returns a copy of the visit with `below` bytes added to its live bytes."""
+        """Returns a copy of this execution of a unit, with `below` bytes added to the live bytes."""
         return Visit(self.unit, self.start + below, self.peak + below)
 
 

@@ -238,8 +238,8 @@ def host_figure(plan: RunPlan) -> Figure | None:
 def _bars(
     key: str, title: str, caption: str, ranks: Sequence[Mapping[str, int]], limit: float, what: str
 ) -> Figure | None:
-    """Returns a figure with a bar of items for each pipeline rank, and a line at `limit` bytes (no line for 0). what:
-    label of the line."""
+    """Returns a figure with a bar of memory items for each pipeline rank, and a line at `limit` bytes (no line if
+    `limit` is 0). what: label of the line."""
     plot = go.Figure()
     totals = {name: sum(rank.get(name, 0) for rank in ranks) for rank in ranks for name in rank}
     for colour, name in zip(BAR_COLOURS, sorted(totals, key=lambda name: -totals[name]), strict=False):
@@ -266,8 +266,9 @@ def _bars(
 
 
 def interval_figure(plan: RunPlan, record: dict[str, Any]) -> Figure | None:
-    """Returns a figure of step times with their intervals. The figure shows the plan and its later phases or, after a
-    search, the best layouts. Returns None if the intervals are unknown."""
+    """Returns a figure of planned step times, each with the range in which the real step time is expected. The figure
+    shows the plan and its later phases or, after a search, the best layouts. Returns None if these ranges are
+    unknown."""
     intervals = plan.step.intervals
     if not intervals:
         return None

@@ -156,8 +156,8 @@ def verdict(plan: RunPlan) -> str:
 
 
 def _lacking_beside(plan: RunPlan) -> str:
-    """Returns text about what is too small if the run fits in device memory: host memory, the folder of in-memory
-    copies, or the disk."""
+    """Returns text about a run that fits in device memory, but for which something else is too small: the host memory,
+    the folder of in-memory copies, or the disk."""
     config = plan.config
     if over := copies_lacking(config, plan.ranks):
         folder, room = config.checkpoint.memory_folder, copies_memory(config) or 0
@@ -242,8 +242,8 @@ def failure_words(plan: RunPlan) -> str | None:
 
 
 def interval_words(step: StepTime) -> str:
-    """Returns text about the range in which the real step time is expected, for each kind of program. Returns an empty
-    string if this range is unknown."""
+    """Returns text about the ranges in which the real step time is expected: one range for each kind of program, such
+    as tuned Megatron. Returns an empty string if these ranges are unknown."""
     words = []
     for kind, (least, most) in step.interval_seconds.items():
         one = step.intervals[kind]

@@ -201,7 +201,7 @@ def _run(plan: RunPlan, phases: Sequence[tuple[str, RunPlan]]) -> list[tuple[str
 
 
 def search_screen(found: Search, written: Path | None, console: Console | None = None) -> None:
-    """Prints the best layouts of a search. For each family of layouts without a layout among the best, prints the
+    """Prints the best layouts of a search. If a family of layouts has no layout among the best, also prints the
     reason."""
     rows = [(str(place), _found(one, found)) for place, one in enumerate(found.best, 1)]
     rows += [("Not", f"{family.name}: {family.reason}") for family in found.rejected]

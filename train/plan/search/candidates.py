@@ -38,7 +38,7 @@ class ActivationSaving:
 
 
 SOME = [str(Recompute.norm), str(Recompute.swiglu)]
-"""Items that cost little time to recompute."""
+"""Entries for the setting `recompute` whose results cost little time to recompute."""
 SAVINGS = (
     ActivationSaving([]), ActivationSaving(SOME), ActivationSaving(LIGHTEST), ActivationSaving(LIGHTEST, blocks="recompute"), ActivationSaving([str(Recompute.layer)]),
     ActivationSaving(SOME, blocks="offload"), ActivationSaving(LIGHTEST, blocks="offload"),
@@ -61,7 +61,7 @@ class Frame:
 
     @property
     def layouts(self) -> int:
-        """The number of layouts in the frame. Layouts that differ only in the number of recomputed or offloaded blocks
+        """The number of layouts in this set. Layouts that differ only in the number of recomputed or offloaded blocks
         count as one."""
         return len(self.savings) * len(self.ways) * len(self.hosts)
 
@@ -71,7 +71,8 @@ class Candidate:
     """A layout that the memory bound does not rule out (train/plan/search/lower_bounds.py)."""
 
     placed: Config
-    """The recipe in this layout, before `saving` and `way` are applied."""
+    """The recipe in this layout, but without the activation saving `saving`, and without the dispatch and wire format
+    `way`."""
     way: tuple[str, WireFormat]
     family: str
     saving: ActivationSaving

@@ -23,8 +23,8 @@ def with_changes(config: Config, **values: Any) -> Config:
     """Returns the recipe with changed values. values: fields of the section `parallel`, and micro_batch_size,
     recompute, offload, loss_chunk or moments.
 
-    If `split` is a list for another number of stages, it becomes a split by cost. If the new schedule has a fixed
-    number of stages per rank, virtual_stages is reset to 2.
+    If `split` is a list for another number of stages, the value `cost` replaces the list. If the new schedule has a
+    fixed number of stages per rank, virtual_stages is reset to 2.
     """
     parallel = {name: value for name, value in values.items() if hasattr(config.parallel, name)}
     model = {name: value for name, value in values.items() if name in ("recompute", "offload", "loss_chunk")}
@@ -61,7 +61,8 @@ def fitted_ramp(config: Config, share: int, least: int) -> Config:
 
 
 def broken_rule(config: Config) -> UserError | None:
-    """Returns the first rule for running or for planning that the recipe breaks. Returns None if it breaks no rule."""
+    """Returns the first rule that the recipe breaks, among the rules for running and for planning. Returns None if it
+    breaks no rule."""
     try:
         check(config)
         require_rule(config)

@@ -101,10 +101,10 @@ def find_split(plan: RunPlan) -> FasterSplit | None:
 
 
 def find_stages(plan: RunPlan) -> Cure | None:
-    """Returns the change to the number of stages per rank with which the step is shortest. Returns None if no number of
-    stages both fits and shortens the step by at least the fraction WORTH.
+    """Tries several numbers of stages per rank, and returns the change with the shortest step. Returns None if no
+    number of stages both fits and shortens the step by at least the fraction WORTH.
 
-    The function tries one schedule, with several stages per rank, which orders actions as the recipe's schedule does.
+    All tries use one schedule with several stages per rank. This schedule orders actions as the recipe's schedule does.
     """
     schedule = plan.config.parallel.schedule_facts.in_parts
     if plan.config.parallel.pp == 1 or schedule is None:

@@ -40,14 +40,14 @@ HELD_AND_WAITING = " for weights, optimizer and what waits"
 
 
 class FrameBounds:
-    """Bounds on the layouts of one frame."""
+    """Bounds on the layouts of one `Frame` (a set of similar layouts)."""
 
     def __init__(self, frame: Frame, rates: Rates, memo: dict):
         """memo: a cache for the complete search, as in `Stages`."""
         self._frame, self._rates, self._memo = frame, rates, memo
         self.lacking: list[tuple[int, str, Candidate]] = []
-        """Layouts that the memory bound rules out. Each entry has the number of missing bytes per device, words about
-        the kind of memory, and the layout."""
+        """Layouts that the memory bound rules out. Each entry has the number of missing bytes per device, a text that
+        names the kind of memory, and the layout."""
 
     def candidates(self) -> Iterator[Candidate]:
         """Yields the layouts that the memory bound does not rule out."""
@@ -112,8 +112,8 @@ The number of expert-parallel ranks affects only the permutation of tokens, whic
 
 
 class QuickStages(Stages):
-    """Lower bounds on the times of a frame's stages. All layouts of the frame share one trace of the model, in which
-    each rank has as few experts as possible."""
+    """Lower bounds on the times of stages in the layouts of one `Frame` (a set of similar layouts). All of these
+    layouts share one trace of the model, in which each rank has as few experts as possible."""
 
     def __init__(self, config: Config, rates: Rates, memo: dict):
         super().__init__(config, layout_of(config), rates, memo)
@@ -140,7 +140,8 @@ def _holds(kept: Callable[[int], list[int]], held: list[int], room: int, blocks:
 
 
 def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
-    """Returns a tighter lower bound on a candidate's memory, for which a forward of the model measures the activations.
+    """Returns a lower bound on a candidate's memory that is closer than `least_bytes`. For this bound, a forward of the
+    model measures the activations.
 
     config: the candidate's recipe, with any number of blocks that recompute or offload.
     """
@@ -153,12 +154,12 @@ def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
 
 
 def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
-    """Returns two lower bounds for each rank on the number of micro-batches that wait for backward with all of their
-    activations in memory.
+    """Returns two lower bounds for each rank. Both concern the number of micro-batches that wait for backward with all
+    of their activations in memory.
 
-    The first bound is on the maximum of this number over the step. The second bound is on its maximum over the times at
-    which another micro-batch runs forward; -1 if no forward runs then. While two micro-batches run as a pair, only one
-    of the two has all of its activations in memory.
+    The first bound is on the maximum of this number over the step. The second bound is on the maximum over only those
+    times at which another micro-batch runs forward; it is negative if there is no such time. While two micro-batches
+    run as a pair, only one of the two has all of its activations in memory.
     """
     most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp), parallel.virtual_stages)
     paired = parallel.schedule_facts.pairs
@@ -191,14 +192,15 @@ def _pipeline_seconds(stages: Stages) -> float:
 
 def _busy(stages: Stages, ids: list[int]) -> float:
     """Returns the seconds of forward and backward of one micro-batch on these stages. If the schedule runs passes in
-    overlapped pairs, the pairs are counted."""
+    overlapped pairs, the result is the time of these pairs."""
     if stages.config.parallel.schedule_facts.pairs:
         return 2 * _pair(stages, ids)
     return sum(stages.elapsed(Action(kind, stage, 0)).seconds for stage in ids for kind in "FB")
 
 
 def _pair(stages: Stages, ids: list[int]) -> float:
-    """Returns the mean time of the two kinds of overlapped pairs that a rank runs."""
+    """Returns the mean time of two overlapped pairs of passes. In one pair, the forward is on the rank's first stage
+    and the backward on its second stage. In the other pair, the stages are exchanged."""
     pairs = [(ids[0], ids[1]), (ids[1], ids[0])]
     return sum(_overlapped(stages, *pair) for pair in pairs) / 2
 

@@ -54,10 +54,11 @@ REASONS = 3
 _UNSEEN = -1
 """Stands for the number of recomputed or offloaded blocks in a candidate of which only bounds are known so far."""
 NEARER = (1.0, 2.0, 3.0)
-"""Steps in which the search goes from layouts that are similar to the recipe's layout to all layouts.
+"""Limits for the steps between the first and the last step of the search. The first step tries only the layouts that
+are most similar to the recipe's layout, and the last step tries all layouts.
 
-The numbers are differences in distance (`_Finder._distance`) from the most similar possible layout. After each step,
-the search reports a better layout if it has found one.
+Each number limits one step: it is the maximum distance from the recipe (`_Finder._distance`), minus the smallest
+possible distance. After each step, the search reports a better layout if it has found one.
 """
 UNEVEN = 1.03
 """The search tries another stage split if the busiest rank has at least this many times the mean work of all ranks."""
@@ -119,7 +120,8 @@ class Search:
         }
 
     def command(self, name: str) -> list[str]:
-        """Returns the command-line arguments that select the best layout. name: the name under which it was written."""
+        """Returns the command-line arguments that select the best layout. name: name of the file in conf/parallel to
+        which the layout was written."""
         rest = [part for part in self.best[0].overrides if not part.startswith("parallel.")]
         return [f"parallel={name}", *rest]
 
@@ -171,7 +173,7 @@ class _Miss(NamedTuple):
     """Number of missing bytes per device, or a lower bound on this number. The bytes are missing in the device's
     memory, or in the device's share of the host's memory."""
     what: str
-    """Words about the kind of memory that is missing; empty for the device's memory."""
+    """Text that names the kind of memory that is missing; empty for the device's memory."""
     config: Config
 
     @classmethod
@@ -193,8 +195,9 @@ class _Looked:
     runs: bool = False
     """Whether at least one layout of the family breaks no rule."""
     lacking: list[tuple[int, str, Candidate]] = field(default_factory=list)
-    """Layouts that the memory bound rules out. Each entry has the number of missing bytes per device, words about the
-    kind of memory, and the layout. For each frame, only the layout with the fewest missing bytes is listed."""
+    """Layouts that the memory bound rules out. Each entry has the number of missing bytes per device, a text that names
+    the kind of memory, and the layout. For each frame (a set of similar layouts), only the layout with the fewest
+    missing bytes is listed."""
     possible: list[Candidate] = field(default_factory=list)
     """Layouts that the memory bound does not rule out."""
     missed: list["_Miss"] = field(default_factory=list)
@@ -265,15 +268,16 @@ class _Finder:
                 break
 
     def _distance(self, frame: Frame) -> float:
-        """Returns how much the layouts of a frame differ from the recipe. The result is the number of doublings or
-        halvings of pp, cp, ep, zero and micro_batch_size."""
+        """Returns how much the layouts of a frame (a set of similar layouts) differ from the recipe. The result is the
+        number of doublings or halvings of pp, cp, ep, zero and micro_batch_size."""
         one, base = frame.config, self._base
         pairs = [(getattr(one.parallel, name), getattr(base.parallel, name)) for name in ("pp", "cp", "ep", "zero")]
         return sum(abs(math.log2(a / b)) for a, b in (*pairs, (one.micro_batch_size, base.micro_batch_size)))
 
     def _as_given(self, frame: Frame) -> Frame | None:
-        """Returns the frame with only those layouts that have the recipe's schedule and dispatch, and either the
-        recipe's activation saving or recomputation of whole layers. Returns None if no such layout exists."""
+        """Reduces a frame (a set of similar layouts) to the layouts that have the recipe's schedule and dispatch, and
+        either the recipe's activation saving or recomputation of whole layers. Returns None if no such layout
+        exists."""
         base, model = self._base.parallel, self._base.model
         if (frame.config.parallel.schedule != base.schedule and base.pp > 1) or not (ways := self._ways(frame)):
             return None
@@ -283,8 +287,8 @@ class _Finder:
         return replace(frame, savings=savings, ways=given)
 
     def _bound(self, frame: Frame) -> None:
-        """Compute the bounds of a frame's layouts, and add the layouts to their family: to `possible` if they may fit,
-        otherwise to `lacking`."""
+        """Compute the bounds of all layouts of a frame (a set of similar layouts). Add each layout to the results for
+        its family: to `possible` if it may fit, otherwise to `lacking`."""
         family = self._families[frame.family]
         if ways := self._ways(frame):
             bounds = FrameBounds(replace(frame, ways=ways), self._rates, self._memo)
@@ -452,9 +456,9 @@ def _bytes_lacking(one: tuple[int, str, Candidate]) -> tuple[int, int]:
 
 
 def _missed(config: Config, fullest: int) -> tuple[int, str]:
-    """Returns by how many bytes the fullest rank exceeds its memory (negative: free bytes), and words about the kind of
-    memory. The function first checks the ranks that are most likely to be the fullest. fullest: the rank that is the
-    fullest by the memory bound."""
+    """Returns by how many bytes the fullest rank exceeds its memory (negative: free bytes), and a text that names the
+    kind of memory. The function first checks the ranks that are most likely to be the fullest. fullest: the rank that
+    is the fullest by the memory bound."""
     scene, memory, last = scene_of(config), tensor_memory(config), config.parallel.pp - 1
     ranks: list[RankMemory] = []
     for depth in WalkDepth:  # bounds come first, because they rule out most layouts

@@ -219,7 +219,7 @@ class _Step:
         plan = plan_time(alone, Rates(known, "this device"))
         self.kernels = plan.pipeline_seconds
         self.launches = plan_time(alone, Rates(dict.fromkeys(known, Rate(seconds=1.0)), "calls")).pipeline_seconds
-        """Number of launches."""
+        """Number of kernel launches in the passes of a step."""
         self.passes, updated = _step(alone, device, barrier)
         self.update = updated / plan.update.seconds
         """Measured time of the update divided by its planned time."""

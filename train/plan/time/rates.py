@@ -34,11 +34,12 @@ WORK_KINDS = {
     "triton_grouped_wgrad": "grouped_wgrad",
     "triton_wgrad": "wgrad",
 }
-"""Kinds of GEMMs and their fallbacks. The names of rates also end in a number format, such as fprop_bf16. Kinds with
-triton in their name are Sluice's FP8 kernels."""
+"""Kinds of GEMMs, each with its fallback: the kind whose rate is used if this kind has no rate (empty for none). The
+names of rates also end in a number format, such as fprop_bf16. Kinds with triton in their name are Sluice's FP8
+kernels."""
 NOT_MEMORY = ("memory", "attention_forward", "attention_backward", "launch")
 """Kinds of work without a fallback. The kinds of GEMMs, of links and of the host have their own tables. All other kinds
-fall back to `memory`."""
+use the rate of `memory` if they have no rate."""
 HOST = ("host", "host_memory")
 """Kinds of work that offloading causes; they have no fallback. `host` counts the bytes that are copied between a device
 and its host. `host_memory` counts the bytes that the host's processors read and write in host memory."""
@@ -57,8 +58,8 @@ LINKS = {
     "gather_inside": "inside",
     "gather_across": "across",
 }
-"""Kinds of transfers, inside a node and across nodes, and their fallbacks. The rate of a transfer counts the bytes that
-one device sends."""
+"""Kinds of transfers, inside a node and across nodes, each with its fallback: the kind whose rate is used if this kind
+has no rate. The rate of a transfer counts the bytes that one device sends."""
 TUNED, OURS_UNTIMED = "tuned Megatron", "this program"
 
 
@@ -70,10 +71,10 @@ class JobInterval:
     low: float
     high: float
     jobs: int
-    """Number of published jobs."""
+    """Number of published jobs from which the range was computed."""
     held: float
-    """Fraction of the published jobs whose measured step time is inside the interval. For this check, the interval of
-    each job was computed without all jobs from the same source."""
+    """Fraction of the published jobs whose measured step time is inside the range. For this check, the range of each
+    job was computed only from jobs of other sources."""
 
     def around(self, seconds: float) -> tuple[float, float]:
         return seconds * math.exp(self.low), seconds * math.exp(self.high)
@@ -83,8 +84,8 @@ INTERVALS = {
     OURS_UNTIMED: JobInterval(-0.195, 0.495, 61, 0.90),
     TUNED: JobInterval(-0.204, 0.111, 33, 0.88),
 }
-"""Intervals by kind of program. Sluice has not been timed on a GPU, so its interval is computed from the jobs of all
-programs."""
+"""Expected ranges of the real step time, by kind of program. Sluice has not been timed on a GPU, so its range is
+computed from the jobs of all programs."""
 CALIBRATION_FILE = "calibration.json"
 REQUIRED = {
     "device",

@@ -234,8 +234,9 @@ class Stages:
         return made
 
     def _scaled(self, work: Work, share: float) -> Work:
-        """Returns the work, scaled by a fraction of the micro-batches. The trace of each micro-batch also includes work
-        that a real step does only once. Such work is divided by the number of micro-batches, too."""
+        """Returns the work, multiplied by `share`, which is a fraction of the micro-batches. The trace of each
+        micro-batch also includes work that a real step does only once. Such work is also divided by the number of
+        micro-batches."""
         kind = work.kind.removeprefix(ONCE)
         if kind != work.kind:
             share /= self.micro_batches

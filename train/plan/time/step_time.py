@@ -53,14 +53,16 @@ class StepTime:
     close to the computing time, the host limits the step, and the step takes longer than planned.
     """
     exchange_seconds: float
-    """Seconds of all exchanges of experts' tokens, hidden or not, as a mean over the ranks of a pipeline."""
+    """Seconds of all exchanges of experts' tokens, as a mean over the ranks of a pipeline. Exchanges that overlap with
+    computing are included."""
     update: UpdateTime
     tokens_per_second: float
     tokens_per_second_per_gpu: float
     mfu_causal: float | None
     """MFU relative to the bf16 peak of the hardware description; None if the description has no peak."""
     mfu_full: float | None
-    """MFU if the FLOPs of attention are counted without the causal mask; None as for mfu_causal."""
+    """MFU if the FLOPs of attention are counted without the causal mask; None if the hardware description has no bf16
+    peak."""
     actions: list[list[Action]]
     """The actions of every rank of a pipeline, in order."""
     length: Callable[[Action], float]
@@ -189,8 +191,9 @@ def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
     """Returns the update time of the slowest rank. It includes that part of the gradient reduction which does not
     overlap with the rank's passes.
 
-    simulated: the last three arguments of `_hidden`. Without them, the reduction is assumed to be hidden completely
-    where it can overlap with passes. The result is then a lower bound.
+    simulated: the arguments `program`, `simulation` and `length` of `_hidden`. Without them, the function assumes that
+    the complete reduction overlaps with passes on every rank where overlap is possible. The result is then a lower
+    bound.
     """
     updates: dict[WeightCounts, UpdateTime] = {}
     for rank, ids in enumerate(stages.placement):

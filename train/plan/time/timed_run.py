@@ -125,7 +125,7 @@ def timed_rows_and_weights(config: Config, device: torch.device) -> Iterator[Tim
 
 
 def _accumulate(sums: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-    """Add gradients in the weights' format to their fp32 sums."""
+    """Add gradients in the weights' format to the fp32 sums of gradients."""
     for total, part in zip(sums, parts, strict=True):
         total.add_(part.float())
 

@@ -22,8 +22,8 @@ SAMPLES = 4096
 
 @dataclass(frozen=True)
 class Spread:
-    """Expected number of messages of a token in one layer of experts, and their bytes. All counts are means over
-    tokens."""
+    """Expected number of messages of a token in one layer of experts, and the bytes of each kind of message. All counts
+    are means over tokens."""
 
     ranks: int
     """Number of ranks in the expert group."""
@@ -52,7 +52,7 @@ class Spread:
 
 
 def spread_of(config: Config, layout: Layout) -> Spread:
-    """Returns the expected number of messages per token in a layout, and their bytes."""
+    """Returns the expected number of messages per token in a layout, and the bytes of each kind of message."""
     model, element = config.model, config.precision.weight_bytes
     if layout.ep == 1:
         return Spread(1, (), 1.0, 0, 0, 0, 0, 0.0, 0.0)
@@ -66,8 +66,8 @@ def spread_of(config: Config, layout: Layout) -> Spread:
 
 
 def latent_bytes(config: Config) -> int:
-    """Returns the bytes that a rank sends when the ranks of a context gather the latents of a layer, per micro-batch. A
-    scatter of the latents' gradients sends the same number of bytes.
+    """Returns the bytes that a rank sends, per micro-batch, when context-parallel ranks gather the latents of a layer.
+    A scatter of the latents' gradients sends the same number of bytes.
 
     Each layer needs two gathers and one scatter (parallel/context.py).
     """
