@@ -77,8 +77,8 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "export": (Effect.none, "mode=export reads it"),
     "average": (Effect.none, "mode=average reads it"),
 }
-"""Maps a key, or a group of keys, to the effect of a change and a reason. If several entries match a key, the longest
-one applies."""
+"""Maps a key, or a group of keys, to the effect of a change and a reason. If several entries match a key, the entry
+with the longest name applies."""
 
 REMARKS = {
     "steps": "the schedules are scaled to the new length",
@@ -98,7 +98,7 @@ class Changes:
     known: bool
     """Whether the checkpoint contains the settings of the run that wrote it."""
     facts: tuple[str, ...] = ()
-    """Sentences about differences that are not settings: differences of the data and of the weight average."""
+    """Sentences about differences outside the settings: in the data and in the weight average."""
 
     def notes(self) -> list[str]:
         """Return notes for the user. The changed settings are grouped by their effect."""
@@ -131,7 +131,7 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def effect_of(key: str) -> Effect:
-    """Return the possible effect of a key such as `optim.lr_schedule[0].value`."""
+    """Return the effect that a changed value of this key may have. Example of a key: `optim.lr_schedule[0].value`."""
     fitting = [name for name in EFFECTS if key == name or key.startswith((f"{name}.", f"{name}["))]
     return EFFECTS[max(fitting, key=len)][0] if fitting else Effect.training
 

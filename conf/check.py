@@ -104,14 +104,14 @@ def _written(text: Text, config: Config, value: Any) -> str:
 
 @dataclass(frozen=True)
 class ConditionalRules:
-    """Rules that apply only if `so` is true for the configuration."""
+    """Rules that apply only to configurations for which the function `so` returns true."""
 
     so: Callable[[Config], Any]
     rules: Iterable[ConfigCheck]
 
     def __call__(self, config: Config) -> None:
-        """If `so` is true for the configuration, raise UserError for the first of these rules that the configuration
-        breaks."""
+        """If `so` returns true for the configuration, raise UserError for the first of these rules that the
+        configuration breaks."""
         if self.so(config):
             hold(self.rules, config)
 
@@ -159,8 +159,8 @@ def check_experts(experts: int, ep: int) -> None:
 
 
 def check_world(pp: int, dp: int, cp: int, world: int, given: str) -> None:
-    """Raise UserError unless the layout uses exactly the started ranks. world: number of started ranks. given: text for
-    the error that says where this number comes from."""
+    """Raise UserError unless the layout uses exactly the started ranks. world: number of started ranks. given: text
+    that says where this number comes from, for the error."""
     if pp * dp * cp != world:
         raise UserError(
             "parallel.pp x parallel.dp" if cp == 1 else "parallel.pp x parallel.dp x parallel.cp",
@@ -212,7 +212,7 @@ def _check_operands(config: Config) -> None:
 
 
 def adapted_targets(model: Model) -> list[AdapterTarget]:
-    """Return the adapter targets that a model has; the head comes last."""
+    """Return the adapter targets that a model has; the output head is the last target."""
     has_experts = _has_experts(Config(model=model))
     lacking = {
         AdapterTarget.routed: not has_experts,

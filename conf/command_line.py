@@ -245,8 +245,8 @@ def _wrong_list(key: str, value: Any, kind: Any, default: Any) -> UserError:
 
 
 def _unknown_part(key: str, value: Any, kind: Any) -> UserError:
-    """Return the error for a mapping, or a list of mappings, that contains an unknown key. kind: type of the key's
-    value in the schema."""
+    """Return the error for a mapping, or a list of mappings, that contains an unknown name. key: the setting whose
+    value this is. kind: type of this setting in the schema."""
     section = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
     known = [field.name for field in fields(section)] if is_dataclass(section) else []
     given = [name for part in (value if isinstance(value, list) else [value]) for name in part]

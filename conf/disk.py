@@ -52,8 +52,8 @@ REFUSED = FULL | RIGHTS | DISK_FAILED | {errno.EROFS, errno.ENOTDIR, errno.EISDI
 
 @contextmanager
 def naming(path: Path, needed: int | None = None, way: str = "written") -> Iterator[None]:
-    """Context for code that writes a file. It adds the file's name to an OSError of this code. needed: size of the file
-    in bytes. way: the operation that may fail, `written` or `read`."""
+    """Context for code that writes or reads a file. It adds the file's name to an OSError of this code. needed: size of
+    the file in bytes. way: what this code does with the file, `written` or `read`."""
     try:
         yield
     except OSError as error:
@@ -156,8 +156,8 @@ class Backlog:
         return len(self._waiting)
 
     def add(self, piece: bytes) -> None:
-        """Write the data after all held data. Raises OSError if the disk refuses the data; the new data are then held
-        too."""
+        """Write all data that are still in memory, and then `piece`. If the disk refuses the data, hold `piece` in
+        memory too and raise OSError."""
         self._waiting.append(piece)
         self._bytes += len(piece)
         while self._bytes > BACKLOG and len(self._waiting) > 1:
@@ -166,7 +166,7 @@ class Backlog:
         self.flush()
 
     def flush(self) -> None:
-        """Write the held data. Raises OSError if the disk still refuses."""
+        """Write all data that are still in memory. Raises OSError if the disk refuses the data again."""
         while self._waiting:
             self._write(self._waiting[0])
             self._bytes -= len(self._waiting.popleft())
@@ -174,8 +174,8 @@ class Backlog:
 
 @contextmanager
 def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator[None]:
-    """Context that converts an OSError of a disk to an error of class `kind`. The new error names the setting with the
-    path."""
+    """Context that converts an OSError of a disk to an error of class `kind`. The new error names the setting whose
+    folder contains the file."""
     try:
         yield
     except OSError as error:

@@ -30,8 +30,8 @@ class Messages:
     """Average number of messages per token and MoE layer, on the rank that has the most messages."""
 
     copies: tuple[float, ...]
-    """Number of row copies per token for each hop. Sluice's kernels make these copies in addition to the exchange. Rows
-    that stay on their rank are copied too."""
+    """Number of row copies per token, with one entry for each hop: to a node and then to a rank, or directly to a rank.
+    Sluice's kernels make these copies in addition to the exchange. Rows that stay on their rank are copied too."""
     arrivals: float
     """Number of rows per token that arrive at the ranks of the experts."""
     inside: float
@@ -65,7 +65,8 @@ class DispatchFacts:
     """Supported sizes of an expert group; None for any size."""
 
     def is_able(self, ep: int, hidden: int, on_gpu: bool) -> bool:
-        """Whether the dispatch supports ep ranks and rows of this width on this device."""
+        """Whether the dispatch supports expert groups of `ep` ranks, rows of width `hidden`, and this kind of
+        device."""
         fits = hidden % self.width == 0 and (self.sizes is None or ep in self.sizes)
         return fits and (on_gpu or not self.needs_gpu)
 
@@ -89,8 +90,8 @@ class DispatchFacts:
         return 4 if self.per_expert else 4 * top_k
 
     def find_links(self, ep: int, per_node: int) -> tuple[range, ...]:
-        """Return a range of ranks for each hop of a row: the ranks of the expert group with which the group's first
-        rank exchanges rows through NCCL."""
+        """Return the ranks with which the first rank of an expert group exchanges rows through NCCL. There is one range
+        of ranks for each hop of a row. A range contains the first rank too."""
         return (range(0, ep, per_node), range(per_node)) if self.by_nodes else (range(ep),)
 
     def count_buffer_bytes(self, ep: int, hidden: int) -> int | None:
@@ -98,9 +99,9 @@ class DispatchFacts:
         return None
 
     def find_sums(self, experts: int, ep: int, per_node: int) -> list[int]:
-        """Return how many experts contribute to a returned row. Some dispatches first add a token's rows over the
-        experts of one rank, and possibly over the experts of one node. The list has the number of experts on a rank,
-        and the number on a node, if the dispatch adds rows there. It is empty if the dispatch adds no rows."""
+        """Return over how many experts the dispatch adds a token's rows before the sum is sent on, with one number for
+        each such addition. The first number is the number of experts on one rank. If the dispatch also adds rows on a
+        node, the second number is the number of experts on one node. The list is empty if the dispatch adds no rows."""
         if self.per_expert or ep == 1:
             return []
         of_rank = experts // ep

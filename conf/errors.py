@@ -54,13 +54,13 @@ class RunEnded(RuntimeError):
 
 
 class StopInterrupt(KeyboardInterrupt):
-    """A signal asked this process to stop. A KeyboardInterrupt of any other class is an error of the code that raised
-    it."""
+    """A signal asked this process to stop. Sluice's signal handlers raise only this class. Any other KeyboardInterrupt
+    is an error of the code that raised it."""
 
 
 def causes(error: BaseException | None, contexts: bool = False) -> Iterator[BaseException]:
-    """Yield an error and its causes, the outermost error first. contexts: for an error without a cause, continue with
-    its `__context__`, the exception that was being handled when the error was raised."""
+    """Yield an error and its causes, the outermost error first. contexts: whether an error without a cause is followed
+    by its `__context__`, the exception that was being handled when the error was raised."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

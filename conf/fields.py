@@ -125,7 +125,8 @@ def wrong_choice(key: str, value: Any, choices: Iterable[str], instead: str) -> 
 
 
 def _cure(key: str, field: dataclasses.Field, bounds: Bounds) -> str:
-    """Return the fix. For a field with a nonzero float default, the fix also shows this default as an example."""
+    """Return the fix for a number that is out of bounds. For a field with a nonzero float default, the fix also shows
+    this default as an example."""
     default, words = field.default, bounds.words()
     example = f", such as {_text(default)}" if isinstance(default, float) and default and bounds.hold(default) else ""
     return f"set {key} to {'a number ' if words[0].isalpha() else ''}{words}{example}"

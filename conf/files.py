@@ -30,8 +30,9 @@ def open_plain(path: str | Path, flags: int, mode: int = 0o666) -> int:
     """Open a plain file and return its handle, for the `opener` argument of `open`. Raises OSError for anything else,
     such as a link, a pipe or a device.
 
-    Code opens the files of a run folder with this function, because the folder may belong to another user. That user
-    may have created a link to a file of this user, or a pipe, at which this process would wait for ever.
+    Code opens the files of a run folder with this function, because the folder may belong to another user. The owner of
+    the folder could create a link in it to a file that only this process may read. The owner could also create a pipe,
+    at which this process would wait for ever.
     """
     try:
         handle = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
@@ -160,8 +161,8 @@ def try_lock(handle: int) -> bool:
 
 
 def new_folder(given: str | None, field: str) -> Path:
-    """Return the path of the folder that a mode creates. field: name of the setting with the path. given: value of this
-    setting. Raises UserError if the path is a file, or a folder that is not empty."""
+    """Return the path of the folder that a mode creates. field: name of the setting that contains the path. given:
+    value of this setting. Raises UserError if the path is a file, or a folder that is not empty."""
     assert given is not None, "conf/check.py asks for it"
     target = Path(given).expanduser().absolute()
     if target.is_dir() and any(target.iterdir()):
@@ -174,7 +175,7 @@ def new_folder(given: str | None, field: str) -> Path:
 @contextmanager
 def written_whole(target: Path, field: str) -> Iterator[Path]:
     """Context that yields a temporary hidden folder to fill. After success, this folder is renamed to `target`. After a
-    failure, it is removed. field: name of the setting with the target."""
+    failure, it is removed. field: name of the setting that contains the path `target`."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)

@@ -168,8 +168,8 @@ def _section(name: str, values: DictConfig, expert: bool, width: int) -> Iterato
 
 
 def _screen(group: KeyGroup, values: DictConfig, width: int, more: str = "") -> Iterator[RenderableType]:
-    """Yield a title, the notes of the subsections, the keys, and `more`, a hint that names a command. Yields nothing
-    without keys and hint."""
+    """Yield a title, the notes of the subsections, the keys, and `more`, a hint that names a command. If there are
+    neither keys nor a hint, yields nothing."""
     if not group.keys and not more:
         return
     yield f"\n[bold]{escape(group.name or 'Keys at the top')}[/]  {escape(group.meaning)}"

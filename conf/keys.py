@@ -137,8 +137,9 @@ def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, 
 
 
 def inner_section(found: Any) -> tuple[type | None, str]:
-    """Return the section class that a type contains, and the placeholder of an entry in a path. The placeholder is
-    empty unless the type is a list or a mapping. Both are empty for a type without a section."""
+    """Return the section class that a type contains, and the placeholder that stands for an entry in the path of a key.
+    The placeholder is empty unless the type is a list or a mapping. For a type without a section class, return None and
+    an empty placeholder."""
     inner = next(iter(typing.get_args(found)[-1:]), found)
     if not dataclasses.is_dataclass(inner):
         return None, ""
@@ -167,7 +168,8 @@ def type_words(found: Any) -> str:
 
 
 def choices_of(found: Any) -> tuple[str, ...]:
-    """Return all words of an enumeration, or of a list of its members; empty for other types."""
+    """Return the member names of an enumeration. For the type of a list whose entries are members of an enumeration,
+    return the same names. For other types, return an empty tuple."""
     inner = typing.get_args(found)[0] if typing.get_origin(found) is list else found
     return tuple(inner.__members__) if isinstance(inner, type) and issubclass(inner, enum.Enum) else ()
 
@@ -235,8 +237,8 @@ def _tree() -> ast.Module:
 
 
 def value_words(path: str, values: DictConfig) -> str:
-    """Return the value of a key in a composed configuration, as YAML. For a key of list entries, which may have
-    different values, return the schema's default."""
+    """Return the value of a key in a composed configuration, as YAML. If the path of the key has a placeholder, return
+    the schema's default, because the entries of a list or mapping may have different values."""
     place: Any = values
     for part in path.split("."):
         place = None if ITEM in part or part == NAME else place._get_node(part) if place is not None else None
@@ -247,8 +249,8 @@ def value_words(path: str, values: DictConfig) -> str:
 
 
 def _default_words(path: str) -> str:
-    """Return the default of the schema as text. It replaces the value of a section that a configuration does not
-    have."""
+    """Return the schema's default of a key as text. It is shown if a configuration does not have the section of the
+    key."""
     cls: Any = Config
     *sections, last = path.replace(ITEM, "").split(".")
     for name in sections:

@@ -61,7 +61,8 @@ def keys_page() -> str:
 
 
 def _section(group: KeyGroup, values: Any, expert: bool) -> str:
-    """Return one table; empty for a group without keys. expert: whether the table contains the expert keys."""
+    """Return the part of the page for one group of keys: heading, notes and table. Return an empty text for a group
+    without keys. expert: whether the keys are expert keys."""
     if not group.keys:
         return ""
     name = group.name or "At the top"
@@ -129,7 +130,8 @@ def _value(found: Any) -> dict[str, Any]:
 
 
 def _json_value(default: Any) -> Any:
-    """Return a default of the schema as a JSON value. Enumerations become names, and entries become objects."""
+    """Return a default of the schema as a JSON value. A member of an enumeration becomes its name, and a section
+    becomes an object."""
     plain = OmegaConf.to_container(OmegaConf.structured({"_": default}), enum_to_str=True)
     assert isinstance(plain, dict)
     return plain["_"]

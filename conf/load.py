@@ -120,8 +120,8 @@ def _schema() -> DictConfig:
 
 
 def _choose(config: Config) -> Iterator[str]:
-    """Set the keys that the recipe leaves null, and yield a sentence about a choice. No later code changes a
-    configuration."""
+    """Set the keys that the recipe leaves null. Yield a sentence for each chosen value of which the user should know.
+    No later code changes a configuration."""
     if config.optim.name is None:
         config.optim.name, why = _choose_optimizer(config)
         if why:
@@ -225,8 +225,8 @@ def compose_node(*overrides: str) -> DictConfig:
 
 @contextmanager
 def explained(words: Sequence[str]) -> Iterator[None]:
-    """Context that converts errors of Hydra and OmegaConf to UserError. words: arguments of the command line that the
-    code in this context composes."""
+    """Context that converts errors of Hydra and OmegaConf to UserError. words: command-line arguments; the code in this
+    context composes a configuration from them."""
     check_words(words)
     try:
         yield

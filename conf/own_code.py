@@ -126,8 +126,8 @@ def subclass(key: str, section: CodeSection | None, base: type) -> Callable[...,
 
 
 def require_arguments(key: str, section: CodeSection, called: Any, count: int, what: str) -> None:
-    """Raise UserError unless `called` accepts `count` positional arguments. what: text for the error that describes
-    these arguments."""
+    """Raise UserError unless `called` accepts `count` positional arguments. what: description of these arguments for
+    the text of the error."""
     try:
         inspect.signature(called).bind(*[None] * count)
     except TypeError as error:

@@ -48,8 +48,8 @@ class ScheduleFacts:
     forward, and last while these stages run backward.
     """
     pairs: bool = False
-    """Whether the schedule runs the forward of one micro-batch together with the backward of another micro-batch. It
-    does so only if parallel.overlap is true."""
+    """Whether the schedule pairs the forward of one micro-batch with the backward of another. If parallel.overlap is
+    true, the two run together. Otherwise they run one after the other."""
     in_parts: str | None = None
     """Name of the schedule that runs in the same order, but with several stages per rank; None if there is none."""
 

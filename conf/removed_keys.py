@@ -23,7 +23,8 @@ class RemovedKey:
     cure: str
     """The fix for users who set another value."""
     changes_results: bool = True
-    """Whether another value changes results. If false, it changes only speed, memory, metrics or plans."""
+    """Whether a value other than `default` changes results. If false, such a value changes only speed, memory, metrics
+    or plans."""
 
     def error(self, key: str, value: Any, place: str = "") -> UserError:
         """Return the error for this value of the key. place: the file that contains the key; empty for the command

@@ -197,9 +197,9 @@ class Model:
     top_groups: int = 2
     """Number of groups among which the experts of one token are chosen."""
     group_top_k: int | None = number(None, least=1)
-    """Expert groups are ranked by the sum of their best expert scores. This is the number of scores in the sum. null:
-    top_k / top_groups (paper 2.1.2). transformers and DeepSeek's inference code use 2, which is also the result for
-    DeepSeek-V3."""
+    """The router prefers the expert groups with the largest sum of the group's best expert scores. This key is the
+    number of scores in the sum. null: top_k / top_groups (paper 2.1.2). transformers and DeepSeek's inference code use
+    2, which is also the result for DeepSeek-V3."""
     scores: ScoreFunction = ScoreFunction.sigmoid
     """Function that turns router logits into scores. softmax is for Mistral Large 3, whose routers have no balance
     bias."""
@@ -312,7 +312,8 @@ class Data:
     """Minimum length of a document, in tokens; training and validation do not use shorter documents. This keeps short,
     unrelated documents out of long sequences."""
     validation_fraction: float = number(0.05, above=0, below=1, what="a share")
-    """Share of documents that are held out for validation. Of plain text, complete files are held out."""
+    """Share of documents that are held out for validation. A file of plain text is one document, or several if it is
+    larger than 16 MiB."""
     hold_out_by: FilledKey[HoldOutBy] = expert(None)
     """Property that decides whether a document is held out: content, or name (path of its file in the data, with the
     line or row). null: the property that the existing run used, or the run that resume or init_from names; else
@@ -331,9 +332,9 @@ class Data:
     too_long: TooLong = TooLong.refuse
     """Chats longer than a sequence: refuse (an error before the start), cut (drop the end) or drop (drop the chat)."""
     reasoning: LostReasoning | None = None
-    """Chats: how to treat reasoning in a learnt turn, if the template leaves this reasoning out. template: leave it
-    out; insert: put it in front of the content; drop: remove the reasoning of all turns; null: an error before the
-    start."""
+    """Chats: some templates leave out the reasoning of a turn from which the model learns. This key then decides about
+    this reasoning. template: leave it out; insert: put it in front of the content; drop: remove the reasoning of all
+    turns; null: an error before the start."""
     cut_reasoning: bool = False
     """Chats: remove the reasoning of the assistant's turns before the last question, as some templates do."""
     cache: str = "${oc.env:SLUICE_CACHE,${oc.env:HOME}/.cache/sluice}"
@@ -646,7 +647,8 @@ class Checkpoint:
     """Ray: interval, in steps, at which the state of every rank is copied to the memory of the rank's node and of the
     next node. If a node is lost, the run resumes from these copies. 0 for no copies."""
     memory_folder: str = expert("/dev/shm")
-    """Folder on every node for the copies of checkpoint.every_memory, in memory or on a fast local disk."""
+    """Folder on every node, in memory or on a fast local disk. It contains the copies of the state that
+    checkpoint.every_memory makes."""
     keep: int = number(3, least=0)
     """Number of newest checkpoints to keep; 0 keeps all. The checkpoint from which the run resumed is also kept."""
     keep_every: int = number(0, least=0)
@@ -688,14 +690,14 @@ class Cluster:
     address: str | None = None
     """Ray: HOST:PORT of a running cluster, or auto for a cluster on this machine; null starts Ray here for this run."""
     ranks_per_node: int = number(0, least=0)
-    """Number of ranks per node. 0: with Ray, one rank per GPU of the node, or per CPU if the run uses no GPU;
-    otherwise, all ranks that run on the machine."""
+    """Number of ranks per node. 0 without Ray: all ranks that run on the machine. 0 with Ray: one rank per GPU of the
+    node, or per CPU if the run uses no GPU."""
     wait: float = expert(60.0, above=0)
     """Ray: longest wait for nodes, in seconds."""
     heartbeat: float = expert(5.0, above=0)
     """Ray: seconds without an answer after which a node counts as lost."""
     kill_after: float | None = expert(None, above=0)
-    """Minimum number of seconds without progress of any rank before the run is ended as hung; a warning names the
+    """Minimum number of seconds before a run in which no rank makes progress is ended as hung; a warning names the
     culprit earlier. null: 60 on CPUs and 120 on GPUs. In checkpoints, uploads and callbacks, the minimum is at least
     cluster.timeout."""
     hang_after: float = expert(300.0, above=0)
@@ -719,9 +721,9 @@ class Rate:
     seconds: float = number(0.0, least=0)
     """Fixed time of each call in seconds, for any size."""
     flops: float = number(0.0, least=0)
-    """Number of operations per second."""
+    """Number of operations that the kernel computes per second."""
     bandwidth: float = number(0.0, least=0)
-    """Number of bytes per second."""
+    """Number of bytes that the kernel or link moves per second."""
 
 
 @dataclass
@@ -790,14 +792,14 @@ class Plan:
     tokens: float | None = number(None, above=0)
     """Number of tokens for which a plan computes hours, cost and energy; null: all tokens of the recipe."""
     imbalance: float = expert(1.1, least=1)
-    """Rows of the busiest rank of an expert group, divided by the mean rows of the group's ranks. The busiest rank
-    decides speed and memory."""
+    """Number of token rows that the busiest rank of an expert group receives, divided by the mean over the group's
+    ranks. The busiest rank decides speed and memory."""
     phases: list[str] = expert(make=list)
     """Recipes of later phases, which run after this recipe on the same devices, such as [deepseek_v3_32k,
     deepseek_v3_128k]. The plan adds their time and cost."""
     failures: float = number(2e-5, least=0)
-    """Number of failures that end the run, per device and hour; 0 for none. Meta counted 419 in 54 days of 16,384 H100
-    (Llama 3), which is 2.0e-5. InfiniteHBD's trace of servers has 2.2e-5."""
+    """Number of failures per device and hour. Only failures that interrupt the run count. 0 for none. Meta counted 419
+    in 54 days of 16,384 H100 (Llama 3), which is 2.0e-5. InfiniteHBD's trace of servers has 2.2e-5."""
     reserve: float | None = expert(None, least=0)
     """Reserved memory of a device, in bytes. null: an estimate of CUDA's context, communicators, exchange buffers and
     fragmentation."""
@@ -812,11 +814,13 @@ class DryRun:
     steps: int = number(3, least=1)
     """Number of timed steps. They follow a warm-up step and a step that measures memory."""
     routing: str = expert("balanced")
-    """Rows that other ranks send to this rank's experts: balanced, skewed (1.5 times the mean, decreasing from the
-    first to the last expert), or a run folder, whose last recorded tokens per expert are used."""
+    """Assumed number of rows that other ranks send to each expert of this rank. balanced: all experts get the same
+    number. skewed: this rank gets 1.5 times as many rows as with balanced, and the number per expert falls from its
+    first to its last expert. A run folder: each expert gets the same fraction of all rows as in the last recorded step
+    of that run."""
     shrink: int = expert(0, least=0)
-    """Divisor of widths, vocabulary and sequence length. 0: 1 on a GPU; on a CPU, a divisor with which a step takes
-    seconds."""
+    """Divisor of widths, vocabulary and sequence length. 0: the smallest of 1, 2, 4, 8, ... with which at least some
+    layers of the rank fit the device. On a CPU, a step must also take only some seconds."""
 
 
 @dataclass
@@ -842,8 +846,8 @@ class Log:
     validation_sequences: int = number(64, least=1)
     """Number of sequences of seq_len tokens per validation."""
     norms_every: int = expert(50, least=0)
-    """Interval, in steps, of the norms of weights and updates per layer; 0 for none. During the update of such a step,
-    a rank needs host memory for a second copy of its master weights."""
+    """Interval, in steps, at which the norms of weights and updates are measured for each layer; 0 for none. During the
+    update of such a step, a rank needs host memory for a second copy of its master weights."""
     replicas_every: int = expert(0, least=0)
     """Interval, in steps, of bitwise comparisons of weights that several ranks hold. If two ranks differ, the run ends
     and names the rank and the weight. 0 for none (train/docs/why.md)."""
@@ -897,7 +901,7 @@ class Evaluate:
     """Number of solved examples before each question; null: the task decides."""
     answers: int = number(0, least=0)
     """Chats: number of held-out questions that the model answers (train/evaluate/answers.py); 0 for none. A table
-    compares the model's answers with three others: answers of the weights before the tune, shuffled answers, and the
+    compares the model's answers with three others: answers of the weights before fine-tuning, shuffled answers, and the
     most common answer."""
     needle: list[int] = field(default_factory=list)
     """Text lengths, in tokens, of the pass-key test (train/evaluate/needle.py); empty for no test."""
@@ -937,8 +941,9 @@ class Score:
     `experts`) or replay (read from the field `experts` of each sample, in which an inference engine stored its
     choice)."""
     keys: ScoredRouting = ScoredRouting.own
-    """Keys to which every token attends with sparse attention: own (chosen by the indexers), write (chosen by the
-    indexers, and written to the column `keys`) or replay (read from the field `keys` of each sample)."""
+    """Sparse attention: the attention keys that each query uses. own: the indexers choose them. write: the indexers
+    choose them, and the column `keys` of the output stores the choice. replay: the field `keys` of each sample gives
+    them."""
     checkpoint: str | None = None
     """A checkpoint or run folder, or a Hugging Face folder; null takes the newest intact checkpoint of this run."""
 
@@ -970,7 +975,7 @@ class Average:
     """Checkpoint folders, or run folders, of which the newest checkpoints are used. Empty: the checkpoints of this
     run."""
     last: int = number(1, least=1)
-    """Number of newest checkpoints that are used of each run folder."""
+    """Number of checkpoints that are averaged from each run folder, counted from the newest checkpoint."""
     to: str | None = None
     """The run folder to write; it must be empty or not exist yet."""
 

@@ -147,5 +147,5 @@ INSTEAD_OF: dict[str, tuple[str, ...]] = {
     "data.template": ("data.template_function",),
     "data.template_function": ("data.template",),
 }
-"""Maps a key to other keys that disable it while they have a value. If a user types the key, the recipe's values of
-these other keys are cleared."""
+"""Maps a key to other keys. As long as one of the other keys has a value, the first key has no effect. If a user types
+the first key, the recipe's values of the other keys are cleared."""

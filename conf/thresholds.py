@@ -12,14 +12,16 @@ from dataclasses import dataclass, fields
 
 @dataclass
 class Thresholds:
-    """The sizes. Code reads a size at each use, so a change takes effect at once."""
+    """The sizes above which code takes another path. Code reads a size at each use, so a change takes effect at
+    once."""
 
     attention_queries: int = 128
-    """Number of queries per block of attention. A range of fewer than four blocks of queries is cut into blocks of half
-    this number, so that fewer scores above the diagonal are computed in vain."""
+    """Number of queries that attention processes at a time, as one block. If a range has fewer queries than four
+    blocks, the blocks have half as many queries. Smaller blocks compute fewer of the scores above the diagonal, which
+    are not used."""
     attention_scores: int = 1 << 20
-    """Number of attention scores per block on a CPU (4 MiB in fp32). The number of heads in a block is as large as this
-    limit allows, so that the scores stay in the cache."""
+    """Number of attention scores that a CPU computes at a time (4 MiB in fp32). Code takes as many attention heads
+    together as this limit allows, so that the scores stay in the cache."""
     gate_and_up: int = 1 << 18
     """Number of elements of [gate | up], the output of the gate and up projections, that are processed at a time. Their
     fp32 copies fit into a CPU's cache."""
@@ -33,8 +35,8 @@ class Thresholds:
     Two tiles take an estimated 1.6 times as long as one. With fewer tiles, programs for pairs would leave some of the
     132 multiprocessors idle, and save no time."""
     expert_rows: int = 32
-    """The number of rows of an expert is padded to a multiple of this number. 16 and 64 are as fast as 32: 16 needs
-    more kernels, and 64 needs more padding."""
+    """The number of rows of an expert is padded to a multiple of this number. With 16, 32 and 64 the speed is the same,
+    but 16 needs more kernels than 32, and 64 needs more padding."""
     stays_bytes: int = 1 << 10
     """A storage of at most this number of bytes stays on the device and is not offloaded."""
     adamw_elements: int = 1 << 18
@@ -43,8 +45,8 @@ class Thresholds:
     muon_elements: int = 1 << 24
     """Maximum number of matrix elements that a rank orthogonalises at a time. A single matrix may be larger."""
     norm_row: int = 4096
-    """Number of elements in one row of a gradient norm. Squares are summed in fp32 within a row, and in fp64 over the
-    rows."""
+    """The norm of a gradient is computed in rows of this number of elements. Squares are summed in fp32 within a row,
+    and in fp64 over the rows."""
     base_elements: int = 1 << 26
     """Maximum number of weight elements that are read and quantised together, when a frozen base is stored in FP8
     blocks (256 MB in fp32). A single matrix may be larger."""

@@ -49,7 +49,7 @@ def read_yaml(path: Path, trust: bool = False) -> DictConfig:
 
 
 def _calls(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the key and the text of every text that contains a resolver, in nested mappings and lists."""
+    """Find the texts that contain a resolver, in nested mappings and lists. Yield the key and the text of each."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _calls(inner, f"{key}.{name}" if key else str(name))

@@ -35,7 +35,7 @@ import torch."""
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a function of train/api.py, or a part of custom loops, on first access."""
+    """Imports a function of train/api.py, or a name in FOR_LOOPS, when the name is first used."""
     if name == "train_step":
         cure = "engine = train.open_engine(config); engine.forward_backward(train.Batch(tokens)); engine.update()"
         raise AttributeError(f"train.train_step is now the engine (train/docs/loops.md): {cure}")

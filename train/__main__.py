@@ -98,7 +98,7 @@ def main(configs: list[Config]) -> int:
 def do(config: Config, alone: bool) -> int:
     """Run the job's `mode`. Returns the exit code.
 
-    alone: whether this is the only job of this process. Then this process may be a rank of the job.
+    alone: whether this is the only job of this process. If it is, this process may become a rank of the job.
     """
     try:
         if config.mode is Mode.train:
@@ -114,7 +114,7 @@ def do(config: Config, alone: bool) -> int:
 def _train(config: Config, alone: bool) -> int:
     """Train a run. Returns the exit code.
 
-    alone: whether this is the only run of this process. Then this process may be a rank of the run.
+    alone: whether this is the only run of this process. If it is, this process may become a rank of the run.
     """
     from train.checkpoint.run_folder import RunFolder
     from train.metrics.origin import record_start
@@ -193,8 +193,8 @@ def _run_rank(config: Config, place: Place) -> int:
 
 
 def _plan_of_job(config: Config) -> tuple[str, float, float]:
-    """Plans a run. Returns a summary line, the planned hours, and the host memory in bytes that a node needs. For nodes
-    with different needs, it is the largest need."""
+    """Plans a run. Returns a summary line, the planned hours, and the host memory in bytes that tensors need on the
+    fullest node."""
     from train.plan.budget import make_plan
 
     plan = make_plan(config)

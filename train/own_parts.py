@@ -32,7 +32,8 @@ def check_own_code(config: Config) -> None:
 
 
 def _buffers(model: Model) -> set[str]:
-    """Returns the names of the buffers that a checkpoint would contain, in one block of each kind."""
+    """Returns the names of the module buffers that a checkpoint of this model would contain. The function builds at
+    most one dense block and one MoE block."""
     last = min(model.dense_layers, model.layers - 1)
     layers = range(max(0, last - 1), last + 1)
     kernels = HighPrecision(torch.float32, PlainKernels())

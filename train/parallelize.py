@@ -52,9 +52,9 @@ def parallelize(
 ) -> ParallelModel:
     """Build this rank's chunks with weights drawn from config.seed, and wrap them for training.
 
-    restored: whether the caller will fill all weights from a checkpoint; then no weights are drawn. dispatcher, layers
-    (the layers of every stage), share: replacements, which a dry run passes, for the objects that follow from the
-    layout.
+    restored: whether the caller will fill all weights from a checkpoint; then no weights are drawn. dispatcher: sends
+    tokens to experts. layers: the layers of every stage. share: exchanges data for context parallelism. Only a dry run
+    passes the last three arguments; for other callers, the layout determines them.
     """
     in_turn = config.parallel.zero == 3 and not config.adapter.on  # a weight gets its memory when it is sharded
     model = build_rank_model(config, mesh, device, kernels, restored, dispatcher, layers, share, hollow=in_turn)
@@ -238,8 +238,8 @@ def build_chunks(
 
 
 def make_share(mesh: Mesh) -> ContextParallel:
-    """Builds the object for context parallelism: ranks that share a sequence use it to exchange data of their
-    positions. All layers use the same object."""
+    """Builds the object for context parallelism. Through this object, the ranks that share a sequence exchange their
+    parts of the sequence. All layers use the same object."""
     return ContextParallel(mesh.cp_group, mesh.layout.cp > mesh.layout.ranks_per_node)
 
 
@@ -260,8 +260,9 @@ def make_dispatcher(config: Config, mesh: Mesh) -> ExchangeDispatcher:
 
 
 def tied_embedding(config: Config, mesh: Mesh, chunks: list[DeepSeekV3]) -> nn.Parameter | None:
-    """Returns the embedding if this rank must keep it equal to the copy of another rank: MTP in the last stage needs
-    it, and another rank has the first stage. Otherwise returns None."""
+    """Returns this rank's embedding if another rank also has the embedding, and both copies must remain equal. This is
+    the case if the model has MTP modules, which use the embedding in the last stage, and another rank has the first
+    stage. Otherwise returns None."""
     placement = config.parallel.placement
     same_rank = sum(len(ids) for ids in placement) - 1 in placement[0]
     holders = [chunk.embedding.weight for chunk in chunks if hasattr(chunk, "embedding")]

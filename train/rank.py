@@ -40,7 +40,7 @@ PREPARATION = timedelta(days=7)
 
 
 def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int:
-    """Run the work of a rank, and return an exit code even after an error or an exit.
+    """Run the work of a rank. Return an exit code, even if the work raises an error or SystemExit.
 
     failures: the folder from which a driver reads and reports the errors of ranks. None without a driver: the process
     is the only process of a run, or torchrun started it. Then errors are printed, and a UserError is raised.
@@ -51,9 +51,9 @@ def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int
 
 @contextmanager
 def _marked(place: Place, failures: Path | None) -> Iterator[None]:
-    """Context that marks the rank as working, by a file.
+    """Context for the work of a rank. A marker file exists until the context ends.
 
-    If a process ends inside the context, the driver finds the mark.
+    If the process ends inside the context, the file remains, and the driver finds it.
     """
     if failures is None:
         yield
@@ -152,8 +152,8 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
 
 
 def in_turn(place: Place, make: Callable[[ReportProgress], T]) -> T:
-    """Run `make` first on one rank of every machine, which fills the cache. Then the other ranks run it with the
-    cache."""
+    """Run `make` first on one rank of every machine. This rank fills the cache. Then the other ranks run `make`, which
+    now reads the cache."""
     with patient_group(PREPARATION) as everybody:
         if place.local_rank == 0:
             with show_progress() as progress:

@@ -35,8 +35,8 @@ class RankModel:
     """Sends tokens to experts on other ranks; None if this rank holds all experts."""
     precision: "HighPrecision | Fp8Precision"
     share: "ContextParallel | None"
-    """Exchanges data of sequence positions with the ranks that share this rank's sequences; None if this rank has
-    complete sequences."""
+    """Exchanges parts of a sequence with the ranks that share this rank's sequences; None if this rank has complete
+    sequences."""
 
     def routers(self) -> "dict[str, Router]":
         """Returns the routers of all chunks, by layer name."""

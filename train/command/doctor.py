@@ -36,8 +36,8 @@ FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve",
 
 
 class DoctorLine(NamedTuple):
-    """One line of the screen. cure: what to do; None if nothing is missing. stops: whether this finding prevents every
-    run."""
+    """One finding of `sluice doctor`, shown on one line. cure: what to do; None if nothing is missing. stops: whether
+    this finding prevents every run."""
 
     label: str
     state: str

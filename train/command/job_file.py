@@ -49,7 +49,7 @@ LAUNCH_FLAGS = ("--print", "--queue", "--image")
 
 @dataclass(frozen=True)
 class Job:
-    """The values that the template of any kind needs."""
+    """The values that are filled into the template of a job file. They are the same for every kind of job file."""
 
     config: Config
     words: list[str]
@@ -114,8 +114,8 @@ class Job:
 
 @reported
 def main(words: Sequence[str], plan: Callable[[Config], tuple[str, float, float]]) -> int:
-    """Print the file; returns the exit code. words: the arguments after `launch`. plan: returns the verdict as text,
-    the hours, and the bytes that a node offloads."""
+    """Print the job file; returns the exit code. words: the arguments after `launch`. plan: a function that plans the
+    run. It returns a summary line, the hours of the run, and the bytes of host memory that tensors need on a node."""
     kind, options, recipe = _split(words)
     say(_written(kind, _job(kind, recipe, options, plan)).rstrip())
     say(f"how to start it: cluster/docs/launch.md#{kind}", file=sys.stderr)
@@ -123,7 +123,8 @@ def main(words: Sequence[str], plan: Callable[[Config], tuple[str, float, float]
 
 
 def _split(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
-    """Returns the kind, the flags with their values, and the recipe's arguments."""
+    """Splits the arguments after `launch` into the kind of job file, the values of the flags by name, and the recipe's
+    arguments."""
     rest, options = list(words), {}
     for flag in LAUNCH_FLAGS:
         for place, word in enumerate(rest):

@@ -35,7 +35,8 @@ LOOKS_EVERY = 1.0
 HARD_SPACE = "\N{NO-BREAK SPACE}"
 SHADES = "·░▒▓█"
 COLOURS = ("grey37", "dodger_blue2", "green3", "gold3", "red3")
-"""Colours of cells, from the smallest to the largest value. The characters show the same values without colour."""
+"""Colours of the cells of a heat map, from the smallest to the largest value. The characters of SHADES show the same
+values, so a terminal needs no colours."""
 STATES = {
     "trains": "bold green",
     "done": "bold green",
@@ -72,7 +73,8 @@ HEAD = {
     "grad_norm": "gradient {:.3g}",
     "skipped_steps": "{} skipped",
 }
-"""Metrics of the newest record that the top line shows, with their formats. A value of 0 is left out."""
+"""Metrics in the top line of the screen, with their formats. The newest record has their values. A metric with the
+value 0 is left out."""
 
 
 @reported

@@ -21,13 +21,14 @@ DEAD_STEPS = 20
 """An expert counts as dead after this number of steps without a token.
 
 An average expert of the smallest recipe gets hundreds of tokens in each step. So 20 steps without a token are not an
-accident. In 20 steps a bias speed of 0.001 changes the bias by 0.02, which is enough to revive a healthy expert.
+accident. In 20 steps a bias speed of 0.001 changes the bias by 0.02. If nothing else is wrong with the expert, this
+change is enough for the router to select it again.
 """
 
 
 class RunningLoad(NamedTuple):
-    """The running load: token counts of past steps. Checkpoints store both arrays, so that the metrics continue after a
-    resume."""
+    """The running load: token counts of past steps. Checkpoints store `load_LE` and `idle_LE`, so that the metrics
+    continue after a resume."""
 
     load_LE: np.ndarray
     """Sum of token counts in which older steps have exponentially smaller weights. The sum is not divided by the number
@@ -70,7 +71,8 @@ def update_running(running: RunningLoad | None, counts_LE: Any) -> RunningLoad:
 def dead_experts(running: RunningLoad) -> np.ndarray:
     """Returns the number of dead experts in each layer, (L,).
 
-    Dead experts got no token in the last DEAD_STEPS steps, or in any step of a run that has had fewer steps.
+    An expert is dead if it got no token in the last DEAD_STEPS steps. In a run that has had fewer steps, it is dead if
+    it got no token in any step.
     """
     return (running.idle_LE >= min(DEAD_STEPS, max(1, running.steps))).sum(axis=1)
 

@@ -20,16 +20,16 @@ from train.metrics.names import LAYERS_MARK, Record, is_layer_metric, order
 
 METRICS_FILE = "metrics.jsonl"
 LOADS_PER_STEP = 1024
-"""Approximate mean number of expert token counts in a line. A model with more counts (the 671B model has 16,000) writes
-the counts only in every n-th line."""
+"""Upper limit of the mean number of expert token counts per line of metrics.jsonl. If a step has more counts (the 671B
+model has 16,000), only every n-th line contains the counts."""
 TAIL = 1 << 18
 """Number of bytes at the end of the file in which the last steps are searched."""
 _STEP = re.compile(rb'\{"step":(\d+)[,}]')
 
 
 def encode_record(record: Record) -> bytes:
-    """Encodes a record as one line with a newline. The metrics are in the order of the table. Non-finite values become
-    null."""
+    """Encodes a record as one line with a newline. The metrics are in the order of the table in train/metrics/names.py.
+    Non-finite values become null."""
     plain = {name: _plain(record[name]) for name in sorted(record, key=order)}
     return json.dumps(plain, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
@@ -120,7 +120,7 @@ def _with_loads_now_and_then(record: Record) -> Record:
 
 
 def _end_of_step(file: Any, step: int) -> int:
-    """Returns the position after the last complete line whose step is <= step."""
+    """Returns the byte offset at which the last complete line with a step <= `step` ends."""
     end = 0
     file.seek(0)
     for line in file:

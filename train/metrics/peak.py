@@ -105,7 +105,8 @@ def _best_seen(folder: Path, kind: dict[str, Any], now: Peak) -> Peak:
 
 
 def _read_kept(path: Path, kind: dict[str, Any]) -> tuple[float, str]:
-    """Returns the rate in the file (0 without a file), and the problem if the file is unreadable."""
+    """Returns the rate in the cache file, and the problem if the file is unreadable. The rate is 0 if there is no
+    file."""
     try:
         found = json.loads(path.read_bytes())
         flops = float(found.pop("flops"))

@@ -151,7 +151,8 @@ def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
 
 
 def _pairs(heads: Iterable[Record], spans: list[TimeSpan]) -> Iterator[tuple[Record, Record, float]]:
-    """Yields consecutive records within one time interval, and the seconds between them."""
+    """Yields every two consecutive records that are in the same time interval, with the seconds between the two
+    records."""
     before: Record | None = None
     for head in heads:
         if before is not None and "time" in head and "time" in before:
@@ -175,7 +176,7 @@ ROUTINE = {"checkpoint"}
 
 
 ALERTS = {"straggler": "a rank is slow", "node_lost": "a node is lost"}
-"""Maps the kinds of events that send an alert during the run to the text of the alert."""
+"""Text of the alert for each kind of event that sends an alert during the run."""
 
 
 class GoodputRecord:
@@ -218,7 +219,8 @@ def last_failure(run_folder: Path) -> str:
 
 
 def cluster_summary(run_folder: Path) -> tuple[str, list[tuple[str, str, str, str]]] | None:
-    """Returns a sentence and rows (time, attempt, event, text) for the report; None if the run has no events."""
+    """Returns what the report shows of the run's events: a summary in one sentence, and a row (time, attempt, event,
+    text) for each event. Returns None if the run has no events."""
     events = read_events(run_folder)
     if not events:
         return None
