@@ -52,8 +52,8 @@ class Times:
     piece: ExpectedTimes | None
     """The times of the piece that the dry run runs; None if the rates are for another device."""
     whole: ExpectedTimes | None
-    """The times that the rank alone would need with all of its layers and at full width; None if the dry run divides
-    the widths, or if the rates are for another device."""
+    """The times that this rank, running alone, would need with all of its layers and at full width; None if the dry run
+    divides the widths, or if the rates are for another device."""
     reason: str
     """Why one of these times is None; empty if all have a value."""
 

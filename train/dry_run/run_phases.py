@@ -66,7 +66,7 @@ class RunPhases(ExitStack):
         self._nodes: list[Path] = []
         self._averages: list[AveragedWeights] = []
         self._held: tuple[object, ...] = ()
-        """References that keep the buffers of saves alive, as in a run."""
+        """References to the buffers of saves. They keep the buffers allocated, as in a run."""
         self.peaks: dict[str, PhaseBytes] = {}
         """Memory peak of each phase so far."""
         self.unsaved = ""

@@ -88,7 +88,7 @@ def require_matmuls(config: Config) -> None:
 
 
 def with_nodes(config: Config) -> Config:
-    """Returns the recipe with the planned number of ranks per node, which rules about nodes need."""
+    """Returns the recipe with the planned number of ranks per node. Rules about nodes need this number."""
     nodes = replace(config.cluster, ranks_per_node=layout_of(config).ranks_per_node)
     return replace(config, cluster=nodes)
 

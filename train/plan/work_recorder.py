@@ -150,7 +150,8 @@ class WorkRecorder:
         setattr(owner, name, lambda *args, **kwargs: self.run(call, count, *args, **kwargs))
 
     def operation(self, run: Callable[..., Any], func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run a torch operation. It is recorded if it computes and is not part of a recorded call."""
+        """Run a torch operation. Record the operation if it runs a kernel, unless it belongs to a call that is recorded
+        as a whole."""
         if self._inside or not _is_kernel(func):
             return run(func, args, kwargs)
         started = self._clock()

@@ -202,8 +202,8 @@ class Progress:
         )
 
     def event(self, text: str | None) -> None:
-        """Shows what the run does besides steps, such as a validation. text: name of the activity; None when it has
-        ended."""
+        """Shows the current activity of the run if it is not a step. text: name of the activity, such as `validation`;
+        None when it has ended."""
         with self._lock:
             self._event = text
 

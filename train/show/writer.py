@@ -124,8 +124,8 @@ class MetricsWriter:
         return due
 
     def event(self, text: str | None) -> None:
-        """Shows what the run does besides steps. text: name of the activity, such as `validation`; None when it has
-        ended."""
+        """Shows the current activity of the run if it is not a step. text: name of the activity, such as `validation`;
+        None when it has ended."""
         self._progress.event(text)
 
     def note(self, text: str) -> None:
@@ -247,8 +247,8 @@ def open_wandb(
 
 
 def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
-    """Send a W&B alert that a run has failed and is not restarted, if rank 0 cannot send it. This is so for runs with
-    Ray, and after a hang. code: exit code of the run."""
+    """Send a W&B alert that a run has failed and is not restarted. The alert is sent only in cases in which rank 0
+    cannot send it: in runs with Ray, and after a hang. code: exit code of the run."""
     text = last_failure(run_folder) if config.cluster.backend == "ray" else _hang_of(run_folder)
     if text and wants_wandb(config.log.wandb) and (run_folder / "wandb" / "run_id").is_file():
         sink = open_wandb(config, run_folder, lambda text: say(text, file=sys.stderr))

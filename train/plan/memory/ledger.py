@@ -38,8 +38,8 @@ class Snapshot:
 
 
 def _undisturbed(mode: "type[Ledger]") -> "type[Ledger]":
-    """Class decorator that adds the dispatch method after the class has been created. torch wraps a dispatch method in
-    the class body for torch.compile, and the wrapper would slow every operation."""
+    """Class decorator that adds the dispatch method after the class has been created. If the class body defined this
+    method, torch would wrap the method for torch.compile, and the wrapper would slow every operation."""
     mode.__torch_dispatch__ = mode._count
     return mode
 

@@ -213,8 +213,8 @@ def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemo
 
 
 def trace_evaluation(scene: Scene, part: str) -> int:
-    """Returns the peak bytes of a forward in eval mode without gradients, including its input. FP8 casts of weights are
-    kept only in training steps, so the result does not include them."""
+    """Returns the peak bytes of a part's forward in eval mode without gradients. The part's input is included. FP8
+    casts of weights are kept only in training steps, so the result does not include them."""
     plain = replace(scene.model.section, recompute=[], offload=[])
     return _trace_evaluation(replace(scene, model=FrozenSection(plain), holds_weights=False), bare(part))
 

@@ -98,7 +98,7 @@ class ScheduleWalk:
         self._total = 0
         self._holders: defaultdict[tuple[str, int, int], set[int]] = defaultdict(set)
         self._made: set[int] = set()
-        """Stages whose gradients exist."""
+        """Stages whose gradients are allocated."""
         self._table_made = False
         self._gradients = 0
         self._peak: tuple = 0, 0, 0, {}, None, 0

@@ -222,8 +222,9 @@ class StepEnd:
         return self._bf16 and piece.owner == self._ranks[one.group]
 
     def _end(self, gradients: Sequence[Gradient], ahead: bool) -> None:
-        """Frees the bucket, and all gradients that are larger than the bucket and still allocated. It is called after
-        all of these gradients have been reduced."""
+        """Frees the bucket, and all gradients that are larger than the bucket and still allocated. The caller has
+        reduced all of these gradients before. After an early reduction (`ahead`), the function first allocates the
+        shard of every shared group that has none yet."""
         stays = (
             one
             for one in gradients

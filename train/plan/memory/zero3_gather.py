@@ -70,7 +70,7 @@ class _Weight:
     status: _Status = _Status.away
     next_use: int = -1
     size: int = 0
-    """Bytes of the gathered weight, outside of the buffers of a gather."""
+    """Bytes of the gathered weight that are not in the buffers of a gather."""
 
 
 @dataclass(eq=False)

@@ -366,8 +366,8 @@ class _Finder:
         return Stages(config, layout_of(config), self._rates, self._memo)
 
     def _needs_no_host(self, config: Config) -> bool:
-        """Whether a layout has the optimizer on the host although it also fits with the optimizer on the device, where
-        it is faster."""
+        """Whether a layout has its optimizer on the host although it also fits with the optimizer on the device. With
+        the optimizer on the device, the step is faster."""
         host = config.parallel.offload_optimizer
         return host and self._name(with_changes(config, offload_optimizer=False)) in self._on_devices
 

@@ -186,7 +186,7 @@ def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float
 
 def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) -> tuple[Rate, dict[str, float]]:
     """Measures the part of one rank's step time that the kernels' rates do not explain. Returns the rate of a launch,
-    and factors on the times of passes and of the update.
+    and the factors by which the times of passes and of the update must be multiplied.
 
     The steps at both micro-batch sizes have the same number of launches. So the difference between their times is due
     to the kernels alone.
@@ -203,9 +203,9 @@ def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) 
 def _factors_together(
     config: Config, device: torch.device, rates: dict[str, dict], launch: Rate, barrier
 ) -> dict[str, float]:
-    """Returns the factors on the times of passes and update, measured while all ranks are active. launch: the rate of a
-    launch, measured while one rank was active. It is also valid with all ranks, because each rank launches on its own
-    core."""
+    """Returns the factors by which the times of passes and of the update must be multiplied, measured while all ranks
+    are active. launch: the rate of a launch, measured while one rank was active. This rate is also valid while all
+    ranks are active, because each rank launches on its own core."""
     step = _Step(config, *batches(config)[0], rates, device, barrier)
     return {"passes": (step.passes - launch.seconds * step.launches) / step.kernels, "update": step.update}
 

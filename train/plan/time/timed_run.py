@@ -37,7 +37,7 @@ COUNT = 2**25
 """Number of weights in the measurements of the update. Like the weights of a real update, they do not fit into a
 cache."""
 PIECES = (2**14, 2**20)
-"""Numbers of weights per tensor in the measurements of the update."""
+"""Sizes of the tensors with which the update is timed, in weights per tensor."""
 
 
 class TimedRun(Run):
