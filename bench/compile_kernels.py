@@ -39,7 +39,7 @@ from parallel.expert import triton_dispatch
 from train.kernels.fp8 import triton_matmuls as matmuls
 from train.kernels.fp8 import triton_quantize as kernels
 from train.kernels.fp8.formats import E4M3, E5M6, MX_TILE, TILE, Cast
-from train.kernels.gpu import fused_rows, triton_adamw, triton_route
+from train.kernels.gpu import fused_rows, triton_adamw, triton_chosen, triton_route
 from train.kernels.gpu.triton_grouped import grouped_weight_gradient
 from train.kernels.gpu.triton_index import fused_index_scores
 from train.model.operations import RoutingRule
@@ -211,7 +211,19 @@ def of_the_model() -> dict[str, Callable]:
         torch.empty(1, ROWS // triton_route.ROUTE_TOKENS, 256, dtype=t) for t in (torch.int32, float32, torch.int32)
     ]
     made = logits, ids, eight, one, one
+    pairs, keys, lse = (
+        torch.empty(2, *size, dtype=t) for size, t in (((256, 576), bf16), ((2048,), torch.int32), ((128,), float32))
+    )
+    weights, shares, of_keys = torch.empty(2, 2048, 256, dtype=bf16), keys.float(), (latent[0], keys)
     return {
+        "model: chosen keys, log-sum-exp": lambda: triton_chosen.log_sums(pairs[:, :128], *of_keys, lse, lse, 512, 0.1),
+        "model: chosen keys, weights": lambda: triton_chosen.weights(
+            pairs[:, :128], *of_keys, lse, None, weights[..., :128], shares, 512, 0.1
+        ),
+        "model: chosen keys, weights_bwd": lambda: triton_chosen.weights(
+            pairs, *of_keys, lse, lse, weights, None, 512, 0.1
+        ),
+        "model: chosen keys, sums": lambda: triton_chosen.sum_latents(weights, *of_keys, pairs, 512),
         "model: route": lambda: triton_route.route(logits, bias, rule, made, sums, False, True),
         "model: route, finish": lambda: triton_route.finish_route(
             sums, (loads, bias, count), bias, rule, ROWS, 1e-4, True

@@ -29,6 +29,8 @@ BUDGET = {
 }  # fmt: skip
 """Of one layer, forward and backward, under every torch: most launches, and most milliseconds at 3 TB/s of bytes outside products
 and attention. Who adds one says why; who saves some lowers the figure."""
+CHOSEN_LAUNCHES = 1189
+"""Most launches of attention over chosen keys in a layer of DeepSeek-V3.2, forward and backward. With torch's operations alone they are 152,000."""
 STEP_WAITS = 2
 """Most waits of the host in a step of a rank by itself in bf16: for what the passes took, and for the norm."""
 COMPILING = 900.0
@@ -120,6 +122,11 @@ def layers() -> tuple[list[str], list[str]]:
     problems += [
         f"{case}: attention by {slow}" for case, calls in inside.items() if (slow := layers.slow_attention(calls))
     ]
+    chosen = layers.count_chosen()
+    if chosen.launches > CHOSEN_LAUNCHES:
+        problems.append(
+            f"attention over chosen keys: {chosen.launches} launches, at most {CHOSEN_LAUNCHES} were needed"
+        )
     apart = {inside[case].launches for case in ("4 documents", "64 documents") if case in inside}
     if len(apart) != 1:
         problems.append(f"launches of attention depend on how many documents there are: {apart}")
@@ -127,6 +134,7 @@ def layers() -> tuple[list[str], list[str]]:
         *layers.table(found),
         f"the norm and an update of any number of parameters: {many} launches",
         *(f"attention inside {case}: {calls.launches} launches" for case, calls in inside.items()),
+        f"attention over chosen keys, forward and backward: {chosen.launches} launches",
     ]
 
 
@@ -210,6 +218,8 @@ def repeated() -> tuple[list[str], list[str]]:
     repeat_bits()
 
     def run(key: tuple[str, ...]):
+        if key == ("chosen keys",):
+            return layers.count_chosen()
         if key == ("sampling",):
             return draw(torch.empty(2, 320, device="cuda"), torch.rand(2, device="cuda"))
         if key == ("training",):
@@ -218,9 +228,9 @@ def repeated() -> tuple[list[str], list[str]]:
         return layers.count_layer(*key)
 
     kinds = [key for key in layers.LAYERS if key[2] == "flat"]
-    found, problems = _each([*kinds, ("training",), ("sampling",)], run)
+    found, problems = _each([*kinds, ("chosen keys",), ("training",), ("sampling",)], run)
     return problems, [
-        f"cluster.deterministic: {len(found)} of {len(kinds) + 2} parts ask torch for nothing that it refuses"
+        f"cluster.deterministic: {len(found)} of {len(kinds) + 3} parts ask torch for nothing that it refuses"
     ]
 
 

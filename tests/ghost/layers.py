@@ -16,8 +16,9 @@ from conf.load import compose
 from conf.schema import Optim
 from tests.ghost.log import Calls, recorded
 from tests.ghost.traffic import STAND_IN, traffic
-from train.kernels.choice import choose_kernels
+from train.kernels.choice import build_kernels, choose_kernels
 from train.model.attention import AttentionInput
+from train.model.chosen_attention import ChosenInput
 from train.model.sequence import Positions
 from train.optim.adamw import AdamW
 
@@ -176,6 +177,27 @@ def count_documents(lengths: list[int], sequences: int, ranks: int) -> Calls:
     with recorded() as calls:
         both()
     assert not calls.waits, "attention inside documents waits for the device"
+    return calls
+
+
+def count_chosen() -> Calls:
+    """Attention over chosen keys, forward and backward, in a layer of DeepSeek-V3.2."""
+    model, kernels = compose("conf=deepseek_v32", "mode=dry_run").model, build_kernels("cuda")
+    width, values = model.nope_head_dim + model.rope_head_dim, model.v_head_dim
+    rows = model.heads * (model.nope_head_dim + values)
+    shapes = (1, LENGTH, model.heads, width), (1, LENGTH, model.kv_rank + model.rope_head_dim), (rows, model.kv_rank)
+    tensors = [torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    chosen = torch.zeros(1, LENGTH, model.sparse.top_k, device="cuda", dtype=torch.int32)
+    given = ChosenInput(*tensors, model.nope_head_dim, width**-0.5, chosen)
+
+    def both() -> None:
+        made = kernels.attend_chosen(given)
+        kernels.attend_chosen_backward(made.out_BTHV, given, made.out_BTHV, made.lse_BTH)
+
+    both()
+    with recorded() as calls:
+        both()
+    assert not calls.waits, "attention over chosen keys waits for the device"
     return calls
 
 

@@ -26,6 +26,9 @@ TRITON_MATMULS = (
     "_matmul_kernel",
     "_wgrad_kernel",
     "_gradient_kernel",
+    "_chosen_lse_kernel",
+    "_chosen_weights_kernel",
+    "_chosen_sums_kernel",
 )
 ATTENTION = "_scaled_dot_product", "_efficient_attention"
 ONLY_WRITTEN = (

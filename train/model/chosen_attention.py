@@ -45,9 +45,9 @@ class ChosenInput(NamedTuple):
     chosen_BTK: Tensor
     """Positions that each query attends to, int32. If a query has fewer than K keys, -1 fills the remaining entries."""
 
-    def split_weight(self) -> tuple[Tensor, Tensor]:
-        """Return W_UK (H, nope, C) and W_UV (H, V, C), fp32."""
-        weight_HYC = self.weight_YC.float().unflatten(0, (self.q_BTHQ.size(2), -1))
+    def split_weight(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return W_UK (H, nope, C) and W_UV (H, V, C) in this dtype."""
+        weight_HYC = self.weight_YC.to(dtype).unflatten(0, (self.q_BTHQ.size(2), -1))
         return weight_HYC[:, : self.nope], weight_HYC[:, self.nope :]
 
 

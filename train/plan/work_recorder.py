@@ -405,6 +405,33 @@ def _count_chosen_backward(out: Any, dout_BTHV: Tensor, given: ChosenInput, *res
     return _over_chosen(given.chosen_BTK, given.q_BTHQ.shape[2], 2 * X, 3 * X + 3 * R, 3 * up, _size((out, given)))
 
 
+def _count_fused_chosen(out: ChosenOutput, given: ChosenInput) -> Work:
+    """Returns the work if kernels gather the latents (train/kernels/gpu/triton_chosen.py). Three kernels do: two compute
+    scores, the third the weighted sums. Probabilities are written and read once."""
+    X, _, up = _widths(given)
+    return _fused_chosen(given, 3 * X, up, 3, 2, 0, out)
+
+
+def _count_fused_chosen_backward(out: Any, dout_BTHV: Tensor, given: ChosenInput, *rest: Any) -> Work:
+    """Returns the work of the backward. Two kernels gather latents. Probabilities and gradients of scores are written
+    once and read twice. The rows of latents' gradients are written, read and added in fp32."""
+    X, R, up = _widths(given)
+    return _fused_chosen(given, 5 * X + R, 3 * up, 2, 6, 16, out)
+
+
+def _fused_chosen(given: ChosenInput, products: int, up: int, gathers: int, weights: int, rows: int, out: Any) -> Work:
+    """products, up: as in `_over_chosen`. gathers: reads of each gathered row. weights: reads and writes of a number for
+    each pair of a head and a key. rows: bytes for each element of a gradient row."""
+    (B, T, K), H, X, item = (
+        given.chosen_BTK.shape,
+        given.q_BTHQ.shape[2],
+        given.latents_BSX.shape[2],
+        given.q_BTHQ.element_size(),
+    )
+    moved = B * T * K * (item * (gathers * X + weights * H) + rows * X) + _size((out, given))
+    return Work(f"chosen_{_form(given.q_BTHQ)}", 2 * B * T * H * (K * products + up), moved)
+
+
 def _count_chosen_loss(out: IndexLoss, index: IndexVectors, chosen_BTK: Tensor, **rest: Any) -> Work:
     """Returns the work of the indexer's loss over chosen keys. The loss computes the scores, and the gradients of the
     indexer's queries and keys."""
@@ -445,7 +472,11 @@ _MATMULS = {
     "attend_chosen_backward": _count_chosen_backward,
     "chosen_index_loss": _count_chosen_loss,
 }
-_FUSED = {"choose_keys": _count_fused_choice}
+_FUSED = {
+    "choose_keys": _count_fused_choice,
+    "attend_chosen": _count_fused_chosen,
+    "attend_chosen_backward": _count_fused_chosen_backward,
+}
 
 
 FP8_CASTS = {

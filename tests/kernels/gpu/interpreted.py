@@ -4,19 +4,24 @@
 Collected by test_fused_kernels.py in a process of its own, with TRITON_INTERPRET=1: triton reads it when it is first imported.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from bench.gpu import interpreter
+from conf.thresholds import lowered
 from tests.ghost import interpreted_traffic
 from train.kernels.gpu import triton_index, triton_scores
 from train.kernels.gpu.fused_kernels import FusedKernels
 from train.kernels.plain.plain_attention import PlainAttention
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.attention import AttentionInput
-from train.model.indexer import index_scores
+from train.model.chosen_attention import ChosenInput
+from train.model.indexer import best_keys, index_scores
 from train.model.operations import RoutingRule
 from train.model.sequence import Positions, Rectangle, SeenKeys
+from train.prove.double import in_double
 
 torch.set_num_threads(1)
 OURS, PLAIN = FusedKernels(), PlainKernels()
@@ -177,3 +182,54 @@ def test_scores_of_an_indexer(queries, keys, heads, width):
     w = torch.randn(queries, heads, generator=torch.Generator().manual_seed(2))
     made, expected = triton_index.fused_index_scores(q, k, w), index_scores(q, k, w, 1 << 20)
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=2e-5)
+
+
+def chosen_input(dtype, batch, queries, keys, top_k, heads, rank, rope, before) -> ChosenInput:
+    """before: keys that come before the first query. Some queries see fewer keys than top_k, or none; many choose the same."""
+    generator = torch.Generator().manual_seed(7)
+    q, latents, weight = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((batch, queries, heads, 12 + rope), (batch, keys, rank + rope), (heads * (12 + 20), rank))
+    )
+    scores = torch.randn(batch, queries, keys, generator=generator)
+    later = torch.arange(keys) > torch.arange(queries).unsqueeze(-1) + before
+    return ChosenInput(q, latents, weight, 12, 0.2, best_keys(scores.masked_fill(later, -torch.inf), top_k))
+
+
+CHOSEN = [  # queries, keys, top_k, heads, rank, rope, before
+    (9, 9, 3, 4, 32, 8, 0), (5, 150, 80, 3, 24, 4, 77), (3, 20, 17, 70, 48, 16, -1), (2, 9, 12, 1, 16, 8, 7),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", CHOSEN, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("small", [False, True])
+def test_attention_over_chosen_keys(sizes, dtype, small):
+    """fp32: sums in another order. bf16: absorbed queries, probabilities and gradients of scores are rounded to 2^-9."""
+    given = chosen_input(dtype, 2, *sizes)
+    with lowered() if small else nullcontext():
+        made, expected = OURS.attend_chosen(given), PLAIN.attend_chosen(given)
+        dout = draw(*made.out_BTHV.shape, seed=3).to(dtype)
+        grads = OURS.attend_chosen_backward(dout, given, made.out_BTHV, made.lse_BTH)
+        plain = PLAIN.attend_chosen_backward(dout, given, expected.out_BTHV, expected.lse_BTH)
+    none = (given.chosen_BTK < 0).all(-1)
+    assert none.any() == (sizes[-1] < 0) and (made.lse_BTH[none] == -torch.inf).all() and not made.out_BTHV[none].any()
+    assert not made.shares_BTK[given.chosen_BTK < 0].any() and not grads[0][none].any()
+    bound = 2e-6 if dtype == torch.float32 else 2e-2
+    for one, other in zip((*made, *grads), (*expected, *plain), strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype
+        finite = other.isfinite()
+        assert torch.equal(finite, one.isfinite())
+        assert (one - other)[finite].float().norm() <= bound * other[finite].float().norm()
+
+
+def test_in_fp64_attention_over_chosen_keys_is_that_of_torch():
+    """mode=prove runs it so."""
+    given = chosen_input(torch.float32, 1, 9, 9, 3, 4, 32, 8, 0)
+    with in_double():
+        given = ChosenInput(*(one.double() for one in given[:3]), *given[3:])
+        made, expected = OURS.attend_chosen(given), PLAIN.attend_chosen(given)
+        dout = torch.ones_like(made.out_BTHV)
+        grads = [one.attend_chosen_backward(dout, given, made.out_BTHV, made.lse_BTH) for one in (OURS, PLAIN)]
+    for one, other in zip((*made, *grads[0]), (*expected, *grads[1]), strict=True):
+        assert one.dtype == torch.float64 and torch.equal(one, other)

@@ -10,6 +10,7 @@ from torch import Tensor
 from parallel.expert.permute import triton_dispatch
 from train.kernels.gpu import fused_rows
 from train.kernels.gpu.fused_attention import EfficientAttention
+from train.kernels.gpu.fused_chosen import FusedChosen
 from train.kernels.gpu.fused_route import FusedRoute
 from train.kernels.plain import grouped
 from train.kernels.plain.plain_kernels import PlainKernels
@@ -23,6 +24,8 @@ from train.model.weight_gradient import LinearMatmul
 class FusedKernels(PlainKernels):
     """Implements `Kernels` so that the host never waits for the device. core: the attention core; see
     `train.kernels.choice`."""
+
+    chosen = FusedChosen()
 
     def __init__(self, core: AttentionCore | None = None):
         self.core = core or EfficientAttention()

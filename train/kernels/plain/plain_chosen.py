@@ -20,19 +20,28 @@ from train.model.indexer import IndexLoss, IndexVectors
 class PlainChosen:
     """Computes forward and backward of attention over chosen keys. Subclasses replace the computation of a block."""
 
+    def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Returns the dtype of the operands of matmuls. dtype: of the queries."""
+        return torch.float32
+
+    def add_product(self, left: Tensor, right: Tensor, into: Tensor) -> None:
+        """Adds left @ right to fp32 sums."""
+        into.baddbmm_(left, right)
+
     def forward(self, given: ChosenInput) -> ChosenOutput:
         q, latents, _, nope, scale, chosen = given
-        (B, T, H, _), (w_uk_HPR, w_uv_HVR) = q.shape, given.split_weight()
+        (B, T, H, _), dtype = q.shape, self.operand_dtype(q.dtype)
+        w_uk_HPR, w_uv_HVR = given.split_weight(dtype)
         made = ChosenOutput(
             q.new_empty(B, T, H, w_uv_HVR.size(1)),
             torch.empty(B, T, H, device=q.device),
             torch.empty(B, T, H, device=q.device),
             torch.empty(chosen.shape, device=q.device),
         )
-        latents32 = latents.float()
+        latents = latents.to(dtype)
         for b, block in _blocks(B, T):
-            q_CHX = absorbed(q[b, block], w_uk_HPR, nope)
-            out_CHR, *rest = self.attend(q_CHX, latents32[b], chosen[b, block], w_uv_HVR.size(2), scale)
+            q_CHX = absorbed(q[b, block].to(dtype), w_uk_HPR, nope)
+            out_CHR, *rest = self.attend(q_CHX, latents[b], chosen[b, block], w_uv_HVR.size(2), scale)
             made.out_BTHV[b, block] = torch.bmm(out_CHR.transpose(0, 1), w_uv_HVR.mT).transpose(0, 1)
             for into, part in zip(made[1:], rest, strict=True):
                 into[b, block] = part
@@ -42,21 +51,22 @@ class PlainChosen:
         self, dout_BTHV: Tensor, given: ChosenInput, out_BTHV: Tensor, lse_BTH: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, latents, weight, nope, scale, chosen = given
-        w_uk_HPR, w_uv_HVR = given.split_weight()
-        rank, latents32 = w_uv_HVR.size(2), latents.float()
+        dtype = self.operand_dtype(q.dtype)
+        w_uk_HPR, w_uv_HVR = given.split_weight(dtype)
+        rank, operands = w_uv_HVR.size(2), latents.to(dtype)
         dq, dlatents = torch.empty_like(q), torch.zeros(latents.shape, device=q.device)
-        dw_uk, dw_uv = torch.zeros_like(w_uk_HPR), torch.zeros_like(w_uv_HVR)
+        dw_uk, dw_uv = (torch.zeros(one.shape, device=q.device) for one in (w_uk_HPR, w_uv_HVR))
         for b, block in _blocks(*q.shape[:2]):
-            dout_CHV, q_CHQ = dout_BTHV[b, block].float(), q[b, block].float()
-            mean_CH = torch.linalg.vecdot(dout_CHV, out_BTHV[b, block].float())
+            mean_CH = torch.linalg.vecdot(dout_BTHV[b, block].float(), out_BTHV[b, block].float())
+            dout_CHV, q_CHQ = dout_BTHV[b, block].to(dtype), q[b, block].to(dtype)
             du_CHR = torch.bmm(dout_CHV.transpose(0, 1), w_uv_HVR).transpose(0, 1)
             q_CHX = absorbed(q_CHQ, w_uk_HPR, nope)
             dq_CHX, out_CHR = self.attend_backward(
-                q_CHX, latents32[b], chosen[b, block], du_CHR, mean_CH, lse_BTH[b, block], scale, dlatents[b]
+                q_CHX, operands[b], chosen[b, block], du_CHR, mean_CH, lse_BTH[b, block], scale, dlatents[b]
             )
             dq_HCR = dq_CHX[..., :rank].transpose(0, 1)
-            dw_uk.baddbmm_(q_CHQ[..., :nope].permute(1, 2, 0), dq_HCR)
-            dw_uv.baddbmm_(dout_CHV.permute(1, 2, 0), out_CHR.transpose(0, 1))
+            self.add_product(q_CHQ[..., :nope].permute(1, 2, 0), dq_HCR, dw_uk)
+            self.add_product(dout_CHV.permute(1, 2, 0), out_CHR.transpose(0, 1), dw_uv)
             dq[b, block, :, :nope] = torch.bmm(dq_HCR, w_uk_HPR.mT).transpose(0, 1)
             dq[b, block, :, nope:] = dq_CHX[..., rank:]
         return dq, dlatents.to(latents.dtype), torch.cat([dw_uk, dw_uv], 1).view(weight.shape)
@@ -110,8 +120,7 @@ class PlainChosen:
 
 
 def absorbed(q_CHQ: Tensor, w_uk_HPR: Tensor, nope: int) -> Tensor:
-    """Returns queries that can be multiplied by latents: [W_UK^T q_nope | q_rope], fp32 (C, H, X)."""
-    q_CHQ = q_CHQ.float()
+    """Returns queries that can be multiplied by latents: [W_UK^T q_nope | q_rope], (C, H, X)."""
     return torch.cat([torch.bmm(q_CHQ[..., :nope].transpose(0, 1), w_uk_HPR).transpose(0, 1), q_CHQ[..., nope:]], -1)
 
 
