@@ -233,8 +233,8 @@ def read_plain_text(path: Path) -> str:
 
 
 def parse_json(text: str, kind: type = dict) -> Any:
-    """Return the JSON value in a text, which must have the given type. Raises ValueError with a message for the
-    user."""
+    """Return the JSON value in a text. Raises ValueError with a message for the user if the text is not JSON, or if the
+    value is not of type `kind`."""
     try:
         body = json.loads(text)
     except RecursionError:

@@ -192,7 +192,8 @@ def kinds(section: type) -> dict[str, Any]:
 
 
 def type_of(key: str) -> Any:
-    """Return the type of a key; None if the schema does not have the key. Names in mappings may be any text."""
+    """Return the type of a key; None if the schema does not have the key. A part of the key that is a name in a mapping
+    may be any text."""
     kind: Any = Config
     for name in key.split("."):
         if typing.get_origin(kind) is dict:

@@ -43,7 +43,7 @@ def most_micro_batches(config: Config) -> int:
 
 
 def micro_batch_counts(config: Config) -> set[int]:
-    """Return all numbers of micro-batches that a rank may have in a step. The set covers every batch size of the ramp,
+    """Return every number of micro-batches that a rank may have in a step. The set covers every batch size of the ramp,
     and the ranks with the largest and the smallest share."""
     ranks = 0, config.parallel.dp - 1
     return {

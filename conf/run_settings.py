@@ -29,9 +29,10 @@ because path, mix and source exclude each other."""
 
 def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequence[str]) -> DictConfig:
     """Return the settings of the existing run, overridden by the command line. If the mode does not read a run, or if
-    there is no run, return the composed node unchanged.
+    there is no run, return `node` unchanged.
 
-    overrides: arguments of the command line, KEY=VALUE each. groups: names of Hydra's groups.
+    node: the configuration that Hydra composed. overrides: arguments of the command line, KEY=VALUE each. groups: names
+    of Hydra's groups.
     """
     keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
     if node.mode not in LOOKS_AT_A_RUN or "conf" in keys:

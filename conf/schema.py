@@ -37,7 +37,7 @@ class Mode(StrEnum):
     prove = "prove"
     """Check on a miniature of the recipe whether the layout trains the model."""
     evaluate = "evaluate"
-    """Measure the loss of a checkpoint on held-out data, and standard tasks."""
+    """Measure the loss of a checkpoint on held-out data, and its scores in standard tasks."""
     generate = "generate"
     """Generate text from a checkpoint or a Hugging Face folder."""
     score = "score"
@@ -568,7 +568,7 @@ class Health:
     limit."""
 
     every: int = number(100, least=0)
-    """Interval of the checks, in steps; 0 for none."""
+    """Interval of the checks of quantised tensors, in steps; 0 for none."""
 
 
 FP8_OPERANDS = "activation", "weight", "gradient", "attention_output", "dispatched"
@@ -719,7 +719,7 @@ class Rate:
     rate is 0 is left out."""
 
     seconds: float = number(0.0, least=0)
-    """Fixed time of each call in seconds, for any size."""
+    """Fixed time in seconds that each call of the kernel takes, for any amount of work."""
     flops: float = number(0.0, least=0)
     """Number of operations that the kernel computes per second."""
     bandwidth: float = number(0.0, least=0)
@@ -831,8 +831,8 @@ class Prove:
     """Maximum number of ranks. A layout with more ranks is replaced by the smallest layout with the same structure; the
     card (card.md in the run folder) lists the changes."""
     first_optimizer: OptimizerName | None = expert(None)
-    """Optimizer of the first part of the check, which ends with a checkpoint. null: the optimizer of the second
-    part."""
+    """The check trains in two parts: the first part ends with a checkpoint, and the second part resumes from it. This
+    key is the optimizer of the first part. null: the optimizer of the second part."""
 
 
 @dataclass
@@ -894,7 +894,7 @@ class Evaluate:
     tasks: list[str] = field(default_factory=list)
     """Tasks of lm-evaluation-harness (package lm-eval), in addition to the loss. They need a run with one process."""
     task_path: str | None = None
-    """Folder with your own task definitions (yaml), which are used instead of the tasks of the harness."""
+    """Folder with your own task definitions (yaml), which are used instead of the tasks of lm-evaluation-harness."""
     task_limit: int = number(0, least=0)
     """Number of examples of each task, counted from the first; 0 for all."""
     shots: int | None = number(None, least=0)

@@ -59,8 +59,8 @@ def say_folded(text: str, indent: int, file: TextIO | None = None) -> None:
 
 
 def folded(text: str, columns: int | None, indent: int) -> str:
-    """Return the text with line ends between words, but not inside `commands` and 'words'. Without a terminal (columns
-    is None), the text is unchanged.
+    """Return the text with line ends between words, but not inside text in backticks or single quotes. Without a
+    terminal (columns is None), the text is unchanged.
 
     indent: spaces before continuation lines.
     """

@@ -168,7 +168,7 @@ def _quoted(text: str) -> str:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Context in which child processes get these environment variables."""
+    """Context in which child processes get the environment variables `values`."""
     before = {name: os.environ.get(name) for name in values}
     os.environ |= values
     try:

@@ -26,7 +26,7 @@ from train.show.report import read_settings
 
 SHOWN_EVENTS = 200
 WALL_TIME_EVERY = 10
-"""Seconds between two reads of the run's complete record. Only the wall time needs the complete record."""
+"""Seconds between two computations of the wall time. Each computation reads metrics.jsonl from start to end."""
 PACE_STEPS = 20
 """Number of newest records from which the time left is estimated."""
 QUIET_FACTOR, QUIET_LEAST = 5.0, 30.0
@@ -83,8 +83,8 @@ def read_picture(folder: Path, name: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _wall_time(folder: Path, moment: int) -> WallTime | None:
-    """Returns the parts of the run's wall time. The result is cached until `moment` changes, because the computation
-    reads the complete record of the run."""
+    """Returns the parts of the run's wall time. The computation reads metrics.jsonl from start to end, so the result is
+    cached until `moment` changes."""
     return split_wall_time(folder)
 
 

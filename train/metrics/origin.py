@@ -36,7 +36,7 @@ from train.program import COMMAND, typed_command
 
 STARTS_FILE = "starts.json"
 KEPT = 100
-"""Maximum number of starts in the file. The newest starts are kept."""
+"""Maximum number of starts in starts.json. The newest starts are kept."""
 PACKAGES = ("torch", "deepspeed", "numpy", "ray", "triton")
 GIT_SECONDS = 10.0
 TYPES = {"time": (int, float), "command": str, "folder": str, "commit": (str, type(None)), "modified": bool}

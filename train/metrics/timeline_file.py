@@ -61,7 +61,7 @@ def write_timeline(folder: Path, sampled: SampledStep) -> None:
 
 
 def read_timeline(folder: Path) -> SampledStep | None:
-    """Reads the sampled step of a run; None if there is none."""
+    """Reads timeline.json from a run folder; None if there is no such file."""
     path = folder / TIMELINE_FILE
     try:
         return SampledStep(**read_plain_json(path)) if path.exists() else None

@@ -40,7 +40,7 @@ PART_WORDS = {
     "restart": "restarts after a failure",
     "waiting": "waiting for nodes",
 }
-"""The parts in display order, each with its description."""
+"""The parts of a run's wall time in display order, each with its description."""
 TimeSpan = tuple[float, float]
 
 
