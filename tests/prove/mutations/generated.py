@@ -30,7 +30,7 @@ MODULES = {
     "train.optim.adamw": "copies", "train.loop.hooks.averaged_weights": "averaged", "train.optim.schedules": "copies", "train.loop.training_engine": "copies",
     "train.loop.measure": "copies", "train.loop.state": "averaged", "parallel.expert.wire": "fp8 wire",
     "train.model.indexer": "sparse shared", "train.model.chosen_attention": "sparse shared", "train.kernels.plain.plain_chosen": "sparse documents",
-    "train.kernels.plain.plain_indexer": "sparse", "train.model.adapter": "adapters", "train.optim.muon": "muon experts",
+    "train.kernels.plain.plain_indexer": "sparse", "train.model.adapter": "adapters", "train.optim.muon": "muon bf16",
     "train.optim.matrices": "muon experts", "train.optim.qk_clip": "muon scores",
     "train.kernels.fp8.linear": "fp8", "train.kernels.fp8.cast_rules": "fp8", "train.kernels.fp8.swiglu": "fp8",
 }  # fmt: skip
@@ -203,6 +203,6 @@ def drawn_by_name(name: str) -> Mutation:
     change = _drawn(seed)[number]
     recipe = MODULES[change.module]
     had = f"{OURS}: {change.module}.{change.function}, line {change.line}: {change.what}"
-    proof = "recipe" if recipe.startswith("fp8") else "fp32"
+    proof = "recipe" if recipe.startswith("fp8") or "bf16" in recipe else "fp32"
     phases = (FORWARD, BACKWARD, UPDATE, SETTINGS)
     return Mutation(name, had, recipe, phases, "", partial(put_in, change), "generated", proof)

@@ -102,6 +102,7 @@ RECIPES = {
     "muon": [*COPIES, "optim=muon"],
     "muon decay": [*COPIES, "optim=muon", "optim.weight_decay=1.0"],
     "muon experts": [*EXPERTS, "optim=muon"],
+    "muon bf16": [*EXPERTS, *FEW, "optim=muon", "precision=bf16", "cluster.compiled=true"],
     "muon after adamw": [*COPIES, "optim=muon", "prove.first_optimizer=adamw"],
     "muon scores": [*COPIES, "optim=muon", "optim.qk_clip=0.01"],
     "averaged": [*COPIES, "optim.ema_decay=0.9"],
