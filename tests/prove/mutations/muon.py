@@ -21,6 +21,21 @@ def orthogonal_before_the_clip(bug: Seams) -> None:
     )
 
 
+@mutation(
+    OURS + ": gradients that no other rank shares reach the momentum in the wrong order",
+    "muon bf16",
+    UPDATE,
+    "momentum.*experts",
+    "recipe",
+)
+def momentum_of_another_weight(bug: Seams) -> None:
+    bug.around(
+        Muon,
+        "_add_momentum",
+        lambda original, self, param, gradients, factor: original(self, param, gradients[::-1], factor),
+    )
+
+
 @mutation(OURS + ": w1 and w3 are one matrix", "muon", UPDATE, r"master.*w13")
 def gate_and_up_as_one(bug: Seams) -> None:
     bug.value(matrices, "STACKS", {part: stack for part, stack in matrices.STACKS.items() if "w13" not in part})
