@@ -22,8 +22,8 @@ class Thresholds:
     attention_scores: int = 1 << 20
     """Number of attention scores that a CPU computes at a time (4 MiB in fp32). Code takes as many attention heads
     together as this limit allows, so that the scores stay in the cache."""
-    latent_gradients: int = 1 << 26
-    """Number of elements of the gradients of gathered latents that a GPU holds at a time (256 MB in fp32)."""
+    gathered_elements: int = 1 << 26
+    """Number of elements of gathered rows, or of their gradients, that a GPU holds at a time (256 MB in fp32)."""
     gate_and_up: int = 1 << 18
     """Number of elements of [gate | up], the output of the gate and up projections, that are processed at a time. Their
     fp32 copies fit into a CPU's cache."""
@@ -71,7 +71,7 @@ THRESHOLDS = Thresholds()
 LOWERED = Thresholds(
     attention_queries=4,
     attention_scores=30,
-    latent_gradients=100,
+    gathered_elements=100,
     gate_and_up=500,
     fp8_gate_and_up=500,
     logits=1000,

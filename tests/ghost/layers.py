@@ -19,6 +19,7 @@ from tests.ghost.traffic import STAND_IN, traffic
 from train.kernels.choice import build_kernels, choose_kernels
 from train.model.attention import AttentionInput
 from train.model.chosen_attention import ChosenInput
+from train.model.indexer import IndexVectors
 from train.model.sequence import Positions
 from train.optim.adamw import AdamW
 
@@ -181,7 +182,7 @@ def count_documents(lengths: list[int], sequences: int, ranks: int) -> Calls:
 
 
 def count_chosen() -> Calls:
-    """Attention over chosen keys, forward and backward, in a layer of DeepSeek-V3.2."""
+    """Attention over chosen keys, forward and backward, and the loss of the indexer, in a layer of DeepSeek-V3.2."""
     model, kernels = compose("conf=deepseek_v32", "mode=dry_run").model, build_kernels("cuda")
     width, values = model.nope_head_dim + model.rope_head_dim, model.v_head_dim
     rows = model.heads * (model.nope_head_dim + values)
@@ -190,9 +191,14 @@ def count_chosen() -> Calls:
     chosen = torch.zeros(1, LENGTH, model.sparse.top_k, device="cuda", dtype=torch.int32)
     given = ChosenInput(*tensors, model.nope_head_dim, width**-0.5, chosen)
 
+    sizes = (model.sparse.heads, model.sparse.head_dim), (model.sparse.head_dim,), (model.sparse.heads,)
+    q, k, w = (torch.zeros(1, LENGTH, *size, device="cuda", dtype=torch.bfloat16) for size in sizes)
+    index = IndexVectors(q, k, w.float())
+
     def both() -> None:
         made = kernels.attend_chosen(given)
         kernels.attend_chosen_backward(made.out_BTHV, given, made.out_BTHV, made.lse_BTH)
+        kernels.chosen_index_loss(index, chosen, made.shares_BTK, made.lse_BTH[..., 0])
 
     both()
     with recorded() as calls:

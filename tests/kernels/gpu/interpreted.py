@@ -18,7 +18,7 @@ from train.kernels.plain.plain_attention import PlainAttention
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.attention import AttentionInput
 from train.model.chosen_attention import ChosenInput
-from train.model.indexer import best_keys, index_scores
+from train.model.indexer import IndexVectors, best_keys, index_scores
 from train.model.operations import RoutingRule
 from train.model.sequence import Positions, Rectangle, SeenKeys
 from train.prove.double import in_double
@@ -221,6 +221,19 @@ def test_attention_over_chosen_keys(sizes, dtype, small):
         finite = other.isfinite()
         assert torch.equal(finite, one.isfinite())
         assert (one - other)[finite].float().norm() <= bound * other[finite].float().norm()
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_the_loss_of_an_indexer_over_chosen_keys_for_more_queries_at_a_time(small):
+    """Sums in another order."""
+    chosen = chosen_input(torch.float32, 2, 9, 40, 7, 1, 16, 8, 3).chosen_BTK
+    index = IndexVectors(draw(2, 9, 3, 8), draw(2, 40, 8, seed=1), draw(2, 9, 3, seed=2).float())
+    shares = (chosen >= 0).float() / (chosen >= 0).sum(-1, keepdim=True)
+    with lowered() if small else nullcontext():
+        made, expected = (one.chosen_index_loss(index, chosen, shares, torch.ones(2, 9)) for one in (OURS, PLAIN))
+    torch.testing.assert_close(made.loss, expected.loss)
+    for one, other in zip(made.gradients, expected.gradients, strict=True):
+        torch.testing.assert_close(one, other, **FLIP)
 
 
 def test_in_fp64_attention_over_chosen_keys_is_that_of_torch():

@@ -67,7 +67,7 @@ class FusedChosen(PlainChosen):
         # A missing key adds zeros. Many additions to one row would wait for each other, so these rows differ.
         other_K = torch.arange(K, dtype=torch.int32, device=chosen_CK.device) % len(latents_SX)
         place_CK = chosen_CK.where(chosen_CK >= 0, other_K)
-        size = max(1, THRESHOLDS.latent_gradients // (K * X))
+        size = max(1, THRESHOLDS.gathered_elements // (K * X))
         for weights, rows, place in zip(*(one.split(size) for one in (weights_CKW, rows_CWX, place_CK)), strict=True):
             dlatents_SX.index_add_(0, place.flatten(), _product(weights, rows).flatten(0, 1))
         return sums_CWX[:, :H], sums_CWX[:, H:, :rank]

@@ -7,15 +7,18 @@ Shapes as in train/model/operations.py.
 import torch
 from torch import Tensor
 
+from conf.thresholds import THRESHOLDS
 from parallel.expert.permute import triton_dispatch
 from train.kernels.gpu import fused_rows
 from train.kernels.gpu.fused_attention import EfficientAttention
 from train.kernels.gpu.fused_chosen import FusedChosen
 from train.kernels.gpu.fused_route import FusedRoute
 from train.kernels.plain import grouped
+from train.kernels.plain.plain_chosen import chosen_index_loss
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.kernels.plain.routing import Route
 from train.model.attention import AttentionCore
+from train.model.indexer import IndexLoss, IndexVectors
 from train.model.operations import ExpertGroups, RouterCounters, RoutingRule
 from train.model.sequence import Positions
 from train.model.weight_gradient import LinearMatmul
@@ -128,6 +131,11 @@ class FusedKernels(PlainKernels):
         from train.kernels.gpu.triton_index import fused_index_scores
 
         return fused_index_scores(q_CHI, k_SI, w_CH)
+
+    def chosen_index_loss(
+        self, index: IndexVectors, chosen_BTK: Tensor, shares_BTK: Tensor, weight_BT: Tensor
+    ) -> IndexLoss:
+        return chosen_index_loss(index, chosen_BTK, shares_BTK, weight_BT, THRESHOLDS.gathered_elements)
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not expert_ids_TK.is_cuda:

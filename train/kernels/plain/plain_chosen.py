@@ -138,21 +138,26 @@ def _blocks(batch: int, length: int) -> Iterator[tuple[int, slice]]:
             yield b, slice(first, min(first + THRESHOLDS.attention_queries, length))
 
 
-def _some(chosen_CK: Tensor, q_CHX: Tensor) -> Iterator[slice]:
-    """Yields slices of queries whose chosen keys are gathered together."""
+def _some(chosen_CK: Tensor, q_CHX: Tensor, elements: int | None = None) -> Iterator[slice]:
+    """Yields slices of queries whose chosen keys are gathered together.
+
+    elements: most elements of gathered rows and of scores; None: those of a CPU.
+    """
     (count, keys), (_, heads, width) = chosen_CK.shape, q_CHX.shape
-    size = max(1, THRESHOLDS.attention_scores // (keys * (width + heads)))
+    size = max(1, (elements or THRESHOLDS.attention_scores) // (keys * (width + heads)))
     for first in range(0, count, size):
         yield slice(first, min(first + size, count))
 
 
-def chosen_index_loss(index: IndexVectors, chosen_BTK: Tensor, shares_BTK: Tensor, weight_BT: Tensor) -> IndexLoss:
+def chosen_index_loss(
+    index: IndexVectors, chosen_BTK: Tensor, shares_BTK: Tensor, weight_BT: Tensor, elements: int | None = None
+) -> IndexLoss:
     """Implements `train.model.operations.Kernels.chosen_index_loss`."""
     q_BTHI, k_BSI, w_BTH = index
     grads = IndexVectors(*(torch.zeros(t.shape, device=t.device) for t in index))
     loss, k32_BSI = torch.zeros((), device=q_BTHI.device), k_BSI.float()
     for b, block in _blocks(*q_BTHI.shape[:2]):
-        for part in _some(chosen_BTK[b, block], q_BTHI[b, block]):
+        for part in _some(chosen_BTK[b, block], q_BTHI[b, block], elements):
             some = slice(block.start + part.start, block.start + part.stop)
             chosen_CK, p_CK, weight_C1 = chosen_BTK[b, some], shares_BTK[b, some], weight_BT[b, some].unsqueeze(-1)
             q_CHI, w_CH1 = q_BTHI[b, some].float(), w_BTH[b, some].float().unsqueeze(-1)
