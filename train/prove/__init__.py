@@ -1,5 +1,4 @@
-"""mode=prove: checks that a layout trains the model correctly, by comparison with a plain implementation in one process
-(train/docs/prove.md).
+"""mode=prove: compares a layout with a plain implementation in one process (train/docs/prove.md).
 
-A proof consists of the checks `exact`, `loop`, `fp32`, `recipe` and `tiles`. In prove.json, a check is called a pass.
+The checks are `exact`, `loop`, `fp32`, `recipe` and `tiles`. In prove.json, a check is called a pass.
 """

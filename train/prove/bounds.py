@@ -1,8 +1,8 @@
-"""Computes bounds on the difference between two correct computations of the same quantity. Each bound has a reason. A
-proof (mode=prove) fails if a rank's result differs from the reference's result by more than the bound.
+"""Bounds on the difference between two correct computations of the same quantity. If a rank differs from the reference
+by more than the bound, mode=prove fails.
 
-u is the unit roundoff of a format: rounding changes a result by at most the fraction u of the result. In a chain of n
-matmuls whose sums have K terms, rounding errors usually add up to about u sqrt(n K).
+u is the unit roundoff of a format: the largest relative error of one rounding. In a chain of n matmuls with K terms per
+sum, errors usually add up to about u sqrt(n K).
 """
 
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from conf.schema import Config, Model
 
 EXACT = 1e-10
-"""Bound of check `exact`, as a fraction of the tensor's largest magnitude."""
+"""Bound of check `exact`, relative to the tensor's largest magnitude."""
 UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8, "e4m3": 2.0**-4}
 SMALLEST = 2.0**-126
 """Smallest normal number of fp32 and of bf16. Smaller values lose precision or become 0."""
 LOW = ("recipe", "tiles")
 """Checks that compute in the recipe's number formats."""
 MOST = 0.75
-"""Upper limit of a bound in low precision, however long the chain of matmuls is. A missing or doubled value has a
-relative error of 1, so every bound must be below 1."""
+"""Upper limit of a bound in low precision. A missing value has a relative error of 1, so every bound must be below
+1."""
 ROOM = 8.0
 """Factor by which norms, softmax and the router's sigmoid may enlarge an error."""
 
@@ -32,21 +32,20 @@ class Bound:
 
 
 def chain(model: Model) -> int:
-    """Returns the number of matmuls from a token to the loss and back. Each block has eight matmuls in each direction
-    (six in attention, two in the FFN), and the head has one."""
+    """Returns the number of matmuls from a token to the loss and back. Each block has eight per direction: six in
+    attention, two in the FFN."""
     return 2 * (8 * (model.layers + model.mtp_depth) + 1)
 
 
 def terms(config: Config) -> int:
-    """Returns the number of terms in the longest sum of a step. A sum runs over a width, over the vocabulary, or over
-    the tokens of a batch."""
+    """Returns the number of terms in the longest sum of a step: over a width, the vocabulary or a batch's tokens."""
     model = config.model
     return max(model.hidden, model.dense_width, model.vocab_size, config.batch_size * config.seq_len)
 
 
 def computed(proof: str, config: Config) -> Bound:
-    """Returns the bound on errors of outputs, losses and gradients in a check. This bound covers the rounding errors of
-    the chain of matmuls."""
+    """Returns the bound on errors of outputs, losses and gradients in a check. It covers the rounding errors of the
+    chain of matmuls."""
     if proof == "exact":
         return Bound(EXACT, "fp64 rounds by 1e-16, and sums in any order differ by much less than this bound")
     n, K = chain(config.model), terms(config)
@@ -68,16 +67,16 @@ def is_tiled(config: Config) -> bool:
 
 
 def coarsest(config: Config) -> str:
-    """Returns the number format of the recipe that rounds most coarsely, as a key of UNIT. An FP8 wire rounds the rows
-    for experts in every precision."""
+    """Returns the coarsest number format of the recipe, as a key of UNIT. An FP8 wire rounds dispatched rows in every
+    precision."""
     if is_tiled(config):
         return "e4m3"
     return "bf16" if config.precision.name != "fp32" else "fp32"
 
 
 def averaged(proof: str, config: Config, sequences: int) -> Bound:
-    """Returns the bound on errors of losses. A loss is a mean over tokens. In low precision, the rounding errors of
-    different tokens are independent, so they partly cancel in this mean."""
+    """Returns the bound on errors of losses. Rounding errors of different tokens are independent, so they partly cancel
+    in the mean."""
     bound, tokens = computed(proof, config), sequences * config.seq_len
     if not is_rounded(proof, config):
         return bound
@@ -85,11 +84,10 @@ def averaged(proof: str, config: Config, sequences: int) -> Bound:
 
 
 def chosen(proof: str, config: Config) -> Bound:
-    """Returns the bound on the error of the router's scores. A rank may choose other experts than the reference only if
-    score errors within this bound can explain the choice.
+    """Returns the bound on the error of the router's scores. Errors within this bound may change a rank's choice of
+    experts.
 
-    The slope of a sigmoid, and of a softmax in one of its logits, is at most a quarter. But a softmax score depends on
-    all logits. If all logits change, it may change twice as much as a sigmoid score.
+    The slope of a sigmoid is at most 1/4. A softmax score depends on all logits, so it may change twice as much.
     """
     if proof == "exact":
         return Bound(0.0, "the same experts in the same order")

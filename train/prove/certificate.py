@@ -1,4 +1,4 @@
-"""Writes the result of a proof (mode=prove) to prove.json and card.md, and prints the result on one screen."""
+"""Writes the result of mode=prove to prove.json and card.md, and prints the result on one screen."""
 
 import json
 import math
@@ -48,14 +48,13 @@ VERIFIED = {
         "a checkpoint, read in another layout, is the saved state bit for bit, and training resumes from it",
     ),
 }
-"""Maps each field of card.md that a proof can verify to two values: the phases whose comparisons must hold, and the
-statement that these comparisons verify."""
+"""Maps each verifiable field of card.md to two values: the phases whose comparisons must hold, and the verified
+statement."""
 NOT_HERE = {
     "conversion": "a proof does not convert weights; `mode=export` writes a Hugging Face folder, and `init_from` reads one",
     "speed": "a proof does not measure speed; `python -m bench` and the metrics of a run do",
 }
-"""Maps each field of card.md that a proof does not verify to a text. For example, the text for speed names
-the commands that measure speed."""
+"""Maps each field of card.md that mode=prove does not verify to a text."""
 NEVER_PROVEN = [
     "kernels of GPUs, and NCCL, unless the ranks ran on GPUs",
     "sizes beyond the miniature: memory, overflow of counters, speed",
@@ -71,7 +70,7 @@ class Certificate:
     name: str
     layout: str
     second_layout: str
-    """The layout that resumed from the checkpoint of the first layout, and its number of ranks."""
+    """The second layout, which resumed from the checkpoint of the first layout, and its number of ranks."""
     ranks: int
     device: str
     steps: int
@@ -82,12 +81,11 @@ class Certificate:
     differences: Sequence[Difference]
     """Failed comparisons, in the order of the computation."""
     acted: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Maps each mechanism that acts only in some cases, such as clipping, to two counts: how often it acted, and how
-    often it could have acted."""
+    """Maps a mechanism, such as clipping, to two counts: how often it acted, and how often it could have acted."""
     proven: Mapping[str, Any] = field(default_factory=dict)
     """The proven recipe, layout and code; see `train.show.proof_rows.describe_proven`."""
     own_code: Mapping[str, str] = field(default_factory=dict)
-    """Maps a configuration key to the import path of the user's own code. A proof does not run this code."""
+    """Maps a configuration key to the import path of the user's code. mode=prove does not run this code."""
 
     @property
     def holds(self) -> bool:
@@ -158,8 +156,8 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Sharpness:
-    """States how many numbers a check has compared, and how tight its bounds are. Bounds are relative to the magnitude
-    of the compared tensor."""
+    """States how many numbers a check has compared, and how tight its bounds are, relative to the compared tensor's
+    magnitude."""
 
     proof: str
     compared: int
@@ -175,7 +173,7 @@ class Sharpness:
     does_not_see: str
 
     def text(self) -> str:
-        """Returns text about how many numbers were compared, and about the tightest and the loosest bound."""
+        """Returns text about the number of compared values, and about the tightest and the loosest bound."""
         left = (
             f"; {self.untold:,} inconclusive, as rounding alone may change them by their own size"
             if self.untold
@@ -217,8 +215,8 @@ def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
 
 
 def _lines(proof: str, verdicts: list[ProofVerdict]) -> list[str]:
-    """Returns lines about a check. If comparisons failed, these lines describe the failures. Otherwise they say what
-    the check compared, how tight the bounds were, how large the largest error was, and what the check cannot detect."""
+    """Returns lines about a check. If comparisons failed, the lines describe the failures. Otherwise, they state what
+    was compared, the bounds and the largest error."""
     if not verdicts:
         return ["did not run"]
     if failed := [verdict for verdict in verdicts if verdict.failed]:
@@ -236,8 +234,7 @@ def _lines(proof: str, verdicts: list[ProofVerdict]) -> list[str]:
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """Returns a copy of the record in which null replaces infinity and NaN, because JSON has neither of these
-    values."""
+    """Returns a copy of the record in which null replaces infinity and NaN, because JSON has neither."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }

@@ -1,9 +1,7 @@
-"""Compares values of the ranks with expected values, and records the results. Every value belongs to a named quantity,
-such as outputs or losses.
+"""Compares values of the ranks with expected values. Each value belongs to a named quantity, such as outputs or losses.
 
-All comparisons use `Comparisons.compare`. A `DifferenceMeasure` defines the unit in which a difference is measured. The
-unit is the magnitude of the tensor (`in_size`), or an allowed error for each element (`in_each`). The measure in
-train/prove/step_parts.py subtracts one rounding of the result from each error.
+A `DifferenceMeasure` sets the unit of a difference: the tensor's magnitude (`in_size`) or an allowed error per element
+(`in_each`).
 """
 
 import math
@@ -20,8 +18,8 @@ from train.prove.findings import Difference, ProofFindings, ProofVerdict, share_
 from train.prove.recipe_values import read_values
 
 MISSING = 1.0
-"""Relative error of a result that is 0 instead of its correct value. A bound of MISSING or more could not even detect a
-missing tensor."""
+"""Relative error of a result that is 0 instead of its correct value. Bounds must be smaller, to detect a missing
+tensor."""
 LOOSE = ("outputs", "losses", "gradients of weights", "gradients of outputs")
 """Quantities that are compared by their norm in a check with rounding."""
 BITS, WHOLE_NUMBERS = Bound(0.0, "bit for bit"), Bound(0.0, "whole numbers")
@@ -39,7 +37,7 @@ class Measurement(NamedTuple):
     share: float = 1.0
     """The unit as a fraction of the magnitude of the compared tensor."""
     inconclusive: int = 0
-    """Number of inconclusive elements: elements for which rounding could hide a fault."""
+    """Number of inconclusive elements. In such an element, rounding could hide a fault."""
     most_inconclusive: float = math.inf
     """Maximum number of inconclusive elements. If there are more, the comparison fails, because it would prove too
     little."""
@@ -50,8 +48,8 @@ DifferenceMeasure = Callable[[Tensor, Tensor], Measurement]
 
 
 def in_size(scale: float | None = None, by_norm: bool = False) -> DifferenceMeasure:
-    """Returns a measure of a difference as a fraction of `scale`, or of the expected tensor's magnitude if `scale` is
-    None. by_norm: magnitudes are root mean squares; otherwise they are largest absolute values."""
+    """Returns a measure of a difference as a fraction of `scale` (None: the magnitude of the expected tensor). by_norm:
+    magnitudes are root mean squares, otherwise largest absolute values."""
 
     def measure(got: Tensor, want: Tensor) -> Measurement:
         unit, errors = size_of(want, by_norm) if scale is None else scale, (got - want).abs()
@@ -61,8 +59,8 @@ def in_size(scale: float | None = None, by_norm: bool = False) -> DifferenceMeas
 
 
 def in_each(allowed: Tensor, before: Tensor | None = None) -> DifferenceMeasure:
-    """Returns a measure of each element's error as a fraction of its allowed error. before: values before an update. An
-    element is inconclusive if the update changes it by no more than its allowed error."""
+    """Returns a measure of each element's error as a fraction of its allowed error. before: values before an update. If
+    the update changes an element by no more than its allowed error, the element is inconclusive."""
 
     def measure(got: Tensor, want: Tensor) -> Measurement:
         each, difference = allowed.flatten(), (got - want).abs()
@@ -77,7 +75,7 @@ def in_each(allowed: Tensor, before: Tensor | None = None) -> DifferenceMeasure:
 
 
 class Comparisons:
-    """The comparisons of one check. Each result is added to the findings, with the current part, step and phase."""
+    """The comparisons of one check. Each result is added to the findings, with its part of the run, step and phase."""
 
     def __init__(self, proof: str, config: Config, findings: ProofFindings):
         """config: the configuration with which the ranks ran."""
@@ -104,9 +102,8 @@ class Comparisons:
         measure: DifferenceMeasure | None = None,
         widen: Callable[[Bound, float], Bound] | None = None,
     ) -> None:
-        """Compare the ranks' value `got` with the expected value `want`. measure: function that measures the
-        difference; by default the result of `in_size` for `scale`. widen: function that returns a wider bound; it is
-        called if the error exceeds the bound."""
+        """Compare the ranks' value `got` with the expected value `want`. measure: by default that of `in_size`. widen:
+        returns a wider bound if the error exceeds `bound`."""
         flat = (torch.as_tensor(one, dtype=torch.float64).detach().flatten() for one in (got, want))
         got_N, want_N = flat
         if len(got_N) != len(want_N):
@@ -133,8 +130,7 @@ class Comparisons:
             self.fail(quantity, name, reason, made.inconclusive, len(got_N), rank)
 
     def acted(self, name: str, times: int, of: int = 1) -> None:
-        """Record how often a mechanism acted. The mechanism acts only in some cases; for example, clipping acts only on
-        large gradients. of: number of cases in which the mechanism could have acted."""
+        """Record how often a mechanism, such as clipping, acted. of: number of cases in which it could have acted."""
         name = f"{name} (check {self.proof})"
         before = self.findings.acted.get(name, (0, 0))
         self.findings.acted[name] = before[0] + times, before[1] + of

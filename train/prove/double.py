@@ -1,12 +1,10 @@
 """Runs Sluice's own code in fp64: all fp32 tensors become fp64, and nothing else changes.
 
-If a sum is computed in two different orders in fp64, the results differ by only about 1e-15 of the terms. But a wrong
-scale, a missing term or a wrong order of tokens causes a large difference. So agreement to 1e-10 proves that two
-programs compute the same function, and not only similar results.
+In fp64, the order of a sum changes the result by only about 1e-15 of its terms. So agreement to 1e-10 shows that two
+programs compute the same function.
 
-A torch dispatch mode intercepts every operation below autograd, on all threads of a pipeline. It replaces the dtype
-fp32 by fp64 in operations that create, cast or sum tensors. torch's grouped matmul does not support fp64, so this file
-has a plain version.
+A torch dispatch mode replaces fp32 by fp64 in all operations below autograd, on all threads of a pipeline. torch's
+grouped matmul does not support fp64, so this file has a plain version.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,9 +43,11 @@ class _AtLeastDouble(TorchDispatchMode):
 def grouped_matmul(
     left: Tensor, right: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
 ) -> Tensor:
-    """Computes F.grouped_mm in fp64. If `right` is a stack of matrices, multiplies each group of rows of `left` by the
-    group's matrix. If `right` is one matrix, multiplies each group of columns of `left` by the same group of rows of
-    `right`."""
+    """Computes F.grouped_mm in fp64. `right` has one of two forms:
+
+    stack of matrices    each group of rows of `left` times the matrix of the group
+    one matrix           each group of columns of `left` times the same group of rows of `right`
+    """
     assert offs is not None and bias is None
     ends = offs.tolist()
     spans = list(zip([0, *ends], ends, strict=False))

@@ -1,8 +1,7 @@
-"""Defines the evidence of a proof: the tensors and counters that one rank records in one step. Each rank writes its
-evidence to a safetensors file per step, and the judge (train/prove/judge.py) reads these files.
+"""Defines the evidence of mode=prove: the tensors and counters that one rank records in one step. Each rank writes a
+safetensors file per step. train/prove/judge.py reads these files.
 
-Tensors have the key KIND/NAME. A tensor of one micro-batch has the key KIND/NAME/NUMBER, where NUMBER is the index of
-the micro-batch:
+The key of a tensor is KIND/NAME, or KIND/NAME/NUMBER for the micro-batch with index NUMBER:
 
     forward, backward      output of a part of the model, and the gradient of this output, by micro-batch; NAME.ids has the
                            ids of the chosen experts, and NAME.keys the positions that sparse attention chose
@@ -48,7 +47,7 @@ State = dict[str, Tensor]
 """Maps names to complete fp64 tensors: master.NAME for master weights, STATE.NAME for optimizer state, ema.NAME for
 averages, and bias.LAYER for biases."""
 EVIDENCE = "evidence"
-"""Name of the folder with the ranks' evidence. It is inside the proof's folder."""
+"""Name of the folder for the tensors that the ranks record. It is inside the proof's folder."""
 WATCHED = (Block, Embedding, FFN, MLA, MTP, MoE, Router)
 
 
@@ -99,8 +98,8 @@ class Evidence:
     info: StepInfo
     tensors: dict[str, Tensor] = field(default_factory=dict)
     places: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
-    """Maps the key of each shard to the index of the shard's first element in the flattened complete tensor, and to the
-    shape of the complete tensor."""
+    """Maps the key of each shard to its first index in the flattened complete tensor, and the complete tensor's
+    shape."""
 
     def add(self, kind: str, name: str, tensor: Tensor) -> None:
         self.add_seen({f"{kind}/{name}": tensor})
@@ -127,7 +126,7 @@ class Evidence:
             yield name, int(number), tensor
 
     def rows(self, number: int) -> slice:
-        """Returns the rows of micro-batch `number` of this rank, as a slice of the step's batch."""
+        """Returns this rank's rows of micro-batch `number`, as a slice of the step's batch."""
         first = self.info.first + number * self.info.micro_batch_size
         return slice(first, first + self.info.micro_batch_size)
 
@@ -151,8 +150,8 @@ class Evidence:
 
 
 def read_evidence(folder: Path, proof: str) -> Iterator[tuple[int, int, list[Evidence]]]:
-    """Yields the evidence of a check, in order, as (part, step, evidence of all ranks). All files together take
-    gigabytes, so each file is read only when its step is reached."""
+    """Yields the tensors that the ranks recorded in a check, as (part of the run, step, evidence of all ranks). Each
+    file is read only when its step is reached."""
     found: dict[tuple[int, int], list[Path]] = {}
     for path in folder.glob(f"{proof}_*.safetensors"):
         part, step = path.name.split(".", 1)[0].removeprefix(f"{proof}_").split("_")
@@ -183,22 +182,19 @@ def calls_by_name(ranks: list[Evidence], kind: str) -> dict[str, list[tuple[Evid
 
 
 def count_keys(keys_BTK: Tensor, length: int) -> Tensor:
-    """Returns how often each key is among the chosen keys of a query, fp64 (B, T, length). A value of -1 in keys_BTK
-    means no key."""
+    """Returns how often a query chose each key, fp64 (B, T, length). A value of -1 in keys_BTK means no key."""
     counts = torch.zeros(*keys_BTK.shape[:2], length, dtype=torch.float64)
     return counts.scatter_add_(-1, keys_BTK.long().clamp(min=0), (keys_BTK >= 0).double())
 
 
 def depth_of(name: str) -> int:
-    """Returns the MTP depth of an output from its name; 0 for the main model. An output at depth k has k positions
-    fewer than an output of the main model."""
+    """Returns the MTP depth of an output from its name; 0 for the main model."""
     return int(name.split(".")[1]) + 1 if name.startswith("mtp.") else 0
 
 
 def places_of(info: StepInfo, seq_len: int, depth: int) -> list[int]:
-    """Returns the positions of a sequence that a rank has, at an MTP depth (0: the main model). With context
-    parallelism, a sequence is cut into 2 cp pieces. Each rank has one piece of the first half and one piece of the
-    second half."""
+    """Returns a rank's positions of a sequence, at an MTP depth (0: the main model). Context parallelism cuts a
+    sequence into 2 cp pieces: each rank has one piece of each half."""
     last, size = seq_len - depth, seq_len // (2 * info.cp)
     if info.cp == 1:
         return list(range(last))
@@ -207,17 +203,16 @@ def places_of(info: StepInfo, seq_len: int, depth: int) -> list[int]:
 
 
 class EvidenceWatch:
-    """Records the outputs of the model's parts during training, and the gradients of these outputs.
+    """Records the outputs of the model's parts, and the gradients of these outputs, during training.
 
-    Every pipeline schedule sends the micro-batches through a chunk in order. So the number of earlier calls is the
-    index of the micro-batch.
+    Micro-batches pass a chunk in order, so the number of earlier calls is the index of the micro-batch.
     """
 
     def __init__(self, chunks: list[DeepSeekV3], sent: bool = False):
-        """sent: whether to wrap the dispatchers, and record their inputs and outputs while `keeps_sent` is True."""
+        """sent: whether to record the inputs and outputs of the dispatchers while `keeps_sent` is True."""
         self.keeps_sent = True
         self.is_open = True
-        """False while a step is only repeated to diagnose an error. Nothing is recorded then."""
+        """False while a step is repeated only to diagnose an error. Then nothing is recorded."""
         self.spoils = False
         """Whether to set one element of the next gradient to NaN."""
         self.seen: dict[str, Tensor] = {}
@@ -243,8 +238,7 @@ class EvidenceWatch:
             dispatcher.start_step()
 
     def _choose(self, name: str, module: MLA, choose: Callable[..., Any], *given: Any) -> Any:
-        """Replaces the method with which a layer chooses the keys that its queries attend to. choose: the original
-        method."""
+        """Replaces the method by which a layer chooses the keys for its queries. choose: the original method."""
         index, keys_BTK = choose(*given)
         if keys_BTK is not None and module.training and not is_repeated() and self.is_open:
             number = self._calls[f"{name}.keys"] = self._calls.get(f"{name}.keys", -1) + 1

@@ -1,10 +1,6 @@
-"""Repeats updates of complete matrices in fp64, with the same shards and groups as the run. Some optimizers, such as
-Muon, compute the update of a matrix from the complete matrix.
+"""Repeats updates of complete matrices, such as Muon's, in fp64, with the run's optimizer code, shards and groups.
 
-In fp32, rounding errors are large in directions with a small singular value, and could hide a fault.
-
-The repeated update uses the run's optimizer code and data exchange, but weights, gradients and state are in fp64. Only
-the judge reads the results of the repeated update. The run continues with the results of its own fp32 update.
+In fp32, rounding errors in directions with a small singular value could hide a fault.
 """
 
 from collections.abc import Callable

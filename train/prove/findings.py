@@ -1,5 +1,4 @@
-"""Defines the findings of a proof: for each check, such as `exact` or `fp32`, one verdict on each compared quantity;
-and all failed comparisons."""
+"""Defines the findings of mode=prove: one verdict per check and compared quantity, and all failed comparisons."""
 
 import math
 from collections.abc import Sequence
@@ -44,8 +43,8 @@ origin."""
 def first_of(differences: Sequence[Difference]) -> Difference | None:
     """Returns the failed comparison that is closest to the origin of a fault.
 
-    differences: in the order of the computation. In low precision, the bounds on outputs of the complete model are
-    wide. So the function prefers a difference in a single part, even if this difference comes later.
+    differences: in the order of the computation. In low precision, a difference in a single part takes precedence,
+    because bounds on the complete model are wide.
     """
     if not differences or not is_blurred(differences[0]):
         return differences[0] if differences else None
@@ -74,8 +73,7 @@ class ProofVerdict:
     reason: str = ""
     failed: int = 0
     untold: int = 0
-    """Number of inconclusive elements, which rounding alone may change by their full magnitude. These elements must be
-    finite, but are not compared in any other way."""
+    """Number of inconclusive elements. Rounding alone may change them by their full magnitude."""
     sharpest: float = math.inf
     loosest: float = 0.0
     """The smallest and the largest bound that were applied, relative to the magnitude of the compared tensor."""
@@ -103,8 +101,7 @@ class ProofFindings:
     differences: list[Difference] = field(default_factory=list)
     """Failed comparisons, in the order of the computation."""
     acted: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Maps each mechanism that acts only in some cases, such as clipping, to two counts: how often it acted, and how
-    often it could have acted."""
+    """Maps a mechanism, such as clipping, to two counts: how often it acted, and how often it could have acted."""
     device: str = "cpu"
     """Device type of the ranks: cpu or cuda."""
     second_layout: str = ""

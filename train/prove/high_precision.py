@@ -1,9 +1,8 @@
 """Reference for the parts that every recipe computes in bf16 or fp32 (paper 3.3.1): norms, attention, output head and
 router.
 
-The inputs are the rank's actual inputs. All arithmetic is in fp64. Values are rounded only where the recipe stores a
-result. Each result is returned with the sum of the magnitudes of its terms. Rounding errors are measured relative to
-this sum (`Total` in train/prove/low_precision.py).
+The inputs are the recorded inputs of the rank. All arithmetic is in fp64, with rounding only where the recipe stores a
+result. A `Total` (train/prove/low_precision.py) also has the sum of the terms' magnitudes, the unit of rounding errors.
 
 Shapes: as in train/prove/reference.py; N rows.
 """
@@ -44,8 +43,8 @@ def rms_norm_back(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> 
 
 
 def softmax_scale(config: Values) -> float:
-    """Returns the factor of attention scores. It is 1 / sqrt(width of queries). If YaRN is active, it is multiplied by
-    the square of YaRN's mscale term (paper 4.3)."""
+    """Returns the factor of attention scores: 1 / sqrt(width of queries). With YaRN, it is multiplied by the square of
+    the mscale term (paper 4.3)."""
     model = config.model
     scale = (model.nope_head_dim + model.rope_head_dim) ** -0.5
     if stretched(model, config.seq_len) and model.yarn.factor > 1:
@@ -54,8 +53,8 @@ def softmax_scale(config: Values) -> float:
 
 
 def unseen(length: int, documents_BT: Tensor | None) -> Tensor:
-    """Returns a mask (1 or B, 1, T, T). The mask is True for keys that a query must not attend to: later keys, and keys
-    of other documents."""
+    """Returns a mask (1 or B, 1, T, T), True for keys that a query must not attend to: later keys, and other
+    documents."""
     later = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     if documents_BT is None:
         return later
@@ -77,7 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, unseen: Tensor) -> Tot
 
 
 def _shares(q: Tensor, k: Tensor, scale: float, unseen: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the softmax of the scores, and the possible error of this softmax if the scores are summed in fp32."""
+    """Returns softmax(scale q k^T), and its possible error if the scores are summed in fp32."""
     p = (q @ k.mT * scale).masked_fill(unseen, -math.inf).softmax(-1)
     off = 8 * FP32 * q.size(-1) ** 0.5 * scale * (q.abs() @ k.abs().mT)
     return p, p * (off + (p * off).sum(-1, keepdim=True))
@@ -86,7 +85,7 @@ def _shares(q: Tensor, k: Tensor, scale: float, unseen: Tensor) -> tuple[Tensor,
 def attend_back(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, unseen: Tensor
 ) -> AttentionSlopes:
-    """Computes the gradients of attention. out: the output of attention that the rank computed. dout: its gradient."""
+    """Computes the gradients of attention. out: the output of attention on the rank. dout: the gradient of `out`."""
     p, off = _shares(q, k, scale, unseen)
     ds = scale * p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True))
     sizes = scale * (dout.abs() @ v.abs().mT + (dout * out).abs().sum(-1, keepdim=True))
@@ -99,8 +98,8 @@ def attend_back(
 
 
 def query_sizes(config: Values, places: Sequence[int]) -> Tensor:
-    """Returns the factors by which a model with yarn.query_growth multiplies the queries at these positions (as in
-    Llama 4), fp64 (T, 1). Without yarn.query_growth, all factors are 1."""
+    """Returns the factors of the queries at these positions, fp64 (T, 1). Without yarn.query_growth (as in Llama 4),
+    all factors are 1."""
     yarn = config.model.yarn
     steps = [place // yarn.original_seq_len for place in places]
     return torch.tensor([[1 + yarn.query_growth * math.log1p(step)] for step in steps], dtype=torch.float64)
@@ -108,7 +107,7 @@ def query_sizes(config: Values, places: Sequence[int]) -> Tensor:
 
 def rotated(x: Tensor, config: Values, places: Sequence[int], back: bool = False) -> Total:
     """Rotates adjacent pairs of x (..., T, R) by the angles of their positions. back: rotates in the opposite
-    direction, as backward does with gradients."""
+    direction."""
     model = config.model
     angle = turns(model, config.seq_len, max(places) + 1, x)[list(places)]
     size = model.yarn.attention_factor if stretched(model, config.seq_len) else 1.0
@@ -117,8 +116,8 @@ def rotated(x: Tensor, config: Values, places: Sequence[int], back: bool = False
 
 
 def key_excess(index_BTS: Tensor, chosen_BTS: Tensor, top_k: int) -> float:
-    """Returns the smallest error of the index scores that would explain the keys that a rank chose. The result is 0 if
-    every chosen key is among the top_k best keys. A score of -inf marks a key that the query must not attend to."""
+    """Returns the smallest error of the index scores that would explain a rank's choice of keys. It is 0 for the top_k
+    best keys. Scores of forbidden keys are -inf."""
     kth_BT1 = index_BTS.sort(dim=-1, descending=True).values[..., top_k - 1 : top_k]
     worst_BT1 = index_BTS.masked_fill(~chosen_BTS, math.inf).amin(-1, keepdim=True)
     behind = (kth_BT1 - worst_BT1).nan_to_num(0.0, 0.0, 0.0)  # if a query sees fewer than top_k keys
@@ -139,10 +138,9 @@ class HeadSlopes(NamedTuple):
 def head(
     x_ND: NearNumbers, weight_VD: Tensor, targets_N: Tensor, positions: float, high: PlainFormat, order: float
 ) -> HeadSlopes:
-    """Returns the loss sum(-log softmax(x W^T)[target]) / positions, and the gradients of this loss.
+    """Returns the loss sum(-log softmax(x W^T)[target]) / positions, and its gradients.
 
-    Logits and their gradients are stored in the activation dtype. order: error that the order of the terms may cause in
-    a sum, relative to the sum of the terms' magnitudes.
+    order: possible error due to the order of a sum, relative to the sum of its terms' magnitudes.
     """
     summed = matmul(x_ND, NearNumbers(weight_VD))
     logits = rounded(summed, high, order * summed.size)
@@ -178,8 +176,7 @@ def route_scores(x_BTD: Tensor, weight_ED: Tensor, softmax: bool) -> tuple[Tenso
 
 
 def gates(scores_BTE: Tensor, sizes_BTE: Tensor, ids_BTK: Tensor, route_scale: float) -> Total:
-    """Returns the gates of these experts. If the logits have a rounding error of e, the relative error of a gate is at
-    most 2 e."""
+    """Returns the gates of these experts. An error e of the logits causes a relative error of at most 2 e in a gate."""
     chosen_BTK = scores_BTE.gather(-1, ids_BTK)
     made = route_scale * chosen_BTK / (chosen_BTK.sum(-1, keepdim=True) + 1e-20)
     return Total(made, made * (1 + 2 * sizes_BTE.amax(-1, keepdim=True)), None)
@@ -202,8 +199,8 @@ def route_back(
 ) -> RouterSlopes:
     """Computes the gradients of the router's input and weight.
 
-    balance_BTE: derivative of the balance loss with respect to the fraction that an expert has of a token's sum of
-    scores. off_B1E: possible error of this derivative.
+    balance_BTE: derivative of the balance loss with respect to an expert's fraction of a token's summed scores.
+    off_B1E: possible error of this derivative.
     """
     scores_BTE, _ = route_scores(x_BTD, weight_ED, softmax)
     chosen_BTK = scores_BTE.gather(-1, ids_BTK)
@@ -233,8 +230,8 @@ def route_back(
 
 
 def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:
-    """Returns the smallest error of the scores that would explain the experts that a rank chose. The result is 0 if the
-    rank and the reference choose the same experts."""
+    """Returns the smallest error of the scores that would explain a rank's choice of experts; 0 for the reference's
+    choice."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     excess = 0.0
     open_NE = torch.ones_like(biased_NE, dtype=torch.bool)

@@ -1,9 +1,7 @@
-"""Judges a proof: compares the ranks' evidence, which consists of recorded tensors and counters, with the reference,
-which computes the same steps in one process (train/prove/reference.py).
+"""Compares the tensors and counters that the ranks recorded with the reference (train/prove/reference.py).
 
-Every step is judged separately. The reference starts from the ranks' state before the step, which was judged after the
-previous step. So differences do not grow from step to step, and each bound applies to one step. All steps together
-cover the run.
+Every step is judged separately: the reference starts from the ranks' state after the previous step. So each bound
+applies to one step.
 
 The comparisons follow the order of the computation. So the first failed comparison shows the origin of a fault:
 
@@ -18,7 +16,7 @@ The comparisons follow the order of the computation. So the first failed compari
     checkpoint     the files contain the state after the checkpoint's step, bit for bit                judge_state.py
 
 In precisions with rounding, single parts (judge_parts.py) and dispatched rows (judge_rows.py) are judged before the
-outputs of the complete model. All comparisons use `Comparisons.compare` (comparison.py).
+complete model.
 
 Shapes: as in train/prove/reference.py.
 """
@@ -67,11 +65,10 @@ from train.prove.step_parts import StepParts
 
 
 def judge_all(config: Config, proofs: Sequence[str] | None = None, at_a_time: int = 1) -> ProofFindings:
-    """Judges the checks `proofs`, or all checks if `proofs` is None, after the ranks have ended. config: the
-    configuration that the ranks read.
+    """Judges the checks `proofs` (None: all) after the ranks have ended.
 
-    at_a_time: number of checks that are judged at the same time. If it is above 1, forks of this process judge the
-    checks, and this process must not have computed with torch before.
+    at_a_time: number of checks that are judged at the same time. If it is above 1, forks of this process judge them.
+    Then this process must not have computed with torch before.
     """
     given = [*PROOFS] if proofs is None else proofs
     if at_a_time == 1:
@@ -91,7 +88,7 @@ class Judge:
     """Judges one check."""
 
     def __init__(self, proof: str, config: Config, folder: Path, findings: ProofFindings):
-        """config: the configuration with which the ranks ran. folder: the folder with the ranks' evidence."""
+        """config: the configuration of the ranks. folder: the folder with the tensors that the ranks recorded."""
         self.at, self.job, self._folder = Comparisons(proof, config, findings), config, folder
         self.checkpoints = RunPaths(replace(config, name=f"{config.name}/{proof}")).checkpoints
         self.tally = Tally()
@@ -149,8 +146,8 @@ class Judge:
         return False
 
     def _judge_tiles(self, ranks: list[Evidence], before: State | None) -> State:
-        """Judge only single parts and dispatched rows, starting from the weights that the ranks recorded. Returns the
-        state after the step."""
+        """Judge only single parts and dispatched rows, with the recorded weights of the ranks. Returns the state after
+        the step."""
         at = self.at
         if at.step in watched_steps(at.config) and before is not None:
             self._judge_parts(ranks, before, reference_step.plan_step(at.values, at.step))
@@ -172,7 +169,7 @@ class Judge:
         return got
 
     def _judge_step(self, ranks: list[Evidence], before: State) -> State | None:
-        """Judge one step. Returns the state after the step; None if later steps cannot be compared."""
+        """Judge one step. Returns the state after it; None if later steps cannot be compared."""
         at, exact = self.at, self.at.proof == "exact"
         plan = replace(reference_step.plan_step(at.values, at.step), first_sample=self.tally.samples)
         at.phase = "settings"
@@ -216,8 +213,8 @@ class Judge:
         return after
 
     def judge_skip(self, ranks: list[Evidence], before: State, batch_size: int) -> State:
-        """Judge a step that was skipped because one rank had a gradient that is not finite. Such a step must change
-        nothing except the position in the data, on all ranks."""
+        """Judge a step that was skipped because a gradient is not finite. On all ranks, only the position in the data
+        may change."""
         self.at.phase = "update"
         self._count(ranks, batch_size, False, "a gradient that is not finite on one rank skips the step on all")
         after = judge_same(self.at, "state after a skipped step", ranks, before)
@@ -233,8 +230,8 @@ class Judge:
         judge_tally(self.at, ranks, self.tally)
 
     def _is_best(self) -> bool | None:
-        """Returns whether the state after this step has the lowest validation loss so far, so that checkpoint.keep_best
-        saves it. None if keep_best is off, in the second part, or without a validation loss."""
+        """Returns whether the state after this step has the lowest validation loss so far. None without
+        checkpoint.keep_best, in the second part of the run, and without a validation loss."""
         if not self.at.config.checkpoint.keep_best or self.at.part or not self.losses:
             return None
         is_best = min(self.losses, key=self.losses.__getitem__) == self.at.step
@@ -242,15 +239,14 @@ class Judge:
         return is_best
 
     def _judge_validation(self, ranks: list[Evidence], after: State) -> None:
-        """Judge the validation loss, if the step has one. The last step of each part has a validation loss. With
+        """Judge the validation loss, if the step has one. The last step of each part has one. With
         checkpoint.keep_best, every step of the first part has one too."""
         if self.run is not None and (self.at.step == self.run.last or self.run.config.log.validate_every == 1):
             judge_validation(self.at, ranks, self._plain(after))
             self.losses[self.at.step] = ranks[0].info.validation_loss or math.inf
 
     def _plain(self, state: State) -> PlainModel:
-        """Returns the reference model with these weights. With an adapter, the model also has the frozen base weights,
-        which no step changes."""
+        """Returns the reference model with these weights. With an adapter, it also has the frozen base weights."""
         config = self.at.config
         base = initial_weights(config) if config.adapter.on else {}
         masters = {name.removeprefix("master."): value for name, value in state.items() if name.startswith("master.")}

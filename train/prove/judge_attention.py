@@ -1,10 +1,8 @@
-"""Judges attention on single ranks, including the rotation of queries and keys. A rank has complete sequences, or it
-shares each sequence with other ranks.
+"""Compares each rank's attention with the reference, including the rotation of queries and keys.
 
-A rank with complete sequences records the inputs and outputs of its attention. With context parallelism, ranks share
-each sequence. Then each rank has only the queries of its own positions, and computes the keys and values of all
-positions from latents that it receives. So the judge computes the keys and values itself, from the recorded outputs of
-the linear layers.
+Without context parallelism, a rank records the inputs and outputs of attention. With context parallelism, a rank has
+only the queries of its own positions, and computes all keys and values from received latents. So the judge recomputes
+keys and values from the recorded outputs of the linear layers.
 
 Shapes: as in train/prove/reference.py; L positions of a complete sequence, T positions of a rank.
 """
@@ -24,9 +22,8 @@ from train.prove.low_precision import FORMATS, Total
 from train.prove.step_parts import ELEMENTS, PartCall, StepParts
 
 SCORES = 4 * 2.0**-9
-"""Bound on the relative error of attention in bf16. Attention kernels may round probabilities to bf16, and in backward
-also the gradients of probabilities. Each rounding has a relative error of at most 2^-9. With context parallelism, the
-result of each block of keys is rounded, and the sum of these results is rounded again."""
+"""Bound on the relative error of attention in bf16: four roundings of at most 2^-9 each. Kernels may round
+probabilities and their gradients. With context parallelism, each block's result and the sum are rounded too."""
 
 
 OVERFLOW = 88.8
@@ -38,7 +35,7 @@ class AttentionCall:
     """Attention of one micro-batch on one rank."""
 
     call: PartCall
-    """The call that recorded the output: the call of attention itself, or of the output projection."""
+    """The call that recorded the output of attention, or the call of the output projection."""
     what: str
     """Name under which the call recorded the output of attention."""
     out: PartCall | None
@@ -122,8 +119,8 @@ def _whole_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
 
 
 def _judge_heads(step: StepParts, name: str, one: AttentionCall) -> None:
-    """Judge how queries, keys and values are built from the outputs of the linear layers. Queries and rope keys must be
-    rotated by their positions, and all heads must have the same rope key."""
+    """Judge queries, keys and values. Queries and rope keys must be rotated by their positions, and all heads must have
+    the same rope key."""
     model, call = step.config.model, one.call
     q_BTX, kv_BTX, down_BTX = (
         step.through(part, call.rank)[call.number].get("y")
@@ -146,8 +143,8 @@ def _judge_heads(step: StepParts, name: str, one: AttentionCall) -> None:
 
 
 def _grown(step: StepParts, q_BHTQ: Tensor, places: Sequence[int]) -> Tensor:
-    """Returns the queries of these positions before the rotation. If the model has yarn.query_growth, queries are
-    multiplied by a factor of their position and rounded once more."""
+    """Returns the queries of these positions before the rotation. With yarn.query_growth, they are multiplied by the
+    factor of their position and rounded once more."""
     if not step.config.model.yarn.query_growth:
         return q_BHTQ
     return low.nearest(q_BHTQ * high.query_sizes(step.config, places), step.rounding.high)
@@ -189,8 +186,7 @@ def _is_same(one: PartCall, other: PartCall) -> bool:
 
 
 def _rope_keys(step: StepParts, name: str, rank: Evidence, number: int, length: int) -> Tensor:
-    """Returns the rotated rope keys of all positions, (B, L, R). Collects them from the ranks that share the
-    sequences."""
+    """Returns the rotated rope keys of all positions, (B, L, R), from all ranks that share the sequences."""
     whole = None
     for mate in (mate for mate in step.ranks if mate.info.dp_rank == rank.info.dp_rank):
         if calls := step.through(f"{name}.kv_down", mate):
@@ -204,8 +200,8 @@ def _rope_keys(step: StepParts, name: str, rank: Evidence, number: int, length: 
 
 
 def _judge_shared_slopes(step: StepParts, name: str, one: AttentionCall, slopes: high.AttentionSlopes) -> None:
-    """Judge the gradients of a rank's queries, and the contributions of these queries to the gradients of each block of
-    keys and values."""
+    """Judge the gradients of a rank's queries. Also judge their contributions to the gradients of each block of keys
+    and values."""
     nope, heads, rank, bound = step.config.model.nope_head_dim, one.q.size(1), one.call.rank, _in_scores(step)
     grown = high.query_sizes(step.config, one.places)
     dq, size, off = slopes.q.x * grown, slopes.q.size * grown, low.slack(slopes.q) * grown

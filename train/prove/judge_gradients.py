@@ -1,13 +1,11 @@
 """Judges gradients that are summed over micro-batches and over ranks.
 
-Every recipe computes these sums in fp32 (paper 3.3.1), even with bf16 weights and activations. So each element of a
-reduced gradient must match within fp32 rounding. If the gradient of a rank is missing, or if a sum is computed in bf16,
-the difference exceeds this bound.
+Every recipe computes these sums in fp32 (paper 3.3.1). So each element of a reduced gradient must match within fp32
+rounding.
 
-A rank records only the total of a sum over micro-batches. train/prove/judge_matmuls.py judges the value of this total.
-The code here only tests that the total was summed in fp32. In this case, most elements of the total have more bits than
-bf16 can store. A total has one term for each micro-batch from which a gradient reaches the weight. A total of only one
-term is not tested, because it may be a matmul result that was rounded to bf16.
+A rank records only the total over its micro-batches. The code here tests that it was summed in fp32, by the fraction of
+its elements that are exact in bf16. A total of one term may be a matmul result in bf16, so it is not tested.
+train/prove/judge_matmuls.py judges the values.
 """
 
 import re
@@ -21,15 +19,15 @@ from train.prove.comparison import Comparisons, in_each
 from train.prove.evidence import Evidence, State, assemble, depth_of
 
 MORE = 4
-"""Number of roundings in a sum over ranks, in addition to one rounding per term: divisions by the number of ranks, and
-one more addition for a tied embedding, which has two gradients."""
+"""Number of roundings in a sum over ranks, besides one per term: divisions, and the second gradient of a tied
+embedding."""
 MOST_IN_BF16, ENOUGH = 0.9, 16
-"""MOST_IN_BF16: maximum fraction of a gradient sum's elements that may be exact in bf16 by chance. ENOUGH: minimum
-number of elements for a conclusive test."""
+"""MOST_IN_BF16: maximum fraction of elements of an fp32 sum that may be exact in bf16. ENOUGH: minimum number of
+elements for a conclusive test."""
 
 
 def judge_totals(at: Comparisons, ranks: list[Evidence]) -> None:
-    """Test that the sums of gradients over a rank's micro-batches are in fp32, for weights that process every token."""
+    """Test that gradients were summed over micro-batches in fp32, for weights that process every token."""
     why = "fraction of numbers that are exact in bf16: few for sums in fp32, all for sums in bf16"
     for rank in ranks:
         came: Counter[str] = Counter()
@@ -66,9 +64,9 @@ def _is_by_micro_batch(rank: Evidence) -> bool:
 
 
 def _terms_of(weight: str, came: Counter[str]) -> int:
-    """Returns the number of terms in the gradient of a weight. This is the number of micro-batches with a non-zero
-    gradient of the smallest recorded part that contains the weight. For the head, it is the sum over the head's inputs.
-    In a warm-up of indexers, no recorded part has a gradient, so the result is 1.
+    """Returns the number of terms in the gradient of a weight: micro-batches with a non-zero gradient of the smallest
+    recorded part around the weight. For the head, the result is the sum over all its inputs. In a warm-up of indexers,
+    no part has a gradient, so the result is 1.
 
     came: maps each recorded part to its number of micro-batches with a non-zero gradient.
     """
@@ -81,10 +79,9 @@ def _terms_of(weight: str, came: Counter[str]) -> int:
 
 
 def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]], signs: bool = True) -> State:
-    """Returns the mean of the local gradients over the ranks of a pipeline stage, computed without Sluice's reduction.
+    """Returns the mean of the local gradients over the ranks of a pipeline stage, without Sluice's reduction.
 
-    signs: whether to keep the signs. If False, the function averages absolute values: the evidence `sizes` of a
-    gradient if a rank recorded it, otherwise the absolute values of the gradient.
+    signs: if False, averages absolute values (`sizes`, if a rank recorded them).
     """
     found: State = {}
     for rank in ranks:

@@ -18,8 +18,8 @@ from train.prove.step_parts import ELEMENTS, MOST_INCONCLUSIVE, PartCall, StepPa
 HALF = 2.0**-9
 """Largest relative error of rounding a number to bf16."""
 MOST_INCONCLUSIVE_ADAPTED = 0.2
-"""Maximum fraction of inconclusive elements in the gradient of an adapted head's input. One logit near a rounding tie
-makes a complete row of the gradient inconclusive, and the rounded output of LoRA A brings more logits near a tie."""
+"""Maximum fraction of inconclusive elements in the input gradient of an adapted head. One logit near a rounding tie
+makes a complete row inconclusive."""
 SPLIT = 2.0**-15
 """Relative error of a router's gradient on a GPU, which splits each fp32 operand into two bf16 numbers."""
 NO_GRADIENT = Bound(0.0, "positions that are not learnt have no gradient")
@@ -70,8 +70,7 @@ def judge_embedding(step: StepParts, name: str) -> None:
 
 
 def judge_embedding_back(step: StepParts, name: str) -> None:
-    """Judge the gradient of the embedding table. The gradient of a row is the fp32 sum of the output gradients at all
-    positions with the row's token."""
+    """Judge the gradient of the embedding table. A row's gradient is the fp32 sum over all positions with its token."""
     made, table = SumOverCalls(), step.weights[f"{name}.weight"]
     for call in step.calls[name]:
         if call.has("dy"):
@@ -97,8 +96,8 @@ def judge_sums(step: StepParts, name: str) -> None:
 
 
 def judge_sums_back(step: StepParts, name: str) -> None:
-    """Judge the sum of gradients at the input of the FFN's norm: the gradient of the block's output plus the gradient
-    through the FFN."""
+    """Judge the gradient at the input of the FFN's norm: the gradient of the block's output plus the gradient through
+    the FFN."""
     for call in step.calls[f"{name}.ffn_norm"]:
         got, out = (_seen(call, "backward", one) for one in (f"{name}.attention", name))
         _judge_sum(step, call, f"gradients after {name}.attention", got, out, call.get("dx"))
@@ -163,8 +162,8 @@ def judge_head_back(step: StepParts, name: str) -> None:
 
 
 def _head_calls(step: StepParts) -> Iterator[tuple[PartCall, high.HeadSlopes, Tensor | None]]:
-    """Yields the calls of the head for the main model and every MTP depth, as (call, expected results, mask). The mask
-    is True for rows with a learnt target; None means all rows."""
+    """Yields the calls of the head, as (call, expected results, mask). mask: True for rows with a learnt target; None
+    for all rows."""
     order, lora = step.in_rows(step.config.model.hidden).value, WeightLora(step, "head.weight")
     for depth in range(1 + step.config.model.mtp_depth):
         seats = reference.Seats.of(step.batch, depth)
@@ -195,8 +194,7 @@ def _times(one: Total, factor: Tensor) -> Total:
 
 
 def judge_router(step: StepParts, name: str) -> None:
-    """Judge the gates and the chosen experts. If a chosen expert has a lower score than an expert that was not chosen,
-    rounding errors must explain the difference."""
+    """Judge the gates and the chosen experts. Only rounding errors may explain a chosen expert with a lower score."""
     model, weight, order = step.config.model, step.weights[f"{name}.weight"], step.in_rows(step.config.model.hidden)
     for call in step.calls.get(name, []):
         ids_BTK, gates = _routed(call, "forward", "ids"), _routed(call, "forward", "gates")
@@ -232,11 +230,11 @@ def judge_router_back(step: StepParts, name: str) -> None:
 
 
 def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a derivative of the balance loss (paper eq. 17-20), and the possible error of this derivative. Nearly
-    equal scores cause this error. Derivative and error have the shape (B, T, E).
+    """Returns a derivative of the balance loss (paper eq. 17-20), and its possible error due to nearly equal scores.
+    Both have the shape (B, T, E).
 
-    The derivative is with respect to the fraction that an expert has of a token's sum of scores. The loss counts the
-    tokens per expert over a complete sequence, or separately over each independent sample in a sequence.
+    The derivative is with respect to an expert's fraction of a token's summed scores. The loss counts tokens per expert
+    in a sequence, or in each independent sample.
     """
     model, info, depth, config = step.config.model, call.rank.info, depth_of(call.name), step.config
     seats = reference.Seats.of(step.batch, depth)
@@ -267,7 +265,7 @@ def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, T
 
 
 def _routed(call: PartCall, phase: str, what: str) -> Tensor | None:
-    """Returns a routing tensor that was recorded in the call's micro-batch, fp64 (B, T, K). None if no such tensor was
-    recorded. phase: forward or backward. what: ids or gates."""
+    """Returns a recorded routing tensor of the call's micro-batch, fp64 (B, T, K); None if there is none. phase:
+    forward or backward. what: ids or gates."""
     found = call.rank.tensors.get(f"{phase}/{call.name}.{what}/{call.number}")
     return None if found is None else found.double().view(*call.tensors["x"].shape[:2], -1)

@@ -1,8 +1,7 @@
-"""Judges check `loop`: compares the log-probabilities, losses, tokens per expert, gradients and biases of a custom
-loop's steps with the reference.
+"""Judges check `loop`: compares log-probabilities, losses, tokens per expert, gradients and biases of a custom loop
+with the reference.
 
-The reference runs all calls of a step as one batch, because sums over tokens are divided by the number of tokens in the
-complete step.
+Losses are divided by the number of tokens in the complete step. So the reference runs all calls of a step as one batch.
 """
 
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ WITH_LORA = Bound(EXACT, "fp64 rounds by 1e-16, and A and B of unit size enlarge
 
 
 def judge_loop(at: Comparisons, folder: Path) -> None:
-    """Judge the evidence of all ranks. folder: the folder that contains the evidence."""
+    """Judge the steps of check `loop`. folder: the folder with the tensors that the ranks recorded."""
     LoopJudge(at).judge([ranks for *_, ranks in read_evidence(folder, at.proof)])
 
 
@@ -47,7 +46,7 @@ class LoopJudge:
         self._experts_BTLK = loop_experts(at.config, self._batches[0])
 
     def judge(self, steps: Sequence[list[Evidence]]) -> None:
-        """Judge all steps. steps: for each step, the evidence of all ranks."""
+        """Judge all steps. steps: for each step, what all ranks recorded."""
         at = self._at
         assert len(steps) == len(LOOP_STEPS), "a rank left no evidence of a step"
         at.findings.device, at.phase = steps[0][0].info.device, "forward"
@@ -56,8 +55,8 @@ class LoopJudge:
             self._judge_step(step, ranks)
 
     def _judge_logprobs(self, step: LoopStep, ranks: list[Evidence]) -> None:
-        """Judge the log-probabilities that the ranks requested between two calls. The comparison includes a target only
-        if it belongs to the same sample as the token before it."""
+        """Judge the log-probabilities that the ranks requested between two calls. A target is compared only if it is in
+        the same sample as the previous token."""
         batch = self._batches[0]
         want_BT = self._plain([batch], replayed=True, with_balance=False).logprobs(batch)
         assert batch.documents_BS is not None
@@ -125,8 +124,8 @@ class LoopJudge:
         self._at.compare(quantity, f"{name} by {step.name}", got, want, bound, rank=rank)
 
     def _plain(self, batches: list[Batch], replayed: bool, with_balance: bool) -> PolicyModel:
-        """Returns the reference model for a step. batches: the batches of the step's calls. replayed: whether the first
-        batch prescribes its experts. with_balance: whether the step has a balance loss."""
+        """Returns the reference model for a step. batches: one per call. replayed: whether the first batch prescribes
+        its experts. with_balance: whether the step has a balance loss."""
         values = self._at.values
         if not with_balance:
             values = Values(values, optim=Values(values.optim, balance_loss=0.0))

@@ -1,9 +1,9 @@
-"""Reference for LoRA A and B on single ranks, forward and backward: y = W x + scale B (A x), in the activation dtype.
+"""Reference for LoRA A and B on each rank, forward and backward: y = W x + scale B (A x), in the activation dtype. Only
+A and B are trained.
 
-The result of every matmul with A or B is rounded once. The result of a multiplication with the scale and the result of
-every sum are also rounded once. Only A and B are trained. The reference uses the input after dropout that the rank
-recorded. The judge checks the fraction of dropped elements, and the factor by which dropout multiplied the others. It
-does not check which elements were dropped.
+Each matmul with A or B, each multiplication with the scale and each sum is rounded once. The reference uses the
+recorded input after dropout. The judge checks the fraction of dropped elements and the factor on the others. It cannot
+check which elements were dropped.
 """
 
 import math
@@ -20,14 +20,13 @@ from train.prove.reference_adapter import lora_prefixes
 from train.prove.step_parts import MOST_INCONCLUSIVE, PartCall, StepParts, SumOverCalls
 
 RowMatmul = Callable[[NearNumbers, NearNumbers], Total]
-"""A function that multiplies rows (N, C) by a weight (..., O, C). For experts, it multiplies each row by the matrix of
-the row's expert."""
+"""A function that multiplies rows (N, C) by a weight (..., O, C). For experts, each row uses its expert's matrix."""
 AddTo = Callable[[SumOverCalls, NearNumbers, NearNumbers], None]
-"""A function that adds one contribution to the gradient of a weight. The arguments are the object that sums the
-contributions, output gradients (N, O) and inputs (N, I)."""
+"""A function that adds to the gradient of a weight. Its arguments are the sum, output gradients (N, O) and inputs (N,
+I)."""
 HEAD_PIECES = 2.0**-8
-"""Relative error of a gradient that the output head computes for pieces of the tokens and then sums. Each piece and the
-sum may be rounded to bf16."""
+"""Relative error of a gradient that the output head sums over pieces of the tokens. Each piece and the sum may be
+rounded to bf16."""
 DEVIATIONS = 6.0
 """Maximum difference between the dropped fraction of a tensor and the dropout rate, in standard deviations."""
 
@@ -56,8 +55,7 @@ class WeightLora:
         self._step, self._high, self._share = step, step.rounding.high, step.config.adapter.dropout
         self._scale = step.config.adapter.alpha / step.config.adapter.rank
         self.names = lora_prefixes(step.config, weight)
-        """Name prefixes of A and B: one prefix for each matrix that the weight contains. Empty if the weight is not
-        adapted."""
+        """Name prefixes of A and B: one for each matrix in the weight. Empty if the weight is not adapted."""
         self._made = {f"{name}{end}": SumOverCalls() for name in self.names for end in "BA"}
 
     def add(self, base: Total, given: LoraCall) -> Total:
@@ -73,7 +71,7 @@ class WeightLora:
         return self._sum([self._round(base), added])
 
     def add_back(self, base: Total | None, dy: NearNumbers, given: LoraCall, add_to: AddTo) -> Total:
-        """Returns the gradient of a layer's input: `base`, plus the gradient through A and B. Also adds this call's
+        """Returns the gradient of a layer's input: `base` plus the gradient through A and B. Also adds the call's
         contribution to the gradients of A and B."""
         terms, taken = [] if base is None else [self._round(base)], given.taken()
         for name, dy_p in zip(self.names, dy.x.chunk(len(self.names), -1), strict=True):
@@ -85,9 +83,8 @@ class WeightLora:
         return self._sum(terms)
 
     def widen(self, given: LoraCall, weight: Tensor) -> tuple[NearNumbers, Tensor]:
-        """Returns the operands of a single matmul that computes the layer and the LoRA term together, as the output
-        head does. The left operand is x concatenated with scale A x. The right operand is the weight concatenated with
-        B."""
+        """Returns the operands of one matmul with the LoRA term, as in the output head. Left: x concatenated with scale
+        A x. Right: the weight concatenated with B."""
         x = given.x
         for name in self.names:
             self._judge_dropout(given)
@@ -95,8 +92,8 @@ class WeightLora:
         return x, weight
 
     def narrow(self, dx: Total, dweight: Total, given: LoraCall) -> Total:
-        """Returns the gradient of the layer's input, computed from the gradients of the operands that `widen` returned.
-        Also adds this call's contribution to the gradients of A and B."""
+        """Returns the gradient of the layer's input, from the gradients of the operands of `widen`. Also adds the
+        call's contribution to the gradients of A and B."""
         if not self.names:
             return dx
         (name,), width, taken = self.names, given.x.x.size(-1), given.taken()
@@ -120,8 +117,8 @@ class WeightLora:
             self._step.compare_gradient(name, made, most=most)
 
     def _judge_dropout(self, given: LoraCall) -> None:
-        """Compare the dropped fraction and the factor of dropout. The reference cannot know which inputs were dropped,
-        because this depends on random bits that it does not have."""
+        """Compare the dropped fraction and the factor of dropout. The reference does not know which inputs were
+        dropped."""
         at, name, share, given_x = self._step.at, given.call.name, self._share, given.x.x
         if share and not given.call.has(given.dropped):
             at.fail("dropout", name, "no rank recorded the input after dropout", rank=given.call.rank)
@@ -139,8 +136,8 @@ class WeightLora:
         self._step.compare("dropout", given.call, "x", Total(x, x.abs(), off), rounded, got=got, name=name)
 
     def _through(self, given: LoraCall, dx: Total) -> Total:
-        """Applies the backward of dropout to a gradient. If an input is 0, the judge cannot know whether it was
-        dropped, so both results are allowed."""
+        """Applies the backward of dropout to a gradient. Whether an input of 0 was dropped is unknown, so both results
+        are allowed."""
         if not given.call.has(given.dropped):
             return dx
         factor, unsure = 1 / (1 - self._share), given.x.x == 0
@@ -169,8 +166,8 @@ class WeightLora:
         return Total(made, total.size, torch.maximum(more - made, made - less))
 
     def _sum(self, terms: list[Total]) -> Total:
-        """Returns the sum of the terms. The result of each addition is rounded. The error bound that is returned with
-        the sum covers every order of the additions."""
+        """Returns the sum of the terms, with a rounding after each addition. Its error bound covers every order of the
+        additions."""
         sides = zip(*((one.x, one.size, low.slack(one)) for one in terms), strict=True)
         x, size, off = (torch.stack(side).sum(0) for side in sides)
         sizes = sum(one.x.abs() for one in terms)

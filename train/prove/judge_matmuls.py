@@ -1,4 +1,4 @@
-"""Judges the linear layers, the experts and SwiGLU on single ranks: forward, backward and weight gradients."""
+"""Judges the linear layers, the experts and SwiGLU on each rank: forward, backward and weight gradients."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -109,8 +109,8 @@ def judge_experts(step: StepParts, name: str) -> None:
 
 
 def judge_experts_back(step: StepParts, name: str) -> None:
-    """Judge the gradients of the experts: of their input rows, the first matmul's output, the gates, both weights, and
-    LoRA A and B."""
+    """Judge the gradients of the experts: input rows, output of the first matmul, gates, both weights, and LoRA A and
+    B."""
     up, down, high = step.rounding.up, step.rounding.down, step.rounding.high
     (whole13, lora13), (whole2, lora2) = _sides(step, name)
     w13, w2 = (
@@ -160,7 +160,7 @@ def judge_experts_back(step: StepParts, name: str) -> None:
 
 
 def _sides(step: StepParts, name: str) -> list[tuple[Tensor, WeightLora]]:
-    """Returns the weight of the first matmul and the weight of the second matmul, each with its LoRA A and B."""
+    """Returns the weights of the first and of the second matmul, each with its LoRA A and B."""
     names = [f"{name}.experts.{part}" for part in ("w13", "w2")]
     return [(step.weights[each], WeightLora(step, each)) for each in names]
 
@@ -181,8 +181,8 @@ def _times(call: PartCall) -> RowMatmul:
 
 
 def _by_expert(counts: list[int], here: range, rows: NearNumbers, weight: NearNumbers) -> Total:
-    """Multiplies the rows of each expert by the expert's matrix. counts: rows of each expert. here: indices of this
-    rank's experts. weight: matrices (E, N, C) of all experts."""
+    """Multiplies the rows of each expert by the expert's matrix. counts: rows per expert. here: this rank's experts.
+    weight: (E, N, C)."""
     empty = rows.x.new_zeros(0, weight.x.size(1))
     parts = [Total(empty, empty, empty)]
     for expert, one in zip(here, low.split_rows(rows, counts), strict=True):
@@ -204,7 +204,7 @@ def _swiglu_back(
     call: PartCall, high: PlainFormat, order: Bound, cancels: bool, h: NearNumbers, da: Total
 ) -> low.SwigluSlopes:
     """Returns the results of SwiGLU's backward. cancels: whether da is a sum of rounded terms that may cancel. If so,
-    the rounding errors of dh are measured relative to the sum of these terms' magnitudes."""
+    errors of dh are relative to the terms' magnitudes."""
     back = low.swiglu_backward(h, call.get("gates"), low.rounded(da, high, order.value * da.size), high)
     if not cancels:
         return back
@@ -213,6 +213,6 @@ def _swiglu_back(
 
 
 def _added(one: Total, other: Total, form: PlainFormat) -> Total:
-    """Returns the sum of two results, each of which is rounded to `form` before the addition."""
+    """Rounds two results to `form`, and returns the sum."""
     off = low.slack(one) + low.slack(other) + (low.spacing(one.x, form) + low.spacing(other.x, form)) / 2
     return Total(one.x + other.x, one.size + other.size, off)

@@ -25,7 +25,7 @@ StepPart = Callable[[ReferenceStep], Tensor]
 
 @dataclass
 class WholeModel:
-    """One step of the complete model: the evidence of the ranks, and the result of the reference."""
+    """One step of the complete model: what the ranks recorded, and the result of the reference."""
 
     at: Comparisons
     ranks: list[Evidence]
@@ -57,8 +57,8 @@ class WholeModel:
                 self._compare("attention scores", name, rank, got, lambda step, name=name: step.seen.scores[name])
 
     def judge_backward(self) -> None:
-        """Judge the gradients from the last part to the first. For each part, first judge the gradient of its output,
-        then the gradients of its weights."""
+        """Judge the gradients from the last part to the first. In each part, the gradient of its output comes before
+        those of its weights."""
         at, came, wanted = self.at, calls_by_name(self.ranks, "backward"), self.want.gradients
         exact, shapes = at.proof == "exact", reference.trained_shapes(at.values)
         found = sum_over_ranks(self.ranks, shapes) if exact else assemble(self.ranks, "reduced")
@@ -85,7 +85,7 @@ class WholeModel:
         bound: Bound | None = None,
     ) -> None:
         """Compare a rank's tensor with the tensor that `part` selects from the reference's step. If the error exceeds
-        the bound, perturbed runs determine how sensitive the tensor is to rounding, and may widen the bound."""
+        the bound, perturbed runs may widen the bound."""
         bound, widen = bound or computed(self.at.proof, self.at.config), partial(self._widen, part, self.at.is_rounded)
         self.at.compare(quantity, name, got, part(self.want), bound, rank=rank, scale=scale, widen=widen)
 
@@ -105,16 +105,14 @@ class WholeModel:
         return self._here(gradient * (rank.info.dp * rank.info.cp), name, rank, number)
 
     def _here(self, value: Tensor, name: str, rank: Evidence, number: int, count: int | None = None) -> Tensor:
-        """Returns the part of `value` that belongs to the samples and positions of a rank's micro-batch. The samples
-        and positions of `value` may be flattened into one axis. count: number of positions that the rank recorded; see
-        `_places`."""
+        """Returns the part of `value` for the samples and positions of a rank's micro-batch. `value` may have both in
+        one axis. count: see `_places`."""
         by_sample = value if value.size(0) == self.batch_size else value.unflatten(0, (self.batch_size, -1))
         return by_sample[rank.rows(number)][:, self._places(rank, name, count)]
 
     def _places(self, rank: Evidence, name: str, count: int | None) -> list[int]:
-        """Returns the positions in a sequence for which a rank has this output. count: number of positions that the
-        rank recorded; None: the positions that `places_of` returns. With context parallelism, an embedding also has
-        some positions after each of the rank's pieces, because MTP modules look ahead."""
+        """Returns the positions for which a rank has this output. count: number of recorded positions; None: those of
+        `places_of`. With context parallelism, an embedding has extra positions after each piece, for MTP modules."""
         config, info = self.at.config, rank.info
         here = places_of(info, config.seq_len, depth_of(name))
         if info.cp == 1 or count in (None, len(here)):
@@ -125,7 +123,7 @@ class WholeModel:
 
     def _judge_choice(self, name: str, rank: Evidence, number: int, ids: Tensor) -> None:
         """Judge the chosen experts. Except in check `exact`, a rank may choose other experts than the reference if the
-        scores of both choices are equal within rounding errors."""
+        scores are equal within rounding errors."""
         at = self.at
         bound = chosen(at.proof, at.config)
         if at.proof == "exact":
@@ -143,9 +141,8 @@ class WholeModel:
         at.compare("chosen experts", name, excess, 0.0, bound, rank=rank, scale=1.0, widen=widen)
 
     def _judge_keys(self, name: str, rank: Evidence, number: int, keys_BTK: Tensor) -> None:
-        """Judge the chosen keys. Except in check `exact`, a rank may choose other keys than the reference. Then the
-        query must be allowed to attend to each chosen key, the number of keys must be right, and the scores of the
-        chosen keys must equal the best scores within rounding errors."""
+        """Judge the keys that sparse attention chose. Except in check `exact`, a rank may choose other keys than the
+        reference. These must be permitted, in the right number, and have the best scores within rounding errors."""
         at, chooser = self.at, self._chooser(name)
         index_of = partial(self._output, f"{chooser}.index", rank, number, None)
         index_BTS, want_BTS = index_of(self.want).detach(), self._output(f"{name}.keys", rank, number, None, self.want)
@@ -170,8 +167,8 @@ class WholeModel:
         at.compare("chosen keys", f"{name}, their scores", excess, 0.0, bound, rank=rank, scale=scale, widen=widen)
 
     def _chooser(self, name: str) -> str:
-        """Returns the name of the attention whose indexer chose the keys for the attention `name`. This is `name`
-        itself, or the nearest earlier attention with an indexer."""
+        """Returns the name of the attention whose indexer chose the keys for the attention `name`: itself, or the
+        nearest earlier attention with an indexer."""
         names = [key.removesuffix(".keys") for key in self.want.seen.values if key.endswith(".keys")]
         before = names[: names.index(name) + 1]
         return next(one for one in reversed(before) if f"{one}.index" in self.want.seen.values)
@@ -191,8 +188,8 @@ class WholeModel:
 
 
 def judge_batch(at: Comparisons, ranks: list[Evidence], batch_size: int) -> bool:
-    """Returns whether the sequences of all ranks together form the batch. If not, adds a failed comparison; the step
-    then cannot be compared."""
+    """Returns whether the sequences of all ranks form the batch. If not, records a failed comparison; the step then
+    cannot be compared."""
     shares = {(rank.info.first, rank.info.first + rank.micro_batches() * rank.info.micro_batch_size) for rank in ranks}
     starts, ends = (sorted(side) for side in zip(*shares, strict=True))
     if [*starts, batch_size] == [0, *ends]:
@@ -213,8 +210,11 @@ def judge_validation(at: Comparisons, ranks: list[Evidence], plain: PlainModel) 
 
 
 def chosen_by_ranks(ranks: list[Evidence], seq_len: int) -> dict[str, Tensor]:
-    """Returns the choices of all ranks for the complete batch. The name of a router maps to its chosen experts (N, K).
-    The name of an attention plus `.keys` maps to a mask (B, T, T), which is True where a query attends to a key."""
+    """Returns the choices of all ranks for the complete batch:
+
+    ROUTER            chosen experts (N, K)
+    ATTENTION.keys    mask (B, T, T), True where a query attends to a key
+    """
     found: dict[str, Tensor] = {}
     for name, calls in calls_by_name(ranks, "forward").items():
         if name.endswith((".ids", ".keys")):
@@ -233,10 +233,7 @@ def chosen_by_ranks(ranks: list[Evidence], seq_len: int) -> dict[str, Tensor]:
 
 
 def backward_order(weights: list[str], outputs: list[str]) -> list[str]:
-    """Returns the names of weights and outputs, in the order in which backward computes their gradients.
-
-    The last part comes first. In each part, the gradient of its output comes before the gradients of its weights.
-    """
+    """Returns the names of weights and outputs, in the order in which backward computes their gradients."""
     place = {name: float(number) for number, name in enumerate(weights)}
 
     def after(output: str) -> tuple[float, int]:

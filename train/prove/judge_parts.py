@@ -1,17 +1,12 @@
-"""Judges single parts of the model, such as a linear layer or a norm, on each rank, in precisions with rounding. Each
-recorded output is compared with the result that the reference computes from the recorded input of the same part.
+"""Judges single parts of the model, such as a linear layer or a norm, in precisions with rounding. Each recorded output
+is compared with the reference's result for the recorded input.
 
-The reference formulas in train/prove/low_precision.py and high_precision.py round wherever the recipe rounds. So a
-correct result differs from the reference only by the order of a sum and by one rounding. The comparison subtracts the
-one rounding from each difference, and divides the rest by the sum of the magnitudes of the result's terms. The bound is
-a few millionths. For outputs of a complete FP8 model, the bound would be three quarters. The gradient of a weight is
-summed over all micro-batches and averaged over all ranks, as in the update.
+The formulas in train/prove/low_precision.py and high_precision.py round wherever the recipe rounds. So a correct result
+differs only by the order of a sum and by one rounding. The comparison subtracts the one rounding, and divides the rest
+by the sum of the terms' magnitudes. The bound is a few millionths, instead of three quarters for a complete FP8 model.
 
-An element is inconclusive if rounding ties may change it by more than the fraction INCONCLUSIVE of its sum of
-magnitudes. If more than the fraction MOST_INCONCLUSIVE of a tensor is inconclusive, the comparison fails, because it
-would prove nothing.
-
-PART_JUDGES assigns two functions of judge_matmuls.py, judge_attention.py or judge_layers.py to each part.
+If rounding ties may change an element by more than the fraction INCONCLUSIVE, it is inconclusive. If more than the
+fraction MOST_INCONCLUSIVE of a tensor is inconclusive, the comparison fails.
 """
 
 import re
@@ -22,8 +17,7 @@ from train.prove.reference_adapter import is_adapted
 from train.prove.step_parts import StepParts
 
 PartJudge = Callable[[StepParts, str], None]
-"""A function that judges the forward or the backward of all calls of a part. Its arguments are the step and the name of
-the part."""
+"""A function that judges all calls of a part, forward or backward. Its arguments are the step and the part's name."""
 PART_JUDGES: tuple[tuple[str, PartJudge, PartJudge], ...] = (
     (r"(embedding)", judge_layers.judge_embedding, judge_layers.judge_embedding_back),
     (r"(head)", judge_layers.judge_head, judge_layers.judge_head_back),
@@ -39,16 +33,16 @@ PART_JUDGES: tuple[tuple[str, PartJudge, PartJudge], ...] = (
     (r"(.*\.(?:ffn|shared))\.w13", judge_matmuls.judge_swiglu, judge_matmuls.judge_swiglu_back),
     (r"(.*)\.kv_up", judge_attention.judge_attention, judge_attention.judge_attention_back),
 )
-"""Each row has a pattern for the name of a weight without `.weight`, and the judges of forward and backward. The first
-group of the pattern matches the name of the judged part."""
+"""Rows of (pattern for the name of a weight without `.weight`, judge of forward, judge of backward). The pattern's
+first group is the judged part."""
 WITHIN = ("", ".w13", ".0", ".out", ".ffn_norm")
-"""Suffixes of a part's name. The name and one of these suffixes form the name under which calls are recorded: the part
-itself has no suffix, and an FFN, the head, attention and a block have the suffix of a layer inside them."""
+"""Suffixes under which the calls of a part are recorded. FFN, head, attention and block have the suffix of a layer
+inside them."""
 
 
 def judge_parts(step: StepParts) -> None:
-    """Judge forward from the first part to the last, then backward from the last part to the first. If evidence is
-    missing, report only the missing evidence."""
+    """Judge forward from the first part to the last, then backward in the opposite order. If recorded tensors are
+    missing, report only these."""
     at, parts = step.at, list(_parts_of(reference.weight_shapes(step.config.model)))
     if step.config.optim.index_warmup:  # other parts have no gradients; a proof without warm-up judges them
         parts = [part for part in parts if ".indexer." in part[0]]
@@ -74,8 +68,7 @@ def judge_parts(step: StepParts) -> None:
 
 
 def _parts_of(weights: Iterable[str]) -> Iterable[tuple[str, PartJudge, PartJudge]]:
-    """Yields the name and the judges of each part, in the order of `weights`. weights: names of weights in the order of
-    a forward pass."""
+    """Yields the name and the judges of each part. weights: names of weights in the order of a forward pass."""
     for weight in weights:
         for pattern, forward, backward in PART_JUDGES:
             if match := re.fullmatch(pattern, weight.removesuffix(".weight")):

@@ -1,8 +1,7 @@
-"""Judges dispatch and combine: compares the rows that arrive with the rows that were sent.
+"""Judges dispatch and combine: compares the rows that arrive with the rows that were sent, for each layer, micro-batch
+and expert group.
 
-Every layer, micro-batch and expert group is judged separately, with the rows that the ranks recorded. So a difference
-is a fault of dispatch or combine, and not of an earlier part. The judge does not rely on the order of rows. It matches
-rows and tokens by expert and gate.
+Rows and tokens are matched by expert and gate, not by their order.
 
     forward     gates at the experts, rows at the experts, sums of expert outputs
     backward    gradients at the experts, gradients of gates, sums of gradients of rows
@@ -29,8 +28,8 @@ AT_TOKENS = ("x", "ids", "gates", "y", "d_x", "d_gates", "d_y")
 AT_EXPERTS = ("rows", "row_gates", "counts", "out", "d_rows", "d_row_gates", "d_out")
 ROWS = Bound(0.0, "bit for bit: rows are rounded once, by the sender")
 SeenTensors = dict[str, Tensor]
-"""Maps the names of watched_dispatcher.py to the tensors of one layer and micro-batch. Each tensor is concatenated over
-the ranks of an expert group."""
+"""Maps the names of watched_dispatcher.py to the tensors of one layer and micro-batch, concatenated over the ranks of
+an expert group."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,16 @@ class SentRows:
         return _order(torch.arange(len(counts_E)).repeat_interleave(counts_E), seen["row_gates"], seen["d_row_gates"])
 
     def order_at_tokens(self) -> Tensor:
-        """Returns the order (P,) that sorts the pairs (token, expert). As in `order_at_experts`, the sort keys are the
-        expert, the gate, and the gradient of the gate. If the gates arrived unchanged, both orders match."""
+        """Returns the order (P,) that sorts the pairs (token, expert), by the keys of `order_at_experts`. If the gates
+        arrived unchanged, both orders match."""
         return _order(*(self.seen[name].flatten() for name in ("ids", "gates", "d_gates")))
 
     def hops(self) -> list[int]:
-        """Returns the additions of the combine before the token's rank, in the format of the argument `hops` of
-        `summed_rows`. If the dispatcher adds a token's rows on the rank of the experts, the list has the number of
-        experts on a rank. If the dispatcher adds these sums again on the experts' node, the list also has the number of
-        experts on a node."""
+        """Returns the additions of the combine before the token's rank, for the argument `hops` of `summed_rows`:
+
+        number of experts on a rank    if the rank of the experts adds the rows of a token
+        number of experts on a node    if the node of the experts adds these sums again
+        """
         info = self.ranks[0].info
         return DISPATCHES[info.dispatch].find_sums(len(self.seen["counts"]), info.ep, info.ep_ranks_per_node)
 
@@ -95,8 +95,8 @@ def judge_rows(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def _judge_sent(at: Comparisons, sent: SentRows, quantity: str, names: tuple[str, str], floor: float) -> None:
-    """Judge the rows that tokens sent to experts. names: name of the sent tensor, then name of the received tensor.
-    floor: lower bound of the magnitude from which an FP8 scale is computed."""
+    """Judge the rows that tokens sent to experts. names: names of the sent and of the received tensor. floor: lower
+    bound of the magnitude for an FP8 scale."""
     given, arrived = (sent.seen[name] for name in names)
     rows_TD, top_k = given.double(), sent.seen["ids"].size(1)
     if at.config.parallel.wire == "fp8" and sent.ranks[0].info.ep > 1:
@@ -108,8 +108,8 @@ def _judge_sent(at: Comparisons, sent: SentRows, quantity: str, names: tuple[str
 
 
 def _judge_sums(at: Comparisons, sent: SentRows, rows: str, sums: str, quantity: str) -> None:
-    """Judge the sums of rows that experts sent back to tokens. rows: name of the recorded rows of the experts. sums:
-    name of the recorded sums."""
+    """Judge the sums of rows that experts sent back to tokens. rows: name of the recorded rows. sums: name of the
+    recorded sums."""
     seen, at_experts, at_tokens = sent.seen, sent.order_at_experts(), sent.order_at_tokens()
     if len(at_experts) != len(at_tokens):
         return  # the comparison of gates has reported this fault

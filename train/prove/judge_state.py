@@ -1,5 +1,4 @@
-"""Judges the state and the counters of a run between its steps: at the start, after a skipped step and in a
-checkpoint."""
+"""Judges the state and the counters of a run: at the start, after a skipped step and in a checkpoint."""
 
 import math
 from dataclasses import dataclass, replace
@@ -67,8 +66,8 @@ def given_state(config: Config) -> State:
 
 
 def state_from_checkpoint(config: Config, saved: State, tally: Tally) -> tuple[State, Tally]:
-    """Returns the expected state and counters after a resume from the state `saved`. If the second part has another
-    optimizer than the first part, the optimizer's state and the number of updates are 0."""
+    """Returns the expected state and counters after a resume from `saved`. If the second part has another optimizer,
+    its state and its number of updates are 0."""
     if config.prove.first_optimizer in (None, config.optim.name):
         return saved, tally
     kept = {name: tensor for name, tensor in saved.items() if name.startswith(("master.", "bias.", "ema."))}
@@ -76,10 +75,10 @@ def state_from_checkpoint(config: Config, saved: State, tally: Tally) -> tuple[S
 
 
 def judge_same(at: Comparisons, quantity: str, ranks: list[Evidence], want: State, own: str | None = None) -> State:
-    """Compare the state of all ranks bit for bit with the state `want`, and also the biases in every rank's routers.
-    Returns the state of the ranks.
+    """Compare the state of all ranks, and the biases in their routers, with `want`, bit for bit. Returns the state of
+    the ranks.
 
-    quantity: name of the compared quantity. own: name of the quantity for the biases in the routers, if it differs.
+    quantity: name of the compared quantity. own: another name for the biases; None for `quantity`.
     """
     got = state_after(at.config, ranks)
     at.same_names("state", got, want)
@@ -92,7 +91,7 @@ def judge_same(at: Comparisons, quantity: str, ranks: list[Evidence], want: Stat
 
 
 def judge_schedules(config: Config, findings: ProofFindings) -> None:
-    """Judge the settings of all steps of the recipe's run, although a proof trains only a few steps."""
+    """Judge the settings of all steps of the recipe's run. mode=prove trains only a few of these steps."""
     at, plans = Comparisons("fp32", config, findings), Schedules(config)
     at.phase, want = "settings", [vars(plan) for plan in reference_step.plan_steps(at.values)]
     got = [vars(plans.plan(step)) for step in range(1, config.steps + 1)]
@@ -114,8 +113,8 @@ def judge_tally(at: Comparisons, ranks: list[Evidence], tally: Tally) -> None:
 
 
 def judge_drawn(at: Comparisons, ranks: list[Evidence]) -> None:
-    """Judge the initial weights of a run. They must have the right distribution, and must equal the initial weights of
-    a model on one rank, bit for bit."""
+    """Judge the initial weights of a run. They must have the right distribution, and equal the initial weights of one
+    rank bit for bit."""
     drawn, config = assemble(ranks, "drawn"), at.config
     if not drawn or at.proof != "fp32":
         return
@@ -142,8 +141,8 @@ def judge_drawn(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def judge_weights(at: Comparisons, ranks: list[Evidence], state: State) -> None:
-    """Compare the weights and balance biases that `Engine.weights` returned with `state`. With an adapter, the engine
-    must have added LoRA's matrices to the weights."""
+    """Compare the weights and balance biases from `Engine.weights` with `state`. With an adapter, these weights must
+    include LoRA's matrices."""
     if at.proof != "fp32" or at.values.adapter.base == "fp8":
         return
     got = {name: weight for rank in ranks for name, weight in rank.of_kind("weights")}

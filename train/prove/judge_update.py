@@ -1,4 +1,4 @@
-"""Judges an update: compares the gradient norm, master weights, moments, average of the weights, and biases with the
+"""Judges an update: compares gradient norm, master weights, moments, average of the weights, and biases with the
 reference."""
 
 import torch
@@ -19,11 +19,10 @@ QUANTITIES = {
     "exp_avg": "first moments",
     "exp_avg_sq": "second moments",
 }
-"""Maps each kind of state to its name in the findings. A kind that is not in this mapping, such as momentum, appears in
-the findings under the same name."""
+"""Maps each kind of state to its name in the findings. Other kinds, such as momentum, keep their name."""
 ROUNDINGS = {"master": 4, "ema": 2, "bias": 2}
-"""Maximum number of fp32 roundings for each kind of state. For the optimizer's state, train/prove/updates.py defines
-this number."""
+"""Maximum number of fp32 roundings for each kind of state. train/prove/updates.py has the numbers for the optimizer's
+state."""
 STATE_ROUNDINGS = {kind: count for formula in UPDATES.values() for kind, count in formula.roundings.items()}
 SMALLEST_BF16 = 2.0**-133
 """The smallest positive bf16 number."""
@@ -32,8 +31,7 @@ SMALLEST_BF16 = 2.0**-133
 def judge_update(
     at: Comparisons, ranks: list[Evidence], before: State, loads: dict[str, Tensor], plan: PlainPlan, number: int
 ) -> State:
-    """Judge an update and return the state after it. The reference uses the ranks' reduced gradients, which were judged
-    earlier.
+    """Judge an update and return the state after it. The reference uses the reduced gradients of the ranks.
 
     before: the state before the update. loads: tokens per expert. number: index of the update in the run, from 1.
     """
@@ -90,8 +88,8 @@ def judge_biases(
 def _judge_exact(
     at: Comparisons, ranks: list[Evidence], before: State, clipped: State, plan: PlainPlan, number: int
 ) -> None:
-    """Judge the updates of complete matrices that the ranks repeated in fp64. clipped: the ranks' reduced gradients,
-    multiplied by the reference's clip factor."""
+    """Judge the updates of complete matrices that the ranks repeated in fp64. clipped: reduced gradients times the clip
+    factor of the reference."""
     found, gradients = assemble(ranks, "exact"), assemble(ranks, "exact_gradient")
     fp64 = Bound(
         EXACT,
@@ -117,8 +115,8 @@ def _judge_exact(
 
 
 def _row_factors(at: Comparisons, ranks: list[Evidence]) -> State:
-    """Returns the factors by which optim.qk_clip multiplies the rows of weights, computed from the attention scores
-    that the ranks recorded."""
+    """Returns the factors by which optim.qk_clip multiplies the rows of weights, computed from the recorded attention
+    scores."""
     found: State = {}
     for rank in ranks:
         for name, scores_H in rank.of_kind("scores"):
@@ -129,8 +127,8 @@ def _row_factors(at: Comparisons, ranks: list[Evidence]) -> State:
 
 
 def _size(before: Tensor, after: Tensor, moved: Tensor) -> Tensor:
-    """Returns the magnitude of one fp32 rounding error for each element. An element is the sum of an old value and a
-    change, and both may have rounding errors."""
+    """Returns the magnitude of one fp32 rounding error for each element. Both the old value and the change may have
+    rounding errors."""
     return UNIT["fp32"] * (torch.maximum(before.abs(), after.abs()) + moved.abs())
 
 
@@ -139,7 +137,7 @@ def _judge_moved(
 ) -> None:
     """Judge a tensor that an update changed. rounded: magnitude of one fp32 rounding error for each element.
 
-    If the allowed error of an element is at least as large as its change, the element is inconclusive.
+    If an element changes by no more than its allowed error, it is inconclusive.
     """
     if name not in got:
         return
@@ -155,8 +153,8 @@ def _judge_moved(
 def _judge_decay(at: Comparisons, name: str, before: Tensor, got: Tensor, want: Tensor, rounded: Tensor) -> None:
     """Judge weight decay: the part of the error that is proportional to the weights.
 
-    This part is a mean over all elements, in which the rounding errors of single elements average out. So the
-    comparison detects a wrong weight decay even if the decay of each element is smaller than its rounding error.
+    In a mean over all elements, rounding errors average out. So the comparison detects a wrong decay below the rounding
+    error of an element.
     """
     square = before.square().sum().clamp_min(SMALLEST)
     error = float(((got - want) * before).sum() / square)

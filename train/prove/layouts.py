@@ -1,5 +1,5 @@
-"""Derives the configurations that a proof runs from a recipe: one for each check, and one in a second layout, which
-reads the checkpoint of the first layout."""
+"""Derives the configurations of the checks from a recipe. A second layout resumes from the first layout's
+checkpoint."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -37,40 +37,34 @@ def in_fp32(config: Config) -> Config:
 
 
 def in_loop(config: Config) -> Config:
-    """Returns the recipe in fp32 without optim.qk_clip, because the engine refuses optim.qk_clip for batches with
-    padding."""
+    """Returns the recipe in fp32 without optim.qk_clip, which the engine refuses for batches with padding."""
     return in_fp32(replace(config, optim=replace(config.optim, qk_clip=None)))
 
 
 def without_dropout(config: Config) -> Config:
-    """Returns the recipe without dropout. The reference cannot reproduce dropout's random bits, so outputs of the
-    complete model can be compared only without dropout."""
+    """Returns the recipe without dropout, because the reference cannot reproduce dropout's random bits."""
     return replace(config, adapter=replace(config.adapter, dropout=0.0))
 
 
 TILED = 136
-"""Every width in check `tiles`. The number of a rank's tokens in a micro-batch is about the same. Each of these
-dimensions has two tiles of 128, and the second tile is not full. With a single tile, the check could not detect that a
-value gets the scale of a neighbouring tile."""
+"""Every width in check `tiles`: two tiles of 128, the second not full. With one tile, the check could not detect the
+use of a neighbouring tile's scale."""
 TILED_HEADS = 4
 WARP, WIDE_RANKS = 32, 2
-"""WARP: number of threads in a warp. In check `tiles`, each rank has more than WARP experts, if the model has at least
-WARP experts and an expert group has at most WIDE_RANKS ranks. With more ranks, the experts together would take a
-gigabyte."""
+"""WARP: number of threads in a warp. In check `tiles`, each rank has more than WARP experts, if possible. WIDE_RANKS:
+with more ranks in an expert group, the experts together would take a gigabyte."""
 SLOW = 1e-9
-"""Learning rate of check `tiles` if matmuls or the wire use FP8. Some norm weights are so small that the tiles of their
-outputs get the smallest FP8 scale. A larger learning rate would raise these norm weights, and the tiles would get
-larger scales."""
+"""Learning rate of check `tiles` with FP8 matmuls or an FP8 wire. It keeps norm weights so small that some tiles get
+the smallest FP8 scale."""
 FAINT = 1e-13
-"""Weight of the MTP loss in check `tiles` if matmuls or the wire use FP8. The weight makes the gradient of this loss so
-small that some of its tiles get the smallest FP8 scale."""
+"""Weight of the MTP loss in check `tiles` with FP8 matmuls or an FP8 wire. Some tiles of its gradient get the smallest
+FP8 scale."""
 
 
 def with_two_tiles(config: Config) -> Config:
-    """Returns the recipe for check `tiles`: few but wide layers, and two steps.
+    """Returns the recipe for check `tiles`: few wide layers, two steps, and no pipeline.
 
-    There is no pipeline, because a pipeline does not change any scale. Context parallelism, dispatch and combine are as
-    in the recipe.
+    Context parallelism, dispatch and combine do not change.
     """
     model, parallel, ranks = config.model, config.parallel, config.parallel.world
     dense, depth, multiple = min(model.dense_layers, 1), min(model.mtp_depth, 1), parallel.dispatch_facts.width
@@ -106,9 +100,9 @@ def with_two_tiles(config: Config) -> Config:
 
 
 def with_pattern(sparse: SparseAttention, stages: Sequence[int]) -> SparseAttention:
-    """Returns the settings of sparse attention with a pattern in which as many layers as possible reuse the keys that
-    an earlier layer chose. The first layer of every stage chooses its own keys. In a stage of three or more layers, the
-    second layer also chooses keys, and the later layers reuse these keys. stages: number of layers of each stage."""
+    """Returns settings of sparse attention in which as many layers as possible reuse the keys of an earlier layer. Each
+    stage's first layer chooses keys. In a stage of three or more layers, the second layer does too. stages: layers of
+    each stage."""
     if "S" not in sparse.pattern:
         return sparse
     letters = {0: "", 1: "F", 2: "FS"}
@@ -122,20 +116,19 @@ PROOFS: dict[str, Callable[[Config], Config]] = {
     "recipe": without_dropout,
     "tiles": with_two_tiles,
 }
-"""Maps each check to the function that converts a recipe for this check."""
+"""Maps each check to the function that derives its configuration from a recipe."""
 IN_FP64 = ("exact", "loop")
 """Checks that compute in fp64. They run no optimizer."""
 
 
 LOOSE_CLIP = 1e4
-"""Value of optim.clip in the second part of a run. It is so large that no gradient is clipped. In the first part, every
+"""Value of optim.clip in the second part of a run: so large that no gradient is clipped. In the first part, every
 gradient is clipped."""
 
 
 @dataclass(frozen=True)
 class RunPart:
-    """A part of a run: consecutive steps in one layout. The second part has another layout, batch size and clip than
-    the first part, because a user may change these settings when a run resumes."""
+    """Consecutive steps of a run in one layout. The second part resumes with another layout, batch size and clip."""
 
     number: int
     """0 for the first part; 1 for the second part, which resumes from the first part's checkpoint."""
@@ -143,13 +136,13 @@ class RunPart:
     last: int
     """The last step of the part, after which the part saves a checkpoint."""
     spoilt: int | None
-    """The step in which the proof gives one rank a gradient that is not finite; None for no such step. The step must
-    update nothing."""
+    """The step in which one rank gets a gradient that is not finite, so that nothing is updated; None for no such
+    step."""
 
 
 def save_step(config: Config) -> int:
-    """Returns the step whose checkpoint the second part resumes from. The first part trains one more step while this
-    checkpoint is written."""
+    """Returns the step whose checkpoint the second part resumes from. While this checkpoint is written, the first part
+    trains one more step."""
     return max(1, config.steps // 2)
 
 
@@ -159,18 +152,17 @@ def stop_step(config: Config) -> int:
 
 
 def watched_steps(config: Config) -> set[int]:
-    """Returns the steps in which the proof also judges single layers and operations. This is the first step after the
-    checkpoint, which both parts of the run compute.
+    """Returns the steps in which single layers are also judged: the first step after the checkpoint, in both parts.
 
-    In the first part, earlier steps have updated the weights. So this step shows whether casts of weights that are kept
-    in memory were updated too.
+    In the first part, weights have changed before this step. So it shows whether cached casts of weights were updated
+    too.
     """
     return {stop_step(config)}
 
 
 def run_part(config: Config, number: int, ranks: int) -> RunPart:
-    """Configures one part of a check's run, for this number of ranks. config: the configuration of the check. number:
-    index of the part."""
+    """Configures a part of a check's run. config: configuration of the check. number: 0 before the resume, 1 after it.
+    ranks: number of ranks."""
     held_out = replace(config.log, validation_sequences=_held_out(config, ranks))
     if number:
         return RunPart(number, replace(_go_on(config, ranks), log=held_out), config.steps, None)
@@ -187,17 +179,17 @@ def run_part(config: Config, number: int, ranks: int) -> RunPart:
 
 
 def run_parts(proof: str, config: Config, ranks: int, numbers: Sequence[int]) -> list[RunPart]:
-    """Returns the configured parts of a check's run. numbers: indices of these parts. Check `tiles` has only part 0."""
+    """Returns the configured parts of a check's run. numbers: 0 before the resume, 1 after it. Check `tiles` has only
+    part 0."""
     if proof == "tiles":
         return [RunPart(0, config, config.steps, None) for number in numbers if number == 0]
     return [run_part(config, number, ranks) for number in numbers]
 
 
 def _go_on(config: Config, ranks: int) -> Config:
-    """Returns the configuration of the second part, with another layout and batch size than the first part.
+    """Returns the configuration of the second part, with another layout and batch size.
 
-    If the resumed run computed its position in the data from the new batch size, the position would differ from the
-    position in the checkpoint. So the proof shows whether the run reads the position from the checkpoint.
+    The run must read its position in the data from the checkpoint. The new batch size would give another position.
     """
     other = in_layout(config, second_layout(config, ranks))
     optim = replace(
@@ -214,8 +206,8 @@ def _go_on(config: Config, ranks: int) -> Config:
 
 
 def _held_out(config: Config, ranks: int) -> int:
-    """Returns the number of validation sequences. It is at least three. In both layouts, the data-parallel ranks cannot
-    divide this number evenly, so the proof covers an uneven division."""
+    """Returns the number of validation sequences, at least three. The data-parallel ranks of neither layout divide it
+    evenly."""
     other = second_layout(config, ranks)
     passes = {config.micro_batch_size * config.parallel.dp, other.dp} - {1}
     return next(count for count in itertools.count(3) if all(count % size for size in passes))
@@ -243,7 +235,7 @@ def in_layout(config: Config, parallel: Parallel) -> Config:
 
 
 def _others(config: Config, world: int) -> Iterator[Parallel]:
-    """Yields candidates for the second layout. Layouts that differ most from the recipe's layout come first."""
+    """Yields candidates for the second layout, beginning with those that differ most from the recipe's layout."""
     own = config.parallel
     plain = replace(
         own,

@@ -1,6 +1,6 @@
-"""Runs one rank in check `loop`. The rank calls the engine as a custom loop does, in fp64, and writes its evidence.
+"""Runs one rank in check `loop`: calls the engine as a custom loop does, in fp64.
 
-Between two calls of a step, the rank asks the engine for log-probabilities with replayed experts.
+Between two calls of a step, the rank requests log-probabilities with replayed experts.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,7 @@ from train.prove.proof_rank import exact_engine, in_groups, info_of
 
 
 def prove_loop(config: Config, place: Place, device: torch.device) -> None:
-    """Runs the steps of LOOP_STEPS on this rank and writes the evidence of each step. An update changes only the
-    balance biases of the routers."""
+    """Runs the steps of LOOP_STEPS on this rank. An update changes only the routers' balance biases."""
     rank, schedules = in_groups(config, place, device), Schedules(config)
     first, count = share_of(config, config.batch_size, rank.mesh.dp_rank)
     # Drawn before fp64 starts, because the random numbers would differ in fp64.

@@ -1,9 +1,9 @@
-"""Defines the steps of check `loop`: the calls of a custom loop and their batches. The ranks and the judge draw equal
+"""Defines the steps of check `loop`: calls of a custom loop and their batches. The ranks and the judge draw equal
 batches.
 
-Each row of a batch contains chats of one or two samples. Some rows have padding, and some rows have no learnt token.
-Every token has its own temperature and weight. The old and reference log-probabilities are close to -log(vocabulary
-size), the value for equally likely tokens. So some ratios are clipped and others are not.
+Each row has chats of one or two samples. Some rows have padding, and some have no learnt token. Every token has its own
+temperature and weight. Old and reference log-probabilities are near -log(vocabulary size), so that only some ratios are
+clipped.
 """
 
 import math
@@ -26,8 +26,7 @@ class LoopCall:
     """One call of forward_backward on `Engine`."""
 
     losses: Mapping[str, Mapping[str, float]]
-    """Maps each loss to its settings. If there are several losses, the call passes a custom loss that returns their
-    sum. """
+    """Maps each loss to its settings. If there are several, the caller passes a custom loss that returns their sum."""
     replayed: bool = False
     """Whether the batch prescribes the experts to use."""
 
@@ -49,8 +48,8 @@ class LoopStep:
         return any(call.replayed for call in self.calls)
 
     def has(self, term: str) -> bool:
-        """Returns whether the step has this loss term. If the caller selects no terms, the step has all terms. There is
-        one exception: a step with replayed experts has no term `biases`, because replay leaves the biases unchanged."""
+        """Returns whether the step has this loss term. If `terms` is None, it has all terms, except `biases` in a step
+        with replayed experts."""
         return not (self.replayed and term == "biases") if self.terms is None else term in self.terms
 
 
@@ -63,12 +62,11 @@ LOOP_STEPS = (
     ),
     LoopStep((LoopCall({"cispo": {"clip": 0.3, "clip_high": 0.2}}, replayed=True),), ("mtp",)),
 )
-"""Two steps that together use every policy loss, by name or in a custom loss. The first step has two calls. The second
-step has replayed experts."""
+"""Two steps that together use every policy loss. The second step has replayed experts."""
 
 
 def loop_batches(config: Config) -> tuple[Batch, Batch]:
-    """Returns the batches for the first and the second call of a step. Each batch has the rows of all ranks."""
+    """Returns the batches of the first and the second call of a step. They contain the rows of all ranks."""
     return _batch(config, 0), _batch(config, config.batch_size)
 
 
@@ -90,8 +88,8 @@ def _batch(config: Config, first: int) -> Batch:
 
 
 def loop_experts(config: Config, batch: Batch) -> Tensor:
-    """Draws the experts to replay, (B, T, L, K). The experts of a token come from at most top_groups groups. A position
-    has -1 if the next position does not belong to the same sample."""
+    """Draws the experts to replay, (B, T, L, K), from at most top_groups groups per token. If the next position is in
+    another sample, the experts are -1."""
     model, documents_BS = config.model, batch.documents_BS
     assert documents_BS is not None
     shape = *batch.tokens_BS[:, 1:].shape, model.layers - model.dense_layers
@@ -108,8 +106,8 @@ def counting(documents_BS: Tensor) -> Tensor:
 
 
 def _draw(config: Config, name: str, first: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Draws random normal numbers in fp32. The numbers of a row depend only on `name` and on the row's index, which is
-    `first` plus the row's place in this batch."""
+    """Draws normal numbers in fp32. They depend only on `name` and the row's index: `first` plus its place in this
+    batch."""
     rows = [torch.randn(shape[1:], generator=drawing(f"{config.seed}/loop/{name}/{first + row}"), dtype=torch.float32)
             for row in range(shape[0])]  # fmt: skip
     return torch.stack(rows)

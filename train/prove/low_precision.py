@@ -1,14 +1,13 @@
-"""Reference for matmuls in mixed precision, written like the formulas of the paper (section 3.3). The judges of single
-parts use it.
+"""Reference for matmuls in mixed precision, written like the formulas of the paper (section 3.3).
 
-A linear layer has three matmuls, each with a left and a right operand (paper 3.3.1):
+A linear layer has three matmuls (paper 3.3.1):
 
     Fprop   y  = x w^T      summed over the inputs
     Dgrad   dx = dy w       summed over the outputs
     Wgrad   dw = dy^T x     summed over the tokens and over micro-batches, in fp32 (paper 3.3.3)
 
-An FP8 operand is cut into tiles along the axis of the sum: tiles of 1x128 for activations and gradients, and blocks of
-128x128 for weights. Each tile has one scale, which is computed from its largest magnitude (paper 3.3.2):
+An FP8 operand is cut into tiles along the axis of the sum: 1x128 for activations and gradients, 128x128 for weights.
+Each tile has one scale (paper 3.3.2):
 
     scale = max(largest, floor) / largest number of the format, or the next power of two above
     q     = x * (1 / scale), rounded to the nearest number of the format, and the matmul multiplies q * scale
@@ -16,13 +15,12 @@ An FP8 operand is cut into tiles along the axis of the sum: tiles of 1x128 for a
 scale, 1 / scale, x * (1 / scale) and q * scale are rounded to fp32. 1 / scale is a separate division, as in DeepSeek's
 TileKernels.
 
-Matmuls are summed in fp32, with promotion every 128 terms (paper 3.3.2). The results of Fprop and Dgrad are rounded
-once, to bf16. The result of Wgrad is not rounded. Inputs are saved for Wgrad in FP8; the input of attention's output
-projection is saved in E5M6. Wgrad casts the saved inputs again along the tokens (paper 3.3.3, 3.5.2).
+Matmuls are summed in fp32, with promotion every 128 terms (paper 3.3.2). Results of Fprop and Dgrad are rounded once,
+to bf16. Results of Wgrad are not rounded. Inputs are saved for Wgrad in FP8; the input of attention's output projection
+is saved in E5M6. Wgrad casts the saved inputs again along the tokens (paper 3.3.3, 3.5.2).
 
-This file shares only the recipe's values with the judged code. All its arithmetic is in fp64. A correct rank may
-compute a sum in another order. If the sum is near the middle between two numbers of a format (a rounding tie), the rank
-may then round it to the other number. `NearNumbers` holds numbers together with their possible error from both effects.
+This file shares only the recipe's values with the judged code. All its arithmetic is in fp64. A rank may sum in another
+order, and round to the other number near a rounding tie. `NearNumbers` holds numbers with this possible error.
 
 Shapes: T rows, K inputs, N outputs. For experts: R rows sorted by expert, D model width, F inner width.
 """
@@ -39,8 +37,8 @@ from train.prove.recipe_values import Values
 
 TILE = 128
 FLOOR = 1e-4
-"""Lower bound of the largest magnitude from which the scale of a tile is computed, for activations and weights.
-DeepSeek's kernels use the same bound."""
+"""Lower bound of the magnitude from which a tile's scale is computed (activations and weights), as in DeepSeek's
+kernels."""
 FP32 = 2.0**-24
 """Unit roundoff of fp32."""
 EXPONENT = 0x7FF << 52
@@ -69,8 +67,7 @@ FORMATS = {
 
 
 class NearNumbers(NamedTuple):
-    """Numbers x in fp64. The numbers of a correct rank differ from x by at most `off`. If `off` is None, they equal
-    x."""
+    """Numbers x in fp64. A correct rank's numbers differ from x by at most `off`; None for no difference."""
 
     x: Tensor
     off: Tensor | None = None
@@ -111,9 +108,8 @@ def nearest(x: Tensor, form: PlainFormat) -> Tensor:
 
 
 def rounded(given: NearNumbers | Total, form: PlainFormat, noise: Tensor | float = 0.0) -> NearNumbers:
-    """Rounds numbers to the format. noise: possible error of the numbers before the rounding, in addition to `off`.
-    Because of this error, a rank may round to another number of the format. The result's `off` is the distance between
-    the largest and the smallest number to which a rank may round."""
+    """Rounds numbers to the format. noise: possible error before the rounding, in addition to `off`. The result's `off`
+    covers every number to which a rank may round."""
     x, margin = nearest(given.x, form), noise if given.off is None else given.off + noise
     if isinstance(margin, float) and margin == 0:
         return NearNumbers(x)
@@ -137,19 +133,17 @@ class Rule:
     """Lower bound of the largest magnitude from which a scale is computed."""
 
     def block(self, along: int) -> tuple[int | None, int | None]:
-        """Returns the number of rows and of columns that have a common scale; None for all rows or columns. along: axis
-        over which the matmul sums, -1 or -2."""
+        """Returns the numbers of rows and of columns with a common scale; None for all. along: axis of the sum, -1 or
+        -2."""
         sides = {"1x128": (1, TILE), "1x32": (1, 32), "128x128": (TILE, TILE), "row": (1, None), "tensor": (None, None)}
         across_along = sides[self.shared]
         return across_along if along == -1 else across_along[::-1]
 
 
 def cast(given: NearNumbers, rule: Rule | None, along: int, noise: float = 0.0) -> NearNumbers:
-    """Casts an operand (..., M, N) of a matmul, and returns the values that the matmul multiplies. If `rule` is None,
-    the operand does not change.
+    """Casts an operand (..., M, N), and returns the values that the matmul multiplies. rule=None: no cast.
 
-    along: axis over which the matmul sums, -1 or -2. noise: relative error of the operand's numbers, in addition to the
-    operand's possible error `off`.
+    along: axis of the sum, -1 or -2. noise: relative error of the numbers, in addition to `off`.
     """
     if rule is None:
         return given
@@ -199,8 +193,8 @@ def _whole(blocks: Tensor, shape: torch.Size) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearRules:
-    """The casts of a linear layer: of the two operands of each matmul, and of the input that is saved for Wgrad
-    (`kept`). None means no cast."""
+    """Casts of a linear layer: both operands of each matmul, and the input that is saved for Wgrad (`kept`). None: no
+    cast."""
 
     fprop: tuple[Rule | None, Rule | None]
     dgrad: tuple[Rule | None, Rule | None]
@@ -318,8 +312,8 @@ def swiglu(h_R2F: Tensor, gates_R: Tensor | None) -> Tensor:
 
 
 def swiglu_backward(h_R2F: NearNumbers, gates_R: Tensor | None, da_RF: NearNumbers, high: PlainFormat) -> SwigluSlopes:
-    """Computes the gradients of SwiGLU's input h and of the router's gates, from the gradient da of SwiGLU's output.
-    h_R2F: the input of SwiGLU as it was saved, possibly after a cast."""
+    """Computes the gradients of SwiGLU's input h and of the router's gates. da_RF: gradient of SwiGLU's output. h_R2F:
+    the saved input."""
     factor_R1 = 1.0 if gates_R is None else gates_R[:, None]
 
     def parts(h_R2F: Tensor) -> tuple[Tensor, Tensor, Tensor]:

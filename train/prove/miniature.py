@@ -1,22 +1,20 @@
-"""Reduces a recipe to a miniature. The miniature runs on this machine in seconds, but keeps every structure in which a
-layout can be wrong.
+"""Reduces a recipe to a miniature that runs in seconds. It keeps every structure in which a layout can be wrong.
 
 These values become small: widths, vocabulary, sequence length, number of layers, experts of a group, and number of
-micro-batches. These settings stay: pipeline, data and expert parallelism, expert groups and their nodes, top-k,
-schedule, ZeRO stage, dispatch, wire format, MTP, recomputation, masks, clipping, batch ramp and precision.
+micro-batches. Other settings stay, for example parallelism, schedule, ZeRO stage, dispatch, recomputation, clipping and
+precision.
 
 A layout has as many ranks as the product of these degrees:
 
     pipeline ranks x copies of every expert x nodes of an expert group x ranks of the group on a node
 
-If the recipe has more than `prove.ranks` ranks, the miniature gets smaller degrees. A degree of 1 stays 1. The first
-two degrees become 2. The last two degrees become their smallest prime factor, because the number of experts must stay
-divisible by them. If there are still too many ranks, some degrees become 1, in the order of `LOST`. If `prove.ranks`
-allows it, a pipeline of three or more ranks keeps three ranks. If the recipe uses context parallelism, two ranks split
-a sequence in the miniature. `Miniature.cuts` describes every reduction.
+If this is more than `prove.ranks`, degrees above 1 become smaller. The first two become 2. The last two become their
+smallest prime factor, because they must divide the number of experts. If there are still too many ranks, some degrees
+become 1, in the order of `LOST`. If possible, a pipeline of three or more ranks keeps three. Context parallelism splits
+a sequence over two ranks.
 
 Some small numbers are odd on purpose. The vocabulary size is prime, so ZeRO has to pad its shards. The last chunk of
-the loss is shorter than the other chunks.
+the loss is shorter than the others.
 """
 
 import itertools
@@ -59,27 +57,23 @@ STEPS = 4
 SEQUENCE = 24
 VOCABULARY = 97
 MINIATURE_WIDTH, TILED_WIDTH = 32, 136
-"""Hidden width of a miniature: TILED_WIDTH if matmuls or the wire use FP8, otherwise MINIATURE_WIDTH. TILED_WIDTH gives
-two tiles of 128, and the second tile is not full. Other widths have two tiles only in check `tiles`
-(train/prove/layouts.py)."""
+"""Hidden width of a miniature: TILED_WIDTH with FP8 matmuls or an FP8 wire, otherwise MINIATURE_WIDTH. TILED_WIDTH
+gives two tiles of 128, the second not full."""
 ROPE = 16
-"""Width of the rotated part of a head. The rotated part consists of eight pairs of elements, and YaRN's ramp covers
-some of these pairs. In DeepSeek-V3, the ramp covers the middle third of the pairs."""
+"""Width of the rotated part of a head: eight pairs, some of them in YaRN's ramp."""
 ODD = 15
-"""Width of the latent of keys and values. It is odd, so the number of elements in the latent's norm weight, or in a
-shard of this weight, is not a multiple of a vector length. With a GPU, the width is 16 instead, because GEMMs on a GPU
-need multiples of 16 bytes."""
+"""Width of the latent of keys and values. It is odd, so shards of its norm weight are not multiples of a vector length.
+With a GPU, it is 16, because GEMMs need multiples of 16 bytes."""
 HEADS = 3
-"""Number of heads. With only two heads, the next head would also be the first or the last head, so a proof could not
-detect that a layout takes the wrong one of them."""
+"""Number of heads. With only two, the next head is also the first or the last. A layout could then use a wrong head
+undetected."""
 EXPERTS = 32
 RANK = 8
 """Maximum rank of the miniature's LoRA adapter. The adapter's scale stays as in the recipe."""
 CLIP = 0.1
 """Maximum of optim.clip in the miniature. The miniature's gradient norms are larger, so its gradients are clipped."""
 RATE = 1e-3
-"""Minimum learning rate of the miniature. With a smaller rate, rounding could hide the change of the weights or of
-the weights' average. No code path depends on the rate."""
+"""Minimum learning rate of the miniature. A smaller rate could hide changes of the weights in rounding."""
 BUFFER = 4096.0
 """Maximum bytes of a checkpoint's host buffer. The buffer is so small that a checkpoint is written in several parts."""
 SHOWN = (
@@ -94,10 +88,9 @@ SHOWN = (
     "batch_size",
     "micro_batch_size",
 )
-"""Prefixes of the configuration keys for which a proof shows the miniature's value next to the recipe's value."""
+"""Prefixes of the configuration keys whose values are shown for the recipe and for the miniature."""
 OWN = ("mode", "resume")
-"""Configuration keys whose values in a proof always differ from the recipe. A proof does not report these
-differences."""
+"""Configuration keys that always differ from the recipe in mode=prove. It does not report these differences."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +120,8 @@ LOST = {
     "nodes": "expert groups over several nodes",
     "pp": "the pipeline",
 }
-"""Degrees that become 1, in this order, as long as the layout has too many ranks. Each value tells the user which
-structure the proof then does not cover."""
+"""Degrees that become 1, in this order, while the layout has too many ranks. Each value names the structure that is
+then not covered."""
 
 
 def shrink(cfg: Config) -> Miniature:
@@ -215,8 +208,8 @@ def _has_gpu(cfg: Config) -> bool:
 
 
 def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
-    """Returns a layout with at most prove.ranks ranks and the structure of the recipe's layout. Also returns a sentence
-    for each structure that was dropped."""
+    """Returns a layout with at most prove.ranks ranks and the recipe's structure, and a sentence for each dropped
+    structure."""
     whole, most = layout_of(cfg), cfg.prove.ranks
     inside = whole.ep_ranks_per_node if cfg.parallel.dispatch_facts.by_nodes else whole.ep
     if whole.world <= most:
@@ -247,8 +240,8 @@ def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
 
 
 def _sequence(cfg: Config, layout: Layout) -> int:
-    """Returns a sequence length of about SEQUENCE tokens. With context parallelism, a sequence is cut into two pieces
-    per rank, and each piece is longer than mtp_depth."""
+    """Returns a sequence length of about SEQUENCE tokens. Context parallelism cuts it into two pieces per rank, each
+    longer than mtp_depth."""
     if layout.cp == 1:
         return min(cfg.seq_len, SEQUENCE)
     pieces = 2 * layout.cp
@@ -264,9 +257,8 @@ def _least(degree: int) -> int:
 def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
     """Returns the number of layers, and the value of parallel.split.
 
-    The recipe's split may be a list for more stages than the miniature has. If the recipe's first or last stage has no
-    layer, the miniature's first or last stage has none either. If the recipe's inner stages differ in their number of
-    layers, one stage of the miniature has more layers than the others.
+    If the recipe's first or last stage has no layer, the miniature's has none either. If the recipe's inner stages
+    differ in their number of layers, one stage of the miniature has more.
     """
     model, given = cfg.model, cfg.parallel.split
     stages = layout.pp * cfg.parallel.schedule_facts.rank_stages(cfg.parallel.virtual_stages)
@@ -316,8 +308,8 @@ def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
 
 
 def _shrink_sparse(cfg: Config, seq_len: int, model: Model, stages: list[int]) -> SparseAttention:
-    """Returns the settings of a small indexer. If the recipe's top_k is smaller than its sequence length, the
-    miniature's top_k is a quarter to a half of the small sequence length. stages: number of layers of each stage."""
+    """Returns the settings of a small indexer. If the recipe's top_k is below its sequence length, the small top_k is a
+    quarter to a half of `seq_len`."""
     sparse = cfg.model.sparse
     if cfg.seq_len > sparse.top_k:
         share = sparse.top_k * seq_len // cfg.seq_len
@@ -327,8 +319,8 @@ def _shrink_sparse(cfg: Config, seq_len: int, model: Model, stages: list[int]) -
 
 
 def _experts(model: Model, ep: int) -> int:
-    """Returns a number of experts near EXPERTS. It is divisible by the number of groups and by the number of ranks. If
-    the recipe has enough experts, a token of the miniature chooses from at least twice top_k experts."""
+    """Returns a number of experts near EXPERTS, divisible by the number of groups and of ranks. If possible, a token
+    chooses from at least twice top_k experts."""
     size = model.experts // model.groups
     needed = max(model.resolved_group_top_k + 1, math.ceil(2 * model.top_k / model.top_groups))
     least = min(size, max(needed, EXPERTS // model.groups))
@@ -336,8 +328,8 @@ def _experts(model: Model, ep: int) -> int:
 
 
 def _chunk(cfg: Config, tokens: int) -> int:
-    """Returns the number of tokens per chunk of the loss. If the recipe has several chunks, the miniature also has
-    several, and its last chunk is shorter than the others."""
+    """Returns the number of tokens per chunk of the loss. If the recipe has several chunks, so has the miniature, with
+    a shorter last chunk."""
     whole = cfg.micro_batch_size * cfg.seq_len
     if cfg.model.loss_chunk >= whole:
         return tokens
@@ -345,8 +337,8 @@ def _chunk(cfg: Config, tokens: int) -> int:
 
 
 def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
-    """Returns the number of a rank's micro-batches in a step, at the start of the batch ramp and after the ramp. Both
-    numbers are large enough for every phase of the pipeline schedule, if the recipe's numbers are."""
+    """Returns a rank's number of micro-batches, at the start of the batch ramp and after it. They fill every phase of
+    the pipeline schedule, if the recipe's numbers do."""
     sizes = [batch // (cfg.micro_batch_size * cfg.parallel.dp) for batch in batch_sizes(cfg)]
     wanted = max(1, cfg.parallel.schedule_facts.least) * layout.pp + 1
 
@@ -368,9 +360,8 @@ def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
 
 
 def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
-    """Returns the recipe's optimizer settings with schedules that fit into the few steps of a proof. start: batch size
-    at the start of the ramp. more: growth of the batch size in the ramp. Gradients are clipped if the recipe clips
-    them."""
+    """Returns the recipe's optimizer settings, with schedules that fit into few steps. start: batch size at the start
+    of the ramp. more: growth of the batch size."""
     if optim.batch_ramp_start is not None:
         optim = replace(optim, batch_ramp_start=start, batch_ramp_steps=2, batch_ramp_increment=more or start)
     clip = min(optim.clip, CLIP)
@@ -379,8 +370,8 @@ def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
 
 
 def _differences(cfg: Config, small: Config) -> list[str]:
-    """Returns one sentence for every changed setting of the model, its training and its layout. One more sentence lists
-    all settings that a proof ignores."""
+    """Returns one sentence for every changed setting of model, training and layout, and one that lists all ignored
+    settings."""
     changed = [
         (name, there, here) for name, there, here in _both_values("", cfg, small) if here != there and name not in OWN
     ]

@@ -1,11 +1,10 @@
-"""Records inputs and outputs of single parts of the model, such as a linear layer or a norm, on a rank. So each part
-can be judged separately (train/prove/judge_parts.py).
+"""Records inputs and outputs of single parts of the model, such as a linear layer or a norm, for
+train/prove/judge_parts.py.
 
-The recording uses hooks on modules, tensors and autograd nodes, replaced methods of a layer, and a wrapper of the
-layer's kernels. So it works for GPU and CPU kernels, every pipeline schedule and every recomputation. It changes no
-computation.
+It uses hooks on modules, tensors and autograd nodes, and wraps methods and kernels. So it works for all kernels,
+schedules and recomputations, and changes no computation.
 
-Keys are part.WHAT/NAME/NUMBER. NUMBER counts the calls of the part on this rank, over all micro-batches of a step:
+Keys are part.WHAT/NAME/NUMBER. NUMBER counts the calls of the part on this rank in a step:
 
     linear layer, norm     x, y, and the gradients dy, dx; also of calls that attention repeats in backward
     router                 x, dx; `EvidenceWatch` records gates and choices
@@ -44,8 +43,8 @@ BETWEEN = 8
 
 
 class PartsWatch:
-    """Records inputs and outputs of the model's parts in these chunks while `is_on` is True. precision: the precision
-    object that the chunks compute with."""
+    """Records inputs and outputs of the parts of these chunks while `is_on` is True. precision: the precision object of
+    the chunks."""
 
     def __init__(self, chunks: list[DeepSeekV3], precision: HighPrecision | Fp8Precision):
         self.is_on = False
@@ -79,11 +78,11 @@ class PartsWatch:
 
     def is_watching(self) -> bool:
         """Returns whether to record now. The recomputation of a complete layer is not recorded, because no gradient
-        flows through the graph that it builds."""
+        flows through its graph."""
         return self.is_on and not is_repeated()
 
     def begin(self, name: str) -> str:
-        """Counts a call of the part, and returns NAME/NUMBER, the end of the call's key in the evidence."""
+        """Counts a call of the part. Returns the end of the call's key, NAME/NUMBER."""
         number = self._calls[name] = self._calls.get(name, -1) + 1
         return f"{name}/{number}"
 
@@ -135,7 +134,7 @@ class PartsWatch:
             self.keep_gradient("dy", key, loss)
 
     def _open(self) -> dict[str, Any]:
-        """Maps the name of a part to the evidence keys of the calls that have begun but not ended in this thread."""
+        """Maps the name of a part to the keys of its calls that are in progress in this thread."""
         return self._here.__dict__.setdefault("keys", {})
 
     def _run_experts(self, name: str, first: Tensor, run: Callable[[RoutedRows], Tensor], routed: RoutedRows) -> Tensor:
@@ -192,8 +191,8 @@ class PartsWatch:
         setattr(owner, name, _WatchedSwiGLU(getattr(owner, name), self))
 
     def enter_experts(self, key: str | None, counts: Sequence[int] = ()) -> None:
-        """Set under which key this thread records the input of the experts' SwiGLU that runs next. key: None if this
-        input is not recorded."""
+        """Sets the key for the next input of the experts' SwiGLU in this thread. key: None if the input is not
+        recorded."""
         self._here.experts = key, counts
 
     def saw_swiglu(self, h: Tensor) -> None:
@@ -217,7 +216,7 @@ class _Passed(Function):
 
 
 class _WatchedSwiGLU:
-    """Wraps the FP8 engine or the kernels of a model. Forwards all calls, and records the input of each SwiGLU."""
+    """Wraps the FP8 engine or the kernels of a model. It forwards all calls, and records the input of each SwiGLU."""
 
     def __init__(self, inner: Any, watch: PartsWatch):
         self._inner, self._watch = inner, watch
@@ -231,7 +230,7 @@ class _WatchedSwiGLU:
 
 
 def _lora_modules(module: nn.Module) -> dict[str, Any]:
-    """Returns the LoRA modules inside a module. Each key is the name under which the module's input is recorded."""
+    """Maps the names `dropped` and `dropped_a` of recorded inputs to the LoRA modules inside a module."""
     found = {
         "dropped": getattr(module, "added_up" if isinstance(module, Experts) else "added", None),
         "dropped_a": getattr(module, "added_down", None),

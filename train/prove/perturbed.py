@@ -1,15 +1,11 @@
-"""Measures how sensitive a step is to rounding. The reference (train/prove/reference.py) runs the step again with
-random perturbations of the magnitude of a rounding error.
+"""Measures how sensitive a step is to rounding: the reference repeats the step with random perturbations.
 
-A bound that depends only on the number of matmuls ignores how sensitive a step is. Some steps have a sharp softmax, a
-gradient that is the difference of large numbers, or a width of 16 that averages only few roundings. In such steps,
-correct ranks differ by several times that bound. So the reference runs the step again, and perturbs every weight, every
-output of a part and the gradient of every output by the unit roundoff of the format. The change of the results shows
-how much real rounding errors can change the results.
+In some steps, correct ranks differ by several times a bound that depends only on the number of matmuls. Examples are
+steps with a sharp softmax or a small width. So the reference perturbs every weight, output and output gradient by the
+unit roundoff of the format.
 
-In some narrow models, rounding to FP8 alone may change a tensor by its full magnitude. Then the check is inconclusive
-for this tensor, and the certificate counts the tensor's elements as inconclusive. The checks `exact` and `fp32` are
-still conclusive for the tensor.
+In some narrow models, FP8 rounding alone may change a tensor by its full magnitude. Then the certificate counts the
+tensor's elements as inconclusive. The checks `exact` and `fp32` are still conclusive.
 """
 
 import math
@@ -26,13 +22,11 @@ from train.prove.reference_step import PlainPlan
 from train.prove.samples import Samples
 
 RUNS, FP32_RUNS = 3, 8
-"""Number of perturbed runs in low precision, and in fp32. Checks in fp32 rarely need perturbed runs, so more runs are
-affordable. For a weight with few elements, the maximum over few runs is too small: on one processor, a norm weight of 8
-elements differed by 4.8 times the maximum over three runs."""
+"""Number of perturbed runs in low precision, and in fp32, which rarely needs them. For few elements, the maximum over
+three runs is too small: a norm weight of 8 elements once differed by 4.8 times this maximum."""
 MARGIN = 4.0
-"""Maximum ratio of a difference to the largest change in the perturbed runs. A perturbed run perturbs each part once. A
-rank rounds about ten times in a part (attention: projections, norms, RoPE, scores, softmax, sums), which causes about
-sqrt(10) = 3.2 times the error of one perturbation. The rest of the factor allows for the small number of runs."""
+"""Maximum ratio of a difference to the largest change in the perturbed runs. A run perturbs each part once, but a rank
+rounds about ten times in a part. This causes about sqrt(10) = 3.2 times the error. The rest allows for the few runs."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +53,15 @@ class PerturbedRuns:
     def __init__(self, plain: PlainModel, samples: Samples, plan: PlainPlan, unit: float, near: float | None):
         """unit: unit roundoff of the format, relative to the value.
 
-        near: if the scores of two experts differ by at most this value, rounding may exchange the two experts in the
-        balance loss. Random perturbations rarely exchange experts, so an additional run exchanges all such experts.
-        None: no additional run is needed.
+        near: if the scores of two experts differ by at most `near`, rounding may exchange them in the balance loss. An
+        additional run exchanges all such experts. None: no additional run.
         """
         self._plain, self._samples, self._plan, self._unit, self._near = plain, samples, plan, unit, near
         self._runs: list[ReferenceStep] = []
 
     def bound(self, part: Callable[[ReferenceStep], Tensor], want: Tensor, scale: float, by_norm: bool) -> Bound:
-        """Returns the bound on the distance between a rank's result and the reference's result `want`, divided by
-        `scale`. part: function that selects this result from a perturbed run. by_norm: the distance is the root mean
-        square of the differences; otherwise it is the largest difference."""
+        """Returns the bound on the distance between a rank's result and `want`, divided by `scale`. part: selects this
+        result from a perturbed run. by_norm: the distance is the root mean square, otherwise the maximum."""
         if not self._runs:
             self._runs = [self._run(seed) for seed in range(FP32_RUNS if self._unit == UNIT["fp32"] else RUNS)]
             if self._near is not None:
@@ -104,8 +96,8 @@ class PerturbedRuns:
         return run_reference_step(moved, self._samples, self._plan)
 
     def _run_swapped(self, near: float) -> ReferenceStep:
-        """Runs the step with one change. Where two experts have nearly equal scores for a token's last choice, the
-        balance loss counts the expert that was not chosen."""
+        """Runs the step again. If two experts nearly tie for a token's last choice, the balance loss counts the expert
+        that was not chosen."""
 
         def best(scores: Tensor, count: int) -> Tensor:
             ordered, ids = scores.sort(dim=-1, descending=True, stable=True)

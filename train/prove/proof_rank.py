@@ -1,7 +1,5 @@
-"""Runs one rank of a proof. The driver starts it as `python -m train.prove.proof_rank CONFIG [PART]`.
-
-The rank trains with Sluice's own code and writes evidence, which consists of recorded tensors and counters. The
-evidence is judged after all ranks have ended.
+"""Runs one rank of mode=prove, and records tensors and counters as evidence. The driver starts `python -m
+train.prove.proof_rank CONFIG [PART]`. The checks are:
 
     exact      one step in fp64; records the gradients of this rank before any reduction; the thresholds at which code
                takes another path (conf/thresholds.py) are lowered, so that small inputs take this path too
@@ -80,7 +78,7 @@ from train.rank import choose_device, guarded, start_process_group
 from train.rank_parts import ParallelModel, RankModel, RankSetup
 
 PARTS = (0, 1)
-"""Indices of the two parts of a run. Part 0 saves a checkpoint, and part 1 resumes from it."""
+"""Indices of the parts of a run. Part 0 saves a checkpoint, and part 1 resumes from it."""
 
 
 def run_rank(
@@ -90,8 +88,8 @@ def run_rank(
     proofs: Sequence[str] | None = None,
     parts: Sequence[int] = PARTS,
 ) -> int:
-    """Write this rank's evidence of the checks `proofs`, or of all checks if `proofs` is None. Returns the exit code.
-    failures: see train.rank.guarded. parts: see `run_pass`."""
+    """Write this rank's evidence of the checks `proofs` (None: all). Returns the exit code. failures: see
+    train.rank.guarded. parts: see `run_pass`."""
     given = [*PROOFS] if proofs is None else proofs
     return guarded(place, failures, disk_errors(config)(lambda: _run(config, place, given, parts)))
 
@@ -107,8 +105,7 @@ def _run(config: Config, place: Place, proofs: Sequence[str], parts: Sequence[in
 def run_pass(proof: str, config: Config, place: Place, device: torch.device, parts: Sequence[int] = PARTS) -> None:
     """Write the evidence of one check. All ranks must be in a process group.
 
-    parts: the parts of a run to compute. Part 0 saves a checkpoint. Part 1 resumes from this checkpoint in another
-    layout.
+    parts: parts of the run. Part 0 saves a checkpoint; part 1 resumes from it in another layout.
     """
     as_run = PROOFS[proof](config)
     if proof not in IN_FP64:
@@ -121,7 +118,7 @@ def run_pass(proof: str, config: Config, place: Place, device: torch.device, par
 
 
 def in_groups(config: Config, place: Place, device: torch.device) -> RankSetup:
-    """Returns this rank's setup with the process groups of config's layout. An earlier part of the run may have used
+    """Returns this rank's setup with process groups for config's layout. An earlier part of the run may have had
     another layout."""
     mesh = build_mesh(read_layout(config, place.local_world), timedelta(seconds=config.cluster.timeout))
     return RankSetup(device, mesh)
@@ -199,8 +196,8 @@ class LocalGradients(Zero):
             chunk.zero_grad(set_to_none=True)
 
     def give(self, evidence: Evidence) -> None:
-        """Add the local gradients to the evidence. For experts, the evidence also has the index of this rank's first
-        element in the complete stacked gradient."""
+        """Add the local gradients to the evidence. For experts, also add the index of the rank's first element in the
+        stacked gradient."""
         done: set[int] = set()
         for chunk in self._chunks:
             for prefix, module in chunk.named_modules():
@@ -241,8 +238,8 @@ def fill_biases(model: RankModel, biases: dict[str, Tensor]) -> None:
 
 
 def prove_trained(proof: str, config: Config, place: Place, device: torch.device, parts: Sequence[int]) -> None:
-    """Trains some steps, saves a checkpoint, resumes from this checkpoint in another layout, and trains the remaining
-    steps. In check `tiles`, there is no checkpoint."""
+    """Trains, saves a checkpoint, resumes from it in another layout, and trains the rest. Check `tiles` has no
+    checkpoint."""
     config = replace(config, name=f"{config.name}/{proof}")
     for folder in (RunPaths(config).checkpoints, RunPaths(config).logs):
         folder.mkdir(parents=True, exist_ok=True)
@@ -314,8 +311,8 @@ def fill_state(config: Config, state: RunState, parts: ParallelModel) -> None:
 
 @torch.no_grad()
 def fill_base(config: Config, state: RunState) -> None:
-    """Fill the frozen base weights and the router biases of a model with an adapter. A checkpoint of an adapter does
-    not contain these values."""
+    """Fill the frozen base weights and router biases of a model with an adapter. A checkpoint of an adapter does not
+    contain them."""
     given = {f"master.{name}": weight for name, weight in initial_weights(config).items()}
     given |= {f"bias.{name}": bias for name, bias in initial_biases(config).items()}
 
@@ -331,18 +328,17 @@ def _fill(shard: Shard, whole: Tensor) -> None:
 
 
 class _Stop(StopRequest):
-    """Replaces the handler of stop signals. Only the proof itself can ask the run to stop."""
+    """Replaces the handler of stop signals. Only mode=prove itself can ask the run to stop."""
 
     def __init__(self) -> None:
         self.signal, self.has_stepped = None, False
 
 
 class _LateCheckpointer(Checkpointer):
-    """A checkpointer that behaves like a slow disk. After it has copied a checkpoint, it waits until the next save, or
-    until the end of training, before it writes the copy.
+    """A checkpointer like a slow disk. It writes a copied state only at the next save or at the end of training.
 
-    So the proof detects a checkpoint that contains values from a later step. A checkpoint in several parts is written
-    without delay, because training waits until such a checkpoint is written.
+    So the check detects values from a later step in a checkpoint. A checkpoint in several parts is written at once,
+    because training waits for it.
     """
 
     def __init__(self, *arguments, **settings) -> None:
@@ -372,8 +368,8 @@ class _ProvenTrainer(Trainer):
     """Sluice's Trainer that also writes evidence of every step."""
 
     def prove(self, rank: RankSetup, part: RunPart, start: Evidence) -> None:
-        """Train, and write the evidence of every step. start: the evidence that receives the state before the first
-        step."""
+        """Train, and write what the rank records in every step. start: the evidence that receives the state before the
+        first step."""
         self._rank, self._proof, self._part = rank, start.info.proof, part
         self._folder = RunPaths(self.run.config).path.parent / EVIDENCE
         watched = self._proof == "tiles" or is_rounded(self._proof, self.run.config)
@@ -456,8 +452,8 @@ class _Gradients:
         self._sizes: dict[str, Shard] = {}
 
     def add_local(self, name: str, gradient: Shard) -> None:
-        """Record a gradient of this rank before it is reduced. At ZeRO stage 3, ZeRO calls this method in each
-        micro-batch, and the method adds up the gradients in fp64."""
+        """Record a gradient of this rank before it is reduced. ZeRO stage 3 calls this in each micro-batch; gradients
+        are summed in fp64."""
         held = self._local.get(name)
         if held is None:
             self._local[name] = replace(gradient, local=gradient.local.clone())
@@ -473,8 +469,8 @@ class _Gradients:
 
 
 class _WatchedStep(Engine):
-    """An engine that copies the gradients before they are reduced, and again before the update. last: the step after
-    which the engine asks the run to stop."""
+    """An engine that copies the gradients before they are reduced and before the update. last: step after which it asks
+    the run to stop."""
 
     def __init__(self, step: Engine, zero: Zero, saw: Callable[[StepOutcome, _Gradients], None], last: int):
         vars(self).update(vars(step))  # takes over the state of the given engine

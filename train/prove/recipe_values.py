@@ -1,5 +1,4 @@
-"""Converts a recipe to a plain mapping of its fields, which the references read. The mapping has no values that Sluice
-derives from the fields."""
+"""Converts a recipe to a plain mapping of its fields, without derived values. The references read this mapping."""
 
 from dataclasses import asdict
 from typing import Any

@@ -1,16 +1,15 @@
 """Implements DeepSeek-V3 in one file, as its formulas are written. mode=prove compares every layout with this
 reference.
 
-Read the file from top to bottom to learn the model. The code is slow: it runs in one process, computes one expert after
-another, and uses autograd. All arithmetic has the dtype of the given weights, which is fp64 in a proof. The reference
-shares no code with the judged code, only the recipe's values and the names of weights.
+Read the file from top to bottom to learn the model. The code is slow: one process, one expert after another, and
+autograd. Its dtype is that of the weights. It shares no code with the judged code, only the recipe's values and the
+names of weights.
 
     forward                embedding -> blocks -> head and MTP modules -> losses             PlainModel
     backward               autograd                                                          gradients
 
-reference_sparse.py contains sparse attention. reference_step.py contains the settings of a step and the update.
-
-Numbers of equations and sections refer to the DeepSeek-V3 report (arXiv 2412.19437).
+reference_sparse.py has sparse attention. reference_step.py has the settings of a step and the update. Numbers of
+equations and sections refer to the DeepSeek-V3 report (arXiv 2412.19437).
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocabulary, H heads, Q = nope + rope width of
 a head, R rope width, N = B*T flattened tokens, E experts, G groups, K experts of a token, F inner width.
@@ -31,13 +30,11 @@ from train.prove.reference_adapter import adapted, adapter_shapes, is_adapted
 from train.prove.reference_sparse import indexer_shapes, over_chosen
 
 Weights = dict[str, Tensor]
-"""Maps names to weights. The weights of experts are stacked: w13 (E, 2F, D) has the rows of w1 and then the rows of w3;
-w2 is (E, D, F)."""
+"""Maps names to weights. Experts are stacked: w13 (E, 2F, D) has the rows of w1, then those of w3; w2 is (E, D, F)."""
 
 
 def weight_shapes(model: Values) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of all weights of the model, in the order of a forward pass. Linear layers have no bias. Norm
-    weights are vectors."""
+    """Returns the shapes of all weights of the model, in the order of a forward pass. Linear layers have no bias."""
     D, H, E, F_ = model.hidden, model.heads, model.experts, model.expert_width
     Q = model.nope_head_dim + model.rope_head_dim
     queries: dict[str, tuple[int, ...]] = {"q.weight": (H * Q, D)}
@@ -102,12 +99,13 @@ def swiglu(x_ND: Tensor, w13_2FD: Tensor, w2_DF: Tensor) -> Tensor:
 
 
 def turns(model: Values, seq_len: int, length: int, like: Tensor) -> Tensor:
-    """Returns the rotation angle of each pair j at each position t, (T, R/2). Without YaRN, the angle is
-    t / theta^(2j/R).
+    """Returns the rotation angle of each pair j at each position t, (T, R/2). Without YaRN, it is t / theta^(2j/R).
 
-    For long sequences, YaRN changes the angles (paper 4.3). It keeps the angles of pairs that rotate more than
-    beta_fast times over original_seq_len positions. It divides by `factor` the angles of pairs that rotate less than
-    beta_slow times. For pairs in between, it interpolates linearly.
+    For long sequences, YaRN changes the angle by the pair's rotations over original_seq_len positions (paper 4.3):
+
+        more than beta_fast    unchanged
+        less than beta_slow    divided by `factor`
+        in between             interpolated linearly
     """
     yarn, width = model.yarn, model.rope_head_dim
     pair = torch.arange(width // 2, dtype=like.dtype, device=like.device)
@@ -132,8 +130,7 @@ def stretched(model: Values, seq_len: int) -> bool:
 
 
 def rotate(x: Tensor, angle: Tensor, size: float) -> Tensor:
-    """Rotates adjacent pairs (a, b) of the last axis by `angle`, and multiplies the rotated pairs by `size`: (a, b) ->
-    size * (a cos - b sin, a sin + b cos)."""
+    """Rotates adjacent pairs of the last axis: (a, b) -> size * (a cos - b sin, a sin + b cos)."""
     a, b = x[..., 0::2], x[..., 1::2]
     cos, sin = angle.cos() * size, angle.sin() * size
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
@@ -161,7 +158,7 @@ class WatchedPass:
     scores: dict[str, Tensor] = field(default_factory=dict)
     """Maps the name of each attention to the largest attention score of each head, (H,)."""
     trains: bool = True
-    """Whether this pass trains. If so, it includes the MTP modules and the losses of indexers."""
+    """Whether this pass computes the MTP modules and the losses of indexers."""
     learnt: int = 1
     """Number of learnt targets of the main model, but at least 1."""
     open_BTT: Tensor | None = None
@@ -175,7 +172,7 @@ class WatchedPass:
 
 
 class PlainBatch(Protocol):
-    """The interface of a batch. A batch contains the sequences on which one step trains."""
+    """The interface of a batch: the sequences of one step."""
 
     @property
     def tokens_BS(self) -> Tensor: ...
@@ -187,20 +184,18 @@ class PlainBatch(Protocol):
 
     @property
     def supervised_BS(self) -> Tensor | None:
-        """Which tokens are learnt. None: all tokens are learnt. If it is not None, every document is an independent
-        sample."""
+        """Which tokens are learnt; None for all. If it is not None, every document is an independent sample."""
         ...
 
 
 @dataclass(frozen=True)
 class Seats:
-    """The documents, samples and learnt targets of a batch at MTP depth k. At this depth, position i predicts token
-    i + k + 1."""
+    """Documents, samples and learnt targets of a batch at MTP depth k. Position i predicts token i + k + 1."""
 
     documents_BT: Tensor | None
     samples_BT: Tensor | None = None
-    """Index of each position's sample; -1 if the position's target is padding or belongs to another sample. None if the
-    batch has no independent samples."""
+    """Index of each position's sample; -1 if the target is padding or in another sample. None without independent
+    samples."""
     learnt_BT: Tensor | None = None
     """Whether the target of each position is learnt; None if all targets are learnt."""
     samples: int = 0
@@ -221,10 +216,10 @@ class Seats:
 
 
 class PlainModel:
-    """The model with given weights and given router biases.
+    """The model with given weights and router biases.
 
-    choices: maps the name of a router to experts (N, K), and the name of an attention plus `.keys` to chosen keys
-    (B, T, T). The model uses these choices instead of its own.
+    choices: used instead of the model's own. A router's name maps to experts (N, K). An attention's name plus `.keys`
+    maps to keys (B, T, T).
     """
 
     def __init__(
@@ -238,8 +233,8 @@ class PlainModel:
         self.best_without_bias: Callable[[Tensor, int], Tensor] = best
 
     def losses(self, batch: PlainBatch, trains: bool = True) -> WatchedPass:
-        """Runs a forward pass, and returns its results with the main loss, the MTP losses (eq. 21-25), the balance
-        losses and the indexers' losses. trains: whether to compute the MTP modules and the indexers' losses."""
+        """Runs a forward pass, and returns its results with all losses: main, MTP (eq. 21-25), balance and indexers.
+        trains: whether to compute MTP modules and indexers' losses."""
         if is_adapted(self.config) and not self.is_whole:
             whole = copy(self)
             whole.is_whole, whole.weights = True, adapted(self.config, self.weights)
@@ -270,8 +265,8 @@ class PlainModel:
     ) -> Tensor:
         """Returns the sum of -log softmax(head state)[target] over all learnt targets, divided by `learnt`.
 
-        learnt: number of the main model's targets. The losses of MTP depths are divided by the same number (eq. 24).
-        alone: whether the head gets no gradient from this loss.
+        learnt: number of the main model's targets, also at MTP depths (eq. 24). alone: whether the head gets no
+        gradient.
         """
         head_VD = self.weights["head.weight"]
         logits_NV = state_BTD.flatten(0, 1) @ (head_VD.detach() if alone else head_VD).T
@@ -300,8 +295,8 @@ class PlainModel:
         return seen.keep(name, x_BTD + self.experts(f"{name}.moe", normed_BTD, seats, seen))
 
     def attention(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
-        """Computes multi-head latent attention (eq. 1-11). Keys and values are computed from a small latent. If q_rank
-        is set, queries are computed from another small latent."""
+        """Computes multi-head latent attention (eq. 1-11). Keys and values come from a small latent. If q_rank is set,
+        queries come from another."""
         model, w = self.model, self.weights
         (B, T, _), H, nope, R = x_BTD.shape, model.heads, model.nope_head_dim, model.rope_head_dim
         eps = model.norm_eps if model.latent_norm_eps is None else model.latent_norm_eps
@@ -336,8 +331,8 @@ class PlainModel:
         return seen.keep(name, out_BHTV.transpose(1, 2).flatten(2) @ w[f"{name}.out.weight"].T)
 
     def experts(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
-        """Computes the output of the shared experts, which process every token, plus the gated sum of the chosen
-        experts (eq. 12). No token is dropped."""
+        """Computes the output of the shared experts plus the gated sum of the chosen experts (eq. 12). No token is
+        dropped."""
         w, x_ND = self.weights, x_BTD.flatten(0, 1)
         gates_NK, ids_NK = self.route(f"{name}.router", x_BTD, seats, seen)
         y_ND = torch.zeros_like(x_ND)
@@ -352,11 +347,9 @@ class PlainModel:
         return seen.keep(name, y_ND.view(x_BTD.shape))
 
     def route(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> tuple[Tensor, Tensor]:
-        """Returns the gates (N, K) and ids (N, K) of the chosen experts (eq. 13-16). The bias affects only the choice,
-        and never a gate.
+        """Returns the gates (N, K) and ids (N, K) of the chosen experts (eq. 13-16). The bias affects only the choice.
 
-        If the target of a position belongs to another sample, the position does not count in the tokens per expert or
-        in the balance loss.
+        If a target is in another sample, tokens per expert and balance loss ignore its position.
         """
         layer = name.removesuffix(".moe.router").removesuffix(".block")
         weight_ED = self.weights[f"{name}.weight"]
@@ -374,8 +367,7 @@ class PlainModel:
         return seen.keep(f"{name}.gates", gates_NK), ids_NK
 
     def balance_losses(self, scores_BTE: Tensor, seats: "Seats") -> Tensor:
-        """Returns the mean of the balance losses of all sequences. If the batch has independent samples, returns the
-        mean over the samples instead."""
+        """Returns the mean of the balance losses over all sequences, or over the independent samples of the batch."""
         if seats.samples_BT is None:
             return self.balance_loss(scores_BTE)
         total = scores_BTE.new_zeros(())
@@ -387,9 +379,8 @@ class PlainModel:
     def balance_loss(self, scores_BTE: Tensor) -> Tensor:
         """Computes sum_i f_i P_i for every sequence (eq. 17-20), and returns the mean over sequences.
 
-        f_i is the number of tokens for which expert i is among the K best without bias, divided by the mean of this
-        number over all experts. P_i is the score of expert i divided by the sum of the token's scores, averaged over
-        the sequence's tokens.
+        f_i: number of tokens with expert i among the K best without bias, relative to the mean over experts. P_i:
+        expert i's fraction of a token's summed scores, averaged over tokens.
         """
         model, (B, T, E) = self.model, scores_BTE.shape
         best_BTK = self.best_without_bias(scores_BTE.detach(), model.top_k)
@@ -416,8 +407,8 @@ def choose(model: Values, biased_NE: Tensor) -> Tensor:
 
 
 def group_scores(model: Values, biased_NE: Tensor) -> Tensor:
-    """Returns the score of each group of experts, (N, G): the sum of the n best scores in the group. By default, n is
-    the average number of experts that a token chooses from a chosen group."""
+    """Returns each group's score, (N, G): the sum of its n best scores. By default, n is a token's average number of
+    experts in a chosen group."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     return biased_NE.unflatten(1, (model.groups, -1)).sort(dim=-1, descending=True).values[..., :count].sum(-1)
 
@@ -426,14 +417,14 @@ def group_scores(model: Values, biased_NE: Tensor) -> Tensor:
 
 
 def gradients(plain: PlainModel, batch: PlainBatch, mtp_weight: float) -> WatchedPass:
-    """Runs forward and backward of a batch. This sets the gradients of all weights and of the values in the result.
+    """Runs forward and backward of a batch, and sets all gradients.
 
     The minimised loss is
 
         main + mtp_weight / depths * sum of MTP losses + balance_loss * sum over layers of sequence-wise losses
         + index_loss * sum of the indexers' losses
 
-    In a warm-up of indexers, the minimised loss is only the last term.
+    In a warm-up of indexers, it is only the last term.
     """
     seen = plain.losses(batch)
     loss = seen.index if plain.optim.index_warmup else seen.main + seen.balance + seen.index

@@ -1,4 +1,4 @@
-"""Tests whether the random initial weights of a run have the distribution that the papers describe.
+"""Tests whether a run's random initial weights have the distributions of the papers.
 
 weights     normal with standard deviation init_std, norm weights 1, biases 0     DeepSeek-V3 (arXiv 2412.19437), 4.2
 adapters    A uniform in +-1 / sqrt(inputs), B 0                 LoRA (arXiv 2106.09685), 4.1; A as PEFT initialises it
@@ -24,8 +24,8 @@ def constant_of(name: str, dims: int) -> float | None:
 
 
 def shares(config: Values, name: str, weight: Tensor) -> Tensor:
-    """Returns the value of the cumulative distribution function for each element of a random weight. If the weight is
-    correct, these values are uniform in [0, 1]."""
+    """Returns the cumulative distribution function at each element. For a correct weight, the values are uniform in [0,
+    1]."""
     x = weight.double().flatten()
     if name.endswith("lora_A"):
         return (x * weight.size(-1) ** 0.5 + 1).clamp(0, 2) / 2
@@ -41,7 +41,6 @@ def distance(shares_N: Tensor) -> float:
 
 
 def repeated(weight: Tensor) -> int:
-    """Returns the number of rows that are equal to another row of the weight. Rows of different experts are also
-    compared."""
+    """Returns the number of rows that are equal to another row of the weight, also of another expert."""
     rows = weight.flatten(0, -2)
     return len(rows) - len(rows.unique(dim=0))

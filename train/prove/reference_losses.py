@@ -9,9 +9,8 @@
     gspo        ppo with the geometric mean of r instead of r      Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7
     kl          exp(d) - d - 1, d = ref_logprob - logprob          DeepSeekMath, arXiv 2402.03300, eq. 4
 
-A loss is a function of the N learnt tokens of one sample. The loss of a step is a sum over all learnt tokens of all
-samples, divided by the number of these tokens. In this sum, each token's loss is multiplied by the token's weight. This
-file shares no code with the judged code.
+A loss is a function of the N learnt tokens of one sample. The loss of a step is the weighted sum over all learnt
+tokens, divided by their number. This file shares no code with the judged code.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +22,8 @@ from torch import Tensor
 from train.prove.reference import PlainBatch, PlainModel, Seats
 
 LearntTokens = Mapping[str, Tensor]
-"""Maps a name to a tensor (N,) with one value for each learnt token of a sample. The names are `logprobs`, whose tensor
-has a gradient, and the names in `PolicyModel.tensors_BT`."""
+"""Maps a name to values of a sample's learnt tokens, (N,): `logprobs`, with a gradient, and the names in
+`PolicyModel.tensors_BT`."""
 
 
 def ratio(sample: LearntTokens) -> Tensor:
@@ -69,15 +68,15 @@ class PlainCall:
     """One call of a custom loop: the loss over some rows of a step's batch."""
 
     losses: Mapping[str, Mapping[str, float]]
-    """Maps each loss to its settings. The loss of the call is the sum of these losses."""
+    """Maps each loss to its settings. All these losses are added."""
     rows: slice
 
 
 class PolicyModel(PlainModel):
-    """A model whose main loss is a loss of this file. The losses of its MTP modules are still cross-entropies.
+    """A model with a main loss of this file. The losses of its MTP modules are still cross-entropies.
 
-    calls: the calls of a step. tensors_BT: maps the name of an input of the losses, such as `advantages` or `weights`,
-    to a tensor (B, T) with one value for each target.
+    calls: the calls of a step. tensors_BT: maps an input of the losses, such as `advantages`, to values of all targets,
+    (B, T).
     """
 
     calls: Sequence[PlainCall] = ()

@@ -1,6 +1,5 @@
-"""Reference for Muon and for QK-clip, the limit of attention scores. mode=prove compares train/optim with it.
-
-The reference computes one matrix after another, in the dtype of the inputs, and shares no code with the judged code.
+"""Reference for Muon and for QK-clip, the limit of attention scores. It computes one matrix after another, and shares
+no code with the judged code.
 
 Sources: Muon, arXiv 2502.16982, 2.2; QK-clip, arXiv 2507.20534, 2.1; Newton-Schulz, kellerjordan.github.io/posts/muon.
 """
@@ -39,17 +38,18 @@ def newton_schulz(matrix: Tensor, name: str) -> Tensor:
 def is_matrix(name: str, dims: int) -> bool:
     """Returns whether Muon updates a weight. AdamW updates all other weights.
 
-    Muon updates every matrix except the embedding, the head, routers (arXiv 2502.16982, 2.2) and indexers. The rows of
-    embedding, head and routers represent tokens or experts. For indexers, no paper gives a rule.
+    Muon updates every matrix except the embedding, the head, routers (arXiv 2502.16982, 2.2) and indexers. For
+    indexers, no paper gives a rule.
     """
     return dims > 1 and not name.startswith(("embedding.", "head.")) and not {"router", "indexer"} & {*name.split(".")}
 
 
 def split_matrices(config: Values, name: str, weight: Tensor) -> list[Tensor]:
-    """Returns views of the matrices in a weight that Muon orthogonalises separately.
+    """Returns views of the matrices that Muon orthogonalises separately:
 
-    Each expert has separate matrices. w1 and w3 are separate, and so are the rows of kv_down for the latent and for the
-    rope key. With optim.muon.by_head, each head is separate, and its keys are separate from its values.
+    - the matrices of each expert, with w1 separate from w3
+    - the rows of kv_down for the latent, and the rows for the rope key
+    - with optim.muon.by_head, each head, with keys separate from values
     """
     model, heads = config.model, config.optim.muon.by_head
     part = name.removesuffix(".weight").rpartition(".")[2]
@@ -74,10 +74,10 @@ def split_matrices(config: Values, name: str, weight: Tensor) -> list[Tensor]:
 def muon(
     config: Values, name: str, lr: float, weight: Tensor, gradient: Tensor, momentum: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns the weight and its momentum after an update (arXiv 2502.16982, 2.2). The update orthogonalises the
-    Nesterov momentum of each matrix.
+    """Returns the weight and its momentum after an update (arXiv 2502.16982, 2.2), which orthogonalises each matrix's
+    Nesterov momentum.
 
-    The update is multiplied by a factor, so that its root mean square is about the same as for an update of Adam.
+    A factor makes the root mean square of the update about that of Adam.
     """
     optim = config.optim
     momentum = optim.muon.momentum * momentum + gradient
@@ -89,8 +89,8 @@ def muon(
 
 
 def qk_factors(config: Values, name: str, scores_H: Tensor) -> dict[str, Tensor]:
-    """Returns the factors by which QK-clip multiplies the rows of the query and key weights, so that no attention score
-    exceeds optim.qk_clip (arXiv 2507.20534, 2.1). name: name of the attention. scores_H: largest score of each head."""
+    """Returns QK-clip's factors for the rows of the query and key weights (arXiv 2507.20534, 2.1). name: name of the
+    attention. scores_H: largest score of each head."""
     model, limit = config.model, config.optim.qk_clip
     assert limit is not None
     eta_H1 = (limit / scores_H.double()).clamp(max=1.0).unsqueeze(1)

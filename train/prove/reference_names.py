@@ -1,9 +1,7 @@
-"""Converts the reference's weights and balance biases to the tensors and names of DeepSeek-V3's folders on Hugging
-Face.
+"""Converts the reference's weights and balance biases to the tensors of DeepSeek-V3's folders on Hugging Face.
 
-The values do not change. Stacked matrices become separate tensors: the gate and the up projection of an FFN, and the
-matrices of each expert. MTP module k becomes layer `layers + k`, with copies of the embedding and the head. This file
-shares no code with the judged code.
+Gate and up projection become separate tensors, and so do the experts. MTP module k becomes layer `layers + k`, with
+copies of the embedding and the head. This file shares no code with the judged code.
 """
 
 from collections.abc import Iterator
@@ -58,8 +56,8 @@ def folder_weights(model: Values, weights: dict[str, Tensor], biases: dict[str, 
 
 
 def _parts(part: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yields the Hugging Face tensors for one weight of a layer, as (name inside the layer, tensor). part: the
-    reference's name of the weight inside the layer."""
+    """Yields the Hugging Face tensors of one weight, as (name inside the layer, tensor). part: the reference's name
+    inside the layer."""
     inside, stem = part.startswith("block."), part.removeprefix("block.")
     if stem.startswith("moe.experts."):
         for expert, matrix in enumerate(weight):

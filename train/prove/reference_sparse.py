@@ -1,5 +1,5 @@
-"""Reference for sparse attention, written like its formulas. An indexer chooses the keys that each query attends to.
-The indexer learns to predict the attention probabilities.
+"""Reference for sparse attention, written like its formulas. An indexer chooses the keys of each query, and learns to
+predict the attention probabilities.
 
     index score     I_ts = sum_j w_tj ReLU(q_tj . k_s)                               DeepSeek-V3.2 (arXiv 2512.02556), 2.1, eq. 1
     choice          among the keys that a query may attend to, the top_k keys with the largest I    eq. 2
@@ -8,8 +8,8 @@ The indexer learns to predict the attention probabilities.
     sparse stage    the same loss over the chosen keys, added to the language loss                  eq. 4
     shared choice   a layer without an indexer uses the keys of the last layer with an indexer      arXiv 2603.12201
 
-The indexer's inputs and p count as constants, so the indexer's loss has no gradient for other weights. The paper does
-not say which of two keys with equal scores is chosen. This reference chooses the earlier key.
+The indexer's inputs and p are constants, so its loss has no gradient for other weights. Of two equal scores, the
+reference chooses the earlier key; the paper gives no rule.
 
 Shapes: B sequences, T queries or keys, D width, H heads of the indexer, I width of these heads. In scores_BHTT, H are
 the heads of attention.
@@ -29,8 +29,8 @@ INDEX_NORM_EPS = 1e-6
 
 
 def indexer_shapes(model: Values, layer: int | None) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the weights of a layer's indexer. layer: index of the layer; None for an MTP module.
-    Returns an empty mapping if the layer has no indexer."""
+    """Returns the shapes of a layer's indexer weights; empty without an indexer. layer: index of the layer; None for an
+    MTP module."""
     sparse = model.sparse
     if not sparse.heads or (layer is not None and sparse.pattern and sparse.pattern[layer] != "F"):
         return {}
@@ -45,13 +45,13 @@ def indexer_shapes(model: Values, layer: int | None) -> dict[str, tuple[int, ...
 
 
 def is_frozen(optim: Values, name: str) -> bool:
-    """Returns whether a weight is frozen. In a warm-up of indexers, all weights except the indexers' are frozen."""
+    """Returns whether a weight is frozen. In a warm-up of indexers, all other weights are frozen."""
     return optim.index_warmup and ".indexer." not in name
 
 
 def turned(x: Tensor, angle: Tensor, size: float, interleaved: bool) -> Tensor:
-    """Rotates pairs among the first R elements of each vector by the angles of its position. With `interleaved`, a pair
-    is two adjacent elements (GLM-5); otherwise it is the elements j and j + R/2 (DeepSeek-V3.2)."""
+    """Rotates pairs among the first R elements of each vector by the angles of its position. Pairs are adjacent
+    (`interleaved`, GLM-5), or the elements j and j + R/2 (DeepSeek-V3.2)."""
     width = 2 * angle.size(-1)
     first, rest = x[..., :width], x[..., width:]
     a, b = (first[..., 0::2], first[..., 1::2]) if interleaved else first.chunk(2, -1)
@@ -79,16 +79,15 @@ def score_keys(
 
 
 def chosen_keys(index_BTT: Tensor, top_k: int) -> Tensor:
-    """Returns a mask of the keys that each query attends to: the top_k keys with the largest index scores above -inf.
-    If two keys have equal scores, the earlier key is chosen first."""
+    """Returns a mask of each query's keys: the top_k largest index scores above -inf. Of two equal scores, the earlier
+    key comes first."""
     order = index_BTT.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     return torch.zeros_like(index_BTT, dtype=torch.bool).scatter(-1, order, True) & (index_BTT > -math.inf)
 
 
 def index_kl(index_BTT: Tensor, scores_BHTT: Tensor, open_BTT: Tensor) -> Tensor:
-    """Returns the KL divergence (B, T) between the attention probabilities and the softmax of the index scores, both
-    over the keys for which the mask open_BTT is True. The attention probabilities are summed over heads and
-    normalised."""
+    """Returns the KL divergence (B, T) between the attention probabilities and the softmax of the index scores, over
+    the keys in open_BTT. Attention probabilities are summed over heads and normalised."""
     p_BTT = scores_BHTT.detach().masked_fill(~open_BTT.unsqueeze(1), -math.inf).softmax(-1).sum(1)
     p_BTT = p_BTT / p_BTT.sum(-1, keepdim=True)
     log_BTT = index_BTT.masked_fill(~open_BTT, -math.inf).log_softmax(-1).masked_fill(~open_BTT, 0)
@@ -105,11 +104,11 @@ def over_chosen(
     learnt_BT: Tensor | None,
     seen: Any,
 ) -> Tensor:
-    """Returns the attention scores with -inf for all keys that sparse attention does not choose. Also adds the
-    indexer's loss to `seen`.
+    """Returns the attention scores, with -inf for all keys that were not chosen. Also adds the indexer's loss to
+    `seen`.
 
-    plain: the PlainModel. name: name of the attention. turn: rotation angles and their factor. scores_BHTT: attention
-    scores, with -inf for later keys and keys of other documents. seen: the results of the forward pass.
+    plain: the PlainModel. turn: rotation angles and their factor. scores_BHTT: attention scores, with -inf for
+    forbidden keys.
     """
     config, weights = plain.config, plain.weights
     model, optim, top_k = config.model, config.optim, config.model.sparse.top_k

@@ -1,10 +1,10 @@
-"""Reference for the settings and the update of a step. reference.py contains the forward and backward pass.
+"""Reference for the settings and the update of a step.
 
     settings of a step     learning rate, loss weights and batch size during the run         plan_step
     update                 clip by the global norm, AdamW, average of the weights            clip_factor, adamw, moving_average
     balance                the routers' biases follow the tokens per expert                  move_bias
 
-Section numbers refer to the DeepSeek-V3 report (arXiv 2412.19437). This file shares no code with the judged code.
+Section numbers refer to the DeepSeek-V3 report (arXiv 2412.19437).
 """
 
 import math
@@ -36,8 +36,8 @@ def plan_step(config: Values, step: int) -> PlainPlan:
 
 
 def plan_steps(config: Values) -> Iterator[PlainPlan]:
-    """Yields the settings of all steps. A schedule is a function of the fraction of samples that the run has trained. A
-    step uses the value of the schedule at the middle of its batch."""
+    """Yields the settings of all steps. A schedule depends on the fraction of trained samples, at the middle of the
+    batch."""
     sizes = [batch_size(config, index) for index in range(config.steps)]
     optim, before, whole = config.optim, 0, sum(sizes)
     for step, size in enumerate(sizes, 1):
@@ -49,8 +49,8 @@ def plan_steps(config: Values) -> Iterator[PlainPlan]:
 
 
 def batch_size(config: Values, index: int) -> int:
-    """Returns the number of sequences in a step. index: index of the step, from 0. A batch ramp is linear; each batch
-    size is rounded down to a multiple of the ramp's increment."""
+    """Returns the number of sequences in a step. index: index of the step, from 0. A batch ramp is linear, rounded down
+    to its increment."""
     optim = config.optim
     if optim.batch_ramp_start is None or index >= optim.batch_ramp_steps:
         return config.batch_size
@@ -60,8 +60,8 @@ def batch_size(config: Values, index: int) -> int:
 
 
 def scheduled(phases: list[Values], done: float) -> float:
-    """Returns the value of a schedule after the fraction `done` of the run. Each phase starts at the final value of the
-    phase before it."""
+    """Returns a schedule's value after the fraction `done` of the run. Each phase starts at the final value of the
+    previous phase."""
     index = next(i for i, phase in enumerate(phases) if done <= phase.until)
     phase, earlier = phases[index], phases[index - 1] if index else None
     start, value = (0.0, phase.value) if earlier is None else (earlier.until, earlier.value)
@@ -79,8 +79,8 @@ def global_norm(gradients_of: dict[str, Tensor]) -> Tensor:
 
 
 def clip_factor(norm: float, optim: Values) -> float:
-    """Returns the factor that reduces the norm of the gradients to at most optim.clip. The formula adds 1e-6 to the
-    norm, as torch.nn.utils does."""
+    """Returns the factor that limits the norm of the gradients to optim.clip. It adds 1e-6 to the norm, as
+    torch.nn.utils does."""
     return 1.0 if optim.clip == 0 else min(1.0, optim.clip / (norm + 1e-6))
 
 
@@ -97,7 +97,7 @@ def adamw(
 
 
 def decays(optim: Values, weight: Tensor) -> bool:
-    """Returns whether weight decay applies to a weight: to every matrix, and with optim.decay_norms also to norm
+    """Returns whether weight decay applies to a weight. It applies to matrices, and with optim.decay_norms also to norm
     weights."""
     return weight.dim() > 1 or optim.decay_norms
 
@@ -114,6 +114,6 @@ def moving_average(before: Tensor, weight: Tensor, decay: float) -> Tensor:
 
 
 def move_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> Tensor:
-    """Returns the routers' biases after a step of balancing without a loss (paper 2.1.2). If an expert has more tokens
-    than the mean, its bias falls, so it is chosen less often. If it has fewer tokens, its bias rises."""
+    """Returns the routers' biases after balancing without a loss (paper 2.1.2). More tokens than the mean lower an
+    expert's bias; fewer raise it."""
     return bias_E + speed * torch.sign(load_E.to(bias_E.dtype).mean() - load_E)

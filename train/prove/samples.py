@@ -1,11 +1,10 @@
-"""Draws the training samples and the initial state of a proof. A sample depends only on the seed and the sample's
-index. A weight or bias depends only on the seed and its name.
+"""Draws the training samples and the initial state for mode=prove. A sample depends only on the seed and its index. A
+weight or bias depends only on the seed and its name.
 
-As in text, some tokens are frequent and some never occur. Weights are larger than at the start of a real run. Norm
-weights differ from 1 and biases differ from 0, because a missing multiplication by 1 or a missing addition of 0 would
-not change any result. If a width has several tiles of 128, every second tile of weights, activations and gradients is
-multiplied by STEP or its inverse. So code that uses the scale of a neighbouring tile gets a large error. If the
-experts' width has several tiles, all tokens choose the first expert, and no token chooses the last expert.
+As in text, some tokens are frequent and some never occur. Norm weights differ from 1 and biases from 0, so that a
+missing one changes the results. If a width has several tiles of 128, every second tile of weights, activations and
+gradients is multiplied by STEP or its inverse. So the scale of a neighbouring tile causes a large error. If the
+experts' width has several tiles, all tokens choose the first expert, and none the last.
 
 Shapes: B sequences, S = seq_len + 1.
 """
@@ -29,16 +28,16 @@ from train.prove.reference_adapter import in_blocks, is_stored_in_blocks
 BIAS = 0.05
 """Standard deviation of the routers' initial biases. The biases are added to scores between 0 and 1."""
 CROWDED = 1.0
-"""Value that is added to the bias of the first expert, so that all tokens choose this expert. The value is subtracted
-from the bias of the last expert, so that no token chooses the last expert."""
+"""Value that is added to the bias of the first expert and subtracted from that of the last. All tokens choose the first
+expert."""
 TILE, STEP = 128, 2.0**-6
 """Number of channels in a tile, and the factor on every second tile."""
 LOUD = 64.0
-"""In wide models, the factor on the first head's queries and on the last row of the output head. With this factor, a
-softmax overflows if the code does not subtract the maximum first."""
+"""In wide models, the factor on the first head's queries and the output head's last row. A softmax then overflows if it
+does not subtract the maximum."""
 BELOW_FLOOR = 2.0**-26
-"""Factor by which the second tile of the last experts' input is multiplied, if matmuls or the wire use FP8. The factor
-makes the values so small that the tile gets the smallest FP8 scale."""
+"""Factor on the second tile of the last experts' input, if matmuls or the wire use FP8. The tile then gets the smallest
+FP8 scale."""
 
 
 class Samples:
@@ -65,8 +64,7 @@ class Samples:
     def _sample(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the tokens, the document of each token, and which tokens are supervised.
 
-        For chats, some rows are padded. Every third row has no token to learn, so micro-batches have different numbers
-        of learnt tokens.
+        For chats, some rows are padded, and every third row has no token to learn.
         """
         draw, length = drawing(f"{self._config.seed}/sample/{number}"), self._config.seq_len + 1
         share_S = torch.rand(length, generator=draw, dtype=torch.float64)
@@ -123,11 +121,8 @@ class ProofData:
 
 
 def initial_weights(config: Config) -> dict[str, Tensor]:
-    """Returns all weights by name in fp32, including an adapter's weights. Norm weights are about 1. Tiles are
-    multiplied as the docstring of this module describes.
-
-    If the inputs of a matmul have a magnitude of about 1, its outputs have a magnitude of about 1 too.
-    """
+    """Returns all weights by name in fp32, including an adapter's. Norm weights are about 1. Matmuls keep magnitudes of
+    about 1."""
     weights, values = {}, read_values(config)
     for name, shape in (weight_shapes(values.model) | trained_shapes(values)).items():
         drawn = torch.randn(shape, generator=drawing(f"{config.seed}/{name}"))
@@ -149,8 +144,8 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
 
 
 def _stretch(config: Config, weights: dict[str, Tensor]) -> None:
-    """Multiply some weights of a wide model, so that special cases occur: a softmax overflows if the code does not
-    subtract the maximum, and some tiles get the smallest FP8 scale."""
+    """Multiply some weights of a wide model. Then a softmax overflows if it does not subtract the maximum, and some
+    tiles get the smallest FP8 scale."""
     queries = config.model.nope_head_dim + config.model.rope_head_dim
     for name in weights:
         if re.search(r"attention\.q(_up)?\.weight$", name):
@@ -166,8 +161,8 @@ def _stretch(config: Config, weights: dict[str, Tensor]) -> None:
 
 
 def _by_tile(width: int, halves: bool = False) -> Tensor:
-    """Returns one factor for each channel: STEP in every second tile of TILE channels, and 1 in the others. halves:
-    whether the width consists of two halves, such as gate and up projection."""
+    """Returns one factor for each channel: STEP in every second tile of TILE channels, otherwise 1. halves: whether the
+    width has two halves (gate and up)."""
     if halves:
         return _by_tile(width // 2).repeat(2)
     return torch.where(torch.arange(width) // TILE % 2 == 0, 1.0, STEP)
@@ -190,8 +185,8 @@ def drawing(key: str) -> torch.Generator:
 
 
 def middle_score(config: Config) -> float:
-    """Returns the median of the heads' largest attention scores in the initial model. If optim.qk_clip has this value,
-    some heads exceed it and other heads do not. Uses one thread."""
+    """Returns the median of the heads' largest attention scores in the initial model. As optim.qk_clip, this value
+    limits only some heads. Uses one thread."""
     torch.set_num_threads(1)
     values, batch = read_values(config), Samples(config).batch(0, 1)
     weights = {name: weight.double() for name, weight in initial_weights(config).items()}

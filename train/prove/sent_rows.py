@@ -1,12 +1,12 @@
-"""Computes dispatch and combine of rows as the paper defines them (arXiv 2412.19437, sections 3.3.2 and 3.3.3), for
+"""Computes dispatch and combine of rows as the paper defines them (arXiv 2412.19437, 3.3.2 and 3.3.3), for
 `mode=prove`.
 
     dispatch   "we ... quantize the activation before MoE up-projections into FP8 and then apply dispatch"; "a similar strategy is
                applied to the activation gradient before MoE down-projections"; the scales are "integral powers of 2".
     combine    "for both the forward and backward combine components, we retain them in BF16".
 
-The functions compute in fp64 and do not use Sluice's code. They return the rows that a rank must receive, and the sums
-with every rounding on the way.
+The functions compute in fp64 without Sluice's code. They return the rows that a rank must receive, and the rounded
+sums.
 
 Shapes: R rows, D channels, T tokens, K experts of a token.
 """
@@ -20,13 +20,13 @@ from train.prove.low_precision import FORMATS, NearNumbers, Rule, cast, nearest
 
 BF16 = FORMATS["bf16"]
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
-"""Lower bounds of the magnitude from which the scale of a tile is computed. ACTIVATION_FLOOR is the bound of DeepSeek's
-kernels. Gradients may all be smaller than ACTIVATION_FLOOR, so GRADIENT_FLOOR only avoids a scale of 0."""
+"""Lower bounds of the magnitude from which a tile's scale is computed. ACTIVATION_FLOOR is that of DeepSeek's kernels.
+GRADIENT_FLOOR only avoids a scale of 0."""
 
 
 def sent_in_fp8(x_RD: Tensor, floor: float) -> Tensor:
-    """Returns the rows that the receiver gets. The sender divides each tile by its scale, a power of two, and rounds it
-    to E4M3. The receiver multiplies the tile by the scale.
+    """Returns the rows that the receiver gets. Each tile is divided by its scale, a power of two, rounded to E4M3, and
+    multiplied by the scale.
 
     Source: paper 3.3.2. "We group and scale elements on a 1x128 tile basis". E4M3 is the format of "all tensors".
     """
@@ -36,15 +36,13 @@ def sent_in_fp8(x_RD: Tensor, floor: float) -> Tensor:
 def summed_rows(
     rows_TKD: Tensor, ids_TK: Tensor, hops: Sequence[int], in_bf16: bool, by_addition: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Returns the sum of the K rows of every token, and by how much a correct sum may differ from it. Both are (T, D).
+    """Returns the sum of the K rows of every token, and by how much a correct sum may differ. Both are (T, D).
 
-    ids_TK: the expert of each row. hops: one entry for each addition before the token's rank, for example on the rank
-    and on the node of the experts. The entry is the number of experts whose rows are added together. The result is
-    rounded before it is sent on. The token's rank adds the received rows in fp32 and rounds once, to bf16 (in_bf16) or
-    to fp32. by_addition: whether the token's rank may instead round after each addition.
+    ids_TK: the expert of each row. hops: for each addition before the token's rank, the number of experts whose rows
+    are added. in_bf16: whether each of these sums, and the final sum, is rounded to bf16. by_addition: whether the
+    token's rank may also round after each addition.
 
-    Another order of additions can change a result in bf16 only if the sum is close to the middle between two bf16
-    numbers.
+    The order of additions changes a bf16 result only if the sum is near the middle between two bf16 numbers.
     """
     value, off, label = rows_TKD, torch.zeros_like(rows_TKD), ids_TK
     for experts in (*hops, None):

@@ -1,5 +1,4 @@
-"""Contains the data and the measures with which single parts of the model, such as a linear layer or a norm, are
-judged: recorded inputs and outputs, comparisons of results, and sums over all calls of a part."""
+"""Data and measures for judging single parts of the model: recorded tensors, comparisons, and sums over calls."""
 
 import math
 from collections.abc import Sequence
@@ -18,14 +17,12 @@ from train.prove.low_precision import FORMATS, FP32, NearNumbers, PlainFormat, T
 from train.prove.samples import initial_weights
 
 INCONCLUSIVE, MOST_INCONCLUSIVE = 0.05, 0.01
-"""A result is a sum of terms. It is inconclusive if rounding ties may change it by more than the fraction INCONCLUSIVE
-of the sum of its terms' magnitudes. At most the fraction MOST_INCONCLUSIVE of a tensor may be inconclusive."""
+"""INCONCLUSIVE: an element is inconclusive if rounding ties may change it by more than this fraction of its terms'
+magnitudes. MOST_INCONCLUSIVE: maximum fraction of such elements."""
 FEW = 16
-"""Number of inconclusive elements that even a small tensor may have. One tie in a tile changes several elements, which
-is a large fraction of a small tensor."""
+"""Number of inconclusive elements that even a small tensor may have. One tie in a tile changes several elements."""
 FLUSHED = 2.0**-110
-"""Absolute error of a sum in which one term is a product, and fp32 rounds one factor of this product to 0, such as a
-probability below 2^-126. The other factor of the product is below 2^16."""
+"""Absolute error of a sum in which fp32 rounds a factor below 2^-126 to 0. The other factor is below 2^16."""
 SHORT = 2.0**-12
 """Relative error of a GPU's tensor cores. They sum FP8 values with about 14 bits, 128 at a time (paper
 3.3.2)."""
@@ -79,30 +76,30 @@ class StepParts:
         """Number of ranks over which the gradients of weights are averaged."""
         in_fp32 = self.rounding.high == FORMATS["fp32"] or all(one.info.sums_in_fp32 for one in ranks)
         self.rounds_gradients = not in_fp32
-        """Whether the weight gradient of a micro-batch may be rounded to bf16 before it is added to the sum. torch's
-        matmuls on a CPU round it."""
+        """Whether the weight gradient of a micro-batch may be rounded to bf16 before the sum, as by torch's CPU
+        matmuls."""
 
     def through(self, name: str, rank: Evidence, back: bool = True) -> list[PartCall]:
-        """Returns the calls of a part on a rank, in order. back: True for calls with gradients, False for calls without
-        gradients.
+        """Returns the calls of a part on a rank, in order. back: True for calls with gradients, False for calls
+        without.
 
-        Most parts have one call with gradients per micro-batch. With context parallelism, the projection kv_up runs
-        without gradients for each block of positions, and again with gradients when backward repeats it.
+        With context parallelism, kv_up runs without gradients for each block of positions, and backward repeats it with
+        gradients.
         """
         those = [one for one in self.calls.get(name, []) if one.rank is rank and one.has("dy") == back]
         return sorted(those, key=lambda one: one.number)
 
     def order(self, terms: int) -> Bound:
-        """Returns the bound on the error that the order of a sum causes, relative to the sum of the terms' magnitudes.
-        terms: number of terms in the sum."""
+        """Returns the bound on the error that the order of a sum causes, relative to its terms' magnitudes. terms:
+        number of terms."""
         if self.on_gpu and self.rounding.is_fp8:
             return Bound(SHORT, "tensor cores sum FP8 multiplications in about 14 bits")
         value = 8 * FP32 * max(terms, 1) ** 0.5
         return Bound(value, f"8 x 2^-24 x sqrt({terms} terms), of their magnitudes, and one rounding of the result")
 
     def in_rows(self, terms: int) -> Bound:
-        """Returns the bound on the error of some elementwise multiplications and an fp32 sum in any order. terms:
-        number of terms in the sum."""
+        """Returns the bound on the error of elementwise multiplications and an fp32 sum in any order. terms: number of
+        terms."""
         value = ELEMENTS + 8 * FP32 * max(terms, 1) ** 0.5
         return Bound(value, f"some multiplications and a sum of {terms} terms in fp32, and one rounding of the result")
 
@@ -120,8 +117,8 @@ class StepParts:
     ) -> None:
         """Compare one result of a call with the expected result.
 
-        form: format of the result. got: the tensor to compare, if this is only a part of the recorded tensor. most:
-        maximum fraction of inconclusive elements.
+        form: format of the result. got: the tensor, if it is only a part of the recorded one. most: maximum fraction of
+        inconclusive elements.
         """
         found = call.get(what) if got is None else got
         measure = beyond_rounding(want, form or self.rounding.high, most)
@@ -131,8 +128,8 @@ class StepParts:
     def compare_gradient(
         self, name: str, made: "SumOverCalls", bound: Bound | None = None, most: float = MOST_INCONCLUSIVE
     ) -> None:
-        """Compare the reduced gradient of a weight with its expected value: the contributions of all calls, averaged
-        over the ranks. made: the sum of these contributions."""
+        """Compare the reduced gradient of a weight with `made`, the sum of the contributions of all calls, averaged
+        over the ranks."""
         quantity = "gradients of single weights"
         if name not in self.trained:
             return  # base weight of an adapter
@@ -144,9 +141,8 @@ class StepParts:
 
 
 def beyond_rounding(want: Total, form: PlainFormat, most: float = MOST_INCONCLUSIVE) -> DifferenceMeasure:
-    """Returns a function that measures how much a result differs from `want`. The function subtracts the largest
-    difference that one rounding of the result and rounding ties can cause. It divides the rest by the sum of the terms'
-    magnitudes. most: maximum fraction of inconclusive elements."""
+    """Returns a function that measures how much a result differs from `want`, beyond one rounding and rounding ties.
+    The measure is relative to the sum of the terms' magnitudes. most: maximum fraction of inconclusive elements."""
 
     def measure(got: Tensor, want_N: Tensor) -> Measurement:
         size, off = want.size.flatten(), low.slack(want).flatten()
@@ -183,9 +179,8 @@ class SumOverCalls:
     def add_rows(
         self, left: NearNumbers, right: NearNumbers, counts: Sequence[int], here: range, experts: int, rounded: bool
     ) -> None:
-        """Add the gradients of experts. The gradient of an expert is computed from the rows of this expert. counts:
-        number of rows of each expert. here: indices of this rank's experts. experts: number of experts in the
-        weight."""
+        """Add the gradients of experts, each from the rows of the expert. counts: rows of each expert. here: indices of
+        this rank's experts. experts: number of experts."""
         if self.total is None:
             self.total = Total(*(left.x.new_zeros(experts, left.x.size(-1), right.x.size(-1)) for _ in range(3)))
         rows = zip(here, low.split_rows(left, counts), low.split_rows(right, counts), strict=True)

@@ -16,8 +16,7 @@ STEP_ROUNDINGS = 8
 
 
 NEWTON_SCHULZ_ROUNDINGS = 4
-"""Number of fp32 roundings in a Newton-Schulz step: three matmuls round their results, and the sum of the terms is
-rounded once more."""
+"""Number of fp32 roundings in a Newton-Schulz step: three matmuls, and the sum of the terms."""
 
 
 class WeightUpdate(NamedTuple):
@@ -41,10 +40,10 @@ class PlainUpdate:
     """Takes (WeightUpdate, before, gradient, new), and returns the magnitude of one fp32 rounding error for each
     element of the weight and the state."""
     roundings: dict[str, int]
-    """Maximum number of roundings for each kind of state. It includes the roundings of the clip factor, whose norm may
-    have 16 roundings. A mean of squares has twice as many, because the clip factor is squared."""
+    """Maximum number of roundings for each kind of state, including those of the clip factor (16). For a mean of
+    squares, they count twice."""
     is_whole: bool = False
-    """Whether the formula needs complete matrices. If so, the ranks repeat the update in fp64 for the judge."""
+    """Whether the formula needs complete matrices. If so, the ranks repeat the update in fp64 for the comparison."""
 
 
 def make_adamw(one: WeightUpdate, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor) -> tuple[Tensor, ...]:
@@ -55,11 +54,9 @@ def make_adamw(one: WeightUpdate, weight: Tensor, gradient: Tensor, mean: Tensor
 def size_adamw_roundings(
     one: WeightUpdate, before: list[Tensor], gradient: Tensor, new: tuple[Tensor, Tensor, Tensor]
 ) -> list[Tensor]:
-    """Returns the magnitude of one fp32 rounding error for each element of the weight, the mean of gradients and the
-    mean of squared gradients.
+    """Returns the magnitude of one fp32 rounding error for each element of the weight and of both moments.
 
-    The error is proportional to the magnitudes of a sum's terms, and not to the magnitude of the sum. If two terms have
-    opposite signs, the sum may be smaller than the rounding errors of the terms.
+    It is proportional to the magnitudes of a sum's terms, which may cancel in the sum.
     """
     optim, lr = one.config.optim, one.lr
     (weight, mean, _), unit, (beta1, beta2) = before, UNIT["fp32"], optim.betas
@@ -79,9 +76,8 @@ def size_muon_roundings(
 ) -> list[Tensor]:
     """Returns the magnitude of one fp32 rounding error for each element of weight and momentum.
 
-    Newton-Schulz multiplies an error in a singular direction by a factor, which depends on the singular value and is
-    largest for the smallest singular value. An error in this direction may affect any element, so all elements of a
-    matrix get the same bound.
+    Newton-Schulz enlarges an error most in the direction of the smallest singular value. All elements of a matrix get
+    this bound.
     """
     (weight, momentum), unit, muon = before, UNIT["fp32"], one.config.optim.muon
     terms = muon.momentum * momentum.abs() + gradient.abs()

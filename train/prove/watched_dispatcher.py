@@ -1,7 +1,6 @@
 """Records the inputs and outputs of a dispatcher on every rank. train/prove/judge_rows.py judges them.
 
-`WatchedDispatcher` replaces the model's dispatcher. It does not depend on how rows are sent, so it works for all
-dispatchers. It records tensors under these names:
+`WatchedDispatcher` wraps the model's dispatcher, of any kind. It records these tensors:
 
     forward     x, ids, gates -> rows, row_gates, counts        tokens of this rank -> rows for this rank's experts
                 out -> y                                        outputs of these experts -> sums for this rank's tokens
@@ -31,8 +30,7 @@ class WatchedDispatcher:
         self._moe, self._inner, self._keep = moe, inner, keep
         self._calls = 0
         self._numbers: dict[int, int] = {}
-        """Maps the id of a dispatch result to the index of its micro-batch. An entry exists from the end of the
-        dispatch until the combine."""
+        """Maps the id of a dispatch result to the index of its micro-batch, until the combine."""
 
     def start_step(self) -> None:
         """Count micro-batches from 0 again."""
