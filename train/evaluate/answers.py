@@ -1,13 +1,11 @@
 """Scores the model's answers to held-out questions by their similarity to the true answers.
 
-Training learns only some turns of a chat, such as the assistant's turns. The true answer is the last of these turns in
-a held-out chat. The question is the part of the chat before this turn, with the same tokens as in training. The model
-decodes greedily until the chats' stop token, or until it has ANSWER_TOKENS tokens. The score is ROUGE-L: F1 of the
-longest common subsequence of words (Lin 2004; lower case, letters and digits).
+The true answer is the last learnt turn of a held-out chat. The question is the chat before this turn. The model decodes
+greedily until the stop token, or until it has ANSWER_TOKENS tokens. The score is ROUGE-L: F1 of the longest common
+subsequence of words (Lin 2004; lower case, letters and digits).
 
-If nearly all true answers have some words in common, any answer with these words gets a high score. So two baselines
-are scored too. The first baseline takes the model's answer to another question. The second baseline answers every
-question with the most frequent training answer.
+Words that most answers share give a high score. So two baselines are scored too: the model's answer to another
+question, and the most frequent training answer.
 """
 
 import re

@@ -66,8 +66,8 @@ from train.show.writer import open_wandb
 
 
 def read_fillers(config: Config, corpus: Corpus, part: CorpusPart) -> list[list[int]]:
-    """Returns one list of held-out tokens for each text that the needle test makes with one length and depth. Each list
-    is long enough for the longest length. A line end replaces every eos."""
+    """Returns a list of held-out tokens for each text of one length and depth. Each list is long enough for the longest
+    length. Line ends replace eos."""
     longest, count = max(config.evaluate.needle), NEEDLE_TEXTS
     data = ValidationData(replace(corpus, parts=[part]), replace(config, seq_len=longest), count)
     tokens_BS, newline = data.batch(0, len(data)).tokens_BS, corpus.tokenizer.encode("\n")[-1]
@@ -84,8 +84,8 @@ def search_needles(
     fillers: list[list[int]],
     start_id: int,
 ) -> list[NeedleCell]:
-    """Runs the needle test. Returns one `NeedleCell` for each length and depth, with the same values on every rank.
-    Collective: all ranks must call this function. start_id: first token of every text."""
+    """Runs the needle test. Returns one `NeedleCell` for each length and depth, equal on every rank. All ranks must
+    call it. start_id: first token of every text."""
     needles = make_needles(config, tokenizer)
     keys = [len(needle.key) for needle in needles]
     watch = _Watch(pipeline.modules[-1] if pipeline.has_last else None)
@@ -107,8 +107,8 @@ def _score(
     keys: list[int],
     size: int,
 ) -> tuple[int, float]:
-    """Returns the number of pass keys that the model found, and the mean loss of a pass key in nats. Each data-parallel
-    rank runs a part of the texts. size: number of texts that a rank runs at a time."""
+    """Returns the number of found pass keys, and the mean loss of a key in nats. Each data-parallel rank runs some
+    texts. size: number of texts at a time."""
     sums_B2 = torch.zeros(len(keys), 2, dtype=torch.float64)
     for first in range(0, len(keys), size * mesh.layout.dp):
         # Every rank sends tokens to experts on other ranks, so all ranks must run the same number of forward passes. A
@@ -127,8 +127,8 @@ def _score(
 
 
 class _Watch:
-    """Measures the losses of the pass keys on the rank with the last chunk of the model. On other ranks, all losses
-    stay 0."""
+    """Measures the losses of pass keys on the rank with the last chunk of the model. On other ranks, the losses are
+    0."""
 
     def __init__(self, last: DeepSeekV3 | None):
         self._keys: list[int] = []
@@ -136,10 +136,10 @@ class _Watch:
             last.observer = partial(self._observe, last)
 
     def over(self, keys: list[int], forward: Callable[[], object]) -> Tensor:
-        """Returns two values per text, (B, 2): the loss of the text's pass key in nats, and the number of key tokens
-        that the model does not rank first. Both values count only the key tokens on this rank.
+        """Returns two values per text, (B, 2): the loss of the pass key in nats, and the number of key tokens that are
+        not ranked first. Both count only tokens on this rank.
 
-        keys: number of tokens in each text's key. forward: runs the texts through the model.
+        keys: number of key tokens in each text.
         """
         self._keys, self._sums_B2 = keys, torch.zeros(len(keys), 2, dtype=torch.float64)
         forward()
@@ -240,8 +240,8 @@ def _answers(
     mesh: Mesh,
     device: torch.device,
 ) -> JudgedAnswers:
-    """Scores the target model's answers to held-out questions of the first source, and two baselines. If the weights
-    that the run started from still exist, the function scores the answers of these initial weights too."""
+    """Scores the model's answers to held-out questions of the first source, and two baselines. If the run's initial
+    weights still exist, also scores their answers."""
     config, part, tokenizer = target.config, sources[0].part, corpus.tokenizer
     questions = find_questions(part.validation, config.evaluate.answers)
     truth = [text_of(tokenizer, each.answer) for each in questions]
@@ -275,8 +275,7 @@ def _answers(
 
 
 def _start_id(target: Target, corpus: Corpus) -> int:
-    """Returns the token that the evaluation puts before every text: eos for a Sluice checkpoint, and for a Hugging Face
-    folder the token that `start_token` returns."""
+    """Returns the token before every text: eos for a Sluice checkpoint, and `start_token` for a Hugging Face folder."""
     return corpus.tokenizer.eos_id if target.meta is not None else start_token(target.checkpoint, corpus.tokenizer)
 
 
@@ -315,7 +314,7 @@ def _report(
 
 
 def _tell_wandb(config: Config, evaluation: Evaluation, console: Console) -> None:
-    """Add the results to the W&B run that the evaluated run created. Does nothing if there is no W&B run."""
+    """Add the results to the W&B run of the evaluated run, if there is one."""
     folder = RunPaths(config).path
     if wants_wandb(config.log.wandb) and (folder / "wandb" / "run_id").is_file():
         sink = open_wandb(config, folder, lambda text: console.print(text, soft_wrap=True, markup=False))

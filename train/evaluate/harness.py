@@ -1,9 +1,7 @@
 """Runs standard tasks on our models through lm-evaluation-harness (the package lm-eval, extra `eval`).
 
-The harness makes three kinds of requests: the probability of a continuation, the probability of a complete text, and a
-generated continuation up to a stop word. Each text starts with eos, because every document in Sluice's training follows
-eos. If a Hugging Face folder requires a begin token, each text starts with the begin token instead. If a context is too
-long, its first tokens are dropped.
+Each text starts with eos, as in training, or with the begin token of a Hugging Face folder. If a context is too long,
+its first tokens are dropped.
 
 Shapes: B rows, T positions, V vocabulary.
 """
@@ -36,8 +34,8 @@ NEW_TOKENS = 256
 
 
 def run_tasks(config: Config, model: DeepSeekV3, tokenizer: Tokenizer, start_id: int) -> dict[str, dict[str, float]]:
-    """Runs the tasks. Returns a dict: task (or group of tasks) -> metric -> value, with the harness's names. Raises
-    UserError for unknown tasks.
+    """Runs the tasks. Returns a dict: task or group -> metric -> value, with the harness's names. Raises UserError for
+    unknown tasks.
 
     model: a complete model in eval mode. start_id: first token of every text.
     """
@@ -118,8 +116,8 @@ class Harness(TemplateLM):
         return start + self._ids.encode(string)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Returns log p of each complete text. A long text is scored in windows of seq_len tokens, each with one token
-        of context from the window before."""
+        """Returns log p of each complete text. A long text is scored in windows of seq_len tokens, with one earlier
+        token as context."""
         totals = []
         for (text,) in (request.args for request in requests):
             ids = self._ids.encode(text)

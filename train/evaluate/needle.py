@@ -3,16 +3,14 @@
 A pass key of five digits is inserted into held-out text. The text ends with a question about this key:
     [text] The pass key is 48213. Remember it. [more text] What is the pass key? The pass key is 48213
 
-The test runs several texts, with different keys, for each length of the text and each depth of the key (0: at the
-beginning, 1: right before the question). A key counts as found if each of its tokens is the model's likeliest token, as
-in greedy generation.
+The test runs several texts for each length and each depth of the key (0: at the beginning, 1: right before the
+question). A key is found if each of its tokens is the model's likeliest.
 
-The test also reports the loss of a key in nats. The keys are uniform over 100,000 values, so a model that ignores the
-needle has a loss of at least ln 100000 = 11.5 on average. A lower value shows that the model uses the needle, even if
-the model is too weak to generate the key.
+The test also reports the loss of a key in nats. The keys are uniform over 100,000 values. So a model that ignores the
+needle has a mean loss of at least ln 100000 = 11.5.
 
-The key is encoded separately and has the same tokens in needle and answer, so any tokenizer works. The text contains no
-eos, because a model may have learnt not to look back across eos. Imports no torch.
+The key is encoded separately, so it has the same tokens in needle and answer. The text contains no eos, because a model
+may not look back across eos. Imports no torch.
 
 T positions: the text has T + 1 tokens, like a training sequence with seq_len = T.
 """
@@ -51,8 +49,8 @@ class Needle:
         return 1 + len(self.sentence) + len(self.question) + len(self.key)
 
     def text(self, start_id: int, filler: list[int], length: int, depth: float) -> list[int]:
-        """Returns a text of length + 1 tokens that ends with the pass key. filler: held-out tokens around the needle,
-        at least length + 1. depth: relative position of the needle, 0 to 1."""
+        """Returns a text of length + 1 tokens that ends with the pass key. filler: at least length + 1 held-out tokens.
+        depth: relative position of the needle, 0 to 1."""
         room = length + 1 - self.size
         place = round(depth * room)
         return [start_id, *filler[:place], *self.sentence, *filler[place:room], *self.question, *self.key]
@@ -75,8 +73,8 @@ class NeedleCell:
 
 
 def make_needles(config: Config, tokenizer: Tokenizer) -> list[Needle]:
-    """Returns NEEDLE_TEXTS needles with random keys. Every length and depth uses the same needles. Raises UserError if
-    a configured length is too short for the needles."""
+    """Returns NEEDLE_TEXTS needles with random keys, for every length and depth. Raises UserError if a configured
+    length is too short."""
     draw = random.Random(config.seed)
     before, after, question = (tokenizer.encode(part) for part in (BEFORE, AFTER, NEEDLE_QUESTION))
     needles = []

@@ -22,10 +22,9 @@ Keys of total and of each source:
     mtp                             one object per depth, none for chats: depth, loss (as mtp_loss in metrics.jsonl), and agreement,
                                     the fraction of positions where the MTP module predicts the same token as the main model
 
-If the run has trained on a source, the evaluation reads only its held-out documents; otherwise it reads all documents.
-The run has trained on a source if the checkpoint records the source's path or content hash. So the evaluation also
-recognises a folder that was moved, and a folder to which documents were added. A checkpoint also records the held-out
-fraction, which the evaluation must use again.
+The run has trained on a source if the checkpoint records its path or content hash. From such a source, the evaluation
+reads only held-out documents, with the recorded fraction. From other sources, it reads all documents. A moved folder
+keeps its hash, and an extended folder keeps its path.
 """
 
 import json
@@ -73,9 +72,8 @@ noisy."""
 
 
 def position_ranges(seq_len: int) -> list[range]:
-    """Returns ranges that cover all positions, counted from 0. The last range is the second half of all positions. The
-    range before it is the second half of the remaining positions, and so on. The first range has all positions that are
-    left."""
+    """Returns ranges that cover all positions, counted from 0. The last range is the second half of all positions. Each
+    earlier range is the second half of the remaining positions. The first range has the rest."""
     ends = [seq_len >> halvings for halvings in reversed(range(RANGES))]
     return [range(*ends) for ends in pairwise([0, *(end for end in ends if end >= SHORTEST or end == seq_len)])]
 
@@ -92,11 +90,10 @@ class ObservedChunk:
             last.observer = partial(self._observe, last)
 
     def take(self) -> Tensor:
-        """Returns the sums of the latest forward pass as one vector.
+        """Returns the sums of the latest forward pass as one vector:
 
-        The vector first has one value for each range of positions: the summed loss of the range's targets in nats. Then
-        it has two values for each MTP depth: the summed loss of the depth's targets in nats, and the number of
-        positions where the MTP module predicts the same token as the main model.
+        each range of positions    summed loss of the targets in nats
+        each MTP depth             summed loss in nats, and number of positions with the main model's prediction
         """
         return self._sums
 
@@ -125,8 +122,7 @@ def here(positions: Positions, device: torch.device) -> Tensor:
 def read(last: DeepSeekV3, hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the likeliest token at each position, and -log p of the target in nats, fp32.
 
-    hidden_BTD may have any shape (..., D), and targets_BT has the shape (...). The logits are computed for
-    model.loss_chunk positions at a time.
+    hidden_BTD may be (..., D), with targets_BT (...).
     """
     head_VD, chunk = last.head.weight.to(hidden_BTD.dtype), last.config.loss_chunk
     named, nats = [], []
@@ -148,8 +144,7 @@ def _of_whole_sequences(own_BT: Tensor, positions: Positions) -> Tensor:
 
 
 ALL = 1 << 62
-"""Requested number of sequences if all sequences of a source are evaluated. It is larger than the number
-of sequences of any source."""
+"""Requested number of sequences if all are evaluated. It is larger than the number in any source."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +160,8 @@ class EvaluatedSource:
 
 
 def choose_sources(corpus: Corpus, config: Config, held_out: dict[str, Any] | None) -> list[EvaluatedSource]:
-    """Returns the sources from which at least one sequence is evaluated, in the order of data.mix. held_out: the
-    checkpoint's record of the run's data; None for a Hugging Face folder."""
+    """Returns the sources with at least one evaluated sequence, in the order of data.mix. held_out: the checkpoint's
+    data record; None for a Hugging Face folder."""
     known = {word for source in held_out["sources"] for word in source} if held_out else set()
     wanted = config.evaluate.sequences
     wanted = config.log.validation_sequences if wanted is None else wanted
@@ -184,8 +179,8 @@ def choose_sources(corpus: Corpus, config: Config, held_out: dict[str, Any] | No
 
 
 def _same_side(config: Config, held_out: dict[str, Any]) -> None:
-    """Raise UserError if the rule for held-out documents is not the rule of the run. With another rule, the evaluation
-    would use documents that the run has trained on."""
+    """Raise UserError if the rule for held-out documents is not that of the run. Training documents would then be
+    evaluated."""
     for key, was in (
         ("validation_fraction", held_out["fraction"]),
         ("hold_out_by", held_out.get("by", HoldOutBy.name)),

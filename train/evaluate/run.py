@@ -17,8 +17,8 @@ from train.program import install_words
 
 
 def evaluate(config: Config, alone: bool) -> int:
-    """Evaluate a checkpoint; returns the exit code. alone: whether this evaluation is the only job of the process. If
-    so, the process itself may run as the rank."""
+    """Evaluate a checkpoint; returns the exit code. alone: whether this process has no other job and may run as the
+    rank."""
     if config.evaluate.tasks:
         _require_harness(config)
     target = find_target(config)

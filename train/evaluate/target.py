@@ -28,8 +28,8 @@ class Target:
 
 
 def find_target(config: Config) -> Target:
-    """Finds the weights to evaluate. Raises UserError if there is no intact checkpoint, or if the configuration asks
-    for a moving average that the checkpoint lacks."""
+    """Finds the weights to evaluate. Raises UserError if there is no intact checkpoint, or if the requested moving
+    average is missing."""
     given = config.evaluate.checkpoint
     if given is not None and is_hf_folder(Path(given).expanduser()):
         return _of_hf_folder(config, Path(given).expanduser().absolute())
@@ -75,8 +75,8 @@ def _of_hf_folder(config: Config, folder: Path) -> Target:
 
 
 def _with_tokenizer(config: Config, folder: Path) -> Config:
-    """Returns the configuration with `data.tokenizer` set to `folder`, if no tokenizer is configured and the folder
-    contains one."""
+    """Returns the configuration with `data.tokenizer` set to `folder`, if it has no tokenizer and the folder contains
+    one."""
     if config.data.tokenizer is not None or not (folder / "tokenizer.json").is_file():
         return config
     return replace(config, data=replace(config.data, tokenizer=str(folder)))

@@ -1,8 +1,8 @@
-"""Writes README.md of an exported folder: the model card, with the model, its training and its figures.
+"""Writes README.md of an exported folder: the model card.
 
-The card states only known facts. Shape and recipe come from the settings in the checkpoint. Figures come from
-metrics.jsonl and evaluate.json of the run, if these figures belong to the exported step. Unknown facts are listed under
-"Before you publish". The card contains no local paths; it names a data source by the last part of its path.
+The card states only known facts: settings of the checkpoint, and figures that were measured at the exported step.
+"Before you publish" lists unknown facts. The card contains no local paths: it names a data source by the last part of
+its path.
 """
 
 import math
@@ -130,7 +130,7 @@ def _sections(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name(path: str) -> str:
-    """Returns the name of a data source: hf://NAME unchanged, else the last part of the path."""
+    """Returns the name of a data source: hf://NAME, or the last part of a local path."""
     return path if path.startswith("hf://") else Path(path).name
 
 

@@ -1,13 +1,10 @@
 """mode=export: writes a checkpoint of any layout as a folder for Hugging Face's classes (train/hf/families.py).
 
-An adapter's checkpoint becomes a folder for PEFT (train/hf/adapter_folder.py). With export.merge=true the export adds
-the adapter to its base and writes a folder with all weights.
+An adapter's checkpoint becomes a folder for PEFT (train/hf/adapter_folder.py). With export.merge=true, the export adds
+the adapter to its base.
 
-Every Hugging Face tensor is an interval of a Sluice tensor (train/hf/tensor_names.py). The export goes through the
-Hugging Face tensors in order. It reads the elements of the next few tensors from the shards that hold them, converts
-these elements, writes them and frees their memory. So it needs memory for a few million elements, however large the
-model is. The export writes all files to a hidden folder beside the target and renames this folder at the end. So a
-folder with the target's name is always complete.
+Every Hugging Face tensor is an interval of a Sluice tensor (train/hf/tensor_names.py). The export converts a few
+million elements at a time. It writes to a hidden folder and renames it at the end, so the target is always complete.
 """
 
 import math
@@ -152,7 +149,8 @@ def _tokenizer_folder(config: Config, tokenizer: Tokenizer) -> Path | None:
 
 def _ends(config: Config, run: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns bos_token_id and eos_token_id for the exported configuration. bos_token_id comes from the tokenizer's
-    files. eos_token_id has the stop tokens: of the chat template for chats, else of the tokenizer."""
+    files. For chats, eos_token_id has the stop tokens of the chat template. Otherwise, it has the stop tokens of the
+    tokenizer."""
     stops = tokenizer.stop_ids
     if config.data.chats and (run / TEMPLATE_FILES["default"]).is_file():
         stops = stop_ids(load_template(None, run, tokenizer, config.data.template_keys), tokenizer)
@@ -162,15 +160,15 @@ def _ends(config: Config, run: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _own_family(config: Config, manifest: Manifest) -> ModelFamily:
-    """Returns the model family of the folder that the run started from. If this family has dense attention and the run
-    added indexers, returns DeepSeek-V3.2 instead."""
+    """Returns the model family of the folder that the run started from. If the run added indexers to dense attention,
+    returns DeepSeek-V3.2."""
     family = ModelFamily(manifest.meta.get("family", ModelFamily.deepseek_v3))
     return ModelFamily.deepseek_v32 if config.model.sparse.heads and not FAMILIES[family].is_sparse else family
 
 
 def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
-    """Raise UserError if a folder of this family cannot describe the model's computation or cannot hold its weights.
-    alone: whether the export is an adapter."""
+    """Raise UserError if a folder of this family cannot describe the computation or hold the weights. alone: whether
+    only an adapter is exported."""
     facts, model = FAMILIES[family], config.model
     is_sparse = model.sparse.heads > 0
     fitting = [row.name for row in FAMILIES.values() if (row.scores, row.is_sparse) == (model.scores, is_sparse)]
@@ -310,8 +308,7 @@ def _batches(written: list[WrittenTensor]) -> Iterator[list[ExportSlice]]:
 
 
 def _cuts(written: WrittenTensor) -> Iterator[ExportSlice]:
-    """Yields slices of a tensor. A slice never splits a 128 x 128 block, because the FP8 scale of a block is computed
-    from all its values."""
+    """Yields slices of a tensor. A slice never splits a 128 x 128 block, because each block has one FP8 scale."""
     rows, *rest = written.placed.shape
     width = math.prod(rest)
     step = max(1, EXPORTED_ELEMENTS // width // SCALE_BLOCK) * SCALE_BLOCK
@@ -320,8 +317,8 @@ def _cuts(written: WrittenTensor) -> Iterator[ExportSlice]:
 
 
 def _read(stored: StoredWeights, batch: list[ExportSlice], ema: bool) -> dict[str, Shard]:
-    """Reads the elements of these slices from the Sluice tensors. batch: the slices. The elements that are read from
-    one Sluice tensor form one interval, because Sluice and Hugging Face store them in the same order."""
+    """Reads the elements of these slices, as one interval of each Sluice tensor. Sluice and Hugging Face store elements
+    in the same order."""
     spans: dict[str, Shard] = {}
     needed = defaultdict(list)
     for cut in batch:
@@ -353,8 +350,7 @@ def _write(writer: PieceWriter, cut: ExportSlice, values: Tensor) -> None:
 
 
 def _notes(model: Model, family: FamilyFacts) -> Iterator[str]:
-    """Yields notes for the user: what transformers computes differently from training, and which parts the exported
-    folder lacks."""
+    """Yields notes for the user: what transformers computes differently, and which parts the exported folder lacks."""
     if family.others:
         yield (
             f"note: this is only the language model of {family.title}: {' and '.join(f'{part}*' for part in family.others)} and their "

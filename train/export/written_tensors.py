@@ -41,8 +41,8 @@ class ExportTensor:
 
 
 class PieceWriter:
-    """Writes one safetensors file in pieces. Use it in a `with` block. The end of the block asserts that every byte was
-    written, unless the block raised an exception."""
+    """Writes one safetensors file in pieces, in a `with` block. Unless the block raised an exception, its end asserts
+    that every byte was written."""
 
     def __init__(self, path: Path, outs: list[ExportTensor], metadata: dict[str, str] | None = None):
         self._outs = {out.name: out for out in outs}
@@ -53,8 +53,8 @@ class PieceWriter:
         self._write(header, 0)
 
     def write(self, name: str, start: int, values: Tensor) -> None:
-        """Write values into the tensor `name`. start: index of the tensor's first element to write. The dtype of the
-        values must be the declared dtype of the tensor. Raises OSError if the disk is full or fails."""
+        """Write values into the tensor `name`, from its element `start` on, in its declared dtype. Raises OSError if
+        the disk is full or fails."""
         out = self._outs[name]
         assert DTYPES[values.dtype] == out.dtype, f"{name} was announced as {out.dtype}"
         raw = values.detach().contiguous().view(-1).view(torch.uint8).numpy()
@@ -107,8 +107,8 @@ class PlannedFile:
 def plan_files(
     placed: list[PlacedTensor], dtype: ExportType, shard_bytes: float, stem: str = "model"
 ) -> list[PlannedFile]:
-    """Distributes the Hugging Face tensors, in order, over files of at most shard_bytes. A tensor that is larger than
-    shard_bytes gets a file to itself."""
+    """Distributes the Hugging Face tensors, in order, over files of at most shard_bytes. A larger tensor gets a file to
+    itself."""
     groups: list[list[WrittenTensor]] = []
     room = 0.0
     for each in placed:
@@ -144,7 +144,7 @@ def index_json(files: list[PlannedFile]) -> dict[str, Any]:
 def left_out(manifest: Manifest, placed: list[PlacedTensor], ema: bool) -> dict[str, str]:
     """Returns every tensor of the checkpoint that is not exported, with the reason.
 
-    Raises UserError if a tensor has no known reason, or if a tensor that the model needs is missing.
+    Raises UserError if there is no known reason, or if a tensor that the model needs is missing.
     """
     needed = {source_name(each, ema): each.whole for each in placed}
     if is_merged := holds_adapter(manifest.meta) and not any(is_adapter(name) for name in needed):

@@ -1,10 +1,8 @@
-"""MLA's cache of past tokens (paper 2.1.1). It has one normed latent and one RoPE key for every token and layer.
+"""MLA's cache of past tokens (paper 2.1.1): one normed latent and one RoPE key for every token and layer. With sparse
+attention, the cache also has the indexer's keys.
 
-All heads share the latent and the RoPE key. With sparse attention the cache also has the indexer's key of every token.
-
-Rows of a batch are padded on the left, so that all prompts end in the same column. The start of a row is its first
-column that is not padding. New entries are written after the valid columns, and `commit` makes these entries valid.
-Memory is allocated in advance and doubled when full, so each token causes a constant amount of copying on average.
+Rows are padded on the left, so all prompts end in the same column. A row starts at its first column without padding.
+New entries are written after the valid columns, and `commit` makes them valid. A full cache is doubled.
 
 Shapes: B rows, T new tokens, S columns, N = B*T, R rope width, W = kv_rank + R width of a cache entry.
 """
@@ -32,9 +30,8 @@ def bytes_per_token(config: Model, item_bytes: int) -> int:
 
 
 def multi_head_bytes_per_token(config: Model, item_bytes: int) -> int:
-    """Return the bytes that one token would take with multi-head attention of the same heads and widths: a key and a
-    value for every head.
-    """
+    """Return the bytes per token of multi-head attention with the same heads and widths: a key and a value for every
+    head."""
     per_head = config.nope_head_dim + config.rope_head_dim + config.v_head_dim
     return config.layers * config.heads * per_head * item_bytes
 
@@ -57,8 +54,8 @@ class Slots:
         return (columns_T - self.starts_B1).clamp_(min=0).flatten()
 
     def chosen_BCS(self, queries: slice) -> Tensor | None:
-        """Return a mask of the columns that the C new tokens in `queries` attend to. With sparse attention these are
-        the chosen columns, otherwise all visible columns. None: every column."""
+        """Return a mask of the columns that the C new tokens in `queries` attend to: those that sparse attention chose,
+        otherwise all visible ones. None: every column."""
         chosen_BTK, end = self.choices.chosen_BTK, self.first + queries.stop
         if chosen_BTK is None:
             return self.mask_BCS(queries)
@@ -68,9 +65,9 @@ class Slots:
 
     def mask_BCS(self, queries: slice) -> Tensor | None:
         """Return a mask of the columns that are visible to the C new tokens in `queries`: from the row's start to the
-        token's column. None: every column.
+        token. None: every column.
 
-        A padding column is visible to itself, because attention fails on a row with an empty mask.
+        Padding is visible to itself, because attention fails on a row with an empty mask.
         """
         if not self.padded and queries.stop - queries.start == 1:
             return None
@@ -83,7 +80,8 @@ class Slots:
 
 
 class LatentCache:
-    """The cache entries of all layers for one batch. starts: padding columns before each row's first token."""
+    """The cache entries of all layers for one batch. starts: number of padding columns before each row's first
+    token."""
 
     def __init__(self, config: Model, starts: list[int], dtype: torch.dtype, device: torch.device):
         self.starts, self.length, layers = list(starts), 0, config.layers
@@ -150,8 +148,7 @@ class LatentCache:
 # X = queries * heads.
 
 ABSORBED_ROWS = 2048
-"""Maximum product of the number of queries and the number of heads in one attention call. This limit bounds the memory
-of the mask for a long prompt."""
+"""Maximum number of queries times heads in one attention call. It bounds the memory of the mask for a long prompt."""
 
 
 def latent_attention(q_BTHW: Tensor, entries_BSW: Tensor, kv_rank: int, scale: float, slots: Slots) -> Tensor:

@@ -1,7 +1,6 @@
 """`mode=generate`: writes a model's text to standard output, and notes and statistics to standard error.
 
-The prompt is `generate.prompt`, or lines that a person types, or each line of standard input. The command reads
-checkpoints and writes no file.
+The prompt is `generate.prompt`, a typed line, or a line of standard input. The command writes no file.
 """
 
 import io
@@ -86,8 +85,8 @@ class Writer:
         )
 
     def show(self, prompts: list[str], titles: bool = False) -> None:
-        """Continue prompts in one batch. If there is only one prompt, its text is printed as it grows. titles: whether
-        each prompt is printed above its text."""
+        """Continue prompts in one batch. A single prompt's text is printed as it grows. titles: whether each prompt is
+        printed above its text."""
         how = self._settings
         generation = start(
             self._source, prompts, tokens=how.tokens, temperature=how.temperature, top_p=how.top_p, seed=how.seed

@@ -1,11 +1,10 @@
-"""Answers questions turn by turn (generate.chat=true), with the chat template that the weights were tuned with.
+"""Answers questions turn by turn (generate.chat=true), with the chat template of the weights.
 
-The template renders the turns so far into a prompt, as in training. An answer ends with a stop token of the template or
-of generation_config.json, or with the end of a document. If the turns no longer fit into the model's context, the
-oldest turns are left out, and the user gets a single note.
+An answer ends with a stop token or with the end of a document. If the turns no longer fit into the context, the oldest
+are left out.
 
-In a terminal, a person asks questions until Ctrl-D or /quit. /reset removes all turns. Ctrl-C stops an answer; the
-unfinished answer becomes a turn. Without a terminal, each line of standard input is a question.
+In a terminal, Ctrl-D and /quit end the conversation, and /reset removes all turns. Ctrl-C stops an answer, which still
+becomes a turn. Without a terminal, each line of standard input is a question.
 """
 
 import shutil
@@ -48,10 +47,10 @@ class Conversation:
         self.turns = []
 
     def answer(self, question: str) -> Generator[str]:
-        """Yield the text of an answer piece by piece. Pieces end at complete characters.
+        """Yield the text of an answer in pieces that end at complete characters.
 
-        Question and answer become turns, even if the caller stops early. Raises UserError for a question that exceeds
-        the context without any earlier turn; such a question does not become a turn.
+        Question and answer become turns, even if the caller stops early. If the question alone exceeds the context,
+        raises UserError and adds no turn.
         """
         prompt = self._prompt([*self.turns, {"role": "user", "content": question}])
         how, decoder = self._settings, self._source.decoder
@@ -76,10 +75,9 @@ class Conversation:
             self.tell(f"[{end.value}]")
 
     def _prompt(self, turns: list[Message]) -> list[int]:
-        """Return the tokens of the turns.
+        """Return the tokens of the turns, without the oldest turns if these leave too little context for an answer.
 
-        If the prompt leaves too few tokens of the context for an answer, drop the oldest turns. An answer needs
-        generate.tokens tokens, but at most half of the context.
+        An answer needs generate.tokens tokens, but at most half of the context.
         """
         most = self._source.context - min(self._settings.tokens, self._source.context // 2)
         while len(ids := self._encode(self._rendered(turns))) > most and len(turns) > 2:

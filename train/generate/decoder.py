@@ -1,7 +1,6 @@
 """Runs a model for generation: the modules of train/model, with attention over a cache of latents.
 
-Norms, projections, experts and head are the modules of the training model. Only the core of attention differs, and only
-this core uses the cache. Prompts and single tokens run through the same code.
+Only the core of attention differs from training. Prompts and single tokens run through the same code.
 
 Shapes: B rows, T new tokens, N = B*T, D width, V vocabulary, H heads, C kv_rank, R rope width, W = C + R, P nope width,
 U width of a value.
@@ -39,8 +38,8 @@ def require_plain_blocks(config: Model) -> None:
 class Decoder:
     """A complete model in eval mode that computes with a cache.
 
-    The weights must not change, because the decoder has copies of some weights. seq_len: sequence length with which the
-    model was trained; it decides whether YaRN applies.
+    The weights must not change, because the decoder has copies of some weights. seq_len: sequence length in training;
+    it decides whether YaRN applies.
     """
 
     def __init__(self, model: DeepSeekV3, seq_len: int):
@@ -55,8 +54,8 @@ class Decoder:
     def _split_up(self, mla: MLA) -> tuple[Tensor, Tensor]:
         """Return W_UK (H, P, C) and W_UV (H, C, U).
 
-        Both are views of the weight in fp32. In bf16 W_UV is a copy: on a CPU a bf16 matmul of few tokens with a
-        transposed matrix takes about ten times as long. In fp32 there is no such difference.
+        In fp32, both are views of the weight. In bf16, W_UV is a copy, because transposed bf16 matmuls of few tokens
+        are slow on a CPU.
         """
         up_HXC = mla.kv_up.weight.detach().view(self.config.heads, -1, self.config.kv_rank)
         w_uk_HPC, w_uv_HUC = up_HXC.split([self.config.nope_head_dim, self.config.v_head_dim], 1)
@@ -100,8 +99,8 @@ class Decoder:
         slots: Slots,
         table: Tensor,
     ) -> None:
-        """Write the keys of a layer's indexer, and choose the columns that the queries attend to. The choice applies to
-        this layer, and to the following layers until the next layer with an indexer."""
+        """Write the keys of a layer's indexer, and choose the columns that queries attend to. The choice applies until
+        the next layer with an indexer."""
         x_1ND, latent_1NC = (t.flatten(0, 1).unsqueeze(0) for t in (x_BTD, q_latent))
         q, k, w = (t.view(*x_BTD.shape[:2], *t.shape[2:]) for t in indexer(x_1ND, latent_1NC, table))
         keys_BSI, top_k = cache.write_index(layer, slots, k), self.config.sparse.top_k
@@ -149,16 +148,16 @@ class KeyTap:
 
     def __init__(self, decoder: Decoder):
         self.given_TLK: Tensor | None = None
-        """Key positions for the next forward pass, int32. If a token has fewer than K keys, its row ends with -1
-        values. None: the indexers choose."""
+        """Key positions for the next forward pass, int32, padded with -1 for tokens with fewer than K keys. None: the
+        indexers choose."""
         self.chosen: list[Tensor] = []
         self.shape = indexer_layers(decoder.config), decoder.config.sparse.top_k
         """Number of layers with an indexer, and number of keys per token."""
         decoder.key_tap = self
 
     def take(self) -> list | None:
-        """Return the key positions of the last forward pass, by token and layer. Returns None if the sample has at most
-        top_k tokens, because then every token attends to all earlier tokens."""
+        """Return the key positions of the last forward pass, by token and layer. Returns None for at most top_k tokens,
+        which attend to all earlier tokens."""
         chosen, self.chosen = self.chosen, []
         if not chosen:
             return None
@@ -194,8 +193,8 @@ class RoutingTap:
             hook.remove()
 
     def take(self) -> Tensor:
-        """Return the experts of the last forward pass, (T, L, K). If the batch has several rows, T runs over the tokens
-        of all rows, padding included."""
+        """Return the experts of the last forward pass, (T, L, K). T runs over the tokens of all rows, padding
+        included."""
         chosen, self._chosen = self._chosen, []
         return torch.stack(chosen, 1)
 

@@ -1,8 +1,7 @@
 """Generates tokens for a batch of prompts: prefill, then one token of every text per step.
 
-Prompts are padded on the left. A row ends at an end token, at its maximum number of tokens, or at the end of the
-context. A row that has ended leaves the batch. The first step feeds the whole prompt. Each later step feeds the newest
-token, so the cache is always one token shorter than the text.
+Prompts are padded on the left. A row that has ended leaves the batch. The first step feeds the prompt, and each later
+step the newest token. So the cache is one token shorter than the text.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -100,8 +99,8 @@ class Generation:
     ):
         """Raises UserError for a prompt that leaves no room in the context.
 
-        All rows have the same seed; with own_seeds, row i has seed + i. tap: a RoutingTap on the decoder's model. The
-        property `drawn` can be read only with a tap.
+        All rows have the same seed; with own_seeds, row i has seed + i. tap: a RoutingTap on the decoder's model,
+        required for `drawn`.
         """
         assert prompts and all(prompts), "a prompt has at least the token that starts a document"
         self._decoder, self._sampler, self._limits = decoder, sampler, limits
@@ -125,8 +124,8 @@ class Generation:
 
     @property
     def drawn(self) -> list[DrawnText]:
-        """The text of each prompt with its log-probabilities and experts. Read it only after all texts have ended, and
-        only if the generation has a tap."""
+        """The text of each prompt with its log-probabilities and experts. It needs a tap, and is complete only after
+        all texts have ended."""
         found = []
         for row in self._rows:
             tokens, before, after = (list(part) for part in zip(*row.drawn, strict=True))
@@ -135,8 +134,8 @@ class Generation:
 
     @torch.inference_mode()
     def steps(self) -> Iterator[dict[int, list[int]]]:
-        """Run the generation. After each step, yield a dict. It maps the index of each prompt in this step to the
-        prompt's new tokens. A prompt that ended in an earlier step is not in the dict."""
+        """Run the generation. After each step, yield a dict: index of the prompt -> its new tokens. Prompts that ended
+        earlier are missing."""
         length = max(map(len, self._prompts))
         padded = [[prompt[0]] * (length - len(prompt)) + prompt for prompt in self._prompts]
         tokens_B = self._step(torch.tensor(padded, device=self._decoder.device))

@@ -1,6 +1,5 @@
-"""Chooses tokens from logits, with temperature and top-p.
-
-Every row has a separate random number generator, so a row's tokens do not depend on the other rows of the batch.
+"""Chooses tokens from logits, with temperature and top-p. Every row has its own random number generator, so other rows
+do not affect it.
 
 Shapes: B rows, V vocabulary.
 """
@@ -20,8 +19,7 @@ class Sampler:
     temperature: float = 0.8
     """0 takes the most likely token."""
     top_p: float = 1.0
-    """Only the most likely tokens can be drawn: the smallest number of tokens whose total probability is at least
-    top_p. """
+    """Only the most likely tokens can be drawn: the smallest set with a total probability of at least top_p."""
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """Return the log-softmax at this temperature before the top-p cut, fp32 (..., V); all 0 at temperature 0."""

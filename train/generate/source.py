@@ -47,8 +47,7 @@ class LoadedModel:
 
 
 def open_weights(config: Config, device: torch.device, checkpoint: str | None, field: str = FIELD) -> LoadedModel:
-    """Load the model of a checkpoint or of a Hugging Face folder. checkpoint=None: the newest intact checkpoint of the
-    run.
+    """Load the model of a checkpoint or Hugging Face folder. checkpoint=None: the newest intact checkpoint of the run.
 
     Raises UserError; field: the configuration key that the error names.
     """
@@ -99,9 +98,8 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device, field
 
 
 def start_token(folder: Path, tokenizer: Tokenizer) -> int:
-    """Return the token that every text starts with: the begin-of-text token if the folder's tokenizer adds it, else
-    eos, as in Sluice's training.
-    """
+    """Return the first token of every text: the begin-of-text token if the folder's tokenizer adds it; otherwise
+    eos."""
     path = folder / TOKENIZER_SETTINGS_FILE
     if not path.exists() or not read_json(path, FIELD, "download it again").get("add_bos_token"):
         return tokenizer.eos_id

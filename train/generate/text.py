@@ -13,9 +13,8 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 class TextStream:
     """Decodes a growing list of tokens into pieces of text that end at complete characters.
 
-    A token of a byte-level BPE may end inside a character. Then the decoded text ends with U+FFFD. `feed` does not
-    return this U+FFFD until the next tokens show whether the character is complete. A U+FFFD before the end of the text
-    comes from the model's output and is returned.
+    If a byte-level BPE token ends inside a character, the text ends with U+FFFD. `feed` holds this U+FFFD back until
+    the next tokens show whether the character is complete.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -54,9 +53,8 @@ def write(text: str, stream: TextIO | None = None) -> None:
 
 
 def require_utf8(text: str, field: str) -> None:
-    """Raise UserError if the text had bytes that are not UTF-8. Python decodes such bytes as lone surrogates, and no
-    tokenizer accepts a lone surrogate. field: the configuration key that the error names.
-    """
+    """Raise UserError for a text with bytes that are not UTF-8. Python decodes them as lone surrogates. field: the
+    configuration key that the error names."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -12,7 +12,7 @@ One row per sample, in the order of the file. Its columns are:
     keys       positions that sparse attention chose, see KEYS_COLUMN; only with score.keys=write; null if the sample has
                at most top_k tokens, because every token then attends to all earlier tokens
 
-Samples are computed one at a time, without padding, so no sample affects the results of another sample.
+Samples are computed one at a time, without padding, so they do not affect each other.
 """
 
 import os
@@ -86,7 +86,7 @@ def score(config: Config) -> int:
 
 @torch.no_grad()
 def logprobs(decoder: Decoder, tokens: list[int], chunk: int) -> Tensor:
-    """Return log p(token i | previous tokens) for all tokens except the first, in fp64 on the host, (T - 1,).
+    """Return log p(token i | previous tokens) of all tokens except the first, fp64 on the host, (T - 1,).
 
     chunk: number of tokens whose logits are in memory at a time.
     """

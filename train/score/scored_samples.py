@@ -1,5 +1,5 @@
-"""Reads the input samples of mode=score from JSONL or Parquet and converts them to token ids. Errors name the line or
-row of the sample. Imports no torch."""
+"""Reads the samples of mode=score from JSONL or Parquet and converts them to token ids. Errors name the line or row.
+Imports no torch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -43,11 +43,9 @@ def read_scored_samples(
 ) -> list[ScoredSample]:
     """Read all samples of a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), in order.
 
-    encode: converts text to ids. start_id: the token before every text. longest: maximum number of tokens of a sample.
-    replayed: the number of MoE layers, the number of experts per token, and the number of experts per layer; None if
-    the samples' experts are not replayed. replayed_keys: the number of layers with an indexer, and the number of
-    attended positions per token; None if the samples' positions are not replayed. Raises UserError for a file that
-    cannot be read, and for the first invalid sample.
+    encode: converts text to ids. start_id: the token before every text. longest: maximum tokens of a sample. replayed:
+    (MoE layers, experts per token, experts per layer). replayed_keys: (layers with an indexer, attended positions per
+    token). None: no replay. Raises UserError for an unreadable file, and for the first invalid sample.
     """
     if not path.is_file():
         raise UserError(SCORE_DATA, path, "no such file", "give a .jsonl or .parquet of samples")
@@ -102,9 +100,8 @@ def _sample(place: str, record: dict[str, Any], encode: Callable[[str], list[int
 def _with_experts(
     sample: ScoredSample, place: str, record: dict[str, Any], layers: int, top_k: int, experts: int
 ) -> ScoredSample:
-    """Return the sample with the expert ids that its record prescribes. If the record also has expert ids for the last
-    token, these ids are ignored, because the last token predicts nothing. Raises UserError for invalid experts.
-    """
+    """Return the sample with the expert ids of its record. Ids for the last token are ignored, because it predicts
+    nothing. Raises UserError for invalid experts."""
     given, positions = record.get("experts"), len(sample.tokens) - 1
     good = isinstance(given, list) and len(given) in (positions, positions + 1)
     if not (good and all(_is_choice(of_token, layers, top_k, experts) for of_token in given)):
@@ -117,8 +114,8 @@ def _with_experts(
 
 
 def _with_keys(sample: ScoredSample, place: str, record: dict[str, Any], layers: int, top_k: int) -> ScoredSample:
-    """Return the sample with the attended positions that its record prescribes under `keys`. A sample of at most top_k
-    positions may omit `keys`. Raises UserError for invalid positions."""
+    """Return the sample with the attended positions (`keys`) of its record. A sample of at most top_k positions needs
+    none. Raises UserError for invalid positions."""
     given, positions = record.get("keys"), len(sample.tokens) - 1
     if given is None and positions <= top_k:
         return sample
