@@ -1,10 +1,8 @@
-"""mode=average: writes a run folder with the mean weights of several checkpoints, for evaluate, generate, export and
-init_from.
+"""mode=average: writes a run folder with the mean weights of several checkpoints.
 
-The mean is computed in fp64 and written in the dtype of the sources. So the mean of equal checkpoints is equal to these
-checkpoints. The sources may have different layouts. The mode reads, averages and writes a few hundred million elements
-at a time, which limits its memory even for a large model. The result has no optimizer state, because a run cannot
-continue from a mean.
+The modes evaluate, generate and export and the key init_from accept this folder. The mean is computed in fp64 and
+written in the dtype of the sources. So the mean of equal checkpoints is equal to these checkpoints. The sources may
+have different layouts. The result has no optimizer state, because a run cannot continue from a mean.
 """
 
 import math
@@ -33,8 +31,7 @@ from train.data.prepare_progress import ReportProgress, show_progress
 from train.data.tokenizer import BESIDE, TOKENIZER_FILE
 
 AVERAGED_ELEMENTS = 1 << 27
-"""Maximum number of elements averaged at a time. These elements need 2 GB of memory, including the sum in fp64, and 0.5
-GB in a file."""
+"""Maximum number of elements averaged at a time. They need 2 GB of memory and 0.5 GB in a file."""
 AVERAGED_KINDS = ("master.", "bias.")
 """Name prefixes of the averaged tensors: weights and balance biases."""
 NOT_COMPUTED = ("init_std", "max_seq_len")
@@ -193,7 +190,7 @@ def _parts(sizes: Mapping[str, int]) -> Iterator[WeightsPart]:
 
 
 def _means(sources: Sequence[Manifest], part: WeightsPart, shapes: StoredShapes) -> dict[str, Tensor]:
-    """Computes the mean over the sources for the elements in this part. Returns the means by tensor name.
+    """Returns the means of this part's elements over the sources, by tensor name.
 
     Raises UserError if a value is not finite.
     """

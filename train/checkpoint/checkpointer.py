@@ -1,14 +1,12 @@
 """Saves checkpoints while the training continues. A failed save does not end the training.
 
 `save` copies the shards to CPU buffers and returns. A thread writes the buffers to disk and takes part in the commit
-(see `train.checkpoint.commit`). If a save fails (full disk, I/O error, lost rank), the thread tries again. If it cannot
-save, the folder of the save is removed, and `poll` returns a warning to the training loop. The next save does not
-depend on the failed save. Only the save at the end of the run must succeed: if it fails, `finish(required=True)` raises
-SaveFailed.
+(see `train.checkpoint.commit`). The thread retries a failed save. If the save still fails, its folder is removed, and
+`poll` returns a warning. Only the save at the end of the run must succeed: `finish(required=True)` raises SaveFailed.
 
-A save can get stuck, for example in a write to a disk that does not answer. A stuck save cannot be ended. When the next
-save is due, the training loop gives up the stuck save, and a warning names the rank. The next save uses other buffers.
-No rank commits the stuck save, even if its write returns later.
+A stuck save, for example a write to a disk that does not answer, cannot be ended. When the next save is due, the
+training loop gives up the stuck save, and a warning names the rank. The next save uses other buffers. No rank commits
+the stuck save, even if its write returns later.
 """
 
 import json
@@ -33,14 +31,12 @@ from train.checkpoint.read_shards import NotCovered, load_shards, merge_indexes
 from train.checkpoint.staging import StagingBuffers
 
 SAVE_PATIENCE = 0.8
-"""Fraction of the timeout after which the next save gives up an unfinished save. The fraction is less than 1, because
-other ranks may already wait for this rank, with the same timeout."""
+"""Fraction of the timeout after which the next save gives up an unfinished save. It is less than 1, because other ranks
+may already wait for this rank, with the same timeout."""
 GRACE = 0.1
-"""After a save was given up, it must end and report why it failed, within this fraction of the timeout. Otherwise it
-counts as stuck."""
+"""Fraction of the timeout in which a given-up save must end and report its error. Otherwise it counts as stuck."""
 LEAST_GRACE = 1.0
-"""A save that was given up has at least this time, in seconds, to end and report why it failed. The minimum applies if
-the fraction GRACE of the timeout is shorter."""
+"""Minimum time, in seconds, in which a given-up save must end. It applies if GRACE gives less."""
 MOST_STUCK = 2
 """Maximum number of stuck saves at the same time. The number is limited because each stuck save occupies its
 buffers."""
@@ -49,7 +45,7 @@ buffers."""
 class SaveFailed(DiskFailed):
     """The last save of a run failed, although it was required.
 
-    ranks: the ranks that did not write their files. late: whether the save did not end in time, without a disk error.
+    ranks: the ranks that did not write their files. late: whether the save was too slow, without a disk error.
     """
 
     def __init__(self, root: Path, why: str, ranks: Sequence[int] = (), late: bool = False):
@@ -68,11 +64,10 @@ class SaveResult:
 
     step: int
     path: Path | None
-    """Path of the checkpoint; None if the save failed. On ranks other than 0, the checkpoint may not exist yet, because
-    rank 0 commits it later."""
+    """Path of the checkpoint; None if the save failed. On ranks other than 0, the checkpoint may not exist yet."""
     warning: str | None
-    """Describes problems of this save; None if there are none. A successful save may have a warning too, for example
-    about a retry or about old checkpoints that could not be removed."""
+    """Describes problems of this save; None if there are none. A successful save may have a warning, for example about
+    a retry."""
     fenced: bool
     """Whether a newer attempt of the run has started, so that this attempt must stop."""
     seconds: float
@@ -126,10 +121,10 @@ class Checkpointer:
         """Starts to use the checkpoint folder. Raises AttemptFenced if a newer attempt of the run has started.
 
         `root`: the folder checkpoints/. `attempt`: from `commit.next_attempt`, the same on every rank. `timeout`:
-        maximum wait for other ranks, in seconds; the wait for an unfinished save is somewhat shorter. `retries`: number
-        of retries after a failed write. `retry_wait`: seconds before the first retry; the wait doubles with each retry.
-        `staging`: maximum size of the buffers in bytes; 0: the size of the saved state. If the buffers are smaller than
-        the state, the training waits for the disk. `notes`: a channel for error notes that does not need the disk.
+        maximum wait for other ranks, in seconds; the wait for an unfinished save is shorter. `retries`: number of
+        retries after a failed write. `retry_wait`: seconds before the first retry; the wait doubles with each retry.
+        `staging`: maximum size of the buffers in bytes; 0: the size of the saved state. With smaller buffers, the
+        training waits for the disk. `notes`: a channel for error notes that does not need the disk.
         """
         self.rank, self.keep, self.keep_every = rank, keep, keep_every
         self.asynchronous, self.timeout = asynchronous, timeout
@@ -149,14 +144,14 @@ class Checkpointer:
         """Step of the last requested save; None after a report that this save succeeded."""
         self._protected: Path | None = None
         self._best: list[Path] = []
-        """Paths of the checkpoints that had the lowest held-out loss when they were saved, oldest first. The last
-        checkpoint of the list may not exist yet."""
+        """Paths of the checkpoints that had the lowest held-out loss when they were saved, oldest first. The last one
+        may not exist yet."""
 
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
         """Write the state as the checkpoint of `step`. Returns the seconds that the caller was blocked.
 
-        The call first waits for the previous save. If saves are synchronous, it also waits for this save. `meta`: JSON
-        values; the checkpoint contains the `meta` of rank 0.
+        First waits for the previous save. If saves are synchronous, also waits for this save. `meta`: JSON values; the
+        checkpoint contains the `meta` of rank 0.
         """
         began = time.perf_counter()
         save, self._unsaved = Save(step, self._serial), step
@@ -232,7 +227,7 @@ class Checkpointer:
         return True
 
     def _settle(self) -> None:
-        """Wait for the save in progress. If it takes too long, give it up and continue without it.
+        """Wait for the save in progress. If it takes too long, give it up.
 
         The wait is short enough that other ranks do not treat this rank as hung.
         """
@@ -332,10 +327,9 @@ class Checkpointer:
         return self.committer.commit(save, merge_indexes(self.committer.await_votes(save), meta))
 
     def _prune(self, warning: str | None) -> str | None:
-        """Remove old checkpoints. Returns the warning to report.
+        """Remove old checkpoints. Returns the warning to report; a failed removal only adds a warning.
 
-        warning: an earlier warning of the save. If the removal fails, the method raises no error, because the new
-        checkpoint is complete. It returns another warning instead.
+        warning: an earlier warning of the save.
         """
         try:
             best = next((path for path in reversed(self._best) if path.exists()), None)

@@ -1,23 +1,24 @@
 """Combines the files of all ranks into one checkpoint. It uses no collectives, because threads must not call them.
 
 1. Every rank writes its data file into checkpoints/.step_N.attempt_A.save_K.tmp/. Then it adds its index by rename.
-   The index is the rank's vote: it declares that the rank's data are on disk. Ranks other than 0 are then done.
+   The index is the rank's vote: it declares that the rank's data are on disk.
 2. Rank 0 waits for all votes, merges the indexes into manifest.json, and renames the folder to step_N. That rename is
-   the commit. Before the commit no folder has the final name; after the commit everything is durable.
+   the commit. After it everything is durable.
 
-A rank that cannot write its data writes a note, rank_R.failed, so that rank 0 gives up at once and not after its
-timeout. If the disk refuses the note too, the rank writes the note to the store of the rendezvous. When rank 0 gives
-up, it removes the folder. A late rank may create the folder again; then the next save removes it. If the training loop
-of a rank continues without a save (`abandon`), the rank neither votes for this save nor commits it.
+A rank that cannot write its data writes a note, rank_R.failed, so that rank 0 gives up at once. If the disk refuses the
+note too, the note goes to the store of the rendezvous. When rank 0 gives up, it removes the folder. A late rank may
+create the folder again; then the next save removes it. If a rank abandons a save (`abandon`), it neither votes for the
+save nor commits it.
 
 Fencing. When a node loses its network, its ranks keep running while a new attempt of the run starts elsewhere. These
 old ranks must not replace or prune checkpoints of the new attempt. The file `.fence` contains the highest attempt
 number. A new attempt, or the driver of a new launch, raises the number. An attempt stops when it reads a number higher
 than its attempt number. One advisory lock protects two operations: raising the number, and checking it before a folder
-is renamed. So a new attempt cannot start between the check and the rename of an old attempt. This protection needs a
-file system that shares flock between hosts (NFSv4, Lustre with -o flock, or one machine). On other file systems, a new
-attempt may start in the few microseconds between check and rename. Then an intact checkpoint of the old attempt
-appears. This checkpoint counts as older than all checkpoints of the new attempt (`Manifest.age`).
+is renamed. So a new attempt cannot start between the check and the rename of an old attempt.
+
+The lock needs a file system that shares flock between hosts (NFSv4, Lustre with -o flock, or one machine). On other
+file systems, a new attempt may start in the few microseconds between check and rename. Then an intact checkpoint of the
+old attempt appears. It counts as older than all checkpoints of the new attempt (`Manifest.age`).
 """
 
 import os
@@ -49,7 +50,7 @@ class AttemptFenced(RuntimeError):
 class SaveAbandoned(RuntimeError):
     """This save cannot be committed. The text names the failed rank and the reason.
 
-    late: whether ranks were only too late, and none reported a failure.
+    late: whether ranks were only too late, without an error.
     """
 
     def __init__(self, text: str, ranks: Sequence[int] = (), late: bool = False):
@@ -58,7 +59,7 @@ class SaveAbandoned(RuntimeError):
 
 
 def next_attempt(root: Path) -> int:
-    """Returns the number for a new attempt of the run. It is higher than the number of every earlier attempt.
+    """Returns the number for a new attempt of the run, higher than every earlier attempt's number.
 
     root: folder of the run's checkpoints.
     """
@@ -71,8 +72,7 @@ class Save:
 
     step: int
     serial: int
-    """Index of the save within the attempt. It distinguishes the files of a failed save from the files of a later save
-    of the same step."""
+    """Index of the save within the attempt. It distinguishes several saves of the same step."""
 
 
 class Committer:
@@ -175,7 +175,7 @@ class Committer:
     def give_up(self, save: Save, rank: int, why: str) -> None:
         """Remove this rank's files, and tell rank 0 that this rank has failed. Never raises OSError.
 
-        why: the reason. On rank 0, the method removes the whole folder of the save.
+        why: the reason. Rank 0 removes the whole folder of the save.
         """
         folder = self._temporary(save)
         try:
@@ -220,7 +220,7 @@ class Committer:
     def commit(self, save: Save, manifest: dict[str, Any]) -> Path:
         """Rename the temporary folder to the checkpoint of its step, and return the new path.
 
-        Rank 0 calls this method after all ranks have voted. Raises AttemptFenced and SaveAbandoned.
+        Rank 0 calls this method after all votes. Raises AttemptFenced and SaveAbandoned.
         """
         folder = self._temporary(save)
         atomic_write_text(folder / MANIFEST, seal(manifest))
@@ -239,8 +239,10 @@ class Committer:
     def prune(self, keep: int, keep_every: int, *protected: Path | None) -> None:
         """Remove old checkpoints on rank 0.
 
-        It keeps the `keep` newest intact checkpoints (0: all), the checkpoints at multiples of `keep_every` steps, and
-        the `protected` checkpoints. Damaged folders are neither counted nor removed.
+        The method keeps the following checkpoints, and never removes damaged folders:
+        - the `keep` newest intact ones (0: all)
+        - those at multiples of `keep_every` steps
+        - the `protected` ones
         """
         if keep == 0:
             return
@@ -279,10 +281,9 @@ class Committer:
             raise SaveAbandoned("this rank continued without the checkpoint, because it took too long", late=True)
 
     def _wait(self, ready: Callable[[], bool], vain: Callable[[], bool]) -> bool:
-        """Call `ready` at growing intervals until it returns true. Returns False after the timeout, or when `vain`
-        returns true.
+        """Call `ready` at growing intervals until it returns true. Returns False after the timeout.
 
-        vain: whether further waiting is useless.
+        vain: a function that returns whether further waiting is useless. If it is, the method returns False.
         """
         deadline, pause = time.monotonic() + self.timeout, self.poll
         while not ready():

@@ -1,6 +1,4 @@
-"""Defines the files of a checkpoint folder and verifies them.
-
-This file does not import torch, because the driver searches checkpoints too.
+"""Defines the files of a checkpoint folder and verifies them. No torch, because the driver searches checkpoints too.
 
     checkpoints/step_00001234/
         rank_00000.safetensors    the intervals that rank 0 held: 1-D tensors in the safetensors format
@@ -10,14 +8,14 @@ This file does not import torch, because the driver searches checkpoints too.
                                   each logical tensor its dtype, shape and intervals [rank, start, count]
 
 The checksums form a chain. The manifest ends with a CRC-32 of its content, and it contains the CRC-32 of each index. An
-index contains checksums of the header and of every block of its data file. A reader that needs a small part of a file
-reads and checks only the blocks that contain this part. A run uses no byte that was not checked.
+index contains checksums of the header and of every block of its data file. A run uses no byte that was not checked.
 
-There are two kinds of verification. The fast verification checks the manifest, and calls `stat` once for every file to
-check its size. The fast verification detects the effects of crashes, full disks and partial copies. Sluice uses this
-verification to select the checkpoint to resume from, because one process cannot read terabytes at every start. The full
-verification reads all bytes; tools and tests use it. Flipped bits are detected when a checkpoint is loaded: each rank
-checks the blocks that it reads.
+There are two verifications:
+- fast: checks the manifest and the size of every file. It detects the effects of crashes, full disks and partial
+  copies. Sluice uses it to select the checkpoint to resume from.
+- full: reads all bytes. Tools and tests use it.
+
+Flipped bits are also detected when a checkpoint is loaded: each rank checks the blocks that it reads.
 
 Nothing is pickled: an untrusted checkpoint may contain wrong values, but it cannot run code.
 """
@@ -41,8 +39,8 @@ FORMAT = "sluice checkpoint"
 CHECKPOINT_VERSION = 1
 """Version of the format. It is increased by every change that older code cannot read."""
 CRC_BLOCK = 4 << 20
-"""Number of bytes of data that one CRC-32 covers. This number is a multiple of every element size, so no element is in
-two blocks."""
+"""Number of bytes of data that one CRC-32 covers. It is a multiple of every element size, so no element is in two
+blocks."""
 LARGEST_NUMBER = 2**63 - 1
 """Largest integer that a checkpoint may contain."""
 HOOK_STATE = "hook."
@@ -54,8 +52,7 @@ META = {
     "held_out": dict,
     "config": dict,
 }
-"""Maps names of meta entries to their types. The map contains only the entries that a mode of Sluice, such as
-mode=evaluate, reads.
+"""Maps names of meta entries to their types, for the entries that Sluice's modes read.
 
 An int is a count, so it must not be negative.
 """
@@ -275,8 +272,8 @@ def _is_place(found: Any) -> bool:
 def verify(folder: Path, full: bool = False) -> list[str]:
     """Verifies a checkpoint. Returns the problems of its files; an empty list if it is intact.
 
-    full: whether to compare every byte with the checksums; otherwise only the manifest and the file sizes are checked.
-    Raises UserError if the folder is not a checkpoint, or its format is too new.
+    full: whether to compare every byte with the checksums, or only check the manifest and the file sizes. Raises
+    UserError if the folder is not a checkpoint, or its format is too new.
     """
     try:
         return _problems(read_manifest(folder), full)
@@ -316,8 +313,8 @@ class FoundCheckpoint:
 
     manifest: Manifest | None
     warnings: list[str]
-    """Problems of damaged checkpoints, one text for each file. The list covers checkpoints that are newer than
-    `manifest`, and checkpoints whose age is unknown because their manifest is damaged."""
+    """Problems of damaged checkpoints, one text for each file. Only checkpoints that are, or may be, newer than
+    `manifest` are listed."""
 
     @property
     def path(self) -> Path | None:
@@ -327,8 +324,8 @@ class FoundCheckpoint:
 def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -> FoundCheckpoint:
     """Finds the newest intact checkpoint in a run's folder checkpoints/.
 
-    full: as in `verify`. `skip`: checkpoints that passed the fast verification, but were found damaged when they were
-    loaded. Raises UserError if a checkpoint has a newer format, because a run that skipped it would lose training.
+    full: as in `verify`. `skip`: checkpoints that were found damaged when they were loaded. Raises UserError if a
+    checkpoint has a newer format, because a run that skipped it would lose training.
     """
     while True:
         warnings: list[str] = []

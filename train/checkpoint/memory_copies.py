@@ -2,8 +2,8 @@
 
 `save` copies the shards to buffers and returns. A thread writes the buffers to a file in the memory of the rank's node,
 and sends the same file to the next node. The files of all ranks for one step are a set. Before a save, all ranks find
-the newest set that every rank has stored on both nodes, and do not delete it. So a complete set exists at any moment,
-even if a save fails. A failed save becomes a warning in `poll`. The next save does not depend on the failed save.
+the newest set that every rank has stored on both nodes, and do not delete it. So a complete set exists at any moment. A
+failed save becomes a warning in `poll`.
 """
 
 import json
@@ -36,8 +36,7 @@ SETS = 2
 
 
 class MemoryCopies:
-    """Copies the state of one rank to the memory of nodes, during one attempt of a run. All ranks call `save` for the
-    same steps."""
+    """Copies one rank's state to the memory of nodes, during one attempt. All ranks call `save` for the same steps."""
 
     def __init__(self, shelves: Shelves, token: str, *, rank: int, world_size: int, attempt: int, timeout: float):
         """shelves: the nodes, and the sets of copies on them. token: authenticates this rank to other nodes. timeout:
@@ -52,8 +51,8 @@ class MemoryCopies:
         """Name of the set of copies that this attempt resumed from. The set is not deleted until a newer set is
         complete."""
         self._stored = -1
-        """Newest step whose file this rank has stored on its node and, if there is one, on the next node; -1 if there
-        is no such step."""
+        """Newest step whose file this rank has stored on its node and on the next node, if there is one; -1 without
+        such a step."""
         self._asked = -1
         """Step of the last requested save; -1 if there is none."""
         self._stage: StagingBuffers | None = None
@@ -64,7 +63,7 @@ class MemoryCopies:
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
         """Copy the state after `step`. Returns the seconds that the caller was blocked. Collective.
 
-        The call first waits for the previous save. `meta`: JSON values, the same on every rank.
+        First waits for the previous save. `meta`: JSON values, the same on every rank.
         """
         began = time.perf_counter()
         ready = self._join()
@@ -85,7 +84,7 @@ class MemoryCopies:
         return time.perf_counter() - began
 
     def save_and_wait(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> bool:
-        """Copy the state at the end of a run, and wait until the copy is complete. Collective.
+        """Copy the state at the end of a run, and wait for the copy. Collective.
 
         Returns whether all ranks have completed their copies.
         """
@@ -121,8 +120,8 @@ class MemoryCopies:
         return SetId(self.attempt, step, self.world_size).name if step >= 0 else self._resumed
 
     def _oldest_stored(self) -> int:
-        """Returns the newest step whose file every rank has stored on its node and, if there is one, on the next node;
-        -1 if there is no such step. Collective."""
+        """Returns the newest step whose file every rank has stored (the minimum of `_stored`); -1 without such a step.
+        Collective."""
         stored = torch.tensor([self._stored])
         dist.all_reduce(stored, op=dist.ReduceOp.MIN)
         return int(stored)
@@ -136,8 +135,8 @@ class MemoryCopies:
             self._warnings.append(f"copy of step {id.step} in memory not made by rank {self.rank}: {error}")
 
     def _write(self, stage: StagingBuffers, id: SetId, kept: str, meta: dict[str, Any]) -> None:
-        """Write the file to this rank's node and then, if there is one, to the next node. On each node, the data are
-        written before the index.
+        """Write the file to this rank's node and then, if there is one, to the next node: first the data, then the
+        index.
 
         kept: name of the set of copies that must not be deleted.
         """
@@ -153,12 +152,11 @@ class MemoryCopies:
                     peer.put(id.name, folder / name, kept)
 
     def require_room(self, shards: dict[str, Shard]) -> str | None:
-        """Check that the copies of all ranks fit into the memory of their nodes. All ranks call it before the first
-        save.
+        """Check that the copies of all ranks fit into the memory of their nodes, before the first save. Collective.
 
-        Returns None if the copies fit. If they do not fit and the run has all its ranks, the method raises UserError.
-        If the run continues on fewer nodes, each rank has a larger part of the state, and the run must not end. Then
-        the method returns the reason why the run makes no copies.
+        If they fit, returns None. If they do not fit:
+        - The run has all its ranks: raises UserError.
+        - The run continues on fewer nodes, with more state on each rank: returns the reason why the run makes no copies.
         """
         home = self.shelves.home(self.rank)
         room = shutil.disk_usage(self._folder).free + folder_bytes(self._folder)
@@ -185,8 +183,7 @@ class MemoryCopies:
     # Resuming -------------------------------------------------------------------------------------------------------
 
     def manifest(self) -> Manifest | None:
-        """Combines the indexes of all ranks' files into the manifest of the set of copies from which the run resumes.
-        Returns None if there is no set.
+        """Returns the manifest of the set of copies from which the run resumes; None if there is no set.
 
         Only one rank calls this method. Raises CheckpointDamaged if a file is missing, or if the files do not cover the
         tensors.
@@ -209,9 +206,9 @@ class MemoryCopies:
 
 
 class ShelfFiles:
-    """Reads the copies in memory from which a run resumes. Their files may be on this node or on other nodes.
+    """Reads the copies in memory from which a run resumes, on this node or on other nodes.
 
-    The class implements `train.checkpoint.read_shards.Files`.
+    Implements `train.checkpoint.read_shards.Files`.
     """
 
     def __init__(self, shelves: Shelves, token: str, rank: int, timeout: float):

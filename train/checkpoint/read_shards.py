@@ -1,8 +1,7 @@
-"""Loads a checkpoint into live shards. The run that wrote the checkpoint may have had any layout.
+"""Loads a checkpoint of any layout into live shards.
 
-Each wanted shard is an interval of a flattened tensor. The manifest lists the intervals that each rank wrote. If a
-wanted interval and a written interval overlap, the rank needs the bytes of the overlap. The rank reads all blocks that
-contain such bytes, and compares each block with its CRC-32 before it uses any element of the block.
+Each wanted shard is an interval of a flattened tensor. The manifest lists the intervals that each rank wrote. A rank
+reads all blocks that contain bytes of its shards. It compares each block with its CRC-32 before it uses any element.
 """
 
 import json
@@ -42,7 +41,7 @@ class NotCovered(ValueError):
 
 
 def first_hole(intervals: list[tuple[int, int]], start: int, stop: int) -> int | None:
-    """Returns the first element in [start, stop) that no interval contains; None if the intervals contain all elements.
+    """Returns the first element in [start, stop) that no interval contains; None without such an element.
 
     intervals: pairs (start, count), sorted by start.
     """
@@ -57,8 +56,8 @@ def first_hole(intervals: list[tuple[int, int]], start: int, stop: int) -> int |
 def merge_indexes(indexes: list[bytes], meta: dict[str, Any]) -> dict[str, Any]:
     """Builds the body of the manifest from the index files of ranks 0, 1, ...
 
-    Intervals of different ranks may overlap, because ranks may hold replicas. Any of these ranks' files can be read.
-    Raises NotCovered if no rank wrote some element of a tensor.
+    Intervals of different ranks may overlap, because ranks may hold replicas. Raises NotCovered if no rank wrote some
+    element of a tensor.
     """
     ranks = [json.loads(text) for text in indexes]
     tensors: dict[str, tuple[str, list[int], list[tuple[int, int, int]]]] = {}
@@ -145,18 +144,18 @@ class FolderFiles:
 def load_shards(path: Path, wanted: dict[str, Shard], rounded: bool = False) -> dict[str, Any]:
     """Fill the memory of every wanted shard from the checkpoint in `path`.
 
-    rounded: whether values may be rounded to a smaller dtype of the shard. Returns the stored meta, and `step`,
-    `attempt` and `world_size` of the run that wrote the checkpoint. Raises UserError before it fills any shard if the
-    folder is not a checkpoint, has a newer format, or lacks a tensor or a part of it, or if a shape or dtype differs.
-    Raises CheckpointDamaged (a UserError) for a missing file or a wrong checksum. Then some shards may already be
-    filled.
+    rounded: whether values may be rounded to a smaller dtype of the shard. Returns the stored meta, with `step`,
+    `attempt` and `world_size`.
+
+    Raises UserError before it fills any shard if the folder is not a checkpoint, has a newer format, or lacks a part of
+    a tensor, or if a shape or dtype differs. Raises CheckpointDamaged (a UserError) for a missing file or a wrong
+    checksum. Then some shards may already be filled.
     """
     return fill_shards(read_manifest(path), FolderFiles(path), wanted, rounded)
 
 
 def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], rounded: bool = False) -> dict[str, Any]:
-    """Fill shards from a checkpoint whose manifest was read before. The files of the checkpoint may be on disk or on
-    other nodes.
+    """Fill shards from a checkpoint whose manifest was already read. Its files may be on disk or on other nodes.
 
     rounded: as in `load_shards`.
     """
@@ -176,10 +175,7 @@ def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], roun
 
 
 def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[tuple[int, FilePiece]]:
-    """Returns pairs of a rank and a piece. The pieces are parts of one wanted shard, and together cover this shard.
-
-    If several ranks have written an element, only one of the pieces contains it.
-    """
+    """Returns pairs (rank, piece). The pieces together cover this wanted shard, without overlap."""
     entry = _compatible(manifest, name, shard, rounded)
     stop = shard.offset + shard.local.numel()
     spans = [(start, count) for _, start, count in entry.intervals]
@@ -234,8 +230,7 @@ def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> E
 
 
 def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePiece], buffer: Tensor) -> None:
-    """Fill those pieces (parts of wanted shards) that one rank's file contains. The pieces are read in file order. So a
-    block that two pieces share is read only once.
+    """Fill the pieces that one rank's file contains, in file order. So a block that two pieces share is read only once.
 
     buffer: memory for one block.
     """

@@ -1,6 +1,5 @@
-"""Manages the folder of a run: its files, its lock, and the checkpoint to resume from.
-
-This file does not import torch, because the driver uses it.
+"""Manages the folder of a run: its files, its lock, and the checkpoint to resume from. No torch, because the driver
+uses this file.
 
 runs/NAME/
     config.yaml        every setting, resolved; the ranks read it
@@ -15,8 +14,8 @@ runs/NAME/
     report.html
     wandb/
     .lock              locked while the driver of the run lives; contains its process and host
-    .rank_0.lock       locked (shared) while a rank 0 of the run lives. Rank 0 may live longer than its driver, and it
-                       writes files that a new start reads. So a new start waits until rank 0 releases this lock.
+    .rank_0.lock       locked (shared) while a rank 0 of the run lives. Rank 0 may live longer than its driver, so a
+                       new start waits until rank 0 releases this lock.
 """
 
 import fcntl
@@ -66,9 +65,11 @@ class RunFolder(RunPaths):
         """Create and lock the folder, and write config.yaml. `checkpoint_bytes`: estimated size of one checkpoint.
 
         If a rank 0 of an earlier start still runs without its driver, the call waits until this rank 0 ends. Raises
-        UserError if it does not end, if a live run holds the folder, if another user owns the folder, if the disk lacks
-        space for the checkpoints, or if the run has checkpoints and resume=never. After an error, an existing folder is
-        unchanged.
+        UserError in these cases, and leaves an existing folder unchanged:
+        - rank 0 of the earlier start does not end
+        - a live run holds the folder, or another user owns it
+        - the disk lacks space for the checkpoints
+        - the run has checkpoints and resume=never
         """
         super().__init__(config)
         with disk_errors(config):
@@ -120,10 +121,10 @@ class RunFolder(RunPaths):
 
 @contextmanager
 def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
-    """Returns a context in which rank 0 holds a lock, because it may write to the run folder.
+    """Returns a context in which rank 0 holds its lock on the run folder.
 
-    The lock is shared. If a node is disconnected, rank 0 of the old attempt and rank 0 of the new attempt may hold it
-    at the same time. A new start of the run takes the lock for a moment, to see whether a rank 0 still holds it.
+    The lock is shared: if a node is disconnected, rank 0 of the old attempt and rank 0 of the new attempt may both hold
+    it. A new start of the run takes the lock for a moment, to see whether a rank 0 still holds it.
     """
     paths.path.mkdir(parents=True, exist_ok=True)
     handle = open_lock(paths.rank_lock)
@@ -140,7 +141,7 @@ def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
 def _await_end_of_rank_0(path: Path, config: Config) -> None:
     """Wait until the rank 0 of an earlier start has ended.
 
-    Raises UserError if it does not end within the maximum time that a rank may run without its driver.
+    Raises UserError if rank 0 runs longer than a rank may run without its driver.
     """
     handle = open_lock(path)
     try:
@@ -170,7 +171,7 @@ def _me() -> str:
 def _holder(handle: int, path: Path) -> str:
     """Returns a text that describes the process that holds the lock.
 
-    The lock file names a process. If this process has ended, an unknown process holds the lock, and the text says so.
+    If the process in the lock file has ended, an unknown process holds the lock, and the text says so.
     """
     text = os.pread(handle, 200, 0).decode(errors="replace").strip()
     holder = re.fullmatch(r"process (\d{1,9}) on host (.+)", text)
@@ -198,12 +199,11 @@ def is_held(run: Path) -> bool:
 
 
 def resume_point(config: Config, skip: Collection[Path] = ()) -> FoundCheckpoint:
-    """Finds the checkpoint to start from; its path is None for a new start. The result has a warning for each damaged
-    checkpoint.
+    """Finds the checkpoint to start from, and a warning for each damaged checkpoint. The path is None for a new start.
 
     `skip`: checkpoints that were found damaged when they were loaded. Raises UserError if `resume` names a damaged
-    checkpoint, or if all checkpoints are damaged, because a new start would silently lose training. Before this call,
-    create the Checkpointer of rank 0, which repairs an interrupted commit.
+    checkpoint. Also raises UserError if all checkpoints are damaged, because a new start would silently lose training.
+    Before this call, create the Checkpointer of rank 0, which repairs an interrupted commit.
     """
     own = RunPaths(config).checkpoints
     if config.resume == "never":
@@ -224,7 +224,7 @@ def resume_point(config: Config, skip: Collection[Path] = ()) -> FoundCheckpoint
 def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
     """Finds the intact checkpoint that `given` names. Raises UserError if there is none.
 
-    given: value of the key `field`. None means the newest checkpoint of the run.
+    given: value of the key `field`. None: the newest checkpoint of the run.
     """
     try:
         found = resume_point(replace(config, resume=given or "auto")).path
@@ -241,8 +241,7 @@ def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
 
 
 def _named(path: Path) -> FoundCheckpoint:
-    """Finds the intact checkpoint at this path. If the path is a run folder, finds the newest intact checkpoint of the
-    run.
+    """Finds the intact checkpoint at this path. For a run folder: the newest one of the run.
 
     Raises UserError if there is none.
     """
@@ -264,10 +263,9 @@ def _named(path: Path) -> FoundCheckpoint:
 
 
 def wandb_place(run: Path) -> dict[str, str | None]:
-    """Returns project, entity and group of a run folder's W&B run; empty if it has no W&B run, or if they are unknown.
+    """Returns project, entity and group of a run folder's W&B run; empty if unknown.
 
-    An earlier version of Sluice had configuration keys for these values. The config.yaml of such a run contains them
-    until a new start replaces this file.
+    Earlier versions of Sluice stored these values in config.yaml, so the function also searches this file.
     """
     with suppress(*UNREADABLE, KeyError, TypeError, AttributeError):
         if (run / "wandb" / WANDB_PLACE).is_file():
@@ -297,10 +295,9 @@ def _make(config: Config, root: Path) -> None:
 
 
 def _lock(path: Path, name: str) -> int:
-    """Returns a file handle that holds the lock. If another process holds the lock, the UserError names the process.
+    """Returns a file handle that holds the lock. If another process holds the lock, raises a UserError that names it.
 
-    The lock file is never removed. If it were removed between open and lock, two processes could lock two different
-    files.
+    The lock file is never removed. Otherwise, two processes could lock two different files.
     """
     handle = open_lock(path)
     try:
@@ -358,9 +355,8 @@ def best_step(folder: Path) -> int | None:
 def check_space(config: Config, checkpoint_bytes: int) -> None:
     """Raise UserError if the disk does not have enough space for the checkpoints.
 
-    The check assumes the maximum number of checkpoints at one time: checkpoint.keep, one more that is being written,
-    the best one if checkpoint.keep_best is set, and the one to resume from. The check subtracts the number of
-    checkpoints that already exist.
+    The maximum number at one time is checkpoint.keep, plus the one being written, the best one if checkpoint.keep_best
+    is set, and the one to resume from. The checkpoints that already exist are subtracted.
     """
     paths = RunPaths(config)
     there = len(checkpoints(paths.checkpoints))

@@ -2,9 +2,9 @@
 
     W + scale B A       W: a weight of the adapter's base. The sum is computed in fp32, and then rounded if needed
 
-If a run trains an adapter, its checkpoints contain A and B, and the base is elsewhere. If a checkpoint or folder
-contains all weights, it can be the base of an adapter in a PEFT folder (adapter.path). The base is read one interval
-after another, and B A is added to each interval. So only a few tensors are in memory at a time.
+Checkpoints of an adapter's run contain A and B, and the base is elsewhere. For an adapter in a PEFT folder
+(adapter.path), the checkpoint or folder is the base. B A is added to one interval of the base after another, so only a
+few tensors are in memory at a time.
 
 A checkpoint is read into the chunks of a layout, or into one complete model in one process. A Hugging Face folder is
 read into one complete model in one process. The optimizer state of a checkpoint is not read.
@@ -60,8 +60,8 @@ from train.model.operations import Kernels
 from train.parallelize import build_chunks, build_pipeline, make_dispatcher, make_share
 
 CACHED_TENSORS = 8
-"""Number of adapter tensors that are cached. Without the cache, a tensor that several matrices use would be read
-several times. The matrices of a layer's experts, for example, can be in one tensor."""
+"""Number of adapter tensors that are cached. One tensor can contain the matrices of all experts of a layer, and would
+otherwise be read for each of them."""
 
 
 class StoredLora:
@@ -80,7 +80,7 @@ class StoredLora:
         trained.
 
         weights: mark of the base with which the adapter was trained; None if unknown. other: the error to raise if the
-        mark of the base that is read differs from `weights`.
+        base that is read has another mark.
         """
         self.adapted = list(adapted)
         self._mark, self._weights, self._other = WeightsMark(), weights, other
@@ -88,8 +88,7 @@ class StoredLora:
         self._scale, self._read, self._base = scale, read, base
 
     def as_trained(self, fill_base: FillShards) -> FillShards:
-        """Returns a function like `fill_base` that rounds the base to the format that it had while the adapter was
-        trained.
+        """Returns a function like `fill_base` that rounds the base to its format during the adapter's training.
 
         The function also computes the base's mark.
         """
@@ -130,8 +129,8 @@ class StoredWeights:
     def __init__(self, config: Config, checkpoint: Path, kind: str = "master"):
         """Opens the checkpoint, but reads no weights yet.
 
-        kind: `master`, or `ema` for the moving average. In an adapter's run, the moving average is that of the adapter.
-        Raises UserError if the base of the adapter is missing, or is not the base with which the adapter was trained.
+        kind: `master`, or `ema` for the moving average (of the adapter, in an adapter's run). Raises UserError if the
+        base of the adapter is missing, or is not the base with which the adapter was trained.
         """
         self.manifest, self._kind = read_manifest(checkpoint), kind
         self._own = partial(fill_shards, self.manifest, FolderFiles(checkpoint))
@@ -181,15 +180,15 @@ class StoredWeights:
 def plain_name(name: str) -> str:
     """Returns the name of the tensor that contains a weight in a checkpoint.
 
-    name: the name of this tensor, or of the tensor that contains the weight's moving average.
+    name: this tensor's name, or the name of the weight's moving average.
     """
     return f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
 
 
 def open_base(config: Config, manifest: Manifest) -> FillShards:
-    """Returns a function that reads the base with which a checkpoint's adapter was trained. Raises UserError.
+    """Returns a function that reads the base of a checkpoint's adapter. Raises UserError.
 
-    The function searches for the base first at the path in the checkpoint's meta, and then at init_from.
+    The base is first searched at the path in the checkpoint's meta, and then at init_from.
     """
     meta = manifest.meta
     path = Path(meta["base"]["path"])
@@ -226,7 +225,7 @@ def mark_of(fill_base: FillShards, model: Model) -> str:
 def open_lora(path: str | None, model: Model, family: ModelFamily, fill_base: FillShards) -> StoredLora | None:
     """Opens the LoRA matrices in a PEFT folder; returns None without a path.
 
-    Raises UserError if the adapter was trained with another base than the weights that `fill_base` reads.
+    Raises UserError if the adapter was trained with another base than `fill_base` reads.
     """
     if path is None:
         return None
@@ -276,7 +275,7 @@ def fits_here(config: Config, device: torch.device) -> bool:
 
 
 def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> None:
-    """Raise UserError if the weights together do not fit into the free memory of this machine.
+    """Raise UserError if the weights do not fit into the free memory of this machine.
 
     item_bytes: bytes of an element. what: the source of the weights, which is the value of the key `field`.
     """
@@ -327,8 +326,8 @@ def read_into_chunks(
 ) -> None:
     """Read weights and balance biases into chunks.
 
-    kind: `master`, or `ema` for the moving average of the weights. ep_rank, ep: the chunks hold the experts of rank
-    `ep_rank` of the `ep` ranks that share the experts.
+    kind: `master`, or `ema` for the moving average of the weights. ep_rank, ep: rank that holds the chunks' experts,
+    and number of ranks that share the experts.
     """
     weights, wanted = {}, {}
     for chunk in chunks:
@@ -356,10 +355,10 @@ def load_hf_model(
     """Loads all weights of a Hugging Face folder into one model on the CPU, in eval mode.
 
     Returns the model's configuration, the model, and the path of the folder's tokenizer.json if it exists. dtype: the
-    dtype of weights and matmuls. Weights are read directly in this dtype, so memory contains the model only once.
-    field: name of the key in errors. kernels: the kernels of the model's operations; torch's operations by default.
-    text_only: leave out the tensors of other modalities. adapter: a PEFT folder whose adapter is added to the weights.
-    Raises UserError if the folder does not contain an intact model of a supported family.
+    dtype of weights and matmuls. Weights are read directly in this dtype. field: name of the key in errors. kernels:
+    the kernels of the model's operations; torch's operations by default. text_only: leave out the tensors of other
+    modalities. adapter: a PEFT folder whose adapter is added to the weights. Raises UserError if the folder does not
+    contain an intact model of a supported family.
     """
     path = Path(folder).expanduser()
     headers, config, _ = open_model(path, field, text_only)

@@ -37,7 +37,7 @@ def require_model(config: Config, checkpoint: Path, meta: dict[str, Any]) -> Non
     """Raise UserError if the checkpoint's model has tensors with other names or shapes. The error names the differing
     fields.
 
-    If the checkpoint contains no settings, this function checks nothing, and loading compares tensor by tensor.
+    If the checkpoint contains no settings, this function checks nothing; loading compares the tensors.
     """
     stored = meta.get("config", {}).get("model", {})
     differ = {name: stored[name] for name in SHAPE if stored.get(name, ...) not in (..., getattr(config.model, name))}
@@ -84,7 +84,7 @@ def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:
 
 
 def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError if the tokenizer differs from the tokenizer with which the checkpoint was trained.
+    """Raise UserError if the checkpoint was trained with another tokenizer.
 
     fingerprint: hash of the run's tokenizer. choice: value of data.tokenizer; None for a tokenizer that was trained on
     the data.
@@ -118,8 +118,8 @@ SHAPING = ("rank", "targets", "base")
 def describe_base(source: Folder | Path) -> dict[str, str]:
     """Returns the entry `base` for a checkpoint's meta, which describes an adapter's base.
 
-    source: a Hugging Face folder whose headers are already read, or a Sluice checkpoint. Raises UserError if a file is
-    unreadable.
+    source: a Hugging Face folder whose headers are already read, or a Sluice checkpoint. Raises UserError for an
+    unreadable file.
     """
     found = hashlib.sha256()
     if isinstance(source, Path):

@@ -16,27 +16,25 @@ class Batch:
     tokens_BS: Tensor
     """int64 (B, seq_len + 1): token ids. The model's inputs are [:, :-1], and the targets are [:, 1:]."""
     documents_BS: Tensor | None = None
-    """int32 (B, seq_len + 1): the index of the document or sample that each token belongs to, counted from 0 in each
-    sequence. Padding has -1. None unless data.mask_documents is set or samples are packed."""
+    """int32 (B, seq_len + 1): the index of each token's document or sample, counted from 0 in each sequence. Padding
+    has -1. None unless data.mask_documents is set or samples are packed."""
     supervised_BS: Tensor | None = None
     """bool (B, seq_len + 1): whether a token is supervised. The loss includes the prediction of a supervised token.
     None: every token is supervised, and the documents form one continuous text.
 
-    If this field is set, the samples in `documents_BS` are independent: no loss, count or module combines tokens of two
-    samples.
+    If this field is set, no loss, count or module combines tokens of two samples in `documents_BS`.
     """
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """Maps names to fp32 tensors (B, seq_len + 1), which are inputs of a token loss (train/model/token_losses.py). Each
-    value belongs to the prediction of its token. `weights` multiply the loss, and `temperatures` divide the logits."""
+    """Maps names to fp32 tensors (B, seq_len + 1) for a token loss (train/model/token_losses.py). Each value belongs to
+    the prediction of its token. `weights` multiply the loss, and `temperatures` divide the logits."""
     experts_BTLK: Tensor | None = None
-    """int64 (B, seq_len, MoE layers of the main model, experts per token): the experts that routers chose earlier for
-    each token, for example in mode=score or in an inference engine. The last token has no experts. The model uses these
-    experts. None: the model's routers choose."""
+    """int64 (B, seq_len, MoE layers of the main model, experts per token): the experts of each token, as routers chose
+    them earlier, for example in an inference engine. The last token has no experts. None: the model's routers choose.
+    """
     keys_BTLK: Tensor | None = None
-    """int32 (B, seq_len, layers of the main model with an indexer, top_k): the attention keys that indexers selected
-    earlier for each token, for example in mode=score or in an inference engine. The last token has no keys. A key is
-    given as a position in the sequence. If a token has fewer than top_k keys, the other entries are -1. None: the
-    model's indexers select the keys."""
+    """int32 (B, seq_len, layers of the main model with an indexer, top_k): the attention keys of each token, as
+    indexers selected them earlier, for example in an inference engine. A key is a position in the sequence; unused
+    entries are -1. The last token has no keys. None: the model's indexers select the keys."""
 
     def take(self, rows: slice) -> "Batch":
         """Returns a batch with the sequences in the slice `rows`."""
@@ -53,8 +51,7 @@ class Batch:
     def learnt_BT(self) -> Tensor | None:
         """Whether the main model's loss includes each target, bool (B, seq_len); None: it includes all targets.
 
-        The loss includes a target if the token is supervised and is not the first token of a sample. No token predicts
-        the first token of a sample.
+        The loss includes a target if the token is supervised and is not the first token of a sample.
         """
         if self.supervised_BS is None or self.documents_BS is None:
             return None
@@ -185,9 +182,9 @@ def _padded(
 ) -> Tensor | None:
     """Returns the replayed choices of all samples in one tensor (B, length - 1, L, K); None if the samples have none.
 
-    choices: a tensor (tokens - 1, L, K) for each sample. name: what error messages call the choices. axes: what they
-    call the dimensions L and K. filling: value after the end of a sample. Raises UserError if only some samples have
-    choices, or if a shape is wrong.
+    choices: a tensor (tokens - 1, L, K) for each sample. name, axes: names of the choices and of the dimensions L and K
+    in error messages. filling: value after the end of a sample. Raises UserError if only some samples have choices, or
+    if a shape is wrong.
     """
     first = choices[0]
     padded = None if first is None else first.new_full((len(choices), length - 1, *first.shape[1:]), filling)

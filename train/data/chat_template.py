@@ -6,10 +6,10 @@ turns by probing: it replaces the content of a message by a character that no te
 character shows where the turn begins and ends. The learnt part begins after the generation prompt and ends with the
 stop token. A line end after the stop token belongs to the template.
 
-The template gets reasoning in the field `reasoning_content`, as in transformers. If a template does not know the field,
-the reasoning stays at the start of the content, as in the record. A template may drop reasoning or a whole message, and
-the user would not notice this during training. So a missing message is an error, and data.reasoning decides what
-happens to missing reasoning. data.reasoning can also cut old reasoning before the chat is rendered.
+The template gets reasoning in the field `reasoning_content`. If a template does not know the field, the reasoning stays
+at the start of the content. A missing message is an error, because the user would not notice it during training.
+data.reasoning decides what happens to reasoning that the template drops. It can also remove old reasoning before the
+chat is rendered.
 
 A template may write no stop token after a turn. In GLM-4.6, for example, the first token of the next message ends the
 turn. Then the model learns this token as the stop token, and this file appends the token to the last turn.
@@ -128,8 +128,8 @@ class ChatTemplate:
         """Compiles the templates. Raises UserError if a template is broken.
 
         sources: the template under `default`, and optionally a template for chats with tools under `tool_use`. tokens:
-        values of the template's variables by name, such as bos_token. field, name: the configuration key and the name
-        of the template in error messages.
+        maps the template's variables, such as bos_token, to their values. field, name: the configuration key and the
+        template's name in error messages.
         """
         self.name, self._field, self._tokens, self._sources = name, field, tokens, sources
         environment = _environment()
@@ -166,8 +166,7 @@ class ChatTemplate:
     def render(self, chat: Chat, supervise: Supervise, reasoning: LostReasoning | None = None) -> RenderedChat:
         """Renders a chat and finds its learnt spans. Raises CannotRender.
 
-        supervise: which turns are learnt. reasoning: what to do with reasoning that the template drops from a learnt
-        turn.
+        supervise: which turns are learnt. reasoning: what to do if the template drops the reasoning of a learnt turn.
         """
         if reasoning is LostReasoning.drop:
             chat = chat.without_reasoning()
@@ -200,9 +199,12 @@ class ChatTemplate:
     def stop(self, called: bool = False) -> str:
         """Returns the text that ends an assistant turn. Raises CannotRender.
 
-        This is the text that the template writes after the content. If the template writes none, it is the last
-        special token before the content of the next message, or else the end-of-document token. called: whether the
-        turn calls tools.
+        The text is the first of these that exists:
+        - the text that the template writes after the content
+        - the last special token before the content of the next message
+        - the end-of-document token
+
+        called: whether the turn calls tools.
         """
         if written := self._written_stop():
             return written
@@ -224,8 +226,7 @@ class ChatTemplate:
         return after.partition(TURN_END)[0] if TURN_END in after else after.strip()
 
     def _with_stops(self, chat: Chat, text: str, turns: dict[int, PlacedTurn]) -> tuple[str, dict[int, PlacedTurn]]:
-        """Extends each turn so that it includes its stop token. If the template writes no stop token after the last
-        turn, the method appends it.
+        """Extends each turn to include its stop token. Appends the last stop token if the template does not write it.
 
         turns: maps the index of a message to its turn. Returns the new text and the new turns.
         """
@@ -244,7 +245,7 @@ class ChatTemplate:
 
     def _fitting(self, messages: Sequence[Message]) -> list[Message]:
         """Returns the messages with their reasoning in the field `reasoning_content`. If the template expects reasoning
-        only at the start of the content, the messages are unchanged."""
+        only in the content, returns them unchanged."""
         thoughts = [
             message for message in messages if message["role"] == "assistant" and with_field(message) != message
         ]
@@ -261,8 +262,8 @@ class ChatTemplate:
     def _knows_contents_alone(self) -> bool:
         """Whether the template handles reasoning only as a part of the content.
 
-        Such a template keeps reasoning at the start of a content, adds no reasoning block before it, and ignores the
-        reasoning field.
+        Such a template keeps reasoning at the start of a content, adds no reasoning block, and ignores the reasoning
+        field.
         """
         thought, answer = f"{THINK}\n{PROBE}\n{THOUGHT}", PROBED_TURNS[1]
         text = self._run([PROBED_QUESTION, answer | {"content": f"{thought}\n\n{PROBED_ANSWER}"}], None)
@@ -288,7 +289,7 @@ class ChatTemplate:
         wanted: list[int],
         choice: LostReasoning | None,
     ) -> tuple[str, dict[int, PlacedTurn]]:
-        """Inserts dropped reasoning into the text if `choice` asks for it. Returns the new text and the new turns.
+        """If `choice` asks for it, inserts dropped reasoning into the text. Returns the new text and the new turns.
 
         If the generation prompt opens a reasoning tag, a turn with reasoning begins after this tag. wanted: indices of
         the learnt turns. Raises CannotRender if `choice` is None and the template drops the reasoning of a learnt turn.
@@ -371,10 +372,10 @@ class ChatTemplate:
     # Methods for templates that do not mark the turns
 
     def _probed(self, chat: Chat) -> tuple[str, dict[int, PlacedTurn]]:
-        """Finds the turns in the text of a chat. Returns the text and the turns.
+        """Renders a chat and finds its turns. Returns the text and the turns.
 
-        The method renders the chat twice: unchanged, and with a probe character instead of each content of the
-        assistant. The difference of the two texts shows the turns.
+        The chat is rendered twice: unchanged, and with a probe character instead of each content of the assistant. The
+        difference shows the turns.
         """
         plain = self._run(chat.messages, chat.tools)
         numbers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
@@ -397,11 +398,11 @@ class ChatTemplate:
         return plain, turns
 
     def _around(self, probed: list[Message], number: int, tools: list[Any] | None, piece: str) -> tuple[int, str]:
-        """Returns what the template writes around the content of one turn: a number of characters, and a text.
+        """Returns what the template writes around one turn's content.
 
-        The number counts the characters between the generation prompt and the content. The text follows the content.
-        probed: the chat, with a probe character as each assistant's content. piece: the rendered text between the
-        previous probe character and this one.
+        The result has two elements: the number of characters between the generation prompt and the content, and the
+        text after the content. probed: the chat, with a probe character as each assistant's content. piece: the
+        rendered text between the previous probe character and this one.
         """
         turn, given = self._run(probed[: number + 1], tools), self._run(probed[:number], tools, True)
         before, _, after = turn.rpartition(PROBE)
@@ -415,13 +416,14 @@ class ChatTemplate:
         return len(piece) - place - len(header) if place >= 0 else 0, after.rstrip()
 
     def _by_prefix(self, plain: str, chat: Chat, number: int, at: int) -> PlacedTurn:
-        """Finds a turn if a probe character cannot show it, because the template writes other text around the probe
-        character than around the content.
+        """Finds a turn if the template writes other text around a probe character than around the content.
 
-        The method renders the chat only up to the end of this turn. There are two cases. In the first, the result is a
-        prefix of the complete text. In the second, the complete text lacks the reasoning of this turn, because the
-        template drops the reasoning of older turns. Then the method removes the reasoning from the turn's text, and
-        searches the complete text, after the position `at`, for what is left. at: end of the previous turn.
+        The method renders the chat only up to the end of this turn. There are two cases:
+        - The result is a prefix of the complete text.
+        - The complete text lacks the reasoning of this turn, because the template drops old reasoning. Then the method removes
+          the reasoning from the turn's text, and searches the complete text for the rest.
+
+        at: end of the previous turn, where the search begins.
         """
         before, message = chat.messages[:number], chat.messages[number]
         turn = self._run([*before, message], chat.tools).rstrip()
@@ -459,8 +461,8 @@ def _unmarked(text: str) -> tuple[str, list[Span]]:
 
 
 def _shared(one: str, other: str) -> int:
-    """Returns the length of the common prefix of two texts. If this prefix ends with the `<` of a tag <think> or
-    </think> in `one`, the `<` is not counted."""
+    """Returns the length of the common prefix of two texts. The `<` of a tag <think> or </think> in `one` at the end of
+    the prefix is not counted."""
     pairs = enumerate(zip(one, other, strict=False))
     place = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
     inside = place > 0 and {one[place - 1 :][: len(word)] for word in (THINK, THOUGHT)} & {THINK, THOUGHT}
@@ -480,9 +482,9 @@ def _forms(content: str) -> Iterator[tuple[str, bool]]:
 def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int, bool]] | None:
     """Finds the contents of the assistant's turns in the text of a chat.
 
-    pieces: the parts of the text before, between and after the contents. Returns for each content: index of its first
-    character, index after its last character, and whether its reasoning is cut. Returns None if the text does not
-    consist of these pieces and contents.
+    pieces: the parts of the text before, between and after the contents. Returns for each content the index of its
+    first character, the index after its last character, and whether its reasoning was removed. Returns None if the text
+    does not consist of these pieces and contents.
     """
     if len(pieces) != len(contents) + 1 or not plain.startswith(pieces[0]):
         return None
@@ -500,7 +502,7 @@ def _inserted(text: str, turn: PlacedTurn, thought: str) -> tuple[str, PlacedTur
     """Inserts reasoning before a turn's content. Returns the new text and the new turn.
 
     If the template writes an empty reasoning block or </think> before the content, the reasoning is inserted there.
-    Otherwise the function inserts a new reasoning block.
+    Otherwise a new reasoning block is inserted.
     """
     closed = CLOSED.search(text[: turn.content])
     if closed is None:
@@ -523,7 +525,7 @@ def _inserted(text: str, turn: PlacedTurn, thought: str) -> tuple[str, PlacedTur
 def refuse_unknown_token(token: str, tokenizer: Tokenizer, field: str, name: str) -> None:
     """Raise UserError if the tokenizer does not know a special token.
 
-    field, name: the configuration key and the name of the template in the error message.
+    field, name: the configuration key and the template's name in the error message.
     """
     if tokenizer.id_of(token) is None:
         rule = f"writes {token}, which is not a token of the tokenizer and would be split into characters"
@@ -537,8 +539,8 @@ def load_template(
 ) -> ChatTemplate:
     """Returns the template that data.template names, or the template in the tokenizer's folder. Raises UserError.
 
-    folder: the tokenizer's folder; None if the tokenizer is not on this disk. keys: template variables that the user
-    sets (data.template_keys).
+    folder: the tokenizer's folder; None if it is not on this disk. keys: template variables that the user sets
+    (data.template_keys).
     """
     keys = keys or {}
     if wrong := [key for key in keys if key in GIVEN]:

@@ -1,8 +1,7 @@
 """Tokenises chats, marks the learnt tokens and fits chats to the sequence length.
 
-The chat's text is encoded as one string, as in an inference engine. If the text contains the name of a special token,
-the name becomes this special token. A learnt token is one whose prediction the loss includes. A token is learnt if a
-learnt span of the text overlaps it.
+The chat's text is encoded as one string, as in an inference engine. The name of a special token in the text becomes
+this special token. A learnt token is one whose prediction the loss includes: a learnt span of the text overlaps it.
 
 D = chats, N = their tokens.
 """
@@ -29,11 +28,7 @@ from train.data.template_function import template_of
 from train.data.tokenizer import Tokenizer, load_tokenizer
 
 MASK_VERSION = 3
-"""Version of the method that finds learnt tokens. A change of the version rebuilds the cached token files.
-
-Version 1 missed turns that begin with a space. Version 2 wrote reasoning into the contents. For templates that write no
-stop token, version 2 did not mark any token as the learnt end of a turn.
-"""
+"""Version of the method that finds learnt tokens. A change of the version rebuilds the cached token files."""
 AT_ONCE = 256
 """Number of chats that are encoded in one call."""
 
@@ -145,9 +140,9 @@ class FittedChats:
 
 
 def fit_chats(documents: Documents, room: int, too_long: TooLong) -> FittedChats:
-    """Makes all chats fit into `room` tokens.
+    """Cuts or drops chats that have more than `room` tokens.
 
-    too_long: whether a longer chat is cut at its end or dropped. If the cut removes all learnt tokens, the chat is
+    too_long: whether to cut a longer chat at its end, or to drop it. A chat without learnt tokens after the cut is
     dropped.
     """
     long_D = documents.lengths_D > room

@@ -10,8 +10,7 @@ Reasoning is under `reasoning_content` (or under `reasoning` or `thinking`), or 
 content.
 
 A null under a key means that the key is absent, at every depth. Parquet needs this rule: each row has the keys of all
-rows, and the keys that the row does not use have the value null. With the rule, a record is the same chat in JSONL and
-in Parquet. Nulls in lists are kept. Nulls inside a JSON text (tools, messages, arguments) are kept too.
+rows, and unused keys have the value null. Nulls in lists and inside a JSON text (tools, messages, arguments) are kept.
 """
 
 import ast
@@ -93,8 +92,7 @@ def with_field(message: Message) -> Message:
 
 
 def read_chat(record: Any, place: str, field: str) -> Chat:
-    """Reads a record. Raises UserError if the chat is invalid, for example if a role is unknown or no turn is the
-    assistant's.
+    """Reads a record. Raises UserError if the chat is invalid, for example if it has no turn of the assistant.
 
     place: the file and line of the record, for error messages. field: the configuration key of the data.
     """
@@ -179,8 +177,7 @@ def _from_sharegpt(turn: Any, refuse: Any) -> Message:
 
 
 def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
-    """Returns the message in the form that templates take, and whether its field `weight` is 1. A missing field counts
-    as 1.
+    """Returns the message in the form that templates take, and whether its `weight` is 1 (or missing).
 
     number: index of the message in the chat. refuse: builds the error for an invalid message.
     """
@@ -238,7 +235,7 @@ Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def read_docstring_chats(file: SourceFile, field: str) -> Iterator[tuple[str, Chat]]:
-    """Yields the chats of a Python file, with the file's name as the stable id of each chat.
+    """Yields the chats of a Python file. The stable id of each chat is the file's name.
 
     It yields nothing if this version of Python cannot parse the file.
     """

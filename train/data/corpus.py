@@ -5,8 +5,8 @@ stores the hashes, so a second start reads no data. Each cache entry is in data.
   manifests/  hashes of files by name, size and mtime      tokenizers/  trained tokenizers
   tokens/     token folders (token_store.py)               marks/       which large token folders were checked
 
-If two processes need the same entry, the first one builds it, and the second one waits for it. A damaged entry is
-reported and rebuilt.
+If two processes need the same entry, the first one builds it, and the second one waits. A damaged entry is reported and
+rebuilt.
 """
 
 import contextlib
@@ -167,7 +167,7 @@ class _Builder:
     def _tell_of_long(self, fitted: list[tuple[str, FittedChats]], parts: list[CorpusPart]) -> None:
         """Raise UserError for chats that are too long, or add notes about how many chats were cut or dropped.
 
-        fitted: for each source, its name and its chats.
+        fitted: pairs (source name, its chats).
         """
         long = sum(one.long for _, one in fitted)
         if long and self.data.too_long is TooLong.refuse:
@@ -210,11 +210,10 @@ class _Builder:
             writer.more = {"unlearnt": unlearnt} | ({"unthought": unthought} if unthought else {})
 
     def _without_short(self, name: str, *sides: Documents) -> tuple[Documents, ...]:
-        """Removes the documents with fewer than data.min_tokens tokens from the training documents, from the held-out
-        documents, and from all documents. Returns what is left of these three sets.
+        """Removes the documents with fewer than data.min_tokens tokens. Returns the rest.
 
-        sides: the three sets of documents. The documents were split before this call, so data.min_tokens does not
-        change which documents are held out.
+        sides: three sets of documents: training, held-out, and all. They were split before this call, so
+        data.min_tokens does not change which documents are held out.
         """
         least = self.data.min_tokens
         if not least:
@@ -238,7 +237,7 @@ class _Builder:
     ) -> tuple[Tokenizer, str]:
         """Returns the tokenizer and its name if data.tokenizer is not set.
 
-        If some data are already tokenised, the method returns their tokenizer. Otherwise it trains one. memmaps:
+        This is the tokenizer of the data that are already tokenised. Without such data, a new one is trained. memmaps:
         folders of tokenised data, by configuration key. sources, digests: other sources and their hashes, by
         configuration key.
         """

@@ -45,7 +45,7 @@ class Schedule:
     def assign(self, first: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Splits the samples first to first + count - 1 among the sources.
 
-        Returns two arrays for each source: the rows of the batch that the source fills (int64, 0..count-1), and the
+        Returns two int64 arrays for each source: the rows of the batch that the source fills (0..count-1), and the
         indices of these samples within the source.
         """
         rows_N, place_N = np.arange(count), np.arange(first, first + count, dtype=np.int64)
@@ -105,12 +105,12 @@ class TrainingData:
 
 
 class ValidationData:
-    """Fixed sequences that are spread evenly over the held-out documents. The sequences are the same for every seed and
-    contain no fill-in-the-middle (FIM) documents.
+    """Fixed sequences that are spread evenly over the held-out documents. They are the same for every seed and contain
+    no fill-in-the-middle (FIM) documents.
 
-    Bits per byte = nats of all targets / ln 2 / text_bytes of the same sequences. text_bytes is the length of the text
-    that the targets decode to. eos is a target: the nats include its loss, because the model must predict where a
-    document ends. But eos has 0 bytes of text.
+    Bits per byte = nats of all targets / ln 2 / text_bytes. text_bytes is the length of the text that the targets
+    decode to. The nats include the loss of eos, because the model must predict where a document ends. But eos has 0
+    bytes of text.
     """
 
     def __init__(self, corpus: Corpus, config: Config, sequences: int | None = None):

@@ -2,7 +2,7 @@
 
 A document is held out if the hash of its stable id is below validation_fraction of the hash range. So a new document
 does not change whether another document is held out. At least one document is held out, and at least one is used for
-training. If there is only one document, it is cut in two, and the last part of its bytes is held out.
+training. If there is only one document, it is cut in two, and its last part is held out.
 
 D = documents.
 """
@@ -65,7 +65,7 @@ def long_documents(documents: Documents, least: int) -> Documents:
 def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
     """Returns how many tokens of a single document are used for training; the other tokens are held out.
 
-    The training tokens lie entirely in the first part of the document's bytes. Each part gets at least one token.
+    The training tokens end at the fraction 1 - `fraction` of the document's bytes. Each part gets at least one token.
     bytes_V: number of bytes of each token id.
     """
     chunks = [slice(first, first + TOKENS_AT_ONCE) for first in range(0, len(tokens_N), TOKENS_AT_ONCE)]

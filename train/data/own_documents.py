@@ -1,7 +1,7 @@
-"""Reads documents from user code (data.source), pass after pass. A document's index within its pass decides whether the
-document is held out.
+"""Reads documents from user code (data.source), pass after pass. A pass is one iteration over all documents of the
+source.
 
-A pass is one iteration over all documents of the source.
+A document's index within its pass decides whether the document is held out.
 
 D = documents.
 """
@@ -64,8 +64,8 @@ class OwnDocuments:
 
     field = KEY
     size = 1 << 21
-    """A tokenizer is trained on this number of characters from the beginning of the source. The number is fixed,
-    because a source may be endless."""
+    """Number of characters, from the beginning of the source, on which a tokenizer is trained. It is fixed, because a
+    source may be endless."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None):
         """tokenizer: tokenises the documents; None if the tokenizer is not trained yet."""
@@ -115,11 +115,10 @@ class OwnDocuments:
         return np.append(ids, self._tokenizer.eos_id).astype(np.int64) if len(ids) else np.empty(0, np.int64)
 
     def held_out(self, wanted: int) -> Documents:
-        """Returns held-out documents from the start of a pass.
+        """Returns held-out documents from the start of a pass, until they have `wanted` tokens in total.
 
-        The method stops when the documents have `wanted` tokens in total. If a pass has fewer held-out tokens, it
-        returns all held-out documents of the pass. Raises UserError if the source has no held-out document or no
-        training document.
+        A pass with fewer held-out tokens gives all its held-out documents. Raises UserError if the source has no
+        held-out document or no training document.
         """
         found, size, trains = [], 0, False
         for document in takewhile(lambda one: not one.passes, self.walk()):

@@ -1,18 +1,17 @@
 """Packed training sequences, each a pure function of (seed, index) (paper 4.1).
 
 The algorithm. In epoch e, the documents have a random order that depends on (seed, e), and eos ends each document. The
-epochs follow one another as one endless stream of tokens. A window is a training sequence: window w covers the tokens
-w*S to w*S + S (inclusive) of the stream, where S is seq_len. Neighbouring windows overlap by one token, so every token
-is the target of exactly one window. The samples of epoch e are the windows that begin inside epoch e. A second shuffle
-orders these windows, so that the parts of a long document are rarely in one batch.
+epochs follow one another as one endless stream of tokens. Window w is a training sequence: it covers the tokens w*S to
+w*S + S (inclusive) of the stream, where S is seq_len. Neighbouring windows overlap by one token, so every token is the
+target of exactly one window. The samples of epoch e are the windows that begin inside epoch e. A second shuffle orders
+these windows, so that the parts of a long document are rarely in one batch.
 
 Fill-in-the-middle (FIM; paper 4.1, PSM order) reorders a document: begin, prefix, hole, suffix, end, middle, eos. The
-document is cut between tokens, not between characters. So the text is not tokenised again, and the FIM document is
-always three tokens longer. Each document of the stream has a slot; the slots of all epochs are numbered 0, 1, 2, ...
-The document in slot g becomes a FIM document if floor((g+1)*rate) > floor(g*rate). The order of the documents is
-random, so this choice is as good as random. A formula gives the number of FIM documents before any slot. So the start
-of every epoch and the position of every sample are computed by formulas too. A resumed run does not read earlier data
-again, even if its number of ranks is different.
+document is cut between tokens, so the FIM document is always three tokens longer. Each document of the stream has a
+slot; the slots of all epochs are numbered 0, 1, 2, ... The document in slot g becomes a FIM document if
+floor((g+1)*rate) > floor(g*rate). The order of the documents is random, so this choice is as good as random. Formulas
+give the start of every epoch and the position of every sample. So a resumed run does not read earlier data again, even
+if its number of ranks is different.
 
 The index of an epoch (order and ends of the documents) takes O(documents) memory. Only the indices of the two newest
 epochs are in memory.
@@ -44,8 +43,8 @@ class Documents:
     lengths_D: np.ndarray
     """Number of tokens of each document, without eos (int64)."""
     supervised: np.ndarray | None = None
-    """uint8 for each token of the file: 1 if the token is supervised, which means that the loss includes its
-    prediction. None: all tokens are supervised."""
+    """uint8 for each token of the file: 1 if the token is supervised (the loss includes its prediction). None: all
+    tokens are supervised."""
 
     def __len__(self) -> int:
         return len(self.starts_D)
@@ -124,8 +123,8 @@ class Stream:
         self.read(window * self.seq_len, tokens_S, numbers_S)
 
     def read(self, first_token: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None) -> None:
-        """Fill tokens_S with the stream's tokens, starting at the position `first_token`. Fill numbers_S with the
-        document index of each token, counted from 0 in this buffer."""
+        """Fill tokens_S with the stream's tokens from the position `first_token`. Fill numbers_S with each token's
+        document index, counted from 0 in this buffer."""
         number, filled = 0, 0
         for pieces, skip in self._documents_from(first_token):
             begin = filled
@@ -147,7 +146,7 @@ class Stream:
         """Yields documents of the stream, beginning with the document that contains the token at this position.
 
         Yields for each document a list of token arrays, and the number of tokens to skip at the document's start. This
-        number is 0 for all documents except the first.
+        number is 0 except for the first document.
         """
         number = self._epoch_of(token, self.tokens_before, 1)
         local = token - self.tokens_before(number)

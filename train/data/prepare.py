@@ -46,8 +46,8 @@ class PreparedData:
 def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
     """Find or build the tokenizer and the tokens, and open them. Raises UserError.
 
-    Idempotent and safe in several processes. The driver calls this function before it starts the ranks, so the ranks
-    find everything in the cache. If another process builds the same data, this process waits for it.
+    Safe in several processes: if another process builds the same data, this process waits for it. The driver calls this
+    function before it starts the ranks, so the ranks find everything in the cache.
     """
 
     def tell(stage: str, done: int, total: int) -> None:
@@ -69,10 +69,9 @@ def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
 
 
 def with_steps(config: Config) -> Config:
-    """Returns the recipe with the number of steps in which all sources are read as many times as the key `epochs` says.
-    The last step may read some sequences again.
+    """Returns the recipe with the number of steps that read all sources `epochs` times.
 
-    Builds the tokens if they are missing. Raises UserError.
+    The last step may read some sequences again. Builds the tokens if they are missing. Raises UserError.
     """
     assert config.epochs is not None
     with show_progress() as progress:

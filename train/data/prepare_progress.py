@@ -1,7 +1,4 @@
-"""Shows the progress of `prepare` on stderr: a bar in a terminal, otherwise a line per stage.
-
-If all data are cached, it shows nothing.
-"""
+"""Shows the progress of `prepare` on stderr: a bar in a terminal, otherwise a line per stage. Cached data show nothing."""
 
 import sys
 from collections.abc import Callable, Iterator

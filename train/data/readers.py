@@ -25,10 +25,10 @@ LONGEST_LINE = 128 << 20
 """Maximum number of bytes of a JSONL line. A line is read completely, and two copies of it may be in memory."""
 LARGEST_RATIO, FREE = 1000, 1 << 30
 """Limits against decompression bombs. Output of more than FREE bytes may be at most LARGEST_RATIO times the file size.
-Text usually compresses to about a tenth."""
+"""
 ZSTD_INPUT = 4 << 10
-"""Number of compressed bytes that are decompressed in one call. 4 bytes of Zstandard can become 128 KiB, so one call
-produces at most 128 MiB."""
+"""Number of compressed bytes that one call decompresses. 4 bytes of Zstandard can become 128 KiB, so one call produces
+at most 128 MiB."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -46,7 +46,7 @@ def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator
     """Yields the file as one document, or as several if it is longer than TEXT_PIECE_BYTES.
 
     binary: receives the names of binary files, which yield nothing. As in git, a file is binary if its first 8 KiB
-    contain a NUL. None: there is no such check.
+    contain a NUL. None: no such check.
     """
     with file.path.open("rb") as stream:
         offset, number, rest = 0, 0, b""
@@ -66,7 +66,8 @@ def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator
 def _cut(block: bytes) -> int:
     """Returns the position at which `block` is cut into two documents: the number of bytes of the first document.
 
-    The cut is after the last line end in the second half of the block, or else before the last character.
+    The cut is after the last line end in the second half of the block. Without a line end, it is before the last
+    character.
     """
     line = block.rfind(b"\n", len(block) // 2) + 1
     if line:
@@ -233,7 +234,7 @@ def read_parquet_records(
 ) -> Iterator[tuple[str, str, dict[str, object]]]:
     """Yields the stable id, the place for error messages, and the values of each row.
 
-    columns: a function that gets the names of all columns and returns the names of the columns to read.
+    columns: a function that gets the names of all columns and returns the names of those to read.
     """
     import pyarrow
     import pyarrow.parquet  # takes half a second, so imported only when such a file is read

@@ -1,5 +1,5 @@
-"""Random orders as pure functions of integers. They have no state. They do not use the random generator of a library,
-because another version of the library might have other numbers.
+"""Random orders as pure functions of integers, without state. Library generators are not used, because their numbers
+may change between versions.
 
 The data order uses randomness only from `key` (a seed for a purpose), `noise_N` (64 random bits per index) and
 `permute_N`. `permute_N` evaluates a permutation of [0, size) point by point, so sample 10^9 costs the same as sample 0.
@@ -43,8 +43,7 @@ def permute_N(seed: int, index_N: np.ndarray, size: int) -> np.ndarray:
     """Returns the images (int64) of index_N under a random permutation of [0, size), in O(1) per index.
 
     Four Feistel rounds permute the smallest range [0, 2^(2k)) that contains [0, size). An image outside [0, size) is
-    permuted again until it falls inside (cycle walking, fewer than 4 times on average). The result is still a
-    permutation.
+    permuted again until it falls inside (cycle walking, fewer than 4 times on average).
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)

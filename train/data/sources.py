@@ -170,7 +170,7 @@ def open_source(source: MixSource, key: str, by_content: bool = False) -> Docume
 
 
 def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) -> FileSource:
-    """Find the files of a chat source. The documents of the returned source are `Chat` objects.
+    """Find the files of a chat source. Its documents are `Chat` objects.
 
     way: a text that contains the settings on which the tokens depend, except those of the source. by_content: whether
     the content decides if a chat is held out (data.hold_out_by).
@@ -202,8 +202,8 @@ def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) 
 
 
 def _canonical(record: Any) -> str:
-    """Returns a record's chat as canonical text. The text does not depend on the order of keys, and is the same for
-    JSONL and for Parquet, which writes absent keys as null."""
+    """Returns a record's chat as canonical text. The text is independent of the order of keys and of the format:
+    Parquet writes absent keys as null."""
     return json.dumps(
         without_nulls({key: record[key] for key in CHAT_KEYS if key in record}), sort_keys=True, default=str
     )
@@ -348,8 +348,8 @@ def open_hub(path: str, text_key: str, key: str, by_content: bool = False) -> Hu
 
 HASHED_BYTES = 8 << 20
 RACE = 10**9 * 2
-"""Time in nanoseconds. If a file was changed less than this time before it was hashed, it may change again without a
-new timestamp. So its hash is not stored."""
+"""Time in nanoseconds. A file that was changed within this time before hashing may change again without a new
+timestamp, so its hash is not stored."""
 
 
 def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset()) -> list[SourceFile]:
@@ -378,7 +378,7 @@ def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset(
 def unreadable(error: OSError, field: str, path: Path | str) -> UserError:
     """Builds the UserError for a data file that cannot be read.
 
-    error: the error of the operating system or of a library; errors of some libraries have a text and no errno.
+    error: from the operating system or a library; errors of some libraries have a text and no errno.
     """
     return UserError(field, path, f"cannot be read: {error.strerror or error}", cure_of_reading(error))
 
@@ -395,14 +395,14 @@ def _raise(error: OSError) -> None:
 def content_id(place: str, content: str) -> str:
     """Returns the stable id of a document whose content decides whether it is held out.
 
-    The id consists of the document's place, which error messages show, and the hash of the content.
+    The id consists of the document's place, for error messages, and the hash of the content.
     """
     return f"{place}\0{hashlib.blake2b(content.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}"
 
 
 def place_of(name: str) -> str:
-    """Returns the place of the document with this stable id: the path of its file relative to the source's root, with
-    the line or row."""
+    """Returns the place of the document with this stable id: its path relative to the source's root, with the line or
+    row."""
     return name.partition("\0")[0]
 
 
@@ -439,8 +439,7 @@ def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: 
 
 
 def _read_manifest(path: Path) -> dict[str, list]:
-    """Returns the content of the manifest. If the manifest is missing or damaged, the result is empty, so that the
-    caller writes the manifest again."""
+    """Returns the content of the manifest; empty if it is missing or damaged, so that the caller writes it again."""
     try:
         manifest = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -451,7 +450,8 @@ def _read_manifest(path: Path) -> dict[str, list]:
 def _digest(file: SourceFile, field: str, progress: Callable[[int], None], done: int) -> str:
     """Returns the hash of a file's content.
 
-    progress: called with the number of bytes read so far, in this and earlier files. done: bytes of the earlier files.
+    progress: called with the number of bytes read so far, in this file and earlier ones. done: bytes of the earlier
+    files.
     """
     whole = hashlib.blake2b(digest_size=16)
     try:

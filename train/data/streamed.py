@@ -5,10 +5,10 @@ document. The passes follow one another as one endless stream of tokens. Sample 
 (inclusive) of the stream, S = seq_len. Every rank reads the whole stream and keeps only the samples of its share of the
 batch. So a sample is the same in every layout.
 
-As with other data, a checkpoint stores the number of samples as the position. The checkpoint also stores a mark, which
-is a position in the stream at or before the next sample: the pass, the document, and the number of tokens of this
-document that belong to earlier samples. To resume, a run reads the documents before the mark from the source again and
-ignores their content. If the source has `state_dict` and `load_state_dict`, it does not produce these documents again.
+A checkpoint stores the number of samples and a mark. The mark is a position in the stream at or before the next sample:
+the pass, the document, and the number of tokens of this document that belong to earlier samples. To resume, a run reads
+the documents before the mark again and ignores their content. If the source has `state_dict` and `load_state_dict`, it
+does not produce these documents again.
 
 S1 = seq_len + 1, B = sequences.
 
@@ -58,7 +58,7 @@ class StreamedData:
     def batch(self, first_sample: int, count: int) -> Batch:
         """Returns the samples first_sample to first_sample + count - 1, as tokens (count, seq_len + 1).
 
-        If first_sample is less than in the previous call, the method must read the stream again from a mark.
+        If first_sample is less than in the previous call, the method reads the stream again from a mark.
         """
         if self._walk is None or first_sample < self._next:
             start = self._start if self._start.sample <= first_sample else StreamMark()
@@ -70,8 +70,8 @@ class StreamedData:
         return Batch(tokens_BS, numbers_BS.int() if self._mask else None)
 
     def _samples(self, mark: StreamMark) -> Iterator[tuple[StreamMark, np.ndarray, np.ndarray]]:
-        """Yields the samples of the stream, beginning at the position `mark`. Yields for each sample: the mark at which
-        it begins, its tokens (S1,), and the document index of each token (S1,)."""
+        """Yields the samples of the stream from the position `mark` on. Yields for each sample: the mark at its start,
+        its tokens (S1,), and the document index of each token (S1,)."""
         length, sample, skip = self.seq_len, mark.sample, mark.skip
         tokens = np.empty(0, np.int64)
         held: deque[tuple[OwnDocument, int, int]] = (
@@ -97,8 +97,7 @@ class StreamedData:
                 held[0] = at, after + left, here - left
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Returns a map from the source's name to the number of passes that these samples cover. The number is 0 until
-        the first pass has ended."""
+        """Maps the source's name to the number of passes that these samples cover; 0 until the first pass has ended."""
         return {self._documents.name: samples / self._pass_samples if self._pass_samples else 0.0}
 
     def repeats(self, samples: int) -> str | None:

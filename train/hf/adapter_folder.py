@@ -1,5 +1,4 @@
-"""Reads the headers of a PEFT adapter folder, and checks whether the adapter fits our model and our formula. This file
-does not import torch."""
+"""Reads the headers of a PEFT adapter folder, and checks whether the adapter fits our model and our formula. No torch."""
 
 import math
 import os
@@ -24,15 +23,14 @@ ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Prefix of a tensor's name in an adapter folder. The prefix is followed by the name in the base's folder."""
 BASE_MARK = "base_mark"
-"""Key in the file's metadata: a hash of two rows of the base. The hash identifies the base, so that a check need not
-read the whole base."""
+"""Key in the file's metadata: a hash of two rows of the base. It identifies the base without a read of the whole base.
+"""
 BASE_WEIGHTS = "base_weights"
 """Key in the file's metadata: the mark of all weights of the base (train/checkpoint/weights_mark.py). Earlier versions
 did not write this key.
 """
 BASE_FORMAT = "base_format"
-"""Key in the file's metadata: the base's storage format while the adapter was trained. The format is given as a value
-of the configuration key adapter.base."""
+"""Key in the file's metadata: the base's storage format while the adapter was trained, as a value of adapter.base."""
 
 
 class AdaptedTensor(NamedTuple):
@@ -71,7 +69,7 @@ def peft_config(adapter: Adapter, adapted: list[AdaptedTensor], base: str) -> di
 
     If transformers stores all experts of a layer in one parameter, PEFT applies targets that end in gate_proj, up_proj
     or down_proj only to the experts. So this function lists the matrices of dense and shared FFNs as parameters. PEFT
-    cannot apply dropout to parameters. Dropout acts only in training, so it is 0 here.
+    cannot apply dropout to parameters, so dropout, which acts only in training, is 0 here.
     """
     modules, parameters = set(), set()
     for one in adapted:
@@ -113,7 +111,7 @@ PEFT_FIXED: dict[str, Any] = {
     "alpha_pattern": {},
     "alora_invocation_tokens": None,
 }
-"""Fields of adapter_config.json that have one allowed value, which a file may leave out. With these values the adapter
+"""Fields of adapter_config.json with one allowed value, which a file may leave out. With these values the adapter
 computes y = W x + scale B A x, with the same rank for all matrices."""
 
 

@@ -39,8 +39,8 @@ SCALE_BLOCK = 128
 MEANINGLESS_NUMBER = 2.0**63
 """Every number in the file must be below this limit."""
 GROUP_TOP_K = 2
-"""transformers ranks a group of experts by the sum of the best scores in the group. This is the number of these scores.
-No field of config.json changes this number."""
+"""Number of best scores in a group whose sum ranks the group of experts in transformers. No field of config.json
+changes this number."""
 LATENT_NORM_EPS = 1e-6
 """transformers uses this eps in the norms of latents. No field of config.json changes the value."""
 YARN = tuple(field.name for field in fields(Yarn) if field.name != "always")
@@ -57,11 +57,11 @@ def some(names: Iterable[str]) -> str:
 
 
 def read_model(folder: Path, field: str = "init_from") -> Model:
-    """Read the model that config.json describes, as transformers reads it.
+    """Read the model that config.json describes, as transformers reads it. `folder.open_model` also checks which MTP
+    modules exist.
 
     Raises UserError for a model that Sluice cannot express. Errors name the key `field`. If the file asks for YaRN, the
-    returned model uses YaRN at any sequence length (`yarn.always`), otherwise never. To load weights call
-    `folder.open_model`, which also checks which MTP modules exist.
+    returned model uses YaRN at any sequence length (`yarn.always`), otherwise never.
     """
     family, path, body = read_fields(folder, field)
     growth = body["rope_scaling"].pop(GROWTH, 0.0) if family.config_file == PARAMS_FILE else 0.0
@@ -283,11 +283,10 @@ def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differing(older: dict[str, Any], newer: dict[str, Any], theta: Any) -> list[str]:
-    """Return the names of the rotary parameters that differ between rope_scaling and rope_parameters of a file.
+    """Return the names of the rotary parameters that differ between two sections of a file.
 
-    older: rope_scaling. newer: rope_parameters. If rope_parameters has the type `default` and no parameter besides
-    rope_theta, then only rope_theta is compared. theta: the file's rope_theta, which applies to a section without
-    rope_theta.
+    older: rope_scaling. newer: rope_parameters. If `newer` has the type `default` and only rope_theta, then only
+    rope_theta is compared. theta: the file's rope_theta, for a section without rope_theta.
     """
     if newer.keys() <= {"rope_type", "type", "rope_theta"} and newer.get("rope_type", newer.get("type")) in (
         None,

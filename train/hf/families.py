@@ -1,8 +1,7 @@
 """Model families whose folders have the same architecture: one row of FAMILIES for each family. No torch.
 
-train/model computes all families in the same way. A row describes how a folder is recognised, which part of the
-configuration file and of the tensors belongs to the language model, and which tensors have other names than in
-DeepSeek-V3. Everything else has DeepSeek's names. FIELDS, for example, lists the fields that change the model.
+A row describes how a folder is recognised, which part of the configuration file and of the tensors belongs to the
+language model, and which tensors have other names than in DeepSeek-V3. Everything else has DeepSeek's names.
 """
 
 from dataclasses import dataclass, field
@@ -67,10 +66,10 @@ INDEX_SHARING = (
     "index_skip_topk_offset",
     "index_share_for_mtp_iteration",
 )
-"""Fields that tell which layers use the attention keys that an earlier layer selected. Such a field is a list of kinds,
-a text of letters, or a rule.
+"""Fields that tell which layers use the attention keys that an earlier layer selected: a list of kinds, a text of
+letters, or a rule.
 
-The last field only concerns drafts that run one MTP module several times. Training never does this.
+The last field concerns only drafts that run one MTP module several times, as training never does.
 """
 FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
 """Fields with one allowed value. Files of DeepSeek-V3 do not have these fields, but transformers would apply them."""
@@ -136,8 +135,8 @@ HARMLESS = {
     **dict.fromkeys(GENERATION.split(), "sampling of text; Sluice uses the section generate"),
     **dict.fromkeys(OTHER_MODELS.split(), "written into every file by older transformers, for other models"),
 }
-"""Maps a field that does not change the model's results in Sluice to the reason why it does not. All unknown fields are
-rejected unless they are null."""
+"""Maps a field that does not change the model's results in Sluice to the reason. Unknown fields are rejected unless
+they are null."""
 QUANTISED = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -149,7 +148,7 @@ QUANTISED = {
     "expert_dtype": "every tensor has its own dtype",
     "dequantize": "Sluice always dequantises weights",
 }
-"""Maps fields of quantization_config to the required value, or to the reason why the field changes nothing. All other
+"""Maps fields of quantization_config to the required value, or to the reason why the field changes nothing. Other
 fields are rejected unless they are null."""
 ROPE_NUMBERS = {
     "factor",
@@ -305,8 +304,7 @@ def find_family(folder: Path, field: str) -> FamilyFacts:
 
 
 def read_fields(folder: Path, field: str) -> tuple[FamilyFacts, Path, Fields]:
-    """Return the `FamilyFacts` of a folder's family, its configuration file, and the language model's fields under
-    DeepSeek's names.
+    """Return a folder's `FamilyFacts`, its configuration file, and the language model's fields under DeepSeek's names.
 
     Raises UserError if the file is missing or unreadable, names another architecture, or has unknown fields outside of
     the language model's section.

@@ -1,9 +1,11 @@
 """Maps the format of Mistral Large 3, which is params.json and other tensor names, to DeepSeek's. No torch.
 
-params.json states three things that DeepSeek's config.json cannot express. Routers use a softmax and have no balance
-bias. Queries are scaled by a factor that grows with their position (llama_4_scaling). YaRN with `apply_scale: false`
-does not sharpen the softmax. vLLM and SGLang read Mistral's files in this way. transformers has the class Mistral4 for
-a smaller model of this kind.
+params.json states three things that DeepSeek's config.json cannot express:
+- Routers use a softmax and have no balance bias.
+- Queries are scaled by a factor that grows with their position (llama_4_scaling).
+- YaRN with `apply_scale: false` does not sharpen the softmax.
+
+vLLM and SGLang read Mistral's files in this way. transformers has the class Mistral4 for a smaller model of this kind.
 """
 
 from pathlib import Path

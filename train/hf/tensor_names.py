@@ -3,8 +3,8 @@
 The Hugging Face layout and ours differ in names and in stacking, not in values. RoPE rotates adjacent elements in both,
 so no row is permuted. Sluice stacks the gate and the up projection in one tensor, and also the matrices of all experts.
 So each Hugging Face tensor is one interval of one of our flattened tensors. In a folder, MTP module k is the layer with
-index `layers` + k. This layer has copies of the embedding and the head. Our MTP modules share these two tensors with
-the main model.
+index `layers` + k and has copies of the embedding and the head. Our MTP modules share these two tensors with the main
+model.
 
 Our names are the names in a checkpoint: `master.PARAMETER` for weights, `bias.BLOCK` for balance biases.
 
@@ -28,8 +28,7 @@ MTP_NAMES = (
     "shared_head.norm.weight",
     "shared_head.head.weight",
 )
-"""Names of tensors that an MTP module has, and that an ordinary layer does not have. In a folder, the prefix of the
-layer precedes these names."""
+"""Names of tensors that only MTP modules have. In a folder, the prefix of the layer precedes these names."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,8 @@ def _ffn(
     """Yield the tensors of a dense or shared FFN, or of one expert.
 
     index, experts: index of the expert, and number of experts that Sluice stacks in one tensor. In w13, the rows of the
-    up projection follow the rows of the gate projection. The shape of w13 is (2F, D) or, with experts, (E, 2F, D). The
-    shape of w2 is (D, F) or (E, D, F).
+    up projection follow the rows of the gate projection. Shapes: w13 (2F, D), w2 (D, F); with experts, w13 (E, 2F, D),
+    w2 (E, D, F).
     """
     stack, end = ((), ".weight") if experts is None else ((experts,), "")
     for number, name in enumerate(("gate_proj", "up_proj")):

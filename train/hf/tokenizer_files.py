@@ -1,7 +1,4 @@
-"""Checks whether the tokenizer files of a Hugging Face folder match a run, and writes the tokenizer files of an export.
-
-This file does not import torch.
-"""
+"""Checks whether the tokenizer files of a Hugging Face folder match a run, and writes those of an export. No torch."""
 
 import json
 from pathlib import Path

@@ -20,7 +20,7 @@ from train.show.series import Series, read_series, tail_mean
 
 
 def finish_run(config: Config, code: int, seconds: float, wandb: str | None, text: str | None) -> None:
-    """Shows the results of a run that has ended with exit code `code`. Rank 0 calls it.
+    """Shows the results of a run that has ended with exit code `code`. Only rank 0 calls it.
 
     seconds: wall time of the training. text: the model's sample text.
     """

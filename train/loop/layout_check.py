@@ -13,7 +13,7 @@ from conf.schema import Config
 def check_layout(config: Config) -> None:
     """Raise UserError if the layout breaks a rule that involves several fields of the recipe.
 
-    The function also checks a layout of one rank, because a pipeline with one stage still follows its schedule.
+    A layout of one rank is checked too, because a pipeline with one stage still follows its schedule.
     """
     parallel = config.parallel
     for micro_batches in micro_batch_counts(config):

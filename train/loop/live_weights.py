@@ -2,10 +2,9 @@
 
 Ranks hold intervals of Sluice's tensors (parallel/shard.py). Each tensor of a Hugging Face folder is an interval of one
 of Sluice's tensors (train/hf/tensor_names.py). To read the weights, all ranks fill one bucket of Hugging Face tensors
-after another. On each rank the bucket starts with zeros, and the rank writes the elements of its intervals into the
-bucket. Then an all-reduce adds the buckets of all ranks. Each element is nonzero on one rank only, so the sum is exact.
-Besides its part of the model, a rank needs memory only for one bucket. The values are the fp32 master weights, rounded
-to the requested dtype.
+after another. The bucket starts with zeros, and each rank writes its elements into its bucket. Then an all-reduce adds
+the buckets of all ranks. Each element is nonzero on one rank only, so the sum is exact. A rank needs extra memory only
+for one bucket. The values are the fp32 master weights, rounded to the requested dtype.
 """
 
 from collections.abc import Iterable, Iterator
@@ -142,7 +141,7 @@ def _buckets(wanted: list[_Wanted], bucket: int) -> Iterator[list[_Wanted]]:
 def _overlap(part: PlacedTensor, shard: Shard) -> tuple[int, int]:
     """Returns the interval of Sluice's tensor that is in both `part` and `shard`: first element, and end (exclusive).
 
-    part: a Hugging Face tensor, which is an interval of Sluice's tensor. shard: the interval that this rank holds.
+    part: a Hugging Face tensor. shard: the interval that this rank holds.
     """
     return max(part.start, shard.offset), min(part.start + part.count, shard.offset + shard.local.numel())
 

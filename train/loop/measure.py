@@ -1,9 +1,11 @@
 """Combines all ranks' measurements of a step by one all-reduce.
 
-Each rank holds some of the layers and some of the tokens. Every rank fills a vector with one element for each
-measurement of each layer. A rank writes the values that it measured and leaves zeros elsewhere. So the sum over all
-ranks contains every measurement. Losses come from the last pipeline stage. Tokens per expert come from every rank of a
-stage, and balance biases from the first rank of a stage. Times and traffic come from every rank.
+Every rank fills a vector with one element for each measurement of each layer. A rank writes the values that it measured
+and leaves zeros elsewhere. So the sum over all ranks contains every measurement. The values come from these ranks:
+- losses: the last pipeline stage
+- tokens per expert: every rank of a stage
+- balance biases: the first rank of a stage
+- times and traffic: every rank
 
 Dimensions: L MoE layers (including those of MTP modules), E experts.
 """
@@ -42,8 +44,7 @@ class MeasuredStep:
     biases_LE: Tensor
     """Balance biases used in the step (float64)."""
     stop: StopKind
-    """How the run must stop, if any rank was asked to stop. If ranks were asked to save in different ways, a checkpoint
-    on disk has priority over a copy in memory."""
+    """How the run must stop, if any rank was asked to stop. A checkpoint on disk has priority over a copy in memory."""
     scores_L: list[float]
     """Largest attention score of each layer; empty without optim.qk_clip."""
     heads_clipped: int
@@ -131,8 +132,7 @@ class CollectedMeasures:
         """Returns the summed measurements as a `MeasuredStep`.
 
         The device copies the measurements to the host asynchronously. Call this method only after the copy is complete.
-        In a training step, it is complete after the update, because the update waits for the gradient norm, which the
-        device computes later.
+        In a training step this is after the update, which waits for a later result of the device, the gradient norm.
         """
         losses, loads, biases, scores, clipped, own = self._host.split(self._sizes)
         main_loss, *mtp_losses, extra_loss, balance_loss, index_loss = losses.tolist()

@@ -1,6 +1,6 @@
-"""Opens an engine in this process, for a custom loop under torchrun or for a rank of a session.
+"""Opens an engine in this process, which is one of several ranks, or the only rank.
 
-The process is one of several ranks, or the only rank.
+Custom loops under torchrun and the ranks of a session use it.
 """
 
 from contextlib import nullcontext

@@ -41,8 +41,8 @@ class StartingPoint(NamedTuple):
     """The state that a run starts from, as rank 0 found it."""
 
     copy: dict[str, Any] | None = None
-    """Manifest body of the copies in memory to start from, if they are newer than all checkpoints on disk. If this
-    field is set, rank 0 did not search the disk for `checkpoint`."""
+    """Manifest body of the copies in memory to start from. Set if they are newer than all checkpoints on disk; then
+    `checkpoint` was not searched."""
     checkpoint: str | None = None
     """Path of the checkpoint that config.resume selects; None if there is none."""
     notes: Sequence[str] = ()
@@ -75,8 +75,8 @@ def _find_start(config: Config, copies: MemoryCopies | None) -> StartingPoint:
 def _search_disk(config: Config, skip: Collection[Path], notes: Sequence[str] = ()) -> StartingPoint:
     """Search the disk for the starting point on rank 0.
 
-    skip: checkpoints that were found damaged when they were read. notes: notes of the caller; they name the checkpoints
-    of `skip` already.
+    skip: checkpoints that were found damaged when they were read. notes: notes of the caller, which name the
+    checkpoints of `skip`.
     """
     found = resume_point(config, skip=skip)
     passed = [] if skip else [f"skipped a damaged checkpoint: {warning}" for warning in found.warnings]

@@ -9,7 +9,7 @@ controlling process and forwards every call to the other ranks. A key in the ses
 connection. Calls and answers are JSON, and tensors have the safetensors format. Nothing is unpickled.
 
 If the ranks refuse a call, for example because of a wrong argument, the session is unchanged. If a call fails on a
-rank, the session ends. Then the driver's message and the error in the controlling process name the rank and the cause.
+rank, the session ends, and the error names the rank and the cause.
 """
 
 import json
@@ -63,8 +63,8 @@ class SessionFailed(RuntimeError):
 def session(config: Config) -> "Iterator[Session]":
     """Start the ranks of a layout and control them from this process. Every rank opens an engine with `open_engine`.
 
-    The context waits at its end until all ranks have ended. Raises UserError for refused settings, and SessionFailed if
-    a rank fails.
+    At its end, the context waits until all ranks have ended. Raises UserError for refused settings, and SessionFailed
+    if a rank fails.
     """
     check_layout(config)
     folder = RunPaths(config).path / SESSION_FOLDER
@@ -85,7 +85,7 @@ def session(config: Config) -> "Iterator[Session]":
 class Session:
     """Has the methods of `Engine`. Each call acts on all ranks.
 
-    A batch contains the shares of all data-parallel ranks, in rank order. The methods return values for all ranks
+    A batch contains the shares of all data-parallel ranks, in rank order. The returned values are for all ranks
     together.
     """
 
@@ -291,7 +291,7 @@ def _kill(driver: subprocess.Popen) -> None:
 def _plain(batch: Batch) -> dict[str, Tensor]:
     """Returns copies of a batch's tensors by name. The names of per-token tensors contain a dot.
 
-    The tensors are copied, because safetensors refuses two tensors that share memory.
+    Copies are needed, because safetensors refuses two tensors that share memory.
     """
     named = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "tensors"}
     named |= {f"tensors.{name}": tensor for name, tensor in batch.tensors.items()}

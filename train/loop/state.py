@@ -6,10 +6,13 @@
     running.load, running.idle          past tokens per expert, for MaxVio and dead experts
     ema.*, and others                   state of hooks (train/loop/live_run.py), such as the average of the weights
 
-The meta contains the other state: step, samples (the data position), updates, and the family of the Hugging Face folder
-that the run started from. The meta of an adapter's run also describes its base (train/checkpoint/trained_with.py). The
-meta of a CPU run also tells whether the run uses compiled matmuls. The run makes this choice at its start. Schedules
-need no state, because they depend only on the step. A run draws random numbers only for its initial weights, so no
+The meta contains the other state:
+- step, samples (the data position), updates
+- the family of the Hugging Face folder that the run started from
+- in an adapter's run: a description of the base (train/checkpoint/trained_with.py)
+- in a CPU run: whether the run uses compiled matmuls
+
+Schedules depend only on the step and need no state. A run draws random numbers only for its initial weights, so no
 generator state is stored.
 """
 
@@ -39,8 +42,8 @@ class RunState:
         """hooks: all hooks of the run. If a hook has the method `shards`, checkpoints contain its state."""
         self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
         self.compiled_matmuls: bool | None = None
-        """Whether this run uses compiled matmuls on a CPU. A new run chooses the faster matmuls at its start, and the
-        resumed run keeps this choice. None: there is nothing to choose, for example on a GPU."""
+        """Whether this run uses compiled matmuls on a CPU. A new run chooses the faster matmuls at its start; a resumed
+        run keeps the choice. None: no choice, for example on a GPU."""
         self.step = 0
         self.samples = 0
         self.best: tuple[int, float] | None = None
@@ -83,9 +86,8 @@ class RunState:
     def wanted(self, meta: Mapping[str, Any], *, own_optimizer: bool = True) -> dict[str, Shard]:
         """Returns the shards that this rank reads from a checkpoint with this meta.
 
-        The result omits a hook's shards if the checkpoint does not contain them. own_optimizer: whether the run's
-        optimizer wrote the checkpoint. If not, the method sets the state of the run's optimizer to zero instead of
-        reading it.
+        A hook's shards are included only if the checkpoint contains them. own_optimizer: whether the run's optimizer
+        wrote the checkpoint. If not, the optimizer's state is set to zero instead of read.
         """
         shards = self.zero.shards(copies=True)
         if not own_optimizer:
@@ -102,8 +104,7 @@ class RunState:
     def wanted_of_start(self) -> dict[str, Shard]:
         """Returns the shards that this rank reads when a run starts from given weights: weights and balance biases.
 
-        In an adapter's run, the weights are this rank's part of the base. Otherwise they are this rank's master
-        weights.
+        The weights are this rank's master weights, or its part of the base in an adapter's run.
         """
         if not self._trains_adapter:
             return {
@@ -125,10 +126,10 @@ class RunState:
         return shards | (self._biases() if self.mesh.stage_rank == 0 else {})
 
     def fill_base(self, fill: FillShards, mark: WeightsMark | None = None) -> None:
-        """Fill this rank's part of the initial weights and the balance biases. In an adapter's run, the base is filled.
+        """Fill this rank's part of the initial weights (of the base, in an adapter's run) and the balance biases.
 
-        fill: reads given shards from the source. mark: receives the values of an adapter's base, and computes a
-        checksum of them.
+        fill: reads given shards from the source. mark: receives the values of an adapter's base and computes their
+        checksum.
         """
         mark = mark or WeightsMark()
         (mark.watching(fill) if self._trains_adapter else fill)(self.wanted_of_start())

@@ -3,8 +3,8 @@
 Each rank divides its values by the world size, so that the sum over all ranks is the mean (train/loop/measure.py). A
 metric is omitted if the layout cannot have it: the bubble without a pipeline, traffic without expert parallelism.
 
-The bubble is the time between a rank's pipeline actions. A rank may also wait inside an action, for tokens from other
-ranks of its expert group (dispatch_wait_seconds) or for sharded weights. The bubble does not include this time.
+The bubble is the time between a rank's pipeline actions. It excludes waits inside an action, for tokens from other
+ranks of the expert group (dispatch_wait_seconds) or for sharded weights.
 
 `busy` is the time in which this rank works, without waits inside or between actions. So `busy` is large on a slow rank,
 and small on the ranks that wait for it. With NCCL the host does not wait for tokens. Then `busy` is large on the whole

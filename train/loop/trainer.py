@@ -1,8 +1,8 @@
 """The training loop: runs one optimizer step after another, the same on every rank.
 
 For each step it computes the step's settings, reads this rank's share of the batch, runs the step (training_engine.py)
-and records its metrics. It saves the state every checkpoint.every steps, and when a hook requests a checkpoint. The
-loop calls hooks (live_run.py), which do all other work.
+and records its metrics. It saves the state every checkpoint.every steps, and when a hook requests a checkpoint. Hooks
+(live_run.py) do all other work.
 """
 
 import time

@@ -9,9 +9,9 @@
     generate            generates text with the live model, in one process
     weights, fill       read and replace the weights under Hugging Face's names, one bucket at a time
 
-Sluice's trainer uses this engine. All ranks make the same calls in the same order. Each data-parallel rank passes a
-different share of the batch. The pipeline and context-parallel ranks of one data-parallel rank all pass the same share.
-A step has these parts, in this order:
+All ranks make the same calls in the same order. Each data-parallel rank passes a different share of the batch. The
+pipeline and context-parallel ranks of one data-parallel rank all pass the same share. A step has these parts, in this
+order:
 
     weights     sets the weights of the loss terms and router losses
     passes      runs forward and backward of all micro-batches
@@ -111,10 +111,10 @@ class Engine:
         self._sequences = config.micro_batch_size * rank.mesh.layout.dp
         """Number of sequences in one micro-batch, summed over the data-parallel ranks."""
         self._mean_micro_batches = 0.0
-        """Mean number of micro-batches per data-parallel rank in this step.
+        """Mean number of micro-batches per data-parallel rank in this step, by which losses are divided.
 
-        Losses are divided by this mean. So all tokens of the batch have the same weight, even if the ranks have
-        different numbers of micro-batches (parallel.uneven).
+        So all tokens of the batch have the same weight, even if the ranks have different numbers of micro-batches
+        (parallel.uneven).
         """
         self._open: ExitStack | None = None
         """The contexts of the current step, which end with its last call; None between steps."""
@@ -144,14 +144,13 @@ class Engine:
         terms: Collection[str] | None = None,
         **settings: float,
     ) -> None:
-        """Add the gradients of a loss over this rank's share of a batch to the step's gradients.
+        """Add the gradients of a loss over this rank's share of a batch to the step's gradients. Raises UserError.
 
-        loss: a name of `TOKEN_LOSSES`, a loss function as in train/model/token_losses.py, or the import path of a loss
-        function. settings: further arguments of the loss. last: whether this is the step's last call, which reduces the
-        gradients. total: the result of `count` for the batches of all calls of the step; sums over tokens are divided
-        by it. None: the step has only this call. terms: the parts of `TERMS` to use. None: all parts of `TERMS`, but
-        without `biases` if the batch replays experts, because the routers did not choose these experts. Raises
-        UserError.
+        loss: a name of `TOKEN_LOSSES`, a loss function as in train/model/token_losses.py, or its import path. settings:
+        further arguments of the loss. last: whether this is the step's last call, which reduces the gradients. total:
+        the result of `count` for the batches of all calls of the step; sums over tokens are divided by it. None: the
+        step has only this call. terms: the parts of `TERMS` to use. None: all parts, but without `biases` if the batch
+        replays experts, because the routers did not choose these experts.
         """
         batch = self._checked(batch)
         token_loss = self._find_loss(loss, batch, settings)
@@ -173,10 +172,11 @@ class Engine:
         self._pass(plan, batch, total, last, token_loss, "balance" in chosen)
 
     def update(self, step: int | None = None, *, lr: float | None = None) -> StepOutcome:
-        """Clip and apply the gradients of the step.
+        """Clip and apply the gradients of the step. If the loss or a gradient is not finite, the weights stay
+        unchanged.
 
         step: index of the step in the recipe's schedules; None for the next step. lr: replaces the learning rate of the
-        schedule. If the loss or a gradient is not finite, the method does not change the weights. Raises UserError.
+        schedule. Raises UserError.
         """
         number = self.step + 1 if step is None else step
         if not 1 <= number <= self._config.steps:
@@ -203,8 +203,8 @@ class Engine:
         """Returns log p(token | earlier tokens) for every token of this rank's share: fp32 (B, S) on the host.
 
         All ranks with the same share get the same values. The value of the first token of a sequence is 0. If the batch
-        has a tensor `temperatures`, the logits are divided by it. Top-p is not applied. The call changes nothing:
-        routers do not count tokens, and adapters do not use dropout. Raises UserError.
+        has a tensor `temperatures`, the logits are divided by it. Top-p is not applied. Routers do not count tokens,
+        and adapters do not use dropout. Raises UserError.
         """
         batch, head = self._checked(batch), self.measure.last
         wanted = {name: tensor for name, tensor in batch.tensors.items() if name == "temperatures"}
@@ -226,8 +226,8 @@ class Engine:
         """Counts learnt tokens, sequences and samples in the batches of all ranks.
 
         rows: number of sequences over all ranks, if known. The call is collective, unless `rows` is given and every
-        token is learnt. If ranks have different numbers of sequences, the method raises UserError on all ranks, because
-        the rank with more sequences would wait forever for the other ranks. parallel.uneven allows different numbers.
+        token is learnt. Raises UserError on all ranks if they have different numbers of sequences, because ranks would
+        wait forever for each other. parallel.uneven allows different numbers.
         """
         if rows is not None and all(batch.supervised_BS is None for batch in batches):
             return StepTotal(rows, None, rows)
@@ -247,8 +247,8 @@ class Engine:
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of the last step and wait until it is complete. Returns its path.
 
-        folder: the folder for checkpoints. The returned path is, for example, FOLDER/step_00000012. Training can resume
-        from the checkpoint in any layout, and every mode reads it. Raises DiskFailed.
+        folder: the folder for checkpoints. The returned path is, for example, FOLDER/step_00000012. Any layout and
+        every mode can read the checkpoint. Raises DiskFailed.
         """
         return self._between_steps("save").save(folder, self.step)
 
@@ -275,8 +275,8 @@ class Engine:
     def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace weights and balance biases with tensors under Hugging Face's names.
 
-        weights: pairs of name and tensor. For example, a process that samples text can pass the result of
-        `Session.weights`. The optimizer's state does not change. Raises UserError for an unknown name or a wrong shape.
+        weights: pairs of name and tensor, for example a result of `Session.weights`. The optimizer's state does not
+        change. Raises UserError for an unknown name or a wrong shape.
         """
         self._between_steps("fill").fill(weights)
 
@@ -290,8 +290,7 @@ class Engine:
         end_ids: Collection[int] = (),
         seed: int = 1,
     ) -> "list[DrawnText]":
-        """Returns completions of prompts by the live model. Only an engine in one process, which has the whole model,
-        supports it.
+        """Returns completions of prompts by the live model. Only an engine in one process supports it.
 
         prompts: lists of token ids, of any lengths; all are completed in one batch. tokens: maximum number of new
         tokens for each prompt. A completion ends at a token of `end_ids`. Row i uses the random seed `seed` + i. Raises
@@ -312,8 +311,8 @@ class Engine:
     ) -> StepOutcome:
         """Run a whole step with the recipe's loss.
 
-        batch: this rank's share. stopping: how this rank was asked to stop; the engine sends this to all ranks together
-        with the measurements. on_phase: new value of the field `on_phase`.
+        batch: this rank's share. stopping: how this rank was asked to stop; the engine sends this to all ranks.
+        on_phase: new value of the field `on_phase`.
         """
         self.on_phase, self._moves_biases = on_phase, True
         self._pass(plan, batch, self.count([batch], plan.batch_size), stopping=stopping)
@@ -604,8 +603,8 @@ def _total(counts: list[int]) -> StepTotal:
 def _counting(batch: Batch) -> Tensor:
     """Returns whether the loss depends on the experts and attention keys that are replayed at a position: bool (B, T).
 
-    This is false for padding and, if the batch marks learnt tokens, for the last position of each sample. It is true
-    for all other positions. The field `documents_BS` of the batch must be set.
+    This is false for padding and, if the batch marks learnt tokens, for the last position of each sample. The field
+    `documents_BS` of the batch must be set.
     """
     assert batch.documents_BS is not None
     here, following = batch.documents_BS[:, :-1], batch.documents_BS[:, 1:]

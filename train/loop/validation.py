@@ -60,8 +60,8 @@ def held_out_loss(
     """Computes the main loss on all sequences of `data`. Every rank gets the same sums.
 
     The data-parallel ranks share the sequences. size: number of sequences per forward pass of one rank. more: a
-    function that every rank calls after each pass. The function returns additional sums for that pass as a float64
-    tensor, whose length is the same on all ranks. A rank with nothing to add returns zeros.
+    function that every rank calls after each pass. It returns additional sums for that pass: a float64 tensor, zeros if
+    the rank has nothing to add. Its length is the same on all ranks.
     """
     totals: Tensor | float = 0.0
     for first in range(0, len(data), size * mesh.layout.dp):

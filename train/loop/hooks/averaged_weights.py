@@ -16,8 +16,8 @@ from train.loop.live_run import LiveRun
 class Ema:
     """Averages the fp32 master shards of this rank.
 
-    `update` only starts an asynchronous copy of the shards to the host. The next call of `update` adds these copies to
-    the average. So training does not wait for the copies.
+    `update` starts an asynchronous copy of the shards to the host, so training does not wait. The next call of `update`
+    adds this copy to the average.
     """
 
     def __init__(self, masters: dict[str, Tensor], decay: float):

@@ -1,7 +1,7 @@
 """Builds the user's hooks from the list `callbacks` of a recipe. train/loop/live_run.py defines a hook.
 
 A hook that works for minutes must call `run.got_on()` at intervals. Otherwise the driver ends the run as hung after
-cluster.kill_after seconds without progress.
+cluster.kill_after seconds.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,7 +43,7 @@ class Callback:
 
 
 def _as_kept(give: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Adds the prefix HOOK_STATE to the names of a callback's values. Checkpoints store the values under these names.
+    """Adds the prefix HOOK_STATE to the names of a callback's values, for the names in checkpoints.
 
     give: the callback's method `shards`, `wanted` or `meta`, which returns values by name.
     """
@@ -56,10 +56,9 @@ def _own(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_callbacks(config: Config, progress: RankProgress | None = None) -> list[Callback]:
-    """Builds the callbacks of a recipe, in the recipe's order.
+    """Builds the callbacks of a recipe, in the recipe's order. Raises UserError.
 
     progress: receives a report when a callback starts work outside of steps; None if the callbacks are only validated.
-    Raises UserError.
     """
     found = []
     for place, section in enumerate(config.callbacks):

@@ -1,8 +1,9 @@
 """Explains errors of the device and of NCCL on one screen: the failed operation, its layer, and the fix.
 
-The layer is found in the frames of the error's traceback, so a step without an error needs no extra time. In a forward
-pass, the variable `self` of a frame is the module. In a backward pass no module runs. Then a weight among the variables
-of a frame shows the layer. torch's own backward operations have no Python frame, so the text names only the stage.
+The layer is found in the frames of the error's traceback, so a step without an error needs no extra time:
+- In a forward pass, the variable `self` of a frame is the module.
+- In a backward pass, a weight among the variables of a frame shows the layer.
+- torch's own backward operations have no Python frame, so the text names only the stage.
 """
 
 import re
@@ -43,7 +44,7 @@ PHASES = {
 }
 """Maps the name of a function to the phase of a step in which the function runs.
 
-If several frames of a traceback have such names, the innermost of them decides.
+If several frames of a traceback have such names, the innermost frame decides.
 """
 UPDATE = ("step", "Zero"), ("accumulate", "WholeWeights"), ("accumulate", "ShardedWeights")
 """Functions that run after the last backward pass: pairs of function name and class name."""
@@ -59,7 +60,7 @@ class ExplainedError(RunEnded):
 def raise_explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
     """Returns a context that raises `ExplainedError` for out-of-memory and NCCL errors.
 
-    The context also writes a file with the traceback and the summary of torch's allocator to the folder `logs`.
+    The context also writes the traceback and the summary of torch's allocator to a file in the folder `logs`.
     """
     try:
         yield
@@ -72,10 +73,7 @@ def raise_explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
 
 
 def _explain(config: Config, error: Exception) -> str | None:
-    """Returns the explanation of an out-of-memory or NCCL error: lines for the screen, with the headline first.
-
-    Returns None for any other kind of error.
-    """
+    """Returns the explanation of an out-of-memory or NCCL error, with the headline first; None for any other error."""
     chain = list(causes(error, contexts=True))
     for one in chain:
         said = str(one)
@@ -92,8 +90,7 @@ def _explain(config: Config, error: Exception) -> str | None:
 
 
 def _place(chain: list[BaseException]) -> str:
-    """Returns text that names the layer, the phase and the pipeline stage of an error, as far as its traceback shows
-    them.
+    """Returns text that names the layer, the phase and the pipeline stage of an error, as far as known.
 
     chain: the error and the errors that caused it.
     """
@@ -107,8 +104,8 @@ def _place(chain: list[BaseException]) -> str:
 
 
 def _names(frames: list[FrameType]) -> tuple[dict[int, str], dict[int, str]]:
-    """Returns the module names that the frames show, in two maps. The keys of the first map are ids of modules. The
-    keys of the second map are addresses of the modules' weights."""
+    """Returns the module names that the frames show, in two maps: by ids of modules, and by addresses of the modules'
+    weights."""
     modules: dict[int, str] = {}
     weights: dict[int, str] = {}
     for frame in frames[::-1]:

@@ -4,8 +4,7 @@ A layer's norm is the root of the sum of squares of its fp32 master weights. Eac
 that it would write to a checkpoint. An all-reduce adds these sums, so every weight counts once in any layout.
 
 For the norm of the update, each rank copies its master weights to host memory before the update, and compares them with
-the weights after the update. So this norm is correct for any optimizer. A run computes the norms every log.norms_every
-steps; other steps cost nothing.
+the weights after the update. A run computes the norms every log.norms_every steps; other steps cost nothing.
 """
 
 from collections.abc import Iterator
@@ -29,10 +28,7 @@ def layer_names(model: Model) -> list[str]:
 
 
 class LayerNorms:
-    """Computes norms of each layer's weights, and of their change in a step, every log.norms_every steps.
-
-    Each rank sums the squares of the elements in its shard.
-    """
+    """Computes norms of each layer's weights, and of their change in a step, every log.norms_every steps."""
 
     def __init__(self, config: Config, zero: Zero, device: torch.device):
         self._every = config.log.norms_every
@@ -53,7 +49,7 @@ class LayerNorms:
             self._before = {name: master.to("cpu", copy=True) for name, master in self._masters()}
 
     def collect(self, step: int) -> Record:
-        """Returns the norms of the weights and of their change, for each layer and for the whole model; empty for a
+        """Returns the norms of the weights and of their change, for each layer and for the whole model. Empty for a
         step that is not measured.
 
         Call this method after the update, on all ranks.

@@ -9,8 +9,8 @@ A sighting is a module boundary at which a value was not finite. Each rank repor
     forward     the first layer with a sighting in the forward pass
     backward    the last layer with a sighting in the backward pass, if the forward pass was finite everywhere
 
-Other layers and ranks only receive non-finite values that began at the origin. If the repeated step is finite, neither
-the weights nor the data caused the non-finite value. Then the most likely cause is a faulty device.
+If the repeated step is finite, neither the weights nor the data caused the non-finite value. Then the most likely cause
+is a faulty device.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,8 +42,8 @@ class Sighting:
     name: str
     """The module's tensor that was not finite: its input, its output or a weight."""
     catching: bool = False
-    """Whether the value is a weight's gradient, which is a sum over tokens. With expert parallelism, this sum includes
-    tokens of other ranks, so another rank may have caused the non-finite value."""
+    """Whether the value is a weight's gradient, which is a sum over tokens. With expert parallelism, another rank's
+    tokens may have caused the non-finite value."""
 
 
 PASSES = ("forward", "backward")
@@ -85,8 +85,8 @@ class Watch:
         """The sighting in the forward pass that comes first in the order of the layers; None if all values were
         finite."""
         self.backward: Sighting | None = None
-        """The sighting in the backward pass that comes last in the order of the layers; None if all gradients were
-        finite. The backward pass reaches the module boundary of this sighting first."""
+        """The sighting that the backward pass reached first, which is the last one in layer order; None if all
+        gradients were finite."""
 
     def __enter__(self) -> Self:
         for chunk in self._chunks:
@@ -99,8 +99,10 @@ class Watch:
             handle.remove()
 
     def _visit(self, name: str, module: nn.Module, layer: int, boundary: int) -> int:
-        """Install hooks that check the inputs and outputs of a module and of its children. In the forward order, the
-        module's input has the index `boundary`. Returns the index of the module's output."""
+        """Install hooks that check the inputs and outputs of a module and of its children.
+
+        boundary: index of the module's input in forward order. Returns the index of the module's output.
+        """
         start = Sighting(layer, boundary, f"the input of {name}")
         for child_name, child in module.named_children():
             boundary = self._visit(f"{name}.{child_name}", child, layer, boundary + 1)
@@ -135,8 +137,7 @@ class Watch:
     def _see_weights_gradient(self, at: Sighting, param: nn.Parameter, gradient: Tensor | None) -> None:
         """Check a weight's gradient.
 
-        gradient: None if a GEMM has already added the gradient to `param.grad`. Then the method checks `param.grad`,
-        which stays non-finite after one non-finite term.
+        gradient: None if a GEMM has already added the gradient to `param.grad`. Then the method checks `param.grad`.
         """
         gradient = param.grad if gradient is None else gradient
         if gradient is not None:
@@ -228,8 +229,7 @@ def _of(ranks: Sequence[int]) -> str:
 
 
 def shown_ranks(ranks: Sequence[int]) -> str:
-    """Returns text such as `rank 1` or `ranks 1, 2 and 5`. If there are many ranks, the text names the first few and
-    counts the others."""
+    """Returns text such as `rank 1` or `ranks 1, 2 and 5`. The text counts the ranks after the first few."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if len(ranks) > SHOWN_TENSORS:

@@ -24,8 +24,8 @@ KEPT_FOLDERS = 2
 
 
 class PublishedWeights:
-    """Writes a Hugging Face folder every checkpoint.weights_every steps and after the last step, as soon as the
-    checkpoint of the step is complete.
+    """Writes a Hugging Face folder every checkpoint.weights_every steps and after the last step, when the checkpoint of
+    the step is complete.
 
     Rank 0 writes the folder. Other ranks wait for rank 0 in the next step.
     """

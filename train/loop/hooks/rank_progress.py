@@ -26,9 +26,9 @@ class RankProgress:
     """Writes the file `cluster.run_files.progress_path`: step, phase, Unix time and measurements of the rank.
 
     phase: step, validation, checkpoint, or the name of the hook method that a user's callback runs. sequences: number
-    of sequences in the step, over all ranks. seconds: duration of the previous step. busy: duration of the previous
-    step without the time in which the rank waited for other ranks. Both durations are null at the start. memory: peak
-    bytes of the rank's device, or of the process on a CPU.
+    of sequences in the step, over all ranks. seconds: duration of the previous step. busy: `seconds` without waits for
+    other ranks. Both durations are null at the start. memory: peak bytes of the rank's device, or of the process on a
+    CPU.
     """
 
     def __init__(self, logs: Path, rank: int, device: torch.device, ring: CommRing | None = None):
@@ -77,10 +77,10 @@ class RankProgress:
                 self._note(f"progress could not be written ({explain_disk_error(error)}); training continues")
 
     def _write_over(self, text: str) -> None:
-        """Overwrite the old text in place, which works on a full disk too. If the file did not change, the driver would
-        think that the rank hangs.
+        """Overwrite the old text in place, which works on a full disk too. Without a change of the file, the driver
+        would think that the rank hangs.
 
-        A reader may find a mix of the old and the new text. Such a mix is not valid JSON, so the reader ignores it.
+        A reader ignores a mix of the old and the new text, because it is not valid JSON.
         """
         with contextlib.suppress(OSError), open(self._path, "r+b", buffering=0, opener=open_plain) as file:
             size = os.fstat(file.fileno()).st_size

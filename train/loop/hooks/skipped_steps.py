@@ -31,8 +31,8 @@ class SkippedSteps:
         the non-finite value began.
 
         Raises RunDiverged after optim.max_bad_steps bad steps in a row. In the last step of the run, two bad steps in a
-        row suffice, or only one if this attempt has made no update. Otherwise the run would end and save the state of
-        an earlier step, which may already be damaged.
+        row suffice, or only one if this attempt has made no update. Otherwise the run would end and save a state that
+        may already be damaged.
         """
         run.state.skipped += 1
         self._bad_in_a_row += 1

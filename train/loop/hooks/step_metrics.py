@@ -90,8 +90,8 @@ class StepMetrics:
 
 
 class Fp8Readings:
-    """precision.fp8.health: records the worst result of each FP8 check over all ranks, and warns if a result is beyond
-    its limit.
+    """precision.fp8.health: records the worst result of each FP8 check over all ranks, and warns about results beyond
+    the limit.
 
     The hook reads the results every `precision.fp8.health.every` steps.
     """
