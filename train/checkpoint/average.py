@@ -1,8 +1,7 @@
 """mode=average: writes a run folder with the mean weights of several checkpoints.
 
-The modes evaluate, generate and export and the key init_from accept this folder. The mean is computed in fp64 and
-written in the dtype of the sources. So the mean of equal checkpoints is equal to these checkpoints. The sources may
-have different layouts. The result has no optimizer state, because a run cannot continue from a mean.
+The mean is computed in fp64 and written in the dtype of the sources, which may have different layouts. The result has
+no optimizer state, because a run cannot continue from a mean.
 """
 
 import math
@@ -35,11 +34,11 @@ AVERAGED_ELEMENTS = 1 << 27
 AVERAGED_KINDS = ("master.", "bias.")
 """Name prefixes of the averaged tensors: weights and balance biases."""
 NOT_COMPUTED = ("init_std", "max_seq_len")
-"""Fields of the model section that do not change the output of a trained model."""
+"""Fields of the model section that do not change a trained model's output."""
 SOURCES_FIELD = "average.of"
 
 WeightsPart = Mapping[str, tuple[int, int]]
-"""Maps a tensor's name to an interval: first element and number of elements."""
+"""Maps a tensor's name to (first element, number of elements)."""
 StoredShapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """Maps a tensor's name to its dtype name and shape."""
 
@@ -88,7 +87,7 @@ def write_average(config: Config) -> int:
 def _sources(config: Config) -> list[Manifest]:
     """Returns the checkpoints that average.of names, oldest first.
 
-    Raises UserError if there are fewer than two, or if one is damaged.
+    Raises UserError if fewer than two are named, or one is damaged.
     """
     found: list[Manifest] = []
     for given in config.average.of or [str(RunPaths(config).path)]:
@@ -105,8 +104,7 @@ def _sources(config: Config) -> list[Manifest]:
 
 
 def _require_equal(one: Manifest, other: Manifest) -> None:
-    """Raise UserError unless two checkpoints have the same model and tokenizer, and contain all weights instead of an
-    adapter."""
+    """Raise UserError unless two checkpoints have the same model and tokenizer, and neither contains only an adapter."""
 
     def refuse(what: str) -> UserError:
         return UserError(
@@ -141,7 +139,7 @@ def _weight_bytes(shapes: StoredShapes) -> int:
 
 
 def _check_room(target: Path, source: Manifest) -> None:
-    """Raise UserError if the disk does not have enough space for the weights."""
+    """Raise UserError if the disk lacks space for the weights."""
     needed = _weight_bytes(_shapes(source))
     free = shutil.disk_usage(next(folder for folder in target.parents if folder.is_dir())).free
     if free < needed:
@@ -150,7 +148,7 @@ def _check_room(target: Path, source: Manifest) -> None:
 
 
 def _write(root: Path, sources: Sequence[Manifest], meta: dict, progress: ReportProgress) -> None:
-    """Write the checkpoint. Each part of the weights becomes one file, as if a separate rank had written it."""
+    """Write the checkpoint. Each part of the weights becomes one file, like the file of a rank."""
     shapes = _shapes(sources[0])
     parts = list(_parts({name: math.prod(shape) for name, (_, shape) in shapes.items()}))
     committer = Committer(root, attempt=1, world_size=len(parts), timeout=60.0)

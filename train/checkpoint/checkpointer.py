@@ -4,9 +4,8 @@
 (see `train.checkpoint.commit`). The thread retries a failed save. If the save still fails, its folder is removed, and
 `poll` returns a warning. Only the save at the end of the run must succeed: `finish(required=True)` raises SaveFailed.
 
-A stuck save, for example a write to a disk that does not answer, cannot be ended. When the next save is due, the
-training loop gives up the stuck save, and a warning names the rank. The next save uses other buffers. No rank commits
-the stuck save, even if its write returns later.
+A save is stuck if, for example, the disk does not answer a write. When the next save is due, the training loop gives up
+the stuck save. The next save uses other buffers. No rank commits the stuck save, even if its write returns later.
 """
 
 import json
@@ -38,8 +37,7 @@ GRACE = 0.1
 LEAST_GRACE = 1.0
 """Minimum time, in seconds, in which a given-up save must end. It applies if GRACE gives less."""
 MOST_STUCK = 2
-"""Maximum number of stuck saves at the same time. The number is limited because each stuck save occupies its
-buffers."""
+"""Maximum number of stuck saves at the same time. Each of them occupies its buffers."""
 
 
 class SaveFailed(DiskFailed):
@@ -71,13 +69,13 @@ class SaveResult:
     fenced: bool
     """Whether a newer attempt of the run has started, so that this attempt must stop."""
     seconds: float
-    """Seconds from the start of the save to its end. The wait for the previous save is excluded."""
+    """Duration of the save in seconds, without the wait for the previous save."""
     bytes: int
     """Number of bytes that this rank saved."""
     ranks: tuple[int, ...] = ()
     """The ranks that failed, as far as this rank knows."""
     late: bool = False
-    """Whether the save failed because it took too long, not because of a disk error."""
+    """Whether the save took too long, without a disk error."""
 
     @property
     def ok(self) -> bool:
@@ -93,14 +91,14 @@ class SaveInFlight:
     began: float
     """Start time, from time.perf_counter."""
     writes: bool = True
-    """Whether this rank is still writing its data. Afterwards, the thread of rank 0 waits for the other ranks."""
+    """Whether this rank is still writing its data. Afterwards, rank 0's thread waits for the other ranks."""
     over: bool = False
     """Whether the result of the save has been recorded."""
     thread: threading.Thread = field(init=False)
 
 
 class Checkpointer:
-    """Writes the checkpoints of a run for one rank of one attempt. All ranks call `save` for the same steps."""
+    """Writes a run's checkpoints for one rank of one attempt. All ranks call `save` for the same steps."""
 
     def __init__(
         self,
@@ -121,10 +119,10 @@ class Checkpointer:
         """Starts to use the checkpoint folder. Raises AttemptFenced if a newer attempt of the run has started.
 
         `root`: the folder checkpoints/. `attempt`: from `commit.next_attempt`, the same on every rank. `timeout`:
-        maximum wait for other ranks, in seconds; the wait for an unfinished save is shorter. `retries`: number of
-        retries after a failed write. `retry_wait`: seconds before the first retry; the wait doubles with each retry.
-        `staging`: maximum size of the buffers in bytes; 0: the size of the saved state. With smaller buffers, the
-        training waits for the disk. `notes`: a channel for error notes that does not need the disk.
+        maximum wait for other ranks, in seconds. `retries`: number of retries after a failed write. `retry_wait`:
+        seconds before the first retry; the wait doubles with each retry. `staging`: maximum size of the buffers in
+        bytes; 0: the size of the saved state. With smaller buffers, the training waits for the disk. `notes`: a channel
+        for error notes that does not need the disk.
         """
         self.rank, self.keep, self.keep_every = rank, keep, keep_every
         self.asynchronous, self.timeout = asynchronous, timeout
@@ -137,11 +135,11 @@ class Checkpointer:
         self._stuck: list[SaveInFlight] = []
         """Saves that were given up, but whose threads are still running."""
         self._ending = threading.Lock()
-        """A thread holds this lock while it sets the result of a save."""
+        """The lock under which a thread sets the result of a save."""
         self._serial = 0
         self._results: deque[SaveResult] = deque()  # the saving thread appends, and the training loop reads
         self._unsaved: int | None = None
-        """Step of the last requested save; None after a report that this save succeeded."""
+        """Step of the last requested save; None after a report of its success."""
         self._protected: Path | None = None
         self._best: list[Path] = []
         """Paths of the checkpoints that had the lowest held-out loss when they were saved, oldest first. The last one
@@ -174,7 +172,7 @@ class Checkpointer:
         return time.perf_counter() - began
 
     def poll(self) -> list[SaveResult]:
-        """Returns the results of the saves that ended since the last call. Never waits."""
+        """Returns the results of the saves that ended since the last call of `poll`. Never waits."""
         results = [self._results.popleft() for _ in range(len(self._results))]
         if any(result.ok and result.step == self._unsaved for result in results):
             self._unsaved = None
@@ -183,7 +181,7 @@ class Checkpointer:
     def finish(self, required: bool = False) -> list[SaveResult]:
         """Wait for the save in progress, and return the results like `poll`.
 
-        `required`: whether to raise SaveFailed if the last save failed.
+        `required`: raise SaveFailed if the last save failed.
         """
         if not required:
             self._settle()
@@ -208,17 +206,16 @@ class Checkpointer:
     def keep_best(self, step: int) -> None:
         """Protect the checkpoint of this step, which has the lowest held-out loss, from pruning.
 
-        The protection ends when a later call protects another checkpoint.
+        The protection ends when another checkpoint is protected.
         """
         self._best.append(self.committer.root / step_name(step))
 
     def _longest(self) -> float:
-        """Returns the maximum duration of a save in seconds: one `timeout` for writing, one for the votes, and one for
-        the lock."""
+        """Returns the maximum duration of a save in seconds: `timeout` each for writing, the votes and the lock."""
         return 3 * self.timeout
 
     def _join(self, seconds: float) -> bool:
-        """Wait for the save in progress. Returns False if it is still running after `seconds`."""
+        """Wait for the save in progress. Returns False if it still runs after `seconds`."""
         if self._flight is not None:
             self._flight.thread.join(max(0.0, seconds))
             if self._flight.thread.is_alive():
@@ -247,14 +244,14 @@ class Checkpointer:
         self._end(flight, SaveResult(flight.save.step, None, warning, False, seconds, 0, ranks, late=True))
 
     def _end(self, flight: SaveInFlight, result: SaveResult) -> None:
-        """Record the result of a save. A second result of the same save is ignored."""
+        """Record the result of a save. A second result of this save is ignored."""
         with self._ending:
             if not flight.over:
                 flight.over = True
                 self._results.append(result)
 
     def _skip(self, save: Save, began: float) -> None:
-        """Skip this save and inform rank 0. Called when too many saves are stuck.
+        """Skip this save and inform rank 0, because too many saves are stuck.
 
         began: time of the call of `save`.
         """
@@ -273,7 +270,7 @@ class Checkpointer:
         threading.Thread(target=tell, daemon=True).start()  # the disk may not answer this write either
 
     def _run(self, flight: SaveInFlight, meta: dict[str, Any]) -> None:
-        """Run a save; the thread of the save calls this method. Every failure becomes a `SaveResult`."""
+        """Run a save in its thread. Every failure becomes a `SaveResult`."""
         save, path, warning, failure = flight.save, None, None, None
         ranks, late = (self.rank,), False
         try:
@@ -300,8 +297,7 @@ class Checkpointer:
         )
 
     def _write(self, flight: SaveInFlight) -> str | None:
-        """Write this rank's files, and retry after a failure. Returns a warning if the write succeeded, but only after
-        a failed try."""
+        """Write this rank's files, with retries. Returns a warning if only a retry succeeded."""
         save = flight.save
         folder = self.committer.begin(save, self.rank)
         warning = None

@@ -13,12 +13,12 @@ save nor commits it.
 Fencing. When a node loses its network, its ranks keep running while a new attempt of the run starts elsewhere. These
 old ranks must not replace or prune checkpoints of the new attempt. The file `.fence` contains the highest attempt
 number. A new attempt, or the driver of a new launch, raises the number. An attempt stops when it reads a number higher
-than its attempt number. One advisory lock protects two operations: raising the number, and checking it before a folder
-is renamed. So a new attempt cannot start between the check and the rename of an old attempt.
+than its attempt number. One lock protects two operations: raising the number, and checking it before a folder is
+renamed. So a new attempt cannot start between the check and the rename of an old attempt.
 
 The lock needs a file system that shares flock between hosts (NFSv4, Lustre with -o flock, or one machine). On other
-file systems, a new attempt may start in the few microseconds between check and rename. Then an intact checkpoint of the
-old attempt appears. It counts as older than all checkpoints of the new attempt (`Manifest.age`).
+file systems, an old attempt may still commit an intact checkpoint in this short time. It counts as older than all
+checkpoints of the new attempt (`Manifest.age`).
 """
 
 import os
@@ -68,7 +68,7 @@ def next_attempt(root: Path) -> int:
 
 @dataclass(frozen=True)
 class Save:
-    """Identifies one save of a checkpoint by two numbers, which are the same on all ranks."""
+    """Identifies one save by two numbers, which are the same on all ranks."""
 
     step: int
     serial: int
@@ -76,7 +76,7 @@ class Save:
 
 
 class Committer:
-    """Writes, commits and removes checkpoints in the folder checkpoints/ of a run, for one rank of one attempt."""
+    """Writes, commits and removes a run's checkpoints, for one rank of one attempt."""
 
     def __init__(
         self,
@@ -93,8 +93,7 @@ class Committer:
         self.root, self.attempt, self.world_size = root, attempt, world_size
         self.timeout, self.poll = timeout, poll
         self._abandoned: set[Save] = set()
-        """Saves that this rank abandoned. The training loop adds saves to this set, and the threads of saves read
-        it."""
+        """Saves that this rank abandoned. The training loop adds them, and the threads of saves read them."""
 
     def enter(self, rank: int) -> None:
         """Prepare the folder for the saves of this rank. Raises AttemptFenced if a newer attempt has started.
@@ -130,7 +129,7 @@ class Committer:
                     shutil.rmtree(folder, ignore_errors=True)  # a rank of the old attempt may still write to it
 
     def begin(self, save: Save, rank: int) -> Path:
-        """Create the folder for this save, into which all ranks write. Raises AttemptFenced.
+        """Create the folder into which all ranks write this save. Raises AttemptFenced.
 
         Rank 0 also removes the folders of earlier saves that failed.
         """
@@ -153,22 +152,21 @@ class Committer:
         self._abandoned.add(save)
 
     def refuse_lost(self, save: Save) -> None:
-        """Check before a retry that the save may still be committed. Raises AttemptFenced or SaveAbandoned if it may
-        not."""
+        """Check before a retry that the save may still be committed. Raises AttemptFenced or SaveAbandoned otherwise."""
         self._check_fence()
         self._check_wanted(save)
         if not self._temporary(save).is_dir():
             raise SaveAbandoned("rank 0 gave up; see its log")
 
     def is_overtaken(self) -> bool:
-        """Whether a newer attempt has started, which may be the reason of a failed operation. Never raises OSError."""
+        """Whether a newer attempt has started, as a possible reason of a failed operation. Never raises OSError."""
         try:
             return read_fence(self.root) > self.attempt
         except OSError:
             return False  # the caller reports its original error in any case
 
     def vote(self, save: Save, rank: int, index: dict[str, Any]) -> None:
-        """Write this rank's index, which declares that its data file is on disk. Raises SaveAbandoned."""
+        """Write this rank's index, which declares that its data are on disk. Raises SaveAbandoned."""
         self._check_wanted(save)
         atomic_write_json(self._temporary(save) / index_name(rank), index)
 

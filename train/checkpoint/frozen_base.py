@@ -57,7 +57,7 @@ def fill_rounded(fill: FillShards, wanted: dict[str, Shard]) -> None:
 
 
 def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
-    """Fill a shard of one weight. The function reads complete rows of blocks, one matrix after another."""
+    """Fill a shard of one weight, matrix by matrix. Reads complete rows of blocks."""
     rows, columns = shard.shape[-2:]
     stop = shard.offset + shard.local.numel()
     for start, count in _block_rows(shard.offset, stop, rows, columns):

@@ -12,10 +12,8 @@ index contains checksums of the header and of every block of its data file. A ru
 
 There are two verifications:
 - fast: checks the manifest and the size of every file. It detects the effects of crashes, full disks and partial
-  copies. Sluice uses it to select the checkpoint to resume from.
+  copies, and is used to select the checkpoint to resume from.
 - full: reads all bytes. Tools and tests use it.
-
-Flipped bits are also detected when a checkpoint is loaded: each rank checks the blocks that it reads.
 
 Nothing is pickled: an untrusted checkpoint may contain wrong values, but it cannot run code.
 """
@@ -37,14 +35,14 @@ from conf.words import one_line
 
 FORMAT = "sluice checkpoint"
 CHECKPOINT_VERSION = 1
-"""Version of the format. It is increased by every change that older code cannot read."""
+"""Version of the format. Every change that older code cannot read increases it."""
 CRC_BLOCK = 4 << 20
 """Number of bytes of data that one CRC-32 covers. It is a multiple of every element size, so no element is in two
 blocks."""
 LARGEST_NUMBER = 2**63 - 1
 """Largest integer that a checkpoint may contain."""
 HOOK_STATE = "hook."
-"""Prefix of the names under which checkpoints store the tensors and meta entries of a recipe's callbacks."""
+"""Prefix of the names under which checkpoints store tensors and meta entries of callbacks."""
 META = {
     **dict.fromkeys(("step", "samples", "skipped", "updates", "seed", "seq_len"), int),
     **dict.fromkeys(("tokenizer", "data"), str),
@@ -98,13 +96,13 @@ class Meta(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Entry:
-    """One logical tensor in a checkpoint. The ranks' files contain intervals of this tensor."""
+    """One logical tensor in a checkpoint. The ranks' files contain its intervals."""
 
     dtype: str
-    """Name of the element type in the safetensors format, such as F32 or BF16."""
+    """Element type in the safetensors format, such as F32 or BF16."""
     shape: tuple[int, ...]
     intervals: list[tuple[int, int, int]]
-    """Intervals of the flattened tensor, as (rank, start, count), sorted by start. start and count are in elements."""
+    """Intervals of the flattened tensor: (rank, start, count), sorted by start. start, count: in elements."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class Manifest:
     meta: Meta
     """Everything that the checkpoint stores besides tensors: samples, tokenizer, data, seed, config (settings), ..."""
     files: dict[str, list[int]]
-    """Maps a file name to [size in bytes] or, for an index, to [size, CRC-32]. An index contains the checksums of its
+    """Maps a file name to [size in bytes], or to [size, CRC-32] for an index. An index contains the checksums of its
     data file."""
     tensors: dict[str, Entry] = field(repr=False)
 
@@ -127,20 +125,18 @@ class Manifest:
         return Age(self.attempt, self.step)
 
     def body(self) -> dict[str, Any]:
-        """Returns the manifest as JSON values, which can be sent to another rank. `manifest_of` builds the manifest
-        from them."""
+        """Returns the manifest as JSON values, from which `manifest_of` builds it again on another rank."""
         tensors = {name: (entry.dtype, entry.shape, entry.intervals) for name, entry in self.tensors.items()}
         return {**vars(self), "folder": str(self.folder), "tensors": tensors}
 
 
 def holds_adapter(meta: dict[str, Any]) -> bool:
-    """Whether the checkpoint with this meta contains an adapter instead of all weights."""
+    """Whether the checkpoint with this meta contains only an adapter."""
     return "base" in meta
 
 
 def seal(body: dict[str, Any]) -> str:
-    """Returns `body` as JSON text, with its CRC-32 as the last key. All versions of the format must follow this
-    rule."""
+    """Returns `body` as JSON text, with its CRC-32 as the last key. All versions of the format follow this rule."""
     return json.dumps({**body, "crc32": zlib.crc32(json.dumps(body).encode())})
 
 
@@ -213,13 +209,13 @@ def _entries(path: Path, tensors: dict[str, Any], ranks: int) -> dict[str, Entry
 
 
 def _are_counts(found: Any, length: int | None = None) -> bool:
-    """Whether `found` is a list of integers that are not negative. length: required length; None: any length."""
+    """Whether `found` is a list of non-negative integers. length: its required length; None: any."""
     listed = isinstance(found, list | tuple) and length in (None, len(found))
     return listed and all(isinstance(count, int) and 0 <= count <= LARGEST_NUMBER for count in found)
 
 
 def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
-    """Returns the field `name` of the body. Raises CheckpointDamaged if it is missing or its type is not `kind`."""
+    """Returns the field `name` of the body. Raises CheckpointDamaged if it is missing or is not a `kind`."""
     if name not in body:
         raise CheckpointDamaged(path, f"holds no {name!r}")
     if not isinstance(body[name], kind) or isinstance(body[name], bool):
@@ -230,7 +226,7 @@ def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
 
 
 def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
-    """Reads the index of one rank's data file. Raises CheckpointDamaged if it does not match the manifest."""
+    """Reads the index of one rank's data file. Raises CheckpointDamaged if the index does not match the manifest."""
     path = manifest.folder / index_name(rank)
     try:
         text = path.read_bytes()
@@ -242,7 +238,7 @@ def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
 
 
 def check_index(manifest: Manifest, rank: int, text: bytes) -> dict[str, Any]:
-    """Parses the text of an index. Raises CheckpointDamaged if it does not match the manifest."""
+    """Parses the text of an index. Raises CheckpointDamaged if the index does not match the manifest."""
     path = manifest.folder / index_name(rank)
     if [len(text), zlib.crc32(text)] != manifest.files[path.name]:
         raise CheckpointDamaged(path, "its checksum does not match the manifest's")
@@ -293,7 +289,7 @@ def _problems(manifest: Manifest, full: bool) -> list[str]:
 
 
 def check_data(manifest: Manifest, rank: int) -> None:
-    """Read one rank's data file completely. Raises CheckpointDamaged at the first block with a wrong checksum."""
+    """Read one rank's data file completely. Raises CheckpointDamaged at the first wrong checksum."""
     index = read_index(manifest, rank)
     path = manifest.folder / data_name(rank)
     try:
@@ -348,7 +344,7 @@ def checkpoints(root: Path) -> list[Manifest]:
 
 
 def _newest_first(root: Path, warnings: list[str]) -> list[Manifest]:
-    """Returns the manifests in `root` whose checksum is correct, newest first.
+    """Returns the manifests in `root` with a correct checksum, newest first.
 
     Adds the problems of damaged manifests to `warnings`.
     """

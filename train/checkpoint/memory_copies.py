@@ -2,7 +2,7 @@
 
 `save` copies the shards to buffers and returns. A thread writes the buffers to a file in the memory of the rank's node,
 and sends the same file to the next node. The files of all ranks for one step are a set. Before a save, all ranks find
-the newest set that every rank has stored on both nodes, and do not delete it. So a complete set exists at any moment. A
+the newest set that is complete on both nodes of every rank, and keep it. So a complete set exists at any moment. A
 failed save becomes a warning in `poll`.
 """
 
@@ -32,7 +32,7 @@ from train.checkpoint.read_shards import FolderFiles, ReadSpan, merge_indexes
 from train.checkpoint.staging import StagingBuffers, lay_out_shards
 
 SETS = 2
-"""Maximum number of sets of copies that a node stores at one time. A set is the files of all ranks for one step."""
+"""Maximum number of sets of copies on a node. A set is the files of all ranks for one step."""
 
 
 class MemoryCopies:
@@ -48,8 +48,7 @@ class MemoryCopies:
         self._folder = Path(shelves.nodes[home].folder)
         self._next = None if following is None else shelves.nodes[following]
         self._resumed = ""
-        """Name of the set of copies that this attempt resumed from. The set is not deleted until a newer set is
-        complete."""
+        """Name of the set of copies that this attempt resumed from. It is kept until a newer set is complete."""
         self._stored = -1
         """Newest step whose file this rank has stored on its node and on the next node, if there is one; -1 without
         such a step."""
@@ -110,8 +109,7 @@ class MemoryCopies:
         return True
 
     def _agree_on_kept(self) -> str:
-        """Returns the name of the set of copies that must not be deleted until the next set is complete; empty if there
-        is none."""
+        """Returns the name of the set of copies to keep until the next set is complete; empty without a set."""
         step = self._oldest_stored()
         if step < self._asked == self._stored:
             self._warnings.append(
@@ -127,7 +125,7 @@ class MemoryCopies:
         return int(stored)
 
     def _run(self, stage: StagingBuffers, id: SetId, kept: str, meta: dict[str, Any]) -> None:
-        """Run a save; the thread of the save calls this method. Every failure becomes a warning."""
+        """Run a save in its thread. Every failure becomes a warning."""
         try:
             self._write(stage, id, kept, meta)
             self._stored = id.step
@@ -201,7 +199,7 @@ class MemoryCopies:
         return ShelfFiles(self.shelves, self.token, self.rank, self.timeout)
 
     def mark_resumed(self) -> None:
-        """Do not delete the loaded set of copies until a newer set is complete."""
+        """Keep the loaded set of copies until a newer set is complete."""
         self._resumed = self.shelves.resume or ""
 
 
@@ -233,7 +231,6 @@ class ShelfFiles:
             yield lambda view, position: peer.read(self._set, data_name(rank), view, position)
 
     def _peer(self, rank: int) -> Peer:
-        """Connects to a node that holds the file of this rank. If several nodes hold it, the choice depends on this
-        node's index."""
+        """Connects to a node that holds this rank's file. If several nodes hold it, this node's index decides."""
         holders = self._shelves.holders[rank]
         return Peer(self._shelves.nodes[holders[self._home % len(holders)]].address, self._token, self._timeout)

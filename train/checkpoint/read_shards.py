@@ -1,7 +1,7 @@
 """Loads a checkpoint of any layout into live shards.
 
 Each wanted shard is an interval of a flattened tensor. The manifest lists the intervals that each rank wrote. A rank
-reads all blocks that contain bytes of its shards. It compares each block with its CRC-32 before it uses any element.
+reads the blocks that contain its elements, and compares each block with its CRC-32 before use.
 """
 
 import json
@@ -94,30 +94,29 @@ LOSSLESS = {
     torch.float32: (torch.float64,),
     torch.int32: (torch.int64,),
 }
-"""Maps a stored dtype to other dtypes that represent all of its values exactly. A shard may have one of these
-dtypes."""
+"""Maps a stored dtype to the other dtypes of a shard that represent its values exactly."""
 
 
 @dataclass
 class FilePiece:
-    """A part of a wanted shard. One file contains all bytes of this part."""
+    """A part of a wanted shard, all of whose bytes are in one file."""
 
     name: str
     start: int
     """First element of the part, in the flattened logical tensor."""
     target: Tensor
-    """The memory, in the shard, that gets the values of the part."""
+    """Memory of the shard that gets the part's values."""
 
 
 ReadSpan = Callable[[memoryview, int], int]
-"""A function that reads bytes of a file, from the given byte position, into the given memory.
+"""A function that reads bytes of a file, from a byte position, into the given memory.
 
 It returns the number of bytes read.
 """
 
 
 class Files(Protocol):
-    """Gives access to the files of a checkpoint, on disk or on other nodes. Both methods may raise OSError."""
+    """Reads the files of a checkpoint, on disk or on other nodes. Both methods may raise OSError."""
 
     def index(self, rank: int) -> bytes:
         """Returns the index of a rank's data file."""
@@ -147,9 +146,9 @@ def load_shards(path: Path, wanted: dict[str, Shard], rounded: bool = False) -> 
     rounded: whether values may be rounded to a smaller dtype of the shard. Returns the stored meta, with `step`,
     `attempt` and `world_size`.
 
-    Raises UserError before it fills any shard if the folder is not a checkpoint, has a newer format, or lacks a part of
-    a tensor, or if a shape or dtype differs. Raises CheckpointDamaged (a UserError) for a missing file or a wrong
-    checksum. Then some shards may already be filled.
+    Raises UserError before any shard changes if the folder is not a checkpoint, has a newer format, or does not fit
+    `wanted`. Raises CheckpointDamaged (a UserError) for a missing file or a wrong checksum; then some shards may be
+    filled.
     """
     return fill_shards(read_manifest(path), FolderFiles(path), wanted, rounded)
 
@@ -197,8 +196,7 @@ def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[
 
 
 def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> Entry:
-    """Returns the manifest's entry for a wanted tensor. Raises UserError if its shape or dtype does not fit the
-    shard."""
+    """Returns the manifest's entry for a wanted tensor. Raises UserError if its shape or dtype does not fit."""
     entry, shape = manifest.tensors.get(name), tuple(shard.shape)
     if entry is None:
         raise UserError(
@@ -272,8 +270,7 @@ def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePie
 
 
 def _read_block(read: ReadSpan, path: Path, index: dict[str, Any], number: int, buffer: Tensor) -> None:
-    """Read block `number` of the data into `buffer`. Raises CheckpointDamaged if it is too short or its checksum is
-    wrong."""
+    """Read block `number` of the data into `buffer`. Raises CheckpointDamaged for a short block or a wrong checksum."""
     size = min(CRC_BLOCK, index["data_bytes"] - number * CRC_BLOCK)
     view, position = buffer.numpy().data[:size], index["header_bytes"] + number * CRC_BLOCK
     while view:

@@ -54,12 +54,12 @@ from train.checkpoint.manifest import FoundCheckpoint, checkpoints, newest_intac
 
 BEST = "best.json"
 WANDB_PLACE = "place.json"
-"""Name of a file in `wandb/` that contains project, entity and group of this folder's W&B run."""
+"""File in `wandb/` with project, entity and group of this folder's W&B run."""
 WANDB_NAMES = ("project", "entity", "group")
 
 
 class RunFolder(RunPaths):
-    """A run folder that this process has locked. Call `close`, or use `with`, to release the lock for another run."""
+    """A run folder that this process has locked. `close`, or the end of `with`, releases the lock."""
 
     def __init__(self, config: Config, checkpoint_bytes: int = 0):
         """Create and lock the folder, and write config.yaml. `checkpoint_bytes`: estimated size of one checkpoint.
@@ -93,8 +93,7 @@ class RunFolder(RunPaths):
             raise
 
     def take_back(self) -> None:
-        """Restore the old config.yaml after the ranks refused to start, because the old settings belong to the
-        checkpoints."""
+        """Restore the old config.yaml after the ranks refused to start. The old settings belong to the checkpoints."""
         try:
             if self._before is None:
                 self.config_path.unlink()
@@ -107,7 +106,7 @@ class RunFolder(RunPaths):
             )
 
     def close(self) -> None:
-        """Release the lock. If the process dies, the kernel releases the lock."""
+        """Release the lock. If the process dies, the kernel releases it."""
         os.close(self._lock)
 
     def __enter__(self) -> "RunFolder":
@@ -123,8 +122,8 @@ class RunFolder(RunPaths):
 def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
     """Returns a context in which rank 0 holds its lock on the run folder.
 
-    The lock is shared: if a node is disconnected, rank 0 of the old attempt and rank 0 of the new attempt may both hold
-    it. A new start of the run takes the lock for a moment, to see whether a rank 0 still holds it.
+    The lock is shared: after a node is disconnected, rank 0 of the old and of the new attempt may both hold it. A new
+    start of the run takes the lock for a moment, to see whether a rank 0 still holds it.
     """
     paths.path.mkdir(parents=True, exist_ok=True)
     handle = open_lock(paths.rank_lock)
@@ -183,7 +182,7 @@ def _holder(handle: int, path: Path) -> str:
 
 
 def is_held(run: Path) -> bool:
-    """Whether a driver, or a rank 0 that lives longer than its driver, may write to the run folder."""
+    """Whether a driver, or a rank 0 without its driver, may write to the run folder."""
     for lock in (run / ".lock", run / ".rank_0.lock"):
         try:
             handle = open_plain(lock, os.O_RDONLY)
@@ -202,8 +201,8 @@ def resume_point(config: Config, skip: Collection[Path] = ()) -> FoundCheckpoint
     """Finds the checkpoint to start from, and a warning for each damaged checkpoint. The path is None for a new start.
 
     `skip`: checkpoints that were found damaged when they were loaded. Raises UserError if `resume` names a damaged
-    checkpoint. Also raises UserError if all checkpoints are damaged, because a new start would silently lose training.
-    Before this call, create the Checkpointer of rank 0, which repairs an interrupted commit.
+    checkpoint, or if all are damaged: a new start would lose training. Before this call, create the Checkpointer of
+    rank 0, which repairs an interrupted commit.
     """
     own = RunPaths(config).checkpoints
     if config.resume == "never":
@@ -278,7 +277,7 @@ def wandb_place(run: Path) -> dict[str, str | None]:
 
 
 def _make(config: Config, root: Path) -> None:
-    """Create the run folder if it is missing. Raises UserError if it cannot be created, or if another user owns it."""
+    """Create the run folder if it is missing. Raises UserError if that fails, or another user owns the folder."""
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -330,7 +329,7 @@ def _lock(path: Path, name: str) -> int:
 
 
 def _refuse_existing(config: Config, folder: Path) -> None:
-    """Raise UserError if resume=never and the run has checkpoints, intact or not."""
+    """Raise UserError if resume=never and the run has checkpoints, even damaged ones."""
     if config.resume == "never" and (existing := sorted(folder.glob(STEP_FOLDERS))):
         raise UserError(
             "resume",
@@ -346,7 +345,7 @@ def write_best(folder: Path, step: int, loss: float) -> None:
 
 
 def best_step(folder: Path) -> int | None:
-    """Returns the step of the checkpoint with the lowest held-out loss; None if best.json is missing or unreadable."""
+    """Returns the step of the checkpoint with the lowest held-out loss; None without a readable best.json."""
     with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
         return int(read_plain_json(folder / BEST)["step"])
     return None

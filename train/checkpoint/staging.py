@@ -4,8 +4,8 @@
 `StagingBuffers.write` runs in a thread, writes the buffers, and computes a CRC-32 for each block. Later saves reuse the
 buffers, because the allocation of page-locked memory is slow.
 
-The file has the safetensors format: 8 bytes of header length, a JSON header, raw little-endian data. The writer of the
-safetensors library is not used, because it neither computes checksums nor calls fsync.
+The file has the safetensors format. The library's writer is not used, because it neither computes checksums nor calls
+fsync.
 """
 
 import json
@@ -44,10 +44,9 @@ DTYPES = {
 }
 """Maps dtypes to their names in the safetensors format."""
 WRITE_BYTES = 16 << 20
-"""Maximum number of bytes in one write call. The number is small, so that the rank shows progress even on a slow
-disk."""
+"""Maximum number of bytes in one write call. It is small, so that the rank shows progress even on a slow disk."""
 DTYPE_BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
-"""Maps names of dtypes in the safetensors format to the number of bytes of an element."""
+"""Maps dtype names in the safetensors format to the bytes of an element."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class StagedLayout:
 
 
 def lay_out_shards(shards: dict[str, Shard]) -> StagedLayout:
-    """Computes the file layout for these shards. The file stores each shard as a one-dimensional interval."""
+    """Computes the file layout for these shards. Each shard is a one-dimensional interval in the file."""
     for name, shard in shards.items():
         assert shard.local.dtype in DTYPES, f"{name}: {shard.local.dtype} has no name in the safetensors format"
     header, offsets, size = safetensors_header(
@@ -80,8 +79,8 @@ def safetensors_header(
 ) -> tuple[bytes, dict[str, int], int]:
     """Builds the header of a file with these tensors. tensors: (name, dtype name, shape).
 
-    Returns the header, the first byte of each tensor in the data part, and the size of the data part in bytes. Tensors
-    with the largest elements come first. So all elements are aligned without padding, which the format forbids.
+    Returns the header, the first byte of each tensor in the data part, and the size of the data part in bytes. The
+    largest elements come first, so all elements are aligned without padding, which the format forbids.
     """
     header: dict[str, dict[str, Any]] = {} if metadata is None else {"__metadata__": metadata}
     offsets, at = {}, 0
@@ -107,7 +106,7 @@ class StagingBuffers:
         self.segments: list[Tensor] = []
         self.layout = StagedLayout({}, b"", 0)
         self._live: dict[str, Shard] = {}
-        """The shards of the current save, if they are not completely copied yet; else empty."""
+        """Shards of the current save while they are not completely copied; otherwise empty."""
 
     def copy(self, shards: dict[str, Shard]) -> None:
         """Copy the shards. Then the caller may change the shards.
@@ -130,8 +129,7 @@ class StagingBuffers:
         return min(self.layout.data_bytes, self.most or self.layout.data_bytes)
 
     def _fill(self, start: int) -> None:
-        """Copy bytes of the data part into the buffers until the buffers are full. start: position of the first
-        byte."""
+        """Copy bytes of the data part into the buffers until they are full. start: first byte."""
         devices = set()
         for name, (*_, at) in self.layout.places.items():
             raw = self._live[name].local.detach().view(torch.uint8)

@@ -3,11 +3,10 @@
     W + scale B A       W: a weight of the adapter's base. The sum is computed in fp32, and then rounded if needed
 
 Checkpoints of an adapter's run contain A and B, and the base is elsewhere. For an adapter in a PEFT folder
-(adapter.path), the checkpoint or folder is the base. B A is added to one interval of the base after another, so only a
-few tensors are in memory at a time.
+(adapter.path), the checkpoint or folder is the base. Only a few tensors are in memory at a time.
 
 A checkpoint is read into the chunks of a layout, or into one complete model in one process. A Hugging Face folder is
-read into one complete model in one process. The optimizer state of a checkpoint is not read.
+read only into one complete model. The optimizer state of a checkpoint is not read.
 """
 
 import hashlib
@@ -104,8 +103,7 @@ class StoredLora:
             raise self._other
 
     def add_to(self, wanted: dict[str, Shard]) -> None:
-        """Add scale * B A to the shards that contain elements of adapted matrices. wanted: maps Sluice's names of
-        weights to fp32 shards."""
+        """Add scale * B A to the elements of adapted matrices. wanted: maps names of weights to fp32 shards."""
         for part in parts_of([one.base for one in self.adapted], wanted):
             found, width = self._by_place[part.placed.ours, part.placed.start], part.placed.shape[1]
             row, end = part.start // width, -(-(part.start + part.target.numel()) // width)
@@ -113,8 +111,7 @@ class StoredLora:
             part.target.add_(delta.flatten()[part.start - row * width :][: part.target.numel()], alpha=self._scale)
 
     def fill_added(self, fill_base: FillShards, wanted: dict[str, Shard]) -> None:
-        """Fill shards of any dtype with the base plus the adapter. Each shard is computed in fp32 and then rounded to
-        its dtype."""
+        """Fill shards with the base plus the adapter. Each shard is computed in fp32 and then rounded to its dtype."""
         fill_base = self.as_trained(fill_base)
         for name, shard in wanted.items():
             values = {name: Shard(torch.empty(shard.local.numel()), shard.offset, shard.shape)}
@@ -152,7 +149,7 @@ class StoredWeights:
         self._base = self.lora.as_trained(open_base(config, self.manifest))
 
     def fill(self, wanted: dict[str, Shard]) -> None:
-        """Fill shards with weights in fp32. This method has the type `FillShards`."""
+        """Fill shards with weights in fp32. This method is a `FillShards`."""
         here = {name: shard for name, shard in wanted.items() if self._base is None or name in self.manifest.tensors}
         self._own(here)
         if self._base is not None:
@@ -161,7 +158,7 @@ class StoredWeights:
             self.lora.add_to({plain_name(name): shard for name, shard in wanted.items()})
 
     def base_mark(self, model: Model) -> str:
-        """Returns the mark of the base (see `mark_of`). The checkpoint must contain an adapter."""
+        """Returns the mark of the adapter's base (see `mark_of`). The checkpoint must contain an adapter."""
         assert self._base is not None
         return mark_of(self._base, model)
 
@@ -260,14 +257,13 @@ def open_lora(path: str | None, model: Model, family: ModelFamily, fill_base: Fi
 
 
 def weight_bytes(config: Model, item_bytes: int) -> int:
-    """Returns the number of bytes of all weights, including MTP modules. item_bytes: bytes of an element."""
+    """Returns the bytes of all weights, including MTP modules. item_bytes: bytes of an element."""
     counts = count_parameters(config)
     return item_bytes * (counts.total + counts.mtp)
 
 
 def fits_here(config: Config, device: torch.device) -> bool:
-    """Whether a second copy of all weights, in fp32, needs less than half of the free memory of the machine and the
-    device."""
+    """Whether all weights in fp32 need less than half of the free memory of the machine and of the device."""
     room = psutil.virtual_memory().available
     if device.type == "cuda":
         room = min(room, torch.cuda.mem_get_info(device)[0])
@@ -290,7 +286,7 @@ def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> Non
 
 
 def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSeekV3:
-    """Loads all weights of a checkpoint into one model in eval mode. The checkpoint may come from any layout."""
+    """Loads all weights of a checkpoint of any layout into one model in eval mode."""
     kernels = build_kernels(device.type, config.cluster.compiled)
     dtype, precision = activation_dtype(config.precision), build_precision(config.precision, device, kernels)
     model = DeepSeekV3.whole(config.model, precision, seq_len=config.seq_len, device="meta")
@@ -305,7 +301,7 @@ def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSe
 
 
 def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: Path) -> Pipeline[DeepSeekV3]:
-    """Loads this rank's part of the model for evaluation. The checkpoint may come from any layout."""
+    """Loads this rank's part of the model from a checkpoint of any layout, for evaluation."""
     dispatcher = None if mesh.layout.ep == 1 else make_dispatcher(config, mesh)
     kernels, _ = choose_kernels(config, device)
     precision = build_precision(config.precision, device, kernels)
@@ -355,10 +351,9 @@ def load_hf_model(
     """Loads all weights of a Hugging Face folder into one model on the CPU, in eval mode.
 
     Returns the model's configuration, the model, and the path of the folder's tokenizer.json if it exists. dtype: the
-    dtype of weights and matmuls. Weights are read directly in this dtype. field: name of the key in errors. kernels:
-    the kernels of the model's operations; torch's operations by default. text_only: leave out the tensors of other
-    modalities. adapter: a PEFT folder whose adapter is added to the weights. Raises UserError if the folder does not
-    contain an intact model of a supported family.
+    dtype of weights and matmuls. field: name of the key in errors. kernels: the kernels of the model's operations;
+    torch's by default. text_only: leave out the tensors of other modalities. adapter: a PEFT folder whose adapter is
+    added to the weights. Raises UserError if the folder does not contain an intact model of a supported family.
     """
     path = Path(folder).expanduser()
     headers, config, _ = open_model(path, field, text_only)

@@ -30,7 +30,7 @@ SHAPE = [
     "shared_experts",
     "mtp_depth",
 ]
-"""Fields of the model section that determine the names and shapes of the model's tensors."""
+"""Fields of the model section that determine the names and shapes of tensors."""
 
 
 def require_model(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ def refuse_mean(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
 
 
 def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:
-    """Returns the configured tokenizer, or else the tokenizer in the run's folder.
+    """Returns the configured tokenizer, else the tokenizer in the run's folder.
 
     Raises UserError if the checkpoint was trained with another tokenizer.
     """
@@ -109,10 +109,9 @@ def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, me
 # detects every changed value. Checkpoints of earlier versions have no mark.
 
 PLACES, BYTES_OF_PLACE = 16, 4096
-"""Number of positions at which a fingerprint samples a file, from its start to its end, and number of bytes in a
-sample."""
+"""Number of positions at which a fingerprint samples a file, and number of bytes in a sample."""
 SHAPING = ("rank", "targets", "base")
-"""Keys of the adapter section that determine the shapes of the adapter's parameters, and the format of the base."""
+"""Keys of the adapter section that determine parameter shapes and the format of the base."""
 
 
 def describe_base(source: Folder | Path) -> dict[str, str]:
@@ -139,8 +138,7 @@ def describe_base(source: Folder | Path) -> dict[str, str]:
 
 
 def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError unless checkpoint and run both train all weights, or both train adapters with equal settings
-    (SHAPING)."""
+    """Raise UserError unless checkpoint and run both train all weights, or adapters with equal settings (SHAPING)."""
     if config.adapter.on != holds_adapter(meta):
         here, there = "trains an adapter", "whole weights"
         cure = f"set init_from={checkpoint} and another name=, or omit adapter=lora"
@@ -166,14 +164,14 @@ def require_base(config: Config, checkpoint: Path, meta: dict[str, Any], base: d
 
 
 def other_base(init_from: str | None, checkpoint: Path, meta: dict[str, Any]) -> UserError:
-    """Returns the UserError for a base that is not the base with which the checkpoint's adapter was trained."""
+    """Returns the UserError for a base other than that of the checkpoint's adapter."""
     path = meta["base"]["path"]
     rule = f"has other weights than the base of the adapter in {checkpoint}: {path}"
     return UserError("init_from", init_from, rule, f"set init_from={path}, or its copy")
 
 
 def refuse_adapter(checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError if this checkpoint, from which a run is to start, contains only an adapter."""
+    """Raise UserError if a run is to start from this checkpoint and it contains only an adapter."""
     if holds_adapter(meta):
         rule = f"{checkpoint} has only an adapter for the weights of {meta['base']['path']}"
         cure = "merge the adapter first (mode=export of its run with export.merge=true), and start from the exported folder"

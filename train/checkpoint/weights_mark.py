@@ -4,9 +4,9 @@ format and layout.
     mark = sum over all elements of  number(value) * factor(place in its block) * factor(tensor, block)    mod 2^64
 
 A block is BLOCK consecutive elements of a flattened tensor. number(value) is an integer that is computed from the value
-in bf16, so the same weights in fp32, bf16 and block FP8 have the same mark. Each rank sums over the intervals that it
-holds, and these sums are added. All factors are odd, so any change of a single value changes the mark. The main model
-and each MTP module have separate sums, because a model may be read without its MTP modules.
+in bf16, so the same weights in fp32, bf16 and block FP8 have the same mark. The sums of all ranks are added. All
+factors are odd, so any change of a single value changes the mark. The main model and each MTP module have separate
+sums, because a model may be read without its MTP modules.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ The number for a CPU fits into the caches of a core. The number for a GPU is lar
 MODULUS = 1 << 64
 """The sums are computed modulo this number, like unsigned 64-bit integers."""
 MarkedPart = tuple[str, int, int, int]
-"""The sum over an interval of a tensor: name of the tensor, first element, end (exclusive), sum."""
+"""Sum over an interval of a tensor: (tensor name, first element, end (exclusive), sum)."""
 
 
 class WeightsMark:
@@ -41,8 +41,7 @@ class WeightsMark:
         self._taken: dict[str, list[tuple[int, int]]] = {}
 
     def watching(self, fill: FillShards) -> FillShards:
-        """Returns a function that calls `fill` and then adds the values of the filled shards to this mark (a
-        checksum)."""
+        """Returns a function that calls `fill` and adds the filled values to this mark (a checksum)."""
 
         def watched(wanted: dict[str, Shard]) -> Any:
             found = fill(wanted)
@@ -101,7 +100,7 @@ def _joined(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _sum(name: str, values: Tensor, offset: int) -> int:
-    """Returns the sum over an interval of the tensor `name`. offset: first element of the interval."""
+    """Returns the sum over an interval of the tensor `name`. offset: first element."""
     start, total, done = _start(name), 0, 0
     factors = _odd(0, BLOCK).to(values.device)
     while done < values.numel():

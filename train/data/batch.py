@@ -14,7 +14,7 @@ class Batch:
     """Packed sequences on the CPU."""
 
     tokens_BS: Tensor
-    """int64 (B, seq_len + 1): token ids. The model's inputs are [:, :-1], and the targets are [:, 1:]."""
+    """int64 (B, seq_len + 1): token ids. Inputs of the model: [:, :-1]. Targets: [:, 1:]."""
     documents_BS: Tensor | None = None
     """int32 (B, seq_len + 1): the index of each token's document or sample, counted from 0 in each sequence. Padding
     has -1. None unless data.mask_documents is set or samples are packed."""
@@ -59,7 +59,7 @@ class Batch:
 
     @property
     def sequences(self) -> int:
-        """Number of samples, or number of sequences if the batch does not separate samples."""
+        """Number of samples; number of sequences if the batch does not separate samples."""
         if self.supervised_BS is None or self.documents_BS is None:
             return len(self.tokens_BS)
         return int((self.documents_BS.amax(1) + 1).sum())
@@ -72,11 +72,11 @@ BATCH_KINDS = {
 }
 """Maps a field of a batch to the dtypes that a caller may use."""
 RESERVED_NAMES = ("x", "mean", "micro_batches", "experts_BTLK", "keys_BTLK", *BATCH_KINDS)
-"""Names that are not allowed in `tensors`, because chunks and pipelines have arguments with these names."""
+"""Names that `tensors` must not contain, because arguments of chunks and pipelines have these names."""
 
 
 def check_given_batch(batch: Batch, vocabulary: int) -> None:
-    """Raise UserError if the fields of a batch contradict each other, or if a token is outside the vocabulary."""
+    """Raise UserError if fields of a batch contradict each other, or a token is outside the vocabulary."""
     tokens_BS = batch.tokens_BS
     for name, kinds in BATCH_KINDS.items():
         tensor = getattr(batch, name)
@@ -132,16 +132,13 @@ class GivenSample:
 
     tokens: list[int]
     first: int
-    """Index of the first learnt token, at least 1. All later tokens are learnt too, which means that the loss includes
-    their prediction."""
+    """Index of the first learnt token, at least 1. The loss includes the predictions of this and all later tokens."""
     values: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
-    """Maps names of tensors in `Batch.tensors` to values: one number for all learnt tokens, or one number for each
-    learnt token."""
+    """Maps names in `Batch.tensors` to values: one number for all learnt tokens, or one per learnt token."""
     experts_TLK: Tensor | None = None
-    """Experts that routers chose earlier, for example in an inference engine, for all tokens except the last."""
+    """Experts of all tokens except the last, as routers chose them earlier, for example in an inference engine."""
     keys_TLK: Tensor | None = None
-    """Positions of the attention keys that indexers selected earlier, for example in an inference engine, for all
-    tokens except the last."""
+    """Positions of the attention keys of all tokens except the last, as indexers selected them earlier."""
 
 
 def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int = 0) -> Batch:
@@ -182,9 +179,8 @@ def _padded(
 ) -> Tensor | None:
     """Returns the replayed choices of all samples in one tensor (B, length - 1, L, K); None if the samples have none.
 
-    choices: a tensor (tokens - 1, L, K) for each sample. name, axes: names of the choices and of the dimensions L and K
-    in error messages. filling: value after the end of a sample. Raises UserError if only some samples have choices, or
-    if a shape is wrong.
+    choices: a tensor (tokens - 1, L, K) for each sample. name, axes: names of the choices and of L and K in errors.
+    filling: value after the end of a sample. Raises UserError if only some samples have choices, or for a wrong shape.
     """
     first = choices[0]
     padded = None if first is None else first.new_full((len(choices), length - 1, *first.shape[1:]), filling)

@@ -4,15 +4,14 @@ A Jinja template (the checkpoint's, or our `plain`) runs in Jinja's sandbox with
 the template marks the assistant's turns ({% generation %}), the marked text is learnt. Otherwise this file finds the
 turns by probing: it replaces the content of a message by a character that no text contains. The text around this
 character shows where the turn begins and ends. The learnt part begins after the generation prompt and ends with the
-stop token. A line end after the stop token belongs to the template.
+stop token.
 
-The template gets reasoning in the field `reasoning_content`. If a template does not know the field, the reasoning stays
-at the start of the content. A missing message is an error, because the user would not notice it during training.
-data.reasoning decides what happens to reasoning that the template drops. It can also remove old reasoning before the
-chat is rendered.
+The template gets reasoning in the field `reasoning_content`, or at the start of the content if it does not know the
+field. A missing message is an error, because the user would not notice it during training. data.reasoning decides what
+happens to reasoning that the template drops. It can also remove old reasoning before the chat is rendered.
 
-A template may write no stop token after a turn. In GLM-4.6, for example, the first token of the next message ends the
-turn. Then the model learns this token as the stop token, and this file appends the token to the last turn.
+If the template writes no stop token after a turn, the first token of the next message ends the turn, as in GLM-4.6.
+Then the model learns this token as the stop token, and this file appends the token to the last turn.
 """
 
 import contextlib
@@ -45,13 +44,13 @@ GIVEN = ("messages", "tools", "add_generation_prompt")
 PROBED_ANSWER = "an answer"
 PROBED_QUESTION = {"role": "user", "content": "a question"}
 PROBED_TURNS = [PROBED_QUESTION, {"role": "assistant", "content": PROBED_ANSWER}]
-"""A chat for probing: a question and an answer. The template writes the stop token after the answer."""
+"""A chat for probing: a question and an answer, after which the template writes the stop token."""
 PROBED_CALL = {"id": "0", "type": "function", "function": {"name": PROBED_ANSWER, "arguments": {}}}
 OPENED = re.compile(rf"{THINK}\s*\Z")
 CLOSED = re.compile(rf"(?:(?P<open>{THINK})(?P<gap>\s*))?{THOUGHT}\s*\Z")
 EMPTY_THOUGHT = re.compile(rf"\s*(?:{THINK}\s*)?{THOUGHT}\s*")
 NAMED_TOKEN = re.compile(r"<\|[^<>|\s]+\|>|<\uff5c[^<>\uff5c\s]+\uff5c>")
-"""Matches special tokens in the two usual spellings: `<|name|>` with ASCII bars, or with full-width bars."""
+"""Matches special tokens in the two usual spellings: `<|name|>` with ASCII bars or with full-width bars."""
 Span = tuple[int, int]
 
 
@@ -62,9 +61,9 @@ class PlacedTurn:
     begin: int
     """Index of the first character after the generation prompt."""
     content: int
-    """Index of the first character of the content; the template's text before the content is excluded."""
+    """Index of the first character of the content."""
     end: int
-    """Index after the last character of the turn. The stop token is part of the turn."""
+    """Index after the last character of the turn, which includes the stop token."""
     cut: bool = False
     """Whether the template cut reasoning from the content."""
 
@@ -75,17 +74,17 @@ class PlacedTurn:
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """The text of a chat, and the parts of the text that the model learns."""
+    """The text of a chat, and the spans of the text that the model learns."""
 
     text: str
     learnt: list[Span]
-    """Learnt spans in order, as pairs: index of the first character, and index after the last character."""
+    """Learnt spans in order: (index of the first character, index after the last character)."""
     unthought: int = 0
     """Number of learnt turns without reasoning, although the generation prompt opens a reasoning block."""
 
 
 class CannotRender(Exception):
-    """The template cannot render a chat. `rule` is the reason, and `cure` tells the user what to do."""
+    """The template cannot render a chat. `rule` is the reason, `cure` the advice to the user."""
 
     def __init__(self, rule: str, cure: str):
         super().__init__(rule)
@@ -93,7 +92,7 @@ class CannotRender(Exception):
 
 
 class _Generation(Extension):
-    """Adds to Jinja the tags {% generation %} and {% endgeneration %}, which mark the assistant's text."""
+    """Adds to Jinja the tags {% generation %} and {% endgeneration %} around the assistant's text."""
 
     tags = {"generation"}
 
@@ -122,7 +121,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """A chat template, together with the variables that it may use, such as the special tokens of a tokenizer."""
+    """A chat template and the variables that it may use, such as special tokens."""
 
     def __init__(self, sources: dict[str, str], tokens: dict[str, Any], field: str, name: str):
         """Compiles the templates. Raises UserError if a template is broken.
@@ -152,13 +151,12 @@ class ChatTemplate:
 
     @property
     def files(self) -> dict[str, str]:
-        """Files that store the template in a weights folder: maps a file name to its text. Empty if the template is a
+        """Files that store the template in a weights folder: maps file names to texts. Empty if the template is a
         function."""
         return {TEMPLATE_FILES[kind]: source for kind, source in self._sources.items()}
 
     def require_tokens(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError if the template contains a special token that the tokenizer does not know. The tokenizer
-        would split such a token into characters."""
+        """Raise UserError if the template contains a special token that the tokenizer does not know."""
         for source in self._sources.values():
             for token in NAMED_TOKEN.findall(source):
                 refuse_unknown_token(token, tokenizer, self._field, self.name)
@@ -273,7 +271,7 @@ class ChatTemplate:
         return bool(found) and not CLOSED.search(before) and mark not in in_field
 
     def _lost(self, chat: Chat) -> set[int]:
-        """Returns the indices of the messages whose reasoning field the template drops."""
+        """Returns the indices of the messages whose reasoning the template drops."""
         marks = {n: f"{PROBE}{n}{PROBE}" for n, message in enumerate(chat.messages) if message.get(REASONING)}
         if not marks:
             return set()
@@ -292,7 +290,7 @@ class ChatTemplate:
         """If `choice` asks for it, inserts dropped reasoning into the text. Returns the new text and the new turns.
 
         If the generation prompt opens a reasoning tag, a turn with reasoning begins after this tag. wanted: indices of
-        the learnt turns. Raises CannotRender if `choice` is None and the template drops the reasoning of a learnt turn.
+        the learnt turns. Raises CannotRender if reasoning of a learnt turn is dropped and `choice` is None.
         """
         thoughts = {n: with_field(chat.messages[n]).get(REASONING) for n in turns}
         if not any(thoughts.values()):
@@ -323,8 +321,7 @@ class ChatTemplate:
         return text, found
 
     def _has(self, text: str, content: str, chat: Chat) -> bool:
-        """Whether the text contains `content` at least n times, where n is the number of the chat's messages with this
-        content."""
+        """Whether the text contains `content` at least as often as the chat has messages with this content."""
         alike = [m for m in chat.messages if isinstance(m.get("content"), str) and m["content"].strip() == content]
         return text.count(content) >= len(alike)
 
@@ -398,11 +395,11 @@ class ChatTemplate:
         return plain, turns
 
     def _around(self, probed: list[Message], number: int, tools: list[Any] | None, piece: str) -> tuple[int, str]:
-        """Returns what the template writes around one turn's content.
+        """Returns the number of characters between the generation prompt and one turn's content, and the text after the
+        content.
 
-        The result has two elements: the number of characters between the generation prompt and the content, and the
-        text after the content. probed: the chat, with a probe character as each assistant's content. piece: the
-        rendered text between the previous probe character and this one.
+        probed: the chat, with a probe character as each assistant's content. piece: the rendered text between the
+        previous probe character and this one.
         """
         turn, given = self._run(probed[: number + 1], tools), self._run(probed[:number], tools, True)
         before, _, after = turn.rpartition(PROBE)
@@ -418,10 +415,10 @@ class ChatTemplate:
     def _by_prefix(self, plain: str, chat: Chat, number: int, at: int) -> PlacedTurn:
         """Finds a turn if the template writes other text around a probe character than around the content.
 
-        The method renders the chat only up to the end of this turn. There are two cases:
+        The method renders the chat up to the end of this turn. There are two cases:
         - The result is a prefix of the complete text.
-        - The complete text lacks the reasoning of this turn, because the template drops old reasoning. Then the method removes
-          the reasoning from the turn's text, and searches the complete text for the rest.
+        - The complete text lacks the reasoning of this turn. Then the method removes the reasoning from the turn's text, and
+          searches the complete text for the rest.
 
         at: end of the previous turn, where the search begins.
         """
@@ -446,8 +443,7 @@ class ChatTemplate:
 
 
 def _unmarked(text: str) -> tuple[str, list[Span]]:
-    """Removes the marks of the assistant's turns from a text. Returns the text, and the spans that were between the
-    marks."""
+    """Removes the marks of the assistant's turns. Returns the text, and the spans between the marks."""
     parts = re.split(f"([{TURN_BEGIN}{TURN_END}])", text)
     plain, begins, spans = "", [], []
     for part in parts:
@@ -470,8 +466,7 @@ def _shared(one: str, other: str) -> int:
 
 
 def _forms(content: str) -> Iterator[tuple[str, bool]]:
-    """Yields pairs: a form in which a template may write the content, and whether this form lacks the leading
-    reasoning."""
+    """Yields the forms in which a template may write the content, each with whether the leading reasoning is missing."""
     whole = [(content, False)]
     if THOUGHT in content:
         whole += [(content.rpartition(THOUGHT)[2], True), (content.partition(THOUGHT)[2], True)]
@@ -482,9 +477,8 @@ def _forms(content: str) -> Iterator[tuple[str, bool]]:
 def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int, bool]] | None:
     """Finds the contents of the assistant's turns in the text of a chat.
 
-    pieces: the parts of the text before, between and after the contents. Returns for each content the index of its
-    first character, the index after its last character, and whether its reasoning was removed. Returns None if the text
-    does not consist of these pieces and contents.
+    pieces: the parts of the text before, between and after the contents. Returns for each content its first index, its
+    end index (exclusive), and whether its reasoning was removed. Returns None if the text does not match.
     """
     if len(pieces) != len(contents) + 1 or not plain.startswith(pieces[0]):
         return None
@@ -592,8 +586,8 @@ def _of_folder(folder: Path | None) -> tuple[dict[str, str], str]:
 
 
 def stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
-    """Returns the token ids that end an answer: the stop tokens of the template, the ids in generation_config.json, and
-    eos. Raises UserError."""
+    """Returns the ids that end an answer: the template's stop tokens, the ids in generation_config.json, and eos.
+    Raises UserError."""
     try:
         ends = [encoding.ids for encoding in tokenizer.encode_rendered(template.stops())]
     except CannotRender as error:

@@ -1,7 +1,7 @@
 """Tokenises chats, marks the learnt tokens and fits chats to the sequence length.
 
-The chat's text is encoded as one string, as in an inference engine. The name of a special token in the text becomes
-this special token. A learnt token is one whose prediction the loss includes: a learnt span of the text overlaps it.
+The chat's text is encoded as one string. The name of a special token in the text becomes this special token. A learnt
+token is one whose prediction the loss includes: a learnt span of the text overlaps it.
 
 D = chats, N = their tokens.
 """
@@ -44,7 +44,7 @@ class TokenisedChats:
     """Hashes of the chats' stable ids (uint64)."""
     text_bytes: int
     unlearnt: int
-    """Number of chats that were left out because they have no learnt token."""
+    """Number of chats that were left out, because they have no learnt token."""
     unthought: int
     """Number of learnt turns without reasoning, although the generation prompt opens a reasoning block."""
 
@@ -127,15 +127,15 @@ class FittedChats:
 
     documents: Documents
     longest: int
-    """Length of the longest chat, in tokens, before any chat was cut."""
+    """Length of the longest chat, in tokens, before any cut."""
     cut: int = 0
     dropped: int = 0
     emptied: int = 0
-    """Number of chats that were dropped because the cut would remove all of their learnt tokens."""
+    """Number of chats that were dropped because a cut would remove all their learnt tokens."""
 
     @property
     def long(self) -> int:
-        """Number of chats that were too long: cut, dropped, or without learnt tokens after the cut."""
+        """Number of chats that were too long: cut, dropped, or without learnt tokens after a cut."""
         return self.cut + self.dropped + self.emptied
 
 

@@ -9,8 +9,8 @@ The record's keys show which of three forms it has:
 Reasoning is under `reasoning_content` (or under `reasoning` or `thinking`), or is <think>...</think> before the
 content.
 
-A null under a key means that the key is absent, at every depth. Parquet needs this rule: each row has the keys of all
-rows, and unused keys have the value null. Nulls in lists and inside a JSON text (tools, messages, arguments) are kept.
+A null under a key means that the key is absent, at every depth, because each row of Parquet has the keys of all rows.
+Nulls in lists and inside a JSON text (tools, messages, arguments) are kept.
 """
 
 import ast
@@ -42,10 +42,9 @@ REASONING = "reasoning_content"
 REASONING_NAMES = (REASONING, "reasoning", "thinking")
 THINK, THOUGHT = "<think>", "</think>"
 LEADING_THOUGHT = re.compile(rf"\s*(?:{THINK})?(.*?){THOUGHT}(.*)", re.DOTALL)
-"""Matches reasoning that precedes a content, and the content. The text may lack the opening <think>, because the prompt
-may already contain it."""
+"""Matches reasoning and the content after it. The opening <think> may be missing, because the prompt may contain it."""
 CHAT_KEYS = ("messages", "prompt", "completion", "conversations", "tools", "system")
-"""Columns that this file reads from a Parquet file, if the file has them."""
+"""Columns that this file reads from a Parquet file, if they exist."""
 PLACE_MARKS = "\ufdd0\ufdd1"
 """Two Unicode noncharacters that mark positions in a text (train/data/chat_template.py)."""
 
@@ -59,11 +58,10 @@ class Chat:
     messages: list[Message]
     tools: list[Any] | None
     learnt: list[bool]
-    """For each message: whether the model may learn it. This is false for all messages that the assistant did not
-    write."""
+    """For each message: whether the model may learn it. False for all messages that the assistant did not write."""
 
     def without_old_reasoning(self) -> "Chat":
-        """Returns a copy without the reasoning in assistant turns before the last message of the user."""
+        """Returns a copy without the reasoning in assistant turns before the user's last message."""
         last = max((n for n, message in enumerate(self.messages) if message["role"] == "user"), default=0)
         return replace(
             self,
@@ -227,10 +225,10 @@ def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
 # stable id, so whole files are held out. With the same data.validation_fraction, conf=tiny holds out the same files.
 
 SHORTEST_ANSWER, LONGEST_ANSWER = 12, 240
-"""Minimum and maximum length of an answer, in characters. Shorter texts explain nothing, and longer texts are no
-summaries."""
+"""Minimum and maximum length of an answer, in characters. Shorter texts explain nothing; longer ones are no summaries.
+"""
 LONGEST_SIGNATURE = 80
-"""Maximum length of the parameter list in a question, in characters. A longer list becomes `...`."""
+"""Maximum length of a question's parameter list, in characters. A longer list becomes `...`."""
 Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 

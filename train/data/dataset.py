@@ -1,4 +1,4 @@
-"""Batches for training and validation. A batch is selected by the index of its first sample.
+"""Batches for training and validation. The index of its first sample selects a batch.
 
 S1 = seq_len + 1, B = sequences.
 """
@@ -28,7 +28,7 @@ from train.data.tokenizer import Tokenizer
 
 
 class Schedule:
-    """Splits samples 0, 1, 2, ... among the sources of a mix. weights: one positive weight for each source."""
+    """Splits samples 0, 1, 2, ... among the sources of a mix. weights: a positive number per source."""
 
     def __init__(self, weights: list[float]):
         exact = [Fraction(weight) for weight in weights]
@@ -59,7 +59,7 @@ class Schedule:
 
 
 class TrainingData:
-    """Endless training samples. Sample i depends only on the data, the recipe's seq_len and seed, and i."""
+    """Endless training samples. Sample i depends only on the data, seq_len, the seed, and i."""
 
     def __init__(self, corpus: Corpus, config: Config):
         self.seq_len, self.mask, self.chats = config.seq_len, config.data.mask_documents, config.data.chats
@@ -84,7 +84,7 @@ class TrainingData:
         return rows.batch
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Returns, for each source, how many epochs of its training text are read after this many samples."""
+        """Maps each source to the number of epochs of its training text in this many samples."""
         counts = self._schedule.counts(samples)
         return {
             name: float(count / stream.sequences)
@@ -92,7 +92,7 @@ class TrainingData:
         }
 
     def repeats(self, samples: int) -> str | None:
-        """Returns a warning if a run of this many samples reads a source more than one time; otherwise None."""
+        """Returns a warning if a run of this many samples reads a source more than once, else None."""
         often = [f"{name} {times:.3g} times" for name, times in self.epochs(samples).items() if times > 1]
         if not often:
             return None
@@ -109,13 +109,12 @@ class ValidationData:
     no fill-in-the-middle (FIM) documents.
 
     Bits per byte = nats of all targets / ln 2 / text_bytes. text_bytes is the length of the text that the targets
-    decode to. The nats include the loss of eos, because the model must predict where a document ends. But eos has 0
-    bytes of text.
+    decode to. The nats include the loss of eos, but eos has 0 bytes of text.
     """
 
     def __init__(self, corpus: Corpus, config: Config, sequences: int | None = None):
-        """sequences: number of sequences in total. The weights of the sources decide how many of them each source gets.
-        None: log.validation_sequences."""
+        """sequences: number of sequences in total, split among sources by their weights. None:
+        log.validation_sequences."""
         self.seq_len, self.mask, self.chats = config.seq_len, config.data.mask_documents, config.data.chats
         self.notes: list[str] = []
         self._tokenizer = corpus.tokenizer
@@ -133,7 +132,7 @@ class ValidationData:
             self._places += [(stream, max(1, whole) * place // count) for place in range(count)]
 
     def __len__(self) -> int:
-        """Returns the number of sequences: the requested number, or fewer if the held-out text is short."""
+        """Returns the number of sequences, which is lower than requested if the held-out text is short."""
         return len(self._places)
 
     def batch(self, first: int, count: int) -> Batch:
@@ -146,8 +145,7 @@ class ValidationData:
         return rows.batch
 
     def text_bytes(self, batch: Batch) -> int:
-        """Number of bytes of the text that this batch's targets decode to. In chats, only learnt targets are
-        included."""
+        """Number of bytes of the text that this batch's targets decode to. In chats, only learnt targets count."""
         bytes_BT = self._tokenizer.bytes_V[batch.tokens_BS[:, 1:].numpy()]
         learnt_BT = batch.learnt_BT
         return int(bytes_BT.sum() if learnt_BT is None else bytes_BT[learnt_BT.numpy()].sum())
@@ -156,7 +154,7 @@ class ValidationData:
 def _stream(
     documents: Documents, config: Config, tokenizer: Tokenizer, seed: int, fim_rate: float = 0.0
 ) -> Stream | PackedChats:
-    """Returns a reader that makes training sequences from these documents: one continuous text, or packed chats."""
+    """Returns a reader of training sequences from these documents: continuous text, or packed chats."""
     if config.data.chats:
         return PackedChats(documents, config.seq_len, tokenizer.eos_id, seed)
     return Stream(documents, config.seq_len, tokenizer.eos_id, seed, tokenizer.fim_ids, fim_rate)
@@ -172,7 +170,7 @@ class _Rows:
         self._supervised_BS = np.empty(shape, np.bool_) if chats else None
 
     def of(self, row: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Returns the buffers of one row, which the caller fills: tokens, document indices and the supervised mask."""
+        """Returns the buffers of one row for the caller to fill: tokens, document indices, supervised mask."""
         numbers_S = None if self._numbers_BS is None else self._numbers_BS[row]
         return self._tokens_BS[row], numbers_S, None if self._supervised_BS is None else self._supervised_BS[row]
 

@@ -7,11 +7,9 @@ target of exactly one window. The samples of epoch e are the windows that begin 
 these windows, so that the parts of a long document are rarely in one batch.
 
 Fill-in-the-middle (FIM; paper 4.1, PSM order) reorders a document: begin, prefix, hole, suffix, end, middle, eos. The
-document is cut between tokens, so the FIM document is always three tokens longer. Each document of the stream has a
-slot; the slots of all epochs are numbered 0, 1, 2, ... The document in slot g becomes a FIM document if
-floor((g+1)*rate) > floor(g*rate). The order of the documents is random, so this choice is as good as random. Formulas
-give the start of every epoch and the position of every sample. So a resumed run does not read earlier data again, even
-if its number of ranks is different.
+document is cut between tokens, so the FIM document is always three tokens longer. The slots of documents in the stream
+are numbered 0, 1, 2, ... The document in slot g becomes a FIM document if floor((g+1)*rate) > floor(g*rate). Formulas
+give the start of every epoch and the position of every sample, so a resumed run does not read earlier data again.
 
 The index of an epoch (order and ends of the documents) takes O(documents) memory. Only the indices of the two newest
 epochs are in memory.
@@ -54,7 +52,7 @@ class Documents:
 class _Epoch:
     order_D: np.ndarray
     ends_D: np.ndarray
-    """End of each document in the order of the epoch, counted in tokens from the start of the epoch."""
+    """End of each document in the order of the epoch, in tokens from the epoch's start."""
 
 
 class Stream:
@@ -89,8 +87,7 @@ class Stream:
         return epoch * self.plain_tokens + FIM_TOKENS * self._fim_before(epoch * len(self.documents))
 
     def samples_before(self, epoch: int) -> int:
-        """Returns the number of samples before this epoch: the number of windows that begin before the epoch's first
-        token."""
+        """Returns the number of samples before this epoch: the windows that begin before its first token."""
         return -(-self.tokens_before(epoch) // self.seq_len)
 
     def windows_N(self, samples_N: np.ndarray) -> np.ndarray:
@@ -172,12 +169,11 @@ class Stream:
         return [begin, text[:low], hole, text[high:], end, text[low:high], self.eos]
 
     def _fim_before(self, place):
-        """Number of FIM documents among the first `place` documents of the stream. `place` may be an int or an int64
-        array."""
+        """Number of FIM documents among the first `place` documents of the stream. place: an int or an int64 array."""
         return place * self.rate.numerator // self.rate.denominator
 
     def _epoch(self, number: int) -> _Epoch:
-        """Returns the index of an epoch: the order and the ends of its documents. The index is built on first use."""
+        """Returns the order and the ends of an epoch's documents. They are computed on first use."""
         if number not in self._epochs:
             size = len(self.documents)
             order_D = shuffled_D(key(self.seed, number, 0), size)

@@ -1,4 +1,4 @@
-"""Prepares the data of a rank in one call, and computes the number of steps of a run that sets `epochs`."""
+"""Prepares the data of a rank, and computes the number of steps of a run that sets `epochs`."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -35,8 +35,7 @@ class PreparedData:
     the data are not chats."""
 
     def save_words(self, folder: Path) -> None:
-        """Write the tokenizer's files. If a template rendered the chats, write this template instead of the tokenizer's
-        templates."""
+        """Write the tokenizer's files. The template that rendered the chats replaces the tokenizer's templates."""
         files = self.tokenizer.files
         if self.template_files is not None:
             files = {name: text for name, text in files.items() if name not in TEMPLATE_FILES.values()}

@@ -9,11 +9,11 @@ from functools import cache
 from threading import Thread
 
 REACH_SECONDS = 10.0
-"""Time limit of the check in seconds. The limit includes the look-up of the host name."""
+"""Time limit of the check in seconds, including the look-up of the host name."""
 
 
 def hub() -> str:
-    """Returns the address of the Hub. The Hub's libraries read the same environment variable."""
+    """Returns the address of the Hub, from the environment variable that the Hub's libraries read."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 

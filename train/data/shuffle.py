@@ -1,5 +1,4 @@
-"""Random orders as pure functions of integers, without state. Library generators are not used, because their numbers
-may change between versions.
+"""Random orders as pure functions of integers, without state. Library generators may change between versions.
 
 The data order uses randomness only from `key` (a seed for a purpose), `noise_N` (64 random bits per index) and
 `permute_N`. `permute_N` evaluates a permutation of [0, size) point by point, so sample 10^9 costs the same as sample 0.
@@ -18,8 +17,7 @@ def _mix(x: int) -> int:
 
 
 def key(*numbers: int) -> int:
-    """Returns a 64-bit seed for this sequence of integers. A sequence with another order or length gets another
-    seed."""
+    """Returns a 64-bit seed for this sequence of integers. The order and the length of the sequence matter."""
     state = len(numbers)
     for number in numbers:
         state = _mix((state + 0x9E3779B97F4A7C15 + _mix(number & MASK)) & MASK)

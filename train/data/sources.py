@@ -1,8 +1,8 @@
 """Sources of documents: files of several formats, each a stream of (stable id, text).
 
 A document is:
-  text     a file; a file over 16 MiB is cut at line ends into several documents. Binary files (a NUL among the first 8 KiB,
-           git's rule) in a folder are left out and counted in the notes; any other file must be UTF-8.
+  text     a file; a file over 16 MiB is cut at line ends into several documents. Binary files (a NUL among the first 8 KiB)
+           in a folder are left out and counted in the notes; any other file must be UTF-8.
   jsonl    the string under text_key of each line; plain, .gz or .zst
   parquet  each value of the column text_key
   stdlib   each .py file of Python's standard library, without site-packages and the library's tests
@@ -50,7 +50,7 @@ NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test",
 
 
 SHARE = 1 << 20
-"""Minimum number of bytes that the sample for a tokenizer takes from each file, even if there are many files."""
+"""Minimum number of bytes of each file in the sample for a tokenizer, even if there are many files."""
 
 
 class DocumentSource(Protocol):
@@ -74,8 +74,7 @@ class DocumentSource(Protocol):
         """Yields the stable id and the text of every document that has text."""
 
     def sample(self, limit: int) -> Iterator[tuple[str, str]]:
-        """Yields documents from all parts of the source, so that the first `limit` bytes are a sample of the whole
-        source."""
+        """Yields documents so that the first `limit` bytes are a sample of the whole source."""
 
 
 @dataclass
@@ -88,9 +87,9 @@ class FileSource:
     files: list[SourceFile]
     reader: Callable[[SourceFile], Iterator[tuple[str, Any]]]
     way: str
-    """The settings with which the files are read (format and text key). They are part of the digest."""
+    """Settings with which the files are read (format and text key). The digest covers them."""
     binary: set[str] = field(default_factory=set)
-    """Binary files that were left out. The list is complete when all files have been read."""
+    """Binary files that were left out, complete after all files have been read."""
 
     @property
     def size(self) -> int:
@@ -214,7 +213,7 @@ def no_text(source: DocumentSource) -> UserError:
 
 
 def format_of(source: MixSource, key: str) -> DataFormat:
-    """Returns the configured format. For `auto`, and for `stdlib` with a path, the file names show the format."""
+    """Returns the configured format. For `auto`, and for `stdlib` with a path, file names show the format."""
     if not source.path:
         return DataFormat.stdlib
     return _guess(source, key) if source.format in (DataFormat.auto, DataFormat.stdlib) else source.format
@@ -353,8 +352,7 @@ timestamp, so its hash is not stored."""
 
 
 def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset()) -> list[SourceFile]:
-    """Returns the file `root`, or the files under the folder `root`. Raises UserError if there is no such file or
-    folder."""
+    """Returns the file `root`, or the files under the folder `root`. Raises UserError if nothing exists there."""
     try:
         if root.is_file():
             return [_file(root, root.name)]
@@ -407,7 +405,7 @@ def place_of(name: str) -> str:
 
 
 def hash_id(name: str) -> int:
-    """Returns the 64-bit hash of a document's stable id. The hash decides whether the document is held out."""
+    """Returns the 64-bit hash of a document's stable id, which decides whether the document is held out."""
     name = name.rpartition("\0")[2]
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 

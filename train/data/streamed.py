@@ -2,8 +2,7 @@
 
 A pass is one iteration over all documents of the source. The documents of a pass keep their order, and eos ends each
 document. The passes follow one another as one endless stream of tokens. Sample i covers tokens i S to i S + S
-(inclusive) of the stream, S = seq_len. Every rank reads the whole stream and keeps only the samples of its share of the
-batch. So a sample is the same in every layout.
+(inclusive) of the stream, S = seq_len. Every rank reads the whole stream and keeps only its samples.
 
 A checkpoint stores the number of samples and a mark. The mark is a position in the stream at or before the next sample:
 the pass, the document, and the number of tokens of this document that belong to earlier samples. To resume, a run reads
@@ -11,8 +10,6 @@ the documents before the mark again and ignores their content. If the source has
 does not produce these documents again.
 
 S1 = seq_len + 1, B = sequences.
-
-own_documents.py is a separate file, because processes that only tokenise do not import torch.
 """
 
 from collections import deque
@@ -29,8 +26,7 @@ from train.data.batch import Batch
 from train.data.own_documents import OwnDocument, OwnDocuments, StreamMark
 
 MARKS = 16
-"""Number of recent batches whose marks are stored. This number exceeds the number of batches that are built in
-advance."""
+"""Number of recent batches whose marks are stored. It exceeds the number of batches built in advance."""
 
 
 class StreamedData:
@@ -45,8 +41,7 @@ class StreamedData:
         self._marks: deque[StreamMark] = deque(maxlen=MARKS)
 
     def go_on(self, mark: dict[str, Any] | None) -> None:
-        """Resume at the `mark` that a checkpoint stores. None: the checkpoint has no mark, so start at the
-        beginning."""
+        """Resume at the `mark` that a checkpoint stores. None: start at the beginning."""
         self._start = StreamMark(**mark or {})
         self._pass_samples = self._start.pass_samples
 
@@ -101,10 +96,10 @@ class StreamedData:
         return {self._documents.name: samples / self._pass_samples if self._pass_samples else 0.0}
 
     def repeats(self, samples: int) -> str | None:
-        """Returns None: the number of documents is unknown, so it is unknown whether a run reads documents again."""
+        """Returns None: the source's length is unknown, so nobody knows whether a run reads documents again."""
         return None
 
     def read_once(self, before: int, after: int) -> list[str]:
-        """Returns the source's name if the first pass ended between the samples `before` and `after`; else an empty
+        """Returns the source's name if the first pass ended between the samples `before` and `after`, else an empty
         list."""
         return [self._documents.name] if self._pass_samples and before <= self._pass_samples < after else []

@@ -3,8 +3,8 @@
     def render(messages, tools, add_generation_prompt, **keys) -> str
 
 messages: [{role, content, ...}] as in Jinja templates. tools: a list or None. add_generation_prompt: whether the text
-ends where the model begins its answer. Sluice finds the assistant's turns by probing (train/data/chat_template.py). For
-this, the function must copy contents into its text unchanged.
+ends where the model begins its answer. The function must copy contents into its text unchanged, because Sluice finds
+the assistant's turns by probing (train/data/chat_template.py).
 """
 
 import copy
@@ -36,8 +36,8 @@ class FunctionTemplate(ChatTemplate):
     """A chat template that calls a Python function instead of Jinja."""
 
     def __init__(self, section: CodeSection, eos: str = ""):
-        """eos: the end-of-document token. Raises UserError if the function that data.template_function names does not
-        exist, or does not accept the arguments of a template."""
+        """eos: the end-of-document token. Raises UserError if the function of data.template_function does not exist, or
+        does not accept a template's arguments."""
         self._section, self.name, self._tokens = section, str(section[TARGET]), {"eos_token": eos}
         self._function = make(KEY_OF_FUNCTION, section)
         require_arguments(KEY_OF_FUNCTION, section, self._function, 3, "messages, tools, add_generation_prompt")
@@ -57,8 +57,7 @@ class FunctionTemplate(ChatTemplate):
         return {}
 
     def require_tokens(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError if the function fails on a simple chat, or writes a special token that the tokenizer does not
-        know."""
+        """Raise UserError if the function fails on a simple chat, or writes a special token unknown to the tokenizer."""
         try:
             text = self.prompt(PROBED_TURNS)
         except CannotRender as error:
@@ -81,8 +80,7 @@ class FunctionTemplate(ChatTemplate):
 
 
 def template_of(data: Data, folder: Path | None, tokenizer: Tokenizer) -> ChatTemplate:
-    """Returns the chat template: the function or template that `data` names, or else the template in the tokenizer's
-    folder.
+    """Returns the function or template that `data` names, else the template in the tokenizer's folder.
 
     Raises UserError.
     """

@@ -8,9 +8,8 @@ A token folder contains
   tokenizer.json  the tokenizer that made the tokens
   meta.json       version, dtype, tokens, documents, text_bytes, tokenizer (fingerprint), crc32 of each file
 
-A folder is written under a temporary name, synced and renamed, so it is complete or absent. Opening a folder compares
-the sizes and checksums of its files with meta.json. A large tokens.bin is not checked again while its size and mtime
-are unchanged.
+A folder is written under a temporary name, synced and renamed. Opening a folder compares the sizes and checksums of its
+files with meta.json. A large tokens.bin is not checked again while its size and mtime are unchanged.
 
 D = documents, N = tokens.
 """
@@ -58,8 +57,7 @@ class TokenStore:
     meta: dict[str, Any]
     largest_id: int
     supervised_N: np.ndarray | None = None
-    """uint8, memory-mapped: 1 for each learnt token, whose prediction the loss includes. None: all tokens are
-    learnt."""
+    """uint8, memory-mapped: 1 for each learnt token (the loss includes its prediction). None: all tokens are learnt."""
 
 
 @contextmanager
@@ -230,7 +228,7 @@ class StoreWriter:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """Save an array like np.save. Unlike np.save, raises an OSError with an errno if the disk is full."""
+    """Save an array. Unlike np.save, raises an OSError with an errno if the disk is full."""
     content = io.BytesIO()
     np.save(content, array)
     path.write_bytes(content.getbuffer())

@@ -21,20 +21,19 @@ from train.hf.tensor_names import PlacedTensor, tensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""Prefix of a tensor's name in an adapter folder. The prefix is followed by the name in the base's folder."""
+"""Prefix of a tensor's name in an adapter folder. The name in the base's folder follows it."""
 BASE_MARK = "base_mark"
 """Key in the file's metadata: a hash of two rows of the base. It identifies the base without a read of the whole base.
 """
 BASE_WEIGHTS = "base_weights"
-"""Key in the file's metadata: the mark of all weights of the base (train/checkpoint/weights_mark.py). Earlier versions
-did not write this key.
+"""Key in the file's metadata: the mark of all weights of the base (train/checkpoint/weights_mark.py). May be missing.
 """
 BASE_FORMAT = "base_format"
 """Key in the file's metadata: the base's storage format while the adapter was trained, as a value of adapter.base."""
 
 
 class AdaptedTensor(NamedTuple):
-    """A matrix in the base's folder, and the LoRA A and B for this matrix."""
+    """A matrix in the base's folder, and its LoRA A and B."""
 
     base: PlacedTensor
     a: PlacedTensor
@@ -68,8 +67,8 @@ def peft_config(adapter: Adapter, adapted: list[AdaptedTensor], base: str) -> di
     """Return the content of adapter_config.json. base: location of the weights that the adapter belongs to.
 
     If transformers stores all experts of a layer in one parameter, PEFT applies targets that end in gate_proj, up_proj
-    or down_proj only to the experts. So this function lists the matrices of dense and shared FFNs as parameters. PEFT
-    cannot apply dropout to parameters, so dropout, which acts only in training, is 0 here.
+    or down_proj only to the experts. So this function lists the matrices of dense and shared FFNs as parameters.
+    Dropout is 0, because PEFT cannot apply it to parameters.
     """
     modules, parameters = set(), set()
     for one in adapted:
@@ -149,7 +148,7 @@ def open_adapter(path: Path, model: Model, family: ModelFamily) -> AdapterFolder
 
 
 def _read_settings(folder: Folder, body: dict[str, Any]) -> tuple[int, float]:
-    """Return the rank of A and B, and the factor by which B A is multiplied. Raises UserError.
+    """Return the rank of A and B, and the factor of B A. Raises UserError.
 
     body: content of adapter_config.json.
     """

@@ -5,16 +5,15 @@ DeepSeek's weights, the same formula on the block's values returns q and s bit f
 |q| is then 448, and the two roundings, of 448 s and of the division, are together smaller than one unit in the last
 place of s.
 
-If s was computed by another rule, this formula would compute another s, and q * s would have other values. So
-`requantize` tries several scales and uses the first one that reproduces every value of the block:
+For scales of other rules, `requantize` tries several scales and uses the first one that reproduces every value of the
+block:
 
     1. amax / 448, with the floor of 1e-4 on amax: the scale for a block of new values
     2. amax / m for m = 448, 416, ..., 240 (the E4M3 values of one binade), and the two neighbouring fp32 values of each
 
 If no candidate reproduces a block, training has changed the block, and `requantize` rounds it with candidate 1. So
 unchanged FP8 weights keep their values. They also keep q and s bit for bit under two conditions: the largest |q| of the
-block exceeds 224, and some |q| is a power of two. Any real block of weights has such a q. Without it, two neighbouring
-s could reproduce the same values.
+block exceeds 224, and some |q| is a power of two. Any real block of weights has such a q.
 
 With a power-of-two scale (UE8M0), the largest weight is in (224 s, 448 s], so the largest |q| usually exceeds 224 too.
 The exception is a largest weight below 232 s, which is rounded to 224 s. Then `requantize` returns 2 q and s / 2, which
@@ -79,8 +78,7 @@ def _equal(q_NX: Tensor, scale_N: Tensor, blocks_NX: Tensor) -> Tensor:
 
 
 def _search(blocks_NX: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the indices of the blocks that some candidate scale reproduces, and the first such scale of each of these
-    blocks."""
+    """Return the indices of the blocks that a candidate scale reproduces, and the first such scale of each block."""
     amax_N = blocks_NX.abs().amax(1)
     scale_N, open_N = torch.zeros_like(amax_N), torch.arange(len(blocks_NX))
     for top in TOP_BINADE:

@@ -40,7 +40,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Folder:
-    """The headers of a folder with safetensors. They were checked for damage."""
+    """The headers of a folder with safetensors, already checked for damage."""
 
     path: Path
     stored: dict[str, StoredTensor]
@@ -95,9 +95,8 @@ def open_model(path: Path, field: str = "init_from", text_only: bool = False) ->
     function.
 
     text_only: whether to leave out tensors that do not belong to the language model; otherwise they are an error. An
-    MTP module that is only in config.json or only in the weights is left out of the model, because transformers writes
-    folders without the weights of MTP modules. Raises UserError for a damaged folder, and for a model that Sluice
-    cannot express.
+    MTP module that is only in config.json or only in the weights is left out of the model. Raises UserError for a
+    damaged folder, and for a model that Sluice cannot express.
     """
     folder, model = open_folder(path, field), read_model(path, field)
     folder, notes = _language_model(replace(folder, family=find_family(path, field).name), text_only)
@@ -154,14 +153,12 @@ def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
 
 
 def index_of(stem: str) -> str:
-    """Return the name of the index file, which maps tensors to weight files. stem: prefix of the weight files'
-    names."""
+    """Return the name of the index file, which maps tensors to weight files. stem: prefix of the weight files' names."""
     return f"{stem}.safetensors.index.json"
 
 
 def _listing(folder: Folder) -> str:
-    """Return the name of the file that lists a folder's weights: the index, or the only weight file if there is no
-    index."""
+    """Return the file that lists a folder's weights: the index, or without an index the only weight file."""
     for name in (*map(index_of, STEMS), *(f"{stem}.safetensors" for stem in STEMS)):
         if (folder.path / name).is_file():
             return name
@@ -257,10 +254,7 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
 
 
 def _check_scales(folder: Folder) -> None:
-    """Check that every FP8 weight has scales of the right shape, and that all scales belong to an FP8 weight.
-
-    Raises UserError.
-    """
+    """Raise UserError unless every FP8 weight has scales of the right shape, and all scales belong to an FP8 weight."""
     stored = folder.stored
     for name, tensor in stored.items():
         if name.endswith(SCALE):

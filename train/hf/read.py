@@ -1,8 +1,8 @@
 """Reads a folder of safetensors into live shards. Each rank reads only the rows that contain elements of its shards.
 
-Each Hugging Face tensor is an interval of one of our tensors (see tensor_names.py). A rank's shard is an interval of
-our tensor too, in any ZeRO, expert and pipeline layout. The intersections determine which rows a rank reads. Only a few
-rows at a time are in memory. The file is not memory-mapped, because mapped pages would count as this process's memory.
+Hugging Face tensors and a rank's shards are both intervals of our tensors (see tensor_names.py). Their intersections
+determine which rows a rank reads. Only a few rows at a time are in memory. The file is not memory-mapped, because
+mapped pages would count as this process's memory.
 """
 
 from bisect import bisect_right

@@ -1,10 +1,9 @@
 """Maps every tensor of a Hugging Face folder to its place in our model. The map depends only on the configuration.
 
-The Hugging Face layout and ours differ in names and in stacking, not in values. RoPE rotates adjacent elements in both,
-so no row is permuted. Sluice stacks the gate and the up projection in one tensor, and also the matrices of all experts.
-So each Hugging Face tensor is one interval of one of our flattened tensors. In a folder, MTP module k is the layer with
-index `layers` + k and has copies of the embedding and the head. Our MTP modules share these two tensors with the main
-model.
+The Hugging Face layout and ours differ in names and in stacking, not in values. RoPE rotates adjacent elements in both.
+Sluice stacks the gate and the up projection in one tensor, and also the matrices of all experts. So each Hugging Face
+tensor is one interval of one of our flattened tensors. In a folder, MTP module k is the layer with index `layers` + k
+and has copies of the embedding and the head. Our MTP modules share these two tensors with the main model.
 
 Our names are the names in a checkpoint: `master.PARAMETER` for weights, `bias.BLOCK` for balance biases.
 
@@ -19,7 +18,7 @@ from conf.schema import Model, ModelFamily
 from train.hf.families import FAMILIES
 
 SCALE = "_scale_inv"
-"""Suffix that is added to the name of an FP8 weight to get the name of its scales."""
+"""Suffix of the name of an FP8 weight's scales."""
 MTP_NAMES = (
     "embed_tokens.weight",
     "enorm.weight",
@@ -33,8 +32,7 @@ MTP_NAMES = (
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """A tensor of a Hugging Face folder, and its interval in a tensor of Sluice. theirs, ours: the names of these two
-    tensors."""
+    """A tensor of a Hugging Face folder, and its interval in a tensor of Sluice. theirs, ours: names of these tensors."""
 
     theirs: str
     shape: tuple[int, ...]
@@ -46,8 +44,7 @@ class PlacedTensor:
     fp8: bool = False
     """Whether DeepSeek's FP8 release stores this matrix in blocks of E4M3 values."""
     copy: bool = False
-    """Whether this tensor is an MTP module's copy of the embedding or the head, which Sluice's MTP modules share with
-    the main model."""
+    """Whether this is an MTP module's copy of the embedding or the head, which Sluice shares with the main model."""
 
     @property
     def count(self) -> int:
@@ -55,7 +52,7 @@ class PlacedTensor:
 
 
 def tensors(model: Model, family: ModelFamily = ModelFamily.deepseek_v3) -> Iterator[PlacedTensor]:
-    """Yield every tensor of a folder of this family, layer by layer. Scales of FP8 weights are left out."""
+    """Yield every tensor of a folder of this family, layer by layer, without the scales of FP8 weights."""
     facts = FAMILIES[family]
     for each in _as_deepseek(model):
         if facts.has_biases or not each.ours.startswith("bias."):
@@ -82,7 +79,7 @@ def _as_deepseek(model: Model) -> Iterator[PlacedTensor]:
 
 
 def _same(theirs: str, ours: str, shape: tuple[int, ...], fp8: bool = False) -> PlacedTensor:
-    """Return the entry of a Hugging Face tensor that has the same values as one complete tensor of Sluice."""
+    """Return the entry of a Hugging Face tensor that equals one complete tensor of Sluice."""
     return PlacedTensor(theirs, shape, ours, 0, shape, fp8)
 
 

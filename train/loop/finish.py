@@ -66,7 +66,7 @@ def _plan_line(folder: Path, series: Series) -> str | None:
 
 
 def _report(config: Config, folder: Path) -> Path | str:
-    """Writes the report. Returns the path of the report, or the reason why it could not be written."""
+    """Writes the report. Returns its path, or the reason why it could not be written."""
     try:
         return write_report(folder, ended=True)
     except OSError as error:
@@ -77,7 +77,7 @@ def _report(config: Config, folder: Path) -> Path | str:
 
 
 def last_validation(metrics: Path) -> dict[str, float]:
-    """Returns the newest record of metrics.jsonl that contains a validation loss; empty if there is none."""
+    """Returns the newest record of metrics.jsonl with a validation loss; empty if there is none."""
     found: dict[str, float] = {}
     for record in read_heads(metrics):
         if "validation_loss" in record:

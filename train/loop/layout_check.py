@@ -34,8 +34,7 @@ def check_layout(config: Config) -> None:
 
 
 def _check_offload(config: Config) -> None:
-    """Raise UserError if the layout offloads activations but recomputes every block, because no activation is left to
-    offload."""
+    """Raise UserError if the layout offloads activations but recomputes every block, so that no activation is left."""
     from train.parallelize import stage_layers
 
     again, longest = config.model.repeated_layers, max(map(len, stage_layers(config)))
@@ -49,7 +48,7 @@ def _check_offload(config: Config) -> None:
 
 
 def _check_adapter(config: Config) -> None:
-    """Raise UserError if a rank of the pipeline has no block. An adapter has nothing to train on such a rank."""
+    """Raise UserError if a rank of the pipeline has no block, because its adapter has nothing to train."""
     from train.parallelize import stage_layers
 
     layers = stage_layers(config)

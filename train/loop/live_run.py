@@ -100,7 +100,7 @@ class LiveRun:
         self.rank, self.folder, self.chunks = self.mesh.rank, RunPaths(self.config).path, self.parts.chunks
         """The index of this rank, the run folder, and this rank's chunks of the model."""
         self.step = self.state.step
-        """Index of the current step. Between steps, it is the index of the last completed step."""
+        """Index of the current step or, between steps, of the last completed step."""
 
     def tell(self, method: str, *what: Any) -> None:
         """Call the method with this name on every hook that has it. The arguments are this run and `what`.
@@ -132,11 +132,9 @@ class LiveRun:
             self.writer.note(text)
 
     def warn(self, text: str) -> None:
-        """Show a warning that concerns only this rank. Rank 0 shows it at the terminal; other ranks write it to their
-        logs."""
+        """Show a warning about this rank only: at the terminal on rank 0, in the log on other ranks."""
         self.note(text) if self.writer is not None else say(text, file=sys.stderr)
 
     def got_on(self) -> None:
-        """Report progress, so that the driver does not treat the rank as hung. Hooks with long work call this
-        method."""
+        """Report progress, so that the driver does not treat the rank as hung. Hooks with long work call this method."""
         got_on()

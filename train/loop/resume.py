@@ -1,5 +1,4 @@
-"""Finds the state that a run starts from. Rank 0 searches for the checkpoint, and every rank reads its part of the
-state."""
+"""Finds the state that a run starts from. Rank 0 searches for the checkpoint; every rank reads its part."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +43,7 @@ class StartingPoint(NamedTuple):
     """Manifest body of the copies in memory to start from. Set if they are newer than all checkpoints on disk; then
     `checkpoint` was not searched."""
     checkpoint: str | None = None
-    """Path of the checkpoint that config.resume selects; None if there is none."""
+    """Path of the checkpoint that config.resume selects, or None."""
     notes: Sequence[str] = ()
     """Texts that name the skipped copies and checkpoints, with the reasons."""
 
@@ -54,8 +53,7 @@ class StartingPoint(NamedTuple):
         return bool(self.copy or self.checkpoint or self.notes)
 
     def compiled_matmuls(self) -> bool | None:
-        """Whether the resumed run uses compiled matmuls. None if that is unknown, as for a new run or an older
-        checkpoint."""
+        """Whether the resumed run uses compiled matmuls; None if unknown, as for a new run."""
         if self.copy is not None:
             return self.copy["meta"].get("compiled_products")
         return None if self.checkpoint is None else read_manifest(Path(self.checkpoint)).meta.get("compiled_products")
@@ -186,7 +184,7 @@ def load_state(
 
 
 def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
-    """Start from the weights of init_from. Returns notes for the user. Only rank 0 reads the headers of all files."""
+    """Start from the weights of init_from. Returns notes for the user. Only rank 0 reads all headers."""
     own = from_rank_0(lambda: None if (found := own_start(config, tokenizer)) is None else str(found))
     if own is not None:
         start_from(config, Path(own), state)
@@ -211,7 +209,7 @@ def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any], base: dict[str, str] | None) -> None:
     """Raise UserError if the run cannot resume from this checkpoint.
 
-    base: description of the adapter's base model; None for a run without an adapter.
+    base: description of the adapter's base; None for a run without an adapter.
     """
     require_model(config, path, meta)
     require_adapter(config, path, meta)

@@ -3,7 +3,7 @@
 `python -m train.loop.session_rank CONFIG` is the driver of the ranks. It starts each rank with the same program.
 
 Rank 0 receives calls from the controlling process, and all ranks execute them. Every rank first checks the complete
-batch, so all ranks refuse the same calls. Then each rank computes with its share of the batch.
+batch, so all ranks refuse the same calls.
 """
 
 import json
@@ -134,8 +134,7 @@ class SessionRank:
         return batch.take(slice(self._engine.mesh.dp_rank * size, (self._engine.mesh.dp_rank + 1) * size))
 
     def _receive(self) -> bytes:
-        """Returns the next message of the controlling process, on rank 0. Returns empty bytes when the session has
-        ended."""
+        """Returns the controlling process's next message, on rank 0; empty bytes after the session's end."""
         assert self._link is not None
         try:
             while not self._link.poll(IDLE_SECONDS):

@@ -1,8 +1,8 @@
 """init_from: starts a new run from the weights of a Hugging Face folder, or of a Sluice checkpoint.
 
 This file imports torch only inside functions, because the driver uses it too. Master weights get the folder's values,
-dequantised from FP8 if needed. Balance biases get the folder's correction biases. The optimizer's moments start at 0.
-An average of the weights starts from the loaded weights.
+and balance biases get the folder's correction biases. The optimizer's moments start at 0. An average of the weights
+starts from the loaded weights.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]
 
 
 def _model_of(config: Config, folder: Folder) -> Model:
-    """Returns the recipe's model; if the folder has dense attention, the returned model has no indexers."""
+    """Returns the recipe's model, without indexers if the folder has dense attention."""
     return config.model if FAMILIES[folder.family].is_sparse else replace(config.model, sparse=SparseAttention())
 
 
@@ -69,7 +69,7 @@ def _with_indexers(config: Config, fill: "FillShards", has: Callable[[str], bool
 
 
 def other_optimizer(config: Config, folder: Path) -> list[str]:
-    """Returns a note if the folder's weights were pretrained with another optimizer than this run uses; else an empty
+    """Returns a note if the folder's weights were pretrained with another optimizer than this run's, else an empty
     list."""
     path, own = folder / CONFIG_FILE, config.optim.facts.name
     body = read_json(path, "init_from", "download it again") if path.is_file() else {}

@@ -12,8 +12,7 @@ The meta contains the other state:
 - in an adapter's run: a description of the base (train/checkpoint/trained_with.py)
 - in a CPU run: whether the run uses compiled matmuls
 
-Schedules depend only on the step and need no state. A run draws random numbers only for its initial weights, so no
-generator state is stored.
+Schedules depend only on the step. Only initial weights use random numbers, so no generator state is stored.
 """
 
 from collections import ChainMap
@@ -39,7 +38,7 @@ class RunState:
     """Gives access to the live state of one rank as shards."""
 
     def __init__(self, config: Config, mesh: Mesh, parts: ParallelModel, hooks: Sequence[Any] = ()):
-        """hooks: all hooks of the run. If a hook has the method `shards`, checkpoints contain its state."""
+        """hooks: all hooks of the run. Checkpoints contain the state of hooks with the method `shards`."""
         self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
         self.compiled_matmuls: bool | None = None
         """Whether this run uses compiled matmuls on a CPU. A new run chooses the faster matmuls at its start; a resumed
@@ -53,7 +52,7 @@ class RunState:
         self._trains_adapter = config.adapter.on
         self._blocks = {name: blocks for chunk in parts.chunks for name, blocks in frozen_blocks(chunk)}
         self.base: dict[str, str] | None = None
-        """Description of an adapter's base; it is set when the base is loaded."""
+        """Description of an adapter's base, set when the base is loaded."""
         size_LE = len(moe_layers(config.model)), config.model.experts
         self.load_LE = torch.zeros(size_LE, dtype=torch.float64)
         self.idle_LE = torch.zeros(size_LE, dtype=torch.int64)
@@ -72,8 +71,7 @@ class RunState:
         return running
 
     def shards(self) -> dict[str, Shard]:
-        """Returns this rank's part of the state. If several ranks share state, only the first of these ranks includes
-        it."""
+        """Returns this rank's part of the state. State that several ranks share is included only on the first of them."""
         shards = self.zero.shards()
         for hook in self.keepers:
             shards |= _apart(shards, hook.shards())
@@ -118,8 +116,8 @@ class RunState:
         return base | self._biases()
 
     def owned_base(self) -> dict[str, Shard]:
-        """Returns this rank's shards of an adapter's base and of the balance biases. Exactly one rank includes each
-        element."""
+        """Returns this rank's shards of an adapter's base and of the balance biases. Each element is included on
+        exactly one rank."""
         shards = {f"master.{name}": shard for name, shard in self.zero.untrained_shards(owned=True).items()}
         if self.mesh.pp_rank > 0:
             shards.pop("master.embedding.weight", None)  # MTP's copy; the first pipeline rank has the original
@@ -176,7 +174,7 @@ def _has(meta: Mapping[str, Any], hook: Any) -> bool:
 
 
 def _apart(shards: Mapping[str, Shard], more: dict[str, Shard]) -> dict[str, Shard]:
-    """Returns `more`, the shards of a hook. Raises UserError if `shards` already has one of the names in `more`."""
+    """Returns `more`, the shards of a hook. Raises UserError if `shards` already has one of their names."""
     if taken := sorted(shards.keys() & more.keys()):
         rule = "names tensors that the state of the run already has"
         raise UserError("callbacks", ", ".join(taken), rule, "give the hook's `shards` other names")

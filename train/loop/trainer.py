@@ -29,7 +29,7 @@ class Trainer:
     """Trains one rank of a run, until the last step or a request to stop."""
 
     def __init__(self, run: LiveRun, stop: StopRequest, copies: "CopiesInMemory"):
-        """copies: the hook that copies the state to memory. The next attempt may resume from these copies."""
+        """copies: the hook that copies the state to memory, from which the next attempt may resume."""
         self.run, self.stop, self._copies = run, stop, copies
         self.goes_on = False
         """Whether the run stopped only so that another attempt can resume from the copies in memory."""
@@ -74,8 +74,7 @@ class Trainer:
         return EXIT_OK
 
     def _share(self, plan: StepPlan) -> tuple[int, int]:
-        """Returns the first sample and the number of samples of this rank's share, a contiguous part of the step's
-        batch."""
+        """Returns the first sample and the number of samples of this rank's contiguous share of the batch."""
         first, count = share_of(self.run.config, plan.batch_size, self.run.mesh.dp_rank)
         return plan.first_sample + first, count
 

@@ -33,8 +33,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Start to copy the current weights to the host. The next call of `update` or `flush` adds them to the
-        average."""
+        """Start to copy the current weights to the host. The next call of `update` or `flush` adds them to the average."""
         self.flush()
         for name, master in self.masters.items():
             self._arrived[name].copy_(master.detach(), non_blocking=True)

@@ -19,7 +19,7 @@ from train.loop.live_run import HOOK_METHODS, LiveRun
 
 
 class Callback:
-    """Wraps a user's callback as a hook. The hook has exactly the methods that the callback defines."""
+    """Wraps a user's callback as a hook with exactly the methods that the callback defines."""
 
     def __init__(self, made: Any, progress: RankProgress | None):
         """progress: receives a report when the callback starts work outside of steps."""
@@ -51,7 +51,7 @@ def _as_kept(give: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _own(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries of a checkpoint's meta that callbacks wrote, under the names that the callbacks use."""
+    """Returns the callbacks' entries in a checkpoint's meta, under the callbacks' names."""
     return {name.removeprefix(HOOK_STATE): value for name, value in meta.items() if name.startswith(HOOK_STATE)}
 
 

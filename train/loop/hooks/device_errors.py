@@ -1,6 +1,6 @@
 """Explains errors of the device and of NCCL on one screen: the failed operation, its layer, and the fix.
 
-The layer is found in the frames of the error's traceback, so a step without an error needs no extra time:
+The layer is found in the frames of the error's traceback:
 - In a forward pass, the variable `self` of a frame is the module.
 - In a backward pass, a weight among the variables of a frame shows the layer.
 - torch's own backward operations have no Python frame, so the text names only the stage.
@@ -28,7 +28,7 @@ from train.metrics.quantities import gib
 CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 NCCL = "NCCL error"
 NO_MEMORY = re.compile(r"Cuda failure[^\n]*out of memory|Failed to CUDA (c|m)alloc")
-"""Matches those messages of NCCL which report that NCCL cannot allocate its buffers."""
+"""Matches the messages with which NCCL reports that it cannot allocate its buffers."""
 LESS_ON_HOST = "a smaller model.offload (layer:N, attention, ffn), a smaller micro_batch_size, or more ranks of a pipeline (parallel.pp); mode=plan predicts the memory of a node"
 PHASES = {
     "forward_one_chunk": "forward",
@@ -122,7 +122,7 @@ def _names(frames: list[FrameType]) -> tuple[dict[int, str], dict[int, str]]:
 
 
 def _layer(frame: FrameType, modules: dict[int, str], weights: dict[int, str]) -> str | None:
-    """Returns the name of the module that a frame belongs to; None if the frame shows no module."""
+    """Returns the name of the module that a frame belongs to, or None."""
     own = frame.f_locals.get("self")
     if isinstance(own, nn.Module):
         return modules.get(id(own)) or None  # the chunk is the root module, whose name is empty
@@ -148,7 +148,7 @@ def _phase(frames: list[FrameType]) -> tuple[str, str]:
 
 
 def _memory(said: str) -> list[str]:
-    """Returns lines that describe the requested memory and, on a GPU, the use of its memory.
+    """Returns lines about the requested memory and, on a GPU, the use of its memory.
 
     said: the message of the error.
     """
@@ -201,7 +201,7 @@ def _network(said: str) -> str:
 
 
 def _write(file: Path, error: Exception) -> bool:
-    """Write the traceback and the summary of torch's allocator to the file. Returns whether the write succeeded."""
+    """Write the traceback and the summary of torch's allocator to the file. Returns whether that succeeded."""
     parts = ["".join(traceback.format_exception(error))]
     if torch.cuda.is_initialized():
         parts.append(torch.cuda.memory_summary())

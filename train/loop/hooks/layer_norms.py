@@ -1,10 +1,10 @@
 """Computes norms of every layer's weights, and norms of the change that a step's update made to them.
 
 A layer's norm is the root of the sum of squares of its fp32 master weights. Each rank sums the squares of the intervals
-that it would write to a checkpoint. An all-reduce adds these sums, so every weight counts once in any layout.
+that it would write to a checkpoint, and an all-reduce adds these sums. So every weight counts once in any layout.
 
 For the norm of the update, each rank copies its master weights to host memory before the update, and compares them with
-the weights after the update. A run computes the norms every log.norms_every steps; other steps cost nothing.
+the weights afterwards. A run computes the norms every log.norms_every steps.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,7 @@ from train.metrics.names import Record
 
 
 def layer_names(model: Model) -> list[str]:
-    """Returns the names of the model's parts. The weights of each part get a separate norm. The names are prefixes of
-    parameter names."""
+    """Returns the model's parts whose weights get a separate norm, as prefixes of parameter names."""
     blocks = [f"layers.{i}" for i in range(model.layers)]
     return ["embedding", *blocks, "norm", "head", *(f"mtp.{i}" for i in range(model.mtp_depth))]
 
@@ -43,8 +42,7 @@ class LayerNorms:
         record |= self.collect(step)
 
     def keep(self, step: int) -> None:
-        """Store a copy of the master weights if this step is measured. Call this method before the update of every
-        step."""
+        """Store a copy of the master weights if this step is measured. Call this method before every update."""
         if self._measures(step):
             self._before = {name: master.to("cpu", copy=True) for name, master in self._masters()}
 

@@ -1,8 +1,7 @@
 """Finds where non-finite values began: the rank, the layer, and the forward or backward pass.
 
-The loss and the gradients of a step are sums over ranks. A NaN in a sum does not show which rank it came from. So the
-ranks repeat a skipped step with the same weights and data, and a `Watch` checks every module. The gradients of the
-repeated step are discarded. Steps that are not skipped cost nothing.
+A NaN in a sum over ranks does not show which rank it came from. So the ranks repeat a skipped step with the same
+weights and data, and a `Watch` checks every module. The gradients of the repeated step are discarded.
 
 A sighting is a module boundary at which a value was not finite. Each rank reports its sightings. The origin is
 
@@ -40,7 +39,7 @@ class Sighting:
     boundary: int
     """Index of this module boundary among all module boundaries of its layer."""
     name: str
-    """The module's tensor that was not finite: its input, its output or a weight."""
+    """The tensor that was not finite: the module's input, its output or a weight."""
     catching: bool = False
     """Whether the value is a weight's gradient, which is a sum over tokens. With expert parallelism, another rank's
     tokens may have caused the non-finite value."""
@@ -55,9 +54,9 @@ class RankSightings:
 
     rank: int
     replica: int
-    """The data-parallel rank. Ranks with the same data-parallel rank work on the same samples."""
+    """The data-parallel rank. Ranks with the same data-parallel rank process the same samples."""
     loss: bool | None
-    """Whether the loss that this rank computed was finite; None on a rank that computes no loss."""
+    """Whether this rank's loss was finite; None on a rank that computes no loss."""
     gradients: list[str]
     """Parameters of this rank's shard whose gradient, summed over ranks, is not finite; at most SHOWN_TENSORS names."""
     weights: list[str]
@@ -82,8 +81,7 @@ class Watch:
         self._chunks = chunks
         self._handles: list[RemovableHandle] = []
         self.forward: Sighting | None = None
-        """The sighting in the forward pass that comes first in the order of the layers; None if all values were
-        finite."""
+        """The first sighting in the forward pass, in layer order; None if all values were finite."""
         self.backward: Sighting | None = None
         """The sighting that the backward pass reached first, which is the last one in layer order; None if all
         gradients were finite."""
@@ -122,8 +120,7 @@ class Watch:
                 self._handles.append(param.register_hook(partial(self._see_weights_gradient, at, param)))
 
     def _see(self, values: Any, at: Sighting) -> None:
-        """Check the tensors among `values`. Also check the gradients of these tensors as soon as autograd has computed
-        them."""
+        """Check the tensors among `values`, and later their gradients, when autograd has computed them."""
         for value in _tensors_in(values):
             if (self.forward is None or at < self.forward) and not is_finite(value):
                 self.forward = at
@@ -160,7 +157,7 @@ def _layers_in_order(chunk: DeepSeekV3) -> Iterator[tuple[str, nn.Module, int]]:
 
 
 def _tensors_in(values: Any) -> Iterator[Tensor]:
-    """Yields the plain floating-point tensors among `values`. It leaves out other kinds, such as quantised rows."""
+    """Yields the plain floating-point tensors among `values`, without other kinds such as quantised rows."""
     if isinstance(values, (tuple, list)):
         for value in values:
             yield from _tensors_in(value)
@@ -173,7 +170,7 @@ def is_finite(value: Tensor) -> bool:
 
 
 def bad_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Returns the names of parameters that have a non-finite value; at most SHOWN_TENSORS names."""
+    """Returns the names of parameters with a non-finite value; at most SHOWN_TENSORS names."""
     return sorted({name for name, weight in named if not is_finite(weight)})[:SHOWN_TENSORS]
 
 
@@ -184,13 +181,13 @@ class Origin:
     what: str
     """What was not finite: `non-finite loss` or `non-finite gradient`."""
     phase: str | None
-    """The pass in which the non-finite value first appeared, `forward` or `backward`; None if the repeated step was
+    """The pass in which the non-finite value first appeared: `forward` or `backward`; None if the repeated step was
     finite."""
     where: str
     ranks: tuple[int, ...]
-    """Ranks on which the non-finite value first appeared; empty if the findings do not show these ranks."""
+    """Ranks on which the non-finite value first appeared; empty if unknown."""
     alone: bool
-    """Whether at least one other data-parallel replica had only finite values, although its weights are the same."""
+    """Whether another data-parallel replica with the same weights had only finite values."""
     weights: tuple[str, ...]
 
     @property

@@ -44,8 +44,7 @@ METHODS: dict[type, dict[str, str]] = {
     MoE: {"run_experts": "experts"},
     Head: {"forward": "head and loss"},
 }
-"""Maps each module type to the methods that appear in the trace. These methods are mapped to their names in the
-trace."""
+"""Maps each module type to the methods that appear in the trace, and these to their names there."""
 DISPATCH = {"dispatch_begin": "dispatch", "combine": "dispatch"}
 TRAVELS = "_Dispatch", "_Combine"
 """Prefixes of the names of the autograd functions in parallel/expert/dispatcher.py.
@@ -76,7 +75,7 @@ class StepProfiler:
     on_skip = on_update
 
     def begin(self, step: int) -> None:
-        """Start the profiler if this step is the first profiled step. Call this method before each training step."""
+        """Start the profiler before the first profiled step. Call this method before each training step."""
         if self._watches and self._first <= step <= self._last and self._profile is None:
             self._start()
 

@@ -43,8 +43,7 @@ class PublishedWeights:
 
 
 def publish_weights(config: Config, step: int) -> Path:
-    """Write this step's checkpoint as a Hugging Face folder, and point the link `newest` to the folder. Returns the
-    folder.
+    """Write this step's checkpoint as a Hugging Face folder, and point the link `newest` to it. Returns the folder.
 
     Raises UserError.
     """

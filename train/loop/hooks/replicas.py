@@ -1,16 +1,15 @@
 """Detects flipped bits in weights that have copies on several ranks, and in optimizer state between two uses.
 
-Weights: ranks compare the copies of a weight bit by bit after the backward passes, before the update. A later check
-would find nothing, because the update computes the weights again from the master weights. But the update would contain
-the wrong gradients that the flip caused. Each rank sums the bits of each weight as integers, so one flipped bit changes
-the sum. One all-reduce finds the smallest and the largest sum among all copies of each weight. Not detected:
+Weights: ranks compare the copies of a weight bit by bit after the backward passes, before the update. Later would be
+too late: the update computes the weights again from the master weights, with the wrong gradients that the flip caused.
+Each rank sums the bits of each weight as integers, so one flipped bit changes the sum. One all-reduce finds the
+smallest and the largest sum among all copies of each weight. Not detected:
 - a flip that disappeared before the comparison
 - a flip in an expert that only one rank holds
 - any flip with ZeRO 3, because no weight has a copy
 
-State: no code writes master weights and moments between two updates, and most of them have no copy on another rank. So
-each rank sums the bits of its shard's tensors after the update of a checked step. The rank sums the bits again before
-the next update or checkpoint reads the tensors. Not detected:
+State: no code writes master weights and moments between two updates. So each rank sums the bits of its shard's tensors
+after the update of a checked step, and again before the next update or checkpoint reads the tensors. Not detected:
 - a flip during an update
 - a flip after a step that is not checked
 - a flip in a gradient or an activation
@@ -43,7 +42,7 @@ class ReplicasDiffer(RunEnded):
 
 
 class ReplicaCheck:
-    """Compares the weights of this rank with their copies on other ranks. every: interval in steps; 0 means never."""
+    """Compares this rank's weights with their copies on other ranks. every: interval in steps; 0: never."""
 
     def __init__(self, every: int, zero: Zero, mesh: Mesh):
         self._every = every
@@ -110,8 +109,8 @@ class ReplicaCheck:
 def sum_of_bits(tensor: Tensor) -> Tensor:
     """Returns the sum of a tensor's bits modulo 2^64, as an int64 scalar on the tensor's device.
 
-    The tensor is summed as 8-byte integers; the elements after the last full 8 bytes are added one by one. The sum does
-    not depend on the tensor's address. Every single flipped bit changes the sum.
+    The tensor is summed as 8-byte integers, and the remaining elements are added one by one. Every single flipped bit
+    changes the sum. The tensor's address does not.
     """
     flat = tensor.detach().contiguous().view(-1)
     size = flat.element_size()
@@ -133,14 +132,13 @@ class StateChanged(RunEnded):
 class StateCheck:
     """Checks that the state of one rank's shard has not changed since an update.
 
-    every: interval in steps; 0 means never.
+    every: interval in steps; 0: never.
     """
 
     def __init__(self, every: int, zero: Zero, rank: int):
         self._every, self._zero, self._rank = every, zero, rank
         self._left: tuple[int, dict[str, Tensor]] | None = None
-        """The last checked step, and the checksums (`sum_of_bits`) of the state after this step; None if the newest
-        step is not a checked step."""
+        """The newest step and the checksums (`sum_of_bits`) of the state after it; None if it is not a checked step."""
 
     def on_phase(self, run: LiveRun, step: int, phase: str) -> None:
         if phase in ("update", "checkpoint"):

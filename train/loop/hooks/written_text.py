@@ -20,7 +20,7 @@ from train.show.wandb_sink import sample_table
 
 SAMPLE_TEMPERATURE = 0.8
 KEPT_SAMPLES = 100
-"""Maximum number of texts in the file. The newest texts are kept."""
+"""Maximum number of texts in sample.json. The newest texts are kept."""
 
 
 class SampleTexts:
@@ -47,7 +47,7 @@ def sample(config: Config, tokenizer: Tokenizer, device: torch.device) -> str | 
     """Generates text with the newest checkpoint and stores it in sample.json. Returns the text.
 
     If the run cannot generate text, returns the reason in parentheses. Returns None if samples are off or no checkpoint
-    exists. All texts of a run use the same random draws, so they differ only by the weights.
+    exists. All texts of a run use the same random draws.
     """
     paths = RunPaths(config)
     checkpoint = newest_intact(paths.checkpoints).path
