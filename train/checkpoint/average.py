@@ -1,7 +1,7 @@
-"""mode=average: writes a run folder with the mean weights of several checkpoints.
+"""mode=average: writes a run folder with the mean weights of several checkpoints of any layouts.
 
-The mean is computed in fp64 and written in the dtype of the sources, which may have different layouts. The result has
-no optimizer state, because a run cannot continue from a mean.
+The mean is computed in fp64 and written in the dtype of the sources. The result has no optimizer state, because a run
+cannot continue from a mean.
 """
 
 import math
@@ -44,10 +44,9 @@ StoredShapes = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def write_average(config: Config) -> int:
-    """Write the run folder average.to. Returns the exit code.
+    """Write the run folder average.to. Returns the exit code. After an error, nothing is left on the disk.
 
-    Raises UserError if sources are missing or damaged, or if their models or tokenizers differ. After an error, nothing
-    is left on the disk.
+    Raises UserError if sources are missing or damaged, or if their models or tokenizers differ.
     """
     target = new_folder(config.average.to, "average.to")
     sources = _sources(config)
@@ -104,7 +103,7 @@ def _sources(config: Config) -> list[Manifest]:
 
 
 def _require_equal(one: Manifest, other: Manifest) -> None:
-    """Raise UserError unless two checkpoints have the same model and tokenizer, and neither contains only an adapter."""
+    """Raise UserError unless two checkpoints have the same model and tokenizer, and both contain all weights."""
 
     def refuse(what: str) -> UserError:
         return UserError(

@@ -30,8 +30,8 @@ from train.checkpoint.read_shards import NotCovered, load_shards, merge_indexes
 from train.checkpoint.staging import StagingBuffers
 
 SAVE_PATIENCE = 0.8
-"""Fraction of the timeout after which the next save gives up an unfinished save. It is less than 1, because other ranks
-may already wait for this rank, with the same timeout."""
+"""Fraction of the timeout after which the next save gives up an unfinished save. Below 1, because other ranks may
+already wait for this rank, with the same timeout."""
 GRACE = 0.1
 """Fraction of the timeout in which a given-up save must end and report its error. Otherwise it counts as stuck."""
 LEAST_GRACE = 1.0
@@ -43,7 +43,7 @@ MOST_STUCK = 2
 class SaveFailed(DiskFailed):
     """The last save of a run failed, although it was required.
 
-    ranks: the ranks that did not write their files. late: whether the save was too slow, without a disk error.
+    ranks: the ranks that did not write their files. late: whether the save was only too slow.
     """
 
     def __init__(self, root: Path, why: str, ranks: Sequence[int] = (), late: bool = False):
@@ -148,8 +148,8 @@ class Checkpointer:
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
         """Write the state as the checkpoint of `step`. Returns the seconds that the caller was blocked.
 
-        First waits for the previous save. If saves are synchronous, also waits for this save. `meta`: JSON values; the
-        checkpoint contains the `meta` of rank 0.
+        First waits for the previous save. If saves are synchronous, also waits for this save. `meta`: JSON values; rank
+        0's are stored.
         """
         began = time.perf_counter()
         save, self._unsaved = Save(step, self._serial), step

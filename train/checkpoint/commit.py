@@ -7,7 +7,7 @@
 
 A rank that cannot write its data writes a note, rank_R.failed, so that rank 0 gives up at once. If the disk refuses the
 note too, the note goes to the store of the rendezvous. When rank 0 gives up, it removes the folder. A late rank may
-create the folder again; then the next save removes it. If a rank abandons a save (`abandon`), it neither votes for the
+create the folder again; then the next save removes it. A rank that abandons a save (`abandon`) neither votes for the
 save nor commits it.
 
 Fencing. When a node loses its network, its ranks keep running while a new attempt of the run starts elsewhere. These
@@ -16,9 +16,9 @@ number. A new attempt, or the driver of a new launch, raises the number. An atte
 than its attempt number. One lock protects two operations: raising the number, and checking it before a folder is
 renamed. So a new attempt cannot start between the check and the rename of an old attempt.
 
-The lock needs a file system that shares flock between hosts (NFSv4, Lustre with -o flock, or one machine). On other
-file systems, an old attempt may still commit an intact checkpoint in this short time. It counts as older than all
-checkpoints of the new attempt (`Manifest.age`).
+The lock needs a file system that shares flock between hosts (NFSv4, Lustre with -o flock, or one machine). Without it,
+an old attempt may commit a checkpoint after its check, while a new attempt starts. This checkpoint is intact, and
+counts as older than all checkpoints of the new attempt (`Manifest.age`).
 """
 
 import os
@@ -98,8 +98,8 @@ class Committer:
     def enter(self, rank: int) -> None:
         """Prepare the folder for the saves of this rank. Raises AttemptFenced if a newer attempt has started.
 
-        Rank 0 also fences older attempts and removes their incomplete folders. It raises UserError if another process
-        does not release the lock.
+        Rank 0 also fences older attempts and removes their incomplete folders. It raises UserError if it cannot get the
+        lock.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         self._check_fence()
@@ -152,7 +152,7 @@ class Committer:
         self._abandoned.add(save)
 
     def refuse_lost(self, save: Save) -> None:
-        """Check before a retry that the save may still be committed. Raises AttemptFenced or SaveAbandoned otherwise."""
+        """Check before a retry that the save may still be committed. If not, raises AttemptFenced or SaveAbandoned."""
         self._check_fence()
         self._check_wanted(save)
         if not self._temporary(save).is_dir():
@@ -173,7 +173,7 @@ class Committer:
     def give_up(self, save: Save, rank: int, why: str) -> None:
         """Remove this rank's files, and tell rank 0 that this rank has failed. Never raises OSError.
 
-        why: the reason. Rank 0 removes the whole folder of the save.
+        Rank 0 removes the whole folder of the save. why: the reason.
         """
         folder = self._temporary(save)
         try:
@@ -279,9 +279,9 @@ class Committer:
             raise SaveAbandoned("this rank continued without the checkpoint, because it took too long", late=True)
 
     def _wait(self, ready: Callable[[], bool], vain: Callable[[], bool]) -> bool:
-        """Call `ready` at growing intervals until it returns true. Returns False after the timeout.
+        """Call `ready` at growing intervals until it returns true.
 
-        vain: a function that returns whether further waiting is useless. If it is, the method returns False.
+        Returns False after the timeout, or when `vain` returns true (further waiting is useless).
         """
         deadline, pause = time.monotonic() + self.timeout, self.poll
         while not ready():

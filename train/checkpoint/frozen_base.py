@@ -1,7 +1,7 @@
 """Reads the frozen base of an adapter and rounds it to block FP8.
 
-`fill_blocks` fills weights in block FP8. `fill_rounded` fills fp32 shards with the same values. If the base is stored
-in block FP8, the rounding is exact (train/hf/blocks.py). Only a few matrices are in memory at a time.
+`fill_blocks` fills weights in block FP8. `fill_rounded` fills fp32 shards with the same values. A base in block FP8 is
+not changed by the rounding (train/hf/blocks.py). Only a few matrices are in memory at a time.
 """
 
 import math
@@ -25,8 +25,8 @@ def fill_blocks(
     """Fill this rank's bytes of one weight in block FP8.
 
     name: the weight's name in a checkpoint. blocks: the weight's format. ep: number of ranks that share the experts.
-    held: this rank's buffer. It gets the weight's bytes from index `first` on; the rest of the buffer is padding. fill:
-    reads fp32 values. mark: receives the values that the bytes represent.
+    held: this rank's buffer: the weight's bytes from index `first` on, then padding. fill: reads fp32 values. mark:
+    receives the values that the bytes represent.
     """
     size, (rows, columns) = blocks.matrix_bytes, blocks.shape[-2:]
     local = range(1) if blocks.experts is None else blocks.experts
@@ -69,10 +69,9 @@ def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
 
 
 def _block_rows(first: int, stop: int, rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Yields groups of matrix rows that together contain the elements [first, stop).
+    """Yields groups of complete block rows of one matrix that together contain the elements [first, stop).
 
-    A group consists of complete rows of blocks of one matrix. Yields (first element, number of rows) for each group.
-    rows, columns: shape of each matrix.
+    Each group is (first element, number of matrix rows). rows, columns: shape of each matrix.
     """
     size = rows * columns
     for matrix in range(first // size, -(-stop // size)):

@@ -268,8 +268,8 @@ def _is_place(found: Any) -> bool:
 def verify(folder: Path, full: bool = False) -> list[str]:
     """Verifies a checkpoint. Returns the problems of its files; an empty list if it is intact.
 
-    full: whether to compare every byte with the checksums, or only check the manifest and the file sizes. Raises
-    UserError if the folder is not a checkpoint, or its format is too new.
+    full: compare every byte with the checksums, instead of only the manifest and the file sizes. Raises UserError if
+    the folder is not a checkpoint, or its format is too new.
     """
     try:
         return _problems(read_manifest(folder), full)
@@ -321,7 +321,7 @@ def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -
     """Finds the newest intact checkpoint in a run's folder checkpoints/.
 
     full: as in `verify`. `skip`: checkpoints that were found damaged when they were loaded. Raises UserError if a
-    checkpoint has a newer format, because a run that skipped it would lose training.
+    checkpoint has a newer format, because without it a run would lose training.
     """
     while True:
         warnings: list[str] = []

@@ -2,8 +2,8 @@
 
 `save` copies the shards to buffers and returns. A thread writes the buffers to a file in the memory of the rank's node,
 and sends the same file to the next node. The files of all ranks for one step are a set. Before a save, all ranks find
-the newest set that is complete on both nodes of every rank, and keep it. So a complete set exists at any moment. A
-failed save becomes a warning in `poll`.
+the newest set that is complete on both nodes of every rank. Nodes do not delete this set, so a complete set exists at
+any moment. A failed save becomes a warning in `poll`.
 """
 
 import json
@@ -133,10 +133,10 @@ class MemoryCopies:
             self._warnings.append(f"copy of step {id.step} in memory not made by rank {self.rank}: {error}")
 
     def _write(self, stage: StagingBuffers, id: SetId, kept: str, meta: dict[str, Any]) -> None:
-        """Write the file to this rank's node and then, if there is one, to the next node: first the data, then the
+        """Write the file to this rank's node, and then to the next node, if there is one: first the data, then the
         index.
 
-        kept: name of the set of copies that must not be deleted.
+        kept: name of the set of copies to keep.
         """
         prune(self._folder, {id.name, kept}, self.attempt)
         folder = self._folder / id.name
@@ -150,11 +150,12 @@ class MemoryCopies:
                     peer.put(id.name, folder / name, kept)
 
     def require_room(self, shards: dict[str, Shard]) -> str | None:
-        """Check that the copies of all ranks fit into the memory of their nodes, before the first save. Collective.
+        """Check before the first save that the copies of all ranks fit into the memory of their nodes. Collective.
 
-        If they fit, returns None. If they do not fit:
-        - The run has all its ranks: raises UserError.
-        - The run continues on fewer nodes, with more state on each rank: returns the reason why the run makes no copies.
+        Returns None if they fit. If they do not fit:
+        - Raises UserError if the run has all its ranks.
+        - Returns the reason, for a run without copies, if the run continues on fewer nodes, with more state on each
+          rank.
         """
         home = self.shelves.home(self.rank)
         room = shutil.disk_usage(self._folder).free + folder_bytes(self._folder)
@@ -181,10 +182,10 @@ class MemoryCopies:
     # Resuming -------------------------------------------------------------------------------------------------------
 
     def manifest(self) -> Manifest | None:
-        """Returns the manifest of the set of copies from which the run resumes; None if there is no set.
+        """Returns the manifest of the set of copies from which the run resumes, or None. Only one rank calls this
+        method.
 
-        Only one rank calls this method. Raises CheckpointDamaged if a file is missing, or if the files do not cover the
-        tensors.
+        Raises CheckpointDamaged if a file is missing, or if the files do not cover the tensors.
         """
         if self.shelves.resume is None:
             return None

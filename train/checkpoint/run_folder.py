@@ -64,9 +64,9 @@ class RunFolder(RunPaths):
     def __init__(self, config: Config, checkpoint_bytes: int = 0):
         """Create and lock the folder, and write config.yaml. `checkpoint_bytes`: estimated size of one checkpoint.
 
-        If a rank 0 of an earlier start still runs without its driver, the call waits until this rank 0 ends. Raises
-        UserError in these cases, and leaves an existing folder unchanged:
-        - rank 0 of the earlier start does not end
+        First waits for a rank 0 of an earlier start that still runs without its driver. Raises UserError in these
+        cases, and leaves an existing folder unchanged:
+        - this rank 0 does not end
         - a live run holds the folder, or another user owns it
         - the disk lacks space for the checkpoints
         - the run has checkpoints and resume=never
@@ -123,7 +123,7 @@ def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
     """Returns a context in which rank 0 holds its lock on the run folder.
 
     The lock is shared: after a node is disconnected, rank 0 of the old and of the new attempt may both hold it. A new
-    start of the run takes the lock for a moment, to see whether a rank 0 still holds it.
+    start of the run takes the lock for a moment, to see whether a rank 0 holds it.
     """
     paths.path.mkdir(parents=True, exist_ok=True)
     handle = open_lock(paths.rank_lock)
@@ -170,7 +170,7 @@ def _me() -> str:
 def _holder(handle: int, path: Path) -> str:
     """Returns a text that describes the process that holds the lock.
 
-    If the process in the lock file has ended, an unknown process holds the lock, and the text says so.
+    If the process in the lock file has ended, the text says that an unknown process holds the lock.
     """
     text = os.pread(handle, 200, 0).decode(errors="replace").strip()
     holder = re.fullmatch(r"process (\d{1,9}) on host (.+)", text)
@@ -264,7 +264,7 @@ def _named(path: Path) -> FoundCheckpoint:
 def wandb_place(run: Path) -> dict[str, str | None]:
     """Returns project, entity and group of a run folder's W&B run; empty if unknown.
 
-    Earlier versions of Sluice stored these values in config.yaml, so the function also searches this file.
+    Earlier versions of Sluice stored these values in config.yaml.
     """
     with suppress(*UNREADABLE, KeyError, TypeError, AttributeError):
         if (run / "wandb" / WANDB_PLACE).is_file():
@@ -296,7 +296,7 @@ def _make(config: Config, root: Path) -> None:
 def _lock(path: Path, name: str) -> int:
     """Returns a file handle that holds the lock. If another process holds the lock, raises a UserError that names it.
 
-    The lock file is never removed. Otherwise, two processes could lock two different files.
+    The lock file is never removed, because then two processes could lock two different files.
     """
     handle = open_lock(path)
     try:
@@ -352,10 +352,10 @@ def best_step(folder: Path) -> int | None:
 
 
 def check_space(config: Config, checkpoint_bytes: int) -> None:
-    """Raise UserError if the disk does not have enough space for the checkpoints.
+    """Raise UserError if the disk lacks space for the checkpoints.
 
-    The maximum number at one time is checkpoint.keep, plus the one being written, the best one if checkpoint.keep_best
-    is set, and the one to resume from. The checkpoints that already exist are subtracted.
+    The maximum number at one time is checkpoint.keep, plus the one being written, the best one (checkpoint.keep_best),
+    and the one to resume from. Existing checkpoints are subtracted.
     """
     paths = RunPaths(config)
     there = len(checkpoints(paths.checkpoints))

@@ -4,8 +4,7 @@
 `StagingBuffers.write` runs in a thread, writes the buffers, and computes a CRC-32 for each block. Later saves reuse the
 buffers, because the allocation of page-locked memory is slow.
 
-The file has the safetensors format. The library's writer is not used, because it neither computes checksums nor calls
-fsync.
+The file has the safetensors format. The library's writer has neither checksums nor fsync, so it is not used.
 """
 
 import json
@@ -79,8 +78,8 @@ def safetensors_header(
 ) -> tuple[bytes, dict[str, int], int]:
     """Builds the header of a file with these tensors. tensors: (name, dtype name, shape).
 
-    Returns the header, the first byte of each tensor in the data part, and the size of the data part in bytes. The
-    largest elements come first, so all elements are aligned without padding, which the format forbids.
+    Returns the header, the first byte of each tensor in the data part, and the bytes of the data part. Large elements
+    come first, so all elements are aligned without padding, which the format forbids.
     """
     header: dict[str, dict[str, Any]] = {} if metadata is None else {"__metadata__": metadata}
     offsets, at = {}, 0

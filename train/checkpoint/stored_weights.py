@@ -59,8 +59,7 @@ from train.model.operations import Kernels
 from train.parallelize import build_chunks, build_pipeline, make_dispatcher, make_share
 
 CACHED_TENSORS = 8
-"""Number of adapter tensors that are cached. One tensor can contain the matrices of all experts of a layer, and would
-otherwise be read for each of them."""
+"""Number of adapter tensors that are cached. One tensor can serve all experts of a layer, and is read only once."""
 
 
 class StoredLora:
@@ -78,8 +77,8 @@ class StoredLora:
         """read: a function that returns an A or a B in fp32. base: the base's storage format while the adapter was
         trained.
 
-        weights: mark of the base with which the adapter was trained; None if unknown. other: the error to raise if the
-        base that is read has another mark.
+        weights: mark of the base with which the adapter was trained, or None. other: the error for a base with another
+        mark.
         """
         self.adapted = list(adapted)
         self._mark, self._weights, self._other = WeightsMark(), weights, other
@@ -127,7 +126,7 @@ class StoredWeights:
         """Opens the checkpoint, but reads no weights yet.
 
         kind: `master`, or `ema` for the moving average (of the adapter, in an adapter's run). Raises UserError if the
-        base of the adapter is missing, or is not the base with which the adapter was trained.
+        adapter's base is missing, or is not the base with which the adapter was trained.
         """
         self.manifest, self._kind = read_manifest(checkpoint), kind
         self._own = partial(fill_shards, self.manifest, FolderFiles(checkpoint))
@@ -177,7 +176,7 @@ class StoredWeights:
 def plain_name(name: str) -> str:
     """Returns the name of the tensor that contains a weight in a checkpoint.
 
-    name: this tensor's name, or the name of the weight's moving average.
+    name: this name, or the name of the weight's moving average.
     """
     return f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
 
@@ -273,7 +272,7 @@ def fits_here(config: Config, device: torch.device) -> bool:
 def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> None:
     """Raise UserError if the weights do not fit into the free memory of this machine.
 
-    item_bytes: bytes of an element. what: the source of the weights, which is the value of the key `field`.
+    item_bytes: bytes of an element. what: source of the weights, the value of the key `field`.
     """
     needed, free = weight_bytes(model, item_bytes), psutil.virtual_memory().available
     if needed > free:
@@ -322,8 +321,8 @@ def read_into_chunks(
 ) -> None:
     """Read weights and balance biases into chunks.
 
-    kind: `master`, or `ema` for the moving average of the weights. ep_rank, ep: rank that holds the chunks' experts,
-    and number of ranks that share the experts.
+    kind: `master`, or `ema` for the moving average. ep_rank, ep: index among the ranks that share the experts, and
+    number of these ranks.
     """
     weights, wanted = {}, {}
     for chunk in chunks:

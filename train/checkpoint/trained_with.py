@@ -86,8 +86,7 @@ def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:
 def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, meta: dict[str, Any]) -> None:
     """Raise UserError if the checkpoint was trained with another tokenizer.
 
-    fingerprint: hash of the run's tokenizer. choice: value of data.tokenizer; None for a tokenizer that was trained on
-    the data.
+    fingerprint: hash of the run's tokenizer. choice: value of data.tokenizer; None: trained on the data.
     """
     if meta["tokenizer"] and fingerprint != meta["tokenizer"]:
         raise UserError(
@@ -100,13 +99,13 @@ def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, me
 
 # Identifies the base of an adapter, and checks the adapter's settings. No torch.
 #
-# Checkpoints of an adapter's run contain only the adapter. Their meta contains the path of the base and its
-# fingerprint. The path may be out of date, because the folder may have moved. If the base is a Sluice checkpoint, the
-# fingerprint covers the checksums of its files. If it is a Hugging Face folder, the fingerprint covers the headers of
-# its files and samples of their bytes. So most wrong bases are refused before anything starts.
+# Checkpoints of an adapter's run contain only the adapter. Their meta contains the path of the base, which may be out of
+# date, and the fingerprint of the base. The fingerprint of a Sluice checkpoint covers the checksums of its files. The
+# fingerprint of a Hugging Face folder covers the headers of its files and samples of their bytes. So most wrong bases
+# are refused before anything starts.
 #
-# While all weights are read, a checksum of them is computed, the mark (train/checkpoint/weights_mark.py). The mark
-# detects every changed value. Checkpoints of earlier versions have no mark.
+# The mark (train/checkpoint/weights_mark.py) is computed while all weights are read, and detects every changed value.
+# Checkpoints of earlier versions have no mark.
 
 PLACES, BYTES_OF_PLACE = 16, 4096
 """Number of positions at which a fingerprint samples a file, and number of bytes in a sample."""
@@ -115,10 +114,9 @@ SHAPING = ("rank", "targets", "base")
 
 
 def describe_base(source: Folder | Path) -> dict[str, str]:
-    """Returns the entry `base` for a checkpoint's meta, which describes an adapter's base.
+    """Returns the entry `base` of a checkpoint's meta, which describes an adapter's base.
 
-    source: a Hugging Face folder whose headers are already read, or a Sluice checkpoint. Raises UserError for an
-    unreadable file.
+    source: a Hugging Face folder with its headers, or a Sluice checkpoint. Raises UserError for an unreadable file.
     """
     found = hashlib.sha256()
     if isinstance(source, Path):

@@ -25,7 +25,7 @@ FillShards = Callable[[dict[str, Shard]], Any]
 BLOCK, BLOCKS_AT_ONCE = 1 << 14, {"cpu": 4, "cuda": 512}
 """BLOCK: number of elements of a block. BLOCKS_AT_ONCE: number of blocks that one call sums, for each device type.
 
-The number for a CPU fits into the caches of a core. The number for a GPU is large enough for efficient kernels.
+A CPU's number fits into the caches of a core. A GPU's number is large enough for efficient kernels.
 """
 MODULUS = 1 << 64
 """The sums are computed modulo this number, like unsigned 64-bit integers."""
@@ -54,7 +54,7 @@ class WeightsMark:
     def add(self, name: str, values: Tensor, offset: int) -> None:
         """Add an interval of a tensor to the mark. Elements that were added before are ignored.
 
-        name: the tensor's name in a checkpoint, or the name of its moving average. offset: first element.
+        name: the tensor's name in a checkpoint, or that of its moving average. offset: first element.
         """
         name = f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
         taken, place, stop = self._taken.setdefault(name, []), offset, offset + values.numel()
@@ -85,7 +85,7 @@ class WeightsMark:
 
 
 def same_weights(one: str | None, other: str | None) -> bool:
-    """Whether two marks agree in every part of the model that both marks cover. None (unknown) agrees with every mark."""
+    """Whether two marks agree in every part of the model that both cover. None (unknown) agrees with every mark."""
     return not one or not other or all(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
 
 

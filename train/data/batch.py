@@ -28,13 +28,12 @@ class Batch:
     """Maps names to fp32 tensors (B, seq_len + 1) for a token loss (train/model/token_losses.py). Each value belongs to
     the prediction of its token. `weights` multiply the loss, and `temperatures` divide the logits."""
     experts_BTLK: Tensor | None = None
-    """int64 (B, seq_len, MoE layers of the main model, experts per token): the experts of each token, as routers chose
-    them earlier, for example in an inference engine. The last token has no experts. None: the model's routers choose.
-    """
+    """int64 (B, seq_len, MoE layers of the main model, experts per token): each token's experts, as routers chose them
+    earlier. The last token has no experts. None: the model's routers choose."""
     keys_BTLK: Tensor | None = None
-    """int32 (B, seq_len, layers of the main model with an indexer, top_k): the attention keys of each token, as
-    indexers selected them earlier, for example in an inference engine. A key is a position in the sequence; unused
-    entries are -1. The last token has no keys. None: the model's indexers select the keys."""
+    """int32 (B, seq_len, layers of the main model with an indexer, top_k): each token's attention keys, as indexers
+    selected them earlier. A key is a position in the sequence; unused entries are -1. The last token has no keys. None:
+    the model's indexers select the keys."""
 
     def take(self, rows: slice) -> "Batch":
         """Returns a batch with the sequences in the slice `rows`."""
@@ -136,7 +135,7 @@ class GivenSample:
     values: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
     """Maps names in `Batch.tensors` to values: one number for all learnt tokens, or one per learnt token."""
     experts_TLK: Tensor | None = None
-    """Experts of all tokens except the last, as routers chose them earlier, for example in an inference engine."""
+    """Experts of all tokens except the last, as routers chose them earlier."""
     keys_TLK: Tensor | None = None
     """Positions of the attention keys of all tokens except the last, as indexers selected them earlier."""
 
@@ -144,8 +143,8 @@ class GivenSample:
 def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int = 0) -> Batch:
     """Build a batch with one sample in each sequence of `length` tokens.
 
-    filling: a token that pads shorter samples and is not learnt. All samples must have `values` for the same tensors.
-    Raises UserError for a sample that is too long, or whose values do not match its tokens.
+    filling: a token that pads shorter samples and is not learnt. Raises UserError for a sample that is too long, for
+    values that do not match the tokens, or if samples have `values` for different tensors.
     """
     if not samples:
         raise UserError("samples", 0, "must be one or more", "leave the step out")
@@ -180,7 +179,7 @@ def _padded(
     """Returns the replayed choices of all samples in one tensor (B, length - 1, L, K); None if the samples have none.
 
     choices: a tensor (tokens - 1, L, K) for each sample. name, axes: names of the choices and of L and K in errors.
-    filling: value after the end of a sample. Raises UserError if only some samples have choices, or for a wrong shape.
+    filling: value after a sample's end. Raises UserError if only some samples have choices, or for a wrong shape.
     """
     first = choices[0]
     padded = None if first is None else first.new_full((len(choices), length - 1, *first.shape[1:]), filling)

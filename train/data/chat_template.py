@@ -6,9 +6,9 @@ turns by probing: it replaces the content of a message by a character that no te
 character shows where the turn begins and ends. The learnt part begins after the generation prompt and ends with the
 stop token.
 
-The template gets reasoning in the field `reasoning_content`, or at the start of the content if it does not know the
-field. A missing message is an error, because the user would not notice it during training. data.reasoning decides what
-happens to reasoning that the template drops. It can also remove old reasoning before the chat is rendered.
+The template gets reasoning in the field `reasoning_content`. If the template does not know this field, the reasoning is
+at the start of the content. If the template drops a message, that is an error. If it drops reasoning, data.reasoning
+decides what happens. data.reasoning can also remove old reasoning before the chat is rendered.
 
 If the template writes no stop token after a turn, the first token of the next message ends the turn, as in GLM-4.6.
 Then the model learns this token as the stop token, and this file appends the token to the last turn.
@@ -126,9 +126,9 @@ class ChatTemplate:
     def __init__(self, sources: dict[str, str], tokens: dict[str, Any], field: str, name: str):
         """Compiles the templates. Raises UserError if a template is broken.
 
-        sources: the template under `default`, and optionally a template for chats with tools under `tool_use`. tokens:
-        maps the template's variables, such as bos_token, to their values. field, name: the configuration key and the
-        template's name in error messages.
+        sources: the template under `default`, and optionally one for chats with tools under `tool_use`. tokens: maps
+        the template's variables, such as bos_token, to values. field, name: configuration key and template in error
+        messages.
         """
         self.name, self._field, self._tokens, self._sources = name, field, tokens, sources
         environment = _environment()
@@ -195,9 +195,8 @@ class ChatTemplate:
 
     @cache  # noqa: B019  a run has one template
     def stop(self, called: bool = False) -> str:
-        """Returns the text that ends an assistant turn. Raises CannotRender.
+        """Returns the text that ends an assistant turn, the first of these that exists. Raises CannotRender.
 
-        The text is the first of these that exists:
         - the text that the template writes after the content
         - the last special token before the content of the next message
         - the end-of-document token
@@ -260,8 +259,7 @@ class ChatTemplate:
     def _knows_contents_alone(self) -> bool:
         """Whether the template handles reasoning only as a part of the content.
 
-        Such a template keeps reasoning at the start of a content, adds no reasoning block, and ignores the reasoning
-        field.
+        Such a template keeps reasoning in the content, adds no reasoning block, and ignores the reasoning field.
         """
         thought, answer = f"{THINK}\n{PROBE}\n{THOUGHT}", PROBED_TURNS[1]
         text = self._run([PROBED_QUESTION, answer | {"content": f"{thought}\n\n{PROBED_ANSWER}"}], None)
@@ -371,8 +369,8 @@ class ChatTemplate:
     def _probed(self, chat: Chat) -> tuple[str, dict[int, PlacedTurn]]:
         """Renders a chat and finds its turns. Returns the text and the turns.
 
-        The chat is rendered twice: unchanged, and with a probe character instead of each content of the assistant. The
-        difference shows the turns.
+        The turns are the difference between two texts: the chat, and the chat with a probe character as each content of
+        the assistant.
         """
         plain = self._run(chat.messages, chat.tools)
         numbers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
@@ -417,7 +415,7 @@ class ChatTemplate:
 
         The method renders the chat up to the end of this turn. There are two cases:
         - The result is a prefix of the complete text.
-        - The complete text lacks the reasoning of this turn. Then the method removes the reasoning from the turn's text, and
+        - The complete text lacks this turn's reasoning. Then the method removes the reasoning from the result, and
           searches the complete text for the rest.
 
         at: end of the previous turn, where the search begins.
@@ -466,7 +464,7 @@ def _shared(one: str, other: str) -> int:
 
 
 def _forms(content: str) -> Iterator[tuple[str, bool]]:
-    """Yields the forms in which a template may write the content, each with whether the leading reasoning is missing."""
+    """Yields the forms in which a template may write the content, each with whether it lacks the leading reasoning."""
     whole = [(content, False)]
     if THOUGHT in content:
         whole += [(content.rpartition(THOUGHT)[2], True), (content.partition(THOUGHT)[2], True)]
@@ -495,8 +493,8 @@ def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list
 def _inserted(text: str, turn: PlacedTurn, thought: str) -> tuple[str, PlacedTurn]:
     """Inserts reasoning before a turn's content. Returns the new text and the new turn.
 
-    If the template writes an empty reasoning block or </think> before the content, the reasoning is inserted there.
-    Otherwise a new reasoning block is inserted.
+    The reasoning goes into the template's empty reasoning block or before its </think>. Without these, a new reasoning
+    block is inserted.
     """
     closed = CLOSED.search(text[: turn.content])
     if closed is None:
@@ -533,8 +531,7 @@ def load_template(
 ) -> ChatTemplate:
     """Returns the template that data.template names, or the template in the tokenizer's folder. Raises UserError.
 
-    folder: the tokenizer's folder; None if it is not on this disk. keys: template variables that the user sets
-    (data.template_keys).
+    folder: the tokenizer's folder, if it is on this disk. keys: the user's template variables (data.template_keys).
     """
     keys = keys or {}
     if wrong := [key for key in keys if key in GIVEN]:

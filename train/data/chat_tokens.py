@@ -1,7 +1,7 @@
 """Tokenises chats, marks the learnt tokens and fits chats to the sequence length.
 
-The chat's text is encoded as one string. The name of a special token in the text becomes this special token. A learnt
-token is one whose prediction the loss includes: a learnt span of the text overlaps it.
+The chat's text is encoded as one string. The name of a special token in the text becomes this special token. The loss
+includes the predictions of learnt tokens, which are those that overlap a learnt span of the text.
 
 D = chats, N = their tokens.
 """
@@ -142,8 +142,7 @@ class FittedChats:
 def fit_chats(documents: Documents, room: int, too_long: TooLong) -> FittedChats:
     """Cuts or drops chats that have more than `room` tokens.
 
-    too_long: whether to cut a longer chat at its end, or to drop it. A chat without learnt tokens after the cut is
-    dropped.
+    too_long: whether to cut a longer chat at its end, or to drop it. A cut chat without learnt tokens is dropped.
     """
     long_D = documents.lengths_D > room
     longest = int(documents.lengths_D.max(initial=0))

@@ -90,9 +90,9 @@ def with_field(message: Message) -> Message:
 
 
 def read_chat(record: Any, place: str, field: str) -> Chat:
-    """Reads a record. Raises UserError if the chat is invalid, for example if it has no turn of the assistant.
+    """Reads a record. Raises UserError if the chat is invalid, for example without a turn of the assistant.
 
-    place: the file and line of the record, for error messages. field: the configuration key of the data.
+    place: file and line for error messages. field: the configuration key of the data.
     """
 
     def refuse(rule: str, cure: str) -> UserError:
@@ -177,7 +177,7 @@ def _from_sharegpt(turn: Any, refuse: Any) -> Message:
 def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
     """Returns the message in the form that templates take, and whether its `weight` is 1 (or missing).
 
-    number: index of the message in the chat. refuse: builds the error for an invalid message.
+    number: index of the message. refuse: builds the error for an invalid message.
     """
     where = f"message {number + 1}"
     if not isinstance(given, dict):
@@ -214,15 +214,14 @@ def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
     return message, weight == 1
 
 
-# Builds chats from the docstrings of Python code. Every machine with Python has such code, so it is an example of
-# fine-tuning data.
+# Builds chats from the docstrings of Python code, as an example of fine-tuning data that every machine has.
 #
 #     user        What does the function textwrap.dedent(text) do?
 #     assistant   Remove any common leading whitespace from every line in `text`.
 #
 # The answer is the first paragraph of the docstring of a module, public class, function or method. The paragraph must
 # have SHORTEST_ANSWER to LONGEST_ANSWER characters and more than one word. All chats of a file have the file's name as
-# stable id, so whole files are held out. With the same data.validation_fraction, conf=tiny holds out the same files.
+# stable id, so whole files are held out, and conf=tiny holds out the same files.
 
 SHORTEST_ANSWER, LONGEST_ANSWER = 12, 240
 """Minimum and maximum length of an answer, in characters. Shorter texts explain nothing; longer ones are no summaries.
@@ -233,7 +232,7 @@ Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def read_docstring_chats(file: SourceFile, field: str) -> Iterator[tuple[str, Chat]]:
-    """Yields the chats of a Python file. The stable id of each chat is the file's name.
+    """Yields the chats of a Python file, each with the file's name as stable id.
 
     It yields nothing if this version of Python cannot parse the file.
     """

@@ -237,9 +237,8 @@ class _Builder:
     ) -> tuple[Tokenizer, str]:
         """Returns the tokenizer and its name if data.tokenizer is not set.
 
-        This is the tokenizer of the data that are already tokenised. Without such data, a new one is trained. memmaps:
-        folders of tokenised data, by configuration key. sources, digests: other sources and their hashes, by
-        configuration key.
+        This is the tokenizer of the data that are already tokenised. Without such data, a new one is trained. memmaps,
+        sources, digests: by configuration key, folders of tokenised data, other sources, and hashes of these sources.
         """
         for key, path in memmaps.items():
             if not (path / "tokenizer.json").is_file():

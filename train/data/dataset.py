@@ -15,14 +15,12 @@ from train.data.packing import Documents, PackedChats, Stream
 from train.data.shuffle import key
 from train.data.tokenizer import Tokenizer
 
-# A schedule decides which source of a mix each sample comes from. The sources' shares follow the weights exactly, and
-# the schedule needs no state.
+# A schedule decides which source of a mix each sample comes from. It has no state.
 #
 # Source 0 takes its share of all samples: of the first n samples it takes floor(n * w0 / (w0 + w1 + ...)). The other
 # samples are numbered again from 0, source 1 takes its share of them, and so on. So a formula gives the number of
-# samples of a source among the first n samples, and this number never decreases with n. The number differs from the
-# exact share by a few samples at most (one for each earlier source). Weights become fractions with a denominator of at
-# most 10^6.
+# samples of a source among the first n samples, and this number never decreases with n. It differs from the exact share
+# by at most one sample for each earlier source. Weights become fractions with a denominator of at most 10^6.
 #
 # N = samples.
 
@@ -108,8 +106,8 @@ class ValidationData:
     """Fixed sequences that are spread evenly over the held-out documents. They are the same for every seed and contain
     no fill-in-the-middle (FIM) documents.
 
-    Bits per byte = nats of all targets / ln 2 / text_bytes. text_bytes is the length of the text that the targets
-    decode to. The nats include the loss of eos, but eos has 0 bytes of text.
+    Bits per byte = nats of all targets / ln 2 / text_bytes. text_bytes is the length of the targets' text. eos counts
+    in the nats, but has 0 bytes of text.
     """
 
     def __init__(self, corpus: Corpus, config: Config, sequences: int | None = None):

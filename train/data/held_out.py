@@ -64,8 +64,8 @@ def long_documents(documents: Documents, least: int) -> Documents:
 def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
     """Returns how many tokens of a single document are used for training; the other tokens are held out.
 
-    The training tokens end at the fraction 1 - `fraction` of the document's bytes. Each part gets at least one token.
-    bytes_V: bytes of each token id.
+    Training gets the fraction 1 - `fraction` of the bytes, but each part gets at least one token. bytes_V: bytes of
+    each token id.
     """
     chunks = [slice(first, first + TOKENS_AT_ONCE) for first in range(0, len(tokens_N), TOKENS_AT_ONCE)]
     ends = np.cumsum([bytes_V[tokens_N[chunk]].sum() for chunk in chunks])

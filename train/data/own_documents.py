@@ -114,10 +114,10 @@ class OwnDocuments:
         return np.append(ids, self._tokenizer.eos_id).astype(np.int64) if len(ids) else np.empty(0, np.int64)
 
     def held_out(self, wanted: int) -> Documents:
-        """Returns held-out documents from the start of a pass, until they have `wanted` tokens in total.
+        """Returns held-out documents from the start of a pass, until they have `wanted` tokens in total or the pass
+        ends.
 
-        A pass with fewer held-out tokens gives all its held-out documents. Raises UserError if the source has no
-        held-out document or no training document.
+        Raises UserError if the source has no held-out document or no training document.
         """
         found, size, trains = [], 0, False
         for document in takewhile(lambda one: not one.passes, self.walk()):

@@ -7,9 +7,9 @@ target of exactly one window. The samples of epoch e are the windows that begin 
 these windows, so that the parts of a long document are rarely in one batch.
 
 Fill-in-the-middle (FIM; paper 4.1, PSM order) reorders a document: begin, prefix, hole, suffix, end, middle, eos. The
-document is cut between tokens, so the FIM document is always three tokens longer. The slots of documents in the stream
-are numbered 0, 1, 2, ... The document in slot g becomes a FIM document if floor((g+1)*rate) > floor(g*rate). Formulas
-give the start of every epoch and the position of every sample, so a resumed run does not read earlier data again.
+document is cut between tokens, so the FIM document is always three tokens longer. Document g of the stream (counted
+from 0) becomes a FIM document if floor((g+1)*rate) > floor(g*rate). Formulas give the start of every epoch and the
+position of every sample, so a resumed run does not read earlier data again.
 
 The index of an epoch (order and ends of the documents) takes O(documents) memory. Only the indices of the two newest
 epochs are in memory.
@@ -78,8 +78,8 @@ class Stream:
         self.fim = [np.array([token], dtype) for token in fim or ()]
         self.plain_tokens = int(documents.lengths_D.sum()) + len(documents)
         self.mean_tokens = self.plain_tokens + FIM_TOKENS * len(documents) * self.rate
-        """Mean number of tokens in an epoch. An epoch may have three tokens more or less, because it has a whole number
-        of FIM documents."""
+        """Mean number of tokens in an epoch. An epoch may have three more or less, because its number of FIM documents
+        is whole."""
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def tokens_before(self, epoch: int) -> int:
@@ -142,8 +142,8 @@ class Stream:
     def _documents_from(self, token: int) -> Iterator[tuple[list[np.ndarray], int]]:
         """Yields documents of the stream, beginning with the document that contains the token at this position.
 
-        Yields for each document a list of token arrays, and the number of tokens to skip at the document's start. This
-        number is 0 except for the first document.
+        Yields for each document a list of token arrays, and the number of tokens to skip at its start (0 except for the
+        first).
         """
         number = self._epoch_of(token, self.tokens_before, 1)
         local = token - self.tokens_before(number)
@@ -189,8 +189,8 @@ class Stream:
     def _epoch_of(self, position: int, before: Callable[[int], int], tokens: int) -> int:
         """Returns the epoch e with before(e) <= position < before(e + 1).
 
-        position: index of a token or of a sample. before: maps an epoch to the index of its first token or sample.
-        tokens: 1 for tokens; the number of tokens per sample for samples.
+        position: index of a token or of a sample. before: maps an epoch to its first index. tokens: 1 for tokens; the
+        number of tokens per sample for samples.
         """
         epoch = int(position * tokens // self.mean_tokens)  # an estimate, which is at most a few epochs off
         while before(epoch) > position:
@@ -202,12 +202,10 @@ class Stream:
 
 # PackedChats fills sequences with whole, independent chats, as a pure function of (seed, index).
 #
-# The algorithm. The seed shuffles the chats, and a stable sort puts the longest chat first. Each chat goes into that
-# sequence whose free space is the smallest that is large enough (best fit, decreasing). Padding fills the rest of a
-# sequence and has no loss. The same chats share a sequence in all epochs; the order of the sequences changes from epoch
-# to epoch. A resumed run does not read earlier data again, because a sample's index determines the sample.
-#
-# To find the best fit, a sorted list contains the distinct free spaces, at most seq_len + 1 entries.
+# The algorithm. The seed shuffles the chats, and a stable sort puts the longest chat first. Each chat goes into the
+# fullest sequence that has enough free space (best fit, decreasing). A sorted list of the distinct free spaces, at most
+# seq_len + 1 of them, finds this sequence. Padding fills the rest of a sequence and has no loss. The same chats share a
+# sequence in all epochs; the order of the sequences changes from epoch to epoch.
 #
 # D = chats, S1 = seq_len + 1 tokens of a sequence, N = any number of samples.
 

@@ -12,8 +12,8 @@ from train.data.batch import Batch
 class Prefetch:
     """Iterates over the batches of a plan, and builds them in a thread before they are needed.
 
-    make: builds one batch. plan: yields a tuple of arguments of `make` for each batch. ahead: number of batches that
-    are built in advance. An exception of `make` or the plan is raised at its batch. `close` (or leaving the context
+    make: builds one batch. plan: yields arguments of `make`, a tuple for each batch. ahead: number of batches that are
+    built in advance. An exception of `make` or the plan is raised at its batch. `close` (or leaving the context
     manager) stops the thread and ends the iteration.
     """
 

@@ -45,8 +45,8 @@ class PreparedData:
 def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
     """Find or build the tokenizer and the tokens, and open them. Raises UserError.
 
-    Safe in several processes: if another process builds the same data, this process waits for it. The driver calls this
-    function before it starts the ranks, so the ranks find everything in the cache.
+    If another process builds the same data, this process waits for it. The driver calls this function first, so the
+    ranks find everything in the cache.
     """
 
     def tell(stage: str, done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Shows the progress of `prepare` on stderr: a bar in a terminal, otherwise a line per stage. Cached data show nothing."""
+"""Shows the progress of `prepare` on stderr: a bar in a terminal, otherwise a line per stage; nothing for cached data."""
 
 import sys
 from collections.abc import Callable, Iterator

@@ -45,8 +45,8 @@ class SourceFile:
 def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator[tuple[str, str]]:
     """Yields the file as one document, or as several if it is longer than TEXT_PIECE_BYTES.
 
-    binary: receives the names of binary files, which yield nothing. As in git, a file is binary if its first 8 KiB
-    contain a NUL. None: no such check.
+    binary: receives the names of binary files, which yield nothing. As in git, a NUL in the first 8 KiB makes a file
+    binary. None: no such check.
     """
     with file.path.open("rb") as stream:
         offset, number, rest = 0, 0, b""
@@ -64,7 +64,7 @@ def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator
 
 
 def _cut(block: bytes) -> int:
-    """Returns the position at which `block` is cut into two documents: the number of bytes of the first document.
+    """Returns the position at which `block` is cut into two documents.
 
     The cut is after the last line end in the second half of the block. Without a line end, it is before the last
     character.

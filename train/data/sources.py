@@ -1,8 +1,8 @@
 """Sources of documents: files of several formats, each a stream of (stable id, text).
 
 A document is:
-  text     a file; a file over 16 MiB is cut at line ends into several documents. Binary files (a NUL among the first 8 KiB)
-           in a folder are left out and counted in the notes; any other file must be UTF-8.
+  text     a file; a file over 16 MiB is cut at line ends into several documents. In a folder, binary files (a NUL among
+           the first 8 KiB) are left out and counted in the notes. Any other file must be UTF-8.
   jsonl    the string under text_key of each line; plain, .gz or .zst
   parquet  each value of the column text_key
   stdlib   each .py file of Python's standard library, without site-packages and the library's tests
@@ -376,7 +376,7 @@ def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset(
 def unreadable(error: OSError, field: str, path: Path | str) -> UserError:
     """Builds the UserError for a data file that cannot be read.
 
-    error: from the operating system or a library; errors of some libraries have a text and no errno.
+    error: from the operating system or a library; a library's error may have a text and no errno.
     """
     return UserError(field, path, f"cannot be read: {error.strerror or error}", cure_of_reading(error))
 
@@ -393,7 +393,7 @@ def _raise(error: OSError) -> None:
 def content_id(place: str, content: str) -> str:
     """Returns the stable id of a document whose content decides whether it is held out.
 
-    The id consists of the document's place, for error messages, and the hash of the content.
+    The id consists of the document's place (for error messages) and its hash.
     """
     return f"{place}\0{hashlib.blake2b(content.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}"
 
@@ -413,7 +413,7 @@ def hash_id(name: str) -> int:
 def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: ReportProgress) -> str:
     """Returns the hash of the names and contents of the files.
 
-    The manifest stores each file's hash with its size and mtime, so only changed files are read.
+    Only changed files are read: the manifest stores each file's hash with its size and mtime.
     """
     known = _read_manifest(manifest)
     changed = [file for file in files if known.get(file.name, [])[:2] != [file.size, file.modified]]
@@ -448,8 +448,7 @@ def _read_manifest(path: Path) -> dict[str, list]:
 def _digest(file: SourceFile, field: str, progress: Callable[[int], None], done: int) -> str:
     """Returns the hash of a file's content.
 
-    progress: called with the number of bytes read so far, in this file and earlier ones. done: bytes of the earlier
-    files.
+    progress: called with the number of bytes read so far, including `done`, the bytes of earlier files.
     """
     whole = hashlib.blake2b(digest_size=16)
     try:

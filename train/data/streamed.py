@@ -1,13 +1,13 @@
 """Training samples from the user's documents (data.source).
 
-A pass is one iteration over all documents of the source. The documents of a pass keep their order, and eos ends each
-document. The passes follow one another as one endless stream of tokens. Sample i covers tokens i S to i S + S
-(inclusive) of the stream, S = seq_len. Every rank reads the whole stream and keeps only its samples.
+A pass is one iteration over all documents of the source, in the source's order. eos ends each document. The passes
+follow one another as one endless stream of tokens. Sample i covers tokens i S to i S + S (inclusive) of the stream, S =
+seq_len. Every rank reads the whole stream and keeps only its samples.
 
 A checkpoint stores the number of samples and a mark. The mark is a position in the stream at or before the next sample:
 the pass, the document, and the number of tokens of this document that belong to earlier samples. To resume, a run reads
-the documents before the mark again and ignores their content. If the source has `state_dict` and `load_state_dict`, it
-does not produce these documents again.
+the documents before the mark again and ignores their content. A source with `state_dict` and `load_state_dict` does not
+produce these documents again.
 
 S1 = seq_len + 1, B = sequences.
 """

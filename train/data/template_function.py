@@ -57,7 +57,7 @@ class FunctionTemplate(ChatTemplate):
         return {}
 
     def require_tokens(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError if the function fails on a simple chat, or writes a special token unknown to the tokenizer."""
+        """Raise UserError if the function fails on a simple chat, or writes an unknown special token."""
         try:
             text = self.prompt(PROBED_TURNS)
         except CannotRender as error:

@@ -91,7 +91,7 @@ def keep_text(path: Path, text: str) -> None:
 def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """Returns a context that holds the lock of a cache entry. If another process holds it, calls `waiting` and waits.
 
-    A process that dies frees its lock. The next holder removes the unfinished files of the dead process.
+    The lock of a dead process is free. The next holder removes the unfinished files of this process.
     """
     lock = path.with_name(f".{path.name}.lock")
     with space_errors(path.parent):
@@ -158,8 +158,8 @@ class StoreWriter:
         """Add documents. Documents without tokens are left out.
 
         ids_N: tokens of all documents, concatenated. lengths_D, hashes_D: number of tokens and hash of each document.
-        text_bytes: number of bytes of their text. continues: whether the first document continues the last document of
-        the previous call. supervised_N: uint8, 1 for each learnt token.
+        text_bytes: bytes of their text. continues: whether the first document continues the previous call's last
+        document. supervised_N: uint8, 1 for each learnt token.
         """
         raw = ids_N.astype(self.dtype).tobytes()
         with space_errors(self.path.parent, self._needed(len(raw))):
@@ -178,8 +178,8 @@ class StoreWriter:
             self._masks.append(supervised_N)
 
     def _needed(self, more: int = 0) -> int:
-        """Returns the estimated size, in bytes, of the tokens of the complete text, from the size written so far. more:
-        number of bytes to add to the size written so far."""
+        """Returns the estimated size, in bytes, of the complete text's tokens, from the size so far. more: bytes to add
+        to the size so far."""
         there = self.tokens * self.dtype.itemsize + more
         return round(there * max(1.0, self.expected / self.text_bytes)) if self.text_bytes else there
 
@@ -237,7 +237,7 @@ def _save(path: Path, array: np.ndarray) -> None:
 def open_store(path: Path, marks: Path) -> TokenStore:
     """Open and check a token folder. Raises DamagedStore, or OSError if the disk cannot read it.
 
-    marks: a folder of small files that record which large token folders were checked.
+    marks: folder of small files that record which large token folders were checked.
     """
     with reading(path):
         return _open(path, marks)

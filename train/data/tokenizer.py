@@ -78,8 +78,8 @@ class Tokenizer:
     ):
         """Loads the tokenizer.
 
-        eos: the end-of-document token; None if it has one of the usual names. name: the tokenizer's name in error
-        messages. files: texts of the other files in its folder (`files_beside`).
+        eos: the end-of-document token; None: one of the usual names. name: the tokenizer's name in errors. files: texts
+        of the other files in its folder (`files_beside`).
         """
         self.json_text, self.files, self._name = json_text, dict(files or {}), name
         self.fingerprint = hashlib.blake2b(json_text.encode(), digest_size=16).hexdigest()
@@ -182,8 +182,7 @@ class Tokenizer:
     def _of_templates(self) -> Backend:
         """A version of the tokenizer for chat templates: the name of a special token in a text becomes this token.
 
-        This version has no post-processor, because a post-processor adds special tokens, or excludes a token's leading
-        space from the token's offsets.
+        It has no post-processor, which would add special tokens, or exclude a token's leading space from its offsets.
         """
         made = Backend.from_str(json.dumps(json.loads(self.json_text) | {"post_processor": None}))
         made.no_truncation()
@@ -313,8 +312,7 @@ def in_parts(text: str, limit: int = PART) -> Iterator[str]:
 def _end_of_part(text: str, first: int, last: int) -> int:
     """Returns a position between `first` and `last` at which a cut does not change the tokens.
 
-    The order of preference is: after the last line end, at the last space, before the last punctuation. Without any of
-    them, the function returns `last`.
+    In order of preference: after the last line end, at the last space, before the last punctuation, at `last`.
     """
     at = text.rfind("\n", first, last)
     while at > 0 and text[at + 1].isspace():
@@ -345,8 +343,7 @@ def _is_between_words(text: str, at: int) -> bool:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
     """Returns the tokenizer.json of a byte-level BPE. The same texts give the same file.
 
-    vocab_size: number of ids: eos, the three FIM tokens, 256 bytes, and merges. Texts with too few pairs give fewer
-    ids.
+    vocab_size: number of ids: eos, the three FIM tokens, 256 bytes, and merges. Short texts give fewer ids.
     """
     backend = Backend(models.BPE())
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORD_PATTERNS]

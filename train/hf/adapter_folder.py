@@ -1,4 +1,4 @@
-"""Reads the headers of a PEFT adapter folder, and checks whether the adapter fits our model and our formula. No torch."""
+"""Reads the headers of a PEFT adapter folder, and checks whether the adapter fits our model and formula. No torch."""
 
 import math
 import os
@@ -15,9 +15,8 @@ from train.hf.tensor_names import PlacedTensor, tensors
 
 # Names of LoRA A and B in a PEFT folder, and their positions in our parameters. A matrix in a PEFT folder is one of our
 # matrices, or one of several matrices that we stack in one parameter. Each matrix has a separate A and B
-# (conf/adapters.py). So each A and B is one interval of one of our parameters, and no row is permuted. A tensor's name
-# is `base_model.model.` and then the name in the base's folder. Each expert has separate tensors, as vLLM and PEFT read
-# them.
+# (conf/adapters.py). So each A and B is one interval of one of our parameters. Each expert has separate tensors, as
+# vLLM and PEFT read them.
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."

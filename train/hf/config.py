@@ -56,8 +56,7 @@ def some(names: Iterable[str]) -> str:
 
 
 def read_model(folder: Path, field: str = "init_from") -> Model:
-    """Read the model that config.json describes, as transformers reads it. `folder.open_model` also checks which MTP
-    modules exist.
+    """Read the model that config.json describes, as transformers reads it. To load weights, call `folder.open_model`.
 
     Raises UserError for a model that Sluice cannot express. Errors name the key `field`. If the file asks for YaRN, the
     returned model uses YaRN at any sequence length (`yarn.always`), otherwise never.
@@ -283,8 +282,8 @@ def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
 def _differing(older: dict[str, Any], newer: dict[str, Any], theta: Any) -> list[str]:
     """Return the names of the rotary parameters that differ between two sections of a file.
 
-    older: rope_scaling. newer: rope_parameters. If `newer` has the type `default` and only rope_theta, then only
-    rope_theta is compared. theta: the file's rope_theta, for a section without rope_theta.
+    older: rope_scaling. newer: rope_parameters. If `newer` has the type `default` and only rope_theta, only rope_theta
+    is compared. theta: the file's rope_theta, for a section without it.
     """
     if newer.keys() <= {"rope_type", "type", "rope_theta"} and newer.get("rope_type", newer.get("type")) in (
         None,

@@ -69,7 +69,7 @@ INDEX_SHARING = (
 """Fields that tell which layers use the attention keys that an earlier layer selected: a list of kinds, a text of
 letters, or a rule.
 
-The last field concerns only drafts that run one MTP module several times, as training never does.
+The last field concerns only drafts that run one MTP module several times.
 """
 FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
 """Fields with one allowed value. DeepSeek-V3 does not have them, but transformers would apply them."""

@@ -1,7 +1,7 @@
 """Reads the headers of a folder of safetensors and checks whether its tensors match our model.
 
-This file does not import torch, because the driver checks a folder before it starts the ranks. Nothing in the folder is
-executed. Files that only pickle can open are rejected.
+No torch, because the driver checks a folder before it starts the ranks. Nothing in the folder is executed. Files that
+only pickle can open are rejected.
 """
 
 import os
@@ -94,9 +94,9 @@ def open_model(path: Path, field: str = "init_from", text_only: bool = False) ->
     """Return the headers of a folder, its model, and notes for the user. Every mode opens external weights with this
     function.
 
-    text_only: whether to leave out tensors that do not belong to the language model; otherwise they are an error. An
-    MTP module that is only in config.json or only in the weights is left out of the model. Raises UserError for a
-    damaged folder, and for a model that Sluice cannot express.
+    text_only: leave out tensors outside of the language model; otherwise they are an error. An MTP module that is only
+    in config.json or only in the weights is left out of the model. Raises UserError for a damaged folder, and for a
+    model that Sluice cannot express.
     """
     folder, model = open_folder(path, field), read_model(path, field)
     folder, notes = _language_model(replace(folder, family=find_family(path, field).name), text_only)
@@ -129,7 +129,7 @@ def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]
 def _count_mtp(folder: Folder, layers: int) -> int:
     """Return the number of MTP modules in the weights. layers: number of layers of the main model.
 
-    MTP modules follow these layers. They have tensors that a layer of the main model never has.
+    MTP modules are the layers after these, and have tensors that the main model's layers never have.
     """
     found, name_of = 0, FAMILIES[folder.family].name_of
     while any(name_of(f"model.layers.{layers + found}.{name}") in folder.stored for name in MTP_NAMES):
@@ -153,7 +153,7 @@ def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
 
 
 def index_of(stem: str) -> str:
-    """Return the name of the index file, which maps tensors to weight files. stem: prefix of the weight files' names."""
+    """Return the name of the index file, which maps tensors to weight files. stem: prefix of their names."""
     return f"{stem}.safetensors.index.json"
 
 
@@ -216,8 +216,7 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
     """Return the model's tensors that the folder contains, in the folder's order.
 
     Raises UserError if the tensors do not form the model, or if the folder has tensors that Sluice would not read. The
-    folder may lack the copies of embedding and head in MTP modules. MTP modules beyond model.mtp_depth are only
-    checked.
+    folder may lack the MTP modules' copies of embedding and head. MTP modules beyond model.mtp_depth are only checked.
     """
     held, stored = _count_mtp(folder, model.layers), folder.stored
     expected = list(tensors(replace(model, mtp_depth=max(model.mtp_depth, held)), folder.family))

@@ -1,9 +1,9 @@
 """Maps every tensor of a Hugging Face folder to its place in our model. The map depends only on the configuration.
 
-The Hugging Face layout and ours differ in names and in stacking, not in values. RoPE rotates adjacent elements in both.
-Sluice stacks the gate and the up projection in one tensor, and also the matrices of all experts. So each Hugging Face
-tensor is one interval of one of our flattened tensors. In a folder, MTP module k is the layer with index `layers` + k
-and has copies of the embedding and the head. Our MTP modules share these two tensors with the main model.
+The two layouts differ in names and in stacking, not in values. RoPE rotates adjacent elements in both. Sluice stacks
+the gate and the up projection in one tensor, and also the matrices of all experts. So each Hugging Face tensor is one
+interval of one of our flattened tensors. In a folder, MTP module k is the layer with index `layers` + k and has copies
+of the embedding and the head. Our MTP modules share these two tensors with the main model.
 
 Our names are the names in a checkpoint: `master.PARAMETER` for weights, `bias.BLOCK` for balance biases.
 
@@ -32,7 +32,7 @@ MTP_NAMES = (
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """A tensor of a Hugging Face folder, and its interval in a tensor of Sluice. theirs, ours: names of these tensors."""
+    """A tensor of a Hugging Face folder, and its interval in a tensor of Sluice. theirs, ours: names of these two."""
 
     theirs: str
     shape: tuple[int, ...]
@@ -87,8 +87,8 @@ def _block(model: Model, theirs: str, ours: str, inner: str, dense: bool, choose
     """Yield the tensors of one transformer block.
 
     theirs: prefix of the Hugging Face names. ours: name of the block, under which its balance bias is stored. inner:
-    the names of the block's parameters begin with `ours` and then `inner`. dense: whether the FFN is dense. chooses:
-    whether the block has an indexer.
+    follows `ours` in the names of the block's parameters. dense: whether the FFN is dense. chooses: whether the block
+    has an indexer.
     """
     here = f"master.{ours}.{inner}"
     yield _same(f"{theirs}input_layernorm.weight", f"{here}attention_norm.weight", (model.hidden,))
@@ -145,9 +145,9 @@ def _ffn(
 ) -> Iterator[PlacedTensor]:
     """Yield the tensors of a dense or shared FFN, or of one expert.
 
-    index, experts: index of the expert, and number of experts that Sluice stacks in one tensor. In w13, the rows of the
-    up projection follow the rows of the gate projection. Shapes: w13 (2F, D), w2 (D, F); with experts, w13 (E, 2F, D),
-    w2 (E, D, F).
+    index, experts: index of the expert, and number of experts in one tensor of Sluice. Shapes: w13 (2F, D), w2 (D, F);
+    with experts, w13 (E, 2F, D), w2 (E, D, F). In w13, the rows of the up projection follow those of the gate
+    projection.
     """
     stack, end = ((), ".weight") if experts is None else ((experts,), "")
     for number, name in enumerate(("gate_proj", "up_proj")):

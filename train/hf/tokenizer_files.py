@@ -57,8 +57,8 @@ def _meaning(text: str) -> tuple[Any, ...]:
 def with_words_of(tokenizer: Tokenizer, run: Path, source: Path | None) -> Tokenizer:
     """Return the tokenizer of a run with all other files that belong to it.
 
-    run: the run's folder. source: the original folder of the tokenizer, for files that are not in the run. If the run
-    trained on chats, the returned tokenizer has the run's chat template.
+    run: the run's folder. source: the tokenizer's original folder, for files that are not in the run. After training on
+    chats, the tokenizer has the run's chat template.
     """
     kept = files_beside(run)
     if kept.keys() & {SPECIAL_TOKENS_FILE, GENERATION_FILE} or source is None:

@@ -56,7 +56,7 @@ def _why_stopped(logs: Path) -> str:
 def _plan_line(folder: Path, series: Series) -> str | None:
     """Returns one line that compares the planned with the measured values; None if the run has no plan.
 
-    If plan.json is damaged, the function prints a note and returns None, because the training itself has succeeded.
+    A damaged plan.json only causes a note, because the training itself has succeeded.
     """
     try:
         return plan_words(plan_rows(folder, series))

@@ -66,7 +66,7 @@ def _check_choices(config: Config) -> None:
     """Raise UserError if sparse attention does not fit the pipeline stages.
 
     A stage must not begin with a layer that uses the attention keys that an earlier layer selected. With
-    optim.index_warmup, the first stage must contain a layer. Otherwise this stage has no indexer to train.
+    optim.index_warmup, the first stage must contain a layer, to have an indexer to train.
     """
     from train.parallelize import stage_layers
 

@@ -136,5 +136,5 @@ class LiveRun:
         self.note(text) if self.writer is not None else say(text, file=sys.stderr)
 
     def got_on(self) -> None:
-        """Report progress, so that the driver does not treat the rank as hung. Hooks with long work call this method."""
+        """Report progress, so that the driver does not treat the rank as hung. Call this method in long hooks."""
         got_on()

@@ -131,8 +131,8 @@ class CollectedMeasures:
     def read(self) -> MeasuredStep:
         """Returns the summed measurements as a `MeasuredStep`.
 
-        The device copies the measurements to the host asynchronously. Call this method only after the copy is complete.
-        In a training step this is after the update, which waits for a later result of the device, the gradient norm.
+        Call this method only after the asynchronous copy from the device to the host is complete. In a training step
+        this is after the update, which waits for a later result of the device, the gradient norm.
         """
         losses, loads, biases, scores, clipped, own = self._host.split(self._sizes)
         main_loss, *mtp_losses, extra_loss, balance_loss, index_loss = losses.tolist()

@@ -26,8 +26,8 @@ from train.rank import set_up_rank
 def open_engine(config: Config, place: Place | None = None) -> Engine:
     """Returns the engine of this rank. Collective over all ranks.
 
-    torchrun's variables RANK and WORLD_SIZE determine the rank. Without them, the process is the only rank. A process
-    may open several engines if all of them have the same number of ranks.
+    torchrun's variables RANK and WORLD_SIZE determine the rank. Without them, the process is the only rank. All engines
+    of a process must have the same number of ranks.
 
     The weights come from `resume` if it names a checkpoint, else from `init_from`, else from the seed. The caller
     manages the data and the run folder. Raises UserError.

@@ -40,8 +40,8 @@ class StartingPoint(NamedTuple):
     """The state that a run starts from, as rank 0 found it."""
 
     copy: dict[str, Any] | None = None
-    """Manifest body of the copies in memory to start from. Set if they are newer than all checkpoints on disk; then
-    `checkpoint` was not searched."""
+    """Manifest body of the copies in memory to start from, if they are newer than all checkpoints on disk. Then
+    `checkpoint` is not set."""
     checkpoint: str | None = None
     """Path of the checkpoint that config.resume selects, or None."""
     notes: Sequence[str] = ()
@@ -73,8 +73,7 @@ def _find_start(config: Config, copies: MemoryCopies | None) -> StartingPoint:
 def _search_disk(config: Config, skip: Collection[Path], notes: Sequence[str] = ()) -> StartingPoint:
     """Search the disk for the starting point on rank 0.
 
-    skip: checkpoints that were found damaged when they were read. notes: notes of the caller, which name the
-    checkpoints of `skip`.
+    skip: checkpoints that were found damaged when they were read. notes: the caller's notes, which already name `skip`.
     """
     found = resume_point(config, skip=skip)
     passed = [] if skip else [f"skipped a damaged checkpoint: {warning}" for warning in found.warnings]
@@ -166,10 +165,9 @@ def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] |
 def load_state(
     state: RunState, meta: dict[str, Any], optimizer: str, load: Callable[[dict[str, Shard]], Any]
 ) -> str | None:
-    """Fill the state by calling `load` on all ranks. Returns the first problem of any rank; None if there is none.
+    """Fill the state by calling `load` on all ranks. Returns the first problem of any rank, or None.
 
-    optimizer: the optimizer of this run. If another optimizer wrote the checkpoint, the optimizer's state starts from
-    zero.
+    optimizer: this run's optimizer. If another optimizer wrote the checkpoint, its state starts from zero.
     """
     problem = None
     own = written_by(meta) == optimizer

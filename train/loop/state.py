@@ -71,7 +71,7 @@ class RunState:
         return running
 
     def shards(self) -> dict[str, Shard]:
-        """Returns this rank's part of the state. State that several ranks share is included only on the first of them."""
+        """Returns this rank's part of the state. State that several ranks share is only on the first of them."""
         shards = self.zero.shards()
         for hook in self.keepers:
             shards |= _apart(shards, hook.shards())
@@ -84,8 +84,8 @@ class RunState:
     def wanted(self, meta: Mapping[str, Any], *, own_optimizer: bool = True) -> dict[str, Shard]:
         """Returns the shards that this rank reads from a checkpoint with this meta.
 
-        A hook's shards are included only if the checkpoint contains them. own_optimizer: whether the run's optimizer
-        wrote the checkpoint. If not, the optimizer's state is set to zero instead of read.
+        A hook's shards are included if the checkpoint contains them. own_optimizer: whether the run's optimizer wrote
+        the checkpoint; otherwise the optimizer's state is set to zero.
         """
         shards = self.zero.shards(copies=True)
         if not own_optimizer:

@@ -1,7 +1,7 @@
 """Measures the work of this rank's pipeline and dispatcher in a step. Sums over all ranks become metrics.
 
-Each rank divides its values by the world size, so that the sum over all ranks is the mean (train/loop/measure.py). A
-metric is omitted if the layout cannot have it.
+Each rank divides its values by the world size, so the sum over all ranks is the mean (train/loop/measure.py). A metric
+is omitted if the layout cannot have it.
 
 The bubble is the time between a rank's pipeline actions. It excludes waits inside an action, for tokens from other
 ranks of the expert group (dispatch_wait_seconds) or for sharded weights.

@@ -32,8 +32,7 @@ class StopRequest:
         self.has_stepped = False
         """Whether this attempt has completed a step. Without one there is no new state to save.
 
-        Then SIGTERM or Ctrl-C ends the run at once. Otherwise the user might wait very long for the first step of a
-        large model.
+        Then SIGTERM or Ctrl-C ends the run at once, because the first step of a large model may take very long.
         """
         numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR2
         self._previous = {number: signal.signal(number, self._take) for number in numbers}

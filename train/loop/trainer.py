@@ -104,8 +104,8 @@ class Trainer:
             )
         record = {"step": plan.step, "data_wait_seconds": batches.waited - waited}
         run.tell("on_step", plan.step, record)
-        # Save only after the step's record is written. A run that resumes from this checkpoint continues with the next
-        # step and would never write the record. The last state is saved at the end of the run.
+        # Save only after the step's record is written. A run that resumes from this checkpoint would never write the
+        # record. The last state is saved at the end of the run.
         every = run.config.checkpoint.every
         if plan.step < run.config.steps and (run.wants_save or (every and plan.step % every == 0)):
             self._save()

@@ -71,7 +71,7 @@ def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: fl
 
 
 class StepTotal(NamedTuple):
-    """Numbers of sequences, learnt tokens and samples in a step, over all calls and ranks, by which sums are divided."""
+    """Numbers of sequences, learnt tokens and samples in a step, over all calls and ranks. Sums are divided by them."""
 
     rows: int
     """Number of token sequences."""
@@ -110,11 +110,10 @@ class Engine:
         self._mean_micro_batches = 0.0
         """Mean number of micro-batches per data-parallel rank in this step, by which losses are divided.
 
-        So all tokens of the batch have the same weight, even if the ranks have different numbers of micro-batches
-        (parallel.uneven).
+        So all tokens have the same weight, even if the ranks' numbers of micro-batches differ (parallel.uneven).
         """
         self._open: ExitStack | None = None
-        """The contexts of the current step, which end with its last call; None between steps."""
+        """The contexts of the current step, from its first to its last call of `forward_backward`; otherwise None."""
         self._is_reduced = False
         """Whether the step's last call has reduced the gradients. Then the next call must be `update` or `discard`."""
         self._moves_biases = True
@@ -241,10 +240,10 @@ class Engine:
         return found if rows is None else found._replace(rows=rows)
 
     def save(self, folder: Path) -> Path:
-        """Write a checkpoint of the last step and wait until it is complete. Returns its path.
+        """Write a checkpoint of the last step and wait until it is complete. Returns its path, for example
+        FOLDER/step_00000012.
 
-        folder: the folder for checkpoints. The returned path is, for example, FOLDER/step_00000012. Any layout and
-        every mode can read the checkpoint. Raises DiskFailed.
+        folder: the folder for checkpoints. Any layout and every mode can read the checkpoint. Raises DiskFailed.
         """
         return self._between_steps("save").save(folder, self.step)
 
@@ -407,8 +406,8 @@ class Engine:
     def _inputs(self, batch: Batch) -> dict:
         """Returns the pipeline's inputs from a batch.
 
-        Every rank gets the replayed choices of experts and of attention keys. Only the rank with the head gets the
-        other per-token tensors.
+        Every rank gets the replayed experts and attention keys. Only the rank with the head gets the other per-token
+        tensors.
         """
         more = {} if self.measure.last is None else dict(batch.tensors)
         if batch.experts_BTLK is not None:
@@ -440,7 +439,7 @@ class Engine:
             update_bias(router.bias_E, loads_LE[self.measure.layers.index(name)], plan.bias_speed)
 
     def _between_steps(self, method: str) -> "LiveModel":
-        """Returns the live model. Raises UserError inside a step, because a step has gradients, which cannot be saved."""
+        """Returns the live model. Raises UserError inside a step, because gradients cannot be saved."""
         assert self._live is not None, "this engine only supports whole steps"
         if self._open is not None or self._is_reduced:
             raise UserError(method, "in a step", "must be called between steps", "call update or discard before it")
@@ -482,7 +481,7 @@ class Engine:
     def check(self, batch: Batch, micro_batches: int) -> Batch:
         """Returns the batch with all fields set. Raises UserError if this layout cannot process it.
 
-        batch: the batch of one rank, or of all ranks together. micro_batches: number of micro-batches of each rank.
+        batch: of one rank, or of all ranks together. micro_batches: number of micro-batches of each rank.
         """
         config = self._config
         check_given_batch(batch, config.model.vocab_size)

@@ -60,7 +60,7 @@ class ExplainedError(RunEnded):
 def raise_explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
     """Returns a context that raises `ExplainedError` for out-of-memory and NCCL errors.
 
-    The context also writes the traceback and the summary of torch's allocator to a file in the folder `logs`.
+    It also writes the traceback and the summary of torch's allocator to a file in `logs`.
     """
     try:
         yield

@@ -1,10 +1,10 @@
 """Computes norms of every layer's weights, and norms of the change that a step's update made to them.
 
 A layer's norm is the root of the sum of squares of its fp32 master weights. Each rank sums the squares of the intervals
-that it would write to a checkpoint, and an all-reduce adds these sums. So every weight counts once in any layout.
+that it would write to a checkpoint, so every weight counts once in any layout. An all-reduce adds these sums.
 
-For the norm of the update, each rank copies its master weights to host memory before the update, and compares them with
-the weights afterwards. A run computes the norms every log.norms_every steps.
+For the norm of the update, each rank copies its master weights to host memory before the update. A run computes the
+norms every log.norms_every steps.
 """
 
 from collections.abc import Iterator

@@ -76,10 +76,10 @@ class RankProgress:
                 self._note(f"progress could not be written ({explain_disk_error(error)}); training continues")
 
     def _write_over(self, text: str) -> None:
-        """Overwrite the old text in place, which works on a full disk too. Without a change of the file, the driver
-        would think that the rank hangs.
+        """Overwrite the old text in place, which works on a full disk too. If the file did not change, the driver would
+        think that the rank hangs.
 
-        A reader ignores a mix of the old and the new text, because it is not valid JSON.
+        A mix of the old and the new text is not valid JSON, so a reader ignores it.
         """
         with contextlib.suppress(OSError), open(self._path, "r+b", buffering=0, opener=open_plain) as file:
             size = os.fstat(file.fileno()).st_size

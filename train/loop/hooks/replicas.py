@@ -1,7 +1,7 @@
 """Detects flipped bits in weights that have copies on several ranks, and in optimizer state between two uses.
 
-Weights: ranks compare the copies of a weight bit by bit after the backward passes, before the update. Later would be
-too late: the update computes the weights again from the master weights, with the wrong gradients that the flip caused.
+Weights: ranks compare the copies of a weight after the backward passes, before the update. After the update, the flip
+would be gone, but not its effect: the update computes the weights again from the master weights, with wrong gradients.
 Each rank sums the bits of each weight as integers, so one flipped bit changes the sum. One all-reduce finds the
 smallest and the largest sum among all copies of each weight. Not detected:
 - a flip that disappeared before the comparison
@@ -110,7 +110,7 @@ def sum_of_bits(tensor: Tensor) -> Tensor:
     """Returns the sum of a tensor's bits modulo 2^64, as an int64 scalar on the tensor's device.
 
     The tensor is summed as 8-byte integers, and the remaining elements are added one by one. Every single flipped bit
-    changes the sum. The tensor's address does not.
+    changes the sum.
     """
     flat = tensor.detach().contiguous().view(-1)
     size = flat.element_size()
