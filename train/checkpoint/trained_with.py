@@ -99,8 +99,8 @@ def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, me
 
 # Identifies the base of an adapter, and checks the adapter's settings. No torch.
 #
-# Checkpoints of an adapter's run contain only the adapter. Their meta contains the path of the base, which may be out of
-# date, and the fingerprint of the base. The fingerprint of a Sluice checkpoint covers the checksums of its files. The
+# Checkpoints of an adapter's run contain only the adapter. Their meta contains the fingerprint of the base, and its path,
+# which may be out of date. The fingerprint of a Sluice checkpoint covers the checksums of its files. The
 # fingerprint of a Hugging Face folder covers the headers of its files and samples of their bytes. So most wrong bases
 # are refused before anything starts.
 #

@@ -221,7 +221,7 @@ def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
 #
 # The answer is the first paragraph of the docstring of a module, public class, function or method. The paragraph must
 # have SHORTEST_ANSWER to LONGEST_ANSWER characters and more than one word. All chats of a file have the file's name as
-# stable id, so whole files are held out, and conf=tiny holds out the same files.
+# stable id, so whole files are held out. With the same data.validation_fraction, conf=tiny holds out the same files.
 
 SHORTEST_ANSWER, LONGEST_ANSWER = 12, 240
 """Minimum and maximum length of an answer, in characters. Shorter texts explain nothing; longer ones are no summaries.

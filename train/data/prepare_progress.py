@@ -1,4 +1,4 @@
-"""Shows the progress of `prepare` on stderr: a bar in a terminal, otherwise a line per stage; nothing for cached data."""
+"""Shows the progress of `prepare` on stderr: a bar in a terminal, otherwise lines; nothing for cached data."""
 
 import sys
 from collections.abc import Callable, Iterator
