@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA): the names of the weights that can be adapted, and the names of A and B. Imports no torch.
+"""Low-rank adapters (LoRA): the weights that can be adapted, and the names of A and B. Imports no torch.
 
 An adapted matmul is y = W x + (alpha / rank) B (A dropout(x)), with frozen W (LoRA, arXiv 2106.09685). At the start A
-is random and B is 0. A parameter of the base model may stack several matrices: w13 stacks w1 and w3, and a parameter of
-experts stacks the matrices of all experts. Then every stacked matrix has its own A and B.
+is random and B is 0. Some parameters stack several matrices: w13 stacks w1 and w3. Every stacked matrix has its own A
+and B.
 
     base parameter          names and shapes of its A and B
     q_up.weight  (O, I)     q_up.lora_A (rank, I)                  q_up.lora_B (O, rank)
@@ -24,8 +24,8 @@ ADAPTER_TARGETS: dict[str, tuple[str, ...]] = {
     "dense": ("ffn.w13.weight", "ffn.w2.weight"),
     "head": ("head.weight",),
 }
-"""Maps each target, which is a word of adapter.targets, to name endings. The target adapts every base parameter whose
-name has one of these endings, including parameters of MTP modules."""
+"""Maps each word of adapter.targets to the name endings of the adapted base parameters, including those of MTP
+modules."""
 ON_REQUEST = ("head",)
 """Targets that a run adapts only if adapter.targets names them."""
 
@@ -34,13 +34,13 @@ class LoraNames(NamedTuple):
     """Names of the two parameters of one adapted matrix, LoRA A and B."""
 
     a: str
-    """Name of A. Its shape is (rank, inputs), or (experts of this rank, rank, inputs) for stacked experts."""
+    """Name of A, of shape (rank, inputs), or (experts of this rank, rank, inputs) for stacked experts."""
     b: str
-    """Name of B. Its shape is (outputs, rank), or (experts of this rank, outputs, rank) for stacked experts."""
+    """Name of B, of shape (outputs, rank), or (experts of this rank, outputs, rank) for stacked experts."""
 
 
 def target_of(base: str) -> str | None:
-    """Return the target that adapts the base parameter with this global name; None if no target adapts it."""
+    """Return the target for the base parameter with this global name; None if no target adapts it."""
     return next(
         (target for target, ends in ADAPTER_TARGETS.items() if f".{base}".endswith(tuple(f".{end}" for end in ends))),
         None,
@@ -48,14 +48,13 @@ def target_of(base: str) -> str | None:
 
 
 def is_held_in_blocks(base: str) -> bool:
-    """Whether adapter.base=fp8 stores this base parameter in FP8 with a scale for each block. These parameters are the
-    weights whose GEMMs run in FP8 in a recipe with precision.fp8."""
+    """Whether adapter.base=fp8 stores this base parameter in FP8 blocks. These are the weights whose GEMMs run in FP8
+    with precision.fp8."""
     return target_of(base) not in (None, *ON_REQUEST)
 
 
 def name_lora(base: str) -> list[LoraNames]:
-    """Return the names of A and B for an adapted base parameter: one pair of names. For w13, return one pair for w1 and
-    one for w3."""
+    """Return the names of A and B for an adapted base parameter. w13 has one pair for w1 and one for w3."""
     stem, _, last = base.rpartition(".")
     is_weight = last == "weight"
     matrix = stem.rpartition(".")[2] if is_weight else last

@@ -1,9 +1,7 @@
 """Reports how a resumed run differs from the run that wrote the checkpoint: each key with its old and its new value.
 
-A checkpoint stores the resolved settings of the run that wrote it. Keys with different values are reported in groups.
-There is one group for each possible effect of a key. A key is not reported if EFFECTS says that the key cannot change
-the training. A key without an entry in EFFECTS is assumed to change the training, so new fields of the schema are
-reported by default.
+The changed keys are grouped by their effect. A key is left out if EFFECTS says that it cannot change the training. A
+key without an entry in EFFECTS is reported, so new keys of the schema are reported by default.
 """
 
 import json
@@ -22,13 +20,12 @@ from conf.schema import Config, Data, Fp8, HoldOutBy, Optim, OptimizerName, Prec
 from conf.words import harmless, one_line
 
 LINE_WIDTH, AROUND = 100, 60
-"""LINE_WIDTH: maximum characters of a line. If the old and the new value do not fit on one line, each of them gets a
-line. AROUND: number of characters of a long value that are shown before, and after, the first difference."""
+"""LINE_WIDTH: maximum characters of a line. An old and a new value that do not fit get a line each. AROUND: characters
+of a long value that are shown before, and after, the first difference."""
 
 
 class Effect(Enum):
-    """Possible effects on the training when a setting changes. The report has one group of changed settings per effect,
-    and the value of a member is the heading of the effect's group."""
+    """Effects of a changed setting on the training. The value of a member is the heading of its group in the report."""
 
     training = "change the training"
     rounding = "change only rounding and speed"
@@ -77,8 +74,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "export": (Effect.none, "mode=export reads it"),
     "average": (Effect.none, "mode=average reads it"),
 }
-"""Maps a key, or a group of keys, to the effect of a change and a reason. If several entries match a key, the entry
-with the longest name applies."""
+"""Maps a key, or a group of keys, to the effect of a change and a reason. The longest matching name applies."""
 
 REMARKS = {
     "steps": "the schedules are scaled to the new length",
@@ -93,15 +89,14 @@ class Changes:
     """Differences between this run and the run that wrote a checkpoint."""
 
     settings: dict[str, tuple[Any, Any]]
-    """Maps each changed key to its value in the old run and its value in this run. The value is None for a run without
-    the key."""
+    """Maps each changed key to its old and its new value; None for a run without the key."""
     known: bool
     """Whether the checkpoint contains the settings of the run that wrote it."""
     facts: tuple[str, ...] = ()
-    """Sentences about differences outside the settings: in the data and in the weight average."""
+    """Sentences about differences in the data and in the weight average, which are not settings."""
 
     def notes(self) -> list[str]:
-        """Return notes for the user. The changed settings are grouped by their effect."""
+        """Return notes for the user, with the changed settings grouped by effect."""
         groups = {effect: [key for key in self.settings if effect_of(key) is effect] for effect in Effect}
         lines = []
         for effect, keys in groups.items():
@@ -131,7 +126,7 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def effect_of(key: str) -> Effect:
-    """Return the effect that a changed value of this key may have. Example of a key: `optim.lr_schedule[0].value`."""
+    """Return the possible effect of a changed key, such as `optim.lr_schedule[0].value`."""
     fitting = [name for name in EFFECTS if key == name or key.startswith((f"{name}.", f"{name}["))]
     return EFFECTS[max(fitting, key=len)][0] if fitting else Effect.training
 
@@ -139,9 +134,8 @@ def effect_of(key: str) -> Effect:
 def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
     """Return the differences between this run and the run that wrote a checkpoint.
 
-    fingerprint: fingerprint of this run's data. meta: metadata of the checkpoint. If a setting did not exist in the
-    checkpoint's version, its default counts as the old value. Raises UserError if the checkpoint has a setting that
-    this version removed, and the setting's value changed results.
+    fingerprint: fingerprint of this run's data. meta: metadata of the checkpoint. If the checkpoint lacks a setting,
+    the setting's default is the old value. Raises UserError for a removed setting whose value changed results.
     """
     new = settings_of(config)
     if "config" in meta:
@@ -157,8 +151,8 @@ def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    """Return a value for every setting, including the FP8 settings. Runs of earlier versions, which did not have the
-    setting's key, trained as if the key had this value."""
+    """Return the default of every setting, including the FP8 settings. An earlier version without the key trained with
+    this value."""
     config = Config(
         data=Data(cache="", hold_out_by=HoldOutBy.name),
         optim=Optim(name=OptimizerName[ADAMW]),
@@ -169,8 +163,8 @@ def _defaults() -> dict[str, Any]:
 
 
 def _pairs(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Yield each key of the old or the new settings, with its old and its new value. A group of keys that is null in
-    the old or in the new settings counts as one key."""
+    """Yield each key of the old or the new settings, with both values. If one side has null for a group of keys, the
+    group counts as one key."""
     old, new = _shut(old, new), _shut(new, old)
     for key in [*new, *(key for key in old if key not in new)]:
         before, after = old.get(key, defaults.get(key)), new.get(key)
@@ -178,8 +172,8 @@ def _pairs(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -
 
 
 def _shut(here: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings `here`, a dictionary by dotted key. A group of keys that is null in `there` is replaced by
-    one entry with the name of the group."""
+    """Return the settings `here`, a dictionary by dotted key. If `there` has null for a group of keys, the group
+    becomes one key."""
     found: dict[str, Any] = {}
     for key, value in here.items():
         group = next((key[:dot] for dot in _dots(key) if there.get(key[:dot], ...) is None), None)
@@ -216,8 +210,8 @@ def _facts(config: Config, fingerprint: str, meta: dict[str, Any], found: dict[s
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to a dictionary by dotted key. For a list of mappings, the index of an entry is part of
-    the key, as in optim.lr_schedule[0].value. A list of numbers or words remains one value."""
+    """Flatten nested settings to a dictionary by dotted key. A list of mappings gets keys such as
+    optim.lr_schedule[0].value. Other lists remain one value."""
     if isinstance(node, dict) and node:
         parts = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in node.items()]
     elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
@@ -238,7 +232,7 @@ def _line(key: str, old: Any, new: Any) -> str:
 
 
 def _cut(text: str, start: int) -> str:
-    """Return the part of a text around position `start`, and the number of characters of the complete text."""
+    """Return the text around position `start`, with the length of the complete text."""
     first, last = max(0, start - AROUND), start + AROUND
     before, after = "..." if first else "", "..." if last < len(text) else ""
     return f"{before}{text[first:last]}{after} ({len(text)} characters)"

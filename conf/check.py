@@ -1,7 +1,4 @@
-"""Rules over several fields: `check` tests RULES in order and raises the error of the first broken rule.
-
-The rules read only the configuration. A broken rule raises UserError.
-"""
+"""Rules over several fields: `check` tests RULES in order and raises UserError for the first broken rule."""
 
 import itertools
 import re
@@ -42,45 +39,43 @@ NOT_CHATS, FOR_CHATS = (
     "set data.format=chat, or leave it out",
 )
 MAX_EXPERTS = 32767
-"""Upper bound of the number of experts, because expert ids are sorted and sent as int16."""
+"""Upper bound of the number of experts: expert ids are sorted and sent as int16."""
 IN_EVERY_LAYER = (AdapterTarget.q_up, AdapterTarget.kv_up, AdapterTarget.down, AdapterTarget.out)
 """Adapter targets that exist in every block."""
 ADDS_ADAPTERS = (Mode.evaluate, Mode.generate, Mode.score, Mode.export)
 """Modes that add the adapter of adapter.path to the weights."""
 SMALLEST_SHARE = 1e-6
-"""Smallest allowed share of one source in a data mix. train/data/dataset.py cannot distinguish smaller shares from
-zero."""
+"""Smallest allowed share of a source in a data mix. train/data/dataset.py treats smaller shares as zero."""
 IN_PARTS = next(name for name, facts in SCHEDULES.items() if facts.stages is None)
 """Name of the schedule that reads parallel.virtual_stages."""
 OPERAND = re.compile(r"(e4m3|e5m2)/((1x128|128x128|row|tensor)/(fp32|pow2)|1x32/pow2)")
 
 
 class ConfigCheck(Protocol):
-    """Type of an entry in a table of rules: a `JoinedRule`, a `ConditionalRules`, or a function. A rule that one
-    condition cannot express is a function."""
+    """Type of a rule in the tables. A function is used if one condition cannot express the rule."""
 
     def __call__(self, config: Config, /) -> None:
         """Raise UserError if the configuration breaks the rule."""
 
 
 Text = str | Callable[[Config, Any], str]
-"""Rule or fix of an error. It is a sentence with placeholders for the value ({v}) and for other keys ({seq_len},
-{model.layers}), or a function that returns the sentence for a configuration and a value."""
+"""Rule or fix of an error: a sentence with placeholders for the value ({v}) and for other keys ({model.layers}), or a
+function that returns the sentence."""
 
 
 @dataclass(frozen=True)
 class JoinedRule:
-    """A rule for the value of one key, which may depend on other keys. The functions of a rule get the configuration
-    `c` and the value `v`."""
+    """A rule for the value of one key, which may depend on other keys. Its functions get the configuration `c` and the
+    value `v`."""
 
     key: str
     holds: Callable[[Config, Any], Any]
     rule: Text
     cure: Text
     each: bool = False
-    """Whether the key's value is a list and the rule applies to every entry."""
+    """Whether the value is a list and the rule applies to every element."""
     named: str = ""
-    """Name of the key in the error, if it differs from `key`."""
+    """Name of the key in the error; empty: the same as `key`."""
     shown: Callable[[Config, Any], Any] = lambda c, v: v
     """Converts the value to the form that the error shows."""
 
@@ -110,8 +105,7 @@ class ConditionalRules:
     rules: Iterable[ConfigCheck]
 
     def __call__(self, config: Config) -> None:
-        """If `so` returns true for the configuration, raise UserError for the first of these rules that the
-        configuration breaks."""
+        """If `so` returns true, raise UserError for the first broken rule."""
         if self.so(config):
             hold(self.rules, config)
 
@@ -129,21 +123,20 @@ def check(config: Config) -> None:
 
 
 def notes_of_typed_keys(config: Config, keys: Collection[str]) -> Iterator[str]:
-    """Yield a sentence for every key that the user typed and that has no effect in this configuration."""
+    """Yield a sentence for every typed key without effect in this configuration."""
     for error in (error for rule in WHERE_READ if rule.key in keys for error in rule.errors(config)):
         yield f"{error.field} does nothing here: it {error.rule}; {error.cure}"
 
 
 def check_spread(config: Config) -> None:
-    """Check only the rules that a change of the layout can break: rules of batch size, batch ramp, optimizer, adapter
-    and section parallel."""
+    """Check only the rules that a change of the layout can break: batch, optimizer, adapter and section parallel."""
     check_batch(config)  # first, because it is fast and refuses most layouts of a search
     check_fields(config.parallel, "parallel.")
     hold((*OPTIM, *ADAPTERS, *PARALLEL), config)
 
 
 def check_model(model: Model) -> None:
-    """Check only the rules of the model section, for models that do not come from a recipe."""
+    """Check only the rules of section model, for models without a recipe."""
     check_fields(model, "model.")
     hold(MODEL, Config(model=model))
 
@@ -159,8 +152,8 @@ def check_experts(experts: int, ep: int) -> None:
 
 
 def check_world(pp: int, dp: int, cp: int, world: int, given: str) -> None:
-    """Raise UserError unless the layout uses exactly the started ranks. world: number of started ranks. given: text
-    that says where this number comes from, for the error."""
+    """Raise UserError unless the layout uses exactly the started ranks. world: number of started ranks. given: where
+    this number comes from, as text for the error."""
     if pp * dp * cp != world:
         raise UserError(
             "parallel.pp x parallel.dp" if cp == 1 else "parallel.pp x parallel.dp x parallel.cp",
@@ -177,8 +170,8 @@ def _is_name(c: Config, v: str) -> bool:
 
 
 def _parts(key: str, parts: Iterable[str]) -> ConfigCheck:
-    """Return the rule for a key that lists parts of a block, to recompute or to offload. parts: all allowed words
-    except layer:N."""
+    """Return the rule for a key that lists parts of a block, to recompute or to offload. parts: allowed words besides
+    layer:N."""
 
     def check_parts(config: Config) -> None:
         words = attrgetter(key)(config)
@@ -212,7 +205,7 @@ def _check_operands(config: Config) -> None:
 
 
 def adapted_targets(model: Model) -> list[AdapterTarget]:
-    """Return the adapter targets that a model has; the output head is the last target."""
+    """Return the adapter targets of a model, with the output head last."""
     has_experts = _has_experts(Config(model=model))
     lacking = {
         AdapterTarget.routed: not has_experts,
@@ -240,8 +233,8 @@ def _phases(key: str) -> tuple[ConfigCheck, ...]:
 
 
 def _pieces(key: str, each: bool = False) -> ConfigCheck:
-    """Return the rules for a sequence length with parallel.cp: cp ranks share each sequence, which is cut into 2 x cp
-    pieces of equal length. key: name of the setting with the sequence length."""
+    """Return the rules for a sequence length with parallel.cp. Each sequence is divided into 2 x cp pieces of equal
+    length. key: setting with the sequence length."""
     return ConditionalRules(
         lambda c: c.parallel.cp > 1,
         (
@@ -389,7 +382,7 @@ MODEL: tuple[ConfigCheck, ...] = (
 )
 
 def _set_here(section: MuonOptim | Adapter) -> dict[str, Any]:
-    """Return the keys of a section whose values differ from their defaults."""
+    """Return the keys of a section with values other than their defaults."""
     plain = vars(type(section)())
     return {key: value for key, value in vars(section).items() if value != plain[key]}
 
@@ -648,7 +641,6 @@ WHERE_READ: tuple[JoinedRule, ...] = (
     JoinedRule("text_only", lambda c, v: not v or c.init_from, "applies to weights of init_from, which is not set",
                "set init_from, or leave it out"),
 )
-"""Rules for keys that have no effect in some configurations. The condition of a rule is true if the program reads the
-key. If a user types a key that the program does not read, he gets a note."""
+"""Conditions under which the program reads a key. A user who types a key that is not read gets a note."""
 # fmt: on
 RULES = (*TOP, *MODEL, *OPTIM, *ADAPTERS, *DATA, *PARALLEL, *PRECISION, *PLAN, *EVALUATE, *SCORE, *EXPORT)

@@ -1,9 +1,8 @@
 """Explains an invalid command line: the wrong argument, the rule that it breaks, and one fix.
 
-Hydra composes the configuration first. If Hydra or OmegaConf fails, its error names the argument or the key. This file
-then looks up types, choices and bounds in the schema, and finds similar keys with difflib. Only flags are checked
-before Hydra runs, because Hydra exits at an unknown flag. Bounds, and rules over several fields, are checked after
-Hydra, by conf/check.py.
+Hydra composes the configuration first. If it fails, its error names the argument or the key. This file then finds
+types, choices and similar keys in the schema. Only flags are checked before Hydra runs, because Hydra exits at an
+unknown flag. conf/check.py checks bounds and rules over several fields.
 """
 
 import difflib
@@ -41,9 +40,9 @@ FLAGS = {
     )
     for name in names.split()
 }
-"""Maps each flag of Hydra to whether it takes a value. Such a value may be the next argument."""
+"""Maps each flag of Hydra to whether it takes a value, which may be the next argument."""
 COMPLETION = {"--shell-completion", "-sc", "--hydra-help"}
-"""If a command line has one of these flags, its other arguments are not read as settings."""
+"""Flags with which the other arguments of a command line are not read as settings."""
 LISTS = "`sluice --help` tells how to list recipes, groups and keys"
 OF_YOUR_OWN = "for a custom one, write MINE/{group}/NAME.yaml and add --config-dir MINE"
 NAMES_A_WORD = re.compile(
@@ -53,8 +52,8 @@ NAMES_A_WORD = re.compile(
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Raise UserError for the first argument at which Hydra would exit, or which Hydra would misread: an unknown or
-    unsuitable flag, or an argument that deletes a key."""
+    """Raise UserError for the first argument that Hydra would reject or misread: an unknown or unsuitable flag, or the
+    deletion of a key."""
     if COMPLETION & {*words}:
         return
     rest = iter(enumerate(words))
@@ -82,8 +81,7 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def explain(error: Exception, words: Sequence[str]) -> UserError:
-    """Convert an error of Hydra or OmegaConf to a UserError with field, value, rule and fix. An error that this file
-    does not know is raised again."""
+    """Convert an error of Hydra or OmegaConf to a UserError. An error that this file does not know is raised again."""
     wrong = _explained(error, words)
     typed = (wrong.field, wrong.field.rpartition(".")[2], str(wrong.value))
     cure = next((CURES[each.lower()] for each in typed if each.lower() in CURES), wrong.cure)
@@ -139,8 +137,8 @@ def _explained(error: Exception, words: Sequence[str]) -> UserError:
 def _wrong_setting(
     key: str, text: str, typed: dict[str, str], inside: str, problem: Exception, said: str, groups: dict[str, list[str]]
 ) -> UserError:
-    """Return the error for an argument that Hydra or OmegaConf rejected. inside: the key that OmegaConf's error names,
-    which may be a key inside a mapping. said: the text of Hydra's error."""
+    """Return the error for an argument that Hydra or OmegaConf rejected. inside: key in OmegaConf's error, which may be
+    below the argument's key. said: text of Hydra's error."""
     if (kind := type_of(key)) is None and key not in groups:
         return _unknown_key(key, typed.get(key, text), groups)
     if said.startswith(("Ambiguous", "Sweep")):
@@ -176,7 +174,7 @@ def settings_in(words: Sequence[str]) -> list[str]:
 
 
 def _groups(own: Iterable[Path] = ()) -> dict[str, list[str]]:
-    """Return a mapping from each group to the names of its options. own: folders with the user's recipes."""
+    """Return the option names of each group. own: folders with the user's recipes."""
     files = sorted(file for folder in (ROOT / "conf", *own) for file in folder.glob("*/*.yaml"))
     groups: dict[str, list[str]] = {}
     for file in files:
@@ -185,7 +183,7 @@ def _groups(own: Iterable[Path] = ()) -> dict[str, list[str]]:
 
 
 def _wrong_value(key: str, value: Any, problem: Exception) -> UserError:
-    """Return the error for a value that does not fit the key's type in the schema. problem: OmegaConf's error."""
+    """Return the error for a value that does not fit the key's type. problem: OmegaConf's error."""
     kind, default = type_of(key), _default(key)
     example = f"for example {_written(key, default)}" if default not in (None, [], "", 0) else LISTS
     if value == "" and kind is not str:
@@ -219,8 +217,8 @@ def _wrong_value(key: str, value: Any, problem: Exception) -> UserError:
 
 
 def _number_meant(key: str, value: Any, kind: type) -> str | None:
-    """If the value is a fraction, a percentage or a number with a unit, return a fix with the number that the user
-    meant. Otherwise return None."""
+    """Return a fix for a fraction, a percentage or a number with a unit: the number that the user meant. Otherwise
+    return None."""
     if kind is int and isinstance(value, float) and math.isfinite(value):
         if value.is_integer():
             return f"write it out: {key}={int(value)}"
@@ -245,8 +243,8 @@ def _wrong_list(key: str, value: Any, kind: Any, default: Any) -> UserError:
 
 
 def _unknown_part(key: str, value: Any, kind: Any) -> UserError:
-    """Return the error for a mapping, or a list of mappings, that contains an unknown name. key: the setting whose
-    value this is. kind: type of this setting in the schema."""
+    """Return the error for an unknown name in a mapping, or in a list of mappings. key: setting with this value. kind:
+    the setting's type in the schema."""
     section = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
     known = [field.name for field in fields(section)] if is_dataclass(section) else []
     given = [name for part in (value if isinstance(value, list) else [value]) for name in part]
@@ -287,8 +285,8 @@ def _unknown_key(key: str, text: str, groups: dict[str, list[str]]) -> UserError
 
 
 def _close_keys(key: str, more: Sequence[str] = ()) -> list[str]:
-    """Return keys that the user may have meant: synonyms; if there are none, keys with the same last part; if there are
-    none, keys with a similar spelling."""
+    """Return keys that the user may have meant. Synonyms come first, then keys with the same last part, then keys with
+    a similar spelling."""
     known = [*dict.fromkeys([*dotted_keys(), *more])]
     section, _, last = key.rpartition(".")
     if synonym := KEYS.get(key.lower()) or KEYS.get(last.lower()):
@@ -309,16 +307,16 @@ def _close_keys(key: str, more: Sequence[str] = ()) -> list[str]:
 def _may_be_in(section: str, key: str) -> bool:
     """Whether a user who typed a key of `section` may have meant `key`.
 
-    Two keys of different sections may have the same last part by chance. So the result is true only in three cases: the
-    user typed no section, the typed section exists in the schema, or its name resembles the section of `key`.
+    Keys of unrelated sections may end in the same word. The result is true only in three cases: the user typed no
+    section, the typed section exists, or its name resembles the section of `key`.
     """
     first, own = section.partition(".")[0], key.rpartition(".")[0]
     return not section or first in kinds(Config) or bool(difflib.get_close_matches(section, [own, key]))
 
 
 def _unread(word: str, before: Sequence[str], after: Sequence[str], groups: dict[str, list[str]]) -> UserError:
-    """Return the error for an argument that Hydra cannot parse: an argument without `key=`, or an argument with a value
-    that Hydra does not accept."""
+    """Return the error for an argument that Hydra cannot parse: `key=` is missing, or Hydra does not accept the
+    value."""
     key, equals, text = word.lstrip("+").partition("=")
     if equals and key:
         return _unreadable(key, text, after)
@@ -350,8 +348,7 @@ def _unread(word: str, before: Sequence[str], after: Sequence[str], groups: dict
 
 
 def _unreadable(key: str, text: str, after: Sequence[str]) -> UserError:
-    """Return the error for a value that the shell has cut, or that contains characters with a special meaning in
-    Hydra."""
+    """Return the error for a value that the shell has truncated, or that contains special characters of Hydra."""
     if text.count("[") + text.count("{") > text.count("]") + text.count("}"):
         whole = " ".join([text, *after])
         end = max(whole.rfind("]"), whole.rfind("}")) + 1
@@ -412,8 +409,7 @@ def refuse_keys_of_other_modes(mode: Mode, overrides: Sequence[str]) -> None:
 
 
 def _in_null_section(typed: dict[str, str]) -> UserError | None:
-    """Return the error for the first typed key of an optional section that is null. Return None if there is no such
-    key."""
+    """Return the error for the first typed key of an optional section that is null; None without such a key."""
     for key, value in typed.items():
         section = next((each for each in dotted_keys() if key.startswith(f"{each}.") and is_nullable(each)), "")
         if is_dataclass(type_of(section)):
@@ -426,8 +422,8 @@ def _in_null_section(typed: dict[str, str]) -> UserError | None:
 
 
 def _in_recipe(name: str, inside: str, own: Sequence[Path]) -> tuple[str, Any] | None:
-    """Return the key and the value that caused an error in a recipe file. The key is `inside`, or a section whose value
-    is not a mapping. name: GROUP/OPTION of the recipe file. inside: the key in OmegaConf's error."""
+    """Return the key and the value that caused an error in a recipe file. name: GROUP/OPTION of the file. inside: key
+    in OmegaConf's error. If a section is not a mapping, the key is that section."""
     files = (folder / f"{name}.yaml" for folder in (*own, ROOT / "conf"))
     given = read_yaml(next(file for file in files if file.is_file()))
     for key in dotted_keys():
@@ -444,12 +440,12 @@ def _default(key: str) -> Any:
 
 
 def _written(key: str, value: Any) -> str:
-    """Return a setting in the form in which a user types it."""
+    """Return a setting as a user types it."""
     word = f"{key}={_plain(value)}"
     return f"'{word}'" if set(word) & set(" [{") else word
 
 
 def _plain(value: Any) -> str:
-    """Return a value in the form in which a user types it."""
+    """Return a value as a user types it."""
     held: Any = OmegaConf.to_container(OmegaConf.create({"_": value}), enum_to_str=True)
     return yaml_words(held["_"])

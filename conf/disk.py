@@ -1,12 +1,12 @@
 """Handles disk errors: free space, and error messages for disks that are full, broken, or deny access.
 
-Three rules apply to every file that the program writes:
+Rules for every file that the program writes:
 - An error contains the name of the file (`naming`).
-- If the run can continue without the file, such as a progress file or the report, the program prints a note and
-  continues. Lines of metrics and events are held in memory until the disk has space (`Backlog`).
+- If the run does not need the file, the program prints a note and continues. Lines of metrics and events are held in
+  memory until the disk has space (`Backlog`).
 - Any other error ends the command with one screen (`disk_errors`): the setting, the disk, the needed bytes, the fix.
 
-The fix depends on the error of the operating system. Only `cure_of_reading` and `cure_of_writing` choose the fix.
+Only `cure_of_reading` and `cure_of_writing` choose the fix.
 """
 
 import errno
@@ -45,15 +45,14 @@ DISK_FAILED = {
     errno.EUCLEAN,
     errno.EBADMSG,
 }
-"""Error numbers which mean that the disk, its file system, or the network to it is broken. No setting can fix this."""
+"""Error numbers of a broken disk, file system, or network to the disk. No setting can fix this."""
 HANDLES = {errno.EMFILE, errno.ENFILE}
 REFUSED = FULL | RIGHTS | DISK_FAILED | {errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG, errno.ELOOP}
 
 
 @contextmanager
 def naming(path: Path, needed: int | None = None, way: str = "written") -> Iterator[None]:
-    """Context for code that writes or reads a file. It adds the file's name to an OSError of this code. needed: size of
-    the file in bytes. way: what this code does with the file, `written` or `read`."""
+    """Context that adds the file's name to an OSError. needed: size of the file in bytes. way: `written` or `read`."""
     try:
         yield
     except OSError as error:
@@ -64,18 +63,17 @@ def naming(path: Path, needed: int | None = None, way: str = "written") -> Itera
 
 
 def reading(path: Path) -> AbstractContextManager[None]:
-    """Context for code that reads a file. It adds the file's name to an OSError of this code, because an error of
-    `read` does not contain the name."""
+    """Context that adds the file's name to an OSError of `read`, which does not contain the name."""
     return naming(path, way="read")
 
 
 def is_refusal(error: Exception) -> TypeGuard[OSError]:
-    """Whether the system refuses access to the file, so that the file's content remains unknown."""
+    """Whether the error leaves the file's content unknown: missing rights, a broken disk, or too many open files."""
     return isinstance(error, OSError) and _number(error) in RIGHTS | DISK_FAILED | HANDLES
 
 
 def _number(error: OSError) -> int | None:
-    """Return the errno of an error. Errors of libraries in Rust and C++ contain this number only in their text."""
+    """Return the errno of an error. Errors of Rust and C++ libraries contain this number only in their text."""
     found = re.search(r"\b(?:os error|errno) (\d+)", str(error)) if error.errno is None else None
     return int(found[1]) if found else error.errno
 
@@ -103,7 +101,7 @@ def cure_of_writing(error: OSError) -> str:
 
 
 def _cure(error: OSError) -> str | None:
-    """Return the fix of an error for which reading and writing have the same fix; None for other errors."""
+    """Return the fix that reading and writing share for an error; None if they have different fixes."""
     if _number(error) in DISK_FAILED:
         return "the disk, or the network to it, has failed: see `dmesg` on this machine, repair it, and start again"
     if error.errno == errno.ELOOP:
@@ -114,7 +112,7 @@ def _cure(error: OSError) -> str | None:
 
 
 def describe_room(path: Path | str) -> str:
-    """Return a sentence about the disk that holds (or would hold) this path, and about its free space."""
+    """Return a sentence about the disk of this path, and its free space. The path need not exist."""
     place = Path(path).absolute()
     while not place.exists():
         place = place.parent
@@ -134,7 +132,7 @@ def size_in_words(count: float) -> str:
 
 
 def explain_disk_error(error: OSError) -> str:
-    """Return the system's message. For a full disk, add the disk's name, its free space and the needed bytes."""
+    """Return the system's message and, for a full disk, the disk's name, its free space and the needed bytes."""
     if error.errno not in FULL or not isinstance(error.filename, str):
         return str(error)
     needed = getattr(error, "needed", None)
@@ -142,22 +140,22 @@ def explain_disk_error(error: OSError) -> str:
 
 
 class Backlog:
-    """Appends data to a file in order. If the disk refuses data, the data are held in memory until there is space."""
+    """Appends data to a file in order. While the disk refuses data, the data are held in memory."""
 
     def __init__(self, write: Callable[[bytes], None]):
-        """write: function that appends all given bytes, or raises OSError and leaves the file unchanged."""
+        """write: function that appends all given bytes, or raises OSError without a change to the file."""
         self._write = write
         self._waiting: deque[bytes] = deque()
         self._bytes = 0
         self.dropped = 0
-        """Number of lost items. If the data in memory exceed BACKLOG bytes, the oldest items are dropped."""
+        """Number of lost data items: above BACKLOG bytes in memory, the oldest items are dropped."""
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, piece: bytes) -> None:
-        """Write all data that are still in memory, and then `piece`. If the disk refuses the data, hold `piece` in
-        memory too and raise OSError."""
+        """Write the data in memory, and then `piece`. If the disk refuses the data, hold `piece` in memory and raise
+        OSError."""
         self._waiting.append(piece)
         self._bytes += len(piece)
         while self._bytes > BACKLOG and len(self._waiting) > 1:
@@ -166,7 +164,7 @@ class Backlog:
         self.flush()
 
     def flush(self) -> None:
-        """Write all data that are still in memory. Raises OSError if the disk refuses the data again."""
+        """Write the data in memory. Raises OSError if the disk refuses them again."""
         while self._waiting:
             self._write(self._waiting[0])
             self._bytes -= len(self._waiting.popleft())
@@ -174,8 +172,8 @@ class Backlog:
 
 @contextmanager
 def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator[None]:
-    """Context that converts an OSError of a disk to an error of class `kind`. The new error names the setting whose
-    folder contains the file."""
+    """Context that converts an OSError of a disk to an error of class `kind`, with the setting whose folder contains
+    the file."""
     try:
         yield
     except OSError as error:
@@ -197,8 +195,7 @@ def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator
 
 
 def _way(error: OSError) -> str:
-    """Return the operation that failed: `written`, `read`, or `written or read` if it is unknown. Only some errors
-    contain the operation."""
+    """Return the failed operation: `written`, `read`, or `written or read` if the error does not contain it."""
     if way := getattr(error, "way", None):
         return way
     if error.errno in FULL | {errno.EROFS, errno.EFBIG}:
@@ -209,8 +206,8 @@ def _way(error: OSError) -> str:
 
 
 def _setting(path: Path, configs: tuple[Config, ...]) -> tuple[str, str]:
-    """Return the key of the setting whose folder contains the path, and the value of this setting. If no setting
-    matches, return `file` and the path."""
+    """Return the key and the value of the setting whose folder contains the path; without a match, `file` and the
+    path."""
     for config in configs:
         for key, value in (
             ("export.to", config.export.to),
@@ -223,8 +220,7 @@ def _setting(path: Path, configs: tuple[Config, ...]) -> tuple[str, str]:
 
 
 def let_output_be_lost() -> None:
-    """Change this process so that a full disk does not end it. After this call, output to files on a full disk is
-    dropped."""
+    """Prevent a full disk from ending this process. Output to a full disk is then dropped."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         try:

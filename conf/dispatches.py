@@ -1,8 +1,8 @@
 """The kinds of dispatch, which send tokens to experts on other ranks: what they need, and what they cost. Imports no
 torch.
 
-Other code reads the properties of a dispatch from this table, and never compares the name of a dispatch. The table in
-parallel/expert/build.py maps the name to the class that sends the rows. A new dispatch needs an entry in both tables.
+Other code asks this table for the properties of a dispatch, and never compares names. A new dispatch needs an entry
+here and in parallel/expert/build.py, which maps the name to the class.
 """
 
 from dataclasses import dataclass, replace
@@ -12,8 +12,7 @@ from conf.errors import UserError
 
 @dataclass(frozen=True)
 class Reach:
-    """Average number of destinations of one token. The experts are assigned in order to the ranks of an expert
-    group."""
+    """Average number of destinations of one token. Experts are assigned in order to the ranks of an expert group."""
 
     nodes: float
     """Number of nodes on which the token has at least one expert."""
@@ -27,15 +26,15 @@ class Reach:
 
 @dataclass(frozen=True)
 class Messages:
-    """Average number of messages per token and MoE layer, on the rank that has the most messages."""
+    """Average number of messages per token and MoE layer, on the rank with the most messages."""
 
     copies: tuple[float, ...]
-    """Number of row copies per token, with one entry for each hop: to a node and then to a rank, or directly to a rank.
-    Sluice's kernels make these copies in addition to the exchange. Rows that stay on their rank are copied too."""
+    """Number of row copies per token that Sluice's kernels make for each hop: to a node and then to a rank, or directly
+    to a rank. Rows that stay on their rank are included."""
     arrivals: float
-    """Number of rows per token that arrive at the ranks of the experts."""
+    """Number of rows per token that the ranks of the experts receive."""
     inside: float
-    """Number of messages per token to other ranks of the same node."""
+    """Number of messages per token to other ranks on the same node."""
     across: float
     """Number of messages per token to other nodes."""
 
@@ -47,16 +46,16 @@ class DispatchFacts:
     name: str
     per_expert: bool = False
     """True: a token is sent once for each of its experts. False: a token is sent once to each node with one of its
-    experts; inside the node it is sent once to each rank with one of its experts."""
+    experts, and inside the node once to each such rank."""
     by_nodes: bool = False
-    """Whether a row is first sent to a node, and then to a rank of this node. If so, each node must have the same
-    number of ranks of an expert group, and no expert group of the router may straddle two nodes."""
+    """Whether a row is first sent to a node, and then to a rank of this node. This needs equal numbers of ranks per
+    node, and router groups that do not straddle nodes."""
     needs_gpu: bool = False
     package: str | None = None
-    """Name of the Python package that the dispatch needs; None if it needs none."""
+    """Python package that the dispatch needs; None if it needs none."""
     in_bf16: bool = False
-    """Whether the dispatch takes only bf16 rows. Such a dispatch also adds rows in bf16: a rank adds the rows of one
-    token one after another, and returns the sum."""
+    """Whether the dispatch takes only bf16 rows. Such a dispatch also adds the rows of a token in bf16, one after
+    another."""
     repeats: bool = True
     """Whether rows arrive in the same order in every run."""
     width: int = 1
@@ -65,8 +64,7 @@ class DispatchFacts:
     """Supported sizes of an expert group; None for any size."""
 
     def is_able(self, ep: int, hidden: int, on_gpu: bool) -> bool:
-        """Whether the dispatch supports expert groups of `ep` ranks, rows of width `hidden`, and this kind of
-        device."""
+        """Whether the dispatch supports expert groups of `ep` ranks, rows of width `hidden`, and this device kind."""
         fits = hidden % self.width == 0 and (self.sizes is None or ep in self.sizes)
         return fits and (on_gpu or not self.needs_gpu)
 
@@ -81,27 +79,29 @@ class DispatchFacts:
         return Messages(copies, reach.ranks, reach.ranks * (1 - 1 / reach.per_node), reach.nodes * other_node)
 
     def side_bytes(self, top_k: int) -> int:
-        """Return the bytes that dispatch sends in addition to a row: one gate, or all gates and expert indices of the
+        """Return the bytes that dispatch sends besides a row: one gate, or all gates and expert indices of the
         token."""
         return 4 if self.per_expert else 4 * top_k + -(-2 * top_k // 4) * 4
 
     def gate_bytes(self, top_k: int) -> int:
-        """Return the bytes that are sent back in addition to the gradient of a row: the gradients of its gates."""
+        """Return the bytes that return besides the gradient of a row: the gradients of its gates."""
         return 4 if self.per_expert else 4 * top_k
 
     def find_links(self, ep: int, per_node: int) -> tuple[range, ...]:
-        """Return the ranks with which the first rank of an expert group exchanges rows through NCCL. There is one range
-        of ranks for each hop of a row. A range contains the first rank too."""
+        """Return the ranks with which the first rank of an expert group exchanges rows through NCCL, one range for each
+        hop. A range contains the first rank too."""
         return (range(0, ep, per_node), range(per_node)) if self.by_nodes else (range(ep),)
 
     def count_buffer_bytes(self, ep: int, hidden: int) -> int | None:
-        """Return the bytes of buffers that the dispatch allocates on every device; None if it uses NCCL's buffers."""
+        """Return the buffer bytes of the dispatch on every device; None if it uses NCCL's buffers."""
         return None
 
     def find_sums(self, experts: int, ep: int, per_node: int) -> list[int]:
-        """Return over how many experts the dispatch adds a token's rows before the sum is sent on, with one number for
-        each such addition. The first number is the number of experts on one rank. If the dispatch also adds rows on a
-        node, the second number is the number of experts on one node. The list is empty if the dispatch adds no rows."""
+        """Return the number of experts whose rows of a token the dispatch adds before it sends the sum.
+
+        The list has one number for each addition: the experts of a rank, then the experts of a node. It is empty if the
+        dispatch adds no rows.
+        """
         if self.per_expert or ep == 1:
             return []
         of_rank = experts // ep
@@ -111,10 +111,8 @@ class DispatchFacts:
 
 @dataclass(frozen=True)
 class DeepEPFacts(DispatchFacts):
-    """Properties of the package DeepEP (github.com/deepseek-ai/DeepEP), which copies and adds rows during the transfer.
-
-    DeepEP's file deep_ep/buffer.py lists the supported sizes of an expert group.
-    """
+    """Properties of DeepEP (github.com/deepseek-ai/DeepEP), which copies and adds rows during the transfer. Its file
+    deep_ep/buffer.py lists the supported sizes of an expert group."""
 
     def count_messages(self, reach: Reach) -> Messages:
         return replace(super().count_messages(reach), copies=())
@@ -122,8 +120,8 @@ class DeepEPFacts(DispatchFacts):
     def count_buffer_bytes(self, ep: int, hidden: int) -> int:
         """Return the buffer size in bytes for bf16 rows, by the formulas of DeepEP's csrc/config.hpp.
 
-        The buffer has ten channels. Each channel has `slots` rows for every rank of a node. With several nodes, it also
-        has 2 x 128 rows for every node.
+        Each of ten channels has `slots` rows for every rank of a node, and with several nodes 2 x 128 rows for every
+        node.
         """
         inside, nodes = min(ep, 8), -(-ep // 8)
         slots = 256 if ep <= 8 else 288 if ep <= 64 else 560 if ep <= 128 else 720
@@ -155,9 +153,8 @@ DISPATCHES: dict[str, DispatchFacts] = {
 def check_groups(ep: int, ranks_per_node: int, groups: int) -> None:
     """Raise UserError unless the router's expert groups match the nodes (paper 2.1.2, 3.2.2).
 
-    A node holds ranks_per_node consecutive ranks of an expert-parallel group. A router's group of experts must not
-    straddle two nodes. Otherwise a token that may choose experts of M groups could need more than M nodes. If there is
-    only one group, the choice of a token has no such limit, and every layout is valid.
+    A node holds ranks_per_node consecutive ranks of an expert-parallel group. A router's group must not straddle two
+    nodes. Otherwise a token with experts of M groups could need more than M nodes.
     """
     if ep % ranks_per_node:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Errors with a complete text for the user: errors for invalid input, and errors that end a run."""
+"""Errors with a complete text for the user: for invalid input, and for the end of a run."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,15 +14,13 @@ EXIT_CODES = {
     EXIT_STOPPED: "a signal stopped a training, with a checkpoint if a step was completed; the same command without `resume=` continues it",
     EXIT_INTERRUPTED: "Ctrl-C ended the process at once: in a mode other than training, during the start, or by a second Ctrl-C in a training",
 }
-"""Meaning of each exit code of a command; scripts may rely on them. train/docs/troubleshooting.md has the same
-table."""
+"""Meaning of each exit code, on which scripts may rely. train/docs/troubleshooting.md has the same table."""
 
 
 class UserError(ValueError):
     """Invalid input: the field and its value, the rule that it breaks, and the fix.
 
-    Every command prints the error on one screen without a traceback, and exits with `code`. The error sanitises
-    untrusted text (conf/words.py).
+    Commands print the error without a traceback, and exit with `code`. Untrusted text in the error is sanitised.
     """
 
     code = EXIT_USER
@@ -43,8 +41,8 @@ class DiskFailed(UserError):
 
 
 class RunEnded(RuntimeError):
-    """The run cannot continue. The text gives the reason, and is printed without a traceback. ranks: the ranks where
-    the failure began; empty if unknown."""
+    """The run cannot continue; the text gives the reason. ranks: the ranks where the failure began; empty if
+    unknown."""
 
     code = EXIT_CRASH
 
@@ -54,13 +52,12 @@ class RunEnded(RuntimeError):
 
 
 class StopInterrupt(KeyboardInterrupt):
-    """A signal asked this process to stop. Sluice's signal handlers raise only this class. Any other KeyboardInterrupt
-    is an error of the code that raised it."""
+    """A signal asked this process to stop. Any other KeyboardInterrupt is a bug in the code that raised it."""
 
 
 def causes(error: BaseException | None, contexts: bool = False) -> Iterator[BaseException]:
-    """Yield an error and its causes, the outermost error first. contexts: whether an error without a cause is followed
-    by its `__context__`, the exception that was being handled when the error was raised."""
+    """Yield an error and its causes, the outermost error first. contexts: whether `__context__` counts as the cause if
+    there is no other."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -1,8 +1,4 @@
-"""Metadata of a schema field: the bounds of a number, and whether the field is an expert key, which is rarely used.
-
-conf/schema.py declares this metadata together with the default of the field. `check_fields` checks every value against
-its bounds. conf/command_line.py uses the metadata to explain an invalid command line.
-"""
+"""Metadata of a schema field: the bounds of a number, and whether the field is an expert key, which is rarely used."""
 
 import dataclasses
 import difflib
@@ -28,9 +24,9 @@ class Bounds:
     most: float = math.inf
     below: float = math.inf
     slip: float = dataclasses.field(default=math.inf, compare=False)
-    """A value above this bound is certainly a mistake. The error mentions this bound only for such a value."""
+    """A value above this bound is certainly a mistake. Only the error for such a value mentions this bound."""
     what: str = ""
-    """Kind of the number, such as a share or a probability. It is set if the kind explains the bounds."""
+    """Kind of the number, such as share or probability, if the kind explains the bounds."""
 
     def hold(self, value: float) -> bool:
         """Whether the value is within the bounds."""
@@ -62,15 +58,15 @@ class Bounds:
 
 
 LEFT_OUT: Any = None
-"""Value of a key of type `FilledKey` before the loader sets the key."""
+"""Value of a `FilledKey` before the loader sets it."""
 
 if TYPE_CHECKING:
     FilledKey = Annotated[T, "null only in a recipe"]
 else:
 
     class FilledKey:
-        """Type of a key that may be null or missing in a recipe. The loader then chooses a value, so the key has a
-        value in every loaded configuration."""
+        """Type of a key that may be null or missing in a recipe. The loader sets it, so a loaded configuration has a
+        value."""
 
         def __class_getitem__(cls, kind: type) -> types.UnionType:
             return kind | None
@@ -82,21 +78,19 @@ def number(default: Any, **bounds: Any) -> Any:
 
 
 def expert(default: Any = dataclasses.MISSING, *, make: Callable[[], Any] | None = None, **bounds: Any) -> Any:
-    """Declare an expert field, which is rarely used. `sluice --help` shows the field and all keys below it only with
-    the argument `expert`.
+    """Declare an expert field. `sluice --help` shows it, and all keys below it, only with the argument `expert`.
 
-    make: a function that returns the default of a list or a section. bounds: keyword arguments of `Bounds` for a
-    number.
+    make: function that returns the default of a list or a section. bounds: arguments of `Bounds` for a number.
     """
     given = {"default": default} if make is None else {"default_factory": make}
     return dataclasses.field(**given, metadata={"bounds": Bounds(**bounds), "expert": True})
 
 
 def check_fields(section: Any, prefix: str = "") -> None:
-    """Raise UserError for the first value of a section that is out of bounds. Values of subsections are checked too.
+    """Raise UserError for the first value out of bounds in a section or its subsections.
 
-    Raises OmegaConf's error if a command line added a name (`+KEY=VALUE`) that is not a key of the section. prefix:
-    start of the section's keys, such as `model.`.
+    Raises OmegaConf's error if a command line added (`+KEY=VALUE`) a name that is not a key. prefix: start of the
+    section's keys, such as `model.`.
     """
     if added := vars(section).keys() - {field.name for field in _fields(type(section))}:
         raise ConfigKeyError(f"is no key\nfull_key: {prefix}{min(added)}")
@@ -114,8 +108,7 @@ def check_fields(section: Any, prefix: str = "") -> None:
 
 
 def wrong_choice(key: str, value: Any, choices: Iterable[str], instead: str) -> UserError:
-    """Return the error for a word that is not one of the choices. instead: the fix that the error gives if no choice
-    resembles the word."""
+    """Return the error for a word that is not a choice. instead: the fix if no choice resembles the word."""
     choices = list(choices)
     close = difflib.get_close_matches(
         str(value), choices, n=1, cutoff=0.8
@@ -125,8 +118,8 @@ def wrong_choice(key: str, value: Any, choices: Iterable[str], instead: str) -> 
 
 
 def _cure(key: str, field: dataclasses.Field, bounds: Bounds) -> str:
-    """Return the fix for a number that is out of bounds. For a field with a nonzero float default, the fix also shows
-    this default as an example."""
+    """Return the fix for a number that is out of bounds. If the default is a nonzero float, the fix shows it as an
+    example."""
     default, words = field.default, bounds.words()
     example = f", such as {_text(default)}" if isinstance(default, float) and default and bounds.hold(default) else ""
     return f"set {key} to {'a number ' if words[0].isalpha() else ''}{words}{example}"
@@ -137,7 +130,7 @@ def _text(value: float) -> str:
 
 
 def _sections(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the sections in the value of a field, each with the prefix of its keys."""
+    """Yield the sections in a field's value, each with the prefix of its keys."""
     if dataclasses.is_dataclass(value):
         yield "", value
     elif isinstance(value, list):

@@ -1,7 +1,7 @@
 """Small file operations that survive a crash at any instruction.
 
-A reader sees the complete old file or the complete new file. The writer writes a temporary file, calls fsync and
-renames the file. It then calls fsync on the folder, because a rename is durable only once the folder is on disk.
+A reader sees the complete old or the complete new file. A writer fills a temporary file, calls fsync, renames it, and
+calls fsync on the folder. Only the last call makes the rename durable.
 """
 
 import errno
@@ -23,16 +23,15 @@ from conf.errors import UserError
 
 NO_PLAIN_FILE = "it is a link, a pipe or a device, not a plain file"
 RUN_FILE_BYTES = 256 << 20
-"""Maximum size in bytes of a file in a run folder that the program reads into memory completely."""
+"""Maximum bytes of a file in a run folder that is read into memory completely."""
 
 
 def open_plain(path: str | Path, flags: int, mode: int = 0o666) -> int:
-    """Open a plain file and return its handle, for the `opener` argument of `open`. Raises OSError for anything else,
-    such as a link, a pipe or a device.
+    """Open a plain file and return its handle, for the `opener` argument of `open`. Raises OSError for a link, a pipe
+    or a device.
 
-    Code opens the files of a run folder with this function, because the folder may belong to another user. The owner of
-    the folder could create a link in it to a file that only this process may read. The owner could also create a pipe,
-    at which this process would wait for ever.
+    A run folder may belong to another user. That user could link to a file that only this process may read, or create a
+    pipe that blocks this process for ever.
     """
     try:
         handle = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
@@ -52,8 +51,7 @@ def open_plain(path: str | Path, flags: int, mode: int = 0o666) -> int:
 
 
 def read_plain(path: Path, most: int = RUN_FILE_BYTES) -> bytes:
-    """Return the content of a file in a run folder. Raises OSError, and ValueError if the file has more than `most`
-    bytes."""
+    """Return the content of a file in a run folder. Raises OSError, and ValueError above `most` bytes."""
     with open(path, "rb", opener=open_plain) as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
             raise ValueError(f"{path} has {size} bytes; the limit is {most}")
@@ -69,7 +67,7 @@ def read_plain_json(path: Path, most: int = RUN_FILE_BYTES) -> Any:
 
 
 def fsync_folder(path: Path) -> None:
-    """Call fsync on this folder, so that created, renamed and removed names in it are durable."""
+    """Call fsync on this folder, so that created, renamed and removed files are durable."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -80,8 +78,7 @@ def fsync_folder(path: Path) -> None:
 def atomic_write_text(path: Path, text: str, durable: bool = True, mode: int = 0o666) -> None:
     """Replace the file's content by `text` (UTF-8) in one step. After an OSError the old file is unchanged.
 
-    durable: whether the file must survive a crash of the machine, and not only of this process. mode: permissions of
-    the file, before the umask.
+    durable: whether the file must survive a crash of the machine. mode: permissions of the file, before the umask.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -107,7 +104,7 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 def read_tail(path: Path, most: int) -> bytes:
-    """Return the last `most` bytes of a file, or fewer if the file is shorter; empty if the file cannot be read."""
+    """Return the last `most` bytes of a file, or the complete shorter file; empty if it cannot be read."""
     with suppress(OSError), open(path, "rb", opener=open_plain) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - most))
         return file.read(most)
@@ -115,12 +112,8 @@ def read_tail(path: Path, most: int) -> bytes:
 
 
 def open_lock(path: Path) -> int:
-    """Open a lock file and return its handle; create the file if it is missing. Only users who can write the folder get
-    permission to open the file.
-
-    Every user who can open a file can lock it, and so block other users. Users who can write the folder could replace
-    the file anyway.
-    """
+    """Open a lock file, or create it, and return its handle. Only users who can write the folder may open the file,
+    because a user who can open it can block others."""
     handle = open_plain(path, os.O_RDWR | os.O_CREAT, 0o600)
     found = os.fstat(handle)
     if found.st_uid == os.geteuid():  # also for a file that an earlier version created, which all users may open
@@ -134,11 +127,8 @@ def open_lock(path: Path) -> int:
 
 @contextmanager
 def exclusive(path: Path, timeout: float) -> Iterator[None]:
-    """Context that holds the advisory lock on a file, and creates the file if it is missing. Raises TimeoutError if the
-    lock is not free within `timeout` seconds.
-
-    The kernel releases the lock when the process that holds the lock dies.
-    """
+    """Context that holds the advisory lock on a file, and creates the file if it is missing. Raises TimeoutError after
+    `timeout` seconds. The kernel releases the lock when the locking process dies."""
     handle = open_lock(path)
     try:
         deadline = time.monotonic() + timeout
@@ -152,7 +142,7 @@ def exclusive(path: Path, timeout: float) -> Iterator[None]:
 
 
 def try_lock(handle: int) -> bool:
-    """Take the advisory lock of an open file. Returns False if another process holds it."""
+    """Take the advisory lock of an open file; False if another process holds it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -161,8 +151,8 @@ def try_lock(handle: int) -> bool:
 
 
 def new_folder(given: str | None, field: str) -> Path:
-    """Return the path of the folder that a mode creates. field: name of the setting that contains the path. given:
-    value of this setting. Raises UserError if the path is a file, or a folder that is not empty."""
+    """Return the path of the folder that a mode creates. field: setting with the path. given: its value. Raises
+    UserError for a file, or for a folder that is not empty."""
     assert given is not None, "conf/check.py asks for it"
     target = Path(given).expanduser().absolute()
     if target.is_dir() and any(target.iterdir()):
@@ -174,8 +164,8 @@ def new_folder(given: str | None, field: str) -> Path:
 
 @contextmanager
 def written_whole(target: Path, field: str) -> Iterator[Path]:
-    """Context that yields a temporary hidden folder to fill. After success, this folder is renamed to `target`. After a
-    failure, it is removed. field: name of the setting that contains the path `target`."""
+    """Context that yields a hidden temporary folder to fill. After success it is renamed to `target`; after a failure
+    it is removed. field: setting with the path `target`."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -199,16 +189,15 @@ def written_whole(target: Path, field: str) -> Iterator[Path]:
 # error with a rule, and never to a traceback.
 
 LARGEST_FILE = 128 << 20
-"""Maximum size of a file in bytes. For comparison, the index of DeepSeek-V3's 91,991 tensors has 9 MB, and tokenizers
-of large vocabularies have 10 to 40 MB."""
+"""Maximum bytes of a file. The index of DeepSeek-V3's tensors has 9 MB, and large tokenizers have 10 to 40 MB."""
 TYPE_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 
 
 def read_json(path: Path, field: str, cure: str, kind: type = dict, value: object = None) -> Any:
-    """Return the JSON value in a file. If the file has no JSON value of type `kind`, raise UserError.
+    """Return the JSON value in a file. Raises UserError if the file has no JSON value of type `kind`.
 
-    The error has the given `field`, `value` (by default the path) and `cure`. The rule of the error names the problem.
-    cure: fix for wrong content. Disk errors have another fix.
+    The error has the given `field`, `value` (by default the path) and `cure`, the fix for wrong content. Disk errors
+    have another fix.
     """
     try:
         return parse_json(read_plain_text(path), kind)
@@ -233,8 +222,8 @@ def read_plain_text(path: Path) -> str:
 
 
 def parse_json(text: str, kind: type = dict) -> Any:
-    """Return the JSON value in a text. Raises ValueError with a message for the user if the text is not JSON, or if the
-    value is not of type `kind`."""
+    """Return the JSON value in a text. Raises ValueError, with a message for the user, if the text is not JSON of type
+    `kind`."""
     try:
         body = json.loads(text)
     except RecursionError:

@@ -52,7 +52,7 @@ FIRST_SCREEN = {
     ),
 }
 TABLE_WIDTH = 120
-"""Minimum columns of a terminal for which the keys are shown as a table. Narrower terminals show a list."""
+"""Minimum terminal width, in columns, for a table of keys. Narrower terminals show a list."""
 
 
 @reported
@@ -76,8 +76,8 @@ def show_help(words: list[str], console: Console | None = None) -> int:
 
 
 def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
-    """Split the arguments into overrides and other words, which are names of sections, keys or lists. --config-dir
-    FOLDER becomes an override; other flags are ignored."""
+    """Split the arguments into overrides and other words: names of sections, keys or lists. --config-dir FOLDER becomes
+    an override; other flags are ignored."""
     overrides, names, left = [], [], iter(words)
     for word in left:
         flag, _, value = word.partition("=")
@@ -89,7 +89,7 @@ def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def recipe_lines() -> dict[str, str]:
-    """Return the name of every recipe, with the first comment line of the recipe's file."""
+    """Return the name and the first comment line of every recipe."""
     return {name: option_line(ROOT / "conf" / "conf" / f"{name}.yaml") for name in options("conf")}
 
 
@@ -99,12 +99,12 @@ def options(group: str) -> list[str]:
 
 
 def option_groups() -> list[str]:
-    """Return the folders of conf/ that contain options, except the folder of recipes."""
+    """Return the folders of conf/ with options, except the recipes' folder."""
     return sorted(path.name for path in (ROOT / "conf").iterdir() if path.name != "conf" and any(path.glob("*.yaml")))
 
 
 def option_line(path: Path) -> str:
-    """Return the first comment line in an option's file that is not a directive; empty if there is none."""
+    """Return the first comment line of an option's file, apart from directives; empty if there is none."""
     comments = (line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
     return next((line for line in comments if not line.startswith(("@package", "yaml-language-server"))), "")
 
@@ -120,14 +120,14 @@ def _sections() -> tuple[str, Iterable[tuple[str, str]]]:
 
 
 TOP_KEYS = "keys"
-"""The argument that asks for the list of sections and for the top-level keys."""
+"""The argument for the list of sections and the top-level keys."""
 WORD_LISTS = {
     "modes": _modes,
     "recipes": lambda: ("Recipes (conf=)", recipe_lines().items()),
     "groups": lambda: ("Groups (GROUP=OPTION)", [(group, ", ".join(options(group))) for group in option_groups()]),
     TOP_KEYS: _sections,
 }
-"""Maps each argument that shows a list to a function, which returns the title and the rows of the list."""
+"""Maps each argument that shows a list to a function for the list's title and rows."""
 
 
 def _two_columns(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -141,8 +141,8 @@ def _two_columns(console: Console, title: str, rows: Iterable[tuple[str, str]]) 
 
 
 def _section(name: str, values: DictConfig, expert: bool, width: int) -> Iterator[RenderableType]:
-    """Return the help screen of a section, of a part of a section, or of a key. expert: whether the screen of a section
-    shows its expert keys."""
+    """Return the help screen of a section, a subsection or a key. expert: whether the screen of a section shows its
+    expert keys."""
     everything = groups()
     for group in everything:
         if name == group.name:
@@ -168,8 +168,8 @@ def _section(name: str, values: DictConfig, expert: bool, width: int) -> Iterato
 
 
 def _screen(group: KeyGroup, values: DictConfig, width: int, more: str = "") -> Iterator[RenderableType]:
-    """Yield a title, the notes of the subsections, the keys, and `more`, a hint that names a command. If there are
-    neither keys nor a hint, yields nothing."""
+    """Yield a title, the notes of the subsections, the keys, and `more`, a hint at another command. If there are
+    neither keys nor a hint, yield nothing."""
     if not group.keys and not more:
         return
     yield f"\n[bold]{escape(group.name or 'Keys at the top')}[/]  {escape(group.meaning)}"
@@ -199,7 +199,7 @@ def _list(group: KeyGroup, values: DictConfig) -> Iterator[RenderableType]:
 
 
 def takes(key: Key) -> str:
-    """Return the accepted values of a key as text: its choices, or its type if there are none."""
+    """Return the accepted values of a key as text: its choices, or its type if it has no choices."""
     words = " | ".join(key.choices) if key.choices else key.type
     words = f"list of {words}" if key.choices and key.type.startswith("list") else words
     return f"({words}{' or null' if key.nullable else ''})"

@@ -1,7 +1,5 @@
-"""Lists every key of the schema with its type, choices and meaning. The list is built from the text of conf/schema.py.
-
-`sluice --help`, the page train/docs/keys.md and the JSON schema for editors are generated from this list.
-"""
+"""Lists every key of the schema with its type, choices and meaning, from the text of conf/schema.py. `sluice --help`,
+train/docs/keys.md and the JSON schema for editors are built from this list."""
 
 import ast
 import dataclasses
@@ -21,21 +19,21 @@ from conf import schema
 from conf.schema import Config
 
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "word or list of whole numbers"}
-"""Maps each type of the schema to its name in texts for the user."""
+"""Maps each type of the schema to its name for the user."""
 ITEM, NAME = "[]", "NAME"
-"""Placeholders in the path of a key. ITEM is any entry of a list, and NAME is any name in a mapping."""
+"""Placeholders in the path of a key: ITEM for an index of a list, NAME for a name in a mapping."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One setting. path: the key as a user types it on a command line, such as `optim.lr`. The path of a key in the
-    entries of a list contains the placeholder [], such as optim.lr_schedule[].until."""
+    """One setting. path: the key as a user types it, such as `optim.lr`; [] stands for an index, as in
+    optim.lr_schedule[].until."""
 
     path: str
     type: str
     """Type of the key as text."""
     choices: tuple[str, ...]
-    """All accepted words; empty if the key accepts any value of its type."""
+    """All accepted words; empty if any value of the type is accepted."""
     nullable: bool
     meaning: str
     """Meaning of the key in one line, with the unit."""
@@ -51,11 +49,11 @@ class KeyGroup:
     meaning: str
     keys: tuple[Key, ...]
     notes: tuple[tuple[str, str], ...] = ()
-    """Path of each subsection, with a note that applies to all keys of the subsection."""
+    """Path of each subsection, with a note about all its keys."""
 
     def part(self, expert: bool) -> "KeyGroup":
-        """Return a copy of the group with either only the expert keys or only the other keys. The copy keeps the notes
-        of the subsections to which these keys belong."""
+        """Return a copy of the group with only the expert keys, or only the other keys, and the notes of their
+        subsections."""
         keys = tuple(key for key in self.keys if key.expert is expert)
         notes = tuple((path, note) for path, note in self.notes if any(key.path.startswith(path) for key in keys))
         return replace(self, keys=keys, notes=notes)
@@ -70,23 +68,22 @@ class SchemaField:
     """Type of the field without `| None`."""
     nullable: bool
     section: type | None
-    """Section class that the field's type contains; None if there is none."""
+    """Section class in the field's type; None if there is none."""
     mark: str
-    """Placeholder for any entry in a path, if the field is a list or a mapping of sections. Empty if the field is one
-    section."""
+    """Placeholder for any index or name, if the field is a list or a mapping of sections; otherwise empty."""
     meaning: str
     expert: bool
     default: Any
 
     @property
     def is_key(self) -> bool:
-        """Whether the field is a key with a value, and not a section with keys."""
+        """Whether the field is a key, and not a section with keys."""
         return self.section is None or bool(self.mark)
 
 
 @cache
 def fields_of(cls: type) -> dict[str, SchemaField]:
-    """Return every field of a section by name, in the order of the schema."""
+    """Return every field of a section by name, in schema order."""
     hints, meanings, found = typing.get_type_hints(cls), attribute_meanings(cls), {}
     usual = cls()
     for item in dataclasses.fields(cls):
@@ -101,7 +98,7 @@ def fields_of(cls: type) -> dict[str, SchemaField]:
 
 @cache
 def groups() -> tuple[KeyGroup, ...]:
-    """Return all sections in the order of the schema. The top-level keys come first."""
+    """Return all sections in schema order, the top-level keys first."""
     top = tuple(key for key in _keys(Config, "") if "." not in key.path)  # keys with a dot belong to sections
     found = [KeyGroup("", "The run as a whole.", top)]
     for name, item in fields_of(Config).items():
@@ -112,7 +109,7 @@ def groups() -> tuple[KeyGroup, ...]:
 
 
 def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
-    """Yield the keys of a section and its subsections. expert: whether all keys of the section are expert keys."""
+    """Yield the keys of a section and its subsections. expert: whether all of them are expert keys."""
     for item in fields_of(cls).values():
         path, rare = prefix + item.name, expert or item.expert
         if item.is_key:
@@ -122,8 +119,8 @@ def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
 
 
 def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, str]]:
-    """Yield the path and the note of each subsection. The note is the docstring of the field. At the first field of a
-    class, the note also has the docstring of the class."""
+    """Yield the path and the note of each subsection: the docstring of its field and, at the first field of a class,
+    the class docstring."""
     for item in fields_of(cls).values():
         if (inner := item.section) is None:
             continue
@@ -137,9 +134,8 @@ def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, 
 
 
 def inner_section(found: Any) -> tuple[type | None, str]:
-    """Return the section class that a type contains, and the placeholder that stands for an entry in the path of a key.
-    The placeholder is empty unless the type is a list or a mapping. For a type without a section class, return None and
-    an empty placeholder."""
+    """Return the section class that a type contains, and the placeholder for its index or name in a path. The
+    placeholder is empty unless the type is a list or a mapping. A type without a section class gives None."""
     inner = next(iter(typing.get_args(found)[-1:]), found)
     if not dataclasses.is_dataclass(inner):
         return None, ""
@@ -147,7 +143,7 @@ def inner_section(found: Any) -> tuple[type | None, str]:
 
 
 def plain(found: Any) -> tuple[Any, bool]:
-    """Return the type without `| None`, and whether `| None` was removed."""
+    """Return the type without `| None`, and whether it had `| None`."""
     if isinstance(found, types.UnionType):
         (inner,) = (each for each in typing.get_args(found) if each is not type(None))
         return inner, True
@@ -168,8 +164,7 @@ def type_words(found: Any) -> str:
 
 
 def choices_of(found: Any) -> tuple[str, ...]:
-    """Return the member names of an enumeration. For the type of a list whose entries are members of an enumeration,
-    return the same names. For other types, return an empty tuple."""
+    """Return the member names of an enumeration, or of a list of enumeration members; empty for other types."""
     inner = typing.get_args(found)[0] if typing.get_origin(found) is list else found
     return tuple(inner.__members__) if isinstance(inner, type) and issubclass(inner, enum.Enum) else ()
 
@@ -192,8 +187,7 @@ def kinds(section: type) -> dict[str, Any]:
 
 
 def type_of(key: str) -> Any:
-    """Return the type of a key; None if the schema does not have the key. A part of the key that is a name in a mapping
-    may be any text."""
+    """Return the type of a key; None for an unknown key. A name in a mapping may be any text."""
     kind: Any = Config
     for name in key.split("."):
         if typing.get_origin(kind) is dict:
@@ -219,7 +213,7 @@ def docstring(cls: type) -> str:
 
 @cache
 def attribute_meanings(cls: type) -> dict[str, str]:
-    """Return the docstring after each field of a section, or after each member of an enumeration, in one line."""
+    """Return the docstring under each field of a section, or under each enumeration member, as one line."""
     (node,) = (each for each in _tree().body if isinstance(each, ast.ClassDef) and each.name == cls.__name__)
     found = {}
     for before, after in zip(node.body, node.body[1:], strict=False):
@@ -238,8 +232,8 @@ def _tree() -> ast.Module:
 
 
 def value_words(path: str, values: DictConfig) -> str:
-    """Return the value of a key in a composed configuration, as YAML. If the path of the key has a placeholder, return
-    the schema's default, because the entries of a list or mapping may have different values."""
+    """Return the value of a key in a composed configuration, as YAML. A path with a placeholder gives the schema's
+    default."""
     place: Any = values
     for part in path.split("."):
         place = None if ITEM in part or part == NAME else place._get_node(part) if place is not None else None
@@ -250,8 +244,7 @@ def value_words(path: str, values: DictConfig) -> str:
 
 
 def _default_words(path: str) -> str:
-    """Return the schema's default of a key as text. It is shown if a configuration does not have the section of the
-    key."""
+    """Return the schema's default of a key as text, for configurations without the key's section."""
     cls: Any = Config
     *sections, last = path.replace(ITEM, "").split(".")
     for name in sections:
@@ -260,7 +253,7 @@ def _default_words(path: str) -> str:
 
 
 def yaml_words(value: Any) -> str:
-    """Return a value in the form in which a user types it."""
+    """Return a value as a user types it."""
     if isinstance(value, enum.Enum):
         return value.name
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()

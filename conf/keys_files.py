@@ -45,8 +45,8 @@ JSON_TYPES = {
     str: ["string", "number"],
     Any: ["string", "array"],
 }
-"""Maps a Python type to the JSON types that a recipe may use for it. A key of type str also accepts a number, because
-OmegaConf converts the number to text."""
+"""Maps a Python type to the JSON types that a recipe may use for it. A key of type str also accepts a number, which
+OmegaConf converts."""
 INTERPOLATION = {"type": "string", "pattern": r"\$\{"}
 """JSON schema of a value that refers to another key, such as ${optim.lr}."""
 
@@ -61,8 +61,8 @@ def keys_page() -> str:
 
 
 def _section(group: KeyGroup, values: Any, expert: bool) -> str:
-    """Return the part of the page for one group of keys: heading, notes and table. Return an empty text for a group
-    without keys. expert: whether the keys are expert keys."""
+    """Return the page's part for one group of keys: heading, notes and table; empty for a group without keys. expert:
+    whether the keys are expert keys."""
     if not group.keys:
         return ""
     name = group.name or "At the top"
@@ -82,8 +82,7 @@ def _cell(text: str) -> str:
 
 
 def recipe_schema() -> str:
-    """Return the JSON schema of a recipe (conf/conf/NAME.yaml), for YAML support in editors. The text has one line per
-    key."""
+    """Return the JSON schema of a recipe (conf/conf/NAME.yaml) for editors, with one line per key."""
     sections = {Config.__name__: Config}
     _collect(Config, sections)
     bodies = ",\n".join(f' "{name}": {_object(cls)}' for name, cls in sections.items())
@@ -92,7 +91,7 @@ def recipe_schema() -> str:
 
 
 def _collect(cls: type, sections: dict[str, type]) -> None:
-    """Add all sections below the section `cls` to `sections`, a mapping from class name to class."""
+    """Add all sections below `cls` to `sections`, a mapping from class name to class."""
     for item in fields_of(cls).values():
         if item.section is not None and item.section.__name__ not in sections:
             sections[item.section.__name__] = item.section
@@ -130,8 +129,7 @@ def _value(found: Any) -> dict[str, Any]:
 
 
 def _json_value(default: Any) -> Any:
-    """Return a default of the schema as a JSON value. A member of an enumeration becomes its name, and a section
-    becomes an object."""
+    """Return a default of the schema as a JSON value. An enumeration member becomes its name, a section an object."""
     plain = OmegaConf.to_container(OmegaConf.structured({"_": default}), enum_to_str=True)
     assert isinstance(plain, dict)
     return plain["_"]

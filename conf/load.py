@@ -1,8 +1,7 @@
 """Composes a checked Config from a command line, with plain Hydra.
 
 The folders in conf/ are Hydra groups: conf/ contains the recipes; model/, data/ and others contain options. Hydra
-searches no other folder, because each subfolder of it would become a group. For example, a folder of runs would hide
-the key `runs`.
+searches no other folder, because each subfolder there would become a group and hide a key of the same name.
 """
 
 import contextlib
@@ -48,16 +47,16 @@ from conf.words import say_folded, say_note
 from conf.yaml_file import UNREADABLE, escaped, read_yaml, yaml_error
 
 SPREADS = (Mode.train, Mode.plan, Mode.dry_run)
-"""Modes that use the recipe's layout. In these modes the program prints a line about each value that it chose."""
+"""Modes that use the recipe's layout. They print a line about each value that the program chose."""
 PLANNED = "h800"
 """The hardware of mode=plan if the user names none."""
 COMPOSING = threading.Lock()
-"""Only one thread may compose at a time, because each composition replaces and restores Hydra's global state."""
+"""Lock for composition: each composition replaces and restores Hydra's global state."""
 
 
 @dataclass
 class _Primary(Config):
-    """The schema with settings for Hydra: the default groups, and no output files of Hydra."""
+    """The schema with Hydra's settings: the default groups, and no output files."""
 
     defaults: list[Any] = field(
         default_factory=lambda: [
@@ -74,8 +73,8 @@ class _Primary(Config):
             {"conf": "tiny"},
         ]
     )
-    """Hydra's defaults list. A later entry overrides an earlier one. The recipe is after the default groups, but before
-    the groups that a user types; see `_following`."""
+    """Hydra's defaults list. A later entry overrides an earlier one. The recipe is before the groups that a user types;
+    see `_following`."""
     hydra: Any = field(
         default_factory=lambda: {
             "output_subdir": None,
@@ -87,8 +86,8 @@ class _Primary(Config):
 
 
 def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Config:
-    """Convert a composed node to a typed and checked configuration. Raises UserError. said: a function that gets a
-    sentence about each value that the program chose."""
+    """Convert a composed node to a typed and checked configuration. Raises UserError. said: gets a sentence about each
+    value that the program chose."""
     if _takes_over(node):  # if a referenced value is a list or a mapping, OmegaConf does not check its type
         whole = OmegaConf.masked_copy(node, [key for key in node if key != "hydra"])
         node = cast(DictConfig, OmegaConf.merge(_schema(), escaped(OmegaConf.to_container(whole, resolve=True))))
@@ -106,22 +105,21 @@ def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Co
 
 
 def _takes_over(node: DictConfig) -> bool:
-    """Whether a setting refers to another setting, as in `${KEY}`. The default of data.cache does not count, because it
-    refers only to environment variables."""
+    """Whether a setting refers to another one, as in `${KEY}`. data.cache refers only to environment variables and does
+    not count."""
     keys, place = [str(key) for key in node if key != "hydra"], Config().data.cache
     return any(OmegaConf.is_interpolation(node, key) or "${" in str(node[key]).replace(place, "") for key in keys)
 
 
 @cache
 def _schema() -> DictConfig:
-    """Return the schema with its defaults as an OmegaConf node. OmegaConf copies this node in a merge, so the cached
-    node does not change."""
+    """Return the schema with its defaults as an OmegaConf node. A merge copies this cached node."""
     return OmegaConf.structured(Config)
 
 
 def _choose(config: Config) -> Iterator[str]:
-    """Set the keys that the recipe leaves null. Yield a sentence for each chosen value of which the user should know.
-    No later code changes a configuration."""
+    """Set the keys that the recipe leaves null. Yield a sentence for each chosen value of which the user should
+    know."""
     if config.optim.name is None:
         config.optim.name, why = _choose_optimizer(config)
         if why:
@@ -153,8 +151,7 @@ def _choose(config: Config) -> Iterator[str]:
 def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
     """Return the optimizer, and the reason for an unusual choice.
 
-    An existing run keeps its optimizer. A new run takes the optimizer with which its initial weights were pretrained,
-    if this is known.
+    An existing run keeps its optimizer. A new run takes the optimizer of its weights' pretraining, if this is known.
     """
     own = Path(config.runs, config.name, "config.yaml")
     if config.adapter.on:
@@ -171,11 +168,8 @@ def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
 
 
 def _choose_hold_out(config: Config) -> HoldOutBy:
-    """Return the rule that decides which documents are held out. It is the rule of the existing run, or of the run from
-    which a new run takes its state or weights.
-
-    With another rule, the validation would use documents on which the weights were trained.
-    """
+    """Return the rule that decides which documents are held out: the rule of the existing run, or of the run that
+    resume or init_from names. With another rule, the validation would use documents of the training."""
     folders = [Path(config.runs, config.name)]
     for given in (config.resume, config.init_from):
         folder = Path(given or "").expanduser()
@@ -192,22 +186,20 @@ def _setting_of(run: Path, key: str) -> Any:
 
 
 def read_config(path: str) -> Config:
-    """Return the configuration in a run folder, which the driver wrote. The file has only plain values. Raises
-    UserError if it calls a function."""
+    """Return the configuration that the driver wrote in a run folder. Raises UserError if the file calls a function."""
     node = OmegaConf.merge(_schema(), read_yaml(Path(path)))
     assert isinstance(node, DictConfig)
     return to_config(node)
 
 
 def write_config(config: Config, path: str) -> None:
-    """Write the resolved value of every setting, so that a rank can read the file without Hydra. A concurrent reader
-    sees the complete old or the complete new file."""
+    """Write the resolved value of every setting, which a rank reads without Hydra. A concurrent reader sees the
+    complete old or new file."""
     atomic_write_text(Path(path), OmegaConf.to_yaml(OmegaConf.create(escaped(asdict(config)))))
 
 
 def compose(*overrides: str) -> Config:
-    """Return the checked configuration for these command-line arguments. Raises UserError for invalid arguments or
-    combinations."""
+    """Return the checked configuration for these command-line arguments. Raises UserError if they are invalid."""
     overrides = tuple(map(_reworded, overrides))
     with explained(overrides):
         return to_config(_composed(overrides))
@@ -225,8 +217,8 @@ def compose_node(*overrides: str) -> DictConfig:
 
 @contextmanager
 def explained(words: Sequence[str]) -> Iterator[None]:
-    """Context that converts errors of Hydra and OmegaConf to UserError. words: command-line arguments; the code in this
-    context composes a configuration from them."""
+    """Context for composing, which converts errors of Hydra and OmegaConf to UserError. words: command-line
+    arguments."""
     check_words(words)
     try:
         yield
@@ -239,8 +231,8 @@ def explained(words: Sequence[str]) -> Iterator[None]:
 def _reworded(word: str) -> str:
     """Return the argument in the form that Hydra needs.
 
-    `name=[a,b]`, which names several runs for mode=report, becomes text, because Hydra would read a list. `optim=muon`
-    becomes optim.name=muon, because the options of group optim are schedules for any optimizer.
+    - `name=[a,b]`, several runs for mode=report, becomes text.
+    - `optim=muon` becomes optim.name=muon, because the options of group optim are schedules.
     """
     key, _, value = word.partition("=")
     if key == "conf" and "/" not in value:
@@ -251,8 +243,8 @@ def _reworded(word: str) -> str:
 
 
 def _following(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
-    """Wrap Hydra's composition: groups that a user types override the recipe. The wrapper also does this for the jobs
-    of a sweep and for --cfg."""
+    """Wrap Hydra's composition: groups that a user types override the recipe, also in the jobs of a sweep and in
+    --cfg."""
 
     @wraps(load)
     def load_typed(
@@ -271,8 +263,8 @@ def _following(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
 
 
 def _empty_beside_typed(node: DictConfig, words: Sequence[str]) -> None:
-    """Clear the recipe's keys that would disable a key which the user typed. For example, `epochs` disables `steps`.
-    Raises UserError if the user typed both keys."""
+    """Clear the recipe's keys that would disable a typed key. For example, `epochs` disables `steps`. Raises UserError
+    if the user typed both keys."""
     settings = {
         key: value for key, _, value in (word.lstrip("+").partition("=") for word in words)
     }  # if a key is typed twice, the last value is used
@@ -294,10 +286,10 @@ def _empty_beside_typed(node: DictConfig, words: Sequence[str]) -> None:
 
 
 class RecipeFiles(FileConfigSource):
-    """Hydra's reader of recipe and group files, which also drops the keys of earlier versions."""
+    """Hydra's reader of recipe and group files, without the keys of earlier versions."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Read a file. Raises UserError if the file sets a removed key to a value other than the key's last default."""
+        """Read a file. Raises UserError for a removed key with another value than its last default."""
         found = super().load_config(config_path)
         package = found.header["package"] or config_path.rpartition("/")[0].replace("/", ".")
         plain = OmegaConf.to_container(found.config)
@@ -310,8 +302,7 @@ class RecipeFiles(FileConfigSource):
 
 @cache
 def register() -> None:
-    """Register the schema with Hydra once per process. Also register `${is_set:${KEY}}` for recipes, which says whether
-    a key is not null."""
+    """Register the schema with Hydra once per process, and `${is_set:${KEY}}`, which says whether a key is not null."""
     OmegaConf.register_new_resolver("is_set", lambda value: value is not None, replace=True)
     schema = OmegaConf.structured(_Primary)
     for key in (*OWN_CODE, "data.template_keys"):
@@ -328,10 +319,7 @@ def register() -> None:
 
 def run(job: Callable[[list[Config]], int]) -> int:
     """Compose and check the configuration of the command line in sys.argv, then call `job` and return its exit code.
-    With -m, `job` gets one configuration per combination.
-
-    All configurations are checked before job is called, so an error in the last job of a sweep is shown at once.
-    """
+    With -m, `job` gets one configuration per combination. All configurations are checked before `job` is called."""
     words = sys.argv[1:] = [_reworded(word) for word in sys.argv[1:]]
     # With this variable, Hydra raises errors instead of printing them, so all errors have the same form.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -363,15 +351,14 @@ def run(job: Callable[[list[Config]], int]) -> int:
 
 
 def _composed(words: Sequence[str]) -> DictConfig:
-    """Return the settings of one run. words: arguments without any flag. Hydra's own command would compose the settings
-    twice."""
+    """Return the settings of one run. words: arguments without flags. Hydra's own command would compose them twice."""
     node = compose_node(*words)
     return over_run_settings(node, list(words), list(node.hydra.runtime.choices))
 
 
 def _composed_by_hydra() -> list[DictConfig]:
-    """Return the settings of every job of the command in sys.argv. If the command asks Hydra for output, Hydra prints
-    it, and the result is empty."""
+    """Return the settings of every job of the command in sys.argv. The result is empty if the command asks for output
+    of Hydra, which Hydra then prints."""
     register()
     nodes: list[DictConfig] = []
 
@@ -392,14 +379,13 @@ def _composed_by_hydra() -> list[DictConfig]:
 
 
 def _say(choice: str) -> None:
-    """Print a note. If torchrun started several ranks, only rank 0 prints it."""
+    """Print a note, under torchrun only on rank 0."""
     if os.environ.get("RANK", "0") == "0":
         say_note(choice)
 
 
 def reported(main: Callable[..., int]) -> Callable[..., int]:
-    """Wrap a command's main function. If the function raises a UserError, the wrapper prints the error and returns the
-    error's exit code."""
+    """Wrap a command's main function: a UserError is printed, and its exit code returned."""
 
     @wraps(main)
     def run_main(*arguments: Any) -> int:

@@ -1,9 +1,8 @@
 """Splits the sequences of a step into micro-batches: the automatic micro-batch size, and the rules.
 
-Every data-parallel rank has a share of the batch, which is batch_size / dp sequences, and splits it into micro-batches
-of the same size. The ranks of an expert group run their micro-batches in lockstep. With parallel.uneven, the ranks of
-some expert groups have one micro-batch more than the ranks of other groups. With parallel.cp, the ranks that share a
-sequence also run in lockstep, together with the expert groups of these ranks.
+Every data-parallel rank splits its batch_size / dp sequences into micro-batches of the same size. Ranks of an expert
+group, and ranks that share a sequence, run their micro-batches in lockstep. With parallel.uneven, some expert groups
+have one micro-batch more than others.
 """
 
 import math
@@ -12,22 +11,22 @@ from conf.errors import UserError
 from conf.schema import Config, Parallel
 
 MICRO_BATCH_TOKENS = 4096
-"""Maximum tokens in one forward pass of a rank if the program chooses the micro-batch size."""
+"""Maximum tokens in a forward pass of a rank with automatic micro-batch size."""
 
 
 def batch_sizes(config: Config) -> list[int]:
-    """Return every batch size of the run, in sequences: each size of the batch-size ramp, and the full batch."""
+    """Return every batch size of the run, in sequences: the sizes of the ramp, and the full batch."""
     start, step = config.optim.batch_ramp_start or config.batch_size, config.optim.batch_ramp_increment
     return [*range(start, config.batch_size, step), config.batch_size]
 
 
 def in_lockstep(parallel: Parallel) -> int:
-    """Return the number of data-parallel ranks that run their micro-batches in lockstep."""
+    """Return how many data-parallel ranks run their micro-batches in lockstep."""
     return parallel.ep // math.gcd(parallel.ep, parallel.cp)
 
 
 def share_of(config: Config, batch: int, dp_rank: int) -> tuple[int, int]:
-    """Return the index of a data-parallel rank's first sequence, and its number of sequences, in a step of `batch`
+    """Return the index of a data-parallel rank's first sequence, and the number of its sequences, in a step of `batch`
     sequences."""
     size, together = config.micro_batch_size, in_lockstep(config.parallel)
     group, index = divmod(dp_rank, together)
@@ -38,13 +37,12 @@ def share_of(config: Config, batch: int, dp_rank: int) -> tuple[int, int]:
 
 
 def most_micro_batches(config: Config) -> int:
-    """Return the maximum number of micro-batches of a rank in a step with the full batch. Rank 0 has this maximum."""
+    """Return rank 0's number of micro-batches in a full batch, which is the maximum over the ranks."""
     return share_of(config, config.batch_size, 0)[1] // config.micro_batch_size
 
 
 def micro_batch_counts(config: Config) -> set[int]:
-    """Return every number of micro-batches that a rank may have in a step. The set covers every batch size of the ramp,
-    and the ranks with the largest and the smallest share."""
+    """Return every number of micro-batches that any rank may have in a step, over all batch sizes of the ramp."""
     ranks = 0, config.parallel.dp - 1
     return {
         share_of(config, batch, rank)[1] // config.micro_batch_size for batch in batch_sizes(config) for rank in ranks
@@ -59,8 +57,8 @@ def batch_unit(config: Config) -> int:
 def choose_micro_batch_size(config: Config) -> int:
     """Return the largest valid micro-batch size; 1 if no size is valid.
 
-    A valid size divides a rank's share of every batch size of the run. A forward pass then has at most
-    MICRO_BATCH_TOKENS tokens, and the pipeline schedule has enough micro-batches.
+    A valid size divides a rank's share of every batch size. With it, a forward pass has at most MICRO_BATCH_TOKENS
+    tokens, and the pipeline schedule has enough micro-batches.
     """
     batches, parallel = batch_sizes(config), config.parallel
     whole = math.gcd(*batches)
@@ -75,8 +73,7 @@ def choose_micro_batch_size(config: Config) -> int:
 def check_batch(config: Config) -> None:
     """Raise UserError unless every data-parallel rank has the same integer number of micro-batches.
 
-    With parallel.uneven, only the ranks of the same expert group need equal numbers. The error proposes valid values
-    near the present values.
+    With parallel.uneven, only the ranks of an expert group need equal numbers. The error proposes valid values.
     """
     batch, size, dp = config.batch_size, config.micro_batch_size, config.parallel.dp
     if batch % (size * dp) == 0:

@@ -1,9 +1,8 @@
-"""The optimizers: what state they store for each weight, and how much memory and memory traffic they need. Imports no
-torch.
+"""The optimizers: their state for each weight, and their memory and memory traffic. Imports no torch.
 
-Other code reads the properties of an optimizer from this table. It never compares the name of an optimizer, or the
-names of an optimizer's state. A new optimizer needs an entry in three tables: here, in train/optim/optimizer_classes.py
-(the code of the update), and in train/prove/updates.py (the reference update for mode=prove).
+Other code asks this table, and never compares the name of an optimizer or of its state. A new optimizer needs an entry
+in three tables: here, in train/optim/optimizer_classes.py (the update), and in train/prove/updates.py (the reference
+update of mode=prove).
 """
 
 import re
@@ -12,28 +11,27 @@ from typing import Any
 
 TABLE = re.compile(r"^(embedding|head)\.|\.(router|indexer)\.")
 ADAMW, MUON = "adamw", "muon"
-"""Names of optimizers. A checkpoint that does not name its optimizer was trained with ADAMW."""
+"""Names of optimizers. A checkpoint without an optimizer name was trained with ADAMW."""
 
 UPDATE_BYTES = 16
-"""Bytes of memory traffic per weight element in an update. The update reads gradient and weight, writes the weight, and
-reads the new weight again to round it."""
+"""Memory traffic of an update, in bytes per weight element: read gradient and weight, write the weight, and read it
+again to round it."""
 
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """How an optimizer updates one group of weights: the state in addition to fp32 master weights, the formula, and
-    weight decay."""
+    """The update of one group of weights: the formula, weight decay, and state besides fp32 master weights."""
 
     name: str
-    """Name of the parameter group of the weights that this rule updates."""
+    """Name of the parameter group that this rule updates."""
     state: tuple[str, ...]
-    """State tensors, which have the shape of the weight and the dtype of precision.moments. A checkpoint stores each
-    one as STATE.WEIGHT."""
+    """State tensors, with the weight's shape and the dtype of precision.moments. A checkpoint names them
+    STATE.WEIGHT."""
     decays: bool = True
     formula: str = ADAMW
     """Name of the update formula. mode=prove checks this formula."""
     is_whole: bool = False
-    """Whether an update needs complete matrices. Other rules can update single elements."""
+    """Whether an update needs complete matrices, and not single elements."""
 
     def count_state_bytes(self, moment_bytes: int) -> int:
         """Return the bytes of state per weight element. moment_bytes: bytes of one element of a state tensor."""
@@ -49,13 +47,13 @@ class OptimizerFacts:
     vectors: UpdateRule
     """Rule that updates the norm weights."""
     meanings: tuple[tuple[str, str], ...]
-    """Name of each state tensor, with a text about it for the user."""
+    """Name of each state tensor, with its meaning for the user."""
     tables: UpdateRule | None = None
-    """Rule that updates embedding, head, routers and indexers. None: the rule `matrices` updates them."""
+    """Rule for embedding, head, routers and indexers; None: the rule `matrices`."""
 
     @property
     def rules(self) -> tuple[UpdateRule, ...]:
-        """All rules of the optimizer, in the order in which a rank updates its weights."""
+        """All rules of the optimizer, in the order of the updates."""
         return tuple(rule for rule in (self.matrices, self.tables, self.vectors) if rule is not None)
 
     def choose_rule(self, weight: str, dims: int) -> UpdateRule:
@@ -69,10 +67,8 @@ class OptimizerFacts:
         return max(rule.count_state_bytes(moment_bytes) for rule in self.rules)
 
     def count_update_bytes(self, moment_bytes: int, element: int) -> int:
-        """Return an upper bound of the bytes that an update reads and writes per weight element.
-
-        moment_bytes: bytes of one element of a state tensor. element: bytes of one element of the rounded weight.
-        """
+        """Return an upper bound of the bytes that an update reads and writes per weight element. moment_bytes: bytes of
+        one element of a state tensor. element: bytes of one element of the rounded weight."""
         return UPDATE_BYTES + 2 * self.count_state_bytes(moment_bytes) + element
 
 
@@ -105,14 +101,13 @@ PRETRAINED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Moonlight", MUON, {"vocab_size": 163840, "hidden_size": 2048, "n_routed_experts": 64}),
     ("DeepSeek-V3", ADAMW, {"vocab_size": 129280, "hidden_size": 7168, "n_routed_experts": 256}),
 )
-"""Models whose optimizer is published: name, optimizer, and entries by which config.json identifies the model.
+"""Models whose optimizer is published: name, optimizer, and the entries of config.json that identify the model.
 Fine-tuning works best with the optimizer of the pretraining (Moonlight, arXiv 2502.16982, section 3.5; Kimi K2, arXiv
 2507.20534, section 3.1)."""
 
 
 def pretrained_with(config_json: dict[str, Any]) -> tuple[str, str] | None:
-    """Return the name of the model that has this config.json and the name of its optimizer; None for an unknown
-    model."""
+    """Return the model name and the optimizer name for this config.json; None for an unknown model."""
     return next(
         ((model, name) for model, name, its in PRETRAINED if its.items() <= config_json.items()),
         None,
@@ -120,6 +115,5 @@ def pretrained_with(config_json: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def written_by(meta: dict[str, Any]) -> str:
-    """Return the name of the optimizer that wrote a checkpoint's state. meta: the metadata in the checkpoint's
-    manifest."""
+    """Return the optimizer that wrote a checkpoint's state. meta: metadata in the checkpoint's manifest."""
     return meta.get("config", {}).get("optim", {}).get("name") or ADAMW

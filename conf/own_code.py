@@ -1,8 +1,7 @@
 """User code, which a recipe names by its import path: `_target_: my_pkg.my_mod.Thing`, with arguments as further keys.
 
-All keys of OWN_CODE have this form. If the code is a class, it is called with the further keys as keyword arguments. If
-it is a function, its caller passes other arguments too. Python searches modules on its path, then in the folder of the
-command. Code is imported only when it is needed, so a mode that does not use the code never runs it.
+A class is called with these arguments only. A function gets more arguments from its caller. Python searches its module
+path first, then the folder of the command. Code is imported only when it is needed.
 """
 
 import difflib
@@ -26,17 +25,17 @@ TARGET = "_target_"
 CodeSection = Mapping[str, Any]
 """A recipe's section for user code: its import path, and its arguments."""
 OWN_CODE = ("data.source", "data.template_function", "model.block", "model.router", "optim.extra_loss", "callbacks")
-"""The keys that accept user code. The last one, callbacks, accepts a list."""
+"""The keys that accept user code. Only the last one, callbacks, accepts a list."""
 READ_FROM_RUNS: dict[str, tuple[Mode, ...]] = {
     "data.source": (Mode.evaluate,),
     "data.template_function": (Mode.evaluate, Mode.generate),
     "model.block": (Mode.evaluate,),
     "model.router": (Mode.evaluate, Mode.generate, Mode.score),
 }
-"""Maps each key to the modes that take user code from the config.yaml of an existing run. They import this code only if
-the user allows it."""
+"""Maps each key to the modes that take user code from the config.yaml of an existing run. The import needs the user's
+permission."""
 _FILES: dict[str, str] = {}
-"""Maps the path of each imported file of user code to the key that named the code."""
+"""Maps the path of each imported user file to the key that named it."""
 
 
 def sections_of(config: Any) -> dict[str, CodeSection]:
@@ -50,12 +49,12 @@ def sections_of(config: Any) -> dict[str, CodeSection]:
 
 
 def targets_of(config: Config) -> dict[str, str]:
-    """Return the import paths of all user code in a configuration, by key."""
+    """Return the import paths of a configuration's user code, by key."""
     return {key: section[TARGET] for key, section in sections_of(config).items()}
 
 
 def check_targets(config: Config) -> None:
-    """Raise UserError for a section without an import path. This function imports no user code."""
+    """Raise UserError for a section without an import path. Imports no user code."""
     for key, section in sections_of(config).items():
         target = section.get(TARGET)
         if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
@@ -64,13 +63,12 @@ def check_targets(config: Config) -> None:
 
 
 def is_findable(target: str, folder: str) -> bool:
-    """Whether the top-level package of an import path exists on this node. folder: working directory of the command."""
+    """Whether this node has the top-level package of an import path. folder: working directory of the command."""
     return importlib.machinery.PathFinder.find_spec(target.partition(".")[0], [*sys.path, folder]) is not None
 
 
 def import_target(key: str, section: CodeSection) -> Any:
-    """Return the class or function that the section names. Raises UserError if it does not exist or if its import
-    fails."""
+    """Return the class or function that the section names. Raises UserError if it is missing or its import fails."""
     target: str = section[TARGET]
     module_name, _, name = target.rpartition(".")
     if (folder := os.getcwd()) not in sys.path:
@@ -99,8 +97,7 @@ def _searched(folder: str) -> str:
 
 
 def make(key: str, section: CodeSection) -> Any:
-    """Return an object of the class that the section names. For a function, return the function with the section's
-    arguments bound. Raises UserError."""
+    """Return an object of the section's class, or the section's function with its arguments bound. Raises UserError."""
     found = import_target(key, section)
     keys = {name: value for name, value in section.items() if name != TARGET}
     if not callable(found):
@@ -114,8 +111,7 @@ def make(key: str, section: CodeSection) -> Any:
 
 
 def subclass(key: str, section: CodeSection | None, base: type) -> Callable[..., Any]:
-    """Return the class that the section names, with the section's arguments bound. It must be a subclass of `base`.
-    Without a section, return `base`."""
+    """Return the section's class, a subclass of `base`, with its arguments bound; without a section, `base`."""
     if not section:
         return base
     found = import_target(key, section)
@@ -126,8 +122,8 @@ def subclass(key: str, section: CodeSection | None, base: type) -> Callable[...,
 
 
 def require_arguments(key: str, section: CodeSection, called: Any, count: int, what: str) -> None:
-    """Raise UserError unless `called` accepts `count` positional arguments. what: description of these arguments for
-    the text of the error."""
+    """Raise UserError unless `called` accepts `count` positional arguments. what: these arguments as text for the
+    error."""
     try:
         inspect.signature(called).bind(*[None] * count)
     except TypeError as error:
@@ -145,8 +141,7 @@ def _defined(called: Any) -> str:
 
 @contextmanager
 def refused(key: str, target: str, doing: str) -> Iterator[None]:
-    """Context that converts an exception of user code to a UserError with file and line. Code uses this context before
-    a run starts."""
+    """Context before the start of a run. It converts an exception of user code to a UserError with file and line."""
     try:
         yield
     except UserError:
@@ -166,8 +161,8 @@ def _raised_at(error: Exception) -> str:
 
 
 def named_by(frames: traceback.StackSummary) -> str | None:
-    """Return the place in user code where an error occurred, with the key that names the code. Returns None if no user
-    code was on the stack."""
+    """Return the place in user code where an error occurred, with the code's key; None if no user code was on the
+    stack."""
     frame = next((frame for frame in reversed(frames) if frame.filename in _FILES), None)
     return (
         frame

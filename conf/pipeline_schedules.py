@@ -1,7 +1,7 @@
 """The pipeline schedules: what they need from the layout, and what they cost. Imports no torch.
 
-Other code reads the properties of a schedule from this table, and never compares the name of a schedule. The table in
-parallel/pipeline/orders.py has the order of the schedule's actions. A new schedule needs an entry in both tables.
+Other code asks this table for the properties of a schedule, and never compares names. A new schedule needs an entry
+here and in parallel/pipeline/orders.py, which has the order of actions.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ class ActionSeconds:
     inputs: float
     """Seconds of I, the part of backward that computes gradients of inputs."""
     weights: float
-    """Seconds of W, the part of backward that computes gradients of weights. A complete backward is B = I + W."""
+    """Seconds of W, the part of backward that computes gradients of weights. A complete backward takes I + W."""
     pair: float
-    """Seconds of FB, the overlapped forward of one micro-batch and backward of another."""
+    """Seconds of FB, a forward that overlaps with the backward of another micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -29,43 +29,39 @@ class ScheduleFacts:
 
     name: str
     idle_per_hop: Callable[[ActionSeconds], float]
-    """Returns the idle seconds of a rank in one step, divided by pp - 1. The formula holds for equal stages, transfers
-    that take no time, and a sufficient number of micro-batches."""
+    """Returns the idle seconds of a rank in one step, divided by pp - 1. The formula assumes equal stages, transfers
+    that take no time, and enough micro-batches."""
     stages: int | None = 1
     """Number of stages of every rank. None: parallel.virtual_stages."""
     folds: bool = False
-    """True: the stages form a V. Then rank 0 has the first and the last stage, so weights that both stages use need no
+    """True: the stages form a V, and rank 0 has the first and the last stage. Weights of both stages then need no
     communication. False: rank r has the stages r, r + pp, r + 2 pp and so on."""
     least: int = 0
     """Minimum number of micro-batches, divided by the number of pipeline ranks."""
     rounds: bool = False
-    """Whether micro-batches run in rounds of about pp micro-batches. If so, the number of rounds must divide the number
-    of micro-batches."""
+    """Whether micro-batches run in rounds of about pp. The number of rounds must then divide their number."""
     splits: bool = False
-    """Whether a backward is split into I (gradients of inputs) and W (gradients of weights).
-
-    If a backward is not split, a rank is idle twice in a step: first while the stages before its first stage run
-    forward, and last while these stages run backward.
-    """
+    """Whether a backward is split into I (gradients of inputs) and W (gradients of weights). Without a split, a rank is
+    idle while the stages before it run their first forward and their last backward."""
     pairs: bool = False
-    """Whether the schedule pairs the forward of one micro-batch with the backward of another. If parallel.overlap is
-    true, the two run together. Otherwise they run one after the other."""
+    """Whether the schedule pairs the forward of one micro-batch with the backward of another. parallel.overlap decides
+    whether the two run together."""
     in_parts: str | None = None
-    """Name of the schedule that runs in the same order, but with several stages per rank; None if there is none."""
+    """Schedule with the same order and several stages per rank; None if there is none."""
 
     def rank_stages(self, virtual: int = 2) -> int:
         """Return the number of stages per rank. virtual: parallel.virtual_stages."""
         return virtual if self.stages is None else self.stages
 
     def place_stages(self, pp: int, virtual: int = 2) -> list[list[int]]:
-        """Return the stage indices of every pipeline rank, in ascending order. virtual: parallel.virtual_stages."""
+        """Return the ascending stage indices of every pipeline rank. virtual: parallel.virtual_stages."""
         if self.folds:
             return [[r, 2 * pp - 1 - r] for r in range(pp)]
         return [[*range(r, pp * self.rank_stages(virtual), pp)] for r in range(pp)]
 
     def find_broken_rule(self, pp: int, micro_batches: int) -> str | None:
-        """Return why a pipeline of pp ranks cannot run this number of micro-batches per step and data-parallel rank;
-        None if it can."""
+        """Return why pp ranks cannot run this number of micro-batches per step and data-parallel rank; None if they
+        can."""
         least, rounds = max(1, self.least * pp), max(1, micro_batches // pp)
         if micro_batches < least:
             return f"{self.name} needs at least {least} micro-batches to fill {pp} pipeline ranks"
@@ -74,32 +70,29 @@ class ScheduleFacts:
         return None
 
     def count_idle_seconds(self, pp: int, seconds: ActionSeconds) -> float:
-        """Return the idle seconds of a rank in one step, by a closed formula.
-
-        parallel/pipeline/simulate.py computes the same seconds from torch's action lists, without the assumptions of
-        the formula. Tests compare both results.
-        """
+        """Return the idle seconds of a rank in one step, by a closed formula. Tests compare the result with the
+        simulation in parallel/pipeline/simulate.py."""
         return (pp - 1) * self.idle_per_hop(seconds)
 
 
 def _forward_and_backward(seconds: ActionSeconds) -> float:
-    """Return a rank's idle seconds divided by pp - 1. `seconds` has the times of one stage, so the formula holds for
-    any number of stages per rank."""
+    """Return a rank's idle seconds divided by pp - 1, for any number of stages per rank. `seconds` has the times of one
+    stage."""
     return seconds.forward + seconds.inputs + seconds.weights
 
 
 def _inputs(seconds: ActionSeconds) -> float:
     """Return a rank's idle seconds divided by pp - 1, if F <= I <= 2 W.
 
-    The result is never 0, although the paper's title says zero bubble. In the paper, some ranks start a step while
-    other ranks still run the previous step. In Sluice, all ranks run the optimizer between two steps.
+    The result is never 0, although the paper's title says zero bubble. In the paper, some ranks start a step before
+    others end the previous step. In Sluice, all ranks run the optimizer between two steps.
     """
     return seconds.inputs
 
 
 def _pair(seconds: ActionSeconds) -> float:
-    """Return a rank's idle seconds divided by pp - 1, if I <= F pp / (pp - 1). For the last rank the result is wrong,
-    because one of this rank's FB pairs does not overlap.
+    """Return a rank's idle seconds divided by pp - 1, if I <= F pp / (pp - 1). The result is wrong for the last rank,
+    which has one FB pair that does not overlap.
 
     If F = I, the result equals (PP/2 - 1)(FB + B - 3 W) of the paper's Table 2.
     """
@@ -107,7 +100,7 @@ def _pair(seconds: ActionSeconds) -> float:
 
 
 PLAIN_SCHEDULE = "1f1b"
-"""The schedule of a model without a pipeline, and the default schedule of a recipe."""
+"""The schedule without a pipeline, and the default of a recipe."""
 
 SCHEDULES: dict[str, ScheduleFacts] = {
     each.name: each
@@ -121,10 +114,9 @@ SCHEDULES: dict[str, ScheduleFacts] = {
 
 
 def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual: int = 2) -> None:
-    """Raise UserError if the schedule cannot run with this number of ranks, micro-batches, layers and stages. Call it
-    before any rank starts.
+    """Raise UserError if the schedule cannot run with this number of ranks, micro-batches, layers and stages.
 
-    micro_batches: number of micro-batches per step and data-parallel rank, batch_size / (micro_batch_size x dp).
+    micro_batches: number per step and data-parallel rank, batch_size / (micro_batch_size x dp).
     """
     schedule, plain = SCHEDULES[name], SCHEDULES[PLAIN_SCHEDULE]
     each = schedule.rank_stages(virtual)
@@ -152,13 +144,12 @@ def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual:
 
 
 def _given(name: str, virtual: int) -> str:
-    """Return a schedule in the form in which a user types it."""
+    """Return a schedule as a user types it."""
     return f"parallel.schedule={name}" + (f" parallel.virtual_stages={virtual}" if virtual != 2 else "")
 
 
 def check_split(lengths: Sequence[int], name: str, pp: int, layers: int, virtual: int = 2) -> None:
-    """Raise UserError unless `lengths` has a valid number of layers for every stage. Call this function before any rank
-    starts."""
+    """Raise UserError unless `lengths` has a valid number of layers for every stage."""
     stages, given = pp * SCHEDULES[name].rank_stages(virtual), "[" + ",".join(map(str, lengths)) + "]"
     if len(lengths) != stages:
         raise UserError(

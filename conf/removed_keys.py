@@ -1,8 +1,8 @@
 """A table of keys of earlier versions. It says how to treat these keys in recipes, run folders and checkpoints.
 
-A removed key is dropped silently if it has the value that this version always uses. Any other value asks for a removed
-feature, so it is an error with a fix. Files that a run wrote (config.yaml, checkpoints) contain every key. In these
-files, a key that never changed results is dropped whatever its value is.
+- A removed key with the value that this version always uses is dropped silently.
+- A removed key with another value is an error with a fix.
+- In files that a run wrote, a key that never changed results is dropped with any value.
 """
 
 from dataclasses import dataclass
@@ -16,19 +16,17 @@ class RemovedKey:
     """Properties of a key that is no longer in the schema."""
 
     default: Any
-    """The value that this version always uses. It was the default of the last version with the key. `${KEY}` means the
-    value of another key."""
+    """The value that this version always uses, the default of the last version with the key. `${KEY}` means the value
+    of another key."""
     version: str
     """The first version of Sluice without the key."""
     cure: str
     """The fix for users who set another value."""
     changes_results: bool = True
-    """Whether a value other than `default` changes results. If false, such a value changes only speed, memory, metrics
-    or plans."""
+    """Whether a value other than `default` changes results, and not only speed, memory, metrics or plans."""
 
     def error(self, key: str, value: Any, place: str = "") -> UserError:
-        """Return the error for this value of the key. place: the file that contains the key; empty for the command
-        line."""
+        """Return the error for this value. place: the file with the key; empty for the command line."""
         rule = f"was removed in {self.version}; its value is now always {self.default}"
         return UserError(key, value, f"in {place}: it {rule}" if place else rule, self.cure)
 
@@ -49,8 +47,7 @@ OPERANDS = {
     }.items()
     for operand, value in operands.items()
 }
-"""Maps each removed precision.fp8 key of a single operand to the precision.fp8 key that now sets the format of this
-operand."""
+"""Maps each removed precision.fp8 key of one operand to the key that now sets this operand's format."""
 REMOVED_KEYS: dict[str, RemovedKey] = {
     "precision.fp8.gradient_floor": RemovedKey(1e-12, "0.2.0", LEAVE_OUT),
     **{
@@ -107,20 +104,19 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
         )
     },
 }
-"""Maps each removed dotted key to its properties. A newly removed key needs an entry in this table, and a line in the
-last table of version 0.2.0 in CHANGELOG.md."""
+"""Maps each removed dotted key to its properties. A new entry also needs a line in the last table of version 0.2.0 in
+CHANGELOG.md."""
 REMOVED_VALUES: dict[tuple[str, Any], Any] = {("precision.fp8.backend", "specialized"): "triton"}
-"""Maps a key of the schema and an old value of this key to the new value with the same results. Only settings that a
-run wrote are converted in this way."""
+"""Maps a key and its old value to the new value with the same results. Only settings that a run wrote are converted."""
 
 
 def drop_removed_keys(settings: dict[Any, Any], place: str, package: str = "", *, by_run: bool = True) -> bool:
     """Remove the keys of earlier versions from nested settings. Returns whether anything was removed or converted.
 
-    place: the file with the settings, for the error. package: the section to which the settings belong, such as
-    `precision.fp8`; empty for a complete configuration. by_run: whether a run wrote the settings, and not a person.
-    Raises UserError for a removed key whose value is not its last default. If a run wrote the settings, a key that
-    never changed results may have any value.
+    place: the file with the settings, for the error. package: section of the settings, such as `precision.fp8`; empty
+    for a complete configuration. by_run: whether a run wrote the settings, and not a person. Raises UserError for a
+    removed key with another value than its last default. Keys that never changed results are exempt if a run wrote
+    them.
     """
     return _drop(settings, settings, place, package, package, by_run)
 
@@ -128,8 +124,7 @@ def drop_removed_keys(settings: dict[Any, Any], place: str, package: str = "", *
 def _drop(section: dict[str, Any], settings: dict[str, Any], place: str, top: str, package: str, by_run: bool) -> bool:
     """Drop the removed keys of one section and of its subsections. Returns whether anything changed.
 
-    section: the settings of the section `package`. settings: the settings of the section `top`, which contains
-    `package`.
+    section: the settings of `package`. settings: the settings of `top`, which contains `package`.
     """
     dropped = False
     for name, value in list(section.items()):
@@ -153,8 +148,8 @@ def _drop(section: dict[str, Any], settings: dict[str, Any], place: str, top: st
 
 
 def _value_of(default: Any, settings: dict[str, Any], package: str) -> Any:
-    """Return the value to which a default such as `${KEY}` refers. settings: the settings of the section `package`. If
-    they do not contain KEY, or if the default is a plain value, return the default itself."""
+    """Return the value to which a default such as `${KEY}` refers. settings: the settings of `package`. Without KEY in
+    the settings, or for a plain default, return the default itself."""
     if not (isinstance(default, str) and default.startswith(f"${{{package}")):
         return default
     found: Any = settings

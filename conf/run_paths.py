@@ -15,8 +15,8 @@ class RunPaths:
         self.rank_lock = self.path / ".rank_0.lock"
         self.checkpoints = self.path / "checkpoints"
         self.logs = Path(os.environ.get("SLUICE_LOGS", self.path / "logs"))
-        """Folder of the logs. With cluster=ray, the agent of a node sets SLUICE_LOGS to a scratch folder, from which it
-        collects the output of the ranks."""
+        """Folder of the logs. With cluster=ray, the agent of a node sets SLUICE_LOGS to a scratch folder and collects
+        the output there."""
         self.metrics = self.path / "metrics.jsonl"
         self.report = self.path / "report.html"
         self.wandb = self.path / "wandb"

@@ -1,10 +1,10 @@
-"""Applies the settings of an existing run in modes that read a run, so that a user need not repeat these settings.
+"""Applies the settings of an existing run in modes that read a run.
 
     python -m train mode=evaluate name=mine data.path=OTHER
 
-The settings of the run (model, precision, seq_len, tokenizer, ...) come from the run's config.yaml. The command line
-overrides them. The layout of this job (parallel, cluster) comes only from the command line. If the user types
-conf=RECIPE, or if the run does not exist, the composed configuration is used unchanged.
+Settings such as model, precision, seq_len and tokenizer come from the run's config.yaml. The command line overrides
+them. The layout (parallel, cluster) comes only from the command line. If the user types conf=RECIPE, or if the run does
+not exist, the composed configuration is used unchanged.
 
 The run may belong to another user. Its config.yaml may read data of this machine (conf/yaml_file.py) or name code to
 run (conf/own_code.py) only with trust=true.
@@ -23,16 +23,16 @@ from conf.yaml_file import escaped, read_yaml
 
 LOOKS_AT_A_RUN = (Mode.export, Mode.evaluate, Mode.generate, Mode.score, Mode.dashboard)
 SOURCES = ("path", "mix", "format", "text_key", "source")
-"""Fields of section data that locate the documents. If a user types one of them, all are taken from the command line,
-because path, mix and source exclude each other."""
+"""Fields of section data that locate the documents. They exclude each other. If a user types one of them, all are taken
+from the command line."""
 
 
 def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequence[str]) -> DictConfig:
-    """Return the settings of the existing run, overridden by the command line. If the mode does not read a run, or if
-    there is no run, return `node` unchanged.
+    """Return the settings of the existing run, overridden by the command line. If the mode reads no run, or if there is
+    no run, return `node` unchanged.
 
-    node: the configuration that Hydra composed. overrides: arguments of the command line, KEY=VALUE each. groups: names
-    of Hydra's groups.
+    node: the composed configuration. overrides: arguments of the command line, KEY=VALUE each. groups: names of Hydra's
+    groups.
     """
     keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
     if node.mode not in LOOKS_AT_A_RUN or "conf" in keys:
@@ -77,8 +77,8 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
 
 
 def _folders(node: DictConfig) -> list[Path]:
-    """Return the folders in which to search the run's config.yaml. If the command names a checkpoint, these are the
-    checkpoint's folder and the two folders above this folder. Otherwise it is the folder with the run's name."""
+    """Return the folders in which to search the run's config.yaml: the run's folder or, if the command names a
+    checkpoint, its folder and the two folders above it."""
     sections = {mode: node[mode.value] for mode in (Mode.export, Mode.evaluate, Mode.generate, Mode.score)}
     named = sections[node.mode].checkpoint if node.mode in sections else None
     if named is None:

@@ -1,7 +1,7 @@
 """The typed schema of a run. It has one dataclass per group; the docstring under a field gives its meaning and unit.
 
-Recipes (conf/conf/NAME.yaml) and groups (conf/GROUP/NAME.yaml) set the fields of these classes. conf/check.py has the
-rules that concern several fields. No code changes a configuration after it is loaded.
+Recipes (conf/conf/NAME.yaml) and groups (conf/GROUP/NAME.yaml) set the fields. conf/check.py has the rules over several
+fields. No code changes a configuration after it is loaded.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LARGEST_SEED = 2**63 - 1
 """The largest seed that every random generator accepts."""
 WIDEST, MOST_EXPERTS = 2**20, 2**16
-"""Upper bounds: WIDEST for widths and other sizes, MOST_EXPERTS for the number of experts. Both are far above any real
-model. They are small enough that no product of a model's sizes exceeds int64."""
+"""Upper bounds of sizes (WIDEST) and of the number of experts. Both are above any real model, and no product of a
+model's sizes exceeds int64."""
 
 
 class Mode(StrEnum):
@@ -121,7 +121,7 @@ class Yarn:
     """RoPE pairs that make more rotations than this number over original_seq_len positions keep their frequency."""
     beta_slow: float = expert(1.0, above=0)
     """RoPE pairs that make fewer rotations than this number over original_seq_len positions have their frequency
-    divided by factor. Between beta_slow and beta_fast, the change follows a ramp."""
+    divided by factor. Between beta_slow and beta_fast, a ramp connects both cases."""
     truncate: bool = expert(True)
     """Round the two ends of the ramp between beta_fast and beta_slow outwards to whole pairs."""
     mscale: float = expert(1.0, least=0)
@@ -136,8 +136,8 @@ class Yarn:
 
 @dataclass
 class SparseAttention:
-    """DeepSeek Sparse Attention (DeepSeek-V3.2, GLM-5): an indexer scores all keys for a query, and the query attends
-    only to the keys with the highest scores (train/docs/sparse_attention.md)."""
+    """DeepSeek Sparse Attention (DeepSeek-V3.2, GLM-5): an indexer scores all keys, and a query attends only to the
+    keys with the highest scores (train/docs/sparse_attention.md)."""
 
     heads: int = number(0, least=0, slip=WIDEST)
     """Number of heads of the indexer; 0 for dense attention without an indexer."""
@@ -146,11 +146,11 @@ class SparseAttention:
     top_k: int = number(2048, least=1)
     """Number of keys to which a query attends. Sequences of at most this length have dense attention."""
     interleaved: bool = False
-    """Elements that form a pair in the indexer's RoPE. true: adjacent elements, as in GLM-5; false: elements at a
-    distance of half the width, as in DeepSeek-V3.2."""
+    """Elements that form a pair in the indexer's RoPE. true: adjacent elements, as in GLM-5; false: elements half the
+    width apart, as in DeepSeek-V3.2."""
     pattern: str = ""
-    """One letter per layer of the main model. F: the layer has an indexer that selects keys. S: the layer has no indexer, and uses the keys
-    of the last F layer before it. Empty: F for all layers. MTP modules always have an indexer."""
+    """One letter per layer of the main model. F: the layer's own indexer selects keys. S: the layer uses the keys of
+    the last F layer before it. Empty: F for all layers. MTP modules always have an indexer."""
 
     def chooses(self, layer: int | None) -> bool:
         """Whether a layer has an indexer. layer: index in the main model; None for the layer of an MTP module."""
@@ -178,8 +178,8 @@ class Model:
     nope_head_dim: int = number(32, least=1, slip=WIDEST)
     """Width, per head, of the part of queries and keys without RoPE."""
     rope_head_dim: int = number(16, least=1, slip=WIDEST)
-    """Width, per head, of the RoPE part of queries. The RoPE key, which all heads share, has the same width. The width
-    must be even."""
+    """Width, per head, of the RoPE part of queries; also the width of the RoPE key that all heads share. Must be
+    even."""
     v_head_dim: int = number(32, least=1, slip=WIDEST)
     """Width of values per head."""
     dense_width: int = number(768, least=1, slip=WIDEST)
@@ -197,9 +197,9 @@ class Model:
     top_groups: int = 2
     """Number of groups among which the experts of one token are chosen."""
     group_top_k: int | None = number(None, least=1)
-    """The router prefers the expert groups with the largest sum of the group's best expert scores. This key is the
-    number of scores in the sum. null: top_k / top_groups (paper 2.1.2). transformers and DeepSeek's inference code use
-    2, which is also the result for DeepSeek-V3."""
+    """The router prefers the expert groups with the largest sum of their best expert scores. This key is the number of
+    scores in the sum. null: top_k / top_groups (paper 2.1.2), which is 2 for DeepSeek-V3, as in transformers and in
+    DeepSeek's inference code."""
     scores: ScoreFunction = ScoreFunction.sigmoid
     """Function that turns router logits into scores. softmax is for Mistral Large 3, whose routers have no balance
     bias."""
@@ -217,7 +217,7 @@ class Model:
     """Epsilon of every RMSNorm, added to the mean square."""
     latent_norm_eps: float | None = expert(None, above=0)
     """norm_eps for the norms of the query latent and the key-value latent; null uses norm_eps. transformers always uses
-    1e-6 there."""
+    1e-6 for these norms."""
     init_std: float = number(0.006, above=0)
     """Standard deviation of initial weights (paper 4.2)."""
     recompute: list[str] = field(default_factory=lambda: [str(what) for what in SELECTIVE])
@@ -242,8 +242,8 @@ class Model:
         return self._share(self.recompute)
 
     def offloaded_part(self, place: int) -> str:
-        """Return the part of a block that is offloaded: attention, ffn, layer (both), or an empty string. place: index
-        of the block in its stage."""
+        """Return the offloaded part of a block: attention, ffn, layer (both), or an empty string. place: index of the
+        block in its stage."""
         repeated = self.repeated_layers
         if place < repeated or not self.offload:
             return ""
@@ -252,7 +252,7 @@ class Model:
         return Offload.layer if whole else parts[0] if parts else ""
 
     def _share(self, words: list[str]) -> int:
-        """Return the number of blocks of every stage that `layer` or `layer:N` selects; `layers` for all blocks."""
+        """Return how many blocks of every stage `layer` or `layer:N` selects; `layers` for all blocks."""
         if "layer" in words:
             return self.layers
         shares = [what.partition(":")[2] for what in words if what.startswith("layer:")]
@@ -291,13 +291,13 @@ class Data:
     """Text folder or file, .jsonl[.gz|.zst] or .parquet file, folder of such files, hf://NAME[@CONFIG][:SPLIT], or
     folder of tokens (train/data/token_store.py)."""
     format: DataFormat = DataFormat.auto
-    """Format of the data in path. auto: chosen by file names. stdlib: Python's standard library, or auto if there is a
-    path. chat: chats (train/docs/fine_tuning.md). docstrings: chats built from the docstrings of the standard library,
-    or chat if there is a path."""
+    """Format of the data in path. auto: chosen by file names. stdlib: Python's standard library, or auto if path is
+    set. chat: chats (train/docs/fine_tuning.md). docstrings: chats built from the standard library's docstrings, or
+    chat if path is set."""
     text_key: str = "text"
     """Field that holds the text in JSONL, Parquet and Hugging Face data."""
     mix: list[MixSource] = field(default_factory=list)
-    """Several sources instead of path, each with weight, format and text key."""
+    """Several sources instead of path. Each source has its own weight, format and text key."""
     source: dict[str, Any] | None = field(default_factory=dict)
     """Documents from user code instead of path: `_target_: my_mod.MyData` with its arguments. It is an iterable of
     texts, or of arrays of token ids (train/docs/change_model.md)."""
@@ -309,32 +309,32 @@ class Data:
     fim_rate: float = number(0.0, least=0, most=1, what="a share")
     """Share of documents that are rearranged for fill-in-the-middle, in PSM order (0.1 in paper 4.1)."""
     min_tokens: int = number(0, least=0)
-    """Minimum length of a document, in tokens; training and validation do not use shorter documents. This keeps short,
+    """Minimum length of a document, in tokens. Training and validation do not use shorter documents. This keeps short,
     unrelated documents out of long sequences."""
     validation_fraction: float = number(0.05, above=0, below=1, what="a share")
-    """Share of documents that are held out for validation. A file of plain text is one document, or several if it is
-    larger than 16 MiB."""
+    """Share of documents that are held out for validation. A plain text file is one document, or several above 16
+    MiB."""
     hold_out_by: FilledKey[HoldOutBy] = expert(None)
     """Property that decides whether a document is held out: content, or name (path of its file in the data, with the
-    line or row). null: the property that the existing run used, or the run that resume or init_from names; else
-    content. Earlier versions used the name."""
+    line or row). null: the choice of the existing run, or of the run that resume or init_from names; else content.
+    Earlier versions used the name."""
     template: str | None = None
     """Chats: the template. A Jinja file, or `plain` for a simple built-in template; null takes the template of the tokenizer's folder."""
     template_function: dict[str, Any] | None = field(default_factory=dict)
     """Chats: a function instead of data.template: `_target_: my_mod.render` with its arguments. It renders messages,
     tools and add_generation_prompt as a text (train/data/template_function.py)."""
     template_keys: dict[str, bool | int | str] | None = field(default_factory=dict)
-    """Chats: variables of the template, as for apply_chat_template. Examples: `{thinking: true}` for DeepSeek-V3.1,
-    `{enable_thinking: false}`."""
+    """Chats: variables for the template, as apply_chat_template takes them. Examples: `{thinking: true}` for
+    DeepSeek-V3.1, `{enable_thinking: false}`."""
     supervise: Supervise = Supervise.assistant
-    """Chats: tokens that are learnt. assistant: all turns of the assistant, with their stop tokens; last: the
-    assistant's last turn; all: every token."""
+    """Chats: tokens from which the model learns. assistant: all turns of the assistant, with their stop tokens; last:
+    the assistant's last turn; all: every token."""
     too_long: TooLong = TooLong.refuse
-    """Chats longer than a sequence: refuse (an error before the start), cut (drop the end) or drop (drop the chat)."""
+    """Chats with more tokens than a sequence: refuse (an error before the start), cut (remove the end of the chat) or
+    drop (leave out the chat)."""
     reasoning: LostReasoning | None = None
-    """Chats: some templates leave out the reasoning of a turn from which the model learns. This key then decides about
-    this reasoning. template: leave it out; insert: put it in front of the content; drop: remove the reasoning of all
-    turns; null: an error before the start."""
+    """Chats: reasoning that the template leaves out of a turn from which the model learns. template: leave it out;
+    insert: put it in front of the content; drop: remove the reasoning of all turns; null: an error before the start."""
     cut_reasoning: bool = False
     """Chats: remove the reasoning of the assistant's turns before the last question, as some templates do."""
     cache: str = "${oc.env:SLUICE_CACHE,${oc.env:HOME}/.cache/sluice}"
@@ -344,8 +344,8 @@ class Data:
 
     @property
     def chats(self) -> bool:
-        """Whether samples are chats. Several chats are packed into a sequence, attention does not cross chats, and the
-        model learns only some of the tokens."""
+        """Whether samples are chats. A sequence packs several chats, attention does not cross chats, and the model
+        learns only some of the tokens."""
         return any(source.format in CHATS for source in self.mix or [self])
 
 
@@ -369,12 +369,12 @@ class Optim:
     lr: float = number(2.2e-4, above=0)
     """Peak learning rate."""
     name: OptimizerName | None = None
-    """The optimizer. The argument optim=muon is short for optim.name=muon. null: the optimizer with which the weights
-    of init_from were pretrained, if this is known, else adamw. An existing run keeps its optimizer."""
+    """The optimizer. The argument optim=muon is short for optim.name=muon. null: the optimizer that pretrained the
+    weights of init_from, if this is known, else adamw. An existing run keeps its optimizer."""
     warmup_steps: int = number(2000, least=0)
     """Number of steps of linear warm-up from 0."""
     lr_schedule: list[Phase] = field(default_factory=lambda: [Phase()])
-    """Schedule of a factor. After the warm-up, lr is multiplied by this factor."""
+    """Schedule of a factor by which lr is multiplied after the warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """Decay per step of Adam's two averages: of the gradient, and of the squared gradient."""
     eps: float = expert(1e-8, above=0)
@@ -396,8 +396,8 @@ class Optim:
     batch_ramp_steps: int = number(0, least=0)
     """Number of steps over which the batch grows linearly to batch_size."""
     batch_ramp_increment: int = expert(1, least=1)
-    """During the ramp, the number of sequences per step is rounded down to a multiple of this number. The number must
-    be a multiple of micro_batch_size x dp, or, with parallel.uneven, a multiple of micro_batch_size x ep."""
+    """During the ramp, the number of sequences per step is rounded down to a multiple of this number. This number must
+    be a multiple of micro_batch_size x dp, or, with parallel.uneven, of micro_batch_size x ep."""
     ema_decay: float = number(0.0, least=0, below=1)
     """Decay of a moving average of the weights, which is stored in CPU memory; 0 for no average."""
     muon: MuonOptim = expert(make=MuonOptim)
@@ -405,17 +405,17 @@ class Optim:
     freeze_routers: bool = False
     """Freeze the weights of all routers. If bias_speed is 0 as well, the routers do not change."""
     index_loss: float = number(1.0, least=0)
-    """Sparse attention: weight of the indexers' losses. The loss of an indexer is the KL divergence between its scores
-    and the attention, averaged over queries. 0 freezes the indexers."""
+    """Sparse attention: weight of the indexers' losses. An indexer's loss is the KL divergence between its scores and
+    the attention, averaged over queries. 0 freezes the indexers."""
     index_warmup: bool = False
     """Sparse attention: train only the indexers, while attention is dense. A later run then trains all weights with
     sparse attention."""
     detach_mtp: bool = False
-    """Stop the gradients of the MTP losses at the inputs of the MTP modules, and at the embedding and the head. So only
-    the MTP modules learn from these losses."""
+    """Stop the gradients of the MTP losses at the inputs of the MTP modules, and at the embedding and the head. Then
+    only the MTP modules learn from these losses."""
     qk_clip: float | None = number(None, above=0)
-    """Upper limit of attention scores. After a step, QK-clip scales down the weights of every head that had a larger
-    score. Kimi K2 uses 100; null for no limit."""
+    """Upper limit of attention scores. After a step, QK-clip scales down the weights of every head with a larger score.
+    Kimi K2 uses 100; null for no limit."""
     extra_loss: dict[str, Any] | None = field(default_factory=dict)
     """Additional term of the training loss, a function of the model's outputs: `_target_: my_mod.my_loss` with its
     arguments (train/docs/change_model.md)."""
@@ -434,8 +434,8 @@ class Adapter:
     """LoRA: small weights that are trained in addition to frozen weights (train/docs/fine_tuning.md)."""
 
     name: AdapterKind = AdapterKind.none
-    """none: train the weights. lora: freeze the weights, and train low-rank matrices A and B for each weight of the
-    targets, y = W x + alpha / rank B A x."""
+    """none: train the weights. lora: freeze the weights, and train low-rank matrices A and B for each weight in
+    targets: y = W x + alpha / rank B A x."""
     rank: int = number(16, least=1)
     """Number of rows of A and of columns of B."""
     alpha: float = number(32.0, above=0)
@@ -496,14 +496,13 @@ class Parallel(RankCounts):
     dp: int = number(1, least=1)
     """Number of data-parallel ranks, which divide the sequences of a batch."""
     cp: int = number(1, least=1)
-    """Number of ranks that share each sequence. Each of these ranks has a part of the sequence's first half and a part
-    of its second half (train/docs/several_gpus.md). cp must divide seq_len / 2."""
+    """Number of ranks that share each sequence. Each rank has a part of the sequence's first half and of its second
+    half (train/docs/several_gpus.md). cp must divide seq_len / 2."""
     ep: int = number(1, least=1)
     """Number of ranks that share the experts of one layer. ep must divide dp x cp."""
     uneven: bool = False
-    """If dp does not divide the batch, let the ranks of some expert groups have one micro-batch more than the ranks of
-    the other groups. Losses are weighted by tokens. A run on Ray sets this key when it restarts with fewer ranks. Needs
-    zero 1 or 2."""
+    """If dp does not divide the batch, some expert groups have one micro-batch more than others. Losses are weighted by
+    tokens. A run on Ray sets this key when it restarts with fewer ranks. Needs zero 1 or 2."""
     zero: int = number(1, least=1, most=3)
     """ZeRO stage, 1 to 3; with pipelines only 1. Stage 0 is not offered, because DeepSpeed would then clip with a wrong
     norm."""
@@ -517,17 +516,16 @@ class Parallel(RankCounts):
     reduce idle time, but more hidden states are sent."""
     split: Any = "cost"
     """Number of layers of each stage: cost (equal operations per rank, including head and MTP modules), even (equal
-    numbers of layers), or a list such as [1,2,2,1]. Only the first and the last number of a list may be 0."""
+    numbers of layers), or a list such as [1,2,2,1]. In a list, only the first and the last number may be 0."""
     overlap: bool = expert(True)
     """Schedule dualpipev, also with pp=1: run the forward of one micro-batch together with the backward of another, so
     that compute hides the all-to-all. false: run them one after the other."""
     dispatch: DispatchKind = DispatchKind[FLAT_DISPATCH]
-    """All-to-all that sends tokens to experts on other ranks: flat (one all-to-all with a row per token and expert),
-    node_limited (a token is sent to each node once, and copied inside the node) or deepep (the DeepEP package, on
-    GPUs)."""
+    """All-to-all that sends tokens to experts on other ranks: flat (a row per token and expert), node_limited (a token
+    is sent to each node once, and copied inside the node) or deepep (the DeepEP package, on GPUs)."""
     wire: WireFormat = WireFormat.bf16
     """Format of rows in dispatch, and of gradients in the backward of combine: bf16 (the activation dtype) or fp8 (E4M3
-    with a power-of-two scale for every 128 values, paper 3.3.3). Rows in combine always have the activation dtype."""
+    with a power-of-two scale for every 128 values, paper 3.3.3). Combine always uses the activation dtype."""
 
     @property
     def schedule_facts(self) -> ScheduleFacts:
@@ -597,18 +595,18 @@ class Fp8:
     output."""
     compiled: bool = expert(True)
     """On a CPU, use compiled code for casts and, with AVX2, for matmuls. The first use needs a C++ compiler and takes
-    some seconds. false: use torch's operations, which are slower. Both cast to the same bits; their matmuls differ only
-    in the order of sums."""
+    some seconds. false: use torch's slower operations. Casts give the same bits; matmuls differ only in the order of
+    sums."""
     backend: Fp8Backend = Fp8Backend.triton
-    """GPU kernels for the grouped GEMMs of experts, and for GEMMs that add to a gradient. triton: kernels of Sluice.
+    """GPU kernels for the experts' grouped GEMMs, and for GEMMs that add to a gradient. triton: Sluice's kernels.
     deepgemm: the DeepGEMM package, which needs torch 2.11 and nvcc (the extra [fp8])."""
     hold_weights: bool = expert(False)
-    """true: cast weights once per step and store the casts until the last backward; on a GPU the casts need two more
-    bytes per weight. false: cast the weights again for every matmul. Both give the same bits."""
+    """true: cast weights once per step and store the casts until the last backward, at two more bytes per weight on a
+    GPU. false: cast the weights for every matmul. Both give the same bits."""
     health: Health = field(default_factory=Health)
 
     def operands(self, family: str) -> Operands:
-        """The formats of the operands of a family of layers. family: `output` (the attention's output projection),
+        """Return the operand formats of a family of layers. family: `output` (the attention's output projection),
         `experts_up`, `experts_down`, or `dense` (all other layers)."""
         activation = {"output": self.attention_output, "experts_up": self.dispatched}.get(family, self.activation)
         return Operands(activation, self.weight, self.dispatched if family == "experts_down" else self.gradient)
@@ -620,7 +618,7 @@ class Precision:
 
     name: PrecisionName = PrecisionName.fp32
     """fp32, bf16, or a recipe with FP8 GEMMs: fp8 (the paper's recipe), fp8_ue8m0 (all scales are powers of two) or
-    mxfp8 (like fp8_ue8m0, but with one scale for every 32 values, as Blackwell's tensor cores need)."""
+    mxfp8 (like fp8_ue8m0, but one scale for every 32 values, as Blackwell's tensor cores need)."""
     moments: HighFormat = HighFormat.bf16
     """Format of the two Adam moments: bf16 (paper 3.3.3) or fp32."""
     fp8: Fp8 | None = None
@@ -644,8 +642,8 @@ class Checkpoint:
     every: int = number(100, least=0)
     """Interval of checkpoints, in steps; 0 saves only at the end and on a signal."""
     every_memory: int = number(0, least=0)
-    """Ray: interval, in steps, at which the state of every rank is copied to the memory of the rank's node and of the
-    next node. If a node is lost, the run resumes from these copies. 0 for no copies."""
+    """Ray: interval, in steps, at which every rank's state is copied to the memory of its node and of the next node.
+    After the loss of a node, the run resumes from these copies. 0 for no copies."""
     memory_folder: str = expert("/dev/shm")
     """Folder on every node, in memory or on a fast local disk. It contains the copies of the state that
     checkpoint.every_memory makes."""
@@ -654,15 +652,15 @@ class Checkpoint:
     keep_every: int = number(0, least=0)
     """Checkpoints at multiples of this number of steps are never deleted; 0 for none."""
     keep_best: bool = False
-    """Save a checkpoint after each validation that has the lowest held-out loss so far (log.validate_every), and keep
-    it; best.json names this checkpoint."""
+    """Save a checkpoint after each validation with the lowest held-out loss so far (log.validate_every), and keep it;
+    best.json names it."""
     weights_every: int = number(0, least=0)
-    """Interval, in steps, at which a run writes its weights as a Hugging Face folder, like mode=export. A folder is
-    also written at the last step. The two newest folders are kept, and NAME/weights/newest links to the newest
-    (train/docs/fine_tuning.md). A multiple of checkpoint.every; 0 for none."""
+    """Interval, in steps, at which a run writes its weights as a Hugging Face folder, like mode=export, also at the
+    last step. The two newest folders are kept, and NAME/weights/newest links to the newest (train/docs/fine_tuning.md).
+    A multiple of checkpoint.every; 0 for none."""
     staging_bytes: float = expert(0.0, least=0)
-    """Maximum bytes of a rank's host buffer for a checkpoint. If a checkpoint is larger, it is written in parts, and
-    the training waits for the disk. 0: a buffer for the complete checkpoint."""
+    """Maximum bytes of a rank's host buffer for a checkpoint. A larger checkpoint is written in parts, and the training
+    waits for the disk. 0: a buffer for the complete checkpoint."""
 
 
 @dataclass
@@ -678,36 +676,35 @@ class Cluster:
     compiled: bool = True
     """On a CPU with AVX-512 or AVX2, use compiled code for parts of a bf16 step. A C++ compiler builds the code at its
     first use. Each matmul uses compiled code or torch, whichever was faster at the start of the run; checkpoints store
-    this choice. If the code cannot be built, the run prints a note and uses torch. false: always use torch's
-    operations."""
+    this choice. If the build fails, the run prints a note and uses torch. false: always use torch."""
     deterministic: bool = False
     """Use only code that gives the same bits in every run on the same machines, also after a resume: torch's
     deterministic kernels, attention without cuDNN, no sums in NVLink switches, and no choice of kernels by measured
     time. This is slower on a GPU; the cost has not been measured."""
     timeout: float = number(600.0, above=0)
-    """Longest wait in a collective, in seconds. Until the end of the first step, the limit is at least
-    cluster.start_timeout. Ray: also the longest wait for the last checkpoint after a stop request."""
+    """Longest wait in a collective, in seconds; at least cluster.start_timeout until the end of the first step. Ray:
+    also the longest wait for the last checkpoint after a stop request."""
     address: str | None = None
     """Ray: HOST:PORT of a running cluster, or auto for a cluster on this machine; null starts Ray here for this run."""
     ranks_per_node: int = number(0, least=0)
-    """Number of ranks per node. 0 without Ray: all ranks that run on the machine. 0 with Ray: one rank per GPU of the
-    node, or per CPU if the run uses no GPU."""
+    """Number of ranks per node. 0 without Ray: all ranks on the machine. 0 with Ray: one rank per GPU of the node, or
+    per CPU for a run without GPUs."""
     wait: float = expert(60.0, above=0)
     """Ray: longest wait for nodes, in seconds."""
     heartbeat: float = expert(5.0, above=0)
     """Ray: seconds without an answer after which a node counts as lost."""
     kill_after: float | None = expert(None, above=0)
-    """Minimum number of seconds before a run in which no rank makes progress is ended as hung; a warning names the
-    culprit earlier. null: 60 on CPUs and 120 on GPUs. In checkpoints, uploads and callbacks, the minimum is at least
+    """Minimum number of seconds without progress of any rank before the run is ended as hung; a warning names the
+    culprit earlier. null: 60 on CPUs and 120 on GPUs. In checkpoints, uploads and callbacks, at least
     cluster.timeout."""
     hang_after: float = expert(300.0, above=0)
     """During a step, a run without progress is ended as hung after at most this number of seconds."""
     start_timeout: float = expert(900.0, above=0)
-    """Before the end of the first step, in checkpoints and in validations, a run without progress is ended as hung
-    after at most this number of seconds."""
+    """Before the end of the first step, in checkpoints and in validations, a run is ended as hung after at most this
+    number of seconds without progress."""
     restarts: int = number(3, least=0)
-    """Ray: maximum number of restarts after failures of the same kind, if no new checkpoint was written between the
-    failures. Losses of different nodes count separately. After the last restart the run ends with a diagnosis."""
+    """Ray: maximum number of restarts after failures of the same kind without a new checkpoint between them. Losses of
+    different nodes count separately. After the last restart the run ends with a diagnosis."""
     standby: bool = expert(True)
     """Ray: for each rank, keep a standby process that has completed all imports, so that restarts are quick. Each such
     process needs 0.5 GB."""
@@ -715,8 +712,8 @@ class Cluster:
 
 @dataclass
 class Rate:
-    """Rate of a kernel. The time of a kernel is calls x seconds + operations / flops + bytes / bandwidth. A term whose
-    rate is 0 is left out."""
+    """Rate of a kernel. Time of a kernel = calls x seconds + operations / flops + bytes / bandwidth. A term with rate 0
+    is left out."""
 
     seconds: float = number(0.0, least=0)
     """Fixed time in seconds that each call of the kernel takes, for any amount of work."""
@@ -744,17 +741,16 @@ class Hardware:
     key and two rates: `host` (transfers between one device and the host) and `host_memory` (reads and writes of the
     host's processors for one device)."""
     devices_per_host: int = expert(0, least=0)
-    """Number of devices that share host_memory_bytes; 0 for all devices of a node. For example 4 for an NVL72, in which
-    each tray of four devices has a host."""
+    """Number of devices that share host_memory_bytes; 0 for all devices of a node. 4 for an NVL72, in which four
+    devices share a host."""
     shared_memory_bytes: float = expert(0.0, least=0)
-    """Size of a host's /dev/shm in bytes, which holds the copies in memory (checkpoint.memory_folder). 0: half of
-    host_memory_bytes, as is Linux's default."""
+    """Size of a host's /dev/shm in bytes. It holds the copies in memory (checkpoint.memory_folder). 0: half of
+    host_memory_bytes, Linux's default."""
     disk_bytes: float = expert(0.0, least=0)
     """Space for checkpoints and exports of the run on the shared file system, in bytes; 0 if unknown."""
     storage_bandwidth: float = expert(0.0, least=0)
     """Bytes per second that the shared file system writes or reads for all nodes together; Llama 3's file system
-    sustained 2e12. 0 if unknown: a plan then leaves out the time to write and load checkpoints, and recommends no
-    interval of checkpoints."""
+    sustained 2e12. 0 if unknown: a plan then leaves out the time of checkpoints, and recommends no interval."""
     bf16_flops: float = expert(0.0, least=0)
     """Dense BF16 peak of one device in FLOP/s, on which MFU is based."""
     fp8_flops: float = expert(0.0, least=0)
@@ -792,14 +788,14 @@ class Plan:
     tokens: float | None = number(None, above=0)
     """Number of tokens for which a plan computes hours, cost and energy; null: all tokens of the recipe."""
     imbalance: float = expert(1.1, least=1)
-    """Number of token rows that the busiest rank of an expert group receives, divided by the mean over the group's
-    ranks. The busiest rank decides speed and memory."""
+    """Token rows of the busiest rank of an expert group, divided by the mean over the group's ranks. The busiest rank
+    decides speed and memory."""
     phases: list[str] = expert(make=list)
     """Recipes of later phases, which run after this recipe on the same devices, such as [deepseek_v3_32k,
     deepseek_v3_128k]. The plan adds their time and cost."""
     failures: float = number(2e-5, least=0)
-    """Number of failures per device and hour. Only failures that interrupt the run count. 0 for none. Meta counted 419
-    in 54 days of 16,384 H100 (Llama 3), which is 2.0e-5. InfiniteHBD's trace of servers has 2.2e-5."""
+    """Number of failures per device and hour that interrupt the run. 0 for none. Meta counted 419 in 54 days of 16,384
+    H100 (Llama 3), which is 2.0e-5. InfiniteHBD's trace of servers has 2.2e-5."""
     reserve: float | None = expert(None, least=0)
     """Reserved memory of a device, in bytes. null: an estimate of CUDA's context, communicators, exchange buffers and
     fragmentation."""
@@ -815,12 +811,11 @@ class DryRun:
     """Number of timed steps. They follow a warm-up step and a step that measures memory."""
     routing: str = expert("balanced")
     """Assumed number of rows that other ranks send to each expert of this rank. balanced: all experts get the same
-    number. skewed: this rank gets 1.5 times as many rows as with balanced, and the number per expert falls from its
-    first to its last expert. A run folder: each expert gets the same fraction of all rows as in the last recorded step
-    of that run."""
+    number. skewed: this rank gets 1.5 times as many rows, and the number falls from its first to its last expert. A run
+    folder: each expert gets its fraction of rows in the last recorded step of that run."""
     shrink: int = expert(0, least=0)
     """Divisor of widths, vocabulary and sequence length. 0: the smallest of 1, 2, 4, 8, ... with which at least some
-    layers of the rank fit the device. On a CPU, a step must also take only some seconds."""
+    layers of the rank fit the device, and on a CPU a step takes only some seconds."""
 
 
 @dataclass
@@ -828,11 +823,11 @@ class Prove:
     """mode=prove: check on a miniature of the recipe whether this layout trains this model (train/docs/prove.md)."""
 
     ranks: int = number(8, least=1)
-    """Maximum number of ranks. A layout with more ranks is replaced by the smallest layout with the same structure; the
-    card (card.md in the run folder) lists the changes."""
+    """Maximum number of ranks. A larger layout is replaced by the smallest layout with the same structure; the card
+    (card.md in the run folder) lists the changes."""
     first_optimizer: OptimizerName | None = expert(None)
-    """The check trains in two parts: the first part ends with a checkpoint, and the second part resumes from it. This
-    key is the optimizer of the first part. null: the optimizer of the second part."""
+    """Optimizer of the first part of the check, before the checkpoint from which the second part resumes. null: the
+    optimizer of the second part."""
 
 
 @dataclass
@@ -846,14 +841,14 @@ class Log:
     validation_sequences: int = number(64, least=1)
     """Number of sequences of seq_len tokens per validation."""
     norms_every: int = expert(50, least=0)
-    """Interval, in steps, at which the norms of weights and updates are measured for each layer; 0 for none. During the
-    update of such a step, a rank needs host memory for a second copy of its master weights."""
+    """Interval, in steps, at which the norms of weights and updates are measured for each layer; 0 for none. In such a
+    step, a rank needs host memory for a second copy of its master weights."""
     replicas_every: int = expert(0, least=0)
-    """Interval, in steps, of bitwise comparisons of weights that several ranks hold. If two ranks differ, the run ends
-    and names the rank and the weight. 0 for none (train/docs/why.md)."""
+    """Interval, in steps, of bitwise comparisons of weights that several ranks hold. At a difference, the run ends and
+    names the rank and the weight. 0 for none (train/docs/why.md)."""
     state_every: int = expert(0, least=0)
-    """Interval, in steps, of checks that master weights and optimizer state do not change after an update until the
-    next update or checkpoint. If they do, the run ends and names the rank and the tensor. 0 for none
+    """Interval, in steps, of checks that master weights and optimizer state do not change between an update and the
+    next update or checkpoint. At a change, the run ends and names the rank and the tensor. 0 for none
     (train/docs/why.md)."""
     wandb: WandbMode = WandbMode.auto
     """auto: online if there is an API key, otherwise offline. offline: only local files. disabled: no W&B."""
@@ -862,11 +857,11 @@ class Log:
     sample_tokens: int = number(160, least=0)
     """Length of the generated sample at the end, in tokens; 0 for none."""
     sample_every: int = expert(0, least=0)
-    """Interval, in steps, of generated samples. A sample is generated from the next checkpoint, while all ranks wait.
-    0: only at the end."""
+    """Interval, in steps, of generated samples. Each sample uses the next checkpoint, while all ranks wait. 0: only at
+    the end."""
     peak_flops: float = expert(0.0, least=0)
     """Peak FLOP/s of the device for MFU, in the precision of the GEMMs. 0: the vendor's figure of a known GPU; for
-    other devices, the rate of the fastest GEMM measured so far on such a device, stored in data.cache."""
+    other devices, the rate of the fastest GEMM measured so far, stored in data.cache."""
 
 
 @dataclass
@@ -901,8 +896,8 @@ class Evaluate:
     """Number of solved examples before each question; null: the task decides."""
     answers: int = number(0, least=0)
     """Chats: number of held-out questions that the model answers (train/evaluate/answers.py); 0 for none. A table
-    compares the model's answers with three others: answers of the weights before fine-tuning, shuffled answers, and the
-    most common answer."""
+    compares these answers with answers of the weights before fine-tuning, shuffled answers, and the most common
+    answer."""
     needle: list[int] = field(default_factory=list)
     """Text lengths, in tokens, of the pass-key test (train/evaluate/needle.py); empty for no test."""
 
@@ -924,8 +919,7 @@ class Generate:
     seed: int = number(1, least=0, most=LARGEST_SEED)
     """Seed of the sampling. Equal seeds, prompts and settings give the same text."""
     chat: bool = False
-    """Hold a conversation: each line is a question. Questions are written in the chat template of the weights, or in
-    data.template."""
+    """Hold a conversation: each line is a question. The chat template is that of the weights, or data.template."""
 
 
 @dataclass
@@ -937,13 +931,11 @@ class Score:
     to: str | None = None
     """The Parquet file to write; it must not exist yet."""
     routing: ScoredRouting = ScoredRouting.own
-    """Experts of every token: own (chosen by the routers), write (chosen by the routers, and written to the column
-    `experts`) or replay (read from the field `experts` of each sample, in which an inference engine stored its
-    choice)."""
+    """Experts of every token: own (chosen by the routers), write (also written to the column `experts`) or replay (read
+    from the field `experts` of each sample, in which an inference engine stored its choice)."""
     keys: ScoredRouting = ScoredRouting.own
-    """Sparse attention: the attention keys that each query uses. own: the indexers choose them. write: the indexers
-    choose them, and the column `keys` of the output stores the choice. replay: the field `keys` of each sample gives
-    them."""
+    """Sparse attention: the attention keys that each query uses. own: the indexers choose them. write: the column
+    `keys` of the output also stores this choice. replay: the field `keys` of each sample gives them."""
     checkpoint: str | None = None
     """A checkpoint or run folder, or a Hugging Face folder; null takes the newest intact checkpoint of this run."""
 
@@ -961,8 +953,8 @@ class Export:
     ema: bool = False
     """Take the moving average of the weights (optim.ema_decay) instead of the weights."""
     family: ModelFamily | None = None
-    """Family of the names of fields and tensors; null: the family of the folder from which the run started, else
-    deepseek_v3."""
+    """Family of the names of fields and tensors; null: the family of the Hugging Face folder from which the run
+    started, else deepseek_v3."""
     merge: bool = False
     """Add the adapter to its base and write a complete model, instead of a PEFT adapter."""
 
@@ -993,33 +985,33 @@ class Config:
     steps: int = number(300, least=1)
     """Number of optimizer steps of the whole run."""
     epochs: float | None = number(None, above=0)
-    """Number of passes over the data. If set, this key replaces the key steps. With a mix, a pass has as many sequences
-    as all sources together."""
+    """Number of passes over the data; replaces the key steps. With a mix, a pass has as many sequences as all sources
+    together."""
     seq_len: int = number(256, least=1)
     """Number of tokens per sequence."""
     batch_size: int = number(16, least=1, slip=10_000_000)
     """Number of sequences per optimizer step, over all ranks."""
     micro_batch_size: FilledKey[int] = number(None, least=1)
-    """Number of sequences per forward pass of a rank. null: the largest number that divides a rank's share of the
-    batch, has at most 4096 tokens and leaves enough micro-batches for the pipeline schedule. A loaded configuration
-    always has a number."""
+    """Number of sequences per forward pass of a rank. null: the largest divisor of a rank's share of the batch for
+    which the pass has at most 4096 tokens and the schedule has enough micro-batches. A loaded configuration always has
+    a number."""
     resume: str = "auto"
     """auto (newest intact checkpoint of this run, if there is one), never (start a new run; an existing run is an
     error), or a checkpoint folder."""
     init_from: str | None = None
     """Initial weights of a new run: a run, a checkpoint, or a Hugging Face folder of DeepSeek-V3's architecture
-    (safetensors in bf16, fp32 or FP8 blocks; families as in export.family). null: random weights. A run that has a
-    checkpoint resumes from the checkpoint instead."""
+    (safetensors in bf16, fp32 or FP8 blocks; families as in export.family). null: random weights. A run with a
+    checkpoint resumes from that instead."""
     text_only: bool = False
     """Read only the language model of a folder that also contains other parts, such as an image encoder."""
     runs: str = "runs"
     """Folder that holds the run folders."""
     trust: bool = False
-    """Trust the config.yaml of an existing run: it may call resolvers such as ${oc.env:HOME}, set evaluate.task_path (tasks can
-    hold code) and name code by `_target_`. A config.yaml cannot set this key."""
+    """Trust the config.yaml of an existing run: it may call resolvers such as ${oc.env:HOME}, set evaluate.task_path
+    (tasks can hold code) and name code by `_target_`. A config.yaml cannot set this key."""
     callbacks: list[dict[str, Any]] = field(default_factory=list)
-    """Hooks, which are objects that watch a run or add something to it. Each has `_target_: my_mod.MyCallback` with its
-    arguments (train/docs/change_model.md)."""
+    """Hooks: objects that watch a run or add something to it. Each has `_target_: my_mod.MyCallback` with its arguments
+    (train/docs/change_model.md)."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)

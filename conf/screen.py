@@ -8,8 +8,7 @@ from conf.words import harmless
 
 
 class Terminal(Console):
-    """A console that shows text literally: [red] is not markup, :smile: is not an emoji, and escape sequences are
-    visible."""
+    """A console that shows text literally: [red], :smile: and escape sequences become visible text."""
 
     def __init__(self, **settings: Any):
         """settings: arguments of rich's Console."""

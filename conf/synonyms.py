@@ -1,8 +1,8 @@
 """Tables of words for a command line: names of keys and values in other programs, keys that only some modes read, and
 keys that exclude each other.
 
-conf/command_line.py uses these tables to name the key that the user meant. Spelling mistakes need no entry. A word
-needs an entry if it resembles no key of Sluice, or resembles a wrong key.
+conf/command_line.py uses these tables to name the key that the user meant. A word needs an entry if it resembles no key
+of Sluice, or a wrong key.
 """
 
 from conf.schema import Mode
@@ -80,7 +80,7 @@ KEYS = {
     "wandb_mode": "log.wandb",
     "zero_stage": "parallel.zero",
 }
-"""Maps a word that a user may type to the key that he means. The word is a complete key or the last part of a key."""
+"""Maps a word that a user may type, a complete key or its last part, to the key that he means."""
 
 VALUES = {
     ("log.wandb", "online"): ("auto", "is online if W&B has an API key"),
@@ -95,8 +95,7 @@ VALUES = {
     ("precision", "float32"): ("fp32", "is float32"),
     ("cluster.device", "gpu"): ("cuda", "uses GPUs"),
 }
-"""Maps a key and a typed value, in lower case, to two texts: the value that the user means, and what this value
-does."""
+"""Maps a key and a typed value, in lower case, to the intended value and a text about its effect."""
 
 NO_TENSOR_PARALLELISM = "there is no tensor parallelism: parallel.pp distributes layers, parallel.ep experts, parallel.cp positions, and parallel.zero=3 weights"
 ACCUMULATION = "each rank accumulates gradients over batch_size / (micro_batch_size x parallel.dp) micro-batches: set batch_size and micro_batch_size"
@@ -112,8 +111,8 @@ CURES = {
     "tensor_parallel_size": NO_TENSOR_PARALLELISM,
     "tp": NO_TENSOR_PARALLELISM,
 }
-"""Maps a word that a user may type to a fix, if no single key is meant. The word is a key, the last part of a key, a
-value, or an argument without `=`."""
+"""Maps a word that a user may type to a fix, if no single key is meant. The word is a key, its last part, a value, or
+an argument without `=`."""
 
 COMMANDS = ("doctor", "runs", "launch", "why", "top")
 """Commands that may follow `sluice` instead of settings; train/__main__.py runs them."""
@@ -133,7 +132,7 @@ OWN_KEYS: dict[str, tuple[Mode, ...]] = {
     "prove": (Mode.prove,),
     "score": (Mode.score,),
 }
-"""Maps a key or section to the modes that read it. Other modes refuse the key, because it would have no effect."""
+"""Maps a key or section to the modes that read it. Other modes refuse the key."""
 
 INSTEAD_OF: dict[str, tuple[str, ...]] = {
     "steps": ("epochs",),
@@ -147,5 +146,5 @@ INSTEAD_OF: dict[str, tuple[str, ...]] = {
     "data.template": ("data.template_function",),
     "data.template_function": ("data.template",),
 }
-"""Maps a key to other keys. As long as one of the other keys has a value, the first key has no effect. If a user types
-the first key, the recipe's values of the other keys are cleared."""
+"""Maps a key to the keys that make it ineffective while they have a value. If a user types the first key, the recipe's
+values of the others are cleared."""

@@ -1,9 +1,8 @@
 """Sanitises displayed text. Some of it comes from untrusted files: keys of JSONL, file names, fields of a config.json.
 
-In a terminal, an escape sequence could clear the screen or send input to the shell. An override of the writing
-direction could disguise a command, and a line end could forge a log line. So all output goes through `say`, or through
-a console of conf/screen.py. Both replace such characters by visible escapes. Text that becomes part of a sentence goes
-through `sentence`; errors call `sentence` themselves.
+An escape sequence could clear the screen or send input to the shell. An override of the writing direction could
+disguise a command, and a line end could forge a log line. All output goes through `say`, or through a console of
+conf/screen.py. Text that becomes part of a sentence goes through `sentence`; errors call `sentence` themselves.
 """
 
 import re
@@ -16,15 +15,15 @@ from typing import TextIO
 
 
 def harmless(text: str) -> str:
-    """Return the text with visible escapes instead of invisible characters. Tabs and line ends remain."""
+    """Return the text with visible escapes for invisible characters, except tabs and line ends."""
     if text.isprintable():
         return text
     return "".join(c if c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs" else _shown(c) for c in text)
 
 
 def sentence(text: object, indent: int = 8) -> str:
-    """Sanitise untrusted text for a message. A line end remains only if the next line is indented by at least `indent`
-    spaces; other line ends become visible escapes, so that the text cannot forge a line."""
+    """Sanitise untrusted text for a message. A line end remains only before a line indented by `indent` spaces or more,
+    so that the text cannot forge a line."""
     return re.sub(rf"\n(?! {{{indent}}})", r"\\n", harmless(str(text)))
 
 
@@ -53,17 +52,14 @@ def say_note(text: str) -> None:
 
 
 def say_folded(text: str, indent: int, file: TextIO | None = None) -> None:
-    """Print text. In a terminal, its lines break between words (see `folded`)."""
+    """Print text, in a terminal with line ends between words (see `folded`)."""
     columns = shutil.get_terminal_size().columns if (file or sys.stdout).isatty() else None
     say(folded(text, columns, indent), file=file, flush=True)
 
 
 def folded(text: str, columns: int | None, indent: int) -> str:
-    """Return the text with line ends between words, but not inside text in backticks or single quotes. Without a
-    terminal (columns is None), the text is unchanged.
-
-    indent: spaces before continuation lines.
-    """
+    """Return the text with line ends between words, but not inside backticks or single quotes. If columns is None, the
+    text is unchanged. indent: spaces before continuation lines."""
     if columns is None:
         return text
     style = {"subsequent_indent": " " * indent, "break_long_words": False, "break_on_hyphens": False}

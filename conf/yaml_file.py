@@ -1,8 +1,7 @@
 """Reads a YAML file. If the file cannot be read, the error gives the reason in one sentence.
 
-A run folder may belong to another user, so the file of a run is read only as data. A reference such as ${model.layers}
-is allowed; it means another value of the file. A resolver such as ${oc.env:HOME} is refused, because it calls a
-function that can read data of this machine.
+A run folder may belong to another user, so its file is read only as data. A reference such as ${model.layers} is
+allowed. A resolver such as ${oc.env:HOME} is refused, because it can read data of this machine.
 """
 
 import re
@@ -22,13 +21,11 @@ from conf.errors import UserError
 from conf.removed_keys import drop_removed_keys
 
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError)
-"""Exceptions that a settings file with wrong content can cause. ValueError: the file is not UTF-8, or has a date that
-does not exist."""
+"""Exceptions that wrong content of a settings file can cause. ValueError: no UTF-8, or an impossible date."""
 
 
 def read_yaml(path: Path, trust: bool = False) -> DictConfig:
-    """Return the settings in a file, such as a run's config.yaml. The file may be of an earlier version
-    (conf/removed_keys.py).
+    """Return the settings in a file, such as a run's config.yaml, also of an earlier version (conf/removed_keys.py).
 
     Raises UserError if the file cannot be read, or if it contains a resolver and `trust` is false.
     """
@@ -49,7 +46,7 @@ def read_yaml(path: Path, trust: bool = False) -> DictConfig:
 
 
 def _calls(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Find the texts that contain a resolver, in nested mappings and lists. Yield the key and the text of each."""
+    """Yield the key and the text of each resolver in nested mappings and lists."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _calls(inner, f"{key}.{name}" if key else str(name))
@@ -68,8 +65,8 @@ def _holds_resolver(tree: Any) -> bool:
 
 
 def escaped(value: Any) -> Any:
-    """Return the values with OmegaConf's special characters escaped. In these values all references are already
-    resolved, so a ${ in a text is plain text."""
+    """Return the values with OmegaConf's special characters escaped. References are already resolved, so a ${ in a text
+    is plain text."""
     if isinstance(value, dict):
         return {key: escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -80,7 +77,7 @@ def escaped(value: Any) -> Any:
 
 
 def yaml_error(error: Exception, path: Path | None = None) -> UserError:
-    """Return a UserError for an exception of UNREADABLE. path: the file, if known; YAML errors contain their file."""
+    """Return a UserError for an exception of UNREADABLE. path: the file; None if the YAML error names it."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = mark.name if mark else getattr(error, "name", None) or getattr(error, "filename", None) or path
     line = f", line {mark.line + 1}" if mark else ""

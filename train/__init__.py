@@ -30,12 +30,12 @@ FOR_LOOPS = {
     "session": "train.loop.session",
     "SessionFailed": "train.loop.session",
 }
-"""Maps names for custom training loops to their modules. train/api.py does not have these names, because their modules
+"""Maps names for custom training loops to their modules. These names are not in train/api.py, because the modules
 import torch."""
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a function of train/api.py, or a name in FOR_LOOPS, when the name is first used."""
+    """Imports a name of train/api.py or FOR_LOOPS at its first use."""
     if name == "train_step":
         cure = "engine = train.open_engine(config); engine.forward_backward(train.Batch(tokens)); engine.update()"
         raise AttributeError(f"train.train_step is now the engine (train/docs/loops.md): {cure}")

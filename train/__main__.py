@@ -11,8 +11,7 @@ import sys
 IS_COMMAND = __name__ == "__main__" or os.path.basename(sys.argv[0]) == "sluice"
 """Whether this process runs the command `sluice`. False if another program imports this module."""
 COMMAND_MODULES = {"doctor": "doctor", "runs": "runs", "launch": "job_file", "why": "why", "top": "top"}
-"""Maps the commands that can follow `sluice` instead of a recipe to their modules in train/command. --help prints the
-docstring of the module."""
+"""Maps each command that can follow `sluice` to its module in train/command, whose docstring --help prints."""
 if IS_COMMAND:
     signal.signal(
         signal.SIGINT, signal.SIG_DFL
@@ -62,17 +61,13 @@ MODE_FUNCTIONS = {
     Mode.prove: "train.prove.run:prove",
     Mode.show_data: "train.data.show_data:show_data",
 }
-"""Maps each mode to its function, as module:function. The function is imported when it is needed. It takes the settings
-and returns the exit code."""
+"""Maps each mode to its function, as module:function. The function takes the settings and returns the exit code."""
 STARTS_RANKS = (Mode.evaluate, Mode.prove)
 """Modes whose function has a second argument, `alone`; see `do`."""
 
 
 def main(configs: list[Config]) -> int:
-    """Run one job, or the jobs of a sweep one after another. Returns the worst exit code.
-
-    If a job is asked to stop, the later jobs do not run.
-    """
+    """Run one job, or the jobs of a sweep until one is asked to stop. Returns the worst exit code."""
     codes: list[int] = []
     try:
         for config in configs:
@@ -96,10 +91,8 @@ def main(configs: list[Config]) -> int:
 
 
 def do(config: Config, alone: bool) -> int:
-    """Run the job's `mode`. Returns the exit code.
-
-    alone: whether this is the only job of this process. If it is, this process may become a rank of the job.
-    """
+    """Run the job's `mode`. Returns the exit code. alone: whether this is the only job of this process, which may then
+    become a rank."""
     try:
         if config.mode is Mode.train:
             return _train(config, alone)
@@ -112,10 +105,7 @@ def do(config: Config, alone: bool) -> int:
 
 
 def _train(config: Config, alone: bool) -> int:
-    """Train a run. Returns the exit code.
-
-    alone: whether this is the only run of this process. If it is, this process may become a rank of the run.
-    """
+    """Train a run. Returns the exit code. alone: see `do`."""
     from train.checkpoint.run_folder import RunFolder
     from train.metrics.origin import record_start
     from train.show.writer import tell_of_end
@@ -142,8 +132,7 @@ def _train(config: Config, alone: bool) -> int:
 def check_before_start(config: Config) -> None:
     """Run all checks of a start before anything is written, the quickest check first.
 
-    The checks find a layout that cannot run, too little disk space or memory, a checkpoint of another model, and
-    unreadable data.
+    They find an impossible layout, too little disk space or memory, a checkpoint of another model, and unreadable data.
     """
     from train.checkpoint.run_folder import check_space, resume_point
     from train.checkpoint.trained_with import describe_base, refuse_mean, require_adapter, require_base, require_model
@@ -193,8 +182,7 @@ def _run_rank(config: Config, place: Place) -> int:
 
 
 def _plan_of_job(config: Config) -> tuple[str, float, float]:
-    """Plans a run. Returns a summary line, the planned hours, and the host memory in bytes that tensors need on the
-    fullest node."""
+    """Plans a run. Returns a summary line, the hours, and the bytes of host memory for tensors on the fullest node."""
     from train.plan.budget import make_plan
 
     plan = make_plan(config)
@@ -206,15 +194,14 @@ def _plan_of_job(config: Config) -> tuple[str, float, float]:
 
 
 def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an uncaught exception as Python does, but with invisible characters of untrusted text replaced by
-    escapes."""
+    """Print an uncaught exception as Python does, with escapes for invisible characters of untrusted text."""
     import traceback
 
     say("".join(traceback.format_exception(kind, error, trace)).rstrip(), file=sys.stderr)
 
 
 def command() -> int:
-    """Run the command with the arguments after `sluice` or `python -m train`. Returns the exit code."""
+    """Run the command that follows `sluice` or `python -m train`. Returns the exit code."""
     os.environ |= environment_of_children()
     sys.excepthook = _show_bug
     let_output_be_lost()
@@ -247,7 +234,7 @@ def _command(words: list[str]) -> int:
 
 
 def command_alone() -> int:
-    """Run the command in a process that exists only for this command, then end the process; see `leave`."""
+    """Run the command in a process of its own, then end the process; see `leave`."""
     return leave(command())
 
 

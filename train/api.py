@@ -5,8 +5,7 @@
     model = train.load(run.folder)
     print(train.complete(model, "def main(", tokens=40))
 
-A setting is a string like an argument of the command line. An invalid setting raises conf.errors.UserError, which
-contains the field, the value, the rule and the fix.
+A setting is a string like an argument of the command line. An invalid setting raises conf.errors.UserError.
 """
 
 import os
@@ -37,7 +36,7 @@ __all__ = ["RunFailed", "RunResult", "build_model", "complete", "compose", "load
 
 
 class RunFailed(RuntimeError):
-    """A run ended with a nonzero exit code. Its output gives the cause. code: an exit code of conf/errors.py."""
+    """A run ended with a nonzero exit code; its output gives the cause. code: an exit code of conf/errors.py."""
 
     def __init__(self, folder: Path, code: int):
         super().__init__(f"the run in {folder} ended with exit code {code}; see its last output")
@@ -50,7 +49,7 @@ class RunResult:
 
     folder: Path
     code: int = EXIT_OK
-    """Exit code of the last command. It is 75 if a signal stopped the command."""
+    """Exit code of the last command; 75 if a signal stopped it."""
 
     @property
     def checkpoint(self) -> Path | None:
@@ -58,13 +57,13 @@ class RunResult:
         return newest_intact(self.folder / "checkpoints").path
 
     def records(self) -> list[dict[str, Any]]:
-        """Returns the scalars and events of train/metrics/names.py, as one dictionary for each recorded step.
-        Non-finite values are NaN."""
+        """Returns the scalars and events of train/metrics/names.py, a dictionary per recorded step. Non-finite values
+        are NaN."""
         path = self.folder / METRICS_FILE
         return list(read_heads(path)) if path.is_file() else []
 
     def frame(self) -> "pandas.DataFrame":
-        """Returns the records as a data frame with the step as index. Raises UserError if pandas is not installed."""
+        """Returns the records as a data frame indexed by step. Raises UserError without pandas."""
         try:
             import pandas
         except ImportError as error:
@@ -75,18 +74,16 @@ class RunResult:
 
 
 def compose(*words: str) -> Config:
-    """Composes settings from command-line arguments and checks them.
-
-    Raises UserError for unknown, invalid or conflicting settings.
-    """
+    """Composes and checks settings from command-line arguments. Raises UserError for unknown, invalid or conflicting
+    settings."""
     return load_settings.compose(*words)
 
 
 def run(config: Config) -> RunResult:
     """Run config.mode like the command `sluice`: train (or resume), evaluate, export, plan, ...
 
-    Ranks are separate processes, so this process can start another run later. Raises UserError if the start is refused,
-    and RunFailed if the run fails after its start.
+    Ranks are separate processes, so this process can start more runs. Raises UserError if the start is refused, and
+    RunFailed if the run fails after its start.
     """
     from train.__main__ import do
 
@@ -109,10 +106,10 @@ def open_run(folder: Path | str) -> RunResult:
 def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
     """Builds the model of a recipe in this process, with the initial weights of a run and the recipe's precision.
 
-    `model(tokens)` takes token ids (B, T + 1) and returns the loss (1,) in nats per token. This is the loss of the next
-    token plus MTP's loss times `model.mtp_weight`. `model.logits(tokens)` takes token ids (B, T) and returns logits
-    (B, T, vocabulary). The model is in train mode. For complete training steps, use an engine (`open_engine`). Raises
-    UserError if the memory is too small.
+    `model(tokens)` takes token ids (B, T + 1) and returns the loss (1,) in nats per token: the next-token loss plus
+    MTP's loss times `model.mtp_weight`. `model.logits(tokens)` takes token ids (B, T) and returns logits (B, T,
+    vocabulary). The model is in train mode. For complete training steps, use `open_engine`. Raises UserError if the
+    memory is too small.
     """
     import torch
 
@@ -138,9 +135,8 @@ def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
 def load(path: Path | str, *overrides: str) -> "LoadedModel":
     """Loads a model from a run, a checkpoint or a Hugging Face folder, to generate text with `complete`.
 
-    The attribute `decoder.model` of the result is the torch module, in eval mode. overrides: settings as on the command
-    line, for example cluster.device=cpu. Raises UserError if the source is missing, damaged or too large for the
-    memory.
+    `decoder.model` of the result is the torch module, in eval mode. overrides: settings such as cluster.device=cpu.
+    Raises UserError if the source is missing, damaged or too large for the memory.
     """
     from cluster.place import Place
     from train.generate.source import open_weights
@@ -151,18 +147,15 @@ def load(path: Path | str, *overrides: str) -> "LoadedModel":
 
 
 def complete(model: "LoadedModel", prompt: str, *, tokens: int = 200, **how: Any) -> str:
-    """Returns the continuation of a prompt. tokens: maximum number of new tokens.
-
-    how: temperature, top_p and seed, as in the section `generate` of the settings.
-    """
+    """Returns the continuation of a prompt. tokens: maximum number of new tokens. how: temperature, top_p and seed, as
+    in the section `generate`."""
     from train.generate.generation import complete as continuation
 
     return continuation(model, prompt, tokens=tokens, **how)
 
 
 def _quoted(text: str) -> str:
-    """Quotes a value for Hydra's command line. The value may contain any character. In a quoted value, a backslash is
-    special only before a quote."""
+    """Quotes a value for Hydra's command line. In a quoted value, a backslash is special only before a quote."""
     return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), text) + '"'
 
 

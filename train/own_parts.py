@@ -16,8 +16,8 @@ from train.parallelize import make_loss
 
 
 def check_own_code(config: Config) -> None:
-    """Raise UserError if user code of the recipe is missing or unsuitable. Data code is not tested here, because
-    building the corpus tests it."""
+    """Raise UserError if the recipe's user code is missing or unsuitable. Building the corpus tests data code
+    instead."""
     for name in ("block", "router"):
         if section := getattr(config.model, name):
             with refused(f"model.{name}", section[TARGET], "making it"):
@@ -32,8 +32,8 @@ def check_own_code(config: Config) -> None:
 
 
 def _buffers(model: Model) -> set[str]:
-    """Returns the names of the module buffers that a checkpoint of this model would contain. The function builds at
-    most one dense block and one MoE block."""
+    """Returns the names of the buffers in a checkpoint of this model. The function builds at most one dense block and
+    one MoE block."""
     last = min(model.dense_layers, model.layers - 1)
     layers = range(max(0, last - 1), last + 1)
     kernels = HighPrecision(torch.float32, PlainKernels())

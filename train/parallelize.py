@@ -1,7 +1,7 @@
 """Builds the chunks of a rank. A chunk is the part of the model in one pipeline stage.
 
-The order is fixed: split the layers into stages, build each chunk, allocate and initialise its weights, wrap the chunks
-for training.
+The order is fixed: split the layers into stages, build each chunk, allocate and initialise its weights, wrap it for
+training.
 """
 
 from collections import ChainMap
@@ -54,7 +54,7 @@ def parallelize(
 
     restored: whether the caller will fill all weights from a checkpoint; then no weights are drawn. dispatcher: sends
     tokens to experts. layers: the layers of every stage. share: exchanges data for context parallelism. Only a dry run
-    passes the last three arguments; for other callers, the layout determines them.
+    passes the last three arguments; otherwise the layout determines them.
     """
     in_turn = config.parallel.zero == 3 and not config.adapter.on  # a weight gets its memory when it is sharded
     model = build_rank_model(config, mesh, device, kernels, restored, dispatcher, layers, share, hollow=in_turn)
@@ -96,7 +96,7 @@ def build_rank_model(
     share: ContextParallel | None = None,
     hollow: bool = False,
 ) -> RankModel:
-    """Builds a rank's model without an optimizer, for `parallelize` and mode=prove. hollow: see `build_chunks`."""
+    """Builds a rank's model without an optimizer. hollow: see `build_chunks`."""
     if dispatcher is None and mesh.layout.ep > 1:
         dispatcher = make_dispatcher(config, mesh)
     if share is None and mesh.layout.cp > 1:
@@ -154,10 +154,8 @@ def build_pipeline(
 
 
 def stage_layers(config: Config) -> list[range]:
-    """Returns the layers of every stage, according to parallel.split.
-
-    A split by cost gives all pipeline ranks about the same number of operations in a training step.
-    """
+    """Returns the layers of every stage, according to parallel.split. A split by cost gives all pipeline ranks about
+    the same number of operations."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
     if isinstance(parallel.split, list):
         return split_as_given(parallel.split)
@@ -172,7 +170,7 @@ def stage_layers(config: Config) -> list[range]:
 
 @cache
 def _split(costs: tuple[float, ...], last: float, placement: tuple[tuple[int, ...], ...]) -> tuple[range, ...]:
-    """Splits the layers by cost. The result is cached, because a planner needs the same split many times."""
+    """Splits the layers by cost. The result is cached, because a planner repeats the same split."""
     return tuple(split_layers(costs, 0.0, last, placement))
 
 
@@ -188,11 +186,12 @@ def build_chunks(
     host: HostStore | None = None,
     hollow: bool = False,
 ) -> tuple[list[DeepSeekV3], list[int], int]:
-    """Builds this rank's chunks with weights drawn from config.seed.
+    """Builds this rank's chunks with weights drawn from config.seed. Returns the chunks, the indices of their stages,
+    and the number of stages.
 
-    Returns the chunks, the indices of their stages, and the number of stages. layers: the layers of every stage; None:
-    the result of `stage_layers`. restored: see `parallelize`. host: stores the activations that model.offload moves.
-    hollow: whether the weights get no memory here; the caller then draws the weights.
+    layers: the layers of every stage; None: the result of `stage_layers`. restored: see `parallelize`. host: stores the
+    activations that model.offload moves. hollow: whether the weights get no memory here; the caller then draws the
+    weights.
     """
     placement = config.parallel.placement
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
@@ -238,13 +237,13 @@ def build_chunks(
 
 
 def make_share(mesh: Mesh) -> ContextParallel:
-    """Builds the object for context parallelism. Through this object, the ranks that share a sequence exchange their
-    parts of the sequence. All layers use the same object."""
+    """Builds the object through which ranks that share a sequence exchange their parts. All layers use the same
+    object."""
     return ContextParallel(mesh.cp_group, mesh.layout.cp > mesh.layout.ranks_per_node)
 
 
 def make_dispatcher(config: Config, mesh: Mesh) -> ExchangeDispatcher:
-    """Builds the object that sends tokens to experts on other ranks. All layers use the same object."""
+    """Builds the object that sends tokens to experts on other ranks, and that all layers use."""
     return build_dispatcher(
         config.parallel.dispatch,
         experts=config.model.experts,
@@ -260,9 +259,8 @@ def make_dispatcher(config: Config, mesh: Mesh) -> ExchangeDispatcher:
 
 
 def tied_embedding(config: Config, mesh: Mesh, chunks: list[DeepSeekV3]) -> nn.Parameter | None:
-    """Returns this rank's embedding if another rank also has the embedding, and both copies must remain equal. This is
-    the case if the model has MTP modules, which use the embedding in the last stage, and another rank has the first
-    stage. Otherwise returns None."""
+    """Returns this rank's embedding if another rank has a copy that must remain equal; otherwise None. Two ranks have a
+    copy if the model has MTP modules, and different ranks have the first and the last stage."""
     placement = config.parallel.placement
     same_rank = sum(len(ids) for ids in placement) - 1 in placement[0]
     holders = [chunk.embedding.weight for chunk in chunks if hasattr(chunk, "embedding")]

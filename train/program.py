@@ -1,8 +1,8 @@
 """Protects the program's imports, checks its packages, and prepares child processes.
 
-`python -m` looks for packages in the working folder first. So a file such as conf.py or torch.py in the working folder
-would replace the real package. The command `sluice` does not search the working folder. The program imports this file
-before all others, because it must fix the import path first. This file needs only the standard library.
+`python -m` looks for packages in the working folder first, where a conf.py or torch.py would replace the real package.
+This file fixes the import path. The program therefore imports it before all others, and it needs only the standard
+library.
 """
 
 import importlib.metadata
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-"""Root folder of the program. It equals conf.schema.ROOT, which cannot be imported yet."""
+"""Root folder of the program, like conf.schema.ROOT, which cannot be imported yet."""
 COMMAND = "sluice"
 DISTRIBUTION = "sluice-train"
 """The program's name for pip. The package `sluice` on PyPI is another project."""
@@ -36,8 +36,8 @@ def other_system() -> str | None:
 def guard_names() -> None:
     """Remove the working folder from the import path, to which `python -m` has added it.
 
-    This function cannot help if the working folder contains train.py or train/__init__.py: then `python -m train` runs
-    that file instead of the program. The command `sluice` does not have this problem.
+    If the working folder contains train.py or train/__init__.py, `python -m train` runs that file instead. Only the
+    command `sluice` avoids this.
     """
     first = sys.path[0] if sys.path and not sys.flags.safe_path else None
     if first is not None and Path(first or ".").resolve() == Path.cwd() != ROOT:
@@ -45,10 +45,8 @@ def guard_names() -> None:
 
 
 def require_packages() -> None:
-    """End with a one-line error if this Python lacks a required package, for example outside of the environment.
-
-    Only a checkout is checked. For an installed program, pip has already installed the packages.
-    """
+    """End with a one-line error if this Python lacks a required package. Only a checkout is checked; for an installed
+    program, pip has installed the packages."""
     if lacking := list(_lacking()):
         named = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} others" if len(lacking) > 3 else "")
         active = ROOT / ".venv" / "bin" / "activate"
@@ -73,8 +71,7 @@ def _lacking() -> Iterator[str]:
 
 
 def environment_of_children() -> dict[str, str]:
-    """Returns environment variables for child processes. With these variables, the Python of a child finds this
-    program, and ignores modules in the working folder."""
+    """Returns environment variables with which a child's Python finds this program, and ignores the working folder."""
     found = {"PYTHONSAFEPATH": "1"}
     if ROOT.name != "site-packages":  # a checkout, which Python may have found only through the working folder
         others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
@@ -83,8 +80,7 @@ def environment_of_children() -> dict[str, str]:
 
 
 def typed_command() -> list[str] | None:
-    """Returns the command with which the user started the program; None if another program, such as torchrun, started
-    it."""
+    """Returns the command with which the user started the program; None if another program such as torchrun did."""
     started = Path(sys.argv[0]).name
     if started == COMMAND:
         return [COMMAND]
@@ -92,8 +88,7 @@ def typed_command() -> list[str] | None:
 
 
 def install_words(extra: str) -> str:
-    """Returns the command that installs an extra of the program. The command depends on whether the program is a
-    checkout."""
+    """Returns the command that installs an extra, for a checkout or an installed program."""
     if (ROOT / "pyproject.toml").is_file():
         return f"in the program's folder: pip install -e '.[{extra}]'"
     return f"pip install '{DISTRIBUTION}[{extra}]'"

@@ -36,14 +36,14 @@ from train.rank_parts import RankSetup
 
 T = TypeVar("T")
 PREPARATION = timedelta(days=7)
-"""Longest wait for data preparation. Tokenising a large text may take longer than the timeout of collectives."""
+"""Longest wait for data preparation, which may take longer than the timeout of collectives."""
 
 
 def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int:
-    """Run the work of a rank. Return an exit code, even if the work raises an error or SystemExit.
+    """Run the work of a rank. Return an exit code, even after an error or SystemExit.
 
-    failures: the folder from which a driver reads and reports the errors of ranks. None without a driver: the process
-    is the only process of a run, or torchrun started it. Then errors are printed, and a UserError is raised.
+    failures: the folder from which a driver reads the errors of ranks; None without a driver. Without a driver, errors
+    are printed, and a UserError is raised.
     """
     with _marked(place, failures):
         return _guarded(place, failures, work)
@@ -51,10 +51,8 @@ def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int
 
 @contextmanager
 def _marked(place: Place, failures: Path | None) -> Iterator[None]:
-    """Context for the work of a rank. A marker file exists until the context ends.
-
-    If the process ends inside the context, the file remains, and the driver finds it.
-    """
+    """Context with a marker file for the work of a rank. If the process ends inside the context, the file remains, and
+    the driver finds it."""
     if failures is None:
         yield
         return
@@ -107,8 +105,8 @@ def set_up_rank(config: Config, place: Place) -> RankSetup:
 
 
 def choose_device(config: Config, place: Place) -> torch.device:
-    """Chooses this rank's device, and limits the rank to its share of the CPU cores. With a GPU, these are cores of the
-    GPU's NUMA node."""
+    """Chooses this rank's device, and limits the rank to its share of the CPU cores. With a GPU, these are cores of its
+    NUMA node."""
     wanted = config.cluster.device
     torch.set_num_threads(threads_of(config.cluster.threads, place.local_world))
     if config.cluster.deterministic:
@@ -123,7 +121,7 @@ def choose_device(config: Config, place: Place) -> torch.device:
 
 
 def start_process_group(config: Config, place: Place, device: torch.device) -> None:
-    """Start the default group of all ranks. The ranks meet at the driver's address, or through torchrun's store."""
+    """Start the default group of all ranks, at the driver's address or through torchrun's store."""
     refuse_pickles()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     bound = device if device.type == "cuda" and place.world > 1 else None  # a single rank needs no communicator
@@ -152,8 +150,8 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
 
 
 def in_turn(place: Place, make: Callable[[ReportProgress], T]) -> T:
-    """Run `make` first on one rank of every machine. This rank fills the cache. Then the other ranks run `make`, which
-    now reads the cache."""
+    """Run `make` first on one rank of every machine, which fills the cache. Then the other ranks run `make` and read
+    the cache."""
     with patient_group(PREPARATION) as everybody:
         if place.local_rank == 0:
             with show_progress() as progress:
@@ -185,11 +183,8 @@ def _report(error: BaseException, place: Place, failures: Path | None) -> int:
 
 
 def _tell(failure: Failure, chain: list[BaseException]) -> None:
-    """Describe a failure by the error that was raised first. The pipeline wraps that error in another one with a long
-    text.
-
-    chain: the error and its causes. The last element was raised first.
-    """
+    """Describe a failure by the error that was raised first; the pipeline wraps it in another one with a long text.
+    chain: the error and its causes, the first raised error last."""
     first = chain[-1]
     frames = traceback.extract_tb(first.__traceback__)
     failure.headline = _first_line(first)

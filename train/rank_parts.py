@@ -1,4 +1,4 @@
-"""Defines the parts of a rank that many files use: its device and groups, its model, and its optimizer."""
+"""The parts of a rank that many files use: its device and groups, its model, and its optimizer."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,8 +35,7 @@ class RankModel:
     """Sends tokens to experts on other ranks; None if this rank holds all experts."""
     precision: "HighPrecision | Fp8Precision"
     share: "ContextParallel | None"
-    """Exchanges parts of a sequence with the ranks that share this rank's sequences; None if this rank has complete
-    sequences."""
+    """Exchanges parts of a sequence with the ranks that share it; None if this rank has complete sequences."""
 
     def routers(self) -> "dict[str, Router]":
         """Returns the routers of all chunks, by layer name."""

@@ -60,7 +60,7 @@ from train.show.writer import open_writer
 
 
 def preload() -> None:
-    """Import DeepSpeed before it is needed, unless the rank may use a GPU. See cluster/node/standby.py."""
+    """Import DeepSpeed early, unless the rank may use a GPU. See cluster/node/standby.py."""
     if not torch.cuda.is_available():
         import_deepspeed(on_cuda=False)
 
@@ -75,10 +75,8 @@ def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
 
 
 def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Path | None) -> int:
-    """Train as one rank, explain its errors, and record its communication.
-
-    failures: None if no Sluice driver watches this rank for hangs.
-    """
+    """Train as one rank, explain its errors, and record its communication. failures: None if no Sluice driver watches
+    this rank."""
     paths, driven = RunPaths(config), failures is not None
     watch = SelfWatch(paths.logs, place, patience_of(config.cluster), ends=given_place() is not None)
     logs = failures or paths.logs

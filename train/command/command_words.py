@@ -11,7 +11,7 @@ class CommandWords(NamedTuple):
     """The parsed arguments of a command."""
 
     command: str
-    """The command in the form that errors show, such as `sluice why`."""
+    """The command as errors show it, such as `sluice why`."""
     names: list[str]
     flags: list[str]
     runs: Path
@@ -23,8 +23,8 @@ class CommandWords(NamedTuple):
             raise UserError(self.command, unknown[0], "is not a flag of this command", cure)
 
     def one_run(self) -> str:
-        """Returns the name of the run, for a command that takes one name and no flag except --json. Raises UserError
-        for other arguments."""
+        """Returns the run's name, for a command that takes one name and only the flag --json. Raises UserError for
+        other arguments."""
         cure = f"`{self.command} NAME [runs=FOLDER] [--json]`; `sluice runs` lists the names"
         self.require_flags({"--json"}, cure)
         if len(self.names) != 1:
@@ -33,8 +33,7 @@ class CommandWords(NamedTuple):
 
 
 def sort_words(command: str, words: Sequence[str]) -> CommandWords:
-    """Sort the arguments into names, flags and the runs folder. If runs= is given several times, the last one
-    counts."""
+    """Sort the arguments into names, flags and the runs folder. The last runs= counts."""
     flags = [word for word in words if word.startswith("-")]
     folders = [word.removeprefix("runs=") for word in words if word.startswith("runs=")]
     names = [word for word in words if not word.startswith(("runs=", "-"))]

@@ -32,12 +32,12 @@ from train.program import COMMAND, DISTRIBUTION
 from train.show.screens import GOOD, WARN, show_rows
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-"""CPU features, by their Linux names, that speed up the compiled code or torch's GEMMs."""
+"""CPU features, by Linux name, that speed up the compiled code or torch's GEMMs."""
 
 
 class DoctorLine(NamedTuple):
-    """One finding of `sluice doctor`, shown on one line. cure: what to do; None if nothing is missing. stops: whether
-    this finding prevents every run."""
+    """One finding of `sluice doctor`, in one line. cure: what to do; None if nothing is missing. stops: whether it
+    prevents every run."""
 
     label: str
     state: str
@@ -47,8 +47,7 @@ class DoctorLine(NamedTuple):
 
 @reported
 def main(words: list[str]) -> int:
-    """Check this machine and print the result; returns the exit code. words: the KEY=VALUE arguments, which override a
-    recipe."""
+    """Check this machine and print the result; returns the exit code. words: KEY=VALUE arguments for a recipe."""
     return doctor_screen(list(find_all(compose(*words))), Terminal())
 
 
@@ -98,8 +97,7 @@ def _packages() -> DoctorLine:
 
 
 def requirements() -> list[str]:
-    """Returns the requirements of the installed distribution. If there is no installed distribution, returns the
-    requirements in the checkout's pyproject.toml."""
+    """Returns the requirements of the installed distribution, else of the checkout's pyproject.toml."""
     try:
         return metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
@@ -107,7 +105,7 @@ def requirements() -> list[str]:
 
 
 def _device(config: Config) -> Iterator[DoctorLine]:
-    """Yields lines about the device that a run would use, and about FP8."""
+    """Yields lines about the device of a run, and about FP8."""
     import torch
 
     from train.kernels.device import idle_gpu, sees_gpu

@@ -27,29 +27,27 @@ from train.model.count import checkpoint_bytes
 from train.program import DISTRIBUTION
 
 PROCESS_BYTES = 12e9
-"""Estimated host memory of a rank without its checkpoint buffers: libraries of CUDA and torch, tokens, pinned
-memory."""
+"""Estimated host memory of a rank without checkpoint buffers: libraries of CUDA and torch, tokens, pinned memory."""
 CORES_PER_DEVICE = 8
 """Estimated number of cores that a rank needs, including its threads for data and checkpoints."""
 SAVES = 2
-"""Maximum number of checkpoint buffers that are in use at the same time. The previous buffer may still be written to
-disk when the next save begins."""
+"""Maximum number of checkpoint buffers in use at a time: a save may begin while the previous buffer is still being
+written."""
 LONGEST = 24
-"""Maximum hours that a job requests. A longer run saves a checkpoint before the job's end, and a new job continues
-it."""
+"""Maximum hours that a job requests. A longer run saves a checkpoint, and a new job continues it."""
 SPARE_TIME = 1.25
-"""The requested time is the planned time of all steps times this factor. The factor leaves time for starts, checkpoints
-and validations."""
+"""The requested time is the planned time of all steps times this factor, to allow for starts, checkpoints and
+validations."""
 FILE_KINDS = ("slurm", "kuberay", "skypilot", "torchrun")
 """Kinds of job files. Each kind has a template."""
 ON_RAY = ("slurm", "kuberay")
-"""Kinds whose job file starts Ray. For these kinds, the recipe gets the settings for Ray."""
+"""Kinds whose job file starts Ray. The recipe then gets the settings for Ray."""
 LAUNCH_FLAGS = ("--print", "--queue", "--image")
 
 
 @dataclass(frozen=True)
 class Job:
-    """The values that are filled into the template of a job file. They are the same for every kind of job file."""
+    """The values for the template of any kind of job file."""
 
     config: Config
     words: list[str]
@@ -77,7 +75,7 @@ class Job:
         return self.devices * self.cores_per_device
 
     def plain_name(self, characters: str) -> str:
-        """The run's name. Every character that is not in `characters` is replaced by a hyphen."""
+        """The run's name, with a hyphen for every character that is not in `characters`."""
         name = self.config.name if "A" in characters else self.config.name.lower()
         return re.sub(f"[^{characters}]+", "-", name).strip("-")
 
@@ -99,8 +97,8 @@ class Job:
 
     @property
     def mounts(self) -> dict[str, str]:
-        """Returns the top-level folders that every node must be able to read. Each folder is mapped to the keys whose
-        paths are inside this folder."""
+        """Returns the top-level folders that every node must be able to read, each with the keys whose paths are
+        inside."""
         config, found = self.config, {}
         named = {"runs": config.runs, "data.path": config.data.path, "data.tokenizer": config.data.tokenizer,
                  "init_from": config.init_from, "data.cache": config.data.cache}  # fmt: skip
@@ -114,8 +112,8 @@ class Job:
 
 @reported
 def main(words: Sequence[str], plan: Callable[[Config], tuple[str, float, float]]) -> int:
-    """Print the job file; returns the exit code. words: the arguments after `launch`. plan: a function that plans the
-    run. It returns a summary line, the hours of the run, and the bytes of host memory that tensors need on a node."""
+    """Print the job file; returns the exit code. words: the arguments after `launch`. plan: a function that returns a
+    summary line, the run's hours, and the bytes of host memory for tensors on a node."""
     kind, options, recipe = _split(words)
     say(_written(kind, _job(kind, recipe, options, plan)).rstrip())
     say(f"how to start it: cluster/docs/launch.md#{kind}", file=sys.stderr)
@@ -123,8 +121,7 @@ def main(words: Sequence[str], plan: Callable[[Config], tuple[str, float, float]
 
 
 def _split(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
-    """Splits the arguments after `launch` into the kind of job file, the values of the flags by name, and the recipe's
-    arguments."""
+    """Splits the arguments after `launch` into the kind, the flags by name, and the recipe's arguments."""
     rest, options = list(words), {}
     for flag in LAUNCH_FLAGS:
         for place, word in enumerate(rest):
@@ -179,8 +176,8 @@ def _job(
 
 
 def _written(kind: str, job: Job) -> str:
-    """Returns the template of this kind with the job's values filled in. Some templates also work as a job file without
-    filling, because their template blocks are inside comments."""
+    """Returns the template of this kind with the job's values. Some templates are valid job files before filling,
+    because their template blocks are inside comments."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ROOT / "cluster" / "files"), undefined=jinja2.StrictUndefined,
         block_start_string="#%", block_end_string="%#",

@@ -49,8 +49,7 @@ class RunSummary:
     steps: int | None
     """Number of planned steps; None if config.yaml does not have it."""
     loss: float | None
-    """Next-token loss of the last step, without the MTP loss, in nats per token. The progress line shows the same
-    loss."""
+    """Next-token loss of the last step, without MTP loss, in nats per token, as in the progress line."""
     age_s: float
     """Seconds since the run last wrote a file."""
     disk_bytes: int
@@ -108,8 +107,7 @@ def _summary(folder: Path, run: Path) -> RunSummary:
 
 
 def _setting(run: Path, *keys: str) -> Any:
-    """Returns a value in a run's config.yaml. Returns None if the file is unreadable, so that the other runs are still
-    shown."""
+    """Returns a value in a run's config.yaml; None for an unreadable file, so that other runs are still shown."""
     try:
         value = yaml.safe_load(read_plain(run / "config.yaml"))
         for key in keys:
@@ -151,15 +149,14 @@ def _clean(folder: Path, found: dict[str, RunSummary], names: Sequence[str], doe
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder. The folder is renamed first, so that no reader finds a partly removed folder under the old
-    name."""
+    """Remove a folder. It is renamed first, so that no reader finds a partly removed folder."""
     gone = path.with_name(f".{path.name}.removed")
     path.rename(gone)
     shutil.rmtree(gone)
 
 
 def _superfluous(folder: Path, runs: Iterable[RunSummary]) -> Iterator[Path]:
-    """Yields the folders that can be removed without losing the results of a run."""
+    """Yields the folders that can be removed without a loss of results."""
     for run in runs:
         path = folder / run.name
         if run.state == "empty":

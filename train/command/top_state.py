@@ -1,7 +1,7 @@
 """Reads the data of `sluice top`, only from the run folder. The run may train on any machine, hang, be dead or be done.
 
 With cluster=ray the driver writes the state of all ranks (cluster/driver/journal.py). Otherwise each rank writes its
-own file (cluster/run_files.py). If a file of another version lacks a field, the field is left out.
+own file (cluster/run_files.py).
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from train.show.report import read_settings
 
 SHOWN_EVENTS = 200
 WALL_TIME_EVERY = 10
-"""Seconds between two computations of the wall time. Each computation reads metrics.jsonl from start to end."""
+"""Seconds between two computations of the wall time, which read all of metrics.jsonl."""
 PACE_STEPS = 20
 """Number of newest records from which the time left is estimated."""
 QUIET_FACTOR, QUIET_LEAST = 5.0, 30.0
-"""A run without a new step is shown as quiet after QUIET_FACTOR times its usual step time, but not before QUIET_LEAST
+"""Without a new step, a run counts as quiet after QUIET_FACTOR times its step time, and at least QUIET_LEAST
 seconds."""
 
 
@@ -83,14 +83,14 @@ def read_picture(folder: Path, name: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _wall_time(folder: Path, moment: int) -> WallTime | None:
-    """Returns the parts of the run's wall time. The computation reads metrics.jsonl from start to end, so the result is
-    cached until `moment` changes."""
+    """Returns the parts of the run's wall time. The result is cached until `moment` changes, because it needs all of
+    metrics.jsonl."""
     return split_wall_time(folder)
 
 
 def _news(folder: Path, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the events except checkpoints, oldest first. If there is a file of an incident, one sentence from the
-    newest such file replaces all incident events of the driver."""
+    """Returns the events except checkpoints, oldest first. One sentence from the newest incident file, if any, replaces
+    the driver's incident events."""
     found = [event for event in events if event["kind"] != "checkpoint"][-SHOWN_EVENTS:]
     if (newest := newest_incident(folder / "logs")) is not None:
         found = [event for event in found if event["kind"] != "incident"]
@@ -116,7 +116,7 @@ def _whole(value: Any, otherwise: int) -> int:
 
 
 def _pace(records: Sequence[Record]) -> float | None:
-    """Returns the mean seconds per step in the newest records, including checkpoint stalls."""
+    """Returns the mean seconds per step in the newest records, with checkpoint stalls."""
     begun = max((place for place, one in enumerate(records) if "resumed" in one), default=0)
     timed = [one for one in records[begun:][-PACE_STEPS:] if isinstance(one.get("time"), int | float)]
     steps = timed[-1]["step"] - timed[0]["step"] if timed else 0
@@ -124,7 +124,7 @@ def _pace(records: Sequence[Record]) -> float | None:
 
 
 def _read_table(folder: Path) -> dict[str, Any]:
-    """Returns the driver's rank table; empty if there is no readable table."""
+    """Returns the driver's rank table; empty if it is missing or unreadable."""
     with contextlib.suppress(OSError, ValueError):
         table = read_plain_json(folder / RANKS_FILE)
         return table if isinstance(table, dict) and isinstance(table.get("ranks"), list) else {}
@@ -148,7 +148,7 @@ def _from_files(folder: Path, now: float) -> Iterator[dict[str, Any]]:
 
 
 def _rank(number: int, node: str, said: dict[str, Any], age: float, ended: bool) -> dict[str, Any]:
-    """Returns a rank's entry in the list `ranks` of `read_picture`. age: seconds since the rank wrote these values."""
+    """Returns an element of `ranks` in `read_picture`. age: seconds since the rank wrote these values."""
     seconds = {
         key: float(value) if isinstance(value := said.get(key), int | float) and math.isfinite(value) else None
         for key in ("busy", "seconds")

@@ -83,14 +83,14 @@ def _tell(folder: Path) -> None:
 
 
 def alive_traces(logs: Path) -> dict[int, RankTrace]:
-    """Returns the traces of all ranks of the run, including ranks that have ended. The result is empty unless at
-    least one rank is alive on this machine."""
+    """Returns the traces of all ranks, including ended ranks. The result is empty unless a rank is alive on this
+    machine."""
     traces = read_traces(logs)
     return traces if living_ranks(logs, traces) else {}
 
 
 def last_news(traces: dict[int, RankTrace]) -> float:
-    """Returns the Unix time at which a rank last started or ended an action."""
+    """Returns the Unix time of the last start or end of an action on any rank."""
     return max(
         max(trace.since, *(max(record.began, record.ended) for record in trace.records[-50:]), 0.0)
         for trace in traces.values()
@@ -98,7 +98,7 @@ def last_news(traces: dict[int, RankTrace]) -> float:
 
 
 def look_at(logs: Path, traces: dict[int, RankTrace]) -> dict[str, Any]:
-    """Returns the state of a run whose ranks are on this machine, in the form of an incident."""
+    """Returns the state of a run with ranks on this machine, as an incident."""
     here = living_ranks(logs, traces)
     reports = [
         RankReport(

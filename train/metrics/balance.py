@@ -3,9 +3,8 @@
 Shape suffixes: L MoE layers (MTP modules last), E routed experts.
 
 MaxVio (paper on loss-free balancing, tables 2 to 4) = (tokens of the busiest expert - mean) / mean. It is 0 for an even
-distribution, and 1 if the busiest expert gets twice the mean. MaxVio of one batch shows the load of the all-to-all. The
-running load sums token counts over many steps, so it averages out the noise of single batches. Its MaxVio shows whether
-the bias balances the experts.
+distribution, and 1 if the busiest expert gets twice the mean. MaxVio of one batch shows the load of the all-to-all.
+MaxVio of the running load, over many steps, shows whether the bias balances the experts.
 """
 
 from collections.abc import Sequence
@@ -20,22 +19,20 @@ HORIZON = 100
 DEAD_STEPS = 20
 """An expert counts as dead after this number of steps without a token.
 
-An average expert of the smallest recipe gets hundreds of tokens in each step. So 20 steps without a token are not an
-accident. In 20 steps a bias speed of 0.001 changes the bias by 0.02. If nothing else is wrong with the expert, this
-change is enough for the router to select it again.
+An average expert of the smallest recipe gets hundreds of tokens in each step. In 20 steps a bias speed of 0.001 changes
+the bias by 0.02. A working router would then select the expert again.
 """
 
 
 class RunningLoad(NamedTuple):
-    """The running load: token counts of past steps. Checkpoints store `load_LE` and `idle_LE`, so that the metrics
-    continue after a resume."""
+    """The running load: token counts of past steps. Checkpoints store it, so that the metrics continue after a
+    resume."""
 
     load_LE: np.ndarray
-    """Sum of token counts in which older steps have exponentially smaller weights. The sum is not divided by the number
-    of steps, because MaxVio does not depend on scale."""
+    """Sum of token counts in which older steps have exponentially smaller weights. It is not divided, because MaxVio
+    does not depend on scale."""
     idle_LE: np.ndarray
-    """Number of steps since the expert last got a token. If it never got a token, the number of steps since the
-    start."""
+    """Number of steps since the expert's last token, or since the start."""
     steps: int
     """Number of steps whose token counts are in `load_LE`."""
 
@@ -50,7 +47,7 @@ def max_vio(counts_LE: Any) -> np.ndarray:
 def load_entropy(counts_LE: Any) -> np.ndarray:
     """Returns, for each layer, the entropy of the tokens per expert, divided by its maximum log E: (L,).
 
-    It is 1 for an even distribution. It is 0 if one expert gets all tokens, if there are no tokens, and for E = 1.
+    It is 1 for an even distribution. It is 0 if one expert gets all tokens, if there are no tokens, or if E = 1.
     """
     counts_LE = to_numpy(counts_LE)
     total_L1 = counts_LE.sum(axis=1, keepdims=True)
@@ -60,7 +57,7 @@ def load_entropy(counts_LE: Any) -> np.ndarray:
 
 
 def update_running(running: RunningLoad | None, counts_LE: Any) -> RunningLoad:
-    """Returns the running load after one more step. running: the load before this step; None before the first step."""
+    """Returns the running load after one more step. running: the load before; None before the first step."""
     counts_LE = to_numpy(counts_LE)
     if running is None:
         running = RunningLoad(np.zeros_like(counts_LE), np.zeros(counts_LE.shape, np.int64), 0)
@@ -69,16 +66,13 @@ def update_running(running: RunningLoad | None, counts_LE: Any) -> RunningLoad:
 
 
 def dead_experts(running: RunningLoad) -> np.ndarray:
-    """Returns the number of dead experts in each layer, (L,).
-
-    An expert is dead if it got no token in the last DEAD_STEPS steps. In a run that has had fewer steps, it is dead if
-    it got no token in any step.
-    """
+    """Returns the number of dead experts in each layer, (L,): experts without a token in the last DEAD_STEPS steps. A
+    shorter run counts all its steps."""
     return (running.idle_LE >= min(DEAD_STEPS, max(1, running.steps))).sum(axis=1)
 
 
 def balance_record(layers: Sequence[str], counts_LE: Any, bias_LE: Any, running: RunningLoad) -> Record:
-    """Returns all balance metrics of a step, by the names of names.py. Without MoE layers the record is empty.
+    """Returns all balance metrics of a step, by the names of names.py; empty without MoE layers.
 
     layers: names of the L layers. counts_LE: tokens per expert in the batch of all ranks. bias_LE: balance biases that
     the step used. running: running load that includes this step.

@@ -1,8 +1,8 @@
 """Reads and writes metrics.jsonl. Every other output of a run can be rebuilt from this file.
 
 The file has one line for each step. One unbuffered call writes a line, so a killed process loses no written line. If
-the disk has no space for a line, the written part of the line is removed, and the line is held in memory. At a resume,
-all lines after the resumed step are removed, so the file has no step twice.
+the disk is full, a partly written line is removed and held in memory. A resume removes all lines after the resumed
+step.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ from train.metrics.names import LAYERS_MARK, Record, is_layer_metric, order
 
 METRICS_FILE = "metrics.jsonl"
 LOADS_PER_STEP = 1024
-"""Upper limit of the mean number of expert token counts per line of metrics.jsonl. If a step has more counts (the 671B
-model has 16,000), only every n-th line contains the counts."""
+"""Upper limit of the mean number of expert token counts per line of metrics.jsonl. A step of the 671B model has 16,000
+counts. Above the limit, only every n-th line contains them."""
 TAIL = 1 << 18
-"""Number of bytes at the end of the file in which the last steps are searched."""
+"""Number of bytes at the file's end in which the last steps are searched."""
 _STEP = re.compile(rb'\{"step":(\d+)[,}]')
 
 
 def encode_record(record: Record) -> bytes:
-    """Encodes a record as one line with a newline. The metrics are in the order of the table in train/metrics/names.py.
-    Non-finite values become null."""
+    """Encodes a record as one line, with the metrics in the order of train/metrics/names.py. Non-finite values become
+    null."""
     plain = {name: _plain(record[name]) for name in sorted(record, key=order)}
     return json.dumps(plain, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
@@ -37,8 +37,7 @@ def encode_record(record: Record) -> bytes:
 def _plain(value: Any) -> Any:
     """Converts numpy and torch numbers in a value to Python numbers.
 
-    Floating-point numbers below 1e8 are rounded to 7 significant digits, the precision of fp32. Non-finite
-    numbers become None.
+    Floats below 1e8 are rounded to 7 significant digits, the precision of fp32. Non-finite numbers become None.
     """
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -56,9 +55,8 @@ def _plain(value: Any) -> Any:
 class JsonlSink:
     """Appends lines to metrics.jsonl of a run folder.
 
-    resumed_step: step of the loaded checkpoint; 0 for a new run. Lines of later steps are removed. note: a function
-    that gets a sentence when the disk first refuses a line, and another when all lines are written. In between,
-    training continues and lines are held in memory.
+    resumed_step: step of the loaded checkpoint, after which lines are removed; 0 for a new run. note: gets a sentence
+    when the disk first refuses a line, and another when all lines are written.
     """
 
     def __init__(self, path: Path, resumed_step: int, note: Callable[[str], None]):
@@ -81,7 +79,7 @@ class JsonlSink:
             self._tell_of_room()
 
     def _append(self, line: bytes) -> None:
-        """Writes the complete line to the file, or nothing if the disk refuses the line."""
+        """Writes the complete line, or nothing if the disk refuses it."""
         try:
             with naming(self._path, len(line)):
                 if (written := self._file.write(line)) != len(line):
@@ -132,13 +130,12 @@ def _end_of_step(file: Any, step: int) -> int:
 
 
 def read_heads(path: Path) -> Iterator[Record]:
-    """Yields the scalars and events of every complete line, with NaN for null. Damaged lines are skipped."""
+    """Yields the scalars and events of every complete line, NaN for null. Damaged lines are skipped."""
     return (head for head, _ in read_heads_with_loads(path))
 
 
 def read_heads_with_loads(path: Path) -> Iterator[tuple[Record, bool]]:
-    """Yields every record without its layer values, and whether the record's line has the token counts of the
-    experts."""
+    """Yields every record without layer values, and whether its line has the experts' token counts."""
     for line in _whole_lines(path):
         head, mark, layers = line.partition(LAYERS_MARK)
         for record in _parse(head + b"}" if mark else line):
@@ -146,7 +143,7 @@ def read_heads_with_loads(path: Path) -> Iterator[tuple[Record, bool]]:
 
 
 def read_last_lines(file: Path) -> list[Record]:
-    """Returns the records of the complete lines in the last TAIL bytes of metrics.jsonl, oldest first; empty without a
+    """Returns the records of complete lines in the last TAIL bytes of metrics.jsonl, oldest first; empty without a
     file."""
     return [record for line in read_tail(file, TAIL).splitlines() for record in _parse(line)]
 

@@ -1,19 +1,18 @@
 """Defines the table of metrics: their names in metrics.jsonl, units, meanings, conditions, W&B panels, report curves.
 
-A line of metrics.jsonl is one JSON object. Scalars are first, in the order of the table, before events and values of
-MoE layers. So a reader of a long file can cut a line at LAYERS_MARK and parse only the part before it. A metric without
-a key was not measured in this step. null means that the number was not finite, because JSON has no NaN.
+A line of metrics.jsonl is one JSON object. Scalars are first, in the order of the table, before events and layer
+values. A reader can parse only the part before LAYERS_MARK. A metric without a key was not measured in this step. null
+means a non-finite number, because JSON has no NaN.
 
 MoE layers have the names of their parameters: `layers.3` in the main model, `mtp.0` for the first MTP module. W&B gets
-the scalars by the same names. It also gets the layer values that WANDB lists, and writes a layer as `layers_3`.
+the scalars, and the layer values that WANDB lists; it writes a layer as `layers_3`.
 """
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 Record = dict[str, Any]
-"""The metrics of one step by name. The value is a number. For a layer metric, it is {layer name: number or list}; for
-an event, it is an object."""
+"""The metrics of one step by name. A value is a number, an object (event), or {layer name: number or list}."""
 
 
 # The palette of Okabe and Ito, whose colours people with any colour vision can distinguish.
@@ -21,8 +20,7 @@ BLUE, ORANGE, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4
 
 
 class Curve(NamedTuple):
-    """A curve in report.html. figure: key of the figure that shows the curve (train/show/figures.py). scale: factor for
-    the values."""
+    """A curve in report.html. figure: key of its figure (train/show/figures.py). scale: factor for the values."""
 
     figure: str
     label: str
@@ -31,7 +29,7 @@ class Curve(NamedTuple):
     markers: bool = False
     dash: str = "solid"
     smooth: bool = False
-    """Whether the curve is noisy. A noisy curve is drawn in a pale colour, with a moving average over it."""
+    """Whether the curve is noisy, and gets a pale colour with a moving average over it."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,11 @@ class Metric:
     unit: str
     meaning: str
     when: str = ""
-    """Condition under which a step has the metric; empty if every step has the metric."""
+    """Condition under which a step has the metric; empty: every step."""
     panel: str = ""
     """Key of the metric's panel in the W&B workspace (SECTIONS in train/show/dashboard.py)."""
     curve: Curve | None = None
-    """Appearance of the metric in report.html; None: the report shows no curve."""
+    """Appearance in report.html; None: no curve."""
     log: bool = False
     """Whether the y axis of the metric's W&B panel is logarithmic."""
 
@@ -499,19 +497,17 @@ WANDB = (
 )
 """The layer metrics that are sent to W&B."""
 LAYER_LOAD_EVERY = 10
-"""Interval, in steps, of the histograms of single layers. They need more space than all other values."""
+"""Interval, in steps, of the histograms of single layers, which need more space than all other values."""
 
 LAYERS_MARK = b',"layer_max_vio":'
-"""Marks the end of a line's head, which contains the scalars and events."""
+"""Marks the end of the scalars and events in a line."""
 
 _ORDER = [metric.name for metric in SCALARS + EVENTS + LAYERS]
 
 
 def table_name(name: str) -> str:
-    """Returns a metric's name in the table.
-
-    `mtp_loss_2` becomes mtp_loss_K, and `layer_max_vio/mtp_0`, a name in W&B, becomes layer_max_vio/LAYER.
-    """
+    """Returns a metric's name in the table: mtp_loss_K for `mtp_loss_2`, layer_max_vio/LAYER for `layer_max_vio/mtp_0`
+    of W&B."""
     base, _, depth = name.rpartition("_")
     if base == "mtp_loss" and depth.isdecimal():
         return "mtp_loss_K"
@@ -527,7 +523,7 @@ def order(name: str) -> tuple[int, int]:
 
 
 def is_event(name: str) -> bool:
-    """Whether the metric is an event. The value of an event is an object."""
+    """Whether the metric is an event, with an object as value."""
     return any(metric.name == name for metric in EVENTS)
 
 

@@ -10,8 +10,7 @@ The file is one JSON list with an object for each start:
     ranks       number of ranks
     versions    versions of Python and of the packages that compute, on rank 0
 
-The driver adds an entry. Rank 0, which may run on another machine, completes the entry. This file does not import
-torch, because the driver uses it.
+The driver adds an entry, and rank 0 completes it. This file does not import torch, because the driver uses it.
 """
 
 import os
@@ -53,7 +52,7 @@ def record_start(folder: Path) -> None:
 
 
 def record_machine(folder: Path, device: str, ranks: int, is_gpu: bool = False) -> None:
-    """Complete the newest entry of starts.json in a run folder. device: name of rank 0's GPU or CPU."""
+    """Add the machine to the newest start in starts.json. device: name of rank 0's GPU or CPU."""
     if not (starts := read_starts(folder)):
         return  # a user has started this rank by hand
     *before, newest = starts
@@ -90,7 +89,7 @@ def read_starts(folder: Path) -> list[StartRecord]:
 
 
 def ran_on_gpu(folder: Path) -> bool:
-    """Whether the newest start with an entry `machine` trained on GPUs. False if an older version wrote the entry."""
+    """Whether the newest start that recorded its machine trained on GPUs. False if an older version recorded it."""
     machines = [start["machine"] for start in read_starts(folder) if "machine" in start]
     return bool(machines and machines[-1].get("is_gpu"))
 
@@ -102,8 +101,7 @@ def _require(values: dict[str, Any], types: dict[str, Any]) -> None:
 
 
 def command_to_go_on(folder: Path) -> str:
-    """Returns the last command of the run, but without an argument `resume=`, so that it continues from the newest
-    checkpoint."""
+    """Returns the run's last command without `resume=`, so that it continues from the newest checkpoint."""
     starts = read_starts(folder)
     if not starts:
         return "the same command"
@@ -121,10 +119,8 @@ def typed_words() -> str:
 
 
 def code_version() -> tuple[str | None, bool]:
-    """Returns the commit of this program's repository, and whether its files were changed.
-
-    The commit is None if the program does not run from a repository.
-    """
+    """Returns the commit of this program's repository, and whether its files were changed. Without a repository, the
+    commit is None."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return None, False
     commit = _git("rev-parse", "HEAD")

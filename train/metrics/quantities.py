@@ -30,7 +30,7 @@ def share(value: float | None) -> str:
 
 
 def error(planned: float, measured: float) -> str:
-    """Formats the signed relative error of a planned value, in percent; empty if nothing was measured."""
+    """Formats the signed relative error of a planned value, in percent; empty without a measured value."""
     return f"{100 * (planned / measured - 1):+.1f} %" if measured else ""
 
 

@@ -15,11 +15,11 @@ The file is one JSON object:
         seconds          duration
         backward         only for FB: [stage, micro-batch] of the backward; stage and micro_batch belong to the forward
 
-A run writes the file in an early step and again in its last step. The file shows the first pipeline (data-parallel rank
-0), because all pipelines have the same schedule. All ranks of the pipeline enter a collective right before the step,
-and each rank starts its clock when it leaves the collective. So the clocks differ by about the latency of a message.
-For two processes on two busy CPU cores, this difference is 0.2 ms in the median and at most 1 ms. On CUDA the
-collective synchronises the streams of the ranks, and not their clocks on the host.
+A run writes the file in an early step and again in its last step. It shows the first pipeline (data-parallel rank 0),
+because all pipelines have the same schedule. Each rank starts its clock when it leaves a collective right before the
+step. The clocks differ by about the latency of a message. For two processes on two busy CPU cores, this is 0.2 ms in
+the median and at most 1 ms. On CUDA the collective synchronises the streams of the ranks, and not their clocks on the
+host.
 """
 
 import json
@@ -44,13 +44,12 @@ class SampledStep:
 
     @property
     def span(self) -> float:
-        """Seconds from the common start of all ranks until the last rank has finished."""
+        """Seconds from the common start of all ranks until the last rank finishes."""
         return max(self.span_seconds)
 
     @property
     def bubble(self) -> float:
-        """Fraction of the ranks' time in which they run no action, from the common start until the last rank has
-        finished."""
+        """Fraction of the ranks' time without an action, from the common start until the last rank finishes."""
         busy = sum(action["seconds"] for action in self.actions)
         return 1 - busy / (self.span * len(self.span_seconds))
 
@@ -61,7 +60,7 @@ def write_timeline(folder: Path, sampled: SampledStep) -> None:
 
 
 def read_timeline(folder: Path) -> SampledStep | None:
-    """Reads timeline.json from a run folder; None if there is no such file."""
+    """Reads timeline.json from a run folder; None without the file."""
     path = folder / TIMELINE_FILE
     try:
         return SampledStep(**read_plain_json(path)) if path.exists() else None

@@ -1,16 +1,15 @@
 """Splits the wall time of a run, over all its starts, into parts that add up to the total.
 
 For a run with a driver of cluster=ray, most parts come from the driver's events (cluster/driver/time_split.py). For
-other runs, starts.json gives the time of each start, and metrics.jsonl gives the time of each step. For every run,
-metrics.jsonl also gives three parts that are subtracted from the training time:
+other runs, starts.json gives the time of each start, and metrics.jsonl the time of each step. metrics.jsonl also gives
+three parts that are subtracted from the training time:
 
     data        waiting for data
     stall       waiting for a checkpoint, on disk or in memory
     beside      other work between steps: validation, sampled text, lines of the log
 
-When a run repeats steps, metrics.jsonl loses the records of their first execution, so the waits of that execution are
-unknown. If a run without a driver moved to another machine, the time at which it ended is unknown. In this case the
-time of its last step is used.
+The waits of repeated steps are unknown, because metrics.jsonl loses their first records. If a run without a driver
+moved to another machine, the time of its last step counts as its end.
 """
 
 import datetime
@@ -49,7 +48,7 @@ class WallTime:
     """The split of a run's wall time.
 
     seconds_in: seconds of each part in PART_WORDS. effective: fraction of the wall time in which the run trained. Time
-    in which only some of the requested ranks ran is multiplied by the fraction of these ranks.
+    with too few ranks is multiplied by the fraction of ranks that ran.
     """
 
     seconds_in: dict[str, float]
@@ -61,8 +60,7 @@ class WallTime:
         return sum(self.seconds_in.values())
 
     def rows(self) -> list[tuple[str, str, float]]:
-        """Returns the name, the description and the fraction of the wall time of each part. Parts of zero seconds are
-        left out."""
+        """Returns name, description and fraction of the wall time of each part that is not zero."""
         whole = self.seconds or 1.0
         return [
             (part, words, self.seconds_in[part] / whole)
@@ -74,8 +72,8 @@ class WallTime:
 def split_wall_time(run_folder: Path, now: float | None = None) -> WallTime | None:
     """Splits a run's wall time; None before the first start.
 
-    now: current Unix time, for a run that still trains. If it is not given and the run trains on this machine, this
-    machine's time is used.
+    now: current Unix time, for a run that still trains. By default, a run that trains on this machine uses this
+    machine's time.
     """
     if now is None and is_held(run_folder):
         now = time.time()
@@ -105,10 +103,8 @@ def split_wall_time(run_folder: Path, now: float | None = None) -> WallTime | No
 def _of_starts(
     starts: list[float], heads: list[Record], now: float | None
 ) -> tuple[dict[str, float], list[TimeSpan], int]:
-    """Splits the time of a run without driver events.
-
-    Returns the seconds of each part, the time intervals of steps that were not repeated, and the number of starts.
-    """
+    """Splits the time of a run without driver events. Returns the seconds of each part, the time intervals of steps
+    that were not repeated, and the number of starts."""
     found, spans = dict.fromkeys(("start", "training", "again"), 0.0), list[TimeSpan]()
     for place, begin in enumerate(starts):
         until = starts[place + 1] if place + 1 < len(starts) else math.inf
@@ -134,10 +130,8 @@ def _of_starts(
 
 
 def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
-    """Returns the seconds of the parts `data`, `stall` and `beside` within the time intervals.
-
-    The waits between two records are limited to the time between the records.
-    """
+    """Returns the seconds of `data`, `stall` and `beside` within the time intervals. Waits between two records are
+    limited to the time between these records."""
     found = dict.fromkeys(("data", "stall", "beside"), 0.0)
     for before, head, length in _pairs(heads, spans):
         steps = max(1, head["step"] - before["step"])
@@ -151,8 +145,7 @@ def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
 
 
 def _pairs(heads: Iterable[Record], spans: list[TimeSpan]) -> Iterator[tuple[Record, Record, float]]:
-    """Yields every two consecutive records that are in the same time interval, with the seconds between the two
-    records."""
+    """Yields two consecutive records of the same time interval, and the seconds between them."""
     before: Record | None = None
     for head in heads:
         if before is not None and "time" in head and "time" in before:
@@ -170,19 +163,19 @@ def _number(head: Record, name: str) -> float:
 # The split for a cluster run comes from the events that its driver writes (cluster/driver/journal.py).
 
 EVENT_ROWS = 200
-"""Maximum number of events that the report shows. The newest events are shown."""
+"""Maximum number of events in the report, which shows the newest."""
 ROUTINE = {"checkpoint"}
 """Kinds of events that the report omits."""
 
 
 ALERTS = {"straggler": "a rank is slow", "node_lost": "a node is lost"}
-"""Text of the alert for each kind of event that sends an alert during the run."""
+"""Text of the alert for each kind of event that sends one during the run."""
 
 
 class GoodputRecord:
     """Computes the cluster metrics for every step. It reads the events again when their file has grown.
 
-    tell: a function that gets a short text and a sentence for each new event in ALERTS.
+    tell: gets a short text and a sentence for each new event in ALERTS.
     """
 
     def __init__(self, run_folder: Path, tell: Callable[[str, str], None] = lambda *_: None):
@@ -219,8 +212,8 @@ def last_failure(run_folder: Path) -> str:
 
 
 def cluster_summary(run_folder: Path) -> tuple[str, list[tuple[str, str, str, str]]] | None:
-    """Returns what the report shows of the run's events: a summary in one sentence, and a row (time, attempt, event,
-    text) for each event. Returns None if the run has no events."""
+    """Returns what the report shows of the run's events: a sentence, and a row (time, attempt, event, text) for each
+    event. Returns None if there are no events."""
     events = read_events(run_folder)
     if not events:
         return None
