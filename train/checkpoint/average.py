@@ -1,7 +1,10 @@
-"""mode=average: writes a run folder with the mean weights of several checkpoints of any layouts.
+"""mode=average: writes a run folder with the mean weights of several checkpoints, for evaluate, generate, export and
+init_from.
 
-The mean is computed in fp64 and written in the dtype of the sources. The result has no optimizer state, because a run
-cannot continue from a mean.
+The mean is computed in fp64 and written in the dtype of the sources. So the mean of equal checkpoints is equal to these
+checkpoints. The sources may have different layouts. The mode reads, averages and writes a few hundred million elements
+at a time, which limits its memory even for a large model. The result has no optimizer state, because a run cannot
+continue from a mean.
 """
 
 import math
@@ -30,23 +33,25 @@ from train.data.prepare_progress import ReportProgress, show_progress
 from train.data.tokenizer import BESIDE, TOKENIZER_FILE
 
 AVERAGED_ELEMENTS = 1 << 27
-"""Maximum number of elements averaged at a time. They need 2 GB of memory and 0.5 GB in a file."""
+"""Maximum number of elements averaged at a time. These elements need 2 GB of memory, including the sum in fp64, and 0.5
+GB in a file."""
 AVERAGED_KINDS = ("master.", "bias.")
 """Name prefixes of the averaged tensors: weights and balance biases."""
 NOT_COMPUTED = ("init_std", "max_seq_len")
-"""Fields of the model section that do not change a trained model's output."""
+"""Fields of the model section that do not change the output of a trained model."""
 SOURCES_FIELD = "average.of"
 
 WeightsPart = Mapping[str, tuple[int, int]]
-"""Maps a tensor's name to (first element, number of elements)."""
+"""Maps a tensor's name to an interval: first element and number of elements."""
 StoredShapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """Maps a tensor's name to its dtype name and shape."""
 
 
 def write_average(config: Config) -> int:
-    """Write the run folder average.to. Returns the exit code. After an error, nothing is left on the disk.
+    """Write the run folder average.to. Returns the exit code.
 
-    Raises UserError if sources are missing or damaged, or if their models or tokenizers differ.
+    Raises UserError if sources are missing or damaged, or if their models or tokenizers differ. After an error, nothing
+    is left on the disk.
     """
     target = new_folder(config.average.to, "average.to")
     sources = _sources(config)
@@ -86,7 +91,7 @@ def write_average(config: Config) -> int:
 def _sources(config: Config) -> list[Manifest]:
     """Returns the checkpoints that average.of names, oldest first.
 
-    Raises UserError if fewer than two are named, or one is damaged.
+    Raises UserError if there are fewer than two, or if one is damaged.
     """
     found: list[Manifest] = []
     for given in config.average.of or [str(RunPaths(config).path)]:
@@ -103,7 +108,8 @@ def _sources(config: Config) -> list[Manifest]:
 
 
 def _require_equal(one: Manifest, other: Manifest) -> None:
-    """Raise UserError unless two checkpoints have the same model and tokenizer, and both contain all weights."""
+    """Raise UserError unless two checkpoints have the same model and tokenizer, and contain all weights instead of an
+    adapter."""
 
     def refuse(what: str) -> UserError:
         return UserError(
@@ -138,7 +144,7 @@ def _weight_bytes(shapes: StoredShapes) -> int:
 
 
 def _check_room(target: Path, source: Manifest) -> None:
-    """Raise UserError if the disk lacks space for the weights."""
+    """Raise UserError if the disk does not have enough space for the weights."""
     needed = _weight_bytes(_shapes(source))
     free = shutil.disk_usage(next(folder for folder in target.parents if folder.is_dir())).free
     if free < needed:
@@ -147,7 +153,7 @@ def _check_room(target: Path, source: Manifest) -> None:
 
 
 def _write(root: Path, sources: Sequence[Manifest], meta: dict, progress: ReportProgress) -> None:
-    """Write the checkpoint. Each part of the weights becomes one file, like the file of a rank."""
+    """Write the checkpoint. Each part of the weights becomes one file, as if a separate rank had written it."""
     shapes = _shapes(sources[0])
     parts = list(_parts({name: math.prod(shape) for name, (_, shape) in shapes.items()}))
     committer = Committer(root, attempt=1, world_size=len(parts), timeout=60.0)
@@ -187,7 +193,7 @@ def _parts(sizes: Mapping[str, int]) -> Iterator[WeightsPart]:
 
 
 def _means(sources: Sequence[Manifest], part: WeightsPart, shapes: StoredShapes) -> dict[str, Tensor]:
-    """Returns the means of this part's elements over the sources, by tensor name.
+    """Computes the mean over the sources for the elements in this part. Returns the means by tensor name.
 
     Raises UserError if a value is not finite.
     """

@@ -1,14 +1,11 @@
-"""Chooses the implementation of `Kernels` for a run: compiled code or torch operations on a CPU, fused kernels on a
-GPU.
+"""Chooses the implementation of `Kernels` for a run, and tests the attention cores of a GPU.
 
-For a GPU it also chooses one attention core for complete sequences and one for documents. Each is the first core whose
-forward and backward compute correct values.
+Few attention kernels support DeepSeek-V3's heads: 192 elements in queries and keys, 128 in values. cuDNN's kernel is
+the fastest, but fails when called in some library versions. So the start of a run tests every core with this run's
+heads and length. The run uses the first correct core for complete sequences, and the first for documents.
 
-torch selects an attention kernel only by the shapes of its inputs. DeepSeek-V3's heads have 192 elements in queries and
-keys and 128 in values. Few kernels support these shapes. cuDNN's kernel is the fastest, but in some library versions it
-fails when it is called. So the start of a run tests every core, with this run's heads and length. All scores in the
-test are near -120. Such scores reveal some errors, for example a running maximum that starts at 0. The test compares
-the results and gradients of the first and the last head with `PlainAttention` in fp32 on the same device.
+All scores in the test are near -120, which reveals errors such as a running maximum that starts at 0. The test compares
+the first and the last head with `PlainAttention` in fp32 on the same device.
 """
 
 from collections.abc import Sequence
@@ -30,19 +27,16 @@ from train.model.operations import Kernels
 from train.model.sequence import Positions, Rectangle, SeenKeys
 
 ATTENTION_BOUND = 2e-2
-"""Largest allowed relative error of the result and of each gradient: the norm of the difference from the reference,
-divided by the norm of the reference minus its mean. Rounding to bf16 causes an error of about 3e-3. A wrong mask, scale
-or head causes an error of at least 0.1."""
+"""Largest allowed relative error of the result and of each gradient: norm of the difference, divided by the norm of the
+reference minus its mean. Rounding to bf16 causes about 3e-3; a wrong mask, scale or head causes at least 0.1."""
 TRIED_SCORE = -120.0
-"""Approximate value of all scores in the test. A correct softmax does not change if the same number is added to all
-scores."""
+"""Approximate value of all scores in the test. Equal offsets do not change a correct softmax."""
 LARGE = 32.0
-"""Value of the first component of every query in the test. The product of this value, the first component of a key and
-the scale is TRIED_SCORE."""
+"""First component of every query in the test. Times a key's first component and the scale, it gives TRIED_SCORE."""
 ATTENTION_RESULTS = "its result", "its log-sum-exp", "dq", "dk", "dv"
 
 ATTENTION_PARTS = "whole sequences", "documents", "blocks of keys"
-"""Kinds of attention that a run may need. A run needs "blocks of keys" only if ranks share sequences."""
+"""Kinds of attention that a run may need; "blocks of keys" only if ranks share sequences."""
 
 CORES: dict[str, AttentionCore] = {
     "cuDNN's attention": CudnnAttention(),
@@ -50,11 +44,11 @@ CORES: dict[str, AttentionCore] = {
     "torch's memory-efficient attention": EfficientAttention(),
     "attention in torch's operations, which is slow,": PlainAttention(),
 }
-"""The attention cores by name, in the order in which torch prefers them on Hopper."""
+"""Attention cores by name, in torch's order of preference on Hopper."""
 
 
 def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCore, list[str]]:
-    """Returns the attention core for a run on this GPU, and notes on the cores that failed their test.
+    """Returns the attention core for a run on this GPU, and notes on the cores that failed.
 
     Raises UserError if no core computes correct values.
     """
@@ -73,8 +67,7 @@ def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCor
 def _first_right(
     config: Config, device: torch.device, parts: Sequence[str], cores: dict[str, AttentionCore]
 ) -> tuple[AttentionCore, list[str]]:
-    """Returns the first core that is correct for all kinds of attention in `parts`. Also returns a note on the cores
-    that were tested before it and failed."""
+    """Returns the first core that is correct for all `parts`, and a note on the cores that failed."""
     failed: list[str] = []
     for name, core in cores.items():
         problem = next(filter(None, (_refusal(core, config, device, part) for part in parts)), None)
@@ -91,14 +84,14 @@ def _first_right(
 
 
 def _refusal(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
-    """Returns the reason why a run cannot use this core; None if the run can use it."""
+    """Returns the reason why a run cannot use this core, or None."""
     if isinstance(core, CudnnAttention) and config.cluster.deterministic:
         return "may give other bits in each run, which cluster.deterministic=true excludes"
     return problem_of(core, config, device, part)
 
 
 def _tried(part: str, length: int) -> tuple[int, SeenKeys]:
-    """Returns the number of queries of a test sequence, and which of the `length` keys these queries see."""
+    """Returns the number of queries of a test sequence, and which of `length` keys they see."""
     if part == "blocks of keys":  # queries of the keys' own block, and of a later block, which sees all keys
         rectangles = [Rectangle(None, 0, length, 0, length, 0), Rectangle(None, length, 2 * length, 0, length, length)]
         return 2 * length, SeenKeys(rectangles)
@@ -110,8 +103,7 @@ def _tried(part: str, length: int) -> tuple[int, SeenKeys]:
 
 
 def problem_of(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
-    """Tests a core with this run's heads and length. Returns a description of the core's error; None if the core is
-    correct.
+    """Tests a core with this run's heads and length. Returns its error, or None.
 
     part: one of ATTENTION_PARTS.
     """
@@ -150,7 +142,7 @@ def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.
 
 
 def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: SeenKeys) -> list[Tensor]:
-    """Runs forward and backward of one core. Returns the output, the log-sum-exp, dq, dk and dv."""
+    """Runs a core's forward and backward. Returns the output, the log-sum-exp, dq, dk and dv."""
     q, k, kv, dout = (tensor.transpose(1, 2) for tensor in numbers)
     v = kv[..., -dout.size(-1) :]
     given = AttentionInput(q, k, v, scale, seen)
@@ -173,9 +165,10 @@ def build_kernels(
 ) -> Kernels:
     """Builds the kernels for a kind of device.
 
-    kind: cpu or cuda. compiled: whether a CPU may use compiled code. core: the attention core for a GPU. matmuls:
-    whether a CPU also uses compiled matmuls; None selects the faster choice
-    (`train.kernels.cpu.libraries.compiled_matmuls_pay`).
+    kind: cpu or cuda.
+    compiled: whether a CPU may use compiled code.
+    core: the attention core for a GPU.
+    matmuls: whether a CPU also uses compiled matmuls; None: `train.kernels.cpu.libraries.compiled_matmuls_pay` decides.
     """
     if kind == "cuda":
         return FusedKernels(core)
@@ -187,8 +180,8 @@ def build_kernels(
 def choose_matmuls(config: Config, device: torch.device, kept: bool | None) -> bool | None:
     """Returns whether a run on this CPU uses compiled matmuls; None if there is no choice.
 
-    kept: the choice that the run made at its start; None for a new run. A resumed run keeps this choice. A new
-    measurement on a busy machine could otherwise change the arithmetic.
+    kept: the earlier choice of a resumed run, which stays, because a new measurement could change the arithmetic; None
+        for a new run.
     """
     if kept is not None or device.type == "cuda" or not config.cluster.compiled or native.why_absent() is not None:
         return kept
@@ -198,9 +191,9 @@ def choose_matmuls(config: Config, device: torch.device, kept: bool | None) -> b
 def choose_kernels(config: Config, device: torch.device, matmuls: bool | None = None) -> tuple[Kernels, list[str]]:
     """Returns the kernels of a run, and notes on choices that make the run slower.
 
-    matmuls: the result of `choose_matmuls`; None: this function calls `choose_matmuls`.
-
     Raises UserError if no attention core of a GPU computes correct values.
+
+    matmuls: the result of `choose_matmuls`; None: call `choose_matmuls`.
     """
     if device.type == "cuda":
         core, notes = choose_attention(config, device)

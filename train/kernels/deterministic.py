@@ -10,9 +10,8 @@ Each line has a reason why two runs may differ, and what prevents the difference
     choice of matmuls by a timing (CPU)        the CPU's instruction sets decide (train/kernels/cpu/libraries.py)
     DeepEP, DeepGEMM                           the settings check refuses them (conf/check.py)
 
-Sluice's own kernels, in Triton and C++, do not use atomic additions. One program or thread computes each result. If
-several programs compute partial sums, a second kernel adds the partial sums in a fixed order. The test
-tests/kernels/test_deterministic.py searches for atomic additions.
+Sluice's own kernels do not use atomic additions (tests/kernels/test_deterministic.py). If several programs compute
+partial sums, a second kernel adds them in a fixed order.
 """
 
 import os
@@ -20,12 +19,11 @@ import os
 from conf.errors import UserError
 
 LIBRARY_VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"), "NCCL_NVLS_ENABLE": ("0",)}
-"""Environment variables that libraries read when CUDA or NCCL starts, with their allowed values. Sluice sets the first
-value."""
+"""Environment variables of CUDA and NCCL, with allowed values. Sluice sets the first value."""
 
 
 def check_settings() -> None:
-    """Raises UserError if a variable in LIBRARY_VARIABLES has a value that is not allowed."""
+    """Raises UserError if a variable in LIBRARY_VARIABLES has another value."""
     for name, values in LIBRARY_VARIABLES.items():
         if os.environ.get(name, values[0]) not in values:
             raise UserError(
@@ -37,7 +35,7 @@ def check_settings() -> None:
 
 
 def repeat_bits() -> None:
-    """Make all later computations of this process bitwise repeatable. Call this function before CUDA starts.
+    """Make all later computations of this process bitwise repeatable. Call this before CUDA starts.
 
     Raises UserError like `check_settings`.
     """

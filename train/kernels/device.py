@@ -1,5 +1,4 @@
-"""Checks whether torch and Triton can use the GPU, configures torch's allocator, and lets NCCL record collectives that
-hang."""
+"""Checks that torch and Triton can use the GPU, configures torch's allocator, and records collectives."""
 
 import glob
 import os
@@ -16,18 +15,15 @@ if TYPE_CHECKING:
     import torch
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Environment variables with the settings of torch's allocator: the current name, and an older name."""
+"""Environment variables for torch's allocator: the current name, and an older one."""
 FLIGHTS = "flight_recorder_rank_"
-"""Start of the names of the files in which a rank writes the last collectives of its process groups. The index of the
-rank follows."""
+"""Start of the name of a file with a rank's last collectives. The rank's index follows."""
 GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg")
-"""Patterns for the device files of NVIDIA GPUs on a machine or in a container. The second pattern is for Windows
-(WSL)."""
+"""Patterns for the device files of NVIDIA GPUs: on Linux, and on Windows (WSL)."""
 
 
 def check_memory(config: Config, state_bytes: int) -> None:
-    """Raise UserError if the ranks run on this machine's CPU, and the machine has too little memory for weights and
-    optimizer state."""
+    """Raise UserError if this machine's CPU ranks lack memory for weights and optimizer state."""
     if config.cluster.backend == "ray" or (config.cluster.device != "cpu" and gpu_files()):
         return
     total = psutil.virtual_memory().total
@@ -44,7 +40,7 @@ def check_memory(config: Config, state_bytes: int) -> None:
 def usable_gpu(wanted: str) -> bool:
     """Returns whether runs can use a GPU. wanted: the value of cluster.device, auto or cuda.
 
-    Raises UserError in the same cases as `sees_gpu`, and if Triton cannot start kernels on the GPU.
+    Raises UserError like `sees_gpu`, and if Triton cannot start kernels on the GPU.
     """
     if not sees_gpu(wanted):
         return False
@@ -55,8 +51,9 @@ def usable_gpu(wanted: str) -> bool:
 def sees_gpu(wanted: str) -> bool:
     """Returns whether torch can use a GPU. Does not check Triton.
 
-    Raises UserError if torch cannot use a GPU, but cluster.device requires a GPU. Also raises it if the machine has a
-    GPU and torch is built with CUDA, but torch cannot use the GPU.
+    Raises UserError if torch cannot use a GPU, and one of these holds:
+    - cluster.device requires a GPU.
+    - The machine has a GPU, and torch is built with CUDA.
     """
     import torch
 
@@ -73,7 +70,7 @@ def sees_gpu(wanted: str) -> bool:
 
 
 def idle_gpu(config: Config, device: "torch.device") -> str | None:
-    """Returns a note if torch is built without CUDA, so that the run uses the CPU although the machine has a GPU."""
+    """Returns a note if the machine has a GPU, but torch is built without CUDA."""
     import torch
 
     if device.type == "cpu" and config.cluster.device == "auto" and gpu_files() and torch.version.cuda is None:
@@ -83,9 +80,9 @@ def idle_gpu(config: Config, device: "torch.device") -> str | None:
 
 def grow_segments() -> None:
     """Let torch's allocator extend its segments, unless the user has configured it. Call this before CUDA allocates
-    anything.
+    memory.
 
-    The experts' numbers of rows change in each step, so segments of fixed sizes would fragment the memory.
+    Experts' row counts change in each step and would fragment segments of fixed sizes.
     """
     if not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
@@ -94,8 +91,8 @@ def grow_segments() -> None:
 def bind_to_numa_node(device: "torch.device", folder: Path = Path("/sys")) -> None:
     """Let all later threads of this process run only on the cores of the GPU's NUMA node.
 
-    The optimizer on the host, and copies to the GPU, are slower with the memory of another node. The function does
-    nothing if the system does not report the node, or if the process may use none of the node's cores.
+    The host optimizer and copies to the GPU are slower with another node's memory. Does nothing if the system does not
+    report the node, or if the process may use none of its cores.
     """
     import torch
 
@@ -115,9 +112,8 @@ def bind_to_numa_node(device: "torch.device", folder: Path = Path("/sys")) -> No
 def record_collectives(logs: Path) -> None:
     """Make every rank record its last 2000 collectives.
 
-    When a collective times out, the rank writes its record to logs/flight_recorder_rank_N. This function sets
-    environment variables that torch 2.11 to 2.13 reads when it creates a process group. It does not change variables
-    that the user has set.
+    When a collective times out, the rank writes them to logs/flight_recorder_rank_N. The function sets environment
+    variables that torch 2.11 to 2.13 reads when it creates a process group. It keeps the user's values.
     """
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")

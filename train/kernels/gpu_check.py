@@ -1,4 +1,4 @@
-"""Checks whether torch and Triton can use the GPU, and whether its FP8 GEMMs are correct, before the run reads data."""
+"""Checks torch, Triton and the FP8 GEMMs on the GPU, before the run reads data."""
 
 import importlib.util
 import os
@@ -15,16 +15,15 @@ if TYPE_CHECKING:
     import torch
 
 PROBED = "SLUICE_PROBED"
-"""Environment variable with the FP8 recipe that the command has already tested on this machine. The ranks read it."""
+"""Environment variable with the FP8 recipe already tested on this machine, for the ranks."""
 PROBE_PATIENCE = timedelta(hours=1)
-"""Longest time that the ranks of a machine wait for the machine's first rank. The first rank tests GEMMs for at most
-hopper_probe.PROBE_SECONDS."""
+"""Longest time that ranks wait for their machine's first rank, which tests for at most hopper_probe.PROBE_SECONDS."""
 
 
 def check_gpu(config: Config) -> None:
     """Check the GPU in the driver process, if the driver starts the ranks on its own machine. Raises UserError.
 
-    With cluster=ray, the ranks check the GPUs of their machines instead.
+    With cluster=ray, the ranks check the GPUs of their machines.
     """
     wanted, fp8 = config.cluster.device, config.precision.fp8
     if wanted == "cpu" or config.cluster.backend == "ray" or not (wanted == "cuda" or gpu_files()):
@@ -38,7 +37,7 @@ def check_gpu(config: Config) -> None:
 
 
 def require_dispatch(config: Config) -> None:
-    """Raises UserError if the package that the setting parallel.dispatch needs is not installed."""
+    """Raises UserError if the package for the setting parallel.dispatch is not installed."""
     package = config.parallel.dispatch_facts.package
     if package is not None and config.parallel.ep > 1 and importlib.util.find_spec(package) is None:
         rule = f"needs the package {package}, which is not installed"
@@ -47,10 +46,7 @@ def require_dispatch(config: Config) -> None:
 
 
 def probe_in_turn(config: Config, place: Place, device: "torch.device") -> None:
-    """Test the FP8 GEMMs on the first rank of every machine, while the other ranks wait.
-
-    If a test fails, all ranks raise the error.
-    """
+    """Test the FP8 GEMMs on every machine's first rank, while other ranks wait. A failure raises on all ranks."""
     fp8 = config.precision.fp8
     if device.type == "cuda":
         require_dispatch(config)

@@ -2,9 +2,10 @@
 
 Ranks hold intervals of Sluice's tensors (parallel/shard.py). Each tensor of a Hugging Face folder is an interval of one
 of Sluice's tensors (train/hf/tensor_names.py). To read the weights, all ranks fill one bucket of Hugging Face tensors
-after another. The bucket starts with zeros, each rank writes its elements, and an all-reduce adds the buckets. Each
-element is nonzero on one rank only, so the sum is exact. The values are the fp32 master weights, rounded to the
-requested dtype.
+after another. On each rank the bucket starts with zeros, and the rank writes the elements of its intervals into the
+bucket. Then an all-reduce adds the buckets of all ranks. Each element is nonzero on one rank only, so the sum is exact.
+Besides its part of the model, a rank needs memory only for one bucket. The values are the fp32 master weights, rounded
+to the requested dtype.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,13 +25,14 @@ from train.kernels.precision import activation_dtype
 from train.loop.state import RunState
 
 BUCKET_ELEMENTS = 1 << 26
-"""Maximum number of elements in a bucket, 256 MB in fp32. A larger tensor gets a separate bucket."""
+"""Maximum number of elements in a bucket, 256 MB in fp32. A tensor with more elements gets a separate bucket."""
 STACKED_NAMES = {"w13": "gate_up_proj", "w2": "down_proj"}
-"""Maps Sluice's names of the expert matrices to transformers' names for a layer's stacked experts."""
+"""Maps Sluice's names of the expert matrices to transformers' names. transformers stacks the matrices of all experts of
+a layer in one tensor."""
 
 
 class _Wanted(NamedTuple):
-    """A requested Hugging Face tensor and, if an adapter is merged, the LoRA A and B to add."""
+    """A requested Hugging Face tensor and, if an adapter is merged, the LoRA A and B whose product is added to it."""
 
     placed: PlacedTensor
     lora: AdaptedTensor | None = None
@@ -51,7 +53,8 @@ def live_weights(
     dtype: torch.dtype | None = None,
     bucket: int = BUCKET_ELEMENTS,
 ) -> Iterator[tuple[str, Tensor]]:
-    """See `Engine.weights`. Collective: every rank must read all tensors. bucket: maximum number of its elements."""
+    """See `Engine.weights`. Collective: every rank must read all tensors. bucket: maximum number of elements of a
+    bucket."""
     dtype = dtype or activation_dtype(config.precision)
     held = {name: shard for name, shard in state.shards().items() if name.startswith(("master.", "bias."))}
     if config.adapter.on and (stacked or (merged and config.adapter.base is BaseFormat.fp8)):
@@ -139,7 +142,7 @@ def _buckets(wanted: list[_Wanted], bucket: int) -> Iterator[list[_Wanted]]:
 def _overlap(part: PlacedTensor, shard: Shard) -> tuple[int, int]:
     """Returns the interval of Sluice's tensor that is in both `part` and `shard`: first element, and end (exclusive).
 
-    part: a Hugging Face tensor. shard: the interval that this rank holds.
+    part: a Hugging Face tensor, which is an interval of Sluice's tensor. shard: the interval that this rank holds.
     """
     return max(part.start, shard.offset), min(part.start + part.count, shard.offset + shard.local.numel())
 

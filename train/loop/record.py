@@ -31,7 +31,8 @@ class RankRecorder:
     def name_groups(self, mesh: Mesh) -> None:
         """Set the names of process groups in later records.
 
-        A group's name is the field of `mesh` that holds it. If several fields hold it, their names are joined.
+        A group gets the name of the field of `mesh` that holds it. If several fields hold the same group, the group's
+        name joins the names of these fields.
         """
         if self.recorder is None:
             return

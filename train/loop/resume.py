@@ -1,4 +1,5 @@
-"""Finds the state that a run starts from. Rank 0 searches for the checkpoint; every rank reads its part."""
+"""Finds the state that a run starts from. Rank 0 searches for the checkpoint, and every rank reads its part of the
+state."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -40,10 +41,10 @@ class StartingPoint(NamedTuple):
     """The state that a run starts from, as rank 0 found it."""
 
     copy: dict[str, Any] | None = None
-    """Manifest body of the copies in memory to start from, if they are newer than all checkpoints on disk. Then
-    `checkpoint` is not set."""
+    """Manifest body of the copies in memory to start from, if they are newer than all checkpoints on disk. If this
+    field is set, rank 0 did not search the disk for `checkpoint`."""
     checkpoint: str | None = None
-    """Path of the checkpoint that config.resume selects, or None."""
+    """Path of the checkpoint that config.resume selects; None if there is none."""
     notes: Sequence[str] = ()
     """Texts that name the skipped copies and checkpoints, with the reasons."""
 
@@ -53,7 +54,8 @@ class StartingPoint(NamedTuple):
         return bool(self.copy or self.checkpoint or self.notes)
 
     def compiled_matmuls(self) -> bool | None:
-        """Whether the resumed run uses compiled matmuls; None if unknown, as for a new run."""
+        """Whether the resumed run uses compiled matmuls. None if that is unknown, as for a new run or an older
+        checkpoint."""
         if self.copy is not None:
             return self.copy["meta"].get("compiled_products")
         return None if self.checkpoint is None else read_manifest(Path(self.checkpoint)).meta.get("compiled_products")
@@ -73,7 +75,8 @@ def _find_start(config: Config, copies: MemoryCopies | None) -> StartingPoint:
 def _search_disk(config: Config, skip: Collection[Path], notes: Sequence[str] = ()) -> StartingPoint:
     """Search the disk for the starting point on rank 0.
 
-    skip: checkpoints that were found damaged when they were read. notes: the caller's notes, which already name `skip`.
+    skip: checkpoints that were found damaged when they were read. notes: notes of the caller; they name the checkpoints
+    of `skip` already.
     """
     found = resume_point(config, skip=skip)
     passed = [] if skip else [f"skipped a damaged checkpoint: {warning}" for warning in found.warnings]
@@ -165,9 +168,10 @@ def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] |
 def load_state(
     state: RunState, meta: dict[str, Any], optimizer: str, load: Callable[[dict[str, Shard]], Any]
 ) -> str | None:
-    """Fill the state by calling `load` on all ranks. Returns the first problem of any rank, or None.
+    """Fill the state by calling `load` on all ranks. Returns the first problem of any rank; None if there is none.
 
-    optimizer: this run's optimizer. If another optimizer wrote the checkpoint, its state starts from zero.
+    optimizer: the optimizer of this run. If another optimizer wrote the checkpoint, the optimizer's state starts from
+    zero.
     """
     problem = None
     own = written_by(meta) == optimizer
@@ -182,7 +186,7 @@ def load_state(
 
 
 def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
-    """Start from the weights of init_from. Returns notes for the user. Only rank 0 reads all headers."""
+    """Start from the weights of init_from. Returns notes for the user. Only rank 0 reads the headers of all files."""
     own = from_rank_0(lambda: None if (found := own_start(config, tokenizer)) is None else str(found))
     if own is not None:
         start_from(config, Path(own), state)
@@ -207,7 +211,7 @@ def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any], base: dict[str, str] | None) -> None:
     """Raise UserError if the run cannot resume from this checkpoint.
 
-    base: description of the adapter's base; None for a run without an adapter.
+    base: description of the adapter's base model; None for a run without an adapter.
     """
     require_model(config, path, meta)
     require_adapter(config, path, meta)

@@ -6,13 +6,11 @@
     running.load, running.idle          past tokens per expert, for MaxVio and dead experts
     ema.*, and others                   state of hooks (train/loop/live_run.py), such as the average of the weights
 
-The meta contains the other state:
-- step, samples (the data position), updates
-- the family of the Hugging Face folder that the run started from
-- in an adapter's run: a description of the base (train/checkpoint/trained_with.py)
-- in a CPU run: whether the run uses compiled matmuls
-
-Schedules depend only on the step. Only initial weights use random numbers, so no generator state is stored.
+The meta contains the other state: step, samples (the data position), updates, and the family of the Hugging Face folder
+that the run started from. The meta of an adapter's run also describes its base (train/checkpoint/trained_with.py). The
+meta of a CPU run also tells whether the run uses compiled matmuls. The run makes this choice at its start. Schedules
+need no state, because they depend only on the step. A run draws random numbers only for its initial weights, so no
+generator state is stored.
 """
 
 from collections import ChainMap
@@ -38,11 +36,11 @@ class RunState:
     """Gives access to the live state of one rank as shards."""
 
     def __init__(self, config: Config, mesh: Mesh, parts: ParallelModel, hooks: Sequence[Any] = ()):
-        """hooks: all hooks of the run. Checkpoints contain the state of hooks with the method `shards`."""
+        """hooks: all hooks of the run. If a hook has the method `shards`, checkpoints contain its state."""
         self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
         self.compiled_matmuls: bool | None = None
-        """Whether this run uses compiled matmuls on a CPU. A new run chooses the faster matmuls at its start; a resumed
-        run keeps the choice. None: no choice, for example on a GPU."""
+        """Whether this run uses compiled matmuls on a CPU. A new run chooses the faster matmuls at its start, and the
+        resumed run keeps this choice. None: there is nothing to choose, for example on a GPU."""
         self.step = 0
         self.samples = 0
         self.best: tuple[int, float] | None = None
@@ -52,7 +50,7 @@ class RunState:
         self._trains_adapter = config.adapter.on
         self._blocks = {name: blocks for chunk in parts.chunks for name, blocks in frozen_blocks(chunk)}
         self.base: dict[str, str] | None = None
-        """Description of an adapter's base, set when the base is loaded."""
+        """Description of an adapter's base; it is set when the base is loaded."""
         size_LE = len(moe_layers(config.model)), config.model.experts
         self.load_LE = torch.zeros(size_LE, dtype=torch.float64)
         self.idle_LE = torch.zeros(size_LE, dtype=torch.int64)
@@ -71,7 +69,8 @@ class RunState:
         return running
 
     def shards(self) -> dict[str, Shard]:
-        """Returns this rank's part of the state. State that several ranks share is only on the first of them."""
+        """Returns this rank's part of the state. If several ranks share state, only the first of these ranks includes
+        it."""
         shards = self.zero.shards()
         for hook in self.keepers:
             shards |= _apart(shards, hook.shards())
@@ -84,8 +83,9 @@ class RunState:
     def wanted(self, meta: Mapping[str, Any], *, own_optimizer: bool = True) -> dict[str, Shard]:
         """Returns the shards that this rank reads from a checkpoint with this meta.
 
-        A hook's shards are included if the checkpoint contains them. own_optimizer: whether the run's optimizer wrote
-        the checkpoint; otherwise the optimizer's state is set to zero.
+        The result omits a hook's shards if the checkpoint does not contain them. own_optimizer: whether the run's
+        optimizer wrote the checkpoint. If not, the method sets the state of the run's optimizer to zero instead of
+        reading it.
         """
         shards = self.zero.shards(copies=True)
         if not own_optimizer:
@@ -102,7 +102,8 @@ class RunState:
     def wanted_of_start(self) -> dict[str, Shard]:
         """Returns the shards that this rank reads when a run starts from given weights: weights and balance biases.
 
-        The weights are this rank's master weights, or its part of the base in an adapter's run.
+        In an adapter's run, the weights are this rank's part of the base. Otherwise they are this rank's master
+        weights.
         """
         if not self._trains_adapter:
             return {
@@ -116,18 +117,18 @@ class RunState:
         return base | self._biases()
 
     def owned_base(self) -> dict[str, Shard]:
-        """Returns this rank's shards of an adapter's base and of the balance biases. Each element is included on
-        exactly one rank."""
+        """Returns this rank's shards of an adapter's base and of the balance biases. Exactly one rank includes each
+        element."""
         shards = {f"master.{name}": shard for name, shard in self.zero.untrained_shards(owned=True).items()}
         if self.mesh.pp_rank > 0:
             shards.pop("master.embedding.weight", None)  # MTP's copy; the first pipeline rank has the original
         return shards | (self._biases() if self.mesh.stage_rank == 0 else {})
 
     def fill_base(self, fill: FillShards, mark: WeightsMark | None = None) -> None:
-        """Fill this rank's part of the initial weights (of the base, in an adapter's run) and the balance biases.
+        """Fill this rank's part of the initial weights and the balance biases. In an adapter's run, the base is filled.
 
-        fill: reads given shards from the source. mark: receives the values of an adapter's base and computes their
-        checksum.
+        fill: reads given shards from the source. mark: receives the values of an adapter's base, and computes a
+        checksum of them.
         """
         mark = mark or WeightsMark()
         (mark.watching(fill) if self._trains_adapter else fill)(self.wanted_of_start())
@@ -174,7 +175,7 @@ def _has(meta: Mapping[str, Any], hook: Any) -> bool:
 
 
 def _apart(shards: Mapping[str, Shard], more: dict[str, Shard]) -> dict[str, Shard]:
-    """Returns `more`, the shards of a hook. Raises UserError if `shards` already has one of their names."""
+    """Returns `more`, the shards of a hook. Raises UserError if `shards` already has one of the names in `more`."""
     if taken := sorted(shards.keys() & more.keys()):
         rule = "names tensors that the state of the run already has"
         raise UserError("callbacks", ", ".join(taken), rule, "give the hook's `shards` other names")

@@ -1,13 +1,12 @@
 """Adds LoRA matrices A and B to frozen weights (arXiv 2106.09685): y = W x + scale B (A dropout(x)).
 
-The model's own matmuls do not change. An adapted module adds the output of its LoRA matrices to its own output. So LoRA
-works in any precision and with any storage format of the weights. The LoRA matmuls use the activation dtype, and their
-gradients are summed in fp32. The initial values of A are uniform in +-1 / sqrt(inputs), as in PEFT. B is initially 0.
+The matmul with W does not change, so LoRA works with any precision and storage format of W. The LoRA matmuls use the
+activation dtype; their gradients are summed in fp32. A is initially uniform in +-1 / sqrt(inputs), as in PEFT. B is
+initially 0.
 
-Dropout does not use a random generator. It computes a hash for each element of the input. The hash depends on the
-values in the element's row, the column index, the index of the step and the name of the weight. The hash decides
-whether the element is set to 0. So the same elements are set to 0 in any layout, in a resumed run, and when backward
-runs a block again. Rows with equal values have equal dropout masks.
+Dropout hashes each input element instead of drawing random numbers. The hash depends on the values in the element's
+row, the column index, the step and the name of the weight. So any layout, a resumed run and a recomputed block drop the
+same elements. Rows with equal values have equal dropout masks.
 
 Shapes: N rows (any leading axes), R rows sorted by expert, I inputs and O outputs of a matmul, E experts of this rank,
 Q rank of the LoRA matrices.
@@ -36,10 +35,7 @@ MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 
 
 class LoraWeights:
-    """The LoRA matrices A and B of one weight. The module that has the weight adds their output to the weight's output.
-
-    A and B are parameters of that module.
-    """
+    """LoRA matrices A and B of one weight, as parameters of the weight's module."""
 
     def __init__(
         self,
@@ -50,16 +46,19 @@ class LoraWeights:
         chunk: DeepSeekV3,
         salt: str,
     ):
-        """names: for each pair of A and B, the names of the two parameters in `module`. The outputs of several pairs
-        are concatenated. chunk: the model chunk that has the module; its field `step` is the index of the current step.
+        """names: parameter names of A and B in `module`, one pair for each LoRA. The outputs of the pairs are
+            concatenated.
+        chunk: the model chunk that has the module. Its field `step` is the index of the current step.
         salt: makes the dropout hash different for each weight.
         """
         self._module, self._names, self._kernels, self._chunk = module, names, kernels, chunk
         self._scale, self._dropout, self._salt = adapter.scale, adapter.dropout, salt
 
     def add(self, y: Tensor, x: Tensor, groups: ExpertGroups | None = None) -> Tensor:
-        """Return y plus the output of the LoRA matrices for x (N, I), as a tensor (N, O). groups: the rows of each
-        expert, if the rows of x are sorted by expert; else None."""
+        """Return y plus the output of the LoRA matrices for x (N, I), as a tensor (N, O).
+
+        groups: the rows of each expert, if x is sorted by expert; else None.
+        """
         dropped, keep = self._drop(x)
         parts = []
         for name_a, name_b in self._names:
@@ -71,8 +70,7 @@ class LoraWeights:
     def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         """Return the two operands of one matmul that computes the weight's output plus the LoRA output.
 
-        The left operand is x, concatenated with the scaled output of A. The right operand is the weight, concatenated
-        with B. Both operands are concatenated along the columns.
+        The left operand is [x | scaled output of A]. The right operand is [weight | B].
         """
         ((name_a, name_b),) = self._names
         dropped, keep = self._drop(x)
@@ -86,8 +84,7 @@ class LoraWeights:
         return GroupedMatmul.apply(x, weight, groups, self._kernels)
 
     def _drop(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
-        """Return the input of the LoRA matrices, which is x after dropout, and a context. Inside the context, autograd
-        does not save this input; backward computes it again from x."""
+        """Return x after dropout, and a context in which autograd saves x instead of the result."""
         if not (self._dropout and self._module.training):
             return x, nullcontext()
         drop = partial(_drop, share=self._dropout, salt=key_number(f"{self._chunk.step}/{self._salt}"))
@@ -100,8 +97,8 @@ class LoraWeights:
 def _drop(x: Tensor, share: float, salt: int) -> Tensor:
     """Set the fraction `share` of x's values to 0, and scale the other values up.
 
-    The function computes an odd 64-bit hash of each row and of each column. A value is set to 0 if the product of the
-    hashes of its row and its column is below a threshold.
+    Each row and each column has an odd 64-bit hash. A value becomes 0 if the product of its two hashes is below a
+    threshold.
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     column_I = _mixed(torch.arange(x.size(-1), device=x.device)) | 1
@@ -112,8 +109,7 @@ def _drop(x: Tensor, share: float, salt: int) -> Tensor:
 
 
 def _mixed(number: Tensor) -> Tensor:
-    """Return the splitmix64 hash of int64 numbers. Here a right shift copies the sign bit. This mixes the bits as well
-    as the original shift, which fills with zeros."""
+    """Return the splitmix64 hash of int64 numbers. Right shifts copy the sign bit, which mixes the bits as well."""
     first, second, third = MIX
     number = number + first
     number = (number ^ (number >> 30)) * second
@@ -122,14 +118,14 @@ def _mixed(number: Tensor) -> Tensor:
 
 
 ADDED = {"weight": "added", "w13": "added_up", "w2": "added_down"}
-"""Maps the last part of a weight's name to the module attribute that contains its adapter."""
+"""Maps the last part of a weight's name to its adapter's module attribute."""
 
 
 def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: int) -> None:
     """Freeze the weights of a chunk, and add LoRA matrices A and B to the target weights.
 
-    The values of A depend on the name of the weight, so they are equal in every layout. On the meta device, which
-    mode=plan uses, no values are drawn.
+    The values of A depend on the name of the weight, so they are equal in every layout. On the meta device, no values
+    are drawn.
     """
     bases = [(name, param) for name, param in chunk.named_parameters() if target_of(name) in (adapter.targets or ())]
     (dtype,) = {param.dtype for param in chunk.parameters()} - {torch.uint8}  # packed weights are stored as uint8
@@ -158,14 +154,16 @@ def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: in
 def _ask_for_gradient(module: nn.Module, given: object, out: Tensor) -> Tensor:
     """Return the embedding's output as a tensor that requires a gradient.
 
-    The tensor is not a leaf of the graph, because autograd would keep a leaf and its gradient in memory.
+    The tensor is not a leaf, because autograd keeps a leaf and its gradient in memory.
     """
     return _Asking.apply(out, torch.empty(0, requires_grad=True)) if torch.is_grad_enabled() else out
 
 
 class _Asking(Function):
-    """Returns x as a tensor that requires a gradient. Backward returns no gradient for x. anchor: any tensor that
-    requires a gradient."""
+    """Returns x as a tensor that requires a gradient. x gets no gradient.
+
+    anchor: any tensor that requires a gradient.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, anchor: Tensor) -> Tensor:

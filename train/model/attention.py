@@ -1,12 +1,11 @@
-"""Defines the interface of the attention core, softmax(scale q k^T) v. Each query sees some of the keys.
+"""Defines the interface of the attention core, softmax(scale q k^T) v. train/kernels implements the core.
 
-train/kernels implements the core. Rectangles (train/model/sequence.py) describe which queries see which keys. The
-rectangle of a complete sequence or a packed document is a square. The queries see the keys up to the diagonal of the
-square. Ranks that share sequences use arbitrary rectangles.
+Rectangles (train/model/sequence.py) describe which queries see which keys. For a complete sequence or a packed
+document, the rectangle is a square, and queries see keys up to its diagonal. Ranks that share sequences use arbitrary
+rectangles.
 
 The core computes no scores above a diagonal or between documents, and stores no mask. Backward recomputes the
-probabilities p from l, the log-sum-exp of a query's scores. A caller may pass an l that includes the scores of other
-keys, which are not in this call:
+probabilities p from l, the log-sum-exp of a query's scores. l may include scores of keys outside this call:
 
     p = exp(scale q k^T - l),  dv = p^T do,  ds = scale p * (do v^T - rowsum(do * o)),  dq = ds k,  dk = ds^T q
 
@@ -31,23 +30,22 @@ class AttentionInput(NamedTuple):
     scale: float
     seen: SeenKeys
     watch: "LargestScores | None" = None
-    """Records the largest attention scores during training; None if no code needs them."""
+    """Records the largest attention scores in training; None if not needed."""
     lse: "KeptLse | None" = None
-    """Stores the log-sum-exp of the scores; None if no code needs it."""
+    """Stores the log-sum-exp of the scores; None if not needed."""
 
 
 class KeptLse:
-    """The log-sum-exp of the scores of one call, for callers that need it in addition to the output."""
+    """Stores the log-sum-exp of one attention call's scores."""
 
     lse_BHT: Tensor
 
 
 class LargestScores:
-    """Records the largest scaled score of each head in `most_H` (fp32), over all calls since the last call of `clear`.
+    """Records the largest scaled score of each head in `most_H` (fp32), over all calls since the last `clear`.
 
-    limit: an attention core may return the log-sum-exp of a query instead of its largest score, if the log-sum-exp is
-    at most `limit`. The log-sum-exp is an upper bound of the scores. Because of this rule, a core that does not return
-    the largest scores need not compute small scores a second time.
+    limit: if the log-sum-exp of a query is at most `limit`, a core may return it instead of the largest score. The
+        log-sum-exp is an upper bound of the scores, so the core need not compute small scores again.
     """
 
     def __init__(self, heads: int, limit: float, device: torch.device):
@@ -67,12 +65,12 @@ class AttentionOutput(NamedTuple):
     """Results of attention."""
 
     out_BHTV: Tensor
-    """Output in v's dtype. In memory, the axis of positions comes before the axis of heads, as the output projection
-    needs. The output is 0 for a query that sees no key."""
+    """Output in v's dtype, 0 for a query that sees no key. In memory, positions come before heads, as the output
+    projection needs."""
     lse_BHT: Tensor
-    """Log-sum-exp of the scaled scores of each query, fp32; -inf for a query that sees no key."""
+    """Log-sum-exp of each query's scaled scores, fp32; -inf without keys."""
     largest_BHT: Tensor | None = None
-    """The largest scaled score of each query, fp32, if requested; see `LargestScores.limit`."""
+    """Largest scaled score of each query, fp32, if requested (`LargestScores.limit`)."""
     kept: Tensor | None = None
     """Other data that the core needs in backward."""
 
@@ -86,8 +84,8 @@ class AttentionCore(Protocol):
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
         """Compute attention.
 
-        keep: whether to set the field `kept` of the result, which backward needs. largest: whether to return the
-        largest scores.
+        keep: whether to set `AttentionOutput.kept`, which backward needs.
+        largest: whether to return the largest scores.
         """
 
     def backward(
@@ -95,8 +93,8 @@ class AttentionCore(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v.
 
-        made: the output and the log-sum-exp of `forward`. The two may also cover more keys than this call has; then
-        they must include all keys of this call.
+        made: the output and the log-sum-exp of `forward`. They must include all keys of this call, and may include
+            other keys.
         """
 
 

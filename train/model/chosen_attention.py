@@ -5,15 +5,14 @@ The number of operations grows linearly with the sequence length.
     q_i . k_s = [W_UK_i^T q_nope_i ; q_rope_i] . [c_s ; k_rope_s]             head i, normed latent c and rotated rope key of position s
     out_i     = W_UV_i sum_s p_is c_s,   p_i = softmax over the chosen s of scale q_i . k_s
 
-All heads of a query use the same K keys, so one gather of the latents serves all heads. The gather reads kv_rank + rope
-numbers for each key. Without the absorbed form, it would read heads x (qk width + value width) numbers. With o_i =
-sum_s p_is c_s and the gradient u_i = W_UV_i^T do_i, backward computes
+All heads of a query use the same K keys, so one gather of the latents serves all heads: kv_rank + rope numbers for each
+key. With o_i = sum_s p_is c_s and the gradient u_i = W_UV_i^T do_i, backward computes
 
     ds = scale p (u . c - do . out),  dq = ds [c ; k_rope],  d[c ; k_rope]_s = sum over queries and heads of ds q, and p u for c
     dW_UV_i = do_i o_i^T,  dW_UK_i = q_nope_i dq_i^T
 
-Ranks that share sequences gather the latents of all positions. In backward, a rank sends each latent's gradient to the
-rank that has the position.
+Ranks that share sequences gather the latents of all positions. Backward sends each latent's gradient to the rank that
+has the position.
 
 Shapes: B sequences, T queries of this rank, S positions of the sequence, H heads, Q qk width = nope + rope, X = C +
 rope of a latent, C kv_rank, V value width, K chosen keys, Y = H * (nope + V) rows of the weight.
@@ -37,13 +36,13 @@ class ChosenInput(NamedTuple):
     q_BTHQ: Tensor
     """Queries, rotated by RoPE."""
     latents_BSX: Tensor
-    """The normed latent and the rotated rope key of each position: [latent | rope key]."""
+    """Normed latent and rotated rope key of each position: [latent | rope key]."""
     weight_YC: Tensor
-    """The rows of W_UK and then of W_UV, for one head after another."""
+    """For one head after another: the rows of W_UK, then of W_UV."""
     nope: int
     scale: float
     chosen_BTK: Tensor
-    """Positions that each query attends to, int32. If a query has fewer than K keys, -1 fills the remaining entries."""
+    """Positions that each query attends to, int32; -1 fills missing keys."""
 
     def split_weight(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return W_UK (H, nope, C) and W_UV (H, V, C) in this dtype."""
@@ -57,7 +56,7 @@ class ChosenOutput(NamedTuple):
     out_BTHV: Tensor
     """Output in q's dtype; 0 for a query without keys."""
     lse_BTH: Tensor
-    """Log-sum-exp of each query's scaled scores, fp32; -inf for a query without keys."""
+    """Log-sum-exp of each query's scaled scores, fp32; -inf without keys."""
     largest_BTH: Tensor
     """The largest scaled score of each query, fp32."""
     shares_BTK: Tensor
@@ -65,7 +64,7 @@ class ChosenOutput(NamedTuple):
 
 
 class KeptShares:
-    """Stores the attention probabilities of the chosen keys of one call, for the loss of the indexer."""
+    """Stores one attention call's probabilities of the chosen keys, for the indexer's loss."""
 
     shares_BTK: Tensor
 
@@ -73,9 +72,10 @@ class KeptShares:
 class ChosenAttention(Function):
     """Computes attention of the local queries over their chosen keys, and returns a tensor (B, H, T, V).
 
-    latents_BTX: latents of the local positions. gathering: a started gather of the latents of all positions, if ranks
-    share sequences; else None. watch: see `AttentionInput`. shares: receives the attention probabilities of the chosen
-    keys.
+    latents_BTX: latents of the local positions.
+    gathering: a started gather of all positions' latents; None if ranks do not share sequences.
+    watch: see `AttentionInput`.
+    shares: receives the attention probabilities of the chosen keys.
     """
 
     @staticmethod

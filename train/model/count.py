@@ -1,9 +1,8 @@
-"""Counts the parameters of a model, and the operations for each token. The counts depend only on the configuration.
+"""Counts the parameters of a model and the operations for each token, from the configuration alone.
 
-For each token, every weight of a matmul costs 2 operations in forward and 4 in backward. In attention, a token attends
-to some keys. Each pair of a token and a key costs 6 operations for each head and each element of the qk width and the
-value width. As in DeepSeek's own figures, embedding lookup, norms and the router are not counted. They are 0.3 % of all
-operations of DeepSeek-V3. Recomputation is not counted.
+For each token, every weight of a matmul costs 2 operations in forward and 4 in backward. In attention, each pair of a
+token and a key costs 6 operations per head and per element of the qk width and the value width. As in DeepSeek's
+figures, embedding lookup, norms and the router are not counted (0.3 % of DeepSeek-V3). Recomputation is not counted.
 """
 
 from dataclasses import dataclass
@@ -30,12 +29,12 @@ class Counts:
     """Numbers of parameters of a model. MTP modules are counted separately."""
 
     total: int
-    """Number of all parameters, including embedding and head, but without MTP modules."""
+    """All parameters, with embedding and head, without MTP modules."""
     active: int
     """Number of parameters that one token uses, including embedding and head."""
     active_without_embedding: int
     embedding: int
-    """Number of parameters of the embedding table. The head has the same number."""
+    """Parameters of the embedding table; the head has as many."""
     attention: int
     """Number of attention parameters in one block."""
     dense_block: int
@@ -43,13 +42,12 @@ class Counts:
     moe_block_active: int
     expert: int
     mtp: int
-    """Number of parameters of all MTP modules, without the embedding and the head, which MTP modules share with the
-    main model."""
+    """Parameters of all MTP modules, without the shared embedding and head."""
     mtp_active: int
 
 
 def attention_matmul_weights(config: Model) -> int:
-    """Return the number of weights in the matmuls of one MLA layer."""
+    """Return the number of matmul weights of one MLA layer."""
     qk_width = config.nope_head_dim + config.rope_head_dim
     if config.q_rank is None:
         queries = config.hidden * config.heads * qk_width
@@ -61,7 +59,7 @@ def attention_matmul_weights(config: Model) -> int:
 
 
 def indexer_matmul_weights(config: Model) -> int:
-    """Return the number of weights in one indexer's matmuls; 0 without sparse attention."""
+    """Return the number of matmul weights of one indexer; 0 without sparse attention."""
     sparse = config.sparse
     return sparse.heads * (sparse.head_dim * (config.q_rank or 0) + config.hidden) + sparse.head_dim * config.hidden * (
         sparse.heads > 0
@@ -69,7 +67,7 @@ def indexer_matmul_weights(config: Model) -> int:
 
 
 def indexer_layers(config: Model) -> int:
-    """Return the number of layers of the main model that have an indexer."""
+    """Return the number of main-model layers that have an indexer."""
     return sum(config.sparse.chooses(layer) for layer in range(config.layers))
 
 
@@ -110,10 +108,10 @@ def count_parameters(config: Model) -> Counts:
 
 
 def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, frozen: bool = False) -> float:
-    """Return the number of training operations that one block needs for one token.
+    """Return the number of training operations that one block needs for one token, without adapters.
 
-    causal: whether to count only the lower half of the attention scores, which a causal mask needs. frozen: whether the
-    block's weights get no gradient. The operations of an adapter are not counted.
+    causal: whether to count only the lower half of the attention scores, which a causal mask needs.
+    frozen: whether the block's weights get no gradient.
     """
     if dense:
         ffn = 3 * config.hidden * config.dense_width
@@ -131,8 +129,10 @@ def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, f
 
 
 def _attended(config: Model, seq_len: int, pairs: float) -> float:
-    """Return the mean number of keys that a token attends to. pairs: the mean number of keys that the mask lets a token
-    see. With sparse attention, a token attends to only some of these keys."""
+    """Return the mean number of keys that a token attends to. With sparse attention, these are fewer than it may see.
+
+    pairs: the mean number of keys that the mask lets a token see.
+    """
     top_k = config.sparse.top_k
     if not config.sparse.heads or seq_len <= top_k:
         return pairs
@@ -140,14 +140,15 @@ def _attended(config: Model, seq_len: int, pairs: float) -> float:
 
 
 def head_flops(config: Model, frozen: bool = False) -> float:
-    """Return the number of training operations that the output head needs for one token."""
+    """Return the output head's number of training operations for one token."""
     return (4 if frozen else 6) * config.vocab_size * config.hidden
 
 
 def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool = False, frozen: bool = False) -> float:
     """Return the number of training operations that the model needs for one token, forward and backward.
 
-    mtp: whether to count MTP modules; DeepSeek's own MFU figures leave them out. frozen: see `layer_flops`.
+    mtp: whether to count MTP modules; DeepSeek's MFU figures leave them out.
+    frozen: see `layer_flops`.
     """
     dense, moe = (layer_flops(config, seq_len, kind, causal, frozen) for kind in (True, False))
     total = config.dense_layers * dense + head_flops(config, frozen)
@@ -158,7 +159,7 @@ def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool 
 
 
 def count_adapter(config: Config) -> int:
-    """Return the number of an adapter's parameters. Each adapted matrix adds rank * (inputs + outputs) parameters."""
+    """Return the number of an adapter's parameters: rank * (inputs + outputs) for each adapted matrix."""
     model = config.model
     hidden, inner, value = model.hidden, model.expert_width, model.heads * model.v_head_dim
     queries, keys = model.heads * (model.nope_head_dim + model.rope_head_dim), model.kv_rank + model.rope_head_dim
@@ -182,7 +183,7 @@ def count_adapter(config: Config) -> int:
 def count_tables(config: Config) -> int:
     """Return the number of trained parameters in the embedding, the head, the routers and the indexers.
 
-    An optimizer may have a separate update rule for these parameters (conf/optimizers.py).
+    Optimizers may update these parameters by another rule (conf/optimizers.py).
     """
     model = config.model
     if config.adapter.on:
@@ -193,8 +194,7 @@ def count_tables(config: Config) -> int:
 
 
 def count_vectors(config: Config) -> int:
-    """Return the number of trained parameters that are vectors: norm weights, and the biases of the indexers'
-    LayerNorms. An adapter has no vectors."""
+    """Return the number of trained vector elements: norm weights and LayerNorm biases of indexers; 0 for adapters."""
     model = config.model
     if config.adapter.on:
         return 0
@@ -206,8 +206,8 @@ def count_vectors(config: Config) -> int:
 def checkpoint_bytes(config: Config) -> int:
     """Return the size of one checkpoint in bytes.
 
-    A checkpoint contains the fp32 master weights, the optimizer state, and the moving average of the weights if the run
-    computes one. If the run trains an adapter, these contain values only for the adapter's weights.
+    A checkpoint contains the fp32 master weights, the optimizer state and, if the run computes it, the moving average
+    of the weights. With an adapter, it contains these values only for the adapter.
     """
     counts, facts = count_parameters(config.model), config.optim.facts
     stored = count_adapter(config) if config.adapter.on else counts.total + counts.mtp

@@ -1,12 +1,10 @@
-"""Defines DeepSeek-V3. One class is both the complete model and a pipeline chunk, which has only some parts of the
-model.
+"""Defines DeepSeek-V3. The same class is the complete model or a pipeline chunk with some parts of the model.
 
 Parameter names are global in every chunk: `embedding.weight`, `layers.17.attention.kv_up.weight`,
 `layers.17.moe.experts.w13`, `norm.weight`, `head.weight`, `mtp.0.projection.weight`.
 
-The last chunk computes the main loss and the MTP losses, so it returns no logits. MTP needs the embedding. So the last
-chunk of a pipeline has an embedding table too, under the name `embedding.weight`. If the first and the last chunk are
-in one process, they share one table.
+The last chunk computes the main loss and the MTP losses, so it returns no logits. MTP needs the embedding, so the last
+chunk also has `embedding.weight`. If the first and the last chunk are in one process, they share this table.
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocabulary.
 """
@@ -39,8 +37,7 @@ from train.model.token_losses import LossTokens, TokenLoss
 
 
 class Losses:
-    """Sums up the losses of all micro-batches since the last call of `clear`, without gradient. The sums stay on the
-    device until they are read."""
+    """Sums the losses of all micro-batches since `clear`, on the device, without gradient."""
 
     def __init__(self, depths: int):
         self._depths = depths
@@ -52,7 +49,7 @@ class Losses:
         self.main: Tensor | float = 0.0
         """Sum of the main model's losses."""
         self.mtp: list[Tensor | float] = [0.0] * self._depths
-        """Sum of the losses of each MTP depth, not multiplied by the MTP weight."""
+        """Sum of the losses of each MTP depth, without the MTP weight."""
         self.extra: Tensor | float = 0.0
         """Sum of the user's own loss term (optim.extra_loss)."""
 
@@ -63,8 +60,7 @@ class Losses:
         self.mtp = [total + loss.detach() for total, loss in zip(self.mtp, mtp, strict=True)]
 
     def means(self) -> Tensor:
-        """Return the means over micro-batches, as a tensor (2 + depths,): the main loss, the loss of each MTP depth,
-        and the user's loss term."""
+        """Return means over micro-batches, (2 + depths,): main loss, MTP losses, and the user's loss term."""
         device = self.main.device if isinstance(self.main, Tensor) else None
         totals = [
             total if isinstance(total, Tensor) else torch.full((), total, device=device)
@@ -75,7 +71,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """Arguments of the user's own loss term (optim.extra_loss): values of one micro-batch at the local positions."""
+    """Arguments of the user's loss term (optim.extra_loss), for one micro-batch's local positions."""
 
     hidden_BTD: Tensor
     """Hidden states after the final norm."""
@@ -84,10 +80,9 @@ class ModelOutputs:
     head_VD: Tensor
     """The weight of the output head."""
     learnt_BT: Tensor
-    """Whether a target is learnt, bool. In chats, only targets in answers are learnt; in other texts all targets."""
+    """Whether a target is learnt, bool. In chats, only answers are learnt."""
     divisor: float
-    """Divide a sum over the local positions whose target is learnt by this number. Then every learnt target of the step
-    has the same weight."""
+    """Divisor of sums over the local learnt positions. All learnt targets of a step get the same weight."""
 
     def mean(self, values_BT: Tensor) -> Tensor:
         """Return this micro-batch's contribution to the mean of `values_BT` over all learnt tokens of the step.
@@ -99,27 +94,26 @@ class ModelOutputs:
     def logits(self) -> Tensor:
         """Return the logits of all positions, fp32 (B, T, V), with gradient.
 
-        This needs much memory. In contrast, the cross-entropy stores the logits of one chunk of positions at a time.
+        This needs much memory; the cross-entropy stores the logits of only one chunk of positions at a time.
         """
         return F.linear(self.hidden_BTD, self.head_VD.to(self.hidden_BTD.dtype)).float()
 
 
 class Head(nn.Module):
-    """The output head. One call computes the losses of all depths, because every call of a module may gather the
-    module's weights from other ranks."""
+    """The output head. One call computes all depths, because a call may gather the weights from other ranks."""
 
     def __init__(self, width: int, vocab_size: int, chunk: int, kernels: Kernels, **factory):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width, **factory))
         self._chunk, self._kernels = chunk, kernels
         self.added: AddedMatmul | None = None
-        """The adapter of the head's weight, set by the code that trains an adapter; None: no adapter."""
+        """The adapter of the head's weight, set before adapter training; else None."""
         self.extra_loss: Callable[[ModelOutputs], Tensor] | None = None
-        """The user's own loss term, set by the code that builds the model for training."""
+        """The user's loss term, set when the model is built for training."""
         self.token_loss: TokenLoss | None = None
-        """The loss that the main model minimises instead of the cross-entropy, set by the code that runs the step."""
+        """Loss of the main model instead of the cross-entropy, set before a step; None: the cross-entropy."""
         self.gives_logprobs = False
-        """Whether eval mode returns log-probabilities (B, T) instead of a loss. The caller sets this flag."""
+        """Whether eval mode returns log-probabilities (B, T) instead of a loss."""
 
     def forward(
         self,
@@ -133,14 +127,16 @@ class Head(nn.Module):
     ) -> list[Tensor]:
         """Return the loss of the main model and the loss of each MTP depth.
 
-        states: hidden states of the main model (B, T, D), then those of each MTP depth, which are one position shorter
-        per depth. divisor: divides the sum of the losses of the supervised tokens (or of all tokens); None: the number
-        of local positions of the main model. The losses of MTP depths have the same divisor, although they have fewer
-        targets (paper eq. 24). detaches_mtp: whether only the main model's loss trains the head's weight. tensors_BS:
-        the tensors per token that `token_loss` needs.
+        In training, the user's loss term, if given, is the last element. In eval mode with `gives_logprobs`, the result
+        is log-probabilities.
 
-        In training, the user's own loss term is the last element, if the user gave one. With `gives_logprobs`, eval
-        mode returns log-probabilities instead of losses.
+        states: hidden states of the main model (B, T, D), then of each MTP depth, each one position shorter than the
+            previous.
+        divisor: divides each depth's sum of losses, although MTP depths have fewer targets (paper eq. 24). The sum
+            covers supervised tokens, or all tokens without a mask. None: the number of local positions of the main
+            model.
+        detaches_mtp: whether only the main model's loss trains the head's weight.
+        tensors_BS: the tensors per token that `token_loss` needs.
         """
         if self.gives_logprobs and not self.training:
             return [self.logprobs(states[0], tokens_BS, positions, tensors_BS)]
@@ -171,11 +167,11 @@ class Head(nn.Module):
         tensors_BS: Mapping[str, Tensor],
         rows_N: Tensor | None = None,
     ) -> Tensor:
-        """Return log p(token | previous tokens) of every target, fp32 (B, T), for the complete sequences even if ranks
-        share them.
+        """Return log p(token | previous tokens) of every target of the complete sequences, fp32 (B, T).
 
-        If the batch has a tensor `temperatures`, the logits are divided by it. rows_N: indices of the local positions
-        to compute; the results of all other local positions are 0. None: compute all.
+        If the batch has a tensor `temperatures`, the logits are divided by it.
+
+        rows_N: indices of the local positions to compute; all other local results are 0. None: compute all.
         """
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1), positions.take(tokens_BS, 1).flatten()
         temperature_N = None
@@ -205,8 +201,8 @@ class Head(nn.Module):
     ) -> Tensor:
         """Return the sum of `token_loss` over the learnt tokens, divided by divisor.
 
-        If ranks share sequences, each of these ranks computes the sum over complete sequences. It returns this sum,
-        divided by the number of these ranks.
+        If ranks share sequences, each rank computes the sum over complete sequences, divided by the number of these
+        ranks.
         """
         assert self.token_loss is not None
         device, rows_N = hidden_BTD.device, None
@@ -237,14 +233,15 @@ class Head(nn.Module):
         return (found_BT.where(learnt_BT, 0) + 0 * given_BT).sum() / (divisor * parts)
 
     def adapted(self, hidden: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the operands of the matmul that computes the logits of hidden states (..., D)."""
+        """Return the operands of the logits' matmul for hidden states (..., D)."""
         return (hidden, weight_VD) if self.added is None else self.added.widen(hidden, weight_VD)
 
     def loss(
         self, hidden_BTD: Tensor, targets_BT: Tensor, divisor: float, learnt_N: Tensor | None, weight_VD: Tensor
     ) -> Tensor:
-        """Return the sum of the cross-entropies, divided by `divisor`. learnt_N: indices of the rows to sum, on the
-        host; None: all rows.
+        """Return the sum of the cross-entropies, divided by `divisor`.
+
+        learnt_N: indices of the rows to sum, on the host; None: all rows.
         """
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
         if learnt_N is not None and len(learnt_N) == 0:
@@ -259,7 +256,7 @@ class Head(nn.Module):
 
 
 def _scalar(loss: Tensor) -> Tensor:
-    """Return the user's own loss term as a scalar. Raises TypeError if the term is not a tensor with one number."""
+    """Return the user's loss term as a scalar. Raises TypeError unless it is a tensor with one number."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         what = f"a tensor {tuple(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(
@@ -269,15 +266,18 @@ def _scalar(loss: Tensor) -> Tensor:
 
 
 class DeepSeekV3(nn.Module):
-    """The complete model, or one chunk of it.
+    """The complete model, or one chunk of it. After a build on the meta device, call `init.initialise` or load weights.
 
-    seq_len: length of the run's sequences, which decides whether YaRN applies. layers: global indices of the chunk's
-    blocks. has_head: whether the chunk has the final norm, the output head and the MTP modules. dispatcher: sends
-    tokens to experts, for all MoE layers; None if all experts are local. local_experts: indices of this rank's experts
-    in every layer; None: all experts. embedding: an embedding table that another chunk has too; None: build one. share:
-    exchanges values with the ranks that have other positions of the same sequences; None if complete sequences are
-    local. host: stores the activations that config.offload names; None if no backward follows. dtype, device: dtype and
-    device of the parameters. After a build on the meta device, call `init.initialise` or load weights.
+    seq_len: length of the run's sequences, which decides whether YaRN applies.
+    layers: global indices of the chunk's blocks.
+    has_head: whether the chunk has the final norm, the output head and the MTP modules.
+    dispatcher: sends tokens to experts, for all MoE layers; None if all experts are local.
+    local_experts: indices of this rank's experts in every layer; None: all experts.
+    embedding: an embedding table that another chunk has too; None: build one.
+    share: exchanges values with the ranks that have other positions of the same sequences; None if complete sequences
+        are local.
+    host: stores the activations that config.offload names; None if no backward follows.
+    dtype, device: dtype and device of the parameters.
     """
 
     def __init__(
@@ -305,34 +305,33 @@ class DeepSeekV3(nn.Module):
         self.config, self.has_embedding, self.has_head = config, has_embedding, has_head
         self.losses = Losses(config.mtp_depth)
         self.step = 0
-        """Index of the current step, set by the code that runs the step. An adapter's dropout mask depends on this index."""
+        """Index of the current step, on which an adapter's dropout mask depends. Set before each step."""
         self.mtp_weight = 0.0
-        """Weight lambda of the MTP losses, set by the code that runs the step."""
+        """Weight lambda of the MTP losses, set before each step."""
         self.detaches_mtp = False
-        """Whether MTP losses train only the MTP modules, set by the code that builds the model."""
+        """Whether MTP losses train only the MTP modules, set at build time."""
         self.warms_indexers = False
-        """Whether training changes only the indexers. Attention then covers all keys. The code that builds the model
-        sets it."""
+        """Whether training changes only the indexers, set at build time. Attention then covers all keys."""
         self.loss_divisor: float | None = None
-        """Divisor of loss sums in training, set by the code that runs the step; None: the number of local positions. In
-        eval mode, the loss of supervised tokens is a sum without a divisor.
-        """
+        """Divisor of loss sums in training, set before each step; None: the number of local positions. In eval mode,
+        the loss of supervised tokens is a sum without a divisor."""
         self.index_weight = 0.0
-        """Weight of the indexers' losses, divided by the number of micro-batches. The code that runs the step sets it."""
+        """Weight of the indexers' losses, divided by the number of micro-batches. Set before each step."""
         self.observer: Callable[[list[Tensor], Tensor, Positions], None] | None = None
         """A function that eval mode calls with the head's inputs, tokens_BS and the local positions.
 
-        The head's inputs are the states of the main model (B, T, D) and of every MTP depth. Without an observer, the
-        MTP modules do not run in eval mode.
+        The head's inputs are the states (B, T, D) of the main model and of every MTP depth. Without an observer, eval
+        mode skips the MTP modules.
         """
         self._share = share
         own = bool(config.block or config.router)
         self.backward_in_one_piece = own or (has_head and config.mtp_depth > 1) or config.sparse.heads > 0
         """Whether backward must compute input gradients and weight gradients together.
 
-        torch can split the two only if no path uses a weight twice. From MTP depth 2 on, the embedding is used twice.
-        The user's own blocks and routers may use a weight twice. torch also cannot split the backward of indexers,
-        whose inputs have no gradient.
+        torch cannot split the two in these cases:
+        - A weight is used twice on one path: the embedding from MTP depth 2 on, or weights of the user's blocks and
+        routers.
+        - The model has indexers, whose inputs get no gradient.
         """
         self._dtype = precision.dtype
         if has_embedding or (has_head and config.mtp_depth):
@@ -381,17 +380,19 @@ class DeepSeekV3(nn.Module):
         keys_BTLK: Tensor | None = None,
         **tensors_BS: Tensor,
     ) -> Tensor:
-        """Return hidden states (B, T, D). The last chunk returns the loss instead, fp32 (1,).
-
-        x: tokens (B, S) for the first chunk, else hidden states of the local positions. tokens_BS: tokens of complete
-        sequences; needed if ranks share sequences, and for a last chunk that is not the first chunk. documents_BS:
-        document index of every token, on the host; a token attends only to its own document. supervised_BS: mask of the
-        tokens that training supervises, on the host; if it is given, each document is a separate sample
-        (`Positions.samples_BS`). experts_BTLK, keys_BTLK: see `Positions`. tensors_BS: the tensors per token that
-        `Head.token_loss` needs.
+        """Return hidden states (B, T, D), or from the last chunk the loss, fp32 (1,).
 
         In training, the loss is main + mtp_weight / depths * sum of MTP losses, over the local positions. In eval mode,
         it is the main loss.
+
+        x: tokens (B, S) for the first chunk, else hidden states of the local positions.
+        tokens_BS: tokens of complete sequences. Needed if ranks share sequences, and for a last chunk that is not the
+            first.
+        documents_BS: document index of every token, on the host; a token attends only to its own document.
+        supervised_BS: mask of the tokens that training supervises, on the host. If given, each document is a separate
+            sample (`Positions.samples_BS`).
+        experts_BTLK, keys_BTLK: see `Positions`.
+        tensors_BS: the tensors per token that `Head.token_loss` needs.
         """
         tokens_BS = x if self.has_embedding else tokens_BS
         documents_BT = None if documents_BS is None else documents_BS[:, :-1]
@@ -434,8 +435,9 @@ class DeepSeekV3(nn.Module):
         return torch.stack([loss])  # a new tensor, not a view, because pipeline schedules detach it in place
 
     def logits(self, x: Tensor, last: bool = False) -> Tensor:
-        """Return fp32 logits (B, T, V). x: tokens (B, T), or hidden states for a last chunk without an embedding.
+        """Return fp32 logits (B, T, V).
 
+        x: tokens (B, T), or hidden states for a last chunk without an embedding.
         last: whether to return only the logits of the last position.
         """
         hidden_BTD = self.norm(self._run_layers(self._embed(x) if self.has_embedding else x, Positions(x.size(1))))
@@ -444,8 +446,7 @@ class DeepSeekV3(nn.Module):
         return F.linear(*self.head.adapted(hidden_BTD, self.head.weight.to(hidden_BTD.dtype))).float()
 
     def routers(self) -> dict[str, Router]:
-        """Return the routers of this chunk, including the routers of MTP modules. The dictionary maps the global name
-        of a block to the block's router."""
+        """Return this chunk's routers, with those of MTP modules, by block name."""
         return {
             name.removesuffix(".moe.router").removesuffix(".block"): module
             for name, module in self.named_modules()
@@ -453,11 +454,11 @@ class DeepSeekV3(nn.Module):
         }
 
     def indexers(self) -> list[Indexer]:
-        """Return the indexers of this chunk, including the indexers of MTP modules."""
+        """Return this chunk's indexers, with those of MTP modules."""
         return [module for module in self.modules() if isinstance(module, Indexer)]
 
     def add_loss(self, extra_loss: Callable[[ModelOutputs], Tensor]) -> None:
-        """Add the user's own loss term to the last chunk. Call this method before the chunk is passed to a pipeline."""
+        """Add the user's loss term to the last chunk, before a pipeline gets the chunk."""
         self.head.extra_loss = extra_loss
         self.backward_in_one_piece = True  # the graph of the user's loss term may use any weight twice
 
@@ -483,7 +484,7 @@ class DeepSeekV3(nn.Module):
         supervised_BS: Tensor | None = None,
         tensors_BS: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Tensor:
-        """Return the scalar loss, or log-probabilities, from the hidden states after the final norm."""
+        """Return the scalar loss, or log-probabilities, from the normed hidden states."""
         states = [hidden_BTD]
         for depth, module in zip(range(1, self._depths + 1), self.mtp, strict=False):
             assert embedding_BTD is not None

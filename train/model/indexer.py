@@ -7,11 +7,10 @@ c_Q is the query latent after its norm, and x is the input of the block. All hea
 top_k visible keys with the largest scores. If scores are equal, the earlier key wins, so all layouts select the same
 keys.
 
-The loss of an indexer is the mean of KL(p || softmax(I)) over the learnt queries, which are the queries whose next
-token training supervises. The target p is the attention probability of each key, summed over heads and normalised to a
-sum of 1. Both p and the softmax cover only the keys that the query attends to. The loss trains only the indexer: x, c_Q
-and p are constants. The backward of the attention's output adds the gradient of the loss, so no loss value is sent to
-the last pipeline stage.
+The loss is the mean of KL(p || softmax(I)) over the learnt queries: those whose next token training supervises. The
+target p is the attention probability of each key, summed over heads and normalised to a sum of 1. Both p and the
+softmax cover only the selected keys. The loss trains only the indexer: x, c_Q and p are constants. The backward of
+attention's output adds the gradient of the loss.
 
 Shapes: B sequences, T queries, S keys, D width, H heads of the indexer, I width of an indexer head, K chosen keys, Q qk
 width of attention.
@@ -34,7 +33,7 @@ from train.model.router import exact_matmul
 from train.model.sequence import Positions, SeenKeys
 
 LAYER_NORM_EPS = 1e-6
-"""Epsilon of the keys' LayerNorm. Every released model uses this value."""
+"""Epsilon of the keys' LayerNorm, as in every released model."""
 
 
 class IndexVectors(NamedTuple):
@@ -43,7 +42,7 @@ class IndexVectors(NamedTuple):
     q_BTHI: Tensor
     k_BSI: Tensor
     w_BTH: Tensor
-    """The weight w of each indexer head, fp32, already multiplied by heads^-0.5 and head_dim^-0.5."""
+    """Weight w of each indexer head, fp32, times heads^-0.5 * head_dim^-0.5."""
 
 
 class LayerNorm(nn.Module):
@@ -60,7 +59,7 @@ class LayerNorm(nn.Module):
 
 
 class Indexer(nn.Module):
-    """The indexer of one layer. `loss` is the sum of its training losses since the last call of `clear`."""
+    """The indexer of one layer. `loss` sums its training losses since `clear`."""
 
     def __init__(self, config: Model, precision: LayerPrecision, **factory):
         super().__init__()
@@ -73,7 +72,7 @@ class Indexer(nn.Module):
         self._config, self._rope_width, self._kernels = config.sparse, config.rope_head_dim, precision.kernels
         self.loss: Tensor | float = 0.0
         self.layer: int | None = None
-        """Index of the indexer among the indexers of the main model, set by the model; None in an MTP module."""
+        """Index among the main model's indexers, set by the model; None in an MTP module."""
 
     def forward(
         self,
@@ -85,8 +84,9 @@ class Indexer(nn.Module):
     ) -> IndexVectors:
         """Return the vectors from which the scores are computed.
 
-        table: RoPE table of these positions. remake_x, remake_q: contexts inside which autograd does not save x_BTD or
-        q_latent_BTC; backward computes them again.
+        table: RoPE table of these positions.
+        remake_x, remake_q: contexts inside which backward recomputes x_BTD or q_latent_BTC, and autograd does not save
+            it.
         """
         with remake_q or nullcontext():
             q = self.q(q_latent_BTC).unflatten(-1, (self._config.heads, -1))
@@ -113,23 +113,21 @@ class AttentionTarget:
 
     q_BHTQ: Tensor
     lse_BHT: Tensor
-    """Log-sum-exp of the scaled scores over all keys that a query attends to."""
+    """Log-sum-exp of each query's scaled scores over the keys that it attends to."""
     scale: float
     blocks: Callable[[], Iterator[tuple[Tensor, SeenKeys, int]]]
-    """Iterates over the blocks of keys: keys (B, H, L, Q), the visible keys of each query, and the position of the first key."""
+    """Iterates over blocks of keys: keys (B, H, L, Q), each query's visible keys, and the first key's position."""
 
 
 class IndexLoss(NamedTuple):
-    """The loss of an indexer over the local queries, and the gradients of the indexer's vectors in the dtypes of the
-    vectors."""
+    """An indexer's loss over the local queries, and the gradients of its vectors in their dtypes."""
 
     loss: Tensor
     gradients: IndexVectors
 
 
 def query_weights(positions: Positions, batch: int, device: torch.device) -> Tensor:
-    """Return the weight of each local query in the indexer's loss, fp32 (B, T). A query whose target training does not
-    supervise has weight 0."""
+    """Return each local query's weight in the indexer's loss, fp32 (B, T); 0 for unsupervised targets."""
     choices = positions.choices
     if choices.supervised_BS is None:
         return torch.full((batch, positions.count), choices.weight, device=device)
@@ -139,7 +137,7 @@ def query_weights(positions: Positions, batch: int, device: torch.device) -> Ten
 
 
 def whole_keys(positions: Positions, k_BTI: Tensor) -> Tensor:
-    """Gather the local keys of all ranks, and return the keys of all positions in order."""
+    """Gather the keys of all positions from all ranks, in order."""
     if positions.share is None:
         return k_BTI
     return torch.cat(positions.share.gather_begin(k_BTI, [len(piece) for piece in positions.pieces]).wait(), 1)
@@ -148,7 +146,8 @@ def whole_keys(positions: Positions, k_BTI: Tensor) -> Tensor:
 class Learn(Function):
     """Returns y unchanged. Its backward returns the gradients of the indexer's loss for the indexer's vectors.
 
-    compute: computes the loss and the gradients from the vectors of all keys. count: receives the loss.
+    compute: computes the loss and the gradients from the vectors of all keys.
+    count: receives the loss.
     """
 
     @staticmethod
@@ -177,9 +176,9 @@ class Learn(Function):
 
 
 class LearnAlone(Function):
-    """Returns a chunk's output unchanged. It is used when training changes only the indexers.
+    """Returns a chunk's output unchanged. Used when training changes only the indexers.
 
-    In backward, each indexer's loss gets gradient 1, and the chunk's input gets a gradient of zeros.
+    In backward, each indexer's loss gets gradient 1, and the chunk's input gets zeros.
     """
 
     @staticmethod
@@ -198,7 +197,7 @@ class LearnAlone(Function):
 def index_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor, elements: int) -> Tensor:
     """Compute the scores I of one sequence, fp32 (C, S).
 
-    elements: maximum number of products (query, key, head) that are in memory at the same time.
+    elements: most products (query, key, head) in memory at once.
     """
     scores_CS = torch.zeros(len(q_CHI), len(k_SI), device=q_CHI.device)
     for heads in head_slices(w_CH.size(1), scores_CS.numel(), elements):
@@ -208,16 +207,17 @@ def index_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor, elements: int) -> Te
 
 
 def head_slices(heads: int, each: int, elements: int) -> Iterator[slice]:
-    """Split the heads into slices. A slice has at most `elements` elements, but at least one head. each: number of
-    elements of one head."""
+    """Split the heads into slices of at most `elements` elements, and at least one head.
+
+    each: number of elements of one head.
+    """
     count = max(1, elements // max(1, each))
     for first in range(0, heads, count):
         yield slice(first, min(first + count, heads))
 
 
 def best_keys(scores_TS: Tensor, top_k: int) -> Tensor:
-    """Return the indices of the top_k largest scores along the last axis, in ascending order of the index: int32 (...,
-    top_k).
+    """Return the indices of the top_k largest scores along the last axis, in ascending order: int32 (..., top_k).
 
     If scores are equal, the lower index wins. If fewer than top_k scores are above -inf, -1 fills the end of the row.
     """

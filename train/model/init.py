@@ -1,11 +1,10 @@
 """Draws initial weights: every weight from normal(0, init_std); every norm weight is 1 (paper 4.2).
 
-A value depends only on the seed, the global name of its parameter and, for expert weights, the global index of the
-expert. So every layout of chunks and ranks starts from the same model. Each device draws the weights that it stores.
-For a layer of DeepSeek-V3, a CPU needs half a minute, and a GPU needs a negligible time.
+A value depends only on the seed, the global name of its parameter and the global index of its expert. So every layout
+starts from the same model.
 
-All CPUs draw the same numbers, and all GPUs of one kind draw the same numbers. A CPU and a GPU draw different numbers,
-and so do GPUs of two kinds: the numbers of torch's GPU generator depend on the count of multiprocessors.
+All CPUs draw the same numbers, and so do all GPUs of one kind. Other devices draw different numbers: torch's GPU
+generator depends on the number of multiprocessors.
 """
 
 import hashlib
@@ -24,8 +23,7 @@ from train.model.moe import Experts
 def initialise(chunk: DeepSeekV3, seed: int | None, device: torch.device | str | None = None) -> None:
     """Move parameters and buffers from the meta device to `device`, and draw all weights. Buffers become 0.
 
-    seed: None if a checkpoint will fill the weights. Until then the weights are NaN, so that a weight that the
-    checkpoint lacks is noticed.
+    seed: None if a checkpoint will fill the weights. Until then the weights are NaN, which reveals a missing weight.
     """
     materialise(chunk, device)
     for draw in first_draws(chunk, seed).values():
@@ -35,8 +33,7 @@ def initialise(chunk: DeepSeekV3, seed: int | None, device: torch.device | str |
 
 
 def first_draws(chunk: DeepSeekV3, seed: int | None) -> dict[nn.Parameter, Callable[[], None]]:
-    """Return a function for each weight. The function draws the weight, and allocates memory first if the weight has
-    none.
+    """Return for each weight a function that draws it, and allocates its memory if necessary.
 
     seed: see `initialise`.
     """
@@ -48,8 +45,7 @@ def first_draws(chunk: DeepSeekV3, seed: int | None) -> dict[nn.Parameter, Calla
 
 
 def materialise(chunk: nn.Module, device: torch.device | str | None = None, hollow: bool = False) -> None:
-    """Allocate on `device` the parameters and buffers that are on the meta device. Weights get arbitrary values.
-    Buffers become 0.
+    """Allocate the meta parameters and buffers on `device`. Weights get arbitrary values; buffers become 0.
 
     hollow: whether each weight gets its full shape, but memory for only one element.
     """
@@ -70,7 +66,10 @@ def materialise(chunk: nn.Module, device: torch.device | str | None = None, holl
 
 @torch.no_grad()
 def _draw_weight(module: nn.Module, weight: nn.Parameter, name: str, seed: int | None, std: float) -> None:
-    """Draw one weight of a module. name: global name of the weight."""
+    """Draw one weight of a module.
+
+    name: global name of the weight.
+    """
     if weight.untyped_storage().nbytes() < weight.nbytes:
         weight.data = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     if weight.dtype == torch.uint8:  # a frozen weight in block FP8, where the byte 255 means NaN
@@ -84,7 +83,7 @@ def _draw_weight(module: nn.Module, weight: nn.Parameter, name: str, seed: int |
 
 
 def draw_indexer(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
-    """Return the initial values of an indexer's complete weight. `initialise` draws the same values on a CPU.
+    """Return an indexer weight's complete initial values, as `initialise` draws them on a CPU.
 
     name: global name of the weight.
     """
@@ -96,10 +95,9 @@ def draw_indexer(name: str, shape: tuple[int, ...], seed: int, std: float) -> Te
 
 
 def draw_uniform(weight: Tensor, key: str, bound: float, experts: range | None = None) -> None:
-    """Fill a weight with uniform values in +-bound. The values depend only on the text `key`.
+    """Fill a weight with uniform values in +-bound, which depend only on the text `key` and the expert.
 
-    experts: indices of the experts along the first dimension. The values of an expert depend on `key` and the index of
-    the expert.
+    experts: indices of the experts along the first dimension; None: draw the weight as one tensor.
     """
     _fill_drawn(weight, key, experts, lambda exact, generator: exact.uniform_(-bound, bound, generator=generator))
 
@@ -112,8 +110,7 @@ def draw_normal(weight: Tensor, key: str, std: float, experts: range | None = No
 def _fill_drawn(
     weight: Tensor, key: str, experts: range | None, draw: Callable[[Tensor, torch.Generator], Tensor]
 ) -> None:
-    """Call `draw` on a new fp32 tensor of the weight's shape, and copy the result to the weight. With `experts`, the
-    fp32 tensor has only one expert at a time."""
+    """Draw into a new fp32 tensor, and copy it to the weight; with `experts`, one expert at a time."""
     for index, one in [(None, weight)] if experts is None else zip(experts, weight, strict=True):
         generator = _generator(weight, key if index is None else f"{key}/{index}")
         one.copy_(draw(torch.empty(one.shape, dtype=torch.float32, device=weight.device), generator))
@@ -124,5 +121,5 @@ def _generator(weight: Tensor, key: str) -> torch.Generator:
 
 
 def key_number(key: str) -> int:
-    """Return a signed 64-bit integer: the start of the SHA-256 hash of the text `key`."""
+    """Return the start of the text's SHA-256 hash as a signed 64-bit integer."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)

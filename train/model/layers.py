@@ -1,6 +1,6 @@
 """Defines the layers that every block uses: linear layers, RMSNorm, SwiGLU, embedding.
 
-The layers call kernels (train/model/operations.py) for all computation.
+Kernels (train/model/operations.py) do all computation.
 
 Shapes: N rows (any leading axes flattened), D width, F inner width, E experts, R rows routed to experts, V vocabulary.
 """
@@ -19,7 +19,7 @@ from train.model.recompute import RecomputedOutputs
 
 
 class HeldInput(NamedTuple):
-    """The input of a linear layer in the form that is saved for backward."""
+    """A linear layer's input in the form that is saved for backward."""
 
     source: Any
     """The input in a form that only the `LayerPrecision` object reads."""
@@ -33,40 +33,42 @@ class AddedMatmul(Protocol):
     """A second matmul whose result is added to a layer's output."""
 
     def add(self, y: Tensor, x: Tensor, groups: ExpertGroups | None = None) -> Tensor:
-        """Return y (..., O) plus the result of the second matmul for x (..., I). groups: the rows of each expert, if
-        the rows of x are sorted by expert; else None."""
+        """Return y (..., O) plus the result of the adapter's matmul for x (..., I).
+
+        groups: the rows of each expert, if x is sorted by expert; else None.
+        """
 
     def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the two operands of one matmul that computes the layer's output plus the second matmul's output.
+        """Return the operands of one matmul that computes the layer's output plus the adapter's output.
 
-        The operands are x and the weight. Both are extended by the same number of columns.
+        Extra columns extend x and the weight.
         """
 
 
 class PackedWeight(Protocol):
-    """A frozen weight that is stored in another form than a plain tensor of its values, such as FP8 blocks."""
+    """A frozen weight that is not stored as a plain tensor, such as FP8 blocks."""
 
     shape: tuple[int, ...]
     """The shape that the weight has as a plain tensor."""
 
     def unpack(self, dtype: torch.dtype) -> tuple[Tensor, AbstractContextManager]:
-        """Return the values in `dtype`, and a context. Inside the context, autograd does not save the values; backward
-        unpacks them again."""
+        """Return the values in `dtype`, and a context in which autograd does not save them. Backward unpacks them
+        again."""
 
 
 PACKED = {"weight": "packed", "w13": "packed_up", "w2": "packed_down"}
-"""Maps the last part of a weight's name to the module attribute that contains its packed form."""
+"""Maps the last part of a weight's name to its packed form's module attribute."""
 
 
 def open_weight(
     packed: PackedWeight | None, weight: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, AbstractContextManager]:
-    """Return the values of a weight for a matmul, and the context that the matmul must run in."""
+    """Return a weight's values for a matmul, and the context in which the matmul must run."""
     return (weight, nullcontext()) if packed is None else packed.unpack(dtype)
 
 
 class LayerPrecision(Protocol):
-    """Computes the matmuls in one precision. The model calls these methods and never branches on the precision."""
+    """Computes the matmuls in one precision, so the model never branches on the precision."""
 
     dtype: torch.dtype
     """Dtype of activations between the matmuls."""
@@ -76,13 +78,14 @@ class LayerPrecision(Protocol):
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: "HeldInput | None" = None) -> Tensor:
         """Return x (..., D) times the transpose of weight (F, D), as a tensor (..., F).
 
-        kind: see `Linear`. held: the result of `hold` for x; None: `linear` saves x itself.
+        kind: see `Linear`.
+        held: the result of `hold` for x; None: `linear` saves x itself.
         """
 
     def hold(self, x: Tensor, kind: str) -> "HeldInput | None":
         """Return the form in which `linear` saves x for backward; None if it saves x unchanged.
 
-        Other code that saves x too can save this form instead, so that x is stored once.
+        Other code that saves x can save this form instead, so that x is stored once.
         """
 
     def expert_ffn(
@@ -96,17 +99,18 @@ class LayerPrecision(Protocol):
     ) -> Tensor:
         """Compute the SwiGLU FFN of each expert for the rows of that expert. Returns a tensor (R, D).
 
-        rows_RD: rows, sorted by expert. gates_R: gate value of each row, by which the SwiGLU output of the row is
-        multiplied before the down-projection. counts_E: number of rows of each expert, int64. added: adapters for w13
-        and for w2.
+        rows_RD: rows, sorted by expert.
+        gates_R: gate value of each row. It multiplies the SwiGLU output before the down-projection.
+        counts_E: number of rows of each expert, int64.
+        added: adapters for w13 and for w2.
         """
 
 
 class Linear(nn.Module):
     """A matmul without bias, in the precision of the run.
 
-    kind: `output` for the attention's output projection, `dense` for all other layers. FP8 training saves the input of
-    the output projection in a more precise format than the inputs of other layers.
+    kind: `output` for the attention's output projection, else `dense`. FP8 training saves the input of the output
+        projection in a more precise format.
     """
 
     def __init__(self, inputs: int, outputs: int, precision: LayerPrecision, kind: str = "dense", **factory):
@@ -114,10 +118,9 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, **factory))
         self._precision, self._kind = precision, kind
         self.added: AddedMatmul | None = None
-        """The adapter of the weight, set by the code that trains an adapter."""
+        """The adapter of the weight, set before adapter training; else None."""
         self.packed: PackedWeight | None = None
-        """The stored form of the frozen weight, if an adapter is trained and the weight is not stored as a plain
-        tensor; else None."""
+        """The frozen weight's stored form if it is not a plain tensor; else None."""
 
     def forward(self, x: Tensor, held: HeldInput | None = None) -> Tensor:
         weight, keep = open_weight(self.packed, self.weight, self._precision.dtype)
@@ -128,8 +131,7 @@ class Linear(nn.Module):
     def values(self) -> tuple[Tensor, AbstractContextManager]:
         """Return the weight plus the product of its adapter's matrices, (O, I), and a context. Differentiable.
 
-        A matmul with these values must run inside the context. The adapter's dropout then has the same mask for all
-        rows.
+        Run a matmul with these values inside the context. Then the adapter's dropout has the same mask for all rows.
         """
         weight, keep = open_weight(self.packed, self.weight, self._precision.dtype)
         if self.added is None:
@@ -143,7 +145,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The table of token vectors. Its gradient is summed in fp32, even if the table has another dtype."""
+    """The table of token vectors. Its gradient is always summed in fp32."""
 
     def __init__(self, rows: int, width: int, **factory):
         super().__init__()
@@ -170,7 +172,7 @@ class _Embed(Function):
 class RMSNorm(nn.Module):
     """Computes x / rms(x) * weight over the last axis, with statistics in fp32.
 
-    recompute: whether a matmul that uses the norm's output saves only the norm's input for backward.
+    recompute: whether a matmul that uses the norm's output saves only the norm's input.
     """
 
     def __init__(self, width: int, eps: float, recompute: bool, kernels: Kernels, **factory):
@@ -182,7 +184,7 @@ class RMSNorm(nn.Module):
         return _RMSNorm.apply(x, self.weight, self._eps, self._kernels)
 
     def with_remake(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
-        """Return the output, and a context for the matmuls that use the output as input (see `RecomputedOutputs`)."""
+        """Return the output, and a context for the matmuls that use it (see `RecomputedOutputs`)."""
         y = self(x)
         if not (self._recompute and torch.is_grad_enabled()):
             return y, nullcontext()
@@ -213,7 +215,7 @@ def swiglu(h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> Tensor:
 
 
 class _SwiGLU(Function):
-    """Saves only the input [gate | up] and the gate values of the rows, and recomputes all other values in backward."""
+    """Saves only [gate | up] and the rows' gate values; backward recomputes the rest."""
 
     @staticmethod
     def forward(ctx, h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> Tensor:
@@ -228,8 +230,7 @@ class _SwiGLU(Function):
 
 
 class FFN(nn.Module):
-    """The SwiGLU feed-forward network: w2(silu(w1 x) * w3 x). The weight w13 has the rows of w1, followed by the rows
-    of w3."""
+    """The SwiGLU feed-forward network w2(silu(w1 x) * w3 x). w13 has the rows of w1, then of w3."""
 
     def __init__(self, width: int, inner: int, precision: LayerPrecision, recompute: bool, **factory):
         super().__init__()
@@ -238,8 +239,10 @@ class FFN(nn.Module):
         self._recompute, self._kernels = recompute, precision.kernels
 
     def forward(self, x_ND: Tensor, remake: AbstractContextManager) -> Tensor:
-        """Return the output (N, D). remake: a context inside which autograd does not save x; backward computes x again
-        (`RMSNorm.with_remake`)."""
+        """Return the output (N, D).
+
+        remake: a context in which autograd does not save x; backward recomputes x (`RMSNorm.with_remake`).
+        """
         with remake:
             h_N2F = self.w13(x_ND)
         a_NF = swiglu(h_N2F, None, self._kernels)
@@ -248,10 +251,7 @@ class FFN(nn.Module):
 
 
 def recomputed_swiglu(a_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> AbstractContextManager:
-    """Return a context inside which autograd does not save a = swiglu(h, gates).
-
-    Backward recomputes `a` from h and gates, which the SwiGLU saves anyway.
-    """
+    """Return a context in which backward recomputes a = swiglu(h, gates), and autograd does not save it."""
     if not torch.is_grad_enabled():
         return nullcontext()
     sources = (h_N2F,) if gates_N is None else (h_N2F, gates_N)

@@ -1,12 +1,11 @@
 """Computes the cross-entropy, and log-probabilities for other losses, chunk by chunk (model.loss_chunk).
 
-The logits of all tokens never exist at the same time. With a vocabulary of 129,280, the logits of one sequence of 4096
-tokens would need 2 GiB in fp32, and their gradient another 2 GiB.
+The logits of all tokens never exist at the same time. With a vocabulary of 129,280, the fp32 logits of 4096 tokens
+would need 2 GiB, and their gradient another 2 GiB.
 
-For each chunk of tokens, the forward of the cross-entropy computes the logits, the softmax in fp32 and the loss.
-Forward also computes the gradients of the hidden states and of the head, and backward only scales these gradients. A
-matmul processes a complete chunk. On a CPU, the softmax and its gradient are computed for a few rows at a time, so that
-the rows fit in the cache. The gradient overwrites the logits.
+For each chunk, forward computes the logits, the softmax in fp32, the loss, and the gradients of the hidden states and
+the head. Backward only scales these gradients. A CPU processes a few rows at a time, which fit in the cache. The
+gradient overwrites the logits.
 
 Shapes: N tokens, C tokens of a chunk, R rows of a chunk, D width, V vocabulary.
 """
@@ -24,7 +23,7 @@ from train.model.weight_gradient import weight_gradient
 def cross_entropy(
     hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, divisor: float, chunk: int, kernels: Kernels
 ) -> Tensor:
-    """Return the sum over tokens of -log softmax(hidden head^T)[target], divided by divisor; fp32 scalar."""
+    """Return the sum of -log softmax(hidden head^T)[target] over tokens, divided by divisor; fp32 scalar."""
     return _CrossEntropy.apply(hidden_ND, head_VD, targets_N, divisor, chunk, kernels)
 
 
@@ -68,8 +67,8 @@ def token_logprobs(
 ) -> Tensor:
     """Return log softmax(hidden head^T / temperature)[target] of every token, fp32 (N,). temperature_N: None for 1.
 
-    Only the logits of one chunk exist at a time. Forward and backward both compute the logits, because forward does not
-    know the loss that determines the gradient. The logits are always in fp32.
+    Only one chunk's logits exist at a time, always in fp32. Backward computes them again, because the gradient depends
+    on a later loss.
     """
     return _TokenLogprobs.apply(hidden_ND, head_VD, targets_N, temperature_N, chunk, kernels)
 
@@ -111,7 +110,7 @@ class _TokenLogprobs(Function):
 def _log_softmax_of_chunks(
     hidden_ND: Tensor, head_VD: Tensor, temperature_N: Tensor | None, chunk: int, kernels: Kernels
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield for each chunk the slice of its rows, and log softmax(logits / temperature) of these rows, fp32 (C, V)."""
+    """Yield each chunk's row slice, and its log softmax(logits / temperature), fp32 (C, V)."""
     head = head_VD.to(hidden_ND.dtype)
     for first in range(0, len(hidden_ND), chunk):
         rows = slice(first, first + chunk)

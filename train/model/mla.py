@@ -9,9 +9,8 @@ The matrices W are packed in q_down, q_up, kv_down, kv_up and out, as in the rel
 rope key]. For each head, q_up computes [nope | rope], and kv_up computes [nope key | value]. If q_rank is None, the
 matrix `q` computes the queries from x directly.
 
-With sparse attention, a query attends to the keys that an indexer chooses (indexer.py). The indexer belongs to this
-layer or to an earlier layer. In this case chosen_attention.py computes attention directly from the latents, without
-keys and values for each head.
+With sparse attention, a query attends to the keys that an indexer of this or an earlier layer chooses (indexer.py).
+chosen_attention.py then computes attention directly from the latents.
 
 Shapes: B sequences, T positions, D width, H heads, Q qk width = nope + rope, R rope width, V value width.
 """
@@ -57,12 +56,12 @@ class MLA(nn.Module):
         self._config, self._rope, self._kernels = config, rope, kernels
         self._recompute_up = Recompute.mla_up in config.recompute
         self.watch: LargestScores | None = None
-        """Records the largest scores in training; None if they are not needed."""
+        """Records the largest scores in training; None if not needed."""
 
     def forward(self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None) -> Tensor:
         """Return the output of attention, (B, T, D).
 
-        remake: a context inside which autograd does not save x; backward computes x again (`RMSNorm.with_remake`).
+        remake: a context in which autograd does not save x; backward recomputes x (`RMSNorm.with_remake`).
         positions: the positions of x; None: x contains complete sequences.
         """
         positions = positions or Positions(x_BTD.size(1))
@@ -146,7 +145,7 @@ class MLA(nn.Module):
         positions: Positions,
         loss_of: Callable[..., IndexLoss],
     ) -> Tensor:
-        """Return y. The backward of y computes the gradient of the indexer's loss.
+        """Return y. Its backward also computes the gradient of the indexer's loss.
 
         loss_of: computes the indexer's loss from the vectors of all keys and the weight of each query.
         """
@@ -167,14 +166,14 @@ class MLA(nn.Module):
         return y_BTD
 
     def attend(self, given: AttentionInput) -> Tensor:
-        """Run only the attention core, for complete sequences. Returns a tensor (B, H, T, V)."""
+        """Run only the attention core, for complete sequences. Returns (B, H, T, V)."""
         return self._kernels.attention(given)
 
     def _project(self, out_BHTV: Tensor, saved: ReplaceableTensors) -> Tensor:
         """Apply the output projection to attention's output. Returns a tensor (B, T, D).
 
         saved: the tensors that attention saved for backward. If the projection saves its input in fewer bits, attention
-        saves this smaller copy of its output instead, and the output is freed.
+            saves this copy instead of its output.
         """
         x_BTX = out_BHTV.transpose(1, 2).flatten(2)
         held, heads = self.out.hold(x_BTX), out_BHTV.size(1)
@@ -186,7 +185,7 @@ class MLA(nn.Module):
         return self.out(x_BTX, held)
 
     def _up(self, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute queries (B, H, T, Q), keys (B, H, T, Q) and values (B, H, T, V) from the latents."""
+        """Compute queries (B, H, T, Q), keys (B, H, T, Q) and values (B, H, T, V) from latents."""
         config = self._config
         q_latent = self._up_queries(q_latent, [range(q_latent.size(1))])
         kv_latent, remake = self.kv_norm.with_remake(kv_latent)
@@ -197,9 +196,9 @@ class MLA(nn.Module):
         return self._kernels.to_heads(q, kv, k_rope_BTR, table, config.nope_head_dim)
 
     def _up_queries(self, q_latent: Tensor, pieces: Sequence[range]) -> Tensor:
-        """Return queries (B, T, H * Q), which the caller may overwrite. pieces: ranges of the queries' positions.
+        """Return queries (B, T, H * Q), which the caller may overwrite. Without q_rank, q_latent is already the query.
 
-        If the model has no q_rank, q_latent is already the query.
+        pieces: ranges of the queries' positions.
         """
         if self._config.q_rank is None:
             q = q_latent.clone() if self._recompute_up else q_latent  # backward calls this method again with q_latent
@@ -229,11 +228,12 @@ class MLA(nn.Module):
         lse: KeptLse | None,
         shares: KeptShares | None,
     ) -> tuple[Tensor, Tensor, Callable[[], Iterator[tuple[Tensor, SeenKeys, int]]]]:
-        """Compute attention for queries of this rank, if ranks share sequences or if attention is sparse.
+        """Compute attention for this rank's queries, if ranks share sequences or if attention is sparse.
 
-        If ranks share sequences, one gather returns the normed latents and rotated rope keys of all positions. Returns
-        the output (B, H, T, V), the queries, and a function. The function gathers the latents again, and iterates over
-        the keys of all positions. The queries and the function are arguments of `AttentionTarget`.
+        If ranks share sequences, one gather fetches the normed latents and rotated rope keys of all positions.
+
+        Returns the output (B, H, T, V), the queries, and a function that gathers the latents again and iterates over
+        the keys of all positions. `AttentionTarget` takes the queries and the function.
         """
         config, table = self._config, self._local_table(positions, q_latent.device)
 

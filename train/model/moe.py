@@ -2,8 +2,8 @@
 
     y = shared(x) + sum over chosen experts of gate * expert(x)
 
-A dispatcher sends each token to the ranks of its chosen experts, and returns the sum of the experts' results. An expert
-multiplies its result by the gate value, so combine only adds. `LocalDispatcher` is for a rank that has all experts.
+A dispatcher sends each token to the ranks of its chosen experts, and returns the sum of the experts' results. Experts
+multiply their results by the gate value, so combine only adds. `LocalDispatcher` is for a rank that has all experts.
 
 Shapes: B sequences, T tokens, D width, F inner width, E experts of this rank, K experts per token, R rows: one row for
 each token and chosen expert.
@@ -34,7 +34,7 @@ class RoutedRows(Protocol):
     gates_R: Tensor
     """Gate value of every row, fp32."""
     counts_E: Tensor
-    """Number of rows of each local expert, int64, on the device of the rows."""
+    """Number of rows of each local expert, int64, on the rows' device."""
     state: Any
     """Data that the dispatcher needs for combine."""
 
@@ -43,21 +43,21 @@ class PendingRows(Protocol):
     """A dispatch in progress."""
 
     def wait(self) -> RoutedRows:
-        """Wait for the rows of this rank's experts, and return them. Call this method only once."""
+        """Wait for the rows of this rank's experts, and return them. Call this once."""
 
 
 class Dispatcher(Protocol):
-    """Dispatches tokens to experts and combines the results. Differentiable in x and gates."""
+    """Dispatches tokens to experts, and combines the results. Differentiable in x and gates."""
 
     def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None) -> PendingRows:
         """Start to send every token to its K experts.
 
-        again: `RoutedRows.state` of an earlier dispatch of the same tokens, whose routes this dispatch uses again;
-        None: compute the routes.
+        again: `RoutedRows.state` of an earlier dispatch of the same tokens, to reuse its routes; None: compute the
+            routes.
         """
 
     def combine(self, out_RD: Tensor, routed: RoutedRows) -> Tensor:
-        """Return, for every token, the sum of the results of its K experts: a tensor (T, D)."""
+        """Return for every token the sum of its K experts' results: (T, D)."""
 
 
 class _Sorted(NamedTuple):
@@ -71,7 +71,7 @@ class _Sorted(NamedTuple):
 
 @dataclass
 class ArrivedRows:
-    """The result of a dispatch on one rank. Its `wait` returns at once, because no rows are exchanged."""
+    """The result of a dispatch on one rank. `wait` returns at once."""
 
     rows_RD: Tensor
     gates_R: Tensor
@@ -83,8 +83,7 @@ class ArrivedRows:
 
 
 class LocalDispatcher:
-    """Dispatches tokens to local experts by a stable sort, and combines by the inverse of the sort. The host never
-    waits for the device."""
+    """Dispatches tokens to local experts by a stable sort. The host never waits for the device."""
 
     def __init__(self, experts: int, kernels: Kernels):
         self._experts, self._kernels = experts, kernels
@@ -108,8 +107,7 @@ class LocalDispatcher:
 
 
 class _Permute(Function):
-    """Maps tokens to rows sorted by expert. Forward and backward use gathers, not scattered additions, so the terms of
-    a sum have a fixed order."""
+    """Maps tokens to rows sorted by expert. It uses gathers both ways, so sums have a fixed order."""
 
     @staticmethod
     def forward(ctx, x_TD, gates_TK, order: _Sorted, kernels: Kernels):
@@ -141,8 +139,7 @@ class _Unpermute(Function):
 
 
 class Experts(nn.Module):
-    """The weights of this rank's routed experts: w13 (E, 2F, D) and w2 (E, D, F). In w13 the rows of w1 precede the
-    rows of w3."""
+    """Weights of this rank's routed experts: w13 (E, 2F, D), w1 before w3, and w2 (E, D, F)."""
 
     def __init__(self, config: Model, local: range, **factory):
         super().__init__()
@@ -152,15 +149,14 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(len(local), width, inner, **factory))
         self.added_up: AddedMatmul | None = None
         self.added_down: AddedMatmul | None = None
-        """The adapters of w13 (`added_up`) and of w2 (`added_down`), set by the code that trains an adapter."""
+        """Adapters of w13 (`added_up`) and w2 (`added_down`), set before adapter training; else None."""
         self.packed_up: PackedWeight | None = None
         self.packed_down: PackedWeight | None = None
-        """The stored forms of the frozen weights w13 (`packed_up`) and w2 (`packed_down`), if an adapter is trained;
-        None for plain tensors."""
+        """Stored forms of the frozen w13 (`packed_up`) and w2 (`packed_down`); None for plain tensors."""
 
 
 class MoE(nn.Module):
-    """The router, the routed experts and the shared experts of one block. One wide FFN computes all shared experts."""
+    """The router, the routed experts, and one wide FFN for all shared experts."""
 
     def __init__(
         self, config: Model, precision: LayerPrecision, dispatcher: Dispatcher, local_experts: range, **factory
@@ -178,7 +174,7 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None) -> Tensor:
         """Return the output (B, T, D).
 
-        remake: a context inside which autograd does not save x; backward computes x again (`RMSNorm.with_remake`).
+        remake: a context in which autograd does not save x; backward recomputes x (`RMSNorm.with_remake`).
         """
         gates_TK, ids_TK = self.router(x_BTD, remake, positions)
         x_TD = x_BTD.flatten(0, 1)

@@ -1,15 +1,13 @@
 """Multi-token prediction (paper 2.2, eq. 21-25).
 
-Depth k predicts the token k+1 positions ahead. At position i it combines two vectors: the embedding of token i+k, and
-the hidden state of depth k-1 at position i. This hidden state depends on the tokens up to i+k-1. A transformer block
-processes the combination:
+Depth k predicts the token k+1 positions ahead. At position i it combines the embedding of token i+k with the hidden
+state of depth k-1. This hidden state depends on the tokens up to i+k-1. A transformer block processes the combination:
 
     h_k[i] = norm( block( W [ norm(Emb(t[i+k])) ; norm(h_(k-1)[i]) ] ) ),   i = 1 .. T-k
 
 The released weights have the two halves in this order. h_0 is the main model's output after its final norm. Each depth
-has a norm of its own at its output, and passes the normed output to the next depth. The paper does not specify this
-norm; other implementations have it too. No tensor is detached from the graph. MTP depths share the embedding and the
-head with the main model.
+passes its normed output to the next depth. The paper does not specify the norm after the block. No tensor is detached
+from the graph. MTP depths share the embedding and the head with the main model.
 
 Shapes: B sequences, T positions of this depth, D width.
 """
@@ -50,10 +48,11 @@ class MTP(nn.Module):
         self.norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
 
     def forward(self, hidden_BTD: Tensor, embedding_BTD: Tensor, positions: Positions) -> Tensor:
-        """Return the normed hidden states of this depth. They are the input of the shared head and of the next depth.
+        """Return the normed hidden states of this depth, for the shared head and the next depth.
 
-        hidden_BTD: states of the previous depth, without its last position. embedding_BTD: embeddings of the tokens k
-        positions later, where k is this depth. positions: the positions of this depth.
+        hidden_BTD: states of the previous depth, without its last position.
+        embedding_BTD: embeddings of the tokens k positions later, where k is this depth.
+        positions: the positions of this depth.
         """
         joined = torch.cat([self.embedding_norm(embedding_BTD), self.hidden_norm(hidden_BTD)], -1)
         return self.norm(self.block(self.projection(joined), positions))

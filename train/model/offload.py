@@ -1,14 +1,13 @@
 """Offloads activations to host memory until backward. The transfer to the host starts when the context ends.
 
-Each storage is sent completely, and only once even if autograd saved several views of it. The following tensors stay on
+Each storage is sent completely and only once, even if autograd saved several views of it. The following tensors stay on
 the device:
 
     the block's input   the code before the block, or a pipeline's stage, keeps it in memory anyway
     weights, buffers    they are on the device anyway
     small tensors       starting their copy takes longer than the copy
 
-Tensors that an inner `RecomputedOutputs` or `ReplaceableTensors` saves are offloaded too. Outputs that an inner context
-recomputes are not stored.
+Tensors that an inner `RecomputedOutputs` or `ReplaceableTensors` saves are offloaded too.
 """
 
 import weakref
@@ -26,19 +25,22 @@ class FetchedStorage(Protocol):
     """A tensor storage that is in host memory."""
 
     def fetched(self) -> Tensor:
-        """Copy the storage to the device, and return it as a flat tensor of bytes."""
+        """Copy the storage to the device, and return it as flat bytes."""
 
 
 class Host(Protocol):
     """Stores the storages of tensors in host memory until backward."""
 
     def send(self, storages: Sequence[Tensor]) -> Sequence[FetchedStorage]:
-        """Start to copy storages to host memory. storages: flat byte tensors that one context saved."""
+        """Start to copy storages to host memory.
+
+        storages: flat byte tensors that one context saved.
+        """
 
 
 class OffloadedBlock(SavedContext):
-    """The context that offloads the tensors that autograd saves. stays: tensors that are not offloaded: the block's
-    input, weights and buffers."""
+    """The context that offloads the tensors that autograd saves, except `stays`: the block's input, weights and
+    buffers."""
 
     def __init__(self, host: Host, stays: Iterable[Tensor]):
         self._host = host
@@ -76,8 +78,8 @@ class OffloadedBlock(SavedContext):
                     one.leave(sent)
 
     def _place(self, kept: "weakref.ref[_OnHost | Slot]") -> "_OnHost | None":
-        """Return the entry of a saved tensor if the tensor must be sent to the host, else None. If an inner context
-        saved the tensor, create the entry now."""
+        """Return the entry of a saved tensor that must be sent to the host, else None. Creates the entry if an inner
+        context saved the tensor."""
         found = kept()
         if isinstance(found, Slot):
             return found.hand_over(_OnHost) if found.tensor is not None and self._goes(found.tensor) else None
@@ -85,13 +87,16 @@ class OffloadedBlock(SavedContext):
 
 
 class _OnHost:
-    """One saved tensor, either on the device or as a view of a storage in host memory."""
+    """One saved tensor, on the device or as a view of a host storage."""
 
     def __init__(self, tensor: Tensor):
         self.tensor: Tensor | None = tensor
 
     def leave(self, sent: FetchedStorage) -> None:
-        """Release the tensor on the device. sent: the host copy of the storage that has the tensor."""
+        """Release the tensor on the device.
+
+        sent: the host copy of the tensor's storage.
+        """
         tensor, self.tensor = self.tensor, None
         assert tensor is not None
         self._sent = sent

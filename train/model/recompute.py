@@ -1,24 +1,21 @@
 """Recomputation (paper 3.2.3): backward recomputes single outputs or complete layers instead of saving them.
 
-An operation saves tensors for backward. The contexts of this file intercept these tensors. So the code of the operation
-does not change, whether it is a plain matmul or a custom Function.
+The contexts of this file intercept the tensors that an operation saves for backward.
 
     RecomputedOutputs    saves a function instead of an output, if the output is cheap to compute from a tensor that is
-                         saved anyway. For example, backward recomputes a norm's output from the norm's input.
-    ReplaceableTensors   saves tensors unchanged. Later, a function can replace a saved tensor, if the function needs
-                         only tensors that are saved anyway.
-    repeatable           saves only the input of a layer. The tensors that its operations save are counted and dropped.
-                         When backward needs the first of these tensors, the layer runs a second time. The tensors that
-                         the second run saves replace the dropped tensors, in the same order. So backward uses the graph
-                         of the first run. Backward may run in one pass or in two passes (zbv, dualpipev), or alternate
-                         with a forward. The second run stops after the last tensor that backward needs.
+                         saved anyway. Example: a norm's output from the norm's input.
+    ReplaceableTensors   saves tensors unchanged. Later, a function of tensors that are saved anyway can replace one.
+    repeatable           saves only the input of a layer. It counts and drops the tensors that the operations save.
+                         When backward needs the first of these tensors, the layer runs a second time. Its tensors
+                         replace the dropped tensors, in the same order, in the graph of the first run. Backward may
+                         run in one pass or in two (zbv, dualpipev), or alternate with a forward. The second run stops
+                         after the last tensor that backward needs.
 
-A layer decides which experts a token uses, and to which rank each row is sent. Only the first run makes these
-decisions, and stores them with `remember`. So the second run sends the same rows to the same ranks, even if a repeated
-matmul differs in its last bits.
+Only the first run of a layer chooses experts and destination ranks. It stores these choices with `remember`. So the
+second run sends the same rows to the same ranks, even if a repeated matmul differs in its last bits.
 
-Contexts can be nested. An inner context passes two kinds of objects to the enclosing context: tensors that the inner
-context does not intercept, and the objects that the inner context saves instead of tensors.
+Contexts can be nested. An inner context passes to the enclosing context the tensors that it does not intercept, and the
+objects that it saves instead of tensors.
 """
 
 import weakref
@@ -37,14 +34,14 @@ class PackedTensor(Protocol):
     """An object that autograd saves instead of a tensor."""
 
     def unpack(self) -> "Tensor | PackedTensor":
-        """Return the tensor, or the object that an enclosing context saved instead of the tensor."""
+        """Return the tensor, or what an enclosing context saved instead."""
 
 
 P = TypeVar("P", bound=PackedTensor)
 
 
 class SavedContext:
-    """A context that intercepts the tensors that operations inside the context save for backward."""
+    """A context that intercepts the tensors that its operations save for backward."""
 
     def __enter__(self) -> None:
         self._hooks = saved_tensors_hooks(_pack, unpacked)
@@ -57,11 +54,11 @@ class SavedContext:
         del self._hooks, self._token
 
     def pack(self, saved: Tensor | PackedTensor) -> Tensor | PackedTensor:
-        """Return what autograd shall save instead of `saved`: a tensor or a substitute object."""
+        """Return the tensor or substitute object that autograd shall save instead of `saved`."""
         raise NotImplementedError
 
     def makes(self, tensor: Tensor) -> bool:
-        """Return whether this context recomputes the tensor, so that autograd does not save it."""
+        """Return whether this context recomputes the tensor instead of saving it."""
         return False
 
 
@@ -78,7 +75,7 @@ def _pack(tensor: Tensor) -> Tensor | PackedTensor:
 
 
 def pack_outside(saved: Tensor | PackedTensor, context: SavedContext | None) -> Tensor | PackedTensor:
-    """Return what the open contexts save instead of `saved`. The function asks the innermost context first.
+    """Return what the open contexts save instead of `saved`, asking the innermost context first.
 
     context: ask only the contexts that enclose this context; None: ask all open contexts.
     """
@@ -89,26 +86,26 @@ def pack_outside(saved: Tensor | PackedTensor, context: SavedContext | None) -> 
 
 
 def unpacked(saved: Tensor | PackedTensor) -> Tensor:
-    """Return the tensor that an operation saved, from the object that autograd saved instead."""
+    """Return the tensor that an operation saved, from its saved substitute."""
     while not isinstance(saved, Tensor):
         saved = saved.unpack()
     return saved
 
 
 def is_free(tensor: Tensor) -> bool:
-    """Return whether the innermost open `RecomputedOutputs` recomputes the tensor, so that autograd does not save
-    it."""
+    """Return whether the innermost open `RecomputedOutputs` recomputes the tensor instead of saving it."""
     opened = _OPEN.get()
     return bool(opened) and opened[-1].makes(tensor)
 
 
 class RecomputedOutputs(SavedContext):
-    """A context that saves `function` instead of each of `outputs`. The function recomputes all outputs.
+    """A context that saves `function` instead of each of `outputs`.
+
+    Views of an output are recomputed too, if they start at its first element (reshapes, transposes). All tensors that
+    the context saved share the result of one call.
 
     function: computes the outputs from `sources`, without gradient. It returns one tensor or a tuple of tensors, with
-    the values and strides of the outputs. Each backward pass may call `function` again. All tensors that the context
-    saved share the result of one call. A saved tensor counts as an output if both start at the same address. So views
-    that start at the first element (reshapes, transposes) count as outputs too.
+        the values and strides of the outputs. Each backward pass may call it again.
     """
 
     def __init__(
@@ -125,8 +122,7 @@ class RecomputedOutputs(SavedContext):
         return self._output(tensor) is not None
 
     def _output(self, tensor: Tensor) -> int | None:
-        """Return the index of the output that starts at the same address as this tensor; None if there is no such
-        output."""
+        """Return the index of the output that starts at this tensor's address, or None."""
         index, numel = self._index.get(_address(tensor), (None, 0))
         return index if 0 < tensor.numel() <= numel else None
 
@@ -161,7 +157,7 @@ class _Again:
 
 
 class ReplaceableTensors(SavedContext):
-    """A context whose saved tensors can be replaced after they were saved."""
+    """A context whose saved tensors can be replaced later."""
 
     def __init__(self) -> None:
         self._slots: list[weakref.ref[Slot]] = []
@@ -218,13 +214,13 @@ class Slot:
 
 
 def repeatable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return function(x). For backward, save only x and the decisions that the function stores with `remember`."""
+    """Return function(x). Backward saves only x and the decisions stored with `remember`."""
     with _FirstRun(function, x):
         return function(x)
 
 
 class _FirstRun(SavedContext):
-    """The first run of a layer. Counts the tensors that operations save, and drops them."""
+    """The first run of a layer. Counts and drops the tensors that operations save."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor):
         self._function = function
@@ -238,7 +234,7 @@ class _FirstRun(SavedContext):
         return place
 
     def repeat(self) -> None:
-        """Run the layer a second time, and store the saved tensors in the placeholders that backward still holds."""
+        """Run the layer again, and store its saved tensors in the first run's placeholders."""
         assert self._x is not None, "a layer runs again once"
         x, self._x = unpacked(self._x).detach().requires_grad_(), None
         second = _SecondRun(self._places, self.decisions)
@@ -254,7 +250,7 @@ class _FirstRun(SavedContext):
 
 
 class _Place:
-    """A placeholder for one tensor that an operation of the layer saved in the first run."""
+    """A placeholder for one tensor that an operation saved in the first run."""
 
     def __init__(self, run: _FirstRun):
         self._run: _FirstRun | None = run
@@ -269,7 +265,7 @@ class _Place:
 
 
 class _SecondRun(SavedContext):
-    """The second run of a layer. Stores each saved tensor in the placeholder of the first run."""
+    """The second run of a layer. Stores each saved tensor in the first run's placeholder."""
 
     def __init__(self, places: "list[weakref.ref[_Place]]", decisions: list[Any]):
         self._places, self._decisions = iter(places), iter(decisions)
@@ -292,16 +288,16 @@ class _SecondRun(SavedContext):
 
 
 class _AllThere(Exception):
-    """Ends a second run after all placeholders have their tensors."""
+    """Raised to end a second run when all placeholders have their tensors."""
 
 
 def is_repeated() -> bool:
-    """Return whether the running code belongs to the second run of a layer. Counters must not count this run."""
+    """Return whether the second run of a layer is in progress, which counters must ignore."""
     return isinstance(_OPEN.get()[0], _SecondRun) if _OPEN.get() else False
 
 
 def remember(decision: T) -> T:
-    """Store a decision, and return it. `recall` returns it again in the second run of the layer."""
+    """Store a decision, and return it. In the layer's second run, `recall` returns it."""
     for context in _OPEN.get():
         if isinstance(context, _FirstRun):
             context.decisions.append(decision)
@@ -309,12 +305,11 @@ def remember(decision: T) -> T:
 
 
 def recall() -> Any:
-    """Return the next decision that the first run stored with `remember`; None outside a second run."""
+    """Return the first run's next decision; None outside a second run."""
     innermost = next(iter(_OPEN.get()), None)
     return innermost.decision() if isinstance(innermost, _SecondRun) else None
 
 
 def _address(tensor: Tensor) -> tuple[int, int | torch.SymInt]:
-    """Return an identifier of the start of the tensor's memory. It also works on the meta device, which has no
-    memory."""
+    """Return an identifier of the start of the tensor's memory, also on the meta device."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset()

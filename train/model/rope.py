@@ -1,12 +1,14 @@
 """Rotary position embedding on adjacent pairs (paper 2.1.1), and its extension by YaRN (paper 4.3).
 
 Pair j of the R rope elements at position t rotates by the angle t * theta^(-2j/R), as a complex multiplication in fp32.
-YaRN changes the frequencies of the pairs. Fast pairs keep their frequency. The frequency of slow pairs is divided by
-`factor`. For the pairs in between, YaRN interpolates linearly.
+YaRN keeps the frequency of fast pairs, and divides the frequency of slow pairs by `factor`. In between it interpolates
+linearly.
 
-YaRN also increases the attention scores. There are two ways, and a model may use both. DeepSeek scales complete queries
-and keys by `mscale`. The YaRN paper (3.4) scales only the rotated parts of queries and keys, by `attention_factor`.
-Mistral Large 3 uses neither; it scales each query by a factor that grows with the query's position (`Rope.grow`).
+Models increase the attention scores in these ways:
+- DeepSeek scales complete queries and keys by `mscale`.
+- The YaRN paper (3.4) scales only the rotated parts of queries and keys, by `attention_factor`. A model may use both
+factors.
+- Mistral Large 3 scales each query by a factor that grows with the query's position (`Rope.grow`).
 
 Shapes: B sequences, T positions, H heads, R rope width, Q qk width, V value width.
 """
@@ -23,7 +25,7 @@ class Rope:
     """The rotations for one run. Tables are built on first use and cached for each device.
 
     seq_len: length of the run's sequences, in tokens. YaRN applies if seq_len exceeds yarn.original_seq_len, or if
-    yarn.always is set.
+        yarn.always is set.
     """
 
     def __init__(self, config: Model, seq_len: int):
@@ -33,7 +35,7 @@ class Rope:
 
     @property
     def softmax_scale(self) -> float:
-        """The factor of the attention scores: 1/sqrt(qk width). If YaRN applies, it also includes mscale^2."""
+        """Factor of the attention scores: 1/sqrt(qk width), with YaRN times mscale^2."""
         yarn = self._config.yarn
         scale = (self._config.nope_head_dim + self._config.rope_head_dim) ** -0.5
         if self._extended and yarn.factor > 1:
@@ -41,7 +43,7 @@ class Rope:
         return scale
 
     def frequencies(self) -> Tensor:
-        """Return the angle by which each pair rotates from one position to the next, fp32 (R/2,)."""
+        """Return each pair's rotation angle between neighbouring positions, fp32 (R/2,)."""
         width, theta = self._config.rope_head_dim, self._config.rope_theta
         plain = theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
         if not self._extended:
@@ -56,8 +58,7 @@ class Rope:
         return plain / yarn.factor * slowed + plain * (1 - slowed)
 
     def _pair_with_turns(self, turns: float) -> float:
-        """Return the index of the pair that makes this number of full turns over the original length. The index is not
-        an integer."""
+        """Return the fractional index of the pair that makes this many full turns over the original length."""
         yarn, width = self._config.yarn, self._config.rope_head_dim
         return width * math.log(yarn.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self._config.rope_theta))
 
@@ -67,8 +68,9 @@ class Rope:
         return self._extended and bool(self._config.yarn.query_growth)
 
     def grow(self, q_BTX: Tensor, positions_T: Tensor) -> Tensor:
-        """Multiply each query by 1 + query_growth ln(1 + floor(p / original_seq_len)), where p is the query's position.
-        If the model does not scale queries, return them unchanged.
+        """Multiply each query by 1 + query_growth ln(1 + floor(p / original_seq_len)), with p its position.
+
+        Without query_growth, the queries do not change.
         """
         yarn = self._config.yarn
         if not self.grows:
@@ -78,9 +80,8 @@ class Rope:
         return (q_BTX * sizes_T.to(exact).unsqueeze(-1)).to(q_BTX.dtype)
 
     def table(self, length: int, device: torch.device) -> Tensor:
-        """Return exp(i angle) for the first `length` positions, complex64 (T, R/2). If YaRN applies, the values are
-        multiplied by attention_factor.
-        """
+        """Return exp(i angle) for the first `length` positions, complex64 (T, R/2), with YaRN times
+        attention_factor."""
         table = self._tables.get(device)
         if table is None or table.size(0) < length:
             # The CPU computes the table for every device. In mode=plan (device meta), no code reads the values.
@@ -95,14 +96,13 @@ class Rope:
 def rotate(x_BTHR: Tensor, table: Tensor) -> Tensor:
     """Multiply adjacent pairs of the last axis by the complex table (T, R/2). The result is fp32.
 
-    To compute gradients, the caller passes table.conj().
+    Gradients need table.conj().
     """
     pairs = torch.view_as_complex(x_BTHR.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * table.unsqueeze(1)).flatten(-2)
 
 
 def turn_queries(q_BTHQ: Tensor, table: Tensor, nope: int) -> Tensor:
-    """Rotate the rope parts of queries, and move the axis of heads before the axis of positions: (B, H, T, Q). autograd
-    can differentiate the function."""
+    """Rotate the rope parts of queries, and move heads before positions: (B, H, T, Q). Differentiable."""
     turned = rotate(q_BTHQ[..., nope:], table).to(q_BTHQ.dtype)
     return torch.cat([q_BTHQ[..., :nope], turned], -1).transpose(1, 2)

@@ -12,7 +12,7 @@ loss (paper eq. 17-20) is
     f_i = experts / (top_k T) * how often i is in the top_k of the *unbiased* s.
 
 If a sequence contains separate samples, the mean is over samples, and T is the length of the sample. The router adds
-the gradient of this loss to the gradient of the gates, so no loss value is sent to the last pipeline stage.
+the gradient of this loss to the gradient of the gates.
 
 Shapes: B sequences, T positions, D width, E experts, K = top_k, G groups.
 """
@@ -31,14 +31,17 @@ from train.model.sequence import Positions
 class Router(nn.Module):
     """Chooses experts and counts its choices.
 
-    bias_E (fp32) is part of the run's state. Checkpoints store it and `update_bias` changes it, but it gets no
-    gradient. The code that runs the step sets `balance_weight`: alpha divided by the number of micro-batches. The code
-    that builds the model sets `frozen`: whether training leaves the router's weight unchanged.
+    bias_E (fp32) is part of the run's state: checkpoints store it, and `update_bias` changes it. It gets no gradient.
+    `balance_weight` is alpha divided by the number of micro-batches, set before each step. `frozen` says whether
+    training leaves the router's weight unchanged.
 
-    In training, every forward adds to load_E (tokens per expert, int64), score_E (sum over sequences of P_i) and
-    balance_loss (already multiplied by its weight). `clear` sets these three sums to 0. Positions whose target is in
-    another sample (`Positions.counted_BT`) are routed to experts, but do not change the sums. If ranks share sequences,
-    f_i covers complete sequences, and each rank adds the contribution of its own positions.
+    In training, every forward adds to three sums, which `clear` sets to 0:
+    - load_E: tokens per expert, int64.
+    - score_E: sum over sequences of P_i.
+    - balance_loss: already multiplied by its weight.
+
+    Positions whose target is in another sample (`Positions.counted_BT`) are routed to experts, but not counted. If
+    ranks share sequences, f_i covers complete sequences, and each rank adds its own positions.
     """
 
     bias_E: Tensor
@@ -62,7 +65,7 @@ class Router(nn.Module):
         self.rule = self.rule._replace(softmax=config.scores == ScoreFunction.softmax)
         self.balance_weight, self.frozen = 0.0, False
         self.layer: int | None = None
-        """Index of the router among the MoE layers of the main model, set by the model; None in an MTP module."""
+        """Index among the main model's MoE layers, set by the model; None in an MTP module."""
         self._kernels = kernels
 
     def forward(
@@ -70,7 +73,7 @@ class Router(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return gate values fp32 (B*T, K), differentiable, and expert ids int64 (B*T, K).
 
-        remake: a context inside which autograd does not save x; backward computes x again (`RMSNorm.with_remake`).
+        remake: a context in which autograd does not save x; backward recomputes x (`RMSNorm.with_remake`).
         positions: the positions of x; None: x contains complete sequences.
         """
         positions = positions or Positions(x_BTD.size(1))
@@ -85,7 +88,7 @@ class Router(nn.Module):
         return gates_BTK.flatten(0, 1), ids_BTK.flatten(0, 1)
 
     def score(self, x_BTD: Tensor, remake: AbstractContextManager) -> Tensor:
-        """Return the logits, fp32 (B, T, E). A user's own router may override this method."""
+        """Return the logits, fp32 (B, T, E). A user's router may override this method."""
         with remake:
             weight_ED = self.weight.detach() if self.frozen else self.weight
             return exact_matmul(x_BTD, weight_ED, self._kernels)
@@ -93,7 +96,7 @@ class Router(nn.Module):
     def _apply(self, fn, recurse=True):
         """Apply `fn`, as torch does for module.to() and module.bfloat16(), but keep the dtype of the buffers.
 
-        Engines call module.bfloat16() to convert the weights. Without this method, torch would round the buffers too.
+        Engines call module.bfloat16() to convert the weights; this must not round the buffers.
         """
         exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
@@ -110,20 +113,18 @@ class Router(nn.Module):
         self.balance_loss.zero_()
 
     def entropy(self) -> Tensor:
-        """Return the entropy, in nats, of the experts' mean normalised scores since the last call of `clear`.
-
-        If all experts have the same mean score, the entropy is log(experts).
-        """
+        """Return the entropy (nats) of the experts' mean normalised scores since `clear`; log(experts) if all are
+        equal."""
         return torch.special.entr(self.score_E / self.score_E.sum()).sum()
 
 
 def exact_matmul(x_BTD: Tensor, weight_ED: Tensor, kernels: Kernels) -> Tensor:
-    """Return x W^T in fp32, for operands in any dtype: (B, T, E). Differentiable."""
+    """Return x W^T in fp32, for operands of any dtype: (B, T, E). Differentiable."""
     return _Logits.apply(x_BTD, weight_ED, kernels)
 
 
 class _Logits(Function):
-    """Multiplies operands of any dtype in fp32. Saves the operands in their own dtype."""
+    """Multiplies operands of any dtype in fp32, and saves them unchanged."""
 
     @staticmethod
     def forward(ctx, x_BTD: Tensor, weight_ED: Tensor, kernels: Kernels) -> Tensor:
@@ -144,9 +145,9 @@ class _Logits(Function):
 def update_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> None:
     """Update the biases after a step: b_i += speed * sign(mean load - load_i), in place.
 
-    This is auxiliary-loss-free balancing (paper 2.1.2). The bias of an overloaded expert decreases, and the bias of an
-    underloaded expert increases. load_E: tokens per expert in the step's batch of all ranks. The bias only affects the
-    choice of experts, not their gate values.
+    This is auxiliary-loss-free balancing (paper 2.1.2).
+
+    load_E: tokens per expert in the step's batch of all ranks.
     """
     load_E = load_E.to(bias_E.dtype)
     bias_E.add_(torch.sign(load_E.mean() - load_E), alpha=speed)

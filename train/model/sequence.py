@@ -1,13 +1,14 @@
 """Describes the local positions of sequences, and exchanges values with processes that have the other positions.
 
-Usually a process has complete sequences. With context parallelism, N processes share each sequence. The T positions of
-a sequence are cut into 2 N equal pieces, and process r works on the pieces r and 2 N - 1 - r. The queries of an early
-piece see few keys, and the queries of a late piece see many keys. So this assignment gives all processes equal work.
-Each process has the tokens of the complete sequence, which need only a few bytes. All other values, from the embedding
-to the loss, exist only for local positions.
+Usually a process has complete sequences. With context parallelism, N processes share each sequence. Its T positions are
+cut into 2 N equal pieces, and process r works on the pieces r and 2 N - 1 - r. Late pieces see more keys, so this
+balances the work. Each process has the tokens of the complete sequence. All other values, from the embedding to the
+loss, exist only for local positions.
 
-Three computations need other positions: attention (train/model/attention.py), the balance loss, which counts over all
-positions (train/model/router.py), and MTP modules, which read the tokens after the end of a piece.
+Three computations need other positions:
+- attention (train/model/attention.py)
+- the balance loss, which counts over all positions (train/model/router.py)
+- MTP modules, which read the tokens after the end of a piece
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions.
 """
@@ -29,24 +30,25 @@ class PendingGather(Protocol):
     """A gather in progress."""
 
     def wait(self) -> list[Tensor]:
-        """Wait for the gathered pieces, and return them. Call this method only once."""
+        """Wait for the gathered pieces, and return them. Call this once."""
 
 
 class SequenceShare(Protocol):
-    """Exchanges values with the processes that share the same sequences. All these processes must make the same
-    calls."""
+    """Exchanges values with the processes that share sequences. All of them must make the same calls."""
 
     parts: int
     """Number N of processes that share a sequence."""
     part: int
-    """Index r of this process among the processes that share a sequence."""
+    """Index r of this process among those that share a sequence."""
 
     def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> PendingGather:
-        """Start to gather the values of all pieces, in order. Piece j has the shape (B, rows[j], X). own_BTX: the
-        values of the two local pieces."""
+        """Start to gather the values of all pieces, in order. Piece j has the shape (B, rows[j], X).
+
+        own_BTX: the values of the two local pieces.
+        """
 
     def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
-        """Sum each piece over all processes. Return the sums of the local pieces, (B, local positions, X).
+        """Sum each piece over all processes, and return the local pieces, (B, local positions, X).
 
         This is the transpose of the gather.
         """
@@ -58,8 +60,10 @@ class SequenceShare(Protocol):
 class Rectangle(NamedTuple):
     """A range of queries and a range of keys. Query i sees each key j with j - first_key <= i - first_query + before.
 
-    i is the index of a local position, and j is the index of a position in a block of keys. sequence: index of the
-    sequence; None for all sequences. before: number of keys in the range that are earlier than the first query.
+    i is the index of a local position, and j the index in a block of keys.
+
+    sequence: index of the sequence; None for all sequences.
+    before: number of keys in the range that are earlier than the first query.
     """
 
     sequence: int | None
@@ -72,15 +76,17 @@ class Rectangle(NamedTuple):
 
 
 class PackedSamples:
-    """The samples of sequences, in the form that a router needs to count tokens for each sample.
+    """The samples of sequences, in the form that routers need to count tokens for each sample.
 
-    One object is built for each micro-batch and depth, and all layers use it.
+    All layers use the same object for a micro-batch and MTP depth.
     """
 
     def __init__(self, number_BT: Tensor, lengths_N: Tensor):
-        """number_BT: for every local position, the index of its sample among the N samples of all sequences. If
-        `Positions.counted_BT` excludes the position, the entry is N. lengths_N: number of counted positions in each
-        sample, including positions of other processes. Both tensors are on the host.
+        """Both tensors are on the host.
+
+        number_BT: index of each local position's sample among the N samples of all sequences. N means that
+            `Positions.counted_BT` excludes the position.
+        lengths_N: number of counted positions in each sample, including positions of other processes.
         """
         self._number_BT, self._lengths_N = number_BT, lengths_N
         self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -93,16 +99,14 @@ class PackedSamples:
 
 
 class SeenKeys:
-    """Describes which local queries see which keys of one block. One object is built for each micro-batch and block,
-    and all layers use it."""
+    """Which local queries see which keys of one block. All layers share one object for each micro-batch and block."""
 
     def __init__(self, rectangles: list[Rectangle]):
         self.rectangles = rectangles
         self._made: dict[tuple, Any] = {}
 
     def once(self, make: Callable[..., X], *given: Any) -> X:
-        """Return make(rectangles, *given), and cache the result. A kernel uses this to prepare its data once for all
-        layers."""
+        """Return make(rectangles, *given), cached, so that kernels prepare data once for all layers."""
         key = (make, *given)
         if key not in self._made:
             self._made[key] = make(self.rectangles, *given)
@@ -117,44 +121,36 @@ class KeyChoices:
     """
 
     weight: float = 0.0
-    """Weight of the indexers' loss at every query whose target training supervises; 0 if the indexers do not learn."""
+    """Weight of the indexers' loss at each supervised query; 0 if indexers do not learn."""
     supervised_BS: Tensor | None = None
-    """Mask of the tokens that training supervises, on the host; None if training supervises all tokens."""
+    """Mask of the supervised tokens, on the host; None: all tokens."""
     alone: list[Tensor] | None = None
-    """Collects the indexers' losses if training changes only the indexers; None if it changes the complete model."""
+    """Collects the indexers' losses if training changes only the indexers; else None."""
     chosen_BTK: Tensor | None = None
-    """Keys that the most recent layer with an indexer selected, as positions in the sequence, int32. If a query has
-    fewer than top_k keys, -1 fills the remaining entries of its row."""
+    """Key positions that the latest indexer selected, int32; -1 fills missing keys."""
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The positions of a micro-batch. Each sequence has T positions; some or all of them are local."""
+    """The positions of a micro-batch: T in each sequence, some or all of them local."""
 
     length: int
     """Number of positions in a sequence, T."""
     documents_BT: Tensor | None = None
-    """Document index of every position, on the host; None if attention covers complete sequences. A document is
-    contiguous, and a position attends only to positions of its own document.
-    """
+    """Document index of every position, on the host; None if attention covers complete sequences. Documents are
+    contiguous, and positions attend only to their own document."""
     share: SequenceShare | None = None
-    """Exchanges values with the processes that have other positions of the same sequences; None if complete sequences
-    are local."""
+    """Exchanges values with the other processes of these sequences; None if complete sequences are local."""
     whole: int = field(default=-1)
-    """Number of positions of the main model, T. Set only for an MTP depth, which has fewer positions; else -1."""
+    """Number of positions T of the main model, for the shorter MTP depths; else -1."""
     samples_BS: Tensor | None = None
-    """Sample index of every token, on the host, if sequences contain separate samples. The indices start from 0 in each
-    sequence; -1 means padding. None: there are no separate samples, so every next token in the sequence is a target.
-    """
+    """Sample index of every token, on the host, from 0 in each sequence; -1 means padding. None: there are no separate
+    samples, so every next token in the sequence is a target."""
     experts_BTLK: Tensor | None = None
-    """Expert ids that routers use instead of the experts with the best scores; None: routers choose. The tensor has ids
-    for every position and each MoE layer of the main model.
-    """
+    """Expert ids for every position and MoE layer of the main model; None: routers choose."""
     keys_BTLK: Tensor | None = None
-    """Keys that layers use instead of the keys that indexers choose: positions, int32, on the host; None: indexers
-    choose. If a query has fewer keys than its row has entries, -1 fills the remaining entries. The tensor has keys for
-    every position and each layer of the main model with an indexer.
-    """
+    """Key positions for every position and each indexer layer of the main model, instead of the indexers' choice; None:
+    indexers choose. Int32, on the host; -1 fills missing keys."""
     choices: KeyChoices = field(default_factory=KeyChoices)
     """State that the layers of sparse attention share."""
 
@@ -186,8 +182,7 @@ class Positions:
 
     @cached_property
     def counted_BT(self) -> Tensor | None:
-        """Whether each position counts: its target must be in the same sample. Bool, on the host; None if all positions
-        count.
+        """Whether each position's target is in the same sample: bool, on the host; None if all positions count.
 
         Positions that do not count are at the end of their sample, so no position that counts attends to them.
         """
@@ -199,7 +194,7 @@ class Positions:
 
     @cached_property
     def packed(self) -> "PackedSamples | None":
-        """The samples of all sequences; None if sequences do not contain separate samples."""
+        """The samples of all sequences; None without separate samples."""
         if self.samples_BS is None or self.counted_BT is None:
             return None
         samples_B = self.samples_BS.amax(1).long() + 1
@@ -211,33 +206,34 @@ class Positions:
 
     @cached_property
     def experts_here_BTLK(self) -> Tensor | None:
-        """The entries of `experts_BTLK` at the local positions: expert ids that routers use. None: routers choose."""
+        """The entries of `experts_BTLK` at the local positions; None: routers choose."""
         return None if self.experts_BTLK is None else self.take(self.experts_BTLK)
 
     def learnt_BT(self, supervised_BS: Tensor) -> Tensor:
-        """Return, for every position, whether its target is supervised and in the same sample. Bool, on the host."""
+        """Return whether each position's target is supervised and in the same sample. Bool, on the host."""
         ahead = self.whole_length - self.length + 1
         learnt_BT = supervised_BS[:, ahead : ahead + self.length]
         return learnt_BT if self.counted_BT is None else learnt_BT & self.counted_BT
 
     def learnt(self, supervised_BS: Tensor) -> Tensor:
-        """Return the indices of the local positions whose target is supervised and in the same sample; int64, on the
-        host. An index counts over the flattened axes (B, local positions)."""
+        """Return the indices of the local positions whose target is supervised and in the same sample.
+
+        The result is int64, on the host. Indices run over the flattened axes (B, local positions).
+        """
         return self.take(self.learnt_BT(supervised_BS)).flatten().nonzero().squeeze(-1)
 
     def gather(self, here_BT: Tensor) -> Tensor:
         """Gather the values of all positions, (B, length), from the processes that share the sequences.
 
-        For a correct gradient, each process must compute the same loss from all values. It must return the loss divided
-        by the number of processes.
+        For a correct gradient, each process must compute the same loss from all values, divided by the number of
+        processes.
         """
         return here_BT if self.share is None else _Gather.apply(here_BT, self)
 
     def shorter(self, by: int) -> "Positions":
         """Return the positions without the last `by` positions of each sequence, for an MTP depth.
 
-        If this process has the end of the sequences, its last positions are removed. MTP modules do not replay recorded
-        experts or keys, because inference engines do not record the choices of MTP modules.
+        MTP modules do not replay recorded experts or keys, because inference engines do not record them.
         """
         documents_BT = None if self.documents_BT is None else self.documents_BT[:, :-by]
         whole = self.whole_length
@@ -245,12 +241,14 @@ class Positions:
         return replace(self, length=self.length - by, whole=whole, **changes)
 
     def take(self, x: Tensor, shift: int = 0) -> Tensor:
-        """Return the entries of x at the local positions, shifted by `shift` positions. x: values of complete
-        sequences, (B, S, ...)."""
+        """Return the entries of x at the local positions, shifted by `shift` positions.
+
+        x: values of complete sequences, (B, S, ...).
+        """
         return _joined([x[:, piece.start + shift : piece.stop + shift] for piece in self.here])
 
     def take_with_next(self, x: Tensor, more: int) -> Tensor:
-        """Return x at the local positions, followed by the next `more` entries after each local piece, if they exist.
+        """Return x at the local positions, with up to `more` entries after each local piece.
 
         x: values of complete sequences, (B, S, ...).
         """
@@ -258,7 +256,10 @@ class Positions:
         return _joined([x[:, piece.start : piece.stop] for piece in self.here] + [y for y in after if y.size(1)])
 
     def shifted(self, x: Tensor, more: int, depth: int) -> Tensor:
-        """Return the entries that are `depth` positions after the local positions. x: a result of `take_with_next`."""
+        """Return the entries `depth` positions after the local positions.
+
+        x: a result of `take_with_next`.
+        """
         parts, first, after = [], 0, self.count
         for piece in self.here:
             next_ones = min(more, self.length - piece.stop)
@@ -272,7 +273,7 @@ class Positions:
     def documents(self) -> list[tuple[int | None, range]]:
         """The documents, each as the index of its sequence and a range of positions.
 
-        If documents_BT is None, the list has one entry for all sequences, with None as the index of the sequence.
+        If documents_BT is None, one entry covers all sequences, with None as the index.
         """
         if self.documents_BT is None:
             return [(None, range(self.length))]
@@ -284,13 +285,12 @@ class Positions:
 
     @cached_property
     def seen(self) -> list[SeenKeys]:
-        """A list with one entry for each piece of a sequence. The entry describes which local queries see which keys of
-        the piece. If complete sequences are local, there is one piece."""
+        """Which local queries see which keys, for each piece of a sequence."""
         return [SeenKeys(self._rectangles(block)) for block in self.pieces]
 
     @cached_property
     def seen_whole(self) -> SeenKeys:
-        """Describes which local queries see which keys. The keys of all positions are one block."""
+        """Which local queries see which keys, with all positions' keys as one block."""
         return self.seen[0] if self.share is None else SeenKeys(self._rectangles(range(self.length)))
 
     def _rectangles(self, block: range) -> list[Rectangle]:
@@ -317,8 +317,7 @@ class Positions:
 
 
 class _Gather(Function):
-    """Gathers values from all processes. Each process passes the values of its local positions, and gets the values of
-    all positions."""
+    """Gathers the values of all positions from the processes that share sequences."""
 
     @staticmethod
     def forward(ctx: Any, here_BT: Tensor, positions: Positions) -> Tensor:

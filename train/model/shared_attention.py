@@ -1,17 +1,15 @@
 """Computes attention of local positions over all positions of their sequences (context parallelism).
 
-The ranks gather latents, not keys and values. Each piece of the sequence is a block. Attention processes one block
-after another. It computes the keys and values of the block from the block's latents, and drops them after use. The
-log-sum-exps of the scores combine the results of the blocks:
+The ranks gather latents, not keys and values. Each piece of the sequence is a block. Only one block's keys and values
+are in memory. The log-sum-exps of the scores combine the results of the blocks:
 
     forward    of block j: o_j = softmax(s_j) v_j and l_j = log sum exp s_j
                o = sum_j exp(l_j - l) o_j,  l = log sum_j exp l_j
     backward   p_j = exp(s_j - l),  ds_j = p_j * (do v_j^T - rowsum(do * o))
 
-So the keys and values of only one block are in memory. Backward gathers the latents and computes keys and values again.
-It sends the gradient of a latent to the rank that has the position. It also computes the gradient of the weight that
-produces keys and values. If a backward is split into two passes (needed.py), the first pass already computes the
-weight's gradient and stores it. The second pass returns the stored gradient.
+Backward gathers the latents and computes keys and values again. It sends the gradient of a latent to the rank that has
+the position. If backward is split into two passes (needed.py), the first pass stores the weight's gradient, and the
+second returns it.
 
 Shapes: B sequences, T positions of this rank, H heads, Q qk width, V value width, L positions of a block, C kv_rank, R
 rope width.
@@ -37,7 +35,10 @@ from train.model.sequence import PendingGather, Positions
 
 @dataclass(frozen=True)
 class KeysOfLatents:
-    """Computes keys and values from latents. up: maps latents (B, L, C) to [nope key | value] of each head."""
+    """Computes keys and values from latents.
+
+    up: maps latents (B, L, C) to [nope key | value] of each head.
+    """
 
     up: Callable[[Tensor], Tensor]
     heads: int
@@ -45,14 +46,16 @@ class KeysOfLatents:
     nope: int
 
     def make(self, kv_BLX: Tensor, k_rope_BLR: Tensor) -> tuple[Tensor, Tensor]:
-        """Build keys (B, H, L, Q) and values (B, H, L, V) from [nope key | value] of each head and the shared rope
-        keys."""
+        """Build keys (B, H, L, Q) and values (B, H, L, V) from [nope key | value] and the shared rope keys."""
         kv_BHLX = kv_BLX.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_rope_BHLR = k_rope_BLR.unsqueeze(1).expand(-1, self.heads, -1, -1)
         return torch.cat([kv_BHLX[..., : self.nope], k_rope_BHLR], -1), kv_BHLX[..., self.nope :]
 
     def of(self, latents_BLX: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of a block. latents_BLX: [latent | rotated rope key]."""
+        """Return keys and values of a block.
+
+        latents_BLX: [latent | rotated rope key].
+        """
         latent_BLC, k_rope_BLR = latents_BLX.split([self.kv_rank, latents_BLX.size(-1) - self.kv_rank], -1)
         return self.make(self.up(latent_BLC), k_rope_BLR)
 
@@ -64,7 +67,8 @@ class KeysOfLatents:
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """Return the gradients of queries, latents and weights for one block.
 
-        attend: the backward of attention; returns the gradients of queries, keys and values, for given keys and values.
+        attend: the backward of attention. It returns the gradients of queries, keys and values, for given keys and
+            values.
         """
         latent_BLC, k_rope_BLR = latents_BLX.split([self.kv_rank, latents_BLX.size(-1) - self.kv_rank], -1)
         with torch.enable_grad():
@@ -80,9 +84,10 @@ class KeysOfLatents:
 class SharedAttention(Function):
     """Computes softmax(scale q k^T) v of the local queries over the keys of all positions: (B, H, T, V).
 
-    latents_BTX: [latent | rotated rope key] of the local positions. weights: the trained weights of the function
-    `keys.up`, which maps latents to keys and values. gathering: the gather of the latents of all positions, which is
-    already in progress. watch, lse: see `AttentionInput`.
+    latents_BTX: [latent | rotated rope key] of the local positions.
+    weights: the trained weights of `keys.up`, which maps latents to keys and values.
+    gathering: the gather of all positions' latents, already in progress.
+    watch, lse: see `AttentionInput`.
     """
 
     @staticmethod

@@ -1,12 +1,11 @@
 """Defines losses of tokens, which are functions of log-probabilities and of other tensors in the batch.
 
 A loss is a function `loss(logprobs_BT, tokens, **settings)`. It returns the loss of every token, (B, T), with gradient.
-The engine accepts the losses of this file by name, and also accepts your own function. The engine multiplies each
-token's loss by the token's weight. It adds the results for all learnt tokens of a step, over all ranks and all calls.
-Learnt tokens are the tokens that training supervises. Then the engine divides the sum by the number of learnt tokens.
+The engine accepts the losses of this file by name, and your own function. It multiplies each token's loss by the
+token's weight. It sums over the learnt (supervised) tokens of a step, and divides by their number.
 
 All functions get complete sequences, even if ranks share sequences. At tokens that are not learnt, log-probabilities
-are 0, and the engine ignores the result of the function. The formulas below use:
+are 0, and the engine ignores the result. The formulas below use:
 
     r = exp(logprob - old_logprob)     ratio of a token's probability to its probability under the policy that sampled
                                        the token
@@ -26,7 +25,7 @@ from conf.errors import UserError
 
 @dataclass(frozen=True)
 class LossTokens:
-    """The tokens of a batch, and the tensors that the batch has for them."""
+    """The tokens of a batch, and the batch's tensors for them."""
 
     learnt_BT: Tensor
     """Whether a token is learnt, bool."""
@@ -36,14 +35,14 @@ class LossTokens:
     """The tensors of the batch by name, each (B, T)."""
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the batch's tensor of this name. Raises UserError if the batch does not have it."""
+        """Return the batch's tensor of this name. Raises UserError if it is missing."""
         if name not in self.tensors:
             given = ", ".join(self.tensors) or "none"
             raise UserError("batch.tensors", given, f"must have `{name}`, which the loss needs", "add it to the batch")
         return self.tensors[name]
 
     def mean_of_samples(self, x_BT: Tensor) -> Tensor:
-        """Return at each token the mean of x over the learnt tokens of the token's sample: (B, T)."""
+        """Return at each token the mean of x over its sample's learnt tokens: (B, T)."""
         samples_BT = self.samples_BT.clamp_min(0)
         shape = len(x_BT), int(samples_BT.max()) + 1
         learnt_BT = self.learnt_BT.to(x_BT.dtype)
@@ -59,7 +58,7 @@ TokenLoss = Callable[..., Tensor]
 def negative_logprob(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
     """Returns -logprob, the cross-entropy of pretraining and supervised fine-tuning.
 
-    If the batch has no weights and no temperatures, the output head computes the cross-entropy directly.
+    Without weights and temperatures, the output head computes the cross-entropy directly.
     """
     return -logprobs_BT
 
@@ -67,7 +66,7 @@ def negative_logprob(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
 def importance_sampling(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
     """Returns -r A: the policy gradient with importance weights, for tokens that another policy sampled.
 
-    The batch must have the tensors advantages and old_logprobs.
+    Needs the tensors advantages and old_logprobs.
     """
     return -_ratio(logprobs_BT, tokens) * tokens["advantages"]
 
@@ -76,8 +75,9 @@ def ppo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 0.2, clip_high: f
     """Returns the PPO loss -min(r A, clip(r, 1 - clip, 1 + clip_high) A) (Schulman et al. 2017, arXiv 1707.06347, eq.
     7).
 
-    clip_high: None for the value of `clip`; DAPO uses a larger value (arXiv 2503.14476). The batch must have the
-    tensors advantages and old_logprobs.
+    clip_high: None for the value of `clip`; DAPO uses a larger value (arXiv 2503.14476).
+
+    Needs the tensors advantages and old_logprobs.
     """
     return _clipped(_ratio(logprobs_BT, tokens), tokens["advantages"], clip, clip_high)
 
@@ -85,20 +85,20 @@ def ppo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 0.2, clip_high: f
 def cispo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 1.0, clip_high: float = 2.0) -> Tensor:
     """Returns -stopgrad(clip(r, 1 - clip, 1 + clip_high)) A logprob (MiniMax-M1, arXiv 2506.13585, eq. 4).
 
-    The importance weight r is clipped, but every token has a gradient. With clip = 1 there is no lower bound, as in the
-    paper. The batch must have the tensors advantages and old_logprobs.
+    r is clipped, but every token has a gradient. With clip = 1 there is no lower bound, as in the paper. Needs the
+    tensors advantages and old_logprobs.
     """
     weights_BT = _ratio(logprobs_BT, tokens).detach().clamp(1 - clip, 1 + clip_high)
     return -weights_BT * tokens["advantages"] * logprobs_BT
 
 
 def gspo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 3e-4, clip_high: float | None = 4e-4) -> Tensor:
-    """Returns -min(s A, clip(s, 1 - clip, 1 + clip_high) A) with s = exp(mean over the sample's learnt tokens of
-    logprob - old_logprob).
+    """Returns -min(s A, clip(s, 1 - clip, 1 + clip_high) A), where s is the geometric mean of r over the sample's
+    learnt tokens.
 
-    s is the geometric mean of the tokens' ratios r (Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7, bounds from 5.1).
-    Every learnt token has the loss of its sample, so a longer sample has a larger weight. The batch must have the
-    tensors advantages (equal for all tokens of a sample) and old_logprobs.
+    Source: Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7, bounds from 5.1. Every learnt token has the loss of its
+    sample, so a longer sample has a larger weight. Needs the tensors advantages (equal for all tokens of a sample) and
+    old_logprobs.
     """
     ratio_BT = tokens.mean_of_samples(logprobs_BT - tokens["old_logprobs"]).exp()
     return _clipped(ratio_BT, tokens["advantages"], clip, clip_high)
@@ -107,8 +107,8 @@ def gspo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 3e-4, clip_high:
 def kl(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
     """Returns exp(d) - d - 1 with d = ref_logprob - logprob (DeepSeekMath, arXiv 2402.03300, eq. 4).
 
-    For tokens that the policy sampled, this is an unbiased, nonnegative estimate of the KL divergence between the
-    policy and a reference policy. The batch must have the tensor ref_logprobs.
+    For sampled tokens, this is an unbiased, nonnegative estimate of the KL divergence between the policy and a
+    reference policy. Needs the tensor ref_logprobs.
     """
     difference_BT = tokens["ref_logprobs"] - logprobs_BT
     return difference_BT.exp() - difference_BT - 1
@@ -124,7 +124,7 @@ NEEDED_TENSORS: dict[TokenLoss, tuple[str, ...]] = {
     **dict.fromkeys((importance_sampling, ppo, cispo, gspo), _POLICY),
     kl: ("ref_logprobs",),
 }
-"""Maps a loss function to the names of the tensors that the function needs in a batch."""
+"""Maps a loss function to the names of the batch tensors that it needs."""
 
 
 def _ratio(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:

@@ -1,14 +1,12 @@
 """Accumulates the gradient of a matmul's weight: one function for all matmuls, precisions and devices.
 
-The `.grad` of a weight is a sum over micro-batches in fp32, even if the weight is bf16 (paper 3.3.3). With plain
-autograd, a matmul would write a separate tensor, rounded to the weight's dtype, and autograd would add it to the sum.
-For a bf16 matmul, plain autograd moves 18 bytes per weight. With the functions of this file, the matmul adds directly
-to the sum. This moves 8 bytes per weight, and rounds no intermediate result.
+The `.grad` of a weight is a sum over micro-batches in fp32, even if the weight is bf16 (paper 3.3.3). Here the matmul
+adds directly to this sum, without rounding: 8 bytes of traffic per weight. Plain autograd would write a rounded bf16
+gradient first and then add it: 18 bytes.
 
 The matmul then returns an undefined gradient to autograd. autograd still runs the weight's node after all Functions
-that use the weight. So the execution of this node shows that the weight's gradient of the pass is complete
-(parallel/zero/sharded_weights.py). Tensor hooks cannot show this, because torch calls them only for gradients that
-autograd adds itself.
+that use the weight. So this node shows that the weight's gradient of the pass is complete
+(parallel/zero/sharded_weights.py).
 
 Shapes: N rows (any leading axes flattened), I inputs and O outputs of a matmul, R rows sorted by expert, E experts.
 """
@@ -24,16 +22,14 @@ from train.model.needed import Function, gradients_needed, node_of, once_differe
 from train.model.operations import ExpertGroups, Kernels
 
 WeightMatmul = Callable[[torch.dtype, Tensor | None], Tensor]
-"""A function (dtype, sum) that computes the gradient in `dtype`. If it gets an fp32 sum, it adds the gradient to the
-sum and returns the sum."""
+"""A function (dtype, sum) that returns the gradient in `dtype`, or adds it to an fp32 sum."""
 
 
 def weight_gradient(ctx: Any, argument: int, weight: Tensor, matmul: WeightMatmul) -> Tensor | None:
     """Compute a weight's gradient, and return the value that a Function's backward must return for the weight.
 
-    If the gradient is fp32 and the current pass accumulates it, the matmul adds it to `.grad`, and the function returns
-    None. In all other cases the function returns the gradient: for autograd.grad(), for a weight that is not a leaf,
-    and for gradients in other dtypes.
+    If the gradient is fp32 and this pass accumulates it, the matmul adds it to `.grad`, and the result is None.
+    Otherwise the result is the gradient: for autograd.grad(), non-leaf weights and other dtypes.
     """
     node = node_of(ctx, argument)
     leaf = getattr(node, "variable", None)
@@ -74,8 +70,8 @@ class LinearMatmul(Function):
 class GroupedMatmul(Function):
     """Multiplies each row by the transposed weight of the row's expert.
 
-    The Function saves the weight itself. F.grouped_mm would save a view of the weight. Between forward and backward,
-    ZeRO 3 frees the weight, but the view would keep the weight's memory allocated.
+    The Function saves the weight itself, because ZeRO 3 frees the weight between forward and backward. F.grouped_mm
+    would save a view, which keeps the memory allocated.
     """
 
     @staticmethod

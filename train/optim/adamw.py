@@ -1,6 +1,6 @@
-"""AdamW with fp32 weights and bf16 moments (paper 3.3.3). The optimizer updates flat shards, which ZeRO passes.
+"""AdamW with fp32 weights and bf16 moments (paper 3.3.3), for the flat shards of ZeRO.
 
-The reference is torch's fused kernel. CPUs with AVX2 use compiled code (train/kernels/cpu/adamw.cpp). GPUs use
+The reference is torch's fused kernel. CPUs with AVX2 use train/kernels/cpu/adamw.cpp. GPUs use
 train/kernels/gpu/triton_adamw.py.
 """
 
@@ -19,8 +19,8 @@ from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, 
 from train.kernels.cpu.libraries import library
 
 VECTOR = 16
-"""Number of elements in torch's widest vector. torch's kernel updates the elements after the last full vector in double
-precision, one after another."""
+"""Elements of torch's widest vector. torch's kernel updates the elements after the last full vector in double
+precision."""
 
 _load = partial(library, "adamw")
 _sum_of_squares = Kernel(
@@ -40,7 +40,7 @@ _adamw = Kernel(
 
 
 class UpdatePiece(NamedTuple):
-    """Operands for the update of adjacent elements of a shard. All tensors are flat."""
+    """Operands for the update of adjacent shard elements. All tensors are flat."""
 
     weight: Tensor
     grad: Tensor
@@ -49,11 +49,13 @@ class UpdatePiece(NamedTuple):
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW with decoupled weight decay. It computes in fp32, on the device of the weights.
+    """AdamW with decoupled weight decay, in fp32, on the device of the weights.
 
-    A parameter is a flat fp32 tensor: ZeRO's shard of the master weights. The update of an element does not depend on
-    other elements, so any sharding gives the same bits. moments: dtype of the moments. compiled: whether a CPU uses
-    compiled code; see `Kernels.parts`.
+    A parameter is a flat fp32 tensor: ZeRO's shard of the master weights. Elements do not affect each other, so any
+    sharding gives the same bits.
+
+    moments: dtype of the moments.
+    compiled: whether a CPU uses compiled code; see `Kernels.parts`.
     """
 
     def __init__(self, groups: list[dict], optim: Optim, moments: torch.dtype, compiled: bool):
@@ -62,19 +64,22 @@ class AdamW(torch.optim.Optimizer):
         self.moments, self._compiled = moments, compiled
         self.handover = GradientHandover()
         self.updates = 0
-        """Number of completed updates, for bias correction. All parameter groups have the same number."""
+        """Number of completed updates of all parameter groups, for bias correction."""
 
     @classmethod
     def make(cls, groups: list[dict], config: Config, parts: Collection[str]) -> "AdamW":
         """Creates AdamW for these parameter groups, with the run's settings.
 
-        parts: the parts of a step that use compiled code, see `Kernels.parts`.
+        parts: see `Kernels.parts`.
         """
         return cls(groups, config.optim, moments_dtype(config.precision), "adamw" in parts)
 
     @staticmethod
     def count_scratch_bytes(kind: str, precision: Precision, elements: int, compiled: bool) -> int:
-        """Returns the bytes of scratch memory for an update of `elements` elements. kind: the device type."""
+        """Returns the scratch memory, in bytes, for an update of `elements` elements.
+
+        kind: the device type.
+        """
         none = kind == "cuda" or compiled or moments_dtype(precision) == torch.float32
         return 0 if none else 8 * min(THRESHOLDS.adamw_elements, elements)
 
@@ -87,7 +92,7 @@ class AdamW(torch.optim.Optimizer):
         return state
 
     def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Returns the sum of squares of each flat fp32 tensor, as an fp64 tensor (pieces,)."""
+        """Returns the sum of squares of each flat fp32 tensor: fp64 (pieces,)."""
         if pieces and pieces[0].is_cuda:
             from train.kernels.gpu import triton_adamw
 
@@ -96,11 +101,10 @@ class AdamW(torch.optim.Optimizer):
         return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
 
     def _sum_of_squares(self, x: Tensor) -> Tensor:
-        """Returns the sum of squares of all elements. The function sums each row in fp32, and adds the sums of the rows
-        in fp64.
+        """Returns the sum of squares of all elements: each row is summed in fp32, and the rows in fp64.
 
-        The relative error is 1e-7. This method is as accurate as a sum in fp64, and ten times as fast. torch's norm of
-        the complete tensor would have an error of 1e-4.
+        The relative error is 1e-7, and torch's norm of the complete tensor has 1e-4. A sum in fp64 is as accurate, but
+        ten times slower.
         """
         if self._compiled:
             return torch.tensor(_sum_of_squares(x), dtype=torch.float64)
@@ -114,7 +118,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]  there is no closure
-        """Update every group that has gradients. The caller increments `updates` in each step."""
+        """Update every group that has gradients. The caller increments `updates`."""
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -144,10 +148,9 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
-    """Update with torch's fused kernel, in one pass over memory. The function also multiplies the gradient by `factor`
-    in place.
+    """Update with torch's fused kernel, in one pass over memory. Also multiplies the gradient by `factor` in place.
 
-    If the moments have another dtype than fp32, they are copied to fp32 and back, chunk by chunk.
+    Moments in another dtype than fp32 are copied to fp32 and back, chunk by chunk.
     """
     weight, grad, exp_avg, exp_avg_sq = piece
     step = torch.full(
@@ -183,7 +186,10 @@ def _update_on_gpu(
     count: int,
     factor: Tensor | float | None,
 ) -> None:
-    """Update the shard with all pieces of its gradient in one launch. held: weight and both moments, flat."""
+    """Update the shard with all pieces of its gradient in one launch.
+
+    held: weight and both moments, flat.
+    """
     from train.kernels.gpu import triton_adamw
 
     weight, mean, square = held
@@ -191,8 +197,7 @@ def _update_on_gpu(
 
 
 def _settings(group: dict, count: int, factor: Tensor | float | None) -> dict[str, float]:
-    """Returns the coefficients of update number `count`. The struct `Settings` in train/kernels/cpu/adamw.cpp explains
-    them."""
+    """Returns the coefficients of update number `count` (`Settings` in train/kernels/cpu/adamw.cpp)."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     return {
         "factor": 1.0 if factor is None else float(factor), "lerp": 1 - beta1,
@@ -202,8 +207,7 @@ def _settings(group: dict, count: int, factor: Tensor | float | None) -> dict[st
 
 
 def _update_rest(rest: list[Tensor], group: dict, step: Tensor) -> None:
-    """Update the last elements of a shard, which do not fill a vector, as one padded vector. Then the result does not
-    depend on the boundaries of the shard."""
+    """Update a shard's last elements as a padded vector, so that shard boundaries change nothing."""
     padded = [torch.zeros(VECTOR, device=tensor.device) for tensor in rest]
     for vector, tensor in zip(padded, rest, strict=True):
         vector[: tensor.numel()] = tensor

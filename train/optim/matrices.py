@@ -1,9 +1,8 @@
 """Splits a weight into logical matrices by its name. Muon orthogonalises each logical matrix separately.
 
 Some weights stack independent matrices: attention heads, the keys and values of a head, the latent and the rope key, w1
-and w3, or experts. Each of these is a logical matrix. If Muon orthogonalised the stack as one matrix, the largest block
-would dominate the singular values of the other blocks. With Muon, MLA trained worse until its heads were split (GLM-5's
-report). conf/optimizers.py decides which weights Muon updates.
+and w3, or experts. In one matrix, the largest block would dominate the singular values of the other blocks. With Muon,
+MLA trained worse until its heads were split (GLM-5's report). conf/optimizers.py decides which weights Muon updates.
 
 Every logical matrix is a rectangle in the rows and columns of its weight. A weight (E, R, C) has E * R rows.
 """
@@ -31,12 +30,13 @@ class LogicalMatrix(NamedTuple):
 
 
 class MatrixStack(NamedTuple):
-    """Describes how a weight stacks its logical matrices. by_head: whether this split applies only if attention is
-    split by heads."""
+    """How a weight stacks its logical matrices.
+
+    by_head: whether this split applies only if attention is split by heads.
+    """
 
     sizes: Callable[[Model, int], Sequence[int]]
-    """Returns the lengths of the stacked matrices along the stacked axis. Its arguments are the model and the length of
-    this axis."""
+    """Returns the stacked matrices' lengths along the stacked axis, for a model and the axis length."""
     axis: int = -2
     by_head: bool = False
 
@@ -48,15 +48,14 @@ STACKS: dict[str, MatrixStack] = {
     r"attention\.kv_down\.": MatrixStack(lambda m, _: [m.kv_rank, m.rope_head_dim]),
     r"\.w13(\.|$)": MatrixStack(lambda _, rows: [rows // 2] * 2),
 }
-"""Maps a pattern to the `MatrixStack` of all weights whose names match the pattern. A weight whose name matches no
-pattern is one matrix."""
+"""Maps a pattern of weight names to a `MatrixStack`. A weight without a pattern is one matrix."""
 
 
 def logical_matrices(name: str, shape: Sequence[int], model: Model, by_head: bool) -> list[LogicalMatrix]:
     """Returns the logical matrices of a weight that Muon updates.
 
-    shape: (rows, columns), or (E, rows, columns) with any number of experts. by_head: whether to split attention
-    weights by heads.
+    shape: (rows, columns), or (E, rows, columns) with any number of experts.
+    by_head: whether to split attention weights by heads.
     """
     *experts, rows, columns = shape
     stack = next((stack for part, stack in STACKS.items() if re.search(part, name)), None)
@@ -108,8 +107,7 @@ PUBLISHED_POLAR: tuple[Coefficients, ...] = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 SAFETY = 1.01
-"""Divisor that makes the coefficients of the Polar Express paper a little smaller. Without it, rounding could leave a
-singular value above 1."""
+"""Divisor of the Polar Express coefficients. Without it, rounding could leave a singular value above 1."""
 
 
 ITERATIONS: dict[str, tuple[Coefficients, ...]] = {
@@ -122,8 +120,7 @@ ITERATIONS: dict[str, tuple[Coefficients, ...]] = {
 def orthogonalise(g_BMN: Tensor, iteration: str) -> Tensor:
     """Returns the orthogonal factor of each matrix. The matmuls and the result have the dtype of g.
 
-    Each matrix is first divided by its largest element, and then by its norm. So the norm cannot overflow or underflow,
-    even for the largest and smallest numbers of the dtype.
+    Each matrix is divided by its largest element, and then by its norm. So the norm cannot overflow or underflow.
     """
     x_BMN = g_BMN / _or_one(g_BMN.abs().amax((-2, -1), keepdim=True))
     x_BMN = x_BMN / _or_one(torch.linalg.matrix_norm(x_BMN, keepdim=True))
@@ -140,7 +137,6 @@ def _or_one(sizes: Tensor) -> Tensor:
 
 
 def newton_schulz_flops(rows: int, columns: int, iteration: str) -> float:
-    """Returns the number of operations for one matrix. Each step of the Newton-Schulz iteration has three matmuls. One
-    of them multiplies the Gram matrix by itself."""
+    """Returns the number of operations for one matrix. Each Newton-Schulz step has three matmuls."""
     short, long = sorted((rows, columns))
     return len(ITERATIONS[iteration]) * (4.0 * short * short * long + 2.0 * short**3)

@@ -4,12 +4,11 @@
     O  = NS(G + mu M)         Nesterov; NS (Newton-Schulz) of each logical matrix (train/optim/matrices.py)
     W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) O
 
-The factor 0.2 sqrt(max(rows, columns)) gives an update the magnitude of AdamW's updates. So a run can use the learning
-rate and decay that suit AdamW. AdamW updates the embedding, the head, the routers, the indexers and the norm weights.
+The factor 0.2 sqrt(max(rows, columns)) gives an update the magnitude of AdamW's updates, so AdamW's learning rate and
+decay suit Muon. AdamW updates the embedding, the head, the routers, the indexers and the norm weights.
 
-ZeRO passes flat shards, which may begin and end at any element. Each rank updates the momentum of its shard element by
-element. If several ranks have parts of a matrix, they send these parts to one rank, the owner of the matrix. The owner
-orthogonalises the matrix and sends the result back to the other ranks (parallel/owners.py).
+ZeRO passes flat shards, which may begin and end at any element. Each rank updates the momentum of its shard. The owner
+of a matrix gathers its parts from other ranks, orthogonalises it, and sends the result back (parallel/owners.py).
 """
 
 from collections.abc import Collection, Sequence
@@ -27,18 +26,18 @@ from train.optim.adamw import AdamW, moments_dtype
 from train.optim.matrices import logical_matrices, newton_schulz_flops, orthogonalise
 
 UPDATE_SIZE = 0.2
-"""Root mean square of the elements of an AdamW update, as measured in the Moonlight paper."""
+"""Root mean square of AdamW's update elements (Moonlight paper)."""
 
 
 class _Placed(NamedTuple):
-    """The logical matrices of a flat parameter, and their owners: the ranks that orthogonalise them."""
+    """The logical matrices of a flat parameter, and the ranks that orthogonalise them (owners)."""
 
     matrices: list[SharedMatrix]
     owners: MatrixOwners
 
 
 class Muon(AdamW):
-    """Updates some weights with Muon and all other weights with AdamW. The rules in conf/optimizers.py decide which."""
+    """Updates weights with Muon or AdamW, by the rules in conf/optimizers.py."""
 
     def __init__(self, groups: list[dict], config: Config, compiled: bool):
         super().__init__(groups, config.optim, moments_dtype(config.precision), compiled)
@@ -53,14 +52,13 @@ class Muon(AdamW):
     def count_scratch_bytes(kind: str, precision: Precision, elements: int, compiled: bool) -> int:
         """Returns the bytes of scratch memory.
 
-        A pack is a group of matrices that are processed together. A pack needs memory for about six copies of its
-        matrices, including factors and Newton-Schulz results. In addition, ranks exchange two packs at the same time.
+        A pack is a group of matrices that are processed together. It needs about six copies of its matrices, including
+        factors and Newton-Schulz results. In addition, ranks exchange two packs at the same time.
         """
         return 32 * min(THRESHOLDS.muon_elements, elements)
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
-        """Allocate the momentum of a parameter that Muon updates, or AdamW's moments of any other parameter, unless
-        they exist."""
+        """Allocate Muon's momentum or AdamW's moments of a parameter, unless they exist."""
         shard = self.handover.shards.get(param)
         if shard is None or not shard.rule.is_whole:
             return super().allocate(param)
@@ -70,7 +68,7 @@ class Muon(AdamW):
         return state
 
     def update(self, param: Tensor, group: dict) -> None:
-        """Update one flat parameter. Collective over the ranks that have shards of the parameter."""
+        """Update one flat parameter. Collective over the ranks with its shards."""
         shard = self.handover.shards.get(param)
         if shard is None or not shard.rule.is_whole:
             super().update(param, group)
@@ -81,7 +79,7 @@ class Muon(AdamW):
         self._move(param, shard, gradients, group)
 
     def _add_momentum(self, param: Tensor, gradients: Sequence[Tensor], factor: Tensor | float | None) -> None:
-        """Compute M <- mu M + G, and replace the gradients with G + mu M, the input of the orthogonalisation."""
+        """Compute M <- mu M + G, and replace the gradients with G + mu M."""
         mu, first = self._muon.momentum, 0
         momentum = self.allocate(param)["momentum"].view(-1)
         for gradient in gradients:
@@ -95,7 +93,7 @@ class Muon(AdamW):
                 new.add_(summed, alpha=mu)
 
     def _move(self, param: Tensor, shard: FlatShard, gradients: Sequence[Tensor], group: dict) -> None:
-        """Apply weight decay, and subtract the scaled orthogonal factors of the matrices in `gradients`."""
+        """Apply weight decay, and subtract the scaled orthogonal factors in `gradients`."""
         matrices, owners = self._place(param, shard)
         masters, decay = param.detach().view(-1), 1 - group["lr"] * group["weight_decay"]
         one_by_one = len(gradients) > 1  # each weight has its own gradient, and no other rank has parts of its matrices
@@ -112,8 +110,8 @@ class Muon(AdamW):
         owners.each(read, lambda _, whole: self._factors(whole), write, masters[:0])
 
     def _factors(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Returns the orthogonal factor of each matrix. Adjacent matrices of one shape form a batch. A GPU computes in
-        bf16, as in the published method."""
+        """Returns each matrix's orthogonal factor. Adjacent matrices of one shape form a batch. A GPU uses bf16, as
+        published."""
         found: list[Tensor] = []
         for _, same in groupby(matrices, key=lambda matrix: matrix.shape):
             batch = torch.stack(list(same))

@@ -1,4 +1,4 @@
-"""Maps the name of each optimizer to its class. conf/optimizers.py describes the state of each optimizer."""
+"""Maps each optimizer's name to its class. conf/optimizers.py describes the optimizers' states."""
 
 from collections.abc import Collection
 from typing import Protocol
@@ -11,16 +11,19 @@ from train.optim.muon import Muon
 
 
 class OptimizerClass(Protocol):
-    """The functions of an optimizer class that other code calls before it creates an instance."""
+    """The functions of an optimizer class that are called before an instance exists."""
 
     def make(self, groups: list[dict], config: Config, parts: Collection[str]) -> ShardedOptimizer:
         """Creates the optimizer for these parameter groups, with the run's settings.
 
-        parts: the parts of a step that use compiled code, see `Kernels.parts`.
+        parts: see `Kernels.parts`.
         """
 
     def count_scratch_bytes(self, kind: str, precision: Precision, elements: int, compiled: bool) -> int:
-        """Returns the bytes of scratch memory for an update of `elements` elements. kind: the device type."""
+        """Returns the scratch memory, in bytes, for an update of `elements` elements.
+
+        kind: the device type.
+        """
 
 
 OPTIMIZER_CLASSES: dict[str, OptimizerClass] = {ADAMW: AdamW, MUON: Muon}

@@ -3,12 +3,11 @@
     eta = min(1, tau / S),   S: the largest score of a head in the step, over all its tokens
     q_nope, k_nope  times  sqrt(eta),   q_rope  times  eta
 
-So every score of the head is multiplied by eta. The rope key is not scaled, because all heads share it. To scale
-queries and keys, QK-clip scales rows of the weights that produce them. It scales the fp32 master weights after the
-optimizer's update, before the weights are rounded. Momentum is not scaled.
+So every score of the head is multiplied by eta. The rope key is not scaled, because all heads share it. QK-clip scales
+rows of the weights that produce queries and keys. It scales the fp32 master weights after the optimizer's update,
+before they are rounded. Momentum is not scaled.
 
-S covers all micro-batches of a step, on all ranks that have the head. Only the forwards of training count, not those of
-evaluation.
+S covers all training micro-batches of a step, on all ranks that have the head. Evaluation does not count.
 
 Shapes: L attention layers of this rank, H heads, R rows of a weight.
 """
@@ -26,7 +25,8 @@ from train.model.mla import MLA
 class QKClip:
     """Records the largest attention scores in this rank's chunks, and computes the factors for the weights.
 
-    limit: tau. most: a function that replaces a tensor (L, H) by its maximum over all ranks that have these layers.
+    limit: tau.
+    most: a function that replaces a tensor (L, H) by its maximum over all ranks that have these layers.
     """
 
     def __init__(self, chunks: Sequence[nn.Module], model: Model, limit: float, most: Callable[[Tensor], None]):
@@ -44,8 +44,7 @@ class QKClip:
             watch.clear()
 
     def largest(self) -> Tensor:
-        """Returns the largest score of every head in this step: (L, H). Collective over the ranks that have these
-        layers."""
+        """Returns the step's largest score of every head: (L, H). Collective over the ranks with these layers."""
         scores_LH = torch.stack(
             [watch.most_H for watch in self._watches]
         )  # not empty, because a stage has at least one layer
@@ -53,7 +52,7 @@ class QKClip:
         return scores_LH
 
     def factors(self, scores_LH: Tensor) -> dict[str, Tensor]:
-        """Returns a dictionary that maps the name of each weight to the factors of the weight's rows, fp32 (R,)."""
+        """Returns, by weight name, the factors of the weight's rows, fp32 (R,)."""
         model, found = self._model, {}
         eta_LH = (self.limit / scores_LH).where(scores_LH > self.limit, 1.0)
         for name, eta_H in zip(self.layers, eta_LH, strict=True):
@@ -65,7 +64,9 @@ class QKClip:
 
 
 def _by_rows(*parts: tuple[Tensor, int]) -> Tensor:
-    """Returns the factor of each row of a weight. The rows of a head are adjacent. They consist of parts, for example
-    the nope rows and the rope rows. parts: for each part, its factor in every head, and its number of rows in one
-    head."""
+    """Returns the factor of each row of a weight. A head has adjacent rows, in parts: for example nope rows, then rope
+    rows.
+
+    parts: for each part, its factor in every head, and its number of rows in one head.
+    """
     return torch.cat([factor_H.unsqueeze(1).expand(-1, rows) for factor_H, rows in parts], 1).flatten()

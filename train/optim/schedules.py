@@ -1,7 +1,7 @@
 """Computes the scheduled settings of each step: learning rate, MTP weight, bias speed and batch size.
 
-A schedule depends only on how many tokens the run has consumed. A schedule consists of phases. The field `until` of a
-phase is a fraction of the run's total tokens, so the schedule of a shorter run has the same shape.
+A schedule depends only on the number of consumed tokens. It consists of phases. The field `until` of a phase is a
+fraction of the run's total tokens, so a shorter run has a schedule of the same shape.
 """
 
 import math
@@ -18,7 +18,7 @@ class StepPlan:
     step: int
     """Index of the step. The first step has index 1."""
     first_sample: int
-    """Number of samples that the run has consumed before this step. The step's data starts at this sample."""
+    """Number of samples consumed before this step, and the index of its first sample."""
     batch_size: int
     """Number of sequences in this step, over all ranks."""
     lr: float
@@ -37,8 +37,9 @@ class Schedules:
     def plan(self, step: int, shift: int = 0) -> StepPlan:
         """Returns the settings of a step.
 
-        step: index of the step, from 1. shift: a number that is added to `first_sample`. It is not 0 in a resumed run
-        with another batch size, because the run has consumed another number of samples than this schedule computes.
+        step: index of the step, from 1.
+        shift: number that is added to `first_sample`. It is not 0 in a resumed run with another batch size, where the
+            schedule would count another number of consumed samples.
         """
         index, optim = step - 1, self.config.optim
         # Use the middle of the step, so that a run of one step gets the middle of its schedule and not the start or the
@@ -56,7 +57,7 @@ class Schedules:
 
 
 def value_at(phases: list[Phase], fraction: float) -> float:
-    """Returns the value of a schedule at a fraction (0..1) of the run's tokens."""
+    """Returns a schedule's value at a fraction (0..1) of the run's tokens."""
     start, before = 0.0, phases[0].value
     for phase in phases:
         if fraction <= phase.until:
@@ -75,8 +76,8 @@ def _between(shape: Shape, before: float, after: float, done: float) -> float:
 
 
 def _batch_size(config: Config, index: int) -> int:
-    """Returns the number of sequences in a step. The number grows linearly with the index of the step, and is rounded
-    down to a multiple of the increment.
+    """Returns the number of sequences in a step. It grows linearly with the step, rounded down to a multiple of the
+    increment.
 
     index: the index of the step, from 0.
     """

@@ -23,7 +23,7 @@ from train.kernels.plain.plain_attention import PlainAttention
 from train.model.attention import AttentionInput, AttentionOutput
 
 Spans = list[tuple[int, int, int]]
-"""Intervals of positions, as (sequence, start, end). Positions in one interval attend to each other."""
+"""Intervals (sequence, start, end) of positions that attend to each other."""
 
 _load = partial(library, "attention")
 _attention_kept = Kernel(
@@ -68,10 +68,9 @@ _attention_backward = Kernel(
 class CompiledAttention(PlainAttention):
     """Computes causal attention within complete sequences or documents, with compiled code for bf16.
 
-    Other inputs use torch operations. For a short sequence or document, forward saves the attention probabilities for
-    backward. A sequence or document is short if its probabilities need at most about as much memory as its queries,
-    keys and values. For a longer sequence or document, backward recomputes the probabilities. So memory grows linearly
-    with the sequence length.
+    Other inputs use torch operations. Forward saves the attention probabilities if they need at most about as much
+    memory as queries, keys and values. For longer sequences or documents, backward recomputes them, so memory grows
+    linearly with the length.
     """
 
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
@@ -110,8 +109,7 @@ class CompiledAttention(PlainAttention):
 def _spans(given: AttentionInput) -> Spans | None:
     """Returns the intervals of the input's positions; None if the compiled code does not support the input.
 
-    The compiled code supports bf16 inputs. Every interval of queries must see the keys of the same interval, up to the
-    diagonal.
+    It supports bf16, if every interval of queries sees the keys of the same interval, up to the diagonal.
     """
     if given.q_BHTQ.dtype != torch.bfloat16:
         return None
@@ -129,10 +127,10 @@ def _longest(spans: Spans) -> int:
 
 
 def _most_kept(given: AttentionInput) -> int:
-    """Returns the length of the longest interval whose probabilities forward saves."""
+    """Returns the length of the longest interval whose probabilities are saved."""
     return 2 * (2 * given.q_BHTQ.size(-1) + given.v_BHSV.size(-1))
 
 
 def _readable(t: Tensor) -> Tensor:
-    """Returns the tensor with a contiguous last axis. It copies the tensor only if necessary."""
+    """Returns the tensor with a contiguous last axis, copied only if necessary."""
     return t if t.stride(-1) == 1 else t.contiguous()

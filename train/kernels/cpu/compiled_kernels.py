@@ -1,8 +1,6 @@
-"""Implements the kernels of a CPU with AVX2: bf16 operations in compiled code (train/kernels/cpu), other operations in
-torch.
+"""Implements the kernels of a CPU with AVX2: bf16 operations in compiled code (train/kernels/cpu), others in torch.
 
-Shapes as in train/model/operations.py. A kernel allocates the same memory for meta tensors as for real tensors, so that
-mode=plan can count allocations.
+Shapes as in train/model/operations.py. Meta tensors allocate the same memory as real tensors, for mode=plan.
 """
 
 import torch
@@ -19,7 +17,7 @@ from train.model.weight_gradient import LinearMatmul
 class CompiledKernels(PlainKernels):
     """Implements `Kernels` in compiled code.
 
-    matmuls: whether matmuls use compiled code too; see `train.kernels.cpu.libraries.compiled_matmuls_pay`.
+    matmuls: whether to compile matmuls too (`train.kernels.cpu.libraries.compiled_matmuls_pay`).
     """
 
     def __init__(self, matmuls: bool):

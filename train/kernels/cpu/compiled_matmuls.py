@@ -1,7 +1,6 @@
 """Computes bf16 matmuls on a CPU in compiled code: `train/kernels/cpu/products.cpp`.
 
-The product of two bf16 values is exact in fp32. The code sums products in fp32, and rounds only the complete sum to the
-requested dtype. Weight gradients are requested in fp32 (paper 3.3.3).
+The code sums in fp32 and rounds only the complete sum. Weight gradients are fp32 (paper 3.3.3).
 
 Shape suffixes: O, N outer axes of a matmul, C contraction, E experts, R rows sorted by expert.
 """
@@ -59,13 +58,12 @@ _matmuls = Kernel(
 )  # fmt: skip
 
 Part = tuple[int, int, int, int, int, int]
-"""One matmul, as a tuple: first row in the left operand, number of rows, index of the right operand's matrix, start and
-end of the contraction, offset in the output."""
+"""One matmul: first row in the left operand, number of rows, index of the right operand's matrix, start and end of the
+contraction, offset in the output."""
 
 
 def matmul(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
-    """Computes left @ right^T, a tensor (O, N). into_ON: fp32 tensor to which the result is added; None: a new
-    tensor."""
+    """Computes left @ right^T, (O, N), into a new tensor, or adds it to `into_ON` (fp32)."""
     (rows, contraction), columns = left_OC.shape, right_NC.shape[0]
     out_ON = left_OC.new_empty(rows, columns, dtype=dtype) if into_ON is None else into_ON
     run_matmuls("gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)], into=into_ON is not None)
@@ -73,8 +71,10 @@ def matmul(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tenso
 
 
 def grouped(left_RC: Tensor, right_ENC: Tensor, rows: Sequence[int]) -> Tensor:
-    """Multiplies the rows of each expert by the transposed matrix of the expert: (R, N). rows: each expert's number of
-    rows."""
+    """Multiplies each expert's rows by its transposed matrix: (R, N).
+
+    rows: each expert's number of rows.
+    """
     _, columns, contraction = right_ENC.shape
     out_RN = left_RC.new_empty(left_RC.shape[0], columns)
     run_matmuls("grouped_gemm", left_RC, right_ENC, out_RN, parts_by_rows(_starts(rows), rows, columns, contraction))
@@ -84,7 +84,7 @@ def grouped(left_RC: Tensor, right_ENC: Tensor, rows: Sequence[int]) -> Tensor:
 def grouped_weight_gradient(
     left_OR: Tensor, right_NR: Tensor, rows: Sequence[int], dtype: torch.dtype, into_EON: Tensor | None = None
 ) -> Tensor:
-    """Computes the weight gradient of each expert, a sum over the expert's rows: (E, O, N). into_EON: see `matmul`."""
+    """Computes each expert's weight gradient, a sum over its rows: (E, O, N). into_EON: see `matmul`."""
     outer, columns = left_OR.shape[0], right_NR.shape[0]
     out_EON = left_OR.new_empty(len(rows), outer, columns, dtype=dtype) if into_EON is None else into_EON
     parts = parts_by_sums(_starts(rows), rows, outer, columns)
@@ -93,8 +93,7 @@ def grouped_weight_gradient(
 
 
 def parts_by_rows(starts: Sequence[int], rows: Sequence[int], columns: int, contraction: int) -> list[Part]:
-    """Returns one `Part` for every expert: the matmul of the expert's rows (left operand) and the expert's matrix
-    (right operand).
+    """Returns one `Part` for every expert: its rows (left operand) times its matrix (right operand).
 
     starts: first row of each expert.
     """
@@ -102,7 +101,7 @@ def parts_by_rows(starts: Sequence[int], rows: Sequence[int], columns: int, cont
 
 
 def parts_by_sums(starts: Sequence[int], rows: Sequence[int], outer: int, columns: int) -> list[Part]:
-    """Returns one `Part` for every expert: a matmul that sums over the expert's rows."""
+    """Returns one `Part` for every expert, which sums over its rows."""
     return [(0, outer, 0, s, s + n, e * outer * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=True))]
 
 
@@ -116,8 +115,9 @@ def run_matmuls(
 ) -> None:  # fmt: skip
     """Write the results of all parts into `out`, or add them to `out` (fp32). Operands are (O, C) or (E, O, C).
 
-    name: name of the call in torch's profiler, which does not record compiled code by itself. left_scales,
-    right_scales: see `_operand`. into: whether to add to `out`.
+    name: name of the matmul in torch's profiler.
+    left_scales, right_scales: see `_operand`.
+    into: whether to add to `out`.
     """
     assert not into or out.dtype == torch.float32, out.dtype
     left, right = readable(left), readable(right)
@@ -136,8 +136,7 @@ def run_matmuls(
 def readable(x: Tensor) -> Tensor:
     """Returns x as a plain tensor that is contiguous along one of its last two axes.
 
-    A tensor subclass may store its values elsewhere (`parallel.expert.wire`). Only torch operations can read such
-    values.
+    A tensor subclass may store its values elsewhere (`parallel.expert.wire`).
     """
     x = x if type(x) in PLAIN_CLASSES else x.view(x.shape)
     return x if 1 in x.stride()[-2:] else x.contiguous()

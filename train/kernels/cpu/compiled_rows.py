@@ -1,7 +1,6 @@
 """Computes norm, SwiGLU, head split, loss and row sorting in bf16 in compiled code: `train/kernels/cpu/rows.cpp`.
 
-Shapes as in train/model/operations.py. A function allocates the same memory for meta tensors as for real tensors, so
-that mode=plan can count allocations.
+Shapes as in train/model/operations.py. Meta tensors allocate the same memory as real tensors, for mode=plan.
 """
 
 from ctypes import c_bool, c_float, c_int64
@@ -59,7 +58,7 @@ _cross_entropy = Kernel(
 
 def _heads(name: str, back: bool) -> Kernel:
     """Declares the function that splits projections into heads. Forward reads q, kv and shared, and writes queries,
-    keys and values. Backward reads queries, keys and values, and writes q, kv and shared."""
+    keys and values; backward reads and writes the reverse."""
     first = {"q": "B T H nope+R", "kv": "B T H nope+V", "shared": "B T 1 R"}
     second = {"queries": "B H T nope+R", "keys": "B H T nope+R", "values": "B H T V"}
     split = Struct(
@@ -85,7 +84,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor, x_needed: bool, weight_needed: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the gradients of x, and of the weight in fp32. A gradient that is not needed is None."""
+    """Returns the gradients of x, and of the weight in fp32; None if not needed."""
     dx = x.new_empty(x.shape) if x_needed else None
     dweight_D = weight_D.new_empty(weight_D.shape, dtype=torch.float32) if weight_needed else None
     _rms_norm_backward(_rows(grad), _rows(x), weight_D.contiguous(), rstd, dx, dweight_D)
@@ -93,7 +92,7 @@ def rms_norm_backward(
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
-    """Returns silu(gate) * up, a tensor (N, F). If gates_N is given, each row is multiplied by its gate value."""
+    """Returns silu(gate) * up, (N, F), times the row's gate value if gates_N is given."""
     h_N2F, gates_N = _rows(h_N2F), _fp32(gates_N)
     out_NF = h_N2F.new_empty(h_N2F.size(0), h_N2F.size(1) // 2)
     _swiglu_forward(h_N2F, gates_N, out_NF)
@@ -159,8 +158,7 @@ class CompiledHeads(Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Returns x as a tensor (N, D) in which each row is contiguous. It copies x only if the rows are not evenly
-    spaced."""
+    """Returns x as (N, D) with contiguous rows, copied only if rows are unevenly spaced."""
     return _readable(x.reshape(-1, x.size(-1)))
 
 

@@ -1,9 +1,8 @@
-"""Compiles C++ sources at their first use, and caches the libraries.
+"""Compiles C++ sources at their first use, and caches the libraries in $SLUICE_CACHE/kernels.
 
-A compiler on this machine (CXX, g++ or clang++) builds the libraries, so that loops use the widest vectors of the CPU.
-A library is stored in $SLUICE_CACHE/kernels. Its name is a hash of everything that determines its code, including the
-CPU's features. Sluice does not load a library that another user could have written. Otherwise that user could run code
-with the rights of the user who starts Sluice.
+A compiler on this machine (CXX, g++ or clang++) builds them, with the CPU's widest vectors. A library's name is a hash
+of everything that determines its code, including the CPU's features. Sluice loads no library that another user could
+have written, because that user's code would run with this user's rights.
 """
 
 import ctypes
@@ -26,10 +25,9 @@ from cluster.comm_ring import got_on
 from conf.errors import UserError
 
 COMPILER_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-shared", "-fPIC"]
-"""Compiler flags. With -fwrapv, integer overflow wraps around. The code relies on this when it rounds the bits of
-values that are not finite."""
+"""Compiler flags. Rounding the bits of non-finite values needs -fwrapv: integer overflow wraps around."""
 NATIVE = {"x86_64": ["-march=native", "-mprefer-vector-width=512"], "aarch64": ["-mcpu=native"]}
-"""Maps the machine type to flags that select the widest vectors of the CPU."""
+"""Maps the machine type to flags for the CPU's widest vectors."""
 
 
 CPU_LIMITS = {
@@ -37,17 +35,17 @@ CPU_LIMITS = {
     "avx512": (("avx512_bf16", "amx"), ("-mno-avx512bf16",)),
     "avx512_bf16": (("amx",), ()),
 }
-"""Maps each value of the environment variable SLUICE_CPU to CPU features that Sluice must not use, and to compiler
-flags that exclude them."""
+"""Maps each value of SLUICE_CPU to CPU features that it forbids, and to compiler flags for this."""
 
 
 @dataclass(frozen=True)
 class CppSource:
     """A C++ file to compile, and texts for the error if it cannot be compiled.
 
-    flags: compiler flags in addition to COMPILER_FLAGS. headers: Sluice's headers that the file includes. field: the
-    setting that requires the library. without: a setting with which the run does not need the library, and the effect
-    of this setting.
+    flags: compiler flags in addition to COMPILER_FLAGS.
+    headers: Sluice's headers that the file includes.
+    field: the setting that requires the library.
+    without: a setting that avoids the library, and its effect.
     """
 
     path: Path
@@ -58,7 +56,7 @@ class CppSource:
 
 
 def load_library(source: CppSource) -> ctypes.CDLL:
-    """Loads the library, and builds it if it is missing. Raises UserError if it cannot be built, stored or loaded."""
+    """Loads the library, built if missing. Raises UserError if it cannot be built, stored or loaded."""
     path = _built(source)
     try:
         handle = os.open(path, os.O_RDONLY)  # never closed, because no later file may get its descriptor number
@@ -74,7 +72,7 @@ def load_library(source: CppSource) -> ctypes.CDLL:
 
 @cache
 def cpu_features() -> str:
-    """Returns the features of this CPU, as the system reports them, without the features that SLUICE_CPU hides."""
+    """Returns this CPU's features, without those that SLUICE_CPU hides."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform.startswith("linux") else []
     features = [line for line in lines if line.startswith(("flags", "Features"))]
     said, (hidden, _) = features[0] if features else platform.processor(), _limit()
@@ -82,8 +80,7 @@ def cpu_features() -> str:
 
 
 def _limit() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the CPU features that the environment variable SLUICE_CPU hides, and the compiler flags that exclude
-    these features."""
+    """Returns the CPU features that SLUICE_CPU hides, and compiler flags that exclude them."""
     most = os.environ.get("SLUICE_CPU", "")
     if most and most not in CPU_LIMITS:
         raise UserError(
@@ -93,19 +90,18 @@ def _limit() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def has_avx2() -> bool:
-    """Returns whether this CPU has the features that vectors.h needs. Nearly all x86 CPUs since 2015 have them."""
+    """Returns whether this CPU has the features that vectors.h needs (nearly all x86 CPUs since 2015)."""
     return {"avx2", "fma"} <= set(cpu_features().split())
 
 
 def compiler_name(source: CppSource) -> str:
-    """Returns the first line of the C++ compiler's version output. Raises UserError if there is no compiler."""
+    """Returns the first line of the C++ compiler's version output. Raises UserError without a compiler."""
     compiler = _compiler(source)
     return (_version(*compiler).decode(errors="replace").splitlines() or [shlex.join(compiler)])[0]
 
 
 def _built(source: CppSource) -> Path:
-    """Returns the path of the shared library for this source, compiler and CPU. Builds the library if it does not
-    exist."""
+    """Returns the path of the shared library for this source, compiler and CPU. Builds it if missing."""
     compiler = _compiler(source)
     openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
     command = [*compiler, *COMPILER_FLAGS, *source.flags, *NATIVE.get(platform.machine(), []), *_limit()[1], *openmp]
@@ -135,7 +131,7 @@ def _built(source: CppSource) -> Path:
 
 
 def _compiler(source: CppSource) -> list[str]:
-    """Returns the command of the C++ compiler: CXX if it is set, else the first compiler on the PATH."""
+    """Returns the C++ compiler's command: CXX, or the first compiler on the PATH."""
     asked = shlex.split(os.environ.get("CXX", ""))
     for command in [asked] if asked else [["g++"], ["clang++"], ["c++"]]:
         if shutil.which(command[0]):
@@ -161,7 +157,7 @@ def _build(source: CppSource, command: list[str], library: Path) -> Path:
 
 
 def _require_own(found: os.stat_result, path: Path, source: CppSource) -> None:
-    """Raise UserError if another user than this user and root could have written this folder or file."""
+    """Raise UserError if anyone but this user and root could have written this file or folder."""
     if found.st_uid not in (os.geteuid(), 0):
         problem, cure = f"belongs to user {found.st_uid}", "remove it"
     elif found.st_mode & 0o002:
@@ -176,8 +172,7 @@ def _require_own(found: os.stat_result, path: Path, source: CppSource) -> None:
 
 
 def _is_private(group: int) -> bool:
-    """Returns whether the group has no members except this user and root. Many systems create such a group for every
-    user."""
+    """Returns whether the group has no members except this user and root."""
     try:
         user, entry = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
     except KeyError:

@@ -1,14 +1,12 @@
 """Calls compiled C++ functions with tensors. Declares the parameters of each function, and checks every call.
 
-A C++ function gets the addresses of tensors and cannot check their memory. So a `Kernel` declares every parameter, in
-the order of the C++ parameters. For a tensor, it declares the dtype, the shape in named sizes, the strides that the C++
-code accepts, and whether the C++ code writes to the tensor. A tensor that does not match is a bug in Sluice. Examples
-are a tensor on another device, with other strides, or of a class that stores its values elsewhere. The call then raises
-an AssertionError and does not run the C++ function. The error names the function, the parameter, the declaration and
-the argument. On the meta device a call only checks the arguments, so mode=plan sees the allocations of a run.
+A C++ function gets addresses and cannot check the memory. So a `Kernel` declares every parameter, in the C++ order.
 
-`torch.library.custom_op` is an alternative, but it does not check strides and takes 36 us per call. This code takes 5
-to 10 us.
+A tensor that does not match is a bug in Sluice: another device, other strides, or a class that stores its values
+elsewhere. The call then raises an AssertionError before it runs the C++ function. On the meta device a call only checks
+the arguments, so mode=plan sees the allocations of a run.
+
+A call takes 5 to 10 us; `torch.library.custom_op` takes 36 us and does not check strides.
 """
 
 import ctypes
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor
 
 PLAIN_CLASSES = (Tensor, torch.nn.Parameter)
-"""Tensor classes whose objects store their values at the address that data_ptr() returns."""
+"""Tensor classes that store their values at the address data_ptr()."""
 
 
 class _Call:
@@ -36,22 +34,19 @@ class _Call:
     def __init__(self):
         self.sizes: dict[str, float] = {}
         self.derived: list[tuple[str, Array, Tensor, CodeType, int]] = []
-        """Axes whose declared size is an expression of other sizes. Each entry has the name and declaration of the
-        parameter, the tensor, the expression, and the actual size."""
+        """Axes whose declared size is an expression: parameter name, declaration, tensor, expression, actual size."""
         self.meta: list[tuple[str, Array, Tensor]] = []
         """Tensors on the meta device, which have no memory."""
         self.real = False
-        """Whether the call writes to a tensor that is not on the meta device."""
+        """Whether the call writes to a tensor that is not meta."""
 
 
 class _Unfit(Exception):
-    """Raised if an argument does not match its declaration. Its values: the name of the parameter, the declaration, the
-    argument."""
+    """Raised if an argument does not match its declaration: parameter name, declaration, argument."""
 
 
 def _compiled(sizes: str) -> list[str | CodeType]:
-    """Splits the text of declared sizes at spaces, and compiles each size that is an expression. A size that is a name
-    remains a string."""
+    """Splits declared sizes at spaces, and compiles each expression. A name remains a string."""
     return [size if size.isidentifier() else compile(size, "size", "eval") for size in sizes.split()]
 
 
@@ -66,17 +61,20 @@ class Parameter(Protocol):
     """The ctypes types of the C++ arguments that this parameter becomes."""
 
     def take(self, name: str, given: Iterator, call: _Call) -> Iterable[Any]:
-        """Returns the C++ arguments for this parameter. If the caller passes the parameter, reads its value from
-        `given`. Raises _Unfit if the value does not match."""
+        """Returns the C++ arguments for this parameter. If the caller passes the parameter, its value is the next in
+        `given`.
+
+        Raises _Unfit if the value does not match.
+        """
 
 
 class Array:
     """A tensor parameter. The C++ function gets the tensor's address, and then the strides of its leading axes.
 
-    - dtype: the allowed dtype, or a tuple of allowed dtypes. With a tuple, expressions of sizes may use
-      PARAMETER_dtype, which is the index of the actual dtype in the tuple.
+    - dtype: the allowed dtype, or a tuple of them. With a tuple, the name PARAMETER_dtype in sizes is the index of the
+        actual dtype.
     - sizes: for each axis a name, a number or an expression without spaces, as in "N 2*F". "*N" means the product of
-      all leading axes; it is 1 if there are none.
+        all leading axes; it is 1 if there are none.
     - apart: number of leading axes that may have any stride. With 0 the tensor must be contiguous.
     - beside: a number n. One of the last n axes must have stride 1.
     - out: whether the C++ function writes to the tensor.
@@ -115,7 +113,7 @@ class Array:
         raise _Unfit(name, self, x)
 
     def _has_values(self, name: str, x: Tensor, call: _Call) -> bool:
-        """Returns whether x stores its values at its address, or is on the meta device."""
+        """Returns whether x stores its values at its address, or is meta."""
         if x.is_cpu:
             call.real |= self._out
             return not x.is_conj() and not x.is_neg()
@@ -137,10 +135,10 @@ class Array:
         return True
 
     def _lies_right(self, shape: Sequence[int], strides: Sequence[int]) -> bool:
-        """Returns whether one of the last `beside` axes has stride 1. If C++ writes to the tensor, also requires that
-        no axis has stride 0.
+        """Returns whether one of the last `beside` axes has stride 1, and, if C++ writes to the tensor, no axis has
+        stride 0.
 
-        The stride of an axis of size 1 does not matter.
+        Axes of size 1 do not matter.
         """
         if self._out and any(size > 1 and stride == 0 for size, stride in zip(shape, strides, strict=True)):
             return False
@@ -154,8 +152,7 @@ class Array:
 
 
 class Number:
-    """A number that the C++ function gets unchanged. Expressions of sizes may use the parameter's name for this
-    number."""
+    """A number that C++ gets unchanged. Expressions of sizes may use its parameter name."""
 
     def __init__(self, kind: type):
         self.types = [kind]
@@ -166,7 +163,7 @@ class Number:
 
 
 class Size:
-    """A size that an earlier tensor parameter has, or an expression of such sizes. The caller does not pass it."""
+    """A size of an earlier tensor parameter, or an expression of such sizes. The caller does not pass it."""
 
     def __init__(self, size: str, kind: type = c_int64):
         self.types = [kind]
@@ -177,7 +174,7 @@ class Size:
 
 
 class Threads:
-    """The number of threads that torch uses. The caller does not pass it."""
+    """torch's number of threads. The caller does not pass it."""
 
     def __init__(self, kind: type = c_int64):
         self.types = [kind]
@@ -187,7 +184,7 @@ class Threads:
 
 
 class Zeros:
-    """`words` zeros, for parameters that the C++ function ignores. The caller does not pass them."""
+    """`words` zeros, for parameters that C++ ignores. The caller does not pass them."""
 
     def __init__(self, words: int):
         self.types = [c_int64] * words
@@ -197,8 +194,7 @@ class Zeros:
 
 
 class Table:
-    """A table that `rows_of_table` built. Each row has `columns` int64 values. The C++ function gets the table's
-    address and number of rows."""
+    """A table from `rows_of_table`, with `columns` int64 values per row. C++ gets its address and number of rows."""
 
     types = [c_void_p, c_int64]
 
@@ -216,13 +212,13 @@ class Table:
 
 
 def rows_of_table(rows: Iterable[Iterable[int]]) -> ctypes.Array:
-    """Returns the rows as one int64 array, to pass for a `Table` parameter."""
+    """Returns the rows as one int64 array for a `Table` parameter."""
     words = list(chain.from_iterable(rows))
     return (c_int64 * len(words))(*words)
 
 
 class Struct:
-    """Several parameters that are the fields of one C++ struct. The C++ function gets the address of the struct."""
+    """Parameters that are the fields of one C++ struct, passed by address."""
 
     types = [c_char_p]
 
@@ -243,7 +239,7 @@ def _words(parameters: list[tuple[str, Parameter]], given: Iterator, call: _Call
 
 
 class Kernel:
-    """A C++ function. A call takes the arguments in the order of the declared parameters."""
+    """A C++ function. A call takes the arguments in the declared order."""
 
     declared: list["Kernel"] = []
     """All kernels that this process has declared."""
@@ -251,14 +247,14 @@ class Kernel:
     def __init__(
         self, load: Callable[[], ctypes.CDLL], name: str, returns: type | None = None, **parameters: Parameter
     ):
-        """load: returns the library; called at the first use. parameters: the declared parameters, in the order of the
-        C++ parameters."""
+        """load: returns the library, at the first use.
+        parameters: the declared parameters, in C++ order.
+        """
         self.name, self._load, self._returns, self._parameters = name, load, returns, list(parameters.items())
         Kernel.declared.append(self)
 
     def __call__(self, *given: Any) -> Any:
-        """Calls the C++ function and returns its result. If a tensor is on the meta device, the call only checks the
-        arguments, and returns None.
+        """Calls the C++ function and returns its result. On the meta device, only checks the arguments.
 
         Raises AssertionError if an argument does not match its declaration.
         """

@@ -1,8 +1,7 @@
 """Loads the compiled libraries for a CPU, and decides whether this machine can use them.
 
-The libraries compute in bf16, on CPUs with AVX-512 or AVX2. On a CPU without these features, or without a C++ compiler,
-torch operations do the same work. Tests compare the compiled code with the torch operations. Matmuls also use torch
-where torch is faster (`compiled_matmuls_pay`). train/kernels/choice.py decides which kernels a run uses.
+The libraries compute in bf16 and need AVX-512 or AVX2, and a C++ compiler. Otherwise torch operations do the same work.
+Matmuls also use torch where torch is faster (`compiled_matmuls_pay`).
 """
 
 import ctypes
@@ -16,18 +15,15 @@ from train.kernels.cpu.cpp_build import CppSource, cpu_features, has_avx2, load_
 from train.kernels.cpu.cpp_function import Kernel
 
 LIBRARY_NAMES = ("adamw", "attention", "products", "rows")
-"""Names of the C++ files in train/kernels/cpu. Each file becomes one library."""
+"""Names of the C++ files in train/kernels/cpu, one library each."""
 SLOW_SHARE = 0.75
-"""Compiled matmuls are faster if the CPU's bf16 instructions have less than this fraction of the rate of its fp32 FMA
-instructions. torch's matmuls reach 90 % of the bf16 rate, and compiled matmuls reach 80 % of the FMA rate."""
+"""Compiled matmuls are faster if bf16 instructions have less than this fraction of the rate of fp32 FMA instructions.
+torch's matmuls reach 90 % of the bf16 rate, and compiled matmuls 80 % of the FMA rate."""
 
 
 @cache
 def why_absent() -> str | None:
-    """Returns the reason why this machine cannot use the libraries; None if it can.
-
-    The first call on a machine builds the libraries, which takes some seconds.
-    """
+    """Returns the reason why this machine cannot use the libraries, or None. The first call builds them (seconds)."""
     if not has_avx2():
         return "this CPU has no AVX2"
     try:
@@ -42,14 +38,14 @@ def why_absent() -> str | None:
 def compiled_matmuls_pay(measured: bool = True) -> bool:
     """Returns whether compiled matmuls are faster than torch's matmuls on this CPU.
 
-    Compiled matmuls use FMA instructions in fp32, and torch's matmuls use the CPU's bf16 instructions. A bf16
-    instruction does the work of two FMAs. On some CPUs it takes the time of two FMAs, on other CPUs the time of four
-    FMAs. The name of the CPU does not show which, so the function measures the rate. Both rates are far from the
-    threshold. On CPUs with AMX, torch is always faster.
+    Compiled matmuls use fp32 FMA instructions, and torch's matmuls use bf16 instructions. A bf16 instruction does the
+    work of two FMAs, but takes the time of two or of four, depending on the CPU. So the function measures the rate. On
+    CPUs with AMX, torch is always faster.
 
-    measured: whether to measure. Without a measurement, the CPU's features decide, so every run makes the same
-    decision: compiled matmuls are used if the CPU has no bf16 instructions. The environment variable
     SLUICE_PRODUCTS=compiled or SLUICE_PRODUCTS=torch overrides the decision.
+
+    measured: whether to measure. If not, compiled matmuls are used if the CPU has no bf16 instructions, so every run
+        decides equally.
     """
     if answer := os.environ.get("SLUICE_PRODUCTS"):
         if answer not in ("compiled", "torch"):
@@ -74,7 +70,7 @@ _bf16_rate = Kernel(partial(library, "products"), "bf16_rate", ctypes.c_double)
 
 
 def source(name: str, field: str, without: str) -> CppSource:
-    """Returns the `CppSource` of a library in LIBRARY_NAMES. field, without: see `CppSource`."""
+    """Returns a library's `CppSource`. field, without: see `CppSource`."""
     here = Path(__file__).parent
     flags = ("-ffp-contract=off",)  # use FMA instructions only where the code requests them
     return CppSource(here / f"{name}.cpp", field, without, flags, (here / "tiles.h", here / "vectors.h"))

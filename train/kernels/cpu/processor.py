@@ -1,4 +1,4 @@
-"""Finds the name of this machine's processor, and applies settings for faster training before torch is imported."""
+"""Finds this machine's processor name, and tunes settings before torch is imported."""
 
 import ctypes
 import os
@@ -10,37 +10,34 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 SPINS = "10000"
-"""Number of spin iterations of an OpenMP thread that waits for the next parallel region. They take about ten
-microseconds. By default, a thread spins for milliseconds, which slows other processes on the same cores. With ten
-processes, a matmul took three times as long."""
+"""Number of spin iterations of an OpenMP thread that waits for the next parallel region: about ten microseconds. The
+default of milliseconds slows other processes on the same cores. With ten processes, a matmul took three times as long.
+"""
 PRIMITIVES = "16"
-"""Size of torch's cache of oneDNN primitives. A primitive is a matmul that is prepared for one shape. oneDNN itself
-caches 1024 more. torch's default is 1024 too. This default needs 160 MB more memory in a run of `tiny`, and does not
-make steps faster."""
+"""Size of torch's cache of oneDNN primitives, which are matmuls prepared for one shape. torch's default of 1024 needs
+160 MB more in a run of `tiny` and is not faster, because oneDNN itself caches 1024."""
 
 CUDA_VARIABLES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "TORCH_NCCL_HIGH_PRIORITY": "1"}
-"""Environment variables for CUDA and NCCL. A step uses up to ten streams. By default CUDA has only eight connections to
-the device, and streams that share a connection wait for each other. The second variable gives high priority to the
-streams that NCCL creates. Dispatch and combine of the experts need this priority."""
+"""Environment variables for CUDA and NCCL. A step uses up to ten streams. With CUDA's default of eight connections,
+some streams would wait for each other. The second variable gives NCCL's streams high priority, which dispatch and
+combine need."""
 
 
 def tune_cpu() -> None:
-    """Let waiting threads sleep after a short time, let the process reuse freed memory, and limit torch's cache of
-    oneDNN primitives."""
+    """Let waiting threads sleep soon, reuse freed memory, and limit torch's cache of oneDNN primitives."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     os.environ.setdefault("LRU_CACHE_CAPACITY", PRIMITIVES)
     _tune_malloc()
 
 
 def tune_gpu() -> None:
-    """Set the environment variables that CUDA and NCCL read when they start, except variables that the user has set."""
+    """Set the environment variables for CUDA and NCCL, except those that the user has set."""
     for name, value in CUDA_VARIABLES.items():
         os.environ.setdefault(name, value)
 
 
 def threads_of(given: int, ranks: int) -> int:
-    """Returns the number of threads of a rank. If `given` is 0, the ranks of this machine share the cores equally.
-    Otherwise the number is `given`.
+    """Returns the number of threads of a rank: `given`, or if it is 0, an equal part of this machine's cores.
 
     ranks: number of ranks on this machine.
     """
@@ -48,7 +45,7 @@ def threads_of(given: int, ranks: int) -> int:
 
 
 def cpu_name() -> str:
-    """Returns the name of this machine's processor, as the system reports it."""
+    """Returns the processor's name, as the system reports it."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -58,9 +55,8 @@ def cpu_name() -> str:
 def _tune_malloc() -> None:
     """Let glibc's allocator reuse freed memory instead of unmapping it. Does nothing on systems without glibc.
 
-    Without this, each step would return its memory to the kernel, and page faults would allocate it again. A trim
-    threshold of -1 means that no memory is returned. The largest other threshold is 2 GB, but a step of a large model
-    frees more than 2 GB at once.
+    Otherwise each step would allocate its memory again by page faults. A trim threshold of -1 means that no memory is
+    returned. Other thresholds reach only 2 GB, and large models free more at once.
     """
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if hasattr(libc, "mallopt"):

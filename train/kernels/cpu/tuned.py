@@ -1,4 +1,4 @@
-"""Applies CPU and GPU settings on import. Every program that computes imports this module before torch."""
+"""Applies CPU and GPU settings on import. Every computing program imports it before torch."""
 
 from train.kernels.cpu.processor import tune_cpu, tune_gpu
 

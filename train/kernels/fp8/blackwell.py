@@ -5,14 +5,14 @@ E8M0 scale.
     dense GEMMs         torch's scaled_mm (cuBLASLt), 1x32 by 1x32
     grouped GEMMs       torch's scaled_grouped_mm (CUTLASS): rows of experts by their weights; in Wgrad sums over the rows of each expert
 
-These GEMMs cannot add to an existing sum, and grouped GEMMs round to bf16. So a separate pass adds weight gradients to
-their sum. The grouped kernels of torch 2.11 to 2.13 have these pitfalls:
+These GEMMs cannot add to a sum, and grouped GEMMs round to bf16. So a separate pass adds weight gradients to their sum.
+Pitfalls of torch's grouped kernels (2.11 to 2.13):
 - The scales of each expert's rows begin at a multiple of 128 rows, even if the rows do not.
 - In Wgrad the scales of each expert form a separate matrix.
 - The kernel does not write the gradient of an expert without rows. So Sluice gives such an expert a tile of zeros.
 
-If an input is saved for backward in tiles of 128, it is processed as on Hopper. Shape suffixes: as in
-train/kernels/fp8/hopper.py; T groups of four scales along the contraction.
+Inputs saved in tiles of 128 are processed as on Hopper. Shape suffixes: as in train/kernels/fp8/hopper.py; T groups of
+four scales along the contraction.
 """
 
 from collections.abc import Callable
@@ -112,15 +112,13 @@ class BlackwellEngine(HopperEngine):
 
 
 def _by_row(scale: Tensor) -> Tensor:
-    """Converts scales from the GEMMs' memory order to row-major order, int32 (O, T). Each integer contains four
-    scales."""
+    """Converts scales from the GEMMs' order to row-major, int32 (O, T): four scales per integer."""
     tiles = scale.shape[1] // 4
     return scale.view(torch.int32).view(-1, tiles, TILE // 4, 4).permute(0, 3, 2, 1).reshape(-1, tiles)
 
 
 def _scales_by_expert(scale: Tensor, groups: PaddedGroups) -> Tensor:
-    """Returns the scales in the GEMMs' memory order. The scales of each expert's rows begin at a multiple of 128
-    rows."""
+    """Returns the scales in the GEMMs' order, where each expert begins at a multiple of 128 rows."""
     words_PT = groups.whole.pad(_by_row(scale)[: groups.rows])
     blocks = words_PT.view(-1, 4, TILE // 4, words_PT.shape[1]).permute(0, 3, 2, 1)
     return blocks.reshape(words_PT.shape).view(scale.dtype)

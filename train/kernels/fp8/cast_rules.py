@@ -6,9 +6,8 @@ A linear layer has three matmuls, each with a left and a right operand:
     Dgrad   dx = dy w       gradient, weight         contracted over the outputs
     Wgrad   dw = dy^T x     gradient, activation     contracted over the tokens
 
-A tile consists of 128 values along the contraction (of 32 values in MXFP8). So the shape of a tile depends on the
-contraction. With the rule 1x128, a tile has the shape 1x128 if the contraction runs over the last dimension of the
-tensor, and the shape 128x1 if the contraction runs over the first dimension.
+A tile consists of 128 values along the contraction (32 in MXFP8). So with the rule 1x128, a tile is 1x128 if the
+contraction runs over the tensor's last dimension, and 128x1 if it runs over the first.
 """
 
 from dataclasses import dataclass
@@ -30,10 +29,7 @@ class OperandRule:
     floor: float = 0.0
 
     def cast(self, transposed: bool = False) -> Cast:
-        """Returns the cast of a tensor that is contracted over its last dimension.
-
-        transposed: whether the contraction runs over the last but one dimension instead.
-        """
+        """Returns the cast for a contraction over the last dimension, or, if `transposed`, the one before."""
         return self._casts[transposed]
 
     @cached_property
@@ -51,7 +47,7 @@ class OperandRule:
 
 
 class MatmulRules(NamedTuple):
-    """The rules of the left and of the right operand of a matmul."""
+    """The rules of a matmul's left and right operands."""
 
     left: OperandRule
     right: OperandRule
@@ -59,7 +55,7 @@ class MatmulRules(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerCasts:
-    """The rules of the three matmuls of a linear layer. `cache` is the cast of the input that is saved for Wgrad."""
+    """The rules of a linear layer's three matmuls. `cache`: cast of the input saved for Wgrad."""
 
     fprop: MatmulRules
     dgrad: MatmulRules
@@ -69,21 +65,20 @@ class LayerCasts:
 
 @dataclass(frozen=True)
 class CastRules:
-    """The rules of each kind of linear layer in a model, and the cast of the saved SwiGLU input."""
+    """The rules of each kind of linear layer, and the saved SwiGLU input's cast."""
 
     dense: LayerCasts
     output: LayerCasts
     """Rules of the attention's output projection."""
     experts_up: LayerCasts
     experts_down: LayerCasts
-    """Rules of the second linear layer of experts. The field `cache` of these rules is not used, because backward
-    recomputes the layer's input from the SwiGLU input."""
+    """Rules of the experts' second layer, without `cache`: backward recomputes its input from the SwiGLU input."""
     swiglu: Cast
     """The cast of the saved input of the experts' SwiGLU."""
 
 
 def build_rules(fp8: Fp8) -> CastRules:
-    """Builds the rules from the section `precision.fp8` of a checked configuration."""
+    """Builds the rules from `precision.fp8` of a checked configuration."""
     dense, output, up, down = (_linear(fp8, family) for family in ("dense", "output", "experts_up", "experts_down"))
     return CastRules(dense, output, up, down, Cast(E4M3, (1, TILE), down.fprop.left.pow2, ACTIVATION_FLOOR))
 
@@ -98,6 +93,9 @@ def _linear(fp8: Fp8, family: str) -> LayerCasts:
 
 
 def parse_rule(text: str, floor: float) -> OperandRule:
-    """Parses the rule of an operand. text: FORMAT/GRANULARITY/SCALE, as in the configuration."""
+    """Parses an operand's rule.
+
+    text: FORMAT/GRANULARITY/SCALE, as in the configuration.
+    """
     name, granularity, scale = text.split("/")
     return OperandRule({"e4m3": E4M3, "e5m2": E5M2}[name], granularity, scale == "pow2", floor)

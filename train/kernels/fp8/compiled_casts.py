@@ -19,13 +19,11 @@ CASTS_SOURCE = CppSource(
     "precision.fp8.compiled=false: torch's operations, slower",
     ("-ffp-contract=off",),
 )
-"""The C++ source of the casts. Its compiler flag forbids fused multiply-add. So a product is rounded before it is
-added, as in the reference."""
+"""The C++ source of the casts. Like the reference, it rounds products before adding (no fused multiply-add)."""
 
 
 def _matrices(of: str, out: bool = False) -> Struct:
-    """Declares the struct `Matrices` of casts.cpp. The struct points to one of three tensors: values, one-byte codes or
-    twelve-bit codes. It also points to the scales, if there are any."""
+    """Declares the struct `Matrices` of casts.cpp: values or codes (one byte, or twelve bits), and scales."""
     what = {"out": out, "optional": True}
     parts = {
         "values": Array((torch.bfloat16, torch.float32), "*M R C", **what),
@@ -56,11 +54,10 @@ _decode_matrices = Kernel(
 
 
 class CompiledCasts(EagerCasts):
-    """Casts in compiled code. They give the same bits as `EagerCasts`, except for the sign of zeros.
+    """Casts in compiled code, with the same bits as `EagerCasts` except for the sign of zeros.
 
-    The casts accept CPU tensors. mode=plan passes meta tensors; for these, the casts only make the same allocations.
-    `split` returns a `QuantizedTensor` with bf16 values in `q` instead of codes. bf16 represents the values of every
-    format exactly.
+    The casts accept CPU tensors, and meta tensors for mode=plan. `split` returns a `QuantizedTensor` with bf16 values
+    in `q`. bf16 represents the values of every format exactly.
     """
 
     def quantize(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
@@ -72,12 +69,12 @@ class CompiledCasts(EagerCasts):
         return self._quantize(x_MK, q, cast)
 
     def split(self, x: Tensor | QuantizedTensor, cast: Cast) -> QuantizedTensor:
-        """Quantise like `quantize`, but store bf16 values in `q` instead of codes."""
+        """Quantise like `quantize`, but with bf16 values in `q`."""
         q = (x.q if isinstance(x, QuantizedTensor) else x).new_empty(x.shape, dtype=torch.bfloat16)
         return self._quantize(x, q, fitted(cast, x))
 
     def decoded(self, x: QuantizedTensor) -> QuantizedTensor:
-        """Returns the same operand with bf16 values in `q` instead of codes."""
+        """Returns the same operand with bf16 values in `q`."""
         if x.q.dtype == torch.bfloat16:
             return x
         codes = _contiguous(x)
@@ -100,7 +97,7 @@ class CompiledCasts(EagerCasts):
         return values
 
     def _quantize(self, x: Tensor | QuantizedTensor, q: Tensor, cast: Cast) -> QuantizedTensor:
-        """Quantise into q. The dtype of q decides whether it gets codes or values."""
+        """Quantise into q: codes or values, by the dtype of q."""
         blocks = [-(-size // side) for size, side in zip(x.shape[-2:], cast.block, strict=True)]
         scale = q.new_empty(*x.shape[:-2], *blocks, dtype=torch.float32)
         _cast(x, q, scale, cast)
@@ -115,8 +112,7 @@ def load_casts() -> CompiledCasts:
 
 
 def _cast(x: Tensor | QuantizedTensor, q: Tensor, scale: Tensor | None, cast: Cast) -> None:
-    """Cast into q (codes or values) and scale. If scale is None, q gets values that are already multiplied by their
-    scales."""
+    """Cast into q (codes or values) and scale. Without scale, q gets values times their scales."""
     x = _contiguous(x)
     source = (x.q, x.scale, x.cast) if isinstance(x, QuantizedTensor) else (x, None, Cast(E4M3, (1, 1), False))
     _cast_matrices(*_memory(*source), *_memory(q, scale, cast), cast.floor, cast.pow2)
@@ -143,7 +139,7 @@ def _contiguous(x: QuantizedTensor) -> QuantizedTensor: ...
 
 
 def _contiguous(x: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
-    """Returns the tensor in row-major order. A plain tensor that is neither bf16 nor fp32 becomes fp32."""
+    """Returns the tensor in row-major order. A plain tensor that is not bf16 becomes fp32."""
     if isinstance(x, QuantizedTensor):
         return QuantizedTensor(x.q.contiguous(), x.scale.contiguous(), x.cast, x.shape)
     return x.contiguous() if x.dtype in (torch.bfloat16, torch.float32) else x.float().contiguous()

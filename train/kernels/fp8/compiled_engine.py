@@ -1,10 +1,8 @@
-"""Emulates FP8 on a CPU with compiled matmuls. These matmuls read the values and the fp32 scales of an operand from
-separate tensors.
+"""Emulates FP8 on a CPU with compiled matmuls, which read an operand's values and fp32 scales from separate tensors.
 
-The values are numbers of the FP8 format, which bf16 represents exactly. So a matmul costs as much as in bf16
-(train/kernels/cpu/products.cpp). If the scales are powers of two, the bf16 values are already multiplied by them, as in
-`CpuEngine`. If this holds for both operands, the engine uses the plain matmuls of
-train/kernels/cpu/compiled_matmuls.py, or torch's matmuls if these are faster.
+bf16 represents the FP8 values exactly, so a matmul costs as much as in bf16 (train/kernels/cpu/products.cpp). If the
+scales are powers of two, the bf16 values are already multiplied by them, as in `CpuEngine`. If this holds for both
+operands, the engine uses plain matmuls: train/kernels/cpu/compiled_matmuls.py, or torch where it is faster.
 """
 
 from collections.abc import Sequence
@@ -27,14 +25,14 @@ from train.kernels.fp8.quantize import QuantizedTensor, fitted
 from train.model.operations import Kernels
 
 ScaledOperand = Tensor | QuantizedTensor
-"""An operand (O, C): a `QuantizedTensor` with values in bf16, or a bf16 tensor without scales. A scale applies to 128
-values along the contraction, or to the complete contraction."""
+"""An operand (O, C): a `QuantizedTensor` with bf16 values, or a bf16 tensor without scales. A scale applies to 128
+values along the contraction, or to all of it."""
 
 
 class CompiledEngine(CpuEngine):
-    """Computes what `CpuEngine` computes, but adds in another order. The engine accepts only CPU and meta tensors. The
-    engine never multiplies an operand by fp32 scales before a matmul, because the product would need more bits than
-    bf16 has.
+    """Computes what `CpuEngine` computes, but adds in another order. Accepts only CPU and meta tensors.
+
+    It never multiplies an operand by fp32 scales before a matmul, because bf16 cannot hold the product.
     """
 
     def __init__(self, casts: CompiledCasts, kernels: Kernels):
@@ -53,7 +51,7 @@ class CompiledEngine(CpuEngine):
         return _transposed(operand) if transposed else operand
 
     def _split(self, source: Source, cast: Cast) -> QuantizedTensor:
-        """Returns the values and scales of a `Source` that is quantised with this cast."""
+        """Returns the `Source` quantised with this cast, with bf16 values in `q`."""
         cast = fitted(cast, source)
         if isinstance(source, QuantizedTensor) and source.cast == cast:
             return self._compiled.decoded(source)
@@ -92,8 +90,8 @@ class CompiledEngine(CpuEngine):
         return QuantizedTensor(q_PF, scale, parts[0].cast, q_PF.shape)
 
     def _is_torchs(self, left: ScaledOperand, right: ScaledOperand) -> bool:
-        """Returns whether torch computes the matmul. It does so if neither operand has scales, and compiled matmuls are
-        not faster."""
+        """Returns whether torch computes the matmul: neither operand has scales, and compiled matmuls are not
+        faster."""
         if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
             return False
         return not (self._plain_too and left.dtype == right.dtype == torch.bfloat16)
@@ -108,8 +106,7 @@ def _transposed(x: QuantizedTensor) -> QuantizedTensor:
 def scaled_matmul(
     left_OC: ScaledOperand, right_NC: ScaledOperand, dtype: torch.dtype, into_ON: Tensor | None = None
 ) -> Tensor:
-    """Computes left @ right^T, a tensor (O, N). into_ON: fp32 tensor to which the result is added; None: a new
-    tensor."""
+    """Computes left @ right^T, (O, N), into a new tensor, or adds it to `into_ON` (fp32)."""
     (rows, contraction), columns = left_OC.shape, right_NC.shape[0]
     out_ON = _values(left_OC).new_empty(rows, columns, dtype=dtype) if into_ON is None else into_ON
     _run("scaled_gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)], into_ON is not None)
@@ -119,8 +116,7 @@ def scaled_matmul(
 def scaled_grouped(
     left_PC: ScaledOperand, right_ENC: ScaledOperand, groups: PaddedGroups, dtype: torch.dtype
 ) -> Tensor:
-    """Multiplies the rows of each expert by the expert's transposed matrix. Returns (P, N), with zeros in the
-    padding."""
+    """Multiplies each expert's rows by its transposed matrix. Returns (P, N), with zeros as padding."""
     _, columns, contraction = right_ENC.shape
     out_PN = _values(left_PC).new_zeros(groups.rows, columns, dtype=dtype)
     parts = parts_by_rows(groups.starts, groups.counts, columns, contraction)
@@ -135,8 +131,7 @@ def scaled_grouped_wgrad(
     dtype: torch.dtype,
     into_EON: Tensor | None = None,
 ) -> Tensor:
-    """Computes the weight gradient of each expert, a sum over the expert's rows: (E, O, N). into_EON: see
-    `scaled_matmul`."""
+    """Computes each expert's weight gradient, a sum over its rows: (E, O, N). into_EON: see `scaled_matmul`."""
     rows, columns = left_OP.shape[0], right_NP.shape[0]
     shape = len(groups.counts), rows, columns
     out_EON = _values(left_OP).new_empty(shape, dtype=dtype) if into_EON is None else into_EON
@@ -146,7 +141,7 @@ def scaled_grouped_wgrad(
 
 
 def need_compiled() -> None:
-    """Raises UserError if the compiled code cannot be built, stored or loaded."""
+    """Raises UserError if compiled code cannot be built, stored or loaded."""
     load_library(
         source("products", "precision.fp8.compiled", "precision.fp8.compiled=false: torch's operations, slower")
     )
@@ -163,8 +158,7 @@ def _values(x: ScaledOperand) -> Tensor:
 
 
 def _scales(x: ScaledOperand) -> tuple[Tensor | None, int]:
-    """Returns an operand's scales and a shift. There is one scale for every 1 << shift rows of the outer axis and every
-    tile of C. See `compiled_matmuls._operand`."""
+    """Returns an operand's scales and a shift: one scale per 1 << shift rows and tile of C."""
     if isinstance(x, Tensor):
         return NO_SCALES
     (side, along), (*lead, outer, contraction) = x.cast.block, x.shape

@@ -1,15 +1,13 @@
-"""Emulates FP8 matmuls with torch operations. It is used on CPUs, and works on any device that torch supports.
+"""Emulates FP8 matmuls with torch operations, on CPUs and any other device.
 
-A CPU has no FP8 arithmetic, so the emulation multiplies the dequantised operands and accumulates in fp32. The
-dequantised operands are exact. If the scales are powers of two, bf16 represents them exactly, and a matmul costs as
-much as in bf16. (An fp32 weight gradient costs as much as an fp32 matmul.) With fp32 scales, `CpuEngine` uses fp32
-operands and an fp32 matmul.
+A matmul multiplies the dequantised operands, which are exact, and accumulates in fp32. If the scales are powers of two,
+bf16 represents the operands, and a matmul costs as much as in bf16. With fp32 scales, `CpuEngine` uses fp32 operands
+and an fp32 matmul.
 
-On CPUs with AVX2, `CompiledEngine` (train/kernels/fp8/compiled_engine.py) reads values and fp32 scales from separate
-tensors. So its matmul with fp32 scales also costs about as much as in bf16. The matmul computes a separate sum for
-every 128 elements of the contraction, like Hopper kernels. `CpuEngine` uses one matmul for each call. The results of
-the two engines differ by a relative error of 3e-7, far below the quantisation error of 4e-2. An expert's rows are
-padded to a multiple of `expert_rows` in conf/thresholds.py; train/kernels/plain/grouped.py gives the reason.
+On CPUs with AVX2, `CompiledEngine` (train/kernels/fp8/compiled_engine.py) is as fast as bf16 with fp32 scales too. It
+sums every 128 elements of the contraction separately, like Hopper kernels; `CpuEngine` computes one sum. Results differ
+by 3e-7; the quantisation error is 4e-2. An expert's rows are padded to a multiple of `expert_rows` in
+conf/thresholds.py (reason: train/kernels/plain/grouped.py).
 
 Shape suffixes: as in train/kernels/fp8/engines.py.
 """
@@ -33,9 +31,9 @@ CpuOperand = Tensor | QuantizedTensor
 
 
 class CpuEngine:
-    """Implements `Fp8Engine` with torch operations on any device. Tests compare `CompiledEngine` with it.
+    """Implements `Fp8Engine` with torch operations on any device; the reference of `CompiledEngine`.
 
-    casts: the implementation of casts; None: casts in torch operations.
+    casts: the implementation of casts; None: torch operations.
     """
 
     def __init__(self, casts: EagerCasts | None = None):
@@ -115,7 +113,7 @@ class CpuEngine:
         return swiglu.recompute(self._values(h), gates_P)
 
     def _values(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns the values of a `Source`: exactly, or rounded to `dtype` if `dtype` is given."""
+        """Returns a `Source`'s values: exact, or rounded to `dtype` if given."""
         if isinstance(source, QuantizedTensor):
             return self._casts.dequantize(source, dtype or exact_dtype(source.cast))
         values = source.values if isinstance(source, RoundedTensor) else source
@@ -123,9 +121,9 @@ class CpuEngine:
 
 
 def _common(left: CpuOperand, right: CpuOperand, result: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Converts both operands to a dtype that represents both exactly. If the result is fp32, this dtype is fp32.
+    """Converts both operands to a dtype that represents both exactly.
 
-    torch rounds the result of a matmul to the dtype of its operands, so an fp32 result needs fp32 operands.
+    An fp32 result needs fp32 operands, because torch rounds a result to the dtype of the operands.
     """
     assert isinstance(left, Tensor) and isinstance(right, Tensor), "the others are CompiledEngine's"
     if left.dtype == right.dtype and (left.dtype == torch.float32 or result != torch.float32):

@@ -9,8 +9,7 @@ matmul is left @ right^T. The engines:
     HopperEngine      sm_90            triton_quantize.py    cuBLASLt               triton_matmuls.py, or DeepGEMM if the recipe asks for it
     BlackwellEngine   sm_100, MXFP8    triton_quantize.py    cuBLASLt               torch (CUTLASS), with separate additions
 
-With parallel.wire=fp8, other ranks send rows that are already quantised. `Fp8Engine.take_arrived` uses them without a
-new cast.
+With parallel.wire=fp8, rows arrive quantised; `Fp8Engine.take_arrived` uses them without a new cast.
 
 Shape suffixes: O outer, C contraction, P padded rows (train/kernels/fp8/groups.py), E experts, N outer of the right
 operand.
@@ -43,18 +42,15 @@ class RoundedTensor:
 
 
 Source = Tensor | QuantizedTensor | RoundedTensor
-"""A tensor from which an engine builds an operand, and which a layer saves for backward. It is the original or a
-quantised tensor."""
+"""An original or quantised tensor that a layer saves, and from which engines build operands."""
 
 
 SourceForm = tuple[Cast, torch.Size] | Cast | None
-"""The metadata of a `Source`: cast and shape of a `QuantizedTensor`, cast of a `RoundedTensor`, None for a plain
-tensor. `unpack_sources` rebuilds the source from the metadata and the tensors."""
+"""Metadata of a `Source`: cast and shape (`QuantizedTensor`), cast (`RoundedTensor`), or None."""
 
 
 def pack_sources(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
-    """Returns the tensors of all sources, which autograd can save, and the `SourceForm` of each source.
-    `unpack_sources` needs both."""
+    """Returns all sources' tensors for autograd to save, and each `SourceForm`, for `unpack_sources`."""
     tensors: list[Tensor] = []
     forms: list[SourceForm] = []
     for one in kept:
@@ -71,7 +67,7 @@ def pack_sources(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
 
 
 def unpack_sources(tensors: Sequence[Tensor], forms: list[SourceForm]) -> list[Source]:
-    """Rebuild the sources from the tensors and the metadata that `pack_sources` returned."""
+    """Rebuild the sources from the results of `pack_sources`."""
     rest = iter(tensors)
 
     def one(form: SourceForm) -> Source:
@@ -83,34 +79,33 @@ def unpack_sources(tensors: Sequence[Tensor], forms: list[SourceForm]) -> list[S
 
 
 class Fp8Engine(Protocol):
-    """Quantises and multiplies on one kind of device. See the list of engines at the top of this file."""
+    """Quantises and multiplies on one kind of device (list: top of this file)."""
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Source:
-        """Quantise a tensor to save it for backward. All engines return the bits that the reference `quantize` returns,
-        but may add padding."""
+        """Quantise a tensor to save it for backward. The bits equal `quantize`; there may be padding."""
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Source:
-        """Quantise a tensor for immediate use, in the form that is cheapest for this engine."""
+        """Quantise a tensor for immediate use, in this engine's cheapest form."""
 
     def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
-        """Returns what `keep` returns, from codes and scales that another rank has sent. scale: (M, ceil(K / 128))."""
+        """Returns what `keep` returns, from another rank's codes and scales.
+
+        scale: (M, ceil(K / 128)).
+        """
 
     def operand(
         self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
     ) -> Any:
-        """Builds the operand (O, C) of a matmul from a tensor (O, C), or from a tensor (C, O) if `transposed` is set.
-        Leading axes remain.
+        """Builds the operand (O, C) of a matmul from a tensor (O, C), or (C, O) if `transposed`. Leading axes remain.
 
-        groups: the positions of each expert's rows, if the matmul sums separately over the rows of each expert; else
-        None.
+        groups: the positions of each expert's rows, if the matmul sums separately over each expert's rows; else None.
         """
 
     def cast_again(self, x_MK: Tensor, kept: Cast, rule: OperandRule) -> Any:
-        """Quantises x with the cast `kept`, and builds the transposed operand from the quantised values. See
-        `operand`."""
+        """Quantises x with the cast `kept`, and builds the transposed operand from the result (`operand`)."""
 
     def values(self, source: Any) -> Tensor:
-        """Returns the values of a saved `Source` as a bf16 tensor."""
+        """Returns a saved `Source`'s values in bf16."""
 
     def gradient(
         self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None
@@ -121,43 +116,43 @@ class Fp8Engine(Protocol):
         """
 
     def groups(self, counts_E: Tensor, rows: int) -> PaddedGroups:
-        """Returns the positions of each expert's rows, for the `groups` arguments of this engine. rows: the sum of
-        counts_E."""
+        """Returns the positions of each expert's rows, for the arguments `groups`.
+
+        rows: the sum of counts_E.
+        """
 
     def matmul(self, left: Any, right: Any, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """Returns left @ right^T in `dtype`. into: a tensor in `dtype`. If it is given, the method adds the result to
-        this tensor, and returns the tensor."""
+        """Returns left @ right^T in `dtype`. If `into` is given, adds the result to `into`, and returns `into`."""
 
     def grouped(self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
-        """Multiplies the rows of each expert by the expert's transposed matrix: left (P, C), right (E, N, C). Returns
-        (P, N), with zeros in the padding."""
+        """Multiplies each expert's rows by its transposed matrix: left (P, C), right (E, N, C). Returns (P, N), with
+        zeros as padding."""
 
     def grouped_wgrad(
         self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
-        """Returns left @ right^T for each expert, a sum over the expert's rows: left (O, P), right (N, P). The result
-        is (E, O, N). into: see `matmul`."""
+        """Returns left (O, P) @ right (N, P)^T, summed over the rows of each expert: (E, O, N). into: see `matmul`."""
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast) -> tuple[Any, Source]:
-        """Computes SwiGLU (train/kernels/fp8/swiglu.py). Returns its output as an operand, and its input h in the form
-        to save for backward."""
+        """Computes SwiGLU (train/kernels/fp8/swiglu.py). Returns its output as an operand, and h as saved for
+        backward."""
 
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns SwiGLU's recomputed output (P, F), the gradient of h (P, 2F) and the gradient of the gates (P,)."""
+        """Returns SwiGLU's recomputed output (P, F), and the gradients of h (P, 2F) and of the gates (P,)."""
 
     def recompute_swiglu(self, h: Source, gates_P: Tensor) -> Tensor:
-        """Returns only SwiGLU's recomputed output (P, F), with the same bits as `swiglu_backward`."""
+        """Returns only SwiGLU's recomputed output (P, F), bitwise as `swiglu_backward`."""
 
 
 class HeldWeights:
-    """Stores weights as operands, so that each operand is built only once in a step. No weight may change between
-    `hold` and `drop`.
+    """Stores weights as operands, so that a step builds each operand only once. No weight may change between `hold` and
+    `drop`.
 
-    A layer uses a weight in two casts: as stored for Fprop, and transposed for Dgrad. Weights change only between
-    steps, so all micro-batches of a step can use the same operands. The first step builds each operand at its first
-    use. In later steps `hold` builds all operands before the first forward, so that the memory use is then constant.
+    A layer uses a weight in two casts: as stored for Fprop, and transposed for Dgrad. The first step builds each
+    operand at its first use. In later steps `hold` builds all operands before the first forward, so that memory use
+    stays constant.
 
-    making: a context in which operands are built. A caller can measure their memory in this context.
+    making: a context in which operands are built, for example to measure their memory.
     """
 
     def __init__(self, engine: Fp8Engine, making: Callable[[], AbstractContextManager] = nullcontext):
@@ -167,11 +162,9 @@ class HeldWeights:
         self._made: dict[tuple[int, bool], Any] = {}
 
     def name(self, weight: Tensor) -> int | None:
-        """Returns an identifier of a weight, which the method `operand` needs. Forward saves the identifier for
-        backward, because backward may get another tensor object with the same memory from autograd.
+        """Returns an identifier of a weight for `operand`; None if the weight's operands are not stored.
 
-        The identifier is None if the weight's operands are not stored, for example if the weight was just unpacked from
-        bytes.
+        Forward saves it for backward, where autograd may pass another tensor object with the same memory.
         """
         if not (self._holds and isinstance(weight, nn.Parameter)):
             return None
@@ -179,8 +172,11 @@ class HeldWeights:
         return id(weight)
 
     def operand(self, weight: Tensor, name: int | None, rule: OperandRule, transposed: bool = False) -> Any:
-        """Returns a weight's stored operand, or builds the operand. name: what the method `name` returned for the
-        weight. rule, transposed: see `Fp8Engine.operand`."""
+        """Returns a weight's stored operand, or builds it.
+
+        name: the weight's identifier from the method `name`.
+        rule, transposed: see `Fp8Engine.operand`.
+        """
         if name is None or not self._holds:
             return self.engine.operand(weight, rule, transposed)
         key = name, transposed
@@ -192,7 +188,7 @@ class HeldWeights:
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Build all operands that earlier steps used. From now until `drop`, store every operand."""
+        """Build all operands that earlier steps used. Store every operand until `drop`."""
         self.drop()
         self._holds = True
         for (name, transposed), rule in self._asked.items():
@@ -204,7 +200,7 @@ class HeldWeights:
         self._made.clear()
 
     def count_bytes(self) -> int:
-        """Returns the bytes of the stored operands. Operands that share memory with the weights are not counted."""
+        """Returns the bytes of stored operands, without those that share memory with weights."""
         weights = {weight.untyped_storage()._cdata for weight in self._weights.values()}
         parts = [tensor for made in self._made.values() for tensor in _tensors(made)]
         storages = {one._cdata: one.nbytes() for one in (tensor.untyped_storage() for tensor in parts)}
@@ -212,5 +208,5 @@ class HeldWeights:
 
 
 def _tensors(made: Any) -> list[Tensor]:
-    """Returns the tensors of an operand. An operand is a tensor, or an object with tensors as fields."""
+    """Returns an operand's tensors. An operand is a tensor, or has tensors as fields."""
     return [made] if isinstance(made, Tensor) else [one for one in vars(made).values() if isinstance(one, Tensor)]

@@ -1,9 +1,8 @@
 """Defines number formats that are smaller than bf16, and the twelve-bit packing of E5M6.
 
-A format with m mantissa bits represents 1 + m significant bits down to 2**min_exponent. Below this value, the step
-between two neighbouring values is 2**(min_exponent - m). torch has no dtype for E5M6. The code of an E5M6 value is the
-top twelve bits of an fp16, and two values share three bytes. Value i begins at bit 12 i of the little-endian stream
-(reference arithmetic: DeepSeek TileKernels).
+A format with m mantissa bits has 1 + m significant bits down to 2**min_exponent. Below 2**min_exponent, neighbouring
+values are 2**(min_exponent - m) apart. torch has no dtype for E5M6. An E5M6 code is the top twelve bits of an fp16, and
+two codes share three bytes. Code i begins at bit 12 i of the little-endian stream (reference: DeepSeek TileKernels).
 
 Shape suffixes: K packed dimension.
 """
@@ -16,15 +15,14 @@ from torch import Tensor
 from parallel.expert.wire import TILE
 
 MX_TILE = 32
-"""Number of values along a contraction that share a scale in MXFP8 (OCP Microscaling Formats, v1.0)."""
+"""Values along a contraction that share an MXFP8 scale (OCP Microscaling Formats, v1.0)."""
 AMAX_FLOOR = 1e-4
-"""Lower bound of the max-abs from which a scale is computed. Because of it, a tile of zeros has a positive scale, as in
-the kernels of paper 3.3.2."""
+"""Lower bound of the max-abs for a scale, so that zeros get a positive scale (paper 3.3.2)."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A binary floating-point format with a sign bit, four or five exponent bits, and a few mantissa bits."""
+    """A floating-point format: a sign bit, four or five exponent bits, a few mantissa bits."""
 
     name: str
     mantissa: int
@@ -34,7 +32,7 @@ class Format:
     max: float
     """Largest finite value."""
     dtype: torch.dtype | None
-    """torch's dtype of the codes; None if Sluice packs the codes itself."""
+    """torch's dtype of the codes; None if Sluice packs them."""
 
 
 E4M3 = Format("e4m3", 3, -6, 448.0, torch.float8_e4m3fn)
@@ -49,35 +47,35 @@ WHOLE_SIDE = 2**62
 
 @dataclass(frozen=True)
 class Cast:
-    """Describes how to quantise a tensor: the format, the block and the kind of scale."""
+    """How to quantise a tensor: format, block and kind of scale."""
 
     format: Format
     block: ScaleBlock
-    """Numbers of rows and columns of a block. The values of a block share a scale. After `fitted`, a block is not
-    larger than the tensor."""
+    """Rows and columns of a block, whose values share a scale. `fitted` limits it to the tensor."""
     pow2: bool
     """Whether scales are rounded up to powers of two."""
     floor: float = AMAX_FLOOR
     """Lower bound of the max-abs from which a scale is computed."""
 
     def empty_tiles(self, like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Allocates q (rows, columns), and one scale for each row and each 128 columns, on the device of the tensor
-        `like`. The scales are stored column by column."""
+        """Allocates q (rows, columns), and a scale per row and 128 columns, stored column by column.
+
+        like: a tensor on the device.
+        """
         return like.new_empty(rows, columns, dtype=self.format.dtype), empty_scales(like, rows, columns // TILE)
 
 
 def empty_scales(like: Tensor, outer: int, tiles: int) -> Tensor:
-    """Allocates fp32 scales (outer, tiles) on the device of the tensor `like`. The scales are stored column by
-    column."""
+    """Allocates fp32 scales (outer, tiles), stored column by column, on the device of `like`."""
     return like.new_empty_strided((outer, tiles), (1, outer), dtype=torch.float32)
 
 
 def round_to(x: Tensor, format: Format) -> Tensor:
     """Round fp32 values, |x| <= format.max, to the nearest value of the format, ties to even; in place.
 
-    The function adds 1.5 * 2**23 steps to x, and subtracts them again. A step is the distance between two neighbouring
-    values of the format at x. It is at least the step of the smallest normal values. After the addition, an fp32 has no
-    bits for fractions of a step. So the addition rounds x to whole steps, and the subtraction is exact.
+    A step is the distance between the format's neighbouring values at x. The function adds 1.5 * 2**23 steps to x. At
+    that magnitude fp32 has no bits for fractions of a step, so the addition rounds to whole steps. Subtracting them
+    again is exact.
     """
     assert x.dtype == torch.float32
     shift = x.view(torch.int32) & 0x7F800000
@@ -87,7 +85,7 @@ def round_to(x: Tensor, format: Format) -> Tensor:
 
 
 def pack_e5m6(x_K: Tensor) -> Tensor:
-    """Pack fp32 values that E5M6 represents exactly: (..., K) fp32 -> (..., 3 ceil(K / 2)) uint8."""
+    """Pack values that E5M6 represents exactly: (..., K) fp32 -> (..., 3 ceil(K / 2)) uint8."""
     x_K = torch.nn.functional.pad(x_K, (0, x_K.shape[-1] % 2)).half()  # exact: fp16 has E5M6's exponent range
     bits = (x_K.view(torch.int16).int() >> 4) & 0xFFF
     first, second = bits[..., 0::2], bits[..., 1::2]

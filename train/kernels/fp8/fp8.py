@@ -1,9 +1,8 @@
 """FP8 matmuls for the model: DeepSeek-V3's mixed precision (paper 3.3).
 
 The model calls an `Fp8Precision` object for its matmuls and never branches on the precision. Embedding, output head,
-router, norms and the attention core do not use the object; they compute in bf16 or fp32. Parameters and buffers contain
-no FP8 state, because every matmul computes its scales from the current values. So an FP8 run can resume from a
-checkpoint of a bf16 run, and a bf16 run from a checkpoint of an FP8 run.
+router, norms and the attention core compute in bf16 or fp32. Scales come from the current values, so there is no FP8
+state. An FP8 run can resume from a bf16 checkpoint, and a bf16 run from an FP8 checkpoint.
 
 Shape suffixes: R rows sorted by expert, D width, F inner width, E experts.
 """
@@ -55,8 +54,11 @@ class Fp8Precision:
         engine: Fp8Engine | None = None,
         making: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        """engine: the engine that computes the matmuls; None: the default engine for the device. making: is passed to
-        `HeldWeights`. Raises UserError if the device lacks something that its engine needs."""
+        """Raises UserError if the device lacks something that its engine needs.
+
+        engine: computes the matmuls; None: the default engine for the device.
+        making: see `HeldWeights`.
+        """
         self.kernels = kernels
         self._rules = build_rules(fp8)
         self._health = HealthWatch(fp8.health.every)
@@ -66,13 +68,15 @@ class Fp8Precision:
         self.weights = HeldWeights(self._engine, making)
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: HeldInput | None = None) -> Tensor:
-        """Multiplies x (..., K) by the transpose of the weight (N, K). kind: `output` for the attention's output
-        projection, `dense` for all other layers."""
+        """Multiplies x (..., K) by the transpose of the weight (N, K).
+
+        kind: `output` for the attention's output projection, else `dense`.
+        """
         rules = getattr(self._rules, kind)
         return linear(x, weight, self.weights, rules, self._health.probe(weight), held)
 
     def hold(self, x: Tensor, kind: str) -> HeldInput | None:
-        """Returns x in the form in which `linear` saves it for backward; None without gradients."""
+        """Returns x as `linear` saves it for backward; None without gradients."""
         rules = getattr(self._rules, kind)
         if not torch.is_grad_enabled():
             return None
@@ -94,41 +98,42 @@ class Fp8Precision:
         counts_E: Tensor,
         added: tuple[AddedMatmul | None, AddedMatmul | None] = (None, None),
     ) -> Tensor:
-        """Computes the SwiGLU FFN of every expert for the expert's rows. Returns a tensor (R, D)."""
+        """Computes every expert's SwiGLU FFN for its rows. Returns (R, D)."""
         up, down = self._health.probe(w13_E2FD), self._health.probe(w2_EDF)
         probes = (up, down) if up is not None and down is not None else None
         both = w13_E2FD, w2_EDF
         return expert_ffn(rows_RD, gates_R, both, counts_E, self.weights, self._rules, probes, added, self.kernels)
 
     def watch(self, model: nn.Module) -> None:
-        """Store the names of the model's layers. Health readings need them."""
+        """Store the names of the model's layers, for health readings."""
         self._health.name(model.named_parameters())
 
     def start_step(self, step: int, hold_weights: bool = False) -> None:
-        """Start a step. In every step whose index is a multiple of `precision.fp8.health.every`, the matmuls are
-        checked.
+        """Start a step. Every `precision.fp8.health.every` steps, the matmuls are checked.
 
-        hold_weights: whether to cast each weight only once. This requires that no weight changes before `end_passes`.
+        hold_weights: whether to cast each weight only once. Then no weight may change before `end_passes`.
         """
         self._health.start_step(step)
         if hold_weights:
             self.weights.hold()
 
     def end_passes(self) -> None:
-        """Drop the stored casts of weights, before the optimizer updates the weights."""
+        """Drop the stored casts of weights, before the optimizer changes them."""
         self.weights.drop()
 
     def health(self) -> Report:
-        """Returns the metrics and warnings of the current step; empty for a step that was not checked."""
+        """Returns the step's metrics and warnings; empty for an unchecked step."""
         return self._health.report()
 
 
 def cpu_engine(fp8: Fp8, kernels: Kernels, meta: bool = False) -> CpuEngine:
     """Returns the engine that emulates FP8 on a CPU.
 
-    fp8: the section `precision.fp8` of a checked configuration. kernels: compute the matmuls of operands without
-    scales. meta: whether mode=plan builds the engine. In mode=plan, no compiled code runs. Raises UserError if compiled
-    code is requested and cannot be built, stored or loaded.
+    Raises UserError if compiled code is requested and cannot be built, stored or loaded.
+
+    fp8: the section `precision.fp8` of a checked configuration.
+    kernels: compute the matmuls of operands without scales.
+    meta: whether mode=plan builds the engine; then no compiled code runs.
     """
     if not fp8.compiled:
         return CpuEngine()
@@ -141,8 +146,7 @@ def cpu_engine(fp8: Fp8, kernels: Kernels, meta: bool = False) -> CpuEngine:
 
 
 def load_gpu_engine(fp8: Fp8) -> HopperEngine:
-    """Returns the GPU engine that the recipe requests: `BlackwellEngine` if 32 values share a scale, else
-    `HopperEngine`.
+    """Returns the GPU engine for a recipe: `BlackwellEngine` if 32 values share a scale, else `HopperEngine`.
 
     Raises UserError if the GPU or the installed software lacks something that the engine needs.
     """
@@ -159,5 +163,5 @@ def load_gpu_engine(fp8: Fp8) -> HopperEngine:
 
 
 def _triton_module(name: str) -> ModuleType:
-    """Imports a module with Triton kernels. Call this function only after a check that triton is installed."""
+    """Imports a module with Triton kernels. Check first that triton is installed."""
     return importlib.import_module(f"train.kernels.fp8.triton_{name}")

@@ -1,10 +1,8 @@
-"""Stores frozen weights in block FP8: E4M3 codes, and an fp32 scale for each 128x128 block. There is no other copy of
-these weights.
+"""Stores frozen weights only in block FP8: E4M3 codes, and an fp32 scale for each 128x128 block.
 
-Each matrix is stored as bytes: first its scales, and then its codes. ZeRO 3 shards and gathers these bytes. With a
-floating-point dtype this would fail: DeepSpeed rounds floating-point parameters to the run's dtype, and gloo cannot
-gather FP8. A matmul computes the values from the bytes when it runs, and its backward computes them again. So the
-values are not in memory between forward and backward.
+Each matrix is stored as bytes: first its scales, then its codes. ZeRO 3 shards and gathers these bytes. A
+floating-point dtype would fail: DeepSpeed rounds such parameters to the run's dtype, and gloo cannot gather FP8. Each
+matmul and each backward compute the values again.
 
 Shapes: E experts, M rows, K columns, m and k blocks of rows and columns, B bytes of a matrix.
 """
@@ -27,19 +25,18 @@ from train.model.recompute import RecomputedOutputs
 
 BLOCKS = Cast(E4M3, (TILE, TILE), pow2=False)
 MATRIX_ALIGNMENT = 4
-"""Alignment of every matrix in bytes. A matrix begins with its fp32 scales, which need this alignment."""
+"""Alignment of every matrix in bytes, which its fp32 scales need."""
 
 
 class FrozenBlocks:
-    """A module's weight that is stored as bytes. The weight is (M, K), or (E, M, K) for experts. The module's parameter
-    becomes uint8, (B,) or (E, B)."""
+    """A weight (M, K), or (E, M, K) for experts, stored as bytes: uint8, (B,) or (E, B)."""
 
     def __init__(self, module: nn.Module, name: str):
         weight = getattr(module, name)
         self._module, self._name = module, name
         self.shape: tuple[int, ...] = tuple(weight.shape)
         self.experts: range | None = module.local if isinstance(module, Experts) else None
-        """Indices of the experts in the weight; None for a weight without experts."""
+        """Indices of the weight's experts; None for a weight without experts."""
         rows, columns = self.shape[-2:]
         self._scales = -(-rows // TILE), -(-columns // TILE)
         self._scale_bytes = MATRIX_ALIGNMENT * math.prod(self._scales)
@@ -49,19 +46,19 @@ class FrozenBlocks:
 
     @property
     def data(self) -> nn.Parameter:
-        """The bytes of the weight. With ZeRO 3, the tensor is empty while the weight is not gathered."""
+        """The weight's bytes. With ZeRO 3, empty while the weight is not gathered."""
         return getattr(self._module, self._name)
 
     def unpack(self, dtype: torch.dtype) -> tuple[Tensor, AbstractContextManager]:
-        """Returns the values in `dtype`, and a context. Inside the context, autograd does not save the values; backward
-        unpacks them again."""
+        """Returns the values in `dtype`, and a context in which autograd does not save them. Backward unpacks them
+        again."""
         values = self._values(dtype)
         if not torch.is_grad_enabled():
             return values, nullcontext()
         return values, RecomputedOutputs(lambda: self._values(dtype), (), values)
 
     def pack(self, q_MK: Tensor, scale_mk: Tensor) -> Tensor:
-        """Returns the bytes (B,) of one matrix, from its codes and scales."""
+        """Returns a matrix as bytes (B,), from its codes and scales."""
         row = torch.zeros(self.matrix_bytes, dtype=torch.uint8, device=q_MK.device)
         scale, codes = self._parts(row)
         scale.copy_(scale_mk)
@@ -69,15 +66,14 @@ class FrozenBlocks:
         return row
 
     def round(self, values: Tensor) -> None:
-        """Quantise `values` in blocks, and store the resulting bytes as the weight. `values` has the weight's shape."""
+        """Quantise `values` (of the weight's shape) in blocks, and store them as the weight."""
         rows = self.data.detach().view(-1, self.matrix_bytes)
         for row, matrix in zip(rows, values.view(-1, *self.shape[-2:]), strict=True):
             found = quantize(matrix, BLOCKS)
             row.copy_(self.pack(found.q, found.scale))
 
     def _parts(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the scales (m, k) fp32 and the codes (M, K) uint8 of one matrix. Both are views of `row`, which
-        contains the stored bytes of the matrix."""
+        """Returns one matrix as views of its bytes `row`: scales (m, k) fp32 and codes (M, K) uint8."""
         codes = row[self._scale_bytes : self._scale_bytes + math.prod(self.shape[-2:])]
         return row[: self._scale_bytes].view(torch.float32).view(self._scales), codes.view(self.shape[-2:])
 
@@ -93,8 +89,7 @@ class FrozenBlocks:
 
 
 def hold_in_blocks(chunk: DeepSeekV3) -> None:
-    """Replace weights of a chunk by bytes, if `is_held_in_blocks` accepts their names. The chunk is on the meta
-    device."""
+    """Replace a meta chunk's weights by bytes, if `is_held_in_blocks` accepts their names."""
     for name, _ in list(chunk.named_parameters()):
         if is_held_in_blocks(name):
             prefix, _, own = name.rpartition(".")
@@ -103,7 +98,7 @@ def hold_in_blocks(chunk: DeepSeekV3) -> None:
 
 
 def frozen_blocks(chunk: nn.Module) -> Iterator[tuple[str, FrozenBlocks]]:
-    """Iterates over all `FrozenBlocks` of a chunk, with the names of their parameters."""
+    """Iterates over a chunk's `FrozenBlocks`, with their parameter names."""
     for prefix, module in chunk.named_modules():
         for own, attribute in PACKED.items():
             blocks = getattr(module, attribute, None)
@@ -112,7 +107,7 @@ def frozen_blocks(chunk: nn.Module) -> Iterator[tuple[str, FrozenBlocks]]:
 
 
 def draw_blocks(chunk: DeepSeekV3, seed: int) -> None:
-    """Draw initial values for all frozen blocks. `initialise` draws all other weights from the same distribution."""
+    """Draw initial values for all frozen blocks, from the same distribution as `initialise`."""
     for name, blocks in frozen_blocks(chunk):
         values = torch.empty(blocks.shape, device=blocks.data.device)
         draw_normal(values, f"{seed}/{name}", chunk.config.init_std, blocks.experts)

@@ -1,15 +1,13 @@
 """Describes the rows of several experts, and their tiles of 128 rows.
 
-FP8 kernels work on complete tiles. In Fprop and Dgrad, one program of a kernel computes 128 rows of one expert. In
-Wgrad, 128 rows of one expert share a scale. Zeros fill the last tile of an expert. These zeros change neither scales
-nor sums.
+FP8 kernels work on complete tiles. In Fprop and Dgrad, one program computes 128 rows of one expert. In Wgrad, 128 rows
+of one expert share a scale. Zeros fill the last tile of an expert, without effect on scales and sums.
 
-Some GEMMs need padded rows. Casts whose scales cover several rows need them too. Sluice's own GEMMs find the rows of
-each tile in unpadded memory. With these GEMMs, only the operands of Wgrad, which are quantised along the rows, have
-padded columns.
+Some GEMMs, and casts whose scales cover several rows, need padded rows. Sluice's own GEMMs find each tile's rows in
+unpadded memory. With them, only the operands of Wgrad, which are quantised along the rows, have padded columns.
 
-The GPU knows the row counts of experts before the host does. GEMMs that read the counts on the GPU do not wait for the
-host. The host launches them for the largest number of tiles that is possible with the total number of rows.
+The GPU knows the experts' row counts before the host does. So the host launches GEMMs for the largest possible number
+of tiles.
 
 Shape suffixes: R rows from the dispatcher, P rows in the layout that the GEMMs read, E experts.
 """
@@ -27,50 +25,51 @@ class PaddedGroups:
     """The positions of each expert's rows, with or without padding."""
 
     def __init__(self, counts_E: Tensor, rows: int | None = None, padded: bool = True):
-        """counts_E: number of rows of each expert. rows: the sum of counts_E, so that the host need not wait for the
-        device; None: the host waits and reads counts_E. padded: whether the GEMMs read rows with padding between the
-        experts."""
+        """counts_E: number of rows of each expert.
+        rows: the sum of counts_E; None: the host waits for the device and reads counts_E.
+        padded: whether the GEMMs read rows with padding between the experts.
+        """
         self._counts_E, self._rows, self._is_padded = counts_E, rows, padded
 
     @cached_property
     def counts(self) -> list[int]:
-        """Number of rows of each expert. The host waits for the device."""
+        """Number of rows of each expert. To read it, the host waits for the device."""
         return self._counts_E.tolist()
 
     @cached_property
     def padded(self) -> list[int]:
-        """Number of rows of each expert, rounded up to a multiple of 128. The host waits for the device."""
+        """`counts` rounded up to multiples of 128. To read it, the host waits for the device."""
         return [-(-count // TILE) * TILE for count in self.counts]
 
     @cached_property
     def starts(self) -> list[int]:
-        """First row of each expert, in the layout that the GEMMs read. The host waits for the device."""
+        """First row of each expert in the GEMMs' layout. To read it, the host waits for the device."""
         return list(accumulate(self.padded if self._is_padded else self.counts, initial=0))[:-1]
 
     @cached_property
     def rows(self) -> int:
-        """Number of rows P, in the layout that the GEMMs read. If the host pads rows without waiting for the counts, P
-        is the largest possible number. The last rows are then zero and belong to no expert."""
+        """Number of rows P, in the layout that the GEMMs read. If the host does not know the counts, P is the largest
+        possible number, and unused rows at the end are zero."""
         if self._rows is None:
             return sum(self.padded)
         return most_tiles(self._rows, len(self._counts_E)) * TILE if self._is_padded else self._rows
 
     @cached_property
     def ends_E(self) -> Tensor:
-        """End of each expert's rows in the layout that the GEMMs read: int32, on the device."""
+        """End of each expert's rows in the GEMMs' layout: int32, on the device."""
         return (self._padded_E if self._is_padded else self._counts_E).cumsum(0, dtype=torch.int32)
 
     @cached_property
     def whole(self) -> "PaddedGroups":
-        """Describes the same rows in a layout with padding between the experts."""
+        """A `PaddedGroups` of these rows, with padding between the experts."""
         return PaddedGroups(self._counts_E, self._rows)
 
     @cached_property
     def sum_ends_E(self) -> Tensor:
         """End of each expert's rows for a sum over rows (Wgrad), int32.
 
-        The rows are padded, and each expert has at least one tile. All rows that follow the last expert's rows count as
-        rows of the last expert.
+        The rows are padded, and each expert has at least one tile. All rows after the last expert's rows belong to that
+        expert.
         """
         ends_E = ((self._counts_E.clamp_min(1) + (TILE - 1)) // TILE * TILE).cumsum(0, dtype=torch.int32)
         ends_E[-1:].fill_(most_tiles(self.rows + len(ends_E), len(ends_E)) * TILE)
@@ -78,14 +77,12 @@ class PaddedGroups:
 
     @property
     def unpadded_ends_E(self) -> Tensor | None:
-        """`ends_E` for rows without padding. None for padded rows, where all 128 rows of a tile belong to one
-        expert."""
+        """`ends_E` for rows without padding. None for padded rows, where each tile belongs to one expert."""
         return None if self._is_padded else self.ends_E
 
     @cached_property
     def slots_R(self) -> Tensor | None:
-        """Position of every row in the padded layout, int64. None if rows have no padding, or if the host knows that
-        the rows need no padding."""
+        """Position of every row in the padded layout, int64; None if rows need no padding."""
         if not self._is_padded or (self._rows is None and self.padded == self.counts):
             return None
         counts_E = self._counts_E
@@ -99,32 +96,32 @@ class PaddedGroups:
         return (self._counts_E + (TILE - 1)) // TILE * TILE
 
     def pad(self, rows_RX: Tensor) -> Tensor:
-        """Convert rows to the layout that the GEMMs read: (R, ...) -> (P, ...), with zero rows between the experts."""
+        """Convert rows to the GEMMs' layout: (R, ...) -> (P, ...), with zero rows between the experts."""
         if self.slots_R is None:
             return rows_RX.contiguous()
         return rows_RX.new_zeros(self.rows, *rows_RX.shape[1:]).index_copy_(0, self.slots_R, rows_RX)
 
     def unpad(self, rows_PX: Tensor) -> Tensor:
-        """Convert rows back to the layout of the dispatcher: (P, ...) -> (R, ...)."""
+        """Convert rows back to the dispatcher's layout: (P, ...) -> (R, ...)."""
         return rows_PX if self.slots_R is None else rows_PX.index_select(0, self.slots_R)
 
     def real(self, step: int = 1) -> list[slice]:
-        """Returns a slice of the P rows for each expert. A slice includes padding up to a multiple of `step`, which
-        must divide 128."""
+        """Returns each expert's slice of the P rows, padded to a multiple of `step`, which must divide 128."""
         ends = [start + -(-count // step) * step for start, count in zip(self.starts, self.counts, strict=True)]
         return [slice(start, end) for start, end in zip(self.starts, ends, strict=True)]
 
 
 def most_tiles(rows: int, experts: int) -> int:
-    """Returns the largest possible number of tiles. A tile has at most 128 rows, all of one expert. rows: the total
-    number of rows of all experts."""
+    """Returns the largest possible number of tiles of 128 rows, each of one expert.
+
+    rows: total number of rows.
+    """
     return (rows + min(rows, experts) * (TILE - 1)) // TILE
 
 
 def on_device(numbers: list, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """Returns the numbers as a tensor on the device.
 
-    For a GPU, the numbers are copied from page-locked memory. With other memory, the host would wait for the copy, and
-    for all earlier work on the GPU.
+    A GPU copies them from page-locked memory; otherwise the host would wait for all earlier work on the GPU.
     """
     return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

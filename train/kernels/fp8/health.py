@@ -1,7 +1,7 @@
 """Monitors the precision that FP8 casts lose, and the errors of FP8 matmuls.
 
-In every step whose index is a multiple of `every`, each layer computes readings. A reading is one number, for one of
-three tensors (activation, weight, gradient):
+In one of `every` steps, each layer computes readings. A reading is one number, for one of three tensors (activation,
+weight, gradient):
 
     flushed       fraction of the non-zero values that became zero
     saturated     fraction of the values that the cast clamps: beyond the format's maximum, or not finite
@@ -11,7 +11,7 @@ or for one of two matmuls (fprop, dgrad):
 
     error         |y - y'| / |y'| for the first 128 rows; y' is the result of the same matmul with bf16 operands
 
-A reading stays on the device until the end of the step. So the host does not wait for the device in between.
+Readings stay on the device until the end of the step, so the host does not wait.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,17 +28,16 @@ from train.model.recompute import is_repeated
 SHADOW_ROWS = 128
 """Number of rows of a matmul that are recomputed in bf16."""
 LIMITS = {"flushed": 0.05, "saturated": 0.0, "error": 0.1}
-"""Maps the name of a reading to its limit. A larger value causes a warning."""
+"""Limit of each reading. A larger value causes a warning."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One measured number of one tensor or matmul in a layer."""
+    """One measured number of a layer's tensor or matmul."""
 
     layer: str
     subject: str
-    """The measured tensor (activation, weight or gradient). For readings with the name error: the matmul (fprop or
-    dgrad)."""
+    """The measured tensor (activation, weight or gradient), or for errors the matmul (fprop or dgrad)."""
     name: str
     value: Tensor
     """A scalar, on the device."""
@@ -73,8 +72,10 @@ class LayerProbe:
 
     @torch.no_grad()
     def matmul(self, subject: str, out: Tensor, left: Tensor, right: Tensor) -> None:
-        """Compute the relative error of out (M, N), the FP8 result of left (M, K) right (N, K)^T. subject: see
-        `Reading.subject`."""
+        """Compute the relative error of out (M, N), the FP8 result of left (M, K) right (N, K)^T.
+
+        subject: see `Reading.subject`.
+        """
         if out.numel() == 0:
             return
         exact = (left[:SHADOW_ROWS].bfloat16() @ right.bfloat16().mT).float()
@@ -89,33 +90,32 @@ class HealthWatch:
     """Selects the steps that are monitored, and summarises their readings."""
 
     def __init__(self, every: int):
-        """every: number of steps from one monitored step to the next; 0: no step is monitored."""
+        """every: steps from one monitored step to the next; 0: monitor no step."""
         self._every = every
         self._names: dict[int, str] = {}
         self._readings: list[Reading] = []
         self._watching = False
 
     def name(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Store the names of the weights. A reading refers to its layer by this name."""
+        """Store the weights' names, by which readings name their layers."""
         self._names.update((id(parameter), name.removesuffix(".weight")) for name, parameter in parameters)
 
     def start_step(self, step: int) -> None:
-        """Clear the readings, and monitor this step if its index is a multiple of `every`."""
+        """Clear the readings, and monitor every step whose index `every` divides."""
         self._readings.clear()
         self._watching = self._every > 0 and step % self._every == 0
 
     def probe(self, weight: Tensor) -> LayerProbe | None:
         """Returns the probe for the layer that has this weight; None if the step is not monitored.
 
-        Also returns None in a forward without gradients, and in the second run of a recomputed layer.
+        Also None in a forward without gradients, and in the second run of a recomputed layer.
         """
         if not self._watching or not torch.is_grad_enabled() or is_repeated():
             return None
         return LayerProbe(self._names.get(id(weight), f"weight of shape {tuple(weight.shape)}"), self._readings)
 
     def report(self) -> "Report":
-        """Returns the results of the step; empty if the step was not monitored. If a name has several readings, the
-        results contain the worst."""
+        """Returns the step's worst reading of each name; empty if the step was not monitored."""
         report = Report({}, {}, [])
         if not self._readings:
             return report
@@ -150,7 +150,7 @@ class Report:
     """Results of one monitored step."""
 
     metrics: dict[str, float]
-    """Maps fp8_SUBJECT_NAME to the worst value of all layers. SUBJECT and NAME are fields of the readings."""
+    """Maps fp8_SUBJECT_NAME (fields of `Reading`) to the worst value of all layers."""
     layers: dict[str, dict[str, float]]
     """Maps layer_fp8_SUBJECT_NAME to a value for each layer."""
     warnings: list[str]
@@ -158,11 +158,11 @@ class Report:
 
 
 WARNINGS = 5
-"""Largest number of warnings that a step shows one by one. Further warnings are only counted."""
+"""Most warnings that a step shows. Further warnings are only counted."""
 
 
 def merge_reports(reports: Sequence[Report]) -> Report:
-    """Merges the reports of all ranks into one report, with the worst value for each name."""
+    """Merges all ranks' reports, with the worst value for each name."""
     together = Report({}, {}, [])
     for report in reports:
         for key, value in report.metrics.items():

@@ -6,16 +6,15 @@
       TritonMatmuls    Sluice's kernels (train/kernels/fp8/triton_matmuls.py), which need only torch and triton
       DeepGemmMatmuls  DeepGEMM's: M-grouped 1x128 by 128x128 (Fprop, Dgrad), K-grouped 1x128 by 1x128 (Wgrad, fp32)
 
-If a library is missing or too old, the run fails with an error that names the library. There is no fallback. The
-quantisation kernels pad operands with zero rows to multiples of 128.
+If a library is missing or too old, the run fails with an error that names it; there is no fallback. The quantisation
+kernels pad operands with zero rows to multiples of 128.
 
 Pitfalls of the libraries:
 - For a 128x128 operand, cuBLASLt expects a multiple of 4 scales along the contraction. So Sluice pads these scales.
-- DeepGEMM's K-grouped kernel reads each expert's operand as a separate matrix, one after another. The kernel needs a C
-operand, and does not write the result of an expert without rows.
-- If tile scales are stored row by row, DeepGEMM transposes them, with a kernel that it compiles for each width. In
-Wgrad the width is the number of rows, so each number of rows would need a new kernel. Above 116,000 rows, that kernel
-has too little shared memory. Here scales are stored column by column. Both libraries read them without a transpose.
+- DeepGEMM's K-grouped kernel reads each expert's operand as a separate matrix. It needs a C operand, and does not write
+the result of an expert without rows.
+- If tile scales are stored row by row, DeepGEMM transposes them. In Wgrad it then compiles a kernel for each number of
+rows, which fails above 116,000 rows. So Sluice stores scales column by column.
 
 Shape suffixes: O outer, C contraction, P rows of experts (train/kernels/fp8/groups.py), E experts, N outer of the right
 operand.
@@ -44,36 +43,33 @@ from train.kernels.fp8.quantize import QuantizedTensor, dequantize
 
 @dataclass(frozen=True)
 class PaddedOperand:
-    """A quantised operand in the memory layout that the kernels read. Its sizes are padded to multiples of 128."""
+    """A quantised operand in the kernels' memory layout, padded to multiples of 128."""
 
     q: Tensor
-    """Codes (..., O, C). DeepGEMM's K-grouped GEMM needs a flat tensor instead: one matrix (O, rows of the expert)
-    after another."""
+    """Codes (..., O, C). For DeepGEMM's K-grouped GEMM flat: one matrix (O, expert's rows) after another."""
     scale: Tensor
-    """Scales. For tiles: (O, C / 128), stored column by column. For blocks: (..., O / 128, C / 128), contiguous. For
-    MXFP8: the layout of `quantize_mx` in train/kernels/fp8/triton_quantize.py."""
+    """Scales. Tiles: (O, C / 128), stored column by column. Blocks: (..., O / 128, C / 128), contiguous. MXFP8: see
+    `quantize_mx` in train/kernels/fp8/triton_quantize.py."""
     tiles: bool
-    """True: each row has a scale for 128 (or 32) elements along the contraction. False: each 128x128 block has a
-    scale."""
+    """Whether rows have a scale per 128 (or 32) elements of C; else each 128x128 block has one."""
     outer: int
     """The size O without padding."""
 
     @cached_property
     def columns(self) -> tuple[Tensor, Tensor]:
-        """The codes and block scales in the layout of cuBLASLt's right operand: (C, O), and (C / 128 padded to a
-        multiple of 4, O / 128)."""
+        """The codes and block scales for cuBLASLt's right operand: (C, O), and (C / 128 padded to a multiple of 4, O /
+        128)."""
         right = -self.scale.shape[1] % 4  # zero for most shapes, which then need no copy
         return self.q.t(), (F.pad(self.scale, (0, right), value=1.0) if right else self.scale).t()
 
 
 class GroupedMatmuls(Protocol):
-    """The two kinds of grouped GEMMs. They require at least one row. `PaddedGroups` describes the rows of each
-    expert."""
+    """The two kinds of grouped GEMMs, for at least one row (`PaddedGroups`)."""
 
     flat: bool
-    """Whether an operand of `wgrad` is a flat tensor with one matrix per expert."""
+    """Whether an operand of `wgrad` is flat, with one matrix per expert."""
     counted: bool
-    """Whether the host must know the number of rows of each expert."""
+    """Whether the host must know each expert's number of rows."""
 
     def grouped(self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups) -> Tensor:
         """Multiplies the rows of left (P, C) by their expert's transposed matrix in right (E, N, C). Returns (P, N) in
@@ -85,11 +81,11 @@ class GroupedMatmuls(Protocol):
     def wgrad(
         self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups | None, out_EON: Tensor, added: bool
     ) -> None:
-        """Multiplies left (O, P) by the transpose of right (N, P), separately for the columns of each expert. Both
-        operands are in tiles.
+        """Multiplies left (O, P) by the transpose of right (N, P), separately for the columns of each expert. Both are
+        in tiles.
 
-        out_EON: is overwritten (bf16 or fp32), or the result is added to it (fp32) if `added` is set. groups: None if
-        all rows are summed into one matrix.
+        out_EON: is overwritten (bf16 or fp32), or if `added`, the result is added to it (fp32).
+        groups: None if all columns are summed into one matrix.
         """
 
 
@@ -156,7 +152,7 @@ class DeepGemmMatmuls:
 
 
 def load_deep_gemm() -> ModuleType:
-    """Imports DeepGEMM. Raises UserError unless its version has the needed kernels and fits the installed torch."""
+    """Imports DeepGEMM. Raises UserError unless it has the needed kernels and fits torch."""
     require_fit(deep_gemm=True)
     try:
         return importlib.import_module("deep_gemm")
@@ -169,8 +165,10 @@ class HopperEngine:
     """Implements `train.kernels.fp8.engines.Fp8Engine` on a Hopper GPU."""
 
     def __init__(self, kernels: Any, matmuls: GroupedMatmuls, scaled_mm: Callable[..., Tensor] = F.scaled_mm):
-        """kernels: the module train.kernels.fp8.triton_quantize. matmuls: grouped GEMMs. scaled_mm: torch's dense
-        GEMM."""
+        """kernels: the module train.kernels.fp8.triton_quantize.
+        matmuls: grouped GEMMs.
+        scaled_mm: torch's dense GEMM.
+        """
         self._casts, self._matmuls, self._scaled_mm = kernels, matmuls, scaled_mm
 
     def keep(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
@@ -294,8 +292,7 @@ def needs_deep_gemm(fp8: Fp8) -> bool:
 
 
 def has_mx_tiles(fp8: Fp8) -> bool:
-    """Returns whether the recipe has an operand in which 32 values share a scale. Only Blackwell's GEMMs support
-    this."""
+    """Returns whether an operand of the recipe has one scale per 32 values, as only Blackwell supports."""
     return any("/1x32/" in getattr(fp8, name) for name in FP8_OPERANDS)
 
 
@@ -303,7 +300,7 @@ def check_gpu_operands(fp8: Fp8) -> None:
     """Check that a GPU supports the operands of a recipe. Raises UserError.
 
     All operands must be E4M3. On Hopper, weights must have 128x128 blocks, and other operands 1x128 tiles. On
-    Blackwell, all operands must have 1x32 tiles.
+    Blackwell, all must have 1x32 tiles.
     """
     mx = has_mx_tiles(fp8)
     for name in FP8_OPERANDS:
@@ -323,7 +320,7 @@ def check_gpu_operands(fp8: Fp8) -> None:
 
 
 def check_expert_sizes(weight_ENK: Source) -> None:
-    """Raises UserError if a size of the experts' weights is not a multiple of 128."""
+    """Raises UserError if a size of the experts' weights is no multiple of 128."""
     for size in weight_ENK.shape[1:]:
         if size % TILE:
             raise UserError(
@@ -339,6 +336,6 @@ def _operand(made: tuple[Tensor, Tensor], tiles: bool, outer: int) -> PaddedOper
 
 
 def _padded_columns(x_RC: Tensor) -> Tensor:
-    """Returns x, contiguous, with its columns padded to a multiple of 128."""
+    """Returns x, contiguous, with columns padded to a multiple of 128."""
     right = -x_RC.shape[-1] % TILE
     return F.pad(x_RC, (0, right)) if right else x_RC.contiguous()

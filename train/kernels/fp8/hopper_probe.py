@@ -1,12 +1,10 @@
-"""Tests the FP8 GEMMs of this Hopper or Blackwell GPU with the installed software. A separate process runs the test,
-before the run reads data.
+"""Tests the FP8 GEMMs of this Hopper or Blackwell GPU with the installed software, before the run reads data.
 
     python -m train.kernels.fp8.hopper_probe CONFIG ANSWER DEVICE
 
-The process checks versions first, and then runs small GEMMs through the functions that a training step calls. The
-process compares the results with the emulation on the CPU (train/kernels/fp8/cpu_engine.py). The process writes each
-stage to the file ANSWER. An incompatible library may abort the process; then the last stage in ANSWER shows where. The
-parent process imports no torch.
+A separate process checks versions, and then runs small GEMMs through the functions of a training step. It compares the
+results with the emulation on the CPU (train/kernels/fp8/cpu_engine.py). It writes each stage to the file ANSWER,
+because an incompatible library may abort the process.
 """
 
 import json
@@ -35,20 +33,21 @@ if TYPE_CHECKING:
     from train.kernels.fp8.engines import Fp8Engine
 
 PROBE_SECONDS = 300.0
-"""Longest duration of the probe, in seconds. Imports take about 5 s. The first compilation of each of two DeepGEMM
-kernels takes about 10 s."""
+"""Longest duration of the probe, in seconds. Imports take 5 s, and each of two DeepGEMM compilations 10 s."""
 MATMUL_BOUND = 1e-2
-"""Largest allowed relative error of a row of a GEMM, as the norm of the difference from the emulation. Rounding to bf16
-causes an error of 1e-3. Hopper's tensor cores keep fewer bits than fp32 within 128 elements of the contraction, which
-causes an error too. A scale or row at the wrong position causes an error of at least 0.1."""
+"""Largest allowed relative error of a row of a GEMM, by the norm of the difference from the emulation. Rounding to bf16
+causes 1e-3. Hopper's tensor cores add an error, because they keep fewer bits than fp32 within 128 elements. A misplaced
+scale or row causes at least 0.1."""
 PROBE_TAIL = 1500
-"""Number of characters at the end of the child's output that an error message repeats."""
+"""Characters at the end of the child's output that an error message repeats."""
 
 
 def probe(config: Config, device: int = 0) -> str:
-    """Runs all tests in a child process, and returns the installed versions in one line. Waits at most PROBE_SECONDS.
+    """Runs all tests in a child process, for at most PROBE_SECONDS. Returns the installed versions in one line.
 
-    device: index of the GPU. Raises UserError, which lists all incompatibilities.
+    Raises UserError, which lists all incompatibilities.
+
+    device: index of the GPU.
     """
     name, fp8 = config.precision.name, config.precision.fp8
     assert fp8 is not None
@@ -84,8 +83,7 @@ def probe(config: Config, device: int = 0) -> str:
 
 
 def main() -> int:
-    """Runs the tests; the main function of the child process. It writes an answer at every stage. If the process
-    aborts, the answer shows the stage."""
+    """Runs the tests in the child process. Writes an answer at every stage, in case the process aborts."""
     config, answer, device = read_config(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     fp8 = config.precision.fp8
     assert fp8 is not None
@@ -119,11 +117,11 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Trial:
-    """One GEMM of the test. The engine and the reference both compute it from the same inputs."""
+    """One GEMM of the test, for the engine and for the reference."""
 
     name: str
     run: "Callable[[Fp8Engine, Callable[[Tensor], Tensor]], Tensor]"
-    """Computes the GEMM. Its arguments are an engine, and a function that moves a tensor to the engine's device."""
+    """Computes the GEMM, from an engine and a function that moves a tensor to its device."""
 
 
 def wrong_matmuls(
@@ -131,8 +129,8 @@ def wrong_matmuls(
 ) -> list[tuple[str, str]]:
     """Runs all small GEMMs. Returns a problem and its fix for each GEMM that fails or differs from the reference.
 
-    fp8: the recipe; decides which library computes the grouped GEMMs. say: is called with the name of each GEMM before
-    the GEMM runs.
+    fp8: the recipe; decides which library computes the grouped GEMMs.
+    say: is called with the name of each GEMM before it runs.
     """
     from train.kernels.fp8.cpu_engine import CpuEngine
 
@@ -154,8 +152,7 @@ def wrong_matmuls(
 
 
 def _trials(fp8: Fp8) -> "Iterator[Trial]":
-    """Yields the tests. Their shapes are difficult: not multiples of the tiles, five blocks along the contraction (not
-    a multiple of four), and an expert without rows."""
+    """Yields tests with difficult shapes: odd sizes, five blocks along the contraction, an expert without rows."""
     import torch
 
     from train.kernels.fp8.cast_rules import OperandRule
@@ -168,7 +165,7 @@ def _trials(fp8: Fp8) -> "Iterator[Trial]":
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
-        """Draw rows of very different magnitudes. With these, a scale at the wrong position causes a large error."""
+        """Draw rows of very different magnitudes, so that a misplaced scale causes a large error."""
         x = torch.randn(shape, generator=generator) * torch.exp(torch.randn(*shape[:-1], 1, generator=generator))
         return x.bfloat16()
 
@@ -218,7 +215,7 @@ def _how(code: int) -> str:
 
 
 def _text(output: bytes | str | None) -> str:
-    """Returns the output as text. After a timeout, subprocess returns bytes even in text mode."""
+    """Returns the output as text; after a timeout, subprocess returns bytes."""
     return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 

@@ -1,4 +1,4 @@
-"""Looks up the versions of the FP8 software for a Hopper or Blackwell GPU, and finds incompatibilities."""
+"""Looks up the FP8 software for a Hopper or Blackwell GPU, and finds incompatibilities."""
 
 import ctypes
 import importlib.util
@@ -13,26 +13,22 @@ from pathlib import Path
 from conf.errors import UserError
 
 DEEP_GEMM = "sgl-deep-gemm"
-"""The package on PyPI that contains DeepGEMM. Its module is deep_gemm."""
+"""DeepGEMM's package on PyPI. Its module is deep_gemm."""
 DEEP_GEMM_OLDEST, DEEP_GEMM_NEWEST = (0, 1, 4), (0, 1, 5)
-"""The oldest and the newest supported version of DeepGEMM. The oldest is the first with the K-grouped FP8 kernel. The
-newest is the last that is built for TORCH_OF_DEEP_GEMM."""
+"""Oldest DeepGEMM with the K-grouped FP8 kernel, and the newest built for TORCH_OF_DEEP_GEMM."""
 TORCH_OF_DEEP_GEMM = (2, 11)
-"""The torch version that DeepGEMM needs. With torch 2.12 and 2.13, DeepGEMM can be imported, but its first call aborts
-the process (PyObjectSlot)."""
+"""The torch version for DeepGEMM. With 2.12 and 2.13, its first call aborts the process (PyObjectSlot)."""
 CUDA_OF_DEEP_GEMM = 13
 OTHER_BUILD = "another build"
-"""Text shown as the version if the module deep_gemm is installed, but does not belong to the package DEEP_GEMM. The
-probe tests the GEMMs of this module too."""
+"""The version shown if deep_gemm is not from the package DEEP_GEMM. The probe tests it too."""
 OLDEST_CUDA = (12, 9)
 """The first CUDA version whose cuBLASLt has blockwise FP8 GEMMs."""
 OLDEST_NVCC = (12, 3)
 """Oldest nvcc version that DeepGEMM supports."""
 CAPABILITY = (9, 0)
-"""Compute capability of Hopper GPUs, whose GEMMs have one scale for 128 values."""
+"""Compute capability of Hopper GPUs (one scale for 128 values)."""
 MX_CAPABILITIES = (10, 0), (10, 3)
-"""Compute capabilities of Blackwell server GPUs. torch's grouped GEMMs with one scale for 32 values support these
-GPUs."""
+"""Compute capabilities of Blackwell server GPUs that torch's grouped MXFP8 GEMMs support."""
 
 WITHOUT_PACKAGES = "use precision.fp8.backend=triton, which needs no extra package, or pip install 'torch>=2.11,<2.12' sgl-deep-gemm==0.1.5 (the extra [fp8])"
 TOOLKIT = (
@@ -44,7 +40,7 @@ CHOOSE_BF16 = "choose precision=bf16"
 
 @dataclass(frozen=True)
 class InstalledVersions:
-    """Versions of all software and hardware that an FP8 GEMM needs; None for a part that is not installed."""
+    """Versions of the software and hardware for FP8 GEMMs; None if not installed."""
 
     torch: str
     cuda: str | None
@@ -52,16 +48,15 @@ class InstalledVersions:
     abi: bool
     """Whether torch is built with C++11's ABI, as DeepGEMM is."""
     scaled_mm: bool
-    """Whether torch has the function scaled_mm, which multiplies two quantised matrices and applies their scales."""
+    """Whether torch has scaled_mm, which multiplies quantised matrices and applies their scales."""
     triton: str | None
     deep_gemm: str | None
     nvcc: str | None
     """Version of nvcc, the compiler in `toolkit`."""
     toolkit: str | None
-    """Folder of the CUDA toolkit that DeepGEMM uses: CUDA_HOME, CUDA_PATH, the folder of the nvcc on the PATH, or
-    /usr/local/cuda."""
+    """DeepGEMM's CUDA toolkit: CUDA_HOME, CUDA_PATH, the folder of nvcc on the PATH, or /usr/local/cuda."""
     nvrtc: bool
-    """Whether DeepGEMM is configured to compile with NVRTC instead of nvcc (DG_JIT_USE_NVRTC)."""
+    """Whether DeepGEMM compiles with NVRTC instead of nvcc (DG_JIT_USE_NVRTC)."""
     driver: str | None
     """The newest CUDA version that the driver supports."""
     gpu: str | None
@@ -82,8 +77,10 @@ class InstalledVersions:
 
 
 def look_up_versions(device: int | None = None) -> InstalledVersions:
-    """Looks up the `InstalledVersions` of this machine. device: index of the GPU; None: the current GPU. Initialises
-    CUDA if possible."""
+    """Looks up this machine's `InstalledVersions`. Initialises CUDA if possible.
+
+    device: index of the GPU; None: the current GPU.
+    """
     import torch
     from torch.nn import functional as F
 
@@ -105,8 +102,11 @@ def look_up_versions(device: int | None = None) -> InstalledVersions:
 
 
 def misfits(found: InstalledVersions, deep_gemm: bool, mx: bool = False) -> list[tuple[str, str]]:
-    """Returns the incompatibilities, each with its fix. deep_gemm: whether DeepGEMM computes the grouped GEMMs. mx:
-    whether 32 values share a scale."""
+    """Returns the incompatibilities, each with its fix.
+
+    deep_gemm: whether DeepGEMM computes the grouped GEMMs.
+    mx: whether 32 values share a scale.
+    """
     bad: list[tuple[str, str]] = []
     if found.gpu is None:
         bad.append(("torch sees no GPU", "use cluster.device=cpu"))
@@ -168,14 +168,18 @@ def _of_package(found: InstalledVersions) -> list[tuple[str, str]]:
 
 
 def refusal(bad: list[tuple[str, str]], found: str, value: str = "fp8") -> UserError:
-    """Returns one error for all problems. found: the installed versions. value: the name of the precision."""
+    """Returns one error for all problems.
+
+    found: the installed versions.
+    value: the name of the precision.
+    """
     problems = "".join(f"\n        - {problem}" for problem, _ in bad)
     rule = f"needs compatible packages:{problems}\n        found: {found}"
     return UserError("precision", value, rule, ";\n        ".join(dict.fromkeys(cure for _, cure in bad)))
 
 
 def version(package: str) -> str | None:
-    """Returns the installed version of a package; None if the package is not installed."""
+    """Returns a package's installed version, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -183,12 +187,12 @@ def version(package: str) -> str | None:
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:
-    """Returns the numbers at the start of a version text, at most three."""
+    """Returns up to three numbers at the start of a version text."""
     return tuple(map(int, re.findall(r"\d+", (text or "").partition("+")[0])[:3]))
 
 
 def _toolkit() -> str | None:
-    """Returns the folder that DeepGEMM uses as the CUDA toolkit; None if there is none."""
+    """Returns the folder that DeepGEMM uses as CUDA toolkit, or None."""
     if given := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return given
     if (nvcc := shutil.which("nvcc")) is not None:
@@ -209,7 +213,7 @@ def _nvcc(toolkit: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """Returns the newest CUDA version that the driver supports; None without a driver."""
+    """Returns the newest CUDA version that the driver supports, or None."""
     number = ctypes.c_int()
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))

@@ -14,13 +14,13 @@
                 a, dh, dgate from D(Q(h)) and da   SwiGLU's output is recomputed (paper 3.3.3)
                 dw2 = Q'(D(Q(dy)))^T Q'(a)         the dispatcher delivers dy in FP8 already
 
-The cast of the saved input may differ from the cast in Fprop. For example, the attention's output is saved in E5M6 (12
-bits). If the model saves the original input anyway, or recomputes it in backward (`train.model.recompute`), the layer
-saves no FP8 copy. The layer then casts the original input again in backward, with the same result.
+The saved input may have another cast than in Fprop. If the model saves or recomputes the original input anyway
+(`train.model.recompute`), the layer saves no FP8 copy. Backward then casts the original input again, with the same
+result.
 
-Some GEMMs need each expert's rows padded to a multiple of 128. For these, the FFN pads the rows at its start
-(train/kernels/fp8/groups.py). If the dispatcher sends FP8, x and dy arrive quantised (parallel/expert/wire.py). If the
-rules require the same cast, the arrived codes are used as Q(x) and Q(dy). A new cast would give the same codes.
+Some GEMMs need each expert's rows padded to a multiple of 128 (train/kernels/fp8/groups.py). If the dispatcher sends
+FP8, x and dy arrive quantised (parallel/expert/wire.py). If the rules require the same cast, the arrived codes are Q(x)
+and Q(dy).
 
 Shape suffixes: T tokens (leading axes flattened), K inputs, N outputs; R rows sorted by expert, P rows in the layout
 that the GEMMs read, D width, F inner width, E experts.
@@ -58,8 +58,10 @@ def linear(
     probe: LayerProbe | None,
     held: HeldInput | None = None,
 ) -> Tensor:
-    """Multiplies x (..., K) by the transposed weight. Returns (..., N) in the dtype of x. held: the saved form of x, if
-    other code saves x too."""
+    """Multiplies x (..., K) by the transposed weight. Returns (..., N) in the dtype of x.
+
+    held: the saved form of x, if other code saves x too.
+    """
     return _Linear.apply(x, weight_NK, weights, rules, probe, not torch.is_grad_enabled(), is_free(x), held)
 
 
@@ -69,8 +71,7 @@ def keep(x_MK: Tensor, engine: Fp8Engine, rules: LayerCasts) -> Source:
 
 
 def left_source(kept: Source, x_MK: Tensor, rules: LayerCasts) -> Source:
-    """Returns the tensor from which Fprop's activation operand is built: the saved form of x if it has Fprop's cast,
-    else x."""
+    """Returns the source of Fprop's activation operand: x as saved, if it has Fprop's cast, else x."""
     rule = rules.fprop.left
     same = not isinstance(kept, Tensor) and kept.cast == fitted(rule.cast(), x_MK)
     return kept if same else x_MK
@@ -84,8 +85,10 @@ def gradient_operands(
     weights_needed: bool,
     groups: PaddedGroups | None = None,
 ) -> tuple[Any, Any]:
-    """Returns the left operand of Dgrad and the left operand of Wgrad; None for a matmul that is not needed. groups:
-    positions of the experts' rows."""
+    """Returns the left operands of Dgrad and Wgrad; None for a matmul that is not needed.
+
+    groups: positions of the experts' rows.
+    """
     if inputs_needed and weights_needed:
         return engine.gradient(dy, rules.dgrad.left, rules.wgrad.left, groups)
     for_inputs = engine.operand(dy, rules.dgrad.left) if inputs_needed else None
@@ -147,8 +150,9 @@ def expert_ffn(
 ) -> Tensor:
     """Computes the SwiGLU FFN of every expert for the expert's rows. Returns (R, D) in the rows' dtype.
 
-    rows_RD: rows sorted by expert. rows_RD and the gradient of the result may be `QuantizedRows`. weights, probes,
-    added: pairs, for w13 and for w2. kernels: compute the adapters' matmuls, with rows in bf16 or fp32.
+    rows_RD: rows sorted by expert. They and the gradient of the result may be `QuantizedRows`.
+    weights, probes, added: pairs, for w13 and for w2.
+    kernels: compute the adapters' matmuls, with rows in bf16 or fp32.
     """
     groups, (w13_E2FD, w2_EDF) = held.engine.groups(counts_E, len(rows_RD)), weights
     up, down = (None, None) if probes is None else probes
@@ -169,8 +173,8 @@ def expert_ffn(
 
 
 class _Moved(Function):
-    """Converts rows between the layout of the GEMMs and the layout of the dispatcher. there: converts the rows. back:
-    converts the gradients of the rows."""
+    """Converts rows between the layouts of the GEMMs and of the dispatcher. there: used in forward. back: used for the
+    gradients."""
 
     @staticmethod
     def forward(ctx, rows, there, back):
@@ -267,8 +271,7 @@ class _Down(Function):
 
 
 def _arrived(rows_RD: Tensor, groups: PaddedGroups, engine: Fp8Engine, rule: OperandRule) -> Source:
-    """Returns the rows in the layout of the GEMMs. If rows arrived quantised and the rule requires their cast, returns
-    their codes, else their values."""
+    """Returns the rows in the layout of the GEMMs: as codes if they arrived in the rule's cast, else as values."""
     if isinstance(rows_RD, QuantizedRows):
         cast = Cast(E4M3, (1, TILE), pow2=True, floor=rows_RD.scale_floor)
         if rule.cast() == cast:
@@ -281,8 +284,7 @@ def _arrived(rows_RD: Tensor, groups: PaddedGroups, engine: Fp8Engine, rule: Ope
 def _probe_forward(
     probe: LayerProbe, rules: MatmulRules, groups: PaddedGroups, x_PK: Tensor, weight_ENK: Tensor, y_PN: Tensor
 ) -> None:
-    """Compute the health readings of a projection's operands. For the expert with the most rows, also compute the error
-    of the GEMM."""
+    """Compute the readings of a projection's operands, and the GEMM error of the expert with the most rows."""
     probe.operand("activation", x_PK, rules.left)
     probe.operand("weight", weight_ENK, rules.right)
     busiest = max(range(len(groups.counts)), key=groups.counts.__getitem__)

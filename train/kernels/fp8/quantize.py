@@ -8,12 +8,10 @@ Activations and gradients have tiles of 128 along the contraction, weights have 
     inverse = max of the format / amax           1 / scale for UE8M0
     q       = cast(clamp(x * inverse, -max, max))     and x is about q * scale
 
-All arithmetic is fp32 with IEEE division. Each value is rounded once to the format, to nearest with ties to even. So
-the CPU and the Triton kernels agree in every bit of q and scale. Incomplete blocks at the edges are padded with zeros,
-which do not change amax.
+All arithmetic is fp32 with IEEE division. Each value is rounded once, to nearest with ties to even. So the CPU and the
+Triton kernels agree in every bit of q and scale. Zeros pad incomplete blocks, and do not change amax.
 
-`quantize` implements exactly this with torch operations. Tests compare all other implementations with it. The CPU
-emulation uses compiled code (train/kernels/fp8/compiled_casts.py) if the CPU has AVX2.
+With AVX2, the CPU emulation uses train/kernels/fp8/compiled_casts.py.
 
 Shape suffixes: M rows, K columns, m and k blocks of rows and columns.
 """
@@ -29,21 +27,23 @@ from train.kernels.fp8.formats import Cast, ScaleBlock, pack_e5m6, round_to, unp
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A quantised tensor. Its values are q * scale, where all values of a block have the same scale."""
+    """A quantised tensor. Its values are q * scale, with one scale per block."""
 
     q: Tensor
     """Codes (..., M, K) in the format's dtype; for E5M6 (..., M, 3 ceil(K / 2)) uint8."""
     scale: Tensor
     """Scales (..., ceil(M / rows), ceil(K / columns)), fp32."""
     cast: Cast
-    """The cast that produced q and scale. Its block is not larger than the tensor."""
+    """The cast that produced q and scale, with its block fitted to the tensor."""
     shape: torch.Size
-    """Shape of the tensor, (..., M, K), without the padding that q and scale may have on CUDA."""
+    """Shape of the tensor, (..., M, K), without padding of q and scale."""
 
 
 def scales(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """Returns the fp32 scale and inverse of blocks. amax: the max-abs of each block. Where amax is NaN, the results are
-    NaN."""
+    """Returns the fp32 scale and inverse of blocks; NaN where amax is NaN.
+
+    amax: the max-abs of each block.
+    """
     amax = amax.float().clamp_min(cast.floor)
     maximum = torch.full_like(
         amax, cast.format.max
@@ -64,14 +64,13 @@ class ShapedTensor(Protocol):
 
 
 def fitted(cast: Cast, x_MK: ShapedTensor) -> Cast:
-    """Returns the cast, with its block reduced to the tensor's shape if the block is larger."""
+    """Returns the cast, with its block limited to the tensor's shape."""
     block = min(cast.block[0], max(x_MK.shape[-2], 1)), min(cast.block[1], max(x_MK.shape[-1], 1))
     return cast if block == cast.block else replace(cast, block=block)
 
 
 def blocked(x_MK: Tensor, block: ScaleBlock) -> Tensor:
-    """Splits x into blocks: (..., M, K) -> (..., m, rows, k, columns). Incomplete blocks at the edges are padded with
-    zeros."""
+    """Splits x into blocks: (..., M, K) -> (..., m, rows, k, columns). Zeros pad incomplete blocks."""
     rows, columns = block
     below, right = -x_MK.shape[-2] % rows, -x_MK.shape[-1] % columns
     if below or right:
@@ -81,7 +80,7 @@ def blocked(x_MK: Tensor, block: ScaleBlock) -> Tensor:
 
 
 def unblocked(blocks: Tensor, shape: torch.Size) -> Tensor:
-    """Inverse of `blocked`: removes the padding, and returns a contiguous tensor of this shape, (..., M, K)."""
+    """Reverses `blocked`: returns a contiguous tensor of this shape, (..., M, K), without padding."""
     whole = blocks.flatten(-4, -3).flatten(-2, -1)
     return whole if whole.shape == shape else whole[..., : shape[-2], : shape[-1]].contiguous()
 
@@ -108,14 +107,12 @@ def dequantize(x: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def exact_dtype(cast: Cast) -> torch.dtype:
-    """Returns the smallest dtype that represents the quantised values exactly: bf16 if scales are powers of two, else
-    fp32."""
+    """Returns the smallest dtype that is exact: bf16 if scales are powers of two, else fp32."""
     return torch.bfloat16 if cast.pow2 else torch.float32
 
 
 class EagerCasts:
-    """Casts for the CPU emulation, in torch operations. train/kernels/fp8/compiled_casts.py has the same casts in
-    compiled code."""
+    """Casts for the CPU emulation, in torch operations; see also train/kernels/fp8/compiled_casts.py."""
 
     def quantize(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
         """Returns codes and scales of x."""

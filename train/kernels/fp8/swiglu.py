@@ -5,8 +5,8 @@
                dg = da * w * u * silu'(g)                  silu'(g) = s + g s (1 - s), s = sigmoid(g)
                dw = sum over the row of da * silu(g) * u
 
-Arithmetic is in fp32. The forward result is cast to FP8 directly from fp32. Backward returns the recomputed `a` and dh
-in bf16. Two casts (1x128 and 128x1) then read each of these tensors, so both casts start from the same numbers.
+Arithmetic is in fp32. Forward casts to FP8 directly from fp32. Backward returns `a` and dh in bf16, because two casts
+(1x128 and 128x1) read each of them and must start from the same numbers.
 
 Shape suffixes: P rows, F inner width of an expert.
 """
@@ -24,8 +24,7 @@ def forward(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
 
 
 def chunks(x_P: Tensor, h_P2F: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Splits the rows of x into parts. In h, the rows of one part have at most `fp8_gate_and_up` elements
-    (conf/thresholds.py).
+    """Splits the rows of x into parts with at most `fp8_gate_and_up` elements of h (conf/thresholds.py).
 
     h_P2F: None if x is h.
     """
@@ -34,7 +33,7 @@ def chunks(x_P: Tensor, h_P2F: Tensor | None = None) -> tuple[Tensor, ...]:
 
 
 def recompute(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
-    """Returns the output `a` (P, F) in bf16, with the same bits as `backward`."""
+    """Returns the output `a` (P, F) in bf16, bitwise as `backward`."""
     a_PF = gates_P.new_empty(h_P2F.shape[0], h_P2F.shape[1] // 2, dtype=torch.bfloat16)
     for h, gates, a in zip(*(chunks(tensor, h_P2F) for tensor in (h_P2F, gates_P, a_PF)), strict=True):
         a.copy_(forward(h, gates))
@@ -42,7 +41,7 @@ def recompute(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
 
 
 def backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the recomputed output `a` (P, F) and dh (P, 2F) in bf16, and dw (P,) in fp32."""
+    """Returns the recomputed `a` (P, F) and dh (P, 2F) in bf16, and dw (P,) in fp32."""
     a_PF = torch.empty_like(da_PF, dtype=torch.bfloat16)
     dh_P2F = torch.empty_like(h_P2F, dtype=torch.bfloat16)
     dgates_P = torch.empty_like(gates_P)
@@ -53,7 +52,7 @@ def backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Ten
 
 
 def _backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor, a_PF: Tensor, dh_P2F: Tensor, dgates_P: Tensor) -> None:
-    """Writes `a`, dh and dw of some rows to a_PF, dh_P2F and dgates_P."""
+    """Writes some rows' `a`, dh and dw to a_PF, dh_P2F and dgates_P."""
     gate_PF, up_PF = h_P2F.float().chunk(2, -1)
     da_PF, gates_P1 = da_PF.float(), gates_P[:, None]
     dgate_PF, dup_PF = dh_P2F.chunk(2, -1)

@@ -4,19 +4,16 @@
     wgrad       left (O, P) by right (N, P), both in 1x128 -> (E, O, N) in fp32    Wgrad, a separate sum over the columns of each expert
 
 Tensor cores sum 128 elements of the contraction, starting from zero. The kernel scales this partial sum and adds it to
-an fp32 sum in registers. So the low-precision accumulator of tensor cores never sums more than 128 elements (paper
-3.3.2). `wgrad` can add to an existing result. So the gradients of several micro-batches are summed without rounding.
+an fp32 sum in registers, because tensor cores accumulate with low precision (paper 3.3.2). `wgrad` can add to an
+existing result, so micro-batches are summed without rounding.
 
 The kernels read the end of each expert's rows on the device, so the host never waits. In Fprop and Dgrad, rows have no
-padding: a program reads and writes only the rows of its tile that belong to its expert. In Wgrad, each expert has
-complete tiles of columns, with zeros after the real columns (`quantize_columns`). All other sizes are multiples of 128.
-A dense GEMM is a grouped GEMM with a single expert.
+padding. In Wgrad, each expert has complete tiles of columns, filled with zeros (`quantize_columns`). All other sizes
+are multiples of 128. A dense GEMM has a single expert.
 
-A tile has one 64-bit position, and its elements have 32-bit offsets from this position. With a 64-bit pointer for each
-element, the loop over the contraction would be 10 % slower, and the loop of a dense Wgrad a third slower. In a large
-GEMM, a program computes two adjacent tiles with the same rows, 128 rows by 256 columns. It computes one tile after the
-other. The sums of both tiles already fill half of the registers, and the partial sum of one tile fills a quarter.
-bench/RESULTS.md lists the registers of each variant.
+A tile has one 64-bit position, and its elements have 32-bit offsets. 64-bit pointers for elements make the loop 10 %
+slower, and the loop of a dense Wgrad a third slower. In a large GEMM, a program computes two adjacent tiles of the same
+rows (128 rows by 256 columns), one after the other (registers: bench/RESULTS.md).
 
 The module needs triton and is imported only where its kernels run. Shape suffixes: O, N outer, C contraction, R rows, P
 columns of whole tiles, E experts.
@@ -36,28 +33,26 @@ from train.kernels.fp8.groups import most_tiles
 from train.kernels.fp8.triton_quantize import rows_of_tile, tiles_of_experts
 
 BAND = 8
-"""Number of adjacent row tiles in a band. Consecutive programs compute all tiles of a band for one column tile. So each
-tile of the right operand is read from memory only once for each band."""
+"""Number of adjacent row tiles in a band. Consecutive programs compute a band for one column tile, so each tile of the
+right operand is read once per band."""
 WARPS, STAGES = 8, 4
-"""Number of warps of a program, and of pipeline stages. Eight warps are two warpgroups; each computes 64 rows of the
-tile. The sum, and the partial sum of 128 elements, need half of a thread's registers. A stage has 32 KiB, or 48 KiB for
-two tiles. Four stages fill more than half of a Hopper GPU's shared memory: the program multiplies one stage while it
-loads three others."""
+"""Number of warps of a program, and of pipeline stages. Eight warps are two warpgroups of 64 rows each. The sum and the
+partial sum need half of a thread's registers. A stage has 32 KiB, or 48 KiB for two tiles. Four stages fill more than
+half of a Hopper GPU's shared memory."""
 LANES = 32
-"""Number of threads of a warp. If a warp sums a vector of at least this many elements, every thread of the warp has the
-result. So the compiler knows that all threads run the same number of steps over an expert's columns. With up to 16
-experts this saves 32 of 276 instructions per step (Triton 3.7.1)."""
+"""Number of threads of a warp. If a vector has at least this many elements, every thread of a warp gets its sum. So the
+compiler knows that all threads run equally many steps. With up to 16 experts this saves 32 of 276 instructions per step
+(Triton 3.7.1)."""
 
 
 def _named(kernel: str, specialization) -> str:
-    """Returns the name that profilers show for a kernel. The names of grouped GEMMs and dense GEMMs differ."""
+    """Returns a kernel's name in profilers, which differs for grouped and dense GEMMs."""
     return f"_grouped_{kernel}_kernel" if specialization.constants["experts"] > 1 else f"_{kernel}_kernel"
 
 
 @triton.jit
 def tile_of_program(program, tiles_m, tiles_n, band: constexpr):
-    """Returns the tile (m, n) that a program computes. Consecutive programs compute all row tiles of a band for one n,
-    and then the same row tiles for the next n."""
+    """Returns a program's tile (m, n): first all row tiles of a band for one n, then the next n."""
     first = program // (band * tiles_n) * band
     height = tl.minimum(tiles_m - first, band)
     inside = program % (band * tiles_n)
@@ -116,7 +111,7 @@ def _matmul_kernel(
 
 @triton.jit
 def store_sums(acc, out_ptr, expert, m, n, height_out, width_out, added: constexpr):
-    """Store tile (m, n) of an expert's matrix. added: whether to add the tile to the existing values."""
+    """Store tile (m, n) of an expert's matrix. added: add it to the existing values."""
     row, column = m * 128 + tl.arange(0, 128), n * 128 + tl.arange(0, 128)
     matrix = out_ptr + expert.to(tl.int64) * height_out * width_out
     out = matrix + row[:, None].to(tl.int64) * width_out + column[None, :]
@@ -168,9 +163,10 @@ def matmul(
 ) -> Tensor:
     """Fill out_RN, bf16 or fp32, with the product of each row and the transposed matrix of the row's expert.
 
-    left_scale: (R, C / 128), stored column by column. right_scale: (E, N / 128, C / 128), contiguous. out_RN: may have
-    fewer rows and columns than the operands. ends_E: end of each expert's rows, int32; None for a single matrix. The
-    last end must equal the number of rows of out_RN.
+    left_scale: (R, C / 128), stored column by column.
+    right_scale: (E, N / 128, C / 128), contiguous.
+    out_RN: may have fewer rows and columns than the operands.
+    ends_E: end of each expert's rows, int32; the last equals the number of rows of out_RN. None for a single matrix.
     """
     (rows, contraction), (experts, width, _), (height_out, width_out) = left_RC.shape, right_ENC.shape, out_RN.shape
     check_matmul(left_RC, left_scale, right_ENC, right_scale, out_RN)
@@ -187,7 +183,7 @@ def matmul(
 
 
 def check_matmul(left_RC: Tensor, left_scale: Tensor, right_ENC: Tensor, right_scale: Tensor, out_RN: Tensor) -> None:
-    """Asserts that the operands of `matmul` have the layout that the kernels of `matmul` read."""
+    """Asserts that the operands of `matmul` have the layout of its kernels."""
     rows, contraction = left_RC.shape
     _whole(right_ENC)
     assert left_RC.is_contiguous() and _by_column(left_scale) and left_scale.shape == (rows, contraction // TILE)
@@ -197,8 +193,8 @@ def check_matmul(left_RC: Tensor, left_scale: Tensor, right_ENC: Tensor, right_s
 def check_wgrad(
     left_OP: Tensor, left_scale: Tensor, right_NP: Tensor, right_scale: Tensor, out_EON: Tensor, added: bool
 ) -> tuple[int, int, int]:
-    """Asserts that the operands of `wgrad` have the layout that its kernel reads. Returns the padded height and width
-    of the result, and the number of columns of the operands."""
+    """Asserts that the operands of `wgrad` have the layout of its kernel. Returns the result's padded height and width,
+    and the operands' number of columns."""
     (height, columns), (width, others) = _whole(left_OP), _whole(right_NP)
     assert others == columns and out_EON.is_contiguous()
     assert _by_column(left_scale) and _by_column(right_scale)
@@ -207,7 +203,7 @@ def check_wgrad(
 
 
 def tiles_at_once(tiles_m: int, right_ENC: Tensor, out_RN: Tensor) -> int:
-    """Returns the number of adjacent tiles that a program computes, 1 or 2. tiles_m: number of row tiles."""
+    """Returns how many adjacent tiles a program computes, 1 or 2. tiles_m: number of row tiles."""
     experts, width, contraction = right_ENC.shape
     in_pairs = width == out_RN.shape[1] and width % (2 * TILE) == 0
     in_pairs &= experts > 1 and contraction > TILE  # in other cases the compiler unrolls the loop
@@ -218,12 +214,14 @@ def wgrad(
     left_OP: Tensor, left_scale: Tensor, right_NP: Tensor, right_scale: Tensor, out_EON: Tensor, added: bool,
     ends_E: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Fill out_EON, bf16 or fp32, with left @ right^T, a separate sum over the columns of each expert. The sum is zero
-    for an expert without columns.
+    """Fill out_EON, bf16 or fp32, with left @ right^T, summed separately over the columns of each expert.
 
-    left_scale, right_scale: (O or N, P / 128), stored column by column. out_EON: may have fewer rows and columns than
-    the operands. added: whether to add to the existing values of out_EON, in fp32. ends_E: end of each expert's
-    columns, int32; None if all columns belong to one expert. Each expert has complete tiles of columns.
+    The result is zero for an expert without columns. Each expert has complete tiles of columns.
+
+    left_scale, right_scale: (O or N, P / 128), stored column by column.
+    out_EON: may have fewer rows and columns than the operands.
+    added: whether to add to the existing values of out_EON, in fp32.
+    ends_E: end of each expert's columns, int32; None for one expert.
     """
     height, width, columns = check_wgrad(left_OP, left_scale, right_NP, right_scale, out_EON, added)
     experts, height_out, width_out = out_EON.shape
@@ -242,7 +240,7 @@ def _by_column(scale: Tensor) -> bool:
 
 
 def _whole(x: Tensor) -> tuple[int, int]:
-    """Returns the last two sizes. Asserts that the tensor is contiguous, and that both sizes are multiples of 128."""
+    """Returns the last two sizes. Asserts that the tensor is contiguous, and both are multiples of 128."""
     rows, columns = x.shape[-2:]
     assert x.is_contiguous() and rows % TILE == 0 and columns % TILE == 0, f"{rows} x {columns} is not whole tiles"
     return rows, columns

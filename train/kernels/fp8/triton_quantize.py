@@ -13,19 +13,17 @@ Each kernel reads its input once. It writes FP8 values and fp32 scales in the la
     swiglu_backward     a, dh and dw from h and da                                       see train/kernels/fp8/swiglu.py
     quantize_mx         (R, C) -> q (P, Q) and one scale per row and 32 columns          every MXFP8 operand, also SwiGLU's output
 
-The input of `quantize_columns` may be FP8 with a scale per row and 128 columns, or E5M6. The kernel dequantises such an
-input while it reads the input. So one pass converts a saved input from 1x128 to 128x1 for Wgrad (paper 3.5.2).
-Divisions are IEEE divisions (`div_rn`), because `/` is approximate on NVIDIA GPUs and would give other bits.
+The input of `quantize_columns` may be quantised: FP8 with a scale per row and 128 columns, or E5M6. So one pass
+converts a saved input to 128x1 tiles for Wgrad (paper 3.5.2). Divisions are IEEE divisions (`div_rn`), because `/` is
+approximate on NVIDIA GPUs.
 
 The number of columns must be a multiple of 128, and for weights also the number of rows; the caller pads. Activations
-may have any number of rows. If the last tile has fewer than 128 rows, the kernel treats the missing rows as zeros. It
-writes these zeros only if a GEMM reads them.
+may have any number of rows. Missing rows of the last tile count as zeros, and are written only if a GEMM reads them.
 
-Only `quantize_mx` accepts tensors of any strides and sizes, so its input may be a transposed view. This kernel writes
-E8M0 scales in the layout that Blackwell's GEMMs read. An E8M0 scale is a byte: the exponent of a power of two plus 127.
-A block of 128 rows by 4 scales has 512 bytes. In a block, the scales of row r begin at byte 16 (r mod 32) + 4 (r div
-32). All blocks of the first 128 rows come first, in the order of the contraction; then come the blocks of the next rows
-(cuBLAS 13, "1D Block Scaling Factors Layout").
+Only `quantize_mx` accepts any strides and sizes. It writes E8M0 scales in the layout of Blackwell's GEMMs (cuBLAS 13,
+"1D Block Scaling Factors Layout"). An E8M0 scale is a byte: the exponent of a power of two plus 127. A block of 128
+rows by 4 scales has 512 bytes; the scales of row r begin at byte 16 (r mod 32) + 4 (r div 32). The blocks of 128 rows
+are adjacent, in the order of the contraction; the next rows follow.
 
 The module needs triton and is imported only where its kernels run. Shape suffixes: R rows, P rows of whole tiles, C
 columns, Q columns of whole tiles.
@@ -43,15 +41,14 @@ from train.kernels.fp8.groups import most_tiles, on_device
 QUANTIZE_ROWS = 32
 """Number of rows that a program quantises."""
 BACKWARD_ROWS = 8
-"""Number of rows that a program of `swiglu_backward` computes. The program stores several values for each element in
-registers, so it computes fewer rows than other programs."""
+"""Rows of a program of `swiglu_backward`: few, because each element needs several registers."""
 QUANTIZE_COLUMNS = 32
 """Number of columns that a program of `quantize_columns` quantises."""
 
 
 @triton.jit
 def _scales(amax, maximum: constexpr, floor: constexpr, pow2: constexpr):
-    """Returns scale and inverse for a max-abs, with the arithmetic of `train.kernels.fp8.quantize.scales`."""
+    """Returns scale and inverse for a max-abs, like `train.kernels.fp8.quantize.scales`."""
     amax = tl.maximum(amax, floor)
     scale = tl.div_rn(amax, tl.full(amax.shape, maximum, tl.float32))
     if pow2:
@@ -65,16 +62,15 @@ def _scales(amax, maximum: constexpr, floor: constexpr, pow2: constexpr):
 
 @triton.jit
 def _cast(scaled, maximum: constexpr, dtype: constexpr):
-    """Clamp the values and round them to the format. NaN stays NaN."""
+    """Clamp the values and round them to the format; NaN stays NaN."""
     return tl.clamp(scaled, -maximum, maximum, propagate_nan=tl.PropagateNan.ALL).to(dtype)
 
 
 @triton.jit
 def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr, least: constexpr = 0):
-    """Returns the end of each expert's rows, and each expert's number of tiles of 128 rows.
+    """Returns the end of each expert's rows, and each expert's number of tiles of 128 rows, at least `least`.
 
-    The results have `slots` entries, a power of two. Entries after the last expert have 0 tiles. An expert has at least
-    `least` tiles.
+    The results have `slots` entries, a power of two. Entries after the last expert have 0 tiles.
     """
     slot = tl.arange(0, slots)
     end = tl.load(ends_ptr + slot, mask=slot < experts, other=0)
@@ -84,8 +80,7 @@ def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr, least: cons
 
 @triton.jit
 def rows_of_tile(ends_ptr, tile, height, experts: constexpr, slots: constexpr, least: constexpr = 0):
-    """Returns the expert of a tile, the first of the tile's 128 rows, and the end of the expert's rows. A tile after
-    the last expert has no rows."""
+    """Returns a tile's expert, its first row, and the expert's end; no rows after the last expert."""
     expert, first, last = 0, tile * 128, height
     if experts > 1:
         end, tiles = tiles_of_experts(ends_ptr, experts, slots, least)
@@ -99,10 +94,9 @@ def rows_of_tile(ends_ptr, tile, height, experts: constexpr, slots: constexpr, l
 
 @triton.jit
 def _load(x_ptr, scale_ptr, rows, last, columns, tile, width, scale_rows, scaled: constexpr):
-    """Load fp32 values at rows x columns. All columns are in one tile of 128 columns. Values at and after row `last`
-    are zero.
+    """Load fp32 values at rows x columns of one tile of 128 columns. Values from row `last` on are zero.
 
-    scaled: whether the input is FP8 with a scale per row and tile. These scales are stored column by column.
+    scaled: whether the input is FP8 with a scale per row and tile, stored column by column.
     """
     there = rows < last
     x = tl.load(x_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], there[:, None], 0.0).to(tl.float32)
@@ -116,8 +110,8 @@ def _store_tiles(
     x, q_ptr, scale_ptr, rows, columns, there, tile, width, scale_rows,
     maximum: constexpr, floor: constexpr, pow2: constexpr,
 ):  # fmt: skip
-    """Store values at rows x columns as FP8, with a scale per row. All columns are in one tile of 128 columns. The
-    scales are stored column by column."""
+    """Store values at rows x columns of one tile of 128 columns as FP8, with a scale per row, stored column by
+    column."""
     scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
     q = _cast(x * inverse[:, None], maximum, q_ptr.dtype.element_ty)
     tl.store(q_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], q, there[:, None])
@@ -143,7 +137,7 @@ def _e5m6_kernel(
     x_ptr, q_ptr, scale_ptr, height, width, height_out,
     maximum: constexpr, floor: constexpr, pow2: constexpr, block: constexpr,
 ):  # fmt: skip
-    """Packs eight values into three 32-bit integers, with the same bits as `train.kernels.fp8.formats.pack_e5m6`."""
+    """Packs eight values into three 32-bit integers, bitwise as `train.kernels.fp8.formats.pack_e5m6`."""
     rows = tl.program_id(0) * block + tl.arange(0, block)
     columns = tl.program_id(1) * 128 + tl.arange(0, 128)
     x = _load(x_ptr, x_ptr, rows, height, columns, 0, width, height, False)
@@ -168,8 +162,7 @@ def _e5m6_kernel(
 
 @triton.jit
 def _load_e5m6(q_ptr, scale_ptr, rows, start, tile, width, height, count: constexpr):
-    """Returns the fp32 values of `count` columns from column `start`, in the given rows. All columns are in one tile of
-    128 columns. The function unpacks them from 32-bit integers."""
+    """Returns fp32 values of `count` E5M6 columns from `start` on, in these rows of one tile."""
     words = rows[:, None].to(tl.int64) * (width // 8 * 3) + (start // 8 + tl.arange(0, count // 8))[None, :] * 3
     low, middle, high = tl.load(q_ptr + words), tl.load(q_ptr + words + 1), tl.load(q_ptr + words + 2)
     first = low & 0xFFFFFF
@@ -219,7 +212,7 @@ def _both_kernel(
 ):  # fmt: skip
     """Computes what `_tiles_kernel` and `_columns_kernel` compute, for 128 rows and 128 columns.
 
-    again: whether to apply the second cast to the result of the first cast. This result is then not stored.
+    again: whether to apply the second cast to the result of the first, which is then not stored.
     """
     tile = tl.program_id(0)
     _, first, last = rows_of_tile(ends_ptr, tile, height, experts, slots)
@@ -366,8 +359,7 @@ def _mx_kernel(
 
 
 def quantize_tiles(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """Returns q (P, C) and scale (P, C / 128). The scale is stored column by column, as cuBLASLt and DeepGEMM read
-    it."""
+    """Returns q (P, C) and scale (P, C / 128), stored column by column as cuBLASLt and DeepGEMM need."""
     rows, columns = _sizes(x_RC)
     whole = -(-rows // TILE) * TILE
     q, scale = cast.empty_tiles(x_RC, whole, columns)
@@ -378,7 +370,7 @@ def quantize_tiles(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
 
 
 def quantize_e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """Returns q, uint8 (P, 3 C / 2), packed as in `train.kernels.fp8.formats.pack_e5m6`, and scale (P, C / 128), stored
+    """Returns q, uint8 (P, 3 C / 2), packed like `train.kernels.fp8.formats.pack_e5m6`, and scale (P, C / 128), stored
     column by column."""
     rows, columns = _sizes(x_RC)
     whole = -(-rows // TILE) * TILE
@@ -391,8 +383,7 @@ def quantize_e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
 
 
 def decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
-    """Returns the values of the result of `quantize_e5m6`, in bf16 (R, C). The values are exact if the scales are
-    powers of two."""
+    """Returns the values of `quantize_e5m6`, bf16 (R, C); exact if scales are powers of two."""
     columns = q.shape[1] // 3 * 2
     out_RC = q.new_empty(rows, columns, dtype=torch.bfloat16)
     _decode_kernel[(-(-rows // QUANTIZE_ROWS), columns // TILE)](
@@ -404,8 +395,8 @@ def decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
 def quantize_both(
     x_RC: Tensor, cast: Cast, cast_t: Cast, ends_E: Tensor | None = None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Returns what `quantize_tiles` returns for the first cast, and what `quantize_columns` returns for the second
-    cast. The kernel reads x only once. With ends_E, the first result has no padding rows."""
+    """Returns the result of `quantize_tiles` with the first cast, and of `quantize_columns` with the second. With
+    ends_E, the first result has no padding rows."""
     rows, columns = _sizes(x_RC)
     experts = 1 if ends_E is None else ends_E.shape[0]
     tiles, whole = most_tiles(rows, experts), -(-rows // TILE) * TILE if experts == 1 else rows
@@ -420,8 +411,11 @@ def quantize_both(
 
 
 def quantize_again(x_RC: Tensor, cast: Cast, cast_t: Cast) -> tuple[Tensor, Tensor]:
-    """Returns what `quantize_columns` returns for the second cast, if its input is the result of `quantize_tiles` for
-    the first cast. One kernel computes both casts. Both casts must have the same format."""
+    """Quantises x with `quantize_tiles` and the first cast, and that result with `quantize_columns` and the second
+    cast.
+
+    Returns the second result. Both casts must have the same format.
+    """
     rows, columns = _sizes(x_RC)
     tiles = most_tiles(rows, 1)
     q_t, scale_t = cast_t.empty_tiles(x_RC, columns, tiles * TILE)
@@ -442,9 +436,9 @@ def quantize_columns(
     """Returns q (C, P) and scale (C, P / 128) of the transpose of x, with tiles along R. The scale is stored column by
     column.
 
-    in_scale: scales of x_RC if x_RC is quantised: FP8, or the packed result of `quantize_e5m6`. flat: number of padded
-    rows of each expert; if it is given, q is flat: one matrix (C, rows) after another. ends_E: end of each expert's
-    rows, int32. Each expert has its own tiles. Tiles after the last expert are zeros.
+    in_scale: scales of x_RC if x_RC is quantised: FP8, or the packed result of `quantize_e5m6`.
+    flat: number of padded rows of each expert. If given, q is flat: one matrix (C, rows) after another.
+    ends_E: end of each expert's rows, int32. Each expert has its own tiles; tiles after the last expert are zeros.
     """
     packed = x_RC.dtype == torch.uint8
     if packed:
@@ -463,8 +457,7 @@ def quantize_columns(
 
 
 def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor, Tensor]:
-    """Returns q (..., R, C) and scale (..., R / 128, C / 128), contiguous. transposed: whether to transpose both
-    results."""
+    """Returns q (..., R, C) and scale (..., R / 128, C / 128), contiguous; both transposed if `transposed`."""
     rows, columns = _sizes(x_RC)
     assert rows % TILE == 0, f"{rows} rows are not whole tiles"
     lead = x_RC.shape[:-2]
@@ -483,8 +476,8 @@ def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor,
 def swiglu_tiles(
     h_P2F: Tensor, gates_P: Tensor, cast: Cast, cache: Cast
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Returns two results of `quantize_tiles`: for SwiGLU's output (P, F) with the first cast, and for h with the cast
-    `cache`. The kernel reads h only once. Neither result has padding rows."""
+    """Returns two results of `quantize_tiles`, without padding rows: SwiGLU's output (P, F) with the first cast, and h
+    with the cast `cache`."""
     rows, width = _sizes(h_P2F)[0], h_P2F.shape[1] // 2
     made, kept = cast.empty_tiles(h_P2F, rows, width), cache.empty_tiles(h_P2F, rows, 2 * width)
     _swiglu_kernel[(-(-rows // QUANTIZE_ROWS), width // TILE)](
@@ -518,10 +511,11 @@ def quantize_mx(
 ) -> tuple[Tensor, Tensor]:
     """Returns q (..., P, Q) and its E8M0 scales: (P, Q / 32), or (..., P x Q / 32) for several matrices.
 
-    x_RC: a tensor with any strides. It may be the transpose of a q that this function returned earlier. Then in_scale
-    is the scale of this q, else None. ends_E: end of each expert's columns, int32. Each expert has at least one tile of
-    its own, and its scales form a separate matrix. Tiles after the last expert's columns are zeros, and belong to the
-    last expert. gates_R: if given, x_RC is the input of SwiGLU, and the function quantises the output of SwiGLU.
+    x_RC: a tensor with any strides. It may be the transpose of an earlier q of this function.
+    in_scale: the scale of this earlier q, else None.
+    ends_E: end of each expert's columns, int32. Each expert has at least one tile, and its scales form a separate
+        matrix. Tiles after the last expert's columns are zeros, and belong to the last expert.
+    gates_R: if given, x_RC is the input of SwiGLU, and the function quantises the output of SwiGLU.
     """
     *lead, rows, columns = x_RC.shape
     columns = columns if gates_R is None else columns // 2
@@ -541,8 +535,7 @@ def quantize_mx(
 
 
 def _sizes(x_RC: Tensor) -> tuple[int, int]:
-    """Returns the numbers of rows and columns. Asserts that the tensor is contiguous, and that columns are a multiple
-    of 128."""
+    """Returns the sizes. Asserts that the tensor is contiguous, and columns are a multiple of 128."""
     rows, columns = x_RC.shape[-2:]
     assert x_RC.is_contiguous(), "kernels read row by row"
     assert columns % TILE == 0, f"{columns} columns are not whole tiles"
@@ -550,8 +543,7 @@ def _sizes(x_RC: Tensor) -> tuple[int, int]:
 
 
 def _tile_places(lengths: list[int], columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Describes a flat q that has one matrix (columns, rows) after another. For every 128 rows, returns the position of
-    their first element, and the row stride of their matrix."""
+    """For a flat q of matrices (columns, rows), returns the first position and the row stride of every 128 rows."""
     base, stride, before = [], [], 0
     for length in lengths:
         base += range(before * columns, before * columns + length, TILE)

@@ -1,10 +1,9 @@
 """Implements the attention cores on a GPU with torch's kernels. train/kernels/choice.py selects the core for a run.
 
-One kernel call can compute attention for several consecutive documents of a sequence. The call gets the lengths of the
-documents. In each document, queries see keys up to the diagonal of the document, so the call needs no mask. Any other
-rectangle of queries and keys needs a separate call. A call for one sequence may have any length. Calls for all
-sequences have only a few different lengths. A run may use different cores for these two kinds of calls
-(`AttentionByKind`).
+One kernel call can compute several consecutive documents of a sequence from their lengths. Queries see keys up to the
+diagonal of their document, so the call needs no mask. Any other rectangle of queries and keys needs a separate call. A
+call for one sequence may have any length; calls for all sequences have few different lengths. So a run may use two
+cores (`AttentionByKind`).
 
 Shapes as in train/model/attention.py; P documents of a call, M queries of a call.
 """
@@ -25,8 +24,8 @@ ATEN = torch.ops.aten
 LSE_ROWS = 32
 """The memory-efficient kernel pads log-sum-exps to multiples of this number of queries."""
 WASTE = 4
-"""Largest ratio of allocated log-sum-exps to queries in a call with documents. For every document, the kernel allocates
-as many log-sum-exps as for the longest document."""
+"""Largest ratio of allocated log-sum-exps to queries in a call. The kernel allocates as many for every document as for
+the longest."""
 
 
 class _Documents(NamedTuple):
@@ -34,16 +33,16 @@ class _Documents(NamedTuple):
 
     longest: int
     bounds: Tensor
-    """Start of each document. The last entry is the end of the last document. int32 (P + 1,)."""
+    """Start of each document, then the end of the last: int32 (P + 1,)."""
     places: tuple[Tensor, Tensor]
-    """For every query, the index of its document, and its position in the document: int64 (M,)."""
+    """Each query's document index, and its position in the document: int64 (M,)."""
 
 
 class _Call(NamedTuple):
     """The arguments of one call of an attention kernel.
 
-    causal: whether queries see keys only up to a diagonal; else they see all keys. documents: the documents of the
-    call, if there are several; else None. In each document, queries see keys only up to the diagonal of this document.
+    causal: whether queries see keys only up to a diagonal (of their document); else they see all keys.
+    documents: the documents of the call, if there are several; else None.
     """
 
     sequences: slice
@@ -53,19 +52,17 @@ class _Call(NamedTuple):
     documents: _Documents | None = None
 
     def take(self, *tensors: Tensor) -> list[Tensor]:
-        """Returns the parts of q, k, v and of other tensors that belong to this call. The other tensors have an axis of
-        queries."""
+        """Returns this call's parts of q, k, v and other tensors. Other tensors have an axis of queries."""
         return [t[self.sequences, :, self.keys if i in (1, 2) else self.queries] for i, t in enumerate(tensors)]
 
 
 def calls(rectangles: Sequence[Rectangle], device: torch.device, waste: float = WASTE) -> list[_Call]:
-    """Returns the kernel calls that compute attention for these rectangles of queries and keys. waste: see WASTE."""
+    """Returns the kernel calls for these rectangles of queries and keys. waste: see WASTE."""
     return [_call(run, device) for run in _runs(rectangles, waste)]
 
 
 def _runs(rectangles: Sequence[Rectangle], waste: float) -> Iterator[list[Rectangle]]:
-    """Groups the rectangles of queries and keys by kernel call, in order. Consecutive documents can share a call. Any
-    other rectangle gets a separate call."""
+    """Groups rectangles by kernel call, in order. Only consecutive documents can share a call."""
     run: list[Rectangle] = []
     for one in rectangles:
         if run:
@@ -102,13 +99,13 @@ def _call(run: list[Rectangle], device: torch.device) -> _Call:
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """Returns the tensor on the device. The host does not wait for the copy."""
+    """Returns the tensor on the device. The host does not wait."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 class EfficientAttention(PlainAttention):
-    """torch's memory-efficient kernel, which runs on every GPU since 2016. It supports documents. Its backward accepts
-    log-sum-exps that cover more keys than the call has."""
+    """torch's memory-efficient kernel, for every GPU since 2016. It supports documents. Its backward accepts
+    log-sum-exps that cover more keys."""
 
     waste: float = WASTE
 
@@ -161,7 +158,7 @@ class EfficientAttention(PlainAttention):
     def _backward(
         self, call: _Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the gradients of q, k and v of one call."""
+        """Returns one call's gradients of q, k and v."""
         unused = torch.empty((), dtype=torch.int64, device=q.device)  # state of dropout, which is not used
         if call.documents is None:
             if more := -q.size(2) % LSE_ROWS:
@@ -182,8 +179,7 @@ class EfficientAttention(PlainAttention):
 
 
 def _largest(given: AttentionInput, lse_BHT: Tensor) -> Tensor:
-    """Returns the largest score of each query. torch's kernels do not return scores, so this function computes them
-    again.
+    """Returns the largest score of each query, computed again because torch's kernels do not return it.
 
     If a query's log-sum-exp is at most the limit of `given.watch`, the result is the log-sum-exp instead.
     """
@@ -198,10 +194,10 @@ def _largest(given: AttentionInput, lse_BHT: Tensor) -> Tensor:
 
 
 class FlashAttention(EfficientAttention):
-    """torch's FlashAttention kernel, which torch also uses for sequences of various lengths.
+    """torch's FlashAttention kernel, also for documents.
 
-    It needs queries, keys and values of one width. Narrower values are padded with columns of zeros, which do not
-    change the other columns. It stores the log-sum-exps of documents without padding, so no memory is wasted.
+    Queries, keys and values must have one width, so narrower values are padded with zero columns. The log-sum-exps of
+    documents have no padding.
     """
 
     waste = math.inf
@@ -230,8 +226,11 @@ class FlashAttention(EfficientAttention):
         return dq, dk, dv[..., :width]
 
     def _lengths(self, call: _Call, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None, int, int]:
-        """Returns the bounds of the documents among the queries, the bounds among the keys, and the numbers of queries
-        and keys of the longest document. A call without documents counts as one document, and its bounds are None."""
+        """Returns the document bounds among the queries and among the keys, and the longest document's numbers of
+        queries and keys.
+
+        Without documents, the bounds are None, and the call counts as one document.
+        """
         if call.documents is None:
             return None, None, q.size(2), k.size(2)
         return call.documents.bounds, call.documents.bounds, call.documents.longest, call.documents.longest
@@ -243,15 +242,13 @@ def _widened(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _tokens(call: _Call, x_BHTX: Tensor) -> Tensor:
-    """Moves the axis of positions before the axis of heads. If documents share a call, also removes the axis of
-    sequences."""
+    """Moves positions before heads. If documents share a call, removes the axis of sequences."""
     x = x_BHTX.transpose(1, 2)
     return x if call.documents is None else x.squeeze(0)
 
 
 class AttentionByKind(EfficientAttention):
-    """Uses one core for calls over all sequences. Uses another core for calls over one sequence, which may have any
-    length."""
+    """Uses one core for all sequences together, and another for one sequence (of any length)."""
 
     def __init__(self, whole: EfficientAttention, documents: EfficientAttention):
         self.whole, self.documents, self.waste = whole, documents, documents.waste
@@ -269,14 +266,13 @@ class AttentionByKind(EfficientAttention):
 
 
 class CudnnAttention(EfficientAttention):
-    """cuDNN's kernel, the fastest core. It is not used for documents, because cuDNN builds a separate plan for every
-    length."""
+    """cuDNN's kernel, the fastest core. Not for documents, because cuDNN builds a plan per length."""
 
     takes_documents = False
 
     def __init__(self) -> None:
         self._last_axis: tuple[int, ...] = ()
-        """Sizes of the axes of cuDNN's log-sum-exp after the first three axes. They differ between torch versions."""
+        """Sizes of the log-sum-exp's axes after the third, which depend on the torch version."""
 
     def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         assert call.sequences == slice(None), "documents have a core of their own"

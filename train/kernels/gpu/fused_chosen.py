@@ -1,15 +1,15 @@
 """Attention over chosen keys on a GPU, by the kernels of train/kernels/gpu/triton_chosen.py.
 
-Operands of matmuls stay in bf16 if the model is in bf16, as in other attention kernels of a GPU. So absorbed queries,
-attention probabilities and gradients of scores are rounded to bf16.
+In a bf16 model, operands of matmuls stay in bf16. So absorbed queries, attention probabilities and gradients of scores
+are rounded to bf16.
 
-The gradients of latents are sums over queries and heads. A matmul sums over heads, and torch's `index_add_` adds its
-rows to those of the keys. The rows exist for a few queries at a time. A kernel that adds them itself would need atomic
-additions, whose order differs from run to run. torch's operation uses another order with cluster.deterministic
+The gradients of latents are sums over queries and heads. For a few queries at a time, a matmul sums over heads, and
+torch's `index_add_` adds its rows to the keys' rows. One kernel for both sums would need atomic additions, whose order
+differs from run to run. With cluster.deterministic, torch's operation has a fixed order
 (train/kernels/deterministic.py).
 
-Meta tensors cause the same allocations as real tensors, so plans count them. Shapes as in
-train/kernels/plain/plain_chosen.py; W = 2H: heads of ds or q, then heads of p or du.
+Meta tensors cause the same allocations as real tensors, for plans. Shapes as in train/kernels/plain/plain_chosen.py; W
+= 2H: heads of ds or q, then heads of p or du.
 """
 
 import torch
@@ -22,7 +22,7 @@ from train.kernels.plain.plain_chosen import PlainChosen
 
 
 class FusedChosen(PlainChosen):
-    """`PlainChosen` with Triton kernels, except for fp64, which mode=prove uses."""
+    """`PlainChosen` with Triton kernels, except for fp64 (used by mode=prove)."""
 
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if dtype == torch.bfloat16 else super().operand_dtype(dtype)
@@ -74,7 +74,7 @@ class FusedChosen(PlainChosen):
 
 
 def _product(left: Tensor, right: Tensor, into: Tensor | None = None) -> Tensor:
-    """left @ right of each batch in fp32, or `into` after it is added."""
+    """Returns left @ right of each batch in fp32, or adds it to `into` and returns `into`."""
     if left.is_meta:
         return left.new_empty(*left.shape[:2], right.size(2), dtype=torch.float32) if into is None else into
     if left.dtype != torch.bfloat16 or not left.is_cuda:  # torch has neither operation there
@@ -86,7 +86,7 @@ def _product(left: Tensor, right: Tensor, into: Tensor | None = None) -> Tensor:
 
 
 def _triton():
-    """The GPU's kernels, imported so that the type checker knows their names."""
+    """Imports and returns the module with the Triton kernels."""
     from train.kernels.gpu import triton_chosen
 
     return triton_chosen

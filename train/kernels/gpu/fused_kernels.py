@@ -1,4 +1,4 @@
-"""Implements the kernels of a GPU with torch's fused kernels. Where torch has none, it uses Sluice's Triton kernels
+"""Implements the kernels of a GPU with torch's fused kernels, or with Sluice's Triton kernels
 (train/kernels/gpu/fused_rows.py).
 
 Shapes as in train/model/operations.py.
@@ -25,8 +25,10 @@ from train.model.weight_gradient import LinearMatmul
 
 
 class FusedKernels(PlainKernels):
-    """Implements `Kernels` so that the host never waits for the device. core: the attention core; see
-    `train.kernels.choice`."""
+    """Implements `Kernels` so that the host never waits for the device.
+
+    core: the attention core; see `train.kernels.choice`.
+    """
 
     chosen = FusedChosen()
 

@@ -1,4 +1,4 @@
-"""Computes the router's expert choice on a GPU with the kernels of train/kernels/gpu/triton_route.py.
+"""Computes the router's expert choice on a GPU with train/kernels/gpu/triton_route.py.
 
 Shapes as in train/kernels/plain/routing.py.
 """
@@ -57,8 +57,7 @@ class FusedRoute(Function):
 
 
 def _triton():
-    """Imports and returns the module with the Triton kernels. Because of this import, the type checker knows the names
-    in the module."""
+    """Imports and returns the module with the Triton kernels."""
     from train.kernels.gpu import triton_route
 
     return triton_route

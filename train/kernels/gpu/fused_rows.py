@@ -1,8 +1,7 @@
 """Computes SwiGLU and the split into heads on a GPU with the kernels of train/kernels/gpu/triton_rows.py.
 
-The first call imports Triton, and this module does not, because mode=plan for GPUs also runs on machines without
-Triton. A function allocates the same memory for meta tensors as for real tensors, so that mode=plan can count
-allocations. Shapes as in train/model/operations.py.
+Only the first call imports Triton, because mode=plan for GPUs also runs on machines without it. Meta tensors allocate
+the same memory as real tensors, for mode=plan. Shapes as in train/model/operations.py.
 """
 
 import torch
@@ -12,7 +11,7 @@ from train.model.needed import Function, once_differentiable
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
-    """Returns silu(gate) * up, a tensor (N, F). If gates_N is given, each row is multiplied by its gate value."""
+    """Returns silu(gate) * up, (N, F), times the row's gate value if gates_N is given."""
     out_NF = h_N2F.new_empty(h_N2F.size(0), h_N2F.size(1) // 2)
     if runs(out_NF):
         _triton().swiglu(h_N2F.contiguous(), None if gates_N is None else gates_N.contiguous(), out_NF)
@@ -30,7 +29,7 @@ def swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> t
 
 
 class FusedHeads(Function):
-    """Implements `train.model.operations.Kernels.to_heads`. The returned queries and values are views of the inputs."""
+    """Implements `train.model.operations.Kernels.to_heads`. Returned queries and values are views of the inputs."""
 
     @staticmethod
     def forward(ctx, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int):
@@ -46,9 +45,9 @@ class FusedHeads(Function):
 def heads(
     q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns queries, keys and values with the axis of heads before the axis of positions.
+    """Returns queries, keys and values with heads before positions.
 
-    Queries are rotated in place, and values are a view of kv_BTHX.
+    Queries are rotated in place; values are a view of kv_BTHX.
     """
     B, T = q_BTHQ.shape[:2]
     q_BTHQ, kv_BTHX = q_BTHQ.contiguous(), kv_BTHX.contiguous()
@@ -61,8 +60,7 @@ def heads(
 
 
 def heads_backward(dq_BHTQ: Tensor, dk_BHTQ: Tensor, dv_BHTV: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, of kv and of the rope key. The axes of the given gradients may have any memory
-    order."""
+    """Returns the gradients of q, kv and the rope key, from gradients in any memory order."""
     B, H, T, Q = dq_BHTQ.shape
     rope = 2 * table.size(1)
     dq_BTHQ, dkv_BTHX = (dq_BHTQ.new_empty(B, T, H, width) for width in (Q, Q - rope + dv_BHTV.size(3)))
@@ -74,19 +72,17 @@ def heads_backward(dq_BHTQ: Tensor, dk_BHTQ: Tensor, dv_BHTV: Tensor, table: Ten
 
 
 def runs(out: Tensor) -> bool:
-    """Returns whether a kernel must run: the output is not empty, and is not on the meta device."""
+    """Returns whether a kernel must run: the output is neither empty nor meta."""
     return out.numel() > 0 and not out.is_meta
 
 
 def _reals(table: Tensor) -> Tensor:
-    """Returns a complex table (T, R/2) as real numbers (T, R/2, 2). The last axis has the real and the imaginary
-    part."""
+    """Returns a complex table (T, R/2) as real and imaginary parts (T, R/2, 2)."""
     return torch.view_as_real(table.contiguous())
 
 
 def _triton():
-    """Imports and returns the module with the Triton kernels. Because of this import, the type checker knows the names
-    in the module."""
+    """Imports and returns the module with the Triton kernels."""
     from train.kernels.gpu import triton_rows
 
     return triton_rows

@@ -1,10 +1,8 @@
 """Checks the tools on the host that Triton needs besides a GPU: a C compiler and Python's headers.
 
-Triton compiles every kernel itself. To launch kernels, it builds small Python modules in C, with the machine's C
-compiler. Triton builds the first module when a process first uses Triton's driver for the GPU. So every run on a GPU
-needs the C compiler and the headers, even in bf16. A C++ compiler is not enough. This file searches for the compiler as
-triton.runtime.build of Triton 3.6 to 3.9 does. It also tests the compiler, which may be installed without the C
-library's headers.
+Triton compiles kernels itself, but builds small Python modules in C to launch them, from the first use of its GPU
+driver. So every run on a GPU needs the compiler and the headers, even in bf16. A C++ compiler is not enough. This file
+searches like triton.runtime.build of Triton 3.6 to 3.9, and tests the compiler, which may lack the C library's headers.
 """
 
 import os
@@ -18,7 +16,7 @@ from pathlib import Path
 from conf.errors import UserError
 
 COMPILERS = ("gcc", "clang")
-"""Names of the compilers that Triton searches for on the PATH if CC is not set. Triton does not search for `cc`."""
+"""Compilers that Triton searches for on the PATH if CC is not set. `cc` is not included."""
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 TRIED_SOURCE = """#include <stdlib.h>
 #include <Python.h>
@@ -26,16 +24,15 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tried", NULL, -1, NU
 PyMODINIT_FUNC PyInit_tried(void) { return PyModule_Create(&module); }
 """
 COMPILER_SECONDS = 60.0
-"""Time limit for the compiler, in seconds. The compiler usually needs less than one second."""
+"""Time limit for the compiler, in seconds. It usually needs less than one."""
 COMPILER_TAIL = 600
-"""Number of characters at the end of the compiler's output that an error message repeats."""
+"""Characters at the end of the compiler's output that an error message repeats."""
 INSTALL_COMPILER = "apt-get install build-essential (dnf install gcc), or set CC to a C compiler"
 INSTALL_HEADERS = f"apt-get install {PYTHON}-dev, or python3-dev for the system's own Python ({PYTHON}-devel or python3-devel with dnf)"
 
 
 def missing_for_triton() -> tuple[str, str] | None:
-    """Returns a tool that is missing, and how to install it. Triton needs the tool to build its launchers. None: no
-    tool is missing."""
+    """Returns a missing tool that Triton's launchers need, and how to install it; or None."""
     compiler = compiler_command()
     if compiler is None:
         return "there is no C compiler: CC is not set, and gcc and clang are not on the PATH", INSTALL_COMPILER
@@ -60,19 +57,22 @@ def missing_for_triton() -> tuple[str, str] | None:
 
 
 def require_for_triton(device: object) -> None:
-    """Raises UserError if `missing_for_triton` finds a problem. device: the value of cluster.device."""
+    """Raises UserError if `missing_for_triton` finds a problem.
+
+    device: the value of cluster.device.
+    """
     if (missing := missing_for_triton()) is not None:
         rule = f"needs a C compiler and Python's headers, with which Triton compiles its kernel launchers: {missing[0]}"
         raise UserError("cluster.device", device, rule, f"{missing[1]}; or use cluster.device=cpu")
 
 
 def compiler_command() -> str | None:
-    """Returns the C compiler that Triton would run; None if Triton would find none."""
+    """Returns the C compiler that Triton would run, or None."""
     given = os.environ.get("CC")
     return next((found for name in COMPILERS if (found := shutil.which(name))), None) if given is None else given
 
 
 def headers() -> str:
-    """Returns the folder in which Triton's compiler command looks for Python.h."""
+    """Returns the folder in which Triton looks for Python.h."""
     scheme = sysconfig.get_default_scheme()  # Debian's default scheme has a folder without headers
     return sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)["include"]

@@ -1,14 +1,11 @@
-"""Implements the AdamW of train/optim/adamw.py on a GPU, in one pass over memory. Also computes sums of squares, from
-which other code computes norms.
+"""Implements the AdamW of train/optim/adamw.py on a GPU, and sums of squares for norms, each in one pass over memory.
 
-An update reads weight, gradient and two moments, and writes all of them except the gradient. This moves 20 bytes for
-each parameter if the moments are bf16. The number of launches does not grow with the number of parameters. One launch
-processes many pieces of memory, and a table on the device contains their addresses. A program processes a chunk:
-PROGRAM_ELEMENTS elements of one piece. The host writes one table row for each piece, and the device computes the chunks
-of all programs.
+An update moves 20 bytes per parameter if the moments are bf16. The number of launches does not grow with the number of
+parameters. One launch processes many pieces of memory; a table on the device contains their addresses. A program
+processes a chunk: PROGRAM_ELEMENTS elements of one piece.
 
-The arithmetic is in fp32. Every element gets the same arithmetic, so the result does not depend on the boundaries of
-shards. The compiled code for CPUs uses the same arithmetic.
+Every element gets the same fp32 arithmetic, as in the compiled code for CPUs. So shard boundaries do not change the
+result.
 
 The module needs triton and is imported only where its kernels run.
 """
@@ -25,28 +22,25 @@ from torch import Tensor
 from parallel.triton_types import constexpr, with_options
 
 PROGRAM_ELEMENTS, ELEMENTS_AT_ONCE = 1 << 14, 1 << 11
-"""Number of elements that one program processes in total, and number of elements that it processes at a time."""
+"""Number of elements of a program, and number that it processes at a time."""
 ALIGNED = 16
-"""Threads read 128 bits at a time if the addresses of all pieces (in bytes) and their sizes (in elements) are multiples
-of this number."""
+"""If all piece addresses (bytes) and sizes (elements) are multiples of this, threads read 128 bits at a time."""
 
 
 class _Layout(NamedTuple):
-    """Describes how pieces of memory are cut into chunks. Each program processes one chunk. The tensors are int64 and
-    on the device."""
+    """How pieces of memory are cut into chunks, one per program. Tensors are int64 on the device."""
 
     starts: Tensor
-    """Index of the first element of every piece, counted over all pieces. The last entry is the number of all
-    elements."""
+    """First element of every piece, counted over all pieces. The last entry is the number of elements."""
     first_chunks: Tensor
-    """Index of the first chunk of every piece. The last entry is the number of all chunks."""
+    """First chunk of every piece. The last entry is the number of chunks."""
     piece_of_chunk: Tensor
 
 
 @triton.jit
 def _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk: constexpr, aligned: constexpr):
-    """Finds the chunk of this program. Returns four numbers: the address of the piece that contains the chunk, the
-    start of the chunk in the piece, the start of the piece among all pieces, and the size of the piece."""
+    """Finds the chunk of this program. Returns four numbers: the address of its piece, the start of the chunk in the
+    piece, the start of the piece among all pieces, and the size of the piece."""
     piece = tl.load(pieces_ptr + tl.program_id(0))
     start = tl.load(starts_ptr + piece)
     size = tl.load(starts_ptr + piece + 1) - start
@@ -95,7 +89,7 @@ def _squares_kernel(
 
 @triton.jit
 def _sums_kernel(chunks_ptr, out_ptr, firsts_ptr, block: constexpr):
-    """Sums the chunks of every piece, in the order of the chunks."""
+    """Sums the chunks of every piece, in order."""
     first, end = tl.load(firsts_ptr + tl.program_id(0)), tl.load(firsts_ptr + tl.program_id(0) + 1)
     total = tl.zeros((block,), tl.float64)
     for begin in range(first, end, block):
@@ -108,11 +102,10 @@ def update(
     weight: Tensor, mean: Tensor, square: Tensor, gradients: Sequence[Tensor],
     *, factor: float, lerp: float, keep_square: float, add_square: float, decay: float, step: float, root: float, eps: float,
 ) -> None:  # fmt: skip
-    """Update a flat shard. gradients: 1-D fp32 tensors; together they cover the shard from its first element, one after
-    another.
+    """Update a flat shard. Each gradient g is first multiplied by factor. Then mean += lerp (g - mean); square =
+    keep_square square + add_square g^2; weight = decay weight - step mean / (sqrt(square) / root + eps).
 
-    Each gradient g is first multiplied by factor. Then mean += lerp (g - mean); square = keep_square square +
-    add_square g^2; weight = decay weight - step mean / (sqrt(square) / root + eps).
+    gradients: 1-D fp32 tensors that cover the shard one after another.
     """
     gradients = [one for one in gradients if one.numel()]
     if not gradients:
@@ -125,7 +118,10 @@ def update(
 
 
 def sums_of_squares(pieces: Sequence[Tensor]) -> Tensor:
-    """Returns the sum of squares of every piece: fp64 (pieces,). pieces: 1-D fp32 tensors."""
+    """Returns every piece's sum of squares: fp64 (pieces,).
+
+    pieces: 1-D fp32 tensors.
+    """
     chunks, first_chunks = squares_of_chunks(pieces)
     out = chunks.new_empty(len(pieces))
     _sums_kernel[(len(pieces),)](chunks, out, first_chunks, ELEMENTS_AT_ONCE)
@@ -135,7 +131,7 @@ def sums_of_squares(pieces: Sequence[Tensor]) -> Tensor:
 def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Returns the sum of squares of every chunk, and the index of the first chunk of every piece.
 
-    A program computes ELEMENTS_AT_ONCE separate sums in fp32, and then adds these sums in fp64.
+    A program computes ELEMENTS_AT_ONCE sums in fp32, and adds them in fp64.
     """
     layout, pointers, aligned = _table(pieces)
     chunks = pointers.new_empty(len(layout.piece_of_chunk), dtype=torch.float64)
@@ -154,8 +150,7 @@ def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
-    """Returns the layout of the pieces of memory, their addresses, and whether all addresses and sizes are multiples of
-    ALIGNED."""
+    """Returns the pieces' layout, their addresses, and whether all addresses and sizes are multiples of ALIGNED."""
     device = pieces[0].device
     assert all(one.dtype == torch.float32 and one.is_contiguous() and one.device == device for one in pieces)
     sizes, addresses = tuple(one.numel() for one in pieces), [one.data_ptr() for one in pieces]
@@ -165,7 +160,7 @@ def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
 
 @lru_cache(maxsize=64)
 def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
-    """Returns the layout of pieces with these sizes. The result is cached, because the sizes do not change in a run."""
+    """Returns the layout of pieces with these sizes, cached because sizes do not change in a run."""
     starts, firsts = [0], [0]
     for size in sizes:
         starts.append(starts[-1] + size)
@@ -175,7 +170,6 @@ def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
 
 
 def _there(numbers: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Returns the numbers as int64 on the device, copied from page-locked memory. With other memory, the host would
-    wait for the copy."""
+    """Returns the numbers as int64 on the device. From page-locked memory, the host does not wait."""
     numbers = torch.as_tensor(numbers)
     return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)

@@ -1,8 +1,8 @@
 """Triton kernels of attention over chosen keys. train/model/chosen_attention.py has the formulas.
 
 Each program gathers latents of one query's keys into shared memory and multiplies them there. So the gathered latents
-are never in the GPU's memory. The attention probabilities of a block of queries are: a kernel that computes scores and
-sums of latents together needs more registers than Hopper has, and spills them.
+are never in the GPU's memory. The attention probabilities of a block of queries are stored there. One kernel for scores
+and sums of latents would avoid this, but spills registers on Hopper.
 
 Operands of matmuls are in the dtype of the queries. Sums are in fp32, and one program computes each sum.
 
@@ -23,7 +23,7 @@ from parallel.triton_types import constexpr, power_of_2_from, quick, with_option
 
 @triton.jit
 def _rows(ptr, row, real, rank: constexpr, width: constexpr, R: constexpr, E: constexpr):
-    """The latent and the rope part of some rows of X elements, padded; 0 for rows that are not real."""
+    """Loads the latent part and the rope part of rows, padded; 0 for rows that are not `real`."""
     c, e, at = tl.arange(0, R)[None, :], tl.arange(0, E)[None, :], ptr + row[:, None] * width
     latent = tl.load(at + c, real[:, None] & (c < rank), 0.0)
     return latent, tl.load(at + rank + e, real[:, None] & (e < width - rank), 0.0)
@@ -31,7 +31,7 @@ def _rows(ptr, row, real, rank: constexpr, width: constexpr, R: constexpr, E: co
 
 @triton.jit
 def _chosen(latents_ptr, chosen_ptr, key, keys, rank: constexpr, width: constexpr, R: constexpr, E: constexpr):
-    """Whether each of these keys is there, and both parts of its row."""
+    """Returns whether each chosen key exists, and both parts of its row."""
     number = tl.load(chosen_ptr + key, key < keys, -1)
     latent, rope = _rows(latents_ptr, number, number >= 0, rank, width, R, E)
     return number >= 0, latent, rope
@@ -131,9 +131,9 @@ def weights(
     rank: int,
     scale: float,
 ) -> None:
-    """Writes attention probabilities p, and their means over heads. With `mean`, writes ds and then p.
+    """Writes attention probabilities p and their means over heads; with `mean_CH`, writes ds and then p.
 
-    rows: q; with `mean`, q and then du. See `PlainChosen.attend_backward`.
+    rows_CWX: q; with `mean_CH`, q and then du (`PlainChosen.attend_backward`).
     """
     tensors = (
         lse_CH,
@@ -155,7 +155,10 @@ def sum_latents(weights_CKW: Tensor, latents_SX: Tensor, chosen_CK: Tensor, out_
 def _launch(
     kernel: Any, tensors: tuple[Tensor, ...], heads: int, numbers: tuple, constants: tuple, rank: int, block: int
 ) -> None:
-    """block: most heads of a block; Hopper's tensor cores multiply 64 rows at a time, here heads or keys."""
+    """Launches a kernel.
+
+    block: most heads of a block. Hopper's tensor cores multiply 64 rows (heads or keys) at a time.
+    """
     (queries, keys), (positions, width), few = tensors[2].shape, tensors[1].shape, tensors[0].dtype != torch.bfloat16
     assert positions * width < 2**31, "places of latents are 32 bits wide"
     H, K = (16, 16) if few else (min(block, max(16, power_of_2_from(heads))), 64)

@@ -1,7 +1,6 @@
 """Computes the scores of an indexer on a GPU with a Triton kernel. train/model/indexer.py has the formula.
 
-Each program computes one tile of queries and keys, for all heads. So the product of each head stays in registers. In
-contrast, torch's operations would write the products of all heads to memory and read them again.
+Each program computes one tile of queries and keys, for all heads, so the products of the heads stay in registers.
 
 The module needs triton and is imported only where its kernel runs.
 

@@ -20,13 +20,13 @@ from train.model.operations import RouterCounters, RoutingRule
 ROUTE_TOKENS = 8
 """Number of tokens of one sequence that a program processes."""
 SUM_BLOCKS = 16
-"""Number of token blocks whose sums one iteration of the loop adds."""
+"""Token blocks whose sums one iteration of the loop adds."""
 
 
 @triton.jit
 def _largest(values, last: constexpr):
-    """Returns the index of the largest value along the last axis. Of equal values, the lowest index wins. If values are
-    NaN, the index is still at most `last`."""
+    """Returns the index of the largest value along the last axis; the lowest of equals. With NaN, the index is at most
+    `last`."""
     return tl.minimum(tl.argmax(values, axis=1, tie_break_left=True), last)[:, None]
 
 
@@ -35,8 +35,7 @@ def _open_groups(
     biased, expert, per_group,
     GROUPS_G: constexpr, top_groups: constexpr, group_top_k: constexpr, GROUPS: constexpr,
 ):  # fmt: skip
-    """Returns, for each expert, whether its group is open. The top_groups groups with the largest sums are open. The
-    sum of a group has its group_top_k largest scores."""
+    """Returns whether each expert's group is open: its best scores have one of the largest sums."""
     tokens: constexpr = biased.shape[0]
     group, numbers = expert // per_group, tl.arange(0, GROUPS)[None, :]
     sums = tl.full((tokens, GROUPS), -float("inf"), tl.float32)
@@ -64,8 +63,10 @@ def _route_kernel(
     given: constexpr, counted: constexpr, balanced: constexpr,
     EXPERTS: constexpr, GROUPS: constexpr, CHOSEN: constexpr, ROUTE_TOKENS: constexpr,
 ):  # fmt: skip
-    """Computes scores, choice and gate values of ROUTE_TOKENS tokens. given: whether the ids of the experts are an
-    input."""
+    """Computes scores, choice and gate values of ROUTE_TOKENS tokens.
+
+    given: whether the experts' ids are an input.
+    """
     batch = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * ROUTE_TOKENS + tl.arange(0, ROUTE_TOKENS)[:, None]
     expert, entry = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOSEN)[None, :]
@@ -151,7 +152,10 @@ def _backward_kernel(
     E: constexpr, K: constexpr, balanced: constexpr,
     EXPERTS: constexpr, CHOSEN: constexpr, ROUTE_TOKENS: constexpr,
 ):  # fmt: skip
-    """Computes the gradient of the logits. weight: weight of the balance loss, divided by the number of tokens."""
+    """Computes the gradient of the logits.
+
+    weight: weight of the balance loss, divided by the number of tokens.
+    """
     batch = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * ROUTE_TOKENS + tl.arange(0, ROUTE_TOKENS)[:, None]
     expert, entry = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOSEN)[None, :]
@@ -186,10 +190,10 @@ def route(
 ) -> None:
     """Run the forward kernel.
 
-    made: scores, ids, gates, factor and total, which the kernel writes; if `given`, the ids are an input. sums: three
-    tensors (B, blocks, E) with sums over each block of ROUTE_TOKENS tokens; None if nothing is counted. The sums are
-    each expert's number of tokens, its normalised scores, and the number of tokens for which it has one of the largest
-    scores without bias.
+    made: scores, ids, gates, factor and total, which the kernel writes; if `given`, the ids are an input.
+    sums: three tensors (B, blocks, E) with sums over each block of ROUTE_TOKENS tokens; None if nothing is counted.
+        They are each expert's number of tokens, its normalised scores, and how often its unbiased score is among the
+        largest.
     """
     B, T, E = logits_BTE.shape
     _route_kernel[(-(-T // ROUTE_TOKENS), B)](
@@ -208,8 +212,8 @@ def finish_route(
     weight: float,
     added: bool,
 ) -> None:
-    """Add up the sums of all blocks. If the balance loss has a weight, also compute how often each expert has one of
-    the largest scores.
+    """Add up the sums of all blocks. With a balance loss, also compute how often each expert has one of the largest
+    scores.
 
     added: whether to add the totals to the router's counters.
     """
@@ -227,7 +231,10 @@ def route_backward(
     rule: RoutingRule,
     weight: float,
 ) -> None:
-    """Run the backward kernel. kept: scores, ids, gates, factor, total and frequency."""
+    """Run the backward kernel.
+
+    kept: scores, ids, gates, factor, total and frequency.
+    """
     B, T, E = dlogits_BTE.shape
     _backward_kernel[(-(-T // ROUTE_TOKENS), B)](
         grad_BTK, *kept, dlogits_BTE, T, rule.route_scale, weight / (B * T),

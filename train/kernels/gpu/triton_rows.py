@@ -1,10 +1,10 @@
 """Computes SwiGLU and the split into heads on a GPU with Triton kernels, each in one pass over memory.
 
-As in train/kernels/plain/plain_kernels.py, the arithmetic is in fp32 for all dtypes, and only the result is rounded.
-The results differ only because of the last bit of exp, the order of the sum over heads, and fused multiply-adds.
+The arithmetic is in fp32, and only the result is rounded, as in train/kernels/plain/plain_kernels.py. Differences come
+from the last bit of exp, the order of the sum over heads, and fused multiply-adds.
 
-Two alternatives are not used. liger-kernel's SwiGLU has no gate value, and overwrites the saved [gate | up] with
-gradients. torch.compile would recompile the kernel for each row count of the experts.
+liger-kernel's SwiGLU is not used: it has no gate value, and overwrites the saved [gate | up]. torch.compile is not
+used: it would recompile for each row count of the experts.
 
 The module needs triton and is imported only where its kernels run, by train/kernels/gpu/fused_rows.py, which allocates
 the outputs. Shapes as in train/model/operations.py.
@@ -17,12 +17,11 @@ from torch import Tensor
 from parallel.triton_types import constexpr, power_of_2_from, quick
 
 SWIGLU_ROWS, SWIGLU_COLUMNS = 4, 512
-"""Numbers of rows and columns that a program of SwiGLU processes at a time. This gives 16 values per thread, so a load
-has 128 bits."""
+"""Rows and columns that a SwiGLU program processes at a time. A thread loads 128 bits."""
 HEAD_POSITIONS = 16
-"""Number of positions of one head that a program of `heads` processes."""
+"""Positions of one head that a program of `heads` processes."""
 BACKWARD_TOKENS = 8
-"""Number of positions that a program of `heads_backward` processes, for all heads."""
+"""Positions that a program of `heads_backward` processes, for all heads."""
 
 
 @quick
@@ -73,15 +72,14 @@ def _swiglu_backward_kernel(
 
 @triton.jit
 def _turned(pairs_ptr, place, there, table_ptr, table_place, table_there, ROPE: constexpr, back: constexpr):
-    """Load a block (tokens, ROPE), and multiply its adjacent pairs by the complex table, in fp32. back: whether to use
-    the conjugate of the table."""
+    """Load a block (tokens, ROPE), and apply `_times_table`."""
     pairs = tl.load(pairs_ptr + place, there, 0.0).to(tl.float32)
     return _times_table(pairs, table_ptr, table_place, table_there, ROPE, back)
 
 
 @triton.jit
 def _times_table(pairs, table_ptr, table_place, table_there, ROPE: constexpr, back: constexpr):
-    """Multiply adjacent pairs of a loaded block by the complex table, or by its conjugate if `back` is set; fp32."""
+    """Multiply a block's adjacent pairs by the complex table, or if `back` by its conjugate; fp32."""
     rows: constexpr = pairs.shape[0]
     real, imaginary = tl.split(tl.reshape(pairs, (rows, ROPE // 2, 2)))
     table = tl.load(table_ptr + table_place, table_there, 0.0)
@@ -99,8 +97,10 @@ def _heads_kernel(
     nope: constexpr, rope: constexpr, kv_row: constexpr,
     NOPE: constexpr, ROPE: constexpr, HEAD_POSITIONS: constexpr,
 ):  # fmt: skip
-    """Processes HEAD_POSITIONS positions of one head. q_ptr: the rope part of the queries, which is rotated in place;
-    its rows are nope + rope elements apart."""
+    """Processes HEAD_POSITIONS positions of one head.
+
+    q_ptr: the queries' rope part, rotated in place. Its rows are nope + rope elements apart.
+    """
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     tokens = tl.program_id(0) * HEAD_POSITIONS + tl.arange(0, HEAD_POSITIONS)
     real = (tokens < length)[:, None]
@@ -126,8 +126,8 @@ def _heads_backward_kernel(
     nope: constexpr, rope: constexpr, value: constexpr,
     NOPE: constexpr, ROPE: constexpr, VALUE: constexpr, HEAD_POSITIONS: constexpr,
 ):  # fmt: skip
-    """Processes all heads of HEAD_POSITIONS positions. So one program sums the gradient of the shared rope key over the
-    heads, in their order."""
+    """Processes all heads of HEAD_POSITIONS positions, and sums the shared rope key's gradient over the heads in
+    order."""
     batch = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * HEAD_POSITIONS + tl.arange(0, HEAD_POSITIONS)
     places = tokens[:, None].to(tl.int64)
@@ -155,8 +155,7 @@ def _heads_backward_kernel(
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None, out_NF: Tensor) -> None:
-    """Writes silu(gate) * up to out_NF. If gates_N is given, each row is multiplied by its gate value. All tensors are
-    contiguous."""
+    """Writes silu(gate) * up to out_NF, times the row's gate value if gates_N is given. All tensors are contiguous."""
     rows, width = out_NF.shape
     gates = h_N2F if gates_N is None else gates_N
     grid = -(-rows // SWIGLU_ROWS), -(-width // SWIGLU_COLUMNS)
@@ -177,8 +176,9 @@ def swiglu_backward(
 def heads(q_rope_BTHR: Tensor, k_nope_BTHN: Tensor, k_rope_BTR: Tensor, table: Tensor, k_BTHQ: Tensor) -> None:
     """Rotates the rope part of the queries in place, and writes the keys. Queries and keys are contiguous.
 
-    k_nope_BTHN: the first elements of contiguous rows. k_rope_BTR: rows that are evenly spaced. table: the complex
-    table as real numbers (T, R/2, 2).
+    k_nope_BTHN: the first elements of contiguous rows.
+    k_rope_BTR: evenly spaced rows.
+    table: the complex table as real numbers (T, R/2, 2).
     """
     B, T, H, _ = k_BTHQ.shape
     nope, rope = k_nope_BTHN.size(3), k_rope_BTR.size(2)
@@ -197,8 +197,7 @@ def heads_backward(
     dkv_BTHX: Tensor,
     dk_rope_BTR: Tensor,
 ) -> None:
-    """Writes the gradients of q, kv and the rope key. The axes of the given gradients may have any memory order, but
-    the last axis must be contiguous."""
+    """Writes the gradients of q, kv and the rope key. The given gradients have a contiguous last axis."""
     B, H, T, Q = dq_BHTQ.shape
     sizes = Q - dk_rope_BTR.size(2), dk_rope_BTR.size(2), dv_BHTV.size(3)
     nope, rope, value = map(power_of_2_from, sizes)

@@ -1,8 +1,7 @@
 """Computes the largest score of each query on a GPU with a Triton kernel.
 
 Attention kernels return only the log-sum-exp, which is never less than the largest score. If all log-sum-exps of a
-block of queries are at most a limit, this kernel returns the log-sum-exps instead of the largest scores. So if scores
-are small, the kernel reads only one number for each query.
+block of queries are at most a limit, this kernel returns them instead. Then it reads only one number for each query.
 
 The module needs triton and is imported only where its kernel runs.
 
@@ -61,8 +60,10 @@ def _largest_kernel(
 
 
 def largest_scores(given: AttentionInput, lse_BHT: Tensor, limit: float) -> Tensor:
-    """Returns the largest scaled score of each query: (B, H, T), fp32. If all log-sum-exps of a block of queries are at
-    most the limit, returns these log-sum-exps instead."""
+    """Returns the largest scaled score of each query: (B, H, T), fp32.
+
+    If all log-sum-exps of a block of queries are at most `limit`, returns these log-sum-exps instead.
+    """
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in given[:2])
     batch, heads, queries, width = q.shape
     seen = given.seen.once(_seen_by_query, batch, queries, q.device)
@@ -76,8 +77,7 @@ def largest_scores(given: AttentionInput, lse_BHT: Tensor, limit: float) -> Tens
 
 
 def _seen_by_query(rectangles: list[Rectangle], batch: int, queries: int, device: torch.device) -> Tensor:
-    """Returns, for each query of each sequence, the start and the end of the keys that the query sees: int32 (B, T,
-    2)."""
+    """Returns the start and end of the keys that each query sees: int32 (B, T, 2)."""
     seen = torch.zeros(batch, queries, 2, dtype=torch.int32)
     for sequence, first_query, last_query, first_key, last_key, before in rectangles:
         rows = slice(None) if sequence is None else slice(sequence, sequence + 1)

@@ -1,5 +1,5 @@
-"""Splits queries, keys and values into heads in torch operations. It rotates the rope parts, and moves the axis of
-heads before the axis of positions.
+"""Splits queries, keys and values into heads in torch operations, rotates the rope parts, and moves heads before
+positions.
 
 Shapes: B sequences, T positions, H heads, R rope width, Q qk width, V value width.
 """

@@ -1,6 +1,5 @@
-"""Computes the model's matmuls in fp32 or bf16, without FP8. bf16 matmuls accumulate in fp32 inside the kernels.
-
-An object of type `Kernels` computes the matmuls (train/model/operations.py).
+"""Computes the model's matmuls in fp32 or bf16 with `Kernels` (train/model/operations.py). bf16 matmuls accumulate in
+fp32.
 
 Shapes: D width, F inner width, E experts of this rank, R rows sorted by expert.
 """
@@ -19,7 +18,7 @@ from train.model.weight_gradient import GroupedMatmul
 class HighPrecision:
     """Implements `LayerPrecision` with operands in `dtype`, torch.float32 or torch.bfloat16.
 
-    recompute_swiglu: whether experts recompute their SwiGLU output in backward instead of saving it.
+    recompute_swiglu: whether backward recomputes the experts' SwiGLU output.
     """
 
     def __init__(self, dtype: torch.dtype, kernels: Kernels, recompute_swiglu: bool = True):

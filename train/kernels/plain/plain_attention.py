@@ -1,7 +1,7 @@
-"""Implements attention in torch operations on any device. Tests compare all other cores with it.
+"""Implements attention in torch operations on any device, as the reference of all other cores.
 
-train/model/attention.py has the formulas. One matmul processes a block of queries and all keys that they see, so the
-memory grows linearly with the sequence length. All arithmetic is in fp32.
+train/model/attention.py has the formulas. One matmul processes a block of queries and all keys that they see, so memory
+grows linearly with the sequence length. All arithmetic is in fp32.
 
 Shapes as in train/model/attention.py; X = B*H rows of a batched matmul, C queries of a block.
 """
@@ -57,8 +57,8 @@ class PlainAttention(AttentionCore):
 def _blocks(given: AttentionInput) -> Iterator[tuple[slice, slice, slice, Tensor]]:
     """Yields blocks: rows of the batched matmul, positions of queries, positions of keys, and the mask (C, S).
 
-    The keys include every key that at least one of the queries sees. The mask is added to the scores. It is -inf where
-    a query does not see a key, else 0.
+    The keys are all that at least one of the queries sees. The mask is added to the scores: -inf where a query does not
+    see a key, else 0.
     """
     batch, heads = given.q_BHTQ.shape[:2]
     for sequences, queries, keys, bias_CS in query_blocks(given.seen, given.k_BHSQ.size(2), batch, given.q_BHTQ.device):
@@ -71,11 +71,13 @@ def _blocks(given: AttentionInput) -> Iterator[tuple[slice, slice, slice, Tensor
 def query_blocks(
     seen: SeenKeys, length: int, batch: int, device: torch.device
 ) -> Iterator[tuple[range, slice, slice, Tensor]]:
-    """Yields blocks of queries that see the same keys, up to a diagonal.
+    """Yields blocks of queries: the sequences, the positions of the queries, the positions of the keys, and the mask
+    (C, S).
 
-    A block consists of the sequences, the positions of the queries, the positions of the keys, and the mask (C, S). The
-    keys include every key that at least one of the queries sees. The mask is added to the scores. It is -inf where a
-    query does not see a key, else 0. length: number of keys.
+    The queries of a block see the same keys, up to a diagonal. The mask is added to the scores: -inf where a query does
+    not see a key, else 0.
+
+    length: number of keys.
     """
     most = THRESHOLDS.attention_queries
     bias = torch.full((most, most), -torch.inf, device=device).triu_(1)

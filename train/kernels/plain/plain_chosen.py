@@ -1,8 +1,7 @@
-"""Attention over chosen keys, and the loss of an indexer over these keys, in torch operations on any device. Tests
-compare other kernels with this file. train/model/chosen_attention.py has the formulas.
+"""Attention over chosen keys, and the indexer loss over them, in torch operations on any device, as the reference.
 
-One matmul applies W_UK or W_UV to a block of queries. The gathered latents of the chosen keys are the largest tensor.
-So they are gathered for only a part of the block at a time. All arithmetic is in fp32.
+train/model/chosen_attention.py has the formulas. One matmul applies W_UK or W_UV to a block of queries. The gathered
+latents are the largest tensor, so they are gathered for a part of the block at a time. All arithmetic is in fp32.
 
 Shapes as in train/model/chosen_attention.py; C queries of a block, R = kv_rank, I width of the indexer's heads.
 """
@@ -18,10 +17,10 @@ from train.model.indexer import IndexLoss, IndexVectors
 
 
 class PlainChosen:
-    """Computes forward and backward of attention over chosen keys. Subclasses replace the computation of a block."""
+    """Computes attention over chosen keys, forward and backward. Subclasses replace the computation of a block."""
 
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Returns the dtype of the operands of matmuls. dtype: of the queries."""
+        """Returns the dtype of matmul operands. dtype: the queries' dtype."""
         return torch.float32
 
     def add_product(self, left: Tensor, right: Tensor, into: Tensor) -> None:
@@ -74,8 +73,10 @@ class PlainChosen:
     def attend(
         self, q_CHX: Tensor, latents_SX: Tensor, chosen_CK: Tensor, rank: int, scale: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Computes a block. Returns for each query: the weighted sums of latents (C, H, rank), the log-sum-exps (C, H),
-        the largest scores (C, H), and the attention probabilities averaged over heads (C, K).
+        """Computes a block.
+
+        Returns for each query the weighted sums of latents (C, H, rank), the log-sum-exps (C, H), the largest scores
+        (C, H), and the attention probabilities averaged over heads (C, K).
         """
         parts = []
         for some in _some(chosen_CK, q_CHX):
@@ -102,8 +103,9 @@ class PlainChosen:
         """Computes the backward of a block. Returns the gradients of q (C, H, X), and the weighted sums of latents (C,
         H, rank).
 
-        du_CHR: gradient of the weighted sums. mean_CH: scalar product of du and the weighted sums. dlatents_SX: the
-        function adds the gradients of the latents to it.
+        du_CHR: gradient of the weighted sums.
+        mean_CH: scalar product of du and the weighted sums.
+        dlatents_SX: receives the gradients of the latents, by addition.
         """
         rank, dq, out = du_CHR.size(-1), torch.empty_like(q_CHX), torch.empty_like(du_CHR)
         for some in _some(chosen_CK, q_CHX):
@@ -120,19 +122,18 @@ class PlainChosen:
 
 
 def absorbed(q_CHQ: Tensor, w_uk_HPR: Tensor, nope: int) -> Tensor:
-    """Returns queries that can be multiplied by latents: [W_UK^T q_nope | q_rope], (C, H, X)."""
+    """Returns queries to multiply by latents: [W_UK^T q_nope | q_rope], (C, H, X)."""
     return torch.cat([torch.bmm(q_CHQ[..., :nope].transpose(0, 1), w_uk_HPR).transpose(0, 1), q_CHQ[..., nope:]], -1)
 
 
 def gathered(rows_SX: Tensor, chosen_CK: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the chosen rows (C, K, X), and a mask (C, 1, K) of missing rows. For a missing row (index -1), the result
-    has the first row."""
+    """Returns the chosen rows (C, K, X), and a mask (C, 1, K) of missing rows, which contain the first row."""
     rows_CKX = rows_SX.index_select(0, chosen_CK.flatten().clamp(min=0)).view(*chosen_CK.shape, -1)
     return rows_CKX, (chosen_CK < 0).unsqueeze(1)
 
 
 def _blocks(batch: int, length: int) -> Iterator[tuple[int, slice]]:
-    """Yields every block of queries, as the index of the sequence and a slice of queries."""
+    """Yields every block of queries: index of the sequence, slice of queries."""
     for b in range(batch):
         for first in range(0, length, THRESHOLDS.attention_queries):
             yield b, slice(first, min(first + THRESHOLDS.attention_queries, length))
@@ -141,7 +142,7 @@ def _blocks(batch: int, length: int) -> Iterator[tuple[int, slice]]:
 def _some(chosen_CK: Tensor, q_CHX: Tensor, elements: int | None = None) -> Iterator[slice]:
     """Yields slices of queries whose chosen keys are gathered together.
 
-    elements: most elements of gathered rows and of scores; None: those of a CPU.
+    elements: most elements of gathered rows and scores; None: a CPU's number.
     """
     (count, keys), (_, heads, width) = chosen_CK.shape, q_CHX.shape
     size = max(1, (elements or THRESHOLDS.attention_scores) // (keys * (width + heads)))

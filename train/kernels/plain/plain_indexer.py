@@ -1,8 +1,7 @@
-"""The key choice and the loss of an indexer in torch operations on any device (train/model/indexer.py has the
-formulas).
+"""The key choice and the loss of an indexer in torch operations on any device (formulas: train/model/indexer.py).
 
-The functions process one block of queries, and all keys that the block sees, at a time. In a block they process a few
-heads at a time. So they need memory only for the results and for one block.
+The functions process one block of queries with all visible keys, a few heads at a time. So they need memory only for
+the results and one block.
 
 Shapes as in train/model/indexer.py; C queries of a block.
 """
@@ -30,8 +29,11 @@ def choose_keys(
     best_keys: Callable[[Tensor, int], Tensor] = best_keys,
     scores_of: Callable[[Tensor, Tensor, Tensor], Tensor] = block_scores,
 ) -> Tensor:
-    """Implements `train.model.operations.Kernels.choose_keys`. scores_of: computes the scores of a block of queries.
-    best_keys: chooses the keys with the largest scores."""
+    """Implements `train.model.operations.Kernels.choose_keys`.
+
+    scores_of: computes the scores of a block of queries.
+    best_keys: chooses the keys with the largest scores.
+    """
     q_BTHI, k_BSI, _ = index
     batch, length = q_BTHI.shape[:2]
     chosen_BTK = torch.full((batch, length, top_k), -1, dtype=torch.int32, device=q_BTHI.device)
@@ -95,7 +97,7 @@ def _mean_attention(target: AttentionTarget, b: int, queries: slice, k_HSQ: Tens
 def _add_gradients(
     grads: IndexVectors, index: IndexVectors, b: int, queries: slice, keys: slice, dscores_CS: Tensor
 ) -> None:
-    """Add to `grads` the gradients of q, k and w, computed from the gradient of the scores."""
+    """Add to `grads` the gradients of q, k and w, from the scores' gradient."""
     k_SI = index.k_BSI[b, keys].float()
     for heads in head_slices(index.w_BTH.size(-1), dscores_CS.numel(), THRESHOLDS.attention_scores):
         q_HCI = index.q_BTHI[b, queries, heads].float().transpose(0, 1)

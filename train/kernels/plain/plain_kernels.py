@@ -1,7 +1,7 @@
-"""The operations of the layers (train/model/operations.py) in torch. Tests compare all other implementations with them.
+"""The operations of the layers (train/model/operations.py) in torch: the reference in tests.
 
-Subclasses replace some methods: with compiled code for bf16 on a CPU (train/kernels/cpu/compiled_kernels.py), or with
-torch's fused kernels on a GPU (train/kernels/gpu/fused_kernels.py).
+Subclasses replace some methods: train/kernels/cpu/compiled_kernels.py (bf16 on a CPU) and
+train/kernels/gpu/fused_kernels.py (GPU).
 
 Shapes as in train/model/operations.py.
 """
@@ -35,8 +35,7 @@ class PlainKernels(Kernels):
     chosen = PlainChosen()
 
     def rows_at_once(self, x_ND: Tensor, elements: int) -> int:
-        """Returns the number of rows to process at a time. These rows have at most `elements` elements, so that they
-        fit in a cache."""
+        """Returns the number of rows to process at a time: at most `elements` elements, to fit a cache."""
         return max(1, elements // x_ND.size(1))
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -77,7 +76,7 @@ class PlainKernels(Kernels):
         return dh_N2F, dgates_N
 
     def _pieces(self, h_N2F: Tensor, *rows: Tensor | None) -> Iterator[tuple]:
-        """Splits the rows of all tensors into parts. Yields, for each part, the same rows of all tensors."""
+        """Splits all tensors by rows. Yields the same part of all tensors."""
         size = self.rows_at_once(h_N2F, THRESHOLDS.gate_and_up)
         splits = [t.split(size) if t is not None else itertools.repeat(None) for t in (h_N2F, *rows)]
         return zip(*splits, strict=False)
@@ -94,11 +93,11 @@ class PlainKernels(Kernels):
         return choose_keys(index, seen, top_k, self.best_keys, self.index_scores)
 
     def index_scores(self, q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor) -> Tensor:
-        """Returns the scores I of a block of queries of one sequence, fp32 (C, S)."""
+        """Returns the scores I of one sequence's block of queries, fp32 (C, S)."""
         return block_scores(q_CHI, k_SI, w_CH)
 
     def best_keys(self, scores_TS: Tensor, top_k: int) -> Tensor:
-        """Returns the indices of the top_k largest scores of each row. See `train.model.indexer.best_keys`."""
+        """Returns the indices of each row's top_k largest scores (`train.model.indexer.best_keys`)."""
         return best_keys(scores_TS, top_k)
 
     def index_loss(
@@ -193,12 +192,12 @@ class PlainKernels(Kernels):
 
 
 def added(made: Tensor, into: Tensor | None) -> Tensor:
-    """Adds the tensor `made` to the tensor `into`, and returns `into`. If `into` is None, returns `made`."""
+    """Adds `made` to `into`, and returns `into`; without `into`, returns `made`."""
     return made if into is None else into.add_(made)
 
 
 def _swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Returns the gradients of h and of the gate values for one part of the rows, fp32."""
+    """Returns the gradients of h and of the gate values for some rows, fp32."""
     gate_NF, up_NF = h_N2F.float().chunk(2, -1)
     dup_NF = F.silu(gate_NF).mul_(grad_NF)
     dsilu_NF = grad_NF * up_NF

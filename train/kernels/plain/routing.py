@@ -1,6 +1,6 @@
 """Computes a router's choice and gates from its logits, in torch operations. train/model/router.py has the formulas.
 
-Shapes: B sequences, T positions, E experts, K = top_k, G groups, N sequences or samples that are counted separately.
+Shapes: B sequences, T positions, E experts, K = top_k, G groups, N separately counted sequences or samples.
 """
 
 import torch
@@ -13,14 +13,12 @@ from train.model.sequence import Positions
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
-    """Returns the indices of the k largest values of the last axis, largest first. If values are equal, the lower index
-    wins."""
+    """Returns the indices of the k largest values of the last axis, largest first; the lower of equals."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def choose_experts(biased_BTE: Tensor, rule: RoutingRule) -> Tensor:
-    """Chooses the experts with the largest biased scores, from the groups that the rule allows. Returns ids (B, T,
-    K)."""
+    """Chooses the experts with the largest biased scores, in the allowed groups. Returns ids (B, T, K)."""
     if rule.top_groups < rule.groups:
         grouped_BTGX = biased_BTE.unflatten(-1, (rule.groups, -1))
         best = grouped_BTGX.topk(rule.group_top_k, dim=-1).values
@@ -31,7 +29,7 @@ def choose_experts(biased_BTE: Tensor, rule: RoutingRule) -> Tensor:
 
 
 def count_experts(ids: Tensor, experts: int) -> Tensor:
-    """Returns how often each expert occurs in `ids`, for each index of the first axis: int64 (B, E)."""
+    """Returns how often each expert occurs, per index of the first axis: int64 (B, E)."""
     ids = ids.flatten(1)
     return ids.new_zeros(ids.size(0), experts).scatter_add_(1, ids, torch.ones_like(ids))
 
@@ -47,26 +45,27 @@ class _Whole:
         return count_experts(ids_BTK, experts)
 
     def frequency(self, best_NE: Tensor, experts: int, top_k: int) -> Tensor:
-        """Returns the frequency f of equation 18, (N, E). best_NE: number of positions at which each expert has one of
-        the top_k largest scores."""
+        """Returns the frequency f of equation 18, (N, E).
+
+        best_NE: number of positions at which each expert has one of the top_k largest scores.
+        """
         return best_NE * (experts / (top_k * self._length))
 
     def mean(self, scores_BTE: Tensor, total_BT1: Tensor) -> Tensor:
-        """Returns this rank's contribution to P of equation 20, (N, E): the sum of the normalised scores over the
-        positions of this rank, divided by the number of all positions."""
+        """Returns this rank's part of P in equation 20, (N, E): sum of its normalised scores / number of all
+        positions."""
         return ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / self._length
 
     def spread(self, frequency_NE: Tensor, length: int) -> Tensor:
         """Returns for every position the frequency f times the weight of the position: (B, 1 or T, E).
 
-        A position in a sequence of `length` positions has weight 1.
+        In a sequence of `length` positions, each has weight 1.
         """
         return frequency_NE.unsqueeze(1)
 
 
 class _Packed:
-    """Counts choices separately for each of N samples. Positions that do not count form an extra sample, which is
-    dropped."""
+    """Counts choices separately for N samples. Positions that do not count form an extra, dropped sample."""
 
     def __init__(self, number_BT: Tensor, lengths_N: Tensor):
         self._number_BT = number_BT
@@ -92,8 +91,7 @@ class _Packed:
 
 
 class Route(Function):
-    """Implements `train.model.operations.Kernels.route`. One backward computes the gradient of the gates and of the
-    balance loss."""
+    """Implements `train.model.operations.Kernels.route`. One backward covers the gates and the balance loss."""
 
     @staticmethod
     def forward(
