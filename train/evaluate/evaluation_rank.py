@@ -66,8 +66,8 @@ from train.show.writer import open_wandb
 
 
 def read_fillers(config: Config, corpus: Corpus, part: CorpusPart) -> list[list[int]]:
-    """Returns a list of held-out tokens for each text of one length and depth. Each list is long enough for the longest
-    length. Line ends replace eos."""
+    """Returns a list of held-out tokens for each text of the needle test with one length and depth. Each list is long
+    enough for the longest length. Line ends replace eos."""
     longest, count = max(config.evaluate.needle), NEEDLE_TEXTS
     data = ValidationData(replace(corpus, parts=[part]), replace(config, seq_len=longest), count)
     tokens_BS, newline = data.batch(0, len(data)).tokens_BS, corpus.tokenizer.encode("\n")[-1]
@@ -275,7 +275,8 @@ def _answers(
 
 
 def _start_id(target: Target, corpus: Corpus) -> int:
-    """Returns the token before every text: eos for a Sluice checkpoint, and `start_token` for a Hugging Face folder."""
+    """Returns the token before every text: eos for a Sluice checkpoint, and the result of `start_token` for a Hugging
+    Face folder."""
     return corpus.tokenizer.eos_id if target.meta is not None else start_token(target.checkpoint, corpus.tokenizer)
 
 

@@ -93,7 +93,8 @@ class ObservedChunk:
         """Returns the sums of the latest forward pass as one vector:
 
         each range of positions    summed loss of the targets in nats
-        each MTP depth             summed loss in nats, and number of positions with the main model's prediction
+        each MTP depth             summed loss of the targets in nats; number of positions where the MTP module and the
+                                   main model predict the same token
         """
         return self._sums
 

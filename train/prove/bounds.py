@@ -67,8 +67,8 @@ def is_tiled(config: Config) -> bool:
 
 
 def coarsest(config: Config) -> str:
-    """Returns the coarsest number format of the recipe, as a key of UNIT. An FP8 wire rounds dispatched rows in every
-    precision."""
+    """Returns the coarsest number format of the recipe, as a key of UNIT. An FP8 wire format rounds dispatched rows in
+    every precision."""
     if is_tiled(config):
         return "e4m3"
     return "bf16" if config.precision.name != "fp32" else "fp32"

@@ -48,8 +48,8 @@ VERIFIED = {
         "a checkpoint, read in another layout, is the saved state bit for bit, and training resumes from it",
     ),
 }
-"""Maps each verifiable field of card.md to two values: the phases whose comparisons must hold, and the verified
-statement."""
+"""Maps each verifiable field of card.md to two values: the phases whose comparisons must hold, and the statement that
+they verify."""
 NOT_HERE = {
     "conversion": "a proof does not convert weights; `mode=export` writes a Hugging Face folder, and `init_from` reads one",
     "speed": "a proof does not measure speed; `python -m bench` and the metrics of a run do",

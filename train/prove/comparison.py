@@ -102,8 +102,8 @@ class Comparisons:
         measure: DifferenceMeasure | None = None,
         widen: Callable[[Bound, float], Bound] | None = None,
     ) -> None:
-        """Compare the ranks' value `got` with the expected value `want`. measure: by default that of `in_size`. widen:
-        returns a wider bound if the error exceeds `bound`."""
+        """Compare the ranks' value `got` with the expected value `want`. measure: measures the difference; by default
+        the result of `in_size`. widen: returns a wider bound if the error exceeds `bound`."""
         flat = (torch.as_tensor(one, dtype=torch.float64).detach().flatten() for one in (got, want))
         got_N, want_N = flat
         if len(got_N) != len(want_N):

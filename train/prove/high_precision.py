@@ -53,7 +53,7 @@ def softmax_scale(config: Values) -> float:
 
 
 def unseen(length: int, documents_BT: Tensor | None) -> Tensor:
-    """Returns a mask (1 or B, 1, T, T), True for keys that a query must not attend to: later keys, and other
+    """Returns a mask (1 or B, 1, T, T), True for keys that a query must not attend to: later keys, and keys of other
     documents."""
     later = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     if documents_BT is None:
@@ -98,8 +98,8 @@ def attend_back(
 
 
 def query_sizes(config: Values, places: Sequence[int]) -> Tensor:
-    """Returns the factors of the queries at these positions, fp64 (T, 1). Without yarn.query_growth (as in Llama 4),
-    all factors are 1."""
+    """Returns the factors of the queries at these positions, as in Llama 4, fp64 (T, 1). Without yarn.query_growth, all
+    factors are 1."""
     yarn = config.model.yarn
     steps = [place // yarn.original_seq_len for place in places]
     return torch.tensor([[1 + yarn.query_growth * math.log1p(step)] for step in steps], dtype=torch.float64)

@@ -194,7 +194,8 @@ def _times(one: Total, factor: Tensor) -> Total:
 
 
 def judge_router(step: StepParts, name: str) -> None:
-    """Judge the gates and the chosen experts. Only rounding errors may explain a chosen expert with a lower score."""
+    """Judge the gates and the chosen experts. Only because of rounding errors may a chosen expert have a lower score
+    than another expert."""
     model, weight, order = step.config.model, step.weights[f"{name}.weight"], step.in_rows(step.config.model.hidden)
     for call in step.calls.get(name, []):
         ids_BTK, gates = _routed(call, "forward", "ids"), _routed(call, "forward", "gates")

@@ -105,8 +105,8 @@ class WholeModel:
         return self._here(gradient * (rank.info.dp * rank.info.cp), name, rank, number)
 
     def _here(self, value: Tensor, name: str, rank: Evidence, number: int, count: int | None = None) -> Tensor:
-        """Returns the part of `value` for the samples and positions of a rank's micro-batch. `value` may have both in
-        one axis. count: see `_places`."""
+        """Returns the part of `value` for the samples and positions of a rank's micro-batch. `value` may have samples
+        and positions in one axis. count: see `_places`."""
         by_sample = value if value.size(0) == self.batch_size else value.unflatten(0, (self.batch_size, -1))
         return by_sample[rank.rows(number)][:, self._places(rank, name, count)]
 
@@ -142,7 +142,8 @@ class WholeModel:
 
     def _judge_keys(self, name: str, rank: Evidence, number: int, keys_BTK: Tensor) -> None:
         """Judge the keys that sparse attention chose. Except in check `exact`, a rank may choose other keys than the
-        reference. These must be permitted, in the right number, and have the best scores within rounding errors."""
+        reference. Then the query must be allowed to attend to them, and their number must be right. Their scores must
+        equal the best scores within rounding errors."""
         at, chooser = self.at, self._chooser(name)
         index_of = partial(self._output, f"{chooser}.index", rank, number, None)
         index_BTS, want_BTS = index_of(self.want).detach(), self._output(f"{name}.keys", rank, number, None, self.want)

@@ -67,7 +67,7 @@ def given_state(config: Config) -> State:
 
 def state_from_checkpoint(config: Config, saved: State, tally: Tally) -> tuple[State, Tally]:
     """Returns the expected state and counters after a resume from `saved`. If the second part has another optimizer,
-    its state and its number of updates are 0."""
+    the optimizer's state and number of updates are 0."""
     if config.prove.first_optimizer in (None, config.optim.name):
         return saved, tally
     kept = {name: tensor for name, tensor in saved.items() if name.startswith(("master.", "bias.", "ema."))}

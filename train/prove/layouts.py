@@ -54,11 +54,11 @@ WARP, WIDE_RANKS = 32, 2
 """WARP: number of threads in a warp. In check `tiles`, each rank has more than WARP experts, if possible. WIDE_RANKS:
 with more ranks in an expert group, the experts together would take a gigabyte."""
 SLOW = 1e-9
-"""Learning rate of check `tiles` with FP8 matmuls or an FP8 wire. It keeps norm weights so small that some tiles get
-the smallest FP8 scale."""
+"""Learning rate of check `tiles` with FP8 matmuls or an FP8 wire format. It keeps norm weights so small that some tiles
+get the smallest FP8 scale."""
 FAINT = 1e-13
-"""Weight of the MTP loss in check `tiles` with FP8 matmuls or an FP8 wire. Some tiles of its gradient get the smallest
-FP8 scale."""
+"""Weight of the MTP loss in check `tiles` with FP8 matmuls or an FP8 wire format. Some tiles of its gradient get the
+smallest FP8 scale."""
 
 
 def with_two_tiles(config: Config) -> Config:
@@ -128,10 +128,11 @@ gradient is clipped."""
 
 @dataclass(frozen=True)
 class RunPart:
-    """Consecutive steps of a run in one layout. The second part resumes with another layout, batch size and clip."""
+    """A part of a run: consecutive steps in one layout. The part after the resume has another layout, batch size and
+    clip."""
 
     number: int
-    """0 for the first part; 1 for the second part, which resumes from the first part's checkpoint."""
+    """Index of the part of a run: 0 before the resume, 1 after it."""
     config: Config
     last: int
     """The last step of the part, after which the part saves a checkpoint."""

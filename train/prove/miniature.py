@@ -57,8 +57,8 @@ STEPS = 4
 SEQUENCE = 24
 VOCABULARY = 97
 MINIATURE_WIDTH, TILED_WIDTH = 32, 136
-"""Hidden width of a miniature: TILED_WIDTH with FP8 matmuls or an FP8 wire, otherwise MINIATURE_WIDTH. TILED_WIDTH
-gives two tiles of 128, the second not full."""
+"""Hidden width of a miniature: TILED_WIDTH with FP8 matmuls or an FP8 wire format, otherwise MINIATURE_WIDTH.
+TILED_WIDTH gives two tiles of 128, the second not full."""
 ROPE = 16
 """Width of the rotated part of a head: eight pairs, some of them in YaRN's ramp."""
 ODD = 15
@@ -73,7 +73,7 @@ RANK = 8
 CLIP = 0.1
 """Maximum of optim.clip in the miniature. The miniature's gradient norms are larger, so its gradients are clipped."""
 RATE = 1e-3
-"""Minimum learning rate of the miniature. A smaller rate could hide changes of the weights in rounding."""
+"""Minimum learning rate of the miniature. With a smaller rate, rounding could hide the change of the weights."""
 BUFFER = 4096.0
 """Maximum bytes of a checkpoint's host buffer. The buffer is so small that a checkpoint is written in several parts."""
 SHOWN = (

@@ -172,7 +172,7 @@ def add_scores(evidence: Evidence, step: Engine, outcome: StepOutcome) -> None:
 
 
 class LocalGradients(Zero):
-    """Used instead of ZeRO. Gradients stay on their rank, and no weight changes."""
+    """Replaces ZeRO: gradients stay on their rank, and no weight changes."""
 
     def __init__(self, chunks: list[DeepSeekV3]):  # does not call ZeRO's constructor
         self._chunks = chunks

@@ -101,11 +101,12 @@ def swiglu(x_ND: Tensor, w13_2FD: Tensor, w2_DF: Tensor) -> Tensor:
 def turns(model: Values, seq_len: int, length: int, like: Tensor) -> Tensor:
     """Returns the rotation angle of each pair j at each position t, (T, R/2). Without YaRN, it is t / theta^(2j/R).
 
-    For long sequences, YaRN changes the angle by the pair's rotations over original_seq_len positions (paper 4.3):
+    For long sequences, YaRN changes the angle (paper 4.3). The change depends on how often the pair rotates over
+    original_seq_len positions:
 
-        more than beta_fast    unchanged
-        less than beta_slow    divided by `factor`
-        in between             interpolated linearly
+        more than beta_fast times    unchanged
+        less than beta_slow times    divided by `factor`
+        in between                   interpolated linearly
     """
     yarn, width = model.yarn, model.rope_head_dim
     pair = torch.arange(width // 2, dtype=like.dtype, device=like.device)
@@ -296,7 +297,7 @@ class PlainModel:
 
     def attention(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
         """Computes multi-head latent attention (eq. 1-11). Keys and values come from a small latent. If q_rank is set,
-        queries come from another."""
+        queries come from another latent."""
         model, w = self.model, self.weights
         (B, T, _), H, nope, R = x_BTD.shape, model.heads, model.nope_head_dim, model.rope_head_dim
         eps = model.norm_eps if model.latent_norm_eps is None else model.latent_norm_eps

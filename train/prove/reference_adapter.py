@@ -50,7 +50,8 @@ def is_stored_in_blocks(name: str) -> bool:
 
 
 def in_blocks(weight: Tensor) -> Tensor:
-    """Returns the weight (..., O, I) after a cast to E4M3. Each block's scale maps its largest magnitude to 448."""
+    """Returns the weight (..., O, I) after a cast to E4M3. The scale of a 128x128 block maps its largest magnitude to
+    448."""
     found = torch.empty_like(weight)
     for top in range(0, weight.shape[-2], 128):
         for left in range(0, weight.shape[-1], 128):

@@ -74,8 +74,8 @@ def split_matrices(config: Values, name: str, weight: Tensor) -> list[Tensor]:
 def muon(
     config: Values, name: str, lr: float, weight: Tensor, gradient: Tensor, momentum: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns the weight and its momentum after an update (arXiv 2502.16982, 2.2), which orthogonalises each matrix's
-    Nesterov momentum.
+    """Returns the weight and its momentum after an update (arXiv 2502.16982, 2.2). The update orthogonalises the
+    Nesterov momentum of each matrix.
 
     A factor makes the root mean square of the update about that of Adam.
     """

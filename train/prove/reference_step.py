@@ -49,8 +49,8 @@ def plan_steps(config: Values) -> Iterator[PlainPlan]:
 
 
 def batch_size(config: Values, index: int) -> int:
-    """Returns the number of sequences in a step. index: index of the step, from 0. A batch ramp is linear, rounded down
-    to its increment."""
+    """Returns the number of sequences in a step. index: index of the step, from 0. A batch ramp grows linearly, rounded
+    down to a multiple of its increment."""
     optim = config.optim
     if optim.batch_ramp_start is None or index >= optim.batch_ramp_steps:
         return config.batch_size

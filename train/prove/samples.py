@@ -28,16 +28,16 @@ from train.prove.reference_adapter import in_blocks, is_stored_in_blocks
 BIAS = 0.05
 """Standard deviation of the routers' initial biases. The biases are added to scores between 0 and 1."""
 CROWDED = 1.0
-"""Value that is added to the bias of the first expert and subtracted from that of the last. All tokens choose the first
-expert."""
+"""Value that is added to the first expert's bias and subtracted from the last expert's bias. So all tokens choose the
+first expert."""
 TILE, STEP = 128, 2.0**-6
 """Number of channels in a tile, and the factor on every second tile."""
 LOUD = 64.0
 """In wide models, the factor on the first head's queries and the output head's last row. A softmax then overflows if it
 does not subtract the maximum."""
 BELOW_FLOOR = 2.0**-26
-"""Factor on the second tile of the last experts' input, if matmuls or the wire use FP8. The tile then gets the smallest
-FP8 scale."""
+"""Factor on the second tile of the last experts' input, with FP8 matmuls or an FP8 wire format. The tile then gets the
+smallest FP8 scale."""
 
 
 class Samples:

@@ -20,13 +20,13 @@ from train.prove.low_precision import FORMATS, NearNumbers, Rule, cast, nearest
 
 BF16 = FORMATS["bf16"]
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
-"""Lower bounds of the magnitude from which a tile's scale is computed. ACTIVATION_FLOOR is that of DeepSeek's kernels.
-GRADIENT_FLOOR only avoids a scale of 0."""
+"""Lower bounds of the magnitude from which a tile's scale is computed. ACTIVATION_FLOOR is the bound of DeepSeek's
+kernels. GRADIENT_FLOOR only avoids a scale of 0."""
 
 
 def sent_in_fp8(x_RD: Tensor, floor: float) -> Tensor:
-    """Returns the rows that the receiver gets. Each tile is divided by its scale, a power of two, rounded to E4M3, and
-    multiplied by the scale.
+    """Returns the rows that the receiver gets. The sender divides each tile by its scale (a power of two), and rounds
+    it to E4M3. The receiver multiplies by the scale.
 
     Source: paper 3.3.2. "We group and scale elements on a 1x128 tile basis". E4M3 is the format of "all tensors".
     """

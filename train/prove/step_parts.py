@@ -76,8 +76,8 @@ class StepParts:
         """Number of ranks over which the gradients of weights are averaged."""
         in_fp32 = self.rounding.high == FORMATS["fp32"] or all(one.info.sums_in_fp32 for one in ranks)
         self.rounds_gradients = not in_fp32
-        """Whether the weight gradient of a micro-batch may be rounded to bf16 before the sum, as by torch's CPU
-        matmuls."""
+        """Whether the weight gradient of a micro-batch may be rounded to bf16 before the sum. torch's matmuls on a CPU
+        round it."""
 
     def through(self, name: str, rank: Evidence, back: bool = True) -> list[PartCall]:
         """Returns the calls of a part on a rank, in order. back: True for calls with gradients, False for calls

@@ -56,7 +56,7 @@ def size_adamw_roundings(
 ) -> list[Tensor]:
     """Returns the magnitude of one fp32 rounding error for each element of the weight and of both moments.
 
-    It is proportional to the magnitudes of a sum's terms, which may cancel in the sum.
+    The error is proportional to the magnitudes of a sum's terms, because the terms may cancel in the sum.
     """
     optim, lr = one.config.optim, one.lr
     (weight, mean, _), unit, (beta1, beta2) = before, UNIT["fp32"], optim.betas
@@ -76,8 +76,8 @@ def size_muon_roundings(
 ) -> list[Tensor]:
     """Returns the magnitude of one fp32 rounding error for each element of weight and momentum.
 
-    Newton-Schulz enlarges an error most in the direction of the smallest singular value. All elements of a matrix get
-    this bound.
+    Newton-Schulz enlarges an error most in the direction of the smallest singular value. Such an error may change any
+    element, so all elements of a matrix have the same bound.
     """
     (weight, momentum), unit, muon = before, UNIT["fp32"], one.config.optim.muon
     terms = muon.momentum * momentum.abs() + gradient.abs()

@@ -30,7 +30,7 @@ class WatchedDispatcher:
         self._moe, self._inner, self._keep = moe, inner, keep
         self._calls = 0
         self._numbers: dict[int, int] = {}
-        """Maps the id of a dispatch result to the index of its micro-batch, until the combine."""
+        """Maps the id of a dispatch result to the index of its micro-batch. The combine removes the entry."""
 
     def start_step(self) -> None:
         """Count micro-batches from 0 again."""
