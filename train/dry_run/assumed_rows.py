@@ -1,10 +1,9 @@
 """Computes how many rows the absent ranks would send to this rank's experts, from dry_run.routing.
 
 balanced      All ranks receive equally many rows, and all experts of this rank receive equally many rows.
-skewed        This rank receives 1.5 times as many rows as in `balanced`. The number of rows falls linearly from the
-              rank's first expert to its last expert.
-a folder      The folder of an earlier run. Each expert receives the same fraction of all rows as in that run. The
-              fraction is a mean over the layers, from the last step with recorded loads.
+skewed        This rank receives 1.5 times as many rows. The number falls linearly from its first to its last expert.
+a folder      An earlier run's folder. Each expert receives its fraction of rows in that run, as a mean over the layers,
+              from the last step with recorded loads.
 """
 
 from dataclasses import replace
@@ -35,8 +34,8 @@ def group_of(config: Config) -> Group:
 def load_of(config: Config, rank: int) -> Load:
     """Returns the number of rows that dry_run.routing assumes for each of this rank's experts.
 
-    Raises UserError if dry_run.routing is the folder of a run without recorded loads, or of a run with another number
-    of experts. Also raises it if parallel.ep is 1 and routing is not balanced, because no other rank could send rows.
+    Raises UserError if the folder's run has no recorded loads or another number of experts. Also raises it if
+    parallel.ep is 1 and routing is not balanced.
     """
     group, routing = group_of(config), config.dry_run.routing
     if routing == "balanced":

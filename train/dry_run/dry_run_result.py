@@ -31,7 +31,7 @@ ACTION_NAMES = {
     "FB": "overlapped pair",
 }
 REST = "other tensors at the peak"
-"""Label of those bytes at the peak that are not permanent state: activations, workspace, and existing gradients."""
+"""Label of the bytes at the peak that are not permanent: activations, workspace, and existing gradients."""
 
 
 @dataclass(frozen=True)
@@ -62,28 +62,27 @@ class Findings:
     host_phases: dict[str, ComparedFigure]
     """Peaks of host memory by phase; empty on a CPU."""
     items: dict[str, ComparedFigure]
-    """Bytes of weights, of master weights, of moments, and of gradients when all passes have ended. `rest` is the peak
-    minus weights, master weights and moments."""
+    """Bytes of weights, of master weights, of moments, and of gradients after all passes. `rest`: the peak minus
+    weights, master weights and moments."""
     actions: dict[str, ComparedFigure]
-    """Mean seconds of one action, by kind of action. For the measured number, the seconds of all actions of a kind are
-    added up in each timed step. The median of these sums is divided by the number of actions."""
+    """Mean seconds of one action, by kind. Measured: the median over the timed steps of a kind's total seconds, divided
+    by its number of actions."""
     counts: dict[str, int]
     """Number of actions in a step, by kind."""
     steps: dict[str, ComparedFigure]
-    """Seconds of a step, and of each phase of a step. The measured numbers are medians over the timed steps."""
+    """Seconds of a step and of its phases. The measured numbers are medians over the timed steps."""
     skipped: int
     """Number of timed steps that did not update the weights."""
     unsaved: str
     """Why the dry run saved no files; empty if it saved them."""
     job_peak: int
-    """Planned peak bytes of the rank in the job, with all of its layers and at full width."""
+    """Planned peak bytes of the rank in the job, with all layers at full width."""
     job_room: int | None
     """Bytes of the job's device that are free at `job_peak`, after the reserve; None without a hardware description."""
     job_step: float | None
     """Planned seconds of the job's step; None if the job's hardware has no rates."""
     job_step_again: float | None
-    """Seconds of the job's step, corrected by the measured times; None if the measured times do not apply to the
-    job."""
+    """Seconds of the job's step, corrected by the measured times; None if these do not apply to the job."""
     reason: str
     """Why `job_step` or `job_step_again` is None; empty if both have a value."""
 
@@ -182,7 +181,7 @@ def record(found: Findings) -> dict[str, Any]:
 
 
 def dry_run_screen(found: Findings, folder: Path, console: Console | None = None) -> None:
-    """Prints the results on the terminal: the part of the job that ran, its memory, its times, and the complete job."""
+    """Prints the results on the terminal: the part that ran, its memory, its times, and the complete job."""
     piece = found.piece
     rows = [("Ran", _what_ran(found))]
     if piece.left_out:
@@ -256,8 +255,7 @@ def _times(found: Findings) -> dict[str, ComparedFigure]:
 
 
 def _size(value: float) -> str:
-    """Returns text for a number of bytes. The unit is GiB, or MiB (with three digits) if the number is below one
-    GiB."""
+    """Returns text for a number of bytes, in GiB, or below one GiB in MiB with three digits."""
     return gib(value) if value >= 2**30 else f"{value / 2**20:.3g} MiB"
 
 

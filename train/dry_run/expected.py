@@ -1,12 +1,11 @@
 """Plans the seconds of a rank that runs alone, and corrects the planned step of the job by the measured times.
 
-A rank that runs alone sends nothing. So the plan for this rank assumes that all transfers take no time. The plan of the
-job's step uses the real links, and is then corrected:
+A rank that runs alone sends nothing, so its planned transfers take no time. The job's planned step uses the real links,
+and is then corrected:
 
-    actions     The planned computing time of each action is multiplied by measured / planned time of this kind of
-                action. The planned time of transfers is not changed.
-    update      The planned time of the rank's reduction and update, without transfers, is multiplied by measured /
-                planned time.
+    actions     The computing time of each action is multiplied by measured / planned time of this kind. Transfers are
+                not changed.
+    update      The time of reduction and update, without transfers, is multiplied by measured / planned time.
 """
 
 from collections import defaultdict
@@ -50,10 +49,10 @@ class Times:
     job: StepTime | None
     """The time of the job's step on the job's hardware; None if no rates are known."""
     piece: ExpectedTimes | None
-    """The times of the piece that the dry run runs; None if the rates are for another device."""
+    """The planned times of the part that the dry run runs; None if the rates are for another device."""
     whole: ExpectedTimes | None
-    """The times that this rank, running alone, would need with all of its layers and at full width; None if the dry run
-    divides the widths, or if the rates are for another device."""
+    """The planned times of this rank alone, with all of its layers at full width. None if the dry run divides the
+    widths, or if the rates are for another device."""
     reason: str
     """Why one of these times is None; empty if all have a value."""
 
@@ -84,8 +83,7 @@ def expect(piece: DryRunPiece, device: torch.device) -> Times:
 def plan_again(times: Times, measured: Mapping[str, float], update: float) -> float:
     """Returns the seconds of the job's step, corrected by the measured times.
 
-    measured: the measured total seconds of actions in a step, by kind of action. update: the measured seconds of
-    reduction and update together.
+    measured: total seconds of actions in a step, by kind of action. update: seconds of reduction and update together.
     """
     assert times.job is not None and times.piece is not None and times.whole is not None
     job, whole = times.job, times.whole
@@ -106,8 +104,8 @@ def _is_here(job: Config, device: torch.device) -> bool:
 
 
 def _with_load(config: Config, piece: DryRunPiece) -> Config:
-    """Returns the recipe with plan.imbalance set for this rank: the number of rows that the rank's experts receive,
-    divided by the mean over all ranks."""
+    """Returns the recipe with plan.imbalance set for this rank: the rows that its experts receive, divided by the mean
+    over all ranks."""
     imbalance = sum(piece.load.per_token_L) / piece.job.model.top_k
     return replace(config, plan=replace(config.plan, imbalance=imbalance))
 

@@ -1,8 +1,7 @@
 """Runs one rank of a job without the other ranks. torch's fake process group replaces the real one, and moves no data.
 
-Model, schedule, optimizer and DeepSpeed are the same as in a run. Stand-in stages create the tensors that other
-pipeline ranks would send. A stand-in dispatcher replaces the all-to-all, and returns as many rows as `Load` defines.
-These tensors and rows have arbitrary values, so the losses have no meaning.
+Stand-in stages create the tensors of other pipeline ranks. A stand-in dispatcher replaces the all-to-all, and returns
+as many rows as `Load` defines. Their values are arbitrary, so the losses have no meaning.
 """
 
 import warnings
@@ -47,11 +46,11 @@ class MeasuredRank:
     items: dict[str, int] = field(default_factory=dict)
     """Bytes of weights, of master weights, of moments, and of gradients when all passes have ended."""
     actions: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Total seconds of all actions of one kind, by kind. Each list has one entry per timed step."""
+    """Total seconds of a kind of action, by kind, for each timed step."""
     counts: Counter[str] = field(default_factory=Counter)
     """Number of actions in a step, by kind."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Seconds by phase of a step. Each list has one entry per timed step. The phase `step` is the complete step."""
+    """Seconds by phase, for each timed step. The phase `step` is the complete step."""
     skipped: int = 0
     """Number of timed steps that did not update the weights, because gradients were not finite."""
 
@@ -63,9 +62,12 @@ class MeasuredRank:
 def run_alone(piece: DryRunPiece, device: torch.device, folder: Path | None = None) -> MeasuredRank:
     """Run the rank alone through all phases of a run, and measure it. Raises UserError if the device's memory runs out.
 
-    The rank starts and runs a warm-up step. Then it runs, with measured memory, the work outside of steps and one step.
-    The timed steps follow. Last, the rank is started again from its saved files. folder: folder for temporary files;
-    None: the system's folder.
+    1. Start and a warm-up step.
+    2. Work outside of steps, and one step, with measured memory.
+    3. The timed steps.
+    4. Another start from the rank's saved files.
+
+    folder: folder for temporary files; None: the system's folder.
     """
     config = piece.config
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
@@ -139,8 +141,7 @@ def _train(config: Config, life: RunPhases, rank: RankSetup, number: int) -> Mea
 
 
 def _watch(config: Config, parts: ParallelModel, rank: RankSetup, number: int) -> None:
-    """Run further steps under the profiler, after the timed steps. The setting profile.steps lists the numbers of these
-    steps."""
+    """Run further steps under the profiler, after the timed steps: those of the setting profile.steps."""
     watched = replace(config, profile=replace(config.profile, ranks=[number]))
     timed, (first, last) = TimedStep(config, parts, rank), config.profile.steps
     with closing(StepProfiler(watched, number, parts)) as profiler:
@@ -162,6 +163,6 @@ def _items(parts: ParallelModel) -> dict[str, int]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Returns the bytes of the tensors' storages. A storage that several tensors share counts once."""
+    """Returns the bytes of the tensors' storages. A shared storage counts once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -1,10 +1,12 @@
 """Chooses the part of a job that a dry run runs: which rank, and how far the rank must be reduced to fit the device.
 
-A rank can be reduced in two ways. First, layers can be left out; the remaining layers have their full width. Second,
-one number can divide the hidden width, heads, latents, FFNs, vocabulary and sequence length. The number of experts, the
-layout and the schedule do not change. On a GPU, layers are left out first, because the remaining layers do the same
-work as in the job. A CPU would need hours for a step at full width. So on a CPU, the program uses the smallest divisor
-with which a step takes seconds.
+A rank can be reduced in two ways:
+
+- On a GPU, layers are left out first. The remaining layers do the same work as in the job.
+- One number divides the hidden width, heads, latents, FFNs, vocabulary and sequence length. A CPU uses the smallest
+  divisor with which a step takes seconds.
+
+The number of experts, the layout and the schedule do not change.
 """
 
 from dataclasses import dataclass, replace
@@ -37,13 +39,13 @@ class DryRunPiece:
     """The recipe for this device, with widths divided by `shrink`."""
     rank: int
     layers: list[range]
-    """Layers of every stage of the job. For the stages of this rank, only the layers that run are listed."""
+    """Layers of every stage of the job. This rank's stages list only the layers that run."""
     load: Load
     shrink: int
     left_out: int
     """Number of this rank's layers that do not run."""
     needed: int
-    """Planned peak in bytes if all layers of the rank ran, at the widths of `config`."""
+    """Planned peak in bytes with all layers of the rank, at the widths of `config`."""
     room: int
     """Available memory of the device, in bytes."""
 
@@ -62,13 +64,13 @@ class DryRunPiece:
 
     @property
     def scene(self) -> Scene:
-        """The planner's settings for this piece. They assume that the rank sends nothing."""
+        """The planner's settings for this part of the job. They assume that the rank sends nothing."""
         return _alone(self.config, self.load)
 
 
 def choose_rank(config: Config) -> int:
-    """Returns the rank that dry_run.rank selects. The value `worst` selects the first rank at the pipeline position
-    with the highest planned peak."""
+    """Returns the rank that dry_run.rank selects. `worst`: the first rank at the pipeline position with the highest
+    planned peak."""
     if config.dry_run.rank != "worst":
         return int(config.dry_run.rank)
     fullest = max(plan_memory(config), key=lambda rank: rank.peak_bytes)
@@ -76,8 +78,8 @@ def choose_rank(config: Config) -> int:
 
 
 def choose_piece(config: Config, rank: int, load: Load, device: torch.device) -> DryRunPiece:
-    """Returns the part of a job to run on this device: as much of this rank as fits. load: number of rows that the
-    rank's experts receive. Raises UserError if nothing of the rank fits."""
+    """Returns the part of a job to run on this device: as much of this rank as fits. load: rows that its experts
+    receive. Raises UserError if nothing fits."""
     here, room, wanted = for_device(config, device), free_memory(device), config.dry_run.shrink
     factor = wanted or 1
     while factor <= MOST_SHRINK:
@@ -103,8 +105,8 @@ def for_device(config: Config, device: torch.device) -> Config:
 
 
 def free_memory(device: torch.device) -> int:
-    """Returns the bytes that a dry run may use. On a GPU, they exclude the existing CUDA context, and gaps between
-    tensors. On a CPU, they are half of the available memory."""
+    """Returns the bytes that a dry run may use: on a GPU without the CUDA context and gaps between tensors, on a CPU
+    half of the available memory."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free - fragmentation(total)
@@ -112,8 +114,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def shrunk(config: Config, factor: int) -> Config:
-    """Returns the recipe with widths, vocabulary and sequence length divided by `factor`. Each of them has a minimum,
-    below which it is not divided."""
+    """Returns the recipe with widths, vocabulary and sequence length divided by `factor`, down to a minimum for
+    each."""
     if factor == 1:
         return config
 
@@ -139,8 +141,8 @@ def shrunk(config: Config, factor: int) -> Config:
 
 
 def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: int) -> DryRunPiece | None:
-    """Returns the part of the job to run, with as many layers of the rank as fit. Returns None if not even the smallest
-    number of layers fits. job: the recipe as given. config: the recipe with divided widths. room: available bytes."""
+    """Returns the part of the job with as many layers of the rank as fit; None if not even the fewest layers fit. job:
+    the recipe as given. config: the recipe with divided widths. room: available bytes."""
     pp_rank, scene = rank // job.parallel.stage_ranks, _alone(config, load)
     placement = job.parallel.placement
     layers, stages = stage_layers(job), placement[pp_rank]
@@ -164,7 +166,7 @@ def _alone(config: Config, load: Load) -> Scene:
 
 
 def _work(job: Config, config: Config, rank: int) -> float:
-    """Returns a function that sends a W&B alert. The settings of the W&B account decide how W&B forwards the alert."""
+    """Returns the number of operations in a step of this rank, with all layers and at the widths of `config`."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
     placement, layers = parallel.placement, stage_layers(job)
     stages = placement[rank // parallel.stage_ranks]

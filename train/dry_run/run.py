@@ -1,7 +1,5 @@
-"""mode=dry_run: runs one rank of a job alone on this device, and compares the measurements with the plan.
-
-If the device is too small for the rank, only a part of the rank runs.
-"""
+"""mode=dry_run: runs one rank of a job, or the part of it that fits, alone on this device. Compares the measurements
+with the plan."""
 
 import json
 from pathlib import Path
@@ -24,8 +22,7 @@ from train.rank import choose_device
 
 
 def dry_run(config: Config) -> int:
-    """Run this mode and return the exit code. Raises UserError for a layout that cannot run, and if no part of the rank
-    fits."""
+    """Run this mode and return the exit code. Raises UserError for a layout that cannot run, and if nothing fits."""
     config = with_nodes(config)
     check_layout(config)
     device = _choose_device(config)
@@ -41,8 +38,8 @@ def dry_run(config: Config) -> int:
 
 
 def _choose_device(config: Config) -> torch.device:
-    """Returns the device that a run of one rank would use. If this is a CPU and the recipe names a calibration, torch
-    is set to the calibration's number of threads."""
+    """Returns the device that a run of one rank would use. On a CPU, sets torch to the number of threads of the
+    recipe's calibration."""
     device = choose_device(config, Place())
     if device.type == "cpu" and config.plan.calibration is not None and not config.cluster.threads:
         torch.set_num_threads(read_calibration(config.plan.calibration)["threads"])

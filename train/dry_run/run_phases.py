@@ -1,8 +1,8 @@
 """Measures the memory of one rank in all phases of a run: its start, a step, work outside of steps, and restarts.
 
 The work outside of steps is saving to disk, copying to memory, exporting, averaging the weights, and validation. Each
-phase runs the code of a real run. In a dry run, the rank is alone. So it writes checkpoints as if the job had only this
-rank, and stores each of its shards as a complete tensor.
+phase runs the code of a real run. The rank writes checkpoints as the only rank of the job, with each of its shards as a
+complete tensor.
 """
 
 import gc
@@ -39,8 +39,8 @@ NOTHING_BEFORE = PhaseBytes(0, 0)
 
 
 class RunPhases(ExitStack):
-    """Runs one rank through the phases of a run, and measures the memory peak of each phase (`peaks`). It is a context
-    manager; when the context ends, the stores of in-memory copies are closed."""
+    """Runs one rank through the phases of a run, and measures the memory peak of each phase (`peaks`). As a context
+    manager, it closes the stores of in-memory copies."""
 
     def __init__(
         self,
@@ -51,11 +51,9 @@ class RunPhases(ExitStack):
         *,
         is_alone: bool,
     ):
-        """folder: folder for the files of all ranks. build: a function that builds the rank's model. Its argument says
-        whether the weights will be loaded; if so, they are not initialised at random.
-
-        is_alone: whether other ranks of the job, or some layers of this rank, are absent.
-        """
+        """folder: folder for the files of all ranks. build: builds the rank's model. Its argument says whether the
+        weights will be loaded and need no random values. is_alone: whether other ranks of the job, or some layers of
+        this rank, are absent."""
         super().__init__()
         self._config, self._rank, self._is_alone = replace(config, runs=str(folder)), rank, is_alone
         self._build = build
@@ -73,8 +71,8 @@ class RunPhases(ExitStack):
         """Why no files were saved; empty if they were saved."""
 
     def begin(self, phase: str, fill: Callable[[RunState], None] | None = None) -> tuple[ParallelModel, RunState]:
-        """Start the rank, and measure the memory of this phase. fill: a function that loads the weights into the state;
-        None: the weights are initialised from the seed."""
+        """Start the rank, and measure the memory of this phase. fill: a function that loads the weights; None: they are
+        initialised from the seed."""
         with self.meter() as meter:
             # DeepSpeed's caches hold tensors of an earlier engine, which a real run does not have.
             before = meter.mark_both()
@@ -97,14 +95,14 @@ class RunPhases(ExitStack):
         self.peaks[phase] = PhaseBytes(device + copied * on_cpu, host + copied * (not on_cpu))
 
     def go_on(self, parts: ParallelModel, state: RunState, tokens_BS: Tensor, meter: PeakMeter) -> None:
-        """Run each kind of work outside of steps once, and measure its memory. As in a run, the buffers of this work
-        stay allocated; `begin_again` frees them."""
+        """Run each kind of work outside of steps once, and measure its memory. Its buffers stay allocated until
+        `begin_again`."""
         for phase in self._do(parts, state, tokens_BS[: self._config.micro_batch_size]):
             self.mark(phase, meter)
 
     def begin_again(self) -> None:
-        """Start the rank again from its checkpoint and from its exported weights, and measure the memory of both
-        starts. Before each start, the memory of the previous start is freed."""
+        """Start the rank again from its checkpoint and from its exported weights, and measure both. The previous
+        start's memory is freed first."""
         self._held = ()
         for phase, fill, source in (
             ("resume", self._resume, self._paths.checkpoints),
@@ -181,8 +179,8 @@ class RunPhases(ExitStack):
         )
 
     def _open_copies(self) -> MemoryCopies | None:
-        """Open two stores of in-memory copies: one for this rank's node, and one for the next node. Returns None if the
-        recipe has no in-memory copies."""
+        """Open two stores of in-memory copies, for this rank's node and for the next node; None if the recipe has no
+        in-memory copies."""
         if not self._config.checkpoint.every_memory:
             return None
         self._nodes = [self._folder / f"node_{self._number}_{place}" for place in range(2)]

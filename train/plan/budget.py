@@ -1,4 +1,4 @@
-"""Makes the complete plan of a recipe: whether the run fits, how fast it is, and how much it costs."""
+"""Makes the complete plan of a recipe: whether the run fits, its speed, and its cost."""
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -31,23 +31,21 @@ class Verdict(StrEnum):
 
 
 BARELY = 0.03
-"""Minimum fraction of a device's memory that must be free for the verdict `fits`. Memory for the reserve and for the
-planned imbalance of the experts does not count as free.
+"""Fraction of a device's memory that must be free for the verdict `fits`, besides the reserve and the planned imbalance
+of the experts.
 
-In measurements, the planned bytes of tensors differed from the measured bytes by at most 1 %. The reserve is an
-estimate whose error may be up to a third.
+In measurements, the planned bytes of tensors were wrong by at most 1 %. The reserve may be wrong by up to a third.
 """
 
 
 def verdict_of(room: int, memory: int) -> Verdict:
-    """Returns the verdict for a run. room: bytes of a device's memory that are free at the run's peak, after the
-    reserve is subtracted; negative if memory is lacking."""
+    """Returns the verdict for a run. room: device bytes that are free at the peak, after the reserve; negative if
+    memory is lacking."""
     return Verdict.lacks if room < 0 else Verdict.barely if room < BARELY * memory else Verdict.fits
 
 
 def room_words(room: int, memory: int) -> str:
-    """Returns text about the memory that a plan leaves free on a device. The text says "to spare" only if at least the
-    fraction BARELY of the memory is free. room: free bytes, as in `verdict_of`."""
+    """Returns text about the free memory of a device. room: free bytes, as in `verdict_of`."""
     if room < 0:
         return f"{gib(-room)} too little"
     return f"{gib(room)} to spare" if room >= BARELY * memory else f"only {gib(room)} free"
@@ -55,7 +53,7 @@ def room_words(room: int, memory: int) -> str:
 
 @dataclass
 class Budget:
-    """Time and cost of training on all tokens of the run. The batch-size ramp is included; failures are not."""
+    """Time and cost of training on all tokens, including the batch-size ramp and without failures."""
 
     tokens: float
     days: float
@@ -64,18 +62,17 @@ class Budget:
     cost: float | None
     """Cost in the currency `hardware.currency`; None without hardware.price_per_hour."""
     energy_kwh: float | None
-    """Energy that the devices use at their power limit; None if the hardware description has no power limit."""
+    """Energy of the devices at their power limit; None if the power limit is unknown."""
 
     def lasting(self, share: float) -> "Budget":
-        """Returns the budget of a run with failures. share: fraction of the time that is spent on steps that no failure
+        """Returns the budget of a run with failures. share: fraction of the time spent on steps that no failure
         undoes."""
         cost, energy = (None if value is None else value / share for value in (self.cost, self.energy_kwh))
         hours = self.gpu_hours / share
         return Budget(self.tokens, self.days / share, hours, hours * TRILLION / self.tokens, cost, energy)
 
     def __add__(self, other: "Budget") -> "Budget":
-        """Returns the budget of two runs together. If the cost of one run is unknown, the cost of both together is
-        unknown."""
+        """Returns the budget of two runs together. Its cost is unknown if the cost of one run is unknown."""
         tokens, hours = self.tokens + other.tokens, self.gpu_hours + other.gpu_hours
         cost = None if self.cost is None or other.cost is None else self.cost + other.cost
         energy = None if self.energy_kwh is None or other.energy_kwh is None else self.energy_kwh + other.energy_kwh
@@ -89,7 +86,7 @@ class DiskBytes:
     checkpoint: int
     """Bytes of one checkpoint."""
     checkpoints: int
-    """Maximum number of checkpoints on disk at a time: those that the run keeps, and one that it is writing."""
+    """Maximum number of checkpoints on disk: those that the run keeps, and one unfinished."""
     export: int
     """Bytes of an exported folder of weights; 0 if the run exports none."""
     has: int
@@ -97,8 +94,7 @@ class DiskBytes:
 
     @property
     def whole(self) -> int:
-        """Total disk usage of the run in bytes. It counts three exported folders, because three exist while the run
-        writes the newest."""
+        """Total disk usage of the run in bytes. Three exported folders exist while the run writes the newest."""
         return self.checkpoints * self.checkpoint + 3 * self.export
 
     @property
@@ -107,13 +103,13 @@ class DiskBytes:
 
     @property
     def most_kept(self) -> int:
-        """The largest checkpoint.keep for which the disk has room; 0 if it has no room for any checkpoint."""
+        """The largest checkpoint.keep for which the disk has room; 0 if there is none."""
         return max(0, (self.has - 3 * self.export) // self.checkpoint - 1)
 
 
 def disk_of(config: Config) -> DiskBytes:
-    """Returns the largest disk usage that a run can have (train/checkpoint/commit.py). Each save waits until the
-    previous save is complete, so at most one unfinished checkpoint is on the disk."""
+    """Returns the largest disk usage of a run. At most one unfinished checkpoint exists, because saves wait for each
+    other."""
     saves, steps = config.checkpoint, config.steps
     every = -(-steps // saves.every) if saves.every else 1
     stay = min(saves.keep + 1 if saves.keep else every, every)
@@ -155,8 +151,8 @@ class RunPlan:
 
     @property
     def lasting(self) -> Budget:
-        """Returns the budget including failures. Returns the budget without failures in two cases: failures are not
-        planned, or at least 99 % of the time would be lost to them."""
+        """Returns the budget including failures. Failures are left out if they are not planned, or cost at least 99 %
+        of the time."""
         share = self.failures.effective_share if self.failures is not None else 1.0
         return self.budget.lasting(share) if share > 0.01 else self.budget
 
@@ -180,8 +176,7 @@ class RunPlan:
 
 
 def make_plan(config: Config) -> RunPlan:
-    """Plan a recipe. Raises UserError for a layout that cannot run, and for settings that the planner does not
-    support."""
+    """Plan a recipe. Raises UserError for a layout that cannot run, and for unsupported settings."""
     require_hardware(config.hardware)
     require_host(config)
     require_matmuls(config)
@@ -193,7 +188,7 @@ def make_plan(config: Config) -> RunPlan:
 
 
 def budget_of(config: Config, step: StepTime) -> Budget:
-    """Returns the days, GPU hours, cost and energy of training on all tokens of the run."""
+    """Returns the days, GPU hours, cost and energy of training on all tokens."""
     hardware, devices = config.hardware, layout_of(config).world
     tokens, seconds = _whole_run(config, step)
     hours = seconds / HOUR
@@ -208,11 +203,8 @@ def budget_of(config: Config, step: StepTime) -> Budget:
 
 
 def _whole_run(config: Config, step: StepTime) -> tuple[float, float]:
-    """Returns the number of tokens of the run, and the total seconds of its steps.
-
-    The function plans only steps with the smallest batch and with the full batch. For the batch sizes between them, it
-    interpolates the step time linearly, because every micro-batch takes the same time.
-    """
+    """Returns the number of tokens of the run, and the total seconds of its steps. Step times of the batch ramp are
+    interpolated linearly."""
     sizes = Schedules(config).batch_sizes
     wanted = config.plan.tokens and config.plan.tokens / config.seq_len  # number of sequences
     samples, seconds = 0.0, 0.0

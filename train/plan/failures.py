@@ -1,22 +1,16 @@
 """The cost of failures: time for checkpoints, lost work and restarts, and the advised checkpoint interval.
 
-Failures happen at random, on average every M seconds. A checkpoint stalls training for s seconds and is complete w
-seconds later; an incomplete checkpoint does not count. A failure loses the work since the newest complete checkpoint.
-If a checkpoint starts every T seconds, a failure loses T / 2 + w seconds of work on average. After the failure, R
-seconds pass until the next step. On average, T seconds of training therefore take the following time (Daly 2006,
-equation 20; a failure while a checkpoint is written also loses the time of that write):
+Failures happen at random, on average every M seconds. A checkpoint starts every T seconds, stalls training for s
+seconds, and is complete w seconds later. A failure loses T / 2 + w seconds of work on average. The next step follows R
+seconds later. T seconds of training then take this time on average (Daly 2006, equation 20):
 
     M exp((R + w) / M) (exp((T + s) / M) - 1)
 
-The effective share is T divided by this time: the fraction of time spent on steps that no failure undoes. The best T
-has the largest effective share. T is at least w, because each save waits for the previous save. The effective share
-hardly changes near the best T. So the plan advises a longer T: the largest T whose effective share is at most FLAT
-below the best effective share.
+The effective share is T divided by this time. T is at least w, because each save waits for the previous save. Near the
+best T, the effective share hardly changes. So the plan advises the largest T whose share is at most FLAT below the best
+share.
 
 A restart has four parts: detection, rescheduling, loading (bytes divided by hardware.storage_bandwidth) and warm-up.
-The resulting effective shares agree with published runs. Llama 3 (16,384 GPUs) and MegaScale (more than 10,000 GPUs)
-had effective shares above 90 %. ByteRobust's run of 9,600 GPUs had 97 % (arXiv 2509.16293). A synchronous run of Meta
-on some 100,000 GPUs paused for 10 minutes at each failure (arXiv 2602.00277).
 """
 
 import itertools
@@ -29,26 +23,15 @@ from train.plan.job import layout_of
 
 HOUR = 3600.0
 DETECTION = 600.0
-"""Seconds until a failure is noticed, tests have found the faulty node, and that node is replaced.
-
-MegaScale (NSDI 2024, 6.3) needs less than 10 minutes on average. Sluice's own driver names most faults of toy runs in 5
-to 33 s (bench/RESULTS.md, section "Faults that are named"), but it does not test nodes.
-"""
+"""Seconds until a failure is noticed, the faulty node is found, and the node is replaced. MegaScale (NSDI 2024, 6.3)
+needs less than 10 minutes on average."""
 RESCHEDULING, OF_A_NODE = 11.1, 0.003
-"""Seconds from the diagnosis to the first step of a toy run, and the seconds that each node adds.
-
-Source: in bench/RESULTS.md, the recovery from a cut link, and the starts of 64 to 4096 nodes.
-"""
+"""Seconds from the diagnosis to the first step of a toy run, and the seconds that each node adds (bench/RESULTS.md)."""
 WARM_UP_STEPS = 2.0
-"""Extra time of the first steps after a start, in units of a normal step. These steps compile kernels, open connections
-and allocate memory blocks.
-
-On a CPU, the first two steps of toy runs take two to three times as long as later steps. No figure for GPUs is
-published.
-"""
+"""Extra time of the first steps after a start, in units of a normal step. Measured on a CPU; no figure for GPUs is
+published."""
 FLAT = 0.005
-"""Maximum loss of effective share that the advised interval between checkpoints may have, compared with the best
-interval. The effective share is the fraction of time spent on steps that no failure undoes."""
+"""Maximum loss of effective share at the advised checkpoint interval, compared with the best interval."""
 REPAIR = 5.5 * 24 * HOUR
 """Mean repair time of a node, in seconds (InfiniteHBD's trace of 400 servers, SIGCOMM 2025; median 0.85 days)."""
 COVERED = 0.99
@@ -68,8 +51,7 @@ class SaveCosts:
     """Seconds from the end of the stall until the checkpoint is complete."""
 
     def effective(self, interval: float) -> float:
-        """Returns the effective share, if a checkpoint starts every `interval` seconds of training. The effective share
-        is the fraction of time spent on steps that no failure undoes."""
+        """Returns the effective share if a checkpoint starts every `interval` seconds of training."""
         mean = self.between_failures
         lost, segment = (self.restart + self.write) / mean, (interval + self.stall) / mean
         return interval / mean * math.exp(-lost) / math.expm1(segment) if lost + segment < 500 else 0.0
@@ -78,8 +60,8 @@ class SaveCosts:
     def best_interval(self) -> float:
         """The interval between checkpoints with the largest effective share.
 
-        With the symbols of this file's docstring: at this interval, x = (T + s) / M solves x = 1 + s / M - exp(-x).
-        Newton's iteration approaches x from above.
+        With the symbols of this file's docstring, x = (T + s) / M solves x = 1 + s / M - exp(-x). Newton's iteration
+        approaches x from above.
         """
         stall = max(self.stall / self.between_failures, 1e-12)
         x = stall + math.sqrt(2 * stall)  # Young's formula never gives less than the solution
@@ -88,8 +70,8 @@ class SaveCosts:
         return max(self.write, self.between_failures * x - self.stall)
 
     def longest_interval(self, loss: float) -> float:
-        """Returns the longest interval between checkpoints whose effective share is at most `loss` below the largest
-        effective share."""
+        """Returns the longest checkpoint interval whose effective share is at most `loss` below the largest effective
+        share."""
         best = self.best_interval
         low, high, least = best, best + 10 * self.between_failures, self.effective(best) - loss
         for _ in range(50):
@@ -105,8 +87,8 @@ class Failures:
     between_seconds: float
     restart_seconds: float
     restart_parts_seconds: dict[str, float]
-    """restart_seconds, divided into parts. The part `loading` is missing if hardware.storage_bandwidth is unknown, or
-    if the run keeps in-memory copies."""
+    """Parts of restart_seconds. The part `loading` is missing without hardware.storage_bandwidth, or with in-memory
+    copies."""
     stall_seconds: float
     write_seconds: float
     interval_seconds: float
@@ -117,13 +99,12 @@ class Failures:
     best_share: float | None
     """Effective share if the run saves every best_steps steps."""
     spare_nodes: int
-    """Number of spare nodes that is sufficient for the fraction COVERED of the time, if every failure removes one node
-    until that node is repaired."""
+    """Number of spare nodes that is enough for the fraction COVERED of the time."""
 
 
 def plan_failures(config: Config, step_seconds: float) -> Failures | None:
-    """Returns the costs of failures. Returns None if plan.failures is 0, or if the bandwidth between device and host is
-    unknown (as on CPUs)."""
+    """Returns the costs of failures; None if plan.failures is 0, or the bandwidth between device and host is unknown
+    (as on CPUs)."""
     host, layout, checkpoint = config.hardware.rates.get("host"), layout_of(config), config.checkpoint
     if host is None or not config.plan.failures:
         return None
@@ -164,10 +145,9 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
 
 
 def spares(mean: float) -> int:
-    """Returns the smallest sufficient number of spare nodes. A number is sufficient if, for at least the fraction
-    COVERED of the time, no more than this number of nodes are under repair.
+    """Returns the number of spare nodes that is enough for the fraction COVERED of the time.
 
-    mean: average number of nodes under repair. The number at any time has a Poisson distribution.
+    mean: average number of nodes under repair; the number has a Poisson distribution.
     """
     shares = (math.exp(count * math.log(mean) - mean - math.lgamma(count + 1)) for count in itertools.count())
     return next(count for count, share in enumerate(itertools.accumulate(shares)) if share >= COVERED)

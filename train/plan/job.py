@@ -1,4 +1,4 @@
-"""Facts about the planned job that all parts of a plan use: its devices, its layout, and its pipeline actions."""
+"""Facts about the planned job for all parts of a plan: its devices, layout, and pipeline actions."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -24,7 +24,7 @@ def require_hardware(hardware: Hardware) -> None:
 
 
 def require_host(config: Config) -> None:
-    """Raise UserError if the recipe offloads state but the hardware description gives no host memory."""
+    """Raise UserError if the recipe offloads state but the host memory is unknown."""
     hardware = config.hardware
     asked = ["parallel.offload_optimizer"] * config.parallel.offload_optimizer + ["model.offload"] * bool(
         config.model.offload
@@ -41,8 +41,7 @@ def require_host(config: Config) -> None:
 
 
 def can_offload(config: Config) -> bool:
-    """Whether offloading would free device memory. This is so on a GPU whose hardware description gives the host's
-    memory."""
+    """Whether offloading would free device memory: on a GPU, if the host's memory is known."""
     return device_kind(config) == "cuda" and config.hardware.host_memory_bytes > 0
 
 
@@ -58,8 +57,7 @@ def device_kind(config: Config) -> str:
 
 
 def device_memory(config: Config) -> int:
-    """Returns the memory of one device in bytes. If the hardware description has no memory size, the ranks divide this
-    machine's memory equally."""
+    """Returns the memory of one device in bytes. If it is unknown, the ranks divide this machine's memory equally."""
     if config.hardware.memory_bytes:
         return int(config.hardware.memory_bytes)
     import psutil
@@ -79,7 +77,7 @@ def host_ranks(config: Config) -> int:
 
 
 def require_matmuls(config: Config) -> None:
-    """Raise UserError if the planned devices do not support the recipe's FP8 GEMMs (train/kernels/fp8/installed.py)."""
+    """Raise UserError if the planned devices do not support the recipe's FP8 GEMMs."""
     fp8, hardware = config.precision.fp8, config.hardware
     if fp8 is None or has_mx_tiles(fp8) or "fprop_mxfp8" not in hardware.rates:
         return
@@ -88,25 +86,24 @@ def require_matmuls(config: Config) -> None:
 
 
 def with_nodes(config: Config) -> Config:
-    """Returns the recipe with the planned number of ranks per node. Rules about nodes need this number."""
+    """Returns the recipe with the planned number of ranks per node, for rules about nodes."""
     nodes = replace(config.cluster, ranks_per_node=layout_of(config).ranks_per_node)
     return replace(config, cluster=nodes)
 
 
 def micro_batches_of(config: Config) -> int:
-    """Returns the number of micro-batches in a step at the full batch size, on the rank with the most micro-batches."""
+    """Returns the number of micro-batches in a step at the full batch size, on the rank with the most."""
     return most_micro_batches(config)
 
 
 STEADY = 4
-"""Number of rounds that are enough to find the memory peak, because further rounds repeat the same actions. A round is
-a group of micro-batches, with at least one for each pipeline rank."""
+"""Number of rounds that are enough to find the memory peak. A round has at least one micro-batch per pipeline rank."""
 
 
 def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
     """Returns the actions of every pipeline rank in a step, in order.
 
-    shortest: plan only as many micro-batches as the memory peak needs.
+    shortest: only as many micro-batches as the memory peak needs.
     """
     count, pp = micro_batches_of(config), config.parallel.pp
     if shortest:
@@ -119,8 +116,8 @@ def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
 
 
 def program_of(config: Config, micro_batches: int | None = None) -> Program:
-    """Returns the actions of all ranks of a pipeline as a `Program`, which can be simulated. micro_batches: number of
-    micro-batches; None: those of a step."""
+    """Returns the actions of all pipeline ranks as a `Program`, for a simulation. micro_batches: their number; None:
+    those of a step."""
     parallel = config.parallel
     count = micro_batches or micro_batches_of(config)
     return _program(parallel.schedule, parallel.pp, count, parallel.virtual_stages, parallel.overlap)

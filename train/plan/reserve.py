@@ -1,24 +1,22 @@
-"""Estimates the device memory that tensors cannot use, by name. Plans and dry runs both use this estimate.
+"""Estimates the device memory that tensors cannot use, by name, for plans and dry runs.
 
     context          the CUDA context, loaded kernels, workspaces of libraries
     communicators    NCCL's buffers for the collectives of every group, and for sends between pipeline stages
     exchange         buffers of the exchange of experts' rows: NCCL's to every rank, or DeepEP's
     fragmentation    gaps between tensors, in torch's allocator
 
-NCCL (2.30; the files are in github.com/NVIDIA/nccl) allocates a communicator's buffers at the first collective that
-needs them. Inside a node, a connection receives into 10 MiB and sends from 2 MiB (src/transport/p2p.cc: three protocols
-of 0.5, 4.7 and 4 MiB, rounded up); over a network, it sends from 10 MiB. On every channel, a ring has one connection of
-each kind, and a tree has up to three. So the size of a group's buffers depends on the number of its channels. For more
-than two nodes, the size does not depend on the number of ranks (issue 864):
+NCCL (2.30, github.com/NVIDIA/nccl) allocates a communicator's buffers at the first collective that needs them. Inside a
+node, a connection receives into 10 MiB and sends from 2 MiB (src/transport/p2p.cc). Over a network, it sends from 10
+MiB. On every channel, a ring has one connection of each kind, and a tree up to three. For more than two nodes, the
+buffers of a group do not grow with the number of ranks (issue 864), only with the channels:
 
-    several ranks per node   Between nodes, the group uses 16 channels (issue 1538: two nodes of eight H100), with ring
-                             and tree. The buffers need some 0.6 GB. 0.69 GB were measured on A100 with NVLink, and
-                             0.54 GB for a group of two ranks (issue 964).
-    one rank per node        The group uses 4 channels (issue 1189 reports 8 for two ranks per node).
-    sends and exchanges      Inside a node, every pair of ranks has a connection on each of up to 32 channels, two for
-                             every NVLink (src/graph/paths.cc: ncclTopoGetNchannels). 3.28 GB were measured on eight
-                             H100 (issue 1685). Over a network, all peers share two buffers of 2 MiB per channel
-                             (src/transport/net.cc: NCCL_SHARED_STEPS).
+    several ranks per node   16 channels between nodes (issue 1538), with ring and tree: some 0.6 GB. Measured: 0.69 GB
+                             on A100 with NVLink, and 0.54 GB for two ranks (issue 964).
+    one rank per node        4 channels (issue 1189 reports 8 for two ranks per node).
+    sends and exchanges      In a node, every pair of ranks has a connection on up to 32 channels, two per NVLink
+                             (src/graph/paths.cc: ncclTopoGetNchannels). Measured: 3.28 GB on eight H100 (issue 1685).
+                             Over a network, all peers share two buffers of 2 MiB per channel (src/transport/net.cc:
+                             NCCL_SHARED_STEPS).
 
 A group over several nodes divides the channels among its peers, eight at a time (ncclTopoComputeP2pChannels). DeepEP
 has its own buffers (conf/dispatches.py).
@@ -32,32 +30,28 @@ from train.plan.job import device_kind, device_memory, host_ranks, layout_of
 
 MIB = 2**20
 CONTEXT = 1_060_000_000
-"""Bytes that a process uses on an H100 besides tensors, after it has loaded torch and NCCL (nccl issue 1685). The bytes
-were measured before the first exchange.
-
-If kernels are loaded lazily, the CUDA context alone uses some 0.4 GB (pytorch issue 109888).
-"""
+"""Bytes that a process uses on an H100 besides tensors, with torch and NCCL loaded, before the first exchange (nccl
+issue 1685). The CUDA context alone uses some 0.4 GB with lazily loaded kernels (pytorch issue 109888)."""
 COMMUNICATOR, PAIR_COMMUNICATOR = 688_000_000, 544_000_000
-"""Bytes of a communicator for collectives. The first number is for a group with several ranks per node, the second for
-a group of two ranks (nccl issue 964)."""
+"""Bytes of a communicator for collectives: for a group with several ranks per node, and for a group of two ranks (nccl
+issue 964)."""
 INSIDE, ACROSS = 12 * MIB, 20 * MIB
-"""Bytes of the buffers of a connection, for both directions. The first number is for a connection inside a node, the
-second for a connection between nodes."""
+"""Bytes of the buffers of a connection in both directions: for a connection inside a node, and for a connection between
+nodes."""
 CHANNELS_ACROSS = 4
-"""Number of channels of a group with one rank per node, if each rank has one network adapter."""
+"""Number of channels of a group with one rank per node and one network adapter per rank."""
 MOST_CHANNELS = 32
 LINK_RATE = 16.7e9
-"""Bytes per second of an all-to-all over one NVLink in one direction: the rate of an H100 in conf/hardware, divided by
-its 18 links."""
+"""Bytes per second of an all-to-all over one of an H100's 18 NVLinks in one direction."""
 SHARED = 4 * MIB
 """All sends and receives over a network share this many bytes on every channel."""
 PEERS_AT_ONCE = 8
 """Number of peers that NCCL sends to at a time."""
 FRAGMENTATION = 0.02
-"""Fraction of a device's memory that is lost in gaps between tensors. It is an estimate without a measurement.
+"""Estimated fraction of a device's memory that is lost in gaps between tensors, without a measurement.
 
-Runs enable torch's expandable segments. With them, two kinds of gaps remain: unused parts of pages of 2 MiB, and parts
-of freed blocks that are too small for the next tensor.
+torch's expandable segments leave two kinds of gaps: unused parts of pages of 2 MiB, and freed blocks that are too small
+for the next tensor.
 """
 
 
@@ -78,24 +72,21 @@ def reserve_of(config: Config) -> dict[str, int]:
 
 
 HOST_SYSTEM = 0.05
-"""Estimated fraction of a host's memory that the operating system, agents, and the page cache for checkpoints need."""
+"""Estimated fraction of a host's memory for the operating system, agents, and the page cache of checkpoints."""
 HOST_PROCESS = 3_000_000_000
-"""Bytes of host memory that a rank's process needs besides tensors.
-
-Python and the imported program (cluster.prefork) need 0.5 GB. The rest is an estimate for memory that CUDA and NCCL map
-and lock.
-"""
+"""Bytes of host memory that a rank's process needs besides tensors: 0.5 GB for Python and the imported program
+(cluster.prefork), the rest an estimate for CUDA and NCCL."""
 
 
 def host_memory(config: Config) -> int:
-    """Returns the bytes of a host's memory that the tensors of its ranks can use; 0 if the host's memory is unknown."""
+    """Returns the bytes of a host's memory that tensors can use; 0 if the host's memory is unknown."""
     has = int(config.hardware.host_memory_bytes)
     return max(1, int(has * (1 - HOST_SYSTEM)) - host_ranks(config) * HOST_PROCESS) if has else 0
 
 
 def copies_memory(config: Config) -> int | None:
-    """Returns the capacity in bytes of a host's folder of in-memory copies. Returns None if this folder is on a disk,
-    or if the host's memory is unknown."""
+    """Returns the capacity in bytes of a host's folder of in-memory copies; None if it is on disk or the host's memory
+    is unknown."""
     hardware, folder = config.hardware, config.checkpoint.memory_folder
     if not hardware.host_memory_bytes or not f"{folder}/".startswith("/dev/shm/"):
         return None
@@ -116,10 +107,8 @@ def fragmentation(memory: int) -> int:
 def _collectives(layout: Layout) -> int:
     """Returns the bytes of the communicators that a rank needs for collectives.
 
-    A rank has five groups: all ranks, the ranks of its pipeline, the ranks of its stage, the ranks that share its
-    sequences, and the ranks with the same experts. Groups with the same ranks share a communicator, and groups of one
-    rank have none (parallel/mesh.py). All groups of one kind need the same bytes, so the function computes them for
-    rank 0.
+    A rank has five groups: all ranks, its pipeline, its stage, the ranks that share its sequences, and the ranks with
+    its experts. Equal groups share a communicator; groups of one rank have none (parallel/mesh.py).
     """
     stage = layout.stage_ranks
     pipeline = range(0, layout.world, stage)
@@ -135,7 +124,7 @@ def _communicator(layout: Layout, ranks: range) -> int:
 
 
 def _sends(config: Config, layout: Layout) -> int:
-    """Returns the bytes for sends between stages. A rank sends to and receives from at most two other ranks."""
+    """Returns the bytes for sends between stages: with at most two other ranks."""
     return _peers(config, layout, range(0, layout.world, layout.stage_ranks), 2)
 
 
@@ -151,12 +140,8 @@ def _exchange(config: Config, layout: Layout) -> int:
 
 
 def _peers(config: Config, layout: Layout, ranks: range, most: int) -> int:
-    """Returns the bytes of the buffers for sends and receives between the first rank of a group and other ranks of the
-    group.
-
-    most: maximum number of these other ranks. The function counts ranks on the first rank's node before ranks on other
-    nodes.
-    """
+    """Returns the bytes of the buffers for sends and receives between a group's first rank and at most `most` other
+    ranks. Ranks on the first rank's node count first."""
     others = [layout.node(rank) == layout.node(ranks[0]) for rank in ranks[1:]]
     near, far = min(most, sum(others)), not all(others)
     link = config.hardware.rates.get("inside")

@@ -21,7 +21,7 @@ from train.show.planned import PLAN_FILE
 
 
 def tell_best(found: FoundLayout) -> None:
-    """Print a layout on standard error. A search calls this function for each layout that is the best so far."""
+    """Print a layout on standard error. A search calls this function for each new best layout."""
     say(f"search: {found.step_seconds:.3g} s a step: {shlex.join(found.overrides)}", file=sys.stderr, flush=True)
 
 

@@ -1,12 +1,10 @@
 """Plans the device memory of layouts that need fewer nodes than a run has. If the run loses nodes, the driver chooses
-one of these layouts.
+one.
 
     python -m train.plan.smaller_layouts CONFIG [cpu|cuda]
 
-The command writes layouts.json into the folder of CONFIG; cluster/driver/shapes.py describes the format of this file.
-It plans memory as mode=plan does. It runs in the background of the training run, at the lowest priority. For every
-possible ep, it plans the largest number of expert groups, half of this number, a quarter, and so on. The second
-argument is the kind of devices; it is needed if the recipe names no hardware.
+Writes layouts.json into the folder of CONFIG (format: cluster/driver/shapes.py). Runs in the background of the training
+run, at the lowest priority. The second argument, the kind of devices, is needed if the recipe names no hardware.
 """
 
 import math
@@ -31,8 +29,8 @@ from train.plan.reserve import reserve_of
 
 
 def planned_shapes(config: Config) -> list[StageShape]:
-    """Returns the layouts to plan. For every ep, these are the layouts with the largest possible number of expert
-    groups, with half of this number, with a quarter, and so on."""
+    """Returns the layouts to plan: for every ep, the largest possible number of expert groups, half of it, a quarter,
+    and so on."""
     found, cp = [StageShape(config.parallel.stage_ranks, config.parallel.ep)], config.parallel.cp
     for ep in sorted({shape.ep for shape in smaller_shapes(config)}, reverse=True):
         groups = config.parallel.stage_ranks // math.lcm(ep, cp)

@@ -1,16 +1,13 @@
-"""Records the computation and communication of a pass, while a rank's own code runs.
-
-A recorder observes three kinds of calls. The observed code does not change.
+"""Records the computation and communication of a pass, while a rank's own code runs unchanged.
 
     methods     of the kernels, the FP8 engine, the wire and the dispatcher: a call counts as one kernel, including all
                 work inside the call
     nodes       of autograd, for differentiable methods: the backward of such a call also counts as one kernel
     operations  of torch outside these calls; the ledger (train/plan/memory/ledger.py) passes them to the recorder
 
-The bytes of a call are the bytes of its arguments and results. A kernel on a CPU may read or write the same memory
-several times; the measured rate of its kind of work includes this cost. Each kind of work has a rate of the same name
-(train/plan/time/rates.py). A kind without a rate uses the rate of a memory-bound operation. So a plan can include a new
-kernel without changes to this file.
+The bytes of a call are those of its arguments and results. The measured rate of a kernel includes repeated reads and
+writes. Each kind of work has a rate of the same name (train/plan/time/rates.py), or the rate of a memory-bound
+operation. So a new kernel needs no change in this file.
 
 Shapes: as in train/model/operations.py.
 """
@@ -64,8 +61,8 @@ class Exchange(NamedTuple):
 class WorkSegment:
     """A section of a pass that ends with a wait for exchanges.
 
-    compute: work before the exchanges start. beside: work between the start of the exchanges and the wait. yields:
-    whether an overlapped pair of passes switches to the other pass at the wait.
+    compute: work before the exchanges start. beside: work between their start and the wait. yields: whether an
+    overlapped pair of passes switches to the other pass at the wait.
     """
 
     compute: tuple[Work, ...]
@@ -83,14 +80,14 @@ class TimedWork(NamedTuple):
 
 YIELD, WAIT = "yield", "wait"
 ONCE = "once_"
-"""Prefix of the kinds of work that a rank does once per step and not in every micro-batch."""
+"""Prefix of the kinds of work that a rank does only once per step."""
 
 
 class WorkRecorder:
     """Records the work of one pass at a time.
 
-    waits_for_each: whether every transfer blocks the pass until it ends, as on a CPU. clock: a function that returns
-    seconds; None if the caller needs no times.
+    waits_for_each: whether every transfer blocks the pass, as on a CPU. clock: a function that returns seconds; None if
+    the caller needs no times.
     """
 
     def __init__(self, waits_for_each: bool, clock: Callable[[], float] | None = None):
@@ -107,8 +104,7 @@ class WorkRecorder:
         return [event for event in self._events if isinstance(event, TimedWork)]
 
     def segments(self) -> tuple[WorkSegment, ...]:
-        """Returns the recorded pass, divided into segments. Within a segment, the work of kernels of one kind is added
-        up."""
+        """Returns the recorded pass, divided into segments. Each segment sums the work by kind."""
         found: list[WorkSegment] = []
         compute, beside, exchanges = _Sums(), _Sums(), []
         for event in self._events:
@@ -122,12 +118,12 @@ class WorkRecorder:
         return (*found, WorkSegment(compute.works()))
 
     def yielded(self) -> None:
-        """Record that the pass now waits for exchanges, and that an overlapped pair switches to the other pass."""
+        """Record that the pass waits for exchanges, and that an overlapped pair switches to the other pass."""
         self._events.append(YIELD)
 
     @contextmanager
     def once(self) -> Iterator[None]:
-        """Marks all work that is recorded inside the context as work that is done once per step."""
+        """Marks all work recorded inside the context as done once per step."""
         self._once = True
         try:
             yield
@@ -135,8 +131,7 @@ class WorkRecorder:
             self._once = False
 
     def run(self, call: Callable[..., Any], count: Callable[..., Work], *args: Any, **kwargs: Any) -> Any:
-        """Run a call and record it as one kernel. count: a function that computes the work from the call's result and
-        arguments."""
+        """Run a call and record it as one kernel. count: computes its work from the result and the arguments."""
         if self._inside:
             return call(*args, **kwargs)
         started = self._clock()
@@ -150,8 +145,8 @@ class WorkRecorder:
         setattr(owner, name, lambda *args, **kwargs: self.run(call, count, *args, **kwargs))
 
     def operation(self, run: Callable[..., Any], func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run a torch operation. Record the operation if it runs a kernel, unless it belongs to a call that is recorded
-        as a whole."""
+        """Run a torch operation. Record it if it runs a kernel, unless it belongs to a call that is recorded as a
+        whole."""
         if self._inside or not _is_kernel(func):
             return run(func, args, kwargs)
         started = self._clock()
@@ -200,7 +195,7 @@ class WorkRecorder:
         setattr(owner, name, both)
 
     def listen_to_engine(self, engine: HopperEngine) -> None:
-        """Record the casts to FP8 and from FP8, the operations that are fused with such casts, and the FP8 GEMMs."""
+        """Record casts to and from FP8, operations that are fused with such casts, and FP8 GEMMs."""
         engine._casts = casts = SimpleNamespace(**{name: getattr(engine._casts, name) for name in FP8_CASTS})
         for name, kind in FP8_CASTS.items():
             self.listen(casts, name, _moving(kind))
@@ -212,7 +207,7 @@ class WorkRecorder:
         self.listen(matmuls, "wgrad", partial(_count_fp8_wgrad, prefix, form))
 
     def listen_to_dispatcher(self, dispatcher: ExchangeDispatcher) -> None:
-        """Record the dispatcher's transfers, its casts of rows that are sent in FP8, and its sorts of rows."""
+        """Record the dispatcher's transfers, casts of rows that are sent in FP8, and sorts of rows."""
         wire = dispatcher.wire
         for name in ("encode", "unpack"):
             if isinstance(wire, Fp8Wire) and not (name == "unpack" and isinstance(wire, Fp8RowsWire)):
@@ -248,8 +243,7 @@ class WorkRecorder:
         vars(link)["start"] = begin
 
     def _listen_to_buffer(self, buffer: Any, name: str) -> None:
-        """Record the exchanges of DeepEP's buffer. The buffer sends rows, and the gates and ids of each row's
-        experts."""
+        """Record the exchanges of DeepEP's buffer: rows, and the gates and ids of their experts."""
         call = getattr(buffer, name)
 
         def send(rows: Any, *rest: Any, **more: Any) -> Any:
@@ -289,15 +283,15 @@ class _Sums(defaultdict):
 
 
 def _size(value: object) -> float:
-    """Returns the bytes of all tensors in a value. For an expanded tensor, only the bytes of its storage count."""
+    """Returns the bytes of all tensors in a value; for an expanded tensor, only those of its storage."""
     if isinstance(value, Tensor):
         return min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
     return sum(map(_size, value)) if isinstance(value, list | tuple) else 0.0
 
 
 def _moving(kind: str) -> Callable[..., Work]:
-    """Returns a function that counts the work of a memory-bound call: the bytes of its arguments and results. If the
-    call returns one of its arguments, this tensor counts only once."""
+    """Returns a function that counts the work of a memory-bound call: the bytes of its arguments and results. A
+    returned argument counts once."""
 
     def count(out: Any, *args: Any, **kwargs: Any) -> Work:
         given = (*args, *kwargs.values())
@@ -317,16 +311,14 @@ _ROWWISE = {
     "sort_by_expert": "sort",
     "sum_entries": "collect",
 }
-"""Maps methods of `Kernels` that autograd Functions call to their kind of work. GEMMs are not included."""
+"""Maps methods of `Kernels` that autograd Functions call to kinds of work, without GEMMs."""
 _DIFFERENTIABLE = {"to_heads": "heads", "route": "route"}
-"""Maps differentiable methods of `Kernels` to their kind of work. Forward and backward of a method are counted
-separately."""
+"""Maps differentiable methods of `Kernels` to kinds of work. Forward and backward count separately."""
 
 
 def matmul_kind(left_OC: Tensor, right_NC: Tensor) -> str:
-    """Returns the kind of the GEMM left @ right^T, which follows from the memory order of the operands. In Fprop, both
-    operands are row-major. In Dgrad, only the left operand is row-major. In Wgrad, the left operand is not
-    row-major."""
+    """Returns the kind of the GEMM left @ right^T, from the memory order of the operands. Fprop: both are row-major.
+    Dgrad: only left is row-major. Wgrad: left is not row-major."""
     name = "wgrad" if left_OC.stride(-1) != 1 else "fprop" if right_NC.stride(-1) == 1 else "dgrad"
     return f"{name}_{_form(left_OC)}"
 
@@ -351,13 +343,13 @@ def _count_grouped_wgrad(out: Tensor, grad_RO: Tensor, x_RI: Tensor, groups: Any
 
 
 SCORE_BYTES = 24
-"""Bytes that an indexer reads and writes per head and (query, key) pair. The indexer writes the product, applies ReLU
-and the weight of the head in place, and adds up the scores of all heads."""
+"""Bytes that an indexer reads and writes per head and (query, key) pair: for the product, for ReLU and weight in place,
+and for the sum over heads."""
 
 
 CHOICE_BYTES = 50
-"""Bytes that an indexer reads and writes per (query, key) pair to choose the keys with the best scores. The sum of the
-scores over heads is not included."""
+"""Bytes that an indexer reads and writes per (query, key) pair to choose the keys with the best scores, without the sum
+over heads."""
 
 
 def _count_choice(out: Tensor, index: IndexVectors, seen: SeenKeys, top_k: int) -> Work:
@@ -378,29 +370,29 @@ def _all_pairs(index: IndexVectors, seen: SeenKeys) -> int:
 
 
 def _count_index_loss(out: IndexLoss, index: IndexVectors, seen: SeenKeys, **rest: Any) -> Work:
-    """Returns the work of the indexer's loss over all keys, which has five GEMMs. Two GEMMs compute the scores twice:
-    first for their sum, then for their values. Three GEMMs compute the gradients."""
+    """Returns the work of the indexer's loss over all keys: two GEMMs for the scores (their sum, then their values),
+    and three for the gradients."""
     return _count_index(5, index, seen, out)
 
 
 def _count_index(products: int, index: IndexVectors, seen: SeenKeys, out: Any) -> Work:
-    """Returns the work of an indexer's GEMMs, which run as torch operations in fp32. products: number of GEMMs; each
-    GEMM covers all heads and all (query, key) pairs."""
+    """Returns the work of an indexer's fp32 GEMMs in torch operations. products: number of GEMMs over all heads and
+    (query, key) pairs."""
     (*_, H, I), made = index.q_BTHI.shape, _size((out, index))
     pairs = H * _all_pairs(index, seen)
     return Work("index_fp32", 2 * products * pairs * I, SCORE_BYTES * products * pairs + made)
 
 
 def _count_chosen(out: ChosenOutput, given: ChosenInput) -> Work:
-    """Returns the work of attention over chosen keys. It has four matmuls: queries times W_UK, queries times latents
-    (the scores), scores times latents, and the result times W_UV."""
+    """Returns the work of attention over chosen keys: the matmuls queries times W_UK, queries times latents, scores
+    times latents, and result times W_UV."""
     X, R, up = _widths(given)
     return _over_chosen(given.chosen_BTK, given.q_BTHQ.shape[2], X, X + R, up, _size((out, given)))
 
 
 def _count_chosen_backward(out: Any, dout_BTHV: Tensor, given: ChosenInput, *rest: Any) -> Work:
-    """Returns the work of the backward of attention over chosen keys. The backward recomputes the scores and the
-    weighted sums of latents. Then it computes the gradients of scores, queries, latents, W_UK and W_UV."""
+    """Returns the work of the backward of attention over chosen keys. It recomputes the scores and the sums of latents,
+    then computes the gradients of scores, queries, latents, W_UK and W_UV."""
     X, R, up = _widths(given)
     return _over_chosen(given.chosen_BTK, given.q_BTHQ.shape[2], 2 * X, 3 * X + 3 * R, 3 * up, _size((out, given)))
 
@@ -446,11 +438,12 @@ def _widths(given: ChosenInput) -> tuple[int, int, int]:
 
 
 def _over_chosen(chosen_BTK: Tensor, heads: int, gathered: int, products: int, up: int, made: float) -> Work:
-    """Returns the work of attention, or of the indexer's loss, over chosen keys in torch operations in fp32.
+    """Returns the work of attention, or of the indexer's loss, over chosen keys in fp32 torch operations.
 
-    gathered: width of the rows that are gathered for the chosen keys; each row is written once and read twice.
-    products: number of multiplications per query, head and chosen key. up: number of further multiplications per query
-    and head. made: bytes of all arguments and results.
+    - gathered: width of the rows that are gathered for the chosen keys; each row is written once and read twice.
+    - products: number of multiplications per query, head and chosen key.
+    - up: number of further multiplications per query and head.
+    - made: bytes of all arguments and results.
     """
     B, T, K = chosen_BTK.shape
     moved = 4 * B * T * K * 3 * gathered + SCORE_BYTES * B * T * K * heads
@@ -522,7 +515,7 @@ def _count_fp8_wgrad(
 
 
 def _attention_counter(name: str) -> Callable[..., Work]:
-    """Returns a function that counts the work of attention. Forward has two GEMMs, and backward has five."""
+    """Returns a function that counts attention's work: two GEMMs in forward, five in backward."""
 
     def count(out: Any, *args: Any, **kwargs: Any) -> Work:
         given = args[0] if name == "forward" else args[1]
@@ -543,7 +536,7 @@ def _pairs(seen: Rectangle) -> int:
 
 _MAKES_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 _GATHERS = {"index_select": "permute", "embedding": "embed_forward", "index": "permute", "gather": "permute"}
-"""Kinds of the operations that gather rows. Such an operation reads as many bytes as it returns."""
+"""Kinds of the operations that gather rows. They read as many bytes as they return."""
 _MULTIPLIES = {"mm", "addmm", "bmm"}
 _WRITES = {"copy_", "fill_", "zero_"}
 """Operations that do not read their first argument."""
@@ -561,7 +554,7 @@ _ADDS = {"add_", "addcmul_"}
 
 @cache
 def _is_kernel(func: Any) -> bool:
-    """Whether an operation runs a kernel. Operations that only return views or allocate memory run no kernel."""
+    """Whether an operation runs a kernel. Views and allocations run no kernel."""
     schema = func._schema
     views = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns)
     return not views and _name(func) not in _MAKES_NOTHING and schema.name.partition("::")[0] != "prim"

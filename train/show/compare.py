@@ -1,8 +1,7 @@
 """Compares several runs on one page: the settings that differ, the final results, and figures with a curve per run.
 
-`mode=report name=SWEEP` compares the jobs of a sweep; `mode=report 'name=[a,b,c]'` compares any runs. The x axis of a
-figure is the number of trained tokens, because runs with different batch sizes train on different numbers of tokens per
-step.
+`mode=report name=SWEEP` compares the jobs of a sweep; `mode=report 'name=[a,b,c]'` compares any runs. The x axis is the
+number of trained tokens, because the runs may have different batch sizes.
 """
 
 import html
@@ -75,8 +74,7 @@ def print_reports(config: Config) -> int:
 
 
 def write_reports(config: Config) -> list[Path]:
-    """Write the pages of mode=report: a report for one run, or a comparison for several runs or a sweep. Returns the
-    paths of the pages.
+    """Write the pages of mode=report: a report for one run, or a comparison of several runs. Returns their paths.
 
     Raises UserError if config.name is neither a run nor a sweep.
     """
@@ -140,7 +138,7 @@ def _write(path: Path, title: str, runs: list[RunToCompare]) -> Path:
 
 
 def varied(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns the dotted keys that do not have the same value in all of these settings, in the order of the schema."""
+    """Returns the dotted keys whose values differ between these settings, in the order of the schema."""
     keys = dict.fromkeys(key for one in settings for key in one if key not in WHERE_IT_LIES)
     return [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
 
@@ -167,8 +165,8 @@ RESULT_FORMATS = {
 
 
 def _results(run: RunToCompare, runs: Sequence[RunToCompare]) -> Iterator[str]:
-    """Yields the formatted results of one run. If any of the runs was on a GPU, the MFU of a CPU run is an empty text.
-    The peak of a CPU is the speed of a measured GEMM, so the MFU of a CPU is not comparable with that of a GPU."""
+    """Yields the formatted results of one run. The MFU of a CPU run is empty if any run was on a GPU, because a CPU's
+    peak is only a measured GEMM."""
     for label, measure in COMPARED_RESULTS:
         value, style = measure(run.series), RESULT_FORMATS.get(label, ".4f")
         if label == "MFU" and not run.gpu and any(other.gpu for other in runs):
@@ -202,12 +200,12 @@ def _tokens(series: Series) -> np.ndarray:
 # At the end of a sweep the screen shows one table of its jobs.
 
 WIDE = 200
-"""Width, in columns, of a table that is written to a file. With this width, no cell wraps."""
+"""Columns of a table that is written to a file, so wide that no cell wraps."""
 
 
 def sweep_screen(configs: Sequence[Config], codes: Sequence[int], console: Console | None = None) -> None:
-    """Prints a table with a row for each job of a sweep on stdout. A row has the job's name, the varied settings, the
-    held-out loss, the speed and the exit code. codes: exit codes of the started jobs, in order."""
+    """Prints a table of a sweep's jobs on stdout: name, varied settings, held-out loss, speed and exit code. codes:
+    exit codes of the started jobs, in order."""
     console = console or Terminal()
     settings = [flat(settings_of(config)) for config in configs]
     keys = varied(settings)
@@ -230,8 +228,7 @@ def _word(value: object) -> str:
 
 
 def _job_results(config: Config) -> tuple[str, str]:
-    """Returns the held-out loss and the median speed of a job, as texts. A text is empty if the job has no such
-    value."""
+    """Returns the held-out loss and the median speed of a job, as texts; empty without a value."""
     path = Path(config.runs) / config.name / METRICS_FILE
     series = read_series(path)
     loss = f"{last(series, 'validation_loss'):.4f}" if series.has("validation_loss") else ""

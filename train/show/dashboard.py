@@ -1,8 +1,7 @@
 """mode=dashboard: builds a W&B workspace for a run, with the library wandb-workspaces.
 
-The content is plain data: each metric in train/metrics/names.py names its panel, and SECTIONS below lists the panels.
-If this machine has a W&B key, the workspace is saved at W&B and its link is printed. The definition of the workspace is
-always written to dashboard.json in the run folder, where it can be read without a W&B account.
+Each metric in train/metrics/names.py names its panel; SECTIONS lists the panels. With a W&B key, the workspace is saved
+at W&B and its link is printed. It is always written to dashboard.json in the run folder.
 """
 
 import json
@@ -24,7 +23,7 @@ DASHBOARD_FILE = "dashboard.json"
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure with the curves of some metrics over the steps. W&B shows a metric with histograms as a heat map."""
+    """A figure with the curves of some metrics over the steps, or a heat map of histograms."""
 
     title: str
     unit: str
@@ -90,7 +89,7 @@ SECTIONS = {
     },
     "Memory": {"memory": "Peak of the logging rank, and as planned"},
 }
-"""The panels of each section: the key by which metrics name the panel, and the title of the panel."""
+"""The panels of each section: the panel's key in the metrics, and its title."""
 
 
 def sections(model: Model) -> dict[str, tuple[Panel, ...]]:
@@ -104,9 +103,8 @@ def sections(model: Model) -> dict[str, tuple[Panel, ...]]:
 
 
 def _panel(word: str, title: str) -> Panel:
-    """Returns the panel with the key `word`, which shows all metrics with this panel key in train/metrics/names.py. If
-    a metric's name has a placeholder, such as mtp_loss_K, the panel selects metrics by a regular expression instead of
-    by names."""
+    """Returns the panel with the key `word` and all its metrics. Metrics with a placeholder, such as mtp_loss_K, are
+    selected by a regular expression."""
     shown = [metric for metric in (*SCALARS, *WANDB) if metric.panel == word]
     first, names = shown[0], tuple(metric.name for metric in shown)
     pattern = first.name.replace("_K", r"_\d+").replace("LAYER", ".+")
@@ -116,8 +114,8 @@ def _panel(word: str, title: str) -> Panel:
 
 
 def build_dashboard(config: Config) -> int:
-    """Write dashboard.json, and save the workspace at W&B if this machine has a key. Prints the path and the link.
-    Returns the exit code."""
+    """Write dashboard.json, save the workspace at W&B if there is a key, and print path and link. Returns the exit
+    code."""
     folder = Path(config.runs) / config.name
     if not (folder / "config.yaml").is_file():
         raise UserError(
@@ -147,8 +145,7 @@ def build_dashboard(config: Config) -> int:
 
 
 def make_workspace(config: Config, project: str, entity: str) -> Any:
-    """Returns a W&B workspace in the project of the run. The workspace shows only this run. entity: the W&B user or
-    team."""
+    """Returns a W&B workspace that shows only this run, in its project. entity: the W&B user or team."""
     from wandb_workspaces import workspaces as ws
 
     return ws.Workspace(

@@ -1,9 +1,7 @@
-"""Builds the figures of report.html. Each figure has a title, and a caption that says how to read the figure.
+"""Builds the figures of report.html, each with a title, and a caption that says how to read it. Shape suffixes as in
+series.py.
 
-Shape suffixes as in series.py.
-
-For a long run, the figures show fewer points, so that the page stays small. plot.py describes how the points of curves
-are reduced. A heat map shows every n-th recorded step.
+plot.py reduces the curves of long runs. A heat map shows every n-th recorded step.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,8 +24,8 @@ from train.show.plot import (
 from train.show.series import Series
 
 LOAD_COLOURS = [[0.0, "#0b3c5d"], [0.166, "#7fb2d6"], [0.333, "#f7f7f7"], [0.6, "#f4a582"], [1.0, "#8c1c13"]]
-"""Colour scale of the tokens per expert: blue is no token, white is the fair share (a third of the scale), red is three
-fair shares or more."""
+"""Colour scale of the tokens per expert: blue is no token, white is the fair share, red is three fair shares or
+more."""
 LOAD_PERCENT_TOP = 300
 
 
@@ -110,7 +108,7 @@ CURVE_FIGURES = {
     ),
 }
 """Texts and settings of the curve figures, by the figure's key. Each metric in train/metrics/names.py has the key of
-the figure in which it is shown."""
+its figure."""
 
 
 MFU_OF_GPUS = "DeepSeek-V3 reports 38.9 % (causal) and 43.7 % (full) on its H800s, also without MTP."
@@ -141,7 +139,7 @@ def build(
 ) -> list[Figure]:
     """Returns all figures for which the run has data, in the order of the page.
 
-    settings: the run's configuration. sampled: the step that the pipeline figure shows. gpu: whether the run used GPUs.
+    settings: the run's configuration. sampled: the step of the pipeline figure. gpu: whether the run used GPUs.
     """
     makers = (
         _loss,
@@ -209,8 +207,7 @@ def _layer_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
 
 
 def _layer_norms(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    """Returns a figure with three heat maps, of which the reader of the page selects one. Colours show the logarithm to
-    base ten."""
+    """Returns a figure with three heat maps, of which the reader selects one. Colours are logarithms to base ten."""
     if not series.norms:
         return None
     steps, layers = [one["step"] for one in series.norms], list(series.norms[0]["layer_weight_norm"])

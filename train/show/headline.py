@@ -11,7 +11,7 @@ from train.metrics.quantities import duration, short
 from train.show.series import Series, last, median, tail_mean
 
 RESUMES = 8
-"""Maximum number of resumes with changed settings that the report mentions. The report leaves out older ones."""
+"""Maximum number of resumes with changed settings in the report; older ones are left out."""
 
 
 SETTING = 60
@@ -30,14 +30,14 @@ class Card(NamedTuple):
 
 
 def headline(series: Series, settings: Mapping[str, Any], gpu: bool = False) -> list[Card]:
-    """Returns a card for each quantity that the run measured. The losses come first. settings: the run's configuration.
-    gpu: whether the run used GPUs."""
+    """Returns a card for each measured quantity, losses first. settings: the run's configuration. gpu: whether the run
+    used GPUs."""
     found = _quality(series, settings) + _amount(series, gpu) + _experts(series) + _health(series)
     return [Card(label, text, caption) for label, value, text, caption in found if math.isfinite(value)]
 
 
 CardRow = tuple[str, float, str, str]
-"""A card: label, value (no card is shown if the value is not finite), value as text, caption."""
+"""A card: label, value, value as text, caption. A card with a value that is not finite is not shown."""
 
 
 def _quality(series: Series, settings: Mapping[str, Any]) -> list[CardRow]:
@@ -169,15 +169,13 @@ def _changes(resumed: Record) -> str:
 
 
 def clipped(value: Any) -> str:
-    """Returns the value of a setting as text for a sentence. A long text is shortened in the middle; config.yaml has
-    the complete value."""
+    """Returns the value of a setting as text for a sentence. A long text is shortened in the middle."""
     text = value if isinstance(value, str) and value else json.dumps(value)
     return text if len(text) <= SETTING else f"{text[: SETTING // 2]}...{text[-SETTING // 2 :]}"
 
 
 def _stretches(series: Series, name: str) -> list[tuple[int, float]]:
-    """Divides the steps into intervals in which the metric does not change. Returns the first step and the value of
-    each interval."""
+    """Divides the steps into intervals with a constant metric. Returns each interval's first step and value."""
     found: list[tuple[int, float]] = []
     for step, value in zip(series.step_N, series.columns.get(name, ()), strict=False):
         if math.isfinite(value) and (not found or found[-1][1] != value):
@@ -190,9 +188,8 @@ def total(series: Series, name: str) -> float:
 
 
 def _seconds(series: Series) -> float:
-    """Returns the seconds of training. A record has the duration of one step, so the sum of durations is multiplied by
-    the number of steps per record. The checkpoint stall of a record already includes all steps since the previous
-    record."""
+    """Returns the seconds of training. A record has one step's duration, which counts for all steps since the previous
+    record. Its checkpoint stall already includes them."""
     return _steps_per_record(series) * total(series, "step_seconds") + total(series, "checkpoint_stall_seconds")
 
 

@@ -19,15 +19,14 @@ ACTION_COLOURS = {
     "W": ("backward of weights", "#E69F00", "#F6D998"),
     "FB": ("forward and backward together", PURPLE, "#EBCADB"),
 }
-"""For each kind of action: its name, the colour on a rank's first stage, and the colour on its other stages."""
+"""For each kind of action: its name, its colour on a rank's first stage, and on other stages."""
 NUMBERED = 800
-"""If the figure has at most this many actions, each bar is labelled with the number of its micro-batch. With more
-actions, the bars are too narrow for labels."""
+"""If the figure has more actions than this, the bars are too narrow for labels with micro-batch numbers."""
 
 
 def timeline_figure(sampled: SampledStep | None) -> Figure | None:
-    """Returns a Gantt chart of a step, with one row per pipeline rank. Returns None if no step was sampled, or if the
-    run has no pipeline."""
+    """Returns a Gantt chart of a step, with one row per pipeline rank; None if no step was sampled or the run has no
+    pipeline."""
     if sampled is None or len(sampled.span_seconds) < 2:
         return None
     ranks = len(sampled.span_seconds)
@@ -66,9 +65,12 @@ def _row_name(pp_rank: int, stages: list[int]) -> str:
 def _bars(
     actions: list[dict[str, Any]], rows: Mapping[int, str], later: bool, scale: float, unit: str, numbered: bool
 ) -> go.Bar:
-    """Returns the bars for these actions, which all have the same kind. later: False if each action is on the first
-    stage of its rank, True if each action is on another stage. scale, unit: factor from seconds to the shown unit, and
-    the unit's name. numbered: whether bars are labelled with micro-batch numbers."""
+    """Returns the bars for these actions of one kind.
+
+    - later: whether each action is on another stage than the first stage of its rank.
+    - scale, unit: factor from seconds to the shown unit, and the unit's name.
+    - numbered: whether bars are labelled with micro-batch numbers.
+    """
     name, strong, pale = ACTION_COLOURS[actions[0]["kind"]]
     numbers = {
         "text": [_label(action) for action in actions],

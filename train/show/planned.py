@@ -1,7 +1,7 @@
 """Compares the predictions of mode=plan with the measurements of a run.
 
-The predictions come from plan.json in the run folder. They are used only if the plan was made for the run's recipe. The
-predicted memory is that of tensors on the device. Step time is compared only if the plan is for the device that trains.
+plan.json in the run folder must be made for the run's recipe. The predicted memory is that of tensors on the device.
+Step time is compared only if the plan is for the device that trains.
 """
 
 import json
@@ -27,8 +27,7 @@ ACTION_SUMS = {
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
-    """Returns the settings that must be equal in a plan and a run, so that the two are comparable. The values are JSON
-    values."""
+    """Returns the settings that must be equal in a comparable plan and run, as JSON values."""
     found = {
         "parallel": asdict(config.parallel),
         "model": asdict(config.model),
@@ -42,8 +41,7 @@ def recipe_of(config: Config) -> dict[str, Any]:
 
 
 def planned(config: Config, run_folder: Path) -> Record:
-    """Returns the predictions for the logging rank. Returns an empty record if the folder has no plan, or if the plan
-    was made for another recipe."""
+    """Returns the predictions for the logging rank; an empty record if the folder has no plan for the run's recipe."""
     plan = _read(run_folder)
     if plan is None or plan.get("recipe") != recipe_of(config):
         return {}
@@ -68,8 +66,7 @@ def _read(run_folder: Path) -> dict[str, Any] | None:
 def _is_here(plan: dict[str, Any], config: Config) -> bool:
     """Whether the plan was made for the device of this process.
 
-    A GPU matches if the name that CUDA reports contains the name in the plan. A CPU matches if the name and the number
-    of threads are those of the plan.
+    A GPU matches if CUDA's name contains the name in the plan. A CPU matches if name and number of threads are equal.
     """
     import torch  # imported here, so that a process can write the report without torch
 
@@ -83,8 +80,7 @@ PlanRow = tuple[str, str, str, str]
 
 
 def plan_rows(run_folder: Path, series: Series) -> list[PlanRow]:
-    """Returns a row for each quantity, with the planned value and the run's measured median. Returns no rows if the run
-    had no plan."""
+    """Returns a row for each quantity: planned value, and the run's measured median. No rows without a plan."""
     plan, predicted = _read(run_folder), last(series, "memory_predicted_bytes")
     if plan is None or predicted != plan["peak"]:
         return []

@@ -1,11 +1,8 @@
-"""Draws the common parts of the figures in report.html: colours, curves over steps, layout.
+"""Draws the common parts of the figures in report.html: colours, curves over steps, layout. Shape suffixes as in
+series.py.
 
-Shape suffixes as in series.py.
-
-A noisy curve is drawn twice: a pale line shows every step, and a strong line shows a moving average. The curve of a
-long run is drawn with fewer points, so that the page stays small. Its steps are divided into short intervals. A pale
-band shows the lowest and the highest value of each interval, so every spike is visible. A strong line shows the mean of
-each interval.
+A pale line shows every step of a noisy curve, and a strong line a moving average. For a long run, the steps are divided
+into intervals: a pale band shows the lowest and the highest value of each interval, and a strong line the mean.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,9 +26,9 @@ DARK = {
     GREY: "#A5ABB4",
     IDLE: "#3A3F48",
 }
-"""Maps each colour to the colour that replaces it on a dark page, which has the same hue but is lighter."""
+"""Maps each colour to its replacement on a dark page, which has the same hue but is lighter."""
 DOTTED_STEPS = 60
-"""If a run has at most this number of steps, each step is drawn as a dot, and no curve is smoothed."""
+"""Up to this number of steps, each step is drawn as a dot, and no curve is smoothed."""
 TICKS = 6
 """Maximum number of labels on the tokens axis."""
 
@@ -44,14 +41,13 @@ class Figure:
     plot: go.Figure
     wide: bool = False
     choices: Sequence[str] = ()
-    """Names of the plotted data sets, if the figure shows only one of them at a time."""
+    """Names of the plotted data sets, if the figure shows only one at a time."""
 
 
 def curves(
     series: Series, wanted: Mapping[str, Curve], unit: str, *, log: bool = False, zero: bool = False, height: int = 320
 ) -> go.Figure | None:
-    """Returns a line plot of all metrics in `wanted` that have values. The x axis shows the steps. Returns None if no
-    metric has a value.
+    """Returns a line plot over the steps of all metrics in `wanted` that have values; None if none has a value.
 
     unit: title of the y axis. log: whether the y axis is logarithmic. zero: whether the y axis begins at 0.
     """
@@ -73,7 +69,7 @@ def log_axis(plot: go.Figure) -> None:
 
 
 def add_curve(plot: go.Figure, curve: Curve, x_N: np.ndarray, y_N: np.ndarray) -> None:
-    """Draw a curve of these values. The docstring of this file describes how noisy and long curves are drawn."""
+    """Draw a curve of these values, as the docstring of this file describes."""
     if curve.markers:  # a line joins consecutive measurements, even if the steps between them have no value
         measured = np.isfinite(y_N)
         x_N, y_N = x_N[measured], y_N[measured]
@@ -92,8 +88,8 @@ def add_curve(plot: go.Figure, curve: Curve, x_N: np.ndarray, y_N: np.ndarray) -
 
 
 def add_tokens_axis(plot: go.Figure, series: Series) -> None:
-    """Adds a second x axis above the figure, which shows the number of trained tokens. If the batch size grows during
-    the run, the distances between the labels of this axis differ."""
+    """Adds a second x axis above the figure, with the number of trained tokens. If the batch size grows, its labels are
+    unevenly spaced."""
     tokens_N = series.columns.get("tokens", np.zeros(0))
     known = np.isfinite(tokens_N)
     if known.sum() < 2:

@@ -1,7 +1,7 @@
 """Writes report.html: one file that shows the course of a run, without network or server.
 
-The program reads only the run folder (metrics.jsonl, timeline.json, events.jsonl, config.yaml, checkpoints/). So the
-report can be written again at any time, even while the run trains or after it has crashed.
+The program reads only the run folder (metrics.jsonl, timeline.json, events.jsonl, config.yaml, checkpoints/). So it can
+write the report at any time, even after the run has crashed.
 """
 
 import datetime
@@ -38,21 +38,19 @@ from train.show.writer import REPORT_EVERY
 
 REPORT = "report.html"
 SAMPLE = "sample.json"
-"""File with the newest generated text, its step and its temperature. The key `earlier` has the previous texts, oldest
+"""File with the newest generated text, its step and its temperature. The key `earlier` has older texts, oldest
 first."""
 RELOADED = 60
 """Interval in seconds at which the page of a training run reloads itself."""
 TRUSTED = 900.0 + REPORT_EVERY
-"""Seconds after which a page no longer says that the run trains, counted from the time at which the page was written. A
-training run writes new pages more often."""
+"""Seconds after which a page no longer says that the run trains. A training run writes new pages more often."""
 
 
 def write_report(run_folder: Path, ended: bool = False) -> Path:
-    """Write report.html into the run folder and return the path of the page. An older page is replaced atomically.
+    """Write report.html into the run folder, atomically, and return its path. ended: True if the run has ended, and its
+    process still holds the run folder's lock.
 
-    ended: True if the run has ended, and its process calls this function while it still holds the run folder's lock.
-    Raises OSError if a file cannot be read or written. Raises UserError if a file of the run is so damaged that no page
-    can be built.
+    Raises OSError if a file cannot be read or written, and UserError if a file is so damaged that no page can be built.
     """
     try:
         page = _whole_page(run_folder, ended)
@@ -90,8 +88,8 @@ def _whole_page(run_folder: Path, ended: bool) -> str:
 
 
 def _made(what: str, make: Callable[[], list[str]]) -> list[str]:
-    """Builds a part of the page. If a file for this part is damaged, the part shows the error. what: name of the part.
-    make: a function that builds it."""
+    """Builds a part of the page; if a file for it is damaged, the part shows the error. what: name of the part. make:
+    its builder."""
     try:
         return make()
     except (UserError, OSError):
@@ -102,15 +100,14 @@ def _made(what: str, make: Callable[[], list[str]]) -> list[str]:
 
 
 def _until(run_folder: Path) -> float | None:
-    """Returns the Unix time until which the page may say that the run trains; None if the run does not train."""
+    """Returns the Unix time until which the page says that the run trains; None if it does not train."""
     if not is_held(run_folder):
         return None
     return time.time() + TRUSTED
 
 
 def _incident_parts(run_folder: Path) -> list[str]:
-    """Returns the part about the newest incident, with the rank that failed or blocked other ranks
-    (cluster/incident.py)."""
+    """Returns the part about the newest incident, with the failed or blocking rank (cluster/incident.py)."""
     if (found := newest_incident(run_folder / "logs")) is None:
         return []
     path, incident = found
@@ -144,8 +141,7 @@ def _profile_parts(run_folder: Path) -> list[str]:
 
 
 def _answer_parts(run_folder: Path) -> list[str]:
-    """Returns the part with the scores of answers to held-out questions, from the newest evaluation
-    (train/evaluate/answers.py)."""
+    """Returns the part with the newest scores of answers to held-out questions (train/evaluate/answers.py)."""
     try:
         found = read_plain_json(run_folder / "evaluate.json")["answers"]
         if not found:
@@ -202,8 +198,8 @@ def _page(
     gpu: bool,
     until: float | None,
 ) -> str:
-    """Returns the complete page. sections: the parts of the page below the figures. gpu: whether the run used GPUs.
-    until: Unix time, as `_until` returns it."""
+    """Returns the complete page. sections: the parts below the figures. gpu: whether the run used GPUs. until: Unix
+    time, as `_until` returns it."""
     written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     trains = "" if until is None else " The run trains: this page reloads every minute."
     parts = opening(f"Training report: {name}", f"{_description(settings)} Written {written}.{trains}")
@@ -256,8 +252,8 @@ def _description(settings: Mapping[str, Any]) -> str:
 
 
 def read_written_texts(run_folder: Path) -> list[dict[str, Any]]:
-    """Returns the generated texts of a run, oldest first, each with its step and temperature. Raises UserError if the
-    file is damaged."""
+    """Returns the generated texts of a run, oldest first, with step and temperature. Raises UserError if the file is
+    damaged."""
     path = run_folder / SAMPLE
     if not path.exists():
         return []

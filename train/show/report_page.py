@@ -1,9 +1,8 @@
 """Builds the common parts of report.html, plan.html and the comparison page, which need no network or server.
 
-Each page is one file. It contains plotly.js and the data of the figures, compressed with gzip and encoded in base64,
-because plotly.js alone has 4.8 MB. The browser decompresses both (DecompressionStream). The colours of the page follow
-the light or dark setting of the browser. On a narrow screen, figures have smaller margins, and the colour scale is
-below the figure.
+Each page is one file with plotly.js (4.8 MB) and the data of its figures, both compressed with gzip and encoded in
+base64. The browser decompresses them (DecompressionStream). Colours follow the browser's light or dark setting. On a
+narrow screen, margins are smaller, and colour scales are below the figures.
 """
 
 import base64
@@ -124,12 +123,12 @@ def opening(title: str, subtitle: str) -> list[str]:
 
 
 def reloading(seconds: float, until: float) -> str:
-    """Returns a script that reloads the page after this number of seconds, unless the Unix time `until` has passed."""
+    """Returns a script that reloads the page after this number of seconds, until the Unix time `until`."""
     return f"<script>if (Date.now() < {1000 * until:.0f}) setTimeout(() => location.reload(), {1000 * seconds:.0f});</script>"
 
 
 def closing(figures: Sequence[Figure]) -> list[str]:
-    """Returns the end of a page, with a script that draws these figures into the placeholders of `figure_html`."""
+    """Returns the end of a page, with a script that draws these figures into their placeholders."""
     if not figures:
         return ["</main></body></html>"]
     plain = {figure.key: _plain(figure) for figure in figures}
@@ -154,8 +153,8 @@ def _packed(text: str) -> str:
 
 
 def _plain(figure: Figure) -> dict[str, Any]:
-    """Returns the data and the layout of a figure, without plotly's template. All figures of a page share one template
-    for light pages and one for dark pages."""
+    """Returns the data and the layout of a figure, without plotly's template. All figures of a page share two
+    templates, light and dark."""
     plain = figure.plot.to_plotly_json()
     return {
         "data": plain["data"],
@@ -164,7 +163,7 @@ def _plain(figure: Figure) -> dict[str, Any]:
 
 
 def _theme(name: str, label: str) -> Mapping[str, Any]:
-    """Returns a plotly template with a transparent background. label: background colour of the hover label."""
+    """Returns a plotly template with a transparent background. label: background colour of hover labels."""
     theme = plotly.io.templates[name].to_plotly_json()
     see_through = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "hoverlabel": {"bgcolor": label}}
     return {**theme, "layout": {**theme["layout"], **see_through}}
@@ -193,7 +192,7 @@ def figure_html(figure: Figure) -> str:
 
 
 def _cell(text: str) -> str:
-    """Returns a table cell. A short text, such as a number with its unit, does not wrap."""
+    """Returns a table cell. A short text, such as a number with unit, does not wrap."""
     whole = ' class="whole"' if len(text) <= len("1023.9 GiB") else ""
     return f"<td{whole}>{html.escape(text)}</td>"
 

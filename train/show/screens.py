@@ -1,5 +1,7 @@
-"""Returns the offloaded bytes (sent_j) of part j, which is the last part before part i that offloads. Returns 0 if
-there is no such part."""
+"""Prints the progress line while a run trains, and the summary when the run ends.
+
+A summary has no boxes and never wraps a command, so paths and commands can be copied from a terminal.
+"""
 
 import math
 import threading
@@ -37,11 +39,13 @@ def final_screen(
     wandb: str | None = None,
     console: Console | None = None,
 ) -> None:
-    """Prints the summary of a complete run on stdout. The line of an argument that is None is left out.
+    """Prints the summary of a complete run on stdout, without the lines of arguments that are None.
 
-    seconds: wall time of the run. training_loss: mean next-token loss of the last steps, which is comparable with the
-    held-out loss. plan: planned and measured quantities. report: path of the report, or why no report was written.
-    wandb: address of the W&B run, or folder of the offline run.
+    - seconds: wall time of the run.
+    - training_loss: mean next-token loss of the last steps, which is comparable with the held-out loss.
+    - plan: planned and measured quantities.
+    - report: path of the report, or why no report was written.
+    - wandb: address of the W&B run, or folder of the offline run.
     """
     took = f" in {duration(seconds)}" if seconds is not None else ""
     rows = []
@@ -71,8 +75,8 @@ def stopped_screen(
     command: str,
     console: Console | None = None,
 ) -> None:
-    """Prints the summary of a run that a signal or a limit has stopped, on stdout. reason: what stopped the run.
-    command: the command that resumes the run."""
+    """Prints the summary of a stopped run on stdout. reason: the signal or limit that stopped the run. command: the
+    command that resumes it."""
     rows = [
         ("Why", reason),
         ("Checkpoint", str(checkpoint) if checkpoint else "none yet: the run would start from step 0"),
@@ -107,8 +111,8 @@ def show_rows(console: Console, title: str, style: str, rows: list[tuple[str, st
 
 
 def printable(text: str, encoding: str) -> str:
-    """Returns the text with a replacement for each control character, and for each character that the encoding lacks.
-    So an escape sequence that a model generates cannot reach the terminal."""
+    """Returns the text with replacements for control characters and characters that the encoding lacks. Escape
+    sequences in generated text cannot reach the terminal."""
     safe = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return safe.encode(encoding, "replace").decode(encoding)
 
@@ -121,17 +125,16 @@ def printable(text: str, encoding: str) -> str:
 
 FIRST_STEPS = 3
 PLAIN_SECONDS, PLAIN_SHARE = 5.0, 1 / 60
-"""Minimum interval between two printed lines: PLAIN_SECONDS seconds, or the fraction PLAIN_SHARE of the time since the
-start, whichever is longer. After an hour, the interval is a minute."""
+"""Minimum interval between two printed lines: PLAIN_SECONDS, or the fraction PLAIN_SHARE of the time since the start,
+whichever is longer."""
 SMOOTHING = 0.05
-"""Weight of the newest step in the moving average of the step time, from which the remaining time is estimated."""
+"""Weight of the newest step in the moving average of the step time, for the remaining time."""
 MIN_BAR, MAX_BAR = 8, 40
 ASCII_BAR = str.maketrans("━╌", "#-")
 
 
 class StepClock:
-    """Exponential moving average of the wall time from step to step, which includes stalls. now: the present time in
-    seconds."""
+    """Exponential moving average of the wall time from step to step, including stalls. now: present time in seconds."""
 
     def __init__(self, now: float):
         self._last, self._sum, self._weight = now, 0.0, 0.0
@@ -148,8 +151,8 @@ class StepClock:
 class Progress:
     """Shows the progress of a run on the terminal. Several threads may call it.
 
-    steps: number of steps of the run. done: number of steps that an earlier start has completed. enabled: whether
-    progress is shown. clock: a function that returns the time in seconds; tests replace it.
+    steps: steps of the run. done: steps completed before this start. enabled: whether progress is shown. clock: a
+    function that returns seconds; tests replace it.
     """
 
     def __init__(
@@ -202,13 +205,13 @@ class Progress:
         )
 
     def event(self, text: str | None) -> None:
-        """Shows the current activity of the run if it is not a step. text: name of the activity, such as `validation`;
-        None when it has ended."""
+        """Shows an activity of the run that is not a step. text: name of the activity, such as `validation`; None when
+        it has ended."""
         with self._lock:
             self._event = text
 
     def note(self, text: str) -> None:
-        """Print a sentence above the live line. The sentence is printed even if progress is switched off."""
+        """Print a sentence above the live line, even if progress is switched off."""
         self._print(sentence(text, indent=2))
 
     def close(self) -> None:
@@ -254,8 +257,8 @@ def parts(record: Record, steps: int, seconds_left: float, event: str | None) ->
 
 
 def fit(pieces: list[str], fraction: float, width: int | None) -> str:
-    """Joins as many parts of the progress line, from the first part on, as fit into `width` characters. A progress bar
-    fills the remaining space. fraction: completed fraction of the run, for the bar."""
+    """Joins the first parts of the progress line that fit into `width` characters. A progress bar fills the remaining
+    space. fraction: completed fraction of the run."""
     if width is None:
         return "  ".join(pieces)
     while len(pieces) > 1 and len("  ".join(pieces)) > width:

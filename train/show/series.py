@@ -17,7 +17,7 @@ from train.metrics.names import Record, is_event
 POINTS = 1000
 """Approximate maximum number of points in a curve."""
 HEAT_STEPS, HEAT_CELLS = 240, 600_000
-"""Maximum number of columns of a heat map, and maximum total number of cells of all heat maps of experts."""
+"""Maximum number of columns of a heat map, and of cells in all heat maps of experts."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Series:
 
     step_N: np.ndarray
     columns: Mapping[str, np.ndarray]
-    """Maps the name of a metric to its values at the N recorded steps, with NaN for steps without a value."""
+    """Maps a metric's name to its values at the N recorded steps, with NaN for missing values."""
     layers: Sequence[str]
     layer_step_S: np.ndarray
     layer_vio_SL: np.ndarray
@@ -47,8 +47,8 @@ class Series:
 
 
 def thin(x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Reduces a curve to about `points` points. The curve is divided into points/2 intervals, and the lowest and the
-    highest point of each interval are kept. A shorter curve is returned unchanged."""
+    """Reduces a curve to about `points` points: the lowest and highest point of each of points/2 intervals. A shorter
+    curve is returned unchanged."""
     if len(x_N) <= points:
         return x_N, y_N
     kept = {0, len(x_N) - 1}
@@ -64,16 +64,16 @@ def thin(x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS) -> tuple[np.nda
 
 
 def stretch_means(x_N: np.ndarray, y_N: np.ndarray, stretches: int = POINTS // 4) -> tuple[np.ndarray, np.ndarray]:
-    """Divides a curve into intervals. Returns the x value at the middle of each interval, and the mean of the finite y
-    values in each interval; NaN if an interval has no finite value. stretches: number of intervals."""
+    """Divides a curve into intervals. Returns the middle x value and the mean of the finite y values of each interval;
+    NaN if no value is finite. stretches: number of intervals."""
     parts = np.array_split(np.arange(len(x_N)), stretches)
     means = [float(np.mean(good)) if len(good := y_N[part][np.isfinite(y_N[part])]) else np.nan for part in parts]
     return np.array([x_N[part[len(part) // 2]] for part in parts]), np.array(means)
 
 
 def smoothed(y_N: np.ndarray) -> np.ndarray:
-    """Returns the moving average of the finite values, over a window of a fortieth of the curve. The average is NaN
-    where the value is not finite."""
+    """Returns the moving average of the finite values over a fortieth of the curve; NaN where the value is not
+    finite."""
     half = max(1, len(y_N) // 80)
     finite = np.isfinite(y_N)
     window = np.ones(2 * half + 1)
@@ -84,7 +84,7 @@ def smoothed(y_N: np.ndarray) -> np.ndarray:
 
 def read_series(path: Path) -> Series:
     """Reads the series of a run from metrics.jsonl: scalar metrics of every recorded step, and metrics by layer of
-    evenly spaced steps. If the file is missing, the series has no steps."""
+    evenly spaced steps. No file: no steps."""
     heads, loaded = [], []
     for head, has_loads in read_heads_with_loads(path) if path.exists() else ():
         heads.append(head)
@@ -99,8 +99,8 @@ def read_series(path: Path) -> Series:
 
 
 def _norms(path: Path, steps: list[int]) -> list[Record]:
-    """Returns the records with norms by layer, at evenly spaced steps. steps: all steps with such a record. The result
-    has at most one record for each column of a heat map."""
+    """Returns the records with norms by layer at evenly spaced steps, at most one per column of a heat map. steps: all
+    steps with such a record."""
     if not steps:
         return []
     wanted = {steps[i] for i in np.linspace(0, len(steps) - 1, min(HEAT_STEPS, len(steps))).round().astype(int)}
@@ -108,9 +108,8 @@ def _norms(path: Path, steps: list[int]) -> list[Record]:
 
 
 def _layers(path: Path, loaded: list[int]) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the names of the layers, and three arrays for evenly spaced steps: the step numbers (S), MaxVio (S, L),
-    and the tokens per expert (S, L, E). loaded: all steps with recorded tokens per expert. HEAT_STEPS and HEAT_CELLS
-    limit the number of returned steps."""
+    """Returns the names of the layers, and for evenly spaced steps: step numbers (S), MaxVio (S, L), and tokens per
+    expert (S, L, E). HEAT_STEPS and HEAT_CELLS limit S. loaded: all steps with recorded tokens per expert."""
     if not loaded:
         return [], np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0, 0))
     (first,) = read_steps(path, {loaded[0]})
@@ -135,13 +134,11 @@ def last(series: Series, name: str) -> float:
 
 
 def median(series: Series, name: str) -> float:
-    """Returns the median of a metric's finite values without the first tenth, which is warm-up; NaN if the metric has
-    no finite value."""
+    """Returns the median of a metric's finite values without the first tenth (warm-up); NaN without finite values."""
     values = series.finite(name)
     return float(np.median(values[len(values) // 10 :])) if len(values) else math.nan
 
 
 def tail_mean(values: np.ndarray) -> float:
-    """Returns the mean of the last tenth of the values, or of the last 20 values if a tenth is more. Returns NaN if
-    there is no value."""
+    """Returns the mean of the last tenth of the values, but of at least the last 20; NaN if there is no value."""
     return float(values[-max(1, min(20, len(values) // 10)) :].mean()) if len(values) else math.nan

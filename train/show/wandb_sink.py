@@ -1,17 +1,14 @@
 """Logs to Weights & Biases in a separate thread, so that the training does not wait.
 
-The thread imports wandb (about a second), starts the W&B run, and takes records from a queue. So neither the import nor
-a slow server delays a step. After any error, the thread prints one note and switches W&B off; metrics.jsonl still has
-all records.
+The thread imports wandb, starts the W&B run, and takes records from a queue. After any error, it prints one note and
+switches W&B off; metrics.jsonl still has all records.
 
-In mode `offline`, or without an API key, the W&B run is offline, and W&B does not ask for a key. With a key, the W&B
-run is online, unless the server does not answer in time. The variable WANDB_MODE in the environment overrides the mode
-`auto`.
+In mode `offline`, without an API key, or if the server does not answer in time, the W&B run is offline. The environment
+variable WANDB_MODE overrides the mode `auto`.
 
-All attempts of a run folder log to one W&B run. The file wandb/run_id has the id of the W&B run, and wandb/place.json
-has its project, entity and group. A resumed attempt repeats some steps. The file wandb/last_step has the last logged
-step, and repeated steps are not logged again. If the process is killed with kill -9, W&B may lose the steps of the last
-second, although wandb/last_step counts them as logged.
+All attempts of a run folder log to one W&B run. wandb/run_id has its id; wandb/place.json has its project, entity and
+group. A resumed attempt logs only steps after the step in wandb/last_step. After kill -9, W&B may lack the last second,
+although wandb/last_step counts it.
 """
 
 import os
@@ -43,13 +40,12 @@ from train.metrics.names import LAYER_LOAD_EVERY, Record, is_event, is_layer_met
 Item = Callable[[ModuleType, Any, int], None]
 
 OVER_TOKENS = ("main_loss", "mtp_loss", "mtp_loss_*", "balance_loss")
-"""Metrics whose x axis in W&B is the number of trained tokens, so that runs with different batch sizes are
-comparable."""
+"""Metrics whose x axis in W&B is the number of trained tokens, so that different batch sizes are comparable."""
 WITH_MINIMUM = ("validation_loss", "validation_bits_per_byte")
-"""Further metrics whose x axis in W&B is the number of trained tokens. W&B's summary of a run has their smallest value
-(NAME.min) and their newest value (NAME.last)."""
+"""Further metrics whose x axis in W&B is the number of trained tokens. W&B's summary has their smallest value
+(NAME.min) and newest value (NAME.last)."""
 FILES = 1_000_000
-"""Maximum number of files of a checkpoint that W&B lists. Each rank writes two or more files."""
+"""Maximum number of a checkpoint's files that W&B lists. Each rank writes two or more."""
 FIGURES = ("sequences", "tokens", "text_bytes", "loss", "perplexity", "bits_per_byte")
 
 
@@ -65,8 +61,8 @@ def define_metrics(run: Any) -> None:
 
 
 def checkpoint(step: int, path: Path) -> Item:
-    """Returns a function that logs a checkpoint to W&B as an artifact. The artifact refers to the files of the
-    checkpoint, and W&B gets only their names and sizes."""
+    """Returns a function that logs a checkpoint to W&B as an artifact. W&B gets only the names and sizes of the
+    files."""
 
     def log(wandb: ModuleType, run: Any, _: int) -> None:
         about = {"step": step, "path": str(path), "host": socket.gethostname()}
@@ -87,9 +83,8 @@ def sample_table(step: int, text: str) -> Item:
 
 
 def evaluation_tables(found: dict[str, Any]) -> Item:
-    """Returns a function that logs the results of an evaluation to W&B as tables: `evaluations`, `evaluated_positions`,
-    and, if the evaluation has such results, `evaluated_needle` and `evaluated_tasks`. found: the content of
-    evaluate.json."""
+    """Returns a function that logs an evaluation's results to W&B as tables: `evaluations`, `evaluated_positions`, and,
+    if present, `evaluated_needle` and `evaluated_tasks`. found: the content of evaluate.json."""
 
     def log(wandb: ModuleType, run: Any, logged: int) -> None:
         head = [found["step"], found["checkpoint"], found["weights"]]
@@ -111,7 +106,7 @@ def evaluation_tables(found: dict[str, Any]) -> Item:
 
 
 def alert(title: str, text: str) -> Item:
-    """Returns an item that sends an alert. The settings of the W&B account decide how W&B forwards the alert."""
+    """Returns an item that sends an alert. The W&B account's settings decide how W&B forwards it."""
 
     def send(wandb: ModuleType, run: Any, _: int) -> None:
         run.alert(title=one_line(title), text=harmless(text), level=wandb.AlertLevel.WARN)
@@ -124,15 +119,13 @@ ONLINE_SECONDS = 10.0
 FINISH_SECONDS = 60.0
 """Maximum seconds to wait for the upload of the last records when the run ends."""
 FLUSH_SECONDS = 1.0
-"""Interval in seconds at which W&B writes records to its file. With W&B's default of 15 s, a killed run would lose its
-last 15 s."""
+"""Interval in seconds at which W&B writes records to its file, and so the loss if the run is killed."""
 WAITING_RECORDS = 10_000
 LAYER_SCALARS = ("layer_max_vio", "layer_entropy")
-"""Metrics that W&B gets for each MoE layer in each recorded step. Tokens per expert are sent separately, as
-histograms."""
+"""Metrics that W&B gets for each MoE layer in each recorded step, besides the histograms of tokens per expert."""
 LOAD_BINS, LOAD_TOP = 40, 4.0
-"""Number of bins and upper end of the histograms of tokens per expert, in multiples of the mean number of tokens. The
-last bin also counts all larger values."""
+"""Number of bins and upper end of the histograms of tokens per expert, in multiples of the mean. The last bin also
+counts all larger values."""
 
 
 def wants_wandb(mode: WandbMode) -> bool:
@@ -141,12 +134,14 @@ def wants_wandb(mode: WandbMode) -> bool:
 
 
 class WandbSink:
-    """Logs records of steps, and items (checkpoints, tables and alerts), to the W&B run of a run folder.
+    """Logs records of steps, and items (checkpoints, tables and alerts), to the W&B run of a run folder. The library
+    wandb also reads WANDB_TAGS and WANDB_NOTES.
 
-    config: the settings that W&B shows, as plain values. group: as in `place_at_wandb`. commit: the commit of the
-    program. note: a function that is called with one sentence if W&B unexpectedly goes offline, or if an error switches
-    W&B off. online_seconds: maximum seconds to wait for the server; tests replace it. The library wandb itself reads
-    the variables WANDB_TAGS and WANDB_NOTES.
+    - config: the settings that W&B shows, as plain values.
+    - group: as in `place_at_wandb`.
+    - commit: the commit of the program.
+    - note: called with one sentence if W&B goes offline or an error switches it off.
+    - online_seconds: maximum seconds to wait for the server; tests replace it.
     """
 
     def __init__(
@@ -176,8 +171,7 @@ class WandbSink:
         self._thread.start()
 
     def write(self, record: Record | Item) -> None:
-        """Put a record or an item (a checkpoint, table or alert) into the queue, and return at once. The thread handles
-        the queue in order."""
+        """Put a record or an item (a checkpoint, table or alert) into the thread's queue, and return at once."""
         if self._off:
             return
         try:
@@ -186,8 +180,7 @@ class WandbSink:
             self._switch_off(f"{WAITING_RECORDS} records are waiting, and W&B accepts none")
 
     def close(self) -> None:
-        """Wait until W&B has written all records to disk and, if online, sent them to the server. The wait has a time
-        limit."""
+        """Wait, up to a limit, until W&B has written all records to disk and, if online, sent them."""
         limit = self._online_seconds + FINISH_SECONDS
         try:
             self._queue.put(None, timeout=0 if self._off else limit)
@@ -294,11 +287,9 @@ def has_netrc_key(base_url: str) -> bool:
 
 
 def place_at_wandb(run_folder: Path, group: str | None = None) -> dict[str, str | None]:
-    """Returns the project, the entity and the group of a run folder's W&B run. The first attempt reads them from the
-    environment and stores them; later attempts read the stored values.
-
-    group: the W&B group, if the variable WANDB_RUN_GROUP is not set.
-    """
+    """Returns the project, entity and group of a run folder's W&B run. The first attempt reads them from the
+    environment and stores them; later attempts read the stored values. group: the W&B group, if the variable
+    WANDB_RUN_GROUP is not set."""
     return wandb_place(run_folder) or {
         "project": os.environ.get("WANDB_PROJECT", "sluice"),
         "entity": os.environ.get("WANDB_ENTITY"),
@@ -315,8 +306,7 @@ def run_id(run_folder: Path) -> str:
 
 
 def to_wandb(record: Record) -> dict[str, Any]:
-    """Converts a record for W&B: scalars by name, some scalars for each MoE layer, and histograms of tokens per
-    expert."""
+    """Converts a record for W&B: scalars, some scalars by MoE layer, and histograms of tokens per expert."""
     import wandb
 
     scalars = (name for name in record if name != "step" and not is_layer_metric(name) and not is_event(name))
@@ -334,13 +324,13 @@ def to_wandb(record: Record) -> dict[str, Any]:
 
 
 def layer_key(layer: str) -> str:
-    """Returns a layer's name for W&B, without dots, because W&B would read a dot as nesting."""
+    """Returns a layer's name for W&B, without dots, because W&B reads dots as nesting."""
     return layer.replace(".", "_")
 
 
 def load_histogram(load: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the histogram of the tokens per expert in one or more layers: the number of experts in each bin, and the
-    LOAD_BINS + 1 edges of the bins. Tokens are counted in multiples of the layer's mean tokens per expert."""
+    """Returns the histogram of the tokens per expert in some layers: the experts in each bin, and the LOAD_BINS + 1
+    edges. Tokens are in multiples of the layer's mean."""
     counts_LE = np.array([np.asarray(row, np.float64) for row in load.values()])
     shares_LE = counts_LE / np.maximum(counts_LE.mean(axis=1, keepdims=True), 1e-9)
     return np.histogram(np.minimum(shares_LE, LOAD_TOP), bins=LOAD_BINS, range=(0.0, LOAD_TOP))

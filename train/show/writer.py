@@ -1,8 +1,7 @@
 """Writes the metrics of each step to metrics.jsonl, to the terminal, and to Weights & Biases.
 
-The logging rank opens one MetricsWriter, and passes it one flat record per step, with the names of
-train/metrics/names.py. The writer passes the records to its sinks, such as metrics.jsonl. The sinks are independent,
-and an error in a sink does not stop the training.
+The logging rank passes a MetricsWriter one flat record per step, with the names of train/metrics/names.py. An error in
+one of its sinks, such as metrics.jsonl, does not stop the training.
 """
 
 import subprocess
@@ -51,7 +50,7 @@ class ReportSink:
         self._next = self._began + min(FIRST_REPORT, every)
 
     def write(self, record: Record) -> None:
-        """Start a report process if it is time for a new report. The training process does not wait for the report."""
+        """Start a report process if a new report is due, without waiting for it."""
         now = time.monotonic()
         if self._child is not None and self._child.poll() is not None:
             self._child = None
@@ -63,7 +62,7 @@ class ReportSink:
             self._began = now
 
     def close(self) -> None:
-        """End the report process if one runs, so that its report cannot replace the final report of the run."""
+        """End a running report process, so that its report cannot replace the run's final report."""
         if self._child is not None:
             self._child.kill()
             self._child.wait()
@@ -73,7 +72,7 @@ class ReportSink:
 
 
 SELDOM = {"validation_loss", "weight_norm"}
-"""Metrics that only a few steps measure. The sinks get every record with such a metric."""
+"""Metrics that only a few steps measure. The sinks get all of them."""
 
 
 class Sink(Protocol):
@@ -83,8 +82,8 @@ class Sink(Protocol):
 
 
 class MetricsWriter:
-    """Passes records to the terminal and to sinks. Use it as a context manager, so that an exception closes the sinks
-    and the progress line."""
+    """Passes records to the terminal and to sinks. As a context manager, it closes the sinks and the progress line on
+    an exception."""
 
     def __init__(
         self,
@@ -99,10 +98,12 @@ class MetricsWriter:
     ):
         """Opens the writer. The terminal gets every record; the sinks get only some records.
 
-        every: interval, in steps, between the records that the sinks get. The sinks also get the first step, the last
-        step, and each step with a metric in SELDOM. last_step: number of the last step. first: events to add to the
-        first record. extra: a function that returns further scalars to add to each record for the sinks. alerts: text
-        at the beginning of the titles of W&B alerts; None: no alerts are sent.
+        - every: interval, in steps, between the records that the sinks get. They also get the first step, the last
+          step, and each step with a metric in SELDOM.
+        - last_step: number of the last step.
+        - first: events to add to the first record.
+        - extra: returns further scalars for each record of the sinks.
+        - alerts: text at the beginning of the titles of W&B alerts; None: no alerts are sent.
         """
         self._sinks, self._progress, self._extra = list(sinks), progress, extra
         self._every, self._last_step, self._first = every, last_step, first or {}
@@ -110,7 +111,7 @@ class MetricsWriter:
         self._alerts, self._closed = alerts, False
 
     def write(self, record: Record) -> bool:
-        """Record one step. The record must have at least the key `step`. Returns whether the sinks got the record."""
+        """Record one step. The record has at least the key `step`. Returns whether the sinks got it."""
         self._progress.write(record)
         step = record["step"]
         due = (
@@ -124,8 +125,8 @@ class MetricsWriter:
         return due
 
     def event(self, text: str | None) -> None:
-        """Shows the current activity of the run if it is not a step. text: name of the activity, such as `validation`;
-        None when it has ended."""
+        """Shows an activity of the run that is not a step. text: name of the activity, such as `validation`; None when
+        it has ended."""
         self._progress.event(text)
 
     def note(self, text: str) -> None:
@@ -138,7 +139,7 @@ class MetricsWriter:
             self._wandb.write(item)
 
     def alert(self, what: str, text: str) -> None:
-        """Send a W&B alert to the people who watch the run. what: end of the title, such as `diverged`."""
+        """Send a W&B alert to the people who watch the run. what: end of its title, such as `diverged`."""
         if self._alerts is not None:
             self.show(alert(f"{self._alerts}: {what}", text))
 
@@ -186,7 +187,7 @@ def open_writer(
     """Opens a writer with the sinks that config.log selects.
 
     resumed_step: step of the loaded checkpoint; 0 for a new run. resumed: the event `resumed` of
-    train/metrics/names.py, with the changed settings; None for a new run.
+    train/metrics/names.py; None for a new run.
     """
     name = config.name or run_folder.name
     progress = Progress(name, config.steps, enabled=config.log.progress, done=resumed_step)
@@ -219,8 +220,8 @@ def open_writer(
 
 
 def _with_steps_again(metrics: Path, resumed_step: int, resumed: Record | None) -> Record | None:
-    """Returns the event `resumed`, with two more entries if metrics.jsonl has steps after the resumed step. The run
-    repeats these steps. The entries are the number of these steps, and the time of the last record."""
+    """Returns the event `resumed`. If metrics.jsonl has later steps, which the run repeats, adds their number and the
+    time of the last record."""
     last = read_last(metrics)
     again = last.get("step", 0) - resumed_step
     if again <= 0:
@@ -231,8 +232,8 @@ def _with_steps_again(metrics: Path, resumed_step: int, resumed: Record | None) 
 def open_wandb(
     config: Config, run_folder: Path, note: Callable[[str], None], settings: Mapping[str, Any] | None = None
 ) -> WandbSink:
-    """Opens the W&B run of a run folder. note: a function that prints a sentence on the terminal. settings: the
-    settings that W&B shows."""
+    """Opens the W&B run of a run folder. note: prints a sentence on the terminal. settings: the settings that W&B
+    shows."""
     starts = read_starts(run_folder)
     name = config.name or run_folder.name
     return WandbSink(
@@ -247,8 +248,8 @@ def open_wandb(
 
 
 def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
-    """Send a W&B alert that a run has failed and is not restarted. The alert is sent only in cases in which rank 0
-    cannot send it: in runs with Ray, and after a hang. code: exit code of the run."""
+    """Send a W&B alert that a run has failed and is not restarted, if rank 0 cannot: with Ray, and after a hang. code:
+    exit code of the run."""
     text = last_failure(run_folder) if config.cluster.backend == "ray" else _hang_of(run_folder)
     if text and wants_wandb(config.log.wandb) and (run_folder / "wandb" / "run_id").is_file():
         sink = open_wandb(config, run_folder, lambda text: say(text, file=sys.stderr))
@@ -257,8 +258,8 @@ def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
 
 
 def _hang_of(run_folder: Path) -> str:
-    """Returns the sentence about the hang that ended the newest start of the run. Returns an empty string if this start
-    did not end with a hang."""
+    """Returns the sentence about the hang that ended the newest start of the run; an empty string if no hang ended
+    it."""
     _, incident = newest_incident(run_folder / "logs") or (None, {})
     begun = next((start["time"] for start in reversed(read_starts(run_folder))), 0.0)
     return incident["text"] if incident.get("kind") == Kind.hang.value and incident["time"] >= begun else ""

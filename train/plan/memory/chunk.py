@@ -1,8 +1,8 @@
 """Computes the memory of a pipeline chunk's passes from the passes of its parts (train/plan/memory/part.py).
 
-A chunk runs its n parts in sequence: the blocks, and in the last chunk the part `end` (final norm, MTP modules, head
-and loss). x_0 ... x_n are the inputs and outputs of the parts. All are hidden states (B, T, D) of h bytes. The live
-memory is a sum of
+A chunk runs n parts in sequence: the blocks, and in the last chunk the part `end` (final norm, MTP modules, head and
+loss). x_0 ... x_n are the inputs and outputs of the parts. All are hidden states (B, T, D) of h bytes. The live memory
+is a sum of
 
     own_i       tensors that part i keeps for its backward, besides its input
     x_i         input of part i, which part i keeps for its backward; the pipeline stage also holds x_0 and x_n
@@ -12,8 +12,8 @@ memory is a sum of
     dx_i, dE    gradients of x_i and E, while backward uses them
 
 While part i runs, the memory of all other parts is constant. This constant is added to the measured memory of part i.
-The measured memory includes x_i. It also includes x_i+1, dx_i and dx_i+1 while they are allocated. The output of the
-part `end` is too small to count. The second input of `end` is E.
+The measurement includes x_i, and also x_i+1, dx_i and dx_i+1 while they are allocated. The output of the part `end` is
+too small to count. The second input of `end` is E.
 """
 
 from collections import Counter
@@ -42,14 +42,13 @@ activations wait on the host.
 
 @lru_cache(maxsize=4096)
 def chunk_of(scene: Scene, parts: Parts) -> "ChunkMemory":
-    """Returns the chunk with these parts. All calls with equal arguments return the same object."""
+    """Returns the chunk with these parts. Equal arguments return the same object."""
     return ChunkMemory(scene, parts)
 
 
 @dataclass(frozen=True)
 class ChunkMemory:
-    """Memory of the passes of one chunk, in bytes. The memory of a pass includes the chunk's input x_0, its output x_n,
-    and the gradients of both, as long as they are allocated."""
+    """Memory of one chunk's passes, in bytes. It includes x_0, x_n and their gradients, while they are allocated."""
 
     scene: Scene
     parts: Parts
@@ -87,8 +86,8 @@ class ChunkMemory:
 
     @cached_property
     def sent_last(self) -> int:
-        """Offloaded bytes (sent_i) of the last part that offloads. These bytes are on the device when a forward ends,
-        and when a backward begins."""
+        """Offloaded bytes (sent_i) of the last part that offloads. They are on the device when a forward ends and when
+        a backward begins."""
         return self._newest(len(self._names))
 
     @cached_property
@@ -98,30 +97,29 @@ class ChunkMemory:
 
     @cached_property
     def host_bytes(self) -> tuple[int, int]:
-        """Two sizes in host memory, in bytes: that of the offloaded tensors of all parts, and that of the offloaded
-        tensors of the last part which offloads."""
+        """Offloaded bytes on the host: the total over all parts, and the bytes of the last part that offloads."""
         taken = [trace_forward(self.scene, name).host_bytes for name in self._names if AWAY in name]
         return sum(taken), next((size for size in reversed(taken) if size), 0)
 
     def _newest(self, i: int) -> int:
-        """Returns sent_j, where j is the last part before part i that offloads. Returns 0 if there is no such part."""
+        """Returns sent_j, where j is the last part before part i that offloads; 0 without such a part."""
         return next((size for size in reversed(self._sent[:i]) if size), 0)
 
     def _resident(self, i: int) -> int:
-        """Returns how many of the bytes that all parts before part i keep for backward (own_0 ... own_i-1) are on the
-        device while part i runs, in forward or backward."""
+        """Returns the device bytes that all parts before part i keep for backward (own_0 ... own_i-1) while part i
+        runs."""
         return sum(self._own[:i]) - sum(self._sent[:i]) + self._newest(i)
 
     def _kept(self, name: str) -> Counter:
-        """Returns the bytes that a part keeps for its backward (own_i), by item. They exclude the part's input."""
+        """Returns the bytes that a part keeps for its backward (own_i), by item, without the part's input."""
         kept = Counter(trace_forward(self.scene, name).kept)
         kept["activations"] -= self.hidden * (1 + (name == "end" and self._joins))
         return kept
 
     @cached_property
     def kept(self) -> Counter:
-        """Device bytes that the chunk keeps for backward, by item. They exclude the chunk's output x_n. They exclude
-        the chunk's input x_0, too, if another rank sent x_0."""
+        """Device bytes that the chunk keeps for backward, by item. They exclude x_n. They exclude x_0, too, if another
+        rank sent it."""
         kept: Counter = Counter()
         for name, count in Counter(self._names).items():
             for item, size in (self._kept(name) - trace_forward(self.scene, name).sent).items():
@@ -142,8 +140,8 @@ class ChunkMemory:
         return PassMemory(self._input, _joined([run.pieces for run in lifted]))
 
     def ascent(self) -> Iterator[tuple[str, int]]:
-        """Yields the parts in forward order. Each part is yielded with the live bytes of the chunk that the measurement
-        of the part does not include."""
+        """Yields the parts in forward order, each with the chunk's live bytes that are not in the part's
+        measurement."""
         if self._has_embedding or self._joins:
             yield "embedding", self._input
         early = self.hidden * (self._joins and not self._has_embedding)  # E exists before the blocks run
@@ -158,8 +156,7 @@ class ChunkMemory:
 
     @cached_property
     def evaluation(self) -> int:
-        """Returns the peak bytes of a forward without gradients. The chunk's input x_0 is in memory until this forward
-        ends."""
+        """Returns the peak bytes of a forward without gradients, including the chunk's input x_0."""
         runs = [trace_evaluation(self.scene, name) for name in self.parts]
         first = runs[: 1 + self._has_embedding]
         return max(first + [run + self.hidden for run in runs[len(first) :]])
@@ -168,7 +165,7 @@ class ChunkMemory:
         """The complete backward pass.
 
         first: whether this pass allocates the gradients of the weights; if so, the result includes them. table_first:
-        whether this pass allocates the embedding's gradient, which two chunks of a rank may share.
+        whether it allocates the embedding's gradient, which two chunks of a rank may share.
         """
         start = self._resident(len(self._names)) + self._held + (0 if self.has_end else self.hidden)
 
@@ -180,8 +177,7 @@ class ChunkMemory:
     def descent(self, run_of: Callable[[str, bool], PassMemory]) -> Iterator[tuple[str, PassMemory, int]]:
         """Yields the parts in backward order, each with its pass and the live bytes that this pass does not include.
 
-        run_of: a function that returns the pass of a part; its second argument is `held` of `trace_backward`. If a pass
-        leaves memory allocated, the live bytes of all later parts include this memory.
+        run_of: a function that returns the pass of a part; its second argument is `held` of `trace_backward`.
         """
         h, names = self.hidden, self._names
         output = 0 if self.has_end else h
@@ -198,11 +194,11 @@ class ChunkMemory:
             yield "embedding", run_of("embedding", False), output + rest - arrived + self._input
 
     def split(self, first: bool) -> tuple[PassMemory, PassMemory]:
-        """Returns the two passes of a split backward: the first computes the gradients of inputs, and the second those
-        of weights. A chunk with the embedding is not supported.
+        """Returns the two passes of a split backward: first the gradients of inputs, then those of weights. A chunk
+        with the embedding is not supported.
 
-        These tensors stay in memory until the second pass ends: the graph, all hidden states, the gradients of the
-        blocks' outputs, and tensors fetched from the host.
+        Until the second pass ends, memory holds the graph, all hidden states, the gradients of the blocks' outputs, and
+        tensors fetched from the host.
         """
         h, names = self.hidden, self._names
         runs = [trace_split_backward(self.scene, name, first) for name in names]
@@ -229,8 +225,7 @@ def _lifted(run: PassMemory, below: int) -> PassMemory:
 
 
 def _joined(runs: Sequence[Sequence[Stretch]]) -> tuple[Stretch, ...]:
-    """Joins passes that run in sequence. The last section of each pass and the first section of the next pass become
-    one section."""
+    """Joins passes that run in sequence. A pass's last section and the next pass's first section become one."""
     joined: list[Stretch] = []
     for pieces in runs:
         first, *others = pieces

@@ -1,12 +1,11 @@
 """Counts every byte of tensor memory that code allocates and frees, without help from the allocator.
 
-A Ledger is a torch dispatch mode. It intercepts every operation, and records each new storage with its size and a tag.
-It removes a storage from the count when the last tensor on that storage is freed. On the CPU, a ledger measures real
-memory. On the meta device, it computes the memory that the code would use. A ledger cannot count the memory that a
-kernel uses temporarily inside one operation.
+A Ledger is a torch dispatch mode. It counts each new storage until the last tensor on the storage is freed. On the CPU,
+it measures real memory. On the meta device, it computes the memory that the code would use. It cannot count temporary
+memory of a kernel.
 
-A ledger counts only operations of threads that have entered the mode. A backward is counted too: on the CPU and on the
-meta device, autograd runs it in the thread that calls it.
+A ledger counts only operations of threads that have entered the mode. Backward is counted too: on both devices,
+autograd runs in the calling thread.
 """
 
 import gc
@@ -38,18 +37,17 @@ class Snapshot:
 
 
 def _undisturbed(mode: "type[Ledger]") -> "type[Ledger]":
-    """Class decorator that adds the dispatch method after the class has been created. If the class body defined this
-    method, torch would wrap the method for torch.compile, and the wrapper would slow every operation."""
+    """Class decorator that adds the dispatch method after the class has been created. Otherwise, torch wraps the method
+    for torch.compile, and every operation becomes slower."""
     mode.__torch_dispatch__ = mode._count
     return mode
 
 
 @_undisturbed
 class Ledger(TorchDispatchMode):
-    """Counts live bytes, and the peak of live bytes since the last call of `mark`.
+    """Counts live bytes, and their peak since the last call of `mark`, for storages of the type `device`.
 
-    device: the ledger counts only storages of this device type. Callers may set two attributes. tag: a label that is
-    recorded with every new storage. event: a label of the current work, which is stored with the peak.
+    Callers may set two labels. tag: stored with every new storage. event: the current work, stored with the peak.
     """
 
     def __init__(self, device: torch.device | str):
@@ -122,7 +120,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def told_apart(self) -> Iterator[None]:
-        """Inside the context, new storages count zero bytes, because the caller counts these storages itself."""
+        """Inside the context, new storages count zero bytes, because the caller counts them."""
         self._is_told_apart = True
         try:
             yield
@@ -148,8 +146,7 @@ class PhaseBytes(NamedTuple):
 
 
 class PeakMeter:
-    """A context that measures peak memory. Its method `mark` returns the peak since the previous call of `mark`. On the
-    CPU, operations inside the context run slightly slower."""
+    """A context that measures peak memory. Its method `mark` returns the peak since the previous call of `mark`."""
 
     def __init__(self, device: torch.device, counts_host: bool = False):
         """counts_host: if the device is a GPU, also count tensors in host memory."""
@@ -185,11 +182,8 @@ class PeakMeter:
 
 
 class MetaLedger(Ledger):
-    """A ledger for the meta device that caches the results of operations.
-
-    On the meta device, the operation and the shapes of its arguments determine the shapes of its results. torch
-    computes many of these shapes in Python, which takes ten times as long as a lookup in the cache.
-    """
+    """A ledger for the meta device that caches the results of operations. torch computes many result shapes in Python,
+    ten times slower than a lookup."""
 
     def __init__(self):
         super().__init__("meta")
@@ -215,8 +209,8 @@ class MetaLedger(Ledger):
 
 
 _MADE: dict[tuple, tuple[type, list[tuple | None]]] = {}
-"""Cached results of operations: whether the operation returns one tensor or several, and each tensor's shape, stride
-and dtype. None stands for an output that the operation leaves out."""
+"""Cached results of operations: whether there are several tensors, and each tensor's shape, stride and dtype. None: an
+omitted output."""
 
 
 @cache
@@ -227,7 +221,7 @@ def _makes_new(func: Any) -> bool:
 
 @cache
 def _writes_alone(func: Any) -> bool:
-    """Whether an operation is elementwise, writes only into its first argument, and returns this argument."""
+    """Whether an operation is elementwise, and writes only into its first argument, which it returns."""
     first = func._schema.arguments[:1]
     written = [one.alias_info is not None and one.alias_info.is_write for one in first]
     return torch.Tag.pointwise in func.tags and func._schema.name.endswith("_") and written == [True]

@@ -1,13 +1,10 @@
 """Builds the kernels and the precision of a GPU or a CPU for the meta device, so that the model runs without memory.
 
-On the meta device, the model runs the same operations as on the GPU or CPU, but its tensors have no values. Kernels
-that exist only on GPUs are replaced by functions that return tensors of the same shapes. Nothing in torch is replaced:
-torch itself computes all other shapes.
+Functions that return tensors of the same shapes replace the kernels that exist only on GPUs. torch itself computes all
+other shapes.
 
-torch's FakeTensorMode is not used. If torch is built without CUDA, fake GPU tensors abort autograd. Fake CPU tensors
-take 20 times as long as meta tensors. torch's MemTracker is not used either. It finds the same bytes as a Ledger
-(ledger.py), but takes twice the time. It reports bytes by module. A plan needs the bytes of each item (such as
-activations or logits), and the peak between two points.
+torch's FakeTensorMode is not used: its CPU tensors take 20 times as long, and without CUDA its GPU tensors abort
+autograd. torch's MemTracker takes twice the time of a Ledger (ledger.py), and does not report bytes by item.
 """
 
 from collections import deque
@@ -57,8 +54,8 @@ def _scaled_grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor, output_dtype: torc
 def meta_kernels(kind: str, compiled: bool) -> Kernels:
     """Returns the kernels of a kind of device (cuda or cpu), changed to run on the meta device.
 
-    Sparse attention is computed only for the last blocks of queries. The last queries attend to the most keys, so they
-    need the most memory.
+    Sparse attention is computed only for the last blocks of queries, which attend to the most keys and need the most
+    memory.
     """
     kernels = build_kernels(kind, compiled)
     choose, learn = kernels.choose_keys, kernels.index_loss
@@ -106,17 +103,14 @@ def _last(rows_BTX: Tensor) -> Tensor:
 
 
 def last_blocks(seen: SeenKeys) -> SeenKeys:
-    """Returns a copy that has only the last queries of the last rectangle. A rectangle is a range of queries, with the
-    keys that they attend to. The last queries are four blocks of queries, or all queries of the rectangle if it has
-    fewer."""
+    """Returns a copy that has only the last queries (at most four blocks) of the last rectangle of queries and keys."""
     last = seen.rectangles[-1]
     first = max(last.first_query, last.last_query - 4 * THRESHOLDS.attention_queries)
     return SeenKeys([last._replace(first_query=first, before=last.before + first - last.first_query)])
 
 
 def meta_wire(name: str, quantized: bool, kind: str) -> Wire:
-    """Returns the wire (the format of rows that are sent to experts) that a kind of device uses, in a form that runs on
-    the meta device."""
+    """Returns a device's wire (the format of rows that are sent to experts), in a form that runs on the meta device."""
     wire = build_wire(name, quantized)
     if isinstance(wire, Fp8Wire) and kind == "cuda":
         wire.widen = Tensor.float
@@ -130,8 +124,7 @@ def meta_precision(
     recompute_swiglu: bool,
     making: Callable[[], AbstractContextManager] = nullcontext,
 ) -> HighPrecision | Fp8Precision:
-    """Returns the precision that a kind of device uses, in a form that runs on the meta device. making: as in
-    `Fp8Precision`."""
+    """Returns a device's precision in a form that runs on the meta device. making: as in `Fp8Precision`."""
     if precision.fp8 is None:
         return HighPrecision(activation_dtype(precision), kernels, recompute_swiglu)
     if kind == "cpu":
@@ -238,11 +231,10 @@ _MATMULS = SimpleNamespace(
     matmul=lambda left, left_scale, right, right_scale, out, ends=None: out,
     wgrad=lambda left, left_scale, right, right_scale, out, added, ends=None: out,
 )
-"""Replaces train/kernels/fp8/triton_matmuls.py on the meta device. The real kernels write into tensors that the FP8
-engine allocates."""
+"""Replaces train/kernels/fp8/triton_matmuls.py on the meta device. The FP8 engine has allocated the results."""
 
 _DEEP_GEMM = SimpleNamespace(
     m_grouped_fp8_gemm_nt_contiguous=lambda *args, **kwargs: None,
     k_grouped_fp8_gemm_nt_contiguous=lambda *args, **kwargs: None,
 )
-"""Replaces DeepGEMM on the meta device. The real kernels write into tensors that the FP8 engine allocates."""
+"""Replaces DeepGEMM on the meta device. The FP8 engine has allocated the results."""

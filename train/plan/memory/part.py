@@ -1,12 +1,11 @@
 """Measures memory and work of a model part by running its real code on the meta device under a Ledger.
 
 A chunk is a chain of parts: embedding, blocks, and the end (final norm, MTP modules, head and loss). Each part runs
-alone, forward and backward. `_Entry` creates the part's input, and `_Exit` creates the gradient of the part's output.
-Both tensors are freed at the same time as in a complete chunk. train/plan/memory/chunk.py combines the measurements of
-the parts into those of a chunk. This file does not need to know which tensors a layer saves.
+alone, forward and backward. `_Entry` creates the part's input, and `_Exit` creates the gradient of its output.
+train/plan/memory/chunk.py computes a chunk from its parts.
 
-All sizes are in bytes. The memory of weights is not counted. The gradients of weights are counted only in the first
-backward of a step, which allocates them.
+All sizes are in bytes, without the memory of weights. The gradients of weights count only in the first backward of a
+step, which allocates them.
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D model width.
 """
@@ -50,18 +49,17 @@ from train.plan.work_recorder import WorkRecorder, WorkSegment
 AGAIN = "_again"
 """Name suffix of a block that backward recomputes."""
 AWAY = "_away_"
-"""Separates, in a part's name, the name of the block from the section of the block that is offloaded. The activations
-of an offloaded section are stored on the host until backward."""
+"""Separates, in a part's name, the block from its offloaded section, whose activations are on the host until
+backward."""
 SHARED_KEYS = "_shared"
-"""Name suffix of a block whose sparse attention uses the keys that an earlier block chose."""
+"""Name suffix of a block whose sparse attention uses the keys of an earlier block."""
 
 
 Section = TypeVar("Section")
 
 
 class FrozenSection(Generic[Section]):
-    """Wraps a configuration section as a hashable cache key. Two wrappers are equal if their sections have equal
-    values."""
+    """Wraps a configuration section as a hashable cache key, equal for sections with equal values."""
 
     def __init__(self, section: Section):
         self.section, self._text = section, repr(section)
@@ -78,7 +76,7 @@ NO_ADAPTER = FrozenSection(Adapter())
 
 @dataclass(frozen=True)
 class Scene:
-    """All settings that determine how much memory a micro-batch needs in the forward and backward of a part."""
+    """All settings that determine the memory of a part's forward and backward for one micro-batch."""
 
     model: FrozenSection[Model]
     precision: FrozenSection[Precision]
@@ -98,14 +96,14 @@ class Scene:
     gloo: bool
     """Whether the ranks use gloo. gloo keeps sent tensors until the step ends, and has no reduce-scatter."""
     compiled: bool
-    """Whether a CPU uses compiled code where possible (train/kernels/choice.py). Compiled code needs less memory."""
+    """Whether a CPU uses compiled code where possible (train/kernels/choice.py), which needs less memory."""
     cp: int = 1
-    """Number of ranks that share every sequence. The plan is for the rank with the first and the last piece of each
-    sequence, because no other rank has more positions."""
+    """Number of ranks that share every sequence. The plan is for the rank with the first and last piece, which has the
+    most positions."""
     adapter: FrozenSection[Adapter] = NO_ADAPTER
     holds_weights: bool = False
-    """Whether each weight is cast to FP8 once per step, and the FP8 copy is kept until the step ends. The memory of
-    these copies is counted by `trace_casts`, and by no other function of this file."""
+    """Whether FP8 copies of weights are made once per step and kept until it ends. Only `trace_casts` counts their
+    memory."""
     learns_index: bool = False
     """Whether the indexers of sparse attention are trained."""
     warms_index: bool = False
@@ -114,7 +112,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A section of a pass. At the end of each section, an overlapped pair of passes may switch to the other pass."""
+    """A section of a pass. At its end, an overlapped pair of passes may switch to the other pass."""
 
     peak: int
     """Maximum of the live bytes in this section of the pass."""
@@ -124,8 +122,8 @@ class Stretch:
 
 @dataclass(frozen=True)
 class PassMemory:
-    """Memory of one pass through a part. It includes the part's input, its output and the gradients of both, as long as
-    they are allocated."""
+    """Memory of one pass through a part, including its input, its output and their gradients, while they are
+    allocated."""
 
     start: int
     pieces: tuple[Stretch, ...]
@@ -147,11 +145,11 @@ class Forward:
 
     run: PassMemory
     kept: Counter
-    """Bytes kept for backward, by item. They include the input if backward needs it, and exclude the output."""
+    """Bytes kept for backward, by item. They include an input that backward needs, and exclude the output."""
     output: int
     """Bytes of the output."""
     sent: Counter
-    """Bytes that are included in `kept` and that are copied to the host, by item."""
+    """Bytes in `kept` that are copied to the host, by item."""
     host_bytes: int
     """Bytes of host memory for the tensors that are copied to the host."""
 
@@ -160,21 +158,18 @@ Result = TypeVar("Result")
 
 
 def traced_once(trace: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorator that caches the results of a trace function. Two calls with different settings share a result if the
-    settings that differ do not affect the part. The function `seen_by` decides which settings affect a part."""
+    """Decorator that caches a trace function's results. Calls share a result if `seen_by` returns equal settings."""
     made = lru_cache(maxsize=4096)(trace)
     return lru_cache(maxsize=4096)(wraps(trace)(lambda scene, part, *rest: made(seen_by(part, scene), part, *rest)))
 
 
 _FORWARDS: dict[tuple[Scene, str], Forward] = {}
-"""Forward passes that `trace_backward` has traced. Each key has two parts: the settings of the pass (a `Scene`, as
-`seen_by` returns it), and the part's name."""
+"""Forward passes that `trace_backward` has traced, by settings (a `Scene` from `seen_by`) and part name."""
 
 
 @traced_once
 def trace_forward(scene: Scene, part: str) -> Forward:
-    """Returns the memory of a part's forward. If `trace_backward` has already traced the part, this function returns
-    the forward of that trace.
+    """Returns the memory of a part's forward, from the trace of `trace_backward` if there is one.
 
     part: name of a part, as in `Parts` (train/plan/memory/chunk.py).
     """
@@ -188,9 +183,8 @@ def trace_forward(scene: Scene, part: str) -> Forward:
 def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemory:
     """Returns the memory of a part's complete backward.
 
-    first: whether this pass allocates the gradients of the weights; if so, the result includes these gradients. held:
-    whether the caller keeps the incoming gradient until the pass ends, as torch's stage does for the last part of a
-    chunk.
+    first: whether this pass allocates the gradients of the weights; if so, they are included. held: whether the caller
+    keeps the incoming gradient until the pass ends, as torch's stage does for a chunk's last part.
     """
     with Run(scene, part, first) as run:
         forward = run.forward()
@@ -201,11 +195,9 @@ def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemo
 
 @traced_once
 def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemory, PassMemory]:
-    """Returns the memory of both halves of a split backward. The first half computes the gradients of inputs, and the
-    second half computes the gradients of weights. torch's own functions run both halves.
+    """Returns the memory of both halves of a split backward: first the gradients of inputs, then those of weights.
 
-    The result includes the output and the incoming gradient, because the stage holds both tensors through both halves.
-    When the second half ends, only the tensors that the graph holds are still in memory.
+    The output and the incoming gradient are included, because the stage holds both through both halves.
     """
     with Run(scene, part, first) as run:
         run.forward(leaves=True)
@@ -213,8 +205,8 @@ def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemo
 
 
 def trace_evaluation(scene: Scene, part: str) -> int:
-    """Returns the peak bytes of a part's forward in eval mode without gradients. The part's input is included. FP8
-    casts of weights are kept only in training steps, so the result does not include them."""
+    """Returns the peak bytes of a part's forward in eval mode without gradients, with the part's input and without FP8
+    casts of weights."""
     plain = replace(scene.model.section, recompute=[], offload=[])
     return _trace_evaluation(replace(scene, model=FrozenSection(plain), holds_weights=False), bare(part))
 
@@ -246,10 +238,7 @@ def _trace_casts(scene: Scene, part: str) -> int:
 @lru_cache(maxsize=4096)
 def seen_by(part: str, scene: Scene) -> Scene:
     """Returns a copy of the settings in which all settings that do not affect this part have fixed values.
-
-    The part's name tells whether its block is recomputed or offloaded. Expert settings do not affect a part without
-    experts.
-    """
+    Recomputation and offloading are among them, because the part's name contains both."""
     model: Model = scene.model.section
     kind, away = kind_of(part), part.partition(AWAY)[2]
     recompute = [what for what in model.recompute if not what.startswith(f"{Recompute.layer}:")]
@@ -267,8 +256,8 @@ def seen_by(part: str, scene: Scene) -> Scene:
 
 
 class Run:
-    """Runs one part under a ledger, between `_Entry` and `_Exit`. Call `forward`, then either `backward`, or `inputs`
-    and `weights`."""
+    """Runs one part under a ledger, between `_Entry` and `_Exit`. Call `forward`, then `backward`, or `inputs` and
+    `weights`."""
 
     def __init__(self, scene: Scene, part: str, first: bool = False):
         self.device = torch.device("meta")
@@ -310,11 +299,11 @@ class Run:
 
     @property
     def casts(self) -> int:
-        """Bytes of the FP8 casts of weights that exist now and are kept until the step ends."""
+        """Bytes of the FP8 casts of weights that are kept until the step ends."""
         return self._precision.weights.count_bytes() if isinstance(self._precision, Fp8Precision) else 0
 
     def forward(self, leaves: bool = False) -> Forward:
-        """Run the forward of the part. leaves: whether the inputs are leaves of the graph, as torch's split backward
+        """Run the forward of the part. leaves: whether inputs are leaves of the graph, as torch's split backward
         needs."""
         self._ledger.tag = "activations"
         joins = self._scene.model.section.mtp_depth > 0 and not leaves
@@ -382,8 +371,8 @@ class Run:
         return self._states(self._scene.seq_len // self._scene.cp)
 
     def _embedded(self) -> Tensor:
-        """Returns the embedding's output, as the last part reads it. It includes the embeddings of the tokens that
-        follow this rank's pieces of a sequence, because MTP modules need these tokens."""
+        """Returns the embedding's output, as the last part reads it. With MTP modules, it includes tokens that follow
+        this rank's pieces."""
         positions = Positions(self._scene.seq_len, None, self._module._share)
         return self._states(positions.take_with_next(self._tokens_BS, self._module._depths).size(1))
 
@@ -397,8 +386,8 @@ class Run:
         return torch.empty(shape, dtype=torch.int64, device=self.device)
 
     def _fill(self) -> None:
-        """Does nothing here, because weights on the meta device have no values. A subclass for real devices initialises
-        the weights."""
+        """Does nothing, because weights on the meta device have no values. A subclass for real devices initialises the
+        weights."""
 
     def _kernels_of_device(self) -> Kernels:
         return meta_kernels(self._scene.kind, self._scene.compiled)
@@ -499,7 +488,7 @@ class Run:
 
     @contextmanager
     def _making(self) -> Iterator[None]:
-        """A context in which weights are cast to FP8 once per step. The ledger does not count these casts."""
+        """A context in which weights are cast to FP8 once per step; the ledger does not count these casts."""
         with self._ledger.told_apart(), self._recorder.once():
             yield
 
@@ -519,7 +508,7 @@ class _Entry(Function):
 
 
 class _Exit(Function):
-    """Receives the output of the part. When backward starts, it creates the gradient of this output."""
+    """Receives the part's output, and creates its gradient when backward starts."""
 
     @staticmethod
     def forward(ctx, y: Tensor, started: Callable[[Tensor], None]) -> Tensor:
@@ -551,8 +540,8 @@ class _End(DeepSeekV3):
 
 
 class _Tagged:
-    """Wraps a dispatcher and tags its memory in the ledger. It also gives values to the counts of rows per expert. The
-    model reads these values, but tensors on the meta device have no values."""
+    """Wraps a dispatcher and tags its memory in the ledger. It also gives values to the counts of rows per expert,
+    because the model reads them."""
 
     def __init__(self, dispatcher: Dispatcher, ledger: Ledger, load: Load):
         self._dispatcher, self._ledger, self._load = dispatcher, ledger, load
@@ -577,7 +566,7 @@ class _Tagged:
 
 
 class _StandInHost:
-    """Records the tensors that a real run would copy to the host. The tensors stay on the device for backward."""
+    """Records the tensors that a real run would copy to the host. They stay on the device."""
 
     def __init__(self, ledger: Ledger):
         self._ledger = ledger
@@ -614,6 +603,6 @@ def bare(part: str) -> str:
 
 
 def sparse_of(part: str, model: Model) -> SparseAttention:
-    """Returns the settings of sparse attention for a model in which all blocks behave as the block of this part does.
-    Either all blocks choose keys themselves, or all blocks use the keys of an earlier block."""
+    """Returns the settings of sparse attention for a model whose blocks all behave as this part's block: all choose
+    keys, or all use earlier keys."""
     return replace(model.sparse, pattern="S" * model.layers if SHARED_KEYS in part else "")

@@ -1,13 +1,13 @@
 """Plans the memory of every rank: its permanent state, and its peak over all actions of a step.
 
     state       weights, master weights and moments, in DeepSpeed's groups and shards (rank_weights.py)
-    schedule    the forward and backward passes, in the order of torch's action list for the rank (schedule_memory.py);
-                each pass is measured by running the model's code on the meta device (part.py, chunk.py)
+    schedule    the passes in the order of torch's action list (schedule_memory.py), measured on the meta device
+                (part.py, chunk.py)
     step end    the reduction of gradients and the update of weights (step_end.py)
     run         the work outside of steps, such as checkpoints, and the start of the run
 
-The plan lists the live items at the peak. Ranks at the same pipeline position differ only in the number of rows that
-their experts receive. `plan.imbalance` is the ratio of the busiest rank's rows to the mean.
+Ranks at the same pipeline position differ only in the number of rows that their experts receive. `plan.imbalance` is
+the busiest rank's rows divided by the mean.
 """
 
 from collections import Counter
@@ -49,16 +49,15 @@ from train.plan.reserve import copies_memory, host_memory
 HELD_COPIES = 5
 """Number of copies of a rank's state that its node holds in memory if checkpoint.every_memory is set.
 
-The node holds two copies of the rank's state, two copies of its neighbour's state, and one copy that is being written
+These are two copies of the rank's state, two copies of its neighbour's state, and one copy that is being written
 (train/checkpoint/memory_copies.py).
 """
 
 
 LATER = ("activations", "checkpoint", "copies")
-"""Items of host memory that do not exist at the start of a run. The run allocates them later and never frees them,
-because it reuses their pages and buffers."""
+"""Items of host memory that a run allocates after its start and never frees."""
 IS_FINITE_BYTES = 7
-"""Bytes per fp32 element that torch.isfinite allocates: 4 for the absolute values, and 3 for boolean results."""
+"""Bytes per fp32 element that torch.isfinite allocates: 4 for absolute values, and 3 for boolean results."""
 STARTS = ("start", "resume", "init_from")
 
 
@@ -70,7 +69,7 @@ class RankMemory:
     layers: list[range]
     """Layers of each of the rank's stages, in order of stages."""
     items: dict[str, int]
-    """Live items at the peak. Items of 0 bytes are left out.
+    """Live items at the peak, without items of 0 bytes.
 
     Names: weights, casts (FP8 casts of weights), master, moments, gradients, activations (including hidden states
     inside stages), dispatch, logits, in_flight (hidden states and gradients between stages), reduction, workspace,
@@ -81,14 +80,14 @@ class RankMemory:
     peak_event: str
     """The action or phase at the peak."""
     in_flight: int
-    """Number of micro-batches that wait for their backward at the schedule's peak, summed over the rank's stages."""
+    """Number of micro-batches that wait for backward at the schedule's peak, summed over the rank's stages."""
     phases: dict[str, PhaseBytes]
     """Peak of each phase of the run; the function `phases` lists the names."""
     host_items: dict[str, int]
     """The rank's host memory by item. Empty on a CPU, where `items` includes these items.
 
-    Names: master, moments, buffers, activations, average, checkpoint (a checkpoint until it is on disk), copies
-    (in-memory copies of the state).
+    Names: master, moments, buffers, activations, average, checkpoint (until it is on disk), copies (in-memory copies of
+    the state).
     """
 
     @property
@@ -98,21 +97,19 @@ class RankMemory:
 
 
 def plan_memory(config: Config) -> list[RankMemory]:
-    """Plans the memory of each pipeline rank. Runs on the meta device, so the planning machine does not need the
-    model's memory."""
+    """Plans the memory of each pipeline rank, on the meta device."""
     scene = scene_of(config)
     return [rank_memory(config, pp_rank, scene) for pp_rank in range(config.parallel.pp)]
 
 
 def host_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Returns the host memory used by the ranks of the fullest node. ranks: one entry per pipeline rank, in any
-    order."""
+    """Returns the host memory of the ranks of the fullest node. ranks: one entry per pipeline rank, in any order."""
     return node_bytes(config, [rank.host_bytes for rank in ranks])
 
 
 def node_bytes(config: Config, sizes: Sequence[int]) -> int:
-    """Returns the sum of `sizes` over the ranks of the fullest host. sizes: bytes of one rank at each pipeline
-    position, in any order."""
+    """Returns the sum of `sizes` on the fullest host. sizes: bytes of a rank at each pipeline position, in any
+    order."""
     layout, together = layout_of(config), host_ranks(config)
     copies = min(layout.world // layout.pp, together)  # number of ranks at one pipeline position on a node
     most = sorted(sizes, reverse=True)[: max(1, together // copies)]
@@ -120,8 +117,8 @@ def node_bytes(config: Config, sizes: Sequence[int]) -> int:
 
 
 def host_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Returns how many bytes of memory a host lacks: for all of its ranks' tensors, or for the folder of in-memory
-    copies alone. The function returns the larger number, and 0 if the capacities are unknown."""
+    """Returns how many bytes of memory a host lacks for its ranks' tensors or for its folder of in-memory copies,
+    whichever is more. 0 if the capacities are unknown."""
     has = host_memory(config)
     return max(host_bytes(config, ranks) - has if has else 0, copies_lacking(config, ranks), 0)
 
@@ -147,10 +144,10 @@ def rank_memory(
 ) -> RankMemory:
     """Plans the memory of one pipeline rank.
 
-    scene: the settings that all passes share, as `scene_of` returns them. layers: layers of every stage; None: the
-    layout's split. shortest: whether to plan a shorter step, with only as many micro-batches as the memory peak needs.
-    The peak may then be reported at another micro-batch than in a full step. depth: whether to compute the exact peak,
-    or only a bound on the peak.
+    - scene: the settings that all passes share, as `scene_of` returns them.
+    - layers: layers of every stage; None: the layout's split.
+    - shortest: plan only the micro-batches that the memory peak needs. The micro-batch at the peak may then differ.
+    - depth: whether to compute the exact peak, or only a bound on it.
     """
     state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest, depth)
     peak = max(moments.values(), key=lambda moment: moment.total)
@@ -182,7 +179,7 @@ def phases(
 
     start       the rank builds its weights and the optimizer's state
     schedule, reduction, update     the three parts of a step: passes, reduction of gradients, update
-    average, validation, checkpoint, copies, export     work outside of steps; some of it only if the recipe enables it
+    average, validation, checkpoint, copies, export     work outside of steps, if the recipe enables it
     resume      a start from a checkpoint
     init_from   a start from the weights of a Hugging Face folder
     """
@@ -231,8 +228,8 @@ def _phases(
 
 
 def export_bytes(config: Config) -> int:
-    """Returns the peak bytes of an export of weights (train/export/run.py). The export reads part of the weights at a
-    time, holds them in fp32, and checks that all values are finite."""
+    """Returns the peak bytes of an export of weights (train/export/run.py), which holds a part of the weights in fp32
+    and checks it for finite values."""
     counts, model = count_parameters(config.model), FrozenSection(config.model)
     kinds = ("embedding", "dense", "moe")
     largest = max(weight.elements for kind in kinds for weight in part_weights(model, kind, config.model.experts))
@@ -245,8 +242,8 @@ def export_bytes(config: Config) -> int:
 def _built_bytes(config: Config, pp_rank: int, held: int, layers: list[range] | None) -> int:
     """Returns the peak bytes while a rank starts. held: bytes that are still in use after the start.
 
-    At ZeRO stage 3, weights are initialised in fp32, one expert at a time. Each weight is sharded before the next one
-    is initialised. With an adapter, all weights exist before they are sharded.
+    ZeRO stage 3 initialises one expert at a time in fp32, and shards it before the next. With an adapter, all weights
+    exist before they are sharded.
     """
     if config.parallel.zero < 3:
         return held
@@ -270,8 +267,8 @@ def _moments(
     shortest: bool = False,
     depth: WalkDepth = WalkDepth.whole,
 ) -> tuple[Counter, Counter, dict[str, MemoryPeak]]:
-    """Returns the rank's permanent bytes in device memory by item, its bytes in host memory by item, and the peak of
-    each phase. The peaks are in device memory, and do not include the permanent bytes."""
+    """Returns a rank's permanent device bytes and host bytes, by item, and the peak of each phase. The peaks exclude
+    permanent bytes."""
     chunks = chunk_parts(config, layers)[pp_rank]
     weights = rank_weights(config, list(chunks.values()))
     groups = shards(config, weights)
@@ -314,8 +311,8 @@ def _moments(
     }
 
     def saves(group: Shards) -> int:
-        """Returns the number of elements that this rank saves in a checkpoint. If two ranks hold a copy of the
-        embedding, only the first rank saves the embedding."""
+        """Returns the number of elements that this rank saves in a checkpoint. Only the first of two ranks saves a
+        shared embedding."""
         whole = group.scattered if config.parallel.zero == 3 else group.partition
         return whole - sum(copy.get(weight, 0) for weight in group.weights)
 
@@ -342,8 +339,8 @@ def _moments(
 
 
 def scene_of(config: Config, load: Load | None = None) -> Scene:
-    """Returns the settings that all passes of a run share. load: the number of rows that this rank's experts receive;
-    None: the same number for every expert, times plan.imbalance."""
+    """Returns the settings that all passes of a run share. load: number of rows that this rank's experts receive; None:
+    equal for all experts, times plan.imbalance."""
     model, parallel = config.model, config.parallel
     layout = layout_of(config)
     if load is None:
@@ -427,15 +424,15 @@ def state_items(config: Config, groups: list[Shards]) -> Counter:
 
 
 def _offload_buffers(config: Config, groups: list[Shards]) -> int:
-    """Returns the bytes of the host buffers of DeepSpeed's ZeRO-Offload. The buffers hold the gradients of the shard,
-    the updated weights of the shard, and the rank's largest weight as a whole."""
+    """Returns the bytes of ZeRO-Offload's host buffers: the shard's gradients and updated weights, and the largest
+    complete weight."""
     owned, element = sum(group.partition for group in groups), config.precision.weight_bytes
     largest = max(weight.elements for group in groups for weight in group.weights)
     return (FP32_BYTES + element) * owned + element * largest
 
 
 def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:
-    """Returns the total bytes of the RoPE tables, the counters of the routers, and the tokens of a step."""
+    """Returns the bytes of the RoPE tables, the routers' counters, and the tokens of a step."""
     model = config.model
     tables = len(chunks) * 8 * config.seq_len * model.rope_head_dim // 2
     routers = sum(
@@ -461,9 +458,8 @@ def _walk(
     last = max(max(stages) for stages in parallel.placement)
 
     def gradients(*names: str) -> int:
-        """Returns the bytes of the gradients that backward allocates for these parts. If only the indexers are trained
-        (optim.index_warmup), backward allocates only the gradients of the indexers, and the reduction allocates all
-        other gradients."""
+        """Returns the bytes of the gradients that backward allocates for these parts: with optim.index_warmup, only
+        those of the indexers."""
         found = (w for name in names for w in part_weights(scene.model, name, share, scene.adapter) if w.is_trained)
         return FP32_BYTES * sum(w.elements for w in found if ".indexer." in w.name or not scene.warms_index)
 

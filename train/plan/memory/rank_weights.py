@@ -1,6 +1,6 @@
 """Lists the weights of a rank in DeepSpeed's order, and their shards under ZeRO (parallel/zero).
 
-All sizes are in bytes, unless a name says elements.
+Sizes are in bytes, unless a name says elements.
 """
 
 import math
@@ -30,12 +30,11 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     is_trained: bool = True
-    """Whether the run trains the weight. A frozen weight of an adapter's base model has no master weight, moments or
-    gradient."""
+    """Whether the run trains the weight. A frozen weight has no master weight, moments or gradient."""
     item_bytes: int | None = None
     """Bytes per element; None for the recipe's weight format."""
     chunk: int | None = None
-    """Index of the only chunk of this rank that has the weight. None for an embedding that the last chunk uses too."""
+    """Index of this rank's only chunk with the weight; None for an embedding that the last chunk also uses."""
 
     @property
     def elements(self) -> int:
@@ -50,8 +49,7 @@ class Weight:
 def part_weights(
     model: FrozenSection[Model], part: str, local_experts: int, adapter: FrozenSection[Adapter] = NO_ADAPTER
 ) -> tuple[Weight, ...]:
-    """Returns the weights of a part (train/plan/memory/part.py). The embedding is a separate part, so the weights of
-    the part `end` do not include it."""
+    """Returns the weights of a part (train/plan/memory/part.py). The part `end` does not include the embedding."""
     config = replace(model.section, sparse=sparse_of(part, model.section))
     layers = {"dense": range(1), "moe": range(config.dense_layers, config.dense_layers + 1)}.get(
         kind_of(part), range(0)
@@ -78,14 +76,13 @@ def part_weights(
 
 
 def held_bytes(config: Config, weights: Sequence[Weight]) -> int:
-    """Returns the bytes of unsharded weights, in the formats in which a rank stores them."""
+    """Returns the bytes of unsharded weights, in the formats in which they are stored."""
     usual = config.precision.weight_bytes
     return sum(weight.elements * (weight.item_bytes or usual) for weight in weights)
 
 
 def rank_weights(config: Config, chunks: Sequence[Parts]) -> list[Weight]:
-    """Returns the weights of all chunks of a rank. The embedding is listed once, even if two chunks share it or MTP
-    modules use it too."""
+    """Returns the weights of all chunks of a rank. The embedding is listed once."""
     model, share = FrozenSection(config.model), config.model.experts // config.parallel.ep
     has_table = any(needs_table(config.model, parts) for parts in chunks)
     names = [(None if config.model.mtp_depth else 0, "embedding")] * has_table
@@ -100,15 +97,14 @@ def _chunk_weights(chunk: int | None, *part: Any) -> list[Weight]:
 
 
 def needs_table(model: Model, parts: Parts) -> bool:
-    """Whether a chunk needs the embedding table. The first chunk always needs it. The last chunk needs it if the model
-    has MTP modules."""
+    """Whether a chunk needs the embedding table: the first chunk, and with MTP modules the last."""
     return "embedding" in parts or ("end" in parts and model.mtp_depth > 0)
 
 
 @dataclass(frozen=True)
 class Shards:
-    """One parameter group under ZeRO. DeepSpeed joins the group's weights in one flat tensor, pads this tensor, and
-    cuts it into equal parts. Each rank owns one part."""
+    """One parameter group under ZeRO. DeepSpeed joins its weights in one flat tensor, pads the tensor, and cuts it into
+    equal parts, one per rank."""
 
     weights: list[Weight]
     ranks: int
@@ -125,12 +121,12 @@ class Shards:
 
     @property
     def scattered(self) -> int:
-        """Number of elements in this rank's part if every weight is sharded separately, as at stage 3."""
+        """Number of elements in this rank's part if every weight is sharded separately (stage 3)."""
         return sum(math.ceil(weight.elements / self.ranks) for weight in self.weights)
 
 
 def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
-    """Returns a rank's parameter groups in DeepSpeed's order. Groups without weights are left out."""
+    """Returns a rank's parameter groups in DeepSpeed's order, without empty groups."""
     parallel, facts = config.parallel, config.optim.facts
     kinds = {(experts, rule): [] for experts in (False, True) for rule in facts.rules}
     for weight in (weight for weight in weights if weight.is_trained):
@@ -140,7 +136,7 @@ def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
 
 
 def state_bytes(config: Config, groups: Sequence[Shards], owned: Callable[[Shards], int]) -> int:
-    """Returns the bytes of this rank's optimizer state. owned: a function that takes a parameter group, and returns the
-    number of the group's elements that this rank owns."""
+    """Returns the bytes of this rank's optimizer state. owned: returns how many elements of a parameter group this rank
+    owns."""
     moment = config.precision.moment_bytes
     return sum(group.rule.count_state_bytes(moment) * owned(group) for group in groups)

@@ -3,14 +3,13 @@
 Between actions, these items are allocated besides the rank's permanent state:
 
     kept        tensors that a forward keeps for its backward, by item (chunk.py)
-    hidden      hidden states at the boundary between two stages; this rank computes or receives them, and frees them
-                when its stages no longer need them
+    hidden      hidden states at the boundary between two stages, until this rank's stages no longer need them
     gradient    the gradients of these hidden states
-    gradients   fp32 gradients of weights, allocated by a stage's first backward; if they are reduced before the end of
-                the schedule, only this rank's shard remains
+    gradients   fp32 gradients of weights, allocated by a stage's first backward; after an early reduction, only this
+                rank's shard remains
     leaving     the last tensors that a forward copied to the host; the device frees them when the next action ends
-    away        the same tensors when they are on the device again; they return one action before the backward that
-                reads them (parallel/pipeline/host_store.py)
+    away        the same tensors when they are on the device again, one action before the backward that reads them
+                (parallel/pipeline/host_store.py)
 
 torch's stage holds a chunk's input and output until the chunk's backward ends. If the first and the last stage are on
 one rank, they share one embedding table and its gradient. gloo holds sent tensors until the step ends.
@@ -36,7 +35,7 @@ class MemoryPeak:
     items: Counter = field(default_factory=Counter)
     event: str = ""
     in_flight: int = 0
-    """Number of micro-batches that wait for their backward, summed over the rank's stages."""
+    """Number of micro-batches that wait for backward, summed over the rank's stages."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +48,25 @@ class StagePlan:
     table: int
     """Bytes of the embedding's gradient if the stage uses the embedding, else 0."""
     one_piece: bool = False
-    """Whether the stage's backward cannot be split. The complete backward then runs in the action I (gradients of
-    inputs), and the action W (gradients of weights) does nothing."""
+    """Whether the stage's backward cannot be split. The action I then runs all of it, and the action W nothing."""
 
 
 class WalkDepth(IntEnum):
-    """Selects the passes that a `ScheduleWalk` measures. If it leaves out some passes, its result is only a lower bound
-    on the peak."""
+    """Selects the passes that a `ScheduleWalk` measures. If passes are left out, the result is a lower bound on the
+    peak."""
 
     forwards = 0
-    """Measure only forward passes. Between the two halves of a split backward, all tensors that forward kept are
-    counted, because the graph holds them."""
+    """Measure only forward passes. Between the halves of a split backward, everything that forward kept counts, because
+    the graph holds it."""
 
     settled = 1
-    """Measure all passes except those that allocate gradients. This halves the number of measured backward passes."""
+    """Measure all passes except those that allocate gradients, which halves the measured backward passes."""
     whole = 2
     """Measure all passes."""
 
 
 SENT = -1
-"""Stands for the transport (gloo) in a tensor's set of holders. Each other holder is the index of a stage."""
+"""The transport (gloo) as a holder of a tensor. Every other holder is the index of a stage."""
 
 
 class ScheduleWalk:
@@ -82,18 +80,18 @@ class ScheduleWalk:
         depth: WalkDepth,
         ahead: Mapping[int, tuple[int, int]],
     ):
-        """stages: the rank's stages. num_stages: number of stages of the pipeline. holds_sent: whether tensors that
-        were sent to other ranks stay in memory until the step ends.
+        """stages: the rank's stages. num_stages: stages of the pipeline. holds_sent: whether sent tensors stay in
+        memory until the step ends.
 
-        ahead: stages whose gradients are reduced directly after their last backward, each with two numbers. The first
-        is the peak in bytes during this reduction. The second is the number of bytes that remain after the reduction
-        (step_end.py). Both are relative to the bytes before the reduction.
+        ahead: stages whose gradients are reduced directly after their last backward. Each has two numbers of bytes: the
+        peak during this reduction, and the bytes after it (step_end.py). Both are relative to the bytes before the
+        reduction.
         """
         self._ahead, self._left = ahead, Counter()
         self._stages, self._last, self._holds_sent, self._depth = stages, num_stages - 1, holds_sent, depth
         self._alive: dict[tuple[str, int, int], Counter] = {}
-        """Bytes of live items by kind, stage and micro-batch. Hidden states between two stages have the later stage in
-        their key. A Counter is never changed after it is added to this dict."""
+        """Bytes of live items by kind, stage and micro-batch. Hidden states between two stages count for the later
+        stage. A Counter in this dict is never changed."""
         self._bytes: dict[tuple[str, int, int], int] = {}
         self._total = 0
         self._holders: defaultdict[tuple[str, int, int], set[int]] = defaultdict(set)
@@ -102,8 +100,8 @@ class ScheduleWalk:
         self._table_made = False
         self._gradients = 0
         self._peak: tuple = 0, 0, 0, {}, None, 0
-        """The peak: its total bytes, the bytes outside of passes, the bytes of gradients, other live items, the action
-        at the peak, and the number of forward passes in this action."""
+        """The peak: total bytes, bytes outside of passes, bytes of gradients, other live items, the action, and its
+        number of forward passes."""
         self._leaving: list[tuple[str, int, int]] = []
         """Live items that the last action added and the next action removes."""
         self._host = 0
@@ -145,8 +143,8 @@ class ScheduleWalk:
         self._gradients += stays
 
     def _fetch(self, action: Action) -> None:
-        """If this action is a backward, copies the tensors that it reads first from the host to the device, unless they
-        are still on the device."""
+        """Before a backward, copies the tensors that it reads first from the host to the device, if they are not copied
+        yet."""
         stage, m = action.stage, action.micro_batch
         chunk = self._stages[stage].chunk
         if self._kind(action) not in ("B", "I") or ("kept", stage, m) not in self._alive or not chunk.sent_last:
@@ -169,7 +167,7 @@ class ScheduleWalk:
             self._hold("gradient", stage + 1, m, chunk.hidden, stage)
 
     def _play(self, action: Action, parts: Sequence[Action]) -> None:
-        """Computes the peak during the passes of an action, and stores it if it is the highest so far."""
+        """Computes the peak during the passes of an action, and keeps it if it is the highest so far."""
         if self._depth < WalkDepth.whole and any(self._is_first(part) for part in parts):
             return
         peak = total = self._gradients + self._total
@@ -203,7 +201,7 @@ class ScheduleWalk:
             del self._alive[key]
 
     def _counted(self, action: Action) -> Iterator[tuple[str, int, int]]:
-        """Returns the keys of those live items that the measured pass of the action already includes."""
+        """Returns the keys of live items that the measured pass of the action includes."""
         stage, m = action.stage, action.micro_batch
         keys = [("hidden", stage, m)]
         if self._kind(action) != "F":
@@ -288,8 +286,7 @@ def _pass(chunk: ChunkMemory, kind: str, first: bool, table_first: bool) -> Pass
 
 
 def _highest(lanes: Sequence[PassMemory]) -> int:
-    """Returns the peak of one pass, or of two passes that alternate after each section. The first pass begins. When one
-    pass ends, the other pass continues alone."""
+    """Returns the peak of one pass, or of two passes that alternate after each section until one ends."""
     now = [lane.start for lane in lanes]
     left = [list(lane.pieces) for lane in lanes]
     highest, turn = sum(now), 0

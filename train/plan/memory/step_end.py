@@ -1,31 +1,24 @@
-"""Memory at the end of a step: DeepSpeed copies gradients into its bucket, reduces and shards them, and updates the
-weights.
+"""Memory at the end of a step: DeepSpeed reduces and shards gradients, and updates the weights.
 
-The simulation follows DeepSpeed buffer by buffer (parallel/zero/private_names.py names DeepSpeed's code). For a small
-model with few micro-batches, the end of the step has the step's memory peak. When the passes have ended, all gradients
-are in fp32 and not yet sharded (parallel/zero/whole_weights.py). Then these steps follow:
+The simulation follows DeepSpeed buffer by buffer (parallel/zero/private_names.py). When the passes have ended, all
+gradients are in fp32 and not yet sharded (parallel/zero/whole_weights.py). Then these steps follow:
 
-    fill       a gradient is copied into the bucket, and its original memory is freed; a gradient that is larger than
-               the bucket is not copied
+    fill       a gradient is copied into the bucket, and its memory is freed; a gradient larger than the bucket is not
+               copied
     reduce     when the bucket is full, the slices of every group are joined in a copy and summed over the group's ranks
-    keep       with bf16 weights, the sums of this rank's slices are stored in one flat shard per group, which is
-               allocated when it is first needed; with fp32 weights, each gradient of which this rank keeps a slice is
-               copied into one buffer as a whole
-    update     the optimizer updates one group after the other, and needs scratch memory; with fp32 weights the
-               gradients of the shard are first joined in one tensor
+    keep       with bf16 weights, this rank's sums are stored in one flat shard per group, allocated when first needed;
+               with fp32 weights, each gradient with a slice of this rank is copied as a whole into one buffer
+    update     the optimizer updates one group after the other, and needs scratch memory; with fp32 weights, the shard's
+               gradients are first joined in one tensor
 
-With bf16 weights, if a process group contains only this rank, its gradients are neither copied nor reduced.
+Special cases:
 
-With offload (ZeRO 1 and 2), the gradients of the shard are copied to the host during the reduction. A complete gradient
-is freed as soon as this rank's slices of it are copied. With fp32 weights, the gradients of the shard are then not
-joined on the device. The scratch memory is on the host.
-
-With bf16 weights, one chunk of the rank may complete its last backward before another chunk does. The gradients of the
-earlier chunk are then reduced first, as a separate block. After this reduction, only a shard of every group remains in
-memory (parallel/zero/whole_weights.py).
-
-If this rank keeps no slice of a gradient, stage 2 frees the gradient after its reduction, and stage 1 frees it after
-the reduction of all gradients.
+- bf16 weights, and a process group with only this rank: gradients are neither copied nor reduced.
+- Offload (ZeRO 1 and 2): the shard's gradients are copied to the host during the reduction. A complete gradient is
+  freed as soon as this rank's slices are copied. Scratch memory is on the host, and gradients are not joined on the
+  device.
+- bf16 weights, and a chunk that ends before another: its gradients are reduced first, to a shard of every group.
+- This rank keeps no slice of a gradient: stage 2 frees the gradient after its reduction, stage 1 after all reductions.
 
 All sizes are in bytes, unless a name says elements.
 """
@@ -82,8 +75,7 @@ class Gradient:
 
 
 def _gradients(groups: Sequence[Shards], ranks: Sequence[int]) -> Iterator[Gradient]:
-    """Yields all gradients in DeepSpeed's order. ranks: for every group, the index of this rank among the group's
-    ranks."""
+    """Yields all gradients in DeepSpeed's order. ranks: for every group, this rank's index in the group."""
     for number, (group, rank) in enumerate(zip(groups, ranks, strict=True)):
         begin, part = 0, group.partition
         for weight in group.weights:
@@ -96,7 +88,7 @@ def _gradients(groups: Sequence[Shards], ranks: Sequence[int]) -> Iterator[Gradi
 
 
 def kept_elements(config: Config, groups: Sequence[Shards], stage_rank: int) -> list[tuple[Weight, int]]:
-    """Returns the weights of which this rank keeps a slice, each with the number of elements of the slice."""
+    """Returns the weights of which this rank keeps a slice, each with the elements of the slice."""
     if config.parallel.zero == 3:
         return [(weight, -(-weight.elements // group.ranks)) for group in groups for weight in group.weights]
     ranks = [stage_rank * group.ranks // config.parallel.stage_ranks for group in groups]
@@ -124,12 +116,11 @@ class StepEnd:
         self._bucket = min(max(1, sum(one.weight.elements for one in self._gradients)), THRESHOLDS.bucket_elements)
 
     def peaks(self, ended: Sequence[int]) -> tuple[list[tuple[int, int]], int, int]:
-        """Returns the peak bytes of gradients, buffers and scratch in each early reduction, in the final reduction and
+        """Returns the peak bytes of gradients, buffers and scratch in the early reductions, in the final reduction and
         in the update.
 
-        ended: chunks whose gradients are reduced early, in order. The first result has two numbers for each of these
-        chunks: the peak during the reduction, and the bytes after the reduction. Both are relative to the bytes before
-        the reduction, so the second number is mostly negative.
+        ended: chunks whose gradients are reduced early, in order. Each has two numbers: the peak during the reduction,
+        and the bytes after it (mostly negative). Both are relative to the bytes before the reduction.
         """
         meter = self._meter = _Bytes()
         meter.take(sum(one.size for one in self._gradients))
@@ -147,8 +138,8 @@ class StepEnd:
         return ahead, meter.mark(), self._update()
 
     def _reduce_all(self, gradients: Sequence[Gradient], ahead: bool = False) -> None:
-        """Simulates how DeepSpeed reduces one block of gradients. ahead: whether the block is reduced early, while
-        passes of other chunks still follow; all gradients of the block are then freed after the reduction."""
+        """Simulates how DeepSpeed reduces one block of gradients. ahead: whether passes of other chunks still
+        follow."""
         self._meter.take(FP32_BYTES * self._bucket)
         waiting: list[Gradient] = []
         for one in gradients:
@@ -200,8 +191,8 @@ class StepEnd:
         return sum(one.size for one in self._gradients if one.mine)
 
     def _copies(self, gradients: Sequence[Gradient]) -> Iterator[int]:
-        """Yields the number of elements of each copy. A copy joins several slices. A single slice is not copied: the
-        function yields 0 for it if it is larger than the bucket, and nothing for it if it is the last slice."""
+        """Yields the number of elements of each copy, which joins several slices. A single slice that is larger than
+        the bucket is not copied, and yields 0."""
         slices: list[int] = []
         for mine, run in groupby(
             ((one, piece) for one in gradients for piece in one.slices),
@@ -222,9 +213,8 @@ class StepEnd:
         return self._bf16 and piece.owner == self._ranks[one.group]
 
     def _end(self, gradients: Sequence[Gradient], ahead: bool) -> None:
-        """Frees the bucket, and all gradients that are larger than the bucket and still allocated. The caller has
-        reduced all of these gradients before. After an early reduction (`ahead`), the function first allocates the
-        shard of every shared group that has none yet."""
+        """Frees the bucket and the reduced gradients that are larger than the bucket. After an early reduction
+        (`ahead`), first allocates missing shards of shared groups."""
         stays = (
             one
             for one in gradients

@@ -1,9 +1,9 @@
 """Plans the memory of ZeRO stage 3: this rank's shards, and the gathered weights (parallel/zero/sharded_weights.py).
 
-The model's units run in sequence: embedding, blocks, final norm, MTP modules and head. Backward runs them in reverse
-order. One execution of a unit in a pass is called a visit. During a visit, DeepSpeed has gathered the unit's weights
-and already gathers the weights of the next units (zero3_gather.py). Gradients are copied into a bucket, which exists
-for the whole run, and are reduced during backward (zero3_scatter.py). All sizes are in bytes.
+The model's units run in sequence: embedding, blocks, final norm, MTP modules and head; backward runs in reverse. One
+execution of a unit in a pass is called a visit. During a visit, the weights of the unit and of the next units are
+gathered (zero3_gather.py). Backward reduces gradients through a permanent bucket (zero3_scatter.py). All sizes are in
+bytes.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ class Zero3Memory:
     """Memory of one rank that has all layers of the model in one chunk."""
 
     def __init__(self, config: Config, weights: Sequence[Weight], groups: Sequence[Shards], chunk: ChunkMemory):
-        """weights: all weights of the rank. groups: the rank's parameter groups, which contain only trained weights.
-        chunk: the memory of the rank's only chunk."""
+        """weights: all weights of the rank. groups: its parameter groups, with only trained weights. chunk: memory of
+        its only chunk."""
         self._config, self._groups, self._chunk = config, groups, chunk
         self._frozen = [weight for weight in weights if not weight.is_trained]
         self._element = config.precision.weight_bytes
@@ -65,11 +65,8 @@ class Zero3Memory:
         return max(moments)
 
     def evaluation(self) -> int:
-        """Returns the peak bytes of a forward without gradients.
-
-        This forward does not run the MTP modules. DeepSpeed has recorded the order of units in training, so it still
-        gathers the weights of the MTP modules, until the head runs and DeepSpeed notices the other order.
-        """
+        """Returns the peak bytes of a forward without gradients. This forward skips the MTP modules, but DeepSpeed
+        gathers their weights until the head runs."""
         visits = [visit for part in self._chunk.parts for visit in trace_unit_evaluation(self._chunk.scene, part)]
         held = self._held[: len(visits)]
         if len(self._forward) > len(visits):
@@ -81,10 +78,10 @@ class Zero3Memory:
         )
 
     def reduction(self) -> int:
-        """Returns the peak bytes when the remaining gradients of the last micro-batch are reduced.
+        """Returns the peak bytes when the last micro-batch's remaining gradients are reduced.
 
-        The embedding's input has no gradient. So DeepSpeed does not notice that the embedding's backward has ended, and
-        does not free the embedding's weights.
+        The embedding's input has no gradient, so DeepSpeed misses the end of the embedding's backward and keeps its
+        weights.
         """
         _, left = self._backward
         outside = 0 if self._bucket.takes(left.elements) else FP32_BYTES * left.elements
@@ -107,7 +104,8 @@ class Zero3Memory:
 
     @cached_property
     def _backward(self) -> tuple[list[Visit], WaitingGradients]:
-        """The visits of backward in order, and the gradients that are not yet reduced when backward ends."""
+        """The visits (executions of units) of backward in order, and the gradients that are not yet reduced at its
+        end."""
         scene, waiting = self._chunk.scene, NOTHING
         visits: tuple[Visit, ...] = ()
 
@@ -121,16 +119,15 @@ class Zero3Memory:
 
     @cached_property
     def _held(self) -> list[GatheredBytes]:
-        """Bytes of gathered weights at each execution of a unit in a micro-batch: first those of forward, then those of
-        backward."""
+        """Bytes of gathered weights at each execution of a unit in a micro-batch: forward, then backward."""
         last = len(self._learnt[0]) - 1
         held = follow_gathers(*self._learnt)
         return held[1 : last + 1] + held[-last:]
 
     @cached_property
     def _learnt(self) -> tuple[list[list[SharedWeight]], list[tuple[int, bool]], int]:
-        """The arguments of `follow_gathers`: the weights of each unit, the visits of one micro-batch in the order that
-        DeepSpeed records, and the largest number of elements that DeepSpeed gathers in advance."""
+        """The arguments of `follow_gathers`: each unit's weights, the visits of one micro-batch, and the maximum number
+        of elements gathered in advance."""
         units = self._units()
         last, depths = len(units) - 1, self._config.model.mtp_depth
         down = range(last, 0, -1)  # each pass starts with the model itself, a unit without weights
@@ -140,7 +137,7 @@ class Zero3Memory:
         return units, list(zip(visits, done, strict=True)), limit
 
     def _units(self) -> list[list[SharedWeight]]:
-        """Weights of each unit. The first unit is the model itself, which has no weights of its own."""
+        """Weights of each unit. The first unit is the model itself, without weights."""
         found: list[list[SharedWeight]] = [[]]
         for part in self._chunk.parts:
             by_unit: dict[str, list[SharedWeight]] = {}
@@ -165,8 +162,8 @@ class Zero3Memory:
         return part_weights(FrozenSection(self._config.model), part, share, FrozenSection(self._config.adapter))
 
     def update(self) -> int:
-        """Returns the peak bytes during the update of weights. The optimizer updates one group after the other. For
-        each group, it needs a copy of the gradients, and scratch memory."""
+        """Returns the peak bytes of the update of weights, which copies one group's gradients at a time and needs
+        scratch memory."""
         scene, precision = self._chunk.scene, self._config.precision
         scratch = OPTIMIZER_CLASSES[self._config.optim.facts.name].count_scratch_bytes
         sizes = [group.scattered for group in self._groups]

@@ -1,21 +1,18 @@
 """Simulates, by DeepSpeed's rules, which weights ZeRO stage 3 has gathered while each unit of the model runs.
 
-DeepSpeed records in which order the units (such as blocks and the head) run. One execution of a unit is called a visit.
-Before each unit runs, DeepSpeed does two things (parallel/zero/private_names.py names DeepSpeed's code):
+DeepSpeed records the order of the units (such as blocks and the head). One execution of a unit is called a visit.
+Before each visit, DeepSpeed does two things (parallel/zero/private_names.py):
 
-    1. It gathers those weights of the unit that are not gathered yet, and waits for all weights of the unit.
-    2. It starts to gather weights of the next units, until `limit` elements are in transfer, or 2 * limit elements are
-       gathered in total.
+1. It gathers the unit's missing weights, and waits for all weights of the unit.
+2. It starts to gather weights of the next units, until `limit` elements are in transfer or 2 * limit are gathered.
 
-All weights of one gather share a buffer. When a unit first waits for one of these weights, DeepSpeed copies all of them
-out of the buffer. The buffer is freed when units have waited for all of these weights. A weight is not copied if it was
-gathered alone, or if only one rank has it. After a unit has run, its weights are freed. An exception is a weight that a
-later unit needs too: if DeepSpeed has found it already gathered while it looked for weights of later units, the weight
-is kept.
+All weights of one gather share a buffer. The first wait for one of them copies all of them out of the buffer. The
+buffer is freed when all have been waited for. A weight is not copied if it was gathered alone, or if only one rank has
+it. After a visit, the unit's weights are freed. A weight that was found already gathered for a later unit is kept.
 
-DeepSpeed waits for a unit's weights in the order of a Python set of objects, which differs between processes. So the
-simulation uses the order that needs the most memory. If another unit runs than the recorded one, DeepSpeed frees all
-weights in transfer.
+DeepSpeed waits for a unit's weights in the order of a Python set, which differs between processes. The simulation uses
+the order that needs the most memory. If another unit runs than the recorded one, DeepSpeed frees all weights in
+transfer.
 
 Limits are numbers of elements; results are bytes.
 """
@@ -28,7 +25,7 @@ from typing import NamedTuple
 
 
 class SharedWeight(NamedTuple):
-    """A weight, the process group whose ranks shard this weight, and the number of these ranks."""
+    """A weight, the process group whose ranks shard it, and the number of these ranks."""
 
     elements: int
     group: str
@@ -63,8 +60,7 @@ class _Status(Enum):
 
 @dataclass(eq=False)
 class _Weight:
-    """The state of one weight in a simulation. next_use: index of the latest visit for which DeepSpeed has gathered the
-    weight, or has found it already gathered."""
+    """The state of one weight. next_use: index of the latest visit for which the weight is gathered."""
 
     shared: SharedWeight
     status: _Status = _Status.away
@@ -75,11 +71,10 @@ class _Weight:
 
 @dataclass(eq=False)
 class _Gather:
-    """One gather of several weights in a single transfer. When a unit first waits for any of these weights, the
-    transfer ends, and weights are copied out of the buffers.
+    """One gather of several weights in a single transfer, which ends at the first wait for one of them.
 
-    waited: the weights of the gather; empty after the first wait. copied: weights to copy out of the buffers at the
-    first wait; empty after it. buffers: bytes of the buffers from which weights are copied.
+    waited: weights of the gather. copied: weights to copy out of the buffers. Both are empty after the first wait.
+    buffers: bytes of the buffers.
     """
 
     waited: list[_Weight]
@@ -97,16 +92,16 @@ class _Gather:
 def follow_gathers(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int
 ) -> list[GatheredBytes]:
-    """Returns the bytes of gathered weights at every visit (execution of a unit). visits: pairs (index of a unit in
-    `units`, whether the unit is finished after the visit)."""
+    """Returns the bytes of gathered weights at every visit (execution of a unit). visits: pairs (index in `units`,
+    whether the unit is finished after the visit)."""
     return _Coordinator(units, visits, limit).run(len(visits))
 
 
 def follow_change(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int, number: int, unit: int
 ) -> GatheredBytes:
-    """Returns the bytes of gathered weights during one execution of a unit (a visit), if DeepSpeed expects another unit
-    than the one that runs. number: index of the visit. unit: index of the unit that runs."""
+    """Returns the bytes of gathered weights at a visit at which DeepSpeed expects another unit. number: index of the
+    visit. unit: index of the unit that runs."""
     coordinator = _Coordinator(units, visits, limit)
     coordinator.run(number)
     return coordinator.visit_unlearnt(unit)
@@ -136,8 +131,8 @@ class _Coordinator:
         return found
 
     def visit_unlearnt(self, unit: int) -> GatheredBytes:
-        """Simulates one execution of a unit at which DeepSpeed expects another unit than the one that runs. DeepSpeed
-        then waits for all weights in transfer and frees them. It frees their buffers last."""
+        """Simulates a visit at which DeepSpeed expects another unit. DeepSpeed waits for all weights in transfer, frees
+        them, and frees their buffers last."""
         highest = self._size()
         for weight, gather in self._coming.items():
             gather.arrive()

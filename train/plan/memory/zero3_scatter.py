@@ -1,10 +1,9 @@
 """Runs the passes of a part under ZeRO stage 3, unit by unit, and reduces gradients during backward.
 
-See parallel/zero/sharded_weights.py. Backward computes complete fp32 gradients of the weights in reverse module order,
-and DeepSpeed copies them into a bucket. The gradients in the bucket are reduced when the next gradient belongs to
-another group of ranks (dense or experts), or does not fit into the bucket. The reduction copies the gradients into the
-order of the shards, sums them over the ranks, and adds each rank's part to the gradients of its shard. A gradient that
-is larger than the bucket is not copied into the bucket.
+Backward computes complete fp32 gradients in reverse module order. DeepSpeed copies those that fit into a bucket
+(parallel/zero/sharded_weights.py). The bucket is reduced when the next gradient belongs to another group of ranks
+(dense or experts), or does not fit. The reduction copies the gradients into the order of the shards, and sums them over
+the ranks. Each rank adds its part to its shard's gradients.
 """
 
 from dataclasses import dataclass
@@ -41,8 +40,8 @@ class Bucket:
     gloo: bool
 
     def is_full(self, waiting: WaitingGradients, elements: int, experts: bool) -> bool:
-        """Whether the waiting gradients must be reduced before a new gradient is added. elements: size of the new
-        gradient. experts: whether the new gradient is that of an expert's weight."""
+        """Whether the waiting gradients must be reduced before a new gradient is added. elements: its size. experts:
+        whether it belongs to an expert."""
         return waiting.tensors > 0 and (experts != waiting.experts or waiting.elements + elements > self.limit)
 
     def add(self, waiting: WaitingGradients, elements: int, experts: bool) -> WaitingGradients:
@@ -55,8 +54,8 @@ class Bucket:
         return elements <= self.limit
 
     def reduction(self, waiting: WaitingGradients) -> int:
-        """Returns the peak bytes that a reduction of the waiting gradients allocates. gloo computes the sum in a copy
-        of the gradients. The sums of experts' gradients are scaled in another copy."""
+        """Returns the peak bytes that a reduction of the waiting gradients allocates: a copy for gloo's sum, and a copy
+        for scaling experts' sums."""
         ranks = self.expert_ranks if waiting.experts else self.dense_ranks
         in_order = 0 if waiting.tensors == 1 and waiting.elements == waiting.padded else waiting.padded
         summed = waiting.padded if self.gloo else 0
@@ -65,7 +64,7 @@ class Bucket:
 
 
 class Visit(NamedTuple):
-    """One execution of a unit of the model in a pass: the live bytes at its start, and the peak of the live bytes."""
+    """One execution of a unit in a pass: the live bytes at its start, and their peak."""
 
     unit: str
     start: int
@@ -78,8 +77,8 @@ class Visit(NamedTuple):
 
 @traced_once
 def trace_unit_forward(scene: Scene, part: str) -> tuple[Visit, ...]:
-    """Returns the visits of a part's forward pass. The part `end` has several units: norm, mtp.0 ... and head. Every
-    other part is one unit, which has the name of the part."""
+    """Returns the visits of a part's forward pass. The part `end` has the units norm, mtp.0 ... and head; every other
+    part is one unit."""
     with _UnitRun(scene, part) as run:
         return run.visits(run.forward().run)
 
@@ -95,8 +94,8 @@ def trace_unit_evaluation(scene: Scene, part: str) -> tuple[Visit, ...]:
 def trace_unit_backward(
     scene: Scene, part: str, held: bool, bucket: Bucket, waiting: WaitingGradients
 ) -> tuple[PassMemory, tuple[Visit, ...], WaitingGradients]:
-    """Returns the memory of a part's complete backward pass, its visits, and the gradients that are not yet reduced
-    when it ends.
+    """Returns the memory of a part's complete backward pass, its visits, and the gradients that are not yet reduced at
+    its end.
 
     held: as in `trace_backward`. waiting: gradients that are not yet reduced when the pass starts.
     """
@@ -107,7 +106,7 @@ def trace_unit_backward(
 
 
 class _UnitRun(Run):
-    """Runs a part, records when each unit of the part begins, and adds the unit's gradients to the bucket."""
+    """Runs a part, records when each of its units begins, and adds gradients to the bucket."""
 
     def __init__(self, scene: Scene, part: str, bucket: Bucket | None = None, waiting: WaitingGradients = NOTHING):
         super().__init__(scene, part, first=bucket is not None)
@@ -151,7 +150,7 @@ class _UnitRun(Run):
             self._begun.append((unit, len(self._pieces)))
 
     def _watch(self, out: Tensor | list[Tensor], unit: str) -> None:
-        """Records when a unit's backward begins, which is when the gradient of the unit's output has been computed."""
+        """Records the begin of a unit's backward, when the gradient of its output has been computed."""
         for tensor in (out if isinstance(out, list) else [out]) if torch.is_grad_enabled() else ():
             tensor.register_hook(lambda _: self._visit(unit))
 
@@ -174,8 +173,7 @@ class _UnitRun(Run):
 
 
 def unit_of(name: str) -> str:
-    """Returns the unit to which a module or weight after the blocks belongs: norm, head or mtp.N. Returns an empty
-    string for all other names, such as the embedding."""
+    """Returns the unit of a module or weight after the blocks: norm, head or mtp.N; empty for all others."""
     first, *rest = name.split(".")
     if first == "mtp":
         return f"mtp.{rest[0]}" if rest else ""

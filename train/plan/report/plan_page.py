@@ -1,5 +1,4 @@
-"""Writes plan.html, a page that shows a plan and needs no network. The page shows every rank's memory, the time by kind
-of work, and the pipeline's step."""
+"""Writes plan.html, a page that shows a plan and needs no network."""
 
 import html
 import json
@@ -39,7 +38,7 @@ BAR_COLOURS = (BLUE, SKY, GREEN, "#93D9C3", ORANGE, "#E69F00", PURPLE, "#7A8B1C"
 
 
 def write_page(path: Path, plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> None:
-    """Write the page atomically. split: a faster split of layers, if there is one. record: the content of plan.json."""
+    """Write the page atomically. split: a faster split of layers, or None. record: the content of plan.json."""
     atomic_write_text(path, "\n".join(_parts(plan, split, record)))
 
 
@@ -178,7 +177,7 @@ PLANNED_PHASES = {
 
 
 def _phases(plan: RunPlan) -> str:
-    """Returns a table of the fullest rank's peak in each phase, on its device and in its node's host memory."""
+    """Returns a table of the fullest rank's device peak and its node's host peak in each phase."""
     rank = plan.fullest
     rows = [(PLANNED_PHASES[name], gib(one.device), gib(one.host)) for name, one in rank.phases.items()]
     return table_html((f"phase, of rank {rank.pp_rank}", "device", "host"), rows)
@@ -214,7 +213,7 @@ def _span(first: int, last: int) -> str:
 
 
 def memory_figure(plan: RunPlan) -> Figure | None:
-    """Returns a figure with a bar of memory items for each pipeline rank, and a line for the device's memory."""
+    """Returns a figure with a bar of memory items for each pipeline rank, and the device's memory as a line."""
     caption = (
         "The memory of each pipeline rank at its own peak. All pipelines are equal. "
         "The line is the device's memory without the reserve. "
@@ -238,8 +237,8 @@ def host_figure(plan: RunPlan) -> Figure | None:
 def _bars(
     key: str, title: str, caption: str, ranks: Sequence[Mapping[str, int]], limit: float, what: str
 ) -> Figure | None:
-    """Returns a figure with a bar of memory items for each pipeline rank, and a line at `limit` bytes (no line if
-    `limit` is 0). what: label of the line."""
+    """Returns a figure with a bar of memory items for each pipeline rank, and a line at `limit` bytes (0: no line).
+    what: label of the line."""
     plot = go.Figure()
     totals = {name: sum(rank.get(name, 0) for rank in ranks) for rank in ranks for name in rank}
     for colour, name in zip(BAR_COLOURS, sorted(totals, key=lambda name: -totals[name]), strict=False):
@@ -266,9 +265,8 @@ def _bars(
 
 
 def interval_figure(plan: RunPlan, record: dict[str, Any]) -> Figure | None:
-    """Returns a figure of planned step times, each with the range in which the real step time is expected. The figure
-    shows the plan and its later phases or, after a search, the best layouts. Returns None if these ranges are
-    unknown."""
+    """Returns a figure of planned step times with their expected ranges: of the plan's phases or, after a search, of
+    the best layouts. None if the ranges are unknown."""
     intervals = plan.step.intervals
     if not intervals:
         return None
@@ -298,8 +296,8 @@ LINKS_SHOWN = {"inside": "inside a node", "across": "between nodes", "host": "to
 
 
 def traffic_figure(record: dict[str, Any]) -> Figure | None:
-    """Returns a figure of the bytes that a device sends in a step, by kind of link and by purpose. Returns None if the
-    device sends nothing."""
+    """Returns a figure of the bytes that a device sends in a step, by kind of link and by purpose; None if it sends
+    nothing."""
     found = {link: each for link, each in record["link_bytes"].items() if each}
     plot = go.Figure()
     for colour, what in zip(BAR_COLOURS, sorted({what for each in found.values() for what in each}), strict=False):
@@ -318,8 +316,8 @@ def traffic_figure(record: dict[str, Any]) -> Figure | None:
 
 
 def time_figure(plan: RunPlan) -> Figure | None:
-    """Returns a figure of the seconds of a step, as means over the ranks of a pipeline. Some bars show the time by kind
-    of action; other bars show the computing time by kind of work."""
+    """Returns a figure of the seconds of a step, by kind of action and by kind of work, as means over the ranks of a
+    pipeline."""
     step = plan.step
     names = {"F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of weights", "FB": "pairs"}
     actions = [(names[kind], value) for kind, value in step.action_seconds.items()]

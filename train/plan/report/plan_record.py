@@ -128,7 +128,7 @@ OWN_CODE_PLANNED = {
 
 
 def own_code_words(config: Config) -> dict[str, str]:
-    """Returns text about how the plan counts each piece of the user's code, by configuration key."""
+    """Returns text about how the plan counts the user's own code, by configuration key."""
     return {f"{key} ({target})": OWN_CODE_PLANNED[key.partition("[")[0]] for key, target in targets_of(config).items()}
 
 
@@ -156,8 +156,8 @@ def verdict(plan: RunPlan) -> str:
 
 
 def _lacking_beside(plan: RunPlan) -> str:
-    """Returns text about a run that fits in device memory, but for which something else is too small: the host memory,
-    the folder of in-memory copies, or the disk."""
+    """Returns text about a run that fits in device memory, but not in host memory, in the folder of in-memory copies,
+    or on disk."""
     config = plan.config
     if over := copies_lacking(config, plan.ranks):
         folder, room = config.checkpoint.memory_folder, copies_memory(config) or 0
@@ -219,8 +219,8 @@ def budget_words(budget: Budget, hardware: Hardware) -> str:
 
 
 def failure_words(plan: RunPlan) -> str | None:
-    """Returns text about the budget with failures, the parts of a restart, and the advised interval between
-    checkpoints. Returns None if failures are not planned."""
+    """Returns text about the budget with failures, the restart and the checkpoint interval; None if failures are not
+    planned."""
     found, checkpoint, hardware = plan.failures, plan.config.checkpoint, plan.config.hardware
     if found is None:
         return None
@@ -242,8 +242,8 @@ def failure_words(plan: RunPlan) -> str | None:
 
 
 def interval_words(step: StepTime) -> str:
-    """Returns text about the ranges in which the real step time is expected: one range for each kind of program, such
-    as tuned Megatron. Returns an empty string if these ranges are unknown."""
+    """Returns text about the expected ranges of the real step time, one for each kind of program; empty if they are
+    unknown."""
     words = []
     for kind, (least, most) in step.interval_seconds.items():
         one = step.intervals[kind]
@@ -254,8 +254,8 @@ def interval_words(step: StepTime) -> str:
 
 
 def split_words(plan: RunPlan, split: FasterSplit | None) -> str | None:
-    """Returns text about the number of layers in every stage, and about the imbalance between ranks. If a faster split
-    exists, the text names it. Returns None if the layout has no pipeline."""
+    """Returns text about the layers of every stage, the imbalance, and a faster split if one exists; None without a
+    pipeline."""
     simulation, parallel = plan.step.simulation, plan.config.parallel
     if parallel.pp == 1:
         return None

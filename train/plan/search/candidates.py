@@ -1,4 +1,4 @@
-"""Lists the layouts that a search tries: all combinations of the searched settings on a given number of devices."""
+"""Lists the layouts that a search tries: all combinations of the searched settings on a number of devices."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from train.plan.search.changes import LIGHTEST, fitted_ramp, with_changes
 MICRO_BATCHES = (1, 2, 4, 8)
 VIRTUAL_STAGES = (2, 3, 4)
 CONTEXT_TOKENS = 4096
-"""If several ranks share a sequence, each rank must have at least this many tokens of the sequence."""
+"""If several ranks share a sequence, each rank has at least this many of its tokens."""
 WAYS = [*product(DISPATCHES, WireFormat)]
 """All pairs of a dispatch and a wire format."""
 
@@ -27,18 +27,19 @@ class ActivationSaving:
     recompute: list[str]
     offload: list[str] = field(default_factory=list)
     blocks: str = ""
-    """What the first blocks of every stage do to save more memory: `recompute`, `offload`, or empty for neither. The
-    search applies this to as few blocks as memory allows."""
+    """What the first blocks of every stage do to save more memory: `recompute`, `offload`, or empty. The search uses as
+    few such blocks as possible."""
 
     def applied(self, config: Config, blocks: int) -> Config:
-        """Returns the recipe with this saving. blocks: number of blocks per stage that recompute or offload."""
+        """Returns the recipe with this activation saving. blocks: number of blocks per stage that recompute or
+        offload."""
         more = [f"layer:{blocks}"] if self.blocks and blocks else []
         recompute = self.recompute + more * (self.blocks == "recompute")
         return with_changes(config, recompute=recompute, offload=self.offload + more * (self.blocks == "offload"))
 
 
 SOME = [str(Recompute.norm), str(Recompute.swiglu)]
-"""Entries for the setting `recompute` whose results cost little time to recompute."""
+"""Entries for the setting `recompute` that cost little time."""
 SAVINGS = (
     ActivationSaving([]), ActivationSaving(SOME), ActivationSaving(LIGHTEST), ActivationSaving(LIGHTEST, blocks="recompute"), ActivationSaving([str(Recompute.layer)]),
     ActivationSaving(SOME, blocks="offload"), ActivationSaving(LIGHTEST, blocks="offload"),
@@ -47,13 +48,13 @@ SAVINGS = (
 
 @dataclass(frozen=True)
 class Frame:
-    """A set of layouts that differ only in activation saving, dispatch, wire format, and whether the optimizer is on
-    the host."""
+    """A set of layouts that differ only in activation saving, dispatch, wire format, and place of the optimizer (device
+    or host)."""
 
     config: Config
-    """The recipe in this layout, with flat dispatch in bf16, and with the optimizer on the device."""
+    """The recipe in this layout, with flat bf16 dispatch and the optimizer on the device."""
     family: str
-    """Name of the layout's family, which consists of all layouts with the same pipeline length and schedule."""
+    """Name of the layout's family: all layouts with the same pipeline length and schedule."""
     savings: Sequence[ActivationSaving]
     ways: Sequence[tuple[str, WireFormat]]
     hosts: list[bool]
@@ -61,8 +62,7 @@ class Frame:
 
     @property
     def layouts(self) -> int:
-        """The number of layouts in this set. Layouts that differ only in the number of recomputed or offloaded blocks
-        count as one."""
+        """The number of layouts in this set, regardless of the number of recomputed or offloaded blocks."""
         return len(self.savings) * len(self.ways) * len(self.hosts)
 
 
@@ -71,8 +71,7 @@ class Candidate:
     """A layout that the memory bound does not rule out (train/plan/search/lower_bounds.py)."""
 
     placed: Config
-    """The recipe in this layout, but without the activation saving `saving`, and without the dispatch and wire format
-    `way`."""
+    """The recipe in this layout, without the activation saving `saving` and the dispatch `way`."""
     way: tuple[str, WireFormat]
     family: str
     saving: ActivationSaving
@@ -89,14 +88,14 @@ class Candidate:
 
     @cached_property
     def config(self) -> Config:
-        """The recipe in which the largest possible number of blocks recomputes or offloads. It is built on first
-        access, because a search needs it for only one candidate in ten."""
+        """The recipe in which as many blocks as possible recompute or offload. Built on first access, because few
+        candidates need it."""
         dispatch, wire = self.way
         return with_changes(self.saving.applied(self.placed, self.blocks), dispatch=dispatch, wire=wire)
 
 
 def frames(config: Config, devices: int) -> Iterator[Frame]:
-    """Yields all combinations for this number of devices. Some combinations may break a rule of the recipe."""
+    """Yields all combinations for this number of devices. Some may break a rule of the recipe."""
     model, able = config.model, can_offload(config)
     savings = [one for one in SAVINGS if able or one.blocks != "offload"]
     own = ActivationSaving(model.recompute, model.offload)
@@ -123,8 +122,8 @@ def frames(config: Config, devices: int) -> Iterator[Frame]:
 
 
 def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
-    """Yields pairs of a schedule and a possible number of virtual stages. If a schedule has several stages per rank,
-    all stages but the first and the last must have a layer."""
+    """Yields pairs of a schedule and a possible number of virtual stages. With several stages per rank, only the first
+    and the last stage may have no layers."""
     if pp == 1:
         yield PLAIN_SCHEDULE, 2
         return
@@ -134,18 +133,15 @@ def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
 
 
 def _contexts(config: Config, ranks: int) -> list[int]:
-    """Returns the possible numbers of ranks that share a sequence. With each number above 1, a rank has at least
-    CONTEXT_TOKENS tokens of the sequence, or at least as many tokens as in the recipe."""
+    """Returns the possible numbers of ranks that share a sequence. Each rank gets at least CONTEXT_TOKENS tokens, or as
+    many as in the recipe."""
     most = max(config.seq_len // CONTEXT_TOKENS, config.parallel.cp)
     return [cp for cp in divisors(ranks) if cp <= most and (cp == 1 or config.seq_len % (2 * cp) == 0)]
 
 
 def _ramp(config: Config, share: int, pp: int, schedule: str) -> Config:
-    """Returns the recipe with a batch ramp that fits this pipeline.
-
-    Some schedules have rounds of pp micro-batches. If the full batch is a multiple of a round, all batches of the ramp
-    are multiples of a round, too.
-    """
+    """Returns the recipe with a batch ramp that fits this pipeline. If the full batch is a multiple of the schedule's
+    rounds of pp micro-batches, so are all batches of the ramp."""
     if SCHEDULES[schedule].rounds:
         whole = fitted_ramp(config, share * pp, 2)
         if whole is not config:

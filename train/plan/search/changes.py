@@ -23,8 +23,8 @@ def with_changes(config: Config, **values: Any) -> Config:
     """Returns the recipe with changed values. values: fields of the section `parallel`, and micro_batch_size,
     recompute, offload, loss_chunk or moments.
 
-    If `split` is a list for another number of stages, the value `cost` replaces the list. If the new schedule has a
-    fixed number of stages per rank, virtual_stages is reset to 2.
+    `cost` replaces a `split` for another number of stages. If the new schedule fixes the number of stages per rank,
+    virtual_stages is reset to 2.
     """
     parallel = {name: value for name, value in values.items() if hasattr(config.parallel, name)}
     model = {name: value for name, value in values.items() if name in ("recompute", "offload", "loss_chunk")}
@@ -45,11 +45,8 @@ def with_changes(config: Config, **values: Any) -> Config:
 
 
 def fitted_ramp(config: Config, share: int, least: int) -> Config:
-    """Returns the recipe with a batch-size ramp that fits another layout. All batches of the ramp are multiples of
-    `share` sequences, and have at least `least` * `share` sequences.
-
-    The recipe is returned unchanged if it has no ramp, or if the full batch permits no such ramp.
-    """
+    """Returns the recipe with a batch-size ramp for another layout: multiples of `share` sequences, at least `least` *
+    `share`. Without a ramp, or if none is possible, the recipe is unchanged."""
     optim = config.optim
     if optim.batch_ramp_start is None:
         return config
@@ -61,8 +58,7 @@ def fitted_ramp(config: Config, share: int, least: int) -> Config:
 
 
 def broken_rule(config: Config) -> UserError | None:
-    """Returns the first rule that the recipe breaks, among the rules for running and for planning. Returns None if it
-    breaks no rule."""
+    """Returns the first rule for running or planning that the recipe breaks; None if it breaks none."""
     try:
         check(config)
         require_rule(config)
@@ -72,8 +68,7 @@ def broken_rule(config: Config) -> UserError | None:
 
 
 def broken_layout(config: Config) -> UserError | None:
-    """Returns the rule that the layout breaks; None if the layout breaks no rule. All other settings of the recipe must
-    be valid."""
+    """Returns the rule that the layout breaks; None if it breaks none. All other settings must be valid."""
     try:
         check_spread(config)
         check_layout(with_nodes(config))
@@ -113,8 +108,7 @@ def overrides(config: Config, base: Config) -> list[str]:
 
 
 def lighter(config: Config) -> Iterator[Config]:
-    """Yields recipes with one change that may save memory. Some of these recipes may save no memory, or may not be able
-    to run."""
+    """Yields recipes with one change that may save memory. Some may not save memory, or may not run."""
     parallel, model = config.parallel, config.model
     for again in (LIGHTEST, [*LIGHTEST, f"{Recompute.layer}:1"], [Recompute.layer]):
         if set(model.recompute) != set(again):
@@ -148,7 +142,7 @@ def lighter(config: Config) -> Iterator[Config]:
 
 
 def unsearched(config: Config) -> Iterator[Config]:
-    """Yields recipes with one change that may save memory, in settings that a search does not vary."""
+    """Yields recipes with one change that may save memory, in settings that no search varies."""
     if config.precision.moments == "fp32":
         yield with_changes(config, moments="bf16")
     if config.model.loss_chunk > 512:
@@ -156,12 +150,8 @@ def unsearched(config: Config) -> Iterator[Config]:
 
 
 def write_parallel(config: Config, name: str, base: Config, folder: Path | None = None) -> Path:
-    """Write the section `parallel` to conf/parallel/<name>.yaml, and return the path of this file. Raises UserError if
-    the file exists and was not written by a search.
-
-    Settings of other sections (such as recomputation) do not belong in this file. A comment in the file lists them as
-    command-line arguments.
-    """
+    """Write the section `parallel` to conf/parallel/<name>.yaml, with settings of other sections as a comment. Returns
+    the path. Raises UserError if the file exists and no search wrote it."""
     path = (folder or ROOT / "conf" / "parallel") / f"{name}.yaml"
     rest = [part for part in overrides(config, base) if not part.startswith("parallel.")]
     head = f"# Found by plan.search for conf={base.name}, hardware={config.hardware.name}; use with: parallel={name}"

@@ -19,11 +19,10 @@ from train.plan.time.step_time import plan_time
 
 SHOWN_CURES = 3
 PAIRED = 5
-"""Number of changes that are combined in pairs if no single change makes the plan fit. These are the changes that save
-the most memory."""
+"""Number of changes that are combined in pairs if no single change is enough: those that save the most memory."""
 
 WORTH = 0.01
-"""Minimum fraction of the step time that another layer split or number of stages must save to be shown."""
+"""Minimum fraction of the step time that another layer split or number of stages must save."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class Cure:
 
 
 def find_cures(plan: RunPlan) -> list[Cure]:
-    """Returns up to three changes that make the plan fit. The change with the fewest GPU seconds per step comes first.
-    If no single change is enough, the function tries pairs of the changes that save the most memory."""
+    """Returns up to three changes that make the plan fit, in the order of GPU seconds per step. If no single change is
+    enough, tries pairs."""
     saved: list[tuple[int, Config]] = []
     found = []
     for config in lighter(plan.config):
@@ -58,11 +57,8 @@ def find_cures(plan: RunPlan) -> list[Cure]:
 
 
 def find_beyond(plan: RunPlan) -> list[Cure]:
-    """Returns changes that make a layout fit, and that a search on the same devices does not try.
-
-    The function first tries single changes of settings that a search does not vary. Then it looks for the smallest
-    sufficient number of devices, up to twice the number in the plan.
-    """
+    """Returns changes that make a layout fit, and that a search on the same devices does not try: other settings, or
+    the smallest sufficient number of devices (at most twice the plan's)."""
     parallel = plan.config.parallel
     more = [with_changes(plan.config, pp=pp) for pp in range(parallel.pp + 1, 2 * parallel.pp + 1)]
     more += [with_changes(plan.config, dp=dp) for dp in range(parallel.dp + 1, 2 * parallel.dp + 1)]
@@ -78,8 +74,8 @@ def find_beyond(plan: RunPlan) -> list[Cure]:
 
 @dataclass(frozen=True)
 class FasterSplit:
-    """A split of layers into stages with which the step is faster than in the plan. room_bytes: free memory of the
-    fullest device; negative if memory is lacking."""
+    """A split of layers into stages with a faster step than the plan's split. room_bytes: free memory of the fullest
+    device; negative if memory is lacking."""
 
     layers: list[int]
     step_seconds: float
@@ -87,8 +83,8 @@ class FasterSplit:
 
 
 def find_split(plan: RunPlan) -> FasterSplit | None:
-    """Returns the layer split that best balances the planned times of the ranks. Returns None if the step becomes
-    shorter by less than the fraction WORTH."""
+    """Returns the layer split that best balances the ranks' planned times; None if it saves less than the fraction
+    WORTH."""
     layout = layout_of(plan.config)
     if layout.pp == 1:
         return None
@@ -101,11 +97,8 @@ def find_split(plan: RunPlan) -> FasterSplit | None:
 
 
 def find_stages(plan: RunPlan) -> Cure | None:
-    """Tries several numbers of stages per rank, and returns the change with the shortest step. Returns None if no
-    number of stages both fits and shortens the step by at least the fraction WORTH.
-
-    All tries use one schedule with several stages per rank. This schedule orders actions as the recipe's schedule does.
-    """
+    """Tries several numbers of stages per rank, with one schedule that orders actions as the recipe's does. Returns the
+    change with the shortest step; None if no change fits and saves the fraction WORTH."""
     schedule = plan.config.parallel.schedule_facts.in_parts
     if plan.config.parallel.pp == 1 or schedule is None:
         return None
@@ -120,8 +113,7 @@ def find_stages(plan: RunPlan) -> Cure | None:
 
 
 def _peak_of_fullest(config: Config, plan: RunPlan) -> int:
-    """Returns the peak memory of only one pipeline rank: the one that is the fullest in the plan. This quick check
-    comes before all ranks are planned."""
+    """Returns the peak memory of the fullest rank in the plan, as a quick check."""
     rank = min(plan.fullest.pp_rank, config.parallel.pp - 1)
     return rank_memory(config, rank, scene_of(config)).peak_bytes
 

@@ -1,15 +1,12 @@
-"""Computes lower bounds on the memory and the step time of layouts, without tracing their memory or simulating their
-steps.
+"""Computes lower bounds on the memory and the step time of layouts, without tracing or simulating them.
 
-    memory   weights, gradients and optimizer state of each rank, and the minimum of activations that the rank keeps for
-             the micro-batches that wait for backward
-    time     work of the busiest rank, plus idle time of the schedule (by a formula), plus the update
+    memory   weights, gradients and optimizer state of each rank, and the minimum of its activations for micro-batches
+             that wait for backward
+    time     work of the busiest rank, plus the schedule's idle time (by a formula), plus the update
 
 All layouts of a frame (`Frame` in candidates.py) have the same weights, update and number of micro-batches that wait
-for backward. An activation saving may apply to some blocks of a stage. The memory bound assumes that it applies to all
-blocks. The time bound assumes no offloaded blocks, and the fewest recomputed blocks with which memory may be
-sufficient. Memory is checked first. A layout that lacks memory gets no time bound. A search caches the times of layers
-and reuses them for other layouts.
+for backward. The memory bound assumes that an activation saving applies to all blocks of a stage. The time bound
+assumes no offloaded blocks, and the fewest recomputed blocks with which memory may be sufficient.
 """
 
 from bisect import bisect_left
@@ -46,8 +43,8 @@ class FrameBounds:
         """memo: a cache for the complete search, as in `Stages`."""
         self._frame, self._rates, self._memo = frame, rates, memo
         self.lacking: list[tuple[int, str, Candidate]] = []
-        """Layouts that the memory bound rules out. Each entry has the number of missing bytes per device, a text that
-        names the kind of memory, and the layout."""
+        """Layouts that the memory bound rules out. An entry has the missing bytes per device, the name of the kind of
+        memory, and the layout."""
 
     def candidates(self) -> Iterator[Candidate]:
         """Yields the layouts that the memory bound does not rule out."""
@@ -94,7 +91,8 @@ class FrameBounds:
                     yield one
 
     def _kept(self, saving: ActivationSaving, stages: Stages, flight: list[int], blocks: int) -> list[int]:
-        """Returns `_kept_bytes` for every rank. blocks: number of blocks per stage that recompute or offload."""
+        """Returns the minimum bytes of kept activations of every rank (`_kept_bytes`). blocks: number of blocks per
+        stage that recompute or offload."""
         config = saving.applied(self._frame.config, blocks)
         model, longest = config.model, max(map(len, stages.layers))
         light = sum(place < model.repeated_layers or bool(model.offloaded_part(place)) for place in range(longest))
@@ -105,15 +103,13 @@ class FrameBounds:
 
 
 SPREAD_WORK = 0.97
-"""Lower bound on the ratio of a stage's work in a layout to its work in the layout with the most expert-parallel ranks.
-
-The number of expert-parallel ranks affects only the permutation of tokens, which is a few percent of the work.
-"""
+"""Lower bound on the ratio of a stage's work in a layout to its work with the most expert-parallel ranks. The number of
+these ranks affects only a few percent of the work."""
 
 
 class QuickStages(Stages):
-    """Lower bounds on the times of stages in the layouts of one `Frame` (a set of similar layouts). All of these
-    layouts share one trace of the model, in which each rank has as few experts as possible."""
+    """Lower bounds on the times of stages in the layouts of one `Frame` (a set of similar layouts). They share one
+    trace of the model, with as few experts per rank as possible."""
 
     def __init__(self, config: Config, rates: Rates, memo: dict):
         super().__init__(config, layout_of(config), rates, memo)
@@ -133,18 +129,15 @@ class QuickStages(Stages):
 def _holds(kept: Callable[[int], list[int]], held: list[int], room: int, blocks: int) -> bool:
     """Whether the memory of every rank is large enough for its state and the activations that it keeps for backward.
 
-    kept: a function that returns the bytes of kept activations by rank. held: bytes of state by rank. room: bytes of
-    memory. blocks: number of blocks per stage that recompute or offload; the argument of `kept`.
+    kept: returns each rank's bytes of activations for `blocks`, the number of blocks per stage that recompute or
+    offload. held: bytes of state by rank. room: bytes of memory.
     """
     return max(map(add, held, kept(blocks))) <= room
 
 
 def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
-    """Returns a lower bound on a candidate's memory that is closer than `least_bytes`. For this bound, a forward of the
-    model measures the activations.
-
-    config: the candidate's recipe, with any number of blocks that recompute or offload.
-    """
+    """Returns a lower bound on a candidate's memory that is closer than `least_bytes`, from a measured forward. config:
+    the candidate's recipe, with any number of blocks that recompute or offload."""
     rank = candidate.fullest
     chunks = [chunk_of(scene, parts) for parts in chunk_parts(config)[rank].values()]
     kept = min(sum(chunk.kept.values()) for chunk in chunks)
@@ -154,12 +147,11 @@ def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
 
 
 def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
-    """Returns two lower bounds for each rank. Both concern the number of micro-batches that wait for backward with all
-    of their activations in memory.
+    """Returns two lower bounds per rank on the number of micro-batches that wait for backward with all of their
+    activations in memory.
 
-    The first bound is on the maximum of this number over the step. The second bound is on the maximum over only those
-    times at which another micro-batch runs forward; it is negative if there is no such time. While two micro-batches
-    run as a pair, only one of the two has all of its activations in memory.
+    The first bound is on the maximum over the step. The second is on the maximum while another micro-batch runs forward
+    (negative: never). Of two micro-batches that run as a pair, only one has all of its activations in memory.
     """
     most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp), parallel.virtual_stages)
     paired = parallel.schedule_facts.pairs
@@ -167,12 +159,11 @@ def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
 
 
 def _pipeline_seconds(stages: Stages) -> float:
-    """Returns a lower bound on the seconds of the pipeline: the work of a rank for all micro-batches, plus idle time.
+    """Returns a lower bound on the seconds of the pipeline: a rank's work for all micro-batches, plus idle time.
 
-    If backward is not split, a rank begins after the first micro-batch has passed forward through all earlier stages.
-    It ends before the last micro-batch passes backward through these stages. So it is idle for the forward and backward
-    times of the earlier stages, and the result is the maximum over all ranks. If backward is split, the idle time is
-    the schedule's formula with the shortest action times of all stages.
+    - Backward is not split: the idle time is the forward and backward times of all earlier stages. The result is the
+      maximum over all ranks.
+    - Backward is split: the idle time is the schedule's formula with the shortest action times of all stages.
     """
     parallel, ids = stages.config.parallel, range(len(stages.layers))
     busy = [_busy(stages, own) * stages.micro_batches for own in stages.placement]
@@ -191,16 +182,16 @@ def _pipeline_seconds(stages: Stages) -> float:
 
 
 def _busy(stages: Stages, ids: list[int]) -> float:
-    """Returns the seconds of forward and backward of one micro-batch on these stages. If the schedule runs passes in
-    overlapped pairs, the result is the time of these pairs."""
+    """Returns the seconds of forward and backward of one micro-batch on these stages, as overlapped pairs if the
+    schedule overlaps them."""
     if stages.config.parallel.schedule_facts.pairs:
         return 2 * _pair(stages, ids)
     return sum(stages.elapsed(Action(kind, stage, 0)).seconds for stage in ids for kind in "FB")
 
 
 def _pair(stages: Stages, ids: list[int]) -> float:
-    """Returns the mean time of two overlapped pairs of passes. In one pair, the forward is on the rank's first stage
-    and the backward on its second stage. In the other pair, the stages are exchanged."""
+    """Returns the mean time of two overlapped pairs of passes: forward on the rank's first stage with backward on its
+    second, and the reverse."""
     pairs = [(ids[0], ids[1]), (ids[1], ids[0])]
     return sum(_overlapped(stages, *pair) for pair in pairs) / 2
 
@@ -231,8 +222,7 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
 
 
 def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
-    """Returns by how many bytes per device the optimizer state exceeds the host's memory. The result is 0 or less if
-    the state fits."""
+    """Returns by how many bytes per device the optimizer state exceeds the host's memory; at most 0 if it fits."""
     has = host_memory(config)
     if not config.parallel.offload_optimizer or not has:
         return 0
@@ -242,8 +232,7 @@ def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
 
 
 def _shard(config: Config, held: WeightCounts) -> float:
-    """Returns the number of elements in a rank's shard of the trained weights. The rank has the optimizer state of this
-    shard."""
+    """Returns the number of elements in a rank's shard of the trained weights, for which it has the optimizer state."""
     parallel = config.parallel
     return held.dense / parallel.stage_ranks + held.experts / (parallel.stage_ranks // parallel.ep)
 
@@ -255,9 +244,11 @@ def _moment_bytes(config: Config) -> int:
 def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flight: int) -> int:
     """Returns a lower bound on the bytes of activations that a rank keeps for backward.
 
-    flight: number of micro-batches that wait for backward. ids: stages of the rank; the bound uses the stage that keeps
-    the fewest bytes. A layer keeps the inputs of both norms and the output of attention. Experts keep their inputs and
-    the inputs of their SwiGLU. The first `light` layers are recomputed or offloaded, and keep only their own input.
+    flight: number of micro-batches that wait for backward. ids: stages of the rank; the stage with the fewest bytes
+    counts. light: number of first layers that are recomputed or offloaded, and keep only their input.
+
+    Other layers keep the inputs of both norms and the output of attention. Experts keep their inputs and the inputs of
+    their SwiGLU.
     """
     model, element = config.model, stages.element
     if config.optim.index_warmup:  # only the indexers are trained, so layers keep nothing for backward
@@ -277,13 +268,8 @@ def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flig
 
 @cache
 def in_flight(schedule: str, pp: int, micro_batches: int, virtual: int = 2) -> list[tuple[int, int]]:
-    """Returns the maximum number of micro-batches in flight on each rank, after backward has run at least once on each
-    of its stages.
-
-    A micro-batch is in flight between its forward and its backward. The function returns two numbers per rank. The
-    first is the maximum at any time. The second is the maximum at the times at which a forward runs (0 if no forward
-    runs after the first backward of every stage).
-    """
+    """Returns two maximum numbers of micro-batches in flight (between forward and backward) on each rank: at any time,
+    and while a forward runs. Only the time after each stage's first backward counts."""
     most = []
     for line in schedule_actions(schedule, pp, micro_batches, virtual):
         parts = [action.halves or (action,) for action in line]

@@ -1,21 +1,19 @@
 """plan.search=true: finds the fastest layouts on a number of devices, and says why other kinds of layouts are slower or
 do not fit.
 
-1. To give an early answer, the search first tries the recipe's layout on these devices, then the layouts most similar to it.
-2. The search lists all combinations that the rules allow: pipeline, contexts, experts, schedule, micro-batch,
-   recomputation, offloaded activations, dispatch, wire format, and optimizer on the device or on the host (candidates.py).
-3. Every combination gets a lower bound on its memory. If it may fit, it also gets a lower bound on its step time
-   (lower_bounds.py).
-4. The search simulates layouts in the order of their time bounds, and plans their memory in the order of their step
-   times. It ends when ten layouts fit and no other layout has a lower time bound. If the ranks of a pipeline have
-   uneven work, a layout that fits is also tried with the stage split that its planned times suggest.
+1. The search first tries the recipe's layout on these devices, then the layouts most similar to it.
+2. It lists all combinations that the rules allow: pipeline, contexts, experts, schedule, micro-batch, recomputation,
+   offloaded activations, dispatch, wire format, and optimizer on device or host (candidates.py).
+3. Every combination gets a lower bound on its memory and, if it may fit, on its step time (lower_bounds.py).
+4. It simulates layouts in the order of their time bounds, and plans their memory in the order of their step times. It
+   ends when ten layouts fit and no other layout has a lower time bound. If the ranks have uneven work, it also tries
+   the stage split that the planned times suggest.
 
 The optimizer is on the host only if a layout does not fit otherwise. As few blocks as possible are recomputed or
-offloaded, because this costs time. An interrupted search returns the best layouts that it has found.
+offloaded.
 
 All layouts with the same pipeline length and schedule are a family. If a family has no layout among the best, the
-search gives a reason. The reason is a rule that the layouts of the family break, the memory that the family's smallest
-layout lacks, or how much slower the family's fastest layout is than the best layout.
+search gives the reason: a broken rule, missing memory, or a slower step.
 """
 
 import gc
@@ -52,16 +50,16 @@ SHOWN_LAYOUTS = 10
 REASONS = 3
 """Maximum number of families whose broken rule is shown in the error if no layout can run."""
 _UNSEEN = -1
-"""Stands for the number of recomputed or offloaded blocks in a candidate of which only bounds are known so far."""
+"""Stands for the number of recomputed or offloaded blocks in a candidate for which only bounds are known."""
 NEARER = (1.0, 2.0, 3.0)
-"""Limits for the steps between the first and the last step of the search. The first step tries only the layouts that
-are most similar to the recipe's layout, and the last step tries all layouts.
+"""Distance limits for the steps of the search between its first step (the most similar layouts) and its last step (all
+layouts).
 
-Each number limits one step: it is the maximum distance from the recipe (`_Finder._distance`), minus the smallest
-possible distance. After each step, the search reports a better layout if it has found one.
+Each limit is a maximum distance from the recipe (`_Finder._distance`), minus the smallest possible distance. After each
+step, the search reports a better layout if it has found one.
 """
 UNEVEN = 1.03
-"""The search tries another stage split if the busiest rank has at least this many times the mean work of all ranks."""
+"""The search tries another stage split if the busiest rank has at least this many times the mean work."""
 
 
 @dataclass(frozen=True)
@@ -120,18 +118,16 @@ class Search:
         }
 
     def command(self, name: str) -> list[str]:
-        """Returns the command-line arguments that select the best layout. name: name of the file in conf/parallel to
-        which the layout was written."""
+        """Returns the command-line arguments that select the best layout. name: name of its file in conf/parallel."""
         rest = [part for part in self.best[0].overrides if not part.startswith("parallel.")]
         return [f"parallel={name}", *rest]
 
 
 def search(config: Config, tell: Callable[[FoundLayout], None] = lambda found: None) -> Search:
-    """Finds the ten fastest layouts that fit. If an interrupt (SIGINT) ends the search early, the result has the
-    fastest layouts that were found before.
+    """Finds the ten fastest layouts that fit. After SIGINT, returns the fastest layouts found so far.
 
-    tell: a function that is called with each layout that is faster than all earlier layouts. Raises UserError if no
-    layout fits, and KeyboardInterrupt if the interrupt comes before the first layout that fits.
+    tell: called with each layout that is faster than all earlier layouts. Raises UserError if no layout fits, and
+    KeyboardInterrupt if SIGINT comes before the first layout that fits.
     """
     require_hardware(config.hardware)
     require_host(config)
@@ -170,15 +166,15 @@ class _Miss(NamedTuple):
     """A layout that does not fit."""
 
     lacking: int
-    """Number of missing bytes per device, or a lower bound on this number. The bytes are missing in the device's
-    memory, or in the device's share of the host's memory."""
+    """Missing bytes per device, or a lower bound on them. They are missing in the device's memory, or in its share of
+    the host's memory."""
     what: str
     """Text that names the kind of memory that is missing; empty for the device's memory."""
     config: Config
 
     @classmethod
     def of(cls, config: Config) -> "_Miss":
-        """Makes a full memory plan of a layout. In the result, `lacking` is negative if the layout fits."""
+        """Plans the memory of a layout completely. `lacking` in the result is negative if the layout fits."""
         ranks = plan_memory(config)
         lacking = max(rank.peak_bytes for rank in ranks) - tensor_memory(config)
         if host := host_lacking(config, ranks) // host_ranks(config):
@@ -195,9 +191,8 @@ class _Looked:
     runs: bool = False
     """Whether at least one layout of the family breaks no rule."""
     lacking: list[tuple[int, str, Candidate]] = field(default_factory=list)
-    """Layouts that the memory bound rules out. Each entry has the number of missing bytes per device, a text that names
-    the kind of memory, and the layout. For each frame (a set of similar layouts), only the layout with the fewest
-    missing bytes is listed."""
+    """Layouts that the memory bound rules out: for each frame (a set of similar layouts), the layout with the fewest
+    missing bytes, with these bytes and the name of the kind of memory."""
     possible: list[Candidate] = field(default_factory=list)
     """Layouts that the memory bound does not rule out."""
     missed: list["_Miss"] = field(default_factory=list)
@@ -217,14 +212,14 @@ class _Finder:
         self._rates, self._memo = load_rates(config, alone=devices == 1), {}
         self._families: defaultdict[str, _Looked] = defaultdict(_Looked)
         self._looked: dict[tuple[str, ...], tuple[int, str]] = {}
-        """Results of `_look`. The key is the tuple of a layout's overrides."""
+        """Results of `_look`, by the tuple of a layout's overrides."""
         self._blocks: dict[int, int | None] = {}
         """Cache of `_fewest`. The key is the id of a candidate."""
         self._estimated: dict[tuple[int, int], float] = {}
-        """Cache of `_seconds`. The key is the id of a candidate and a number of blocks. Candidates exist as long as the
-        search, so their ids stay valid."""
+        """Cache of `_seconds`, by the id of a candidate and a number of blocks. Candidates exist as long as the search,
+        so ids stay valid."""
         self._fitting: dict[tuple[str, ...], _Fit] = {}
-        """Layouts that fit. The key is the tuple of a layout's overrides."""
+        """Layouts that fit, by the tuple of their overrides."""
         self._on_devices: set[tuple[str, ...]] = set()
         """The overrides of each layout that fits with the optimizer on the devices."""
 
@@ -247,7 +242,7 @@ class _Finder:
         return sorted(fits, key=_step_seconds)
 
     def _find(self) -> None:
-        """Try the recipe's layout on these devices, then the layouts most similar to it, then all layouts."""
+        """Try the recipe's layout on these devices, then similar layouts, then all layouts."""
         every = list(frames(self._base, self._devices))
         self.tried = sum(frame.layouts for frame in every)
         every.sort(key=self._distance)
@@ -268,16 +263,15 @@ class _Finder:
                 break
 
     def _distance(self, frame: Frame) -> float:
-        """Returns how much the layouts of a frame (a set of similar layouts) differ from the recipe. The result is the
-        number of doublings or halvings of pp, cp, ep, zero and micro_batch_size."""
+        """Returns the distance of a frame (a set of similar layouts) from the recipe: the number of doublings or
+        halvings of pp, cp, ep, zero and micro_batch_size."""
         one, base = frame.config, self._base
         pairs = [(getattr(one.parallel, name), getattr(base.parallel, name)) for name in ("pp", "cp", "ep", "zero")]
         return sum(abs(math.log2(a / b)) for a, b in (*pairs, (one.micro_batch_size, base.micro_batch_size)))
 
     def _as_given(self, frame: Frame) -> Frame | None:
-        """Reduces a frame (a set of similar layouts) to the layouts that have the recipe's schedule and dispatch, and
-        either the recipe's activation saving or recomputation of whole layers. Returns None if no such layout
-        exists."""
+        """Reduces a frame (a set of similar layouts) to the layouts with the recipe's schedule and dispatch, and either
+        its activation saving or recomputation of whole layers. None if no layout is left."""
         base, model = self._base.parallel, self._base.model
         if (frame.config.parallel.schedule != base.schedule and base.pp > 1) or not (ways := self._ways(frame)):
             return None
@@ -287,8 +281,8 @@ class _Finder:
         return replace(frame, savings=savings, ways=given)
 
     def _bound(self, frame: Frame) -> None:
-        """Compute the bounds of all layouts of a frame (a set of similar layouts). Add each layout to the results for
-        its family: to `possible` if it may fit, otherwise to `lacking`."""
+        """Compute the bounds of all layouts of a frame (a set of similar layouts). Add each to its family's `possible`
+        if it may fit, else to `lacking`."""
         family = self._families[frame.family]
         if ways := self._ways(frame):
             bounds = FrameBounds(replace(frame, ways=ways), self._rates, self._memo)
@@ -296,7 +290,7 @@ class _Finder:
             family.lacking += sorted(bounds.lacking, key=_bytes_lacking)[:1]
 
     def _try(self, possible: list[Candidate], wanted: int) -> None:
-        """Store the layouts that fit, and report each layout that is faster than all layouts before it."""
+        """Store the layouts that fit, and report each layout that is faster than all before it."""
         for fit in self._fits(possible, wanted):
             before = min(self._fitting.values(), key=_step_seconds, default=None)
             self._fitting[self._name(fit.config)] = fit
@@ -304,11 +298,8 @@ class _Finder:
                 self._tell(self.found(fit))
 
     def _ways(self, frame: Frame) -> list[tuple[str, WireFormat]]:
-        """Returns the pairs of dispatch and wire format that the rules allow.
-
-        Flat dispatch has no rules of its own. So if a layout breaks a rule with flat dispatch, it breaks this rule with
-        every dispatch.
-        """
+        """Returns the pairs of dispatch and wire format that the rules allow. A rule that is broken with flat dispatch
+        is broken with every dispatch."""
         flat, family = broken_layout(frame.config), self._families[frame.family]
         errors = {FLAT_DISPATCH: flat}
         if flat is None:
@@ -320,8 +311,7 @@ class _Finder:
         return ways
 
     def _fits(self, possible: list[Candidate], wanted: int) -> Iterator[_Fit]:
-        """Yields layouts that fit, and ends when no other layout can be among the fastest. wanted: number of fastest
-        layouts that the caller needs."""
+        """Yields layouts that fit, until no other layout can be among the `wanted` fastest."""
         queue = [(one.seconds, number, _UNSEEN) for number, one in enumerate(possible)]
         heapify(queue)
         best: list[float] = []
@@ -344,8 +334,8 @@ class _Finder:
                 heappush(queue, (self._seconds(one, blocks + 1), number, blocks + 1))
 
     def _fewest(self, one: Candidate) -> int | None:
-        """Returns the smallest number of recomputed or offloaded blocks per stage with which a candidate fits by its
-        memory bound. Returns None if the candidate does not even fit with the largest number of such blocks."""
+        """Returns the fewest recomputed or offloaded blocks per stage with which a candidate fits by its memory bound;
+        None if it never fits."""
         if id(one) not in self._blocks:
             able = self._lacking(one, one.blocks) <= 0
             fewest = bisect_left(range(one.blocks * able), True, key=lambda blocks: self._lacking(one, blocks) <= 0)
@@ -366,8 +356,8 @@ class _Finder:
         return Stages(config, layout_of(config), self._rates, self._memo)
 
     def _needs_no_host(self, config: Config) -> bool:
-        """Whether a layout has its optimizer on the host although it also fits with the optimizer on the device. With
-        the optimizer on the device, the step is faster."""
+        """Whether a layout has its optimizer on the host although it also fits, and is faster, with the optimizer on
+        the device."""
         host = config.parallel.offload_optimizer
         return host and self._name(with_changes(config, offload_optimizer=False)) in self._on_devices
 
@@ -375,8 +365,8 @@ class _Finder:
         return tuple(overrides(config, self._base))
 
     def _look(self, one: Candidate, config: Config) -> tuple[int, str]:
-        """Returns the result of `_missed` for one configuration of a candidate. Results are cached, because different
-        savings can give the same configuration."""
+        """Returns the result of `_missed` for one configuration of a candidate, cached because savings can give equal
+        configurations."""
         name = self._name(config)
         if name not in self._looked:
             self._looked[name] = _missed(config, one.fullest)
@@ -385,7 +375,7 @@ class _Finder:
         return self._looked[name]
 
     def _fit(self, family: str, config: Config, room: int, seconds: float) -> _Fit:
-        """Record a layout that fits. Returns the layout, with another stage split if that split is faster."""
+        """Record a layout that fits. Returns it with another stage split if that split is faster."""
         if not config.parallel.offload_optimizer:
             self._on_devices.add(self._name(config))
         fit = self._faster(_Fit(config, family, room, seconds))
@@ -393,8 +383,8 @@ class _Finder:
         return fit
 
     def _faster(self, fit: _Fit) -> _Fit:
-        """Returns the layout with a stage split that balances the planned times of the ranks, if this split fits and is
-        faster. Otherwise returns the layout unchanged."""
+        """Returns the layout with a stage split that balances the planned times of the ranks, if it fits and is faster.
+        Otherwise returns it unchanged."""
         stages = self._stages(fit.config)
         if estimate_step(stages)[1] < UNEVEN:
             return fit
@@ -440,8 +430,8 @@ class _Finder:
 
     @property
     def nearest(self) -> _Miss | None:
-        """Returns the tried layout that exceeds the memory by the fewest bytes. Call it only if no layout fits, and
-        after `rejected` has handled every family."""
+        """Returns the tried layout with the fewest missing bytes. Call it only after `rejected` has handled every
+        family."""
         families = self._families.values()
         if nearest := [family.nearest for family in families if family.nearest is not None]:
             return min(nearest, key=lambda miss: miss.lacking)
@@ -450,15 +440,13 @@ class _Finder:
 
 
 def _bytes_lacking(one: tuple[int, str, Candidate]) -> tuple[int, int]:
-    """Sort key. The layout that exceeds the memory by the fewest bytes comes first. Among layouts that exceed it by the
-    same number of bytes, the layout that needs the least memory comes first."""
+    """Sort key: the layout with the fewest missing bytes first, then the layout that needs the least memory."""
     return one[0], one[2].least_bytes
 
 
 def _missed(config: Config, fullest: int) -> tuple[int, str]:
-    """Returns by how many bytes the fullest rank exceeds its memory (negative: free bytes), and a text that names the
-    kind of memory. The function first checks the ranks that are most likely to be the fullest. fullest: the rank that
-    is the fullest by the memory bound."""
+    """Returns by how many bytes the fullest rank exceeds its memory (negative: free bytes), and the name of the kind of
+    memory. fullest: the fullest rank by the memory bound, checked early."""
     scene, memory, last = scene_of(config), tensor_memory(config), config.parallel.pp - 1
     ranks: list[RankMemory] = []
     for depth in WalkDepth:  # bounds come first, because they rule out most layouts
@@ -486,8 +474,7 @@ def _nothing_runs(config: Config, found: Search, devices: int) -> UserError:
 
 
 def _near(config: Config, devices: int) -> str:
-    """Suggests the nearest numbers of devices on which a layout can run. They must match the batch size, and the
-    pipeline must not be longer than the model."""
+    """Suggests the nearest numbers of devices that match the batch size and the number of layers."""
     longest = config.model.layers + 2
     shares = divisors(config.batch_size)
     able = {pp * dp for pp in range(1, longest + 1) for dp in shares}
@@ -500,8 +487,8 @@ def _near(config: Config, devices: int) -> str:
 
 
 def _nothing_fits(config: Config, found: Search, nearest: _Miss | None) -> UserError:
-    """Returns the error for the case that no layout fits on the devices. nearest: the tried layout that exceeds the
-    devices' memory by the fewest bytes; None if no layout was tried."""
+    """Returns the error for the case that no layout fits. nearest: the tried layout with the fewest missing bytes; None
+    if none was tried."""
     rule = f"{found.devices} x {config.hardware.name} cannot fit this recipe with any of {found.tried} layouts"
     cures = []
     if nearest is not None:

@@ -1,16 +1,15 @@
 """plan.calibrate=true: times the recipe's kernels on the present device, and writes the rates that plans use.
 
-1. Every kind of kernel is timed at several sizes (timed_run.py). A rate is fitted to the times: seconds per call, operations
-   per second and bytes per second.
-2. With several devices, or on a CPU with cores for several ranks, the kernels are also timed while all ranks run them,
-   because the ranks share memory and caches. The links between the ranks are timed too: all-to-all, send, reduction, gather.
-3. One rank runs complete steps, with passes and update, at two micro-batch sizes. The kernels' rates do not explain all of
-   the time of a step. For the passes, the remainder becomes a cost per launch (Python, autograd) and a factor on the
-   kernels' time (cold caches). For the update, the remainder becomes only a factor.
+1. Every kind of kernel is timed at several sizes (timed_run.py). A rate is fitted to the times: seconds per call,
+   operations per second and bytes per second.
+2. With several devices, or on a CPU with cores for several ranks, the kernels are also timed while all ranks run them.
+   The links between the ranks are timed too: all-to-all, send, reduction, gather.
+3. One rank runs complete steps at two micro-batch sizes. The time that the kernels' rates do not explain becomes a cost
+   per launch (Python, autograd) and a factor on the kernels' time (cold caches). For the update, it becomes only a
+   factor.
 
-A single-threaded CPU rank is timed by its processor time, which excludes the time when other processes have the core.
-
-The file records the device, the number of threads and the date. A plan refuses rates of another device.
+A single-threaded CPU rank is timed by its processor time, which excludes other processes. A plan refuses the rates of
+another device.
 """
 
 import json
@@ -46,8 +45,7 @@ from train.rank_parts import RankSetup
 SHORTER = 4
 """Ratio of the two micro-batch sizes, in tokens, at which kernels are timed."""
 LINK_RUNS = 20
-"""Number of times that each collective is run. Only the shortest time is used, because other work on the machine can
-make a run slower but not faster."""
+"""Number of times that each collective is run. Only the shortest time is used."""
 LINK_BYTES = (2**14, 2**18, 2**22)
 """Sizes of the timed collectives, in bytes."""
 CALIBRATION_STEPS = 8
@@ -94,7 +92,7 @@ def _measure_on(ranks: int, config: Config, kind: str, threads: int) -> dict[str
 
 
 def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder: str, barrier) -> None:
-    """Run the measurements of one rank, in a process of its own. Rank 0 writes the results into `folder`."""
+    """Run the measurements of one rank, in a separate process. Rank 0 writes the results into `folder`."""
     tune_cpu()
     if kind == "cpu":
         torch.set_num_threads(threads)
@@ -133,18 +131,16 @@ def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], d
 
 
 def batches(config: Config) -> list[tuple[int, int]]:
-    """Returns the number and the length of sequences in two micro-batches: the recipe's micro-batch and a smaller one.
-
-    The fit needs two sizes to separate the cost of a call from the cost of an element.
-    """
+    """Returns the number and the length of sequences in two micro-batches, the recipe's and a smaller one, to separate
+    the cost of a call from that of an element."""
     if config.micro_batch_size < SHORTER:
         return [(config.micro_batch_size, config.seq_len), (1, -(-config.seq_len // SHORTER))]
     return [(config.micro_batch_size, config.seq_len), (config.micro_batch_size // SHORTER, config.seq_len)]
 
 
 def _alone(config: Config, sequences: int, length: int) -> Config:
-    """Returns the recipe for one rank without parallelism. A step has two micro-batches, each of this number of
-    sequences of this length."""
+    """Returns the recipe for one rank without parallelism. A step has two micro-batches of this number of sequences of
+    this length."""
     return replace(
         config,
         parallel=Parallel(),
@@ -161,9 +157,8 @@ def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float
     """Fits a rate to samples (operations, bytes, seconds) of one call each. Also returns the largest relative error of
     the fit.
 
-    A rate has three terms: seconds = calls * seconds per call + operations / flops + bytes / bandwidth. The fit
-    minimises the sum of squared relative errors, and no term may be negative. It tries all seven non-empty subsets of
-    the three terms.
+    Seconds = calls * seconds per call + operations / flops + bytes / bandwidth. The fit minimises the sum of squared
+    relative errors, without negative terms, over all seven non-empty subsets of the terms.
     """
     rows_N3 = np.array([[1.0, flops, moved] for flops, moved, _ in samples])
     seconds_N = np.array([seconds for *_, seconds in samples])
@@ -186,10 +181,9 @@ def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float
 
 def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) -> tuple[Rate, dict[str, float]]:
     """Measures the part of one rank's step time that the kernels' rates do not explain. Returns the rate of a launch,
-    and the factors by which the times of passes and of the update must be multiplied.
+    and the factors on the times of passes and of the update.
 
-    The steps at both micro-batch sizes have the same number of launches. So the difference between their times is due
-    to the kernels alone.
+    Steps of both micro-batch sizes have equally many launches, so only kernels cause the difference of their times.
     """
     steps = [_Step(config, *batch, rates, device) for batch in batches(config)]
     first, second = steps
@@ -203,15 +197,14 @@ def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) 
 def _factors_together(
     config: Config, device: torch.device, rates: dict[str, dict], launch: Rate, barrier
 ) -> dict[str, float]:
-    """Returns the factors by which the times of passes and of the update must be multiplied, measured while all ranks
-    are active. launch: the rate of a launch, measured while one rank was active. This rate is also valid while all
-    ranks are active, because each rank launches on its own core."""
+    """Returns the factors on the times of passes and of the update, measured while all ranks are active. launch: the
+    rate of a launch with one active rank. It is the same with all ranks, because each rank launches on its own core."""
     step = _Step(config, *batches(config)[0], rates, device, barrier)
     return {"passes": (step.passes - launch.seconds * step.launches) / step.kernels, "update": step.update}
 
 
 class _Step:
-    """The measured times of a step with two micro-batches on one rank, and the planned time of the step's kernels."""
+    """Measured times of a step with two micro-batches on one rank, and the planned time of its kernels."""
 
     def __init__(self, config: Config, sequences: int, length: int, rates: dict[str, dict], device, barrier=None):
         alone = _alone(config, sequences, length)
@@ -226,8 +219,8 @@ class _Step:
 
 
 def _step(config: Config, device: torch.device, barrier) -> tuple[float, float]:
-    """Runs several steps of two micro-batches on a single rank. Returns the shortest time of the passes, and the
-    shortest time of reduction and update together, in seconds."""
+    """Runs several steps of two micro-batches on one rank. Returns the shortest seconds of the passes, and of reduction
+    plus update."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -281,7 +274,7 @@ def _shift(tensor: torch.Tensor, rank: int, ranks: int) -> None:
 
 
 def _seconds_in_step(run: Callable[[], object], device: torch.device) -> float:
-    """Returns the shortest time of several runs of a collective, in seconds. All ranks start each run together."""
+    """Returns the shortest seconds of several runs of a collective. All ranks start each run together."""
     times = []
     for _ in range(LINK_RUNS):
         dist.barrier()

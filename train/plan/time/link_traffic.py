@@ -11,8 +11,8 @@ from train.plan.time.update import count_weights, sharers
 def count_traffic(stages: Stages) -> dict[str, dict[str, float]]:
     """Returns the bytes that a device sends per step, as a mean over the ranks of a pipeline.
 
-    Kinds of link: inside (to the same node), across (to other nodes), and host (to the host or from it). Purposes:
-    experts, stages, contexts, gradients, weights, activations and optimizer.
+    Kinds of link: inside (a node), across (nodes), and host (copies to or from the host). Purposes: experts, stages,
+    contexts, gradients, weights, activations and optimizer.
     """
     config, layout, parallel = stages.config, stages.layout, stages.config.parallel
     model, element, last = config.model, stages.element, len(stages.layers) - 1

@@ -1,12 +1,11 @@
 """Computes the time of a pass over the layers of a stage, alone or overlapped with another pass.
 
-A pass is a list of segments. A segment first computes and then starts a transfer. During the transfer, it computes
-independent work (the shared experts). Then it waits for the transfer. If a pass runs alone, only this independent work
-overlaps the transfer. In a pair of passes, a pass that has started a transfer lets the other pass run, exactly as in
+A pass is a list of segments. A segment computes, starts a transfer, computes independent work (the shared experts), and
+waits for the transfer. In a pair of passes, the other pass also runs during the transfer, exactly as in
 parallel/pipeline/overlap.py. Backward runs first.
 
-A device runs its transfers one after another. A running transfer slows computing, because it uses the fraction `taken`
-of the device (some SMs; on a CPU, the cores themselves).
+A device runs its transfers one after another. A transfer slows computing, because it uses the fraction `taken` of the
+device (some SMs, or CPU cores).
 """
 
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Segment:
-    """Durations in seconds. compute: time of the computation before the transfer. transfer: time of the transfer (0 for
-    none). beside: time of the computation that may overlap the transfer."""
+    """Durations in seconds. compute: computation before the transfer. transfer: 0 for none. beside: computation that
+    may overlap the transfer."""
 
     compute: float
     transfer: float = 0.0
@@ -34,8 +33,7 @@ class ElapsedTime:
 
 
 def alone(segments: list[Segment], taken: float) -> ElapsedTime:
-    """Returns the time of one pass that is not overlapped with another pass. taken: fraction of the device that a
-    running transfer uses."""
+    """Returns the time of one pass alone. taken: fraction of the device that a running transfer uses."""
     seconds = exposed = 0.0
     for segment in segments:
         beside = _compute(0.0, segment.beside, segment.transfer, taken)
@@ -55,8 +53,8 @@ class _Lane:
 
 
 def overlapped(forward: list[Segment], backward: list[Segment], taken: float) -> ElapsedTime:
-    """Returns the time of a forward and a backward pass that alternate (parallel/pipeline/overlap.py). taken: fraction
-    of the device that a running transfer uses."""
+    """Returns the time of a forward and a backward pass that alternate. taken: fraction of the device that a running
+    transfer uses."""
     lanes = [_Lane(backward), _Lane(forward)]
     now = exposed = link = 0.0
     turn = 0
@@ -81,7 +79,7 @@ def overlapped(forward: list[Segment], backward: list[Segment], taken: float) ->
 
 
 def _compute(now: float, seconds: float, link: float, taken: float) -> float:
-    """Returns the time at which a computation ends. The computation starts at time `now`, and would take `seconds`
-    without transfers. Until time `link`, a transfer runs and slows the computation."""
+    """Returns the end of a computation that starts at time `now`. It takes `seconds` without transfers. Until time
+    `link`, a transfer slows it."""
     lost = taken * max(0.0, link - now)
     return now + min(seconds + lost, seconds / max(1 - taken, 1e-9))

@@ -1,9 +1,8 @@
-"""Computes the seconds of work, from the rates of a hardware description or a calibration. Kinds of work without a rate
-have fallbacks.
+"""Computes the seconds of work, from the rates of a hardware description or a calibration.
 
-The hardware descriptions in conf/hardware have rates for a few kinds of work (GEMMs, attention, memory). A calibration
-measures rates for all kinds. A kind without a rate uses the rate of a more general kind, its fallback (WORK_KINDS). If
-the fallback has no rate either, an error is raised.
+The hardware descriptions in conf/hardware have rates for a few kinds of work; a calibration measures all kinds. A kind
+without a rate uses the rate of its fallback, a more general kind (WORK_KINDS). If the fallback has no rate either, an
+error is raised.
 """
 
 import math
@@ -34,20 +33,17 @@ WORK_KINDS = {
     "triton_grouped_wgrad": "grouped_wgrad",
     "triton_wgrad": "wgrad",
 }
-"""Kinds of GEMMs, each with its fallback: the kind whose rate is used if this kind has no rate (empty for none). The
-names of rates also end in a number format, such as fprop_bf16. Kinds with triton in their name are Sluice's FP8
-kernels."""
+"""Kinds of GEMMs, each with its fallback: the kind whose rate replaces a missing rate (empty for none). Names of rates
+also end in a number format, such as fprop_bf16. Kinds with triton in their name are Sluice's FP8 kernels."""
 NOT_MEMORY = ("memory", "attention_forward", "attention_backward", "launch")
-"""Kinds of work without a fallback. The kinds of GEMMs, of links and of the host have their own tables. All other kinds
-use the rate of `memory` if they have no rate."""
+"""Kinds of work without a fallback. GEMMs, links and the host have their own tables. All other kinds fall back to
+`memory`."""
 HOST = ("host", "host_memory")
-"""Kinds of work that offloading causes; they have no fallback. `host` counts the bytes that are copied between a device
-and its host. `host_memory` counts the bytes that the host's processors read and write in host memory."""
+"""Kinds of work that offloading causes, without a fallback. `host`: bytes copied between device and host.
+`host_memory`: bytes that the host's processors read and write."""
 HOST_LAUNCH = "host_launch"
-"""Kind of work for launching kernels; its rate has the seconds that a host core needs per launch.
-
-This kind has no fallback. If a hardware description has no rate of this kind, launches take no time.
-"""
+"""Kind of work for launching kernels, with the seconds of a host core per launch. Without a rate, launches take no
+time."""
 LINKS = {
     "all_to_all_inside": "inside",
     "all_to_all_across": "across",
@@ -58,23 +54,22 @@ LINKS = {
     "gather_inside": "inside",
     "gather_across": "across",
 }
-"""Kinds of transfers, inside a node and across nodes, each with its fallback: the kind whose rate is used if this kind
-has no rate. The rate of a transfer counts the bytes that one device sends."""
+"""Kinds of transfers, inside a node and across nodes, each with its fallback: the kind whose rate replaces a missing
+rate. Rates count the bytes that one device sends."""
 TUNED, OURS_UNTIMED = "tuned Megatron", "this program"
 
 
 @dataclass(frozen=True)
 class JobInterval:
-    """The range in which the measured step times of published jobs are: from exp(low) to exp(high) times the planned
-    step time. `python -m bench.plan_published` computes low and high."""
+    """The measured step times of published jobs are from exp(low) to exp(high) times the planned step time. `python -m
+    bench.plan_published` computes low and high."""
 
     low: float
     high: float
     jobs: int
     """Number of published jobs from which the range was computed."""
     held: float
-    """Fraction of the published jobs whose measured step time is inside the range. For this check, the range of each
-    job was computed only from jobs of other sources."""
+    """Fraction of the published jobs with a measured step time in the range, computed from jobs of other sources."""
 
     def around(self, seconds: float) -> tuple[float, float]:
         return seconds * math.exp(self.low), seconds * math.exp(self.high)
@@ -84,8 +79,8 @@ INTERVALS = {
     OURS_UNTIMED: JobInterval(-0.195, 0.495, 61, 0.90),
     TUNED: JobInterval(-0.204, 0.111, 33, 0.88),
 }
-"""Expected ranges of the real step time, by kind of program. Sluice has not been timed on a GPU, so its range is
-computed from the jobs of all programs."""
+"""Expected ranges of the real step time, by kind of program. Sluice has not been timed on a GPU, so its range comes
+from all programs."""
 CALIBRATION_FILE = "calibration.json"
 REQUIRED = {
     "device",
@@ -101,22 +96,21 @@ REQUIRED = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Rates of one device. source: text that tells the user where the rates are from."""
+    """Rates of one device. source: text about the origin of the rates, for the user."""
 
     rates: Mapping[str, Rate]
     source: str
     factors: Mapping[str, float] = field(default_factory=dict)
-    """Measured time of the passes and of the update, divided by the time that follows from the rates of their kernels.
-    A factor is 1 if it was not measured."""
+    """Measured time of the passes and of the update, divided by the time of their kernels; 1 if it was not measured."""
     threads: int | None = None
     """Number of threads per rank on the calibrated CPU."""
     intervals: Mapping[str, JobInterval] = field(default_factory=dict)
-    """INTERVALS, or empty if plans with these rates were not compared with published jobs."""
+    """INTERVALS; empty if plans with these rates were not compared with published jobs."""
     _found: dict[str, Rate] = field(default_factory=dict, init=False, compare=False, repr=False)
     """Cache of rates by kind."""
 
     def rate(self, kind: str) -> Rate:
-        """Returns the rate of a kind, or of its fallback. Raises UserError if neither has a rate."""
+        """Returns the rate of a kind, or of its fallback. Raises UserError if both are missing."""
         if kind not in self._found:
             self._found[kind] = self._find(kind)
         return self._found[kind]
@@ -139,11 +133,8 @@ class Rates:
         return sum(self.of(one) for one in work)
 
     def passes(self, work: Sequence[Work]) -> float:
-        """Returns the seconds of work inside the passes of a step, including launches.
-
-        Only a calibration measures the time that Python and autograd need to launch a kernel. Without a calibration,
-        this time is 0.
-        """
+        """Returns the seconds of work inside the passes of a step, including launches. Without a calibration, launches
+        take no time."""
         launch = self.rates.get("launch", Rate()).seconds
         return self.factor("passes") * self.seconds(work) + launch * sum(one.calls for one in work)
 
@@ -168,11 +159,10 @@ def _nearest_kind(kind: str) -> str | None:
 
 
 def load_rates(config: Config, alone: bool) -> Rates:
-    """Returns the rates that a plan of this recipe uses. alone: whether only one rank of a machine is active.
-    Calibrations have separate rates for this case, because active ranks share a machine's memory.
+    """Returns the rates that a plan of this recipe uses. alone: whether only one rank per machine is active;
+    calibrations have separate rates for this case.
 
-    Raises UserError if there is no hardware description, if it has no rates, or if the calibration was measured on
-    another device.
+    Raises UserError if there are no rates, or if they were measured on another device.
     """
     hardware = config.hardware
     require_hardware(hardware)
@@ -207,8 +197,8 @@ def read_calibration(path: str) -> dict[str, Any]:
 
 
 def check_device(config: Config, calibration: Mapping[str, Any]) -> None:
-    """Raise UserError if a calibration was not measured on the planned kind of device. On a CPU, also raise it if the
-    calibration was measured with another precision or with other compiled kernels."""
+    """Raise UserError if a calibration is for another kind of device or, on a CPU, for another precision or other
+    compiled kernels."""
     hardware, device = config.hardware, calibration["device"]
     wanted = cpu_name() if hardware.device == "cpu" else hardware.device
     same = device == wanted if hardware.device == "cpu" else wanted in device

@@ -1,8 +1,7 @@
 """Computes the seconds of every action of a pipeline from the work of its stages and the rates of a device.
 
-The memory plan runs each part of a stage once (train/plan/memory/part.py), and a recorder counts the work of the part
-(train/plan/work_recorder.py). This file converts the work of a stage to segments (passes.py), which the schedule can
-overlap.
+The memory plan runs each part of a stage once (train/plan/memory/part.py), and train/plan/work_recorder.py counts its
+work. This file converts the work to segments (passes.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -30,14 +29,14 @@ from train.plan.time.update import to_host
 from train.plan.work_recorder import ONCE, Exchange, Work
 
 FEW_MICRO_BATCHES = 16
-"""If a step has at most this many micro-batches, the first one is timed separately. Backward of the first micro-batch
-creates the sums of gradients. Backward of each later micro-batch reads these sums and adds to them."""
+"""If a step has at most this many micro-batches, the first one is timed separately. Its backward creates the sums of
+gradients; later ones add to them."""
 
 
 @dataclass
 class PassTime:
-    """The planned time of one pass over some layers. segments: durations of the pass, which the schedule can overlap.
-    pieces: the work of the pass, by kind of kernel."""
+    """The planned time of one pass over some layers. segments: durations of the pass. pieces: the work of the pass, by
+    kind of kernel."""
 
     segments: list[Segment] = field(default_factory=list)
     pieces: list[Sequence[Work]] = field(default_factory=list)
@@ -57,7 +56,7 @@ def _computing(one: PassTime) -> float:
 
 
 class Directions:
-    """The passes over some layers, one for each kind of action. Each pass is computed on first access."""
+    """The passes over some layers, one for each kind of action, each computed on first access."""
 
     def __init__(self, make: Callable[[str], PassTime]):
         self.of = cache(make)
@@ -85,7 +84,7 @@ class Stages:
     """Computes the durations of all actions in a recipe's pipeline."""
 
     def __init__(self, config: Config, layout: Layout, rates: Rates, memo: dict | None = None):
-        """memo: a cache that layouts of one recipe share if they use the same rates. None: a new cache."""
+        """memo: a cache that layouts of one recipe share if their rates are equal. None: a new cache."""
         self.config, self.layout, self.rates = config, layout, rates
         self.placement = config.parallel.placement
         self.layers = stage_layers(config)
@@ -103,7 +102,7 @@ class Stages:
             self.tokens, self.micro_batches, parallel.cp, layout.ranks_per_node, words, parallel.ep, parallel.dispatch, parallel.wire,
             config.holds_weights,
         )  # fmt: skip
-        """Settings that affect the time of a part and may differ between layouts. Each cache key contains them."""
+        """Settings that affect the time of a part and differ between layouts; part of each cache key."""
         self._sent: dict[int, float] = {}
         self._elapsed: dict[tuple, ElapsedTime] = {}
         self._kinds: dict[int, Parts] = {}
@@ -115,14 +114,14 @@ class Stages:
 
     @property
     def reduces_ahead(self) -> bool:
-        """Whether a chunk's gradients are reduced while other chunks still run passes (parallel/zero/whole_weights.py).
-        On a CPU, the result is False: the rank waits for the reduction."""
+        """Whether a chunk's gradients are reduced while other chunks still run passes; False on a CPU, which waits for
+        the reduction."""
         parallel = self.config.parallel
         return self.on_gpu and self.element == 2 and parallel.zero < 3 and not parallel.offload_optimizer
 
     @cached_property
     def spread(self) -> Spread:
-        """The expected number of messages that a token needs in a layer of experts, and the sizes of the messages."""
+        """The expected number of messages per token in a layer of experts, and their sizes."""
         return spread_of(self.config, self.layout)
 
     @cached_property
@@ -134,7 +133,7 @@ class Stages:
         return self._passes(self.kind(stage))
 
     def kind(self, stage: int) -> Parts:
-        """Returns the names of the parts of a stage, in order. Stages with equal names do the same work."""
+        """Returns the names of a stage's parts, in order. Equal names mean equal work."""
         if stage not in self._kinds:
             self._kinds[stage] = parts_of_stage(self.config, self.layers, stage)
         return self._kinds[stage]
@@ -144,8 +143,8 @@ class Stages:
         return self._remembered(key, lambda: Directions(lambda way: self._stage(parts, way)))
 
     def balanced(self) -> list[int]:
-        """Returns the split that best balances the planned times of the ranks: a list with the number of layers of
-        every stage, as in parallel.split."""
+        """Returns the split that best balances the planned times of the ranks, as the number of layers of every
+        stage."""
         model = self.config.model
         # If only some layers of a stage are recomputed, the costs assume that no layer is recomputed.
         again = model.repeated_layers >= model.layers
@@ -155,8 +154,8 @@ class Stages:
         return [len(one) for one in split_layers(costs, first, last, self.placement)]
 
     def _pair(self, parts: Parts) -> float:
-        """Returns the seconds of a forward and a backward pass over these parts. If the schedule overlaps the passes of
-        two micro-batches, the result is the time of the overlapped pair."""
+        """Returns the seconds of a forward and a backward pass over these parts, as an overlapped pair if the schedule
+        overlaps them."""
         made = self._passes(parts)
         forward, backward = made.forward.segments, made.backward.segments
         if self.config.parallel.schedule_facts.pairs and self.config.parallel.overlap:
@@ -164,8 +163,8 @@ class Stages:
         return alone(forward, self.taken).seconds + alone(backward, self.taken).seconds
 
     def _stage(self, parts: Parts, way: str) -> PassTime:
-        """Returns one pass over these parts in sequence. Backward starts with the last part. way: the kind of action,
-        as in `Directions.of`."""
+        """Returns one pass over these parts in sequence, in reverse for backward. way: the kind of action, as in
+        `Directions.of`."""
         first, depth = parts[0] == "embedding", self.config.model.mtp_depth if parts[-1] == "end" else 0
         whole = (
             self.config.parallel.zero == 3 or depth > 1 or self.config.model.sparse.heads > 0
@@ -181,8 +180,8 @@ class Stages:
         )
 
     def _part(self, part: str, way: str) -> PassTime:
-        """Returns one pass through a part, as a mean over the micro-batches. Backward of the first micro-batch creates
-        the gradients; backward of each other micro-batch adds to them."""
+        """Returns one pass through a part, as a mean over the micro-batches. The first backward creates the gradients;
+        later ones add to them."""
         if part == "end" and self._scene.ep > 1 and self.config.model.mtp_depth:
             return self._end(way)
         if way == "F":
@@ -195,9 +194,8 @@ class Stages:
     def _end(self, way: str) -> PassTime:
         """Returns one pass through the part `end`, for MTP modules whose experts are on several ranks.
 
-        The function starts from the time of `end` if all experts were on one rank. It subtracts the time of MTP blocks
-        with all experts on one rank, and adds the time of MTP blocks in the planned layout. A separate trace of `end`
-        for every layout of experts would take most of a search's time.
+        From the time of `end` with all experts on one rank, the function subtracts the MTP blocks. It adds the MTP
+        blocks of the planned layout. Tracing `end` for every layout would take most of a search's time.
         """
         model, parallel = self.config.model, replace(self.config.parallel, ep=1)
         block = "moe" + AGAIN * (Recompute.layer in model.recompute)
@@ -219,7 +217,7 @@ class Stages:
 
     def _timed(self, passes: list[tuple[float, PassMemory]]) -> PassTime:
         """Returns the average of passes that have the same segments but different work. passes: each pass with its
-        weight, which is the fraction of micro-batches with this pass."""
+        fraction of the micro-batches."""
         made = PassTime()
         for segments in zip(*(run.work for _, run in passes), strict=True):
             weighed = list(zip([share for share, _ in passes], segments, strict=True))
@@ -234,9 +232,8 @@ class Stages:
         return made
 
     def _scaled(self, work: Work, share: float) -> Work:
-        """Returns the work, multiplied by `share`, which is a fraction of the micro-batches. The trace of each
-        micro-batch also includes work that a real step does only once. Such work is also divided by the number of
-        micro-batches."""
+        """Returns the work, multiplied by `share`, a fraction of the micro-batches. Work that a step does only once is
+        also divided by the number of micro-batches."""
         kind = work.kind.removeprefix(ONCE)
         if kind != work.kind:
             share /= self.micro_batches
@@ -245,12 +242,12 @@ class Stages:
         return Work(kind, work.flops * share, work.bytes * share, work.calls * share)
 
     def seconds(self, works: Sequence[Work]) -> float:
-        """Returns the seconds of work in a pass. Transfers that block the pass are included."""
+        """Returns the seconds of work in a pass, including transfers that block the pass."""
         sent = [one for one in works if one.kind in LINKS]
         return self.rates.passes([one for one in works if one.kind not in LINKS]) + self.rates.seconds(sent)
 
     def _exchange_seconds(self, hop: Exchange) -> float:
-        """Returns the seconds of one transfer of a micro-batch's rows to experts or back, on the rank with the most
+        """Returns the seconds to transfer a micro-batch's rows once to experts or back, on the rank with the most
         rows."""
         tokens = self.tokens * self.config.plan.imbalance * hop.row_bytes
         return max(
@@ -271,7 +268,7 @@ class Stages:
         return self._elapsed[key]
 
     def _long_key(self, action: Action) -> tuple:
-        """Returns a cache key. Layouts in which the stages of this action do the same work have equal keys."""
+        """Returns a cache key, equal for layouts in which this action's stages do the same work."""
         kinds = [self.kind(half.stage) for half in action.halves or (action,)]
         return (*self._alike, action.kind, *kinds, self.config.parallel.zero == 3)
 
@@ -279,9 +276,8 @@ class Stages:
         return self._beside_copies(action, self._computing(action))
 
     def _beside_copies(self, action: Action, computed: ElapsedTime) -> ElapsedTime:
-        """Returns the time of an action, including copies to the host and from the host. computed: the time without
-        copies. On a GPU, copies in both directions overlap with each other and with computing. On a CPU, copies use the
-        cores, so their time is added."""
+        """Returns the time of an action, including copies to and from the host. computed: the time without copies. On a
+        GPU, copies overlap with computing and with each other. On a CPU, their time is added."""
         halves = action.halves or (action,)
         there = [self._copies(half.stage) for half in halves if half.kind == "F"]
         back = [self._copies(stage) for half in halves for stage, _ in reads(half)]

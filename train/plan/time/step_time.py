@@ -1,7 +1,7 @@
 """Plans the seconds of a training step: simulates the pipeline, then adds reduction, optimizer and gather.
 
-torch's schedules define the actions and their order (parallel/pipeline/simulate.py), and stages.py computes the
-durations of actions. MFU follows DeepSeek's definition: it excludes MTP, and is relative to the bf16 peak.
+torch's schedules define the actions and their order (parallel/pipeline/simulate.py), and stages.py their durations. MFU
+excludes MTP, as DeepSeek defines it, and is relative to the bf16 peak.
 """
 
 from collections import defaultdict
@@ -20,11 +20,8 @@ from train.plan.time.update import UpdateTime, WeightCounts, count_weights, stag
 from train.plan.work_recorder import Work
 
 HOST_BINDS = 0.5
-"""If launching kernels takes more than this fraction of the computing time, the host may limit the step.
-
-Launch times are estimates. A published job without CUDA graphs had a fraction of 0.52, and took twice as long as
-planned (Megatron-LM's guide for GB200).
-"""
+"""If launching kernels takes more than this fraction of the computing time, the host may limit the step. A published
+job with 0.52, without CUDA graphs, took twice the planned time (Megatron-LM's guide for GB200)."""
 
 
 @dataclass
@@ -33,7 +30,7 @@ class StepTime:
 
     step_seconds: float
     pipeline_seconds: float
-    """Seconds from the start of the first action on any rank to the end of the last action on any rank."""
+    """Seconds from the start of the first action on any rank to the end of the last one."""
     bubble_seconds: float
     """Idle time of a rank, as a mean over the ranks of a pipeline."""
     bubble_share: float
@@ -41,28 +38,22 @@ class StepTime:
     action_seconds: dict[str, float]
     """Seconds by kind of action (F, B, I, W, FB), as a mean over the ranks of a pipeline."""
     exposed_communication_seconds: float
-    """Seconds in which actions wait for tokens on their way to experts or back, as a mean over the ranks of a
-    pipeline."""
+    """Seconds in which actions wait for tokens to or from experts, as a mean over the ranks of a pipeline."""
     work_seconds: dict[str, float]
     """Seconds of computing by kind of work, as a mean over the ranks of a pipeline."""
     host_seconds: float
     """Seconds that a host core needs to launch the kernels of a step, as a mean over the ranks of a pipeline; 0 if
-    launch times are unknown.
-
-    No other field includes this time, because the host launches kernels while the device computes. If host_seconds is
-    close to the computing time, the host limits the step, and the step takes longer than planned.
-    """
+    unknown. Launches overlap with computing, so no other field includes them."""
     exchange_seconds: float
-    """Seconds of all exchanges of experts' tokens, as a mean over the ranks of a pipeline. Exchanges that overlap with
-    computing are included."""
+    """Seconds of all exchanges of experts' tokens, including those that overlap with computing, as a mean over the
+    ranks of a pipeline."""
     update: UpdateTime
     tokens_per_second: float
     tokens_per_second_per_gpu: float
     mfu_causal: float | None
-    """MFU relative to the bf16 peak of the hardware description; None if the description has no peak."""
+    """MFU relative to the bf16 peak; None if the peak is unknown."""
     mfu_full: float | None
-    """MFU if the FLOPs of attention are counted without the causal mask; None if the hardware description has no bf16
-    peak."""
+    """MFU with attention FLOPs counted without the causal mask; None if the bf16 peak is unknown."""
     actions: list[list[Action]]
     """The actions of every rank of a pipeline, in order."""
     length: Callable[[Action], float]
@@ -79,25 +70,24 @@ class StepTime:
 
     @property
     def host_share(self) -> float:
-        """The time to launch the kernels of the passes, divided by the time to compute the passes."""
+        """The time to launch the kernels of the passes, divided by their computing time."""
         return self.host_seconds / sum(self.work_seconds.values())
 
     @property
     def host_binds(self) -> bool:
-        """Whether launching the passes may take longer than computing them, so that the host limits the step."""
+        """Whether launching the passes may take longer than computing them."""
         return self.host_share > HOST_BINDS
 
     @property
     def interval_seconds(self) -> dict[str, tuple[float, float]]:
-        """Expected range of the real step time, by kind of program. The measured step times of four in five published
-        jobs were in such a range around the planned step time. Empty if the rates were not compared with published
-        jobs."""
+        """Expected range of the real step time, by kind of program, for four in five published jobs. Empty if rates
+        were not compared with published jobs."""
         return {kind: one.around(self.step_seconds) for kind, one in self.intervals.items()}
 
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """The parts of a step's time that a search needs. `StepTime` has more detail, for a plan."""
+    """The parts of a step's time that a search needs; a plan needs `StepTime`."""
 
     simulation: Simulation
     update: UpdateTime
@@ -110,8 +100,8 @@ class SimulatedStep:
 
 
 def simulate_step(stages: Stages, micro_batches: int | None = None) -> SimulatedStep:
-    """Simulates the pipeline action by action, and adds the update of the slowest rank. micro_batches: number of
-    micro-batches; None: those of a step."""
+    """Simulates the pipeline action by action, and adds the slowest rank's update. micro_batches: None for those of a
+    step."""
     extra = _stage3(stages) if stages.config.parallel.zero == 3 else {}
 
     def duration(action: Action) -> float:
@@ -124,13 +114,12 @@ def simulate_step(stages: Stages, micro_batches: int | None = None) -> Simulated
 
 
 LONG = 12
-"""Number of micro-batches per pipeline rank in the longer of two simulated steps. The time of a step with more
-micro-batches is extrapolated from these two steps, because each further micro-batch takes the same time."""
+"""Micro-batches per pipeline rank in the longer of two simulated steps, from which longer steps are extrapolated."""
 
 
 def estimate_step(stages: Stages) -> tuple[float, float]:
-    """Returns the seconds of a step, and the ratio of the busiest rank's time to the mean over all ranks. If a step has
-    many micro-batches, both are estimated from shorter steps."""
+    """Returns the seconds of a step, and the busiest rank's time divided by the mean. Longer steps are extrapolated
+    from shorter ones."""
     pp, count = stages.layout.pp, stages.micro_batches
     if count <= (LONG + 1) * pp or count % pp:
         step = simulate_step(stages)
@@ -142,8 +131,8 @@ def estimate_step(stages: Stages) -> tuple[float, float]:
 
 
 def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
-    """Plan the time of a step. rates: None to use the rates of the recipe's hardware. Raises UserError if the recipe
-    cannot run, if the planner does not support it, or if it has no rates."""
+    """Plan the time of a step. rates: None for those of the recipe's hardware. Raises UserError if the recipe cannot
+    run, is not supported, or has no rates."""
     require_hardware(config.hardware)
     require_rule(config)
     layout = layout_of(config)
@@ -188,12 +177,10 @@ def _transfer(stages: Stages) -> float:
 
 
 def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
-    """Returns the update time of the slowest rank. It includes that part of the gradient reduction which does not
-    overlap with the rank's passes.
+    """Returns the update time of the slowest rank, including reduction that does not overlap with passes.
 
-    simulated: the arguments `program`, `simulation` and `length` of `_hidden`. Without them, the function assumes that
-    the complete reduction overlaps with passes on every rank where overlap is possible. The result is then a lower
-    bound.
+    simulated: the arguments `program`, `simulation` and `length` of `_hidden`. Without them, reductions overlap
+    completely where possible, and the result is a lower bound.
     """
     updates: dict[WeightCounts, UpdateTime] = {}
     for rank, ids in enumerate(stages.placement):
@@ -209,12 +196,10 @@ def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
 def _hidden(
     stages: Stages, rank: int, whole: float, program: Program, simulation: Simulation, length: Callable[[Action], float]
 ) -> float:
-    """Returns the seconds that a rank saves because its gradient reduction overlaps with its passes. These are the
-    overlapped seconds, minus the time by which the reduction slows the passes. whole: seconds of the complete
-    reduction.
+    """Returns the seconds that a rank saves because its gradient reduction overlaps with passes, minus the slowdown of
+    these passes. whole: seconds of the complete reduction.
 
-    A stage's gradients are reduced while the rank's other stages still run passes. Only the reduction of the stage that
-    ends last overlaps with no pass (parallel/zero/whole_weights.py).
+    Only the reduction of the stage that ends last overlaps with no pass.
     """
     actions = program.actions[rank]
     ahead = stages_ahead(actions)
@@ -226,8 +211,8 @@ def _hidden(
 
 
 def _stage3(stages: Stages) -> dict[str, float]:
-    """Returns the seconds that the communication of ZeRO stage 3 adds to a forward (F) and to a backward (B). These are
-    the seconds that do not overlap with the pass, and the time by which communication slows the pass."""
+    """Returns the seconds that the communication of ZeRO stage 3 adds to a forward (F) and a backward (B), including
+    the slowdown of the passes."""
     held = count_weights(stages.config, stages.layers, stages.placement[0], len(stages.layers) - 1)
     forward, backward = stage3_seconds(stages.config, stages.layout, stages.rates, held)
     added = {}
@@ -246,8 +231,7 @@ def _by_kind(actions: list[list[Action]], duration: Callable[[Action], float]) -
 
 
 def _work(stages: Stages, measure: Callable[[Work], float]) -> dict[str, float]:
-    """Returns the sum of `measure` over all kernels of a step, by kind of work, as a mean over the ranks of a
-    pipeline."""
+    """Returns the sum of `measure` over a step's kernels, by kind of work, as a mean over the ranks of a pipeline."""
     total: defaultdict[str, float] = defaultdict(float)
     for stage in range(len(stages.layers)):
         made = stages.directions(stage)
@@ -264,8 +248,8 @@ def _exchanges(stages: Stages) -> float:
 
 
 def mfu(config: Config, step_seconds: float, causal: bool) -> float | None:
-    """Returns the MFU relative to the bf16 peak of all devices; None if the hardware description has no peak. causal:
-    whether the FLOPs of attention are counted with the causal mask."""
+    """Returns the MFU relative to the bf16 peak of all devices; None without a peak. causal: whether attention counts
+    only FLOPs under the causal mask."""
     if not config.hardware.bf16_flops:
         return None
     rate = config.batch_size * config.seq_len / step_seconds / config.parallel.world

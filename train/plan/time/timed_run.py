@@ -1,13 +1,11 @@
 """Times the kernels of a recipe. It runs each part of the model as a memory plan does (train/plan/memory/part.py), but
 on a real device.
 
-A plan and a calibration use the same recorder (train/plan/work_recorder.py). So a calibration times every kernel that a
-plan counts. Each part runs several times, and only the shortest time of each kernel is used, because other work on the
-machine can make a kernel slower but not faster. Some kernels are not in any part and are timed separately: the
-optimizer's kernels, and casts of rows that are sent in FP8.
+A plan uses the same recorder (train/plan/work_recorder.py), so every kernel of a plan is timed. The shortest time of
+several runs is used. The optimizer's kernels, and casts of rows that are sent in FP8, are timed separately.
 
-On a GPU, autograd runs in a separate thread. The recorder cannot observe single torch operations of this thread, but it
-observes the model's calls of its kernels.
+On a GPU, autograd runs in a separate thread. There, the recorder observes the model's calls of its kernels, but no
+single torch operations.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,8 +32,7 @@ TIMED_PARTS = ("embedding", "dense", "moe", "end")
 TIMED_PASSES = 6
 """Number of passes through a part. The time of the first pass is discarded."""
 COUNT = 2**25
-"""Number of weights in the measurements of the update. Like the weights of a real update, they do not fit into a
-cache."""
+"""Number of weights in the measurements of the update: too many for a cache, as in a real update."""
 PIECES = (2**14, 2**20)
 """Sizes of the tensors with which the update is timed, in weights per tensor."""
 
@@ -52,7 +49,7 @@ class TimedRun(Run):
         self._recorder = self._ledger.recorder = WorkRecorder(waits_for_each=True, clock=clock)
 
     def timed(self) -> list[TimedWork]:
-        """Returns all kernels of a forward and a backward pass, each with the shortest of its measured times."""
+        """Returns all kernels of a forward and a backward pass, each with its shortest measured time."""
         passes = []
         for _ in range(TIMED_PASSES):
             self.forward()

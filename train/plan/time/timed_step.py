@@ -21,8 +21,8 @@ def wall_clock(device: torch.device) -> float:
 
 
 def undisturbed_clock(device: torch.device) -> float:
-    """Returns the seconds of `wall_clock`. On a CPU with one thread, it returns the processor time of this process
-    instead, which does not include the work of other processes."""
+    """Returns the seconds of `wall_clock`. On a CPU with one thread, returns the processor time of this process
+    instead."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return time.process_time()
     return wall_clock(device)
@@ -46,9 +46,8 @@ class TimedStep:
         """Run the step with this number. Returns its outcome, and the seconds of the phases `schedule` (all passes),
         `reduction` and `update`.
 
-        on_phase: a function that is called with the name of each phase at its end. The learning rate is 0. The work is
-        the same as in training. The weights do not change, so they stay valid although the shards of other ranks are
-        missing.
+        on_phase: called with each phase's name at its end. The learning rate is 0, so weights stay valid although other
+        ranks' shards are missing.
         """
         plan = StepPlan(number, 0, self._config.batch_size, 0.0, self._config.optim.mtp_weight[0].value, 0.0)
         marks, seconds = [self._clock(self._device)], {}

@@ -1,9 +1,7 @@
 """Estimates how many messages each token causes between expert-parallel ranks, and how many bytes they have.
 
-With balanced routing, all experts are equally likely. So the router's rule determines the expected number of nodes,
-ranks and experts that receive a token. To count them, the code applies the same rule (paper 2.1.2) to random scores. It
-first chooses groups by the sum of their best group_top_k scores, and then the top_k experts in these groups. As in
-parallel/expert, a message is a row in the wire format and its side data.
+With balanced routing, all experts are equally likely. To count the nodes, ranks and experts that receive a token, the
+router's rule (paper 2.1.2) is applied to random scores. A message is a row in the wire format and its side data.
 """
 
 from dataclasses import dataclass
@@ -17,13 +15,13 @@ from parallel.expert.wire import TILE
 from parallel.layout import Layout
 
 SAMPLES = 4096
-"""Number of random tokens. With this number, the standard error of a mean number of messages is below 0.5 %."""
+"""Number of random tokens. The standard error of a mean number of messages is below 0.5 %."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Expected number of messages of a token in one layer of experts, and the bytes of each kind of message. All counts
-    are means over tokens."""
+    """Expected messages of a token in one layer of experts (means over tokens), and the bytes of each kind of
+    message."""
 
     ranks: int
     """Number of ranks in the expert group."""
@@ -38,21 +36,21 @@ class Spread:
     high_bytes: int
     """Bytes of a combine message in forward: a row in the activation dtype."""
     high_gradient_bytes: int
-    """Bytes of a combine message in backward: a row in the activation dtype, and the gradients of its gates."""
+    """Bytes of a combine message in backward: a row in the activation dtype, and its gates' gradients."""
     inside: float
     """Number of messages of a token to other ranks of the same node."""
     across: float
     """Number of messages of a token to other nodes."""
 
     def step_bytes(self, tokens: float) -> tuple[float, float]:
-        """Returns two numbers for one layer of experts: the bytes that are sent inside nodes, and the bytes that are
-        sent across nodes, in forward and backward together. tokens: number of tokens of the layer."""
+        """Returns the bytes that one layer of experts sends inside nodes and across nodes, in forward and backward
+        together. tokens: number of tokens of the layer."""
         row = self.row_bytes + self.gradient_bytes + self.high_bytes + self.high_gradient_bytes
         return tokens * self.inside * row, tokens * self.across * row
 
 
 def spread_of(config: Config, layout: Layout) -> Spread:
-    """Returns the expected number of messages per token in a layout, and the bytes of each kind of message."""
+    """Returns the expected messages per token in a layout, and the bytes of each kind of message."""
     model, element = config.model, config.precision.weight_bytes
     if layout.ep == 1:
         return Spread(1, (), 1.0, 0, 0, 0, 0, 0.0, 0.0)
@@ -66,11 +64,8 @@ def spread_of(config: Config, layout: Layout) -> Spread:
 
 
 def latent_bytes(config: Config) -> int:
-    """Returns the bytes that a rank sends, per micro-batch, when context-parallel ranks gather the latents of a layer.
-    A scatter of the latents' gradients sends the same number of bytes.
-
-    Each layer needs two gathers and one scatter (parallel/context.py).
-    """
+    """Returns the bytes that a rank sends per micro-batch to gather a layer's latents over context-parallel ranks, or
+    to scatter their gradients. Each layer needs two gathers and one scatter (parallel/context.py)."""
     model, cp = config.model, config.parallel.cp
     own = config.micro_batch_size * config.seq_len // cp
     return (cp - 1) * own * (model.kv_rank + model.rope_head_dim) * config.precision.weight_bytes
@@ -89,17 +84,16 @@ def _chosen(experts: int, top_k: int, groups: int, top_groups: int, group_top_k:
 
 
 def reached(model: Model, nodes: int, per_node: int) -> tuple[float, float, int]:
-    """Returns three numbers for a token: the expected number of nodes with at least one of the token's experts, the
-    expected number of ranks with at least one of the token's experts, and the number of the token's experts. Each rank
-    has experts with consecutive ids."""
+    """Returns three numbers for a token: the expected number of nodes with its experts, the expected number of ranks
+    with its experts, and its number of experts. Each rank has experts with consecutive ids."""
     rule = model.experts, model.top_k, model.groups, model.top_groups, model.resolved_group_top_k
     return _distinct(nodes, *rule), _distinct(nodes * per_node, *rule), model.top_k
 
 
 @cache
 def _distinct(holders: int, experts: int, *rule: int) -> float:
-    """Returns the expected number of holders (ranks or nodes) with at least one of a token's experts. All holders have
-    the same number of experts, with consecutive ids."""
+    """Returns the expected number of holders (ranks or nodes) with at least one of a token's experts. All have equally
+    many experts, with consecutive ids."""
     hit_SH = np.zeros((SAMPLES, holders), dtype=bool)
     np.put_along_axis(hit_SH, _chosen(experts, *rule) // (experts // holders), True, 1)
     return float(hit_SH.sum(1).mean())

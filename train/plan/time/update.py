@@ -1,17 +1,19 @@
 """Computes the seconds between the last micro-batch and the next step: gradient reduction, weight update and gather.
 
-parallel/zero/whole_weights.py runs these three steps with DeepSpeed. An all-reduce sums the gradients in fp32 over all
-ranks that hold the same weights, and each rank keeps its shard of the sums. Every rank updates its shard of the
-weights. Then the ranks gather the weights in their storage format. All ranks of a stage share the dense weights, and
-ranks with the same experts share the weights of these experts.
+DeepSpeed runs these steps (parallel/zero/whole_weights.py). An all-reduce sums the fp32 gradients over all ranks with
+the same weights. Every rank keeps its shard of the sums, and updates its shard of the weights. Then the ranks gather
+the weights in their storage format. All ranks of a stage share the dense weights; ranks with the same experts share
+their weights.
 
-If a chunk ends before another chunk of its rank, its gradients are reduced while the pipeline still computes
-(step_time.py). At ZeRO stage 3, gathers and reductions run in every micro-batch, so this file counts only the update.
+Special cases:
 
-If the optimizer orthogonalises matrices, it does so after it has updated the shard. Matrices are sent to their owners
-and back while other matrices are computed (parallel/owners.py). So only the longer time counts: that of sending, or
-that of computing. With the optimizer on the host, the shard's gradients are copied from the device to the host, and the
-rounded weights are copied back. The update is then limited by the host's memory bandwidth.
+- A chunk ends before another chunk of its rank: its gradients are reduced while the pipeline still computes
+  (step_time.py).
+- ZeRO stage 3: gathers and reductions run in every micro-batch, so this file counts only the update.
+- Orthogonalised matrices: sends to their owners and back overlap with computing (parallel/owners.py). Only the longer
+  time counts.
+- Optimizer on the host: gradients are copied to the host, and rounded weights back. The host's memory bandwidth limits
+  the update.
 """
 
 import math
@@ -33,14 +35,11 @@ from train.plan.time.rates import Rates
 from train.plan.work_recorder import Work
 
 DEVICE_PASSES = 20
-"""Bytes per gradient element that DeepSpeed reads and writes in device memory for the reduction. DeepSpeed copies the
-element into its bucket, copies it out of the bucket, and divides it.
-
-With bf16 weights, gradients that no other rank shares are not copied.
-"""
+"""Bytes per gradient element that DeepSpeed reads and writes for the reduction: copies into and out of the bucket, and
+a division. With bf16 weights, gradients that no other rank shares are not copied."""
 NORM_BYTES, CLIP_BYTES = 4, 8
-"""Bytes that the gradient norm and clipping read and write per element of the shard. The norm reads each element.
-Clipping at ZeRO stage 3 reads and writes each element; at other stages, the update itself clips."""
+"""Bytes per element of the shard for the gradient norm and clipping. The norm reads each element. Only ZeRO stage 3
+clips separately, with a read and a write."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,11 @@ class UpdateTime:
     """Seconds of reduction, optimizer and gather."""
 
     reduce: float
-    """The part of the reduction that does not overlap with passes, and the copies that the reduction needs."""
+    """Seconds of the reduction that do not overlap with passes, including the copies that the reduction needs."""
     optimizer: float
     gather: float
     hidden: float = 0.0
-    """Time that is saved because the reduction overlaps with passes. Not included in `seconds`."""
+    """Seconds that are saved because the reduction overlaps with passes. Not included in `seconds`."""
 
     @property
     def seconds(self) -> float:
@@ -61,16 +60,14 @@ class UpdateTime:
 
 @dataclass(frozen=True)
 class WeightCounts:
-    """Numbers of weights of one rank. Dense weights and expert weights are counted separately, because they are shared
-    by different groups of ranks."""
+    """Numbers of weights of one rank. Different groups of ranks share dense weights and expert weights."""
 
     dense: float
     experts: float
     orthogonal: tuple["Orthogonal", ...] = ()
-    """The orthogonalised matrices of the dense weights and of the experts; empty if the optimizer orthogonalises
-    none."""
+    """The orthogonalised matrices of the dense weights and of the experts; empty if there are none."""
     frozen_dense: int = 0
-    """In an adapter's run: bytes of the frozen dense weights. `dense` and `experts` then count only the adapter's
+    """Bytes of the frozen dense weights in an adapter's run. `dense` and `experts` then count only the adapter's
     weights."""
     frozen_experts: int = 0
     """In an adapter's run: bytes of the frozen expert weights."""
@@ -78,8 +75,8 @@ class WeightCounts:
 
 @dataclass(frozen=True)
 class Orthogonal:
-    """Matrices that the optimizer orthogonalises. Several ranks share the matrices. Each matrix is orthogonalised by
-    one rank, the owner of the matrix."""
+    """Matrices that the optimizer orthogonalises. Several ranks share them; one rank, the owner, orthogonalises each
+    matrix."""
 
     elements: float
     """Number of elements of all matrices."""
@@ -91,24 +88,20 @@ class Orthogonal:
     """Number of matrices that are as expensive as the most expensive one."""
 
     def busiest(self, ranks: int) -> float:
-        """Returns an upper bound on the number of operations on the rank with the most operations. ranks: number of
-        ranks that share the matrices."""
+        """Returns an upper bound on the operations of the busiest rank. ranks: number of ranks that share the
+        matrices."""
         return max(KEEPS * max(self.flops / ranks, self.largest), math.ceil(self.dearest / ranks) * self.largest)
 
     def moved(self, ranks: int) -> float:
-        """Returns the bytes that a rank sends in fp32, to owners of matrices and back.
-
-        Every rank holds an equal part of each matrix, and sends it to the owner of the matrix. The owner does not send
-        its own part.
-        """
+        """Returns the bytes that a rank sends in fp32, to owners of matrices and back. An owner does not send its own
+        part."""
         return 2 * 4 * self.elements * (ranks - 1) / ranks**2
 
 
 def count_weights(config: Config, layers: list[range], stage_ids: list[int], last: int) -> WeightCounts:
-    """Returns the numbers of weights in the stages of one pipeline rank. For experts, the result counts only the
-    weights on one of the expert-parallel ranks.
+    """Returns the numbers of weights in the stages of one pipeline rank, with the experts of one expert-parallel rank.
 
-    layers: layers of every stage. stage_ids: stages of the pipeline rank. last: index of the last stage.
+    layers: layers of every stage. stage_ids: stages of the rank. last: index of the last stage.
     """
     model, parallel = config.model, config.parallel
     if config.adapter.on:
@@ -136,8 +129,8 @@ def count_weights(config: Config, layers: list[range], stage_ids: list[int], las
 
 
 def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last: int) -> tuple[Orthogonal, ...]:
-    """Returns two results: the orthogonalised matrices of dense weights, which all ranks of a stage share, and those of
-    one rank's experts."""
+    """Returns the orthogonalised matrices of dense weights, which all ranks of a stage share, and those of one rank's
+    experts."""
     facts, muon = config.optim.facts, config.optim.muon
     if not facts.matrices.is_whole:
         return ()
@@ -152,8 +145,7 @@ def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last:
 def _part_orthogonal(
     model: FrozenSection[Model], facts: OptimizerFacts, part: str, share: int, by_head: bool, iteration: str
 ) -> tuple[Orthogonal, Orthogonal]:
-    """Returns the orthogonalised matrices of one part: first those of dense weights, then those of one rank's
-    experts."""
+    """Returns the orthogonalised matrices of one part: those of dense weights, then those of one rank's experts."""
     found: tuple[list[Orthogonal], list[Orthogonal]] = [], []
     for weight in part_weights(model, part, share):
         if facts.choose_rule(weight.name, len(weight.shape)).is_whole:
@@ -175,8 +167,8 @@ def _joined(parts: Sequence[Orthogonal]) -> Orthogonal:
 
 
 def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: list[tuple[float, int, int]]) -> float:
-    """Returns the seconds to orthogonalise the matrices on their owners. Matrices are sent to their owners and back
-    while other matrices are computed, so the longer of both times counts."""
+    """Returns the seconds to orthogonalise the matrices on their owners. Sends overlap with computing, so the longer of
+    both times counts."""
     seconds = 0.0
     form = "bf16" if device_kind(config) == "cuda" else "fp32"
     for one, (_, group, per_node) in zip(held.orthogonal, groups, strict=False):
@@ -187,14 +179,14 @@ def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: l
 
 
 def ring_bandwidth_share(group: int, per_node: int) -> tuple[str, float]:
-    """Returns the kind of link that limits the speed of a ring, and the number of these links that a node can use at a
-    time. group: number of ranks in the ring. per_node: number of ranks of the ring on each node."""
+    """Returns the kind of link that limits a ring, and the number of these links that a node can use at a time. group:
+    ranks in the ring. per_node: ranks of the ring on each node."""
     return ("inside", 1.0) if group <= per_node else ("across", float(per_node))
 
 
 def sharers(layout: Layout, held: WeightCounts) -> list[tuple[float, int, int]]:
-    """Returns two tuples, for a rank's dense weights and for its expert weights. Each tuple has the number of weights,
-    the number of ranks that share these weights, and the number of these ranks on one node."""
+    """Returns two tuples, for a rank's dense and expert weights: number of weights, number of ranks that share them,
+    and number of these ranks on one node."""
     inside_node = min(layout.stage_ranks, layout.ranks_per_node)
     return [
         (held.dense, layout.stage_ranks, inside_node),
@@ -236,27 +228,24 @@ def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts
 
 
 def to_host(config: Config, rates: Rates, moved: float) -> float:
-    """Returns the seconds to copy this many bytes from a device to its host, or back. On a CPU, this is a copy within
-    host memory."""
+    """Returns the seconds to copy this many bytes from a device to its host, or back; on a CPU, within host memory."""
     if config.hardware.device == "cpu":
         return rates.of(Work("copy", bytes=2 * moved))
     return rates.of(Work("host", bytes=moved))
 
 
 def _collective(name: str, rates: Rates, moved: float, group: int, per_node: int) -> float:
-    """Returns the seconds of a collective that uses rings over the group. Between nodes, the network adapters of all
-    ranks of a node work in parallel. The collective is never faster than one inside a node.
-
-    name: kind of collective. moved: bytes that each rank sends.
-    """
+    """Returns the seconds of a collective that uses rings over the group. It is never faster than inside a node.
+    Between nodes, the network adapters of a node work in parallel. name: kind of collective. moved: bytes that each
+    rank sends."""
     where, links = ring_bandwidth_share(group, per_node)
     seconds = rates.of(Work(f"{name}_{where}", bytes=moved / links))
     return seconds if where == "inside" else max(seconds, rates.of(Work(f"{name}_inside", bytes=moved)))
 
 
 def stage3_seconds(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> tuple[float, float]:
-    """Returns the seconds of communication in the forward and in the backward of a micro-batch at ZeRO stage 3. Forward
-    gathers weights; backward gathers weights and reduces gradients."""
+    """Returns the seconds of communication in a micro-batch's forward (gathers) and backward (gathers and reductions)
+    at ZeRO stage 3."""
     element = config.precision.weight_bytes
     gather = reduce = 0.0
     frozen_weights = held.frozen_dense, held.frozen_experts
