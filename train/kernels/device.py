@@ -23,7 +23,7 @@ GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg")
 
 
 def check_memory(config: Config, state_bytes: int) -> None:
-    """Raise UserError if this machine's CPU ranks lack memory for weights and optimizer state."""
+    """Raise UserError if the ranks on this machine's CPU lack memory for weights and optimizer state."""
     if config.cluster.backend == "ray" or (config.cluster.device != "cpu" and gpu_files()):
         return
     total = psutil.virtual_memory().total

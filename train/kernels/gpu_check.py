@@ -46,7 +46,8 @@ def require_dispatch(config: Config) -> None:
 
 
 def probe_in_turn(config: Config, place: Place, device: "torch.device") -> None:
-    """Test the FP8 GEMMs on every machine's first rank, while other ranks wait. A failure raises on all ranks."""
+    """Test the FP8 GEMMs on every machine's first rank, while other ranks wait. If a test fails, all ranks raise the
+    error."""
     fp8 = config.precision.fp8
     if device.type == "cuda":
         require_dispatch(config)

@@ -109,7 +109,8 @@ def _drop(x: Tensor, share: float, salt: int) -> Tensor:
 
 
 def _mixed(number: Tensor) -> Tensor:
-    """Return the splitmix64 hash of int64 numbers. Right shifts copy the sign bit, which mixes the bits as well."""
+    """Return the splitmix64 hash of int64 numbers. Right shifts copy the sign bit, which mixes the bits equally
+    well."""
     first, second, third = MIX
     number = number + first
     number = (number ^ (number >> 30)) * second

@@ -37,7 +37,7 @@ from train.model.token_losses import LossTokens, TokenLoss
 
 
 class Losses:
-    """Sums the losses of all micro-batches since `clear`, on the device, without gradient."""
+    """Sums the losses of all micro-batches since the last `clear`, on the device, without gradient."""
 
     def __init__(self, depths: int):
         self._depths = depths

@@ -59,7 +59,7 @@ class LayerNorm(nn.Module):
 
 
 class Indexer(nn.Module):
-    """The indexer of one layer. `loss` sums its training losses since `clear`."""
+    """The indexer of one layer. `loss` sums its training losses since the last `clear`."""
 
     def __init__(self, config: Model, precision: LayerPrecision, **factory):
         super().__init__()
@@ -72,7 +72,7 @@ class Indexer(nn.Module):
         self._config, self._rope_width, self._kernels = config.sparse, config.rope_head_dim, precision.kernels
         self.loss: Tensor | float = 0.0
         self.layer: int | None = None
-        """Index among the main model's indexers, set by the model; None in an MTP module."""
+        """Index of this indexer among the main model's indexers, set by the model; None in an MTP module."""
 
     def forward(
         self,
@@ -207,7 +207,7 @@ def index_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor, elements: int) -> Te
 
 
 def head_slices(heads: int, each: int, elements: int) -> Iterator[slice]:
-    """Split the heads into slices of at most `elements` elements, and at least one head.
+    """Split the heads into slices of at most `elements` elements, but at least one head each.
 
     each: number of elements of one head.
     """

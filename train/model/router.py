@@ -65,7 +65,7 @@ class Router(nn.Module):
         self.rule = self.rule._replace(softmax=config.scores == ScoreFunction.softmax)
         self.balance_weight, self.frozen = 0.0, False
         self.layer: int | None = None
-        """Index among the main model's MoE layers, set by the model; None in an MTP module."""
+        """Index of this router among the main model's MoE layers, set by the model; None in an MTP module."""
         self._kernels = kernels
 
     def forward(
@@ -113,8 +113,8 @@ class Router(nn.Module):
         self.balance_loss.zero_()
 
     def entropy(self) -> Tensor:
-        """Return the entropy (nats) of the experts' mean normalised scores since `clear`; log(experts) if all are
-        equal."""
+        """Return the entropy (nats) of the experts' mean normalised scores since the last `clear`; log(experts) if all
+        are equal."""
         return torch.special.entr(self.score_E / self.score_E.sum()).sum()
 
 

@@ -64,7 +64,8 @@ def negative_logprob(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
 
 
 def importance_sampling(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
-    """Returns -r A: the policy gradient with importance weights, for tokens that another policy sampled.
+    """Returns -r A (see the top of this file): the policy gradient with importance weights, for tokens of another
+    policy.
 
     Needs the tensors advantages and old_logprobs.
     """
@@ -85,8 +86,8 @@ def ppo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 0.2, clip_high: f
 def cispo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 1.0, clip_high: float = 2.0) -> Tensor:
     """Returns -stopgrad(clip(r, 1 - clip, 1 + clip_high)) A logprob (MiniMax-M1, arXiv 2506.13585, eq. 4).
 
-    r is clipped, but every token has a gradient. With clip = 1 there is no lower bound, as in the paper. Needs the
-    tensors advantages and old_logprobs.
+    r (see the top of this file) is clipped, but every token has a gradient. With clip = 1 there is no lower bound, as
+    in the paper. Needs the tensors advantages and old_logprobs.
     """
     weights_BT = _ratio(logprobs_BT, tokens).detach().clamp(1 - clip, 1 + clip_high)
     return -weights_BT * tokens["advantages"] * logprobs_BT
@@ -98,7 +99,7 @@ def gspo(logprobs_BT: Tensor, tokens: LossTokens, clip: float = 3e-4, clip_high:
 
     Source: Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7, bounds from 5.1. Every learnt token has the loss of its
     sample, so a longer sample has a larger weight. Needs the tensors advantages (equal for all tokens of a sample) and
-    old_logprobs.
+    old_logprobs. r, A: see the top of this file.
     """
     ratio_BT = tokens.mean_of_samples(logprobs_BT - tokens["old_logprobs"]).exp()
     return _clipped(ratio_BT, tokens["advantages"], clip, clip_high)

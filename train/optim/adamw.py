@@ -19,7 +19,7 @@ from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, 
 from train.kernels.cpu.libraries import library
 
 VECTOR = 16
-"""Elements of torch's widest vector. torch's kernel updates the elements after the last full vector in double
+"""Number of elements of torch's widest vector. torch's kernel updates the elements after the last full vector in double
 precision."""
 
 _load = partial(library, "adamw")

@@ -58,7 +58,7 @@ _cross_entropy = Kernel(
 
 def _heads(name: str, back: bool) -> Kernel:
     """Declares the function that splits projections into heads. Forward reads q, kv and shared, and writes queries,
-    keys and values; backward reads and writes the reverse."""
+    keys and values; backward does the reverse."""
     first = {"q": "B T H nope+R", "kv": "B T H nope+V", "shared": "B T 1 R"}
     second = {"queries": "B H T nope+R", "keys": "B H T nope+R", "values": "B H T V"}
     split = Struct(

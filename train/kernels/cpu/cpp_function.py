@@ -135,7 +135,7 @@ class Array:
         return True
 
     def _lies_right(self, shape: Sequence[int], strides: Sequence[int]) -> bool:
-        """Returns whether one of the last `beside` axes has stride 1, and, if C++ writes to the tensor, no axis has
+        """Returns whether one of the last `beside` axes has stride 1. If C++ writes to the tensor, no axis may have
         stride 0.
 
         Axes of size 1 do not matter.

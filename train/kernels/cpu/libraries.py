@@ -23,7 +23,8 @@ torch's matmuls reach 90 % of the bf16 rate, and compiled matmuls 80 % of the FM
 
 @cache
 def why_absent() -> str | None:
-    """Returns the reason why this machine cannot use the libraries, or None. The first call builds them (seconds)."""
+    """Returns the reason why this machine cannot use the libraries, or None. The first call builds them, which takes
+    seconds."""
     if not has_avx2():
         return "this CPU has no AVX2"
     try:

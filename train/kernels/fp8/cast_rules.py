@@ -29,7 +29,7 @@ class OperandRule:
     floor: float = 0.0
 
     def cast(self, transposed: bool = False) -> Cast:
-        """Returns the cast for a contraction over the last dimension, or, if `transposed`, the one before."""
+        """Returns the cast for a contraction over the last dimension, or if `transposed`, over the last but one."""
         return self._casts[transposed]
 
     @cached_property

@@ -90,7 +90,7 @@ class CompiledEngine(CpuEngine):
         return QuantizedTensor(q_PF, scale, parts[0].cast, q_PF.shape)
 
     def _is_torchs(self, left: ScaledOperand, right: ScaledOperand) -> bool:
-        """Returns whether torch computes the matmul: neither operand has scales, and compiled matmuls are not
+        """Returns whether torch computes the matmul. It does if neither operand has scales and compiled matmuls are not
         faster."""
         if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
             return False

@@ -82,7 +82,7 @@ class Fp8Engine(Protocol):
     """Quantises and multiplies on one kind of device (list: top of this file)."""
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Source:
-        """Quantise a tensor to save it for backward. The bits equal `quantize`; there may be padding."""
+        """Quantise a tensor to save it for backward. The bits equal those of `quantize`; there may be padding."""
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Source:
         """Quantise a tensor for immediate use, in this engine's cheapest form."""
@@ -162,7 +162,7 @@ class HeldWeights:
         self._made: dict[tuple[int, bool], Any] = {}
 
     def name(self, weight: Tensor) -> int | None:
-        """Returns an identifier of a weight for `operand`; None if the weight's operands are not stored.
+        """Returns an identifier of a weight for the method `operand`; None if the weight's operands are not stored.
 
         Forward saves it for backward, where autograd may pass another tensor object with the same memory.
         """

@@ -6,8 +6,8 @@
       TritonMatmuls    Sluice's kernels (train/kernels/fp8/triton_matmuls.py), which need only torch and triton
       DeepGemmMatmuls  DeepGEMM's: M-grouped 1x128 by 128x128 (Fprop, Dgrad), K-grouped 1x128 by 1x128 (Wgrad, fp32)
 
-If a library is missing or too old, the run fails with an error that names it; there is no fallback. The quantisation
-kernels pad operands with zero rows to multiples of 128.
+If a library is missing or too old, the run fails with an error that names it. The quantisation kernels pad operands
+with zero rows to multiples of 128.
 
 Pitfalls of the libraries:
 - For a 128x128 operand, cuBLASLt expects a multiple of 4 scales along the contraction. So Sluice pads these scales.
@@ -46,7 +46,7 @@ class PaddedOperand:
     """A quantised operand in the kernels' memory layout, padded to multiples of 128."""
 
     q: Tensor
-    """Codes (..., O, C). For DeepGEMM's K-grouped GEMM flat: one matrix (O, expert's rows) after another."""
+    """Codes (..., O, C). For DeepGEMM's K-grouped GEMM, q is flat: one matrix (O, expert's rows) after another."""
     scale: Tensor
     """Scales. Tiles: (O, C / 128), stored column by column. Blocks: (..., O / 128, C / 128), contiguous. MXFP8: see
     `quantize_mx` in train/kernels/fp8/triton_quantize.py."""

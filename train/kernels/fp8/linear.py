@@ -15,8 +15,7 @@
                 dw2 = Q'(D(Q(dy)))^T Q'(a)         the dispatcher delivers dy in FP8 already
 
 The saved input may have another cast than in Fprop. If the model saves or recomputes the original input anyway
-(`train.model.recompute`), the layer saves no FP8 copy. Backward then casts the original input again, with the same
-result.
+(`train.model.recompute`), the layer saves no FP8 copy. Backward then casts the original input again.
 
 Some GEMMs need each expert's rows padded to a multiple of 128 (train/kernels/fp8/groups.py). If the dispatcher sends
 FP8, x and dy arrive quantised (parallel/expert/wire.py). If the rules require the same cast, the arrived codes are Q(x)

@@ -111,7 +111,7 @@ def _matmul_kernel(
 
 @triton.jit
 def store_sums(acc, out_ptr, expert, m, n, height_out, width_out, added: constexpr):
-    """Store tile (m, n) of an expert's matrix. added: add it to the existing values."""
+    """Store tile (m, n) of an expert's matrix. added: whether to add it to the existing values."""
     row, column = m * 128 + tl.arange(0, 128), n * 128 + tl.arange(0, 128)
     matrix = out_ptr + expert.to(tl.int64) * height_out * width_out
     out = matrix + row[:, None].to(tl.int64) * width_out + column[None, :]

@@ -80,7 +80,7 @@ def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr, least: cons
 
 @triton.jit
 def rows_of_tile(ends_ptr, tile, height, experts: constexpr, slots: constexpr, least: constexpr = 0):
-    """Returns a tile's expert, its first row, and the expert's end; no rows after the last expert."""
+    """Returns a tile's expert, its first row, and the end of the expert's rows. Later tiles have no rows."""
     expert, first, last = 0, tile * 128, height
     if experts > 1:
         end, tiles = tiles_of_experts(ends_ptr, experts, slots, least)

@@ -105,7 +105,7 @@ def _sent(x: Tensor, device: torch.device) -> Tensor:
 
 class EfficientAttention(PlainAttention):
     """torch's memory-efficient kernel, for every GPU since 2016. It supports documents. Its backward accepts
-    log-sum-exps that cover more keys."""
+    log-sum-exps that cover more keys than the call has."""
 
     waste: float = WASTE
 

@@ -31,9 +31,9 @@ class _Layout(NamedTuple):
     """How pieces of memory are cut into chunks, one per program. Tensors are int64 on the device."""
 
     starts: Tensor
-    """First element of every piece, counted over all pieces. The last entry is the number of elements."""
+    """Index of every piece's first element, counted over all pieces. The last entry is the number of elements."""
     first_chunks: Tensor
-    """First chunk of every piece. The last entry is the number of chunks."""
+    """Index of every piece's first chunk. The last entry is the number of chunks."""
     piece_of_chunk: Tensor
 
 
@@ -170,6 +170,6 @@ def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
 
 
 def _there(numbers: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Returns the numbers as int64 on the device. From page-locked memory, the host does not wait."""
+    """Returns the numbers as int64 on the device. The host does not wait, because their memory is page-locked."""
     numbers = torch.as_tensor(numbers)
     return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)

@@ -25,8 +25,8 @@ SUM_BLOCKS = 16
 
 @triton.jit
 def _largest(values, last: constexpr):
-    """Returns the index of the largest value along the last axis; the lowest of equals. With NaN, the index is at most
-    `last`."""
+    """Returns the index of the largest value along the last axis. If values are equal, the lower index wins. With NaN,
+    the index is at most `last`."""
     return tl.minimum(tl.argmax(values, axis=1, tie_break_left=True), last)[:, None]
 
 
@@ -35,7 +35,8 @@ def _open_groups(
     biased, expert, per_group,
     GROUPS_G: constexpr, top_groups: constexpr, group_top_k: constexpr, GROUPS: constexpr,
 ):  # fmt: skip
-    """Returns whether each expert's group is open: its best scores have one of the largest sums."""
+    """Returns for each expert whether its group is one of the top_groups with the largest sums of group_top_k
+    scores."""
     tokens: constexpr = biased.shape[0]
     group, numbers = expert // per_group, tl.arange(0, GROUPS)[None, :]
     sums = tl.full((tokens, GROUPS), -float("inf"), tl.float32)

@@ -127,7 +127,8 @@ def absorbed(q_CHQ: Tensor, w_uk_HPR: Tensor, nope: int) -> Tensor:
 
 
 def gathered(rows_SX: Tensor, chosen_CK: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the chosen rows (C, K, X), and a mask (C, 1, K) of missing rows, which contain the first row."""
+    """Returns the chosen rows (C, K, X), and a mask (C, 1, K) of missing rows (index -1), which have the first row's
+    values."""
     rows_CKX = rows_SX.index_select(0, chosen_CK.flatten().clamp(min=0)).view(*chosen_CK.shape, -1)
     return rows_CKX, (chosen_CK < 0).unsqueeze(1)
 
@@ -142,7 +143,7 @@ def _blocks(batch: int, length: int) -> Iterator[tuple[int, slice]]:
 def _some(chosen_CK: Tensor, q_CHX: Tensor, elements: int | None = None) -> Iterator[slice]:
     """Yields slices of queries whose chosen keys are gathered together.
 
-    elements: most elements of gathered rows and scores; None: a CPU's number.
+    elements: most elements of gathered rows and scores; None: the number for a CPU.
     """
     (count, keys), (_, heads, width) = chosen_CK.shape, q_CHX.shape
     size = max(1, (elements or THRESHOLDS.attention_scores) // (keys * (width + heads)))

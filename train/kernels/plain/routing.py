@@ -13,7 +13,8 @@ from train.model.sequence import Positions
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
-    """Returns the indices of the k largest values of the last axis, largest first; the lower of equals."""
+    """Returns the indices of the k largest values of the last axis, largest first. If values are equal, the lower index
+    wins."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
