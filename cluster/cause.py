@@ -1,17 +1,15 @@
-"""Names the rank that broke a run: the first rank to fail, never one of its victims.
+"""Names the rank that broke a run.
 
-A victim is a rank that fails because another rank failed. When one rank fails, its peers lose their connection to it or
-wait until a time-out. The peers then fail too, and often report their failure first. The rules apply in this order:
+When a rank fails, its peers lose their connection to it or time out. These victims fail too, and often report first.
+The first rule that applies names the cause:
 
-    1. A rank whose input was wrong (exit code 2): the user must act.
-    2. A node that no longer answers: all other failures follow from it.
-    3. A rank that vanished without a report. The rank was killed, crashed in native code, or ended before the end of
-       its work with any exit code, even 0. Such a rank is no victim, because a victim has time to write its reason.
+    1. A rank with wrong input (exit code 2).
+    2. A node that no longer answers.
+    3. A rank that vanished without a report: it was killed, crashed in native code, or exited early with any code.
+       A victim has time to report.
     4. Ranks that are silent while the others timed out in a collective: the silent ranks hang.
-    5. The rank that reported the earliest error. If this error blames other ranks, they are named instead. An error of
-       a non-finite loss fails all ranks at once, and blames the ranks where the loss became non-finite. An error of a
-       checkpoint blames the ranks that did not write their part of it. Errors are ordered by their host's uptime clock,
-       which nobody can set.
+    5. The rank with the earliest error, or the ranks that this error blames. For a non-finite loss, these are the ranks
+       where it arose; for a checkpoint, the ranks that did not write. Hosts' uptime clocks order the errors.
 """
 
 import contextlib
@@ -32,20 +30,17 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_U
 from conf.files import atomic_write_text, open_plain, read_plain_json, read_tail
 
 CERTAIN = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
-"""Exit codes that prove that a rank is no victim of another rank's failure. SIGABRT is not among them, because
-libraries abort when they lose a peer.
-"""
+"""Exit codes that prove that a rank is no victim. SIGABRT is not among them: libraries abort when they lose a peer."""
 NCCL_TIMEOUT = "Watchdog caught collective operation timeout"
 """Text that torch prints before it aborts a rank that waited too long in a GPU collective."""
 OUTPUT_TAIL = 4 << 10
-"""Maximum bytes of output that are kept to explain a rank that ended without a report."""
+"""Maximum bytes of output kept to explain a rank that ended without a report."""
 LAST_WORDS_BYTES = 64 << 10
-"""Bytes of disk that a rank reserves at its start for a failure report on a full disk."""
+"""Bytes of disk that a rank reserves for a failure report on a full disk."""
 NEWS_BYTES = 16 << 20
 """Maximum bytes read from a file in which a rank reports its state."""
 SAID = 4 << 10
-"""Maximum characters of the headline, and of the message, in a shortened failure report. A shortened report always fits
-into the disk space that the rank reserved.
+"""Maximum characters of the headline, and of the message, in a shortened report. The result fits into LAST_WORDS_BYTES.
 """
 CURES_OF_SIGNALS: dict[int, str] = {
     signal.SIGKILL: "look at dmesg for the kernel's out-of-memory kills (lower micro_batch_size or model.loss_chunk if memory is short); "
@@ -64,7 +59,7 @@ CURE_OF_EXITS = (
 
 
 class Kind(Enum):
-    """Kind of failure that ended an attempt. The driver allows a separate number of failures for each kind."""
+    """Kind of failure that ended an attempt. Each kind has its own failure budget."""
 
     user = "bad input"
     node = "node lost"
@@ -81,9 +76,7 @@ class Failure:
 
     rank: int
     time: float
-    """Seconds since the start of the rank's host, from `cluster.clocks.uptime`. The driver does not trust a rank's wall
-    clock, so the agent converts these seconds to Unix time.
-    """
+    """Seconds since the start of the rank's host (`cluster.clocks.uptime`). The agent converts them to Unix time."""
     kind: str
     """Kind of failure, one of: user, timeout, stopped, crash."""
     message: str
@@ -94,13 +87,12 @@ class Failure:
     headline: str = ""
     """The failure in one line; empty if `message` already contains this line."""
     whole: str = ""
-    """The complete traceback, with the first error and all errors that followed from it. Empty if no error followed."""
+    """The traceback with the first error and all errors that followed from it. Empty if no error followed."""
 
     def write(self, logs: Path) -> None:
         """Write the report.
 
-        On a full disk, a shortened report goes into the space that `begin_work` reserved. Raises OSError if the disk
-        refuses that too.
+        On a full disk, a shortened report uses the space that `begin_work` reserved. Raises OSError if that fails too.
         """
         logs.mkdir(parents=True, exist_ok=True)
         path = failure_path(logs, self.rank)
@@ -122,8 +114,7 @@ def begin_work(logs: Path, rank: int) -> None:
 
 
 def end_work(logs: Path, rank: int) -> None:
-    """Remove the file that marks a working rank. After this call, the rank's exit code or its Failure shows how the
-    rank ended.
+    """Remove the file that marks a working rank: from now on, the exit code or the Failure shows how the rank ended.
 
     Raises OSError if the disk refuses the change.
     """
@@ -144,30 +135,26 @@ class RankReport:
     phase: str = "start"
     """What the rank is doing, as it reports: start, step, validation, checkpoint, or the name of a callback's hook."""
     busy: float | None = None
-    """Duration in seconds of the rank's own work in the last step, without the waits for other ranks. None if the rank
-    did not report it.
-    """
+    """Seconds of the rank's own work in the last step, without waits for other ranks. None if not reported."""
     seconds: float | None = None
-    """Duration in seconds of the whole last step, including the waits for other ranks."""
+    """Seconds of the last step, including the waits for other ranks."""
     memory: int = 0
-    """Peak memory in bytes of the rank's device, or of its process on a CPU; 0 if the rank did not report it."""
+    """Peak memory in bytes of the rank's device (on a CPU: of its process); 0 if not reported."""
     sequences: float = 0.0
-    """Sequences in the current step, over all ranks; 0 if the rank did not report them."""
+    """Sequences in the current step, over all ranks; 0 if not reported."""
     on_gpu: bool = False
     done: int = 0
-    """Number of work units that the rank has completed so far. This number shows progress between two steps; see
-    cluster/comm_ring.py.
-    """
+    """Number of work units completed so far. It shows progress within a step; see cluster/comm_ring.py."""
     written: int = 0
     """Bytes of checkpoints that the rank has written so far."""
     waited_for_core: float = 0.0
-    """Seconds so far in which the rank was ready to run but had no CPU core; see cluster/spawn.py."""
+    """Seconds so far in which the rank was ready but had no CPU core; see cluster/spawn.py."""
     state: str = ""
     """Letter of the process state of Linux; T means stopped."""
     log_tail: str | None = ""
-    """Last lines of the rank's output, read after the rank failed. None if the output went to the driver's terminal."""
+    """Last lines of the rank's output, read after its failure. None if the output went to the driver's terminal."""
     deserted: bool = False
-    """Whether the rank ended before the end of its work. In that case, code outside Sluice chose the exit code."""
+    """Whether the rank ended before the end of its work. If so, code outside Sluice chose the exit code."""
 
     @property
     def ended(self) -> bool:
@@ -175,10 +162,7 @@ class RankReport:
 
     @property
     def bad(self) -> bool:
-        """Whether the rank failed.
-
-        A rank that stopped on request did not fail, even if it wrote a failure report because other ranks had failed.
-        """
+        """Whether the rank failed. A rank that stopped on request did not fail, even if it wrote a failure report."""
         if self.failure is not None:
             return self.failure.code != EXIT_STOPPED
         return self.deserted or self.code not in (None, EXIT_OK, EXIT_STOPPED)
@@ -190,15 +174,15 @@ class RankReport:
 
     @property
     def certain(self) -> bool:
-        """Whether the way in which the rank ended proves that the rank is no victim of another rank's failure."""
+        """Whether the rank's end proves that the rank is no victim of another rank's failure."""
         return self.code is not None and (self.code in CERTAIN or (self.deserted and self.code >= 0))
 
 
 def read_report(rank: int, code: int | None, logs: Path, pid: int | None = None) -> RankReport:
     """Read the files that a rank left in its folder.
 
-    code: the rank's exit code; None while the rank runs. Find out the exit code before this call, because a rank may
-    write until it ends. pid: the rank's process id, if the process is on this machine.
+    code: the rank's exit code; None while it runs. Get the code first: a rank may write until it ends. pid: the rank's
+    process id, if the process is on this machine.
     """
     report = RankReport(rank, code)
     if pid is not None and code is None:
@@ -225,7 +209,7 @@ def _number(found: Any) -> Any:
 
 
 def _failure(found: Any) -> Failure | None:
-    """Return `found` as a Failure, or None if `found` does not have the format of a failure report."""
+    """Return `found` as a Failure, or None if it has another format."""
     match found:
         case {
             "rank": int(),
@@ -254,14 +238,14 @@ class Cause:
     log: str = field(default="", repr=False)
     """Text that explains the failure: output or stacks of ranks."""
     advice: str = ""
-    """Advice that follows from how the rank ended; empty if there is none."""
+    """Advice that follows from the rank's end; empty if there is none."""
 
 
 def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None:
     """Return the cause of the failure, or None if no rank failed.
 
-    reports: the reports of all ranks on answering nodes. names: the node of each rank. If `names` is empty, all ranks
-    are on one machine, and the texts name no machine.
+    reports: reports of all ranks on answering nodes. names: node of each rank. Without `names`, all ranks are on one
+    machine, and the texts name no machine.
     """
     failed = sorted((report.failure for report in reports if report.failure), key=lambda failure: failure.time)
     first = failed[0] if failed else None
@@ -314,7 +298,7 @@ def _cause(
 
 
 def _headline(message: str) -> str:
-    """Return what happened: the complete error screen if the message is one, else the first line of the message."""
+    """Return what happened: the message if it is an error screen, else its first line."""
     return message.strip() if "\n  rule: " in message else message.strip().splitlines()[0]
 
 
@@ -340,13 +324,12 @@ def _how(report: RankReport) -> str:
 
 
 def signal_name(number: int) -> str:
-    """Return the name of a signal. Most real-time signals have no name; for these, return the number."""
+    """Return the name of a signal; for real-time signals without a name, the number."""
     return signal.Signals(number).name if number in set(signal.Signals) else f"{number}"
 
 
 def cure_of_end(code: int | None) -> str:
-    """Return advice for a rank that ended without a report. code: the rank's exit code, or the negative number of the
-    signal that ended the rank."""
+    """Return advice for a rank that ended without a report. code: exit code, or the negative number of a signal."""
     if code is None or code >= 0:
         return CURE_OF_EXITS
     return CURES_OF_SIGNALS.get(-code, CURE_OF_OTHER_SIGNALS)
@@ -357,18 +340,16 @@ WAITS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"
 NATIVE_HEAD = "Native threads, by pystack: "
 """Heading in a rank's stacks. The stacks of native threads follow this heading."""
 _OF_PYTHON = re.compile(r"/lib/python3[.]\d+/(?!site-packages|dist-packages)")
-"""Matches files of Python's standard library. A `wait` in these files waits for a thread, queue or process of this
-machine, not for another rank.
-"""
+"""Matches files of Python's standard library. A `wait` in these files is local: it does not wait for another rank."""
 
 
 def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int, str], seconds: float) -> Cause:
     """Name the ranks that hang.
 
-    The function checks three groups in this order: stopped ranks, ranks without a stack, and ranks that do not wait for
-    other ranks. The first group that contains some of the ranks, but not all, is named.
+    Three groups are checked in this order: stopped ranks, ranks without a stack, and ranks that do not wait for others.
+    The first group with some but not all ranks is named.
 
-    stacks: for each rank, the traceback of its threads by faulthandler; ranks that did not answer are missing.
+    stacks: faulthandler traceback of each rank that answered.
     """
     stopped = [report for report in reports if report.state == "T"]
     silent = [report for report in reports if report.rank not in stacks and not report.ended]
@@ -394,15 +375,14 @@ def main_thread_frames(stack: str) -> list[str]:
 
 
 def waits_for_ranks(stack: str) -> bool:
-    """Whether the innermost frames of the main thread wait for other ranks.
-
-    Waits for Python threads and queues do not count, because they are local.
+    """Whether the innermost frames of the main thread wait for other ranks. Waits for local threads and queues do not
+    count.
     """
     frames = [frame for frame in main_thread_frames(stack)[:4] if not _OF_PYTHON.search(frame)]
     return any(frame.rpartition(" in ")[2].lstrip("_").startswith(WAITS) for frame in frames)
 
 
 def innermost(stack: str) -> str:
-    """Return text that names the line that the main thread is executing. stack: the stacks of all threads of a rank."""
+    """Return text that names the line that the main thread is executing. stack: stacks of all threads of the rank."""
     frames = main_thread_frames(stack)
     return f", at {frames[0]}" if frames else ""

@@ -1,21 +1,20 @@
-"""Defines two clocks. `SteadyClock` returns a time of day that stays correct when somebody changes the system's clock.
-`HeldUp` measures how long the process was held up.
+"""Two clocks. `SteadyClock` is unaffected when somebody sets the system's clock. `HeldUp` measures delays of the
+process.
 """
 
 import time
 
 _COUNTER = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-"""Id of the clock that `uptime` reads. CLOCK_BOOTTIME also counts while the machine sleeps, but only Linux has it."""
+"""Id of the clock that `uptime` reads. CLOCK_BOOTTIME includes sleep, but only Linux has it."""
 
 
 def uptime() -> float:
-    """Return the seconds since this host started. All processes of the host share this clock, and nobody can set it."""
+    """Return the seconds since this host started. All its processes share this clock, and nobody can set it."""
     return time.clock_gettime(_COUNTER)
 
 
 class SteadyClock:
-    """A clock that returns Unix time in seconds. It reads the system's Unix time once, at construction. Later times
-    follow from `uptime`.
+    """Returns Unix time in seconds. The system's clock is read once, at construction; later times follow from `uptime`.
     """
 
     def __init__(self) -> None:
@@ -29,28 +28,23 @@ class SteadyClock:
         return self._ahead + uptime
 
     def set_by(self) -> float:
-        """Return the seconds by which somebody has set this machine's clock ahead since construction. The result is
-        negative if somebody has set the clock back."""
+        """Return the seconds by which the machine's clock was set ahead since construction; negative if set back."""
         return time.time() - self.now()
 
 
 class HeldUp:
-    """Measures how long its process was held up between two calls of `since_last_look`.
+    """Measures how long its process was held up (busy machine, sleeping laptop) between two calls of `since_last_look`.
 
-    A busy machine or a sleeping laptop holds a process up. If a process that watches others was held up, it must not
-    report the others as late.
+    A process that watches others must not count this time as their silence.
 
-    nap: seconds between two calls that do not count as a hold-up. now: time at construction.
+    nap: normal seconds between two calls. now: time at construction.
     """
 
     def __init__(self, nap: float, now: float):
         self._nap, self._looked = nap, now
 
     def since_last_look(self, now: float) -> float:
-        """Return the seconds for which this process was held up since the previous call; 0 if it was not held up.
-
-        During these seconds this process watched nothing, so it must not count them as silence of another process.
-        """
+        """Return the seconds for which this process was held up since the previous call."""
         held_up = max(0.0, now - self._looked - self._nap)
         self._looked = now
         return held_up

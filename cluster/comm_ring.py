@@ -1,21 +1,18 @@
-"""Stores a rank's recent communication in a file that still exists after the rank has ended.
+"""Stores a rank's recent communication in a file that outlives the rank.
 
-The file is called the rank's ring. It has a record of every recent collective, send and receive, with the step, phase
-and pipeline action in which the operation ran. The file is mapped into memory, so the kernel keeps its content even if
-SIGKILL ends the process. The file has these parts:
+This file is called the rank's ring. It records recent collectives, sends and receives, with step, phase and pipeline
+action. The file is mapped into memory, so its content survives SIGKILL. Its parts:
 
-    header    80 bytes: magic, version, number of records, rank, number of ranks of the run, process id, Unix time of
-              the ring's creation, host
-    state     48 bytes: step, phase, layer and action that run now, and the Unix time at which the phase or action
-              began; the number of completed work units, and the bytes of checkpoints written
-    table     the rest of the first 64 KiB: one JSON value per line for each group of ranks and each place in the
-              program. Records refer to a line by its number. A line is written before the first record that refers to
-              it
+    header    80 bytes: magic, version, number of records, rank, number of ranks, process id, Unix time of creation,
+              host
+    state     48 bytes: current step, phase, layer and action; Unix time at which the phase or action began; number of
+              completed work units; bytes of checkpoints written
+    table     rest of the first 64 KiB: one line of JSON for each group of ranks and each place in the program. Records
+              refer to a line by its number. A line is written before the first record that refers to it
     records   88 bytes each; a new record overwrites the oldest record
 
-One or more threads write without a lock. Each record has a unique number at its start and at its end, and the record is
-complete when both are equal. So a reader in another process can skip incomplete records at any time. This file does not
-import torch.
+Threads write without a lock. Each record has a unique number at its start and at its end. If the two numbers are equal,
+the record is complete. Readers skip incomplete records. This file does not import torch.
 """
 
 import itertools
@@ -41,9 +38,9 @@ from conf.files import read_plain
 MAGIC, RING_FORMAT = b"SLUICERING\0\0", 1
 MOST_RANKS = 1 << 20
 RING_BYTES = 16 << 20
-"""Maximum number of bytes that a reader reads from a ring file."""
+"""Maximum bytes that a reader reads from a ring file."""
 RECORDS = 8192
-"""Number of records in a ring file. It is enough for some steps of a large layout."""
+"""Number of records in a ring file: enough for some steps of a large layout."""
 NOW_AT, TABLE_AT, RECORDS_AT = 80, 128, 64 << 10
 """Offsets in bytes of the current state, the table and the records."""
 HEADER = struct.Struct("<12sIIIIId32s")
@@ -81,8 +78,7 @@ _DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(ELEMENT_TYPES)}
 _OTHER = ELEMENT_TYPES.index("other")
 _TIME, _SERIAL, _COUNT = struct.Struct("<d"), struct.Struct("<Q"), struct.Struct("<I")
 LEAST_SENT, ALL_SENT = 128, 1 << 20
-"""Limits of packed rings (see `pack_ring`): the minimum number of records in one rank's packed ring, and the maximum
-number in the packed rings of all ranks together.
+"""Limits of `pack_ring`: minimum records of one packed ring, and maximum records of all ranks' packed rings together.
 """
 NO_LAYER = -1
 
@@ -103,8 +99,8 @@ class CommRecord(NamedTuple):
 
     group: CommGroup
     seq: int
-    """Sequence number of the operation in its group on this rank, from 1. Sends and receives are numbered separately
-    for each pair of ranks.
+    """Sequence number of the operation in its group on this rank, from 1. Sends and receives are numbered per
+    pair of ranks.
     """
     kind: str
     dtype: str
@@ -116,18 +112,18 @@ class CommRecord(NamedTuple):
     step: int
     phase: str
     layer: int
-    """The layer that the rank entered last in this action; -1 if it has entered no layer."""
+    """The layer that the rank entered last in this action; -1 if none."""
     action: str
-    """The pipeline action, for example `F2.0`: the forward of micro-batch 0 through stage 2. Empty outside pipeline
+    """The pipeline action, for example `F2.0`: forward of micro-batch 0 through stage 2. Empty outside pipeline
     actions.
     """
     place: str
     """File and line of the code that called the operation."""
     began: float
     waited: float
-    """Unix time at which the rank started to wait for the operation; 0 if the rank did not wait."""
+    """Unix time at which the rank started to wait for the operation; 0 if it did not wait."""
     ended: float
-    """Unix time at which the rank learned that the operation was complete; 0 if it has not learned this yet."""
+    """Unix time at which the rank learned that the operation was complete; 0 if not yet."""
 
     @property
     def blocks(self) -> bool:
@@ -161,14 +157,12 @@ class RankTrace:
 
     @property
     def blocked(self) -> list[CommRecord]:
-        """Records of the operations for which the rank is waiting now, oldest first."""
+        """Operations for which the rank is waiting now, oldest first."""
         return [record for record in self.records if record.blocks]
 
 
 class CommRing:
-    """Writes a rank's ring file. Raises OSError if the disk has no room for the complete file. Later writes need no
-    more space.
-    """
+    """Writes a rank's ring file. The file gets its full size at construction; raises OSError if the disk is full."""
 
     def __init__(self, path: Path, rank: int, world: int, records: int = RECORDS):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,22 +201,20 @@ class CommRing:
         self.count()
 
     def count(self, written: int = 0) -> None:
-        """Count one unit of work. If `written` is not 0, count that many bytes of a checkpoint instead."""
+        """Count one unit of work. If `written` is not 0, count `written` bytes of a checkpoint instead."""
         self._done, self._written = self._done + (not written), self._written + written
         COUNTS.pack_into(self._map, COUNTS_AT, self._done, self._written)
 
     def name_group(self, name: str, label: str, ranks: Sequence[int]) -> int:
-        """Return a group's number in the file's table, and add the group if it is new. Pass the number to `begin`."""
+        """Return a group's number in the file's table, for `begin`. Adds the group if it is new."""
         return self._number((name, *ranks), ["group", name, label, _as_range(ranks)])
 
     def place(self, file: str, line: int) -> int:
-        """Return a place's number in the file's table, and add the place if it is new. Pass the number to `begin`."""
+        """Return a place's number in the file's table, for `begin`. Adds the place if it is new."""
         return self._number((file, line), ["place", file, line])
 
     def _number(self, key: Any, entry: list) -> int:
-        """Return the number of a table entry, counted from 1 in the order of the table. Return 0 if the table has no
-        room for the entry.
-        """
+        """Return the number of a table line, counted from 1; 0 if the table has no room for a new line."""
         found = self._numbers.get(key)
         if found is None:
             text = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
@@ -236,9 +228,9 @@ class CommRing:
     def begin(
         self, group: int, seq: int, kind: str, dtype: str, sent: int, received: int, peer: int, place: int
     ) -> int:
-        """Record that an operation begins. Returns the record's byte offset, which is the argument of `wait` and `end`.
+        """Record that an operation begins. Returns the record's byte offset, for `wait` and `end`.
 
-        group, place: numbers that `name_group` and `place` returned. kind: one of KINDS.
+        group, place: numbers from `name_group` and `place`. kind: one of KINDS.
         """
         self.count()
         serial, now = next(self._serials), self._now()
@@ -251,11 +243,11 @@ class CommRing:
         return at
 
     def wait(self, at: int) -> None:
-        """Record the time at which the rank starts to wait for an operation. at: offset of the operation's record."""
+        """Record that the rank starts to wait for an operation. at: offset of the operation's record."""
         _TIME.pack_into(self._map, at + WAITED_AT, self._now())
 
     def end(self, at: int) -> None:
-        """Record that an operation is complete, as far as this rank knows. at: offset of the operation's record."""
+        """Record that this rank knows an operation to be complete. at: offset of the operation's record."""
         _TIME.pack_into(self._map, at + ENDED_AT, self._now())
 
     def close(self) -> None:
@@ -268,9 +260,7 @@ def _host() -> bytes:
 
 
 def _as_range(ranks: Sequence[int]) -> list[int]:
-    """Encode ranks as [first, last + 1, step] if they form a range. Otherwise encode them as -1 followed by the
-    ranks.
-    """
+    """Encode ranks as [first, last + 1, step] if they form a range, else as -1 and the ranks."""
     if len(ranks) > 1:
         stride = ranks[1] - ranks[0]
         if stride > 0 and list(ranks) == list(range(ranks[0], ranks[-1] + 1, stride)):
@@ -279,9 +269,9 @@ def _as_range(ranks: Sequence[int]) -> list[int]:
 
 
 def _from_range(said: list[int]) -> tuple[int, ...]:
-    """Decode ranks that `_as_range` encoded.
+    """Decode ranks that `_as_range` encoded. Earlier versions wrote 0 instead of -1.
 
-    Earlier versions wrote 0 instead of -1 before ranks that do not form a range. Raises ValueError for too many ranks.
+    Raises ValueError for too many ranks.
     """
     ranks = range(*said) if len(said) == 3 and said[0] >= 0 else said[1:]
     if len(ranks) > MOST_RANKS:
@@ -292,7 +282,7 @@ def _from_range(said: list[int]) -> tuple[int, ...]:
 def read_trace(raw: bytes, last: int = RECORDS) -> RankTrace:
     """Parse the bytes of a ring file. Raises ValueError if the bytes are not a ring.
 
-    last: maximum number of records to return. If the ring has more, the newest are returned.
+    last: maximum number of records to return; the newest are returned.
     """
     if len(raw) < RECORDS_AT or raw[: len(MAGIC)] != MAGIC:
         raise ValueError("no ring of a rank")
@@ -362,9 +352,9 @@ def _action(kind: int, stage: int, micro_batch: int) -> str:
 
 
 def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
-    """Read the rings of all ranks in this folder. Returns the traces by rank.
+    """Read the rings of all ranks in this folder, by rank.
 
-    since: Unix time. Rings that were created before this time belong to an earlier start of the run and are skipped.
+    since: Unix time; rings created earlier belong to an earlier start of the run and are skipped.
     """
     traces = dict[int, RankTrace]()
     for path in logs.glob("rank_*.ring"):
@@ -379,8 +369,8 @@ def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
 
 
 def living_ranks(logs: Path, traces: Mapping[int, RankTrace]) -> dict[int, int]:
-    """Return the process ids of the ranks that are writing these rings now, by rank. Only processes of this host and
-    this user count.
+    """Return the process ids of the ranks that write these rings now, by rank. Only this user's processes on this host
+    count.
     """
     return {
         rank: trace.pid
@@ -392,8 +382,7 @@ def living_ranks(logs: Path, traces: Mapping[int, RankTrace]) -> dict[int, int]:
 def pack_ring(path: Path, world: int) -> bytes:
     """Return the content of a ring file, compressed for transfer; empty if there is no ring.
 
-    The result has only the newest records of the file. The more ranks the run has (`world`), the fewer records are
-    kept.
+    Only the newest records are kept. The more ranks the run has (`world`), the fewer.
     """
     try:
         raw = read_plain(path, RING_BYTES)
@@ -417,12 +406,12 @@ def pack_ring(path: Path, world: int) -> bytes:
 # in a process without a ring.
 
 _rings: list[CommRing] = []
-"""Rings in which this process counts progress. Only the last one is used; it belongs to this process's rank."""
+"""Rings that receive this process's progress counts. Only the last ring is used: the ring of this process's rank."""
 
 
 @contextmanager
 def counted_in(ring: CommRing) -> Iterator[None]:
-    """Count the progress of the code inside the block. The counts go to `ring`."""
+    """Send the progress counts of the code inside the block to `ring`."""
     _rings.append(ring)
     try:
         yield

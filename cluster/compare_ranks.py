@@ -1,18 +1,17 @@
-"""Finds the rank that holds up a run by comparing the rings (cluster/comm_ring.py) and stacks of all ranks.
+"""Finds the rank that holds up a run from the rings (cluster/comm_ring.py) and stacks of all ranks.
 
-A ring is a file in which a rank records its recent communication. The rules apply in this order; the first rule that
-matches decides:
+A ring is a file with a rank's recent communication. The first rule that matches decides:
 
     1. stopped    A rank's process is stopped.
-    2. differs    Two ranks called different operations as the same collective of their group, or a rank sent what its
-                  receiver did not expect. The wrong rank is found by these tests, in this order. It differs from most
-                  ranks of its group. It differs from its own earlier steps (the last step, or a step one period
-                  earlier) while the others do not. It differs from other groups with the same label. Otherwise it is
-                  unknown.
-    3. absent     Some ranks wait, directly or indirectly, for a rank that waits for no rank itself.
-    4. link       Sent data is not acknowledged between some hosts, and one host is part of every such connection.
-    5. crossed    Ranks wait for each other. The wrong rank is the one that differs from its own last step.
-    6. stuck      All ranks are in the collective and none of them returns: a fault of a network or a device.
+    2. differs    Ranks called different operations as the same collective, or a rank sent what its receiver did not
+                  expect. These tests find the wrong rank, in this order:
+                      It differs from most ranks of its group.
+                      It alone differs from its own earlier steps (the last step, or a step one period earlier).
+                      It differs from other groups with the same label.
+    3. absent     Ranks wait, directly or indirectly, for a rank that waits for no rank.
+    4. link       Sent data is not acknowledged between some hosts, and all these connections have one host in common.
+    5. crossed    Ranks wait for each other. The wrong rank differs from its own last step.
+    6. stuck      All ranks are in the collective and none returns: a fault of a network or a device.
     7. unknown    No rule matches.
 
 If the wrong rank is unknown, no rank is named. The comparison is a pure function.
@@ -44,7 +43,7 @@ WAITS_HERE = re.compile(r"\b(acquire|join|wait|get|result)\(|\bwith \S*lock|_loc
 """Matches a source line that waits for something in its own process."""
 OF_THREADS = re.compile(r"/(threading|queue|selectors|subprocess|multiprocessing/\w+|concurrent/\w+)\.py")
 PROGRESS_SECONDS = 2.0
-"""If an event occurred within this many seconds, the run counts as making progress."""
+"""Maximum age in seconds of an event that shows progress."""
 
 
 def compare_ranks(
@@ -52,8 +51,8 @@ def compare_ranks(
 ) -> Judgement:
     """Find the faulty rank by the rules at the top of the file.
 
-    stacks: faulthandler stacks, by rank, of the ranks that returned them. stopped: ranks whose processes are stopped.
-    gone: ranks that have ended; they are never named as absent.
+    stacks: faulthandler stacks of the ranks that returned them. stopped: ranks whose processes are stopped. gone: ranks
+    that have ended; they are never named as absent.
     """
     held, gone = sorted(set(stopped)), set(gone)
     waits = find_waits({rank: trace for rank, trace in traces.items() if rank not in gone and rank not in held})
@@ -100,9 +99,7 @@ def compare_ranks(
 
 
 def _entered(traces: Mapping[int, RankTrace]) -> dict[tuple, int]:
-    """Return the highest sequence number that each rank has recorded in each channel. The key is the rank followed by
-    the channel (see `channel_of`).
-    """
+    """Return the highest sequence number by rank and channel (see `channel_of`)."""
     entered = dict[tuple, int]()
     for rank, trace in traces.items():
         for record in trace.records:
@@ -112,7 +109,7 @@ def _entered(traces: Mapping[int, RankTrace]) -> dict[tuple, int]:
 
 
 def find_waits(traces: Mapping[int, RankTrace]) -> list[RankWait]:
-    """Return all waits of these ranks, ordered by the time at which each wait began."""
+    """Return all waits of these ranks, by start time."""
     entered, waits = _entered(traces), []
     for rank, trace in traces.items():
         for record in trace.blocked:
@@ -128,7 +125,7 @@ def find_waits(traces: Mapping[int, RankTrace]) -> list[RankWait]:
 
 
 def _absent(traces: Mapping[int, RankTrace], waits: Sequence[RankWait], gone: set[int]) -> list[int]:
-    """Return the ranks that other ranks wait for, and that wait for no rank themselves."""
+    """Return the ranks that others wait for and that wait for no rank."""
     waiting = {wait.rank for wait in waits}
     wanted = {rank for wait in waits for rank in wait.missing}
     return sorted(rank for rank in wanted if rank not in waiting and rank not in gone)
@@ -162,10 +159,9 @@ def _say_absent(
 
 
 def _where(traces: Mapping[int, RankTrace], stacks: Mapping[int, str], rank: int) -> str:
-    """Return the file and line that the main thread of a rank is executing.
+    """Return the file and line that a rank's main thread is executing, outside thread libraries.
 
-    They are taken from the innermost function outside thread libraries. Without a stack, the function returns the place
-    of the rank's last record.
+    Without a stack, return the place of the rank's last record.
     """
     frames = main_thread_frames(stacks.get(rank, ""))
     frame = next((frame for frame in frames if not OF_THREADS.search(frame)), frames[0] if frames else "")
@@ -176,9 +172,7 @@ def _where(traces: Mapping[int, RankTrace], stacks: Mapping[int, str], rank: int
 
 
 def _find_bad_link(stacks: Mapping[int, str]) -> Judgement | None:
-    """Name the host that is an end of every connection with unacknowledged data (cluster/stacks.py); None if all data
-    is acknowledged.
-    """
+    """Name the common host of all connections with unacknowledged data (cluster/stacks.py); None without such data."""
     said = {rank: found for rank, stack in stacks.items() if (found := _UNANSWERED.search(stack))}
     pairs = {frozenset((found[1], other)) for found in said.values() for other in found[2].split(", ") if other}
     if not pairs:
@@ -197,7 +191,7 @@ _FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')
 
 
 def _source(frames: Sequence[str]) -> str:
-    """Return the source line that the main thread is executing; empty if the source file is not on this machine."""
+    """Return the source line that the main thread is executing; empty if the source is not on this machine."""
     frame = next((frame for frame in frames if not OF_THREADS.search(frame)), "")
     found = _FRAME.match(frame)
     return linecache.getline(found[1], int(found[2])).strip()[:120] if found and Path(found[1]).suffix == ".py" else ""
@@ -207,7 +201,7 @@ def _source(frames: Sequence[str]) -> str:
 
 
 def _crossed(traces: Mapping[int, RankTrace], waits: Sequence[RankWait]) -> Judgement:
-    """Among ranks that wait for each other, find the rank whose communication differs from its own last step."""
+    """Among ranks that wait for each other, find the rank that differs from its own last step."""
     ring = sorted({wait.rank for wait in waits if wait.missing})
     changed = dict[int, tuple[Fault, CommRecord]]()
     for rank in ring:

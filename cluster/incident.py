@@ -1,14 +1,12 @@
-"""Describes an incident of a run: the rank that broke or blocks the run, the place in the code, the waiting ranks, and
-what to do.
+"""Describes an incident of a run: the rank that broke or blocks it, the place in the code, waiting ranks, and advice.
 
-If ranks reported a failure, cluster/cause.py names the cause. Often the recorded communication shows a better cause;
-for example, a rank that skips a collective makes another rank fail. Then the judgement of cluster/compare_ranks.py
-replaces the first cause. A screen summarises the incident. logs/incident_N.json contains all of it:
+If ranks reported a failure, cluster/cause.py names the cause. cluster/compare_ranks.py replaces it if the recorded
+communication shows a better one: a rank that skips a collective makes another rank fail. logs/incident_N.json contains:
 
     time, kind, text     Unix time; kind of the cause; sentence about the cause
     fault                kind of fault; see judgement.Fault
     ranks                the ranks that caused the fault
-    among                if it is unknown which rank caused the fault: the ranks that may have caused it
+    among                if they are unknown: the ranks that may have caused it
     where, advice        file and line; what to do
     seconds              for a hang: seconds since the last news
     waits                [{"rank": 0, "for": [1], "what": "all_reduce 7 of ...", "place": "file:line", "seconds": 12.1},
@@ -42,13 +40,11 @@ from conf.words import one_line, say
 
 INCIDENT = re.compile(r"incident_(\d{1,9})\.json")
 _CONSEQUENCE = re.compile(r"\n  (?:consequence|what failed of it): ")
-"""Separates the fault from its consequence in an incident's text. Earlier versions wrote "what failed of it" instead of
-"consequence".
-"""
+"""Separates fault and consequence in an incident's text. Earlier versions wrote "what failed of it"."""
 SHOWN_RECORDS = 40
-"""Number of the newest records that the file stores for each rank."""
+"""Number of newest records that the file stores for each rank."""
 SHOWN_WAITS, LINE = 6, 400
-"""Maximum number of waiting ranks on the screen, and maximum characters of a sentence."""
+"""Maximum waiting ranks on the screen, and maximum characters of a sentence."""
 ADVICE_OF_CAUSE = {
     Kind.killed: "check the log of this rank, dmesg and its device",
     Kind.crash: "see the lines above, from the first rank that failed",
@@ -84,7 +80,7 @@ def judge_hang(
 
 
 def _judge_alone(report: RankReport, stack: str, seconds: float) -> tuple[Cause, Judgement]:
-    """Judge a hung rank if no data about the other ranks is available."""
+    """Judge a hung rank without data about the other ranks."""
     waits = waits_for_ranks(stack)
     what = "waits for other ranks" if waits else "is not in a collective"
     text = f"no step finished for {seconds:.0f} s: rank {report.rank} in step {report.step} {what}{innermost(stack)}"
@@ -95,10 +91,9 @@ def _judge_alone(report: RankReport, stack: str, seconds: float) -> tuple[Cause,
 def judge_failure(
     cause: Cause, traces: Mapping[int, RankTrace], stacks: Mapping[int, str], names: dict[int, str]
 ) -> tuple[Cause, Judgement]:
-    """Return the cause that ranks reported, or a better cause that follows from the recorded communication.
+    """Return the cause that ranks reported, or a better cause from the recorded communication.
 
-    If ranks call different operations as the same collective, some ranks fail in this collective or in a later one. The
-    ranks that fail are often not the ranks that made the mistake.
+    If ranks call different operations as the same collective, the ranks that fail are often not at fault.
     """
     finding = None
     if cause.kind is Kind.hang and traces:  # the ranks gave up waiting; the rings show what each rank did
@@ -113,7 +108,7 @@ def judge_failure(
 
 
 def _is_certain(cause: Cause) -> bool:
-    """Whether the way in which the rank ended proves that the rank is no victim of another rank's failure."""
+    """Whether the rank's end proves that it is no victim of another rank's failure."""
     return any(signal.Signals(-code).name in cause.text for code in CERTAIN)
 
 
@@ -130,7 +125,7 @@ def describe_incident(
     seconds: float = 0.0,
     live: bool = False,
 ) -> dict[str, Any]:
-    """Return the incident in its file format; see the top of this file. live: whether the ranks are still running."""
+    """Return the incident in its file format (see the top). live: whether the ranks still run."""
     now = time.time()
     waits = [
         {
@@ -183,7 +178,7 @@ def _plain(record: CommRecord) -> dict[str, Any]:
 
 
 def write_incident(logs: Path, incident: dict[str, Any]) -> Path:
-    """Write the incident to the next incident_N.json of the folder. Raises OSError if the disk refuses it."""
+    """Write the incident to the folder's next incident_N.json. Raises OSError if the disk refuses it."""
     number = 1 + max(
         (int(found[1]) for path in incident_files(logs) if (found := INCIDENT.fullmatch(path.name))), default=0
     )
@@ -215,7 +210,7 @@ def newest_incident(logs: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def incident_files(logs: Path) -> list[Path]:
-    """Return all files that have an incident's name, whatever they contain; the newest file comes last."""
+    """Return all files with an incident's name, the newest last. Their content is not checked."""
     found = list[tuple[float, Path]]()
     for path in logs.glob("incident_*.json"):
         with suppress(OSError):  # the file is gone
@@ -224,10 +219,7 @@ def incident_files(logs: Path) -> list[Path]:
 
 
 def read_incident(path: Path) -> dict[str, Any]:
-    """Read an incident. The file may be untrusted, so its content is checked.
-
-    Raises OSError, and ValueError if the file is not an incident file.
-    """
+    """Read an incident. Raises OSError, and ValueError for another content: the file may be untrusted."""
     found = read_plain_json(path)
     if not isinstance(found, dict) or not all(
         name in found and fits(found[name]) for name, fits in INCIDENT_FIELDS.items()
@@ -259,14 +251,13 @@ INCIDENT_FIELDS: dict[str, Callable[[Any], bool]] = {
     "time": _is_time, "kind": _is_text, "text": _is_text, "fault": _is_text, "ranks": _are_ranks, "among": _are_ranks, "where": _is_text,
     "advice": _is_text, "waits": lambda found: isinstance(found, list) and all(map(_is_wait, found)),
 }  # fmt: skip
-"""Fields that readers of an incident require, with a function that checks the value of each field."""
+"""Required fields of an incident, with a function that checks each value."""
 
 
 def incident_screen(incident: Mapping[str, Any], path: Path | None = None, reported: bool = False) -> str:
-    """Return text about the incident that fits on one screen.
+    """Return text about the incident for one screen.
 
-    reported: whether the failure text is printed above the screen. If so, the screen omits text that a rank reported
-    itself.
+    reported: whether the failure text is already printed above. If so, text that a rank reported is omitted.
     """
     ranks, among = incident["ranks"], incident["among"]
     who = ", ".join(map(str, ranks)) or (f"one of {', '.join(map(str, among[:8]))}" if among else "not known")
@@ -304,19 +295,16 @@ def unpack_traces(rings: Mapping[int, bytes]) -> dict[int, RankTrace]:
 # `pass_incident` records this in the incident's file.
 
 PASSED = "passed"
-"""Kind of an incident after which the run made progress again. Until then, the kind of the incident is hang."""
+"""Kind of an incident after which the run continued. Before that, the kind is hang."""
 
 
 def warning_of(text: str, seconds_left: float) -> str:
-    """Return the text of a warning that names the ranks that block a run. text: description of these ranks."""
+    """Return the warning that names the ranks that block a run. text: description of these ranks."""
     return f"{text}; the run is ended in {seconds_left:.0f} s without progress (cluster.kill_after)"
 
 
 def pass_incident(logs: Path, seconds: float) -> None:
-    """Record in the newest incident that the run continued after `seconds` of silence.
-
-    Raises OSError if the disk refuses it.
-    """
+    """Record in the newest incident that the run continued after `seconds` of silence. Raises OSError."""
     if (found := newest_incident(logs)) is not None and found[1].get("kind") == "hang":
         path, incident = found
         text = f"{str(incident['text']).splitlines()[0]}; the run went on after {seconds:.0f} s"
@@ -324,7 +312,7 @@ def pass_incident(logs: Path, seconds: float) -> None:
 
 
 def tell_went_on(logs: Path, seconds: float) -> None:
-    """Print that a late run makes progress again, and record this in the newest incident."""
+    """Print that a late run continues, and record it in the newest incident."""
     say(f"the run makes progress again after {seconds:.0f} s", file=sys.stderr)
     with suppress(OSError):  # the disk is full; the message above is enough
         pass_incident(logs, seconds)

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 
 NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""Environment variables that name the interface. Sluice never changes a value that the user set."""
+"""Environment variables that name the interface. Sluice never changes the user's value."""
 ANYWHERE = "192.0.2.1"
-"""A documentation address (RFC 5737). Sluice sends nothing to it; the route to it is the default route."""
+"""A documentation address (RFC 5737), to which nothing is sent. Its route is the default route."""
 
 
 def interface_of(address: str) -> str:
@@ -25,35 +25,32 @@ def interface_of(address: str) -> str:
 
 
 def interface_to(host: str) -> str:
-    """Return the network interface of this machine's route to a host. Raises OSError for a host without address or
-    route.
+    """Return the interface of this machine's route to a host. Raises OSError for a host without address or route.
 
-    If the host is this machine, its name often resolves to 127.0.1.1, which other machines cannot reach. In this case
-    the function uses the default route.
+    The name of this machine often resolves to 127.0.1.1, which others cannot reach. For this machine, the default route
+    is used.
     """
     return interface_of(address_to(host))
 
 
 def address_to(host: str) -> str:
-    """Return this machine's IP address on the route to a host. Other machines can reach this machine at that address.
-    Raises OSError for a host without address or route.
+    """Return this machine's IP address on the route to a host, at which others reach it. Raises OSError as
+    `interface_to`.
     """
     address = _source_address(host)
     return _source_address(ANYWHERE) if address.startswith("127.") else address
 
 
 def name_interface(host: str) -> None:
-    """Make gloo and NCCL in this process use the interface of the route to this host, unless the user has named an
-    interface.
-    """
+    """Make gloo and NCCL in this process use the interface of the route to this host, unless the user named one."""
     if missing := [name for name in NAMES if name not in os.environ]:
         os.environ |= dict.fromkeys(missing, interface_to(host))
 
 
 @contextlib.contextmanager
 def keep_interfaces() -> Iterator[None]:
-    """Restore the interface names in the environment at the end of the block, so that later child processes do not
-    inherit the names that this process set.
+    """Restore the interface names in the environment after the block. Later child processes do not inherit the block's
+    names.
     """
     before = {name: os.environ[name] for name in NAMES if name in os.environ}
     try:
@@ -65,7 +62,7 @@ def keep_interfaces() -> Iterator[None]:
 
 
 def _source_address(host: str) -> str:
-    """Return the IP address of this machine that is the source of packets to this host."""
+    """Return this machine's source IP address for packets to this host."""
     family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)  # connect chooses the route and sends nothing
@@ -80,11 +77,10 @@ RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_port(address: str = "") -> int:
-    """Return a port that is free now, on this address or (without an address) on all addresses of this machine.
+    """Return a port that is free now on this address; without an address, on all of this machine.
 
-    The port lies outside the range from which the system assigns ports to connections and servers. A rank opens the
-    port only after it has imported its modules. Until then, a busy machine may open hundreds of ports of that range.
-    Raises OSError if no port is free.
+    The port is outside the range of ports that the system assigns. A rank opens it only after its imports, and until
+    then a busy machine may use hundreds of ports of that range. Raises OSError if no port is free.
     """
     lowest_given = int(RANGE.read_text().split()[0]) if RANGE.exists() else 32768
     ports = range(LOWEST, lowest_given) if lowest_given > LOWEST else range(1024, 1 << 16)

@@ -1,11 +1,10 @@
 """Makes Ctrl-C end a command at any moment with one line and an exit code, and without a traceback.
 
-While the command imports its own modules, it holds no resources, so the first Ctrl-C ends it at once. Later, the first
-Ctrl-C raises KeyboardInterrupt, so that open resources are closed. The second Ctrl-C ends the process and damages no
-file.
+While the command imports its modules, Ctrl-C ends it at once. Later, the first Ctrl-C raises KeyboardInterrupt, so that
+resources are closed. The second one ends the process and damages no file.
 
-During an import, Python would turn the KeyboardInterrupt into another error. In a destructor, Python would drop it. So
-if Ctrl-C comes at such a time, the KeyboardInterrupt is raised right after the import or the destructor.
+Python would change a KeyboardInterrupt during an import to another error, and drop it in a destructor. So at such times
+the KeyboardInterrupt is raised shortly afterwards.
 """
 
 import atexit
@@ -21,13 +20,13 @@ from typing import Any
 from conf.errors import EXIT_INTERRUPTED, StopInterrupt
 
 RAISE_AGAIN_S = 0.05
-"""If a KeyboardInterrupt comes during an import or a destructor, it is raised again after this many seconds."""
+"""Seconds after which a KeyboardInterrupt from an import or a destructor is raised again."""
 SHOW_CURSOR = "\x1b[?25h"
 IMPORTS = "<frozen importlib._bootstrap>"
 
 
 def end_at_once(text: str) -> None:
-    """Print the text and end the process without the exit handlers of libraries."""
+    """Print the text and end the process without exit handlers of libraries."""
     if sys.stderr.isatty():  # a progress bar hides the cursor
         text = f"{SHOW_CURSOR}\n{text}"
     os.write(2, f"{text}\n".encode())  # os.write, because the interrupted code may be a print
@@ -35,8 +34,8 @@ def end_at_once(text: str) -> None:
 
 
 def interrupt(number: int = signal.SIGALRM, frame: FrameType | None = None) -> None:
-    """Raise StopInterrupt. This function is a signal handler. An import would lose the exception, so during an import
-    the handler sets a timer and tries again later.
+    """Raise StopInterrupt: a signal handler. An import would lose the exception, so during an import a timer tries
+    again.
     """
     if _imports(frame):
         signal.signal(signal.SIGALRM, interrupt)
@@ -68,9 +67,8 @@ def handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> 
 
 
 def every_interrupt() -> AbstractContextManager[None]:
-    """Make every Ctrl-C in the block raise a KeyboardInterrupt, and let no Ctrl-C end the process.
-
-    Chat sessions use this block, because in a chat Ctrl-C ends only the current reply.
+    """Make every Ctrl-C in the block raise KeyboardInterrupt and never end the process. In a chat, Ctrl-C ends only a
+    reply.
     """
     return handled(interrupt, signal.SIGINT)
 
@@ -79,16 +77,14 @@ class Interrupts:
     """Handles Ctrl-C for the command, until a training installs its own handler (train/loop/stop.py)."""
 
     def __init__(self) -> None:
-        """Handle Ctrl-C from now on. Create the object before the command imports its modules."""
+        """Handle Ctrl-C from now on. Create the object before the command's imports."""
         self.code = EXIT_INTERRUPTED
-        """Exit code of this process if Ctrl-C ends it. After the command has returned, the command's exit code replaces
-        this value.
-        """
+        """Exit code if Ctrl-C ends this process. When the command returns, its exit code replaces this value."""
         self._process, self._begun, self._ended, self._asked = os.getpid(), False, False, False
         signal.signal(signal.SIGINT, self._take)
 
     def __enter__(self) -> None:
-        """Record that the command's modules are imported. After this call, the command may have resources to close."""
+        """Record that the imports are complete. From now on, the command may have resources to close."""
         self._begun = True
         sys.unraisablehook = self._dropped
 
@@ -140,10 +136,9 @@ def cut_short() -> None:
 
 
 def leave(code: int) -> int:
-    """Return the exit code of a command. Call this function as the last action of the command.
+    """Return the exit code of a command. Call it last.
 
-    The process ends with this exit code after threads and libraries have finished. If `cut_short` was called before,
-    the process ends at once.
+    The process ends with this code after threads and libraries have finished; after `cut_short`, it ends at once.
     """
     _codes.append(code)
     if _short.is_set():
@@ -153,8 +148,8 @@ def leave(code: int) -> int:
 
 @atexit.register
 def _end() -> None:
-    """End the process. Exit handlers run in reverse order of registration, and this module is imported before the
-    libraries. So this handler runs after the handlers of libraries.
+    """End the process. Exit handlers run in reverse order, so this one, registered first, runs after those of
+    libraries.
     """
     if _codes:
         sys.stdout.flush()

@@ -1,8 +1,6 @@
-"""The verdict on a failed or hung run: the kind of fault, the rank that caused it, which rank waits for which rank, and
-texts for the user.
+"""The verdict on a failed or hung run: kind of fault, guilty rank, waits between ranks, and texts for the user.
 
-cluster/compare_ranks.py derives the verdict from the recorded communication. cluster/cause.py derives it from the
-reports of the ranks.
+cluster/compare_ranks.py derives it from recorded communication, cluster/cause.py from the reports of the ranks.
 """
 
 from collections.abc import Iterable
@@ -14,7 +12,7 @@ from cluster.comm_ring import CommRecord
 
 
 class Fault(Enum):
-    """Kinds of fault. The value is text for the user that follows the words "rank N"."""
+    """Kinds of fault. The value follows the words "rank N" in texts for the user."""
 
     stopped = "is stopped"
     failed = "failed, according to its own report or its process"
@@ -53,7 +51,7 @@ FAULT_ADVICE = {
 
 
 class RankWait(NamedTuple):
-    """A waiting rank, the operation that it waits for, and the ranks that it waits for."""
+    """A waiting rank, its operation, and the ranks that it waits for."""
 
     rank: int
     record: CommRecord
@@ -74,7 +72,7 @@ class Judgement:
     """File and line of the fault."""
     waits: list[RankWait] = field(default_factory=list)
     among: tuple[int, ...] = ()
-    """If it is unknown which rank caused the fault: the ranks that may have caused it."""
+    """If it is unknown which rank caused the fault: the ranks that may have."""
 
     @property
     def advice(self) -> str:
@@ -89,16 +87,16 @@ def name_record(record: CommRecord) -> str:
 
 
 def channel_of(record: CommRecord) -> tuple:
-    """Return the channel of a record. The records of a channel are numbered one after another.
+    """Return the channel of a record; a channel's records are numbered consecutively.
 
-    The channel of a collective is its group. The channel of a send or receive is its group, its kind and its peer.
+    A collective's channel is its group. For a send or receive, it is group, kind and peer.
     """
     group = record.group.name, record.group.ranks
     return (*group, record.kind, record.peer) if record.peer >= 0 else group
 
 
 def record_in_words(record: CommRecord) -> str:
-    """Describe a record: its kind, the number and type of its elements, its peer and its place in the program."""
+    """Describe a record: kind, number and type of elements, peer, and place in the program."""
     sizes = sorted({record.sent, record.received} - {0}) or [0]
     what = f"{record.kind} of {' and '.join(map(str, sizes))} {record.dtype}" if record.dtype else record.kind
     if record.peer >= 0:
@@ -116,7 +114,7 @@ def ranks_in_words(ranks: Iterable[int]) -> str:
 
 
 def list_ranks(ranks: Iterable[int]) -> str:
-    """Return a list of rank numbers as text. For more than 8 ranks, the text has only the first two and the last."""
+    """Return rank numbers as text. For more than 8 ranks, only the first two and the last appear."""
     ranks = sorted(ranks)
     if len(ranks) > 8:
         return f"[{ranks[0]}, {ranks[1]}, ... {ranks[-1]}]"

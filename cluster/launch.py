@@ -1,8 +1,9 @@
-"""Chooses how the ranks of a run start.
+"""Chooses how the ranks of a run start; one command serves all cases:
 
-One command serves all cases. If RANK and WORLD_SIZE are set (torchrun, also under Slurm), this process is one rank.
-With cluster=ray, this process is the driver and starts ranks on the nodes of a Ray cluster. A run with one rank runs in
-this process. In all other cases this process is the driver and starts the ranks as child processes.
+    - RANK and WORLD_SIZE are set (torchrun, also under Slurm): this process is one rank.
+    - cluster=ray: this process is the driver and starts ranks on the nodes of a Ray cluster.
+    - One rank: the run is in this process.
+    - Otherwise this process is the driver and starts the ranks as child processes.
 """
 
 import os
@@ -19,12 +20,11 @@ from conf.schema import Config
 
 
 def given_run() -> tuple[Config, Place]:
-    """Return the configuration and the place of a rank that a driver started. The first command-line argument names the
-    configuration's file.
+    """Return the configuration and the place of a rank that a driver started. The first argument names the
+    configuration file.
 
-    Call this function before anything else. Ray starts ranks in its copy of the program, but relative paths of a recipe
-    refer to the folder in which the user typed the command. So the function changes to that folder. On a node without
-    that folder, a recipe with absolute paths still works.
+    Call this function first. It changes to the folder in which the user typed the command, because relative paths of a
+    recipe refer to it. If a node lacks this folder, only recipes with absolute paths work there.
     """
     place = given_place()
     assert place is not None, "the driver starts the ranks, with RANK and WORLD_SIZE"
@@ -45,11 +45,12 @@ def launch(
 ) -> int:
     """Run all ranks, or only this rank if another program started it. Returns the exit code of the run.
 
-    command: command that starts one rank as a child process. run_rank: function that runs one rank in this process.
-    alone: whether this run is the only run of this process. If not, `run_rank` is not used, because torch's process
-    groups and DeepSpeed leave state in the process. planner: command that plans smaller layouts; see
-    cluster/driver/driver.py. watched: whether ranks report their progress at every step, so that a hung rank can be
-    found.
+        command: command that starts one rank as a child process
+        run_rank: function that runs one rank in this process
+        alone: whether this is the only run of this process. If not, `run_rank` is not used, because torch's process
+            groups and DeepSpeed leave state behind
+        planner: command that plans smaller layouts; see cluster/driver/driver.py
+        watched: whether ranks report progress at every step, so that a hung rank is found
     """
     parallel, place = config.parallel, given_place()
     if place is not None:

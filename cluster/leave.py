@@ -1,9 +1,8 @@
 """Announces that this node will be removed:  python -m cluster.leave [--within SECONDS]
 
-Run it on the node itself: by hand before maintenance, as the preStop hook of a pod, or when a cloud provider announces
-that it takes the machine back. Ray then lists the node as draining, which means that it will soon be removed. The run
-writes a checkpoint at once and continues without the node. The command returns when no raylet (Ray's process on a node)
-runs on the node any more, or after SECONDS.
+Run it on the node before maintenance, as a pod's preStop hook, or when a cloud provider takes the machine back. Ray
+then lists the node as draining. The run writes a checkpoint at once and continues without the node. The command returns
+when no raylet (Ray's process on a node) is left on the node, or after SECONDS.
 """
 
 import argparse
@@ -22,10 +21,9 @@ from conf.words import say
 
 
 def raylets() -> list[tuple[psutil.Process, str, str]]:
-    """Return every raylet that serves an address of this host, with its node id and the address of its head.
+    """Return the raylets at addresses of this host, each with its node id and the address of its head.
 
-    A raylet in another network namespace, for example in a container, does not count. Its address may equal an address
-    of this host, such as 127.0.0.1, although the raylet is not reachable there.
+    A raylet in another network namespace (a container) does not count, even if its address equals one of this host.
     """
     mine = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
     found = []
@@ -39,9 +37,7 @@ def raylets() -> list[tuple[psutil.Process, str, str]]:
 
 
 def shares_network(process: psutil.Process) -> bool:
-    """Whether `process` is in the same network namespace as the current process. Returns True if the namespace of
-    `process` cannot be read, for example because another user owns `process`.
-    """
+    """Whether `process` is in this process's network namespace; also True if its namespace cannot be read."""
     try:
         return os.readlink(f"/proc/{process.pid}/ns/net") == os.readlink("/proc/self/ns/net")
     except FileNotFoundError:  # the process has ended, or this is not Linux

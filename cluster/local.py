@@ -1,9 +1,7 @@
 """Runs the ranks of a run as child processes of one driver on this machine.
 
-When a rank fails, its peers lose their connection to it and fail too, and often end first. So the driver's report does
-not name the process that ended first. It names the cause by the rules of cluster/cause.py.
-
-The ranks find each other through a file in a folder that only this user can enter. They communicate over loopback.
+When a rank fails, its peers fail too and often end first. So the driver names the cause by the rules of
+cluster/cause.py. The ranks find each other through a file in a private folder, and communicate over loopback.
 """
 
 import os
@@ -45,12 +43,10 @@ RANKS_LOOK_SECONDS = 0.05
 """Seconds after which the driver checks the ranks again."""
 Child = subprocess.Popen | ForkedProcess
 StartRank = Callable[[dict[str, str], IO | None], Child]
-"""A function that starts a rank. It takes the rank's environment, and an output file or None. None means the terminal.
+"""A function that starts a rank with this environment and output file. Without a file, the output goes to the terminal.
 """
 CLOSE = 60.0
-"""Seconds that the running ranks get to end by themselves after another rank has failed. Rank 0 may have much data to
-send to W&B.
-"""
+"""Seconds that running ranks get to end by themselves after a failure. Rank 0 may have much data for W&B."""
 
 
 def run_local(command: list[str], world: int, logs: Path, patience: Patience | None = None) -> int:
@@ -61,9 +57,8 @@ def run_local(command: list[str], world: int, logs: Path, patience: Patience | N
 def run_children(start: StartRank, world: int, logs: Path, patience: Patience | None = None) -> int:
     """Start `world` ranks and wait until all have ended. Returns the exit code of the run.
 
-    The driver ends all ranks when one fails. It also ends them when ranks that report progress have no news for longer
-    than `patience` allows. On SIGTERM or Ctrl-C, the driver sends SIGTERM to the ranks. A second Ctrl-C raises
-    KeyboardInterrupt, which ends the ranks at once.
+    The driver ends all ranks when one fails, or when they report no progress for longer than `patience` allows. On
+    SIGTERM or Ctrl-C, it sends them SIGTERM. A second Ctrl-C raises KeyboardInterrupt, which ends them at once.
     """
     logs.mkdir(parents=True, exist_ok=True)
     _remove(logs, FAILURES, AT_WORK, PROGRESS, RINGS)
@@ -186,10 +181,7 @@ def _name_failure(ranks: list[Child], logs: Path, cause: Cause) -> Cause:
 
 
 def _tell_difference(logs: Path) -> bool:
-    """Report whether ranks called different operations as the same collective.
-
-    The results of all ranks are then wrong, although the ranks may not fail.
-    """
+    """Report whether ranks called different operations as the same collective. Their results are then wrong."""
     traces = read_traces(logs)
     if (finding := find_difference(traces)) is None:
         return False
@@ -208,8 +200,8 @@ def _keep(
     stacks: dict[int, str],
     seconds: float = 0.0,
 ) -> Cause:
-    """Write the incident to disk. Return the cause, with the incident's screen added to its log. For bad input, or
-    without recorded communication, only return the cause.
+    """Write the incident to disk. Return the cause with the incident's screen in its log. For bad input, or without
+    recorded communication, return the cause only.
     """
     if not traces or cause.kind is Kind.user:
         return cause
@@ -231,9 +223,7 @@ def _reports(ranks: list[Child], logs: Path) -> list[RankReport]:
 
 
 def _explain(ranks: list[Child], logs: Path, asked: list[int]) -> int:
-    """Wait until the other ranks have had time to report, then name the cause. Ranks that can end by themselves get
-    time to do so. Returns the exit code.
-    """
+    """Name the cause, after the other ranks had time to report and to end. Returns the exit code."""
     _wait(ranks, SETTLE)
     reports = _reports(ranks, logs)
     cause = name_cause(reports, {})
@@ -256,7 +246,7 @@ def _stopped_early() -> int:
 
 
 def _show(cause: Cause, ranks: list[Child], logs: Path) -> int:
-    """Print the cause, and give the ranks time to end by themselves. Returns the exit code."""
+    """Print the cause, and give the ranks time to end. Returns the exit code."""
     say(f"error: {cause.text}", file=sys.stderr)
     if cause.kind is not Kind.user:
         if cause.log.strip() not in cause.text:
@@ -272,7 +262,7 @@ def _show(cause: Cause, ranks: list[Child], logs: Path) -> int:
 
 
 def _wait(ranks: list[Child], seconds: float) -> None:
-    """Wait until all ranks have ended, at most `seconds`. Time for which this process is held up does not count."""
+    """Wait at most `seconds` until all ranks have ended. Time for which this process is held up does not count."""
     now = time.monotonic()
     ends, held_up = now + seconds, HeldUp(2 * RANKS_LOOK_SECONDS, now)
     while now < ends and any(rank.poll() is None for rank in ranks):

@@ -1,12 +1,10 @@
-"""Sets the time limits of a silent run. After one limit the run is late. After another limit the run is ended.
+"""Time limits of a silent run: after one limit the run is late, after another it is ended.
 
-The limits follow from earlier observations of the run. A run is late if its current silence is longer than its earlier
-silences plus a margin for noise. For a late run, the driver only prints a warning. A run is ended only when no rank has
-completed any unit of work (cluster/comm_ring.py) for `cluster.kill_after`.
+A run is late if its silence is longer than its earlier silences plus a margin; the driver then prints a warning. A run
+is ended if no rank has completed a unit of work (cluster/comm_ring.py) for `cluster.kill_after`.
 
-Observations of a kind of phase count only after a first phase of that kind is complete. Until then, and until the first
-step of an attempt is complete, only two settings limit the silence: `cluster.hang_after` in steps, and
-`cluster.start_timeout` in other phases.
+Observations of a kind of phase count only after its first phase is complete. Until then, and until an attempt's first
+step is complete, only two settings apply: `cluster.hang_after` in steps, and `cluster.start_timeout` in other phases.
 """
 
 from collections import defaultdict, deque
@@ -15,27 +13,20 @@ from conf.schema import Cluster
 
 START_PHASE, STEP_PHASE = "start", "step"
 STEP_PHASES = (STEP_PHASE, "on_step")
-"""Phases that belong to a step: the step itself, and the hook that callbacks run after each step."""
+"""Phases that belong to a step: the step itself and the callbacks' hook after it."""
 PATIENT_PHASES = ("checkpoint", "on_start", "on_step", "on_save", "on_checkpoint", "on_end")
-"""Phases in which a disk, a network or user code may work without reporting progress: saves, uploads and callbacks."""
+"""Phases in which a disk, a network or user code may work without progress reports: saves, uploads, callbacks."""
 STEP_FLOOR, OTHER_FLOOR = 7.0, 30.0
-"""Minimum seconds of silence before a run is late. The first number is for steps. The second number is for other
-phases, in which a disk may be slow.
-"""
+"""Minimum seconds of silence before a run is late: in steps, and in other phases, where a disk may be slow."""
 KILL_ON_CPU, KILL_ON_GPU = 60.0, 120.0
 """Defaults of `cluster.kill_after`, in seconds."""
 HANG_ROOM, FIRST_HANG_ROOM = 2.5, 9.0
-"""A run is late after the longest observed time multiplied by a factor. The factor is the first number plus the second
-number divided by the count of observations. A single observation says little, so the factor is large at first.
+"""A run is late after the longest observed time times a factor: first number + second number / count of observations.
 """
 REMEMBERED = 500
-"""Number of observations stored for each kind of phase. Older observations are dropped, because they no longer show how
-long a phase may take.
-"""
+"""Number of newest observations kept for each kind of phase. Older ones no longer show how long a phase may take."""
 QUIET_STEPS, QUIET_SECONDS = 3.0, 3.0
-"""A run prints that it is quiet after a silence of this many usual steps (first number), but not before this many
-seconds (second number).
-"""
+"""A run prints that it is quiet after the longer of two silences: this many usual steps, and this many seconds."""
 
 
 def patience_of(cluster: Cluster) -> "Patience":
@@ -44,11 +35,12 @@ def patience_of(cluster: Cluster) -> "Patience":
 
 
 class Patience:
-    """Observed times of a run, in seconds, and the limits derived from them.
+    """Observed times of a run in seconds, and the limits derived from them.
 
-    hang_after: upper bound of the limit in steps. start_timeout: upper bound of the limit in other phases. kill_after:
-    minimum time without progress before the run is ended; None for the defaults. timeout: minimum time without progress
-    before the run is ended in a save, an upload or a callback.
+        hang_after: upper bound of the limit in steps
+        start_timeout: upper bound of the limit in other phases
+        kill_after: minimum time without progress before the run is ended; None for the defaults
+        timeout: the same in a save, an upload or a callback
     """
 
     def __init__(
@@ -64,30 +56,26 @@ class Patience:
         """Whether ranks compute on GPUs."""
 
     def take(self, doing: str, seconds: float) -> None:
-        """Record an observation. In a step, `seconds` is the duration of the step. In another phase, `seconds` is the
-        duration of a silence that ended with progress.
-        """
+        """Record an observation: the duration of a step, or of a silence in another phase that ended with progress."""
         self._seconds[doing].append(seconds)
 
     def finish(self, doing: str) -> None:
-        """Record that a phase of this kind is complete. After this call, the observations of such phases count."""
+        """Record that a phase of this kind is complete. From now on, its observations count."""
         self._done.add(doing)
 
     def take_work(self, sequences: float) -> None:
-        """Set the number of sequences in each later step. If this number grows, the known step times are scaled up in
-        proportion.
-        """
+        """Set the sequences per step from now on. If the number grows, the known step times are scaled up."""
         if sequences > self._work:
             growth = sequences / self._work
             self._seconds[STEP_PHASE] = deque((growth * seconds for seconds in self._seconds[STEP_PHASE]), REMEMBERED)
         self._work = sequences
 
     def forget_steps(self) -> None:
-        """Forget all step times. Call this method when the layout changes, because the new steps may take any time."""
+        """Forget all step times. Call it when the layout changes."""
         self._seconds[STEP_PHASE].clear()
 
     def limit(self, doing: str) -> float:
-        """Return the seconds of silence after which the run is late in this phase."""
+        """Return the seconds of silence after which the run is late."""
         ceiling, floor = self._ceiling(doing), STEP_FLOOR if doing in STEP_PHASES else OTHER_FLOOR
         kind = STEP_PHASE if doing in STEP_PHASES else doing
         times = self._seconds[kind] if kind in self._done and doing != START_PHASE else ()
@@ -95,7 +83,7 @@ class Patience:
         return min(ceiling, max(floor, room * max(times, default=ceiling)))
 
     def kill_limit(self, doing: str) -> float:
-        """Return the seconds without progress after which the run is ended in this phase."""
+        """Return the seconds without progress after which the run is ended."""
         floor = self._kill_after or (KILL_ON_GPU if self.on_gpu else KILL_ON_CPU)
         if doing in PATIENT_PHASES:
             floor = max(floor, self._timeout)
@@ -105,6 +93,6 @@ class Patience:
         return self._hang_after if doing in STEP_PHASES else self._start_timeout
 
     def usual_step(self) -> float | None:
-        """Return the median step time in seconds; None if there are fewer than 5 observations."""
+        """Return the median step time in seconds; None below 5 observations."""
         times = sorted(self._seconds[STEP_PHASE])
         return times[len(times) // 2] if len(times) >= 5 else None

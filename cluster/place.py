@@ -1,4 +1,4 @@
-"""This process's rank, and the number of ranks. Both are read from the environment that the driver or torchrun set."""
+"""This process's rank and the number of ranks, from the environment that the driver or torchrun set."""
 
 import os
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Place:
-    """The position of this process among the ranks of its run. By default, this process is the only rank."""
+    """Position of this process among the ranks of its run. By default, it is the only rank."""
 
     rank: int = 0
     world: int = 1
@@ -16,7 +16,7 @@ class Place:
 
 
 def given_place() -> Place | None:
-    """Return the position that the driver or torchrun assigned to this process; None if it assigned none."""
+    """Return the position that the driver or torchrun assigned; None if it assigned none."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -31,9 +31,7 @@ def given_attempt() -> int | None:
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the ranks that a driver started find each other. It is either a file of this machine, or an address of
-    rank 0 with a secret.
-    """
+    """Where the ranks that a driver started find each other: a file, or an address of rank 0 with a secret."""
 
     file: str | None = None
     address: str = ""
@@ -42,11 +40,9 @@ class Meeting:
 
 
 def given_meeting() -> Meeting | None:
-    """Return where the ranks of this run find each other, as the driver set it; None for ranks of torchrun, which has
-    its own store.
+    """Return where the ranks of this run find each other; None for ranks of torchrun, which has its own store.
 
-    Call this function only once. It removes the secret from the environment, because otherwise every child of the rank
-    would inherit the secret.
+    Call only once: it removes the secret from the environment, so that no child process inherits it.
     """
     if file := os.environ.get("SLUICE_STORE"):
         return Meeting(file)
@@ -56,8 +52,6 @@ def given_meeting() -> Meeting | None:
 
 
 def is_driver() -> bool:
-    """Whether this process owns the run folder. The owner is the driver, or rank 0 if another program started the
-    ranks.
-    """
+    """Whether this process owns the run folder: it is the driver, or rank 0 if another program started the ranks."""
     place = given_place()
     return place is None or place.rank == 0

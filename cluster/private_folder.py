@@ -1,8 +1,7 @@
 """A folder of one process that no other user can read. It is removed later even if the process is killed.
 
-The process holds a lock on the folder. The system releases the lock however the process ends. The next process that
-creates such a folder removes all folders without a lock. A process id could not show whether the owner is alive,
-because containers with separate process ids may share a folder for temporary files.
+The process holds a lock on the folder until it ends. The next process that creates such a folder removes those without
+a lock. Process ids could not replace the lock, because containers may share a folder for temporary files.
 """
 
 import contextlib
@@ -15,17 +14,15 @@ from pathlib import Path
 from conf.files import try_lock
 
 FRESH = 60.0
-"""Minimum age in seconds at which a folder without a lock is removed. The process of a younger folder may be about to
-lock it.
-"""
+"""Minimum age in seconds at which an unlocked folder is removed. Its process may be about to lock it."""
 
 
 class PrivateFolder:
-    """A folder of mode 0700, created at construction. Close it with `remove`, or use it in `with`."""
+    """A folder of mode 0700, created at construction. Use in `with`, or call `remove`."""
 
     def __init__(self, kind: str, parent: Path | None = None):
-        """Create and lock the folder. kind: prefix of the folder's name. parent: folder in which it is created; None
-        for the system's folder of temporary files.
+        """kind: prefix of the folder's name. parent: folder that contains it; None for the system's folder of temporary
+        files.
         """
         parent = parent or Path(tempfile.gettempdir())
         remove_dead(kind, parent)
@@ -45,9 +42,7 @@ class PrivateFolder:
 
 
 def remove_dead(kind: str, parent: Path | None = None) -> None:
-    """Remove this user's folders of this kind whose processes have ended. Links, and folders of other users, are not
-    removed.
-    """
+    """Remove this user's folders of this kind whose processes have ended. Links are not removed."""
     for folder in (parent or Path(tempfile.gettempdir())).glob(f"{kind}*"):
         with contextlib.suppress(OSError):  # another process removes it, or it is not a folder
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -1,4 +1,4 @@
-"""Finds the first collective or message in which ranks differ, and the wrong rank; see compare_ranks.py."""
+"""Finds the first collective or message in which ranks differ, and the wrong rank (compare_ranks.py)."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,9 +18,7 @@ from cluster.judgement import (
 
 Signature = tuple[Any, ...]
 EVEN = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "receive")
-"""Kinds of operations for which all ranks of a group, or both ends of a message, have the same number of elements in
-every step.
-"""
+"""Kinds of operations whose number of elements is equal on all ranks of a group, or on both ends, in every step."""
 
 
 def _common(record: CommRecord) -> Signature:
@@ -35,8 +33,7 @@ def _whole(record: CommRecord) -> Signature:
 
 
 def find_difference(traces: Mapping[int, RankTrace]) -> Judgement | None:
-    """Find the first collective that ranks called differently, or the first message for which sender and receiver
-    disagree. Returns None if there is none.
+    """Find the first collective that ranks called differently, or message on which its two ends disagree. None if none.
     """
     by_group = defaultdict[tuple, dict[int, dict[int, CommRecord]]](lambda: defaultdict(dict))
     for rank, trace in traces.items():
@@ -61,7 +58,7 @@ def find_difference(traces: Mapping[int, RankTrace]) -> Judgement | None:
 
 
 def _loses(members: Mapping[int, CommRecord]) -> bool:
-    """Whether the ranks together sent a different number of elements in an all-to-all than they received."""
+    """Whether the ranks of an all-to-all together sent and received different numbers of elements."""
     records = list(members.values())
     if records[0].kind != "all_to_all" or len(records) < len(records[0].group.ranks):
         return False
@@ -106,8 +103,8 @@ def _blame(
 def _against_others(by_group: Mapping, members: Mapping[int, CommRecord], key: Callable) -> list[int]:
     """Return the ranks of a collective that differ from the same collective in other groups.
 
-    Only groups with the same label and the same number of ranks are compared. Returns no ranks if these groups differ
-    among themselves.
+    Only groups with the same label and number of ranks are compared. Returns no ranks if these groups differ among
+    themselves.
     """
     example = next(iter(members.values()))
     elsewhere = {
@@ -131,7 +128,7 @@ def _kind_of(mine: CommRecord, theirs: CommRecord) -> Fault:
 
 
 def _by_step(trace: RankTrace, record: CommRecord) -> dict[int, list[CommRecord]]:
-    """Return those records of the rank that are in the same channel as `record` (see `channel_of`), grouped by step."""
+    """Return the rank's records in the channel of `record` (see `channel_of`), by step."""
     done, channel = defaultdict[int, list[CommRecord]](list), channel_of(record)
     for one in trace.records:
         if channel_of(one) == channel:
@@ -140,13 +137,14 @@ def _by_step(trace: RankTrace, record: CommRecord) -> dict[int, list[CommRecord]
 
 
 def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord] | None:
-    """Find how a rank's communication in the step of `record` differs from the rank's earlier steps. Records after
-    `record` do not count.
+    """Find how a rank's step differs from its earlier steps, up to `record`, a record of this step.
 
-    A rank may repeat its communication with a period of several steps; for example, the period is 10 if the rank
-    gathers metrics every 10 steps. So the step is compared with the step one period earlier. Returns None in these
-    cases: both steps agree; the step equals an earlier step, but no step of the current repetition; no earlier step is
-    known.
+    Communication may repeat with a period of several steps, such as 10 if metrics are gathered every 10 steps. So the
+    step is compared with the step one period earlier. Returns None in these cases:
+
+        - the two steps agree
+        - the step equals an earlier step, but no step of the current repetition
+        - no earlier step is known
     """
     # The ring may have lost the beginning of the first step.
     done, first = _by_step(trace, record), trace.records[0].step
@@ -163,11 +161,10 @@ def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord]
 
 
 def _find_period(history: Sequence[list[Signature]]) -> tuple[int, int]:
-    """Return the period with which a rank repeats its steps, and the number of its last steps that are part of this
-    repetition.
+    """Return the period with which a rank repeats its steps, and the number of last steps in this repetition.
 
-    A repetition must cover at least two periods. If several periods are possible, the function chooses the period whose
-    repetition covers the most steps. Returns 1 and 0 if there is no period.
+    A repetition covers at least two periods. Of several periods, the one whose repetition covers the most steps is
+    chosen. Returns 1 and 0 if there is none.
     """
     numbers = dict[tuple, int]()
     kinds = [numbers.setdefault(tuple(one), len(numbers)) for one in reversed(history)]  # the last step comes first
@@ -185,8 +182,7 @@ def _against_other(
 ) -> tuple[Fault, CommRecord] | None:
     """Find how a rank's step differs from another rank's step.
 
-    If an earlier step of the rank began like the other rank's step, the function compares the rank's step with that
-    earlier step instead.
+    If an earlier step of the rank began like the other rank's step, it is compared instead.
     """
     done, right = _by_step(trace, mine), _by_step(other, theirs)[theirs.step]
     wanted = _signatures(one for one in right if one.seq <= theirs.seq)
@@ -202,11 +198,10 @@ def _signatures(records: Iterable[CommRecord]) -> list[Signature]:
 def first_change(
     trace: RankTrace, step: int, before: list[CommRecord], now: list[CommRecord], until: int | None
 ) -> tuple[Fault, CommRecord] | None:
-    """Compare two steps of a rank. Return the first operation of the later step that differs from the earlier step, and
-    how it differs.
+    """Return the first operation of a rank's later step that differs from its earlier step, and how.
 
-    before: records of the earlier step. now: records of the later step. until: sequence number of the last record of
-    `now` that counts; None if all count.
+    before, now: records of the earlier and of the later step. until: sequence number of the last record of `now` that
+    counts; None if all count.
     """
     if not before or trace.records[0].step >= step - 1:  # the ring has lost the beginning of the earlier step
         return None
@@ -215,8 +210,8 @@ def first_change(
         return _common(one) == _common(other) and one.peer == other.peer
 
     def matches(i: int, j: int) -> int:
-        """Compare the records now[i], now[i + 1], ... with before[j], before[j + 1], ..., up to the first difference.
-        Return the number of equal pairs. A pair counts twice if its two records are from the same place in the program.
+        """Return the number of equal pairs from now[i] and before[j] on, up to the first difference. A pair from the
+        same place in the program counts twice.
         """
         count = 0
         for one, other in zip(now[i:], before[j:], strict=False):
@@ -248,8 +243,8 @@ def first_change(
 
 
 def _odd_messages(traces: Mapping[int, RankTrace]) -> list[tuple[float, tuple[int, CommRecord, int, CommRecord]]]:
-    """Return the sends that differ from the matching receive in the number or type of elements. Each result has the
-    later of their two start times, and both records with their ranks.
+    """Return the sends whose number or type of elements differs from the receive. Each result has the later of their
+    start times, and both records with their ranks.
     """
     sends = {
         (record.group.name, rank, record.peer, record.seq): record

@@ -1,7 +1,7 @@
-"""Follows the ranks of an attempt by their reports, and decides whether they still make progress.
+"""Follows the ranks of an attempt by their reports, and decides whether they make progress.
 
-When a report arrives, the watch updates all values that the driver reads at every tick. So the work for an agent's
-answer depends only on the number of that agent's ranks.
+Values that the driver reads at every tick are updated when a report arrives. So an agent's answer costs only in
+proportion to its own ranks.
 """
 
 from collections import Counter
@@ -17,15 +17,14 @@ NAMED_RANKS = 8
 class RankWatch:
     """Watches ranks from their start.
 
-    names: node of each rank; empty if all ranks are on one machine. saved: step of the newest checkpoint at the start
-    of the ranks.
+    names: node of each rank; empty if all are on one machine. saved: step of the newest checkpoint at the start.
     """
 
     def __init__(self, ranks: Iterable[int], names: dict[int, str], patience: Patience, now: float, saved: int = 0):
         self.reports = {rank: RankReport(rank) for rank in ranks}
         self.names, self.saved = names, max(saved, 0)
         self.moved = now
-        """Time of the last news. News means that a rank reached another step or phase."""
+        """Time of the last news: a rank reached another step or phase."""
         self.alive = now
         """Time at which a rank last completed a unit of work."""
         self.step = -1
@@ -34,17 +33,17 @@ class RankWatch:
         """First step that any rank reported; None before the first report."""
         self._patience, self._told_quiet = patience, False
         self._step_began = now
-        """Time at which the current step began: when the first rank reached the highest step. If the ranks were in
-        another phase since then, it is the time at which they returned to the step.
+        """Time at which the first rank reached the current step, or at which the ranks returned to it from another
+        phase.
         """
         self._silences = 0
         """Number of events that ended a silence."""
         self._late: tuple[int, float] | None = None
-        """The silence for which a warning was printed: the value of `_silences` when the warning was printed, and the
-        start time of the silence. None if there is no such silence.
+        """The silence of the last warning: value of `_silences` at the warning, and start time of the silence. None if
+        no warning.
         """
         self._ended = self._bad = 0
-        """Number of ranks that have ended, and number of ranks that have failed."""
+        """Numbers of ranks that have ended and that have failed."""
         self._phases = Counter({START_PHASE: len(self.reports)})
         """Number of running ranks, by phase."""
         self._elsewhere = set[str]()
@@ -61,19 +60,15 @@ class RankWatch:
 
     @property
     def doing(self) -> str:
-        """Return the phase of the running ranks. It is `start` until the attempt has completed a step. After that, it
-        is `step` if all ranks are in steps, else another phase that at least one rank is in.
-
-        Phases of ranks that this watch does not follow also count, if they are known.
+        """Return the phase of the running ranks: `start` before the attempt's first complete step. Later it is `step`
+        if all ranks are in steps, else another phase of at least one rank. Known phases of other ranks count too.
         """
         phases = {phase for phase, count in self._phases.items() if count > 0} | self._elsewhere
         others = sorted(phases - {STEP_PHASE})
         return START_PHASE if not self.stepping else others[0] if others else STEP_PHASE
 
     def take(self, now: float, reports: Collection[RankReport]) -> None:
-        """Process reports of some ranks. Time in which a rank waited for a core on a busy machine does not count as
-        silence.
-        """
+        """Process reports of some ranks. A rank's wait for a core on a busy machine does not count as silence."""
         starved = max(
             (report.waited_for_core - self.reports[report.rank].waited_for_core for report in reports), default=0.0
         )
@@ -106,19 +101,16 @@ class RankWatch:
         self._learn(now, doing, step)
 
     def see_others(self, now: float, phases: set[str], moved: bool) -> None:
-        """Record the phases of ranks that this watch does not follow. Call this method while the ranks of this watch
-        are silent.
+        """Record the phases of ranks that this watch does not follow. Call it while the ranks of this watch are silent.
 
-        moved: whether these other ranks made progress since the previous call.
+        moved: whether the other ranks made progress since the previous call.
         """
         self._elsewhere = phases
         if moved:
             self.alive = now
 
     def _learn(self, now: float, did: str, step: int) -> None:
-        """Record how long the last step took, and which phases are complete. did, step: phase and step before the new
-        reports.
-        """
+        """Record how long the last step took, and complete phases. did, step: phase and step before the new reports."""
         left, comes = did in STEP_PHASES, self.doing in STEP_PHASES
         if left and (self.step > step or not comes):
             self._patience.take(STEP_PHASE, now - self._step_began)
@@ -128,37 +120,31 @@ class RankWatch:
             self._patience.finish(STEP_PHASE if left else did)
 
     def forgive(self, now: float, slept: float) -> None:
-        """Extend the limits by `slept` seconds. In this time the watching process or a rank was held up, so the watch
-        may have missed news.
-        """
+        """Extend the limits by `slept` seconds, in which this process or a rank was held up."""
         self.moved, self.alive = min(self.moved + slept, now), min(self.alive + slept, now)
 
     @property
     def silent_since(self) -> float:
-        """Return the time of the last news. In steps, the start of another step or phase is news. In other phases,
-        every completed unit of work is news.
-        """
+        """Return the time of the last news: another step or phase, or outside of steps a completed unit of work."""
         return self.moved if self.doing in STEP_PHASES else self.alive
 
     def is_late(self, now: float) -> bool:
-        """Whether the run has had no news for longer than is usual in this phase. False if the watch has already warned
-        about this silence.
-        """
+        """Whether the silence is longer than usual in this phase. False if a warning was already given."""
         return self._late is None and now - self.silent_since > self._patience.limit(self.doing)
 
     def name_late(self) -> None:
-        """Record that a warning named the ranks that block the run. So only one warning is printed per silence."""
+        """Record that a warning named the blocking ranks. There is one warning per silence."""
         self._late = self._silences, self.silent_since
 
     def over(self, now: float) -> float | None:
-        """Return the length in seconds of the silence for which a warning was printed; None if no warning was printed.
-        Call this method when all ranks have ended without a failure.
+        """Return the seconds of the silence of the last warning; None without warning. Call it when all ranks have
+        ended well.
         """
         return now - self._late[1] if self._late is not None else None
 
     def went_on(self) -> float | None:
-        """If a warning was printed for a silence and the silence has ended, return its length in seconds. Otherwise
-        return None. Each silence is returned only once.
+        """Return the seconds of a silence with a warning, once it has ended; otherwise None. Each silence is returned
+        once.
         """
         if self._late is None or self._late[0] == self._silences:
             return None
@@ -174,9 +160,7 @@ class RankWatch:
         return self.alive + self._patience.kill_limit(self.doing) - now
 
     def tell_quiet(self, now: float) -> str | None:
-        """Return a sentence if the current step takes much longer than usual, else None. Each silence is reported
-        once.
-        """
+        """Return a sentence if the current step takes much longer than usual, once per silence; else None."""
         usual, silent = self._patience.usual_step(), now - self.moved
         if self._told_quiet or self.doing != STEP_PHASE or usual is None:
             return None

@@ -1,28 +1,25 @@
-"""Names and formats of the files by which the processes of a run, ranks and drivers, exchange data on disk.
+"""Names and formats of the files by which the processes of a run exchange data on disk.
 
-checkpoints/.fence                       highest attempt number that may write there; see train/checkpoint/commit.py
-checkpoints/.lock                        a process holds this lock while it changes the fence or the name of a
-                                         checkpoint
+checkpoints/.fence                       lowest attempt number that may write there; see train/checkpoint/commit.py
+checkpoints/.lock                        locked by a process while it changes the fence or a checkpoint's name
 checkpoints/step_00001234/               a committed checkpoint; see train/checkpoint/manifest.py
-    manifest.json                        number of the attempt that wrote the checkpoint, and more. The file is complete
-                                         before the folder gets its name
-    rank_00003.safetensors               part of the checkpoint that rank 3 wrote
-    rank_00003.json                      index of this part, written last. Copies in a node's memory have the
-                                         files rank_00003.*, too
-logs/rank_3.log                          output of rank 3
-logs/rank_3.error.json                   cluster.cause.Failure, written before the rank exits
-logs/rank_3.at_work                      exists until the rank has reported how its work ended. The file is filled with
-                                         blanks: on a full disk, rank_3.error.json uses their disk space
+    manifest.json                        attempt that wrote the checkpoint, and more. Complete before the folder gets
+                                         its name
+    rank_00003.safetensors               part of the checkpoint of rank 3
+    rank_00003.json                      index of this part, written last. Copies in memory have both files, too
+logs/rank_3.log                          output of rank 3 logs/rank_3.error.json
+cluster.cause.Failure, written before the rank exits logs/rank_3.at_work                      exists until the rank has
+reported how its work ended; filled with blanks,
+                                         whose space rank_3.error.json uses on a full disk
 logs/rank_3.stacks                       stacks of the rank's threads at the last SIGUSR1, by faulthandler
-logs/rank_3.ring                         the rank's recent communication; see cluster/comm_ring.py
-logs/incident_1.json                     the rank that broke the run or held it up; see cluster/incident.py
-logs/stop.txt                            why the ranks are asked to stop, if their agent knows
-logs/rank_3.progress.json                {"step": 17, "phase": "step", "time": ..., "sequences": 64, "busy": ...,
-                                         "seconds": ..., "memory": ..., "pid": ..., "host": ...}, written at every step.
-                                         seconds: duration of the last step. busy, if present: the seconds of the last
-                                         step in which the rank did its own work
-ranks.json                               state of all ranks, as the driver of cluster=ray knows it; see
-                                         cluster/driver/journal.py
+logs/rank_3.ring                         the rank's recent communication; see cluster/comm_ring.py logs/incident_1.json
+the rank that broke the run or held it up; see cluster/incident.py logs/stop.txt                            why the
+ranks are asked to stop, if their agent knows logs/rank_3.progress.json                {"step": 17, "phase": "step",
+"time": ..., "sequences": 64, "busy": ...,
+                                         "seconds": ..., "memory": ..., "pid": ..., "host": ...}, at every step.
+                                         seconds: duration of the last step. busy, if present: its seconds of the
+                                         rank's own work
+ranks.json                               state of all ranks, from the driver of cluster=ray (cluster/driver/journal.py)
 """
 
 import errno
@@ -50,27 +47,23 @@ RINGS = "rank_*.ring"
 """Glob pattern of the files that `ring_path` names."""
 COUNTS_AT = 104
 COUNTS = struct.Struct("<QQ")
-"""Format of two counts in a rank's ring file: completed units of work, and bytes of checkpoints written. Both counts
-only grow (cluster/comm_ring.py).
-"""
+"""Format of two growing counts in a rank's ring: completed units of work, and written checkpoint bytes."""
 RANK_FILE = re.compile(r"rank_(\d{5,18})\.(safetensors|json)")
 LATEST = 1e11
-"""Upper bound of the Unix times that a run's files may contain. It is a time in the year 5138."""
+"""Upper bound of the Unix times in a run's files, in the year 5138."""
 LOCK = ".lock"
 _FENCE = ".fence"
 
 
 class Age(NamedTuple):
-    """Age of a checkpoint: its attempt and its step. A checkpoint of a later attempt is newer, even if the later
-    attempt resumed from an earlier step and so wrote a lower step number.
-    """
+    """Age of a checkpoint: attempt and step. A later attempt is newer, even at a lower step."""
 
     attempt: int
     step: int
 
 
 NONE = Age(0, -1)
-"""The value that is used as age if there is no checkpoint. It is lower than the age of every checkpoint."""
+"""Age if there is no checkpoint: lower than every checkpoint's age."""
 
 
 def step_name(step: int) -> str:
@@ -106,9 +99,7 @@ def ring_path(logs: Path, rank: int) -> Path:
 
 
 def read_counts(logs: Path, rank: int) -> tuple[int, int]:
-    """Return the number of work units that a rank has completed, and the bytes of checkpoints that it has written.
-    Returns zeros if the rank has no ring.
-    """
+    """Return a rank's counts of completed work units and of written checkpoint bytes; zeros if it has no ring."""
     with suppress(OSError, struct.error):
         handle = open_plain(ring_path(logs, rank), os.O_RDONLY)
         try:
@@ -128,7 +119,7 @@ def stop_path(logs: Path) -> Path:
 
 
 def read_fence(checkpoints: Path) -> int:
-    """Return the highest attempt number that may write checkpoints; -1 if there is no fence.
+    """Return the lowest attempt number that may write checkpoints; -1 if there is no fence.
 
     Raises UserError if the fence is damaged.
     """
@@ -152,9 +143,9 @@ def read_fence(checkpoints: Path) -> int:
 
 @contextmanager
 def hold_lock(checkpoints: Path, timeout: float) -> Iterator[None]:
-    """Hold the lock of checkpoints/ inside the block, so that no other process changes the folder.
+    """Hold the lock of checkpoints/ in the block, so that no other process changes the folder.
 
-    Raises UserError if another process holds the lock for `timeout` seconds.
+    Raises UserError if another process holds it for `timeout` seconds.
     """
     with ExitStack() as stack:
         try:
@@ -166,5 +157,5 @@ def hold_lock(checkpoints: Path, timeout: float) -> Iterator[None]:
 
 
 def write_fence(checkpoints: Path, attempt: int) -> None:
-    """Raise the fence, so that attempts with a number lower than `attempt` can no longer write checkpoints."""
+    """Raise the fence: attempts with a number below `attempt` can no longer write checkpoints."""
     atomic_write_text(checkpoints / _FENCE, str(attempt))

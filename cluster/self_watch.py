@@ -1,7 +1,4 @@
-"""Detects a hang from inside a rank that no Sluice driver supervises, and names the blocking rank.
-
-Such ranks run under torchrun, or as a single process.
-"""
+"""Detects a hang from inside a rank under torchrun or a single process, and names the blocking rank."""
 
 import os
 import sys
@@ -36,22 +33,18 @@ from conf.words import say
 LOOK_SECONDS = 0.25
 """Seconds between two checks of this rank's progress."""
 OTHERS_AFTER_SECONDS, RANKS_IN_A_SECOND = 2.0, 50.0
-"""First number: seconds of silence after which a rank checks the progress of the other ranks. Second number: how many
-ranks it checks per second.
-"""
+"""Seconds of silence after which a rank checks other ranks' progress, and number of ranks checked per second."""
 STACKS_WITHIN_SECONDS = 2.0
-"""Seconds that other ranks of this host get to write their stacks."""
+"""Seconds that this host's other ranks get to write their stacks."""
 SAME_INCIDENT_SECONDS = 60.0
-"""If a rank fails within this many seconds after another rank reported an incident, the failing rank does not report
-the incident again.
-"""
+"""Seconds after another rank's report of an incident in which a failing rank does not report it again."""
 
 
 class SelfWatch:
-    """Watches the progress of this process and reports a hang. Use the object in `with`.
+    """Watches the progress of this process and reports a hang. Use in `with`.
 
-    ends: whether the watch also ends a hung process. Then the program that started the ranks ends or restarts all of
-    them. Pass False for a process that belongs to the user, such as a notebook.
+    ends: whether it also ends a hung process, so that the program that started the ranks ends or restarts all. Pass
+    False for a process of the user, such as a notebook.
     """
 
     def __init__(self, logs: Path, place: Place, patience: Patience, ends: bool):
@@ -101,16 +94,16 @@ class SelfWatch:
                 say(text, file=sys.stderr)
 
     def _look_at_others(self) -> list[tuple]:
-        """Return the progress of every other rank whose files this rank can read. The files are on this host or in a
-        shared run folder.
+        """Return the progress of all other ranks whose files this rank can read: on this host or in a shared run
+        folder.
 
-        If another rank makes progress, this rank may be waiting for it, and the run does not hang.
+        If one makes progress, this rank may wait for it, and the run does not hang.
         """
         reports = [read_report(rank, None, self._logs) for rank in range(self._world) if rank != self._rank]
         return [(one.phase, one.rank, one.step, one.done, one.written) for one in reports if one.step >= 0]
 
     def _tell_hang(self, seconds: float, left: float | None) -> None:
-        """Name the rank that blocks this rank. left: seconds until this rank is ended; None if it is ended now."""
+        """Name the rank that blocks this rank. left: seconds until this rank is ended; None if at once."""
         traces = read_traces(self._logs)
         reports = self._reports(traces)
         stacks = self._stacks(traces, native=left is None)
@@ -124,7 +117,7 @@ class SelfWatch:
             self._tell(f"warning: {text}", incident | {"late": True})
 
     def _tell_failure(self, error: BaseException) -> None:
-        """Report an error of this rank. The report names another rank if that rank caused the error."""
+        """Report an error of this rank. The report names another rank if that rank caused it."""
         traces = read_traces(self._logs)
         stacks = self._stacks(traces)
         code = error.code if isinstance(error, RunEnded) else EXIT_CRASH
@@ -141,9 +134,7 @@ class SelfWatch:
         self._tell(f"error: {cause.text}", describe_incident(cause, finding, traces, stacks))
 
     def _tell(self, text: str, incident: dict) -> None:
-        """Report the incident, unless another rank has already reported it. In that case, print only that this rank
-        ends because of that incident.
-        """
+        """Report the incident. If another rank already did, print only that this rank ends because of it."""
         path, late = None, incident.get("late", False)
         try:
             with exclusive(self._logs / ".incident.lock", STACKS_WITHIN_SECONDS):

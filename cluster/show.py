@@ -1,7 +1,7 @@
 """Show where the ranks of a recipe would run, and start nothing:  python -m cluster.show NODESxDEVICES[/RACK]
 OVERRIDES...
 
-RACK is the number of nodes in a rack. An example with 256 nodes of 8 devices each and 32 nodes in a rack:
+RACK is the number of nodes in a rack. For example, 256 nodes of 8 devices, with 32 nodes in a rack:
 
     python -m cluster.show 256x8/32 conf=deepseek_v3 data=stdlib
 """
@@ -16,9 +16,7 @@ from conf.words import say
 
 
 def nodes_of(text: str) -> list[Node]:
-    """Return the nodes of a hypothetical cluster. Raises UserError if the text is not NODESxDEVICES or
-    NODESxDEVICES/RACK.
-    """
+    """Return the nodes of a hypothetical cluster. Raises UserError unless the text is NODESxDEVICES[/RACK]."""
     match = re.fullmatch(r"(\d+)x(\d+)(?:/(\d+))?", text)
     if match is None:
         raise UserError("nodes", text, "must be NODESxDEVICES or NODESxDEVICES/NODES_PER_RACK", "for example 256x8/32")

@@ -16,15 +16,15 @@ import psutil
 from conf.schema import Config
 
 PR_SET_PDEATHSIG = 1
-"""Number of the prctl option that sets the signal that a process receives when its parent dies."""
+"""The prctl option for the signal that a process receives when its parent dies."""
 LEASE = 4.0
-"""Number of heartbeats without a question from the driver after which an agent kills its ranks."""
+"""Number of heartbeats after which an agent kills its ranks if the driver asks nothing."""
 ENDING = 60.0
 """Seconds that a killed rank may need to free its memory."""
 
 
 def longest_afterlife(config: Config) -> float:
-    """Return the maximum seconds for which a rank may stay alive after its driver was killed."""
+    """Return the maximum seconds for which a rank may outlive its killed driver."""
     return ENDING + (LEASE * config.cluster.heartbeat if config.cluster.backend == "ray" else 0.0)
 
 
@@ -35,11 +35,10 @@ def spawn(
     folder: str | None = None,
     stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen:
-    """Start a child process in its own session. Ctrl-C then reaches only the driver, and the driver passes it on to the
-    child.
+    """Start a child process in its own session. The driver receives Ctrl-C and passes it on.
 
-    If this process dies in any way, the kernel kills the child too. output: file for stdout and stderr; with None, the
-    child uses the terminal. folder: working folder; None for the working folder of this process.
+    If this process dies, the kernel kills the child. output: file for stdout and stderr; None for the terminal. folder:
+    working folder; None for that of this process.
     """
     bind, parent = _binder(), os.getpid()
     return subprocess.Popen(
@@ -55,16 +54,15 @@ def spawn(
 
 
 class ForkedProcess:
-    """A child process forked from this process. The child has all modules that this process has imported.
+    """A child forked from this process, with all its imported modules. It dies with its parent, as a child of `spawn`.
 
-    The class has the methods of Popen that cluster/local.py uses. Like a child of `spawn`, the child dies with its
-    parent. Before the fork, the parent must not have computed anything, because OpenMP threads and GPU contexts do not
-    survive a fork.
+    The class has the methods of Popen that cluster/local.py uses. Before the fork, the parent must not have computed
+    anything: OpenMP threads and GPU contexts do not survive a fork.
     """
 
     def __init__(self, work: Callable[[], int], environment: dict[str, str], output: IO | None):
-        """Fork the child. work: function that the child runs; it returns the child's exit code. environment:
-        environment variables of the child. output: file for stdout and stderr; None for the terminal.
+        """work: function that the child runs; it returns the exit code. environment: the child's environment variables.
+        output: file for stdout and stderr; None for the terminal.
         """
         bind, parent = _binder(), os.getpid()
 
@@ -104,8 +102,7 @@ class ForkedProcess:
 def die_with_parent() -> None:
     """Make the kernel kill this process when its parent dies, even if nobody reaps the parent.
 
-    Ray only checks whether the parent's process id exists. This check does not notice that the parent is a zombie,
-    because a zombie keeps its process id.
+    Ray checks only whether the parent's process id exists; a zombie keeps its id.
     """
     _binder()(os.getppid())
 
@@ -113,8 +110,7 @@ def die_with_parent() -> None:
 def _binder() -> Callable[[int], None]:
     """Return a function that makes the calling process die with its parent.
 
-    Call `_binder` before a fork, because it loads a library. A child that was forked from a process with threads must
-    not load libraries.
+    Call `_binder` before a fork: it loads a library, which a child of a process with threads must not do.
     """
     prctl = ctypes.CDLL(None).prctl
 
@@ -127,7 +123,7 @@ def _binder() -> Callable[[int], None]:
 
 
 def lives(pid: int) -> bool:
-    """Whether the process exists and is not a zombie. A zombie has ended, even if nobody ever reaps it."""
+    """Whether the process exists and is no zombie, which has ended even if nobody reaps it."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -137,8 +133,7 @@ def lives(pid: int) -> bool:
 def holds_open(pid: int, path: Path) -> bool:
     """Whether the process `pid` belongs to this user and has exactly the file `path` open.
 
-    If so, the process id that the file contains is still correct, and the process may be signalled. Without this check,
-    the signal could reach another process, because the file may be untrusted or the process id may have been reused.
+    If not, it must not be signalled: the process id may be reused, or the file that names it may be untrusted.
     """
     with contextlib.suppress(OSError):
         wanted = os.lstat(path)
@@ -150,10 +145,7 @@ def holds_open(pid: int, path: Path) -> bool:
 
 
 def processes_named(name: str) -> list[tuple[psutil.Process, list[str]]]:
-    """Return this host's processes with this name, each with its command line.
-
-    Zombies, and processes whose command line cannot be read, are left out.
-    """
+    """Return this host's processes with this name, each with its readable command line. Zombies are left out."""
     found = psutil.process_iter(["name", "cmdline"])
     return [(one, one.info["cmdline"]) for one in found if one.info["name"] == name and one.info["cmdline"]]
 
@@ -167,9 +159,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def waited_for_core(pid: int) -> float:
-    """Return the seconds in which the main thread of a process was ready but had no core; 0 if the kernel does not
-    report it.
-    """
+    """Return the seconds in which a process's main thread was ready but had no core; 0 if unknown."""
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError):

@@ -1,8 +1,7 @@
-"""Collects the stacks of a rank's threads. The signal SIGUSR1 makes a rank write its stacks to a file in its logs.
+"""Collects the stacks of a rank's threads. SIGUSR1 makes a rank write its stacks to a file in its logs.
 
-The result also names the hosts that have not acknowledged data on the rank's TCP connections. For a hung rank, the
-stacks of native threads, including threads of libraries, are added. This requires that pystack is installed and may
-inspect the process.
+Hosts that have not acknowledged data on the rank's TCP connections are added. For a hung rank, stacks of native threads
+are added if pystack is installed and may inspect the process.
 """
 
 import contextlib
@@ -27,34 +26,33 @@ from cluster.spawn import is_stopped, spawn
 from conf.files import open_plain
 
 STACKS_BYTES = 256 << 10
-"""Maximum bytes of a rank's stacks. A rank with many threads writes more text than anyone reads."""
+"""Maximum bytes of a rank's stacks."""
 STACKS_LOOK_SECONDS = 0.05
 """Seconds after which the requested stacks are checked again."""
 PYSTACK = Path(sys.executable).with_name("pystack")
 NO_PYSTACK = ["echo", "it is not installed; run `pip install pystack`"]
-"""Command that runs instead of pystack if pystack is not installed. It prints how to install pystack."""
+"""Command that runs instead of a missing pystack. It prints how to install pystack."""
 NATIVE_SECONDS = 1.5
 """Maximum seconds that pystack may take."""
 PR_SET_PTRACER = 0x59616D61
-"""Number of the prctl option that allows another process and its descendants to inspect this process. The kernel's Yama
-module otherwise forbids the inspection.
+"""The prctl option that allows another process and its descendants to inspect this one. Otherwise Linux's Yama forbids
+it.
 """
 _natives: dict[int, tuple[subprocess.Popen, float]] = {}
-"""Running pystack processes. For each inspected process id: the pystack process, and its deadline."""
+"""Running pystack processes by inspected process id, with their deadlines."""
 TCP_ESTABLISHED = "01"
 """The state of an established connection in /proc/net/tcp."""
 TCP_RETRANSMITS = "01:"
-"""Start of the timer field in /proc/net/tcp for a connection whose sent data is not acknowledged. The field has another
-value if the other end acknowledges the data but cannot receive more data now.
+"""Start of the timer field in /proc/net/tcp if sent data is not acknowledged. If the other end acknowledges data but
+cannot receive more, the value is another one.
 """
 _kept_open: list[IO] = []
 
 
 def answer_requests(logs: Path | None, rank: int) -> None:
-    """Make this process write its stacks when it receives SIGUSR1. The stacks go to the file `stacks_path`, or to
-    stderr if `logs` is None.
+    """Make this process write its stacks at SIGUSR1 to the file `stacks_path`, or to stderr if `logs` is None.
 
-    The parent process and its other children are then allowed to inspect this process.
+    The parent and its other children may then inspect this process.
     """
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, os.getppid())
     if logs is None:
@@ -69,10 +67,9 @@ def answer_requests(logs: Path | None, rank: int) -> None:
 
 
 def ask_stacks(logs: Path, rank: int, pid: int) -> bool:
-    """Ask a rank for its stacks. Returns whether the rank can answer.
+    """Ask a rank for its stacks. Returns whether it can answer.
 
-    A rank that is still importing modules is not asked, because it has no signal handler yet and the signal would end
-    it.
+    A rank that is still importing modules is not asked: without a signal handler, the signal would end it.
     """
     if not handles(pid, signal.SIGUSR1):
         return False
@@ -85,7 +82,7 @@ def ask_stacks(logs: Path, rank: int, pid: int) -> bool:
 
 
 def gather_stacks(logs: Path, pids: Mapping[int, int], seconds: float, native: bool = False) -> dict[int, str]:
-    """Return the stacks of these processes, by rank. Processes that do not answer within `seconds` are missing.
+    """Return the stacks of these processes, by rank, without those that do not answer within `seconds`.
 
     pids: process ids by rank. native: see `read_stacks`.
     """
@@ -109,10 +106,8 @@ def own_stacks() -> str:
 def read_stacks(logs: Path, rank: int, pid: int, native: bool = False) -> str | None:
     """Return the stacks that a rank wrote since the request, or None before they are complete.
 
-    Incomplete stacks are not returned, because they could wrongly suggest that the rank waits for no other rank.
-
-    native: whether to add the stacks of native threads if the rank waits for no other rank. pystack stops the rank for
-    about a second to read them.
+    native: whether to add native threads' stacks if the rank waits for no other rank. pystack then stops it for about a
+    second.
     """
     with contextlib.suppress(OSError), open(stacks_path(logs, rank), "rb", opener=open_plain) as file:
         piece = file.read(STACKS_BYTES)
@@ -148,10 +143,8 @@ def is_looked_into(pid: int) -> bool:
 
 
 def unanswered(pid: int) -> str:
-    """Return text that names the address of the process `pid`, and the hosts that have not acknowledged TCP data of the
-    process.
-
-    The text is empty if the process has no connections.
+    """Return the address of the process `pid`, and the hosts that have not acknowledged its TCP data. The text is empty
+    if it has no connections.
     """
     own, late = Counter[str](), set[str]()
     with contextlib.suppress(OSError):
@@ -174,8 +167,8 @@ def _link(path: str) -> str:
 
 
 def _address(said: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Parse an address field of /proc/net/tcp. The field consists of the IP address and a port. The address is written
-    in groups of 4 bytes, and each group is in reverse byte order.
+    """Parse an address field of /proc/net/tcp: IP address and port. The address has groups of 4 bytes in reverse byte
+    order.
     """
     raw = bytes.fromhex(said.partition(":")[0])
     found = ipaddress.ip_address(b"".join(raw[at : at + 4][::-1] for at in range(0, len(raw), 4)))
@@ -183,8 +176,8 @@ def _address(said: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def _is_whole(stacks: str) -> bool:
-    """Whether faulthandler has printed the stacks of all threads. It prints the main thread last, and the last line of
-    the main thread is its outermost function.
+    """Whether faulthandler has printed all threads. The main thread is last, and its last line is the outermost
+    function.
     """
     _, header, last = stacks.rpartition("(most recent call first):\n")
     return bool(header and re.search(r" in (<module>|_run_module_as_main)\n|^  \.\.\.\n", last, re.MULTILINE))

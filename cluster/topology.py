@@ -1,21 +1,17 @@
 """Assigns ranks to devices: a pure function from nodes and degrees of parallelism to an ordered list.
 
-The ranks of one expert-parallel group (`ep` consecutive ranks, see parallel/layout.py) exchange tokens in every MoE
-layer. So a group uses as few nodes as possible, and if possible all of its nodes are in one rack. Neighbouring pipeline
-stages communicate less than expert groups, but more than all other ranks. So consecutive stages of the same
-data-parallel block get consecutive groups of devices:
+The ranks of an expert group (`ep` consecutive ranks, see parallel/layout.py) exchange tokens in every MoE layer. So a
+group uses few nodes, in one rack if possible. Neighbouring pipeline stages communicate less than expert groups, but
+more than other ranks:
 
-    1. Sort nodes by rack, name and address. Divide their devices into slots: a slot holds one expert group. If a group
-       fits on a node, a node has devices // ep slots. Otherwise a slot consists of ep / g nodes with g ranks each,
-       where g is the largest divisor of ep that the nodes can hold. Slots are formed first inside racks, then from the
-       remaining nodes of the racks.
-    2. A block consists of one expert group of every stage, so it needs pp slots. All ranks of a pipeline are in the
-       same block, so a lost device costs at most one block of the attempt; cluster/driver/shapes.py then chooses the
-       smaller layout. Slot i is stage i % pp of block i // pp.
+    1. Sort nodes by rack, name and address. Divide their devices into slots of one expert group each. If a group fits
+       on a node, the node has devices // ep slots. Otherwise a slot is ep / g nodes with g ranks each, for the largest
+       divisor g of ep that the nodes can hold. Slots are formed inside racks first.
+    2. A block is one expert group of every stage, so pp slots. Slot i is stage i % pp of block i // pp. A pipeline is
+       in one block, so a lost device costs at most one block (see cluster/driver/shapes.py).
     3. Nodes without a rank are spares.
     4. After a failure, ranks stay on their nodes, next to their copies in memory. A spare replaces each missing node,
-       from the same rack if possible. If this placement has more groups that span several racks than the placement by
-       steps 1 to 3, the placement by steps 1 to 3 is used.
+       from the same rack if possible. If more groups then span racks than by steps 1 to 3, those steps are used.
 
 All nodes of an expert group hold the same number of its ranks, as the two-hop dispatcher requires.
 """
@@ -38,7 +34,7 @@ class Node:
     address: str
     """IP address at which the other nodes reach this node."""
     devices: int
-    """Number of ranks that the node can hold: its number of GPUs, or a configured number on CPU."""
+    """Number of ranks that the node can hold: its GPUs, or a configured number on CPU."""
     rack: str = ""
     device_bytes: int = 0
     """Memory of a device in bytes; 0 if unknown."""
@@ -46,9 +42,7 @@ class Node:
 
 @dataclass(frozen=True)
 class StageShape:
-    """The shape of a pipeline stage: number of its ranks, number of ranks that share experts, and number of
-    micro-batches of the busiest rank.
-    """
+    """The shape of a pipeline stage: its ranks, the ranks that share experts, and the busiest rank's micro-batches."""
 
     dp: int
     """Number of ranks of a stage: parallel.dp x parallel.cp."""
@@ -91,10 +85,8 @@ class Placement:
 
     @cached_property
     def by_node(self) -> dict[str, list[Seat]]:
-        """Return the seats (ranks with their devices) on each node, by node id. Nodes without seats are missing. The
-        seats of a node are ordered by local rank.
-
-        The result is cached, because a run with thousands of nodes reads it often.
+        """Return the seats (ranks with their devices) by node id and local rank, without nodes that have none. The
+        result is cached, because runs with thousands of nodes read it often.
         """
         found: dict[str, list[Seat]] = {}
         for seat in self.seats:
@@ -114,9 +106,9 @@ def place(
     allowed: Callable[[StageShape], bool] = lambda shape: True,
     near: Placement | None = None,
 ) -> Placement | None:
-    """Return the placement of the first shape that fits the nodes and is allowed; None if no shape does.
+    """Return the placement of the first allowed shape that fits the nodes; None if there is none.
 
-    near: an earlier placement. If the shape has not changed, each rank stays on its node of that placement.
+    near: an earlier placement. If the shape is the same, each rank stays on its node.
     """
     ordered = sorted(nodes, key=_position)
     seats_of = cache(lambda ep, inside: list(_seats(ordered, ep, inside)))
@@ -159,7 +151,7 @@ def require(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement:
 
 
 def _replace_missing(ordered: list[Node], near: Placement) -> Placement | None:
-    """Return the placement `near` with a spare instead of every missing node; None if there are too few spares."""
+    """Return the placement `near` with a spare for every missing node; None if spares are too few."""
     index = {node.id: place for place, node in enumerate(ordered)}
     used = near.by_node
     spares = [node for node in ordered if node.id not in used]
@@ -200,15 +192,14 @@ _Seats = list[list[tuple[Node, int]]]
 
 
 def _parts(ep: int) -> Iterator[int]:
-    """Yield the possible numbers of ranks that an expert group may have on each of its nodes, in descending order."""
+    """Yield possible numbers of an expert group's ranks per node, in descending order."""
     return (inside for inside in range(ep, 0, -1) if ep % inside == 0)
 
 
 def _seats(nodes: list[Node], ep: int, inside: int) -> Iterator[list[tuple[Node, int]]]:
-    """Yield the slots for complete expert groups, the best slot first.
+    """Yield the slots for complete expert groups, the best first.
 
-    A slot is a list of parts, one for each node: (node, index of the first device). inside: number of ranks in each
-    part.
+    A slot is a list of parts, one per node: (node, first device). inside: number of ranks in each part.
     """
     if inside == ep:
         for node in nodes:
@@ -231,7 +222,7 @@ def _seats(nodes: list[Node], ep: int, inside: int) -> Iterator[list[tuple[Node,
 
 
 def _number(nodes: list[Node], seats: _Seats, pp: int, shape: StageShape) -> Placement:
-    """Assign rank numbers to the devices: rank = stage * dp + block * ep + index in the expert group."""
+    """Number the devices: rank = stage * dp + block * ep + index in the expert group."""
     dp, ep = shape.dp, shape.ep
     placed: list[Seat] = []
     for index, seat in enumerate(seats):
@@ -265,7 +256,7 @@ def placement_table(placement: Placement) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Return numbers as text in which runs of consecutive numbers are shortened: [0, 1, 2, 5] -> 0-2,5"""
+    """Return numbers as text with shortened runs: [0, 1, 2, 5] -> 0-2,5"""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][1] + 1:

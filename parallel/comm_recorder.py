@@ -1,8 +1,7 @@
 """Records every collective, send and receive of this process by wrapping the methods of torch's `ProcessGroup`.
 
-Sluice, torch's pipeline runtime and DeepSpeed all call these methods in the end, so code that communicates needs no
-change. The records go to a `CommLog`; their format is defined in cluster/comm_ring.py. For tensors on a device, the
-host does not know when an operation is complete, so the end of such an operation is not recorded.
+Sluice, torch's pipeline runtime and DeepSpeed all call these methods. A `CommLog` receives the records; for the format,
+see cluster/comm_ring.py. For tensors on a device, the host does not know the end of an operation, so none is recorded.
 """
 
 import itertools
@@ -46,14 +45,12 @@ GROUP_METHODS = {
     "send": "send",
     "recv": "receive",
 }
-"""For each recorded method of torch's `ProcessGroup`: the kind of its operation. A torch version may lack some of these
-methods.
-"""
+"""Recorded methods of torch's `ProcessGroup`, with the kind of operation. A torch version may lack some."""
 IN_PLACE = ("all_reduce", "broadcast", "reduce")
-"""Kinds of operations with a single tensor, which is both sent and received."""
+"""Kinds of operations with one tensor, both sent and received."""
 _BETWEEN = ("-packages" + os.sep, sysconfig.get_path("stdlib") + os.sep, __file__)
-"""A file does not count as a caller if its path contains one of these texts. They match the files of installed packages
-(torch and DeepSpeed among them), Python's library and this file.
+"""A file is no caller if its path contains one of these texts: files of installed packages, of Python's library, and
+this file.
 """
 
 
@@ -61,11 +58,11 @@ class CommLog(Protocol):
     """The interface of an object that receives the records; see cluster/comm_ring.py."""
 
     def name_group(self, name: str, label: str, ranks: Sequence[int]) -> int:
-        """Return the number of a group in the log, and add the group if it is new."""
+        """Return a group's number in the log. Adds the group if it is new."""
         ...
 
     def place(self, file: str, line: int) -> int:
-        """Return the number of a place in the program, and add the place if it is new."""
+        """Return the number of a place in the program. Adds the place if it is new."""
         ...
 
     def begin(
@@ -78,9 +75,7 @@ class CommLog(Protocol):
 
 
 class RecordedWork:
-    """Wraps the work object that a group's method returned. It tells the log when a caller starts to wait for the work,
-    and when the work is complete.
-    """
+    """Wraps the work object of a group's method. It tells the log when a wait starts and when the work is complete."""
 
     __slots__ = ("_at", "_ends", "_log", "_work")
 
@@ -88,7 +83,7 @@ class RecordedWork:
         self._work, self._log, self._at, self._ends = work, log, at, ends
 
     def wait(self, *given: Any, **named: Any) -> Any:
-        """Wait for the work, and record its end. If the wait raises an error, no end is recorded."""
+        """Wait for the work and record its end. If the wait raises, no end is recorded."""
         self._log.wait(self._at)
         result = self._work.wait(*given, **named)
         if self._ends:
@@ -102,7 +97,7 @@ class RecordedWork:
 class CommRecorder:
     """Records this process's communication in a log.
 
-    labels: names of groups in the layout; not every group has one.
+    labels: names of groups in the layout; some groups have none.
     """
 
     def __init__(self, log: CommLog):
@@ -169,9 +164,7 @@ class CommRecorder:
         return known
 
     def _place(self) -> int:
-        """Return the number, in the log, of the code line that called the operation. It is the innermost line on the
-        stack that belongs to Sluice's or the user's code.
-        """
+        """Return the log's number of the calling code line: the innermost stack line of Sluice's or the user's code."""
         frame: FrameType | None = sys._getframe(3)
         while frame is not None:
             code = frame.f_code
@@ -203,7 +196,7 @@ def _first(tensors: Any) -> Any:
 
 
 def _count(tensors: Any) -> int:
-    """Return the number of elements of a tensor, or of all tensors of a list."""
+    """Return the number of elements of a tensor or of a list of tensors."""
     if isinstance(tensors, Tensor):
         return tensors.numel()
     return sum(map(_count, tensors)) if isinstance(tensors, list | tuple) else 0

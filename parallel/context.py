@@ -1,19 +1,16 @@
 """Context parallelism: the ranks of a group share each sequence and exchange the latents that attention needs.
 
-A sequence is cut into 2 N pieces; rank r of N works on pieces r and 2 N - 1 - r (train/model/sequence.py). The ranks
-exchange MLA's latent and its rope key, which are kv_rank + rope_head_dim values per token and layer. They gather these
-values before attention. They do not store the gathered values; the backward gathers them again. The gradients of the
-latents return by an all-to-all in the activation dtype, and the receiver sums them in fp32. A reduce-scatter would
-transfer as many bytes, but it would round the sum after every rank.
+A sequence is cut into 2 N pieces; rank r of N works on pieces r and 2 N - 1 - r (train/model/sequence.py). Before
+attention, the ranks gather MLA's latent and rope key: kv_rank + rope_head_dim values per token and layer. They drop the
+gathered values; the backward gathers them again. The latents' gradients return by an all-to-all in the activation
+dtype, and the receiver sums them in fp32. A reduce-scatter would round the sum after every rank.
 
-In each gather, a rank sends its own latents to N - 1 ranks. In the all-to-all, it sends (N - 1) / N of the gradients of
-all latents, which is the same number of bytes. For T positions and B sequences, with C values of b bytes per position,
-a rank sends:
+For C gathered values of b bytes per position, a rank sends
 
-    3 (N - 1) / N * B * T * C * b      per layer, forward and backward
+    3 (N - 1) / N * B * T * C * b      per layer, forward and backward: two gathers and an all-to-all
 
-All collectives are within the group, whose ranks hold the same stage and run the same actions. The lane that issues a
-collective also waits for it (parallel/pipeline/overlap.py).
+All collectives are within the group, whose ranks hold the same stage and run the same actions. Each call waits for its
+own collective (parallel/pipeline/overlap.py).
 
 Shapes: B sequences, T positions of this rank, L positions of a piece, X any width, N ranks.
 """
@@ -31,21 +28,20 @@ from parallel.expert.link import TrafficCounters
 class ContextParallel:
     """Exchanges data with the ranks that share this rank's sequences. Implements `train.model.sequence.SequenceShare`.
 
-    group: the N ranks that share sequences. Rank r of the group works on the pieces r and 2 N - 1 - r of each sequence.
-    across: whether the ranks span several nodes.
+    group: these N ranks. across: whether they span several nodes.
     """
 
     def __init__(self, group: dist.ProcessGroup, across: bool = False):
         self.group, self._across = group, across
         self.parts, self.part = dist.get_world_size(group), dist.get_rank(group)
         self.counters = TrafficCounters()
-        """Bytes sent. Gathers count as forward traffic, and `scatter_sum` counts as backward traffic."""
+        """Bytes sent. Gathers count as forward traffic, `scatter_sum` as backward traffic."""
 
     def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> "LatentsOnTheirWay":
         """Start to gather all pieces of the sequences.
 
-        own_BTX: this rank's two pieces. rows: number of positions of each piece. `wait` of the result returns the
-        pieces in order, each with shape (B, rows[j], X).
+        own_BTX: this rank's two pieces. rows: positions of each piece. `wait` of the result returns the pieces in
+        order, each (B, rows[j], X).
         """
         size = max(rows)
         own_BTX = F.pad(own_BTX, (0, 0, 0, 2 * size - own_BTX.size(1))).contiguous()
@@ -55,9 +51,9 @@ class ContextParallel:
         return LatentsOnTheirWay(own_BTX, all_NBTX, work, rows)
 
     def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
-        """Sum the values of all ranks, and return the sums for the positions on which this rank works: (B, T, X).
+        """Sum values over all ranks. Returns the sums for this rank's positions, (B, T, X).
 
-        pieces: this rank's values for all positions, one tensor for each of the 2 N pieces of a sequence.
+        pieces: this rank's values for all positions, one tensor for each of the 2 N pieces.
         """
         size = max(piece.size(1) for piece in pieces)
         own = pieces[self.part].size(1) + pieces[-1 - self.part].size(1)
@@ -69,7 +65,7 @@ class ContextParallel:
         return arrived_NBTX.sum(0, dtype=torch.float32).to(sent_NBTX.dtype)[:, :own]
 
     def total(self, counts: Tensor) -> Tensor:
-        """Return the sum of `counts` over all ranks; every rank gets it."""
+        """Return the sum of `counts` over all ranks, on every rank."""
         counts = counts.clone()
         dist.all_reduce(counts, group=self.group)
         return counts
@@ -90,8 +86,8 @@ class ContextParallel:
 
 
 class LoneContext(ContextParallel):
-    """Context parallelism for a rank that runs alone, in a plan or a dry run. Instead of values of other ranks, it
-    returns copies of this rank's own values.
+    """Context parallelism for a rank that runs alone (plan or dry run). Copies of its own values replace other ranks'
+    values.
     """
 
     def __init__(self, ranks: int, rank: int = 0):
@@ -114,7 +110,7 @@ class LatentsOnTheirWay:
         self._own_BTX, self._all_NBTX, self._work, self._rows = own_BTX, all_NBTX, work, rows
 
     def wait(self) -> list[Tensor]:
-        """Return all pieces in order, each with shape (B, rows[j], X), as views of the receive buffer. Call once."""
+        """Return all pieces in order, each (B, rows[j], X), as views of the receive buffer. Call once."""
         if self._work is not None:
             self._work.wait()
         size = self._all_NBTX.size(2) // 2

@@ -1,8 +1,7 @@
 """Exchanges plain values between ranks, as JSON text in tensors.
 
-torch's object collectives (`all_gather_object`, `broadcast_object_list` and similar) use pickle. A process that can
-make a rank read a pickle can run any code in that rank. So no rank sends or reads a pickle. Values are sent as the
-bytes of their JSON text, and `refuse_pickles` makes torch's own functions raise for every caller.
+torch's object collectives (such as `all_gather_object`) use pickle, and a pickle can run any code in the rank that
+reads it. So no rank sends or reads a pickle, and `refuse_pickles` makes torch's functions raise.
 """
 
 import json
@@ -23,17 +22,16 @@ GLOO_TIMEOUT = re.compile(
     r"^\[\S*gloo\S*:\d+\] (Timed out waiting|Application timeout|(Connect|Read|Wait|Write) timeout)|\AWait timeout\Z",
     re.MULTILINE,
 )
-"""Matches gloo's messages about a time-out; gloo has no error class for them. Such a message starts with a file name of
-gloo's source, or it is "Wait timeout", the message of gloo's store.
+"""Matches gloo's messages about a time-out, for which gloo has no error class. They start with a gloo source file's
+name, or are its store's "Wait timeout".
 """
 TIMEOUT = re.compile("timed out|timeout", re.IGNORECASE)
-"""Matches the messages about a time-out of NCCL and of torch's store. Both raise `torch.distributed.DistError`."""
+"""Matches the time-out messages of NCCL and torch's store. Both raise `torch.distributed.DistError`."""
 
 
 def is_timeout(error: BaseException | None) -> bool:
-    """Whether the error, or a cause of it, says that gloo, NCCL or the store gave up waiting for another rank.
-
-    An error of any other origin does not count, even if its text contains the word "timeout".
+    """Whether the error, or a cause of it, is a time-out of gloo, NCCL or the store. An error of any other origin does
+    not count, even if its text contains "timeout".
     """
     return any(
         (isinstance(one, dist.DistError) and TIMEOUT.search(str(one)))
@@ -45,9 +43,8 @@ def is_timeout(error: BaseException | None) -> bool:
 def gather(value: Any, group: ProcessGroup | None = None) -> list[Any]:
     """Return every rank's value, in the rank order of the group (None: all ranks). Collective over the group.
 
-    value: any value that JSON can express. A tuple is returned as a list. A number is returned unchanged, even if it is
-    not finite. Values should be small, because every rank allocates, for each rank, as many bytes as the longest text
-    has. Raises TypeError for other values.
+    value: any JSON value, even non-finite numbers; tuples return as lists. It should be small, because every rank
+    allocates the size of the longest text once per rank. Raises TypeError for other values.
     """
     text = _encode(value)
     length = torch.tensor([text.numel()])
@@ -61,8 +58,7 @@ def gather(value: Any, group: ProcessGroup | None = None) -> list[Any]:
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:
-    """Run `make` on rank 0 and return the result of `make` on every rank. The result must be JSON as in `gather`, and
-    may have any size.
+    """Run `make` on rank 0 and return its result on every rank. The result is JSON as in `gather`, of any size.
 
     Collective over all ranks.
     """
@@ -78,9 +74,7 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
 
 @contextmanager
 def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
-    """Create a group of all ranks for the block. Its collectives may wait longer than the collectives of the training.
-
-    Collective over all ranks.
+    """Create a group of all ranks for the block, with another timeout than the training's. Collective over all ranks.
     """
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, ProcessGroup)
@@ -89,9 +83,8 @@ def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
 
 
 class RankNotes:
-    """Short texts that a rank writes to the ranks' common store, so that other ranks can read them.
-
-    Threads use them when no disk can be written. Threads must not use collectives.
+    """Short texts that a rank writes to the common store for other ranks. Threads may use it; they must not use
+    collectives.
     """
 
     def __init__(self, store: dist.Store | None = None):
@@ -99,21 +92,19 @@ class RankNotes:
         self._store = store or distributed_c10d._get_default_store()
 
     def leave(self, name: str, text: str) -> None:
-        """Write a text under this name. If the rank that serves the store has ended, the text is lost."""
+        """Write a text under this name. If the rank that serves the store has ended, it is lost."""
         with suppress(dist.DistError):
             self._store.set(name, text)
 
     def read(self, name: str) -> str | None:
-        """Return the text that a rank wrote under this name, or None if there is none."""
+        """Return the text that a rank wrote under this name; None if there is none."""
         with suppress(dist.DistError):
             return self._store.get(name).decode() if self._store.check([name]) else None
         return None
 
 
 def refuse_pickles() -> None:
-    """Make torch's object collectives raise an error in this process from now on, even if torch or DeepSpeed calls
-    them.
-    """
+    """Make torch's object collectives raise in this process, even if torch or DeepSpeed calls them."""
     for name in ("_object_to_tensor", "_tensor_to_object", "_pickler", "_unpickler"):
         assert hasattr(distributed_c10d, name), f"torch.distributed.distributed_c10d has no {name}"
         setattr(distributed_c10d, name, _refuse)
@@ -124,9 +115,7 @@ def _refuse(*_: Any, **__: Any) -> None:
 
 
 def _encode(value: Any) -> Tensor:
-    """Return the JSON text of a value as bytes (uint8) on the CPU. A CPU tensor can be sent in every group that Sluice
-    creates.
-    """
+    """Return the JSON text of a value as uint8 on the CPU. Every group of Sluice can send CPU tensors."""
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 

@@ -1,14 +1,14 @@
 """The pipeline, stage, context, expert and expert-data groups of a layout, as plain arithmetic.
 
-In a rank number, the pipeline stage is the outermost index. The ranks of a stage hold the same layers. Each rank of a
-stage has two more pairs of indices: one pair for the data that it reads, and one pair for the experts that it holds.
+The pipeline stage is the outermost index of a rank. The ranks of a stage hold the same layers. Each of them has one
+pair of indices for its data, and one pair for its experts:
 
     rank = pp_rank * stage_ranks + stage_rank,   stage_ranks = dp * cp
     stage_rank = dp_rank * cp + cp_rank = edp_rank * ep + ep_rank
 
-So each context group and each expert-parallel group consists of consecutive ranks, which should be on the same node.
-Pipeline neighbours have the same index in neighbouring stages. For experts and for ZeRO, a rank that shares sequences
-with other ranks counts like a rank with its own sequences.
+So context groups and expert-parallel groups are consecutive ranks, which should be on one node. Pipeline neighbours
+have the same index in neighbouring stages. For experts and ZeRO, ranks that share sequences count like ranks with their
+own.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Layout(RankCounts):
 
     @property
     def edp(self) -> int:
-        """Number of copies of every expert. It is the number of ranks of a stage that hold the same experts."""
+        """Number of copies of every expert: the ranks of a stage that hold the same experts."""
         return self.stage_ranks // self.ep
 
     def pp_rank(self, rank: int) -> int:
@@ -42,11 +42,11 @@ class Layout(RankCounts):
         return rank % self.stage_ranks
 
     def dp_rank(self, rank: int) -> int:
-        """Return the index of the part of the batch that this rank reads."""
+        """Return the index of the rank's part of the batch."""
         return self.stage_rank(rank) // self.cp
 
     def cp_rank(self, rank: int) -> int:
-        """Return the index of the part of each sequence on which this rank works."""
+        """Return the index of the rank's part of each sequence."""
         return rank % self.cp
 
     def ep_rank(self, rank: int) -> int:
@@ -76,7 +76,7 @@ class Layout(RankCounts):
 
     @property
     def ep_ranks_per_node(self) -> int:
-        """Number of ranks of one expert group on one node. It is equal for all nodes and all expert groups."""
+        """Number of ranks of one expert group on a node, equal for all nodes and groups."""
         inside = min(self.ep, self.ranks_per_node)
         if self.ep % inside or self.ranks_per_node % inside:
             raise UserError(
@@ -88,25 +88,21 @@ class Layout(RankCounts):
         return inside
 
     def ends_groups(self) -> list[list[int]]:
-        """Return one group for each pipeline: its first and its last rank. Both hold the embedding if the model has MTP
-        modules.
-        """
+        """Return the first and the last rank of each pipeline. Both hold the embedding if the model has MTP modules."""
         return [[group[0], group[-1]] if self.pp > 1 else group for group in self.pp_groups()]
 
     def intra_groups(self) -> list[list[int]]:
-        """Return groups of ranks. Each group consists of the ranks of one expert group on one node."""
+        """Return groups: the ranks of one expert group on one node."""
         size = self.ep_ranks_per_node
         return [group[i : i + size] for group in self.ep_groups() for i in range(0, self.ep, size)]
 
     def inter_groups(self) -> list[list[int]]:
-        """Return groups of ranks. Each group consists of one rank per node, all of the same expert group and with the
-        same index on their nodes.
-        """
+        """Return groups: one rank per node, all of the same expert group and with the same index on their nodes."""
         size = self.ep_ranks_per_node
         return [group[i::size] for group in self.ep_groups() for i in range(size)]
 
 
 def read_layout(config: Config, node: int) -> Layout:
-    """Return the layout of a recipe. node: number of ranks per node, used if cluster.ranks_per_node is not set."""
+    """Return the layout of a recipe. node: ranks per node if cluster.ranks_per_node is not set."""
     parallel = config.parallel
     return Layout(parallel.pp, parallel.dp, parallel.ep, config.cluster.ranks_per_node or node, parallel.cp)

@@ -1,10 +1,9 @@
 """Tests the links between GPU ranks before data preparation, and names slow or dead links.
 
-Each rank exchanges data with one other rank at a time: first with its two neighbours on its node, then with the ranks
-of the same index on the neighbouring nodes. So each measured time belongs to one link. All links of a kind are tested
-at the same time, as in a training step. Then the run's groups run an all-reduce and an all-to-all. In the exchanges of
-two ranks, the received bytes are checked. A transfer that does not end within LINK_PATIENCE raises an error that names
-both ends.
+Each rank exchanges data with one rank at a time: its neighbours on the node, then the ranks with its index on
+neighbouring nodes. So each time belongs to one link. All links of a kind run at once, as in a step. Then the run's
+groups run an all-reduce and an all-to-all. Received bytes are checked for pairs. A transfer beyond LINK_PATIENCE raises
+an error that names both ends.
 """
 
 import socket
@@ -23,17 +22,15 @@ from parallel.exchange import gather
 from parallel.mesh import Mesh
 
 TRIED_BYTES = 64 << 20
-"""Bytes of a message. The message is large enough that a GPU's link reaches its full rate."""
+"""Bytes of a message, enough for a GPU's link to reach its full rate."""
 LINK_ROUNDS = 5
-"""Number of timed exchanges for each link or group. One untimed exchange before them opens the connection."""
+"""Timed exchanges for each link or group, after an untimed one that opens the connection."""
 LINK_PATIENCE = 60.0
-"""Maximum seconds for one exchange, including the time to open a connection."""
+"""Maximum seconds of an exchange, including the opening of a connection."""
 SLOW_LINK = 0.5
-"""A link is slow if its rate is below this fraction of the expected rate, or of the median rate of all links of its
-kind.
-"""
+"""A link is slow below this fraction of the expected rate, or of the median of all links of its kind."""
 NAMED_LINKS = 5
-"""Maximum number of slow links that are named. The other slow links are only counted."""
+"""Maximum number of slow links that are named; the others are counted."""
 
 Pair = tuple[int, int]
 
@@ -43,19 +40,17 @@ class LinkRate:
     """Measured rate of one link or one group."""
 
     kind: str
-    """Kind of the link or group: inside (two ranks of a node), across (two ranks of different nodes), all-reduce,
-    all-to-all.
-    """
+    """Kind of link or group: inside (a node), across (two nodes), all-reduce, all-to-all."""
     ranks: tuple[int, ...]
     bytes_per_second: float
     """Rate of each rank in one direction."""
 
 
 def rounds_of_pairs(world: int, local: int) -> Iterator[tuple[str, list[Pair]]]:
-    """Yield the rounds of the test. A round is a kind of link (inside or across) and the pairs of ranks to test at the
-    same time. A rank has at most one partner per round.
+    """Yield the rounds of the test: a kind of link (inside or across), and pairs of ranks to test at once. A rank has
+    at most one partner per round.
 
-    world: number of ranks. local: number of ranks per node; the ranks of a node are consecutive.
+    world: number of ranks. local: ranks per node, which are consecutive.
     """
     nodes = world // local
     for matching in _matchings(local):
@@ -65,7 +60,7 @@ def rounds_of_pairs(world: int, local: int) -> Iterator[tuple[str, list[Pair]]]:
 
 
 def _matchings(count: int) -> Iterator[list[Pair]]:
-    """Yield the pairs of neighbours in a ring of `count` members, in two or three rounds."""
+    """Yield pairs of neighbours in a ring of `count` members, in two or three rounds."""
     ring = [(one, (one + 1) % count) for one in range(count if count > 2 else count - 1)]
     for part in (ring[0 : count - count % 2 : 2], ring[1::2], ring[count - 1 :] if count % 2 and count > 2 else []):
         if part:
@@ -80,11 +75,10 @@ def try_links(
     size: int = TRIED_BYTES,
     patience: float = LINK_PATIENCE,
 ) -> tuple[list[str], list[LinkRate]]:
-    """Measure all links. Returns the names of all ranks, by host and device, and the rates of each link and of the
-    groups.
+    """Measure all links. Returns the names of all ranks (host and device) and the rates of links and groups.
 
-    Collective over all ranks. facts: facts about the run's dispatch. local: number of ranks per node. Raises
-    RuntimeError for a link that delivers no data or wrong data.
+    Collective over all ranks. facts: facts about the run's dispatch. local: ranks per node. Raises RuntimeError for a
+    link that delivers no data or wrong data.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     everyone = gather([f"{socket.gethostname()} {device} (rank {rank})", local])
@@ -131,14 +125,12 @@ def try_links(
 
 
 def is_other(came: Tensor, expected: int) -> bool:
-    """Whether any byte of `came` differs from the expected value. Waits for the device."""
+    """Whether any byte of `came` is wrong. Waits for the device."""
     return bool(came.ne(expected).any())
 
 
 def notes_on_links(names: list[str], found: list[LinkRate], expected: dict[str, Rate]) -> list[str]:
-    """Return notes for the user. They compare the measured rates of each kind with the hardware file, and name both
-    ends of every slow link.
-    """
+    """Return notes for the user: measured rates compared with the hardware file, and both ends of every slow link."""
     said, slow = [], []
     for kind in dict.fromkeys(one.kind for one in found):
         rates = sorted(one.bytes_per_second for one in found if one.kind == kind)
@@ -157,8 +149,8 @@ def notes_on_links(names: list[str], found: list[LinkRate], expected: dict[str, 
 
 
 def _seconds(exchange: Callable[[], None]) -> float:
-    """Run `exchange` once untimed and then LINK_ROUNDS times. Return the seconds of the fastest timed run. `exchange`
-    must wait until its transfers are complete.
+    """Return the seconds of the fastest of LINK_ROUNDS runs of `exchange`, after an untimed one. `exchange` must wait
+    for its transfers.
     """
     exchange()
     best = float("inf")
@@ -170,9 +162,7 @@ def _seconds(exchange: Callable[[], None]) -> float:
 
 
 def _wait(works: list[dist.Work], device: torch.device, patience: float, who: str) -> None:
-    """Wait on the host until all works are complete, at most `patience` seconds. NCCL's own wait would block only the
-    device.
-    """
+    """Wait on the host for all works, at most `patience` seconds. NCCL's own wait blocks only the device."""
     deadline = time.monotonic() + patience
     try:
         if device.type == "cpu":

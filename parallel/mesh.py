@@ -1,15 +1,13 @@
 """The process groups of every rank; parallel/layout.py lists their members.
 
-On GPUs, a group's communicator takes hundreds of megabytes on each rank. So one group serves all purposes that have the
-same members, and a communicator is created at the first collective of its group. Groups of one rank and groups that a
-layout does not use never get a communicator.
+On GPUs, a communicator takes hundreds of megabytes on each rank. So purposes with the same members share a group, and a
+communicator is created at its group's first collective. Groups of one rank and unused groups get none.
 
-The group for a pipeline's sends and receives is the exception. No collective uses its communicator. If a communicator
-is created together with its group, torch runs all transfers of a rank one after another on one stream, and a concurrent
-broadcast can hang. pytorch pull request 172668 measured 7,300 tokens/s in this case and 9,700 tokens/s otherwise. In a
-separate group, torch opens one communicator per pair of neighbours, so that transfers to both neighbours overlap. torch
-2.13 does this even if a schedule sends several transfers at once. Older versions batch these transfers (pytorch issue
-175225). They work too, but the transfers do not overlap.
+The exception is the group for a pipeline's sends and receives, which has no collectives. If a communicator is created
+with its group, torch runs all transfers of a rank in sequence, and a concurrent broadcast can hang. pytorch pull
+request 172668 measured 7,300 tokens/s in this case and 9,700 otherwise. Without one, torch opens a communicator per
+pair of neighbours, so transfers to both overlap. Before torch 2.13, several transfers at once are batched (pytorch
+issue 175225): this works without the overlap.
 """
 
 from dataclasses import dataclass, fields
@@ -22,7 +20,7 @@ from conf.check import check_world
 from parallel.layout import Layout
 
 Partition = tuple[tuple[int, ...], ...]
-"""How the ranks are divided into groups. The value is a tuple, so two divisions can be compared."""
+"""Division of the ranks into groups, as a tuple, so that divisions can be compared."""
 
 
 def partition(groups: list[list[int]]) -> Partition:
@@ -36,7 +34,7 @@ class Mesh:
     layout: Layout
     rank: int
     pp_group: ProcessGroup
-    """Ranks of this rank's pipeline. Only sends and receives between stages use this group."""
+    """Ranks of this rank's pipeline, only for sends and receives between stages."""
     stages_group: ProcessGroup
     """Ranks of this rank's pipeline, for collectives."""
     stage_group: ProcessGroup
@@ -48,12 +46,12 @@ class Mesh:
     intra_group: ProcessGroup
     """Ranks of this rank's expert group on this rank's node."""
     ends_group: ProcessGroup | None
-    """First and last rank of this rank's pipeline; None on the ranks between them."""
+    """First and last rank of this rank's pipeline; None on ranks between them."""
     inter_group: ProcessGroup
-    """Ranks of this rank's expert group that have the same index on their nodes as this rank."""
+    """Ranks of this rank's expert group with the same index on their nodes."""
 
     def wait_at_most(self, seconds: float) -> None:
-        """Set the timeout of all later collectives in all groups of this rank."""
+        """Set the timeout of later collectives in all groups of this rank."""
         groups = {group for field in fields(self) if isinstance(group := getattr(self, field.name), ProcessGroup)}
         for group in {_all_ranks(), *groups}:
             distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
@@ -91,18 +89,17 @@ def _all_ranks() -> ProcessGroup:
 def form_later() -> None:
     """Make new groups create their communicators at their first collective.
 
-    Call this function after the default group, which is bound to a device, has created its communicator. Otherwise
-    torch splits the communicator of all ranks once for each new group, even for groups of other ranks and groups of one
-    rank. With 2048 ranks these are some 1800 splits.
+    Call it after the default group, bound to a device, has created its communicator. Otherwise torch splits that one
+    for each new group, also for groups of other ranks or of one rank: some 1800 splits for 2048 ranks.
     """
     _all_ranks().bound_device_id = None
 
 
 def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
-    """Create the groups of this rank in the default process group. Every rank must call this function.
+    """Create the groups of this rank in the default process group, which serves as the group of all ranks. Every rank
+    must call this function.
 
-    timeout: maximum time that a collective may wait. New groups do not take over the timeout of the default group. The
-    default group serves as the group of all ranks.
+    timeout: maximum wait of a collective. New groups do not inherit that of the default group.
     """
     world = dist.get_world_size()
     check_world(layout.pp, layout.dp, layout.cp, world, f"the number of ranks, {world}")

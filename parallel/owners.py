@@ -1,19 +1,16 @@
-"""Assigns each matrix that is sharded over several ranks to an owner: a rank that computes the whole matrix.
+"""Assigns each matrix that is sharded over ranks to an owner: a rank that computes the whole matrix.
 
-ZeRO may cut a weight at any element, but some updates need complete matrices. For such an update, every rank sends its
-elements of a matrix to the matrix's owner. The owner computes the update and sends each rank its elements of the
-result.
+ZeRO may cut a weight at any element, but some updates need complete matrices. So every rank sends its elements of a
+matrix to the owner. The owner computes the update and returns each rank's elements.
 
-Owners are chosen matrix by matrix, in the order of falling cost. The owner is the rank that holds most of the matrix.
-If that rank already has its part of the work, the owner is the rank with the least work. A matrix is not sent if its
-owner holds all of its elements.
+Owners are chosen in the order of falling cost of the matrices. The owner is the rank that holds most of the matrix or,
+if this rank has enough work, the rank with the least work. A matrix whose owner holds all of it is not sent.
 
-Matrices are sent in packs. One pack is sent while the previous pack is computed, so memory stays bounded:
+Matrices are sent in packs, so that memory stays bounded. Transfers overlap with compute:
 
     gather pack 0 | gather pack 1, compute 0 | gather pack 2, compute 1, return 0 | ...
 
-Every rank of the group computes the same owners and packs from the shapes alone, so the ranks need no communication for
-this.
+Every rank of the group computes the same owners and packs from the shapes, without communication.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,25 +25,23 @@ from torch.distributed import ProcessGroup
 from parallel.shard import WeightPiece, cut_pieces
 
 KEEPS = 1.05
-"""Limit for the cost of a rank, as a multiple of the mean cost of a rank. The rank that holds most of a matrix owns the
-matrix only if the rank's total cost then stays within this limit.
+"""Maximum cost of a rank, as a multiple of the mean cost, at which it still gets the matrices of which it holds most.
 """
 
 
 class SharedMatrix(NamedTuple):
-    """A matrix that is part of a weight with `width` columns. Every rank holds an interval of the weight's elements."""
+    """A matrix in a weight of `width` columns. Every rank holds an interval of the weight's elements."""
 
     weight: int
     """Position of the weight among the weights of its flat shard."""
     width: int
     held: Sequence[range]
-    """For each rank: the elements of the flattened weight that this rank holds."""
+    """For each rank: its elements of the flattened weight."""
     place: WeightPiece
     cost: float
 
     def pieces(self, rank: int) -> list[WeightPiece]:
-        """Return the part of the matrix that a rank holds, as at most three rectangles: part of a row, complete rows,
-        and part of another row.
+        """Return a rank's part of the matrix as at most three rectangles: part of a row, complete rows, part of a row.
         """
         cut = [
             WeightPiece(_common(rows, self.place.rows), _common(columns, self.place.columns))
@@ -79,15 +74,15 @@ class MatrixPack:
 
     numbers: list[int]
     sent: list[int]
-    """Number of elements of this pack that this rank sends to each owner."""
+    """Elements of this pack that this rank sends to each owner."""
     received: list[int]
 
 
 class MatrixOwners:
     """The matrices of one flat shard and their owners.
 
-    group: the ranks that share the flat shard; None if this rank holds it alone. elements: maximum number of elements
-    per owner in a pack.
+    group: the ranks that share the flat shard; None if this rank holds it alone. elements: maximum elements per owner
+    in a pack.
     """
 
     def __init__(
@@ -110,10 +105,10 @@ class MatrixOwners:
     ) -> None:
         """Compute every matrix on its owner. Collective over the group.
 
-        read: function that takes a weight's index and a rectangle, and returns a view of this rank's part. compute:
-        function that takes the indices of matrices and the matrices, and returns results of the same shapes. write:
-        function that takes a matrix's index, the index of the matrix's weight, a rectangle of this rank's part, and the
-        result for that rectangle. like: tensor whose dtype and device are used for all elements that are sent.
+            read: function from a weight's index and a rectangle to a view of this rank's part
+            compute: function from the indices of matrices and the matrices to results of the same shapes
+            write: function that takes a matrix's index, its weight's index, a rectangle of this rank, and the result
+            like: tensor with the dtype and device of all sent elements
         """
         gathered: tuple[MatrixPack, Callable[[], dict[int, Tensor]]] | None = None
         returned: Callable[[], None] | None = None
@@ -134,9 +129,9 @@ class MatrixOwners:
             returned()
 
     def _cut(self, most: int) -> Iterator[list[int]]:
-        """Yield the indices of the matrices in each pack. most: maximum number of elements of each owner in a pack.
+        """Yield the indices of the matrices in each pack. most: maximum elements per owner in a pack.
 
-        Matrices of the same shape are in the same pack where possible, so that their matmuls can be batched.
+        Matrices of one shape share a pack where possible, so that their matmuls can be batched.
         """
         shapes = {number: (len(m.place.rows), len(m.place.columns)) for number, m in enumerate(self._matrices)}
         by_owner = [
@@ -166,8 +161,7 @@ class MatrixOwners:
     def _gather(self, pack: MatrixPack, read: Callable[[int, WeightPiece], Tensor], like: Tensor) -> Callable[[], dict]:
         """Start to send the matrices of a pack to their owners.
 
-        Returns a function that waits for the matrices that this rank owns. That function returns the matrices by their
-        index.
+        Returns a function that waits for this rank's matrices and returns them by index.
         """
         outgoing = [
             read(self._matrices[number].weight, piece).reshape(-1)
@@ -202,9 +196,9 @@ class MatrixOwners:
         write: Callable[[int, int, WeightPiece, Tensor], None],
         like: Tensor,
     ) -> Callable[[], None]:
-        """Start to send the results of a pack from the owners to the ranks that hold the matrices' elements.
+        """Start to send a pack's results from the owners to the ranks that hold the elements.
 
-        Returns a function that waits until the results of this rank's elements have arrived, and writes them.
+        Returns a function that waits for this rank's results and writes them.
         """
         for number, result in done.items():
             matrix = self._matrices[number]
@@ -231,8 +225,7 @@ class MatrixOwners:
         return finish
 
     def _travelling(self, pack: MatrixPack, owner: int, rank: int) -> Iterator[tuple[int, WeightPiece]]:
-        """Yield the parts that `rank` sends to `owner` in a pack, in the order of the message: for each part, the index
-        of the matrix and a rectangle.
+        """Yield the parts that `rank` sends to `owner` in a pack, in message order: the matrix's index and a rectangle.
         """
         if owner != rank:
             for number in pack.numbers:
@@ -257,7 +250,7 @@ class MatrixOwners:
 
 
 def _at(whole: Tensor, matrix: SharedMatrix, piece: WeightPiece) -> Tensor:
-    """Return a view of some elements of a matrix. piece: the elements, as a rectangle of the matrix's weight."""
+    """Return a view of some elements of a matrix. piece: these elements, as a rectangle of the weight."""
     first, left = matrix.place.rows.start, matrix.place.columns.start
     return whole[
         piece.rows.start - first : piece.rows.stop - first, piece.columns.start - left : piece.columns.stop - left

@@ -1,9 +1,8 @@
 """A store through which ranks of several nodes find each other, safe in a network with untrusted hosts.
 
-The ranks of torch's process groups find each other through a key-value store. The store holds addresses, and the id
-that NCCL's connections require. torch's TCPStore accepts and returns values without authentication. Sluice adds
-protection in two ways. TCPStore's socket listens only on the node's own address. Every value is encrypted and signed
-with a secret that only the ranks of the same attempt have; the signature also covers the value's key.
+The ranks of torch's process groups exchange addresses, and the id for NCCL's connections, through a key-value store.
+torch's TCPStore has no authentication. Sluice makes its socket listen only on the node's own address. It also encrypts
+every value and signs it with its key, by a secret that only the attempt's ranks have.
 
 An attacker who finds the port can neither read nor insert an address, but can make the attempt fail. Counters and the
 existence of keys are not signed, because the ranks read no content from them.
@@ -18,14 +17,14 @@ from datetime import timedelta
 import torch.distributed as dist
 
 NONCE, SIGNATURE = 16, 32
-"""Number of bytes of the nonce before every value, and of the signature after it."""
+"""Bytes of the nonce before every value, and of the signature after it."""
 
 _clones: list["SealedStore"] = []
-"""Cloned stores, kept alive here. C++ can call a Python store only while Python holds a reference to it."""
+"""Cloned stores, kept alive: C++ can call a Python store only while Python holds it."""
 
 
 class SealedStore(dist.Store):
-    """Wraps another store, so that only ranks that have the secret can write and read its values."""
+    """Wraps a store: only ranks with the secret can write and read its values."""
 
     def __init__(self, store: dist.Store, secret: bytes):
         super().__init__()
@@ -42,9 +41,7 @@ class SealedStore(dist.Store):
         self._store.set(key, sealed)  # pyrefly: ignore[bad-argument-type]  it takes bytes, too
 
     def get(self, key: str) -> bytes:
-        """Return the value of a key. Raises PermissionError if the value was not written under this key with the
-        secret.
-        """
+        """Return the value of a key. Raises PermissionError if it was not written under this key with the secret."""
         sealed = self._store.get(key)
         nonce, signature = sealed[:NONCE], sealed[-SIGNATURE:]
         text = self._cipher(nonce, sealed[NONCE:-SIGNATURE])
@@ -59,9 +56,8 @@ class SealedStore(dist.Store):
         return hmac.digest(self._secret, b"".join((len(name).to_bytes(8), name, nonce, text)), "sha256")
 
     def _cipher(self, nonce: bytes, text: bytes) -> bytes:
-        """Encrypt or decrypt a text: XOR it with a stream of bytes that is computed from the secret and the nonce.
-
-        Python's standard library has no cipher that could do this.
+        """Encrypt or decrypt a text by XOR with a stream from the secret and the nonce. Python's standard library has
+        no cipher.
         """
         stream = hashlib.shake_256(b"stream" + self._secret + nonce).digest(len(text))
         return (int.from_bytes(text) ^ int.from_bytes(stream)).to_bytes(len(text))
@@ -82,8 +78,7 @@ class SealedStore(dist.Store):
 
 
 def open_sealed_store(rank: int, address: str, port: int, secret: bytes, timeout: timedelta) -> SealedStore:
-    """Open the store of all ranks, which rank 0 serves on its own `address`. Raises OSError if rank 0 cannot listen at
-    this address.
+    """Open the store of all ranks, which rank 0 serves on its own `address`. Raises OSError if it cannot listen there.
     """
     listener = None
     if rank == 0:

@@ -1,22 +1,20 @@
 """Lists every undocumented name of torch that Sluice uses. Read this file before an upgrade of torch.
 
-The list contains names with a leading underscore, and names of the pipeline runtime that torch's documentation omits.
-tests/test_torch_private.py compares the list with the names in the code and with the installed torch. For DeepSpeed,
-parallel/zero/private_names.py is the corresponding list.
+These are names with a leading underscore, and undocumented names of the pipeline runtime. tests/test_torch_private.py
+compares the list with the code and with the installed torch. For DeepSpeed, see parallel/zero/private_names.py.
 """
 
 from typing import NamedTuple
 
 
 class BorrowedName(NamedTuple):
-    """An undocumented name that Sluice uses. owner: full path of the module or class that defines the name."""
+    """An undocumented name that Sluice uses. owner: full path of its module or class."""
 
     owner: str
     name: str
     why: str
     since: str = ""
-    """First torch version that has the name. It is empty if every supported version has it. Without the name, Sluice
-    works too.
+    """First torch version with the name; empty if all supported versions have it. Without the name, Sluice works too.
     """
 
 

@@ -1,9 +1,8 @@
 """Types of Triton's kernels for a type checker, and a launch that takes less host time. The module needs triton.
 
-Parameters of a kernel have no Python types: Triton derives types from the arguments of a launch. Triton recognises a
-compile-time parameter by the annotation `constexpr`; its interpreter compares the annotation's source text. This module
-defines its own `constexpr`. With Triton's own `constexpr`, a type checker would require an argument of that class, but
-a launch passes a plain number. A kernel's signature does not contain the options of a launch.
+Parameters of a kernel have no Python types. Triton recognises compile-time parameters by the annotation `constexpr`;
+its interpreter compares the source text. With Triton's own class, a type checker would reject plain numbers in a
+launch. So this module defines another `constexpr`. A kernel's signature does not contain the options of a launch.
 """
 
 from collections.abc import Callable
@@ -20,8 +19,8 @@ Parameters = ParamSpec("Parameters")
 _Launched = TypeVar("_Launched")
 constexpr = Any if TYPE_CHECKING else tl.constexpr
 COMPILED: list[str] = []
-"""Kernels that this process has compiled or read from Triton's cache, each with its specialisation. If the list grows
-during a run, the compilation has delayed a step.
+"""Kernels that this process has compiled or read from Triton's cache, with their specialisation. New ones during a run
+have delayed a step.
 """
 
 
@@ -36,15 +35,15 @@ if knobs.runtime.jit_post_compile_hook is None:  # if other code has set a hook,
 class QuickKernel:
     """A kernel that is launched like Triton's own, `kernel[grid](...)`, in half the host time.
 
-    Triton compiles a kernel again for each combination of some properties of its arguments. For a tensor, these
-    properties are its dtype and whether 16 divides its address. For a number, they are its type, whether 16 divides it
-    and whether it is 1. For a number in `do_not_specialize`, only the type counts. Constants and options count with
-    their values. Row counts differ in every step. They are in `do_not_specialize`, so they cause no compilation during
-    a run.
+    Triton compiles a kernel again for each combination of these properties of its arguments:
 
-    This class computes a key from these properties in fewer steps than Triton. It reuses the kernel that Triton
-    returned for the first launch with this key. Launches with unaligned tensors and launches with hooks go through
-    Triton. The parameters of a kernel must be in this order: tensors (whose names end in _ptr), numbers, constants.
+        tensor: its dtype, and whether 16 divides its address
+        number: its type, whether 16 divides it, and whether it is 1. In `do_not_specialize`: only its type
+        constants and options: their values
+
+    Row counts differ in every step, so they are in `do_not_specialize`. This class computes a key from these properties
+    faster than Triton, and reuses Triton's kernel of the first launch with this key. Launches with unaligned tensors or
+    with hooks go through Triton. Parameters must be in this order: tensors (names end in _ptr), numbers, constants.
     """
 
     def __init__(self, kernel: JITFunction):
@@ -77,29 +76,28 @@ class QuickKernel:
 
 
 def quick(kernel: _Launched) -> _Launched:
-    """Return a `QuickKernel`, or the kernel itself. It is a `QuickKernel` if Triton compiles for a GPU whose
-    specialisation rules this file knows.
+    """Return a `QuickKernel` if Triton compiles for a GPU whose specialisation rules this file knows, else the kernel.
     """
     known = isinstance(kernel, JITFunction) and torch.version.hip is None
     return cast("_Launched", QuickKernel(kernel)) if known else kernel
 
 
 def _watched(hook: Any) -> bool:
-    """Whether a hook is set. `hook` is a chain of functions, one function, or None."""
+    """Whether a hook is set: a chain of functions, one function, or None."""
     return bool(getattr(hook, "calls", hook))
 
 
 @lru_cache(1 << 14, typed=True)
 def _kind_of(number: float) -> tuple:
-    """Return the properties of a number for which Triton compiles a separate kernel."""
+    """Return the properties of a number that Triton specialises a kernel for."""
     if not isinstance(number, int):
         return (type(number),)
     return type(number), number == 1, number % 16 == 0, -(2**31) <= number < 2**31, number < 2**63
 
 
 def _width_of(number: int) -> bool:
-    """Return whether an integer in `do_not_specialize` fits into 32 bits. This is the only property of such an integer
-    for which Triton compiles a separate kernel.
+    """Return whether an integer in `do_not_specialize` fits into 32 bits, the only property that Triton specialises
+    for.
     """
     return number < 2**31
 
@@ -110,8 +108,5 @@ def with_options(launch: Callable[Parameters, None], **options: int) -> Callable
 
 
 def power_of_2_from(count: int) -> int:
-    """Return the smallest power of 2 that is at least `count` (and at least 1).
-
-    Triton's own function takes as much host time as a launch.
-    """
+    """Return the smallest power of 2 that is at least `count` and 1, faster than Triton's function."""
     return 1 << (count - 1).bit_length()

@@ -11,4 +11,4 @@ class Update:
     """Global gradient norm before clipping; not finite if the step was skipped."""
     applied: bool
     bad_parameters: list[str]
-    """Names of the parameters in this rank's shard whose gradients are not finite."""
+    """Parameters in this rank's shard whose gradients are not finite, by name."""

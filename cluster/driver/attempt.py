@@ -1,4 +1,4 @@
-"""One attempt of a run: the last reports of its ranks, its progress, and its failure."""
+"""One attempt of a run: last reports of the ranks, progress, and failure."""
 
 from collections.abc import Collection
 from typing import Any
@@ -12,33 +12,32 @@ from cluster.topology import Placement
 from conf.errors import EXIT_USER
 
 NAMED_NODES = 8
-"""Maximum number of lost nodes that a cause names. events.jsonl has a line for each lost node."""
+"""Maximum number of lost nodes that a cause names. events.jsonl has a line for each of them."""
 
 
 class Attempt(RankWatch):
     """The state of one attempt. The supervisor decides what to do about it."""
 
     def __init__(self, number: int, placement: Placement, now: float, saved: int, patience: Patience):
-        """Begin an attempt. saved: step of the newest checkpoint, on disk or in memory, at the start of the attempt."""
+        """Begin an attempt. saved: step of the newest checkpoint, on disk or in memory, at its start."""
         names = {seat.rank: seat.node.name for seat in placement.seats}
         super().__init__(names, names, patience, now, saved)
         self.number, self.placement = number, placement
         self.ranks_of = {node: [seat.rank for seat in seats] for node, seats in placement.by_node.items()}
         self.lost: dict[str, str] = {}
-        """Why the attempt lost a node, by node id. A lost node may have returned to the cluster since then."""
+        """Why the attempt lost a node, by node id. The node may have returned since."""
         self.cause: Cause | None = None
         self.hang_since: float | None = None
         self.stacks: dict[int, str] = {}
         self.rings: dict[int, bytes] = {}
-        """For each rank, its packed communication ring (cluster/comm_ring.py); empty bytes for a rank without a ring.
-        """
+        """For each rank, its packed communication ring (cluster/comm_ring.py); empty if it has none."""
         self.incident: dict[str, Any] | None = None
         dp = placement.dp
         self.stragglers = Stragglers([range(stage * dp, (stage + 1) * dp) for stage in range(placement.pp)])
 
     @property
     def reachable(self) -> tuple[str, ...]:
-        """All nodes of the attempt that have ranks and that were not lost. To check a single node, call `reaches`."""
+        """Nodes of the attempt that have ranks and were not lost. For a single node, call `reaches`."""
         return tuple(node for node in self.ranks_of if node not in self.lost)
 
     def reaches(self, node: str) -> bool:
@@ -54,8 +53,7 @@ class Attempt(RankWatch):
         return bool(self.lost or self.cause or self._bad)
 
     def count_repeated(self, reached: int) -> int:
-        """Return the number of steps that this attempt repeats. Call this method after the attempt has reported its
-        first step.
+        """Return the number of steps that this attempt repeats. Call it after the first step of the attempt.
 
         reached: highest step that the run had worked on before this attempt.
         """
@@ -72,13 +70,13 @@ class Attempt(RankWatch):
     def look_again(self, hang_since: float | None) -> None:
         """Clear the stacks and rings, so that the driver can collect new ones.
 
-        hang_since: time of the last progress, if the ranks hang; None if a rank failed.
+        hang_since: time of the last progress if the ranks hang; None if a rank failed.
         """
         self.hang_since = hang_since
         self.stacks, self.rings, self.incident = {}, {}, None
 
     def is_settled(self, now: float, until: float) -> bool:
-        """Whether the driver has waited long enough for the ranks' failure reports, stacks and communication rings."""
+        """Whether the driver has waited long enough for failure reports, stacks and communication rings."""
         reports = self.live_reports
         if now >= until or any(report.said == EXIT_USER for report in reports):
             return True

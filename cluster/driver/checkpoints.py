@@ -12,18 +12,16 @@ from cluster.run_files import MANIFEST, NONE, STEP_FOLDERS, Age, hold_lock, read
 def newest(folder: Path) -> Age:
     """Return the age (attempt and step) of the newest committed checkpoint, or NONE.
 
-    A checkpoint folder gets its final name only after its manifest is complete, so every manifest found here is
-    complete.
+    A checkpoint gets its folder name only after its manifest is complete.
     """
     return max(_ages(folder), default=NONE)
 
 
 def claim_attempt(folder: Path, timeout: float) -> int:
-    """Return a number (1 or more) that is higher than the number of every earlier attempt. After this call, earlier
-    attempts cannot write checkpoints.
+    """Return an attempt number (1 or more) above all earlier ones. Earlier attempts cannot write checkpoints any more.
 
-    This is needed because a rank that an earlier driver started may begin only now, and would then write a checkpoint.
-    Raises UserError for a damaged fence, or if a rank keeps the folder locked for longer than `timeout` seconds.
+    A rank of an earlier driver may start late and would otherwise write one. Raises UserError if the fence is damaged,
+    or if a rank locks the folder for longer than `timeout` seconds.
     """
     started = [int(path.stem) for path in (folder / "attempts").glob("*.yaml") if re.fullmatch(r"\d{1,15}", path.stem)]
     # attempts that ended before their ranks started are named only by the events
@@ -42,10 +40,7 @@ def written_since(folder: Path, attempt: int) -> bool:
 
 
 def _ages(folder: Path) -> list[Age]:
-    """Return the ages of all checkpoints with a readable manifest.
-
-    A checkpoint without a readable manifest has no known age, and no rank resumes from it.
-    """
+    """Return the ages of all checkpoints with a readable manifest. No rank resumes from other checkpoints."""
     found = []
     for path in (folder / "checkpoints").glob(f"{STEP_FOLDERS}/{MANIFEST}"):
         try:
@@ -62,8 +57,7 @@ def _ages(folder: Path) -> list[Age]:
 def _attempt_of(path: Path, inode: int, written: int) -> int | None:
     """Return the attempt that wrote a manifest, or None if the file is not a manifest.
 
-    The result is cached for each file, because the manifest of a large run has several megabytes and the driver checks
-    it every second.
+    The driver checks manifests every second, and they may have several megabytes. So the result is cached per file.
     """
     try:
         return int(json.loads(path.read_bytes())["attempt"])

@@ -1,10 +1,12 @@
 """The driver's record of the in-memory copies (cluster/node/copy_store.py): which node holds which copies.
 
-With every answer, an agent reports the copies that it holds. Before an attempt starts, the driver writes
-attempts/NUMBER.memory.json for its ranks. The file says where each node stores its copies, and which other node stores
-a second copy of each node's parts. The copies that the ranks wrote at the same step form a set. The file also names the
-newest set that is complete on the answering nodes, if such a set exists. Rank 0 compares the age of that set with the
-age of the newest checkpoint on disk (train/loop/resume.py).
+Agents report their copies with every answer. Before an attempt starts, the driver writes attempts/NUMBER.memory.json
+for its ranks. This file contains:
+
+    - where each node stores its copies, and which other node stores the second copy of its parts
+    - the newest set of copies (all from one step) that is complete on the answering nodes, if there is one
+
+Rank 0 resumes from this set or from the newest checkpoint on disk (train/loop/resume.py).
 """
 
 import hashlib
@@ -41,17 +43,15 @@ class Shelves:
     """Everything that the ranks of one attempt know about the in-memory copies."""
 
     nodes: list[Shelf]
-    """The nodes that store copies. Nodes with ranks come first, in placement order. They form a ring: the second copy
-    of a node's parts is on the next node in the ring.
+    """The nodes that store copies; nodes with ranks come first, in placement order. The second copy of a node's parts
+    is on the next of these nodes, cyclically.
     """
     resume: str | None
-    """Name of the newest set of copies that is complete; None if no set is complete."""
+    """Name of the newest complete set of copies; None if there is none."""
     holders: list[list[int]]
-    """For every rank that wrote the set of copies `resume`: the nodes that hold this rank's part of the set, as indexes
-    in `nodes`.
-    """
+    """For every rank that wrote the set of copies `resume`: the nodes that hold its part, as indexes in `nodes`."""
     full_size: bool
-    """Whether the attempt runs the full layout of the run. Only then must the attempt's copies fit into memory."""
+    """Whether the attempt runs the full layout. If so, its copies must fit into memory."""
 
     @staticmethod
     def read(path: Path) -> "Shelves":
@@ -71,8 +71,7 @@ class Shelves:
 class Copies:
     """All in-memory copies that the agents of a run hold.
 
-    folder: run folder. base: folder under which every node stores copies. first: number of the first attempt of this
-    launch.
+    folder: run folder. base: folder for copies on every node. first: number of this launch's first attempt.
     """
 
     def __init__(self, folder: Path, base: str, first: int):
@@ -81,14 +80,12 @@ class Copies:
         self._run = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
         self._ports: dict[str, int] = {}
         self._held: dict[str, dict[str, list[int]]] = {}
-        """For each node id and each name of a set of copies: the ranks whose parts the node holds."""
+        """By node id and name of a set of copies: the ranks whose parts the node holds."""
 
     @cached_property
     def _id(self) -> str:
-        """Random id of the run, stored in the run folder.
-
-        The id is random, because otherwise another process could guess it and create the memory folder before the run
-        does.
+        """Random id of the run, stored in the run folder. No other process can guess it and create the memory folder
+        first.
         """
         path = self._folder / "attempts" / "memory_id"
         path.parent.mkdir(exist_ok=True)
@@ -118,7 +115,7 @@ class Copies:
         self._held.pop(node, None)
 
     def newest(self, nodes: Iterable[str]) -> SetId | None:
-        """Return the newest set of copies that is complete on these nodes together; None if no set is complete."""
+        """Return the newest set of copies that is complete on these nodes together; None if there is none."""
         ranks: dict[str, set[int]] = {}
         for node in nodes:
             for name, held in self._held.get(node, {}).items():
@@ -129,8 +126,7 @@ class Copies:
     def shelves(self, placement: Placement, nodes: dict[str, Node], full_size: bool, auto: bool) -> Shelves:
         """Return the locations of all copies for the ranks of an attempt.
 
-        nodes: all answering nodes, by id. auto: whether the attempt may resume from a set of copies that an earlier
-        launch wrote. If not, it resumes only from a set of copies of this launch.
+        nodes: all answering nodes, by id. auto: whether the attempt may resume from copies of an earlier launch.
         """
         ranks = {id: [seat.rank for seat in seats] for id, seats in placement.by_node.items()}
         ids = [*ranks, *(id for id in nodes if id not in ranks and id in self._ports)]
@@ -150,8 +146,8 @@ class Copies:
         return Shelves(shelves, found.name, holders, full_size)
 
     def write(self, number: int, shelves: Shelves) -> dict[str, str]:
-        """Write `shelves` to a file that the ranks of the attempt read. Returns environment variables with the path of
-        this file and the token of the stores.
+        """Write `shelves` to a file for the ranks. Returns environment variables: the file's path and the stores'
+        token.
         """
         path = self._folder / "attempts" / f"{number:05d}.memory.json"
         with naming(path):
@@ -160,11 +156,9 @@ class Copies:
 
 
 def given_shelves() -> tuple[Shelves, str] | None:
-    """Return two values that the driver passed to this rank: the locations of all copies, and the token of the stores.
-    Return None if the run keeps no copies in memory.
+    """Return the locations of all copies and the token of the stores. None if the run keeps no copies in memory.
 
-    Call this function only once. It removes the token from the environment, because otherwise every child of the rank
-    would inherit the token.
+    Call only once: it removes the token from the environment, so that no child process inherits it.
     """
     if "SLUICE_MEMORY" not in os.environ:
         return None

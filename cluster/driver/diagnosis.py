@@ -1,6 +1,4 @@
-"""Writes the final report of a run that cannot continue: what failed, where it failed, the log lines that show it, and
-what to do.
-"""
+"""Writes the final report of a run that cannot continue: what failed and where, its log lines, and what to do."""
 
 from cluster.cause import Cause, Kind
 from cluster.driver.policy import Policy
@@ -56,8 +54,8 @@ def too_few(policy: Policy, free: list[Node], found: Placement | None, last: Cau
 
 
 def no_node_comes(last: Cause | None, saved: int) -> str:
-    """Return the final report of a run whose Ray has ended. The run had started this Ray on this machine, so no other
-    node can replace the machine.
+    """Return the final report after the end of a Ray that the run started on this machine. No other node can replace
+    it.
     """
     before = f"\n  earlier: {last.text}" if last else ""
     return (

@@ -1,6 +1,4 @@
-"""The driver's loop: it queries the agents, passes events to the supervisor and carries out the supervisor's
-decisions.
-"""
+"""The driver's loop: it queries the agents, passes events to the supervisor and carries out its decisions."""
 
 import contextlib
 import dataclasses
@@ -44,39 +42,32 @@ from conf.own_code import targets_of
 from conf.schema import Config
 
 NEWS_SECONDS = 0.25
-"""Seconds after which an agent answers the driver's question even if it has no news. The driver then asks the agent
-again at once.
-"""
+"""Seconds after which an agent without news answers the driver. The driver then asks again at once."""
 ANSWERS = 150
-"""Upper bound of answers per second from all agents together. The more agents there are, the longer each agent waits
-for news, so that answers without news do not flood the driver.
-"""
+"""Maximum answers per second from all agents together. More agents therefore wait longer for news."""
 LONGEST_PATIENCE = 30.0
-"""Upper bound, in seconds, of an agent's wait for news if its node answers the driver's UDP questions (the pulse). If
-the node does not answer them, only the agent's answer shows that the node is alive. The bound is then half a heartbeat.
+"""Maximum seconds that an agent waits for news if its node answers by UDP (the pulse). Without UDP answers, the maximum
+is half a heartbeat, because only the agent's answer shows that the node is alive.
 """
 TICK_EVERY = 0.05
-"""Minimum seconds between two ticks, at which the supervisor makes its decisions."""
+"""Minimum seconds between two ticks. At a tick, the supervisor makes decisions."""
 LOOK_EVERY = 1.0
 """Seconds between checks of the node list and of the checkpoints."""
 HELD_BACK = 2.0
-"""Seconds until the driver checks a refused node again, if it refused the node because another agent holds the node's
-copy folder.
-"""
+"""Seconds until the driver checks a node again that it refused for a locked copy folder."""
 REFUSED_SECONDS = 10.0
-"""Seconds until the driver checks a refused node again, unless a locked copy folder was the reason for the refusal.
-Until then, an admin may correct the node's clock or free its disk.
-"""
+"""Seconds until the driver checks a node again that it refused for another reason, such as its clock or a full disk."""
 
 
 class Driver:
     """Runs one launch of a run on a fleet of nodes.
 
-    arguments: command line of a rank, after the interpreter. The last argument is the path of the configuration file;
-    the driver replaces it by a file with the layout of each attempt. rank_folder: working folder of the ranks; None if
-    Ray copies the code to the nodes. gpus: whether the nodes' devices are GPUs. planner: command that writes
-    layouts.json for cluster/driver/shapes.py. The driver appends cpu or cuda to it, and starts it when the run has
-    begun to train.
+        arguments: command line of a rank, after the interpreter. The last argument, a configuration file, is replaced
+            by a file with the attempt's layout
+        rank_folder: working folder of the ranks; None if Ray copies the code to the nodes
+        gpus: whether the devices are GPUs
+        planner: command that writes layouts.json (cluster/driver/shapes.py). The driver appends cpu or cuda to it, and
+            starts it when the run has begun to train
     """
 
     def __init__(
@@ -107,33 +98,33 @@ class Driver:
         self.vitals, self._rank_table = Vitals(), RankTable(folder)
         self._finish: m.FinishRun | None = None
         self._known: dict[str, Node] = {}
-        """All listed nodes, by id. The supervisor knows only the listed nodes that passed the checks."""
+        """All listed nodes, by id. The supervisor knows only those that passed the checks."""
         self._overdue: dict[str, float] = {}
-        """For each node: the time by which its agent must have answered. After that time, answers to the driver's UDP
-        questions no longer count as a sign of life.
+        """For each node: deadline for its agent's answer. After the deadline, UDP answers do not count as a sign of
+        life.
         """
         self._ask_later: set[str] = set()
-        """Nodes whose agents the driver does not ask for news before its next check of the node list."""
+        """Nodes that are not asked for news before the next check of the node list."""
         self._released: set[str] = set()
-        """Draining nodes whose agents the driver has ended. Nothing of the run is left on these nodes."""
+        """Draining nodes whose agents the driver has ended. Nothing of the run is left there."""
         self._probed_from = 0
-        """Number of the newest UDP question at the time when the supervisor asked for a probe. Only answers to later
-        questions count for the probe.
+        """Number of the newest UDP question when the supervisor asked for a probe. Only answers to later questions
+        count.
         """
         self._starting: tuple[int, Placement] | None = None
         self._network: NetworkTest | None = None
         self._test_ports: dict[str, int] = {}
-        """Port on which each node listens for the network test, which runs before the first attempt."""
+        """Port on which each node listens for the network test before the first attempt."""
         self._refused: dict[str, str] = {}
         self._check_again: dict[str, float] = {}
-        """For each refused node, by id: the time at which the driver checks it again."""
+        """By id of a refused node: the time at which the driver checks it again."""
         self._without_folder: set[str] = set()
         """Nodes that have no folder for copies."""
         self._started_at = clock()
         self._first_step: int | None = None
         self._offsets: dict[int, int] = {}
         self._logged: set[int] = set()
-        """Ranks of the current attempt whose logs already contain the full text of the failure."""
+        """Ranks of the current attempt whose logs contain the full text of the failure."""
         self._looked, self._ticked = -LOOK_EVERY, -TICK_EVERY
         self._held_up, self._slept = HeldUp(NAP * config.cluster.heartbeat, clock()), 0.0
         self._stop: str | None = None
@@ -182,9 +173,8 @@ class Driver:
         self._rank_table.update(self.supervisor, self._ticked)
 
     def _feel_pulse(self) -> None:
-        """Ask nodes by UDP whether they are alive.
-
-        A node's agent answers these questions. So a node with a stuck agent does not answer, even if its system works.
+        """Ask nodes by UDP whether they are alive. The node's agent answers, so a node with a stuck agent does not
+        answer.
         """
         now, states = self._awake(), self.supervisor.nodes
         judging = self.supervisor.phase is DriverPhase.judging
@@ -197,9 +187,7 @@ class Driver:
         self.pulse.ask(now, lambda id: id in states and states[id].health is NodeHealth.ok)
 
     def _awake(self) -> float:
-        """Return the time of a clock that stands still while the driver process is held up. All code for the UDP
-        questions uses this clock.
-        """
+        """Return the time of a clock that stops while the driver process is held up. All UDP code uses it."""
         now = self.clock()
         self._slept += self._held_up.since_last_look(now)
         return now - self._slept
@@ -253,7 +241,7 @@ class Driver:
         self._ask_later.clear()
 
     def _forget(self, id: str) -> Node:
-        """Remove a node from all records. The node's agent of this launch no longer exists. Returns the node."""
+        """Remove a node from all records and return it. The node's agent of this launch no longer exists."""
         self.copies.forget(id)
         self.pulse.forget(id)
         self._overdue.pop(id, None)
@@ -264,7 +252,7 @@ class Driver:
         self._tell(m.CopyHeld(Age(held.attempt, held.step) if held else NONE))
 
     def _ask(self, id: str) -> None:
-        """Ask an agent for its news. Only one such question per agent is pending at a time."""
+        """Ask an agent for its news. Only one such question per agent is pending."""
         now, heartbeat, ranks = self._awake(), self.config.cluster.heartbeat, self._ranks_on(id)
         longest = NEWS_SECONDS if 0 in ranks else LONGEST_PATIENCE if self.pulse.hears(id, now) else heartbeat / 2
         # At the start of an attempt, the driver asks all agents at the same time. The random factor spreads their
@@ -278,7 +266,7 @@ class Driver:
         return self.supervisor.attempt.ranks_of.get(id, []) if self.supervisor.attempt else []
 
     def _offsets_on(self, id: str) -> dict[int, int]:
-        """Return, for each rank of a node, the number of output bytes that the driver already has."""
+        """Return, for each rank of a node, the number of output bytes that the driver has."""
         return {rank: self._offsets[rank] for rank in self._ranks_on(id) if rank in self._offsets}
 
     def _take(self, reply: Reply) -> None:
@@ -358,7 +346,8 @@ class Driver:
             self._warm([node])
 
     def _refuse(self, node: Node, problem: str, again: float = REFUSED_SECONDS) -> None:
-        """Exclude a node until a later check passes. Report the problem once. again: seconds until the next check."""
+        """Exclude a node until a later check passes, and report the problem once. again: seconds until the next check.
+        """
         self._check_again[node.id] = self.clock() + again
         if node.name not in self._refused:
             self._note("node_refused", f"{node.name}: {problem}", node=node.name)
@@ -392,16 +381,14 @@ class Driver:
             self._plan_layouts()
 
     def _log_wholes(self, answer: Answer) -> None:
-        """Write the full text of each failure to the log of the failed rank. The rank's own output omits some parts of
-        this text.
-        """
+        """Write the full text of each failure to the log of the failed rank. The rank's own output is shorter."""
         failures = [report.failure for report in answer.ranks if report.failure and report.rank not in self._logged]
         for failure in failures:
             self._logged.add(failure.rank)
             self.journal.output(failure.rank, failure.whole.encode())
 
     def _tell_of_pulse(self) -> None:
-        """Report the nodes that do not answer by UDP, if they are so many that they make the driver slow."""
+        """Report the nodes that do not answer by UDP, if they are enough to slow the driver down."""
         nodes, now = self.supervisor.answering, self._awake()
         without = [node.name for id, node in nodes.items() if not self.pulse.hears(id, now)]
         if without and len(nodes) / ANSWERS > self.config.cluster.heartbeat / 2:
@@ -412,9 +399,7 @@ class Driver:
             self._note("no_pulse", text, nodes=without)
 
     def _tell_of_priority(self) -> None:
-        """Name the nodes on which other processes have a higher priority than the ranks and the agent, and so slow the
-        run down.
-        """
+        """Name the nodes on which other processes have a higher priority than the ranks and the agent."""
         # A Ray that this run started has the priority of this process. On a Ray cluster, a submitted job has the
         # priority that Ray gives to all its workers.
         if low := self.vitals.low(os.nice(0) if self.config.cluster.address is None else 0):
@@ -427,13 +412,13 @@ class Driver:
             self._note("priority", text, nodes=list(low))
 
     def _plan_layouts(self) -> None:
-        """Start the planner for smaller layouts, unless an earlier launch has planned them."""
+        """Start the planner for smaller layouts, unless an earlier launch did."""
         if self._planner and self._planning is None and self.shapes.smaller and not self.shapes.is_planned:
             self._planning = spawn(self._planner, dict(os.environ), subprocess.DEVNULL)
 
     def _warm(self, nodes: Iterable[Node]) -> None:
-        """Start reserve processes for later ranks on these nodes. Call this method after the attempt has started, so
-        that the reserve processes do not delay the start of its ranks.
+        """Start reserve processes for later ranks on these nodes. Call it after the ranks have started, so as not to
+        delay them.
         """
         if self.config.cluster.standby:
             for node in nodes:
@@ -490,7 +475,7 @@ class Driver:
                 self._finish = m.FinishRun(code, text + (refused if code != EXIT_OK else ""))
 
     def _let_go(self) -> None:
-        """End the agents of draining nodes. Nothing of the run is left on these nodes."""
+        """End the agents of draining nodes. Nothing of the run is left there."""
         for id in self.supervisor.draining & set(self._known):
             self._forget(id)
             self._released.add(id)
@@ -537,7 +522,7 @@ class Driver:
             call_agent(self.fleet, id, Agent.start, order)
 
     def _tell_of_copies(self, number: int, placement: Placement) -> dict[str, str]:
-        """Return the environment variables for ranks that keep copies in memory; empty if the run keeps none."""
+        """Return environment variables for ranks that keep copies in memory; empty if the run keeps none."""
         if not self.config.checkpoint.every_memory:
             return {}
         full_size, auto = placement.shape == self.shapes.own, self.config.resume == "auto"
@@ -545,8 +530,8 @@ class Driver:
         return self.copies.write(number, shelves)
 
     def _drop_copies(self, code: int) -> None:
-        """Drop the copies in memory if the run ended without a failure, and the disk holds a checkpoint that is at
-        least as new as the copies. Otherwise keep the copies, because the next launch needs them.
+        """Drop the copies in memory if the run ended without a failure and a checkpoint on disk is at least as new.
+        Otherwise, the next launch needs the copies.
         """
         saved = newest(self.folder)
         safe = saved > NONE and saved >= self.supervisor.held
@@ -555,8 +540,8 @@ class Driver:
                 call_agent(self.fleet, id, Agent.drop_memory)
 
     def _attempt_config(self, number: int, shape: StageShape) -> Path:
-        """Write the configuration file of an attempt, with the attempt's layout. If this launch has already written a
-        checkpoint, the file also sets resume=auto.
+        """Write an attempt's configuration file, with its layout. If this launch has written a checkpoint, the file
+        sets resume=auto.
         """
         config = self.config if shape == self.shapes.own else with_shape(self.config, shape)
         if written_since(self.folder, self.first):

@@ -1,7 +1,6 @@
-"""The interface between a driver and the agents of the nodes. Calls never block; the driver collects the answers as
-they arrive.
+"""The interface between a driver and the agents of the nodes. Calls never block; answers are collected as they arrive.
 
-Runs use cluster/driver/ray_backend.py. Tests use a fleet whose agents run in the same process.
+Runs use cluster/driver/ray_backend.py. Tests use a fleet with agents in the same process.
 """
 
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from cluster.topology import Node
 Arguments = ParamSpec("Arguments")
 
 WAITING = (Agent.ask.__name__, Agent.network.__name__)
-"""Names of the methods of `Agent` that may block. All other methods return at once."""
+"""Methods of `Agent` that may block. All other methods return at once."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +24,17 @@ class Reply:
     method: str
     value: Any = None
     error: str | None = None
-    """Text of the exception that the method raised, or text that says how the agent died. None if the method returned.
-    """
+    """The method's exception as text, or how the agent died. None if the method returned."""
     dead: bool = False
-    """Whether the agent has died. If so, the next call starts a new agent."""
+    """Whether the agent has died. The next call starts a new agent."""
 
     def is_of(self, method: Callable) -> bool:
-        """Whether this is the outcome of a call to `method`, a method of `Agent`."""
+        """Whether this is the outcome of a call to `method` of `Agent`."""
         return self.method == method.__name__
 
 
 class FleetLost(RuntimeError):
-    """The list of nodes is no longer available. Agents to which the driver is already connected may still answer."""
+    """The list of nodes is no longer available. Already connected agents may still answer."""
 
 
 class Fleet(Protocol):
@@ -49,24 +47,20 @@ class Fleet(Protocol):
         """Return the nodes that will be removed soon, and why."""
 
     def describe_return(self, node: Node) -> str:
-        """Return text that says what a user must do to bring back a node that is listed as dead. Return an empty text
-        if no node can come back.
-        """
+        """Return what a user must do to bring back a node that is listed as dead. Empty if no node can come back."""
 
     def release(self, node: str) -> None:
         """End the agent of a draining node, so that the node can be removed."""
 
     def call(self, node: str, method: str, *arguments: Any) -> None:
-        """Call the method of `Agent` with the name `method` on a node; see `call_agent`. The first call starts the
-        agent.
+        """Call the method `method` of the node's `Agent`; see `call_agent`. The first call starts the agent.
 
-        The agent runs two calls one after another only if they are in the same group. Each method of WAITING has its
-        own group. All other methods together form one group.
+        Calls of the same method in WAITING run one after another, and so do calls of all other methods together.
         """
 
     def replies(self, timeout: float) -> list[Reply]:
-        """Return the outcomes that have arrived since the previous call of `replies`. If none has arrived, wait up to
-        `timeout` seconds for the first one.
+        """Return the outcomes since the previous call of `replies`. If there are none, wait up to `timeout` seconds for
+        one.
         """
 
     def close(self) -> None:
@@ -80,10 +74,9 @@ def call_agent(
     *arguments: Arguments.args,
     **named: Arguments.kwargs,
 ) -> None:
-    """Call a method of a node's agent.
+    """Call a method of a node's agent. Only positional arguments are passed on.
 
-    method: the method as an attribute of the class, such as `Agent.facts`. Only positional arguments are passed to the
-    method.
+    method: the method as an attribute of the class, such as `Agent.facts`.
     """
     assert not named, named
     fleet.call(node, method.__name__, *arguments)

@@ -1,14 +1,12 @@
-"""Writes the history of a run, for people and tools: runs/NAME/events.jsonl, and the collected output of the ranks.
+"""Writes the history of a run, runs/NAME/events.jsonl, and collects the output of the ranks.
 
-Each line of events.jsonl is one JSON object, which is written by a single call:
+A line of events.jsonl is one JSON object, written by one call. Later launches append to the file.
 
     time      Unix time in seconds, from a clock that nobody can set while the driver runs
     kind      kind of the event; see EVENT_KINDS
-    attempt   number of the attempt that the event concerns; 0 before the first attempt
+    attempt   attempt of the event; 0 before the first attempt
     text      one sentence for people
-    ...       further fields that depend on the kind; see EVENT_KINDS
-
-The file is append-only. A later launch of the same run appends to it.
+    ...       further fields of the kind; see EVENT_KINDS
 """
 
 import contextlib
@@ -68,10 +66,9 @@ EVENT_KINDS = {
 
 
 class Journal:
-    """Appends to events.jsonl and to logs/rank_N.log of a run folder.
+    """Appends to events.jsonl and logs/rank_N.log. If the disk refuses data, events wait in memory and output is lost.
 
-    note: function that is called with a sentence when the disk refuses data for the first time. The run then continues.
-    Events wait in memory until there is space on the disk; output is lost.
+    note: function that is called with a sentence when the disk first refuses data.
     """
 
     def __init__(self, folder: Path, note: Callable[[str], None] = say):
@@ -116,9 +113,7 @@ class Journal:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return all events in order; empty if there is no file. Incomplete lines and lines of other writers are
-    skipped.
-    """
+    """Return all events in order; empty if there is no file. Incomplete and foreign lines are skipped."""
     path = folder / EVENTS_FILE
     events = []
     for line in read_plain(path).splitlines() if path.exists() else []:
@@ -145,9 +140,7 @@ def _is_event(found: Any) -> bool:
 
 RANKS_FILE = "ranks.json"
 WRITTEN_EVERY, SLOWER_FROM = 2.0, 1000
-"""The driver writes ranks.json every WRITTEN_EVERY seconds. Above SLOWER_FROM ranks, this interval grows in proportion
-to the number of ranks.
-"""
+"""Seconds between writes of ranks.json, and number of ranks above which this interval grows in proportion."""
 
 
 class RankTable:
@@ -158,7 +151,7 @@ class RankTable:
         self._due, self._phase = 0.0, DriverPhase.gathering
 
     def update(self, supervisor: "Supervisor", now: float) -> None:
-        """Write the file if the interval is over or if the phase of the run has changed. now: seconds of any clock."""
+        """Write the file if the interval is over or the run's phase has changed. now: seconds of any clock."""
         attempt = supervisor.attempt
         if attempt is None or (now < self._due and supervisor.phase is self._phase):
             return

@@ -34,11 +34,11 @@ class NodeState:
     live: set[int] = field(default_factory=set)
     """Ranks that run on the node, according to the last news."""
     draining: bool = False
-    """Whether the node will be removed soon. If so, it gets no further ranks."""
+    """Whether the node will be removed soon. It then gets no further ranks."""
 
     @property
     def usable(self) -> bool:
-        """Whether the next attempt may use this node, as soon as no rank of an earlier attempt is alive on it."""
+        """Whether the next attempt may use this node once no earlier rank is alive on it."""
         return self.health is NodeHealth.ok and not self.draining
 
 
@@ -47,14 +47,14 @@ class NodeState:
 
 @dataclass(frozen=True)
 class NodeJoined:
-    """A node is listed, its agent answers, and it passed the checks. No rank of this run is on it."""
+    """A listed node has passed the checks. Its agent answers, and no rank of this run is on it."""
 
     node: Node
 
 
 @dataclass(frozen=True)
 class NodeLost:
-    """A node is dead. If `returning` is true, only the node's agent is dead, and the node can return."""
+    """A node is dead. If `returning` is true, only its agent is dead, and the node can return."""
 
     node: str
     why: str
@@ -65,7 +65,7 @@ class NodeLost:
 
 @dataclass(frozen=True)
 class AgentBeat:
-    """An agent's answer: the attempt of the agent's ranks (0 if it has no ranks), and the reports of these ranks."""
+    """An agent's answer: the attempt of its ranks (0 if it has none) and their reports."""
 
     node: str
     attempt: int
@@ -86,7 +86,7 @@ class NodeProbed:
 
 @dataclass(frozen=True)
 class StacksPrinted:
-    """Tracebacks and packed communication rings of the ranks of an attempt, by rank."""
+    """Tracebacks and packed communication rings of an attempt's ranks, by rank."""
 
     attempt: int
     texts: dict[int, str]
@@ -109,8 +109,7 @@ class CheckpointSaved:
 
 @dataclass(frozen=True)
 class CopyHeld:
-    """The newest copy of the state that is complete in the memory of the answering nodes. `age` is the age of this
-    copy, or NONE if there is no such copy.
+    """The newest in-memory copy of the state that is complete on the answering nodes; `age` is NONE if there is none.
     """
 
     age: Age
@@ -177,7 +176,7 @@ class EndRanks:
 class StopRanks:
     """Ask the ranks to write a checkpoint and to exit with code 75.
 
-    in_memory: whether a copy in memory is enough. why: reason, as text for the user.
+    in_memory: whether a copy in memory is enough. why: reason, for the user.
     """
 
     attempt: int
@@ -193,7 +192,7 @@ class ProbeLinks:
 
 @dataclass(frozen=True)
 class CollectStacks:
-    """Ask the ranks of these nodes for their stacks. native: whether to collect the stacks of native threads too."""
+    """Ask the ranks of these nodes for their stacks. native: whether to include native threads."""
 
     attempt: int
     nodes: tuple[str, ...]
@@ -220,7 +219,7 @@ class KeepIncident:
 
 @dataclass(frozen=True)
 class PassIncident:
-    """Record in the newest incident that the ranks made progress again after `seconds` of silence."""
+    """Record in the newest incident that the ranks continued after `seconds` of silence."""
 
     seconds: float
 

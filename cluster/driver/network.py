@@ -1,12 +1,10 @@
 """Tests the network before step 0: measures latency and bandwidth between pairs of nodes, and names slow pairs.
 
-Pairs are tested in rounds. In each round, every node has one partner. So N nodes need N - 1 rounds to test all pairs.
-The nodes run the rounds without the driver (cluster/node/network_probe.py), because calls to every node in every round
-would take longer than the transfers.
+Each node has one partner per round. So N nodes need N - 1 rounds for all pairs. At most 63 rounds are run; with
+thousands of nodes fewer, but at least 7. The nodes run the rounds without the driver (cluster/node/network_probe.py),
+because its calls would take longer than the transfers.
 
-At most 63 rounds are run. With thousands of nodes, fewer rounds are run, but at least 7. Every node then tests as many
-partners as there are rounds. Each test is a short transfer over a plain socket. It finds a bad cable or a route over
-the wrong interface, but it is not a benchmark.
+A test is a short transfer over a plain socket. It finds bad cables and wrong interfaces; it is not a benchmark.
 """
 
 import statistics
@@ -18,19 +16,20 @@ from cluster.node.network_probe import PAIR_SECONDS, NodeLink
 from cluster.topology import Node
 
 SLOW_FACTOR = 3.0
-"""A pair is slow if its bandwidth is below the median bandwidth divided by this factor. A pair is also slow if its
-latency is above two limits: the median latency times this factor, and the median latency plus 1 ms.
+"""Factor for slow pairs. A pair is slow in either of these cases:
+
+    - its bandwidth is below the median divided by this factor
+    - its latency is above the median times this factor, and above the median plus 1 ms
 """
 ROUNDS = 63
 LEAST_ROUNDS = 7
 PAIRS = 16384
-"""Upper bound of the number of tested pairs. It reduces the number of rounds below ROUNDS, but not below LEAST_ROUNDS.
-"""
+"""Limit of the number of tested pairs. It reduces the rounds below ROUNDS, but not below LEAST_ROUNDS."""
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
-    """Return rounds of pairs by the circle method. Each node has at most one partner per round. All rounds together
-    contain all pairs, unless ROUNDS or PAIRS limits the number of rounds.
+    """Return rounds of pairs by the circle method. Each node has at most one partner per round. Without the limits
+    ROUNDS and PAIRS, the rounds contain all pairs.
     """
     players = list(range(count + count % 2))
     found = []
@@ -56,16 +55,13 @@ class LinkVerdict:
 class NetworkTest:
     """Makes the nodes of a fleet run the network test, and collects the results.
 
-    Call `advance` often, and call `take` with every reply of an agent. ports: port on which each node listens, by node
-    id.
+    Call `advance` often, and `take` with every reply of an agent. ports: listening port by node id.
     """
 
     def __init__(self, nodes: list[Node], ports: dict[str, int], fleet: Fleet, now: float):
         self._nodes = nodes
         self._partners: dict[str, list[Node]] = {}
-        """For each node: the partners with which it tests the connection. The entry is removed when the node's results
-        arrive.
-        """
+        """For each node without results: its partners in the test."""
         self._links: dict[tuple[str, str], NodeLink] = {}
         played = rounds(len(nodes))
         self._deadline = now + PAIR_SECONDS * (2 + len(played))

@@ -16,37 +16,30 @@ class Policy:
     wait: float = 60.0
     """Maximum time to wait for enough nodes."""
     heartbeat: float = 5.0
-    """Time without an answer after which the driver counts a node as lost."""
+    """Time without an answer after which a node counts as lost."""
     kill_after: float | None = None
-    """Minimum time without any progress before the driver ends the ranks. If None, `Patience` chooses it."""
+    """Minimum time without progress before the driver ends the ranks. If None, `Patience` chooses it."""
     hang_after: float = 300.0
     """Maximum time without progress within a step."""
     start_timeout: float = 600.0
     """Maximum time without progress before the first step, in a checkpoint or in a validation."""
     timeout: float = 600.0
-    """Time limit of a collective. It is also the limit of a save that makes no progress, and of the checkpoint that
-    ranks write when they are asked to stop.
-    """
+    """Time limit of a collective, of a save without progress, and of the checkpoint when ranks are asked to stop."""
     restarts: int = 3
-    """Number of failures of one kind that are allowed before the run saves a new checkpoint."""
+    """Number of failures of one kind that are allowed before the next checkpoint."""
     straggler_factor: float = 1.2
-    """The driver names a rank as slow if its work time per step stays at least this many times the median work time of
-    its peers.
-    """
+    """A rank is slow if its work time per step stays at least this multiple of its peers' median."""
     saves: bool = True
-    """Whether the run writes checkpoints at intervals. If not, the run restarts at once when nodes return."""
+    """Whether the run writes checkpoints at intervals. If not, it restarts at once when nodes return."""
     copies: bool = False
-    """Whether ranks keep copies of the state in memory. If so, the run can restart from such a copy when nodes return.
-    """
+    """Whether ranks keep copies of the state in memory. If so, the run can restart from them when nodes return."""
     calls: float = 500.0
-    """Minimum number of agent calls, with their answers, that the driver handles per second."""
+    """Minimum number of agent calls and answers that the driver handles per second."""
     probe: float = 4.0
     settle: float = 1.5
     """Seconds that the other ranks get to report after the first failure."""
     stacks: float = 5.0
-    """Seconds that hung ranks get to print their stacks. A busy machine can delay a rank for seconds. The driver does
-    not wait for stacks of a stopped rank.
-    """
+    """Seconds that hung ranks get to print their stacks, because a busy machine delays them. Stopped ranks get none."""
     kill: float = 10.0
     """Seconds that ranks get to disappear after SIGKILL."""
     return_wait: float = 6.0

@@ -1,7 +1,6 @@
-"""The driver's part of the pulse: the driver asks every node by UDP whether it is alive (cluster/node/pulse_echo.py).
+"""The driver's part of the pulse: it asks every node by UDP whether it is alive (cluster/node/pulse_echo.py).
 
-The driver also asks every node through Ray. If a node answers by UDP, the driver asks it through Ray less often. If a
-node does not answer by UDP, the driver asks it through Ray at the usual rate.
+The driver also asks every node through Ray, but less often if the node answers by UDP.
 """
 
 import collections
@@ -14,17 +13,15 @@ from cluster.node.pulse_echo import ANSWER, LONGEST_DATAGRAM, QUESTION, seal_dat
 QUESTION_TRIES = 5
 """Minimum number of questions to a node during one heartbeat."""
 OFTEN = 1.0
-"""Maximum seconds between two questions to a node. A probe of a node takes several such intervals, so it contains
-several questions (cluster/driver/policy.py).
-"""
+"""Maximum seconds between two questions to a node. A probe lasts for several questions (cluster/driver/policy.py)."""
 QUESTIONS_AT_ONCE = 200
-"""Maximum number of questions that the driver sends at once, so that all answers fit into the socket's buffer."""
+"""Maximum number of questions sent at once. All answers must fit into the socket's buffer."""
 
 
 class Pulse:
-    """Sends questions to the nodes and collects their answers.
+    """Sends questions to the nodes and collects their answers. Call `ask` and `answers` often.
 
-    Call `ask` and `answers` often. heartbeat: number of seconds for which an answer shows that the node is alive.
+    heartbeat: number of seconds for which an answer shows that the node is alive.
     """
 
     def __init__(self, heartbeat: float):
@@ -36,16 +33,16 @@ class Pulse:
         self._turn: collections.deque[str] = collections.deque()
         """Nodes in the order of their next questions."""
         self._asked: dict[str, int] = {}
-        """For each node that has not answered its newest question: the number of this question."""
+        """By node that has not answered its newest question: the number of this question."""
         self._heard: dict[str, float] = {}
         self.number = 0
-        """Number of the newest question. The questions to all nodes are numbered together."""
+        """Number of the newest question. All nodes' questions share one sequence of numbers."""
         self._last = 0.0
 
     def know(self, node: str, place: tuple[str, int] | None) -> None:
         """Start to ask this node.
 
-        place: address of the node, as in cluster/node/pulse_echo.py; None for a node that does not answer by UDP.
+        place: address of the node, as in cluster/node/pulse_echo.py; None if the node does not answer by UDP.
         """
         if place is None:
             return
@@ -75,8 +72,8 @@ class Pulse:
         return now - self._heard.get(node, -self._heartbeat) < self._heartbeat
 
     def ask(self, now: float, wanted: Callable[[str], bool]) -> None:
-        """Ask the nodes whose next question is due and for which `wanted` returns True. A question also tells the node
-        that it still belongs to the run.
+        """Ask the nodes whose question is due and for which `wanted` returns True. The question also confirms that the
+        node belongs to the run.
         """
         due = min(int(len(self._turn) * (now - self._last) / self._every), len(self._turn), QUESTIONS_AT_ONCE)
         if not due:
@@ -95,15 +92,12 @@ class Pulse:
                     continue
 
     def hurry(self) -> None:
-        """Make the next question to every node due now.
-
-        With many nodes, only the first ones are asked at once. The others are asked at the usual rate.
-        """
+        """Make the next question to every node due now. With many nodes, only the first ones are asked at once."""
         self._last -= self._every
 
     def answers(self, now: float) -> Iterator[tuple[str, int]]:
-        """Yield (node, number of the question) for each node that answered its newest question since the previous call
-        of `answers`.
+        """Yield (node, question number) for each node that answered its newest question since the previous call of
+        `answers`.
         """
         for way in self._sockets.values():
             while True:

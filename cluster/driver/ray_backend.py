@@ -1,9 +1,9 @@
-"""The Ray backend: connects to a Ray cluster, or starts Ray on this machine, and runs one agent on each node as a Ray
+"""The Ray backend: connects to a Ray cluster or starts Ray on this machine, and runs an agent on each node as a Ray
 actor.
 
-This is the only file that imports ray, and it does so only when a run asks for Ray. Ray transports the calls to agents
-and lists the nodes. Sluice does the rest: ranks, placement, failure detection and restarts. No placement group of Ray
-is needed: each agent is pinned to its node by id and reserves all devices of the node, so that no other job uses them.
+Only this file imports ray, and only when a run asks for Ray. Ray transports the calls to agents and lists the nodes.
+Sluice does the rest: ranks, placement, failure detection and restarts. Each agent is pinned to its node by id. It
+reserves all devices of the node against other jobs, so no placement group is needed.
 """
 
 import collections
@@ -42,26 +42,23 @@ OBJECT_STORE = 100 << 20
 CONNECT_LIMIT = 5
 """Maximum seconds to connect to cluster.address."""
 CONNECT_TRIES = "8"
-"""Number of times that Ray tries to connect to a reachable head, once per second. By default, Ray would try 20 times
-even with a head that rejects the token.
+"""Number of attempts, one per second, to connect to a reachable head. Ray would try 20 times even with a wrong token.
 """
 HEAD_START = "60"
-"""Maximum seconds for the start of the head when the run starts its own Ray. Ray's default of 30 s can be too short on
-a busy machine.
-"""
+"""Maximum seconds for the head's start if the run starts its own Ray. Ray's 30 s can be too short on a busy machine."""
 HEAD_LIMIT = 1
 """Maximum seconds to connect to Ray's head during the run."""
 CLOSE_LIMIT = 3
-"""Seconds that agents get to clean up after the run. After this time the driver kills the remaining agents."""
+"""Seconds that agents get to clean up after the run. Then the driver kills them."""
 CALLS_AT_ONCE = 32
-"""Number of calls that the driver makes, and of answers that it takes, before it checks the clock and the UDP questions
-again. Such a round takes some 20 ms. It must be short, because the driver has to ask thousands of nodes every second.
+"""Calls and answers per round of the loop (some 20 ms). After each round, the driver checks the clock and the UDP
+questions, because it asks thousands of nodes every second.
 """
 CALLS_WHEN_SILENT = 20
-"""Number of calls per round when MOST_OUT calls are pending and no answer arrives."""
+"""Calls per round if MOST_OUT calls are pending and no answer arrives."""
 MOST_OUT = 256
-"""Maximum number of pending calls; further calls wait in the driver. Each pending call takes some 30 KiB of Ray's
-memory. Thousands of pending calls would make every call slow.
+"""Maximum number of pending calls; further calls wait in the driver. Each takes some 30 KiB of Ray's memory, and
+thousands would slow down every call.
 """
 RAYLET = "raylet"
 """Name of Ray's process on a node."""
@@ -71,8 +68,8 @@ SHIPPED = ["conf", "train", "parallel", "cluster"]
 def run_ray(config: Config, folder: Path, command: list[str], planner: Sequence[str] = ()) -> int:
     """Run all ranks on Ray. Returns the exit code of the run.
 
-    command: command that starts one rank; its last argument is the configuration file. planner: command that plans
-    smaller layouts; see cluster/driver/driver.py.
+    command: command that starts one rank; its last argument is the configuration file. planner: see
+    cluster/driver/driver.py.
     """
     assert command[0] == sys.executable, "agents start their own interpreter"
     folder = folder.absolute()
@@ -106,10 +103,10 @@ class RayAbsent(UserError):
 
 
 class RayFleet:
-    """The agents of all nodes as Ray actors, by Ray's node id; see cluster/driver/fleet.py."""
+    """The agents of all nodes as Ray actors, by Ray's node id."""
 
     _raylet: int | None = None
-    """Process id of Ray's process on this machine (the raylet), if this run started Ray; otherwise None."""
+    """Process id of the raylet (Ray's process on this machine) if this run started Ray; otherwise None."""
 
     def __init__(self, config: Config):
         _settings(embedded=config.cluster.address is None)
@@ -118,15 +115,13 @@ class RayFleet:
         self._ray = ray
         self._config = config
         self._folder: PrivateFolder | None = None
-        """Folder of the Ray that this run started on this machine; None if it started none."""
+        """Folder of the Ray that this run started; None if it started none."""
         self._sweeper: subprocess.Popen | None = None
-        """Process that cleans up if this process is killed: it ends the Ray that this run started, and removes Ray's
-        folder. None if the run started no Ray.
+        """Process that ends this run's Ray and removes its folder if this process is killed. None if the run started no
+        Ray.
         """
         self.ships = config.cluster.address is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
-        """Whether Ray must copy the program to the nodes. This is not needed for a submitted Ray job, because Ray has
-        already copied the program.
-        """
+        """Whether Ray must copy the program to the nodes. For a submitted Ray job, Ray has already done so."""
         if config.cluster.address is None:
             self._start_embedded()
         else:
@@ -141,26 +136,23 @@ class RayFleet:
         self._named: set[str] = set()
         """Ids of the nodes whose names come from a Ray label."""
         self._next: collections.deque[tuple[Any, str, str, tuple]] = collections.deque()
-        """Calls that the driver has not made yet, as (actor, node, method, arguments)."""
+        """Calls not yet made, as (actor, node, method, arguments)."""
         self._out = 0
         """Number of pending calls; calls of WAITING methods do not count."""
         self._look: Future | None = None
-        """Pending question to Ray's head; None if no question is pending. The driver asked the question at the time
-        `_look_began`.
-        """
+        """Pending question to Ray's head, asked at `_look_began`; None if there is none."""
         self._look_began = 0.0
         self._leaving: dict[str, str] = {}
         self._taken = 0
         """Number of answers that the driver took in the last round."""
         self._done: queue.SimpleQueue[tuple[str, str, Future]] = queue.SimpleQueue()
-        """Finished calls, as (node, method, outcome). Ray's own thread adds them, so that the cost of a call does not
-        depend on the number of pending calls.
+        """Finished calls, as (node, method, outcome), added by Ray's thread. So their cost is independent of pending
+        calls.
         """
 
     def _start_embedded(self) -> None:
-        """Start Ray on this machine; try a second time if the first start fails.
-
-        Ray waits only 30 s for its processes, and a busy machine may take longer.
+        """Start Ray on this machine. Tries twice, because Ray waits only 30 s for its processes and a busy machine is
+        slower.
         """
         try:
             self._try_embedded()
@@ -254,7 +246,7 @@ class RayFleet:
         """Whether a process listens at the address of Ray's head. Raises FleetLost after CONNECT_LIMIT seconds without
         a listener.
 
-        Without a head, Ray's own calls wait for a minute and then end this process.
+        Without a head, Ray's own calls would wait for a minute and then end this process.
         """
         try:
             _connect(self._head, HEAD_LIMIT)
@@ -374,7 +366,7 @@ class RayFleet:
 
 
 def _settings(embedded: bool) -> None:
-    """Set the environment variables that Ray reads when it is imported or started."""
+    """Set the environment variables that Ray reads when imported or started."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -405,16 +397,14 @@ def _settings(embedded: bool) -> None:
 
 
 def _kill_started(folder: Path) -> None:
-    """Kill the processes that a failed start of Ray has left behind. These are the children of this process that use
-    this folder.
-    """
+    """Kill the processes of a failed start of Ray: children of this process that use this folder."""
     for child in _started(folder):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
 
 
 def _started(folder: Path) -> list[psutil.Process]:
-    """Return the children of this process whose command line names this folder."""
+    """Return this process's children whose command line names this folder."""
     found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -423,8 +413,8 @@ def _started(folder: Path) -> list[psutil.Process]:
 
 
 def _require_answer(address: str) -> None:
-    """Raise UserError if no process listens at the address. This takes at most CONNECT_LIMIT seconds; Ray itself would
-    try for a minute.
+    """Raise UserError if no process listens at the address for CONNECT_LIMIT seconds. Ray itself would try for a
+    minute.
     """
     if address == "auto":
         return
@@ -440,10 +430,7 @@ def _require_answer(address: str) -> None:
 
 
 def _in_thread(call: Callable[[], Any]) -> Future:
-    """Run a call in a daemon thread and return its future.
-
-    A daemon thread delays neither the caller nor the end of this process.
-    """
+    """Run a call in a daemon thread and return its future. A daemon thread does not delay the end of the process."""
     outcome: Future = Future()
 
     def run() -> None:
@@ -464,9 +451,7 @@ def _connect(address: str, limit: float) -> None:
 
 @contextlib.contextmanager
 def _stderr_in_file() -> Iterator[IO[bytes]]:
-    """Capture stderr in a file inside the block.
-
-    Ray's native code prints its errors to stderr several times. The caller shows a single sentence instead.
+    """Capture stderr in a file inside the block. Ray's native code repeats its errors; the caller prints one sentence.
     """
     with tempfile.TemporaryFile() as file:
         terminal = os.dup(2)
@@ -492,7 +477,5 @@ def _explain(address: str, text: str) -> UserError:
 
 
 def _excludes() -> list[str]:
-    """Return patterns of the files that Ray must not copy to the nodes. These are all files that are not part of the
-    program.
-    """
+    """Return patterns of the files that Ray must not copy to the nodes: all files outside the program."""
     return [f"/{path.name}" for path in ROOT.iterdir() if path.name not in SHIPPED]

@@ -1,25 +1,24 @@
 """The layouts that a run may use: its full layout and, when nodes are missing, smaller layouts.
 
-All layouts of a run have the same number of pipeline stages. A layout consists of blocks. A block consists of one
-expert group of every stage; an expert group is the `ep` ranks that share the experts of a layer. A smaller layout has
-fewer blocks, or a smaller ep, or both. If the batch does not divide evenly, some expert groups get one micro-batch per
-rank more than others (parallel.uneven).
+All layouts of a run have the same number of pipeline stages. A layout consists of blocks. A block has one expert group
+of every stage; an expert group is the `ep` ranks that share the experts of a layer. A smaller layout has fewer blocks,
+a smaller ep, or both. If the batch does not divide evenly, some expert groups get one more micro-batch per rank
+(parallel.uneven).
 
-A step takes as long as its busiest rank works. So the best layout is the layout whose busiest rank has the fewest
-micro-batches. Among equally fast layouts, the layout with the largest ep is best, because it is closest to the recipe
-and needs the least memory. Among layouts with the same ep, the layout with the fewest ranks is best, because it leaves
-the most spares.
+The best layout is found by these values, in this order:
 
-The program that starts the run also plans the memory that smaller layouts need on every device. It writes the plan to
-layouts.json in the run folder:
+    1. fewest micro-batches of the busiest rank, because it determines the time of a step
+    2. largest ep, because it is closest to the recipe and needs the least memory
+    3. fewest ranks, because more spares remain
 
-    config     digest of the config.yaml for which the plan was made; with any other config.yaml the plan is ignored
-    layouts    [{"dp": 64, "ep": 64, "bytes": ...}, ...]: bytes per device for every ep, each with one or more values of
-               dp. A layout with a larger dp needs no more memory. With parallel.cp, dp counts all ranks of a stage
+Before a smaller layout may run, its memory need must be known. A planner writes it to layouts.json in the run folder:
+
+    config     digest of the config.yaml of the plan; with another config.yaml the plan is ignored
+    layouts    [{"dp": 64, "ep": 64, "bytes": ...}, ...]: bytes per device for every ep and one or more values of dp. A
+               larger dp needs no more memory. With parallel.cp, dp counts all ranks of a stage
     problem    why there is no plan, else null
 
-The memory need is unknown if there is no plan, or if the plan says that the run's full layout does not fit. In that
-case the run uses only layouts with its full ep.
+If there is no plan, or if it says that the full layout does not fit, only layouts with the full ep are used.
 """
 
 import dataclasses
@@ -52,11 +51,9 @@ def with_shape(config: Config, shape: StageShape) -> Config:
 
 
 def smaller_shapes(config: Config) -> list[StageShape]:
-    """Return all shapes of a pipeline stage (see `StageShape`) that have fewer data-parallel ranks or a smaller ep than
-    the full layout, the best shape first.
+    """Return all shapes of a stage (see `StageShape`) with fewer data-parallel ranks or a smaller ep, the best first.
 
-    The function checks only that the batch and the experts can be divided evenly. Other rules of a layout are not
-    checked.
+    Only the division of the batch and of the experts is checked, no other rule of a layout.
     """
     own, size, found = config.parallel, config.micro_batch_size, []
     for ep in range(own.ep, 0, -1):
@@ -70,7 +67,7 @@ def smaller_shapes(config: Config) -> list[StageShape]:
 
 
 class Shapes:
-    """The layouts of a run. folder: run folder. If it is None, the memory need of smaller layouts is unknown."""
+    """The layouts of a run. folder: run folder; None if the memory need of smaller layouts is unknown."""
 
     def __init__(self, config: Config, folder: Path | None = None):
         self._config, self._folder = config, folder
@@ -81,19 +78,17 @@ class Shapes:
         self._planned: dict[int, dict[int, int]] | None = None
         """Planned bytes per device, by ep and dp; None if unknown."""
         self._there = 0
-        """Memory in bytes of the smallest device among the nodes of the last check; 0 before the first check."""
+        """Bytes of memory of the smallest device at the last check of the nodes; 0 before the first check."""
         self.problem: str | None = None
         """Why the memory need is unknown; None if the plan has no problem."""
 
     @property
     def is_planned(self) -> bool:
-        """Whether the planner has written its result. The result may say that the plan failed."""
+        """Whether the planner has written its result, even if the plan failed."""
         return self._folder is not None and (self._planned is not None or self._read(self._folder))
 
     def why_not(self, shape: StageShape, nodes: Sequence[Node]) -> str | None:
-        """Return the reason why a layout may not run on these nodes, or None if it may. This method does not check
-        whether the nodes are enough.
-        """
+        """Return why a layout may not run on these nodes, or None if it may. The number of nodes is not checked."""
         if shape == self.own:
             return None
         return self._broken_rule(shape) or self._lacks_memory(shape, nodes)
@@ -161,7 +156,7 @@ class Shapes:
         )
 
     def why_idle(self, shape: StageShape, nodes: Sequence[Node]) -> str:
-        """Explain why these nodes cannot run a larger layout, and what is needed to run one."""
+        """Explain why these nodes cannot run a larger layout, and what it would need."""
         faster = [other for other in (self.own, *self.smaller) if other.micro_batches < shape.micro_batches]
         rooms = {ep: count_group_places(nodes, ep) // self.pp * ep for ep in {other.ep for other in faster}}
         refused = [other for other in faster if rooms[other.ep] >= other.dp]
@@ -176,7 +171,7 @@ class Shapes:
         )
 
     def why_nothing(self, nodes: Sequence[Node]) -> str:
-        """Explain what is needed to run a layout, if no layout fits on these nodes."""
+        """Explain what the nodes lack, if no layout fits on them."""
         every = (self.own, *self.smaller)
         least = min((s for s in every if self.allows(s, nodes)), key=lambda shape: shape.dp)
         text = f"add nodes: the smallest layout that may run, {self.name(least)}, takes {self.pp * least.dp} devices"

@@ -1,21 +1,21 @@
 """Finds ranks that are slower than other ranks with the same work, even if step times are noisy.
 
-After every step, a rank reports how long its own work took. The peers of a rank are the ranks of the same pipeline
-stage. The test uses a window: the last WINDOW_BLOCKS x BLOCK_STEPS steps of every rank, divided into blocks of
-BLOCK_STEPS steps. Each rank gets a value for each block: the logarithm of (the rank's median time / the median of its
-peers' median times). One slow step, or a short series of slow steps, changes at most one or two blocks. A rank is slow
-if all of these conditions hold:
+After every step, a rank reports the time of its own work. Its peers are the ranks of the same pipeline stage. The
+window is the last WINDOW_BLOCKS x BLOCK_STEPS steps, in blocks of BLOCK_STEPS steps. A rank's value of a block is
+log(its median time / the median of its peers' median times). So a few slow steps change at most two blocks.
+
+A rank is slow if all of these conditions hold:
 
     - The mean of its values over the blocks is at least log(`factor`).
-    - This mean is at least NOISE times the noise of one block. That is NOISE x sqrt(WINDOW_BLOCKS) standard errors of
-      the mean.
+    - This mean is at least NOISE times the noise of one block, or NOISE x sqrt(WINDOW_BLOCKS) standard errors.
     - Its value in every block is at least half of the mean, so that the slowness lasts.
 
-The noise of a block is the larger of two values. The first value is the standard error of the block's median, computed
-from the spread of single steps inside the blocks. The second value is the spread between the blocks of the peers, which
-also contains noise that lasts for many steps.
+The noise of a block is the larger of two values:
 
-A slow rank is named only once. It is named again only if it was as fast as its peers for a complete window in between.
+    - the standard error of the block's median, from the spread of single steps inside the blocks
+    - the spread between the blocks of the peers, which includes noise over many steps
+
+A slow rank is named once, and again only if it was as fast as its peers for a complete window in between.
 """
 
 import math
@@ -28,17 +28,16 @@ BLOCK_STEPS, WINDOW_BLOCKS = 10, 8
 """Number of steps in a block, and number of blocks in the window."""
 NOISE = 2.0
 SPREAD = 1.4826
-"""Ratio of the standard deviation to the median absolute deviation, for normally distributed noise."""
+"""Ratio of standard deviation to median absolute deviation, for normal noise."""
 MEDIAN_ERROR = 1.2533
-"""Ratio of the standard error of a median to the standard error of a mean, for normally distributed noise."""
+"""Ratio of the standard errors of a median and of a mean, for normal noise."""
 LEAST_SECONDS = 0.01
-"""Minimum number of seconds per step by which a slow rank exceeds its peers. A rank with a smaller excess is not named.
-"""
+"""Minimum seconds per step by which a slow rank exceeds its peers."""
 COUNTED_SECONDS = 1e-9
-"""Lower bound of the seconds of a step, because the logarithm of 0 does not exist."""
+"""Lower bound of the seconds of a step, because its logarithm is taken."""
 LONE_FACTOR = 2.0
-"""Minimum factor for a rank that is alone in its stage. Such a rank has no peers. It is compared with the ranks of all
-stages, whose work may differ by design.
+"""Minimum factor for the only rank of a stage. It is compared with ranks of other stages, whose work may differ by
+design.
 """
 
 
@@ -58,15 +57,13 @@ class Stragglers:
     """Collects the step times of ranks and names the slow ranks."""
 
     def __init__(self, stages: Sequence[Sequence[int]]):
-        """Create an empty collection of step times. stages: for each stage, its ranks, which have the same work. Ranks
-        are numbered from 0 over all stages.
-        """
+        """stages: for each stage, its ranks, which have the same work. Ranks are numbered over all stages."""
         everyone = [rank for ranks in stages for rank in ranks]
         self._groups = [np.array(ranks) for ranks in stages if len(ranks) > 1]
         self._lone = np.array([ranks[0] for ranks in stages if len(ranks) == 1], int)
         self._everyone = np.array(everyone) if len(self._lone) and len(everyone) > 1 else None
         self._steps_RW = np.ones((len(everyone), BLOCK_STEPS * WINDOW_BLOCKS))
-        """Seconds of the newest steps of each rank. Step s of a rank is in column s modulo the window length."""
+        """Seconds of each rank's newest steps. Step s is in column s modulo the window length."""
         self._seen_R = np.zeros(len(everyone), int)
         self._filled = 0
         """Number of filled blocks, summed over all ranks."""
@@ -82,8 +79,8 @@ class Stragglers:
         self._filled += (seen + 1) % BLOCK_STEPS == 0
 
     def new(self, factor: float) -> list[SlowRank]:
-        """Return the ranks that have become slow since the previous call. The check runs only when all ranks have
-        completed one more block of steps.
+        """Return the ranks that have become slow since the previous call. Only a complete new block of all ranks is
+        checked.
         """
         if not factor or self._filled < len(self._seen_R) * max(WINDOW_BLOCKS, self._judged + 1):
             return []
@@ -97,7 +94,7 @@ class Stragglers:
         return sorted(found, key=lambda slow: slow.rank)
 
     def _judge(self, ranks: np.ndarray, factor: float, wanted: np.ndarray) -> list[SlowRank]:
-        """Return the ranks of `wanted` that have become slow compared with the other ranks of `ranks`.
+        """Return the ranks of `wanted` that have become slow compared with the others of `ranks`.
 
         Shapes: R ranks, B blocks, S steps of a block, W steps of the window.
         """

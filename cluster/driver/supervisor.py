@@ -6,21 +6,18 @@
         +---- ending <-------- judging        judging: probe every node of the attempt, let the others report, collect
         +---- stopping                        stacks; then name the cause (cluster/cause.py) and end all ranks
 
-`handle(now, event)` returns actions and performs none itself, so that a test can try any order of faults. It receives
-the time with every event. It stores most events and decides only at the next tick, so that each answer of thousands of
-nodes costs little. These rules always hold:
+`handle(now, event)` returns actions and performs none, so tests can try any order of faults. Most events are only
+stored. Decisions are made at the next tick, so that answers of thousands of nodes cost little. These rules hold:
 
-    - An attempt starts only when no rank of an earlier attempt is alive on an answering node. On a node that does not
-      answer, the agent ends the ranks itself when its lease is over (see cluster/spawn.py). Checkpoints of these ranks
-      are refused, because their attempt number is too low.
-    - Attempt numbers rise, also from one launch to the next.
-    - A restart first uses spare nodes. If they are not enough, it uses the fastest layout that fits on the nodes and
-      that the rules and the memory allow (shapes.py). The driver reports the nodes that stay idle.
-    - When nodes return, the run stops right after a checkpoint or a complete copy in memory, and restarts with more
-      ranks. When a node drains, the run writes a checkpoint at once and restarts without that node.
-    - Every kind of cause has a budget: the number of failures that are allowed before the run saves a later step. For
-      lost nodes, each node has its own budget, because the loss of other nodes shows no fault of the run. So a run that
-      makes progress survives any number of lost nodes, and a run that cannot get past a step ends soon.
+    - An attempt starts only when no earlier rank is alive on an answering node. On a silent node, the agent ends the
+      ranks when its lease is over (cluster/spawn.py).
+    - Attempt numbers rise, also over launches. Ranks of earlier attempts cannot write checkpoints.
+    - A restart first uses spare nodes. If there are too few, it uses the fastest layout that fits (shapes.py). The
+      driver reports idle nodes.
+    - When nodes return, the run stops after the next checkpoint or complete copy in memory, and restarts with more
+      ranks. When a node drains, the run writes a checkpoint at once and restarts without the node.
+    - Every kind of cause has a budget of failures, which is reset when the run saves a later step. For lost nodes, each
+      node has its own budget. So a run with progress survives any number of lost nodes; a run without progress ends.
 """
 
 from collections import Counter
@@ -42,17 +39,16 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_U
 from conf.words import some_of
 
 NAP = 0.25
-"""Fraction of a heartbeat that the driver may be busy between two ticks. A longer time counts as time in which the
-driver slept. An agent answers within half a heartbeat, so a live node never counts as late, however long the driver
-slept.
+"""Maximum fraction of a heartbeat between two ticks; any longer time counts as sleep of the driver. Agents answer
+within half a heartbeat, so a live node is never late because the driver slept.
 """
 SHOWN_NODES = 8
 """Maximum number of idle nodes that a sentence names. The event lists all idle nodes."""
 
 
 def _budgets(cause: Cause) -> list[tuple[Kind, str]]:
-    """Return the failure budgets that a failure reduces, as pairs of kind and node name. The name is empty unless the
-    failure is the loss of a node.
+    """Return the budgets that a failure reduces, as pairs of kind and node name. The name is empty except for a lost
+    node.
     """
     return [(cause.kind, name) for name in cause.nodes] if cause.kind is Kind.node else [(cause.kind, "")]
 
@@ -69,34 +65,30 @@ class Supervisor:
         self.saved = NONE
         """Attempt and step of the newest checkpoint."""
         self.held = NONE
-        """Attempt and step of the newest copy of the state that is complete in the memory of the answering nodes."""
+        """Attempt and step of the newest in-memory copy of the state that is complete on the answering nodes."""
         self.failures: list[tuple[int, Cause]] = []
         self._spent = Counter[tuple[Kind, str]]()
         self._patience = Patience(policy.hang_after, policy.start_timeout, policy.kill_after, policy.timeout)
         self._out: list[m.SupervisorAction] = []
         self._held_up = HeldUp(NAP * policy.heartbeat, now)
         self._late_from = now
-        """The supervisor checks for silent nodes only after this time, because no node can be late before. Nodes that
-        have answered since the last check may have even more time.
-        """
+        """Time before which no node can be late. Silent nodes are searched only after it."""
         self._deadline = now + policy.wait
         self._no_node_comes = False
         self._stop_why: str | None = None
         self._placed: tuple[tuple | None, Placement | None] = None, None
-        """The last search for a placement: its inputs, such as the ids of the nodes, and its result. The supervisor
-        uses the result again while the inputs stay the same.
-        """
+        """Inputs and result of the last search for a placement. The result is reused while the inputs are equal."""
         self._probing: set[str] = set()
         self._settled_at = self._probed_at = now
         self._failed_at: float | None = None
         self._named_by: float | None = None
-        """If the run is late, the supervisor waits for stacks until this time. Then it names the rank that blocks the
-        run. None if the supervisor does not wait for stacks.
+        """Time until which the supervisor waits for stacks of a late run, to name the blocking rank. None if it does
+        not wait.
         """
         self._quiet_since = now
-        """Time of the ranks' last progress before the failure that the supervisor is judging."""
+        """Time of the ranks' last progress before the failure that is being judged."""
         self._again_until: int | None = None
-        """Highest step that the current attempt repeats; None if it repeats no step. Later steps are new."""
+        """Highest step that the current attempt repeats; None if it repeats no step."""
         self._reached = -1
         """Highest step that a rank of this launch worked on."""
         self._safe = -1
@@ -104,9 +96,7 @@ class Supervisor:
 
     @property
     def current(self) -> Attempt:
-        """The attempt that is running or ending, or else the last attempt. An attempt exists in every phase except the
-        first.
-        """
+        """The attempt that is running or ending, else the last one. Only the first phase has none."""
         assert self.attempt is not None
         return self.attempt
 
@@ -121,9 +111,7 @@ class Supervisor:
         return {id for id, state in self.nodes.items() if state.draining}
 
     def handle(self, now: float, event: m.Event) -> list[m.SupervisorAction]:
-        """Process one event. Returns the actions in the order in which to perform them. now: seconds of a monotonic
-        clock.
-        """
+        """Process one event. Returns actions in the order of execution. now: seconds of a monotonic clock."""
         self._out = []
         if self.phase is DriverPhase.done:
             return []
@@ -241,10 +229,10 @@ class Supervisor:
             self._grow(now)
 
     def _got_on(self, age: Age) -> None:
-        """Reset the failure budgets if the run has saved a later step than before. age: age of the newest saved state.
+        """Reset the failure budgets if the run has saved a later step. age: age of the newest saved state.
 
-        A step that this launch has saved before does not count. Otherwise a run that repeats the same steps would never
-        end. Steps of earlier launches do not matter, because this launch may resume from an earlier step.
+        Only a step that this launch has not saved before counts. Otherwise a run that repeats its steps would never
+        end.
         """
         if age.attempt >= self.policy.first_attempt and age.step > self._safe:
             self._safe = age.step
@@ -269,7 +257,7 @@ class Supervisor:
                 self._stop_ranks(now, why) if asked else self._end_ranks(now)
 
     def _tell_limits(self) -> None:
-        """Report if no layout would fit the remaining nodes after the loss of one more node."""
+        """Report if no layout would fit after the loss of one more node."""
         placement, shapes = self.current.placement, self.policy.shapes
         usable = [node for node in self._usable() if node.id != placement.nodes[0].id]
         if place(usable, shapes.pp, [shapes.own, *shapes.smaller], partial(shapes.allows, nodes=usable)) is None:
@@ -285,9 +273,7 @@ class Supervisor:
             self._name_stragglers()
 
     def _forgive(self, now: float, slept: float) -> None:
-        """Extend all deadlines by `slept` seconds, in which this process or the machine slept. So no node counts as
-        late because of this time.
-        """
+        """Extend all deadlines by the `slept` seconds for which this process or machine slept."""
         for state in self.nodes.values():
             state.heard = min(state.heard + slept, now)
         if self.attempt:
@@ -393,9 +379,7 @@ class Supervisor:
             self._grow(now)
 
     def _name_late(self, now: float) -> bool:
-        """Name the ranks that block a late run, before the driver ends the run. Returns whether this method took an
-        action.
-        """
+        """Name the ranks that block a late run before the driver ends it. Returns whether an action was taken."""
         attempt = self.current
         if attempt.is_late(now):
             attempt.name_late()
@@ -446,7 +430,7 @@ class Supervisor:
         return f"step {self.saved.step} is saved" if self.saved > NONE else "there is no checkpoint"
 
     def _left_alone(self) -> str:
-        """Return text that says what happens to ranks that this driver cannot reach."""
+        """Return what happens to ranks that this driver cannot reach."""
         lost = self.attempt.lost if self.attempt else ()
         names = [
             state.node.name for id, state in self.nodes.items() if id in lost and state.health is NodeHealth.silent
@@ -457,7 +441,7 @@ class Supervisor:
         return f"; ranks on {some_of(names, SHOWN_NODES)} cannot be reached: their agents end them {lease:.0f} s after this driver's last request, without a checkpoint"
 
     def _judge(self, now: float, settle: float) -> None:
-        """React to a failure: probe every node, and wait `settle` seconds for the reports of the ranks."""
+        """React to a failure: probe every node, and wait `settle` seconds for reports."""
         self.phase, self._quiet_since = DriverPhase.judging, min(now, self.current.moved)
         self._named_by = None
         if self._failed_at is None:
@@ -487,7 +471,7 @@ class Supervisor:
         self._out.append(m.EndRanks(self.number, self.current.reachable))
 
     def _calls(self) -> float:
-        """Return how many seconds the driver may need to call all nodes of the attempt and to receive their answers."""
+        """Return how many seconds the driver may need to call all nodes of the attempt."""
         return len(self.current.reachable) / self.policy.calls
 
     def _await_end(self, now: float) -> None:
@@ -517,7 +501,7 @@ class Supervisor:
             self._regroup(now)
 
     def _regroup(self, now: float) -> None:
-        """Start the next attempt at once; or later, if a node is about to return or if no layout fits."""
+        """Start the next attempt: at once, or later if a node is about to return or no layout fits."""
         self.phase = DriverPhase.gathering
         enough = self._place(self._usable())
         self._deadline = now + (self.policy.return_wait if enough else self.policy.wait)

@@ -3,16 +3,15 @@
 The time in which a driver ran is divided into these parts:
 
     waiting     the driver waits for nodes: from its start, or from an event `waiting`, to the next attempt
-    start       from the start of a launch's first attempt until its first step is complete
+    start       from a launch's first attempt to its first complete step
     training    steps whose result the run kept
     detection   from the last news of the ranks to the cause of a failure, including the step that failed
-    restart     from the cause of a failure, or from the decision to change the nodes, to the first step of the next
-                attempt; without the time of `waiting`
+    restart     from the cause of a failure, or from the decision to change the nodes, to the next attempt's first step;
+                without `waiting`
     again       steps that the run repeated
 
-The time between two launches belongs to no part, because the user wanted no training in that time. Effective time is
-training time weighted by ranks: time in which only half of the wanted ranks work counts half. A run also occupies spare
-nodes, which only wait; `held_share` includes the cost of these nodes.
+Time between two launches belongs to no part. Effective time is training time times the fraction of wanted ranks that
+work. `held_share` includes the cost of spare nodes.
 """
 
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from typing import Any
 
 
 class TimePart(StrEnum):
-    """Parts of a run's wall time, in the order in which they are shown. The module's docstring defines them."""
+    """Parts of a run's wall time, in display order; see the top of the file."""
 
     training = "training"
     again = "again"
@@ -37,11 +36,11 @@ STEPPING = (TimePart.training, TimePart.again)
 
 @dataclass
 class TimeSplit:
-    """The wall time of a run, divided into parts. The seconds of each part are summed over all launches of the run."""
+    """The wall time of a run in parts. Seconds are summed over all launches."""
 
     seconds_in: dict[TimePart, float] = field(default_factory=lambda: dict.fromkeys(TimePart, 0.0))
     spans: list[tuple[float, float]] = field(default_factory=list)
-    """Intervals of training steps whose result the run kept, as (start, end) in Unix time."""
+    """Intervals of training steps that the run kept, as (start, end) in Unix time."""
     attempts: int = 0
     nodes: int = 0
     """Number of nodes with ranks in the newest attempt."""
@@ -49,8 +48,8 @@ class TimeSplit:
     effective_seconds: float = 0.0
     """Training seconds x (number of working ranks / number of wanted ranks)."""
     held_seconds: float = 0.0
-    """Seconds in which a driver ran, each multiplied by a factor: the number of occupied nodes, including spares,
-    divided by the number of nodes that the full layout needs. The factor is at least 1.
+    """Seconds in which a driver ran, times occupied nodes (with spares) / nodes of the full layout. This factor is at
+    least 1.
     """
 
     @property
@@ -60,12 +59,12 @@ class TimeSplit:
 
     @property
     def downtime_seconds(self) -> float:
-        """Seconds without training steps: the sum of the parts waiting, start, detection and restart."""
+        """Seconds without training steps: waiting, start, detection and restart."""
         return sum(seconds for part, seconds in self.seconds_in.items() if part not in STEPPING)
 
     @property
     def share(self) -> float:
-        """Fraction of the time in which the ranks ran steps, including repeated steps; 1 is best."""
+        """Fraction of the time in which the ranks ran steps, including repeated ones; 1 is best."""
         return 1 - self.downtime_seconds / self.seconds if self.seconds > 0 else 0.0
 
     @property
@@ -75,12 +74,12 @@ class TimeSplit:
 
     @property
     def held_share(self) -> float:
-        """Effective training time divided by the time of all occupied nodes, including spares; 1 is best."""
+        """Effective time divided by the time of all occupied nodes, including spares; 1 is best."""
         return self.effective_seconds / self.held_seconds if self.held_seconds > 0 else 0.0
 
 
 class _Clockwork:
-    """Reads the events in order and assigns each interval of time to a part."""
+    """Reads the events in order and assigns each interval to a part."""
 
     def __init__(self) -> None:
         self.split = TimeSplit()
@@ -89,10 +88,10 @@ class _Clockwork:
         self._weight = self._held = 1.0
         self._world, self._first = 0, True
         self._asked_at: float | None = None
-        """Time at which the driver asked the ranks of the attempt to stop, so that the next attempt can start."""
+        """Time at which the driver asked the ranks to stop for the next attempt."""
         self._failed: tuple[float, bool] | None = None
-        """Time of the newest failure event, and whether the event contains the seconds without progress; None before
-        the first failure.
+        """Time of the newest failure event, and whether the event has the seconds without progress; None before the
+        first failure.
         """
 
     def switch(self, now: float, part: TimePart | None) -> None:
@@ -140,9 +139,7 @@ class _Clockwork:
 
 
 def split_time(events: Iterable[dict[str, Any]], now: float | None = None) -> TimeSplit:
-    """Add up the times of a run's events. now: current Unix time if the run is still going on; None if the last event
-    ended the run.
-    """
+    """Add up the times of a run's events. now: current Unix time; None if the last event ended the run."""
     work, before = _Clockwork(), 0.0
     for event in events:
         time = event["time"]

@@ -1,6 +1,6 @@
-"""Shows a run on the driver's terminal: a status line that is updated, with events and the output of rank 0 above it.
+"""Shows a run on the driver's terminal: a status line, with events and the output of rank 0 above it.
 
-If the output is not a terminal (a file, a job's log), the events and the lines of rank 0 are printed as plain lines.
+If the output is no terminal, events and lines of rank 0 are printed as plain lines.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from conf.screen import Terminal
 from conf.words import harmless
 
 QUIET = {"checkpoint", "node_joined", "first_step", "finish"}
-"""Kinds of events that are not printed. They appear only in events.jsonl and in the status line."""
+"""Kinds of events that are not printed, but are in events.jsonl and the status line."""
 REFRESH = 0.5
 
 
 class View:
-    """Shows the state of a supervisor. Use the object in `with`. metrics: path of the run's metrics.jsonl."""
+    """Shows the state of a supervisor. Use in `with`. metrics: path of the run's metrics.jsonl."""
 
     def __init__(self, name: str, metrics: Path, steps: int, console: Console | None = None):
         self._console = console or Terminal()
@@ -76,9 +76,7 @@ class View:
 
 
 def status(name: str, steps: int, record: dict, supervisor: Supervisor, last: str) -> str:
-    """Return two lines of text. The first line shows the state of the training, the second line the state of the
-    machines.
-    """
+    """Return two lines of text: the state of the training and the state of the machines."""
     parts = [name, f"step {record.get('step', 0)}/{steps}"]
     if record.get("main_loss") is not None:
         parts.append(f"loss {record['main_loss']:.4g}")

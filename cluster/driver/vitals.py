@@ -1,15 +1,12 @@
-"""Health of nodes, as their agents report it: process priority, clock jumps during a run, and full disks.
+"""Health of nodes, as their agents report it: process priority, clock jumps and full disks. None of them ends a run.
 
-None of these three problems ends a run. With a low priority, other processes on the node slow down its ranks.
+With a low priority, other processes slow down the ranks. With a full disk for temporary files, output of ranks is lost
+and the next start on the node fails. Each clock jump and each full disk is reported once.
 
-The driver orders the errors of several ranks by time, so this file converts the times of each node to the driver's
-clock. When the driver checks a node, the agent reads the node's clock once; later times follow from a clock that nobody
-can set. This file subtracts the seconds by which the node's clock was ahead at that check. The time at which an answer
-arrives cannot be used instead: a transfer may take longer than the time from an error to the errors that follow from
-it.
-
-When a node's disk for temporary files is full, the output of its ranks is lost, and the next start on the node fails.
-The driver reports each clock jump and each full disk once.
+The driver orders errors by time, so this file converts each node's times to the driver's clock. The agent reads the
+node's clock at the check of the node; its later times follow from a clock that nobody can set. This file subtracts the
+seconds by which the node was ahead at the check. Arrival times would be wrong: a transfer may take longer than the time
+between an error and its consequences.
 """
 
 from dataclasses import dataclass
@@ -25,9 +22,7 @@ class _Vitals:
     ahead: float = 0.0
     """Seconds by which the node's clock was ahead of the driver's at the check."""
     reported: float = 0.0
-    """Seconds by which somebody has set the node's clock ahead since the driver's check, as in the last report of a
-    clock jump to the user; 0 if no jump was reported.
-    """
+    """Seconds by which the node's clock was set ahead since the check, at the last reported clock jump; 0 if none."""
     full: bool = False
     niceness: int = 0
 
@@ -42,14 +37,14 @@ class Vitals:
         """Names of the low-priority nodes that were already reported."""
 
     def know(self, node: Node, ahead: float, niceness: int = 0) -> None:
-        """Record a node that passed the checks. ahead: seconds by which the node's clock is ahead of the driver's
-        clock. niceness: niceness of the node's agent.
+        """Record a node that passed the checks. ahead: seconds by which its clock is ahead of the driver's. niceness:
+        niceness of its agent.
         """
         self._nodes[node.id] = _Vitals(node.name, ahead, niceness=niceness)
 
     def low(self, niceness: int) -> dict[str, int]:
-        """Return the nodes whose agents have a niceness above `niceness`, and so a lower priority. For each node name,
-        the result has the niceness of the agent. Each node is returned only once.
+        """Return the nodes whose agents have a niceness above `niceness` (a lower priority), as name and niceness. Each
+        node is returned once.
         """
         found = {each.name: each.niceness for each in self._nodes.values() if each.niceness > niceness}
         fresh = {name: value for name, value in found.items() if name not in self._low}
@@ -57,8 +52,8 @@ class Vitals:
         return fresh
 
     def take(self, node: Node, answer: Answer) -> list[tuple[str, str]]:
-        """Change the times of the failures in `answer` from the node's clock to the driver's clock. Returns new
-        problems of the node as (kind, text) pairs; the driver reports them to the user.
+        """Convert the failure times in `answer` to the driver's clock. Returns new problems of the node as (kind, text)
+        pairs.
         """
         known = self._nodes[node.id]
         for report in answer.ranks:

@@ -1,24 +1,22 @@
 """The agent of a node: it starts the node's ranks as child processes and reports their state. It does not use Ray.
 
-Two methods wait: `ask` waits for news, and `network` waits for measurements. RayFleet gives each of them a thread. All
-other methods return at once, because the driver counts a node as lost if an answer is late.
+`ask` waits for news and `network` for measurements; RayFleet gives each of them a thread. All other methods return at
+once, because a late answer makes the node count as lost.
 
-A rank reports through files (cluster/run_files.py) in a scratch folder of the attempt on the node's own disk. It never
-reports through the shared run folder, so that the driver cannot mistake a rank of an old attempt for a new one. The
-agent sends the output of its ranks to the driver in parts.
+A rank reports through files (cluster/run_files.py) in the attempt's scratch folder on the node's own disk. The shared
+run folder is not used, so that the driver cannot mistake a rank of an old attempt for a new one.
 
 The environment of a rank has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, and
 
-    GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME    as set on this node, else as set on the driver, else the interface of the
+    GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME    as set on this node, else as on the driver, else the interface of the
                                               node's address
     SLUICE_LOGS                               path of the scratch folder
-    SLUICE_ATTEMPT                            number of the attempt; checkpoints with a number that is too low are
-                                              refused
-    SLUICE_STORE_SECRET                       secret that protects the store through which the ranks of this attempt
-                                              find each other; see parallel/signed_store.py
+    SLUICE_ATTEMPT                            number of the attempt; old attempts cannot write checkpoints
+    SLUICE_STORE_SECRET                       secret of the store through which the ranks of this attempt find each
+                                              other (parallel/signed_store.py)
 
-If an agent gets no question for `lease` seconds, not even by UDP (cluster/node/pulse_echo.py), it assumes that the
-driver is lost. The agent then kills its ranks, because a new attempt may already run on other nodes.
+An agent without a question for `lease` seconds, not even by UDP (cluster/node/pulse_echo.py), kills its ranks: the
+driver may be lost, and a new attempt may run elsewhere.
 """
 
 import contextlib
@@ -53,9 +51,9 @@ from cluster.stacks import ask_stacks, handles, is_looked_into, read_stacks
 from conf.errors import EXIT_STOPPED
 
 NEWS_LOOK_SECONDS = 0.05
-"""Seconds after which the agent checks for news again while a question waits."""
+"""Seconds between checks for news while a question waits."""
 STACKS_WITHIN = 0.25
-"""Seconds after which an answer is sent even if the requested stacks of some ranks are missing."""
+"""Seconds after which an answer is sent even if some requested stacks are missing."""
 OUTPUT_BYTES = 64 << 10
 """Maximum bytes of one rank's output in one answer."""
 
@@ -72,32 +70,31 @@ class Order:
     environment: dict[str, str]
     """Environment variables that are equal for all ranks of the run."""
     address: str
-    """IP address of the node. Ranks use the network interface that has this address."""
+    """IP address of the node. Ranks use its network interface."""
     folder: str | None = None
-    """Working folder of the ranks. If None, it is the agent's working folder, into which Ray unpacked the code."""
+    """Working folder of the ranks. If None, it is the agent's, into which Ray unpacked the code."""
 
 
 @dataclass
 class Answer:
-    """An agent's answer to the driver: the state of the ranks on its node."""
+    """An agent's answer to the driver: the state of its node's ranks."""
 
     attempt: int
     ranks: list[RankReport]
     output: dict[int, bytes] = field(default_factory=dict)
-    """New output of each rank. It starts at the offset that the driver requested."""
+    """New output of each rank, from the requested offset."""
     stacks: dict[int, str] = field(default_factory=dict)
-    """For each rank: its stacks, if they have arrived since the last request for stacks."""
+    """By rank: stacks that have arrived since the last request for stacks."""
     rings: dict[int, bytes] = field(default_factory=dict)
-    """For each rank, its packed communication ring (cluster/comm_ring.py). Only the first answer after a request for
-    stacks contains the rings.
+    """By rank: packed communication ring (cluster/comm_ring.py), only in the first answer after a request for stacks.
     """
     held: dict[str, list[int]] = field(default_factory=dict)
-    """Copies of the state in this node's memory. For each set of copies: the ranks whose parts are complete; see
-    cluster/node/copy_store.py.
+    """In-memory copies of the state: for each set of copies, the ranks with complete parts
+    (cluster/node/copy_store.py).
     """
     clock_set: float = 0.0
-    """Seconds by which somebody has set the node's clock ahead since the driver's check. The times in `ranks` are not
-    affected by this change.
+    """Seconds by which the node's clock was set ahead since the driver's check. It does not affect the times in
+    `ranks`.
     """
     free_bytes: float = math.inf
     """Free bytes in the folder for temporary files."""
@@ -112,7 +109,7 @@ class _Child:
     world: int
     """Number of ranks of the run."""
     stopped_by: int | None = None
-    """Number of the signal by which the agent asked the rank to stop; None if it has not asked."""
+    """Signal by which the agent asked the rank to stop; None if it has not asked."""
     stacks_asked: bool = False
     native: bool = False
     """Whether the stacks of native threads are requested as well."""
@@ -121,11 +118,11 @@ class _Child:
 
 
 class Agent:
-    """The agent of a node; see the module's docstring.
+    """The agent of a node; see the top of the file.
 
-    lease: seconds without a question after which the agent kills the ranks. own_process: whether the process contains
-    only the agent. If so, the process ends with its parent, and SIGTERM tells the agent that the node will be removed.
-    Create such an agent in the main thread.
+    lease: seconds without a question after which the agent kills the ranks. own_process: whether the process is only
+    the agent. Such an agent ends with its parent, takes SIGTERM as removal of the node, and is created in the main
+    thread.
     """
 
     def __init__(self, lease: float, own_process: bool = False):
@@ -133,12 +130,12 @@ class Agent:
         self._attempt = 0
         self._children: dict[int, _Child] = {}
         self._standbys: dict[tuple[str, str | None], list[subprocess.Popen]] = {}
-        """Reserve processes, by the module that they have imported and their working folder."""
+        """Reserve processes, by imported module and working folder."""
         self._scratch: PrivateFolder | None = None
         self._asked = time.monotonic()
         self._clock = SteadyClock()
-        """Clock that read the node's system time at the last call of `facts`. Later changes of the system time do not
-        affect it.
+        """Clock that read the system time at the last call of `facts`. Later changes of the system time do not affect
+        it.
         """
         self._probe = NetworkProbe()
         self._store: Store | None = None
@@ -155,8 +152,8 @@ class Agent:
         threading.Thread(target=self._watch_lease, daemon=True).start()
 
     def facts(self, question: Question) -> Facts:
-        """Return the facts about this node that the driver checks before a start. After this call, this node answers
-        the driver's UDP questions. If there will be a network test, it also answers the other nodes.
+        """Return the facts about this node that the driver checks before a start. From then on, the node answers UDP
+        questions, and other nodes if there will be a network test.
         """
         port, self._clock = 0, SteadyClock()
         if question.tests_network:
@@ -173,11 +170,11 @@ class Agent:
         self._asked = time.monotonic()
 
     def network(self, turns: list[tuple[str, int] | None]) -> list[NodeLink]:
-        """Run this node's part of the network test and wait for the results; see cluster/driver/network.py."""
+        """Run this node's part of the network test (cluster/driver/network.py) and wait for the results."""
         return self._probe.play(turns)
 
     def open_memory(self, folder: str, token: str, address: str) -> OpenedCopy:
-        """Open a store for copies of the run's state in this folder, and serve the copies to other nodes."""
+        """Open a store for in-memory copies of the state in this folder, and serve it to other nodes."""
         try:
             self._store = Store(Path(folder), token, address, lambda: self._attempt)
         except OSError as error:
@@ -186,7 +183,7 @@ class Agent:
         return OpenedCopy(self._store.port)
 
     def drop_memory(self) -> None:
-        """Free the memory of the copies. Call this method when the run no longer needs the copies."""
+        """Free the memory of the copies, once the run does not need them."""
         if self._store is not None:
             self._store.close(remove=True)
             self._store = None
@@ -195,7 +192,7 @@ class Agent:
         """Do nothing. Any answer shows that the agent is alive."""
 
     def free_port(self) -> int:
-        """Return a port that is free now on all addresses of this node, see cluster/interfaces.py."""
+        """Return a port that is free now on all addresses of this node."""
         return free_port()
 
     def start(self, order: Order) -> None:
@@ -247,9 +244,7 @@ class Agent:
         return spawn([sys.executable, *arguments], _inherited() | environment, output, folder, stdin)
 
     def warm(self, arguments: list[str], folder: str | None, count: int) -> None:
-        """Keep `count` reserve processes that have imported the module that `arguments` names; see
-        cluster/node/standby.py.
-        """
+        """Keep `count` reserve processes with the module that `arguments` names (cluster/node/standby.py)."""
         if arguments[:1] != ["-m"]:
             return
         with self._lock:
@@ -269,13 +264,19 @@ class Agent:
         return None
 
     def ask(self, offsets: dict[int, int], attempt: int | None = None, patience: float = 0.0) -> Answer:
-        """Return the state of the ranks, and their new output.
+        """Return the state of the ranks and their new output.
 
-        offsets: for each rank, the first byte of the output to return (0 by default). attempt: the attempt to which the
-        offsets belong; the answer has no output of other attempts. patience: maximum seconds to wait for news. These
-        events are news: an attempt began with rank 0 on this node; an attempt was ended before this node received the
-        order to start it; a rank reported a failure or ended; a part of the state in memory is complete; the node will
-        be removed.
+            offsets: for each rank, the first byte of output to return (default 0)
+            attempt: the attempt of the offsets; output of other attempts is not returned
+            patience: maximum seconds to wait for news
+
+        These events are news:
+
+            - an attempt began with rank 0 on this node
+            - an attempt was ended before this node got the order to start it
+            - a rank reported a failure or ended
+            - a rank's part of the state in memory is complete
+            - the node will be removed
         """
         self._asked = asked = time.monotonic()
         while (left := asked + patience - time.monotonic()) > 0 and not self._has_news(patience - left):
@@ -300,13 +301,13 @@ class Agent:
             return answer
 
     def last_words(self, offsets: dict[int, int], attempt: int) -> Answer:
-        """Return the final state and output of the ranks, for a driver that ends. The method returns at once, even
-        while a call of `ask` is waiting.
+        """Return the final state and output of the ranks, for a driver that ends. Returns at once, even during a call
+        of `ask`.
         """
         return self.ask(offsets, attempt)
 
     def _news(self) -> tuple:
-        """Return the values that count as news. If one of them changes, the agent answers a question at once."""
+        """Return the values that count as news. If one changes, the agent answers a question at once."""
         ended = [rank for rank, child in self._children.items() if child.process.poll() is not None]
         failed = [rank for rank, child in self._children.items() if failure_path(child.log.parent, rank).exists()]
         return self._attempt, ended, failed, self._leaving, self._held()
@@ -332,10 +333,10 @@ class Agent:
         return report
 
     def ask_stacks(self, attempt: int, native: bool = False) -> None:
-        """Ask every rank to write its stacks.
+        """Ask every rank for its stacks.
 
-        Later answers contain the stacks. The next answer contains the communication rings of all ranks. native: whether
-        to collect the stacks of native threads too.
+        Later answers contain the stacks, and the next answer all communication rings. native: whether to include native
+        threads.
         """
         if attempt != self._attempt:
             return
@@ -350,9 +351,8 @@ class Agent:
 
         in_memory: whether a copy in memory is enough; see train/loop/stop.py. why: text for rank 0's last screen.
 
-        The ranks agree on the stop, so a rank on another node may already have stopped these ranks. A rank without a
-        signal handler gets no signal: it is about to exit, and the signal would kill it. A rank may remove its handler
-        just before the signal arrives. Then the signal kills the rank, and the rank counts as stopped.
+        A rank without a signal handler gets no signal: it is about to exit, possibly because the ranks have already
+        agreed on the stop. A rank that removes its handler just before the signal is killed, and counts as stopped.
         """
         wanted = [signal.SIGUSR2, signal.SIGTERM] if in_memory else [signal.SIGTERM]
         if why and attempt == self._attempt and 0 in self._children:
@@ -365,7 +365,7 @@ class Agent:
                 child.process.send_signal(handled[0])
 
     def end(self, attempt: int) -> None:
-        """Kill the ranks of this attempt and of older attempts. Ignore later orders to start these attempts."""
+        """Kill the ranks of this attempt and of older ones. Ignore later orders to start them."""
         with self._lock:
             if attempt < self._attempt:
                 return
@@ -375,9 +375,7 @@ class Agent:
                 self._attempt = attempt
 
     def close(self) -> None:
-        """End the agent's ranks, reserve processes and servers. The copies in memory remain, because a new launch may
-        need them.
-        """
+        """End the ranks, reserve processes and servers. The copies in memory stay for the next launch."""
         self._closed.set()
         if self._echo is not None:
             self._echo.close()
@@ -425,7 +423,7 @@ def scratch_prefix() -> str:
 
 
 def _inherited() -> dict[str, str]:
-    """Return this process's environment without the variables that Ray set for itself."""
+    """Return the environment without the variables that Ray set for this process."""
     drop = ("RAY_", "OMP_NUM_THREADS")
     return {name: value for name, value in os.environ.items() if not name.startswith(drop)}
 

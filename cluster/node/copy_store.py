@@ -1,9 +1,7 @@
-"""Copies of a run's state in the memory of its nodes: the files of a node, and the server through which ranks reach
-them.
+"""Copies of a run's state in the memory of its nodes: the files of a node, and the server for ranks of other nodes.
 
-Checkpoints on disk are rare, and the loss of a node would cost every step since the last checkpoint. So every few steps
-(checkpoint.every_memory) each rank writes its part of the state to a folder in its own node's memory, and sends the
-same part to the next node. A node holds
+Every few steps (checkpoint.every_memory), each rank writes its part of the state to a folder in its node's memory, and
+sends it to the next node. So the loss of a node costs few steps. A node holds
 
     /dev/shm/sluice-UID-RUN-ID-NODE/           RUN: digest of the run folder's path; ID: random digits stored in the run
                                                folder
@@ -12,14 +10,13 @@ same part to the next node. A node holds
             rank_00003.safetensors             part of rank 3, as in a checkpoint on disk
             rank_00003.json                    index of this part, written last: once it exists, the part is complete
 
-No process marks a set as complete. A set counts as a checkpoint when the answering nodes together hold the parts of all
-ranks. A run that resumes from the set merges the indexes into a manifest. At most two sets exist: a set that is known
-to be complete on all nodes, and a set that is being written. Every rank removes all other sets before it writes.
+A set counts as a checkpoint when the answering nodes together hold the parts of all ranks. A run that resumes from it
+merges the indexes into a manifest. At most two sets exist: a complete one, and one that is being written. Every rank
+removes all others before it writes.
 
-The agent of a node serves its folder to other nodes: PUT stores a file, GET reads a part of a file. Both need the token
-of the run. Ranks on a disconnected node stay alive for a while, so the agent refuses a PUT of an attempt that is older
-than the agent's attempt. The files still exist after agents and drivers have ended, so that a new launch finds them.
-This file uses neither Ray nor torch.
+The agent serves the folder: PUT stores a file, GET reads a part of a file. Both need the run's token. Ranks on a
+disconnected node may live for a while, so the agent refuses a PUT of an older attempt than its own. The files outlive
+agents and drivers, for the next launch. This file uses neither Ray nor torch.
 """
 
 import contextlib
@@ -47,20 +44,18 @@ from conf.disk import cure_of_writing
 PIECE_BYTES = 1 << 20
 """Maximum bytes that a single read or write transfers."""
 CONNECTIONS = 256
-"""Maximum number of connections that the server handles at once, each in a thread. Further connections wait."""
+"""Maximum connections at once, each in a thread. Further connections wait."""
 ADMISSION = 10.0
-"""Seconds after which the server closes a connection that has not sent the token."""
+"""Seconds after which a connection without the token is closed."""
 STALE = 24 * 3600.0
-"""Minimum age in seconds at which the folder of another run is removed, if no agent has locked it."""
+"""Minimum age in seconds at which another run's folder is removed, unless an agent has locked it."""
 _SET = re.compile(r"attempt_(\d{5,18})\.step_(\d{8,18})\.world_(\d{1,18})")
 _PATH = re.compile(rf"/({_SET.pattern})/({RANK_FILE.pattern})")
 
 
 @dataclass(frozen=True, order=True)
 class SetId:
-    """Name of one set of copies: the state of the run after one step, in the memory of the nodes. Sets are ordered by
-    age, like checkpoints.
-    """
+    """Name of one set of copies: the state after one step, in the memory of the nodes. Sets are ordered by age."""
 
     attempt: int
     step: int
@@ -77,7 +72,7 @@ class SetId:
 
 
 def held(folder: Path) -> dict[str, list[int]]:
-    """Return, for each set of copies in the folder, the ranks whose parts are complete."""
+    """Return, for each set of copies in the folder, the ranks with complete parts."""
     found: dict[str, list[int]] = {}
     for inner in folder.glob("attempt_*"):
         with contextlib.suppress(FileNotFoundError):  # a rank is removing this set
@@ -89,7 +84,7 @@ def held(folder: Path) -> dict[str, list[int]]:
 
 
 def prune(folder: Path, keep: Collection[str], attempt: int) -> None:
-    """Remove the sets of copies of this attempt and of earlier attempts, except the sets in `keep`."""
+    """Remove the sets of copies of this attempt and of earlier ones, except those in `keep`."""
     for inner in folder.glob("attempt_*"):
         found = SetId.parse(inner.name)
         if found is not None and found.attempt <= attempt and inner.name not in keep:
@@ -112,18 +107,16 @@ class OpenedCopy:
     port: int = 0
     """Port at which the agent serves the copies; 0 if it does not serve them."""
     problem: str = ""
-    """Text for the user: why the agent does not serve the copies, and what to do. It is empty if the agent serves them.
-    """
+    """Why the agent does not serve the copies, and what to do, as text for the user. Empty if it serves them."""
     passes: bool = False
-    """Whether the problem is temporary, because another agent still has the folder locked."""
+    """Whether the problem is temporary: another agent still has the folder locked."""
     absent: bool = False
     """Whether the folder does not exist."""
 
 
 def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
-    """Convert an error of `Store` to a result.
-
-    If Ray has died, its agent may stay alive for a moment and keep the folder locked.
+    """Convert an error of `Store` to a result. After the death of Ray, its agent may keep the folder locked for a
+    moment.
     """
     if isinstance(error, BlockingIOError):
         return OpenedCopy(
@@ -140,15 +133,13 @@ def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
 
 
 class Store:
-    """The copies of one node. The store locks the folder and serves the folder's files on `address`.
+    """The copies of one node. The store locks the folder and serves its files on `address`.
 
-    attempt: function that returns the newest attempt of which the node knows.
+    attempt: function that returns the newest attempt that the node knows.
     """
 
     def __init__(self, folder: Path, token: str, address: str, attempt: Callable[[], int]):
-        """Lock the folder and start the server. Raises OSError if the folder cannot be created, belongs to another
-        user, or is locked by another agent.
-        """
+        """Raises OSError if the folder cannot be created, belongs to another user, or is locked by another agent."""
         self.folder, self.token, self.attempt = folder, token, attempt
         _own(folder)
         self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -171,10 +162,8 @@ class Store:
 
 
 def _own(folder: Path) -> None:
-    """Create the folder, or check that this user owns it.
-
-    Links are not followed. All users can write to the parent folder, so another user could have created a link there
-    that points to one of this user's folders.
+    """Create the folder, or check that this user owns it. Links are not followed, because any user could have created
+    one.
     """
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -190,7 +179,7 @@ def _own(folder: Path) -> None:
 
 
 def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
-    """Lock the folder. An agent that is being killed may still hold the lock, so wait at most `patience` seconds."""
+    """Lock the folder. An agent that is being killed may hold the lock, so wait at most `patience` seconds."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -205,16 +194,16 @@ def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
 def folder_name(run: str, id: str, node: str) -> str:
     """Return the name of a run's folder on a node.
 
-    id: random id of the run folder. A new run folder gets a new id, so that copies of a removed run are not used again.
+    id: random id of the run folder, so that copies of a removed run are not used again.
     """
     return f"sluice-{os.geteuid()}-{run}-{id}-{re.sub(r'[^A-Za-z0-9.]', '_', node)}"
 
 
 def sweep(mine: Path) -> None:
-    """Remove old folders next to this node's folder `mine`. A folder that an agent has locked is not removed.
+    """Remove old folders next to this node's folder `mine`, unless an agent has locked them.
 
-    If a folder has the same run path and node as `mine`, but another random id, its run folder no longer exists, and
-    the folder is removed. Any other folder of this user's runs is removed if it is older than STALE.
+    Removed are folders with the path and node of `mine` but another id: their run folder no longer exists. Other
+    folders of this user's runs are removed if older than STALE.
     """
     kind, user, run, id, node = mine.name.split("-")
     for folder in mine.parent.glob(f"{kind}-{user}-*-*-*"):
@@ -235,7 +224,7 @@ def sweep(mine: Path) -> None:
 
 
 def _open_lock(folder: Path) -> int:
-    """Open the lock file of a folder. Raises OSError if the path is a link or a file, or belongs to another user."""
+    """Open the lock file of a folder. Raises OSError for a link, a file, or another user's folder."""
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise PermissionError(f"{folder} was not created by Sluice")
@@ -243,10 +232,9 @@ def _open_lock(folder: Path) -> int:
 
 
 class _Server(socketserver.ThreadingTCPServer):
-    """Serves a limited number of connections, and soon closes connections that have not sent the token.
+    """Serves a limited number of connections, and soon closes those without the token.
 
-    The class does not use the server of http.server, because that server asks the name service for the name of this
-    host.
+    http.server's own server is not used: it asks the name service for this host's name.
     """
 
     daemon_threads = True
@@ -256,7 +244,7 @@ class _Server(socketserver.ThreadingTCPServer):
     def __init__(self, *arguments: Any):
         self._slots = threading.Semaphore(CONNECTIONS)
         self._unadmitted: dict[socket.socket, float] = {}
-        """For each connection that has not sent the token: the time at which it is closed."""
+        """For each connection without the token: the time at which it is closed."""
         self._closing = False
         super().__init__(*arguments)
 
@@ -275,9 +263,7 @@ class _Server(socketserver.ThreadingTCPServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Close connections that have not sent the token in time. The server's own thread calls this method ten times a
-        second.
-        """
+        """Close connections without the token in time. The server's thread calls this method ten times a second."""
         for connection, deadline in list(self._unadmitted.items()):
             if time.monotonic() > deadline:
                 self.admit(connection)
@@ -301,8 +287,8 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Handles PUT and GET of /SET/FILE, where SET is the name of a set of copies. A PUT also removes all other
-    sets of this attempt and of earlier attempts, except the set that its header X-Keep names.
+    """Handles PUT and GET of /SET/FILE, where SET names a set of copies. A PUT removes other sets of this attempt and
+    of earlier ones, except the set in its header X-Keep.
     """
 
     protocol_version = "HTTP/1.1"
@@ -371,7 +357,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "not stored here")
 
     def _range(self, whole: int) -> tuple[int, int]:
-        """Return the first byte and the number of bytes that the request asks for. whole: size of the file."""
+        """Return first byte and number of bytes of a request. whole: size of the file."""
         match = re.fullmatch(r"bytes=(\d{1,18})-(\d{1,18})", self.headers.get("Range", f"bytes=0-{whole - 1}"))
         if match is None:
             return 0, whole
@@ -379,9 +365,7 @@ class _Handler(BaseHTTPRequestHandler):
         return start, max(0, min(int(match[2]) + 1, whole) - start)
 
     def _admit(self) -> re.Match[str] | None:
-        """Return the parts of the request's path. If the token or the path is wrong, send an error response and return
-        None.
-        """
+        """Return the parts of the request's path. For a wrong token or path, send an error response and return None."""
         given = self.headers.get("Authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {self.server.store.token}".encode()):
             self._refuse(401, "wrong token")
@@ -410,7 +394,7 @@ class Peer:
 
     def put(self, name: str, path: Path, keep: str) -> None:
         """Store the file `path` in the set of copies `name` on the peer. The peer removes its other sets of this
-        attempt and of earlier attempts, except `keep`.
+        attempt and of earlier ones, except `keep`.
         """
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
@@ -422,8 +406,8 @@ class Peer:
         return self._ask("GET", f"/{name}/{file}", self._headers)
 
     def read(self, name: str, file: str, view: memoryview, position: int) -> int:
-        """Read bytes of a file in the set of copies `name` into `view`. position: index of the first byte to read.
-        Returns the number of bytes read.
+        """Read bytes of a file in the set of copies `name` into `view`, from byte `position`. Returns the number of
+        bytes read.
         """
         headers = self._headers | {"Range": f"bytes={position}-{position + len(view) - 1}"}
         body = self._ask("GET", f"/{name}/{file}", headers)

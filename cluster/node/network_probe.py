@@ -8,9 +8,7 @@ from dataclasses import dataclass
 PINGS = 10
 BYTES = 4 << 20
 PAIR_SECONDS = 5.0
-"""Maximum seconds for the test of a connection between two nodes. After this time, the connection counts as
-unreachable.
-"""
+"""Maximum seconds for the test of one connection. After that, it counts as unreachable."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +24,15 @@ class NodeLink:
 
 
 class NetworkProbe:
-    """Runs the network test on a node: a thread with an echo server, and measurements to the servers of other nodes."""
+    """Runs the network test on a node: a thread with an echo server, and measurements to other nodes."""
 
     def __init__(self) -> None:
         self._server: socket.socket | None = None
         self._served = threading.Semaphore(0)
-        """Counts the measurements that other nodes have completed. `play` waits for one of them wherever its list of
-        servers has None.
-        """
+        """Counts the measurements that other nodes have completed; `play` waits for it to grow."""
 
     def listen(self, address: str) -> int:
-        """Start the server on this address of the node, and return its port. `close` ends the server."""
+        """Start the server on this address and return its port. `close` ends the server."""
         self.close()
         self._server = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
         threading.Thread(target=self._serve, args=(self._server,), daemon=True).start()
@@ -49,11 +45,10 @@ class NetworkProbe:
             self._server = None
 
     def play(self, turns: list[tuple[str, int] | None]) -> list[NodeLink]:
-        """Measure the connections to other nodes' servers one after another. turns: address and port of each server, or
-        None.
+        """Measure the connections to other nodes one after another. turns: address and port of each server, or None.
 
-        If a turn is None, wait until another node has measured the connection to this node. So this node never measures
-        while another node measures it. A turn takes at most about PAIR_SECONDS.
+        At None, wait until another node has measured the connection to this node. So a node is in one measurement at a
+        time. A turn takes at most about PAIR_SECONDS.
         """
         found = []
         for turn in turns:
@@ -72,7 +67,7 @@ class NetworkProbe:
             threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
-        """Echo the single bytes of the latency test, then receive the data of the bandwidth test and confirm it."""
+        """Echo the single bytes of the latency test, then receive and confirm the data of the bandwidth test."""
         with connection:
             connection.settimeout(PAIR_SECONDS)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,9 +1,7 @@
 """Checks a node before it may run ranks: same program, same recipe, an accurate clock, shared storage, devices.
 
-The driver asks the agent of every node that joins. If an answer shows a problem, the driver refuses the node and
-reports the reason. The shared folder is tested in both directions: each node reads a file that the driver wrote, and
-writes a file that the driver reads. Both tests are needed because the same path may lead to different storage on each
-node.
+The driver asks the agent of every node that joins, and refuses nodes with a problem. To test the shared folder, each
+node reads a file of the driver and writes one for the driver, because the same path may lead to different storage.
 """
 
 import hashlib
@@ -28,16 +26,14 @@ from conf.own_code import is_findable
 from conf.schema import ROOT
 
 CLOCK_LIMIT = 2.0
-"""Maximum seconds by which a node's clock may differ from the driver's clock, because the driver orders the errors of
-several ranks by time.
-"""
+"""Maximum seconds between a node's clock and the driver's, because the driver orders errors of ranks by time."""
 SCRATCH_LIMIT = 256 << 20
-"""Minimum number of free bytes that a node needs for the output of its ranks."""
+"""Minimum free bytes that a node needs for the output of its ranks."""
 DRIVER_LEAVES = 0.99
-"""Fraction of a GPU's memory that the GPU driver leaves for programs. On an H100, it leaves 81008 of 81559 MiB."""
+"""Fraction of a GPU's memory that the GPU driver leaves for programs. On an H100, 81008 of 81559 MiB."""
 PROBES = ".preflight"
 SOURCE_SUFFIXES = (".py", ".cpp", ".h")
-"""Suffixes of source files. They include C++ files, because every node compiles the C++ code from source."""
+"""Suffixes of source files. Every node compiles the C++ code from source."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +50,9 @@ class Question:
     address: str = ""
     """The node's address."""
     key: bytes = b""
-    """Key of the driver's UDP questions, see cluster/node/pulse_echo.py. It is empty if the driver sends no such
-    questions.
-    """
+    """Key of the driver's UDP questions (cluster/node/pulse_echo.py); empty if there are none."""
     tests_network: bool = False
-    """Whether the network test will need a port on this node, see cluster/driver/network.py."""
+    """Whether the network test (cluster/driver/network.py) will need a port on this node."""
     targets: tuple[str, ...] = ()
     """Import paths of the user's own code."""
     typed_in: str = ""
@@ -78,7 +72,7 @@ class Facts:
     clock: float
     gpus: int
     device_bytes: int
-    """Memory in bytes of the node's smallest device. On CPU: the node's memory divided by its number of ranks."""
+    """Bytes of memory of the node's smallest device. On CPU: the node's memory divided by its ranks."""
     free_bytes: int
     """Free bytes in the folder for temporary files."""
     storage: str
@@ -86,12 +80,11 @@ class Facts:
     lacking: tuple[str, ...] = ()
     """Import paths in `Question.targets` that the node cannot find."""
     niceness: int = 0
-    """Niceness of the agent and its ranks. A higher value means that other processes of the node get more of the CPU.
-    """
+    """Niceness of the agent and its ranks. At a higher value, other processes get more of the CPU."""
     pulse: tuple[str, int] | None = None
-    """Address and port at which the node answers the driver's UDP questions; None if it does not answer them."""
+    """Address and port at which the node answers UDP questions; None if it does not."""
     test_port: int = 0
-    """Port at which the node listens for the network test; 0 if it does not listen."""
+    """Port for the network test; 0 if the node does not listen."""
 
 
 def gather_facts(question: Question) -> Facts:
@@ -130,9 +123,7 @@ def _digest_of_program() -> str:
 
 
 def _try_storage(question: Question) -> tuple[str, str]:
-    """Return two texts: the problem with the run folder (empty if there is none), and the digest of the recipe in the
-    run folder.
-    """
+    """Return two texts: the run folder's problem (empty if none), and the digest of the recipe in it."""
     folder = Path(question.folder)
     try:
         word = (folder / PROBES / "driver").read_text()
@@ -148,9 +139,7 @@ def _try_storage(question: Question) -> tuple[str, str]:
 
 
 def _gpu_bytes() -> list[int]:
-    """Return the usable memory in bytes of every GPU that nvidia-smi lists. The value is 0 if nvidia-smi does not show
-    the memory of that GPU.
-    """
+    """Return the usable bytes of every GPU that nvidia-smi lists; 0 if its memory is not shown."""
     words = ["nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"]
     try:
         result = subprocess.run(words, capture_output=True, text=True, timeout=20)
@@ -161,11 +150,11 @@ def _gpu_bytes() -> list[int]:
 
 
 class Preflight:
-    """The driver's part of the checks: the questions to nodes, and the problems that their answers show."""
+    """The driver's part of the checks: questions to nodes, and problems in their answers."""
 
     def __init__(self, folder: Path, gpus: bool, clock: SteadyClock, key: bytes = b"", targets: Sequence[str] = ()):
-        """Write the file that the nodes must read. key: key of the driver's UDP questions. targets: import paths of the
-        user's own code.
+        """Write the file that the nodes must read. key: key of the UDP questions. targets: import paths of the user's
+        code.
         """
         self._targets = tuple(targets)
         self._folder, self._gpus, self._clock, self._key = folder, gpus, clock, key
@@ -181,7 +170,7 @@ class Preflight:
         return Question(*words, tests_network, self._targets, os.getcwd())
 
     def problem(self, node: Node, facts: Facts) -> str | None:
-        """Return the reason why this node must not run ranks, and how to fix it; None if the node may run ranks."""
+        """Return why this node must not run ranks, and the fix; None if it may."""
         for what, cure in (
             ("python", "use the same Python on every node"),
             ("torch", "install the same torch on every node"),
@@ -210,9 +199,9 @@ class Preflight:
         return None
 
     def ahead(self, node: Node, facts: Facts) -> float:
-        """Return the seconds by which the node's clock is ahead of the driver's; negative if it is behind.
+        """Return the seconds by which the node's clock is ahead of the driver's; negative if behind.
 
-        Returns 0 if the time that the question and the answer took could explain the whole difference.
+        Returns 0 if the time between question and answer could explain the difference.
         """
         return max(0.0, facts.clock - self._clock.now()) - max(0.0, self._sent[node.id] - facts.clock)
 

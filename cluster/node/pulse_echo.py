@@ -1,11 +1,9 @@
-"""A node's part of the pulse: it answers every UDP question of the driver (cluster/driver/pulse_sender.py).
+"""A node's part of the pulse: it answers the driver's UDP questions (cluster/driver/pulse_sender.py).
 
-About once a second, the driver asks by UDP whether a node is alive. For the state of the node's ranks, the driver asks
-through Ray, and it waits there until there is news. It does not ask through Ray every second, because a call through
-Ray takes much more of the driver's time than a UDP datagram.
+About once a second, the driver asks by UDP whether a node is alive. Through Ray, it asks for the state of the ranks and
+waits for news, because a call through Ray takes the driver much longer than a UDP datagram.
 
-Questions and answers are signed with a key that exists only for this launch. Without the key, nobody can ask or answer.
-The driver ignores an answer to an older question.
+Questions and answers are signed with a key of this launch. The driver ignores an answer to an older question.
 """
 
 import contextlib
@@ -26,14 +24,13 @@ END_LOOK_SECONDS = 0.5
 
 
 def seal_datagram(key: bytes, kind: bytes, number: int, node: str) -> bytes:
-    """Return a signed datagram: a question to the node with this id, or the node's answer to such a question."""
+    """Return a signed datagram: a question to the node with this id, or the node's answer."""
     word = NUMBER.pack(kind, number) + node.encode()
     return hmac.digest(key, word, "sha256")[:SEAL] + word
 
 
 def unseal(key: bytes, kind: bytes, datagram: bytes) -> tuple[int, str] | None:
-    """Return the number and the node id of a datagram. Returns None if the datagram is not of this kind (QUESTION or
-    ANSWER), or if it was not signed with the key.
+    """Return the number and the node id of a datagram. None for another kind (QUESTION or ANSWER) or a wrong signature.
     """
     signed, word = datagram[:SEAL], datagram[SEAL:]
     if not hmac.compare_digest(signed, hmac.digest(key, word, "sha256")[:SEAL]) or word[:1] != kind:
@@ -42,8 +39,7 @@ def unseal(key: bytes, kind: bytes, datagram: bytes) -> tuple[int, str] | None:
 
 
 class Echo:
-    """A thread that answers the driver's questions to this node until `close` is called. It calls `heard` for each
-    question.
+    """A thread that answers the driver's questions until `close`, and calls `heard` for each question.
 
     Raises OSError if the address does not belong to this machine.
     """

@@ -1,10 +1,9 @@
 """A process that has imported a rank's program and waits to become a rank:  python -m cluster.node.standby MODULE
 
-Imports take most of the time that a small rank needs to restart. So the agent keeps one such reserve process for each
-rank. For a restart, the agent sends the process one line of JSON with the environment, arguments and log of the rank.
-The process then calls MODULE.main(). If the module has a function preload(), the process calls it before it waits.
-preload() imports the modules that main() would import later. A waiting process uses no device and no connection. It
-ends when its standard input is closed.
+A small rank needs most of its start for imports, so the agent keeps a reserve process per rank. To start a rank, the
+agent sends one line of JSON with environment, arguments and log. The process then calls MODULE.main(). If MODULE has a
+function preload(), it is called before the wait, to import what main() would import later. A waiting process uses no
+device and no connection, and ends when its standard input is closed.
 """
 
 import gc

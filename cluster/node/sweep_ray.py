@@ -1,12 +1,11 @@
 """Cleans up after a Ray that a run started on its own machine, if the run's driver was killed.
 
-Ray does not always clean up by itself. Some of its processes check by process id whether their parent is alive, and a
-dead parent that nobody reaps keeps its process id.
+Some of Ray's processes check by process id whether their parent is alive. They do not notice a zombie parent.
 
-python -m cluster.node.sweep_ray FOLDER    waits for the end of its standard input, which the driver keeps open. It then
-                                           kills all processes of this user whose command line names the folder, and Ray
-                                           processes that have a file in the folder open. Then it removes the folder. A
-                                           minute later it also removes the scratch folders of agents.
+python -m cluster.node.sweep_ray FOLDER    waits until the driver closes its standard input. Then it kills this user's
+                                           processes whose command line names the folder, and Ray processes with an open
+                                           file in it. Then it removes the folder, and a minute later the agents'
+                                           scratch folders.
 """
 
 import contextlib
@@ -22,8 +21,7 @@ from cluster.node.agent import scratch_prefix
 from cluster.private_folder import FRESH, remove_dead
 
 SWEEPS, PAUSE_SECONDS = 50, 0.1
-"""Number of searches for processes to kill, and seconds between two searches. Several searches are needed, because a
-process may start another one after a search.
+"""Number of searches for processes to kill, and seconds between them. A process may start another one after a search.
 """
 
 
@@ -41,8 +39,8 @@ def sweep_ray(folder: Path) -> None:
 
 
 def _uses(process: psutil.Process, folder: str) -> bool:
-    """Whether this is a live process of this user that belongs to a Ray in this folder. The open files are
-    checked too, because some of Ray's processes replace their command line by a title.
+    """Whether this is a live process of this user that belongs to a Ray in this folder. Some of Ray's processes hide
+    their command line, so open files count too.
     """
     with contextlib.suppress(psutil.Error, OSError):
         line = process.cmdline()

@@ -1,12 +1,11 @@
-"""Flat dispatch: one all-to-all over the whole expert-parallel group, with variable split sizes. No token is dropped.
+"""Flat dispatch: one all-to-all over the expert-parallel group, with variable split sizes. No token is dropped.
 
-Every (token, expert) pair is a separate message, even if two experts of a token are on one rank. Common all-to-all
-dispatchers do the same. Tests compare node-limited dispatch with this dispatch. A message is an encoded row and one
-gate.
+Every (token, expert) pair is one message: an encoded row and a gate. Two experts of a token on one rank get two
+messages. Tests compare node-limited dispatch with this dispatch.
 
-    1. Sort the pairs by expert. Experts are numbered rank by rank, so the pairs are then also sorted by rank.
+    1. Sort the pairs by expert. Experts are numbered rank by rank, so this also sorts by rank.
     2. Exchange the number of pairs per expert. Copy the split sizes to the host; this is the only such copy.
-    3. Exchange the messages. The receiver knows the expert of each message from the counts.
+    3. Exchange the messages. The counts tell the expert of each message.
     4. Sort the received messages by expert.
 
 Shapes besides those of dispatcher.py: P ranks, E experts in all, L experts per rank.
@@ -25,8 +24,8 @@ from parallel.expert.wire import Wire
 class AllToAllDispatcher(ChainDispatcher):
     """Dispatcher for experts over the ranks of one group; rank r holds experts [r*E/P, (r+1)*E/P).
 
-    group: the expert-parallel group, or None if this rank holds all experts. experts: E. ranks_per_node: number of
-    consecutive ranks on one node; only the traffic counters use it.
+    group: the expert-parallel group; None if this rank holds all experts. experts: E. ranks_per_node: consecutive ranks
+    on one node, for the traffic counters.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, experts: int, ranks_per_node: int, wire: Wire):

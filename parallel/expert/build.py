@@ -1,5 +1,4 @@
-"""The table of dispatchers. Each row has a dispatcher's class, and the class that replaces it for a rank that runs
-alone.
+"""The table of dispatchers: each one's class, and its replacement for a rank that runs alone.
 
 conf/dispatches.py lists what a dispatch requires of a layout.
 """
@@ -20,7 +19,7 @@ from parallel.expert.wire import Fp8RowsWire, Fp8Wire, HighWire, Wire
 
 @dataclass(frozen=True)
 class ExpertPlaces:
-    """Location of a layer's experts, and the wire format of rows. `build_dispatcher` describes the fields."""
+    """Location of a layer's experts, and wire format of rows; see `build_dispatcher`."""
 
     experts: int
     wire: Wire
@@ -39,9 +38,8 @@ def _node_limited(at: ExpertPlaces) -> NodeLimitedDispatcher:
 
 @dataclass(frozen=True)
 class DispatcherKind:
-    """build: function that creates the dispatcher over the ranks of a run.
-
-    stand_in: function that creates the dispatcher of a rank that runs alone, from group, wire and load (stand_in.py).
+    """build: function that creates the dispatcher of a run. stand_in: function that creates the dispatcher of a rank
+    that runs alone, from group, wire and load (stand_in.py).
     """
 
     build: Callable[[ExpertPlaces], ExchangeDispatcher]
@@ -58,9 +56,9 @@ DISPATCHERS: dict[str, DispatcherKind] = {
 
 
 def build_wire(name: str, quantized: bool = False) -> Wire:
-    """Return the wire with this name: bf16 (which sends the activation dtype, even if that is not bf16) or fp8.
+    """Return the wire with this name: bf16 (it sends the activation dtype, whichever that is) or fp8.
 
-    quantized: whether the experts compute with the received FP8 rows, so that the wire need not decode them.
+    quantized: whether experts compute with the received FP8 rows, so the wire need not decode them.
     """
     return HighWire() if name == "bf16" else Fp8RowsWire() if quantized else Fp8Wire()
 
@@ -78,13 +76,19 @@ def build_dispatcher(
     groups: int = 1,
     width: int = 0,
 ) -> ExchangeDispatcher:
-    """Build a dispatcher. All layers of a rank may share it, because it keeps no state between uses.
+    """Build a dispatcher. It keeps no state between uses, so all layers of a rank may share it.
 
-    name: value of parallel.dispatch. experts: number of routed experts of a layer. wire, quantized: see `build_wire`.
-    ep_group: the expert-parallel group; None if it is only this rank. inter_group: one rank of every node, each with
-    the same index on its node as this rank. intra_group: the ranks of this node; None if it is only this rank.
-    ranks_per_node: number of consecutive ranks of the group on one node. groups: number of expert groups of the router.
-    width: hidden width. Raises UserError if these numbers do not fit together.
+        name: value of parallel.dispatch
+        experts: number of routed experts of a layer
+        wire, quantized: see `build_wire`
+        ep_group: the expert-parallel group; None if it is only this rank
+        inter_group: one rank of every node, each with this rank's index on its node
+        intra_group: the ranks of this node; None if it is only this rank
+        ranks_per_node: number of consecutive ranks of the group on one node
+        groups: number of expert groups of the router
+        width: hidden width
+
+    Raises UserError if these numbers do not fit together.
     """
     coded = build_wire(wire, quantized)
     places = ExpertPlaces(experts, coded, ep_group, inter_group, intra_group, ranks_per_node, groups, width)

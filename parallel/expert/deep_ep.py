@@ -1,12 +1,11 @@
 """Uses DeepEP's kernels through the dispatcher interface, for GPUs with NVLink and RDMA.
 
-This file follows the documentation of `deep_ep.Buffer` (get_dispatch_layout, dispatch, combine). The code has never run
-with the package itself, because suitable GPUs were not available. The tests replace the package by a class that returns
-what the documentation promises.
+This code follows the documentation of `deep_ep.Buffer` (get_dispatch_layout, dispatch, combine). It has never run with
+the package: suitable GPUs were not available, and tests use a class that returns what the documentation promises.
 
-DeepEP sends a token once to every rank that holds one of its experts; one rank per node forwards it. For every received
-token it returns the ids of its experts on this rank (-1 for experts elsewhere) and its gates. This file makes one row
-for each of these experts of a received token, and sorts the rows by expert. Combine first sums the rows of each token.
+DeepEP sends a token once to every rank that holds one of its experts, through one rank per node. It returns the ids of
+a received token's experts on this rank (-1 elsewhere) and its gates. This file makes one row for each of these experts,
+sorted by expert. Combine first sums the rows of each token.
 
 Shapes: T tokens, D channels, K experts per token, M received tokens, R rows, E experts of this rank.
 """
@@ -26,20 +25,16 @@ from parallel.expert.wire import Fp8Wire, Wire
 
 @dataclass
 class _Plan(DispatchPlan):
-    """The routes of one dispatch. DeepEP records the exchange itself; `fans` holds only the map from received tokens to
-    rows.
-    """
+    """The routes of one dispatch. DeepEP stores its own routes in a handle; `fans` maps received tokens to rows."""
 
     handle: Any = None
     """DeepEP's record of the routing; None before the first dispatch."""
     gates_MK: Tensor | None = None
-    """Gates of the received tokens. A repeated dispatch on the same routes does not send the gates again."""
+    """Gates of the received tokens. A repeated dispatch does not send them again."""
 
 
 class _Landing:
-    """A DeepEP operation in progress. The object keeps the input buffers alive until the compute stream waits for the
-    operation.
-    """
+    """A DeepEP operation in progress. It keeps the input buffers alive until the compute stream waits for it."""
 
     def __init__(self, brought: Any, rows: Tensor, *held: Any):
         self._brought, self._held = brought, held
@@ -54,14 +49,13 @@ class _Landing:
 
 
 class DeepEPDispatcher(ExchangeDispatcher):
-    """DeepEP dispatcher for experts over the ranks of one group. Activations are bf16; the width is a multiple of 128.
+    """DeepEP dispatcher for experts over the ranks of one group, for bf16 activations. It counts no traffic.
 
-    group: NCCL group. experts: number of experts in all. width: hidden width D, which determines the size of DeepEP's
-    buffers. The class does not count traffic, so it has no traffic counters.
+    group: NCCL group. experts: number of experts in all. width: hidden width D, a multiple of 128, for DeepEP's
+    buffers.
 
-    DeepEP waits on the stream that is current when it is called. This class calls it on a stream other than the compute
-    stream. So DeepEP's work overlaps with compute until the second half of an exchange, `wait`. In the first dispatch
-    of some tokens, the host waits, because DeepEP needs the counts to allocate its output.
+    DeepEP is called on another stream than compute, so its work overlaps with compute until `wait`. In the first
+    dispatch of some tokens, the host waits, because DeepEP needs counts to allocate its output.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, experts: int, width: int, wire: Wire):
@@ -97,9 +91,7 @@ class DeepEPDispatcher(ExchangeDispatcher):
             return _Landing(received, rows_TD, sent)
 
     def _first_out(self, plan: _Plan, sent: Any, gates_TK: Tensor) -> Any:
-        """Run the dispatch of tokens whose routes are not known yet. Return DeepEP's output and record the routes in
-        the plan.
-        """
+        """Run the dispatch of tokens with unknown routes. Return DeepEP's output, and record the routes in the plan."""
         ids_TK = plan.ids_TK.to(self._deep_ep.topk_idx_t)
         per_rank, per_rdma_rank, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(ids_TK, self.experts)
         received, ids_MK, plan.gates_MK, counts, plan.handle, _ = self.buffer.dispatch(
@@ -142,14 +134,14 @@ class DeepEPDispatcher(ExchangeDispatcher):
         return side_CX
 
     def _encode(self, rows_TD: Tensor, *, gradient: bool) -> Any:
-        """Return the input for DeepEP: bf16 rows, or FP8 rows with their scales."""
+        """Return DeepEP's input: bf16 rows, or FP8 rows with scales."""
         if not isinstance(self.wire, Fp8Wire):
             return rows_TD.contiguous()
         q_TD, scale_TS = self.wire.decode_parts(self.wire.encode(rows_TD, gradient=gradient), rows_TD.shape[1])
         return q_TD.contiguous(), scale_TS
 
     def _decode(self, received: Any, *, gradient: bool) -> Tensor:
-        """Return bf16 rows. received: DeepEP's output, bf16 rows or FP8 rows with their scales."""
+        """Return bf16 rows. received: DeepEP's output, bf16 rows or FP8 rows with scales."""
         if not isinstance(received, tuple):
             return received
         assert isinstance(self.wire, Fp8Wire)

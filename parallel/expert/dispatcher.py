@@ -1,30 +1,30 @@
 """The common part of all dispatchers over ranks.
 
 A dispatcher sends each token to the ranks of its experts (dispatch) and returns the sum of the experts' outputs
-(combine). Sluice's own dispatchers send rows in one or two hops; a hop is one exchange between ranks. Before each
-exchange, a fan-out (parallel/expert/permute.py) copies each row once for every rank that needs it. After the last
-exchange, one more fan-out sorts the received rows by local expert. Combine does the same in reverse. Training uses
-dispatch and combine twice each:
+(combine). Sluice's own dispatchers send rows in one or two hops; a hop is one exchange between ranks. Before each hop,
+a fan-out (parallel/expert/permute.py) copies each row once for every rank that needs it. After the last hop, a fan-out
+sorts the rows by local expert. Combine does the reverse. Training uses dispatch and combine twice each:
 
     dispatch forward     out,  in the wire format   x and gates -> rows and their gates
     dispatch backward    back, activation dtype     gradients of rows and gates -> gradients of x and gates
     combine forward      back, activation dtype     expert outputs -> y
     combine backward     out,  in the wire format   gradient of y -> gradient of expert outputs (known routes)
 
-This follows paper 3.3.3 (FP8 dispatch, BF16 combine). Each of these four uses has two halves, `begin` and `wait`.
-`begin` ends when one exchange has started: the first exchange of a dispatch, or the last exchange of a combine. With
-two hops, this is the exchange over the slow network. `wait` does the rest. In the backward pass the halves change
-roles: the gradient of `wait` starts the exchange, and the gradient of `begin` waits for the exchange. Of all nodes that
-are ready, autograd first runs the node that was created last. So operations between `begin` and `wait`, such as the
-shared expert, also have their backward between the two halves.
+This is FP8 dispatch and BF16 combine (paper 3.3.3). Each of the four uses has two halves:
 
-On a GPU, all hops start in `begin`, on a separate stream (`beside`). The host already knows all sizes, so each hop
-sorts and forwards its received rows independently of the compute stream, and `wait` only waits for the last hop. DeepEP
-works in the same way (parallel/expert/deep_ep.py). A CPU has no such streams, so the host starts the hop inside the
-node (the fast network) and waits for it at once.
+    begin    ends when one exchange has started: the first of a dispatch, or the last of a combine. With two hops, this
+             exchange is the one over the slow network
+    wait     does the rest
 
-The token is quantized once, before it is copied. So all copies have equal bytes, and the results of a run do not depend
-on the placement of experts on ranks.
+In backward, the gradient of `wait` starts the exchange and the gradient of `begin` waits for it. Of all ready nodes,
+autograd runs the newest first. So operations between `begin` and `wait`, such as the shared expert, also have their
+backward between the two halves.
+
+On a GPU, all hops start in `begin`, on a separate stream (`beside`). The host knows all sizes, so `wait` only waits for
+the last hop; DeepEP works the same way (parallel/expert/deep_ep.py). On a CPU, the host runs the hop inside the node
+(the fast network) at once.
+
+A token is quantized once, before it is copied. So results do not depend on the placement of experts.
 
 Shapes: T tokens of this rank, D channels, K experts per token, R rows of this rank's experts, E local experts, M
 messages that arrived at this rank, C copies, B bytes of an encoded row, W = B/4 words, P peers of a hop.
@@ -48,9 +48,7 @@ from parallel.pipeline.overlap import yield_point
 if TYPE_CHECKING:
 
     class ExchangeFunction(torch.autograd.Function):
-        """Type of autograd functions for the type checker. torch's own annotations do not allow a backward with named
-        arguments.
-        """
+        """Type of autograd functions for the type checker. torch's annotations forbid named arguments of a backward."""
 
         backward: Callable[..., Any]
 
@@ -60,9 +58,7 @@ else:
 
 @dataclass
 class DispatchPlan:
-    """The routes of one dispatch. The forward of the dispatch builds the plan. The combine and both backward passes
-    read it.
-    """
+    """The routes of one dispatch. Its forward builds the plan; combine and both backward passes read it."""
 
     sent: list[list[int]]
     """For each hop: number of messages sent to every peer."""
@@ -75,19 +71,18 @@ class DispatchPlan:
     ids_TK: Tensor
     """Expert ids of this rank's tokens."""
     fans: list[FanOut] = field(default_factory=list)
-    """One fan-out per hop. One more fan-out then leads from the received messages to the rows sorted by expert. If a
-    fan-out depends on received messages, it is added when these messages have arrived.
+    """One fan-out per hop, and one from received messages to rows sorted by expert. Fan-outs that depend on received
+    messages are added later.
     """
     entry_of_row: Tensor | None = None
-    """For node-limited dispatch and DeepEP: for each row, the index of its gate in the flattened (M, K) gates of the
-    received messages.
+    """For node-limited dispatch and DeepEP: the index of each row's gate in the flattened (M, K) gates of the messages.
     """
     gates_dtype: torch.dtype = torch.float32
-    """Dtype of the gates, as the router chose it. Gates and their gradients are sent in this dtype."""
+    """Dtype of the router's gates. Gates and their gradients are sent in it."""
 
 
 class CombinableRows(Protocol):
-    """Any result of a dispatch that has the field `state`. Combine reads only this field."""
+    """Any result of a dispatch with the field `state`, which combine reads."""
 
     state: Any
 
@@ -101,52 +96,50 @@ class DispatchedRows:
     gates_R: Tensor
     """Gate of every row, fp32. The expert multiplies by it."""
     counts_E: Tensor
-    """Number of rows per local expert, int64, on the device of the rows."""
+    """Rows per local expert, int64, on the device of the rows."""
     state: Any
     """Data that the dispatcher needs for the combine."""
 
 
 class PendingDispatch:
-    """A dispatch whose first half has run. At least its first exchange is in progress; `wait` does the rest."""
+    """A dispatch after its first half. At least its first exchange is in progress; `wait` does the rest."""
 
     def __init__(self, flight: "ExchangeFlight", ticket: Tensor):
         self._flight, self._ticket = flight, ticket
 
     def wait(self) -> DispatchedRows:
-        """Finish the dispatch. Call once, on every rank of the group in the same order."""
+        """Finish the dispatch. Call once, in the same order on every rank of the group."""
         rows_RD, gates_R = _DispatchWait.apply(self._ticket, self._flight)
         plan = self._flight.plan
         return DispatchedRows(rows_RD, gates_R, plan.counts_E, plan)
 
 
 class PendingCombine:
-    """A combine whose first half has run. Its last exchange is in progress; `wait` only waits for it and sums the
-    received rows.
+    """A combine after its first half. Its last exchange is in progress; `wait` waits for it and sums the received rows.
     """
 
     def __init__(self, flight: "ExchangeFlight", ticket: Tensor):
         self._flight, self._ticket = flight, ticket
 
     def wait(self) -> Tensor:
-        """Finish the combine and return y_TD. Call once, on every rank of the group in the same order."""
+        """Finish the combine and return y_TD. Call once, in the same order on every rank of the group."""
         return _CombineWait.apply(self._ticket, self._flight)
 
 
 class ExchangeDispatcher(ABC):
-    """Base class of dispatchers. Dispatch and combine each have two halves, begin and wait. Subclasses move rows to
-    experts and back.
+    """Base class of dispatchers. Dispatch and combine have two halves, begin and wait; subclasses move the rows.
 
     wire: wire format of dispatch.
     """
 
     counters: Any = None
-    """`TrafficCounters` of the bytes sent; None if the class does not count them."""
+    """`TrafficCounters` of the bytes sent; None if they are not counted."""
 
     def __init__(self, wire: Wire):
         self.wire = wire
         self.on_wait: Callable[[], None] = yield_point
-        """Called before each wait for an exchange. In an overlapped pair (parallel/pipeline/overlap.py), it lets the
-        other lane compute first.
+        """Called before each wait for an exchange. In an overlapped pair (parallel/pipeline/overlap.py), the other lane
+        then computes.
         """
 
     def dispatch_begin(
@@ -154,10 +147,11 @@ class ExchangeDispatcher(ABC):
     ) -> PendingDispatch:
         """Start to send every token to its experts. Copies the split sizes to the host once.
 
-        x_TD: tokens, fp32 or bf16. expert_ids_TK: experts of each token, int64 ids over the whole group; the ids of a
-        token differ. gates_TK: gates, fp32. Gates and x may be fp64, as in a check of `mode=prove`. again:
-        `DispatchedRows.state` of an earlier dispatch of the same tokens. If it is given, the new dispatch reuses the
-        earlier routes and exchanges no counts.
+            x_TD: tokens, fp32 or bf16
+            expert_ids_TK: experts of each token, int64 ids over the whole group; those of a token differ
+            gates_TK: gates, fp32. Gates and x may be fp64, as in `mode=prove`
+            again: `DispatchedRows.state` of an earlier dispatch of the same tokens. If given, its routes are reused and
+                no counts are exchanged
         """
         assert gates_TK.dtype in (torch.float32, torch.float64) and expert_ids_TK.shape == gates_TK.shape
         plan = self._plan(expert_ids_TK) if again is None else again
@@ -176,48 +170,46 @@ class ExchangeDispatcher(ABC):
         return PendingCombine(flight, _CombineBegin.apply(out_RD, flight))
 
     def combine(self, out_RD: Tensor, routed: CombinableRows) -> Tensor:
-        """Send the experts' outputs back and wait. Return y_TD, the sum of the expert outputs of every token."""
+        """Send the experts' outputs back and wait. Return y_TD, the sum of each token's expert outputs."""
         return self.combine_begin(out_RD, routed).wait()
 
     @abstractmethod
     def _plan(self, expert_ids_TK: Tensor) -> DispatchPlan:
-        """Return the plan of a dispatch, as far as it is known before any message has arrived."""
+        """Return the plan of a dispatch, as far as it is known before messages arrive."""
 
     @abstractmethod
     def _start_out(self, flight: "ExchangeFlight", rows_TD: Tensor, gates_TK: Tensor | None) -> Any:
-        """Start to send rows to experts. The rows are tokens; if gates_TK is None, they are gradients of the combine's
-        results.
-        """
+        """Start to send rows to experts: tokens, or gradients of the combine's results if gates_TK is None."""
 
     @abstractmethod
     def _finish_out(self, flight: "ExchangeFlight", transfer: Any, gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """Wait for the rows that `_start_out` sent. Return the rows sorted by expert, and the side data that contains
-        their gates. If the rows are gradients, the side data is empty.
+        """Wait for the rows of `_start_out`. Return rows sorted by expert, and the side data with their gates (empty
+        for gradients).
         """
 
     @abstractmethod
     def _start_back(self, flight: "ExchangeFlight", rows_RD: Tensor, side_MX: Tensor | None) -> Any:
-        """Start to send rows back to the ranks of their tokens. The rows are expert outputs, or gradients of rows.
+        """Start to send expert outputs, or gradients of rows, back to the ranks of their tokens.
 
-        side_MX: if the rows are gradients, the gradients of the gates of every received message; else None.
+        side_MX: for gradients of rows, the gradients of every received message's gates; else None.
         """
 
     @abstractmethod
     def _finish_back(self, flight: "ExchangeFlight", transfer: Any) -> tuple[Tensor, Tensor]:
-        """Wait for the rows that `_start_back` sent. Return their sum per token, and the side data that contains the
-        gradients of the gates.
+        """Wait for the rows of `_start_back`. Return their sum per token, and the side data with the gradients of the
+        gates.
         """
 
     @abstractmethod
     def _row_gates(self, plan: DispatchPlan, side_MX: Tensor) -> Tensor:
-        """Return the gate of every row, read from the side data of the received messages."""
+        """Return every row's gate from the side data of the received messages."""
 
     @abstractmethod
     def _gate_grads_by_token(self, plan: DispatchPlan, side_CX: Tensor) -> Tensor:
-        """Return the gradients of gates_TK, read from the side data that returned to the tokens' rank."""
+        """Return the gradients of gates_TK from the side data that returned to the tokens' rank."""
 
     def _gate_grads_by_message(self, plan: DispatchPlan, grads_R: Tensor) -> Tensor:
-        """Return the gradients of the gates of every received message, (M, X): the transpose of `_row_gates`."""
+        """Return the gradients of every received message's gates, (M, X): the transpose of `_row_gates`."""
         shape_MK = (plan.fans[-1].start_S.numel(), plan.ids_TK.shape[1])
         assert plan.entry_of_row is not None
         # Entries of experts on other ranks stay 0, so in the sum over copies each entry has exactly one value that is
@@ -226,12 +218,11 @@ class ExchangeDispatcher(ABC):
 
 
 class ChainDispatcher(ExchangeDispatcher):
-    """A dispatcher over one or two hops. Subclasses define the content of a message: how a token's row is copied, and
-    where its gates are stored.
+    """A dispatcher over one or two hops. A subclass defines how a token's row is copied and where a message has its
+    gates.
 
-    links: one link per hop, in the order of dispatch. The subclass's `_plan` exchanges counts. It also builds every
-    fan-out (a map from copies to rows, see permute.py) that is known before any row arrives. The first fan-out is
-    always among them. Gates and their gradients are sent as fp32 words after each row.
+    links: one link per hop, in dispatch order. The subclass's `_plan` exchanges counts and builds every fan-out that is
+    known before rows arrive, at least the first. Gates and their gradients follow each row as fp32 words.
     """
 
     def __init__(self, links: list[Link], wire: Wire):
@@ -244,13 +235,11 @@ class ChainDispatcher(ExchangeDispatcher):
 
     @abstractmethod
     def _first_copies(self, plan: DispatchPlan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
-        """Return the messages of the first hop. Each copy has one message: the encoded row, then the 32-bit words that
-        contain the gates.
-        """
+        """Return the first hop's messages, one per copy: the encoded row, then the 32-bit words of its gates."""
 
     @abstractmethod
     def _learn(self, plan: DispatchPlan, side_MX: Tensor) -> None:
-        """Add the next fan-out to the plan. side_MX: the 32-bit words that follow the row in each received message."""
+        """Add the next fan-out to the plan. side_MX: the 32-bit words after the row in each received message."""
 
     def _sends_ahead(self, rows: Tensor) -> bool:
         """Whether the later hops start together with the first hop."""
@@ -271,7 +260,7 @@ class ChainDispatcher(ExchangeDispatcher):
             return self._send_on(flight, transfer, traffic).holding(message_CX)
 
     def _send_on(self, flight: "ExchangeFlight", transfer: Transfer, traffic: Traffic) -> Transfer:
-        """Run all hops after the first one. Returns the transfer of the last hop."""
+        """Run all hops after the first. Returns the last hop's transfer."""
         plan, words = flight.plan, self.wire.row_bytes(flight.width, flight.dtype) // 4
         for hop, link in enumerate(self.links[1:], 1):
             message_MX = transfer.wait()
@@ -314,8 +303,8 @@ class ChainDispatcher(ExchangeDispatcher):
         return collect(rows_CD, flight.plan.fans[0]), side_CX
 
     def _back_message(self, rows_CD: Tensor, fan: FanOut, side_MX: Tensor | None) -> Tensor:
-        """Return the messages that one hop sends towards the ranks of the tokens, as int32. Each message is an encoded
-        sum of rows, followed by its side data. The sums are written directly into the messages.
+        """Return the int32 messages of one hop towards the tokens' ranks: each an encoded sum of rows and its side
+        data. The sums are written directly into the messages.
         """
         wire, width, dtype = self._back_wire, rows_CD.shape[1], rows_CD.dtype
         if side_MX is None:
@@ -336,9 +325,8 @@ class ChainDispatcher(ExchangeDispatcher):
 def from_words(words_MX: Tensor, dtype: torch.dtype) -> Tensor:
     """Reinterpret 32-bit words as values of `dtype`. A value takes one word or two words.
 
-    If a value takes one word, the result is a view. If it takes two words, the result is a copy, because the words may
-    be misaligned. The copy is flattened before it gets the new dtype. Without that, torch treats a tensor with one row,
-    or with no words, as contiguous even if its strides are not.
+    One-word values are a view. Two-word values are a copy, because the words may be misaligned. The copy is flattened
+    first: torch treats a tensor with one row, or no words, as contiguous even if its strides are not.
     """
     if dtype.itemsize == 4:
         return words_MX.view(dtype)
@@ -348,21 +336,18 @@ def from_words(words_MX: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class ExchangeFlight:
-    """State that the two halves of a dispatch or of a combine share."""
+    """State that both halves of a dispatch or of a combine use."""
 
     dispatcher: ExchangeDispatcher
     plan: DispatchPlan
     width: int
     dtype: torch.dtype
     transfer: Any = None
-    """Result of the subclass's `_start_out` or `_start_back`. The subclass's method for the second half takes it as
-    argument.
-    """
+    """Result of the subclass's `_start_out` or `_start_back`, the argument of its method for the second half."""
 
     def land(self) -> Any:
-        """Return the started transfer; the caller waits for it.
-
-        All ranks call this equally often, even without a row to send.
+        """Return the started transfer, for which the caller waits. All ranks call this equally often, even without
+        rows.
         """
         self.dispatcher.on_wait()
         transfer, self.transfer = self.transfer, None
@@ -376,12 +361,10 @@ def _sending_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def beside(rows: Tensor) -> AbstractContextManager:
-    """Run the GPU work of the block on a second stream. This work starts after all work that is already in the compute
-    stream.
+    """Run the GPU work of the block on a second stream, after all work in the compute stream.
 
-    Memory that is allocated in the block can be reused only in a later block. That block's work starts after all work
-    that was in the compute stream when the block began. The caller must keep buffers from outside the block alive until
-    the compute stream waits for the last work of the block.
+    Memory that is allocated in the block is reused only in a later block, after all compute work that preceded this
+    block. Buffers from outside must stay alive until the compute stream waits for the block's last work.
     """
     if not rows.is_cuda:
         return nullcontext()
@@ -391,8 +374,7 @@ def beside(rows: Tensor) -> AbstractContextManager:
 
 
 def _ticket(like: Tensor) -> Tensor:
-    """Return an empty tensor. It connects the two halves (begin and wait) of a dispatch or of a combine in the autograd
-    graph.
+    """Return an empty tensor that connects both halves (begin and wait) of a dispatch or combine in the autograd graph.
     """
     return like.new_empty(0, dtype=torch.float32)
 

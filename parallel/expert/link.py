@@ -26,7 +26,7 @@ class Traffic:
     across_bytes: int = 0
     """Bytes sent to ranks of other nodes."""
     waited: float = 0.0
-    """Seconds that the host waited for received rows. With NCCL, the host does not wait, so this time is near 0."""
+    """Seconds that the host waited for received rows. With NCCL it does not wait."""
 
 
 @dataclass
@@ -44,20 +44,19 @@ class TrafficCounters:
 
 
 class Transfer:
-    """An all-to-all in progress. The object keeps its buffers alive until `wait` returns."""
+    """An all-to-all in progress. It keeps its buffers alive until `wait` returns."""
 
     def __init__(self, sent: Tensor, received: Tensor, work: dist.Work | None, traffic: Traffic):
         self._held, self._received, self._work, self._traffic = [sent], received, work, traffic
 
     def holding(self, buffer: Tensor) -> "Transfer":
-        """Make this transfer keep `buffer` alive until `wait` returns, because an earlier transfer still uses the
-        buffer. Returns this transfer.
+        """Keep `buffer` alive until `wait` returns, because an earlier transfer still uses it. Returns this transfer.
         """
         self._held.append(buffer)
         return self
 
     def wait(self) -> Tensor:
-        """Wait for the received rows and return them, ordered by peer. Call once."""
+        """Wait for the received rows and return them by peer. Call once."""
         if self._work is not None:
             start = time.perf_counter()
             self._work.wait()
@@ -70,8 +69,8 @@ class Transfer:
 class Link:
     """All-to-all inside one group.
 
-    group: the process group; None for a rank that runs alone and exchanges nothing. nodes_P: the node of every rank of
-    the group. From it, the counters know which bytes stay inside the node.
+    group: the process group; None for a rank that runs alone. nodes_P: node of every rank of the group; the counters
+    distinguish bytes inside a node.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, nodes_P: Sequence[int]):
@@ -82,8 +81,7 @@ class Link:
         self._across_P = [node != nodes_P[self.rank] for node in nodes_P]
 
     def start(self, rows_CX: Tensor, sent_P: Sequence[int], received_P: Sequence[int], traffic: Traffic) -> Transfer:
-        """Start an all-to-all: send sent_P[p] rows to each peer p and receive received_P[p] rows from it. Rows are
-        ordered by peer.
+        """Start an all-to-all: send sent_P[p] rows to peer p and receive received_P[p] rows. Rows are ordered by peer.
         """
         assert rows_CX.shape[0] == sum(sent_P)
         if self.size == 1:

@@ -1,24 +1,21 @@
-"""Node-limited dispatch: a token is sent over the network between nodes only once for each target node (paper 3.2.2).
+"""Node-limited dispatch: a token crosses the network between nodes once for each target node (paper 3.2.2).
 
-The router limits the experts of a token to M nodes. So a token costs at most M messages between nodes, instead of up to
-K messages. Dispatch has these steps:
+The router limits the experts of a token to M nodes, so it costs at most M messages between nodes instead of K.
+Dispatch:
 
     1. Across nodes: send the token to each node that holds one of its experts, to the rank with the same index there.
-    2. Inside the node: that rank forwards the token, without decoding it, to each rank that holds one of its experts.
+    2. Inside the node: that rank forwards the encoded token to each rank that holds one of its experts.
     3. On the expert's rank: make one row of the token for each of its experts there.
 
-In combine, the expert's rank first adds the outputs of a token. Then the forwarding rank adds these sums, and last the
-token's rank adds the sums of the nodes. So only one sum per node crosses the network. Each of the three ranks rounds
-its sum to the activation dtype, while flat dispatch rounds once. In fp32, the results of the two dispatches differ in
-the last bits. In bf16, they differ by up to two more roundings.
+In combine, the expert's rank adds a token's outputs, then the forwarding rank adds these sums, last the token's rank
+adds the sums of the nodes. So one sum per node crosses the network. Each of the three ranks rounds to the activation
+dtype; flat dispatch rounds once. In bf16, the results differ by up to two roundings; in fp32, in the last bits.
 
-A message is an encoded row, the token's K gates and its K expert ids (int16). Each rank on the route reads the ids to
-find the next targets. With one node there is only the hop inside the node. With one rank per node there is only the hop
-between nodes.
+A message is an encoded row, the token's K gates and its K expert ids (int16). Ranks on the route read the ids to find
+the next targets. With one node, or one rank per node, there is only one hop.
 
-The counts need two small exchanges, one per hop, and one copy to the host. In the first exchange, a rank tells each
-peer how many of its tokens go to the peer's node, to each rank of that node and to each expert there. In the second
-exchange, the ranks of a node forward the sums of these counts to each other.
+The counts need one small exchange per hop and one copy to the host. First, a rank tells each peer how many of its
+tokens go to the peer's node, to each rank of it and to each expert there. Then the ranks of a node exchange the sums.
 
 Shapes besides those of dispatcher.py: N nodes, L ranks per node, F experts per rank, E = N*L*F.
 """
@@ -37,8 +34,9 @@ from parallel.expert.wire import Wire
 class NodeLimitedDispatcher(ChainDispatcher):
     """Dispatcher for experts over N nodes of L ranks; rank l of node n holds experts [(n*L + l)*F, (n*L + l + 1)*F).
 
-    inter_group: one rank of every node, in node order, each with the same index on its node as this rank; None with one
-    node. intra_group: the ranks of this node; None with one rank per node. experts: E, below 32768.
+        inter_group: one rank of every node in node order, each with this rank's index on its node; None with one node
+        intra_group: the ranks of this node; None with one rank per node
+        experts: E, below 32768
     """
 
     def __init__(
@@ -69,11 +67,10 @@ class NodeLimitedDispatcher(ChainDispatcher):
         return DispatchPlan(sent, received, counts[4][0], counts_F, expert_ids_TK, fans)
 
     def _exchange_counts(self, outer_NX: Tensor) -> tuple[list[list[int]], Tensor]:
-        """Exchange the counts of both hops.
+        """Exchange the counts of both hops. Returns:
 
-        Returns two values. The first is on the host: for both hops, the numbers of messages that this rank sends to and
-        receives from each peer, and the number of rows. The second is on the device: the number of rows per local
-        expert.
+            - on the host, for each hop: the numbers of messages to and from each peer, and the number of rows
+            - on the device: the number of rows per local expert
         """
         ranks = self.intra.size
         arriving_NX = self.inter.start_counts(outer_NX, self.counters.forward).wait()
@@ -112,7 +109,7 @@ class NodeLimitedDispatcher(ChainDispatcher):
 
 
 def _read_side(plan: DispatchPlan, side_MX: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gates gates_MK and the expert ids ids_MK (int16) of received messages."""
+    """Return gates_MK and ids_MK (int16 expert ids) of received messages."""
     entries = plan.ids_TK.shape[1]
     words = entries * plan.gates_dtype.itemsize // 4
     ids_MK = side_MX[:, words:].view(torch.int16)[:, :entries]

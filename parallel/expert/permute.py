@@ -1,23 +1,22 @@
 """Moves rows between two orders by gathers only.
 
-A FanOut maps every copy to its source row. It has two uses, `spread` and `collect`. Each of the two is the backward
-pass of the other. Neither scatters or adds in place:
+A FanOut maps every copy to its source row. It has two uses, each the backward of the other. Neither scatters or adds in
+place:
 
     spread:  copies_C = sources_S[source_C]                        a gather
     collect: sources_S[s] = sum of copies_C[c] over c in the list of s    a gather with a sum
 
-`collect` reads the copies once and accumulates in fp32 (embedding_bag does both). A gather followed by a sum would
-first write all copies again. Dispatch is a chain of spreads, with an exchange between two spreads. Combine is the
-reverse chain, with collects.
+`collect` reads the copies once and accumulates in fp32 (embedding_bag does both). Dispatch is a chain of spreads, with
+an exchange between two spreads. Combine is the reverse chain, with collects. On a GPU, kernels build the fan-outs of
+experts and run `collect` (parallel/expert/triton_dispatch.py); this file computes the same with torch.
 
-On a GPU, two kernels build a fan-out of experts, and one kernel runs `collect` (parallel/expert/triton_dispatch.py).
-This file computes the same with torch operations.
+Two possible savings are estimated, but not implemented. The estimates are from `python -m bench.traffic`: an FP8 layer
+of DeepSeek-V3's experts on one of 64 ranks, 4096 tokens, forward and backward, 3 TB/s.
 
-Two possible savings are estimated, but not implemented. The estimates are from `python -m bench.traffic`, for an FP8
-layer of DeepSeek-V3's experts on one of 64 ranks, with 4096 tokens, forward and backward, and 3 TB/s. First, GEMMs
-could read rows from the receive buffer. This would save the last gather, which takes 0.31 ms of the roughly 39 ms of a
-pair of layers. Second, the sums of combine take 1.21 ms, of which 0.61 ms are the sums right after the experts.
-GEMMs could compute these sums too, because they have no factors: the gates are applied inside SwiGLU.
+    - GEMMs could read rows from the receive buffer. This would save the last gather: 0.31 ms of the roughly 39 ms of a
+      pair of layers.
+    - GEMMs could compute the sums right after the experts: 0.61 of the 1.21 ms of combine's sums. They have no factors,
+      because the gates are applied inside SwiGLU.
 
 Shapes: S sources, C copies, N targets, K entries per source, X any width.
 """
@@ -30,22 +29,22 @@ from torch import Tensor
 
 
 class FanOut(NamedTuple):
-    """Maps copies of rows to their source rows. Each copy is for one target, for example a rank or an expert. Copies
-    are ordered by target, then by source.
+    """Maps copies of rows to their source rows. A copy is for one target, such as a rank or an expert. Copies are
+    ordered by target, then by source.
     """
 
     source_C: Tensor
     """For each copy, the index of its source row, int64."""
     copy_C: Tensor
-    """Indices of all copies, int64: first the copies of source 0, then the copies of source 1, and so on."""
+    """Indices of all copies by source, int64: the copies of source 0, then those of source 1, ..."""
     start_S: Tensor
-    """For each source, the index in copy_C at which the list of its copies starts, int64."""
+    """For each source, the index in copy_C at which its copies start, int64."""
 
 
 def fan_out(hits_SN: Tensor, copies: int) -> FanOut:
     """Return a FanOut with one copy of source s for every target n where hits_SN[s, n] is true.
 
-    copies: number of true values. The caller knows it on the host, so this function need not copy it from a GPU.
+    copies: number of true values, known on the host to avoid a copy from a GPU.
     """
     hits_NS = hits_SN.t().contiguous()
     source_C = torch.nonzero_static(hits_NS, size=copies)[:, 1]
@@ -57,8 +56,8 @@ def fan_out(hits_SN: Tensor, copies: int) -> FanOut:
 
 
 class ExpertTargets(NamedTuple):
-    """Targets that hold `per_target` consecutive experts each. first: the first expert of the first target. targets:
-    number of targets.
+    """Targets of `per_target` consecutive experts each. first: the first target's first expert. targets: number of
+    targets.
     """
 
     first: int
@@ -67,9 +66,9 @@ class ExpertTargets(NamedTuple):
 
 
 def fan_out_of(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> FanOut:
-    """Return a FanOut with one copy of source s for every target that holds one of the source's experts, ids_SK[s].
+    """Return a FanOut with one copy of source s for every target that holds one of its experts, ids_SK[s].
 
-    Experts that no target holds are skipped. copies: number of copies.
+    Experts of no target are skipped. copies: number of copies.
     """
     if ids_SK.is_cuda:
         return FanOut(*triton_dispatch().place_hits(ids_SK, *wanted, copies)[:3])
@@ -77,8 +76,8 @@ def fan_out_of(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> FanOut:
 
 
 def fan_out_with_entries(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> tuple[FanOut, Tensor]:
-    """Return the same FanOut as `fan_out_of`, for targets of one expert each. Also return, for each copy, the index of
-    its expert in the flattened ids_SK, int64 (C,).
+    """Return the FanOut of `fan_out_of`, for targets of one expert. Also return each copy's index in the flattened
+    ids_SK, int64 (C,).
     """
     assert wanted.per_target == 1
     if ids_SK.is_cuda:
@@ -93,14 +92,14 @@ def fan_out_with_entries(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> 
 
 
 def count_hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
-    """Return, for each target, the number of sources that have at least one expert in this target: int64 (N,)."""
+    """Return, for each target, the number of sources with at least one expert in it: int64 (N,)."""
     if ids_SK.is_cuda:
         return triton_dispatch().count_hits(ids_SK, *wanted).sum(0)
     return hits(ids_SK, wanted).sum(0)
 
 
 def hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
-    """Return, for each source and each target, whether the target holds one of the source's experts: bool (S, N)."""
+    """Return whether each target holds one of each source's experts: bool (S, N)."""
     first, per_target, targets = wanted
     column_SK = (ids_SK - first).div(per_target, rounding_mode="floor").long()
     column_SK = column_SK.where((column_SK >= 0) & (column_SK < targets), targets)
@@ -109,7 +108,7 @@ def hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
 
 
 def sort_entries(target_SK: Tensor) -> FanOut:
-    """Return a FanOut with one copy for every entry of target_SK. So one target may get K copies of a source. Target
+    """Return a FanOut with one copy for every element of target_SK, so up to K copies of a source per target. Target
     indices must be below 32768.
     """
     sources, entries = target_SK.shape
@@ -126,9 +125,9 @@ def spread(rows_SX: Tensor, fan: FanOut) -> Tensor:
 
 
 def collect(rows_CX: Tensor, fan: FanOut, out_SX: Tensor | None = None) -> Tensor:
-    """Return, for every source, the sum of its copies, (S, X).
+    """Return the sum of every source's copies, (S, X), added in target order and rounded once.
 
-    The copies are added in the order of their targets, and the sum is rounded once. out_SX: buffer for the result.
+    out_SX: buffer for the result.
     """
     if not rows_CX.is_cuda:
         sum_SX = F.embedding_bag(fan.copy_C, rows_CX, fan.start_S, mode="sum")
@@ -140,7 +139,7 @@ def collect(rows_CX: Tensor, fan: FanOut, out_SX: Tensor | None = None) -> Tenso
 
 
 def triton_dispatch():
-    """Return the module of GPU kernels. It is imported here, so that the type checker sees the names of its kernels."""
+    """Return the module of GPU kernels. This import lets the type checker see their names."""
     from parallel.expert import triton_dispatch as kernels
 
     return kernels

@@ -1,9 +1,8 @@
-"""Dispatchers for a rank without peers. They use the real classes with another all-to-all, which creates the rows that
-peers would send.
+"""Dispatchers for a rank without peers: the real classes, with an all-to-all that creates the rows of the peers.
 
-One rank of a large job runs alone, for a plan (on the meta device) or for a dry run. The real router routes this rank's
-tokens. A `Load` determines how many rows arrive; their values are copies of this rank's own rows. The code of the real
-dispatcher encodes, copies, gathers and sums the rows, and autograd saves the same tensors as in a real run.
+Such a rank runs alone in a plan (on the meta device) or in a dry run of a large job. The real router routes its tokens.
+A `Load` determines how many rows arrive; their values are copies of this rank's rows. Encoding, copies, sums and
+autograd are those of a real run.
 
 Shapes: T tokens of this rank, K experts per token, P peers, M messages that arrive, R rows, L experts of this rank.
 """
@@ -38,15 +37,14 @@ class Group:
     experts: int
     top_k: int
     groups: int
-    """Number of expert groups of the router. The experts of a token are in top_groups of these groups."""
+    """Number of the router's expert groups. A token's experts are in top_groups of them."""
     top_groups: int
 
     def reached(self, units: int) -> float:
-        """Return how many units a token reaches on average, if all experts are equally likely. A token reaches a unit
+        """Return the mean number of units that a token reaches, if all experts are equally likely. It reaches a unit
         that holds at least one of its experts.
 
-        units: number of equal ranges into which the experts are divided, for example nodes. A token's K experts are any
-        K experts of its top_groups groups.
+        units: number of equal ranges of experts, such as nodes. A token's K experts are any K of its top_groups groups.
         """
         experts_per_unit, experts_per_group = self.experts // units, self.experts // self.groups
         open_experts = experts_per_group * self.top_groups
@@ -66,9 +64,7 @@ class Group:
 
 
 def _some(experts: int, here: int, top_k: int) -> float:
-    """Return the probability that `top_k` different experts, drawn from `experts`, include at least one of `here` given
-    experts.
-    """
+    """Return the probability that `top_k` of `experts` experts include at least one of `here` given ones."""
     return 1 - math.comb(experts - here, top_k) / math.comb(experts, top_k)
 
 
@@ -77,30 +73,27 @@ class Load:
     """Number of tokens that all ranks together send to each expert of this rank in one dispatch."""
 
     per_token_L: tuple[float, ...]
-    """For each expert of this rank: its number of rows divided by the number of tokens of this rank. All ranks have
-    equally many tokens.
-    """
+    """For each expert of this rank: its rows divided by this rank's tokens. All ranks have equally many tokens."""
 
     @classmethod
     def even(cls, group: Group, factor: float = 1.0) -> "Load":
-        """Return a load that is equal for all experts of this rank. factor: rows of this rank divided by the mean rows
-        of a rank.
+        """Return an equal load for all experts of this rank. factor: rows of this rank divided by a rank's mean rows.
         """
         return cls((group.ranks * group.top_k / group.experts * factor,) * (group.experts // group.ranks))
 
     def rows_L(self, tokens: int) -> list[int]:
-        """Return the number of rows of every expert, as integers. Their sum is the rounded sum of the exact values."""
+        """Return every expert's rows as integers, whose sum is the rounded exact sum."""
         ends = [round(tokens * end) for end in itertools.accumulate(self.per_token_L)]
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
-    """Return integers that differ by at most 1 and sum to total."""
+    """Return integers with the sum total that differ by at most 1."""
     return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
 
 
 class StandInLink(Link):
-    """A link without peers. The rows that it receives are the rows that it sends, repeated as often as needed."""
+    """A link without peers. It receives the rows that it sends, repeated as often as needed."""
 
     def __init__(self, nodes_P: Sequence[int]):
         self.group: ProcessGroup | None = None
@@ -137,8 +130,8 @@ class FlatStandIn(AllToAllDispatcher):
 
 
 class NodeLimitedStandIn(NodeLimitedDispatcher):
-    """`NodeLimitedDispatcher` of a rank that runs alone. In each hop except the last, as many messages arrive as the
-    rank sends. In the last hop, `load` determines how many arrive.
+    """`NodeLimitedDispatcher` of a rank that runs alone. In the last hop, `load` determines how many messages arrive;
+    in other hops, as many as are sent.
     """
 
     def __init__(self, group: Group, wire: Wire, load: Load):
@@ -175,8 +168,8 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
 
 
 def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
-    """Build a FanOut that assigns the sources to the targets in order: each target takes the sources after those of the
-    target before it. After the last source, the first source follows. copies_N: number of copies per target.
+    """Build a FanOut that assigns sources to targets in turn. Each target starts after the previous target's last
+    source; after the last source, the first one follows. copies_N: copies per target.
     """
     targets = len(copies_N)
     return fan_out_of(_ids(tuple(copies_N), sources, device), ExpertTargets(0, 1, targets), sum(copies_N))
@@ -184,10 +177,9 @@ def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
 
 @cache
 def _ids(copies_N: tuple[int, ...], sources: int, device: torch.device) -> Tensor:
-    """Return (S, N): for each source, the targets that get a copy of it, and -1 elsewhere.
+    """Return (S, N): each source's targets, and -1 elsewhere.
 
-    A real rank has no such tensor. So this tensor is built and cached outside the dispatch modes, and a memory count
-    does not include it.
+    A real rank has no such tensor. It is built and cached outside dispatch modes, so that memory counts leave it out.
     """
     with _disable_current_modes():
         ids_SN = torch.full((sources, len(copies_N)), -1, dtype=torch.int16, device=device)
@@ -201,7 +193,7 @@ def _ids(copies_N: tuple[int, ...], sources: int, device: torch.device) -> Tenso
 
 
 class DeepEPStandIn(DeepEPDispatcher):
-    """`DeepEPDispatcher` of a rank that runs alone. It uses `_Buffer` instead of DeepEP's buffer."""
+    """`DeepEPDispatcher` of a rank that runs alone, with `_Buffer` instead of DeepEP's buffer."""
 
     def __init__(self, group: Group, wire: Wire, load: Load):
         ExchangeDispatcher.__init__(self, wire)
@@ -211,9 +203,7 @@ class DeepEPStandIn(DeepEPDispatcher):
 
 
 class _Buffer:
-    """Returns what the documentation of `deep_ep.Buffer` promises. The received rows are copies of this rank's own
-    rows.
-    """
+    """Returns what the documentation of `deep_ep.Buffer` promises. Received rows are copies of this rank's rows."""
 
     def __init__(self, load: Load, per_token: float, top_k: int):
         self._load, self._per_token, self._top_k = load, per_token, top_k
@@ -243,12 +233,12 @@ class _Buffer:
         return received, ids_MK, _cycle(topk_weights, messages), counts, tokens, None
 
     def combine(self, x_MD: Tensor, handle: int, topk_weights: Tensor | None = None):
-        """Return the rows that come back to this rank. handle: number of this rank's tokens."""
+        """Return the rows that return to this rank. handle: number of this rank's tokens."""
         return _cycle(x_MD, handle), None if topk_weights is None else _cycle(topk_weights, handle), None
 
 
 def _cycle(x_SX: Tensor, rows: int) -> Tensor:
-    """Return `rows` rows of x, repeated from the first row if x has fewer."""
+    """Return `rows` rows of x, repeated from the first row if necessary."""
     out_RX = x_SX.new_empty(rows, *x_SX.shape[1:])
     for first in range(0, rows, max(1, len(x_SX))):
         part = out_RX[first : first + len(x_SX)]

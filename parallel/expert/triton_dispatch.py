@@ -1,14 +1,12 @@
-"""GPU kernels for the rows of dispatch and combine. Their results are bitwise equal to those of
-parallel/expert/permute.py and wire.py.
+"""GPU kernels for the rows of dispatch and combine. Their results are bitwise equal to permute.py's and wire.py's.
 
-    count_hits, place_hits      find which copies to make of which sources, from the experts of each source
-    place_entries               does the same if every expert is a target, and also returns the inverse map for combine
+    count_hits, place_hits      build a fan-out to targets, from the experts of each source
+    place_entries               builds a fan-out to experts, and the inverse map for combine
     collect, sum_entries        sum every source's copies in fp32 and round once
     encode_rows                 encodes rows as the bytes of the FP8 wire
 
-Decisions that depend on values are made on the device, so no kernel waits for the host. The module needs triton and is
-imported only where its kernels run. The shapes are those of permute.py and wire.py. `row` is the stride between message
-rows, in elements.
+No kernel waits for the host. The module needs triton, so it is imported only where its kernels run. Shapes are those of
+permute.py and wire.py; `row` is the stride between message rows, in elements.
 """
 
 import torch
@@ -19,23 +17,19 @@ from torch import Tensor
 from parallel.triton_types import constexpr, power_of_2_from, quick, with_options
 
 HITS = 4096
-"""Maximum size of the table of sources and targets that one program of a kernel handles: number of sources times number
-of targets. A program handles at most 128 sources.
-"""
+"""Maximum number of sources times targets in one program of a kernel. A program has at most 128 sources."""
 COUNT_BLOCKS = 64
-"""Number of blocks of sources whose counts are added at a time."""
+"""Number of source blocks whose counts are added in one iteration."""
 COLLECT_COLUMNS = 1024
-"""Number of columns that one program of `collect` handles. Each thread handles eight values."""
+"""Number of columns in one program of `collect`. Each thread handles eight values."""
 ENCODE_ROWS, ENCODE_TILES = 8, 4
-"""Number of rows and number of tiles that one program of `encode_rows` handles. The exponents of four tiles form one
-32-bit word.
-"""
+"""Numbers of rows and of tiles in one program of `encode_rows`. The exponents of four tiles form a 32-bit word."""
 
 
 @triton.jit
 def _hits(ids_ptr, sources, number, first, per_target, K: constexpr, TARGETS: constexpr):
-    """Return an int32 tensor of shape (sources, TARGETS). An element says which of the source's K experts is in the
-    target: the index k of the last such expert, or -1 if there is none.
+    """Return an int32 tensor of shape (sources, TARGETS). An element is the index k of the source's last expert in the
+    target, or -1 if there is none.
     """
     target = tl.arange(0, TARGETS)[None, :]
     entry = tl.full((sources.shape[0], TARGETS), -1, tl.int32)
@@ -65,12 +59,13 @@ def _place_kernel(
     by_entry: constexpr, K: constexpr, TARGETS: constexpr, SOURCES: constexpr, COUNT_BLOCKS: constexpr,
 ):  # fmt: skip
     """Compute the fields of a FanOut, whose copies are ordered by target, then by source. An entry is one element of
-    the flattened expert ids: one expert of one source.
+    the flattened expert ids.
 
-    source_ptr receives the source of each copy, and entry_ptr the index of its entry. If by_entry is false, copy_ptr
-    receives the indices of each source's copies, source by source; start_ptr receives, for each source, the position in
-    copy_ptr at which its copies begin. If by_entry is true, copy_ptr receives the index of each entry's copy, and
-    start_ptr receives the number of copies of each target.
+        source_ptr: receives the source of each copy
+        entry_ptr: receives the index of each copy's entry
+        copy_ptr: if by_entry is false, receives the copies of each source, source by source; else each entry's copy
+        start_ptr: if by_entry is false, receives where each source's copies begin in copy_ptr; else the number of
+            copies of each target
     """
     block = tl.program_id(0)
     sources = block * SOURCES + tl.arange(0, SOURCES)
@@ -104,7 +99,7 @@ def _place_kernel(
 def _collect_kernel(
     rows_ptr, copy_ptr, start_ptr, out_ptr, sources, copies, width, row, out_row, each: constexpr, COLLECT_COLUMNS: constexpr
 ):  # fmt: skip
-    """Sum the copies of every source. each: number of copies per source; 0 if start_ptr has each list's start."""
+    """Sum the copies of every source. each: copies per source; 0 if start_ptr has the start of each list."""
     source = tl.program_id(0)
     columns = tl.program_id(1) * COLLECT_COLUMNS + tl.arange(0, COLLECT_COLUMNS)
     first, last = source * each, source * each + each
@@ -126,8 +121,7 @@ def _encode_kernel(
 ):  # fmt: skip
     """Run `Fp8Wire.encode` for four tiles of some rows.
 
-    A row has units * ALIGN bytes. ALIGN is a compile-time constant, so the compiler knows that ALIGN divides the number
-    of bytes of a row.
+    A row has units * ALIGN bytes. ALIGN is a compile-time constant, so the compiler knows the alignment of rows.
     """
     rows = tl.program_id(0) * ENCODE_ROWS + tl.arange(0, ENCODE_ROWS)
     first = tl.program_id(1) * ENCODE_TILES
@@ -150,9 +144,9 @@ def _encode_kernel(
 
 
 def count_hits(ids_SK: Tensor, first: int, per_target: int, targets: int) -> Tensor:
-    """Return how many sources have an expert in each target, for each block of sources: int32 (blocks, targets).
+    """Return, by block of sources, how many sources have an expert in each target: int32 (blocks, targets).
 
-    per_target: number of experts of a target. first: the first expert of the first target.
+    per_target: experts per target. first: the first target's first expert.
     """
     (sources, entries), size = ids_SK.shape, _sources(targets)
     blocks = -(-sources // size)
@@ -168,9 +162,7 @@ def count_hits(ids_SK: Tensor, first: int, per_target: int, targets: int) -> Ten
 def place_hits(
     ids_SK: Tensor, first: int, per_target: int, targets: int, copies: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return four tensors of int64: the three fields of a FanOut, and for each copy the index of its expert in the
-    flattened ids_SK.
-    """
+    """Return int64 tensors: the three fields of a FanOut, and each copy's index in the flattened ids_SK."""
     start_S = ids_SK.new_empty(len(ids_SK), dtype=torch.int64)
     source_C, copy_C, entry_C = _place(ids_SK, first, per_target, targets, copies, start_S, by_entry=False)
     return source_C, copy_C, start_S, entry_C
@@ -186,7 +178,7 @@ def place_entries(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor,
 def _place(
     ids_SK: Tensor, first: int, per_target: int, targets: int, copies: int, start: Tensor, by_entry: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three outputs of `_place_kernel`: the tensors at source_ptr, at copy_ptr and at entry_ptr."""
+    """Return the tensors that `_place_kernel` writes at source_ptr, copy_ptr and entry_ptr."""
     ids_SK = ids_SK.contiguous()
     counts_BN = count_hits(ids_SK, first, per_target, targets)
     source_C, copy_C, entry_C = (ids_SK.new_empty(copies, dtype=torch.int64) for _ in range(3))
@@ -200,12 +192,12 @@ def _place(
 
 
 def collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor) -> None:
-    """Compute the sum of every source's copies. The rows of the input and of the output may be strided."""
+    """Return the sum of every source's copies. Input and output rows may be strided."""
     _collect(rows_CX, copy_C, start_S, out_SX, 0)
 
 
 def sum_entries(rows_CX: Tensor, copy_SK: Tensor, out_SX: Tensor) -> None:
-    """Compute the sum of the K copies of every source. The copies are added in the order of copy_SK."""
+    """Return the sum of every source's K copies, added in the order of copy_SK."""
     _collect(rows_CX, copy_SK, copy_SK, out_SX, copy_SK.shape[1])
 
 
@@ -219,7 +211,7 @@ def _collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor, e
 
 
 def encode_rows(x_RD: Tensor, bytes_RB: Tensor, floor: float) -> None:
-    """Encode rows in the byte format of `Fp8Wire`. The width must be a multiple of the tile width."""
+    """Encode rows as bytes of `Fp8Wire`. The width must be a multiple of the tile width."""
     (rows, width), row = x_RD.shape, bytes_RB.shape[1]
     tiles, words = width // 128, bytes_RB.view(torch.int32)
     align = row & -row

@@ -1,19 +1,19 @@
 """The formats in which dispatch and combine send rows.
 
-A wire encodes each row as one message row of bytes, and decodes message rows. The wire named `bf16` sends rows in the
-activation dtype, so an fp32 run sends fp32 and loses nothing; the name only means "no separate wire format". `fp8`
-sends E4M3 values with one power-of-two scale per tile of 128 channels (paper 3.3.3). It needs half the bytes of bf16.
+A wire encodes each row as a message row of bytes, and decodes it. The wire `bf16` sends the activation dtype: an fp32
+run sends fp32 and loses nothing. `fp8` sends E4M3 values with one power-of-two scale per tile of 128 channels (paper
+3.3.3), half the bytes of bf16.
 
-FP8 row, in bytes:  D values | ceil(D/128) scale exponents (UE8M0: exponent + 127) | zeros to a multiple of 4.
-Values are sent as bytes, because gloo has no FP8. Let amax be the largest magnitude of a tile:
+FP8 row, in bytes:  D values | ceil(D/128) scale exponents (UE8M0: exponent + 127) | zeros to a multiple of 4. Values
+are sent as bytes, because gloo has no FP8. Let amax be the largest magnitude of a tile:
 
     scale = 2^ceil(log2(max(amax, floor) / 448)),    q = e4m3(x / scale)
 
-448 = 1.75 * 2^8 is the largest E4M3 number. So the exponent of the scale is the exponent of amax minus 8, plus 1 if the
-mantissa of amax exceeds 1.75. The code computes this exponent by one integer addition to the bits of amax, exactly and
-without a logarithm. Division by a power of two is exact as well, so bf16 holds q * scale exactly, and a second
-quantization changes no value. Rounding may reduce a tile's amax to 224 * scale. The second quantization then halves the
-scale and doubles q, both exactly.
+448 = 1.75 * 2^8 is the largest E4M3 number. So the scale's exponent is that of amax minus 8, plus 1 if the mantissa of
+amax exceeds 1.75. One integer addition to the bits of amax computes it exactly.
+
+bf16 holds q * scale exactly, and a second quantization changes no value. If rounding reduced a tile's amax to 224 *
+scale, it halves the scale and doubles q, both exactly.
 
 Shapes: R rows, D channels, B bytes per message row (a multiple of 4), S tiles of 128 channels.
 """
@@ -39,8 +39,8 @@ from parallel.expert.permute import triton_dispatch
 # Shapes: R rows, D channels, S tiles of 128 channels.
 
 TILE = 128
-"""Number of consecutive values of a row that share a scale, both on the wire and in a GEMM's input. It is also the
-height and width of the blocks that share a scale in a weight (paper 3.3.2).
+"""Number of consecutive values of a row with one scale, on the wire and in a GEMM's input. In a weight, blocks of this
+height and width have one scale (paper 3.3.2).
 """
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 """For every byte: the fp32 value that it has as E4M3."""
@@ -49,10 +49,10 @@ Widen = Callable[[Tensor], Tensor]
 
 
 def widen(q_RD: Tensor) -> Tensor:
-    """Convert FP8 values to fp32, with the method that is fastest on the values' device.
+    """Convert FP8 values to fp32.
 
-    torch converts FP8 on a CPU one value at a time; a lookup in a table of 256 values takes a fifth of that time. The
-    meta device also uses the table, because plans count the operations of a CPU there.
+    On a CPU, a lookup in a table of 256 values takes a fifth of torch's time. The meta device uses the table too,
+    because plans count a CPU's operations there.
     """
     if q_RD.is_cuda:
         return q_RD.float()
@@ -60,12 +60,14 @@ def widen(q_RD: Tensor) -> Tensor:
 
 
 class QuantizedRows(Tensor):
-    """Rows (R, D) as FP8 values with scales. Each value of a row is q_RD times the scale of its tile; bf16 holds this
-    product exactly.
+    """Rows (R, D) as FP8 values with scales: each value is q_RD times its tile's scale. bf16 holds this product
+    exactly.
 
-    q_RD: FP8 values, float8_e4m3fn; the rows may be strided. scale_RS: scales, fp32 powers of two. floor: lower bound
-    of a tile's amax in the computation of its scale. dtype: dtype of the values as the rest of the code sees them.
-    widen: function that converts q_RD to fp32.
+        q_RD: float8_e4m3fn; the rows may be strided
+        scale_RS: fp32 powers of two
+        floor: lower bound of a tile's amax in the computation of its scale
+        dtype: dtype of the values for the rest of the code
+        widen: function that converts q_RD to fp32
     """
 
     @staticmethod
@@ -103,12 +105,12 @@ class QuantizedRows(Tensor):
 
 
 def dequantize(q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, widen: Widen = widen) -> Tensor:
-    """Return each value of q_RD times the scale of its tile, in `dtype`."""
+    """Return q_RD times the scales of its tiles, in `dtype`."""
     return in_tiles(widen(q_RD)).mul_(scale_RS[..., None]).flatten(1)[:, : q_RD.shape[1]].to(dtype)
 
 
 def in_tiles(x_RD: Tensor) -> Tensor:
-    """Return the rows as tiles, (R, S, 128). The last tile of each row is padded with zeros."""
+    """Return rows as tiles, (R, S, 128), with zeros after the last value."""
     width = x_RD.shape[1]
     if width % TILE:
         x_RD = torch.nn.functional.pad(x_RD, (0, -width % TILE))
@@ -117,9 +119,8 @@ def in_tiles(x_RD: Tensor) -> Tensor:
 
 E4M3_MAX = 448.0
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
-"""Lower bounds of amax (the largest magnitude of a tile) for activations and for gradients. All values of a gradient
-can be far below 1e-4. With the bound of activations, such a gradient would be quantized too coarsely. So gradients use
-torchao's bound, which only prevents a division by 0.
+"""Lower bounds of a tile's amax (largest magnitude), for activations and for gradients. All values of a gradient can be
+far below 1e-4. So gradients use torchao's bound, which only prevents a division by 0.
 """
 
 
@@ -127,17 +128,17 @@ class Wire(Protocol):
     """The interface of a wire that dispatchers use."""
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
-        """Return the size of one message row in bytes, which is a multiple of 4. width: number of channels of a row."""
+        """Return the bytes of a message row, a multiple of 4. width: channels of a row."""
 
     def encode(self, x_RD: Tensor, *, gradient: bool = False) -> Tensor:
         """Encode rows as bytes, uint8 (R, B)."""
 
     def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype, *, gradient: bool = False) -> Tensor:
-        """Decode bytes to rows (R, width) of `dtype`. gradient: the value that was passed to `encode`."""
+        """Decode bytes to rows (R, width) of `dtype`. gradient: as passed to `encode`."""
 
 
 class HighWire:
-    """The wire that sends rows in the activation dtype. Encode and decode return views if the width allows it."""
+    """The wire in the activation dtype. Encode and decode return views if the width allows it."""
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
         return _round_up(width * dtype.itemsize, 4)
@@ -155,10 +156,9 @@ class HighWire:
 
 
 class Fp8Wire:
-    """The wire that sends E4M3 values with one power-of-two scale per 1x128 tile (paper 3.3.2, 3.3.3).
+    """The wire of E4M3 values with one power-of-two scale per 1x128 tile (paper 3.3.2, 3.3.3).
 
-    activation_floor: lower bound of amax (the largest magnitude of a tile) when the scale of activations is computed;
-    DeepSeek uses 1e-4. gradient_floor: the corresponding bound for gradients.
+    activation_floor, gradient_floor: lower bounds of a tile's amax for its scale. DeepSeek uses 1e-4 for activations.
     """
 
     def __init__(self, activation_floor: float = ACTIVATION_FLOOR, gradient_floor: float = GRADIENT_FLOOR):
@@ -190,7 +190,7 @@ class Fp8Wire:
         return bytes_RB
 
     def decode_parts(self, bytes_RB: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Split the bytes of rows into q_RD (float8_e4m3fn, a view) and scale_RS (fp32), for a GEMM that takes both."""
+        """Split the bytes of rows into q_RD (float8_e4m3fn, a view) and scale_RS (fp32), for GEMMs that take both."""
         q_RD = bytes_RB[:, :width].view(torch.float8_e4m3fn)
         exponent_RS = bytes_RB[:, width : width + _tiles(width)].to(torch.int32)
         return q_RD, (exponent_RS << 23).view(torch.float32)
@@ -204,7 +204,7 @@ class Fp8Wire:
 
 
 class Fp8RowsWire(Fp8Wire):
-    """The FP8 wire for experts that compute in FP8. It does not decode received rows."""
+    """The FP8 wire for experts that compute in FP8: received rows are not decoded."""
 
     def unpack(self, q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, *, gradient: bool) -> Tensor:
         floor = self.gradient_floor if gradient else self.activation_floor

@@ -1,21 +1,20 @@
 """Stores activations in host memory from the forward that computes them to the backward that reads them.
 
-When the forward of a part of the model ends, the activations that it saves for backward are copied to the host as one
-batch. Backward reads the batches in reverse order. The order of the pipeline's actions determines when copies start:
+When the forward of a part of the model ends, its saved activations are copied to the host as one batch. Backward reads
+the batches in reverse order. The order of the pipeline's actions determines when copies start:
 
-    out     A copy to the host starts when the batch is sent. The batch's device memory is freed when the action sends
-            its next batch, or when the next action ends. So the copy overlaps with compute. If a backward follows at
-            once, the batch is still on the device and is not copied back.
-    back    The newest batch of a micro-batch is copied back during the action before the backward that reads it. When
+    out     The copy to the host starts at once and overlaps with compute. The batch's device memory is freed when the
+            action sends its next batch, or when the next action ends. If a backward follows at once, the batch is still
+            on the device and is not copied back.
+    back    A micro-batch's newest batch is copied back during the action before the backward that reads it. When
             backward reads a batch, the copy of the previous batch starts. So two batches are on the device at a time.
 
-Copies use two device streams, one per direction, because the link works in both directions at once. Copies and compute
-wait for each other by events, so the host never waits. The memory of a copied tensor is freed only after the compute
-stream has waited for the copy. So the allocator need not know about the stream of the copies. On a CPU, the same code
-copies synchronously.
+Each direction has its own stream, because the link works in both directions at once. Copies and compute wait for each
+other by events, so the host never waits. A tensor's memory is freed only after the compute stream has waited for its
+copy. So the allocator need not know the copy's stream. On a CPU, copies are synchronous.
 
-Host memory is allocated in pages (pinned for a GPU), which are kept and reused. The number of rows of experts differs
-from one micro-batch to the next. With buffers of exactly the needed size, more and more unused buffers would remain.
+Host memory is allocated in pages (pinned for a GPU), which are reused. The number of experts' rows changes with every
+micro-batch, so buffers of the exact size would leave more and more unused buffers.
 """
 
 from collections import deque
@@ -41,8 +40,8 @@ class HostMemoryFull(RuntimeError):
 
 
 def page_bytes(sizes: Iterable[int], kind: str) -> int:
-    """Return the total bytes of the pages that a batch needs. sizes: bytes of each tensor of the batch. kind: type of
-    the device, such as cuda.
+    """Return the bytes of the pages for a batch. sizes: bytes of each of its tensors. kind: type of the device, such as
+    cuda.
     """
     page = _size_of_page(kind)
     return -(-sum(map(_aligned, sizes)) // page) * page
@@ -55,7 +54,7 @@ def _size_of_page(kind: str) -> int:
 def reads(action: Action, one_piece: Collection[int] = ()) -> list[tuple[int, int]]:
     """Return (stage, micro-batch) for the activations that this action is the first to read.
 
-    one_piece: stages whose backward cannot be split into a backward of inputs and a backward of weights.
+    one_piece: stages whose backward has no separate backwards of inputs and of weights.
     """
     return [
         (part.stage, part.micro_batch)
@@ -65,10 +64,9 @@ def reads(action: Action, one_piece: Collection[int] = ()) -> list[tuple[int, in
 
 
 class HostStore:
-    """The activations of one rank. The store copies them between the rank's device and pages of host memory; see the
-    top of the file.
+    """The activations of one rank, copied between its device and pages of host memory; see the top of the file.
 
-    If a backward runs outside of `acting`, a batch is copied back only when backward reads it.
+    In a backward outside of `acting`, a batch is copied back only when it is read.
     """
 
     def __init__(self, device: torch.device):
@@ -76,15 +74,15 @@ class HostStore:
         self._pages = _Pages(device.type)
         self._out, self._back = _Copies(device), _Copies(device)
         self._reads: dict[tuple[str, int, int], tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {}
-        """For each action: two lists of (stage, micro-batch). The first list names the activations that the action
-        reads. The second list names the activations that the next action reads.
+        """For each action: (stage, micro-batch) of the activations that it reads, and of those that the next action
+        reads.
         """
         self._batches: dict[tuple[int, int], list[_Batch]] = {}
-        """Batches of activations that no backward has read yet, by stage and micro-batch."""
+        """Unread batches of activations, by stage and micro-batch."""
         self._current: tuple[int, int] | None = None
-        """Stage and micro-batch of the forward that is running; None outside of a forward."""
+        """Stage and micro-batch of the running forward; None outside of a forward."""
         self._leaving: list[_Batch] = []
-        """Batches that the current action has sent and whose device memory is not yet freed; at most one."""
+        """Batches that the current action sent and whose device memory is not yet freed; at most one."""
         self._left_over: list[_Batch] = []
         """Batches that the previous action sent and whose device memory is not yet freed."""
         self.sent_bytes = 0
@@ -103,8 +101,8 @@ class HostStore:
 
     @contextmanager
     def acting(self, kind: str, stage: int, micro_batch: int) -> Iterator[None]:
-        """Run one action of the step inside the block. For an overlapped pair, pass the stage and micro-batch of the
-        pair's forward.
+        """Run one action of the step inside the block. For an overlapped pair, pass stage and micro-batch of its
+        forward.
         """
         if (kind, stage, micro_batch) not in self._reads:  # for an action that computes nothing
             yield
@@ -125,8 +123,8 @@ class HostStore:
                 batch.wait()
 
     def send(self, storages: Sequence[Tensor]) -> list["_Piece"]:
-        """Start to copy storages (flat tensors of bytes) to the host. Returns one object for each storage. Its method
-        `fetched` returns the storage.
+        """Start to copy storages (flat tensors of bytes) to the host. Returns an object for each; its method `fetched`
+        returns the storage.
         """
         self._let_go(self._leaving)
         sizes = list(map(len, storages))
@@ -145,7 +143,7 @@ class HostStore:
         return batch.held
 
     def read(self, batch: "_Batch") -> None:
-        """Make later compute wait until this batch is on the device, and start to copy back the previous batch."""
+        """Make later compute wait until this batch is on the device. Start to copy back the previous batch."""
         self._fetch(batch)
         batch.wait()
         before, batch.before = batch.before, None
@@ -183,7 +181,7 @@ class HostStore:
 
 
 class _Place(NamedTuple):
-    """The bytes `begin` to `end` of a storage. host: the host memory to which they are copied."""
+    """Bytes `begin` to `end` of a storage. host: host memory of their copy."""
 
     begin: int
     end: int
@@ -198,7 +196,7 @@ class _Piece:
         self.batch: _Batch
 
     def fetched(self) -> Tensor:
-        """Return the storage as a flat tensor of bytes on the device. Copy it back first if it is only on the host."""
+        """Return the storage as a flat tensor of bytes on the device, copied back if necessary."""
         self._store.read(self.batch)
         assert self.tensor is not None
         return self.tensor
@@ -209,15 +207,11 @@ class _Batch:
 
     def __init__(self, pieces: list[_Piece], before: "_Batch | None", pages: "_Pages"):
         self.held = pieces
-        """The batch's storages while a copy in either direction is in progress; otherwise empty. The list keeps their
-        device memory from being freed before the copy has ended.
-        """
+        """The batch's storages during a copy in either direction, to keep their device memory; otherwise empty."""
         self.pieces = [ref(piece) for piece in pieces]
-        """Weak references to the batch's storages. A reference is empty once no backward needs the storage."""
+        """Weak references to the batch's storages; empty once no backward needs the storage."""
         self.before = before
-        """The batch that the same forward sent before this batch. None if there is none, or after this batch has been
-        read.
-        """
+        """The batch that the same forward sent before. None if there is none, or after this batch has been read."""
         self.is_back = False
         self.places: list[list[_Place]] = []
         self.pages: list[_Page] = []
@@ -228,15 +222,13 @@ class _Batch:
             piece.batch = self
 
     def wait(self) -> None:
-        """Make the compute stream wait for the batch's last copy. Work that is launched later may then reuse the
-        batch's memory.
-        """
+        """Make the compute stream wait for the batch's last copy. Later work may then reuse the batch's memory."""
         if self.copied is not None:
             torch.cuda.current_stream().wait_event(self.copied)
         self.held = []
 
     def give_pages(self) -> None:
-        """Release the batch's pages. Other batches may reuse them as soon as this batch's last copy is complete."""
+        """Release the batch's pages for reuse after its last copy."""
         self.places = []
         for page in self.pages:
             page.read = self.copied
@@ -248,7 +240,7 @@ class _Batch:
 
 
 class _Page:
-    """A page of host memory. host: the memory. read: event after the last copy that reads the page."""
+    """A page of host memory. host: the memory. read: event after the last copy from the page."""
 
     def __init__(self, host: Tensor):
         self.host = host
@@ -256,7 +248,7 @@ class _Page:
 
 
 class _Pages:
-    """The host memory of a rank, divided into pages of equal length. kind: type of the device."""
+    """A rank's host memory, in pages of equal length. kind: type of the device."""
 
     def __init__(self, kind: str):
         self._kind, self._size = kind, _size_of_page(kind)
@@ -264,9 +256,8 @@ class _Pages:
         self.taken = 0
 
     def take(self, size: int) -> list[_Page]:
-        """Return pages for `size` bytes.
-
-        Copies to these pages on the current stream wait until earlier copies have read the pages.
+        """Return pages for `size` bytes. Copies to them on the current stream wait until earlier copies have read the
+        pages.
         """
         pages = [self.free.popleft() if self.free else self._make() for _ in range(-(-size // self._size))]
         for event in {page.read for page in pages if page.read is not None}:
@@ -292,9 +283,7 @@ class _Copies:
 
     @contextmanager
     def after_computing(self) -> Iterator[None]:
-        """Run the copies inside the block on this stream. They start after all compute that the host launched before
-        the block.
-        """
+        """Run the copies of the block on this stream, after all compute that was launched before the block."""
         if self._stream is None:
             yield
             return
@@ -303,7 +292,7 @@ class _Copies:
             yield
 
     def mark(self) -> torch.cuda.Event | None:
-        """Return an event that completes after all copies that the host has launched so far; None on a CPU."""
+        """Return an event after all copies that were launched so far; None on a CPU."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()
@@ -316,9 +305,7 @@ def _aligned(size: int) -> int:
 
 
 def _places(sizes: Iterable[int], pages: Sequence[_Page]) -> Iterator[list[_Place]]:
-    """Yield, for each storage, the parts of pages to which its bytes are copied. The storages fill the pages one after
-    another.
-    """
+    """Yield, for each storage, the parts of pages for its bytes. The storages fill the pages one after another."""
     at = 0
     for size in sizes:
         places, begin = [], 0

@@ -1,7 +1,7 @@
 """The torch class that runs each schedule, and the order of its actions on every rank.
 
-The order is read from the torch class that a run uses; the class is built with placeholder stages. So a plan simulates
-the schedule that will run. conf/pipeline_schedules.py lists what a schedule requires of a layout.
+The order is read from this class, built with placeholder stages. So a plan simulates the schedule that will run. For
+the rules of layouts, see conf/pipeline_schedules.py.
 """
 
 from collections.abc import Callable
@@ -21,38 +21,36 @@ TorchClass = type[Any]
 
 
 class Action(NamedTuple):
-    """One unit of a rank's work, for one stage and micro-batch: F (forward), B (backward), I (backward of inputs) or W
-    (backward of weights); or FB, a forward and a backward that run together.
+    """A unit of a rank's work for a stage and micro-batch: F (forward), B (backward), I (backward of inputs), W
+    (backward of weights), or FB (a forward and a backward together).
     """
 
     kind: str
     stage: int
     micro_batch: int
     halves: tuple["Action", ...] = ()
-    """For FB: its forward and its backward. The stage and micro_batch of an FB are those of its forward."""
+    """For FB: its forward and its backward. An FB has its forward's stage and micro_batch."""
 
 
 @dataclass(frozen=True)
 class TorchOrder:
-    """The torch class that runs a schedule (`drives`), and the function that returns the order of its actions."""
+    """The torch class that runs a schedule (`drives`), and the function that returns the actions' order."""
 
     drives: TorchClass
     of_rank: Callable[[int, int, int], list[Action]] | None = None
-    """Function of rank, pp and micro_batches that returns the order of a rank. It is None if the torch class itself
-    reports the correct order. The function is for schedules with one stage per rank.
+    """Function from rank, pp and micro_batches to the rank's order, for one stage per rank. None if the torch class
+    reports the correct order.
     """
 
     @property
     def is_multi(self) -> bool:
-        """Whether the torch class takes a list of stages and waits for their sends at the end of a step."""
+        """Whether the torch class takes a list of stages and waits for their sends at a step's end."""
         return issubclass(self.drives, PipelineScheduleMulti)
 
 
 def _one_f_one_b(rank: int, pp: int, micro_batches: int) -> list[Action]:
-    """Return the order that Schedule1F1B executes.
-
-    The class also has a list `pipeline_order`, but Schedule1F1B never runs this list. In torch 2.13 the list is wrong:
-    the last stage starts at micro-batch 1.
+    """Return the order that Schedule1F1B executes. In torch 2.13, its unused list `pipeline_order` is wrong: the last
+    stage starts at micro-batch 1.
     """
     warm_up = min(micro_batches, pp - rank)
     forwards = [Action("F", rank, m) for m in range(micro_batches)]
@@ -73,11 +71,10 @@ ORDERS: dict[str, TorchOrder] = {
 def schedule_actions(
     name: str, pp: int, micro_batches: int, virtual: int = 2, overlap: bool = True
 ) -> list[list[Action]]:
-    """Return, for every rank, its actions in the order in which torch runs them under this schedule.
+    """Return every rank's actions in torch's order under this schedule. The result is cached: do not change it.
 
-    The caller must not change the result, because it is cached. No process group is needed. virtual: value of
-    parallel.virtual_stages. overlap: whether the forward and backward of a pair run together. If not, torch runs one
-    after the other.
+    virtual: value of parallel.virtual_stages. overlap: whether the forward and backward of a pair run together;
+    otherwise one after the other.
     """
     order = ORDERS[name]
     if order.of_rank is not None:
@@ -98,8 +95,7 @@ def schedule_actions(
 
 
 def without_transfers(drives: type[PipelineScheduleMulti]) -> type[PipelineScheduleMulti]:
-    """Return a subclass that does not build the lists of actions with communication. Plans do not need these lists, and
-    torch needs most of its time to build them.
+    """Return a subclass without lists of communication actions. Plans do not need them, and torch builds them slowly.
     """
 
     class ComputeOnly(drives):  # pyrefly: ignore[invalid-inheritance]  the class is known at run time

@@ -1,10 +1,10 @@
 """Interleaves the forward of one micro-batch and the backward of another, so that compute hides communication.
 
 Inside an expert layer, a forward or backward cannot hide its own all-to-all, because its next GEMM needs the data in
-flight. But the forward can compute while the backward communicates, and the reverse (paper 3.2.1). So both run as two
-lanes that take turns. A lane that has launched an asynchronous all-to-all calls `yield_point()` before it waits. Then
-the other lane computes until it has launched its own all-to-all. The backward lane goes first, which gives the paper's
-order for each pair of layers (deepseek_v3.md 5.3):
+flight. But one can compute while the other communicates (paper 3.2.1). So both run as lanes that take turns. A lane
+launches an asynchronous all-to-all and calls `yield_point()` before it waits. Then the other lane computes until it has
+launched its own. The backward lane goes first, which gives the paper's order for each pair of layers (deepseek_v3.md
+5.3):
 
     backward lane                          forward lane
     begin combine(B)           ->
@@ -16,26 +16,25 @@ order for each pair of layers (deepseek_v3.md 5.3):
                                <-
     wait, attn(B), attn(W)     ->          wait                              combine(F) is hidden by attn(B), attn(W)
 
-Here F means forward, B the backward of inputs and W the backward of weights. The order differs from the paper in one
-place. Autograd computes both gradients of a GEMM in one node, so mlp(W) runs with mlp(B). So mlp(W) helps to hide
-dispatch(F) instead of dispatch(B).
+F is the forward, B the backward of inputs, W the backward of weights. Unlike in the paper, mlp(W) hides dispatch(F)
+instead of dispatch(B): autograd computes both gradients of a GEMM in one node.
 
-The backward lane is a second thread, because autograd cannot be paused in another way. A token, called the baton, lets
-exactly one lane run at a time. So there is no data race, and both lanes together behave like one thread.
+The backward lane is a second thread, because autograd cannot be paused otherwise. A token, called the baton, lets
+exactly one lane run at a time. So there is no data race.
 
-The ranks cannot deadlock. Collectives on a group match if all its ranks issue them in the same order. The ranks of an
-expert group hold the same stages and run the same list of actions, and so do the ranks that share sequences. So they
-pair the same forward with the same backward. Within a pair, the order depends only on the sequence of yield points of
-each lane. A lane passes the baton only at a yield point or at its end, never after some time. When one lane has ended,
-the other lane runs to its end. The sequence of yield points follows from the layers of the stage, which are the same on
-all these ranks. It must not depend on data: a dispatcher yields even if it has no row to send. By induction over turns,
-every rank issues the same collectives in the same order.
+The ranks cannot deadlock, because all ranks of a group issue its collectives in the same order:
 
-Collectives of ranks that share sequences have no yield point. These are the gather of latents before attention and in
-its backward, the sum of the latents' gradients, and the sum of expert counts in the router (parallel/context.py). A
-lane issues such a collective and waits for it inside one turn. The number of these collectives depends on the layers,
-not on the data. So each of them has a fixed place between two yield points. Pipeline sends and receives happen before
-and after the pair, never inside it.
+    - The ranks of an expert group, and ranks that share sequences, hold the same stages and run the same list of
+      actions. So they pair the same forward with the same backward.
+    - Within a pair, the order depends only on each lane's sequence of yield points. A lane passes the baton only at a
+      yield point or at its end, never after some time. After the end of one lane, the other runs to its end.
+    - The yield points follow from the stage's layers. They must not depend on data: a dispatcher yields even if it has
+      no row to send.
+
+Collectives of ranks that share sequences have no yield point: the gathers of latents, the sum of their gradients, and
+the router's sum of expert counts (parallel/context.py). A lane issues such a collective and waits for it in one turn.
+Their number depends only on the layers, so each has a fixed place between two yield points. Pipeline sends and receives
+are never inside a pair.
 """
 
 import queue
@@ -61,7 +60,7 @@ _current: "_Pair | None" = None
 
 
 def yield_point() -> None:
-    """Let the other lane compute. Call this function after an asynchronous transfer is launched, before waiting for it.
+    """Let the other lane compute. Call this after an asynchronous transfer is launched, before waiting for it.
 
     Does nothing outside of an overlapped pair, or after the other lane has ended.
     """
@@ -70,13 +69,13 @@ def yield_point() -> None:
 
 
 class LaneStopped(RuntimeError):
-    """Raised at the yield point of a lane if the other lane has failed. The user sees the error of the other lane."""
+    """Raised at a lane's yield point if the other lane has failed. The user sees the other lane's error."""
 
 
 class Lanes:
     """Runs pairs of a forward and a backward. One thread runs all backward lanes; `close` ends it.
 
-    timeout: maximum number of seconds that one lane waits for its turn. It must exceed the longest collective.
+    timeout: maximum seconds that a lane waits for its turn, more than the longest collective.
     """
 
     def __init__(self, device: torch.device, timeout: float = 600.0):
@@ -85,9 +84,8 @@ class Lanes:
         threading.Thread(target=_work_off, args=(self._work,), name="backward-lane", daemon=True).start()
 
     def run(self, forward: Callable[[], Any], backward: Callable[[], Any]) -> tuple[Any, Any]:
-        """Run both functions as lanes and return their results. `forward` runs in the calling thread.
-
-        Raises the first error of either lane.
+        """Run both functions as lanes and return their results; `forward` runs in the calling thread. Raises the first
+        error of either lane.
         """
         global _current
         assert _current is None, "one pair at a time"
@@ -109,16 +107,14 @@ class Lanes:
 
 
 def _work_off(work: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
-    """Run the backward lanes one after another. This is the function of their thread."""
+    """Run the backward lanes one after another: the function of their thread."""
     while (job := work.get()) is not None:
         job()
         del job  # the job holds the graph of its micro-batch, which must be freed before the next job comes
 
 
 def _on_current_stream(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """Return a function that runs `work` on the stream that is current now. Otherwise `work` would run on the default
-    stream of its thread.
-    """
+    """Return a function that runs `work` on the current stream, instead of the default stream of its thread."""
     if device.type != "cuda":
         return work
     stream = torch.cuda.current_stream(device)
@@ -131,8 +127,8 @@ def _on_current_stream(work: Callable[[], Any], device: torch.device) -> Callabl
 
 
 def _in_same_modes(work: Callable[[], Any]) -> Callable[[], Any]:
-    """Return `work` as a function that runs under the caller's dispatch modes. torch keeps these modes per thread, but
-    a memory count must see both lanes.
+    """Return a function that runs `work` under the caller's dispatch modes. torch keeps these per thread, but a memory
+    count must see both lanes.
     """
     modes = _get_current_dispatch_mode_stack()
     if not modes:
@@ -148,7 +144,7 @@ def _in_same_modes(work: Callable[[], Any]) -> Callable[[], Any]:
 
 
 class _Pair:
-    """One overlapped run of two lanes: which lane may run now, and the results."""
+    """One run of two lanes: which lane may run now, and the results."""
 
     def __init__(self, timeout: float):
         self.results: list[Any] = [None, None]
@@ -160,7 +156,7 @@ class _Pair:
         self._baton[_BACKWARD].release()
 
     def run(self, lane: int, work: Callable[[], Any]) -> None:
-        """Run one lane: wait for its first turn, run `work`, and then let the other lane run, even after an error."""
+        """Run one lane: wait for its first turn, run `work`, then let the other lane run, even after an error."""
         try:
             self._await_turn(lane)
             self.results[lane] = work()
@@ -172,7 +168,7 @@ class _Pair:
         self._baton[1 - lane].release()
 
     def hand_over(self) -> None:
-        """Let the other lane run, and wait until it is this lane's turn again."""
+        """Let the other lane run, and wait for this lane's next turn."""
         lane = self._turn
         if self._ended[1 - lane].is_set():
             return
@@ -181,7 +177,7 @@ class _Pair:
         self._await_turn(lane)
 
     def await_end(self, lane: int) -> None:
-        """Wait until this lane has ended, with or without an error. Raises TimeoutError if it does not end."""
+        """Wait until this lane has ended, even with an error. Raises TimeoutError if it does not end."""
         if not self._ended[lane].wait(self._timeout):
             raise TimeoutError(f"the {_NAMES[lane]} lane did not end within {self._timeout} s") from self.error
 
@@ -198,8 +194,8 @@ def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager])
     """Return the function that torch's runtime runs for an OVERLAP_F_B action of DualPipeV. The caller registers it
     with register_custom_function.
 
-    As in torch's own function, the receives of both halves complete before the pair starts, and the sends of both
-    halves follow the pair. torch's function runs the two halves one after the other; this function runs them as lanes.
+    As in torch's function, both receives complete before the pair starts, and both sends follow it. But the two halves
+    run as lanes instead of one after the other.
     """
 
     def run_pair(action: Any, context: Any) -> None:
@@ -229,8 +225,8 @@ def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager])
 
 
 def _receive(posted: dict, stage: int, micro_batch: int, local: bool) -> None:
-    """Wait for the message of a neighbouring stage. local: whether that stage is on this rank. If so, there is no
-    message, because the stage has already passed its tensor on.
+    """Wait for a neighbouring stage's message. local: whether that stage is on this rank and so has already passed its
+    tensor on.
     """
     if not local:
         for work in posted.pop((stage, micro_batch)):

@@ -1,15 +1,13 @@
 """Forward and backward of all micro-batches of a step, over the stages of a pipeline.
 
-torch.distributed.pipelining determines the order of the actions and transfers data between stages. Every rank of a
-pipeline reads the same batch. tokens_BS and the caller's other tensors (documents_BS, supervised_BS, tensors per token)
-are cut into micro-batches along B. Every chunk of a rank gets them as keyword arguments, so only hidden states are sent
-between stages. The last chunk computes its loss from the hidden states and returns it with shape (1,), so no logits
-leave a chunk.
+torch.distributed.pipelining orders the actions and transfers data between stages. Every rank of a pipeline reads the
+same batch. tokens_BS and the caller's other tensors (documents_BS, supervised_BS, tensors per token) are cut into
+micro-batches along B. Every chunk of a rank gets them as keyword arguments, so only hidden states are sent between
+stages. The last chunk returns its loss with shape (1,), so no logits leave it.
 
-The schedule divides each loss by the number of micro-batches and sums the gradients. So the gradients are those of the
-mean loss over micro-batches. If data-parallel pipelines have different numbers of micro-batches, the divisor is the
-mean of these numbers. A model without pipeline parallelism is a pipeline of one stage. It runs through the same class,
-in the 1F1B order F0 B0 F1 B1 ...
+The schedule divides each loss by the number of micro-batches and sums the gradients. If data-parallel pipelines have
+different numbers, the divisor is their mean. A model without pipeline parallelism is a pipeline of one stage, with the
+1F1B order F0 B0 F1 B1 ...
 
 Shapes: B sequences, S = T + 1 tokens of a batch row (T inputs and T targets), T positions, D hidden width.
 """
@@ -55,14 +53,18 @@ class Pipeline(Generic[Chunk]):
     ):
         """Set up this rank's part of the pipeline. Collective over the group.
 
-        name: name of the schedule. modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=...,
-        documents_BS=..., ...); x is tokens_BS for stage 0, and hidden states (B, T, D) for the other stages. stage_ids:
-        stage index of each chunk. num_stages: number of stages of the pipeline. group: ranks of this pipeline in order;
-        None for all ranks. hidden: hidden width D. dtype: dtype of the hidden states between stages. cp: number of
-        ranks that share the positions of each sequence; only T = (S - 1) / cp positions are sent between stages.
-        overlap: whether the forward and backward of a pair take turns (overlap.py) or run one after the other. timeout:
-        maximum seconds that one of the two waits for the other. host: stores activations of the chunks; the pipeline
-        reports every action to it.
+            name: name of the schedule
+            modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=..., ...); x is
+                tokens_BS for stage 0, and hidden states (B, T, D) for other stages
+            stage_ids: stage index of each chunk
+            num_stages: number of stages of the pipeline
+            group: ranks of this pipeline in order; None for all ranks
+            hidden: hidden width D
+            dtype: dtype of the hidden states between stages
+            cp: ranks that share each sequence. Only T = (S - 1) / cp positions are sent between stages
+            overlap: whether the forward and backward of a pair take turns (overlap.py) or run one after the other
+            timeout: maximum seconds that one of the two waits for the other
+            host: stores activations of the chunks; the pipeline reports every action to it
         """
         each = len(modules)
         self.facts = SCHEDULES[name]
@@ -72,15 +74,15 @@ class Pipeline(Generic[Chunk]):
         self.timeline = timeline_of(device)
         """Times of each action in the last steps."""
         self.stage_type: type[Stage] = Stage
-        """Class of the stages. It may be changed until the first step."""
+        """Class of the stages. It may be changed before the first step."""
         self.on_action: Callable[[str, int, int], None] = lambda kind, stage, micro_batch: None
         """Function that is called at the start of every action."""
         self.on_chunk_end: Callable[[int], None] = lambda chunk: None
-        """Function that is called with the index of a chunk as soon as the chunk's gradients are complete. Of this
-        rank's chunks, the last one to complete is left out.
+        """Function that is called with a chunk's index when its gradients are complete, except for the rank's last such
+        chunk.
         """
         self._left: dict[int, int] = {}
-        """For each stage: number of backward passes that this step has not completed yet."""
+        """For each stage: backward passes that this step has not completed."""
         self._host = host
         self._lanes = Lanes(device, timeout) if overlap and self.facts.pairs else None
         placement = self.facts.place_stages(num_stages // each, each)
@@ -106,12 +108,16 @@ class Pipeline(Generic[Chunk]):
         mean: float | None = None,
         **more: Tensor,
     ) -> Tensor | None:
-        """Run all micro-batches forward and backward. Gradients are added to the parameters' .grad.
+        """Run all micro-batches forward and backward. Adds gradients to the parameters' .grad.
 
-        tokens_BS (int64), documents_BS (int32 or None, on the host) and supervised_BS (bool or None, on the host) are
-        equal on every rank of the pipeline. B is a multiple of micro_batches. more: tensors (B, ...) that every chunk
-        gets as keyword arguments with these names. mean: divisor of the losses, by default micro_batches. Returns the
-        sum of the divided losses, a detached scalar, on the rank with the last stage, and None on the other ranks.
+            tokens_BS: int64, equal on every rank of the pipeline. micro_batches divides B
+            documents_BS: int32 or None, on the host, equal on every rank of the pipeline
+            supervised_BS: bool or None, on the host, equal on every rank of the pipeline
+            more: tensors (B, ...) that every chunk gets as keyword arguments with these names
+            mean: divisor of the losses, by default micro_batches
+
+        Returns the sum of the divided losses, a detached scalar, on the rank with the last stage, and None on the
+        others.
         """
         schedule = self._schedule(tokens_BS, micro_batches, float(micro_batches) if mean is None else mean)
         keywords = {"tokens_BS": tokens_BS} | _given(documents_BS, supervised_BS) | more
@@ -138,7 +144,7 @@ class Pipeline(Generic[Chunk]):
         *,
         micro_batches: int,
     ) -> Tensor | None:
-        """Return the mean loss over micro-batches, without gradients. Ranks without the last stage return None.
+        """Return the mean loss over micro-batches, without gradients; None on ranks without the last stage.
 
         The arguments are those of `forward`.
         """
@@ -158,14 +164,13 @@ class Pipeline(Generic[Chunk]):
         micro_batches: int,
         **more: Tensor,
     ) -> list[Tensor]:
-        """Return the last stage's output for every micro-batch, without gradients. Ranks without the last stage return
-        an empty list.
+        """Return the last stage's output for every micro-batch, without gradients. Other ranks return an empty list.
 
-        The arguments are those of `step`; micro_batches may be any divisor of B. The modules are in eval mode during
-        the call. The work is divided into slots: in slot t, stage s runs micro-batch t - s, so that each micro-batch
-        moves on by one stage per slot. Between two slots all ranks exchange their outputs. Each slot has one batch of
-        sends and receives, in the same order on all ranks, so the ranks cannot deadlock, even if a rank has several
-        stages. torch's own schedules are not used, because they cannot run only the forward of several stages per rank.
+        The arguments are those of `step`; micro_batches may be any divisor of B. Modules are in eval mode.
+
+        In time slot t, stage s runs micro-batch t - s. Between two slots all ranks exchange outputs in one batch of
+        sends and receives, in the same order. So the ranks cannot deadlock, even with several stages per rank. torch's
+        schedules cannot run only the forward of several stages per rank.
         """
         was_training = [module.training for module in self.modules]
         try:
@@ -197,8 +202,8 @@ class Pipeline(Generic[Chunk]):
         return found
 
     def _exchange(self, slot: int, outputs: dict, tokens: Sequence[Tensor]) -> dict[tuple[int, int], Tensor]:
-        """Send this rank's outputs of a time slot (see `forward`) to the next stages. Return the inputs of this rank's
-        stages for the next time slot.
+        """Send this rank's outputs of a time slot (see `forward`) to the next stages. Return its stages' inputs for the
+        next slot.
         """
         inputs, transfers = {}, []
         for (stage, m), output in outputs.items():
@@ -219,8 +224,7 @@ class Pipeline(Generic[Chunk]):
         return dist.P2POp(operation, tensor, group=self.group, group_peer=self._rank_of[stage])
 
     def _schedule(self, tokens_BS: Tensor, micro_batches: int, mean: float):
-        """Return the torch schedule for this number and shape of micro-batches. During a ramp of the batch size, the
-        number changes between steps.
+        """Return the torch schedule for this number and shape of micro-batches. A batch-size ramp changes the number.
         """
         B, S = tokens_BS.shape
         assert B % micro_batches == 0, (B, micro_batches)
@@ -257,9 +261,7 @@ class Pipeline(Generic[Chunk]):
         return schedule
 
     def _actions(self, micro_batches: int) -> tuple[list[Action], list[int]]:
-        """Return the actions of this rank in a step, and the rank's stages whose backward cannot be split into two
-        parts.
-        """
+        """Return this rank's actions in a step, and its stages whose backward cannot be split in two."""
         each = len(self.modules)
         actions = schedule_actions(
             self.facts.name, self.num_stages // each, micro_batches, each, self._lanes is not None
@@ -272,7 +274,7 @@ class Pipeline(Generic[Chunk]):
     def _acting(
         self, kind: str, stage: int, micro_batch: int, backward: tuple[int, int] | None = None
     ) -> Iterator[None]:
-        """Run one action of a step inside the block, and record it. The arguments are those of `Timeline.action`."""
+        """Run one action of a step inside the block, and record it. Arguments as in `Timeline.action`."""
         self.on_action(kind, stage, micro_batch)
         hosted = nullcontext() if self._host is None else self._host.acting(kind, stage, micro_batch)
         with self.timeline.action(kind, stage, micro_batch, backward), hosted:
@@ -286,8 +288,8 @@ class Pipeline(Generic[Chunk]):
             self.on_chunk_end(chunk)
 
     def _example(self, boundary: int, B: int, S: int) -> Tensor:
-        """Return an example of the tensor that enters stage `boundary`: tokens for stage 0, hidden states for other
-        stages. After the last stage, it is the loss.
+        """Return an example of the tensor at stage `boundary`: tokens before stage 0, the loss after the last stage,
+        else hidden states.
         """
         if boundary == 0:
             return torch.empty(B, S, dtype=torch.int64, device="meta")
@@ -297,6 +299,6 @@ class Pipeline(Generic[Chunk]):
 
 
 def _given(documents_BS: Tensor | None, supervised_BS: Tensor | None) -> dict[str, Tensor]:
-    """Return the keyword arguments for a chunk, except its tokens. A tensor that is None is left out."""
+    """Return a chunk's keyword arguments, except its tokens and tensors that are None."""
     named = {"documents_BS": documents_BS, "supervised_BS": supervised_BS}
     return {name: value for name, value in named.items() if value is not None}

@@ -1,7 +1,7 @@
 """Computes how long a schedule takes if its actions (orders.py) have given durations. It needs no ranks.
 
-F is a forward, B a backward, I a backward of inputs, W a backward of weights, and m a micro-batch. Each rank executes
-its list of actions in order. An action starts when the rank is free and the action's inputs have arrived:
+F is a forward, B a backward, I a backward of inputs, W a backward of weights, m a micro-batch. Each rank runs its
+actions in order. An action starts when the rank is free and the action's inputs have arrived:
 
     F(stage, m) needs F(stage - 1, m);    B or I(stage, m) needs B or I(stage + 1, m) and F(stage, m);
     W(stage, m) needs I(stage, m);        FB(F, B), an overlapped pair, needs the inputs of both halves.
@@ -18,29 +18,28 @@ class Simulation:
     """The result of a simulation, for all ranks."""
 
     makespan: float
-    """Seconds from the start of the first action of any rank to the end of the last action."""
+    """Seconds from the first start of an action on any rank to the last end."""
     busy: list[float]
     """For each rank: seconds in which it computes."""
     starts: list[list[float]]
-    """For each rank: the start of every action in seconds, in the order of the rank's list."""
+    """For each rank: the start of every action in seconds, in the rank's order."""
 
     @property
     def bubble(self) -> float:
-        """Idle time of all ranks, as a fraction of the time of all ranks."""
+        """Idle time of all ranks, as a fraction of their time."""
         return 1 - sum(self.busy) / (len(self.busy) * self.makespan)
 
     @property
     def imbalance(self) -> float:
-        """Compute time of the busiest rank divided by the mean compute time of a rank."""
+        """The busiest rank's compute time divided by the mean of all ranks."""
         return max(self.busy) * len(self.busy) / sum(self.busy)
 
 
 def what_runs(action: Action, one_piece: bool) -> str:
-    """Return the kind of work that torch runs for an action: F, B, I, W, FB, or "" for nothing.
+    """Return what torch runs for an action: F, B, I, W, FB, or "" for nothing.
 
-    one_piece: whether the stage's backward cannot be split into I (inputs) and W (weights). If so, torch runs the
-    complete backward at the stage's I and nothing at its W. In the first stage, if its backward can be split, torch
-    runs nothing at I and the complete backward at W.
+    one_piece: whether the stage's backward cannot be split into I and W. If so, torch runs the complete backward at I
+    and nothing at W. If the first stage can be split, torch runs nothing at I and the complete backward at W.
     """
     if action.kind not in ("I", "W") or not (one_piece or action.stage == 0):
         return action.kind
@@ -48,10 +47,10 @@ def what_runs(action: Action, one_piece: bool) -> str:
 
 
 def stages_ahead(actions: Sequence[Action], one_piece: Collection[int] = ()) -> dict[int, int]:
-    """Return the stages of a rank whose gradients are complete before the rank has run its last backward.
+    """Return the stages of a rank whose gradients are complete before the rank's last backward.
 
-    Each key is such a stage, in the order in which the gradients are complete. Each value is the index of the stage's
-    last backward action in `actions`. one_piece: stages whose backward cannot be split; see `what_runs`.
+    The keys are these stages, in the order of completion. The values are the indexes in `actions` of each stage's last
+    backward. one_piece: stages whose backward cannot be split; see `what_runs`.
     """
     ends = {
         part.stage: place
@@ -68,24 +67,20 @@ def simulate(actions: list[list[Action]], duration: Callable[[Action], float], t
 
 
 class Program:
-    """All actions of all ranks, in an order in which every action comes after the actions that it needs.
+    """All actions of all ranks, each after the actions that it needs.
 
-    This order does not depend on the durations of actions, so one Program can be run with many durations.
+    The order does not depend on durations, so one Program can be run with many.
     """
 
     def __init__(self, actions: list[list[Action]]):
-        """Order the actions. actions: one list per rank. Raises AssertionError if ranks would wait for each other in a
-        cycle.
-        """
+        """Order the actions. actions: one list per rank. Raises AssertionError if ranks would wait for each other."""
         self.actions = actions
         self._kinds: dict[tuple, tuple[int, Action]] = {}
-        """Actions are of the same kind if they differ only in their micro-batches. For each kind: its index, and its
-        first action.
+        """Actions are of the same kind if only their micro-batches differ. For each kind: its index and its first
+        action.
         """
         self._steps: list[tuple[int, int, list[int]]] = []
-        """For each action: its rank, the index of its kind, and the actions on other ranks whose results it needs. Each
-        needed action is given by its index in `_steps`.
-        """
+        """For each action: its rank, its kind's index, and the indexes in `_steps` of needed actions on other ranks."""
         last = max(part.stage for line in actions for action in line for part in _parts(action))
         position = [0] * len(actions)
         made: dict[tuple[str, int, int], int] = {}
@@ -112,8 +107,8 @@ class Program:
     def run(self, duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:
         """Return a simulation with these durations.
 
-        duration: function that returns the seconds of an action; the result must not depend on the micro-batch. An FB
-        counts as one action. transfer: seconds until a result reaches a stage on another rank.
+        duration: function from an action to its seconds, independent of the micro-batch; an FB is one action. transfer:
+        seconds until a result reaches a stage on another rank.
         """
         lengths = [duration(action) for _, action in self._kinds.values()]
         ranks = len(self.actions)
@@ -143,9 +138,7 @@ def _needs(part: Action, last: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _result(part: Action) -> tuple[str, int, int]:
-    """Return the name by which other actions refer to an action's result. The gradient of inputs has the same name
-    whether B or I computes it.
-    """
+    """Return the key of an action's result. The gradient of inputs has the same key for B and I."""
     return ("B" if part.kind == "I" else part.kind), part.stage, part.micro_batch
 
 

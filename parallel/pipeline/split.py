@@ -1,22 +1,18 @@
 """Assigns layers to pipeline stages, and so to ranks. Does not import torch.
 
-The rank with the most work determines the speed of the pipeline, whether it has one stage or two. The split starts from
-equal numbers of layers. Then it is improved in steps. Each step moves one layer from one stage to another: every stage
-between the two receives one layer from one neighbour and passes one layer to the other neighbour. The steps end when
-none improves the split.
-
-Two splits are compared by these values, in this order; smaller is better:
+The rank with the most work, of one stage or two, determines the pipeline's speed. The split starts from equal numbers
+of layers. Each improving step moves one layer from one stage to another: every stage between them passes one on. The
+steps end when none improves the split. Splits are compared by these values, in this order; smaller is better:
 
     1. the maximum cost of a rank
-    2. the sum of the squared costs of ranks, which is smallest if all ranks have the same cost
+    2. the sum of the squared costs of ranks, which is smallest for equal costs
     3. the sum of the squared costs of stages
-    4. the number of layers in early stages, because early stages hold the activations of more micro-batches
+    4. the layers in early stages, because these hold the activations of more micro-batches
 
-If all layers have the same cost, the result is optimal. With a few cheaper layers, the maximum cost of a rank exceeds
-the optimum by at most the cost of one cheap layer.
+With equal costs of layers, the result is optimal. With a few cheaper layers, the maximum cost of a rank exceeds the
+optimum by at most one cheap layer.
 
-The first stage also has the embedding, and the last stage has the head and the MTP modules. So these two stages may
-have no layers.
+The first stage has the embedding; the last has the head and the MTP modules. So both may have no layers.
 """
 
 from collections.abc import Sequence
@@ -24,8 +20,8 @@ from itertools import accumulate, pairwise, permutations
 
 
 def split_layers_evenly(layers: int, stages: int) -> list[range]:
-    """Return the layers of each stage, as consecutive ranges of nearly equal length. If there are too few layers, the
-    first and the last stage have none.
+    """Return consecutive ranges of layers of nearly equal length, one per stage. If layers are too few, the first and
+    the last stage have none.
     """
     bounds = [layers * stage // stages for stage in range(stages + 1)]
     if stages > 2 and layers < stages:
@@ -34,18 +30,19 @@ def split_layers_evenly(layers: int, stages: int) -> list[range]:
 
 
 def split_as_given(lengths: Sequence[int]) -> list[range]:
-    """Return the layers of each stage, as consecutive ranges. lengths: number of layers of every stage."""
+    """Return the layers of each stage as consecutive ranges. lengths: layers per stage."""
     return [range(begin, end) for begin, end in pairwise(accumulate(lengths, initial=0))]
 
 
 def split_layers(
     costs: Sequence[float], first_cost: float, last_cost: float, placement: Sequence[Sequence[int]]
 ) -> list[range]:
-    """Return the layers of each stage, as consecutive ranges. Only the first and the last stage may have no layers.
+    """Return the layers of each stage as consecutive ranges. Only the first and the last stage may be empty.
 
-    costs: cost of every layer, in any unit. first_cost: extra cost of the first stage, for the embedding. last_cost:
-    extra cost of the last stage, for the head, the loss and the MTP modules. Both are in the same unit as costs.
-    placement: stages of every rank.
+        costs: cost of every layer, in any unit
+        first_cost: extra cost of the first stage (embedding), in the same unit
+        last_cost: extra cost of the last stage (head, loss, MTP modules), in the same unit
+        placement: stages of every rank
     """
     stages, layers = sum(map(len, placement)), len(costs)
     assert layers >= stages - 2, "check_schedule comes first"
@@ -77,6 +74,6 @@ def split_layers(
 
 
 def _move(bounds: list[int], source: int, target: int) -> list[int]:
-    """Move one layer from stage `source` to stage `target`. The stages between them keep their number of layers."""
+    """Move one layer from stage `source` to stage `target`. Stages between them keep their number."""
     low, high, step = (source, target, -1) if source < target else (target, source, 1)
     return [bound + step if low < number <= high else bound for number, bound in enumerate(bounds)]

@@ -1,11 +1,9 @@
-"""One chunk of the model as a stage of torch's pipeline runtime. Its actions are timed, and it needs less memory than
-torch's stage.
+"""A chunk of the model as a stage of torch's pipeline runtime, with timed actions and less memory.
 
-torch's stage allocates the receive buffers of all micro-batches when it starts. So a step's memory would grow with the
-number of micro-batches, although a 1F1B-like order is meant to avoid this growth. For example, 120 micro-batches of
-4096 x 7168 values in bf16 take 7 GB per direction and stage. In this file the buffers start on the meta device. A real
-buffer is created when its receive is posted, and freed when its action is complete. For the same reason, the graph of a
-loss is freed right after its backward.
+torch's stage allocates the receive buffers of all micro-batches at its start, although a 1F1B-like order should bound
+memory. For example, 120 micro-batches of 4096 x 7168 bf16 values take 7 GB per direction and stage. Here, a buffer is
+created when its receive is posted, and freed after its action; before, it is on the meta device. The graph of a loss is
+freed right after its backward.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +19,12 @@ from torch.distributed.pipelining import PipelineStage
 
 
 def kept_graph(output: Tensor) -> Node | None:
-    """Return an object that keeps the graph of an output alive for its backward of weights. Call this function before
-    the backward of inputs, which releases the graph.
+    """Return an object that keeps an output's graph alive for its backward of weights. Call this before the backward of
+    inputs, which releases the graph.
 
-    The backward of weights starts from nodes of the graph. Before torch 2.13, a Python reference to such a node does
-    not keep the node alive if the node belongs to a Python function. For torch 2.13 and later the function returns
-    None, because there the reference is enough, and torch can free the rest of the graph between the two parts.
+    The backward of weights starts from nodes of the graph. Before torch 2.13, a reference to the node of a Python
+    function does not keep it alive. From 2.13 on it does, so the result is None, and torch can free the rest of the
+    graph.
     """
     if torch.__version__ >= "2.13":
         return None
@@ -35,10 +33,10 @@ def kept_graph(output: Tensor) -> Node | None:
 
 
 def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
-    """Run the backward of weights: add to every weight's `.grad`. groups: result of torch's stage_backward_input.
+    """Run the backward of weights, which adds to their `.grad`. groups: result of torch's stage_backward_input.
 
-    torch's own version calls autograd.grad() and adds the gradients itself. With it, a GEMM could not add to its weight
-    gradient directly (train/model/weight_gradient.py). The gradients are the same.
+    torch's version adds gradients itself, so a GEMM could not add to its weight gradient
+    (train/model/weight_gradient.py). The gradients are equal.
     """
     for group in groups:
         pairs = list(zip(group.pop("intermediates"), group.pop("grads"), strict=True))
@@ -59,9 +57,9 @@ def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
 class Stage(PipelineStage):
     """A torch PipelineStage whose tensor shapes are given in advance.
 
-    inputs, outputs: example tensors of one micro-batch with the right shape, dtype and requires_grad; their values are
-    not used. With them, torch does not run the module to find out the shapes. acting: function with the arguments of
-    `Timeline.action` that returns the context manager of an action.
+    inputs, outputs: example tensors of one micro-batch (shape, dtype, requires_grad); torch then does not run the
+    module to find them. acting: function with the arguments of `Timeline.action` that returns an action's context
+    manager.
     """
 
     def __init__(
@@ -80,12 +78,10 @@ class Stage(PipelineStage):
         )
         self._acting = acting
         self._one_piece = getattr(module, "backward_in_one_piece", False)
-        """Whether the module's backward cannot be split into two parts. If so, the backward of inputs runs the complete
-        backward.
-        """
+        """Whether the module's backward cannot be split. If so, the backward of inputs runs all of it."""
         self._graphs: dict[int, Node | None] = {}
-        """Graphs that must be kept alive, by micro-batch: those of the micro-batches whose backward of inputs has run
-        and whose backward of weights has not; see `kept_graph`.
+        """Graphs kept alive by `kept_graph`, by micro-batch, between the backward of inputs and the backward of
+        weights.
         """
 
     def _get_init_p2p_neighbors_ops(self):
@@ -144,7 +140,7 @@ class Stage(PipelineStage):
         return (), None
 
     def run_forward(self, micro_batch: int, *args, **kwargs):
-        """Run forward_one_chunk without recording an action, for a caller that records a pair as one action."""
+        """Run forward_one_chunk without recording, for a caller that records a pair as one action."""
         output = super().forward_one_chunk(micro_batch, *args, **kwargs)
         # The graph holds the activations for backward, so the receive slot must not hold the input buffer as well.
         _move(self.args_recv_info[micro_batch], torch.device("meta"))
@@ -167,7 +163,7 @@ class Stage(PipelineStage):
 
 
 def _move(infos: tuple, device: torch.device) -> None:
-    """Replace the buffers of these receive slots by new buffers on the device. The contents are not copied."""
+    """Replace the buffers of these receive slots by new ones on the device, without their contents."""
     for info in infos:
         buffer = getattr(info, "buffer", None)
         if buffer is not None:
@@ -180,15 +176,13 @@ def _move(infos: tuple, device: torch.device) -> None:
 # The stage computes on random hidden states and gradients, and sends nothing.
 
 HIDDEN_STD, GRADIENT_STD = 0.02, 1e-5
-"""Standard deviations of the random hidden states and of the random gradients. A block normalises its input, so the
-first number matters little. Gradients of a mean over many tokens are small.
+"""Standard deviations of random hidden states, which a block normalises, and of random gradients, which are small like
+those of a mean over many tokens.
 """
 
 
 class LoneStage(Stage):
-    """A stage that runs without its neighbours; see the comment above. Only the values of the received tensors differ
-    from those of a real run.
-    """
+    """A stage without its neighbours; see the comment above. Only received values differ from a real run."""
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int):
         ops = super().get_fwd_recv_ops(fwd_chunk_id)

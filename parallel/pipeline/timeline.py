@@ -1,10 +1,9 @@
 """Records the times of each action of a step on this rank, and so measures the pipeline's bubble in the run itself.
 
-Every action (F, B, I, W, or FB for an overlapped pair) is recorded with its start and its duration. On CUDA, events on
-the current stream mark the times. The host reads an event long after it has completed, so it never waits for the
-device. On CPU, the times are read from a clock. Between two actions, the rank waits for a neighbour's activations or
-gradients, or for a send to complete. The bubble is the fraction of the step without an action: bubble = 1 - busy /
-span.
+Every action (F, B, I, W, or FB for an overlapped pair) has a start and a duration. On CUDA, events on the current
+stream mark the times. The host reads events long after they completed, so it never waits. On CPU, a clock is read.
+Between actions, the rank waits for a neighbour's data or for a send. The bubble is the fraction of the step without an
+action: bubble = 1 - busy / span.
 """
 
 import time
@@ -23,14 +22,14 @@ class ActionRecord:
     kind: str
     """F (forward), B (backward), I (backward of inputs), W (backward of weights) or FB (overlapped pair)."""
     stage: int
-    """Index of the stage. For FB, it is the stage of the forward."""
+    """Index of the stage; for FB, of its forward's stage."""
     micro_batch: int
-    """Index of the micro-batch. For FB, it is the micro-batch of the forward."""
+    """Index of the micro-batch; for FB, of its forward's micro-batch."""
     start: float
     """Seconds since the step began on this rank."""
     seconds: float
     backward: tuple[int, int] | None = None
-    """For FB: stage and micro-batch of the backward. None for other kinds."""
+    """For FB: stage and micro-batch of its backward; otherwise None."""
 
 
 @dataclass
@@ -39,7 +38,7 @@ class StepRecord:
 
     actions: list[ActionRecord] = field(default_factory=list)
     span: float = 0.0
-    """Seconds from the start of the step to its end on this rank."""
+    """Seconds from start to end of the step on this rank."""
 
     @property
     def busy(self) -> float:
@@ -87,7 +86,7 @@ class Timeline(Generic[Moment]):
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Record one complete step of the schedule. The step runs inside the block."""
+        """Record the block as one complete step of the schedule."""
         self._open, begin = [], self._clock.now()
         yield
         self._pending.append((begin, self._clock.now(), self._open))
@@ -97,15 +96,13 @@ class Timeline(Generic[Moment]):
     def action(
         self, kind: str, stage: int, micro_batch: int, backward: tuple[int, int] | None = None
     ) -> Iterator[None]:
-        """Record one action. The action runs inside the block. The arguments are the fields of ActionRecord with these
-        names.
-        """
+        """Record the block as one action. Arguments: fields of ActionRecord with these names."""
         start = self._clock.now()
         yield
         self._open.append((kind, stage, micro_batch, backward, start, self._clock.now()))
 
     def newest(self) -> StepRecord:
-        """Return the newest step for which all times are known. On CUDA, this may be the step before the last one."""
+        """Return the newest step whose times are all known. On CUDA, it may be the step before the last."""
         self._settle()
         return self._newest
 
@@ -121,7 +118,7 @@ class Timeline(Generic[Moment]):
 
 
 class _WallClock:
-    """A clock whose times are readings of the monotonic clock, in seconds."""
+    """A clock with readings of the monotonic clock, in seconds."""
 
     def now(self) -> float:
         return time.perf_counter()
@@ -137,7 +134,7 @@ class _WallClock:
 
 
 class _EventClock:
-    """A clock whose times are CUDA events on the current stream. Events are reused after they have been read."""
+    """A clock with CUDA events on the current stream. Events are reused after they are read."""
 
     def __init__(self):
         self._free: list[torch.cuda.Event] = []

@@ -1,24 +1,20 @@
-"""Changes DeepSpeed before Sluice builds its engine on it. The table gives each change and its reason.
+"""Changes DeepSpeed before Sluice builds its engine on it. Checked against DeepSpeed 0.19.8 and 0.19.9.
 
-The changes were checked against DeepSpeed 0.19.8 and 0.19.9.
-
-    sys.modules            Two Muon modules are replaced by empty ones. DeepSpeed imports them even if nothing uses
-                           them, and they compile code when imported, so that a rank would load torch's whole compiler
-                           (0.9 s of a core).
-    __compatible_ops__     On CPU, DeepSpeed's shared-memory collectives are off, because they build for two minutes and
+    sys.modules            Two Muon modules are replaced by empty ones. DeepSpeed imports them even if unused, and their
+                           import loads torch's whole compiler (0.9 s of a core).
+    __compatible_ops__     On CPU, DeepSpeed's shared-memory collectives are off: they build for two minutes and
                            sometimes abort.
-    environment            DS_ACCELERATOR, LOCAL_SIZE and LOCAL_RANK are set. Without them DeepSpeed searches for an
-                           accelerator, starts the program numactl for every bucket of gradients, and puts the weights
-                           of stage 3 on another device.
+    environment            DS_ACCELERATOR, LOCAL_SIZE and LOCAL_RANK are set. Otherwise DeepSpeed searches for an
+                           accelerator, starts numactl for every bucket of gradients, and puts stage 3's weights on
+                           another device.
     groups' tables         Sluice's expert groups are added under the name that marks their parameters. Otherwise
                            DeepSpeed would create groups in its own order.
-    DeepSpeedEngine        `has_moe_layers` says whether this rank holds sharded experts, because DeepSpeed would look
-                           for its own class of experts. The check of the optimizer's type accepts Sluice's optimizers.
-                           The check of experts at stage 3 is skipped, because Sluice's experts have their placement on
-                           the parameters.
+    DeepSpeedEngine        `has_moe_layers` says whether this rank holds sharded experts; DeepSpeed looks for its own
+                           class. The optimizer's type check accepts Sluice's. The check of experts at stage 3 is
+                           skipped: Sluice's parameters know their placement.
 
-whole_weights.py and sharded_weights.py describe their changes to one DeepSpeed optimizer each. private_names.py lists
-every private name that the three files use. A rank compares this list with the installed version when it starts.
+whole_weights.py and sharded_weights.py describe changes to one DeepSpeed optimizer each. When a rank starts, it
+compares the private names that the three files use (private_names.py) with the installed version.
 """
 
 import logging
@@ -39,7 +35,7 @@ DEEPSPEED_MUON = ("muon_optimizer", "original_muon")
 
 
 def import_deepspeed(on_cuda: bool) -> types.ModuleType:
-    """Import DeepSpeed without its log messages. On CPU, also skip three slow steps (see the top of the file)."""
+    """Import DeepSpeed without its log messages and, on CPU, without three slow steps (see the top of the file)."""
     if not on_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ["LOCAL_SIZE"] = "1"
@@ -59,7 +55,7 @@ def import_deepspeed(on_cuda: bool) -> types.ModuleType:
 
 
 def _unused_class(name: str) -> type:
-    """Return a placeholder class for any name that code imports from a module that was replaced by an empty one."""
+    """Return a placeholder class for any name that is imported from an emptied module."""
     if name.startswith("__"):
         raise AttributeError(name)
     return type(name, (), {})
@@ -77,7 +73,7 @@ def tell_groups(deepspeed: types.ModuleType, mesh: Mesh) -> None:
 
 @contextmanager
 def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
-    """Make `deepspeed.initialize` build an engine of the class `PatchedEngine` inside the block.
+    """Make `deepspeed.initialize` build a `PatchedEngine` inside the block.
 
     has_experts: whether this rank holds sharded experts.
     """
@@ -92,9 +88,7 @@ def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
             return ZERO_OPTIMIZATION
 
         def _validate_zero3_moe_compatibility(self) -> None:
-            """Skip DeepSpeed's check of experts at stage 3, because Sluice's experts have their placement on the
-            parameters.
-            """
+            """Skip DeepSpeed's check of experts at stage 3: Sluice's parameters know their placement."""
 
     original, deepspeed.DeepSpeedEngine = deepspeed.DeepSpeedEngine, PatchedEngine
     try:
@@ -104,9 +98,7 @@ def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
 
 
 class MeshAsMpu:
-    """Returns the process groups for which DeepSpeed asks. For DeepSpeed, the ranks of a pipeline are its "model
-    parallel" group.
-    """
+    """Returns the process groups that DeepSpeed asks for. A pipeline's ranks are its "model parallel" group."""
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh

@@ -1,23 +1,22 @@
-"""Runs DeepSpeed ZeRO around the chunks of one rank. In this project, only the files of this folder import deepspeed.
+"""Runs DeepSpeed ZeRO around the chunks of one rank. Only the files of this folder import deepspeed.
 
-One engine per rank holds a ModuleList of the rank's chunks; the pipeline gets the raw modules. Master weights are fp32
-shards. Gradients are fp32 even if weights are bf16. Sluice's own optimizer holds the optimizer state. The ZeRO stage
-determines how weights and gradients are stored: whole_weights.py (stages 1 and 2) or sharded_weights.py (stage 3). At
-stage 3, weights may have no memory at first. The engine then allocates, initialises and shards them one after another.
+A rank's engine holds a ModuleList of its chunks; the pipeline gets the raw modules. Master weights are fp32 shards.
+Gradients are fp32 even for bf16 weights. Sluice's optimizer holds the state. whole_weights.py (stages 1 and 2) or
+sharded_weights.py (stage 3) stores weights and gradients. At stage 3, weights may have no memory at first; then they
+are allocated, initialised and sharded one after another.
 
-At stages 1 and 2, a step ends with the following calls, in this order. At stage 3, gradients are reduced in every
-backward pass, and only the calls from `Zero.step` on are the same.
+At stages 1 and 2, a step ends with these calls, in this order. At stage 3, every backward reduces gradients, and only
+the calls from `Zero.step` on are the same.
 
-    accumulate        When its block ends, WholeWeights fills missing gradients with zeros, and `Zero._close` sums the
-                      gradient of a tied weight. Then DeepSpeed reduces all gradients that other ranks share; each rank
+    accumulate        At the end of its block, WholeWeights fills missing gradients with zeros, and `Zero._close` sums
+                      the gradient of a tied weight. Then DeepSpeed reduces all gradients that ranks share; each rank
                       gets the part in its shard.
-    Zero.step         Calls DeepSpeed's step, which calls back for the norm. `Zero._global_norm` computes the norm over
-                      all ranks and names gradients that are not finite. `WholeWeights._take_norm` computes the clipping
-                      factor from the norm.
-    ShardedOptimizer  DeepSpeed calls its `step` if the norm is finite. `step` multiplies gradients by the factor
-                      (`GradientHandover`) and updates masters and state. Then DeepSpeed casts the masters to weights
-                      and gathers the weights.
-    forget_gradients  Drops the gradients, so that the next step starts without them.
+    Zero.step         Calls DeepSpeed's step, which calls back for the norm. `Zero._global_norm` computes it over all
+                      ranks and names gradients that are not finite. `WholeWeights._take_norm` computes the clipping
+                      factor.
+    ShardedOptimizer  DeepSpeed calls its `step` if the norm is finite. It applies the factor (`GradientHandover`) and
+                      updates masters and state. Then DeepSpeed casts the masters to weights and gathers these.
+    forget_gradients  Drops the gradients.
 
 private_names.py lists, with reasons, all private names of DeepSpeed that these files use.
 """
@@ -45,7 +44,7 @@ from parallel.zero.whole_weights import WholeWeights
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """Settings of ZeRO: how a rank's state is sharded, and how the optimizer updates it."""
+    """Settings of ZeRO: how a rank's state is sharded and updated."""
 
     stage: int
     offload: bool
@@ -60,23 +59,23 @@ class WeightFacts:
     """What ZeRO must know about the weights of a rank's chunks."""
 
     is_expert: Callable[[str], bool]
-    """Function that says whether the parameter with this global name is a weight of experts."""
+    """Whether the parameter with this global name is a weight of experts."""
     is_frozen: Callable[[str], bool] = lambda _: False
-    """Function that says whether the parameter with this global name is frozen."""
+    """Whether the parameter with this global name is frozen."""
     tied: nn.Parameter | None = None
-    """A parameter that both the first and the last rank of the pipeline hold; None if there is none. Its gradients are
-    summed over the two ranks.
+    """A parameter that the first and the last rank of the pipeline hold; None if there is none. Its gradients are
+    summed over both ranks.
     """
     units: tuple[type[nn.Module], ...] = ()
-    """Types of modules. At stage 3, all weights of such a module are gathered together."""
+    """Types of modules whose weights are gathered together at stage 3."""
     draws: Mapping[nn.Parameter, Callable[[], None]] = field(default_factory=dict)
-    """For each weight: a function that allocates and initialises it. The engine calls it at stage 3 when it shards the
-    weight. If the mapping is empty, all weights already exist.
+    """By weight: the function that allocates and initialises it when it is sharded at stage 3. Empty if all weights
+    exist.
     """
 
 
 class Zero:
-    """The ZeRO engine of one rank. Each parameter has a global name, which its chunk defines."""
+    """The ZeRO engine of one rank. A parameter's global name comes from its chunk."""
 
     def __init__(
         self,
@@ -90,20 +89,18 @@ class Zero:
         names = _unique_names(chunks)
         self.names = {param: name for param, name in names.items() if param.requires_grad}
         self.untrained = {param: name for param, name in names.items() if not param.requires_grad}
-        """Names of the weights that have no gradient, master or state. No checkpoint contains these weights. At stages
-        1 and 2, every rank of a pipeline stage holds them completely; at stage 3, they are sharded.
+        """Weights without gradient, master and state, by name. No checkpoint contains them. Every rank of a pipeline
+        stage holds them completely; at ZeRO stage 3, they are sharded.
         """
         self.shapes = {param: tuple(param.shape) for param in names}
         # The first and the last pipeline rank both hold the tied parameter. The last rank's copy is left out of the
         # norm and of checkpoints.
         self.copy = about.tied if about.tied is not None and mesh.pp_rank > 0 else None
         self.observer: Callable[[dict[str, Shard]], None] | None = None
-        """Function that is called before every update. It receives copies of the reduced gradients of this rank's
-        shard, by logical name.
-        """
+        """Called before every update with copies of the reduced gradients in this rank's shard, by logical name."""
         self.local_observer: Callable[[str, Shard], None] | None = None
-        """Function that is called with every gradient of this rank before the gradient is reduced. It receives the
-        complete gradient of a parameter, once per step at stages 1 and 2, and once per micro-batch at stage 3.
+        """Called with every complete gradient of this rank before it is reduced: once per step at stages 1 and 2, once
+        per micro-batch at stage 3.
         """
         self._valid: bool | Tensor = True
         self._bad: list[str] = []
@@ -130,7 +127,7 @@ class Zero:
     ) -> ShardedWeights | WholeWeights:
         """Return the object that holds weights and gradients at this ZeRO stage.
 
-        members: the parameters of each group of the optimizer.
+        members: parameters of each group of the optimizer.
         """
         if settings.stage == 3:
             trained = {param: self.shapes[param] for param in self.names}
@@ -155,21 +152,21 @@ class Zero:
             group["lr"] = 0.0 if group["frozen"] else lr
 
     def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
-        """Make the next update multiply rows of master weights by factors, after the optimizer has changed these rows.
+        """Make the next update multiply rows of master weights by factors, after its own changes.
 
-        factors: for each weight name, one factor per row.
+        factors: one factor per row, by weight name.
         """
         self.client.handover.row_factors = factors
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Return a context manager. Run everything between two optimizer steps inside its block. At the end of the
-        block, the gradients are reduced.
+        """Return a context manager for everything between two optimizer steps. At the end of its block, gradients are
+        reduced.
         """
         return self._weights.accumulate()
 
     def reduce_ahead(self, chunk: int) -> None:
-        """Tell the engine that the gradients of a chunk are complete, while other chunks of the rank still run passes.
-        At ZeRO stages 1 and 2, the engine then reduces these gradients at once.
+        """Declare the gradients of a chunk complete while other chunks of the rank still run. ZeRO stages 1 and 2 then
+        reduce them at once.
         """
         if isinstance(self._weights, WholeWeights):
             others = [set(one.parameters()) for one in self.engine.module]
@@ -180,7 +177,7 @@ class Zero:
     def step(self, valid: bool | Tensor = True) -> Update:
         """Clip the gradients, update the shard and gather the weights. Waits for the device once.
 
-        The update is skipped if a gradient is not finite or `valid` is false. `valid` may be a scalar on the device.
+        The update is skipped if a gradient is not finite or if `valid`, possibly a scalar on the device, is false.
         """
         self._valid = valid
         self.engine.step()
@@ -191,23 +188,22 @@ class Zero:
         return Update(float(self._norm), applied, self._bad)
 
     def _reduced_elements(self, everything: bool) -> int:
-        """Return the number of elements of the weights whose gradients go through DeepSpeed's bucket; see
-        whole_weights.py.
+        """Return the number of elements whose gradients go through DeepSpeed's bucket; see whole_weights.py.
 
         everything: whether to count all trained weights instead.
         """
         return sum(param.numel() for param in self.names if everything or self._shares(param).ranks > 1)
 
     def _shares(self, param: nn.Parameter) -> Sharing:
-        """Return how many ranks hold the same elements of a parameter, and this rank's index among these ranks."""
+        """Return how many ranks hold the same elements of a parameter, and this rank's index among them."""
         mesh = self.mesh
         if getattr(param, "allreduce", True):
             return Sharing(mesh.layout.stage_ranks, mesh.stage_rank)
         return Sharing(mesh.layout.edp, mesh.edp_rank)
 
     def _global_norm(self) -> Tensor:
-        """Return the norm of all gradients of all ranks. Every element, including those of experts, is in the shard of
-        exactly one rank, so no element counts twice.
+        """Return the norm of all gradients of all ranks. Each element is in exactly one rank's shard, so none counts
+        twice.
         """
         pieces: dict[int, dict[str, Tensor]] = {}
         for param, gradient, divisor in self._weights.gradients():
@@ -234,14 +230,14 @@ class Zero:
         return self._norm
 
     def weights(self) -> Iterator[Tensor]:
-        """Yield this rank's part of every weight, as it is stored between steps. At stage 3, the parts are shards."""
+        """Yield this rank's part of every weight as stored between steps: shards at stage 3."""
         return (self._weights.held(param) for param in (*self.names, *self.untrained))
 
     def untrained_shards(self, owned: bool = False) -> dict[str, Shard]:
         """Return this rank's part of the untrained weights, by name. The tensors share memory with the live weights.
 
-        For a weight that is stored as bytes, the shard's offset counts within this rank's local parameter. owned:
-        whether to leave out a complete copy of a weight if an earlier rank also holds a complete copy.
+        For a weight stored as bytes, the offset counts in this rank's local parameter. owned: whether to leave out a
+        complete weight that an earlier rank holds too.
         """
         found: dict[str, Shard] = {}
         for param, name in self.untrained.items():
@@ -255,11 +251,11 @@ class Zero:
         return found
 
     def shards(self, copies: bool = False) -> dict[str, Shard]:
-        """Return this rank's part of the fp32 master weights and of the optimizer state, by logical name. The tensors
-        share memory with the live state.
+        """Return this rank's part of the fp32 masters and of the optimizer state, by logical name. The tensors share
+        memory with the live state.
 
-        copies: whether to include a tied parameter that the first rank of the pipeline already returns. Loading a
-        checkpoint needs both of its copies.
+        copies: whether to include a tied parameter that the pipeline's first rank returns too. Loading a checkpoint
+        needs both.
         """
         found: dict[str, Shard] = {}
         for part in self._weights.fragments():
@@ -273,8 +269,7 @@ class Zero:
         return found
 
     def place(self, param: nn.Parameter, offset: int) -> tuple[int, tuple[int, ...]]:
-        """Return two values: the position in the logical tensor of element `offset` of a local parameter, and the shape
-        of the logical tensor.
+        """Return the position of a local parameter's element `offset` in the logical tensor, and this tensor's shape.
         """
         shape = self.shapes[param]
         # The experts of a layer are divided over ep ranks along the first dimension.
@@ -291,7 +286,7 @@ class Zero:
         }
 
     def finish_load(self, updates: int) -> None:
-        """Copy the masters to the weights. Call this method after a checkpoint has been read into the shards.
+        """Copy the masters to the weights, after a checkpoint has been read into the shards.
 
         updates: number of optimizer updates before the checkpoint.
         """
@@ -299,8 +294,8 @@ class Zero:
         self._weights.refresh()
 
     def _close(self) -> None:
-        """At ZeRO stages 1 and 2, pass this rank's gradients to `local_observer`, and sum the gradients of the tied
-        parameter. Every gradient of this rank must be complete; gradients that are already reduced are skipped.
+        """At ZeRO stages 1 and 2, pass this rank's gradients to `local_observer`, and sum the tied parameter's
+        gradients. All gradients must be complete; already reduced ones are skipped.
         """
         for param in self.names:
             if param.grad is not None:
@@ -318,7 +313,7 @@ class Zero:
 
 
 def _unique_names(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
-    """Return the global name of every parameter. A parameter in two chunks has the name from the first of them."""
+    """Return every parameter's global name. A parameter of two chunks is named by the first."""
     names: dict[nn.Parameter, str] = {}
     for chunk in chunks:
         for name, param in chunk.named_parameters():
@@ -333,10 +328,9 @@ def _parameter_groups(
     expert_name: str,
     frozen: set[nn.Parameter],
 ) -> list[dict]:
-    """Group the trained weights. The weights of a group have the same update rule and reduce their gradients over the
-    same ranks.
+    """Group the trained weights by update rule and by the ranks that reduce their gradients.
 
-    Weights that all ranks of a stage share come first, then experts. Frozen weights are in separate groups.
+    Weights of all ranks of a stage come first, then experts. Frozen weights have separate groups.
     """
     groups = []
     for is_expert in (False, True):
@@ -350,8 +344,8 @@ def _parameter_groups(
 
 
 def mark_experts(names: Mapping[nn.Parameter, str], is_expert: Callable[[str], bool], mesh: Mesh) -> str:
-    """Mark the weights of experts, including frozen ones, with the attributes by which DeepSpeed recognises experts.
-    Also make the gradients of all trained weights fp32.
+    """Mark the weights of experts, including frozen ones, for DeepSpeed, and make gradients of all trained weights
+    fp32.
 
     Returns the name of the experts' group.
     """
@@ -376,8 +370,8 @@ def make_config(
 ) -> dict[str, Any]:
     """Return the configuration for DeepSpeed.
 
-    reduced_elements: function that returns a number of elements. With False, it counts the weights whose gradients go
-    through DeepSpeed's bucket. With True, it counts all weights.
+    reduced_elements: function that counts elements of weights: with True of all, with False of those whose gradients go
+    through DeepSpeed's bucket.
     """
     first = next(param for param in module.parameters() if param.requires_grad)
     elements = reduced_elements(settings.stage == 3 or first.dtype == torch.float32)
@@ -408,9 +402,7 @@ def make_config(
 
 
 class _DrawnInTurn(nn.Module):
-    """Passes weights to DeepSpeed one at a time. It initialises a weight only when DeepSpeed asks for it, after
-    DeepSpeed has sharded the previous weight.
-    """
+    """Passes weights to DeepSpeed one at a time. Each is initialised after DeepSpeed has sharded the previous one."""
 
     def __init__(self, weights: Iterable[nn.Parameter], draws: Mapping[nn.Parameter, Callable[[], None]]):
         super().__init__()
@@ -433,8 +425,8 @@ def build_engine(
 ) -> Any:
     """Build DeepSpeed's engine.
 
-    If `about.draws` is not empty, DeepSpeed initialises and shards the weights of stage 3 one after another, so that a
-    rank holds only one complete weight at a time.
+    With `about.draws`, the weights of stage 3 are initialised and sharded one after another, so a rank holds one
+    complete weight at a time.
     """
     trained = [param for param in module.parameters() if param.requires_grad]
     deepspeed, stage = import_deepspeed(trained[0].is_cuda), config["zero_optimization"]["stage"]

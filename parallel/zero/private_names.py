@@ -1,18 +1,17 @@
 """Lists every private name of DeepSpeed that this folder uses, with the reason. Read this file before a DeepSpeed
 upgrade.
 
-A name is private if DeepSpeed's documentation promises nothing about it. `require_names` compares the list with the
-installed version when a rank starts. tests/zero/test_private_names.py compares it with the names that this folder uses.
+Private names are those that DeepSpeed's documentation does not promise. `require_names` compares the list with the
+installed version when a rank starts. tests/zero/test_private_names.py compares it with the code.
 
-A second list names behaviour of DeepSpeed that Sluice copies. A plan computes the sizes of buffers as DeepSpeed would
-allocate them. It cannot run DeepSpeed itself in all cases, because a plan's tensors have no memory. With offload,
-DeepSpeed reads values, which such tensors do not have. At stage 3, building one rank of DeepSeek-V3 would take 8 s of a
-core. At stages 1 and 2 without offload, DeepSpeed can run on such tensors, and tests/plan/memory/test_step_end.py
-compares the copied behaviour with it.
+A second list names behaviour that Sluice copies: a plan computes the sizes of DeepSpeed's buffers. A plan's tensors
+have no memory, so it cannot always run DeepSpeed: with offload, DeepSpeed reads values, and at stage 3 building one
+rank of DeepSeek-V3 would take 8 s of a core. At stages 1 and 2 without offload, tests/plan/memory/test_step_end.py
+compares the copy with DeepSpeed.
 
-Each row of the second list names the DeepSpeed functions that were read, with the hash of their source.
-tests/zero/test_copied_behaviour.py compares the hashes with the installed DeepSpeed. If a hash differs, read the
-function again, correct the copy if the behaviour has changed, and write the new hash here.
+Each row has the DeepSpeed functions that were read, with the hash of their source. tests/zero/test_copied_behaviour.py
+compares the hashes with the installed DeepSpeed. If a hash differs, read the function again, correct the copy if
+necessary, and write the new hash here.
 """
 
 import inspect
@@ -25,9 +24,9 @@ from conf.errors import UserError
 
 
 class PrivateName(NamedTuple):
-    """A private name of DeepSpeed, and why Sluice uses it. owner: object that has the name; see `require_names`.
+    """A private name of DeepSpeed, and why Sluice uses it. owner: object with the name; see `require_names`.
 
-    is_fast: whether the name only saves time. Without such a name, Sluice computes the same result.
+    is_fast: whether the name only saves time. Without it, Sluice computes the same result.
     """
 
     owner: str
@@ -129,10 +128,9 @@ PRIVATE_NAMES = (
 def require_names(**owners: object) -> None:
     """Raise UserError if the installed DeepSpeed lacks a listed name of one of these owners.
 
-    The argument names are: module (deepspeed.utils.groups), engine (DeepSpeedEngine), optimizer12 (the optimizer of
-    stages 1 and 2), optimizer3 (the optimizer of stage 3), offload12 (optimizer12 with offload), param3 (a weight at
-    stage 3) and coordinator. Names of other owners are listed too, but not checked here: if DeepSpeed lacks such a
-    name, its import or its call fails.
+    The argument names are: module (deepspeed.utils.groups), engine (DeepSpeedEngine), optimizer12 and optimizer3 (the
+    optimizers of stages 1 and 2, and of stage 3), offload12 (optimizer12 with offload), param3 (a weight at stage 3)
+    and coordinator. Names of other owners are not checked here: without them, an import or a call fails.
     """
     missing = [one for one in PRIVATE_NAMES if one.owner in owners and not _has(owners[one.owner], one.name)]
     if missing:
@@ -145,10 +143,8 @@ def require_names(**owners: object) -> None:
 
 
 def _has(owner: object, name: str) -> bool:
-    """Whether an object has the name. If the object is a class, an assignment to `self.NAME` in the class's module
-    counts too.
-
-    The function searches the source of the whole module. Finding the source of only the class would take 0.2 s.
+    """Whether an object has the name. For a class, an assignment to `self.NAME` in its module counts too. Finding the
+    source of only the class would take 0.2 s.
     """
     return hasattr(owner, name) or (isinstance(owner, type) and f"self.{name} =" in _source(owner.__module__))
 
@@ -173,7 +169,7 @@ class CopiedBehaviour(NamedTuple):
     owner: str
     """DeepSpeed's class that defines the `functions`; empty for functions at module level."""
     functions: dict[str, str]
-    """For each function: the first 16 digits of the SHA-256 of its source, from `def` to the end."""
+    """By function: the first 16 digits of the SHA-256 of its source, from `def` to the end."""
 
 
 COPIED = (

@@ -1,20 +1,19 @@
 """ZeRO stage 3: weights and gradients are sharded too. It works only with one pipeline stage (pp = 1).
 
-A rank holds 1/dp of every weight (experts: 1/edp). Weights are gathered unit by unit. A unit is a module that DeepSpeed
-calls a leaf, here a block of the model. DeepSpeed's module hooks gather all parameters of a unit before its forward and
-again before its backward, and free them afterwards. So code inside a unit may use its parameters anywhere. Parameters
-outside of units are gathered with the module that owns them. Every parameter must be used inside a call of its unit or
-module. No code may keep a view of a parameter from forward to backward, because the view would hold the gathered copy
-in memory.
+A rank holds 1/dp of every weight (experts: 1/edp). Weights are gathered by units, modules that DeepSpeed calls leaves:
+here blocks of the model. DeepSpeed's hooks gather a unit's parameters before its forward and its backward, and free
+them afterwards. Other parameters are gathered with the module that owns them. Two rules follow:
+
+    - A parameter is used only inside a call of its unit or module.
+    - No code keeps a view of a parameter from forward to backward: it would hold the gathered copy in memory.
 
 DeepSpeed records the order of gathers in one micro-batch and then prefetches one unit ahead. A validation has another
-order and makes DeepSpeed record again. DeepSpeed expects one call of its engine per micro-batch. But Sluice calls the
-chunk directly, so hooks on the chunk tell DeepSpeed when a micro-batch begins.
+order and makes DeepSpeed record again. DeepSpeed expects one call of its engine per micro-batch, but Sluice calls the
+chunk directly. So hooks on the chunk tell DeepSpeed when a micro-batch begins.
 
-Gradients are reduced during backward into fp32 shards, which accumulate over micro-batches. All ranks pass the
-gradients to DeepSpeed in the same order, the reverse of the module order. A parameter without gradient gets zeros at
-the end of the micro-batch. DeepSpeed's own hooks would use the order in which gradients are computed. This order may
-differ between ranks, and then DeepSpeed would mix up parameters or hang.
+Gradients are reduced during backward into fp32 shards, which accumulate over micro-batches. All ranks pass gradients to
+DeepSpeed in reverse module order. A missing gradient becomes zeros at the end of the micro-batch. DeepSpeed's own hooks
+would use the order of computation, which may differ between ranks: DeepSpeed would mix up parameters or hang.
 """
 
 import contextlib
@@ -48,7 +47,7 @@ def stage3_config(module: nn.Module, units: tuple[type[nn.Module], ...]) -> dict
 
 
 def find_units(module: nn.Module, units: tuple[type[nn.Module], ...]) -> list[nn.Module]:
-    """Return the modules of these types that are not inside another module of these types."""
+    """Return the modules of these types that are not inside another such module."""
     if isinstance(module, units):
         return [module]
     return [found for child in module.children() for found in find_units(child, units)]
@@ -57,10 +56,12 @@ def find_units(module: nn.Module, units: tuple[type[nn.Module], ...]) -> list[nn
 class ShardedWeights:
     """The sharded weights and gradients of stage 3.
 
-    client: Sluice's optimizer, which DeepSpeed's optimizer wraps. shapes: full shapes of the trained parameters, in
-    module order; all other parameters are only gathered. rules: update rule of each parameter, which names its state.
-    shares: function that returns which ranks share a parameter. norm: function that computes the global gradient norm;
-    it is called once per step. handing: function that is called with a parameter before its gradient is reduced.
+        client: Sluice's optimizer, which DeepSpeed's wraps
+        shapes: full shapes of the trained parameters, in module order; all other parameters are only gathered
+        rules: update rule of each parameter, which names its state
+        shares: function that returns which ranks share a parameter
+        norm: function that computes the global gradient norm; called once per step
+        handing: function that is called with a parameter before its gradient is reduced
     """
 
     def __init__(
@@ -79,14 +80,12 @@ class ShardedWeights:
         self._order = list(shapes)[::-1]
         chunks = Counter(param for chunk in engine.module for param in {*chunk.parameters()})
         self._shared = {param for param, count in chunks.items() if count > 1}
-        """Weights that two chunks of this rank share. A micro-batch adds to the gradient of such a weight twice. The
-        gradient must not be passed to DeepSpeed before the second addition.
+        """Weights that two chunks of this rank share. A micro-batch adds to such a gradient twice; only then may
+        DeepSpeed get it.
         """
         self._ready: set[nn.Parameter] = set()
         self._handed = 0
-        """Number of parameters whose gradients were passed to DeepSpeed in this micro-batch. They are passed in the
-        order of `_order`.
-        """
+        """Number of gradients that DeepSpeed got in this micro-batch, in the order of `_order`."""
         self._in_pass = False
         self._backward: set[nn.Module] = set()
         """Chunks whose backward has begun in this micro-batch."""
@@ -105,15 +104,15 @@ class ShardedWeights:
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Return a context manager. Run everything between two optimizer steps inside its block."""
+        """Return a context manager for everything between two optimizer steps."""
         self._optimizer.micro_step_id = 0  # the first micro-batch overwrites the sums of the last step
         yield
         self._end_pass()
         self._coordinator.release_backward_leftovers()
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Yield, for each trained parameter: the parameter, its gradient in this rank's shard without padding, and the
-        number by which the caller must still divide the gradient.
+        """Yield each trained parameter, its gradient in this rank's shard without padding, and the remaining divisor of
+        the gradient.
         """
         from deepspeed.utils import safe_get_local_grad
 
@@ -134,8 +133,7 @@ class ShardedWeights:
                 yield Fragment(param, offset, safe_get_local_fp32_param(param).detach()[:length], state)
 
     def flats(self) -> Iterator[tuple[Tensor, list[FlatWeight]]]:
-        """Yield every flat parameter of the optimizer, with the weights that it consists of. A flat parameter consists
-        of the shards of its weights; each shard includes its padding.
+        """Yield every flat parameter of the optimizer with its weights. It consists of their shards, including padding.
         """
         groups = zip(self._optimizer.fp32_partitioned_groups_flat, self._optimizer.fp16_groups, strict=True)
         for flat, params in groups:
@@ -152,7 +150,7 @@ class ShardedWeights:
             yield flat, found
 
     def held(self, param: nn.Parameter) -> Tensor:
-        """Return the part of a weight that this rank holds between steps: its shard, which includes padding."""
+        """Return the part of a weight that this rank holds between steps: its shard with padding."""
         return shard_of(param)
 
     def refresh(self) -> None:
@@ -163,9 +161,7 @@ class ShardedWeights:
             shard_of(param).data.copy_(safe_get_local_fp32_param(param).detach())
 
     def _begin_pass(self, *_: object) -> None:
-        """Prepare for the forward of a chunk. If a micro-batch was in progress, its backward is complete, so end it
-        first.
-        """
+        """Prepare for the forward of a chunk, and end the previous micro-batch: its backward is complete."""
         if self._in_pass:
             self._end_pass()
         self._in_pass = torch.is_grad_enabled()
@@ -183,8 +179,8 @@ class ShardedWeights:
     def _begin_backward(self, chunk: nn.Module) -> None:
         """Prepare for the backward of a chunk.
 
-        A schedule may run two backwards of a chunk without a forward between them. Before the second backward, the
-        first one's micro-batch is ended, because some of its gradients may already have been passed to DeepSpeed.
+        Without a forward since the chunk's last backward, end the last micro-batch: DeepSpeed may have some of its
+        gradients.
         """
         if chunk in self._backward:
             self._end_pass()
@@ -192,10 +188,9 @@ class ShardedWeights:
         self._backward.add(chunk)
 
     def _arrived(self, param: nn.Parameter) -> None:
-        """Record that the gradient of a parameter is complete. Autograd calls this after it has run the parameter's
-        node.
+        """Record that a parameter's gradient is complete; autograd calls this after the parameter's node.
 
-        Then pass gradients to DeepSpeed in the order of `_order`, up to the first gradient that is still missing.
+        Then pass gradients to DeepSpeed in the order of `_order`, up to the first missing one.
         """
         if param.grad is None or param in self._shared:
             return
@@ -204,7 +199,7 @@ class ShardedWeights:
             self._hand_over(self._order[self._handed])
 
     def _end_pass(self) -> None:
-        """Pass the remaining gradients of this micro-batch to DeepSpeed, with zeros for missing ones."""
+        """Pass this micro-batch's remaining gradients to DeepSpeed, with zeros for missing ones."""
         for param in self._order[self._handed :]:
             if param.grad is None:
                 _set_zero_gradient(param, self._shapes[param])
@@ -222,8 +217,8 @@ class ShardedWeights:
         self._optimizer.reduce_independent_p_g_buckets_and_remove_grads(param)
 
     def _interval(self, param: nn.Parameter) -> tuple[int, int]:
-        """Return the first element and the length of this rank's shard of a parameter. The shards of the last ranks may
-        be short or empty.
+        """Return the first element and the length of this rank's shard of a parameter. Shards of last ranks may be
+        short or empty.
         """
         size = shard_of(param).numel()
         offset = size * self._shares(param).rank
@@ -232,10 +227,9 @@ class ShardedWeights:
 
 @contextlib.contextmanager
 def _in_shape(param: nn.Parameter, shape: tuple[int, ...]) -> Iterator[None]:
-    """Set the parameter's data to a tensor of its full shape with arbitrary values, inside the block.
+    """Set the parameter's data to its full shape with arbitrary values, inside the block.
 
-    This is needed while the parameter's memory is freed, because torch compares the shape of a gradient with the shape
-    of the parameter.
+    torch compares a gradient's shape with the parameter's, even while the parameter's memory is freed.
     """
     data = param.data
     param.data = data.new_empty(()).expand(shape)
@@ -251,8 +245,7 @@ def _set_zero_gradient(param: nn.Parameter, shape: tuple[int, ...]) -> None:
 
 
 def _node_of(param: nn.Parameter, shape: tuple[int, ...]) -> Node:
-    """Return the autograd node that accumulates the parameter's gradient. The node exists even if GEMMs add to the
-    gradient directly.
+    """Return the autograd node that accumulates the parameter's gradient. It exists even if GEMMs add to the gradient.
 
     All graphs use the same node as long as some code holds a reference to it.
     """

@@ -1,19 +1,18 @@
 """ZeRO stages 1 and 2: every rank holds all weights, and only a shard of the optimizer state.
 
 During the schedule, gradients stay on their rank, as fp32 `.grad`. After the step's last micro-batch, DeepSpeed's
-public function coalesce_grad_reduction reduces them once. This also works for pipeline schedules with split backward,
-which run no gradient hooks.
+coalesce_grad_reduction reduces them once. This also works for schedules with split backward, which run no gradient
+hooks.
 
-With bf16 weights, gradients may be reduced earlier. If a chunk finishes before another chunk of the rank, its gradients
-are reduced at once, in a separate block. On a GPU, this overlaps with the remaining passes. Gradients that no other
-rank shares (dp = 1; experts with ep = dp) need no reduction. The optimizer reads these gradients in place; DeepSpeed
-would copy them five times through its bucket.
+With bf16 weights, if a chunk finishes before another chunk of the rank, its gradients are reduced at once. On a GPU,
+this overlaps with the remaining passes. Gradients that no other rank shares (dp = 1; experts with ep = dp) need no
+reduction. The optimizer reads them in place; DeepSpeed would copy them five times.
 
 With offload, masters and moments are in host memory. DeepSpeed copies a gradient of the shard to the host when it
-reduces the gradient. The update copies the gradients that need no reduction one by one.
+reduces it. The update copies unshared gradients one by one.
 
-DeepSpeed calls back for the norm, which is computed over all ranks (engine.py). It also calls back for clipping, which
-Sluice's optimizer does later, while it reads the gradients.
+DeepSpeed calls back for the norm over all ranks (engine.py), and for clipping, which Sluice's optimizer does when it
+reads the gradients.
 """
 
 import contextlib
@@ -29,12 +28,15 @@ from parallel.zero.private_names import require_names
 class WholeWeights:
     """The weights and gradients of stages 1 and 2.
 
-    client: Sluice's optimizer, which DeepSpeed's optimizer wraps. groups: parameters of each group of Sluice's
-    optimizer. shares: function that returns which ranks share a parameter. ranks: number of ranks over which gradients
-    are averaged. norm: function that computes the global gradient norm; it is called once per step. close: function
-    that is called before the last gradients are reduced. show: function that is called with each parameter whose
-    gradient is reduced before the end of the step. clip: maximum norm; 0 for no clipping. offload: whether masters and
-    optimizer state are in host memory.
+        client: Sluice's optimizer, which DeepSpeed's wraps
+        groups: parameters of each group of Sluice's optimizer
+        shares: function that returns which ranks share a parameter
+        ranks: number of ranks over which gradients are averaged
+        norm: function that computes the global gradient norm; called once per step
+        close: function that is called before the last gradients are reduced
+        show: function that is called with each parameter whose gradient is reduced early
+        clip: maximum norm; 0 for no clipping
+        offload: whether masters and optimizer state are in host memory
     """
 
     def __init__(
@@ -66,16 +68,16 @@ class WholeWeights:
         self._unshared = [
             number for number, params in enumerate(self._groups) if is_bf16 and shares(params[0]).ranks == 1
         ]
-        """Indexes of the parameter groups whose gradients need no reduction. With fp32 weights the list is empty,
-        because DeepSpeed then assembles the shard in its step.
+        """Parameter groups whose gradients need no reduction, by index. Empty with fp32 weights, whose shard DeepSpeed
+        assembles in its step.
         """
         self._adds = is_bf16 and not offload and len(self._unshared) < len(groups)
-        """Whether DeepSpeed adds reduced gradients to the shard. If not, all gradients must be reduced in one block."""
+        """Whether DeepSpeed adds reduced gradients to the shard. If not, all must be reduced in one block."""
         self._ahead: set[nn.Parameter] = set()
-        """Parameters whose gradients were already reduced before the end of this step."""
+        """Parameters whose gradients were reduced before the end of this step."""
         self._blocks = contextlib.ExitStack()
         self._stream = torch.cuda.Stream() if groups[0][0].is_cuda else None
-        """Stream on which gradients are reduced before the end of the step; None on a CPU."""
+        """Stream for gradients that are reduced before the step's end; None on a CPU."""
         require_names(optimizer12=optimizer, **({"offload12": optimizer} if offload else {}))
         if offload:
             optimizer.temp_grad_buffer_for_gpu_offload = (
@@ -89,14 +91,14 @@ class WholeWeights:
         optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
 
     def _take_norm(self, norm: Tensor) -> Tensor:
-        """Compute the clipping factor of the update from this norm. Returns the norm."""
+        """Compute the clipping factor from this norm, and return the norm."""
         self._handover.factor = 1 / ((norm + 1e-6) / self._clip).clamp_min(1) if self._clip > 0 else None
         return norm
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Return a context manager. Run everything between two optimizer steps inside its block. At the end of the
-        block, the gradients are reduced.
+        """Return a context manager for everything between two optimizer steps. At the end of its block, gradients are
+        reduced.
         """
         params = [param for group in self._groups for param in group]
         self._ahead.clear()
@@ -119,10 +121,9 @@ class WholeWeights:
             self._keep_unshared()
 
     def reduce_ahead(self, params: Collection[nn.Parameter]) -> None:
-        """Reduce the gradients of `params` now, while gradients of other parameters still accumulate. The gradients of
-        `params` must be complete.
+        """Reduce the complete gradients of `params` now, while others still accumulate.
 
-        All ranks that share these gradients call this method at the same point of the schedule.
+        All ranks that share them call this at the same point of the schedule.
         """
         if not self._adds:
             return
@@ -147,7 +148,7 @@ class WholeWeights:
         self._blocks.enter_context(self._engine.coalesce_grad_reduction())
 
     def _keep_unshared(self) -> None:
-        """Take the gradients that no other rank shares, and pass them to the optimizer without a copy."""
+        """Take the gradients that no other rank shares, and pass them to the optimizer uncopied."""
         for number in self._unshared:
             params, master = self._groups[number], self._masters[number]
             self._handover.unreduced[master] = [gradient_of(param).view(-1) for param in params]
@@ -156,7 +157,7 @@ class WholeWeights:
         self._hold_places()
 
     def _hold_places(self) -> None:
-        """For gradients that need no reduction, set placeholders where DeepSpeed looks for gradients."""
+        """Set placeholders where DeepSpeed looks for gradients that need no reduction."""
         from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
         for number in self._unshared:
@@ -166,7 +167,7 @@ class WholeWeights:
             self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([], placeholder)
 
     def forget_gradients(self) -> None:
-        """Drop the gradients. Call this method after every step, even if the step was skipped."""
+        """Drop the gradients. Call it after every step, even a skipped one."""
         self._handover.unreduced.clear()
         if self._offload:  # otherwise, after a skipped step, DeepSpeed would add the next gradients to the old ones
             for number in range(len(self._groups)):
@@ -177,8 +178,8 @@ class WholeWeights:
         return param
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Yield, for each parameter in this rank's shard: the parameter, its gradient in the shard without padding, and
-        the number by which the caller must still divide the gradient.
+        """Yield each parameter in this rank's shard, its gradient there without padding, and the remaining divisor of
+        the gradient.
         """
         for number, (master, slices) in enumerate(self._slices.items()):
             gradients, divisor = self._handover.unreduced.get(master), self._handover.divisor
@@ -196,7 +197,7 @@ class WholeWeights:
                 yield Fragment(param, offset, master.detach()[place], state)
 
     def flats(self) -> Iterator[tuple[Tensor, list[FlatWeight]]]:
-        """Yield every flat parameter of the optimizer, with the weights that it consists of."""
+        """Yield every flat parameter of the optimizer with its weights."""
         for params, master in zip(self._groups, self._masters, strict=True):
             size, (ranks, rank) = len(master), self._shares(params[0])
             firsts = [int(param.storage_offset()) - int(params[0].storage_offset()) for param in params]
@@ -217,23 +218,21 @@ class WholeWeights:
             )
 
     def refresh(self) -> None:
-        """Copy the masters to the weights, rounded to the weights' dtype, and gather the weights."""
+        """Copy the masters to the weights in the weights' dtype, and gather the weights."""
         self._optimizer.update_lp_params()
 
 
 def _complete(param: nn.Parameter) -> None:
-    """Set a missing gradient to zeros. Otherwise a rank without this gradient would have other buckets than the other
-    ranks.
-    """
+    """Set a missing gradient to zeros. Otherwise this rank would have other buckets than other ranks."""
     if param.grad is None:
         param.grad = torch.zeros_like(param, dtype=torch.float32)
 
 
 def slices_of(params: Sequence[nn.Parameter], size: int, rank: int) -> list[ShardSlice]:
-    """Return the parts of the parameters that are in a rank's shard. The parameters of a group are stored one after
-    another. A shard is an interval of `size` of these elements.
+    """Return the parts of the parameters in a rank's shard, an interval of `size` elements of a group's consecutive
+    parameters.
 
-    DeepSpeed has made all parameters views of one tensor, so a parameter's storage offset is its offset in that tensor.
+    DeepSpeed has made all parameters views of one tensor, so a parameter's storage offset is its offset in it.
     """
     found = []
     for param in params:
