@@ -14,8 +14,7 @@ def uptime() -> float:
 
 
 class SteadyClock:
-    """Returns Unix time in seconds. The system's clock is read once, at construction; later times follow from `uptime`.
-    """
+    """Returns Unix time in seconds. The system's clock is read once, at construction; later times follow from `uptime`."""
 
     def __init__(self) -> None:
         self._ahead = time.time() - uptime()

@@ -1,9 +1,9 @@
 """Chooses how the ranks of a run start; one command serves all cases:
 
-    - RANK and WORLD_SIZE are set (torchrun, also under Slurm): this process is one rank.
-    - cluster=ray: this process is the driver and starts ranks on the nodes of a Ray cluster.
-    - One rank: the run is in this process.
-    - Otherwise this process is the driver and starts the ranks as child processes.
+- RANK and WORLD_SIZE are set (torchrun, also under Slurm): this process is one rank.
+- cluster=ray: this process is the driver and starts ranks on the nodes of a Ray cluster.
+- One rank: the run is in this process.
+- Otherwise this process is the driver and starts the ranks as child processes.
 """
 
 import os
@@ -45,12 +45,12 @@ def launch(
 ) -> int:
     """Run all ranks, or only this rank if another program started it. Returns the exit code of the run.
 
-        command: command that starts one rank as a child process
-        run_rank: function that runs one rank in this process
-        alone: whether this is the only run of this process. If not, `run_rank` is not used, because torch's process
-            groups and DeepSpeed leave state behind
-        planner: command that plans smaller layouts; see cluster/driver/driver.py
-        watched: whether ranks report progress at every step, so that a hung rank is found
+    command: command that starts one rank as a child process
+    run_rank: function that runs one rank in this process
+    alone: whether this is the only run of this process. If not, `run_rank` is not used, because torch's process
+        groups and DeepSpeed leave state behind
+    planner: command that plans smaller layouts; see cluster/driver/driver.py
+    watched: whether ranks report progress at every step, so that a hung rank is found
     """
     parallel, place = config.parallel, given_place()
     if place is not None:

@@ -37,10 +37,10 @@ def patience_of(cluster: Cluster) -> "Patience":
 class Patience:
     """Observed times of a run in seconds, and the limits derived from them.
 
-        hang_after: upper bound of the limit in steps
-        start_timeout: upper bound of the limit in other phases
-        kill_after: minimum time without progress before the run is ended; None for the defaults
-        timeout: the same in a save, an upload or a callback
+    hang_after: upper bound of the limit in steps
+    start_timeout: upper bound of the limit in other phases
+    kill_after: minimum time without progress before the run is ended; None for the defaults
+    timeout: the same in a save, an upload or a callback
     """
 
     def __init__(

@@ -33,8 +33,7 @@ def _whole(record: CommRecord) -> Signature:
 
 
 def find_difference(traces: Mapping[int, RankTrace]) -> Judgement | None:
-    """Find the first collective that ranks called differently, or message on which its two ends disagree. None if none.
-    """
+    """Find the first collective that ranks called differently, or message on which its two ends disagree. None if none."""
     by_group = defaultdict[tuple, dict[int, dict[int, CommRecord]]](lambda: defaultdict(dict))
     for rank, trace in traces.items():
         for record in trace.records:

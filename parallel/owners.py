@@ -41,8 +41,7 @@ class SharedMatrix(NamedTuple):
     cost: float
 
     def pieces(self, rank: int) -> list[WeightPiece]:
-        """Return a rank's part of the matrix as at most three rectangles: part of a row, complete rows, part of a row.
-        """
+        """Return a rank's part of the matrix as at most three rectangles: part of a row, complete rows, part of a row."""
         cut = [
             WeightPiece(_common(rows, self.place.rows), _common(columns, self.place.columns))
             for rows, columns in cut_pieces(self.held[rank], self.width)
@@ -105,10 +104,10 @@ class MatrixOwners:
     ) -> None:
         """Compute every matrix on its owner. Collective over the group.
 
-            read: function from a weight's index and a rectangle to a view of this rank's part
-            compute: function from the indices of matrices and the matrices to results of the same shapes
-            write: function that takes a matrix's index, its weight's index, a rectangle of this rank, and the result
-            like: tensor with the dtype and device of all sent elements
+        read: function from a weight's index and a rectangle to a view of this rank's part
+        compute: function from the indices of matrices and the matrices to results of the same shapes
+        write: function that takes a matrix's index, its weight's index, a rectangle of this rank, and the result
+        like: tensor with the dtype and device of all sent elements
         """
         gathered: tuple[MatrixPack, Callable[[], dict[int, Tensor]]] | None = None
         returned: Callable[[], None] | None = None
@@ -225,8 +224,7 @@ class MatrixOwners:
         return finish
 
     def _travelling(self, pack: MatrixPack, owner: int, rank: int) -> Iterator[tuple[int, WeightPiece]]:
-        """Yield the parts that `rank` sends to `owner` in a pack, in message order: the matrix's index and a rectangle.
-        """
+        """Yield the parts that `rank` sends to `owner` in a pack, in message order: the matrix's index and a rectangle."""
         if owner != rank:
             for number in pack.numbers:
                 if self.owners[number] == owner:

@@ -78,8 +78,7 @@ class SealedStore(dist.Store):
 
 
 def open_sealed_store(rank: int, address: str, port: int, secret: bytes, timeout: timedelta) -> SealedStore:
-    """Open the store of all ranks, which rank 0 serves on its own `address`. Raises OSError if it cannot listen there.
-    """
+    """Open the store of all ranks, which rank 0 serves on its own `address`. Raises OSError if it cannot listen there."""
     listener = None
     if rank == 0:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET

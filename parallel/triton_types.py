@@ -76,8 +76,7 @@ class QuickKernel:
 
 
 def quick(kernel: _Launched) -> _Launched:
-    """Return a `QuickKernel` if Triton compiles for a GPU whose specialisation rules this file knows, else the kernel.
-    """
+    """Return a `QuickKernel` if Triton compiles for a GPU whose specialisation rules this file knows, else the kernel."""
     known = isinstance(kernel, JITFunction) and torch.version.hip is None
     return cast("_Launched", QuickKernel(kernel)) if known else kernel
 

@@ -62,12 +62,12 @@ REFUSED_SECONDS = 10.0
 class Driver:
     """Runs one launch of a run on a fleet of nodes.
 
-        arguments: command line of a rank, after the interpreter. The last argument, a configuration file, is replaced
-            by a file with the attempt's layout
-        rank_folder: working folder of the ranks; None if Ray copies the code to the nodes
-        gpus: whether the devices are GPUs
-        planner: command that writes layouts.json (cluster/driver/shapes.py). The driver appends cpu or cuda to it, and
-            starts it when the run has begun to train
+    arguments: command line of a rank, after the interpreter. The last argument, a configuration file, is replaced
+        by a file with the attempt's layout
+    rank_folder: working folder of the ranks; None if Ray copies the code to the nodes
+    gpus: whether the devices are GPUs
+    planner: command that writes layouts.json (cluster/driver/shapes.py). The driver appends cpu or cuda to it, and
+        starts it when the run has begun to train
     """
 
     def __init__(
@@ -346,8 +346,7 @@ class Driver:
             self._warm([node])
 
     def _refuse(self, node: Node, problem: str, again: float = REFUSED_SECONDS) -> None:
-        """Exclude a node until a later check passes, and report the problem once. again: seconds until the next check.
-        """
+        """Exclude a node until a later check passes, and report the problem once. again: seconds until the next check."""
         self._check_again[node.id] = self.clock() + again
         if node.name not in self._refused:
             self._note("node_refused", f"{node.name}: {problem}", node=node.name)

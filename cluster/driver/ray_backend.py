@@ -451,8 +451,7 @@ def _connect(address: str, limit: float) -> None:
 
 @contextlib.contextmanager
 def _stderr_in_file() -> Iterator[IO[bytes]]:
-    """Capture stderr in a file inside the block. Ray's native code repeats its errors; the caller prints one sentence.
-    """
+    """Capture stderr in a file inside the block. Ray's native code repeats its errors; the caller prints one sentence."""
     with tempfile.TemporaryFile() as file:
         terminal = os.dup(2)
         os.dup2(file.fileno(), 2)

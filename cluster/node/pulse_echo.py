@@ -30,8 +30,7 @@ def seal_datagram(key: bytes, kind: bytes, number: int, node: str) -> bytes:
 
 
 def unseal(key: bytes, kind: bytes, datagram: bytes) -> tuple[int, str] | None:
-    """Return the number and the node id of a datagram. None for another kind (QUESTION or ANSWER) or a wrong signature.
-    """
+    """Return the number and the node id of a datagram. None for another kind (QUESTION or ANSWER) or a wrong signature."""
     signed, word = datagram[:SEAL], datagram[SEAL:]
     if not hmac.compare_digest(signed, hmac.digest(key, word, "sha256")[:SEAL]) or word[:1] != kind:
         return None

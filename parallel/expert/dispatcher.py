@@ -115,8 +115,7 @@ class PendingDispatch:
 
 
 class PendingCombine:
-    """A combine after its first half. Its last exchange is in progress; `wait` waits for it and sums the received rows.
-    """
+    """A combine after its first half. Its last exchange is in progress; `wait` waits for it and sums the received rows."""
 
     def __init__(self, flight: "ExchangeFlight", ticket: Tensor):
         self._flight, self._ticket = flight, ticket
@@ -147,11 +146,11 @@ class ExchangeDispatcher(ABC):
     ) -> PendingDispatch:
         """Start to send every token to its experts. Copies the split sizes to the host once.
 
-            x_TD: tokens, fp32 or bf16
-            expert_ids_TK: experts of each token, int64 ids over the whole group; those of a token differ
-            gates_TK: gates, fp32. Gates and x may be fp64, as in `mode=prove`
-            again: `DispatchedRows.state` of an earlier dispatch of the same tokens. If given, its routes are reused and
-                no counts are exchanged
+        x_TD: tokens, fp32 or bf16
+        expert_ids_TK: experts of each token, int64 ids over the whole group; those of a token differ
+        gates_TK: gates, fp32. Gates and x may be fp64, as in `mode=prove`
+        again: `DispatchedRows.state` of an earlier dispatch of the same tokens. If given, its routes are reused and
+            no counts are exchanged
         """
         assert gates_TK.dtype in (torch.float32, torch.float64) and expert_ids_TK.shape == gates_TK.shape
         plan = self._plan(expert_ids_TK) if again is None else again
@@ -374,8 +373,7 @@ def beside(rows: Tensor) -> AbstractContextManager:
 
 
 def _ticket(like: Tensor) -> Tensor:
-    """Return an empty tensor that connects both halves (begin and wait) of a dispatch or combine in the autograd graph.
-    """
+    """Return an empty tensor that connects both halves (begin and wait) of a dispatch or combine in the autograd graph."""
     return like.new_empty(0, dtype=torch.float32)
 
 

@@ -50,8 +50,7 @@ class Transfer:
         self._held, self._received, self._work, self._traffic = [sent], received, work, traffic
 
     def holding(self, buffer: Tensor) -> "Transfer":
-        """Keep `buffer` alive until `wait` returns, because an earlier transfer still uses it. Returns this transfer.
-        """
+        """Keep `buffer` alive until `wait` returns, because an earlier transfer still uses it. Returns this transfer."""
         self._held.append(buffer)
         return self
 
@@ -81,8 +80,7 @@ class Link:
         self._across_P = [node != nodes_P[self.rank] for node in nodes_P]
 
     def start(self, rows_CX: Tensor, sent_P: Sequence[int], received_P: Sequence[int], traffic: Traffic) -> Transfer:
-        """Start an all-to-all: send sent_P[p] rows to peer p and receive received_P[p] rows. Rows are ordered by peer.
-        """
+        """Start an all-to-all: send sent_P[p] rows to peer p and receive received_P[p] rows. Rows are ordered by peer."""
         assert rows_CX.shape[0] == sum(sent_P)
         if self.size == 1:
             return Transfer(rows_CX, rows_CX, None, traffic)

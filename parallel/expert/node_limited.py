@@ -34,9 +34,9 @@ from parallel.expert.wire import Wire
 class NodeLimitedDispatcher(ChainDispatcher):
     """Dispatcher for experts over N nodes of L ranks; rank l of node n holds experts [(n*L + l)*F, (n*L + l + 1)*F).
 
-        inter_group: one rank of every node in node order, each with this rank's index on its node; None with one node
-        intra_group: the ranks of this node; None with one rank per node
-        experts: E, below 32768
+    inter_group: one rank of every node in node order, each with this rank's index on its node; None with one node
+    intra_group: the ranks of this node; None with one rank per node
+    experts: E, below 32768
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class NodeLimitedDispatcher(ChainDispatcher):
     def _exchange_counts(self, outer_NX: Tensor) -> tuple[list[list[int]], Tensor]:
         """Exchange the counts of both hops. Returns:
 
-            - on the host, for each hop: the numbers of messages to and from each peer, and the number of rows
-            - on the device: the number of rows per local expert
+        - on the host, for each hop: the numbers of messages to and from each peer, and the number of rows
+        - on the device: the number of rows per local expert
         """
         ranks = self.intra.size
         arriving_NX = self.inter.start_counts(outer_NX, self.counters.forward).wait()

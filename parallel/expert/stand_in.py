@@ -77,8 +77,7 @@ class Load:
 
     @classmethod
     def even(cls, group: Group, factor: float = 1.0) -> "Load":
-        """Return an equal load for all experts of this rank. factor: rows of this rank divided by a rank's mean rows.
-        """
+        """Return an equal load for all experts of this rank. factor: rows of this rank divided by a rank's mean rows."""
         return cls((group.ranks * group.top_k / group.experts * factor,) * (group.experts // group.ranks))
 
     def rows_L(self, tokens: int) -> list[int]:

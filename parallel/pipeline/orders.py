@@ -95,8 +95,7 @@ def schedule_actions(
 
 
 def without_transfers(drives: type[PipelineScheduleMulti]) -> type[PipelineScheduleMulti]:
-    """Return a subclass without lists of communication actions. Plans do not need them, and torch builds them slowly.
-    """
+    """Return a subclass without lists of communication actions. Plans do not need them, and torch builds them slowly."""
 
     class ComputeOnly(drives):  # pyrefly: ignore[invalid-inheritance]  the class is known at run time
         def _prepare_schedule_with_comms(self, *_: object, **__: object) -> None:

@@ -53,18 +53,18 @@ class Pipeline(Generic[Chunk]):
     ):
         """Set up this rank's part of the pipeline. Collective over the group.
 
-            name: name of the schedule
-            modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=..., ...); x is
-                tokens_BS for stage 0, and hidden states (B, T, D) for other stages
-            stage_ids: stage index of each chunk
-            num_stages: number of stages of the pipeline
-            group: ranks of this pipeline in order; None for all ranks
-            hidden: hidden width D
-            dtype: dtype of the hidden states between stages
-            cp: ranks that share each sequence. Only T = (S - 1) / cp positions are sent between stages
-            overlap: whether the forward and backward of a pair take turns (overlap.py) or run one after the other
-            timeout: maximum seconds that one of the two waits for the other
-            host: stores activations of the chunks; the pipeline reports every action to it
+        name: name of the schedule
+        modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=..., ...); x is
+            tokens_BS for stage 0, and hidden states (B, T, D) for other stages
+        stage_ids: stage index of each chunk
+        num_stages: number of stages of the pipeline
+        group: ranks of this pipeline in order; None for all ranks
+        hidden: hidden width D
+        dtype: dtype of the hidden states between stages
+        cp: ranks that share each sequence. Only T = (S - 1) / cp positions are sent between stages
+        overlap: whether the forward and backward of a pair take turns (overlap.py) or run one after the other
+        timeout: maximum seconds that one of the two waits for the other
+        host: stores activations of the chunks; the pipeline reports every action to it
         """
         each = len(modules)
         self.facts = SCHEDULES[name]
@@ -224,8 +224,7 @@ class Pipeline(Generic[Chunk]):
         return dist.P2POp(operation, tensor, group=self.group, group_peer=self._rank_of[stage])
 
     def _schedule(self, tokens_BS: Tensor, micro_batches: int, mean: float):
-        """Return the torch schedule for this number and shape of micro-batches. A batch-size ramp changes the number.
-        """
+        """Return the torch schedule for this number and shape of micro-batches. A batch-size ramp changes the number."""
         B, S = tokens_BS.shape
         assert B % micro_batches == 0, (B, micro_batches)
         key = (micro_batches, B // micro_batches, S, mean)

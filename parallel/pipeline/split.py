@@ -39,10 +39,10 @@ def split_layers(
 ) -> list[range]:
     """Return the layers of each stage as consecutive ranges. Only the first and the last stage may be empty.
 
-        costs: cost of every layer, in any unit
-        first_cost: extra cost of the first stage (embedding), in the same unit
-        last_cost: extra cost of the last stage (head, loss, MTP modules), in the same unit
-        placement: stages of every rank
+    costs: cost of every layer, in any unit
+    first_cost: extra cost of the first stage (embedding), in the same unit
+    last_cost: extra cost of the last stage (head, loss, MTP modules), in the same unit
+    placement: stages of every rank
     """
     stages, layers = sum(map(len, placement)), len(costs)
     assert layers >= stages - 2, "check_schedule comes first"

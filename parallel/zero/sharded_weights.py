@@ -56,12 +56,12 @@ def find_units(module: nn.Module, units: tuple[type[nn.Module], ...]) -> list[nn
 class ShardedWeights:
     """The sharded weights and gradients of stage 3.
 
-        client: Sluice's optimizer, which DeepSpeed's wraps
-        shapes: full shapes of the trained parameters, in module order; all other parameters are only gathered
-        rules: update rule of each parameter, which names its state
-        shares: function that returns which ranks share a parameter
-        norm: function that computes the global gradient norm; called once per step
-        handing: function that is called with a parameter before its gradient is reduced
+    client: Sluice's optimizer, which DeepSpeed's wraps
+    shapes: full shapes of the trained parameters, in module order; all other parameters are only gathered
+    rules: update rule of each parameter, which names its state
+    shares: function that returns which ranks share a parameter
+    norm: function that computes the global gradient norm; called once per step
+    handing: function that is called with a parameter before its gradient is reduced
     """
 
     def __init__(
@@ -133,8 +133,7 @@ class ShardedWeights:
                 yield Fragment(param, offset, safe_get_local_fp32_param(param).detach()[:length], state)
 
     def flats(self) -> Iterator[tuple[Tensor, list[FlatWeight]]]:
-        """Yield every flat parameter of the optimizer with its weights. It consists of their shards, including padding.
-        """
+        """Yield every flat parameter of the optimizer with its weights. It consists of their shards, including padding."""
         groups = zip(self._optimizer.fp32_partitioned_groups_flat, self._optimizer.fp16_groups, strict=True)
         for flat, params in groups:
             found, place = [], 0

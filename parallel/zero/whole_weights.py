@@ -28,15 +28,15 @@ from parallel.zero.private_names import require_names
 class WholeWeights:
     """The weights and gradients of stages 1 and 2.
 
-        client: Sluice's optimizer, which DeepSpeed's wraps
-        groups: parameters of each group of Sluice's optimizer
-        shares: function that returns which ranks share a parameter
-        ranks: number of ranks over which gradients are averaged
-        norm: function that computes the global gradient norm; called once per step
-        close: function that is called before the last gradients are reduced
-        show: function that is called with each parameter whose gradient is reduced early
-        clip: maximum norm; 0 for no clipping
-        offload: whether masters and optimizer state are in host memory
+    client: Sluice's optimizer, which DeepSpeed's wraps
+    groups: parameters of each group of Sluice's optimizer
+    shares: function that returns which ranks share a parameter
+    ranks: number of ranks over which gradients are averaged
+    norm: function that computes the global gradient norm; called once per step
+    close: function that is called before the last gradients are reduced
+    show: function that is called with each parameter whose gradient is reduced early
+    clip: maximum norm; 0 for no clipping
+    offload: whether masters and optimizer state are in host memory
     """
 
     def __init__(
