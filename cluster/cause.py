@@ -1,15 +1,15 @@
 """Names the rank that broke a run.
 
 When a rank fails, its peers lose their connection to it or time out. These victims fail too, and often report first.
-The first rule that applies names the cause:
+The first case that applies names the cause:
 
-    1. A rank with wrong input (exit code 2).
-    2. A node that no longer answers.
-    3. A rank that vanished without a report: it was killed, crashed in native code, or exited early with any code.
-       A victim has time to report.
-    4. Ranks that are silent while the others timed out in a collective: the silent ranks hang.
-    5. The rank with the earliest error, or the ranks that this error blames. For a non-finite loss, these are the ranks
-       where it arose; for a checkpoint, the ranks that did not write. Hosts' uptime clocks order the errors.
+    1. A rank had wrong input (exit code 2).
+    2. A node no longer answers.
+    3. A rank vanished without a report: it was killed, crashed in native code, or exited early with any code. A victim
+       would have had time to report.
+    4. Ranks are silent while the others timed out in a collective. The silent ranks hang.
+    5. Otherwise, the rank with the earliest error, by the hosts' uptime clocks, is named. If this error blames other
+       ranks, they are named instead: the ranks with the non-finite loss, or without their part of a checkpoint.
 """
 
 import contextlib
@@ -76,7 +76,9 @@ class Failure:
 
     rank: int
     time: float
-    """Seconds since the start of the rank's host (`cluster.clocks.uptime`). The agent converts them to Unix time."""
+    """Time of the failure in seconds since the start of the host (`cluster.clocks.uptime`). The agent converts it to
+    Unix time.
+    """
     kind: str
     """Kind of failure, one of: user, timeout, stopped, crash."""
     message: str
@@ -181,8 +183,8 @@ class RankReport:
 def read_report(rank: int, code: int | None, logs: Path, pid: int | None = None) -> RankReport:
     """Read the files that a rank left in its folder.
 
-    code: the rank's exit code; None while it runs. Get the code first: a rank may write until it ends. pid: the rank's
-    process id, if the process is on this machine.
+    code: the rank's exit code; None while it runs. Get the exit code before this call, because a rank may write until
+    it ends. pid: the rank's process id, if the process is on this machine.
     """
     report = RankReport(rank, code)
     if pid is not None and code is None:
@@ -209,7 +211,7 @@ def _number(found: Any) -> Any:
 
 
 def _failure(found: Any) -> Failure | None:
-    """Return `found` as a Failure, or None if it has another format."""
+    """Return `found` as a Failure, or None if it is not in the format of a failure report."""
     match found:
         case {
             "rank": int(),
@@ -347,7 +349,7 @@ def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int
     """Name the ranks that hang.
 
     Three groups are checked in this order: stopped ranks, ranks without a stack, and ranks that do not wait for others.
-    The first group with some but not all ranks is named.
+    If a group has some but not all ranks, it is named.
 
     stacks: faulthandler traceback of each rank that answered.
     """

@@ -9,7 +9,7 @@ _COUNTER = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def uptime() -> float:
-    """Return the seconds since this host started. All its processes share this clock, and nobody can set it."""
+    """Return the seconds since this host started. All processes of the host share this clock, and nobody can set it."""
     return time.clock_gettime(_COUNTER)
 
 

@@ -4,13 +4,13 @@ A ring is a file with a rank's recent communication. The first rule that matches
 
     1. stopped    A rank's process is stopped.
     2. differs    Ranks called different operations as the same collective, or a rank sent what its receiver did not
-                  expect. These tests find the wrong rank, in this order:
-                      It differs from most ranks of its group.
-                      It alone differs from its own earlier steps (the last step, or a step one period earlier).
-                      It differs from other groups with the same label.
+                  expect. The first test that finds a wrong rank decides:
+                      A rank differs from most ranks of its group.
+                      Only one rank differs from its own earlier step (the last step, or the step one period earlier).
+                      A rank differs from other groups with the same label.
     3. absent     Ranks wait, directly or indirectly, for a rank that waits for no rank.
     4. link       Sent data is not acknowledged between some hosts, and all these connections have one host in common.
-    5. crossed    Ranks wait for each other. The wrong rank differs from its own last step.
+    5. crossed    Ranks wait for each other. The wrong rank is the rank that differs from its own last step.
     6. stuck      All ranks are in the collective and none returns: a fault of a network or a device.
     7. unknown    No rule matches.
 
@@ -125,7 +125,7 @@ def find_waits(traces: Mapping[int, RankTrace]) -> list[RankWait]:
 
 
 def _absent(traces: Mapping[int, RankTrace], waits: Sequence[RankWait], gone: set[int]) -> list[int]:
-    """Return the ranks that others wait for and that wait for no rank."""
+    """Return the ranks that wait for no rank, but for which other ranks wait."""
     waiting = {wait.rank for wait in waits}
     wanted = {rank for wait in waits for rank in wait.missing}
     return sorted(rank for rank in wanted if rank not in waiting and rank not in gone)
@@ -159,7 +159,7 @@ def _say_absent(
 
 
 def _where(traces: Mapping[int, RankTrace], stacks: Mapping[int, str], rank: int) -> str:
-    """Return the file and line that a rank's main thread is executing, outside thread libraries.
+    """Return the file and line that a rank's main thread is executing. Functions of thread libraries are skipped.
 
     Without a stack, return the place of the rank's last record.
     """
@@ -201,7 +201,7 @@ def _source(frames: Sequence[str]) -> str:
 
 
 def _crossed(traces: Mapping[int, RankTrace], waits: Sequence[RankWait]) -> Judgement:
-    """Among ranks that wait for each other, find the rank that differs from its own last step."""
+    """Among ranks that wait for each other, find the rank whose communication differs from its own last step."""
     ring = sorted({wait.rank for wait in waits if wait.missing})
     changed = dict[int, tuple[Fault, CommRecord]]()
     for rank in ring:

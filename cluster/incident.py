@@ -1,12 +1,13 @@
 """Describes an incident of a run: the rank that broke or blocks it, the place in the code, waiting ranks, and advice.
 
-If ranks reported a failure, cluster/cause.py names the cause. cluster/compare_ranks.py replaces it if the recorded
-communication shows a better one: a rank that skips a collective makes another rank fail. logs/incident_N.json contains:
+If ranks reported a failure, cluster/cause.py names the cause. The recorded communication may show a better cause: a
+rank that skips a collective makes another rank fail. Then the verdict of cluster/compare_ranks.py is used instead.
+logs/incident_N.json contains:
 
     time, kind, text     Unix time; kind of the cause; sentence about the cause
     fault                kind of fault; see judgement.Fault
     ranks                the ranks that caused the fault
-    among                if they are unknown: the ranks that may have caused it
+    among                if `ranks` is unknown: the ranks that may have caused the fault
     where, advice        file and line; what to do
     seconds              for a hang: seconds since the last news
     waits                [{"rank": 0, "for": [1], "what": "all_reduce 7 of ...", "place": "file:line", "seconds": 12.1},
@@ -108,7 +109,7 @@ def judge_failure(
 
 
 def _is_certain(cause: Cause) -> bool:
-    """Whether the rank's end proves that it is no victim of another rank's failure."""
+    """Whether the rank's end proves that the rank is no victim of another rank's failure."""
     return any(signal.Signals(-code).name in cause.text for code in CERTAIN)
 
 
@@ -125,7 +126,7 @@ def describe_incident(
     seconds: float = 0.0,
     live: bool = False,
 ) -> dict[str, Any]:
-    """Return the incident in its file format (see the top). live: whether the ranks still run."""
+    """Return the incident in its file format; see the top of this file. live: whether the ranks still run."""
     now = time.time()
     waits = [
         {

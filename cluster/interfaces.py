@@ -27,15 +27,15 @@ def interface_of(address: str) -> str:
 def interface_to(host: str) -> str:
     """Return the interface of this machine's route to a host. Raises OSError for a host without address or route.
 
-    The name of this machine often resolves to 127.0.1.1, which others cannot reach. For this machine, the default route
-    is used.
+    If the host is this machine, the interface of the default route is returned. The machine's name often resolves to
+    127.0.1.1, which other machines cannot reach.
     """
     return interface_of(address_to(host))
 
 
 def address_to(host: str) -> str:
-    """Return this machine's IP address on the route to a host, at which others reach it. Raises OSError as
-    `interface_to`.
+    """Return this machine's IP address on the route to a host, at which other machines reach this machine. Raises
+    OSError for a host without address or route.
     """
     address = _source_address(host)
     return _source_address(ANYWHERE) if address.startswith("127.") else address

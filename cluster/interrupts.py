@@ -148,9 +148,7 @@ def leave(code: int) -> int:
 
 @atexit.register
 def _end() -> None:
-    """End the process. Exit handlers run in reverse order, so this one, registered first, runs after those of
-    libraries.
-    """
+    """End the process. This exit handler was registered before the handlers of libraries, so it runs after them."""
     if _codes:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -51,7 +51,7 @@ FAULT_ADVICE = {
 
 
 class RankWait(NamedTuple):
-    """A waiting rank, its operation, and the ranks that it waits for."""
+    """A waiting rank, the operation that it waits for, and the ranks that it waits for."""
 
     rank: int
     record: CommRecord
@@ -72,7 +72,7 @@ class Judgement:
     """File and line of the fault."""
     waits: list[RankWait] = field(default_factory=list)
     among: tuple[int, ...] = ()
-    """If it is unknown which rank caused the fault: the ranks that may have."""
+    """If it is unknown which rank caused the fault: the ranks that may have caused it."""
 
     @property
     def advice(self) -> str:
@@ -87,9 +87,9 @@ def name_record(record: CommRecord) -> str:
 
 
 def channel_of(record: CommRecord) -> tuple:
-    """Return the channel of a record; a channel's records are numbered consecutively.
+    """Return the channel of a record. The records of a channel are numbered one after another.
 
-    A collective's channel is its group. For a send or receive, it is group, kind and peer.
+    The channel of a collective is its group. The channel of a send or receive is its group, its kind and its peer.
     """
     group = record.group.name, record.group.ranks
     return (*group, record.kind, record.peer) if record.peer >= 0 else group

@@ -24,7 +24,7 @@ def given_run() -> tuple[Config, Place]:
     configuration file.
 
     Call this function first. It changes to the folder in which the user typed the command, because relative paths of a
-    recipe refer to it. If a node lacks this folder, only recipes with absolute paths work there.
+    recipe refer to that folder. If a node lacks the folder, only recipes with absolute paths work there.
     """
     place = given_place()
     assert place is not None, "the driver starts the ranks, with RANK and WORLD_SIZE"

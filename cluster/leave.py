@@ -37,7 +37,7 @@ def raylets() -> list[tuple[psutil.Process, str, str]]:
 
 
 def shares_network(process: psutil.Process) -> bool:
-    """Whether `process` is in this process's network namespace; also True if its namespace cannot be read."""
+    """Whether `process` is in this process's network namespace. True if the namespace of `process` cannot be read."""
     try:
         return os.readlink(f"/proc/{process.pid}/ns/net") == os.readlink("/proc/self/ns/net")
     except FileNotFoundError:  # the process has ended, or this is not Linux

@@ -58,7 +58,8 @@ def run_children(start: StartRank, world: int, logs: Path, patience: Patience | 
     """Start `world` ranks and wait until all have ended. Returns the exit code of the run.
 
     The driver ends all ranks when one fails, or when they report no progress for longer than `patience` allows. On
-    SIGTERM or Ctrl-C, it sends them SIGTERM. A second Ctrl-C raises KeyboardInterrupt, which ends them at once.
+    SIGTERM or Ctrl-C, the driver sends SIGTERM to the ranks. A second Ctrl-C raises KeyboardInterrupt, which ends the
+    ranks at once.
     """
     logs.mkdir(parents=True, exist_ok=True)
     _remove(logs, FAILURES, AT_WORK, PROGRESS, RINGS)

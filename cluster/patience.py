@@ -3,8 +3,9 @@
 A run is late if its silence is longer than its earlier silences plus a margin; the driver then prints a warning. A run
 is ended if no rank has completed a unit of work (cluster/comm_ring.py) for `cluster.kill_after`.
 
-Observations of a kind of phase count only after its first phase is complete. Until then, and until an attempt's first
-step is complete, only two settings apply: `cluster.hang_after` in steps, and `cluster.start_timeout` in other phases.
+Observations of a kind of phase count only after a first phase of that kind is complete. Until then, and until an
+attempt's first step is complete, only two settings apply: `cluster.hang_after` in steps, and `cluster.start_timeout` in
+other phases.
 """
 
 from collections import defaultdict, deque
@@ -24,7 +25,9 @@ HANG_ROOM, FIRST_HANG_ROOM = 2.5, 9.0
 """A run is late after the longest observed time times a factor: first number + second number / count of observations.
 """
 REMEMBERED = 500
-"""Number of newest observations kept for each kind of phase. Older ones no longer show how long a phase may take."""
+"""Number of newest observations kept for each kind of phase. Older observations no longer show how long a phase may
+take.
+"""
 QUIET_STEPS, QUIET_SECONDS = 3.0, 3.0
 """A run prints that it is quiet after the longer of two silences: this many usual steps, and this many seconds."""
 
@@ -40,7 +43,7 @@ class Patience:
     hang_after: upper bound of the limit in steps
     start_timeout: upper bound of the limit in other phases
     kill_after: minimum time without progress before the run is ended; None for the defaults
-    timeout: the same in a save, an upload or a callback
+    timeout: minimum time without progress before the run is ended in a save, an upload or a callback
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """A folder of one process that no other user can read. It is removed later even if the process is killed.
 
-The process holds a lock on the folder until it ends. The next process that creates such a folder removes those without
-a lock. Process ids could not replace the lock, because containers may share a folder for temporary files.
+The process holds a lock on the folder until it ends. The next process that creates such a folder removes all folders
+without a lock. Process ids could not replace the lock, because containers may share a folder for temporary files.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ class PrivateFolder:
     """A folder of mode 0700, created at construction. Use in `with`, or call `remove`."""
 
     def __init__(self, kind: str, parent: Path | None = None):
-        """kind: prefix of the folder's name. parent: folder that contains it; None for the system's folder of temporary
-        files.
+        """Create and lock the folder. kind: prefix of its name. parent: folder that contains it; None for the system's
+        folder of temporary files.
         """
         parent = parent or Path(tempfile.gettempdir())
         remove_dead(kind, parent)

@@ -33,7 +33,9 @@ def _whole(record: CommRecord) -> Signature:
 
 
 def find_difference(traces: Mapping[int, RankTrace]) -> Judgement | None:
-    """Find the first collective that ranks called differently, or message on which its two ends disagree. None if none."""
+    """Find the first collective that ranks called differently, or the first message on which sender and receiver
+    disagree. Returns None if there is none.
+    """
     by_group = defaultdict[tuple, dict[int, dict[int, CommRecord]]](lambda: defaultdict(dict))
     for rank, trace in traces.items():
         for record in trace.records:
@@ -136,7 +138,7 @@ def _by_step(trace: RankTrace, record: CommRecord) -> dict[int, list[CommRecord]
 
 
 def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord] | None:
-    """Find how a rank's step differs from its earlier steps, up to `record`, a record of this step.
+    """Find how a rank's communication in the step of `record`, up to `record`, differs from its earlier steps.
 
     Communication may repeat with a period of several steps, such as 10 if metrics are gathered every 10 steps. So the
     step is compared with the step one period earlier. Returns None in these cases:
@@ -160,10 +162,10 @@ def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord]
 
 
 def _find_period(history: Sequence[list[Signature]]) -> tuple[int, int]:
-    """Return the period with which a rank repeats its steps, and the number of last steps in this repetition.
+    """Return the period with which a rank repeats its steps, and the number of its last steps in this repetition.
 
-    A repetition covers at least two periods. Of several periods, the one whose repetition covers the most steps is
-    chosen. Returns 1 and 0 if there is none.
+    A repetition covers at least two periods. If several periods are possible, the period whose repetition covers the
+    most steps is chosen. Returns 1 and 0 if there is no period.
     """
     numbers = dict[tuple, int]()
     kinds = [numbers.setdefault(tuple(one), len(numbers)) for one in reversed(history)]  # the last step comes first
@@ -181,7 +183,7 @@ def _against_other(
 ) -> tuple[Fault, CommRecord] | None:
     """Find how a rank's step differs from another rank's step.
 
-    If an earlier step of the rank began like the other rank's step, it is compared instead.
+    If an earlier step of the rank began like the other rank's step, the rank's step is compared with this earlier step.
     """
     done, right = _by_step(trace, mine), _by_step(other, theirs)[theirs.step]
     wanted = _signatures(one for one in right if one.seq <= theirs.seq)
@@ -242,8 +244,8 @@ def first_change(
 
 
 def _odd_messages(traces: Mapping[int, RankTrace]) -> list[tuple[float, tuple[int, CommRecord, int, CommRecord]]]:
-    """Return the sends whose number or type of elements differs from the receive. Each result has the later of their
-    start times, and both records with their ranks.
+    """Return the sends whose number or type of elements differs from the matching receive. Each result has the later of
+    the two start times, and both records with their ranks.
     """
     sends = {
         (record.group.name, rank, record.peer, record.seq): record

@@ -1,7 +1,7 @@
 """Follows the ranks of an attempt by their reports, and decides whether they make progress.
 
-Values that the driver reads at every tick are updated when a report arrives. So an agent's answer costs only in
-proportion to its own ranks.
+Values that the driver reads at every tick are updated when a report arrives. So the work for an agent's answer depends
+only on the number of that agent's ranks.
 """
 
 from collections import Counter
@@ -33,14 +33,14 @@ class RankWatch:
         """First step that any rank reported; None before the first report."""
         self._patience, self._told_quiet = patience, False
         self._step_began = now
-        """Time at which the first rank reached the current step, or at which the ranks returned to it from another
-        phase.
+        """Time at which the first rank reached the current step, or at which the ranks returned to this step from
+        another phase.
         """
         self._silences = 0
         """Number of events that ended a silence."""
         self._late: tuple[int, float] | None = None
-        """The silence of the last warning: value of `_silences` at the warning, and start time of the silence. None if
-        no warning.
+        """The silence for which a warning was printed: value of `_silences` at that time, and start time of the
+        silence. None if there is no such silence.
         """
         self._ended = self._bad = 0
         """Numbers of ranks that have ended and that have failed."""
@@ -60,8 +60,13 @@ class RankWatch:
 
     @property
     def doing(self) -> str:
-        """Return the phase of the running ranks: `start` before the attempt's first complete step. Later it is `step`
-        if all ranks are in steps, else another phase of at least one rank. Known phases of other ranks count too.
+        """Return the phase of the running ranks:
+
+            start          before the attempt's first complete step
+            step           if all ranks are in steps
+            another one    otherwise: a phase that at least one rank is in
+
+        Phases of ranks that this watch does not follow count too, if known.
         """
         phases = {phase for phase, count in self._phases.items() if count > 0} | self._elsewhere
         others = sorted(phases - {STEP_PHASE})
@@ -101,7 +106,8 @@ class RankWatch:
         self._learn(now, doing, step)
 
     def see_others(self, now: float, phases: set[str], moved: bool) -> None:
-        """Record the phases of ranks that this watch does not follow. Call it while the ranks of this watch are silent.
+        """Record the phases of ranks that this watch does not follow. Call this while the ranks of this watch are
+        silent.
 
         moved: whether the other ranks made progress since the previous call.
         """
@@ -110,7 +116,9 @@ class RankWatch:
             self.alive = now
 
     def _learn(self, now: float, did: str, step: int) -> None:
-        """Record how long the last step took, and complete phases. did, step: phase and step before the new reports."""
+        """Record how long the last step took, and which phases are complete. did, step: phase and step before the new
+        reports.
+        """
         left, comes = did in STEP_PHASES, self.doing in STEP_PHASES
         if left and (self.step > step or not comes):
             self._patience.take(STEP_PHASE, now - self._step_began)
@@ -125,7 +133,9 @@ class RankWatch:
 
     @property
     def silent_since(self) -> float:
-        """Return the time of the last news: another step or phase, or outside of steps a completed unit of work."""
+        """Return the time of the last news. In steps, another step or phase is news. In other phases, every completed
+        unit of work is news.
+        """
         return self.moved if self.doing in STEP_PHASES else self.alive
 
     def is_late(self, now: float) -> bool:
@@ -137,14 +147,14 @@ class RankWatch:
         self._late = self._silences, self.silent_since
 
     def over(self, now: float) -> float | None:
-        """Return the seconds of the silence of the last warning; None without warning. Call it when all ranks have
-        ended well.
+        """Return the seconds of the silence for which a warning was printed; None without a warning. Call this when all
+        ranks have ended without a failure.
         """
         return now - self._late[1] if self._late is not None else None
 
     def went_on(self) -> float | None:
-        """Return the seconds of a silence with a warning, once it has ended; otherwise None. Each silence is returned
-        once.
+        """Return the length in seconds of an ended silence for which a warning was printed; None if there is none. Each
+        silence is returned once.
         """
         if self._late is None or self._late[0] == self._silences:
             return None

@@ -3,22 +3,22 @@
 checkpoints/.fence                       lowest attempt number that may write there; see train/checkpoint/commit.py
 checkpoints/.lock                        locked by a process while it changes the fence or a checkpoint's name
 checkpoints/step_00001234/               a committed checkpoint; see train/checkpoint/manifest.py
-    manifest.json                        attempt that wrote the checkpoint, and more. Complete before the folder gets
-                                         its name
-    rank_00003.safetensors               part of the checkpoint of rank 3
-    rank_00003.json                      index of this part, written last. Copies in memory have both files, too
-logs/rank_3.log                          output of rank 3 logs/rank_3.error.json
-cluster.cause.Failure, written before the rank exits logs/rank_3.at_work                      exists until the rank has
-reported how its work ended; filled with blanks,
-                                         whose space rank_3.error.json uses on a full disk
+    manifest.json                        attempt that wrote the checkpoint, and more. The file is complete before the
+                                         folder gets its name
+    rank_00003.safetensors               part of the checkpoint that rank 3 wrote
+    rank_00003.json                      index of this part, written last. In-memory copies have both files, too
+logs/rank_3.log                          output of rank 3
+logs/rank_3.error.json                   cluster.cause.Failure, written before the rank exits
+logs/rank_3.at_work                      exists until the rank has reported how its work ended. The file is filled with
+                                         blanks: on a full disk, rank_3.error.json uses their disk space
 logs/rank_3.stacks                       stacks of the rank's threads at the last SIGUSR1, by faulthandler
-logs/rank_3.ring                         the rank's recent communication; see cluster/comm_ring.py logs/incident_1.json
-the rank that broke the run or held it up; see cluster/incident.py logs/stop.txt                            why the
-ranks are asked to stop, if their agent knows logs/rank_3.progress.json                {"step": 17, "phase": "step",
-"time": ..., "sequences": 64, "busy": ...,
-                                         "seconds": ..., "memory": ..., "pid": ..., "host": ...}, at every step.
-                                         seconds: duration of the last step. busy, if present: its seconds of the
-                                         rank's own work
+logs/rank_3.ring                         the rank's recent communication; see cluster/comm_ring.py
+logs/incident_1.json                     the rank that broke the run or held it up; see cluster/incident.py
+logs/stop.txt                            why the ranks are asked to stop, if their agent knows
+logs/rank_3.progress.json                {"step": 17, "phase": "step", "time": ..., "sequences": 64, "busy": ...,
+                                         "seconds": ..., "memory": ..., "pid": ..., "host": ...}, written at every step.
+                                         seconds: duration of the last step. busy, if present: seconds of the rank's own
+                                         work in the last step
 ranks.json                               state of all ranks, from the driver of cluster=ray (cluster/driver/journal.py)
 """
 

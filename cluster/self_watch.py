@@ -1,4 +1,7 @@
-"""Detects a hang from inside a rank under torchrun or a single process, and names the blocking rank."""
+"""Detects a hang from inside a rank that no Sluice driver supervises, and names the blocking rank.
+
+Such ranks run under torchrun, or as a single process.
+"""
 
 import os
 import sys
@@ -37,14 +40,16 @@ OTHERS_AFTER_SECONDS, RANKS_IN_A_SECOND = 2.0, 50.0
 STACKS_WITHIN_SECONDS = 2.0
 """Seconds that this host's other ranks get to write their stacks."""
 SAME_INCIDENT_SECONDS = 60.0
-"""Seconds after another rank's report of an incident in which a failing rank does not report it again."""
+"""If a rank fails within this many seconds after another rank reported an incident, the failing rank does not report it
+again.
+"""
 
 
 class SelfWatch:
     """Watches the progress of this process and reports a hang. Use in `with`.
 
-    ends: whether it also ends a hung process, so that the program that started the ranks ends or restarts all. Pass
-    False for a process of the user, such as a notebook.
+    ends: whether the watch also ends a hung process. The program that started the ranks then ends or restarts all
+    ranks. Pass False for a process of the user, such as a notebook.
     """
 
     def __init__(self, logs: Path, place: Place, patience: Patience, ends: bool):
@@ -97,7 +102,7 @@ class SelfWatch:
         """Return the progress of all other ranks whose files this rank can read: on this host or in a shared run
         folder.
 
-        If one makes progress, this rank may wait for it, and the run does not hang.
+        If another rank makes progress, this rank may be waiting for it, and the run does not hang.
         """
         reports = [read_report(rank, None, self._logs) for rank in range(self._world) if rank != self._rank]
         return [(one.phase, one.rank, one.step, one.done, one.written) for one in reports if one.step >= 0]
@@ -134,7 +139,7 @@ class SelfWatch:
         self._tell(f"error: {cause.text}", describe_incident(cause, finding, traces, stacks))
 
     def _tell(self, text: str, incident: dict) -> None:
-        """Report the incident. If another rank already did, print only that this rank ends because of it."""
+        """Report the incident. If another rank has already reported it, print only that this rank ends because of it."""
         path, late = None, incident.get("late", False)
         try:
             with exclusive(self._logs / ".incident.lock", STACKS_WITHIN_SECONDS):

@@ -18,7 +18,7 @@ from conf.schema import Config
 PR_SET_PDEATHSIG = 1
 """The prctl option for the signal that a process receives when its parent dies."""
 LEASE = 4.0
-"""Number of heartbeats after which an agent kills its ranks if the driver asks nothing."""
+"""If the driver asks nothing for this many heartbeats, an agent kills its ranks."""
 ENDING = 60.0
 """Seconds that a killed rank may need to free its memory."""
 
@@ -38,7 +38,7 @@ def spawn(
     """Start a child process in its own session. The driver receives Ctrl-C and passes it on.
 
     If this process dies, the kernel kills the child. output: file for stdout and stderr; None for the terminal. folder:
-    working folder; None for that of this process.
+    working folder; None for this process's working folder.
     """
     bind, parent = _binder(), os.getpid()
     return subprocess.Popen(
@@ -54,15 +54,16 @@ def spawn(
 
 
 class ForkedProcess:
-    """A child forked from this process, with all its imported modules. It dies with its parent, as a child of `spawn`.
+    """A child forked from this process, with all its imported modules. Like a child of `spawn`, it dies with its
+    parent.
 
     The class has the methods of Popen that cluster/local.py uses. Before the fork, the parent must not have computed
     anything: OpenMP threads and GPU contexts do not survive a fork.
     """
 
     def __init__(self, work: Callable[[], int], environment: dict[str, str], output: IO | None):
-        """work: function that the child runs; it returns the exit code. environment: the child's environment variables.
-        output: file for stdout and stderr; None for the terminal.
+        """Fork the child. work: function that the child runs; it returns the exit code. environment: the child's
+        environment variables. output: file for stdout and stderr; None for the terminal.
         """
         bind, parent = _binder(), os.getpid()
 
@@ -110,7 +111,7 @@ def die_with_parent() -> None:
 def _binder() -> Callable[[int], None]:
     """Return a function that makes the calling process die with its parent.
 
-    Call `_binder` before a fork: it loads a library, which a child of a process with threads must not do.
+    Call `_binder` before a fork, because it loads a library. A child of a process with threads must not load libraries.
     """
     prctl = ctypes.CDLL(None).prctl
 
@@ -123,7 +124,7 @@ def _binder() -> Callable[[int], None]:
 
 
 def lives(pid: int) -> bool:
-    """Whether the process exists and is no zombie, which has ended even if nobody reaps it."""
+    """Whether the process exists and is no zombie. A zombie has ended, even if nobody reaps it."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -133,7 +134,7 @@ def lives(pid: int) -> bool:
 def holds_open(pid: int, path: Path) -> bool:
     """Whether the process `pid` belongs to this user and has exactly the file `path` open.
 
-    If not, it must not be signalled: the process id may be reused, or the file that names it may be untrusted.
+    If not, do not signal the process: the process id may be reused, or the file that contains the id may be untrusted.
     """
     with contextlib.suppress(OSError):
         wanted = os.lstat(path)

@@ -1,7 +1,7 @@
 """Collects the stacks of a rank's threads. SIGUSR1 makes a rank write its stacks to a file in its logs.
 
-Hosts that have not acknowledged data on the rank's TCP connections are added. For a hung rank, stacks of native threads
-are added if pystack is installed and may inspect the process.
+The result also names the hosts that have not acknowledged data on the rank's TCP connections. For a hung rank, stacks
+of native threads are added if pystack is installed and may inspect the process.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ NO_PYSTACK = ["echo", "it is not installed; run `pip install pystack`"]
 NATIVE_SECONDS = 1.5
 """Maximum seconds that pystack may take."""
 PR_SET_PTRACER = 0x59616D61
-"""The prctl option that allows another process and its descendants to inspect this one. Otherwise Linux's Yama forbids
-it.
+"""The prctl option that allows another process and its descendants to inspect this process. Otherwise Linux's Yama
+forbids it.
 """
 _natives: dict[int, tuple[subprocess.Popen, float]] = {}
 """Running pystack processes by inspected process id, with their deadlines."""
@@ -44,7 +44,7 @@ TCP_ESTABLISHED = "01"
 """The state of an established connection in /proc/net/tcp."""
 TCP_RETRANSMITS = "01:"
 """Start of the timer field in /proc/net/tcp if sent data is not acknowledged. If the other end acknowledges data but
-cannot receive more, the value is another one.
+cannot receive more, the field has another value.
 """
 _kept_open: list[IO] = []
 
@@ -106,8 +106,8 @@ def own_stacks() -> str:
 def read_stacks(logs: Path, rank: int, pid: int, native: bool = False) -> str | None:
     """Return the stacks that a rank wrote since the request, or None before they are complete.
 
-    native: whether to add native threads' stacks if the rank waits for no other rank. pystack then stops it for about a
-    second.
+    native: whether to add native threads' stacks if the rank waits for no other rank. pystack then stops the rank for
+    about a second.
     """
     with contextlib.suppress(OSError), open(stacks_path(logs, rank), "rb", opener=open_plain) as file:
         piece = file.read(STACKS_BYTES)

@@ -2,16 +2,17 @@
 
 The ranks of an expert group (`ep` consecutive ranks, see parallel/layout.py) exchange tokens in every MoE layer. So a
 group uses few nodes, in one rack if possible. Neighbouring pipeline stages communicate less than expert groups, but
-more than other ranks:
+more than other ranks. So consecutive stages get consecutive slots, in these steps:
 
     1. Sort nodes by rack, name and address. Divide their devices into slots of one expert group each. If a group fits
        on a node, the node has devices // ep slots. Otherwise a slot is ep / g nodes with g ranks each, for the largest
        divisor g of ep that the nodes can hold. Slots are formed inside racks first.
-    2. A block is one expert group of every stage, so pp slots. Slot i is stage i % pp of block i // pp. A pipeline is
-       in one block, so a lost device costs at most one block (see cluster/driver/shapes.py).
+    2. A block is one expert group of every stage, so it needs pp slots. Slot i is stage i % pp of block i // pp. A
+       pipeline is in one block, so a lost device costs at most one block (see cluster/driver/shapes.py).
     3. Nodes without a rank are spares.
     4. After a failure, ranks stay on their nodes, next to their copies in memory. A spare replaces each missing node,
-       from the same rack if possible. If more groups then span racks than by steps 1 to 3, those steps are used.
+       from the same rack if possible. If more groups would span several racks than by steps 1 to 3, the placement by
+       steps 1 to 3 is used instead.
 
 All nodes of an expert group hold the same number of its ranks, as the two-hop dispatcher requires.
 """
@@ -42,7 +43,9 @@ class Node:
 
 @dataclass(frozen=True)
 class StageShape:
-    """The shape of a pipeline stage: its ranks, the ranks that share experts, and the busiest rank's micro-batches."""
+    """The shape of a pipeline stage: number of its ranks, number of ranks that share experts, and micro-batches of the
+    busiest rank.
+    """
 
     dp: int
     """Number of ranks of a stage: parallel.dp x parallel.cp."""
@@ -85,8 +88,10 @@ class Placement:
 
     @cached_property
     def by_node(self) -> dict[str, list[Seat]]:
-        """Return the seats (ranks with their devices) by node id and local rank, without nodes that have none. The
-        result is cached, because runs with thousands of nodes read it often.
+        """Return the seats (ranks with their devices) by node id, in the order of local ranks. Nodes without seats are
+        missing.
+
+        The result is cached, because runs with thousands of nodes read it often.
         """
         found: dict[str, list[Seat]] = {}
         for seat in self.seats:

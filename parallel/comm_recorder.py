@@ -1,7 +1,7 @@
 """Records every collective, send and receive of this process by wrapping the methods of torch's `ProcessGroup`.
 
 Sluice, torch's pipeline runtime and DeepSpeed all call these methods. A `CommLog` receives the records; for the format,
-see cluster/comm_ring.py. For tensors on a device, the host does not know the end of an operation, so none is recorded.
+see cluster/comm_ring.py. The host does not know when an operation on a device ends, so this end is not recorded.
 """
 
 import itertools
@@ -49,8 +49,8 @@ GROUP_METHODS = {
 IN_PLACE = ("all_reduce", "broadcast", "reduce")
 """Kinds of operations with one tensor, both sent and received."""
 _BETWEEN = ("-packages" + os.sep, sysconfig.get_path("stdlib") + os.sep, __file__)
-"""A file is no caller if its path contains one of these texts: files of installed packages, of Python's library, and
-this file.
+"""A file does not count as a caller if its path contains one of these texts: files of installed packages, of Python's
+library, and this file.
 """
 
 

@@ -28,7 +28,7 @@ from parallel.expert.link import TrafficCounters
 class ContextParallel:
     """Exchanges data with the ranks that share this rank's sequences. Implements `train.model.sequence.SequenceShare`.
 
-    group: these N ranks. across: whether they span several nodes.
+    group: the N ranks that share sequences. across: whether the ranks span several nodes.
     """
 
     def __init__(self, group: dist.ProcessGroup, across: bool = False):

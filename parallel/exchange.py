@@ -22,8 +22,8 @@ GLOO_TIMEOUT = re.compile(
     r"^\[\S*gloo\S*:\d+\] (Timed out waiting|Application timeout|(Connect|Read|Wait|Write) timeout)|\AWait timeout\Z",
     re.MULTILINE,
 )
-"""Matches gloo's messages about a time-out, for which gloo has no error class. They start with a gloo source file's
-name, or are its store's "Wait timeout".
+"""Matches gloo's messages about a time-out; gloo has no error class for them. Such a message starts with the name of a
+gloo source file, or is "Wait timeout" from gloo's store.
 """
 TIMEOUT = re.compile("timed out|timeout", re.IGNORECASE)
 """Matches the time-out messages of NCCL and torch's store. Both raise `torch.distributed.DistError`."""
@@ -43,8 +43,8 @@ def is_timeout(error: BaseException | None) -> bool:
 def gather(value: Any, group: ProcessGroup | None = None) -> list[Any]:
     """Return every rank's value, in the rank order of the group (None: all ranks). Collective over the group.
 
-    value: any JSON value, even non-finite numbers; tuples return as lists. It should be small, because every rank
-    allocates the size of the longest text once per rank. Raises TypeError for other values.
+    value: any JSON value, even non-finite numbers; a tuple is returned as a list. The value should be small, because
+    every rank allocates the size of the longest text for each rank. Raises TypeError for other values.
     """
     text = _encode(value)
     length = torch.tensor([text.numel()])
@@ -82,8 +82,8 @@ def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
 
 
 class RankNotes:
-    """Short texts that a rank writes to the common store for other ranks. Threads may use it; they must not use
-    collectives.
+    """Short texts that a rank writes to the common store for other ranks. Threads use them, because threads must not
+    use collectives.
     """
 
     def __init__(self, store: dist.Store | None = None):
@@ -91,7 +91,7 @@ class RankNotes:
         self._store = store or distributed_c10d._get_default_store()
 
     def leave(self, name: str, text: str) -> None:
-        """Write a text under this name. If the rank that serves the store has ended, it is lost."""
+        """Write a text under this name. If the rank that serves the store has ended, the text is lost."""
         with suppress(dist.DistError):
             self._store.set(name, text)
 

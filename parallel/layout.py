@@ -1,14 +1,14 @@
 """The pipeline, stage, context, expert and expert-data groups of a layout, as plain arithmetic.
 
-The pipeline stage is the outermost index of a rank. The ranks of a stage hold the same layers. Each of them has one
-pair of indices for its data, and one pair for its experts:
+The pipeline stage is the outermost index of a rank. The ranks of a stage hold the same layers. Each rank of a stage has
+one pair of indices for its data, and one pair for its experts:
 
     rank = pp_rank * stage_ranks + stage_rank,   stage_ranks = dp * cp
     stage_rank = dp_rank * cp + cp_rank = edp_rank * ep + ep_rank
 
 So context groups and expert-parallel groups are consecutive ranks, which should be on one node. Pipeline neighbours
-have the same index in neighbouring stages. For experts and ZeRO, ranks that share sequences count like ranks with their
-own.
+have the same index in neighbouring stages. For experts and ZeRO, a rank that shares sequences counts like a rank with
+its own sequences.
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,8 @@
 
 Each rank exchanges data with one rank at a time: its neighbours on the node, then the ranks with its index on
 neighbouring nodes. So each time belongs to one link. All links of a kind run at once, as in a step. Then the run's
-groups run an all-reduce and an all-to-all. Received bytes are checked for pairs. A transfer beyond LINK_PATIENCE raises
-an error that names both ends.
+groups run an all-reduce and an all-to-all. In the exchanges of two ranks, the received bytes are checked. If a transfer
+does not end within LINK_PATIENCE, an error names both ends.
 """
 
 import socket
@@ -30,7 +30,7 @@ LINK_PATIENCE = 60.0
 SLOW_LINK = 0.5
 """A link is slow below this fraction of the expected rate, or of the median of all links of its kind."""
 NAMED_LINKS = 5
-"""Maximum number of slow links that are named; the others are counted."""
+"""Maximum number of slow links that are named. Other slow links are only counted."""
 
 Pair = tuple[int, int]
 
@@ -149,8 +149,8 @@ def notes_on_links(names: list[str], found: list[LinkRate], expected: dict[str, 
 
 
 def _seconds(exchange: Callable[[], None]) -> float:
-    """Return the seconds of the fastest of LINK_ROUNDS runs of `exchange`, after an untimed one. `exchange` must wait
-    for its transfers.
+    """Return the seconds of the fastest of LINK_ROUNDS runs of `exchange`, after an untimed run. `exchange` must wait
+    until its transfers are complete.
     """
     exchange()
     best = float("inf")

@@ -1,13 +1,13 @@
 """The process groups of every rank; parallel/layout.py lists their members.
 
-On GPUs, a communicator takes hundreds of megabytes on each rank. So purposes with the same members share a group, and a
-communicator is created at its group's first collective. Groups of one rank and unused groups get none.
+On GPUs, a communicator takes hundreds of megabytes on each rank. So one group serves all purposes with the same
+members, and a communicator is created at its group's first collective. Groups of one rank and unused groups get none.
 
-The exception is the group for a pipeline's sends and receives, which has no collectives. If a communicator is created
-with its group, torch runs all transfers of a rank in sequence, and a concurrent broadcast can hang. pytorch pull
-request 172668 measured 7,300 tokens/s in this case and 9,700 otherwise. Without one, torch opens a communicator per
-pair of neighbours, so transfers to both overlap. Before torch 2.13, several transfers at once are batched (pytorch
-issue 175225): this works without the overlap.
+The exception is the group for a pipeline's sends and receives, which has no collectives. If its communicator is created
+with the group, torch runs all transfers of a rank in sequence, and a concurrent broadcast can hang. pytorch pull
+request 172668 measured 7,300 tokens/s in this case and 9,700 otherwise. In a separate group, torch opens one
+communicator per pair of neighbours, so transfers to both neighbours overlap. torch before 2.13 batches several
+transfers (pytorch issue 175225), so they do not overlap.
 """
 
 from dataclasses import dataclass, fields
@@ -89,8 +89,8 @@ def _all_ranks() -> ProcessGroup:
 def form_later() -> None:
     """Make new groups create their communicators at their first collective.
 
-    Call it after the default group, bound to a device, has created its communicator. Otherwise torch splits that one
-    for each new group, also for groups of other ranks or of one rank: some 1800 splits for 2048 ranks.
+    Call this after the default group, bound to a device, has created its communicator. Otherwise torch splits this
+    communicator for each new group, also for groups of other ranks or of one rank: some 1800 splits for 2048 ranks.
     """
     _all_ranks().bound_device_id = None
 
@@ -99,7 +99,7 @@ def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
     """Create the groups of this rank in the default process group, which serves as the group of all ranks. Every rank
     must call this function.
 
-    timeout: maximum wait of a collective. New groups do not inherit that of the default group.
+    timeout: maximum wait of a collective. New groups do not inherit the timeout of the default group.
     """
     world = dist.get_world_size()
     check_world(layout.pp, layout.dp, layout.cp, world, f"the number of ranks, {world}")

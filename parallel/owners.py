@@ -25,7 +25,8 @@ from torch.distributed import ProcessGroup
 from parallel.shard import WeightPiece, cut_pieces
 
 KEEPS = 1.05
-"""Maximum cost of a rank, as a multiple of the mean cost, at which it still gets the matrices of which it holds most.
+"""The rank that holds most of a matrix owns it only if this rank's total cost stays within this multiple of the mean
+cost.
 """
 
 

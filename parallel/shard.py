@@ -29,8 +29,8 @@ class Shard:
     """
 
     local: Tensor
-    """The elements, 1-D and contiguous. They share memory with the live state, so loading a checkpoint fills it in
-    place.
+    """The elements, 1-D and contiguous. They share memory with the live state, so loading a checkpoint fills the state
+    in place.
     """
     offset: int
     """Index of the shard's first element in the flattened logical tensor."""
@@ -102,7 +102,7 @@ class FlatWeight:
     shape: tuple[int, ...]
     """Shape of the complete parameter; for experts, of this rank's experts."""
     held: list[range]
-    """For each rank that shares the parameter: the flattened parameter's elements in its shard."""
+    """For each rank that shares the parameter: the elements of the flattened parameter in the rank's shard."""
     place: int
     """Offset of the parameter's first element in this rank's shard; negative if an earlier rank holds this element."""
 
@@ -165,7 +165,7 @@ class GradientHandover:
     row_factors: Mapping[str, Tensor] = field(default_factory=dict)
     """By weight name: one factor per row, applied after the update."""
     divisor: int = 1
-    """Unreduced gradients are sums over this number of ranks' data; divide by it for the mean."""
+    """Unreduced gradients are sums over the data of this number of ranks. Divide by this number to get the mean."""
 
     def of(self, param: Tensor) -> tuple[list[Tensor], Tensor | float | None]:
         """Return the gradient of a flat parameter as a list of parts, and the factor that the caller must apply (None:

@@ -1,8 +1,9 @@
 """A store through which ranks of several nodes find each other, safe in a network with untrusted hosts.
 
 The ranks of torch's process groups exchange addresses, and the id for NCCL's connections, through a key-value store.
-torch's TCPStore has no authentication. Sluice makes its socket listen only on the node's own address. It also encrypts
-every value and signs it with its key, by a secret that only the attempt's ranks have.
+torch's TCPStore has no authentication. Sluice makes TCPStore's socket listen only on the node's own address. It
+encrypts every value, and signs the value together with its key. The secret for both is known only to the attempt's
+ranks.
 
 An attacker who finds the port can neither read nor insert an address, but can make the attempt fail. Counters and the
 existence of keys are not signed, because the ranks read no content from them.
@@ -20,7 +21,7 @@ NONCE, SIGNATURE = 16, 32
 """Bytes of the nonce before every value, and of the signature after it."""
 
 _clones: list["SealedStore"] = []
-"""Cloned stores, kept alive: C++ can call a Python store only while Python holds it."""
+"""Cloned stores, kept alive: C++ can call a Python store only while Python holds a reference to it."""
 
 
 class SealedStore(dist.Store):
@@ -41,7 +42,9 @@ class SealedStore(dist.Store):
         self._store.set(key, sealed)  # pyrefly: ignore[bad-argument-type]  it takes bytes, too
 
     def get(self, key: str) -> bytes:
-        """Return the value of a key. Raises PermissionError if it was not written under this key with the secret."""
+        """Return the value of a key. Raises PermissionError if the value was not written under this key with the
+        secret.
+        """
         sealed = self._store.get(key)
         nonce, signature = sealed[:NONCE], sealed[-SIGNATURE:]
         text = self._cipher(nonce, sealed[NONCE:-SIGNATURE])
@@ -78,7 +81,9 @@ class SealedStore(dist.Store):
 
 
 def open_sealed_store(rank: int, address: str, port: int, secret: bytes, timeout: timedelta) -> SealedStore:
-    """Open the store of all ranks, which rank 0 serves on its own `address`. Raises OSError if it cannot listen there."""
+    """Open the store of all ranks, which rank 0 serves on its own `address`. Raises OSError if rank 0 cannot listen
+    there.
+    """
     listener = None
     if rank == 0:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -12,14 +12,14 @@ from cluster.topology import Placement
 from conf.errors import EXIT_USER
 
 NAMED_NODES = 8
-"""Maximum number of lost nodes that a cause names. events.jsonl has a line for each of them."""
+"""Maximum number of lost nodes that a cause names. events.jsonl has a line for each lost node."""
 
 
 class Attempt(RankWatch):
     """The state of one attempt. The supervisor decides what to do about it."""
 
     def __init__(self, number: int, placement: Placement, now: float, saved: int, patience: Patience):
-        """Begin an attempt. saved: step of the newest checkpoint, on disk or in memory, at its start."""
+        """Begin an attempt. saved: step of the newest checkpoint, on disk or in memory, when the attempt starts."""
         names = {seat.rank: seat.node.name for seat in placement.seats}
         super().__init__(names, names, patience, now, saved)
         self.number, self.placement = number, placement

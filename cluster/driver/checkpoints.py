@@ -18,10 +18,11 @@ def newest(folder: Path) -> Age:
 
 
 def claim_attempt(folder: Path, timeout: float) -> int:
-    """Return an attempt number (1 or more) above all earlier ones. Earlier attempts cannot write checkpoints any more.
+    """Return an attempt number (1 or more) above all earlier attempt numbers. From now on, earlier attempts cannot
+    write checkpoints.
 
-    A rank of an earlier driver may start late and would otherwise write one. Raises UserError if the fence is damaged,
-    or if a rank locks the folder for longer than `timeout` seconds.
+    Without this fence, a rank of an earlier driver could start late and write a checkpoint. Raises UserError if the
+    fence is damaged, or if a rank locks the folder for longer than `timeout` seconds.
     """
     started = [int(path.stem) for path in (folder / "attempts").glob("*.yaml") if re.fullmatch(r"\d{1,15}", path.stem)]
     # attempts that ended before their ranks started are named only by the events

@@ -43,15 +43,17 @@ class Shelves:
     """Everything that the ranks of one attempt know about the in-memory copies."""
 
     nodes: list[Shelf]
-    """The nodes that store copies; nodes with ranks come first, in placement order. The second copy of a node's parts
-    is on the next of these nodes, cyclically.
+    """The nodes that store copies; nodes with ranks come first, in placement order. Each node's second copies are on
+    the next node with ranks; those of the last one are on the first.
     """
     resume: str | None
     """Name of the newest complete set of copies; None if there is none."""
     holders: list[list[int]]
-    """For every rank that wrote the set of copies `resume`: the nodes that hold its part, as indexes in `nodes`."""
+    """For every rank that wrote the set of copies `resume`: the nodes that hold this rank's part, as indexes in
+    `nodes`.
+    """
     full_size: bool
-    """Whether the attempt runs the full layout. If so, its copies must fit into memory."""
+    """Whether the attempt runs the full layout. If so, the attempt's copies must fit into memory."""
 
     @staticmethod
     def read(path: Path) -> "Shelves":
@@ -84,8 +86,8 @@ class Copies:
 
     @cached_property
     def _id(self) -> str:
-        """Random id of the run, stored in the run folder. No other process can guess it and create the memory folder
-        first.
+        """Random id of the run, stored in the run folder. Because it is random, no other process can create the memory
+        folder first.
         """
         path = self._folder / "attempts" / "memory_id"
         path.parent.mkdir(exist_ok=True)

@@ -54,8 +54,8 @@ def too_few(policy: Policy, free: list[Node], found: Placement | None, last: Cau
 
 
 def no_node_comes(last: Cause | None, saved: int) -> str:
-    """Return the final report after the end of a Ray that the run started on this machine. No other node can replace
-    it.
+    """Return the final report if a run started Ray on this machine and this Ray has ended. No other node can replace
+    the machine.
     """
     before = f"\n  earlier: {last.text}" if last else ""
     return (

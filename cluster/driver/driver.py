@@ -54,9 +54,10 @@ TICK_EVERY = 0.05
 LOOK_EVERY = 1.0
 """Seconds between checks of the node list and of the checkpoints."""
 HELD_BACK = 2.0
-"""Seconds until the driver checks a node again that it refused for a locked copy folder."""
+"""Seconds until the driver checks a node again that was refused because its copy folder is locked."""
 REFUSED_SECONDS = 10.0
-"""Seconds until the driver checks a node again that it refused for another reason, such as its clock or a full disk."""
+"""Seconds until the driver checks a node again that was refused for another reason, such as its clock or a full disk.
+"""
 
 
 class Driver:
@@ -98,7 +99,7 @@ class Driver:
         self.vitals, self._rank_table = Vitals(), RankTable(folder)
         self._finish: m.FinishRun | None = None
         self._known: dict[str, Node] = {}
-        """All listed nodes, by id. The supervisor knows only those that passed the checks."""
+        """All listed nodes, by id. The supervisor knows only the listed nodes that passed the checks."""
         self._overdue: dict[str, float] = {}
         """For each node: deadline for its agent's answer. After the deadline, UDP answers do not count as a sign of
         life.
@@ -187,7 +188,9 @@ class Driver:
         self.pulse.ask(now, lambda id: id in states and states[id].health is NodeHealth.ok)
 
     def _awake(self) -> float:
-        """Return the time of a clock that stops while the driver process is held up. All UDP code uses it."""
+        """Return the time of a clock that stops while the driver process is held up. All code for UDP questions uses
+        this clock.
+        """
         now = self.clock()
         self._slept += self._held_up.since_last_look(now)
         return now - self._slept
@@ -416,8 +419,8 @@ class Driver:
             self._planning = spawn(self._planner, dict(os.environ), subprocess.DEVNULL)
 
     def _warm(self, nodes: Iterable[Node]) -> None:
-        """Start reserve processes for later ranks on these nodes. Call it after the ranks have started, so as not to
-        delay them.
+        """Start reserve processes for later ranks on these nodes. Call this after the current ranks have started, so
+        that they are not delayed.
         """
         if self.config.cluster.standby:
             for node in nodes:

@@ -38,7 +38,7 @@ class NodeState:
 
     @property
     def usable(self) -> bool:
-        """Whether the next attempt may use this node once no earlier rank is alive on it."""
+        """Whether the next attempt may use this node, as soon as no rank of an earlier attempt is alive on it."""
         return self.health is NodeHealth.ok and not self.draining
 
 
@@ -54,7 +54,7 @@ class NodeJoined:
 
 @dataclass(frozen=True)
 class NodeLost:
-    """A node is dead. If `returning` is true, only its agent is dead, and the node can return."""
+    """A node is dead. If `returning` is true, only the node's agent is dead, and the node can return."""
 
     node: str
     why: str
@@ -65,7 +65,7 @@ class NodeLost:
 
 @dataclass(frozen=True)
 class AgentBeat:
-    """An agent's answer: the attempt of its ranks (0 if it has none) and their reports."""
+    """An agent's answer: the attempt of the agent's ranks (0 if it has no ranks), and the reports of these ranks."""
 
     node: str
     attempt: int

@@ -28,18 +28,19 @@ class Policy:
     restarts: int = 3
     """Number of failures of one kind that are allowed before the next checkpoint."""
     straggler_factor: float = 1.2
-    """A rank is slow if its work time per step stays at least this multiple of its peers' median."""
+    """The driver names a rank as slow if its work time per step stays at least this many times its peers' median."""
     saves: bool = True
-    """Whether the run writes checkpoints at intervals. If not, it restarts at once when nodes return."""
+    """Whether the run writes checkpoints at intervals. If not, the run restarts at once when nodes return."""
     copies: bool = False
-    """Whether ranks keep copies of the state in memory. If so, the run can restart from them when nodes return."""
+    """Whether ranks keep copies of the state in memory. If so, the run can restart from a copy when nodes return."""
     calls: float = 500.0
     """Minimum number of agent calls and answers that the driver handles per second."""
     probe: float = 4.0
     settle: float = 1.5
     """Seconds that the other ranks get to report after the first failure."""
     stacks: float = 5.0
-    """Seconds that hung ranks get to print their stacks, because a busy machine delays them. Stopped ranks get none."""
+    """Seconds that hung ranks get to print their stacks on a busy machine. The driver does not wait for stopped ranks.
+    """
     kill: float = 10.0
     """Seconds that ranks get to disappear after SIGKILL."""
     return_wait: float = 6.0

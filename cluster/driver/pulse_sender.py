@@ -33,7 +33,7 @@ class Pulse:
         self._turn: collections.deque[str] = collections.deque()
         """Nodes in the order of their next questions."""
         self._asked: dict[str, int] = {}
-        """By node that has not answered its newest question: the number of this question."""
+        """For each node that has not answered its newest question: the number of this question."""
         self._heard: dict[str, float] = {}
         self.number = 0
         """Number of the newest question. All nodes' questions share one sequence of numbers."""

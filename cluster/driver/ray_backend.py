@@ -146,12 +146,12 @@ class RayFleet:
         self._taken = 0
         """Number of answers that the driver took in the last round."""
         self._done: queue.SimpleQueue[tuple[str, str, Future]] = queue.SimpleQueue()
-        """Finished calls, as (node, method, outcome), added by Ray's thread. So their cost is independent of pending
+        """Finished calls, as (node, method, outcome). Ray's thread adds them, so their cost does not grow with pending
         calls.
         """
 
     def _start_embedded(self) -> None:
-        """Start Ray on this machine. Tries twice, because Ray waits only 30 s for its processes and a busy machine is
+        """Start Ray on this machine, in at most two tries. Ray waits only 30 s for its processes, and a busy machine is
         slower.
         """
         try:

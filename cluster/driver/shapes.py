@@ -88,7 +88,9 @@ class Shapes:
         return self._folder is not None and (self._planned is not None or self._read(self._folder))
 
     def why_not(self, shape: StageShape, nodes: Sequence[Node]) -> str | None:
-        """Return why a layout may not run on these nodes, or None if it may. The number of nodes is not checked."""
+        """Return why a layout may not run on these nodes, or None if the layout may run. The number of nodes is not
+        checked.
+        """
         if shape == self.own:
             return None
         return self._broken_rule(shape) or self._lacks_memory(shape, nodes)
@@ -156,7 +158,7 @@ class Shapes:
         )
 
     def why_idle(self, shape: StageShape, nodes: Sequence[Node]) -> str:
-        """Explain why these nodes cannot run a larger layout, and what it would need."""
+        """Explain why these nodes cannot run a larger layout, and what a larger layout needs."""
         faster = [other for other in (self.own, *self.smaller) if other.micro_batches < shape.micro_batches]
         rooms = {ep: count_group_places(nodes, ep) // self.pp * ep for ep in {other.ep for other in faster}}
         refused = [other for other in faster if rooms[other.ep] >= other.dp]

@@ -34,7 +34,7 @@ MEDIAN_ERROR = 1.2533
 LEAST_SECONDS = 0.01
 """Minimum seconds per step by which a slow rank exceeds its peers."""
 COUNTED_SECONDS = 1e-9
-"""Lower bound of the seconds of a step, because its logarithm is taken."""
+"""Lower bound of the seconds of a step. It avoids the logarithm of 0."""
 LONE_FACTOR = 2.0
 """Minimum factor for the only rank of a stage. It is compared with ranks of other stages, whose work may differ by
 design.
@@ -57,7 +57,9 @@ class Stragglers:
     """Collects the step times of ranks and names the slow ranks."""
 
     def __init__(self, stages: Sequence[Sequence[int]]):
-        """stages: for each stage, its ranks, which have the same work. Ranks are numbered over all stages."""
+        """Create an empty collection of step times. stages: for each stage, its ranks. Ranks are numbered over all
+        stages.
+        """
         everyone = [rank for ranks in stages for rank in ranks]
         self._groups = [np.array(ranks) for ranks in stages if len(ranks) > 1]
         self._lone = np.array([ranks[0] for ranks in stages if len(ranks) == 1], int)

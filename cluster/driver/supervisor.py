@@ -72,7 +72,7 @@ class Supervisor:
         self._out: list[m.SupervisorAction] = []
         self._held_up = HeldUp(NAP * policy.heartbeat, now)
         self._late_from = now
-        """Time before which no node can be late. Silent nodes are searched only after it."""
+        """Time before which no node can be late. The supervisor looks for silent nodes only after this time."""
         self._deadline = now + policy.wait
         self._no_node_comes = False
         self._stop_why: str | None = None
@@ -82,8 +82,8 @@ class Supervisor:
         self._settled_at = self._probed_at = now
         self._failed_at: float | None = None
         self._named_by: float | None = None
-        """Time until which the supervisor waits for stacks of a late run, to name the blocking rank. None if it does
-        not wait.
+        """Time until which the supervisor waits for stacks of a late run. Then it names the blocking rank. None if it
+        does not wait.
         """
         self._quiet_since = now
         """Time of the ranks' last progress before the failure that is being judged."""
@@ -96,7 +96,7 @@ class Supervisor:
 
     @property
     def current(self) -> Attempt:
-        """The attempt that is running or ending, else the last one. Only the first phase has none."""
+        """The attempt that is running or ending, else the last attempt. Every phase but the first has an attempt."""
         assert self.attempt is not None
         return self.attempt
 

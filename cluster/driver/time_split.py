@@ -64,7 +64,7 @@ class TimeSplit:
 
     @property
     def share(self) -> float:
-        """Fraction of the time in which the ranks ran steps, including repeated ones; 1 is best."""
+        """Fraction of the time in which the ranks ran steps, including repeated steps; 1 is best."""
         return 1 - self.downtime_seconds / self.seconds if self.seconds > 0 else 0.0
 
     @property

@@ -4,9 +4,9 @@ With a low priority, other processes slow down the ranks. With a full disk for t
 and the next start on the node fails. Each clock jump and each full disk is reported once.
 
 The driver orders errors by time, so this file converts each node's times to the driver's clock. The agent reads the
-node's clock at the check of the node; its later times follow from a clock that nobody can set. This file subtracts the
-seconds by which the node was ahead at the check. Arrival times would be wrong: a transfer may take longer than the time
-between an error and its consequences.
+node's clock when the node is checked. Later times follow from a clock that nobody can set. This file subtracts the
+seconds by which the node's clock was ahead at the check. Arrival times of answers would be wrong, because a transfer
+may take longer than the time between an error and its consequences.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ class _Vitals:
     ahead: float = 0.0
     """Seconds by which the node's clock was ahead of the driver's at the check."""
     reported: float = 0.0
-    """Seconds by which the node's clock was set ahead since the check, at the last reported clock jump; 0 if none."""
+    """Seconds by which the node's clock was set ahead since the check, as last reported to the user; 0 if not reported.
+    """
     full: bool = False
     niceness: int = 0
 

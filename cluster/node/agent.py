@@ -1,7 +1,7 @@
 """The agent of a node: it starts the node's ranks as child processes and reports their state. It does not use Ray.
 
 `ask` waits for news and `network` for measurements; RayFleet gives each of them a thread. All other methods return at
-once, because a late answer makes the node count as lost.
+once, because the driver counts a node as lost if an answer is late.
 
 A rank reports through files (cluster/run_files.py) in the attempt's scratch folder on the node's own disk. The shared
 run folder is not used, so that the driver cannot mistake a rank of an old attempt for a new one.
@@ -11,12 +11,12 @@ The environment of a rank has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MA
     GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME    as set on this node, else as on the driver, else the interface of the
                                               node's address
     SLUICE_LOGS                               path of the scratch folder
-    SLUICE_ATTEMPT                            number of the attempt; old attempts cannot write checkpoints
+    SLUICE_ATTEMPT                            number of the attempt; ranks of older attempts cannot write checkpoints
     SLUICE_STORE_SECRET                       secret of the store through which the ranks of this attempt find each
                                               other (parallel/signed_store.py)
 
-An agent without a question for `lease` seconds, not even by UDP (cluster/node/pulse_echo.py), kills its ranks: the
-driver may be lost, and a new attempt may run elsewhere.
+If an agent gets no question for `lease` seconds, not even by UDP (cluster/node/pulse_echo.py), it kills its ranks. The
+driver may be lost, and a new attempt may already run on other nodes.
 """
 
 import contextlib
@@ -72,12 +72,12 @@ class Order:
     address: str
     """IP address of the node. Ranks use its network interface."""
     folder: str | None = None
-    """Working folder of the ranks. If None, it is the agent's, into which Ray unpacked the code."""
+    """Working folder of the ranks. If None, the ranks use the agent's folder, into which Ray unpacked the code."""
 
 
 @dataclass
 class Answer:
-    """An agent's answer to the driver: the state of its node's ranks."""
+    """An agent's answer to the driver: the state of the ranks on its node."""
 
     attempt: int
     ranks: list[RankReport]
@@ -86,7 +86,8 @@ class Answer:
     stacks: dict[int, str] = field(default_factory=dict)
     """By rank: stacks that have arrived since the last request for stacks."""
     rings: dict[int, bytes] = field(default_factory=dict)
-    """By rank: packed communication ring (cluster/comm_ring.py), only in the first answer after a request for stacks.
+    """By rank: packed communication ring (cluster/comm_ring.py). Only the first answer after a request for stacks has
+    the rings.
     """
     held: dict[str, list[int]] = field(default_factory=dict)
     """In-memory copies of the state: for each set of copies, the ranks with complete parts
@@ -120,9 +121,9 @@ class _Child:
 class Agent:
     """The agent of a node; see the top of the file.
 
-    lease: seconds without a question after which the agent kills the ranks. own_process: whether the process is only
-    the agent. Such an agent ends with its parent, takes SIGTERM as removal of the node, and is created in the main
-    thread.
+    lease: seconds without a question after which the agent kills the ranks. own_process: whether the process contains
+    only the agent. If so, the process ends with its parent, and SIGTERM means that the node will be removed. Create
+    such an agent in the main thread.
     """
 
     def __init__(self, lease: float, own_process: bool = False):
@@ -152,8 +153,8 @@ class Agent:
         threading.Thread(target=self._watch_lease, daemon=True).start()
 
     def facts(self, question: Question) -> Facts:
-        """Return the facts about this node that the driver checks before a start. From then on, the node answers UDP
-        questions, and other nodes if there will be a network test.
+        """Return the facts about this node that the driver checks before a start. From now on, the node answers the
+        driver's UDP questions. If there will be a network test, it also answers the other nodes.
         """
         port, self._clock = 0, SteadyClock()
         if question.tests_network:
@@ -174,7 +175,7 @@ class Agent:
         return self._probe.play(turns)
 
     def open_memory(self, folder: str, token: str, address: str) -> OpenedCopy:
-        """Open a store for in-memory copies of the state in this folder, and serve it to other nodes."""
+        """Open a store for in-memory copies of the state in this folder, and serve the copies to other nodes."""
         try:
             self._store = Store(Path(folder), token, address, lambda: self._attempt)
         except OSError as error:
@@ -335,8 +336,8 @@ class Agent:
     def ask_stacks(self, attempt: int, native: bool = False) -> None:
         """Ask every rank for its stacks.
 
-        Later answers contain the stacks, and the next answer all communication rings. native: whether to include native
-        threads.
+        Later answers contain the stacks. The next answer contains the communication rings of all ranks. native: whether
+        to include native threads.
         """
         if attempt != self._attempt:
             return
@@ -351,8 +352,9 @@ class Agent:
 
         in_memory: whether a copy in memory is enough; see train/loop/stop.py. why: text for rank 0's last screen.
 
-        A rank without a signal handler gets no signal: it is about to exit, possibly because the ranks have already
-        agreed on the stop. A rank that removes its handler just before the signal is killed, and counts as stopped.
+        A rank without a signal handler is about to exit, so it gets no signal: the ranks may already have agreed on the
+        stop. If a rank removes its handler just before the signal arrives, the signal kills the rank. The rank then
+        counts as stopped.
         """
         wanted = [signal.SIGUSR2, signal.SIGTERM] if in_memory else [signal.SIGTERM]
         if why and attempt == self._attempt and 0 in self._children:

@@ -1,7 +1,7 @@
 """Copies of a run's state in the memory of its nodes: the files of a node, and the server for ranks of other nodes.
 
 Every few steps (checkpoint.every_memory), each rank writes its part of the state to a folder in its node's memory, and
-sends it to the next node. So the loss of a node costs few steps. A node holds
+sends the same part to the next node. So the loss of a node costs few steps. A node holds
 
     /dev/shm/sluice-UID-RUN-ID-NODE/           RUN: digest of the run folder's path; ID: random digits stored in the run
                                                folder
@@ -10,13 +10,13 @@ sends it to the next node. So the loss of a node costs few steps. A node holds
             rank_00003.safetensors             part of rank 3, as in a checkpoint on disk
             rank_00003.json                    index of this part, written last: once it exists, the part is complete
 
-A set counts as a checkpoint when the answering nodes together hold the parts of all ranks. A run that resumes from it
-merges the indexes into a manifest. At most two sets exist: a complete one, and one that is being written. Every rank
-removes all others before it writes.
+A set counts as a checkpoint when the answering nodes together hold the parts of all ranks. A run that resumes from the
+set merges the indexes into a manifest. At most two sets exist: a complete set, and a set that is being written. Every
+rank removes all other sets before it writes.
 
 The agent serves the folder: PUT stores a file, GET reads a part of a file. Both need the run's token. Ranks on a
-disconnected node may live for a while, so the agent refuses a PUT of an older attempt than its own. The files outlive
-agents and drivers, for the next launch. This file uses neither Ray nor torch.
+disconnected node may live for a while, so the agent refuses a PUT of an older attempt than its own. The files still
+exist after agents and drivers have ended, so that the next launch finds them. This file uses neither Ray nor torch.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ PIECE_BYTES = 1 << 20
 CONNECTIONS = 256
 """Maximum connections at once, each in a thread. Further connections wait."""
 ADMISSION = 10.0
-"""Seconds after which a connection without the token is closed."""
+"""Seconds after which the server closes a connection that has not sent the token."""
 STALE = 24 * 3600.0
 """Minimum age in seconds at which another run's folder is removed, unless an agent has locked it."""
 _SET = re.compile(r"attempt_(\d{5,18})\.step_(\d{8,18})\.world_(\d{1,18})")
@@ -115,9 +115,7 @@ class OpenedCopy:
 
 
 def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
-    """Convert an error of `Store` to a result. After the death of Ray, its agent may keep the folder locked for a
-    moment.
-    """
+    """Convert an error of `Store` to a result. If Ray has died, its agent may keep the folder locked for a moment."""
     if isinstance(error, BlockingIOError):
         return OpenedCopy(
             problem=f"another agent of this run holds {folder}; the driver repeats the request until that agent has ended",
@@ -139,7 +137,9 @@ class Store:
     """
 
     def __init__(self, folder: Path, token: str, address: str, attempt: Callable[[], int]):
-        """Raises OSError if the folder cannot be created, belongs to another user, or is locked by another agent."""
+        """Lock the folder and start the server. Raises OSError if the folder cannot be created, belongs to another
+        user, or is locked by another agent.
+        """
         self.folder, self.token, self.attempt = folder, token, attempt
         _own(folder)
         self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -162,8 +162,8 @@ class Store:
 
 
 def _own(folder: Path) -> None:
-    """Create the folder, or check that this user owns it. Links are not followed, because any user could have created
-    one.
+    """Create the folder, or check that this user owns it. Links are not followed: another user could have created a
+    link there.
     """
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -202,8 +202,8 @@ def folder_name(run: str, id: str, node: str) -> str:
 def sweep(mine: Path) -> None:
     """Remove old folders next to this node's folder `mine`, unless an agent has locked them.
 
-    Removed are folders with the path and node of `mine` but another id: their run folder no longer exists. Other
-    folders of this user's runs are removed if older than STALE.
+    A folder with the run path and node of `mine` but another id is removed, because its run folder no longer exists.
+    Other folders of this user's runs are removed if older than STALE.
     """
     kind, user, run, id, node = mine.name.split("-")
     for folder in mine.parent.glob(f"{kind}-{user}-*-*-*"):
@@ -232,9 +232,9 @@ def _open_lock(folder: Path) -> int:
 
 
 class _Server(socketserver.ThreadingTCPServer):
-    """Serves a limited number of connections, and soon closes those without the token.
+    """Serves a limited number of connections, and soon closes connections that have not sent the token.
 
-    http.server's own server is not used: it asks the name service for this host's name.
+    http.server's own server is not used, because it asks the name service for this host's name.
     """
 
     daemon_threads = True

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 PINGS = 10
 BYTES = 4 << 20
 PAIR_SECONDS = 5.0
-"""Maximum seconds for the test of one connection. After that, it counts as unreachable."""
+"""Maximum seconds for the test of one connection. After this time, the connection counts as unreachable."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class NetworkProbe:
     def __init__(self) -> None:
         self._server: socket.socket | None = None
         self._served = threading.Semaphore(0)
-        """Counts the measurements that other nodes have completed; `play` waits for it to grow."""
+        """Counts the measurements that other nodes have completed. `play` takes one of them for each None in `turns`.
+        """
 
     def listen(self, address: str) -> int:
         """Start the server on this address and return its port. `close` ends the server."""

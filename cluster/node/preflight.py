@@ -72,7 +72,7 @@ class Facts:
     clock: float
     gpus: int
     device_bytes: int
-    """Bytes of memory of the node's smallest device. On CPU: the node's memory divided by its ranks."""
+    """Bytes of memory of the node's smallest device. On CPU: the node's memory divided by its number of ranks."""
     free_bytes: int
     """Free bytes in the folder for temporary files."""
     storage: str

@@ -30,11 +30,13 @@ class _Plan(DispatchPlan):
     handle: Any = None
     """DeepEP's record of the routing; None before the first dispatch."""
     gates_MK: Tensor | None = None
-    """Gates of the received tokens. A repeated dispatch does not send them again."""
+    """Gates of the received tokens. A repeated dispatch does not send the gates again."""
 
 
 class _Landing:
-    """A DeepEP operation in progress. It keeps the input buffers alive until the compute stream waits for it."""
+    """A DeepEP operation in progress. The object keeps the input buffers alive until the compute stream waits for the
+    operation.
+    """
 
     def __init__(self, brought: Any, rows: Tensor, *held: Any):
         self._brought, self._held = brought, held

@@ -58,7 +58,9 @@ else:
 
 @dataclass
 class DispatchPlan:
-    """The routes of one dispatch. Its forward builds the plan; combine and both backward passes read it."""
+    """The routes of one dispatch. The forward of the dispatch builds the plan; combine and both backward passes read
+    it.
+    """
 
     sent: list[list[int]]
     """For each hop: number of messages sent to every peer."""
@@ -78,7 +80,7 @@ class DispatchPlan:
     """For node-limited dispatch and DeepEP: the index of each row's gate in the flattened (M, K) gates of the messages.
     """
     gates_dtype: torch.dtype = torch.float32
-    """Dtype of the router's gates. Gates and their gradients are sent in it."""
+    """Dtype of the router's gates. Gates and their gradients are sent in this dtype."""
 
 
 class CombinableRows(Protocol):
@@ -147,10 +149,10 @@ class ExchangeDispatcher(ABC):
         """Start to send every token to its experts. Copies the split sizes to the host once.
 
         x_TD: tokens, fp32 or bf16
-        expert_ids_TK: experts of each token, int64 ids over the whole group; those of a token differ
+        expert_ids_TK: experts of each token, int64 ids over the whole group; the ids of a token differ
         gates_TK: gates, fp32. Gates and x may be fp64, as in `mode=prove`
-        again: `DispatchedRows.state` of an earlier dispatch of the same tokens. If given, its routes are reused and
-            no counts are exchanged
+        again: `DispatchedRows.state` of an earlier dispatch of the same tokens. If given, the new dispatch reuses its
+            routes and exchanges no counts
         """
         assert gates_TK.dtype in (torch.float32, torch.float64) and expert_ids_TK.shape == gates_TK.shape
         plan = self._plan(expert_ids_TK) if again is None else again
@@ -182,8 +184,8 @@ class ExchangeDispatcher(ABC):
 
     @abstractmethod
     def _finish_out(self, flight: "ExchangeFlight", transfer: Any, gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """Wait for the rows of `_start_out`. Return rows sorted by expert, and the side data with their gates (empty
-        for gradients).
+        """Wait for the rows of `_start_out`. Return rows sorted by expert, and the side data with the gates. If the
+        rows are gradients, the side data is empty.
         """
 
     @abstractmethod
@@ -195,8 +197,8 @@ class ExchangeDispatcher(ABC):
 
     @abstractmethod
     def _finish_back(self, flight: "ExchangeFlight", transfer: Any) -> tuple[Tensor, Tensor]:
-        """Wait for the rows of `_start_back`. Return their sum per token, and the side data with the gradients of the
-        gates.
+        """Wait for the rows of `_start_back`. Return the sum of rows per token, and the side data with the gradients of
+        the gates.
         """
 
     @abstractmethod
@@ -234,7 +236,7 @@ class ChainDispatcher(ExchangeDispatcher):
 
     @abstractmethod
     def _first_copies(self, plan: DispatchPlan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
-        """Return the first hop's messages, one per copy: the encoded row, then the 32-bit words of its gates."""
+        """Return the first hop's messages, one per copy: the encoded row, then the gates as 32-bit words."""
 
     @abstractmethod
     def _learn(self, plan: DispatchPlan, side_MX: Tensor) -> None:
@@ -302,8 +304,8 @@ class ChainDispatcher(ExchangeDispatcher):
         return collect(rows_CD, flight.plan.fans[0]), side_CX
 
     def _back_message(self, rows_CD: Tensor, fan: FanOut, side_MX: Tensor | None) -> Tensor:
-        """Return the int32 messages of one hop towards the tokens' ranks: each an encoded sum of rows and its side
-        data. The sums are written directly into the messages.
+        """Return the int32 messages of one hop towards the tokens' ranks. Each message is an encoded sum of rows and
+        its side data. The sums are written directly into the messages.
         """
         wire, width, dtype = self._back_wire, rows_CD.shape[1], rows_CD.dtype
         if side_MX is None:
@@ -342,7 +344,9 @@ class ExchangeFlight:
     width: int
     dtype: torch.dtype
     transfer: Any = None
-    """Result of the subclass's `_start_out` or `_start_back`, the argument of its method for the second half."""
+    """Result of the subclass's `_start_out` or `_start_back`. The subclass's method for the second half takes it as
+    argument.
+    """
 
     def land(self) -> Any:
         """Return the started transfer, for which the caller waits. All ranks call this equally often, even without

@@ -26,7 +26,7 @@ class Traffic:
     across_bytes: int = 0
     """Bytes sent to ranks of other nodes."""
     waited: float = 0.0
-    """Seconds that the host waited for received rows. With NCCL it does not wait."""
+    """Seconds that the host waited for received rows. With NCCL, the host does not wait."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Transfer:
         return self
 
     def wait(self) -> Tensor:
-        """Wait for the received rows and return them by peer. Call once."""
+        """Wait for the received rows and return them, ordered by peer. Call once."""
         if self._work is not None:
             start = time.perf_counter()
             self._work.wait()

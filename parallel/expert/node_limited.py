@@ -1,21 +1,22 @@
 """Node-limited dispatch: a token crosses the network between nodes once for each target node (paper 3.2.2).
 
-The router limits the experts of a token to M nodes, so it costs at most M messages between nodes instead of K.
+The router limits the experts of a token to M nodes. So a token costs at most M messages between nodes instead of K.
 Dispatch:
 
     1. Across nodes: send the token to each node that holds one of its experts, to the rank with the same index there.
     2. Inside the node: that rank forwards the encoded token to each rank that holds one of its experts.
     3. On the expert's rank: make one row of the token for each of its experts there.
 
-In combine, the expert's rank adds a token's outputs, then the forwarding rank adds these sums, last the token's rank
-adds the sums of the nodes. So one sum per node crosses the network. Each of the three ranks rounds to the activation
-dtype; flat dispatch rounds once. In bf16, the results differ by up to two roundings; in fp32, in the last bits.
+Combine adds a token's outputs on the expert's rank, then on the forwarding rank, last on the token's rank. So one sum
+per node crosses the network. Each of the three ranks rounds to the activation dtype; flat dispatch rounds once. In
+bf16, the results differ by up to two roundings; in fp32, they differ in the last bits.
 
 A message is an encoded row, the token's K gates and its K expert ids (int16). Ranks on the route read the ids to find
 the next targets. With one node, or one rank per node, there is only one hop.
 
 The counts need one small exchange per hop and one copy to the host. First, a rank tells each peer how many of its
-tokens go to the peer's node, to each rank of it and to each expert there. Then the ranks of a node exchange the sums.
+tokens go to the peer's node, to each rank of that node and to each expert there. Then the ranks of a node exchange the
+sums of these counts.
 
 Shapes besides those of dispatcher.py: N nodes, L ranks per node, F experts per rank, E = N*L*F.
 """

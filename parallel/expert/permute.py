@@ -36,7 +36,7 @@ class FanOut(NamedTuple):
     source_C: Tensor
     """For each copy, the index of its source row, int64."""
     copy_C: Tensor
-    """Indices of all copies by source, int64: the copies of source 0, then those of source 1, ..."""
+    """Indices of all copies, int64: first the copies of source 0, then the copies of source 1, and so on."""
     start_S: Tensor
     """For each source, the index in copy_C at which its copies start, int64."""
 
@@ -56,8 +56,8 @@ def fan_out(hits_SN: Tensor, copies: int) -> FanOut:
 
 
 class ExpertTargets(NamedTuple):
-    """Targets of `per_target` consecutive experts each. first: the first target's first expert. targets: number of
-    targets.
+    """Targets that hold `per_target` consecutive experts each. first: the first target's first expert. targets: number
+    of targets.
     """
 
     first: int
@@ -92,7 +92,7 @@ def fan_out_with_entries(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> 
 
 
 def count_hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
-    """Return, for each target, the number of sources with at least one expert in it: int64 (N,)."""
+    """Return, for each target, the number of sources with at least one expert in the target: int64 (N,)."""
     if ids_SK.is_cuda:
         return triton_dispatch().count_hits(ids_SK, *wanted).sum(0)
     return hits(ids_SK, wanted).sum(0)

@@ -37,14 +37,15 @@ class Group:
     experts: int
     top_k: int
     groups: int
-    """Number of the router's expert groups. A token's experts are in top_groups of them."""
+    """Number of the router's expert groups. A token's experts are in top_groups of these groups."""
     top_groups: int
 
     def reached(self, units: int) -> float:
-        """Return the mean number of units that a token reaches, if all experts are equally likely. It reaches a unit
-        that holds at least one of its experts.
+        """Return the mean number of units that a token reaches, if all experts are equally likely. A token reaches a
+        unit that holds at least one of its experts.
 
-        units: number of equal ranges of experts, such as nodes. A token's K experts are any K of its top_groups groups.
+        units: number of equal ranges of experts, such as nodes. A token's K experts are any K experts of its top_groups
+        groups.
         """
         experts_per_unit, experts_per_group = self.experts // units, self.experts // self.groups
         open_experts = experts_per_group * self.top_groups
@@ -64,7 +65,7 @@ class Group:
 
 
 def _some(experts: int, here: int, top_k: int) -> float:
-    """Return the probability that `top_k` of `experts` experts include at least one of `here` given ones."""
+    """Return the probability that `top_k` of `experts` experts include at least one of `here` given experts."""
     return 1 - math.comb(experts - here, top_k) / math.comb(experts, top_k)
 
 
@@ -73,7 +74,8 @@ class Load:
     """Number of tokens that all ranks together send to each expert of this rank in one dispatch."""
 
     per_token_L: tuple[float, ...]
-    """For each expert of this rank: its rows divided by this rank's tokens. All ranks have equally many tokens."""
+    """For each expert of this rank: number of rows divided by the number of this rank's tokens, which all ranks have.
+    """
 
     @classmethod
     def even(cls, group: Group, factor: float = 1.0) -> "Load":
@@ -167,8 +169,8 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
 
 
 def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
-    """Build a FanOut that assigns sources to targets in turn. Each target starts after the previous target's last
-    source; after the last source, the first one follows. copies_N: copies per target.
+    """Build a FanOut that deals the sources out to the targets in order, and starts again after the last source.
+    copies_N: number of copies per target.
     """
     targets = len(copies_N)
     return fan_out_of(_ids(tuple(copies_N), sources, device), ExpertTargets(0, 1, targets), sum(copies_N))
@@ -176,7 +178,7 @@ def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
 
 @cache
 def _ids(copies_N: tuple[int, ...], sources: int, device: torch.device) -> Tensor:
-    """Return (S, N): each source's targets, and -1 elsewhere.
+    """Return (S, N): for each source, the targets that get a copy of it, and -1 elsewhere.
 
     A real rank has no such tensor. It is built and cached outside dispatch modes, so that memory counts leave it out.
     """

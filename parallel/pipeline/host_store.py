@@ -40,8 +40,8 @@ class HostMemoryFull(RuntimeError):
 
 
 def page_bytes(sizes: Iterable[int], kind: str) -> int:
-    """Return the bytes of the pages for a batch. sizes: bytes of each of its tensors. kind: type of the device, such as
-    cuda.
+    """Return the bytes of the pages for a batch. sizes: bytes of each tensor of the batch. kind: type of the device,
+    such as cuda.
     """
     page = _size_of_page(kind)
     return -(-sum(map(_aligned, sizes)) // page) * page
@@ -54,7 +54,7 @@ def _size_of_page(kind: str) -> int:
 def reads(action: Action, one_piece: Collection[int] = ()) -> list[tuple[int, int]]:
     """Return (stage, micro-batch) for the activations that this action is the first to read.
 
-    one_piece: stages whose backward has no separate backwards of inputs and of weights.
+    one_piece: stages whose backward cannot be split into a backward of inputs and a backward of weights.
     """
     return [
         (part.stage, part.micro_batch)
@@ -74,8 +74,8 @@ class HostStore:
         self._pages = _Pages(device.type)
         self._out, self._back = _Copies(device), _Copies(device)
         self._reads: dict[tuple[str, int, int], tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {}
-        """For each action: (stage, micro-batch) of the activations that it reads, and of those that the next action
-        reads.
+        """For each action, two lists of (stage, micro-batch): activations that it reads, and activations that the next
+        action reads.
         """
         self._batches: dict[tuple[int, int], list[_Batch]] = {}
         """Unread batches of activations, by stage and micro-batch."""
@@ -101,8 +101,8 @@ class HostStore:
 
     @contextmanager
     def acting(self, kind: str, stage: int, micro_batch: int) -> Iterator[None]:
-        """Run one action of the step inside the block. For an overlapped pair, pass stage and micro-batch of its
-        forward.
+        """Run one action of the step inside the block. For an overlapped pair, pass the stage and micro-batch of the
+        pair's forward.
         """
         if (kind, stage, micro_batch) not in self._reads:  # for an action that computes nothing
             yield
@@ -123,8 +123,8 @@ class HostStore:
                 batch.wait()
 
     def send(self, storages: Sequence[Tensor]) -> list["_Piece"]:
-        """Start to copy storages (flat tensors of bytes) to the host. Returns an object for each; its method `fetched`
-        returns the storage.
+        """Start to copy storages (flat tensors of bytes) to the host. Returns one object per storage, whose method
+        `fetched` returns the storage.
         """
         self._let_go(self._leaving)
         sizes = list(map(len, storages))
@@ -181,7 +181,7 @@ class HostStore:
 
 
 class _Place(NamedTuple):
-    """Bytes `begin` to `end` of a storage. host: host memory of their copy."""
+    """Bytes `begin` to `end` of a storage. host: the host memory to which they are copied."""
 
     begin: int
     end: int
@@ -207,7 +207,9 @@ class _Batch:
 
     def __init__(self, pieces: list[_Piece], before: "_Batch | None", pages: "_Pages"):
         self.held = pieces
-        """The batch's storages during a copy in either direction, to keep their device memory; otherwise empty."""
+        """The batch's storages during a copy in either direction; otherwise empty. The list keeps their device memory
+        from being freed.
+        """
         self.pieces = [ref(piece) for piece in pieces]
         """Weak references to the batch's storages; empty once no backward needs the storage."""
         self.before = before

@@ -49,7 +49,7 @@ class TorchOrder:
 
 
 def _one_f_one_b(rank: int, pp: int, micro_batches: int) -> list[Action]:
-    """Return the order that Schedule1F1B executes. In torch 2.13, its unused list `pipeline_order` is wrong: the last
+    """Return the order that Schedule1F1B executes. In torch 2.13, the unused list `pipeline_order` is wrong: the last
     stage starts at micro-batch 1.
     """
     warm_up = min(micro_batches, pp - rank)
@@ -95,7 +95,9 @@ def schedule_actions(
 
 
 def without_transfers(drives: type[PipelineScheduleMulti]) -> type[PipelineScheduleMulti]:
-    """Return a subclass without lists of communication actions. Plans do not need them, and torch builds them slowly."""
+    """Return a subclass without lists of communication actions. Plans do not need these lists, and torch builds them
+    slowly.
+    """
 
     class ComputeOnly(drives):  # pyrefly: ignore[invalid-inheritance]  the class is known at run time
         def _prepare_schedule_with_comms(self, *_: object, **__: object) -> None:

@@ -127,7 +127,7 @@ def _on_current_stream(work: Callable[[], Any], device: torch.device) -> Callabl
 
 
 def _in_same_modes(work: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a function that runs `work` under the caller's dispatch modes. torch keeps these per thread, but a memory
+    """Return a function that runs `work` under the caller's dispatch modes. torch keeps modes per thread, but a memory
     count must see both lanes.
     """
     modes = _get_current_dispatch_mode_stack()
@@ -225,8 +225,8 @@ def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager])
 
 
 def _receive(posted: dict, stage: int, micro_batch: int, local: bool) -> None:
-    """Wait for a neighbouring stage's message. local: whether that stage is on this rank and so has already passed its
-    tensor on.
+    """Wait for the message of a neighbouring stage. local: whether that stage is on this rank. If so, there is no
+    message, because the stage has already passed its tensor on.
     """
     if not local:
         for work in posted.pop((stage, micro_batch)):

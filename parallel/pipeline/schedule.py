@@ -78,8 +78,8 @@ class Pipeline(Generic[Chunk]):
         self.on_action: Callable[[str, int, int], None] = lambda kind, stage, micro_batch: None
         """Function that is called at the start of every action."""
         self.on_chunk_end: Callable[[int], None] = lambda chunk: None
-        """Function that is called with a chunk's index when its gradients are complete, except for the rank's last such
-        chunk.
+        """Function that is called with a chunk's index when the chunk's gradients are complete. The rank's last chunk
+        is left out.
         """
         self._left: dict[int, int] = {}
         """For each stage: backward passes that this step has not completed."""
@@ -202,8 +202,8 @@ class Pipeline(Generic[Chunk]):
         return found
 
     def _exchange(self, slot: int, outputs: dict, tokens: Sequence[Tensor]) -> dict[tuple[int, int], Tensor]:
-        """Send this rank's outputs of a time slot (see `forward`) to the next stages. Return its stages' inputs for the
-        next slot.
+        """Send this rank's outputs of a time slot (see `forward`) to the next stages. Return the inputs of this rank's
+        stages for the next slot.
         """
         inputs, transfers = {}, []
         for (stage, m), output in outputs.items():
@@ -298,6 +298,6 @@ class Pipeline(Generic[Chunk]):
 
 
 def _given(documents_BS: Tensor | None, supervised_BS: Tensor | None) -> dict[str, Tensor]:
-    """Return a chunk's keyword arguments, except its tokens and tensors that are None."""
+    """Return a chunk's keyword arguments, except its tokens. A tensor that is None is left out."""
     named = {"documents_BS": documents_BS, "supervised_BS": supervised_BS}
     return {name: value for name, value in named.items() if value is not None}

@@ -39,7 +39,7 @@ def what_runs(action: Action, one_piece: bool) -> str:
     """Return what torch runs for an action: F, B, I, W, FB, or "" for nothing.
 
     one_piece: whether the stage's backward cannot be split into I and W. If so, torch runs the complete backward at I
-    and nothing at W. If the first stage can be split, torch runs nothing at I and the complete backward at W.
+    and nothing at W. In the first stage, a backward that can be split runs completely at W, and nothing runs at I.
     """
     if action.kind not in ("I", "W") or not (one_piece or action.stage == 0):
         return action.kind

@@ -1,18 +1,18 @@
 """Assigns layers to pipeline stages, and so to ranks. Does not import torch.
 
 The rank with the most work, of one stage or two, determines the pipeline's speed. The split starts from equal numbers
-of layers. Each improving step moves one layer from one stage to another: every stage between them passes one on. The
-steps end when none improves the split. Splits are compared by these values, in this order; smaller is better:
+of layers. Each improving step moves one layer from one stage to another: every stage between the two passes one layer
+on. The steps end when none improves the split. Splits are compared by these values, in this order; smaller is better:
 
     1. the maximum cost of a rank
     2. the sum of the squared costs of ranks, which is smallest for equal costs
     3. the sum of the squared costs of stages
-    4. the layers in early stages, because these hold the activations of more micro-batches
+    4. the number of layers in early stages, because early stages hold the activations of more micro-batches
 
 With equal costs of layers, the result is optimal. With a few cheaper layers, the maximum cost of a rank exceeds the
-optimum by at most one cheap layer.
+optimum by at most the cost of one cheap layer.
 
-The first stage has the embedding; the last has the head and the MTP modules. So both may have no layers.
+The first stage has the embedding; the last stage has the head and the MTP modules. So both may have no layers.
 """
 
 from collections.abc import Sequence
@@ -74,6 +74,6 @@ def split_layers(
 
 
 def _move(bounds: list[int], source: int, target: int) -> list[int]:
-    """Move one layer from stage `source` to stage `target`. Stages between them keep their number."""
+    """Move one layer from stage `source` to stage `target`. Stages between them keep their number of layers."""
     low, high, step = (source, target, -1) if source < target else (target, source, 1)
     return [bound + step if low < number <= high else bound for number, bound in enumerate(bounds)]

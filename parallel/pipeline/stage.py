@@ -23,8 +23,8 @@ def kept_graph(output: Tensor) -> Node | None:
     inputs, which releases the graph.
 
     The backward of weights starts from nodes of the graph. Before torch 2.13, a reference to the node of a Python
-    function does not keep it alive. From 2.13 on it does, so the result is None, and torch can free the rest of the
-    graph.
+    function does not keep the node alive. From torch 2.13 on, the reference is enough: the result is None, and torch
+    can free the rest of the graph.
     """
     if torch.__version__ >= "2.13":
         return None
@@ -33,9 +33,9 @@ def kept_graph(output: Tensor) -> Node | None:
 
 
 def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
-    """Run the backward of weights, which adds to their `.grad`. groups: result of torch's stage_backward_input.
+    """Run the backward of weights: add to every weight's `.grad`. groups: result of torch's stage_backward_input.
 
-    torch's version adds gradients itself, so a GEMM could not add to its weight gradient
+    torch's version adds the gradients itself, so a GEMM could not add to a weight gradient
     (train/model/weight_gradient.py). The gradients are equal.
     """
     for group in groups:
@@ -78,7 +78,7 @@ class Stage(PipelineStage):
         )
         self._acting = acting
         self._one_piece = getattr(module, "backward_in_one_piece", False)
-        """Whether the module's backward cannot be split. If so, the backward of inputs runs all of it."""
+        """Whether the module's backward cannot be split. If so, the backward of inputs runs the complete backward."""
         self._graphs: dict[int, Node | None] = {}
         """Graphs kept alive by `kept_graph`, by micro-batch, between the backward of inputs and the backward of
         weights.
@@ -176,13 +176,15 @@ def _move(infos: tuple, device: torch.device) -> None:
 # The stage computes on random hidden states and gradients, and sends nothing.
 
 HIDDEN_STD, GRADIENT_STD = 0.02, 1e-5
-"""Standard deviations of random hidden states, which a block normalises, and of random gradients, which are small like
-those of a mean over many tokens.
+"""Standard deviations of random hidden states and of random gradients. A block normalises hidden states, and gradients
+of a mean over many tokens are small.
 """
 
 
 class LoneStage(Stage):
-    """A stage without its neighbours; see the comment above. Only received values differ from a real run."""
+    """A stage without its neighbours; see the comment above. Only the values of received tensors differ from a real
+    run.
+    """
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int):
         ops = super().get_fwd_recv_ops(fwd_chunk_id)

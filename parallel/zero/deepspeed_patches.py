@@ -9,12 +9,12 @@
                            another device.
     groups' tables         Sluice's expert groups are added under the name that marks their parameters. Otherwise
                            DeepSpeed would create groups in its own order.
-    DeepSpeedEngine        `has_moe_layers` says whether this rank holds sharded experts; DeepSpeed looks for its own
-                           class. The optimizer's type check accepts Sluice's. The check of experts at stage 3 is
-                           skipped: Sluice's parameters know their placement.
+    DeepSpeedEngine        `has_moe_layers` says whether this rank holds sharded experts, because DeepSpeed would look
+                           for its own class. The check of the optimizer's type accepts Sluice's optimizers. The check
+                           of experts at stage 3 is skipped, because the parameters of experts have their placement.
 
-whole_weights.py and sharded_weights.py describe changes to one DeepSpeed optimizer each. When a rank starts, it
-compares the private names that the three files use (private_names.py) with the installed version.
+whole_weights.py and sharded_weights.py describe their changes to one DeepSpeed optimizer each. private_names.py lists
+the private names that the three files use. A rank compares this list with the installed version when it starts.
 """
 
 import logging
@@ -88,7 +88,7 @@ def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
             return ZERO_OPTIMIZATION
 
         def _validate_zero3_moe_compatibility(self) -> None:
-            """Skip DeepSpeed's check of experts at stage 3: Sluice's parameters know their placement."""
+            """Skip DeepSpeed's check of experts at stage 3, because the parameters of experts have their placement."""
 
     original, deepspeed.DeepSpeedEngine = deepspeed.DeepSpeedEngine, PatchedEngine
     try:
@@ -98,7 +98,7 @@ def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
 
 
 class MeshAsMpu:
-    """Returns the process groups that DeepSpeed asks for. A pipeline's ranks are its "model parallel" group."""
+    """Returns the process groups for which DeepSpeed asks. A pipeline's ranks are DeepSpeed's "model parallel" group."""
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh

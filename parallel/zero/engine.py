@@ -1,9 +1,9 @@
 """Runs DeepSpeed ZeRO around the chunks of one rank. Only the files of this folder import deepspeed.
 
 A rank's engine holds a ModuleList of its chunks; the pipeline gets the raw modules. Master weights are fp32 shards.
-Gradients are fp32 even for bf16 weights. Sluice's optimizer holds the state. whole_weights.py (stages 1 and 2) or
-sharded_weights.py (stage 3) stores weights and gradients. At stage 3, weights may have no memory at first; then they
-are allocated, initialised and sharded one after another.
+Gradients are fp32 even for bf16 weights. Sluice's optimizer holds the optimizer state. whole_weights.py (stages 1 and
+2) or sharded_weights.py (stage 3) stores weights and gradients. At stage 3, weights may have no memory at first. The
+engine then allocates, initialises and shards them one after another.
 
 At stages 1 and 2, a step ends with these calls, in this order. At stage 3, every backward reduces gradients, and only
 the calls from `Zero.step` on are the same.
@@ -14,8 +14,8 @@ the calls from `Zero.step` on are the same.
     Zero.step         Calls DeepSpeed's step, which calls back for the norm. `Zero._global_norm` computes it over all
                       ranks and names gradients that are not finite. `WholeWeights._take_norm` computes the clipping
                       factor.
-    ShardedOptimizer  DeepSpeed calls its `step` if the norm is finite. It applies the factor (`GradientHandover`) and
-                      updates masters and state. Then DeepSpeed casts the masters to weights and gathers these.
+    ShardedOptimizer  DeepSpeed calls its `step` if the norm is finite. `step` applies the factor (`GradientHandover`)
+                      and updates masters and state. Then DeepSpeed casts the masters to weights and gathers them.
     forget_gradients  Drops the gradients.
 
 private_names.py lists, with reasons, all private names of DeepSpeed that these files use.
@@ -69,13 +69,13 @@ class WeightFacts:
     units: tuple[type[nn.Module], ...] = ()
     """Types of modules whose weights are gathered together at stage 3."""
     draws: Mapping[nn.Parameter, Callable[[], None]] = field(default_factory=dict)
-    """By weight: the function that allocates and initialises it when it is sharded at stage 3. Empty if all weights
-    exist.
+    """For each weight: the function that allocates and initialises it, called when stage 3 shards the weight. Empty if
+    all weights already exist.
     """
 
 
 class Zero:
-    """The ZeRO engine of one rank. A parameter's global name comes from its chunk."""
+    """The ZeRO engine of one rank. Each parameter has a global name, which its chunk defines."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Zero:
             group["lr"] = 0.0 if group["frozen"] else lr
 
     def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
-        """Make the next update multiply rows of master weights by factors, after its own changes.
+        """Make the next update multiply rows of master weights by factors, after the optimizer has changed these rows.
 
         factors: one factor per row, by weight name.
         """
@@ -165,8 +165,8 @@ class Zero:
         return self._weights.accumulate()
 
     def reduce_ahead(self, chunk: int) -> None:
-        """Declare the gradients of a chunk complete while other chunks of the rank still run. ZeRO stages 1 and 2 then
-        reduce them at once.
+        """Tell the engine that a chunk's gradients are complete while other chunks of the rank still run. ZeRO stages 1
+        and 2 then reduce these gradients at once.
         """
         if isinstance(self._weights, WholeWeights):
             others = [set(one.parameters()) for one in self.engine.module]
@@ -294,7 +294,7 @@ class Zero:
 
     def _close(self) -> None:
         """At ZeRO stages 1 and 2, pass this rank's gradients to `local_observer`, and sum the tied parameter's
-        gradients. All gradients must be complete; already reduced ones are skipped.
+        gradients. All gradients must be complete. Gradients that are already reduced are skipped.
         """
         for param in self.names:
             if param.grad is not None:
@@ -312,7 +312,7 @@ class Zero:
 
 
 def _unique_names(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
-    """Return every parameter's global name. A parameter of two chunks is named by the first."""
+    """Return the global name of every parameter. A parameter in two chunks has the name from the first chunk."""
     names: dict[nn.Parameter, str] = {}
     for chunk in chunks:
         for name, param in chunk.named_parameters():
@@ -369,8 +369,8 @@ def make_config(
 ) -> dict[str, Any]:
     """Return the configuration for DeepSpeed.
 
-    reduced_elements: function that counts elements of weights: with True of all, with False of those whose gradients go
-    through DeepSpeed's bucket.
+    reduced_elements: function that counts elements of weights. With True, it counts all weights. With False, it counts
+    the weights whose gradients go through DeepSpeed's bucket.
     """
     first = next(param for param in module.parameters() if param.requires_grad)
     elements = reduced_elements(settings.stage == 3 or first.dtype == torch.float32)

@@ -126,11 +126,16 @@ PRIVATE_NAMES = (
 
 
 def require_names(**owners: object) -> None:
-    """Raise UserError if the installed DeepSpeed lacks a listed name of one of these owners.
+    """Raise UserError if the installed DeepSpeed lacks a listed name of one of these owners. The argument names are:
 
-    The argument names are: module (deepspeed.utils.groups), engine (DeepSpeedEngine), optimizer12 and optimizer3 (the
-    optimizers of stages 1 and 2, and of stage 3), offload12 (optimizer12 with offload), param3 (a weight at stage 3)
-    and coordinator. Names of other owners are not checked here: without them, an import or a call fails.
+        module: deepspeed.utils.groups
+        engine: DeepSpeedEngine
+        optimizer12, optimizer3: optimizers of stages 1 and 2, and of stage 3
+        offload12: optimizer12 with offload
+        param3: a weight at stage 3
+        coordinator
+
+    Names of other owners are not checked here: if such a name is missing, its import or its call fails.
     """
     missing = [one for one in PRIVATE_NAMES if one.owner in owners and not _has(owners[one.owner], one.name)]
     if missing:

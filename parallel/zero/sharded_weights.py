@@ -80,8 +80,8 @@ class ShardedWeights:
         self._order = list(shapes)[::-1]
         chunks = Counter(param for chunk in engine.module for param in {*chunk.parameters()})
         self._shared = {param for param, count in chunks.items() if count > 1}
-        """Weights that two chunks of this rank share. A micro-batch adds to such a gradient twice; only then may
-        DeepSpeed get it.
+        """Weights that two chunks of this rank share. A micro-batch adds to such a gradient twice, and DeepSpeed gets
+        the gradient only after the second addition.
         """
         self._ready: set[nn.Parameter] = set()
         self._handed = 0
@@ -111,8 +111,8 @@ class ShardedWeights:
         self._coordinator.release_backward_leftovers()
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Yield each trained parameter, its gradient in this rank's shard without padding, and the remaining divisor of
-        the gradient.
+        """Yield each trained parameter, its gradient in this rank's shard without padding, and the number by which the
+        gradient must still be divided.
         """
         from deepspeed.utils import safe_get_local_grad
 
@@ -133,7 +133,9 @@ class ShardedWeights:
                 yield Fragment(param, offset, safe_get_local_fp32_param(param).detach()[:length], state)
 
     def flats(self) -> Iterator[tuple[Tensor, list[FlatWeight]]]:
-        """Yield every flat parameter of the optimizer with its weights. It consists of their shards, including padding."""
+        """Yield every flat parameter of the optimizer with its weights. A flat parameter consists of its weights'
+        shards, including padding.
+        """
         groups = zip(self._optimizer.fp32_partitioned_groups_flat, self._optimizer.fp16_groups, strict=True)
         for flat, params in groups:
             found, place = [], 0
@@ -160,7 +162,9 @@ class ShardedWeights:
             shard_of(param).data.copy_(safe_get_local_fp32_param(param).detach())
 
     def _begin_pass(self, *_: object) -> None:
-        """Prepare for the forward of a chunk, and end the previous micro-batch: its backward is complete."""
+        """Prepare for the forward of a chunk. If a micro-batch was in progress, end it, because its backward is
+        complete.
+        """
         if self._in_pass:
             self._end_pass()
         self._in_pass = torch.is_grad_enabled()
@@ -178,8 +182,8 @@ class ShardedWeights:
     def _begin_backward(self, chunk: nn.Module) -> None:
         """Prepare for the backward of a chunk.
 
-        Without a forward since the chunk's last backward, end the last micro-batch: DeepSpeed may have some of its
-        gradients.
+        A schedule may run two backwards of a chunk without a forward between them. Then the first micro-batch is ended
+        first, because DeepSpeed may already have some of its gradients.
         """
         if chunk in self._backward:
             self._end_pass()

@@ -68,8 +68,8 @@ class WholeWeights:
         self._unshared = [
             number for number, params in enumerate(self._groups) if is_bf16 and shares(params[0]).ranks == 1
         ]
-        """Parameter groups whose gradients need no reduction, by index. Empty with fp32 weights, whose shard DeepSpeed
-        assembles in its step.
+        """Indexes of the parameter groups whose gradients need no reduction. Empty with fp32 weights, because DeepSpeed
+        then assembles the shard in its step.
         """
         self._adds = is_bf16 and not offload and len(self._unshared) < len(groups)
         """Whether DeepSpeed adds reduced gradients to the shard. If not, all must be reduced in one block."""
@@ -121,9 +121,10 @@ class WholeWeights:
             self._keep_unshared()
 
     def reduce_ahead(self, params: Collection[nn.Parameter]) -> None:
-        """Reduce the complete gradients of `params` now, while others still accumulate.
+        """Reduce the gradients of `params` now, while gradients of other parameters still accumulate. The gradients of
+        `params` must be complete.
 
-        All ranks that share them call this at the same point of the schedule.
+        All ranks that share these gradients call this at the same point of the schedule.
         """
         if not self._adds:
             return
@@ -167,7 +168,7 @@ class WholeWeights:
             self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([], placeholder)
 
     def forget_gradients(self) -> None:
-        """Drop the gradients. Call it after every step, even a skipped one."""
+        """Drop the gradients. Call this after every step, even if the step was skipped."""
         self._handover.unreduced.clear()
         if self._offload:  # otherwise, after a skipped step, DeepSpeed would add the next gradients to the old ones
             for number in range(len(self._groups)):
@@ -178,8 +179,8 @@ class WholeWeights:
         return param
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Yield each parameter in this rank's shard, its gradient there without padding, and the remaining divisor of
-        the gradient.
+        """Yield each parameter in this rank's shard, its gradient there without padding, and the number by which the
+        gradient must still be divided.
         """
         for number, (master, slices) in enumerate(self._slices.items()):
             gradients, divisor = self._handover.unreduced.get(master), self._handover.divisor
