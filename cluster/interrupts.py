@@ -1,10 +1,9 @@
 """Makes Ctrl-C end a command at any moment with one line and an exit code, and without a traceback.
 
 While the command imports its modules, Ctrl-C ends it at once. Later, the first Ctrl-C raises KeyboardInterrupt, so that
-resources are closed. The second one ends the process and damages no file.
+resources are closed. The second Ctrl-C ends the process and damages no file.
 
-Python would change a KeyboardInterrupt during an import to another error, and drop it in a destructor. So at such times
-the KeyboardInterrupt is raised shortly afterwards.
+Python would lose a KeyboardInterrupt during an import or a destructor. So it is raised again shortly afterwards.
 """
 
 import atexit

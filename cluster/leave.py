@@ -1,8 +1,8 @@
 """Announces that this node will be removed:  python -m cluster.leave [--within SECONDS]
 
-Run it on the node before maintenance, as a pod's preStop hook, or when a cloud provider takes the machine back. Ray
-then lists the node as draining. The run writes a checkpoint at once and continues without the node. The command returns
-when no raylet (Ray's process on a node) is left on the node, or after SECONDS.
+Run it on the node before maintenance, as a pod's preStop hook, or when a cloud provider takes the machine back. The run
+then writes a checkpoint at once and continues without the node. The command returns when no raylet (Ray's process on a
+node) is left on the node, or after SECONDS.
 """
 
 import argparse

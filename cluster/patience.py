@@ -3,9 +3,9 @@
 A run is late if its silence is longer than its earlier silences plus a margin; the driver then prints a warning. A run
 is ended if no rank has completed a unit of work (cluster/comm_ring.py) for `cluster.kill_after`.
 
-Observations of a kind of phase count only after a first phase of that kind is complete. Until then, and until an
-attempt's first step is complete, only two settings apply: `cluster.hang_after` in steps, and `cluster.start_timeout` in
-other phases.
+Observations of a kind of phase count only after a first phase of that kind is complete. Until then,
+`cluster.hang_after` limits the silence in steps, and `cluster.start_timeout` limits it in other phases and before an
+attempt's first complete step.
 """
 
 from collections import defaultdict, deque

@@ -1,13 +1,12 @@
 """Assigns ranks to devices: a pure function from nodes and degrees of parallelism to an ordered list.
 
 The ranks of an expert group (`ep` consecutive ranks, see parallel/layout.py) exchange tokens in every MoE layer. So a
-group uses few nodes, in one rack if possible. Neighbouring pipeline stages communicate less than expert groups, but
-more than other ranks. So consecutive stages get consecutive slots, in these steps:
+group uses few nodes, in one rack if possible. Neighbouring stages communicate less. The steps:
 
     1. Sort nodes by rack, name and address. Divide their devices into slots of one expert group each. If a group fits
        on a node, the node has devices // ep slots. Otherwise a slot is ep / g nodes with g ranks each, for the largest
        divisor g of ep that the nodes can hold. Slots are formed inside racks first.
-    2. A block is one expert group of every stage, so it needs pp slots. Slot i is stage i % pp of block i // pp. A
+    2. A block is one expert group of every stage, in consecutive slots. Slot i is stage i % pp of block i // pp. A
        pipeline is in one block, so a lost device costs at most one block (see cluster/driver/shapes.py).
     3. Nodes without a rank are spares.
     4. After a failure, ranks stay on their nodes, next to their copies in memory. A spare replaces each missing node,

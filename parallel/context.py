@@ -9,8 +9,8 @@ For C gathered values of b bytes per position, a rank sends
 
     3 (N - 1) / N * B * T * C * b      per layer, forward and backward: two gathers and an all-to-all
 
-All collectives are within the group, whose ranks hold the same stage and run the same actions. Each call waits for its
-own collective (parallel/pipeline/overlap.py).
+The ranks of a group hold the same stage and run the same actions. Each call waits for its own collective
+(parallel/pipeline/overlap.py).
 
 Shapes: B sequences, T positions of this rank, L positions of a piece, X any width, N ranks.
 """

@@ -1,9 +1,8 @@
 """Tests the links between GPU ranks before data preparation, and names slow or dead links.
 
 Each rank exchanges data with one rank at a time: its neighbours on the node, then the ranks with its index on
-neighbouring nodes. So each time belongs to one link. All links of a kind run at once, as in a step. Then the run's
-groups run an all-reduce and an all-to-all. In the exchanges of two ranks, the received bytes are checked. If a transfer
-does not end within LINK_PATIENCE, an error names both ends.
+neighbouring nodes. All links of a kind run at once, as in a step. Received bytes are checked. Then the run's groups run
+an all-reduce and an all-to-all. If a transfer does not end within LINK_PATIENCE, an error names both ends.
 """
 
 import socket

@@ -6,11 +6,11 @@ matrix to the owner. The owner computes the update and returns each rank's eleme
 Owners are chosen in the order of falling cost of the matrices. The owner is the rank that holds most of the matrix or,
 if this rank has enough work, the rank with the least work. A matrix whose owner holds all of it is not sent.
 
-Matrices are sent in packs, so that memory stays bounded. Transfers overlap with compute:
+Matrices are sent in packs, so that memory stays bounded:
 
     gather pack 0 | gather pack 1, compute 0 | gather pack 2, compute 1, return 0 | ...
 
-Every rank of the group computes the same owners and packs from the shapes, without communication.
+Every rank of the group computes the same owners and packs from the shapes.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -5,8 +5,8 @@ torch's TCPStore has no authentication. Sluice makes TCPStore's socket listen on
 encrypts every value, and signs the value together with its key. The secret for both is known only to the attempt's
 ranks.
 
-An attacker who finds the port can neither read nor insert an address, but can make the attempt fail. Counters and the
-existence of keys are not signed, because the ranks read no content from them.
+An attacker who finds the port cannot read or insert an address, but can make the attempt fail. Counters and the
+existence of keys are not signed.
 """
 
 import hashlib

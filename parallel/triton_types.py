@@ -1,8 +1,8 @@
 """Types of Triton's kernels for a type checker, and a launch that takes less host time. The module needs triton.
 
-Parameters of a kernel have no Python types. Triton recognises compile-time parameters by the annotation `constexpr`;
-its interpreter compares the source text. With Triton's own class, a type checker would reject plain numbers in a
-launch. So this module defines another `constexpr`. A kernel's signature does not contain the options of a launch.
+Triton recognises compile-time parameters by the text of the annotation, `constexpr`. With Triton's own class, a type
+checker would reject plain numbers in a launch. So this module defines another `constexpr`. A kernel's signature does
+not contain the options of a launch.
 """
 
 from collections.abc import Callable
@@ -41,9 +41,9 @@ class QuickKernel:
         number: its type, whether 16 divides it, and whether it is 1. In `do_not_specialize`: only its type
         constants and options: their values
 
-    Row counts differ in every step, so they are in `do_not_specialize`. This class computes a key from these properties
-    faster than Triton, and reuses Triton's kernel of the first launch with this key. Launches with unaligned tensors or
-    with hooks go through Triton. Parameters must be in this order: tensors (names end in _ptr), numbers, constants.
+    This class computes a key from these properties faster than Triton, and reuses Triton's kernel of the first launch
+    with this key. Launches with unaligned tensors or with hooks go through Triton. Parameters must be in this order:
+    tensors (names end in _ptr), numbers, constants.
     """
 
     def __init__(self, kernel: JITFunction):

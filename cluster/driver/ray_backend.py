@@ -1,9 +1,8 @@
 """The Ray backend: connects to a Ray cluster or starts Ray on this machine, and runs an agent on each node as a Ray
 actor.
 
-Only this file imports ray, and only when a run asks for Ray. Ray transports the calls to agents and lists the nodes.
-Sluice does the rest: ranks, placement, failure detection and restarts. Each agent is pinned to its node by id. It
-reserves all devices of the node against other jobs, so no placement group is needed.
+Only this file imports ray, and only when a run asks for Ray. Ray transports the calls to agents and lists the nodes;
+Sluice does the rest. Each agent is pinned to its node by id. It reserves all devices of the node against other jobs.
 """
 
 import collections

@@ -3,15 +3,13 @@
 All layouts of a run have the same number of pipeline stages. A layout consists of blocks. A block has one expert group
 of every stage; an expert group is the `ep` ranks that share the experts of a layer. A smaller layout has fewer blocks,
 a smaller ep, or both. If the batch does not divide evenly, some expert groups get one more micro-batch per rank
-(parallel.uneven).
+(parallel.uneven). The best layout has, in this order:
 
-The best layout is found by these values, in this order:
+    1. the fewest micro-batches of the busiest rank, which determine the time of a step
+    2. the largest ep, which is closest to the recipe and needs the least memory
+    3. the fewest ranks, so that more spares remain
 
-    1. fewest micro-batches of the busiest rank, because it determines the time of a step
-    2. largest ep, because it is closest to the recipe and needs the least memory
-    3. fewest ranks, because more spares remain
-
-Before a smaller layout may run, its memory need must be known. A planner writes it to layouts.json in the run folder:
+A planner writes the memory need of smaller layouts to layouts.json in the run folder:
 
     config     digest of the config.yaml of the plan; with another config.yaml the plan is ignored
     layouts    [{"dp": 64, "ep": 64, "bytes": ...}, ...]: bytes per device for every ep and one or more values of dp. A

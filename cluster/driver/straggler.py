@@ -2,9 +2,7 @@
 
 After every step, a rank reports the time of its own work. Its peers are the ranks of the same pipeline stage. The
 window is the last WINDOW_BLOCKS x BLOCK_STEPS steps, in blocks of BLOCK_STEPS steps. A rank's value of a block is
-log(its median time / the median of its peers' median times). So a few slow steps change at most two blocks.
-
-A rank is slow if all of these conditions hold:
+log(its median time / the median of its peers' median times). A rank is slow if all of these conditions hold:
 
     - The mean of its values over the blocks is at least log(`factor`).
     - This mean is at least NOISE times the noise of one block, or NOISE x sqrt(WINDOW_BLOCKS) standard errors.

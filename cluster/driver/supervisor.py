@@ -6,18 +6,17 @@
         +---- ending <-------- judging        judging: probe every node of the attempt, let the others report, collect
         +---- stopping                        stacks; then name the cause (cluster/cause.py) and end all ranks
 
-`handle(now, event)` returns actions and performs none, so tests can try any order of faults. Most events are only
-stored. Decisions are made at the next tick, so that answers of thousands of nodes cost little. These rules hold:
+`handle(now, event)` returns actions and performs none. Most events are only stored; decisions are made at the next
+tick. These rules hold:
 
     - An attempt starts only when no earlier rank is alive on an answering node. On a silent node, the agent ends the
       ranks when its lease is over (cluster/spawn.py).
     - Attempt numbers rise, also over launches. Ranks of earlier attempts cannot write checkpoints.
-    - A restart first uses spare nodes. If there are too few, it uses the fastest layout that fits (shapes.py). The
-      driver reports idle nodes.
+    - A restart first uses spare nodes. If there are too few, it uses the fastest layout that fits (shapes.py).
     - When nodes return, the run stops after the next checkpoint or complete copy in memory, and restarts with more
       ranks. When a node drains, the run writes a checkpoint at once and restarts without the node.
     - Every kind of cause has a budget of failures, which is reset when the run saves a later step. For lost nodes, each
-      node has its own budget. So a run with progress survives any number of lost nodes; a run without progress ends.
+      node has its own budget. So a run with progress survives any number of lost nodes.
 """
 
 from collections import Counter

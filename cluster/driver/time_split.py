@@ -6,12 +6,11 @@ The time in which a driver ran is divided into these parts:
     start       from a launch's first attempt to its first complete step
     training    steps whose result the run kept
     detection   from the last news of the ranks to the cause of a failure, including the step that failed
-    restart     from the cause of a failure, or from the decision to change the nodes, to the next attempt's first step;
-                without `waiting`
+    restart     from the cause of a failure, or from the decision to change the nodes, to the next attempt's first step
     again       steps that the run repeated
 
 Time between two launches belongs to no part. Effective time is training time times the fraction of wanted ranks that
-work. `held_share` includes the cost of spare nodes.
+work.
 """
 
 from collections.abc import Iterable

@@ -1,12 +1,12 @@
 """Health of nodes, as their agents report it: process priority, clock jumps and full disks. None of them ends a run.
 
 With a low priority, other processes slow down the ranks. With a full disk for temporary files, output of ranks is lost
-and the next start on the node fails. Each clock jump and each full disk is reported once.
+and the next start on the node fails.
 
 The driver orders errors by time, so this file converts each node's times to the driver's clock. The agent reads the
 node's clock when the node is checked. Later times follow from a clock that nobody can set. This file subtracts the
-seconds by which the node's clock was ahead at the check. Arrival times of answers would be wrong, because a transfer
-may take longer than the time between an error and its consequences.
+seconds by which the node's clock was ahead at the check. Arrival times of answers are not used, because a transfer may
+take longer than the time between two errors.
 """
 
 from dataclasses import dataclass

@@ -3,17 +3,16 @@
 `ask` waits for news and `network` for measurements; RayFleet gives each of them a thread. All other methods return at
 once, because the driver counts a node as lost if an answer is late.
 
-A rank reports through files (cluster/run_files.py) in the attempt's scratch folder on the node's own disk. The shared
-run folder is not used, so that the driver cannot mistake a rank of an old attempt for a new one.
+A rank reports through files (cluster/run_files.py) in the attempt's scratch folder on the node's own disk. So the
+driver cannot mistake a rank of an old attempt for a new one.
 
 The environment of a rank has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, and
 
     GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME    as set on this node, else as on the driver, else the interface of the
                                               node's address
     SLUICE_LOGS                               path of the scratch folder
-    SLUICE_ATTEMPT                            number of the attempt; ranks of older attempts cannot write checkpoints
-    SLUICE_STORE_SECRET                       secret of the store through which the ranks of this attempt find each
-                                              other (parallel/signed_store.py)
+    SLUICE_ATTEMPT                            number of the attempt
+    SLUICE_STORE_SECRET                       secret of the ranks' store (parallel/signed_store.py)
 
 If an agent gets no question for `lease` seconds, not even by UDP (cluster/node/pulse_echo.py), it kills its ranks. The
 driver may be lost, and a new attempt may already run on other nodes.

@@ -1,7 +1,7 @@
 """Copies of a run's state in the memory of its nodes: the files of a node, and the server for ranks of other nodes.
 
-Every few steps (checkpoint.every_memory), each rank writes its part of the state to a folder in its node's memory, and
-sends the same part to the next node. So the loss of a node costs few steps. A node holds
+Every few steps (checkpoint.every_memory), each rank writes its part of the state to its own node's folder and to the
+next node's folder. So the loss of a node costs few steps. A node holds
 
     /dev/shm/sluice-UID-RUN-ID-NODE/           RUN: digest of the run folder's path; ID: random digits stored in the run
                                                folder
@@ -10,13 +10,12 @@ sends the same part to the next node. So the loss of a node costs few steps. A n
             rank_00003.safetensors             part of rank 3, as in a checkpoint on disk
             rank_00003.json                    index of this part, written last: once it exists, the part is complete
 
-A set counts as a checkpoint when the answering nodes together hold the parts of all ranks. A run that resumes from the
-set merges the indexes into a manifest. At most two sets exist: a complete set, and a set that is being written. Every
-rank removes all other sets before it writes.
+A set counts as a checkpoint when the answering nodes together hold the parts of all ranks. At most two sets exist: a
+complete set, and a set that is being written. Every rank removes all other sets before it writes.
 
-The agent serves the folder: PUT stores a file, GET reads a part of a file. Both need the run's token. Ranks on a
-disconnected node may live for a while, so the agent refuses a PUT of an older attempt than its own. The files still
-exist after agents and drivers have ended, so that the next launch finds them. This file uses neither Ray nor torch.
+The agent serves the folder: PUT stores a file, GET reads a part of a file. Both need the run's token. A PUT of an older
+attempt than the agent's is refused, because ranks on a disconnected node may live for a while. The files stay when
+agents and drivers end, so that the next launch finds them. This file uses neither Ray nor torch.
 """
 
 import contextlib

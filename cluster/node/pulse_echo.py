@@ -1,7 +1,7 @@
 """A node's part of the pulse: it answers the driver's UDP questions (cluster/driver/pulse_sender.py).
 
-About once a second, the driver asks by UDP whether a node is alive. Through Ray, it asks for the state of the ranks and
-waits for news, because a call through Ray takes the driver much longer than a UDP datagram.
+About once a second, the driver asks by UDP whether a node is alive. It asks through Ray less often, because a call
+through Ray takes the driver much longer.
 
 Questions and answers are signed with a key of this launch. The driver ignores an answer to an older question.
 """

@@ -1,7 +1,6 @@
 """Flat dispatch: one all-to-all over the expert-parallel group, with variable split sizes. No token is dropped.
 
-Every (token, expert) pair is one message: an encoded row and a gate. Two experts of a token on one rank get two
-messages. Tests compare node-limited dispatch with this dispatch.
+Every (token, expert) pair is one message: an encoded row and a gate.
 
     1. Sort the pairs by expert. Experts are numbered rank by rank, so this also sorts by rank.
     2. Exchange the number of pairs per expert. Copy the split sizes to the host; this is the only such copy.

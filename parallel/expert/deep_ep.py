@@ -1,11 +1,11 @@
 """Uses DeepEP's kernels through the dispatcher interface, for GPUs with NVLink and RDMA.
 
-This code follows the documentation of `deep_ep.Buffer` (get_dispatch_layout, dispatch, combine). It has never run with
-the package: suitable GPUs were not available, and tests use a class that returns what the documentation promises.
+This code follows the documentation of `deep_ep.Buffer`. It has never run with the package, because suitable GPUs were
+not available. Tests use a class that returns what the documentation promises.
 
 DeepEP sends a token once to every rank that holds one of its experts, through one rank per node. It returns the ids of
-a received token's experts on this rank (-1 elsewhere) and its gates. This file makes one row for each of these experts,
-sorted by expert. Combine first sums the rows of each token.
+a received token's experts on this rank (-1 for experts elsewhere) and its gates. This file makes one row for each of
+these experts, sorted by expert. Combine first sums the rows of each token.
 
 Shapes: T tokens, D channels, K experts per token, M received tokens, R rows, E experts of this rank.
 """

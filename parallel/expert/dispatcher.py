@@ -1,28 +1,27 @@
 """The common part of all dispatchers over ranks.
 
 A dispatcher sends each token to the ranks of its experts (dispatch) and returns the sum of the experts' outputs
-(combine). Sluice's own dispatchers send rows in one or two hops; a hop is one exchange between ranks. Before each hop,
-a fan-out (parallel/expert/permute.py) copies each row once for every rank that needs it. After the last hop, a fan-out
-sorts the rows by local expert. Combine does the reverse. Training uses dispatch and combine twice each:
+(combine). Sluice's own dispatchers send rows in one or two hops; a hop is one exchange between ranks. Fan-outs
+(parallel/expert/permute.py) copy the rows before each hop, and sort the received rows by expert after the last hop.
+Combine does the reverse. Training uses dispatch and combine twice each (paper 3.3.3):
 
     dispatch forward     out,  in the wire format   x and gates -> rows and their gates
     dispatch backward    back, activation dtype     gradients of rows and gates -> gradients of x and gates
     combine forward      back, activation dtype     expert outputs -> y
     combine backward     out,  in the wire format   gradient of y -> gradient of expert outputs (known routes)
 
-This is FP8 dispatch and BF16 combine (paper 3.3.3). Each of the four uses has two halves:
+Each of the four uses has two halves:
 
-    begin    ends when one exchange has started: the first of a dispatch, or the last of a combine. With two hops, this
-             exchange is the one over the slow network
+    begin    ends when one exchange has started: the first exchange of a dispatch, or the last exchange of a combine.
+             With two hops, this is the exchange over the slow network
     wait     does the rest
 
 In backward, the gradient of `wait` starts the exchange and the gradient of `begin` waits for it. Of all ready nodes,
 autograd runs the newest first. So operations between `begin` and `wait`, such as the shared expert, also have their
 backward between the two halves.
 
-On a GPU, all hops start in `begin`, on a separate stream (`beside`). The host knows all sizes, so `wait` only waits for
-the last hop; DeepEP works the same way (parallel/expert/deep_ep.py). On a CPU, the host runs the hop inside the node
-(the fast network) at once.
+On a GPU, all hops start in `begin`, on a separate stream (`beside`), and `wait` only waits for the last hop. On a CPU,
+the host runs the hop inside the node (the fast network) at once.
 
 A token is quantized once, before it is copied. So results do not depend on the placement of experts.
 

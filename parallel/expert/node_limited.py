@@ -7,16 +7,16 @@ Dispatch:
     2. Inside the node: that rank forwards the encoded token to each rank that holds one of its experts.
     3. On the expert's rank: make one row of the token for each of its experts there.
 
-Combine adds a token's outputs on the expert's rank, then on the forwarding rank, last on the token's rank. So one sum
-per node crosses the network. Each of the three ranks rounds to the activation dtype; flat dispatch rounds once. In
-bf16, the results differ by up to two roundings; in fp32, they differ in the last bits.
+Combine adds a token's outputs on the expert's rank, then on the forwarding rank, last on the token's rank. Each of the
+three ranks rounds to the activation dtype; flat dispatch rounds once. In bf16, the results differ by up to two
+roundings; in fp32, they differ in the last bits.
 
-A message is an encoded row, the token's K gates and its K expert ids (int16). Ranks on the route read the ids to find
-the next targets. With one node, or one rank per node, there is only one hop.
+A message is an encoded row, the token's K gates and its K expert ids (int16), from which ranks find the next targets.
+With one node, or one rank per node, there is only one hop.
 
 The counts need one small exchange per hop and one copy to the host. First, a rank tells each peer how many of its
 tokens go to the peer's node, to each rank of that node and to each expert there. Then the ranks of a node exchange the
-sums of these counts.
+sums.
 
 Shapes besides those of dispatcher.py: N nodes, L ranks per node, F experts per rank, E = N*L*F.
 """

@@ -6,17 +6,14 @@ place:
     spread:  copies_C = sources_S[source_C]                        a gather
     collect: sources_S[s] = sum of copies_C[c] over c in the list of s    a gather with a sum
 
-`collect` reads the copies once and accumulates in fp32 (embedding_bag does both). Dispatch is a chain of spreads, with
-an exchange between two spreads. Combine is the reverse chain, with collects. On a GPU, kernels build the fan-outs of
-experts and run `collect` (parallel/expert/triton_dispatch.py); this file computes the same with torch.
+`collect` reads the copies once and accumulates in fp32. Dispatch is a chain of spreads, with an exchange between two
+spreads. Combine is the reverse chain, with collects. On a GPU, kernels build the fan-outs of experts and run `collect`
+(parallel/expert/triton_dispatch.py); this file computes the same with torch.
 
-Two possible savings are estimated, but not implemented. The estimates are from `python -m bench.traffic`: an FP8 layer
-of DeepSeek-V3's experts on one of 64 ranks, 4096 tokens, forward and backward, 3 TB/s.
+Two possible savings are not implemented (estimates of `python -m bench.traffic` for a pair of layers of some 39 ms):
 
-    - GEMMs could read rows from the receive buffer. This would save the last gather: 0.31 ms of the roughly 39 ms of a
-      pair of layers.
-    - GEMMs could compute the sums right after the experts: 0.61 of the 1.21 ms of combine's sums. They have no factors,
-      because the gates are applied inside SwiGLU.
+    - GEMMs could read rows from the receive buffer, without the last gather: 0.31 ms.
+    - GEMMs could compute the sums right after the experts: 0.61 ms.
 
 Shapes: S sources, C copies, N targets, K entries per source, X any width.
 """

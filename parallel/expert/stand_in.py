@@ -1,8 +1,7 @@
 """Dispatchers for a rank without peers: the real classes, with an all-to-all that creates the rows of the peers.
 
 Such a rank runs alone in a plan (on the meta device) or in a dry run of a large job. The real router routes its tokens.
-A `Load` determines how many rows arrive; their values are copies of this rank's rows. Encoding, copies, sums and
-autograd are those of a real run.
+A `Load` determines how many rows arrive; their values are copies of this rank's rows.
 
 Shapes: T tokens of this rank, K experts per token, P peers, M messages that arrive, R rows, L experts of this rank.
 """

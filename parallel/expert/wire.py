@@ -2,7 +2,7 @@
 
 A wire encodes each row as a message row of bytes, and decodes it. The wire `bf16` sends the activation dtype: an fp32
 run sends fp32 and loses nothing. The wire `fp8` sends E4M3 values with one power-of-two scale per tile of 128 channels
-(paper 3.3.3). It needs half the bytes of bf16.
+(paper 3.3.3).
 
 FP8 row, in bytes:  D values | ceil(D/128) scale exponents (UE8M0: exponent + 127) | zeros to a multiple of 4.
 
@@ -13,8 +13,7 @@ Values are sent as bytes, because gloo has no FP8. Let amax be the largest magni
 448 = 1.75 * 2^8 is the largest E4M3 number. So the exponent of the scale is the exponent of amax minus 8, plus 1 if the
 mantissa of amax exceeds 1.75. One integer addition to the bits of amax computes this exponent exactly.
 
-bf16 holds q * scale exactly, and a second quantization changes no value. If rounding reduced a tile's amax to 224 *
-scale, the second quantization halves the scale and doubles q, both exactly.
+bf16 holds q * scale exactly, and a second quantization changes no value. It may halve the scale and double q.
 
 Shapes: R rows, D channels, B bytes per message row (a multiple of 4), S tiles of 128 channels.
 """

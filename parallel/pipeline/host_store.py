@@ -1,7 +1,7 @@
 """Stores activations in host memory from the forward that computes them to the backward that reads them.
 
 When the forward of a part of the model ends, its saved activations are copied to the host as one batch. Backward reads
-the batches in reverse order. The order of the pipeline's actions determines when copies start:
+the batches in reverse order:
 
     out     The copy to the host starts at once and overlaps with compute. The batch's device memory is freed when the
             action sends its next batch, or when the next action ends. If a backward follows at once, the batch is still
@@ -9,12 +9,11 @@ the batches in reverse order. The order of the pipeline's actions determines whe
     back    A micro-batch's newest batch is copied back during the action before the backward that reads it. When
             backward reads a batch, the copy of the previous batch starts. So two batches are on the device at a time.
 
-Each direction has its own stream, because the link works in both directions at once. Copies and compute wait for each
-other by events, so the host never waits. A tensor's memory is freed only after the compute stream has waited for its
-copy. So the allocator need not know the copy's stream. On a CPU, copies are synchronous.
+Each direction has its own stream. Copies and compute wait for each other by events, so the host never waits. A tensor's
+memory is freed only after the compute stream has waited for its copy. On a CPU, copies are synchronous.
 
-Host memory is allocated in pages (pinned for a GPU), which are reused. The number of experts' rows changes with every
-micro-batch, so buffers of the exact size would leave more and more unused buffers.
+Host memory is allocated in pages (pinned for a GPU), which are reused. Buffers of the exact size could rarely be
+reused, because the number of experts' rows changes with every micro-batch.
 """
 
 from collections import deque

@@ -1,10 +1,9 @@
 """Interleaves the forward of one micro-batch and the backward of another, so that compute hides communication.
 
-Inside an expert layer, a forward or backward cannot hide its own all-to-all, because its next GEMM needs the data in
-flight. But one can compute while the other communicates (paper 3.2.1). So both run as lanes that take turns. A lane
-launches an asynchronous all-to-all and calls `yield_point()` before it waits. Then the other lane computes until it has
-launched its own. The backward lane goes first, which gives the paper's order for each pair of layers (deepseek_v3.md
-5.3):
+Inside an expert layer, a forward or backward cannot hide its own all-to-all, because its next GEMM needs the data. But
+the forward can compute while the backward communicates, and the reverse (paper 3.2.1). So both run as lanes that take
+turns. A lane launches an asynchronous all-to-all, then calls `yield_point()`, and then waits. The backward lane goes
+first, which gives the paper's order for each pair of layers (deepseek_v3.md 5.3):
 
     backward lane                          forward lane
     begin combine(B)           ->
@@ -16,25 +15,21 @@ launched its own. The backward lane goes first, which gives the paper's order fo
                                <-
     wait, attn(B), attn(W)     ->          wait                              combine(F) is hidden by attn(B), attn(W)
 
-F is the forward, B the backward of inputs, W the backward of weights. Unlike in the paper, mlp(W) hides dispatch(F)
-instead of dispatch(B): autograd computes both gradients of a GEMM in one node.
+F is the forward, B the backward of inputs, W the backward of weights. In the paper, mlp(W) hides dispatch(B) instead.
+Here, autograd computes both gradients of a GEMM in one node.
 
 The backward lane is a second thread, because autograd cannot be paused otherwise. A token, called the baton, lets
-exactly one lane run at a time. So there is no data race.
+exactly one lane run at a time, so there is no data race.
 
 The ranks cannot deadlock, because all ranks of a group issue its collectives in the same order:
 
-    - The ranks of an expert group, and ranks that share sequences, hold the same stages and run the same list of
-      actions. So they pair the same forward with the same backward.
-    - Within a pair, the order depends only on each lane's sequence of yield points. A lane passes the baton only at a
-      yield point or at its end, never after some time. After the end of one lane, the other runs to its end.
-    - The yield points follow from the stage's layers. They must not depend on data: a dispatcher yields even if it has
-      no row to send.
-
-Collectives of ranks that share sequences have no yield point: the gathers of latents, the sum of their gradients, and
-the router's sum of expert counts (parallel/context.py). A lane issues such a collective and waits for it in one turn.
-Their number depends only on the layers, so each has a fixed place between two yield points. Pipeline sends and receives
-are never inside a pair.
+    - Ranks of an expert group, and ranks that share sequences, hold the same stages and run the same actions.
+    - Within a pair, the order depends only on each lane's yield points. A lane passes the baton only at a yield point or
+      at its end, never after some time. After the end of one lane, the other lane runs to its end.
+    - The yield points depend on the stage's layers, never on data: a dispatcher yields even if it has no row to send.
+    - Collectives of ranks that share sequences (parallel/context.py, the router's expert counts) have no yield point. A
+      lane issues such a collective and waits for it in one turn.
+    - Pipeline sends and receives are never inside a pair.
 """
 
 import queue

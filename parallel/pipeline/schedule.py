@@ -1,9 +1,9 @@
 """Forward and backward of all micro-batches of a step, over the stages of a pipeline.
 
 torch.distributed.pipelining orders the actions and transfers data between stages. Every rank of a pipeline reads the
-same batch. tokens_BS and the caller's other tensors (documents_BS, supervised_BS, tensors per token) are cut into
-micro-batches along B. Every chunk of a rank gets them as keyword arguments, so only hidden states are sent between
-stages. The last chunk returns its loss with shape (1,), so no logits leave it.
+same batch. tokens_BS and the caller's other tensors are cut into micro-batches along B, and passed to every chunk as
+keyword arguments. So only hidden states are sent between stages. The last chunk returns its loss with shape (1,), so no
+logits leave it.
 
 The schedule divides each loss by the number of micro-batches and sums the gradients. If data-parallel pipelines have
 different numbers, the divisor is their mean. A model without pipeline parallelism is a pipeline of one stage, with the

@@ -2,12 +2,12 @@
 
 The rank with the most work, of one stage or two, determines the pipeline's speed. The split starts from equal numbers
 of layers. Each improving step moves one layer from one stage to another: every stage between the two passes one layer
-on. The steps end when none improves the split. Splits are compared by these values, in this order; smaller is better:
+on. Splits are compared by these values, in this order; smaller is better:
 
     1. the maximum cost of a rank
     2. the sum of the squared costs of ranks, which is smallest for equal costs
     3. the sum of the squared costs of stages
-    4. the number of layers in early stages, because early stages hold the activations of more micro-batches
+    4. the number of layers in early stages, which hold the activations of more micro-batches
 
 With equal costs of layers, the result is optimal. With a few cheaper layers, the maximum cost of a rank exceeds the
 optimum by at most the cost of one cheap layer.

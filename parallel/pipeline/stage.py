@@ -1,9 +1,8 @@
 """A chunk of the model as a stage of torch's pipeline runtime, with timed actions and less memory.
 
-torch's stage allocates the receive buffers of all micro-batches at its start, although a 1F1B-like order should bound
-memory. For example, 120 micro-batches of 4096 x 7168 bf16 values take 7 GB per direction and stage. Here, a buffer is
-created when its receive is posted, and freed after its action; before, it is on the meta device. The graph of a loss is
-freed right after its backward.
+torch's stage allocates the receive buffers of all micro-batches at its start. For example, 120 micro-batches of 4096 x
+7168 bf16 values take 7 GB per direction and stage. Here, a buffer is created when its receive is posted, and freed
+after its action; before, it is on the meta device. The graph of a loss is freed right after its backward.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,9 +1,8 @@
 """Records the times of each action of a step on this rank, and so measures the pipeline's bubble in the run itself.
 
-Every action (F, B, I, W, or FB for an overlapped pair) has a start and a duration. On CUDA, events on the current
-stream mark the times. The host reads events long after they completed, so it never waits. On CPU, a clock is read.
-Between actions, the rank waits for a neighbour's data or for a send. The bubble is the fraction of the step without an
-action: bubble = 1 - busy / span.
+On CUDA, events on the current stream mark the times. The host reads events long after they completed, so it never
+waits. On CPU, a clock is read. Between actions, the rank waits for a neighbour's data or for a send. The bubble is the
+fraction of the step without an action: bubble = 1 - busy / span.
 """
 
 import time

@@ -13,8 +13,7 @@
                            for its own class. The check of the optimizer's type accepts Sluice's optimizers. The check
                            of experts at stage 3 is skipped, because the parameters of experts have their placement.
 
-whole_weights.py and sharded_weights.py describe their changes to one DeepSpeed optimizer each. private_names.py lists
-the private names that the three files use. A rank compares this list with the installed version when it starts.
+whole_weights.py and sharded_weights.py describe their changes to one DeepSpeed optimizer each.
 """
 
 import logging

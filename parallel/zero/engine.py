@@ -2,23 +2,19 @@
 
 A rank's engine holds a ModuleList of its chunks; the pipeline gets the raw modules. Master weights are fp32 shards.
 Gradients are fp32 even for bf16 weights. Sluice's optimizer holds the optimizer state. whole_weights.py (stages 1 and
-2) or sharded_weights.py (stage 3) stores weights and gradients. At stage 3, weights may have no memory at first. The
-engine then allocates, initialises and shards them one after another.
+2) or sharded_weights.py (stage 3) stores weights and gradients.
 
 At stages 1 and 2, a step ends with these calls, in this order. At stage 3, every backward reduces gradients, and only
 the calls from `Zero.step` on are the same.
 
-    accumulate        At the end of its block, WholeWeights fills missing gradients with zeros, and `Zero._close` sums
-                      the gradient of a tied weight. Then DeepSpeed reduces all gradients that ranks share; each rank
-                      gets the part in its shard.
+    accumulate        At the end of its block, missing gradients become zeros, and `Zero._close` sums the gradient of a
+                      tied weight. Then DeepSpeed reduces all gradients that ranks share, into their shards.
     Zero.step         Calls DeepSpeed's step, which calls back for the norm. `Zero._global_norm` computes it over all
                       ranks and names gradients that are not finite. `WholeWeights._take_norm` computes the clipping
                       factor.
     ShardedOptimizer  DeepSpeed calls its `step` if the norm is finite. `step` applies the factor (`GradientHandover`)
                       and updates masters and state. Then DeepSpeed casts the masters to weights and gathers them.
     forget_gradients  Drops the gradients.
-
-private_names.py lists, with reasons, all private names of DeepSpeed that these files use.
 """
 
 import math

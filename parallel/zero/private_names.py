@@ -1,17 +1,13 @@
 """Lists every private name of DeepSpeed that this folder uses, with the reason. Read this file before a DeepSpeed
 upgrade.
 
-Private names are those that DeepSpeed's documentation does not promise. `require_names` compares the list with the
-installed version when a rank starts. tests/zero/test_private_names.py compares it with the code.
+A name is private if DeepSpeed's documentation promises nothing about it. `require_names` compares the list with the
+installed version when a rank starts. tests/zero/test_private_names.py compares the list with the code.
 
-A second list names behaviour that Sluice copies: a plan computes the sizes of DeepSpeed's buffers. A plan's tensors
-have no memory, so it cannot always run DeepSpeed: with offload, DeepSpeed reads values, and at stage 3 building one
-rank of DeepSeek-V3 would take 8 s of a core. At stages 1 and 2 without offload, tests/plan/memory/test_step_end.py
-compares the copy with DeepSpeed.
-
-Each row has the DeepSpeed functions that were read, with the hash of their source. tests/zero/test_copied_behaviour.py
-compares the hashes with the installed DeepSpeed. If a hash differs, read the function again, correct the copy if
-necessary, and write the new hash here.
+A second list names behaviour of DeepSpeed that Sluice copies. A plan computes the sizes of DeepSpeed's buffers without
+DeepSpeed, because a plan's tensors have no memory. Each row has the DeepSpeed functions that were read, with the hash
+of their source. tests/zero/test_copied_behaviour.py compares the hashes with the installed DeepSpeed. If a hash
+differs, read the function again, correct the copy if necessary, and write the new hash here.
 """
 
 import inspect

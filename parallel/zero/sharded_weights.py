@@ -7,13 +7,13 @@ them afterwards. Other parameters are gathered with the module that owns them. T
     - A parameter is used only inside a call of its unit or module.
     - No code keeps a view of a parameter from forward to backward: it would hold the gathered copy in memory.
 
-DeepSpeed records the order of gathers in one micro-batch and then prefetches one unit ahead. A validation has another
-order and makes DeepSpeed record again. DeepSpeed expects one call of its engine per micro-batch, but Sluice calls the
-chunk directly. So hooks on the chunk tell DeepSpeed when a micro-batch begins.
+DeepSpeed records the order of gathers in one micro-batch and then prefetches one unit ahead. A validation makes it
+record again. Sluice calls the chunk instead of DeepSpeed's engine, so hooks on the chunk tell DeepSpeed when a
+micro-batch begins.
 
 Gradients are reduced during backward into fp32 shards, which accumulate over micro-batches. All ranks pass gradients to
-DeepSpeed in reverse module order. A missing gradient becomes zeros at the end of the micro-batch. DeepSpeed's own hooks
-would use the order of computation, which may differ between ranks: DeepSpeed would mix up parameters or hang.
+DeepSpeed in reverse module order, and zeros for missing gradients at the end of the micro-batch. DeepSpeed's own hooks
+would use the order of computation. If it differed between ranks, DeepSpeed would mix up parameters or hang.
 """
 
 import contextlib

@@ -1,18 +1,16 @@
 """ZeRO stages 1 and 2: every rank holds all weights, and only a shard of the optimizer state.
 
 During the schedule, gradients stay on their rank, as fp32 `.grad`. After the step's last micro-batch, DeepSpeed's
-coalesce_grad_reduction reduces them once. This also works for schedules with split backward, which run no gradient
-hooks.
+coalesce_grad_reduction reduces them once. It needs no gradient hooks, which a split backward does not run.
 
 With bf16 weights, if a chunk finishes before another chunk of the rank, its gradients are reduced at once. On a GPU,
 this overlaps with the remaining passes. Gradients that no other rank shares (dp = 1; experts with ep = dp) need no
 reduction. The optimizer reads them in place; DeepSpeed would copy them five times.
 
 With offload, masters and moments are in host memory. DeepSpeed copies a gradient of the shard to the host when it
-reduces it. The update copies unshared gradients one by one.
+reduces the gradient. The update copies unshared gradients one by one.
 
-DeepSpeed calls back for the norm over all ranks (engine.py), and for clipping, which Sluice's optimizer does when it
-reads the gradients.
+DeepSpeed calls back for the norm over all ranks (engine.py), and for clipping, which Sluice's optimizer does later.
 """
 
 import contextlib
