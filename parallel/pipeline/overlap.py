@@ -24,8 +24,8 @@ exactly one lane run at a time, so there is no data race.
 The ranks cannot deadlock, because all ranks of a group issue its collectives in the same order:
 
     - Ranks of an expert group, and ranks that share sequences, hold the same stages and run the same actions.
-    - Within a pair, the order depends only on each lane's yield points. A lane passes the baton only at a yield point or
-      at its end, never after some time. After the end of one lane, the other lane runs to its end.
+    - Within a pair, the order depends only on each lane's yield points. A lane passes the baton only at a yield point
+      or at its end, never after some time. After the end of one lane, the other lane runs to its end.
     - The yield points depend on the stage's layers, never on data: a dispatcher yields even if it has no row to send.
     - Collectives of ranks that share sequences (parallel/context.py, the router's expert counts) have no yield point. A
       lane issues such a collective and waits for it in one turn.
