@@ -94,7 +94,8 @@ class Failure:
     def write(self, logs: Path) -> None:
         """Write the report.
 
-        On a full disk, a shortened report uses the space that `begin_work` reserved. Raises OSError if that fails too.
+        On a full disk, a shortened report uses the space that `begin_work` reserved. Raises OSError if the disk refuses
+        this, too.
         """
         logs.mkdir(parents=True, exist_ok=True)
         path = failure_path(logs, self.rank)
@@ -116,7 +117,7 @@ def begin_work(logs: Path, rank: int) -> None:
 
 
 def end_work(logs: Path, rank: int) -> None:
-    """Remove the file that marks a working rank: from now on, the exit code or the Failure shows how the rank ended.
+    """Remove the file that marks a working rank. After that, the exit code or the Failure shows how the rank ended.
 
     Raises OSError if the disk refuses the change.
     """
@@ -141,7 +142,7 @@ class RankReport:
     seconds: float | None = None
     """Seconds of the last step, including the waits for other ranks."""
     memory: int = 0
-    """Peak memory in bytes of the rank's device (on a CPU: of its process); 0 if not reported."""
+    """Peak memory in bytes of the rank's device, or of its process on a CPU; 0 if not reported."""
     sequences: float = 0.0
     """Sequences in the current step, over all ranks; 0 if not reported."""
     on_gpu: bool = False

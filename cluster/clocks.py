@@ -1,5 +1,5 @@
-"""Two clocks. `SteadyClock` is unaffected when somebody sets the system's clock. `HeldUp` measures delays of the
-process.
+"""Two clocks. `SteadyClock` stays correct when somebody sets the system's clock. `HeldUp` measures how long the process
+was held up.
 """
 
 import time
@@ -34,7 +34,7 @@ class SteadyClock:
 class HeldUp:
     """Measures how long its process was held up (busy machine, sleeping laptop) between two calls of `since_last_look`.
 
-    A process that watches others must not count this time as their silence.
+    A process that watches other processes must not count this time as their silence.
 
     nap: normal seconds between two calls. now: time at construction.
     """

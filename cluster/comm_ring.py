@@ -112,7 +112,7 @@ class CommRecord(NamedTuple):
     step: int
     phase: str
     layer: int
-    """The layer that the rank entered last in this action; -1 if none."""
+    """The layer that the rank entered last in this action; -1 if it has entered no layer."""
     action: str
     """The pipeline action, for example `F2.0`: forward of micro-batch 0 through stage 2. Empty outside pipeline
     actions.
@@ -123,7 +123,7 @@ class CommRecord(NamedTuple):
     waited: float
     """Unix time at which the rank started to wait for the operation; 0 if it did not wait."""
     ended: float
-    """Unix time at which the rank learned that the operation was complete; 0 if not yet."""
+    """Unix time at which the rank learned that the operation was complete; 0 if it has not learned this yet."""
 
     @property
     def blocks(self) -> bool:
@@ -260,7 +260,7 @@ def _host() -> bytes:
 
 
 def _as_range(ranks: Sequence[int]) -> list[int]:
-    """Encode ranks as [first, last + 1, step] if they form a range, else as -1 and the ranks."""
+    """Encode ranks as [first, last + 1, step] if they form a range. Otherwise the result is -1, followed by the ranks."""
     if len(ranks) > 1:
         stride = ranks[1] - ranks[0]
         if stride > 0 and list(ranks) == list(range(ranks[0], ranks[-1] + 1, stride)):
@@ -382,7 +382,7 @@ def living_ranks(logs: Path, traces: Mapping[int, RankTrace]) -> dict[int, int]:
 def pack_ring(path: Path, world: int) -> bytes:
     """Return the content of a ring file, compressed for transfer; empty if there is no ring.
 
-    Only the newest records are kept. The more ranks the run has (`world`), the fewer.
+    Only the newest records are kept. The more ranks the run has (`world`), the fewer records are kept.
     """
     try:
         raw = read_plain(path, RING_BYTES)
@@ -411,7 +411,7 @@ _rings: list[CommRing] = []
 
 @contextmanager
 def counted_in(ring: CommRing) -> Iterator[None]:
-    """Send the progress counts of the code inside the block to `ring`."""
+    """Add the progress of the code inside the block to the counts in `ring`."""
     _rings.append(ring)
     try:
         yield

@@ -172,7 +172,9 @@ def _where(traces: Mapping[int, RankTrace], stacks: Mapping[int, str], rank: int
 
 
 def _find_bad_link(stacks: Mapping[int, str]) -> Judgement | None:
-    """Name the common host of all connections with unacknowledged data (cluster/stacks.py); None without such data."""
+    """Find the host at one end of all connections with unacknowledged data (cluster/stacks.py). None if all data is
+    acknowledged.
+    """
     said = {rank: found for rank, stack in stacks.items() if (found := _UNANSWERED.search(stack))}
     pairs = {frozenset((found[1], other)) for found in said.values() for other in found[2].split(", ") if other}
     if not pairs:

@@ -41,7 +41,7 @@ from conf.words import one_line, say
 
 INCIDENT = re.compile(r"incident_(\d{1,9})\.json")
 _CONSEQUENCE = re.compile(r"\n  (?:consequence|what failed of it): ")
-"""Separates fault and consequence in an incident's text. Earlier versions wrote "what failed of it"."""
+"""Separates fault and consequence in an incident's text. Earlier versions wrote "what failed of it" instead."""
 SHOWN_RECORDS = 40
 """Number of newest records that the file stores for each rank."""
 SHOWN_WAITS, LINE = 6, 400
@@ -220,7 +220,7 @@ def incident_files(logs: Path) -> list[Path]:
 
 
 def read_incident(path: Path) -> dict[str, Any]:
-    """Read an incident. Raises OSError, and ValueError for another content: the file may be untrusted."""
+    """Read an incident. The file may be untrusted. Raises OSError, and ValueError if the file is not an incident file."""
     found = read_plain_json(path)
     if not isinstance(found, dict) or not all(
         name in found and fits(found[name]) for name, fits in INCIDENT_FIELDS.items()
@@ -296,7 +296,7 @@ def unpack_traces(rings: Mapping[int, bytes]) -> dict[int, RankTrace]:
 # `pass_incident` records this in the incident's file.
 
 PASSED = "passed"
-"""Kind of an incident after which the run continued. Before that, the kind is hang."""
+"""Kind of an incident after which the run made progress again. Before that, the kind is hang."""
 
 
 def warning_of(text: str, seconds_left: float) -> str:
@@ -305,7 +305,9 @@ def warning_of(text: str, seconds_left: float) -> str:
 
 
 def pass_incident(logs: Path, seconds: float) -> None:
-    """Record in the newest incident that the run continued after `seconds` of silence. Raises OSError."""
+    """Record in the newest incident that the run continued after `seconds` of silence. Raises OSError if the disk
+    refuses it.
+    """
     if (found := newest_incident(logs)) is not None and found[1].get("kind") == "hang":
         path, incident = found
         text = f"{str(incident['text']).splitlines()[0]}; the run went on after {seconds:.0f} s"

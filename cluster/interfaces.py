@@ -49,8 +49,8 @@ def name_interface(host: str) -> None:
 
 @contextlib.contextmanager
 def keep_interfaces() -> Iterator[None]:
-    """Restore the interface names in the environment after the block. Later child processes do not inherit the block's
-    names.
+    """Restore the interface names in the environment after the block, so that later child processes do not inherit the
+    names that were set in it.
     """
     before = {name: os.environ[name] for name in NAMES if name in os.environ}
     try:
@@ -77,10 +77,10 @@ RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_port(address: str = "") -> int:
-    """Return a port that is free now on this address; without an address, on all of this machine.
+    """Return a port that is free now on this address, or without an address, on all addresses of this machine.
 
-    The port is outside the range of ports that the system assigns. A rank opens it only after its imports, and until
-    then a busy machine may use hundreds of ports of that range. Raises OSError if no port is free.
+    The port is outside the range of ports that the system assigns. A rank opens the port only after its imports. Until
+    then, a busy machine may use hundreds of ports of that range. Raises OSError if no port is free.
     """
     lowest_given = int(RANGE.read_text().split()[0]) if RANGE.exists() else 32768
     ports = range(LOWEST, lowest_given) if lowest_given > LOWEST else range(1024, 1 << 16)

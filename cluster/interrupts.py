@@ -19,7 +19,7 @@ from typing import Any
 from conf.errors import EXIT_INTERRUPTED, StopInterrupt
 
 RAISE_AGAIN_S = 0.05
-"""Seconds after which a KeyboardInterrupt from an import or a destructor is raised again."""
+"""Seconds after which a KeyboardInterrupt is raised again if it came during an import or a destructor."""
 SHOW_CURSOR = "\x1b[?25h"
 IMPORTS = "<frozen importlib._bootstrap>"
 
@@ -33,8 +33,8 @@ def end_at_once(text: str) -> None:
 
 
 def interrupt(number: int = signal.SIGALRM, frame: FrameType | None = None) -> None:
-    """Raise StopInterrupt: a signal handler. An import would lose the exception, so during an import a timer tries
-    again.
+    """Raise StopInterrupt. This function is a signal handler. An import would lose the exception, so it tries again
+    after the import.
     """
     if _imports(frame):
         signal.signal(signal.SIGALRM, interrupt)
@@ -66,7 +66,7 @@ def handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> 
 
 
 def every_interrupt() -> AbstractContextManager[None]:
-    """Make every Ctrl-C in the block raise KeyboardInterrupt and never end the process. In a chat, Ctrl-C ends only a
+    """Make every Ctrl-C in the block raise KeyboardInterrupt and never end the process. In a chat, Ctrl-C ends only the
     reply.
     """
     return handled(interrupt, signal.SIGINT)
@@ -135,9 +135,10 @@ def cut_short() -> None:
 
 
 def leave(code: int) -> int:
-    """Return the exit code of a command. Call it last.
+    """Return the exit code of a command. Call this function last.
 
-    The process ends with this code after threads and libraries have finished; after `cut_short`, it ends at once.
+    The process ends with this code after threads and libraries have finished. After a call of `cut_short`, it ends at
+    once.
     """
     _codes.append(code)
     if _short.is_set():

@@ -1,6 +1,7 @@
 """The verdict on a failed or hung run: kind of fault, guilty rank, waits between ranks, and texts for the user.
 
-cluster/compare_ranks.py derives it from recorded communication, cluster/cause.py from the reports of the ranks.
+cluster/compare_ranks.py derives the verdict from recorded communication, cluster/cause.py from the reports of the
+ranks.
 """
 
 from collections.abc import Iterable

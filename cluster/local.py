@@ -202,7 +202,7 @@ def _keep(
     seconds: float = 0.0,
 ) -> Cause:
     """Write the incident to disk. Return the cause with the incident's screen in its log. For bad input, or without
-    recorded communication, return the cause only.
+    recorded communication, only return the cause.
     """
     if not traces or cause.kind is Kind.user:
         return cause
@@ -224,7 +224,7 @@ def _reports(ranks: list[Child], logs: Path) -> list[RankReport]:
 
 
 def _explain(ranks: list[Child], logs: Path, asked: list[int]) -> int:
-    """Name the cause, after the other ranks had time to report and to end. Returns the exit code."""
+    """Wait until the other ranks have had time to report and to end. Then name the cause. Returns the exit code."""
     _wait(ranks, SETTLE)
     reports = _reports(ranks, logs)
     cause = name_cause(reports, {})
@@ -247,7 +247,7 @@ def _stopped_early() -> int:
 
 
 def _show(cause: Cause, ranks: list[Child], logs: Path) -> int:
-    """Print the cause, and give the ranks time to end. Returns the exit code."""
+    """Print the cause, and give the ranks time to end by themselves. Returns the exit code."""
     say(f"error: {cause.text}", file=sys.stderr)
     if cause.kind is not Kind.user:
         if cause.log.strip() not in cause.text:

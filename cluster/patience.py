@@ -22,7 +22,8 @@ STEP_FLOOR, OTHER_FLOOR = 7.0, 30.0
 KILL_ON_CPU, KILL_ON_GPU = 60.0, 120.0
 """Defaults of `cluster.kill_after`, in seconds."""
 HANG_ROOM, FIRST_HANG_ROOM = 2.5, 9.0
-"""A run is late after the longest observed time times a factor: first number + second number / count of observations.
+"""A run is late after the longest observed time multiplied by a factor. The factor is the first number plus the second
+number divided by the count of observations.
 """
 REMEMBERED = 500
 """Number of newest observations kept for each kind of phase. Older observations no longer show how long a phase may
@@ -67,7 +68,7 @@ class Patience:
         self._done.add(doing)
 
     def take_work(self, sequences: float) -> None:
-        """Set the sequences per step from now on. If the number grows, the known step times are scaled up."""
+        """Set the number of sequences in each later step. If this number grows, the known step times are scaled up."""
         if sequences > self._work:
             growth = sequences / self._work
             self._seconds[STEP_PHASE] = deque((growth * seconds for seconds in self._seconds[STEP_PHASE]), REMEMBERED)

@@ -59,7 +59,7 @@ def find_difference(traces: Mapping[int, RankTrace]) -> Judgement | None:
 
 
 def _loses(members: Mapping[int, CommRecord]) -> bool:
-    """Whether the ranks of an all-to-all together sent and received different numbers of elements."""
+    """Whether the ranks of an all-to-all together sent another number of elements than they received."""
     records = list(members.values())
     if records[0].kind != "all_to_all" or len(records) < len(records[0].group.ranks):
         return False

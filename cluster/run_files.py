@@ -50,7 +50,7 @@ COUNTS = struct.Struct("<QQ")
 """Format of two growing counts in a rank's ring: completed units of work, and written checkpoint bytes."""
 RANK_FILE = re.compile(r"rank_(\d{5,18})\.(safetensors|json)")
 LATEST = 1e11
-"""Upper bound of the Unix times in a run's files, in the year 5138."""
+"""Upper bound of the Unix times that a run's files may contain. It is a time in the year 5138."""
 LOCK = ".lock"
 _FENCE = ".fence"
 

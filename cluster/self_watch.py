@@ -108,7 +108,7 @@ class SelfWatch:
         return [(one.phase, one.rank, one.step, one.done, one.written) for one in reports if one.step >= 0]
 
     def _tell_hang(self, seconds: float, left: float | None) -> None:
-        """Name the rank that blocks this rank. left: seconds until this rank is ended; None if at once."""
+        """Name the rank that blocks this rank. left: seconds until this rank is ended; None if it is ended now."""
         traces = read_traces(self._logs)
         reports = self._reports(traces)
         stacks = self._stacks(traces, native=left is None)

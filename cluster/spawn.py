@@ -146,7 +146,10 @@ def holds_open(pid: int, path: Path) -> bool:
 
 
 def processes_named(name: str) -> list[tuple[psutil.Process, list[str]]]:
-    """Return this host's processes with this name, each with its readable command line. Zombies are left out."""
+    """Return this host's processes with this name, each with its command line.
+
+    Zombies, and processes whose command line cannot be read, are left out.
+    """
     found = psutil.process_iter(["name", "cmdline"])
     return [(one, one.info["cmdline"]) for one in found if one.info["name"] == name and one.info["cmdline"]]
 
@@ -160,7 +163,9 @@ def is_stopped(pid: int) -> bool:
 
 
 def waited_for_core(pid: int) -> float:
-    """Return the seconds in which a process's main thread was ready but had no core; 0 if unknown."""
+    """Return the seconds in which a process's main thread was ready but had no core; 0 if the kernel does not report
+    them.
+    """
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError):

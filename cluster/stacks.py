@@ -35,8 +35,8 @@ NO_PYSTACK = ["echo", "it is not installed; run `pip install pystack`"]
 NATIVE_SECONDS = 1.5
 """Maximum seconds that pystack may take."""
 PR_SET_PTRACER = 0x59616D61
-"""The prctl option that allows another process and its descendants to inspect this process. Otherwise Linux's Yama
-forbids it.
+"""The prctl option that allows another process and its descendants to inspect this process. Without it, Linux's Yama
+module forbids the inspection.
 """
 _natives: dict[int, tuple[subprocess.Popen, float]] = {}
 """Running pystack processes by inspected process id, with their deadlines."""

@@ -196,7 +196,7 @@ _Seats = list[list[tuple[Node, int]]]
 
 
 def _parts(ep: int) -> Iterator[int]:
-    """Yield possible numbers of an expert group's ranks per node, in descending order."""
+    """Yield the possible numbers of ranks that an expert group has on each of its nodes, in descending order."""
     return (inside for inside in range(ep, 0, -1) if ep % inside == 0)
 
 

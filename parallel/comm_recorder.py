@@ -45,7 +45,8 @@ GROUP_METHODS = {
     "send": "send",
     "recv": "receive",
 }
-"""Recorded methods of torch's `ProcessGroup`, with the kind of operation. A torch version may lack some."""
+"""Recorded methods of torch's `ProcessGroup`, with the kind of operation. A torch version may lack some of the methods.
+"""
 IN_PLACE = ("all_reduce", "broadcast", "reduce")
 """Kinds of operations with one tensor, both sent and received."""
 _BETWEEN = ("-packages" + os.sep, sysconfig.get_path("stdlib") + os.sep, __file__)
@@ -164,7 +165,9 @@ class CommRecorder:
         return known
 
     def _place(self) -> int:
-        """Return the log's number of the calling code line: the innermost stack line of Sluice's or the user's code."""
+        """Return the number, in the log, of the code line that called the operation: the innermost line of Sluice's or
+        the user's code on the stack.
+        """
         frame: FrameType | None = sys._getframe(3)
         while frame is not None:
             code = frame.f_code

@@ -86,8 +86,8 @@ class ContextParallel:
 
 
 class LoneContext(ContextParallel):
-    """Context parallelism for a rank that runs alone (plan or dry run). Copies of its own values replace other ranks'
-    values.
+    """Context parallelism for a rank that runs alone (plan or dry run). It returns copies of this rank's own values
+    instead of other ranks' values.
     """
 
     def __init__(self, ranks: int, rank: int = 0):

@@ -74,7 +74,9 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
 
 @contextmanager
 def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
-    """Create a group of all ranks for the block, with another timeout than the training's. Collective over all ranks."""
+    """Create a group of all ranks for the block. Its timeout may exceed the timeout of the training. Collective over
+    all ranks.
+    """
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, ProcessGroup)
     yield group

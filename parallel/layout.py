@@ -32,7 +32,7 @@ class Layout(RankCounts):
 
     @property
     def edp(self) -> int:
-        """Number of copies of every expert: the ranks of a stage that hold the same experts."""
+        """Number of copies of every expert. It is the number of ranks of a stage that hold the same experts."""
         return self.stage_ranks // self.ep
 
     def pp_rank(self, rank: int) -> int:

@@ -23,7 +23,7 @@ from parallel.mesh import Mesh
 TRIED_BYTES = 64 << 20
 """Bytes of a message, enough for a GPU's link to reach its full rate."""
 LINK_ROUNDS = 5
-"""Timed exchanges for each link or group, after an untimed one that opens the connection."""
+"""Number of timed exchanges for each link or group. One untimed exchange before them opens the connection."""
 LINK_PATIENCE = 60.0
 """Maximum seconds of an exchange, including the opening of a connection."""
 SLOW_LINK = 0.5
@@ -39,7 +39,9 @@ class LinkRate:
     """Measured rate of one link or one group."""
 
     kind: str
-    """Kind of link or group: inside (a node), across (two nodes), all-reduce, all-to-all."""
+    """Kind of link or group: inside (two ranks of a node), across (two ranks of different nodes), all-reduce,
+    all-to-all.
+    """
     ranks: tuple[int, ...]
     bytes_per_second: float
     """Rate of each rank in one direction."""

@@ -25,8 +25,8 @@ from torch.distributed import ProcessGroup
 from parallel.shard import WeightPiece, cut_pieces
 
 KEEPS = 1.05
-"""The rank that holds most of a matrix owns it only if this rank's total cost stays within this multiple of the mean
-cost.
+"""Limit for the cost of a rank, as a multiple of the mean cost. Above it, a rank does not own the matrices of which it
+holds most.
 """
 
 

@@ -150,14 +150,12 @@ class ShardSlice(NamedTuple):
 
 @dataclass
 class GradientHandover:
-    """Data that ZeRO passes to the optimizer for the next update, besides the flat parameters' `.grad`. They share
-    nothing else.
-    """
+    """Data that ZeRO passes to the optimizer for the next update, besides the flat parameters' `.grad`."""
 
     shards: dict[Tensor, FlatShard] = field(default_factory=dict)
     """For each flat parameter: the weights that it consists of."""
     factor: Tensor | None = None
-    """Factor of all gradients in the update, for clipping: a scalar on the host; None means 1."""
+    """Factor by which the update multiplies all gradients, for clipping: a scalar on the host; None means 1."""
     unreduced: dict[Tensor, list[Tensor]] = field(default_factory=dict)
     """Gradients of flat parameters that no other rank shares, each as a list of the original buffers: 1-D, fp32, in
     order, without the padding at the end. The `.grad` of such a flat parameter is a placeholder.
@@ -199,7 +197,7 @@ class ShardedOptimizer(Protocol):
     param_groups: list[dict[str, Any]]
     handover: GradientHandover
     updates: int
-    """Number of updates before this step. The creator of the optimizer adds 1 per step."""
+    """Number of updates before this step. The code that created the optimizer adds 1 per step."""
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
         """Return the state tensors of a flat parameter by name, created at the first call.

@@ -107,5 +107,5 @@ def with_options(launch: Callable[Parameters, None], **options: int) -> Callable
 
 
 def power_of_2_from(count: int) -> int:
-    """Return the smallest power of 2 that is at least `count` and 1, faster than Triton's function."""
+    """Return the smallest power of 2 that is at least `count` (and at least 1). This is faster than Triton's function."""
     return 1 << (count - 1).bit_length()

@@ -25,7 +25,7 @@ class Attempt(RankWatch):
         self.number, self.placement = number, placement
         self.ranks_of = {node: [seat.rank for seat in seats] for node, seats in placement.by_node.items()}
         self.lost: dict[str, str] = {}
-        """Why the attempt lost a node, by node id. The node may have returned since."""
+        """Why the attempt lost a node, by node id. The node may have returned since then."""
         self.cause: Cause | None = None
         self.hang_since: float | None = None
         self.stacks: dict[int, str] = {}

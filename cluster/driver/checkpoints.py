@@ -41,7 +41,7 @@ def written_since(folder: Path, attempt: int) -> bool:
 
 
 def _ages(folder: Path) -> list[Age]:
-    """Return the ages of all checkpoints with a readable manifest. No rank resumes from other checkpoints."""
+    """Return the ages of all checkpoints with a readable manifest. No rank resumes from a checkpoint without one."""
     found = []
     for path in (folder / "checkpoints").glob(f"{STEP_FOLDERS}/{MANIFEST}"):
         try:

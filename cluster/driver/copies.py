@@ -44,7 +44,7 @@ class Shelves:
 
     nodes: list[Shelf]
     """The nodes that store copies; nodes with ranks come first, in placement order. Each node's second copies are on
-    the next node with ranks; those of the last one are on the first.
+    the next node with ranks. The last node's second copies are on the first node.
     """
     resume: str | None
     """Name of the newest complete set of copies; None if there is none."""
@@ -82,7 +82,7 @@ class Copies:
         self._run = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
         self._ports: dict[str, int] = {}
         self._held: dict[str, dict[str, list[int]]] = {}
-        """By node id and name of a set of copies: the ranks whose parts the node holds."""
+        """For each node id and each name of a set of copies: the ranks whose parts the node holds."""
 
     @cached_property
     def _id(self) -> str:

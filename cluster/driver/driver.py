@@ -44,7 +44,8 @@ from conf.schema import Config
 NEWS_SECONDS = 0.25
 """Seconds after which an agent without news answers the driver. The driver then asks again at once."""
 ANSWERS = 150
-"""Maximum answers per second from all agents together. More agents therefore wait longer for news."""
+"""Maximum answers per second from all agents together. The more agents there are, the longer each agent waits for news.
+"""
 LONGEST_PATIENCE = 30.0
 """Maximum seconds that an agent waits for news if its node answers by UDP (the pulse). Without UDP answers, the maximum
 is half a heartbeat, because only the agent's answer shows that the node is alive.
@@ -118,7 +119,7 @@ class Driver:
         """Port on which each node listens for the network test before the first attempt."""
         self._refused: dict[str, str] = {}
         self._check_again: dict[str, float] = {}
-        """By id of a refused node: the time at which the driver checks it again."""
+        """For each refused node, by id: the time at which the driver checks it again."""
         self._without_folder: set[str] = set()
         """Nodes that have no folder for copies."""
         self._started_at = clock()
@@ -383,7 +384,9 @@ class Driver:
             self._plan_layouts()
 
     def _log_wholes(self, answer: Answer) -> None:
-        """Write the full text of each failure to the log of the failed rank. The rank's own output is shorter."""
+        """Write the full text of each failure to the log of the failed rank. The rank itself printed only a part of
+        this text.
+        """
         failures = [report.failure for report in answer.ranks if report.failure and report.rank not in self._logged]
         for failure in failures:
             self._logged.add(failure.rank)

@@ -24,7 +24,7 @@ class Reply:
     method: str
     value: Any = None
     error: str | None = None
-    """The method's exception as text, or how the agent died. None if the method returned."""
+    """The method's exception as text, or text that says how the agent died. None if the method returned."""
     dead: bool = False
     """Whether the agent has died. The next call starts a new agent."""
 
@@ -55,7 +55,8 @@ class Fleet(Protocol):
     def call(self, node: str, method: str, *arguments: Any) -> None:
         """Call the method `method` of the node's `Agent`; see `call_agent`. The first call starts the agent.
 
-        Calls of the same method in WAITING run one after another, and so do calls of all other methods together.
+        Each method in WAITING has its own group of calls; all other methods form one group. Calls of one group run one
+        after another.
         """
 
     def replies(self, timeout: float) -> list[Reply]:

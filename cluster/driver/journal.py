@@ -113,7 +113,7 @@ class Journal:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return all events in order; empty if there is no file. Incomplete and foreign lines are skipped."""
+    """Return all events in order; empty if there is no file. Incomplete lines and lines of other writers are skipped."""
     path = folder / EVENTS_FILE
     events = []
     for line in read_plain(path).splitlines() if path.exists() else []:
@@ -140,7 +140,9 @@ def _is_event(found: Any) -> bool:
 
 RANKS_FILE = "ranks.json"
 WRITTEN_EVERY, SLOWER_FROM = 2.0, 1000
-"""Seconds between writes of ranks.json, and number of ranks above which this interval grows in proportion."""
+"""Seconds between writes of ranks.json, and a number of ranks. For more ranks, this interval grows in proportion to
+them.
+"""
 
 
 class RankTable:

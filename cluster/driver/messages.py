@@ -34,7 +34,7 @@ class NodeState:
     live: set[int] = field(default_factory=set)
     """Ranks that run on the node, according to the last news."""
     draining: bool = False
-    """Whether the node will be removed soon. It then gets no further ranks."""
+    """Whether the node will be removed soon. If so, it gets no further ranks."""
 
     @property
     def usable(self) -> bool:
@@ -175,7 +175,7 @@ class EndRanks:
 class StopRanks:
     """Ask the ranks to write a checkpoint and to exit with code 75.
 
-    in_memory: whether a copy in memory is enough. why: reason, for the user.
+    in_memory: whether a copy in memory is enough. why: reason, as text for the user.
     """
 
     attempt: int

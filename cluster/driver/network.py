@@ -23,7 +23,7 @@ SLOW_FACTOR = 3.0
 ROUNDS = 63
 LEAST_ROUNDS = 7
 PAIRS = 16384
-"""Limit of the number of tested pairs. It reduces the rounds below ROUNDS, but not below LEAST_ROUNDS."""
+"""Maximum number of tested pairs. It reduces the number of rounds below ROUNDS, but not below LEAST_ROUNDS."""
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:

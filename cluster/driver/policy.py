@@ -24,7 +24,9 @@ class Policy:
     start_timeout: float = 600.0
     """Maximum time without progress before the first step, in a checkpoint or in a validation."""
     timeout: float = 600.0
-    """Time limit of a collective, of a save without progress, and of the checkpoint when ranks are asked to stop."""
+    """Time limit of a collective. It is also the limit of a save without progress, and of the checkpoint when ranks are
+    asked to stop.
+    """
     restarts: int = 3
     """Number of failures of one kind that are allowed before the next checkpoint."""
     straggler_factor: float = 1.2
@@ -39,7 +41,8 @@ class Policy:
     settle: float = 1.5
     """Seconds that the other ranks get to report after the first failure."""
     stacks: float = 5.0
-    """Seconds that hung ranks get to print their stacks on a busy machine. The driver does not wait for stopped ranks.
+    """Seconds that hung ranks get to print their stacks, because a busy machine may delay them. Stopped ranks are not
+    awaited.
     """
     kill: float = 10.0
     """Seconds that ranks get to disappear after SIGKILL."""

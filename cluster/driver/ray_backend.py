@@ -41,23 +41,26 @@ OBJECT_STORE = 100 << 20
 CONNECT_LIMIT = 5
 """Maximum seconds to connect to cluster.address."""
 CONNECT_TRIES = "8"
-"""Number of attempts, one per second, to connect to a reachable head. Ray would try 20 times even with a wrong token.
+"""Maximum number of tries, one per second, to connect to a reachable head. By default, Ray would try 20 times, even if
+the head rejects the token.
 """
 HEAD_START = "60"
-"""Maximum seconds for the head's start if the run starts its own Ray. Ray's 30 s can be too short on a busy machine."""
+"""Maximum seconds for the start of the head, if the run starts its own Ray. Ray's default of 30 s can be too short on a
+busy machine.
+"""
 HEAD_LIMIT = 1
 """Maximum seconds to connect to Ray's head during the run."""
 CLOSE_LIMIT = 3
 """Seconds that agents get to clean up after the run. Then the driver kills them."""
 CALLS_AT_ONCE = 32
-"""Calls and answers per round of the loop (some 20 ms). After each round, the driver checks the clock and the UDP
-questions, because it asks thousands of nodes every second.
+"""Maximum calls and answers in one round of the loop, which takes some 20 ms. After each round, the driver checks the
+clock and the UDP questions.
 """
 CALLS_WHEN_SILENT = 20
 """Calls per round if MOST_OUT calls are pending and no answer arrives."""
 MOST_OUT = 256
-"""Maximum number of pending calls; further calls wait in the driver. Each takes some 30 KiB of Ray's memory, and
-thousands would slow down every call.
+"""Maximum number of pending calls; further calls wait in the driver. A pending call takes some 30 KiB of Ray's memory.
+Thousands of pending calls would slow down every call.
 """
 RAYLET = "raylet"
 """Name of Ray's process on a node."""
@@ -116,11 +119,11 @@ class RayFleet:
         self._folder: PrivateFolder | None = None
         """Folder of the Ray that this run started; None if it started none."""
         self._sweeper: subprocess.Popen | None = None
-        """Process that ends this run's Ray and removes its folder if this process is killed. None if the run started no
-        Ray.
+        """Process that watches this process. If this process is killed, it ends this run's Ray and removes Ray's
+        folder. None if the run started no Ray.
         """
         self.ships = config.cluster.address is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
-        """Whether Ray must copy the program to the nodes. For a submitted Ray job, Ray has already done so."""
+        """Whether Ray must copy the program to the nodes. For a submitted Ray job, Ray has already copied it."""
         if config.cluster.address is None:
             self._start_embedded()
         else:
@@ -396,7 +399,7 @@ def _settings(embedded: bool) -> None:
 
 
 def _kill_started(folder: Path) -> None:
-    """Kill the processes of a failed start of Ray: children of this process that use this folder."""
+    """Kill the processes that a failed start of Ray has left: children of this process that use this folder."""
     for child in _started(folder):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
@@ -412,7 +415,7 @@ def _started(folder: Path) -> list[psutil.Process]:
 
 
 def _require_answer(address: str) -> None:
-    """Raise UserError if no process listens at the address for CONNECT_LIMIT seconds. Ray itself would try for a
+    """Raise UserError if no process listens at the address within CONNECT_LIMIT seconds. Ray itself would try for a
     minute.
     """
     if address == "auto":
@@ -450,7 +453,9 @@ def _connect(address: str, limit: float) -> None:
 
 @contextlib.contextmanager
 def _stderr_in_file() -> Iterator[IO[bytes]]:
-    """Capture stderr in a file inside the block. Ray's native code repeats its errors; the caller prints one sentence."""
+    """Capture stderr in a file inside the block. Ray's native code prints its errors several times; the caller prints
+    one sentence.
+    """
     with tempfile.TemporaryFile() as file:
         terminal = os.dup(2)
         os.dup2(file.fileno(), 2)

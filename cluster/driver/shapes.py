@@ -49,7 +49,8 @@ def with_shape(config: Config, shape: StageShape) -> Config:
 
 
 def smaller_shapes(config: Config) -> list[StageShape]:
-    """Return all shapes of a stage (see `StageShape`) with fewer data-parallel ranks or a smaller ep, the best first.
+    """Return all shapes of a stage (see `StageShape`) that have fewer data-parallel ranks or a smaller ep than the full
+    layout, the best first.
 
     Only the division of the batch and of the experts is checked, no other rule of a layout.
     """

@@ -28,14 +28,14 @@ NOISE = 2.0
 SPREAD = 1.4826
 """Ratio of standard deviation to median absolute deviation, for normal noise."""
 MEDIAN_ERROR = 1.2533
-"""Ratio of the standard errors of a median and of a mean, for normal noise."""
+"""Ratio of the standard error of a median to the standard error of a mean, for normal noise."""
 LEAST_SECONDS = 0.01
 """Minimum seconds per step by which a slow rank exceeds its peers."""
 COUNTED_SECONDS = 1e-9
 """Lower bound of the seconds of a step. It avoids the logarithm of 0."""
 LONE_FACTOR = 2.0
-"""Minimum factor for the only rank of a stage. It is compared with ranks of other stages, whose work may differ by
-design.
+"""Minimum factor for a rank that is alone in its stage. This rank is compared with ranks of other stages, whose work
+may differ by design.
 """
 
 

@@ -38,7 +38,7 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_U
 from conf.words import some_of
 
 NAP = 0.25
-"""Maximum fraction of a heartbeat between two ticks; any longer time counts as sleep of the driver. Agents answer
+"""Maximum fraction of a heartbeat between two ticks. Any longer time counts as sleep of the driver. Agents answer
 within half a heartbeat, so a live node is never late because the driver slept.
 """
 SHOWN_NODES = 8
@@ -46,8 +46,8 @@ SHOWN_NODES = 8
 
 
 def _budgets(cause: Cause) -> list[tuple[Kind, str]]:
-    """Return the budgets that a failure reduces, as pairs of kind and node name. The name is empty except for a lost
-    node.
+    """Return the budgets that a failure reduces, as pairs of kind and node name. The name is empty unless a node was
+    lost.
     """
     return [(cause.kind, name) for name in cause.nodes] if cause.kind is Kind.node else [(cause.kind, "")]
 
@@ -64,7 +64,7 @@ class Supervisor:
         self.saved = NONE
         """Attempt and step of the newest checkpoint."""
         self.held = NONE
-        """Attempt and step of the newest in-memory copy of the state that is complete on the answering nodes."""
+        """Attempt and step of the newest copy of the state that is complete in the memory of the answering nodes."""
         self.failures: list[tuple[int, Cause]] = []
         self._spent = Counter[tuple[Kind, str]]()
         self._patience = Patience(policy.hang_after, policy.start_timeout, policy.kill_after, policy.timeout)

@@ -47,8 +47,8 @@ class TimeSplit:
     effective_seconds: float = 0.0
     """Training seconds x (number of working ranks / number of wanted ranks)."""
     held_seconds: float = 0.0
-    """Seconds in which a driver ran, times occupied nodes (with spares) / nodes of the full layout. This factor is at
-    least 1.
+    """Seconds in which a driver ran, multiplied by occupied nodes (with spares) / nodes of the full layout. This factor
+    is at least 1.
     """
 
     @property
@@ -87,9 +87,9 @@ class _Clockwork:
         self._weight = self._held = 1.0
         self._world, self._first = 0, True
         self._asked_at: float | None = None
-        """Time at which the driver asked the ranks to stop for the next attempt."""
+        """Time at which the driver asked the ranks to stop, so that the next attempt can start."""
         self._failed: tuple[float, bool] | None = None
-        """Time of the newest failure event, and whether the event has the seconds without progress; None before the
+        """Time of the newest failure event, and whether this event has the seconds without progress. None before the
         first failure.
         """
 

@@ -20,7 +20,7 @@ from cluster.topology import Node
 class _Vitals:
     name: str
     ahead: float = 0.0
-    """Seconds by which the node's clock was ahead of the driver's at the check."""
+    """Seconds by which the node's clock was ahead of the driver's clock at the check."""
     reported: float = 0.0
     """Seconds by which the node's clock was set ahead since the check, as last reported to the user; 0 if not reported.
     """
@@ -38,8 +38,8 @@ class Vitals:
         """Names of the low-priority nodes that were already reported."""
 
     def know(self, node: Node, ahead: float, niceness: int = 0) -> None:
-        """Record a node that passed the checks. ahead: seconds by which its clock is ahead of the driver's. niceness:
-        niceness of its agent.
+        """Record a node that passed the checks. ahead: seconds by which the node's clock is ahead of the driver's
+        clock. niceness: niceness of the node's agent.
         """
         self._nodes[node.id] = _Vitals(node.name, ahead, niceness=niceness)
 

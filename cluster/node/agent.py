@@ -307,7 +307,7 @@ class Agent:
         return self.ask(offsets, attempt)
 
     def _news(self) -> tuple:
-        """Return the values that count as news. If one changes, the agent answers a question at once."""
+        """Return the values that count as news. If one of them changes, the agent answers a question at once."""
         ended = [rank for rank, child in self._children.items() if child.process.poll() is not None]
         failed = [rank for rank, child in self._children.items() if failure_path(child.log.parent, rank).exists()]
         return self._attempt, ended, failed, self._leaving, self._held()
@@ -376,7 +376,7 @@ class Agent:
                 self._attempt = attempt
 
     def close(self) -> None:
-        """End the ranks, reserve processes and servers. The copies in memory stay for the next launch."""
+        """End the ranks, reserve processes and servers. The copies in memory remain for the next launch."""
         self._closed.set()
         if self._echo is not None:
             self._echo.close()

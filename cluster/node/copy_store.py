@@ -83,7 +83,7 @@ def held(folder: Path) -> dict[str, list[int]]:
 
 
 def prune(folder: Path, keep: Collection[str], attempt: int) -> None:
-    """Remove the sets of copies of this attempt and of earlier ones, except those in `keep`."""
+    """Remove the sets of copies of this attempt and of earlier attempts, except the sets in `keep`."""
     for inner in folder.glob("attempt_*"):
         found = SetId.parse(inner.name)
         if found is not None and found.attempt <= attempt and inner.name not in keep:
@@ -161,8 +161,8 @@ class Store:
 
 
 def _own(folder: Path) -> None:
-    """Create the folder, or check that this user owns it. Links are not followed: another user could have created a
-    link there.
+    """Create the folder, or check that this user owns it. Links are not followed, because another user may have created
+    a link to one of this user's folders.
     """
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -243,7 +243,7 @@ class _Server(socketserver.ThreadingTCPServer):
     def __init__(self, *arguments: Any):
         self._slots = threading.Semaphore(CONNECTIONS)
         self._unadmitted: dict[socket.socket, float] = {}
-        """For each connection without the token: the time at which it is closed."""
+        """For each connection that has not sent the token: the time at which the server closes it."""
         self._closing = False
         super().__init__(*arguments)
 
@@ -262,7 +262,9 @@ class _Server(socketserver.ThreadingTCPServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Close connections without the token in time. The server's thread calls this method ten times a second."""
+        """Close connections that have not sent the token in time. The server's thread calls this method ten times a
+        second.
+        """
         for connection, deadline in list(self._unadmitted.items()):
             if time.monotonic() > deadline:
                 self.admit(connection)
@@ -356,7 +358,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "not stored here")
 
     def _range(self, whole: int) -> tuple[int, int]:
-        """Return first byte and number of bytes of a request. whole: size of the file."""
+        """Return the first byte and the number of bytes that the request asks for. whole: size of the file."""
         match = re.fullmatch(r"bytes=(\d{1,18})-(\d{1,18})", self.headers.get("Range", f"bytes=0-{whole - 1}"))
         if match is None:
             return 0, whole

@@ -26,7 +26,9 @@ from conf.own_code import is_findable
 from conf.schema import ROOT
 
 CLOCK_LIMIT = 2.0
-"""Maximum seconds between a node's clock and the driver's, because the driver orders errors of ranks by time."""
+"""Maximum seconds by which a node's clock may differ from the driver's clock. The driver orders errors of ranks by
+time.
+"""
 SCRATCH_LIMIT = 256 << 20
 """Minimum free bytes that a node needs for the output of its ranks."""
 DRIVER_LEAVES = 0.99
@@ -123,7 +125,7 @@ def _digest_of_program() -> str:
 
 
 def _try_storage(question: Question) -> tuple[str, str]:
-    """Return two texts: the run folder's problem (empty if none), and the digest of the recipe in it."""
+    """Return two texts: the problem with the run folder (empty if there is none), and the digest of the recipe in it."""
     folder = Path(question.folder)
     try:
         word = (folder / PROBES / "driver").read_text()
@@ -139,7 +141,9 @@ def _try_storage(question: Question) -> tuple[str, str]:
 
 
 def _gpu_bytes() -> list[int]:
-    """Return the usable bytes of every GPU that nvidia-smi lists; 0 if its memory is not shown."""
+    """Return the usable bytes of every GPU that nvidia-smi lists. The value is 0 if nvidia-smi does not show the GPU's
+    memory.
+    """
     words = ["nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"]
     try:
         result = subprocess.run(words, capture_output=True, text=True, timeout=20)
@@ -170,7 +174,7 @@ class Preflight:
         return Question(*words, tests_network, self._targets, os.getcwd())
 
     def problem(self, node: Node, facts: Facts) -> str | None:
-        """Return why this node must not run ranks, and the fix; None if it may."""
+        """Return the reason why this node must not run ranks, with the fix; None if the node may run ranks."""
         for what, cure in (
             ("python", "use the same Python on every node"),
             ("torch", "install the same torch on every node"),

@@ -30,7 +30,9 @@ def seal_datagram(key: bytes, kind: bytes, number: int, node: str) -> bytes:
 
 
 def unseal(key: bytes, kind: bytes, datagram: bytes) -> tuple[int, str] | None:
-    """Return the number and the node id of a datagram. None for another kind (QUESTION or ANSWER) or a wrong signature."""
+    """Return the number and the node id of a datagram. None if it is not of this kind (QUESTION or ANSWER), or if its
+    signature is wrong.
+    """
     signed, word = datagram[:SEAL], datagram[SEAL:]
     if not hmac.compare_digest(signed, hmac.digest(key, word, "sha256")[:SEAL]) or word[:1] != kind:
         return None
@@ -38,7 +40,7 @@ def unseal(key: bytes, kind: bytes, datagram: bytes) -> tuple[int, str] | None:
 
 
 class Echo:
-    """A thread that answers the driver's questions until `close`, and calls `heard` for each question.
+    """A thread that answers the driver's questions until `close` is called. It calls `heard` for each question.
 
     Raises OSError if the address does not belong to this machine.
     """

@@ -56,7 +56,7 @@ DISPATCHERS: dict[str, DispatcherKind] = {
 
 
 def build_wire(name: str, quantized: bool = False) -> Wire:
-    """Return the wire with this name: bf16 (it sends the activation dtype, whichever that is) or fp8.
+    """Return the wire with this name: bf16 or fp8. The bf16 wire sends the activation dtype, even if that is not bf16.
 
     quantized: whether experts compute with the received FP8 rows, so the wire need not decode them.
     """

@@ -72,18 +72,19 @@ class DispatchPlan:
     ids_TK: Tensor
     """Expert ids of this rank's tokens."""
     fans: list[FanOut] = field(default_factory=list)
-    """One fan-out per hop, and one from received messages to rows sorted by expert. Fan-outs that depend on received
-    messages are added later.
+    """One fan-out per hop, and one from the received messages to the rows sorted by expert. Fan-outs that depend on
+    received messages are added when these arrive.
     """
     entry_of_row: Tensor | None = None
-    """For node-limited dispatch and DeepEP: the index of each row's gate in the flattened (M, K) gates of the messages.
+    """For node-limited dispatch and DeepEP: the index of each row's gate in the flattened (M, K) gates of the received
+    messages.
     """
     gates_dtype: torch.dtype = torch.float32
     """Dtype of the router's gates. Gates and their gradients are sent in this dtype."""
 
 
 class CombinableRows(Protocol):
-    """Any result of a dispatch with the field `state`, which combine reads."""
+    """Any result of a dispatch that has the field `state`. Combine reads only this field."""
 
     state: Any
 
@@ -363,7 +364,7 @@ def _sending_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def beside(rows: Tensor) -> AbstractContextManager:
-    """Run the GPU work of the block on a second stream, after all work in the compute stream.
+    """Run the GPU work of the block on a second stream, after all work that is already in the compute stream.
 
     Memory that is allocated in the block is reused only in a later block, after all compute work that preceded this
     block. Buffers from outside must stay alive until the compute stream waits for the block's last work.

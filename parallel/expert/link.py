@@ -68,8 +68,8 @@ class Transfer:
 class Link:
     """All-to-all inside one group.
 
-    group: the process group; None for a rank that runs alone. nodes_P: node of every rank of the group; the counters
-    distinguish bytes inside a node.
+    group: the process group; None for a rank that runs alone. nodes_P: node of every rank of the group, so that the
+    counters know which bytes stay inside the node.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, nodes_P: Sequence[int]):

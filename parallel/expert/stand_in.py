@@ -73,7 +73,8 @@ class Load:
     """Number of tokens that all ranks together send to each expert of this rank in one dispatch."""
 
     per_token_L: tuple[float, ...]
-    """For each expert of this rank: number of rows divided by the number of this rank's tokens, which all ranks have.
+    """For each expert of this rank: number of its rows divided by the number of this rank's tokens. All ranks have
+    equally many tokens.
     """
 
     @classmethod
@@ -88,7 +89,7 @@ class Load:
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
-    """Return integers with the sum total that differ by at most 1."""
+    """Return integers that differ by at most 1 and sum to total."""
     return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
 
 
@@ -130,8 +131,8 @@ class FlatStandIn(AllToAllDispatcher):
 
 
 class NodeLimitedStandIn(NodeLimitedDispatcher):
-    """`NodeLimitedDispatcher` of a rank that runs alone. In the last hop, `load` determines how many messages arrive;
-    in other hops, as many as are sent.
+    """`NodeLimitedDispatcher` of a rank that runs alone. In the last hop, `load` determines how many messages arrive.
+    In other hops, as many messages arrive as the rank sends.
     """
 
     def __init__(self, group: Group, wire: Wire, load: Load):
@@ -168,7 +169,7 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
 
 
 def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
-    """Build a FanOut that deals the sources out to the targets in order, and starts again after the last source.
+    """Build a FanOut that assigns the sources to the targets one after another, and starts again after the last source.
     copies_N: number of copies per target.
     """
     targets = len(copies_N)
@@ -233,7 +234,7 @@ class _Buffer:
         return received, ids_MK, _cycle(topk_weights, messages), counts, tokens, None
 
     def combine(self, x_MD: Tensor, handle: int, topk_weights: Tensor | None = None):
-        """Return the rows that return to this rank. handle: number of this rank's tokens."""
+        """Return the rows that come back to this rank. handle: number of this rank's tokens."""
         return _cycle(x_MD, handle), None if topk_weights is None else _cycle(topk_weights, handle), None
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from parallel.triton_types import constexpr, power_of_2_from, quick, with_options
 
 HITS = 4096
-"""Maximum number of sources times targets in one program of a kernel. A program has at most 128 sources."""
+"""Maximum product of the numbers of sources and targets in one program of a kernel. A program has at most 128 sources.
+"""
 COUNT_BLOCKS = 64
 """Number of source blocks whose counts are added in one iteration."""
 COLLECT_COLUMNS = 1024

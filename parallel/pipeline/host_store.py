@@ -63,7 +63,7 @@ def reads(action: Action, one_piece: Collection[int] = ()) -> list[tuple[int, in
 
 
 class HostStore:
-    """The activations of one rank, copied between its device and pages of host memory; see the top of the file.
+    """The activations of one rank, copied between the rank's device and pages of host memory; see the top of the file.
 
     In a backward outside of `acting`, a batch is copied back only when it is read.
     """
@@ -195,7 +195,9 @@ class _Piece:
         self.batch: _Batch
 
     def fetched(self) -> Tensor:
-        """Return the storage as a flat tensor of bytes on the device, copied back if necessary."""
+        """Return the storage as a flat tensor of bytes on the device. It is copied back first if it is only on the
+        host.
+        """
         self._store.read(self.batch)
         assert self.tensor is not None
         return self.tensor
@@ -241,7 +243,7 @@ class _Batch:
 
 
 class _Page:
-    """A page of host memory. host: the memory. read: event after the last copy from the page."""
+    """A page of host memory. host: the memory. read: event after the last copy that reads the page."""
 
     def __init__(self, host: Tensor):
         self.host = host
@@ -293,7 +295,7 @@ class _Copies:
             yield
 
     def mark(self) -> torch.cuda.Event | None:
-        """Return an event after all copies that were launched so far; None on a CPU."""
+        """Return an event that completes after all copies that the host has launched so far; None on a CPU."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()

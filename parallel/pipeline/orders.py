@@ -1,7 +1,7 @@
 """The torch class that runs each schedule, and the order of its actions on every rank.
 
-The order is read from this class, built with placeholder stages. So a plan simulates the schedule that will run. For
-the rules of layouts, see conf/pipeline_schedules.py.
+The order is read from this class, which is built with placeholder stages for this purpose. So a plan simulates the
+schedule that will run.
 """
 
 from collections.abc import Callable
@@ -38,8 +38,8 @@ class TorchOrder:
 
     drives: TorchClass
     of_rank: Callable[[int, int, int], list[Action]] | None = None
-    """Function from rank, pp and micro_batches to the rank's order, for one stage per rank. None if the torch class
-    reports the correct order.
+    """Function of rank, pp and micro_batches that returns the rank's order, for schedules with one stage per rank. None
+    if the torch class reports the correct order.
     """
 
     @property

@@ -102,7 +102,7 @@ class Lanes:
 
 
 def _work_off(work: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
-    """Run the backward lanes one after another: the function of their thread."""
+    """Run the backward lanes one after another. This is the function of their thread."""
     while (job := work.get()) is not None:
         job()
         del job  # the job holds the graph of its micro-batch, which must be freed before the next job comes
@@ -172,7 +172,7 @@ class _Pair:
         self._await_turn(lane)
 
     def await_end(self, lane: int) -> None:
-        """Wait until this lane has ended, even with an error. Raises TimeoutError if it does not end."""
+        """Wait until this lane has ended, with or without an error. Raises TimeoutError if it does not end."""
         if not self._ended[lane].wait(self._timeout):
             raise TimeoutError(f"the {_NAMES[lane]} lane did not end within {self._timeout} s") from self.error
 

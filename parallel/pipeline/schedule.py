@@ -224,7 +224,9 @@ class Pipeline(Generic[Chunk]):
         return dist.P2POp(operation, tensor, group=self.group, group_peer=self._rank_of[stage])
 
     def _schedule(self, tokens_BS: Tensor, micro_batches: int, mean: float):
-        """Return the torch schedule for this number and shape of micro-batches. A batch-size ramp changes the number."""
+        """Return the torch schedule for this number and shape of micro-batches. During a ramp of the batch size, the
+        number changes.
+        """
         B, S = tokens_BS.shape
         assert B % micro_batches == 0, (B, micro_batches)
         key = (micro_batches, B // micro_batches, S, mean)

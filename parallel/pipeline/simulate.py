@@ -69,7 +69,7 @@ def simulate(actions: list[list[Action]], duration: Callable[[Action], float], t
 class Program:
     """All actions of all ranks, each after the actions that it needs.
 
-    The order does not depend on durations, so one Program can be run with many.
+    The order does not depend on durations, so one Program can be run with many durations.
     """
 
     def __init__(self, actions: list[list[Action]]):

@@ -20,8 +20,8 @@ from itertools import accumulate, pairwise, permutations
 
 
 def split_layers_evenly(layers: int, stages: int) -> list[range]:
-    """Return consecutive ranges of layers of nearly equal length, one per stage. If layers are too few, the first and
-    the last stage have none.
+    """Return the layers of each stage, as consecutive ranges of nearly equal length. If there are too few layers, the
+    first and the last stage have none.
     """
     bounds = [layers * stage // stages for stage in range(stages + 1)]
     if stages > 2 and layers < stages:

@@ -85,8 +85,8 @@ class Zero:
         names = _unique_names(chunks)
         self.names = {param: name for param, name in names.items() if param.requires_grad}
         self.untrained = {param: name for param, name in names.items() if not param.requires_grad}
-        """Weights without gradient, master and state, by name. No checkpoint contains them. Every rank of a pipeline
-        stage holds them completely; at ZeRO stage 3, they are sharded.
+        """Weights without gradient, master and state, by name. No checkpoint contains them. At ZeRO stage 3, they are
+        sharded; else every rank of a pipeline stage holds them completely.
         """
         self.shapes = {param: tuple(param.shape) for param in names}
         # The first and the last pipeline rank both hold the tied parameter. The last rank's copy is left out of the
@@ -198,8 +198,8 @@ class Zero:
         return Sharing(mesh.layout.edp, mesh.edp_rank)
 
     def _global_norm(self) -> Tensor:
-        """Return the norm of all gradients of all ranks. Each element is in exactly one rank's shard, so none counts
-        twice.
+        """Return the norm of all gradients of all ranks. Each element is in exactly one rank's shard, so no element
+        counts twice.
         """
         pieces: dict[int, dict[str, Tensor]] = {}
         for param, gradient, divisor in self._weights.gradients():
@@ -232,8 +232,8 @@ class Zero:
     def untrained_shards(self, owned: bool = False) -> dict[str, Shard]:
         """Return this rank's part of the untrained weights, by name. The tensors share memory with the live weights.
 
-        For a weight stored as bytes, the offset counts in this rank's local parameter. owned: whether to leave out a
-        complete weight that an earlier rank holds too.
+        For a weight stored as bytes, the shard's offset counts within this rank's local parameter. owned: whether to
+        leave out a complete weight that an earlier rank holds too.
         """
         found: dict[str, Shard] = {}
         for param, name in self.untrained.items():
@@ -339,7 +339,7 @@ def _parameter_groups(
 
 
 def mark_experts(names: Mapping[nn.Parameter, str], is_expert: Callable[[str], bool], mesh: Mesh) -> str:
-    """Mark the weights of experts, including frozen ones, for DeepSpeed, and make gradients of all trained weights
+    """Mark the weights of experts, including frozen ones, for DeepSpeed. Also make the gradients of all trained weights
     fp32.
 
     Returns the name of the experts' group.
@@ -397,7 +397,9 @@ def make_config(
 
 
 class _DrawnInTurn(nn.Module):
-    """Passes weights to DeepSpeed one at a time. Each is initialised after DeepSpeed has sharded the previous one."""
+    """Passes weights to DeepSpeed one at a time. Each weight is initialised after DeepSpeed has sharded the previous
+    weight.
+    """
 
     def __init__(self, weights: Iterable[nn.Parameter], draws: Mapping[nn.Parameter, Callable[[], None]]):
         super().__init__()

@@ -20,9 +20,9 @@ from conf.errors import UserError
 
 
 class PrivateName(NamedTuple):
-    """A private name of DeepSpeed, and why Sluice uses it. owner: object with the name; see `require_names`.
+    """A private name of DeepSpeed, and why Sluice uses it. owner: object that has the name; see `require_names`.
 
-    is_fast: whether the name only saves time. Without it, Sluice computes the same result.
+    is_fast: whether the name only saves time. Without such a name, Sluice computes the same result.
     """
 
     owner: str
@@ -144,8 +144,8 @@ def require_names(**owners: object) -> None:
 
 
 def _has(owner: object, name: str) -> bool:
-    """Whether an object has the name. For a class, an assignment to `self.NAME` in its module counts too. Finding the
-    source of only the class would take 0.2 s.
+    """Whether an object has the name. For a class, an assignment to `self.NAME` in the class's module counts too.
+    Finding the source of only the class would take 0.2 s.
     """
     return hasattr(owner, name) or (isinstance(owner, type) and f"self.{name} =" in _source(owner.__module__))
 
@@ -170,7 +170,7 @@ class CopiedBehaviour(NamedTuple):
     owner: str
     """DeepSpeed's class that defines the `functions`; empty for functions at module level."""
     functions: dict[str, str]
-    """By function: the first 16 digits of the SHA-256 of its source, from `def` to the end."""
+    """For each function: the first 16 digits of the SHA-256 of its source, from `def` to the end."""
 
 
 COPIED = (

@@ -47,7 +47,7 @@ def stage3_config(module: nn.Module, units: tuple[type[nn.Module], ...]) -> dict
 
 
 def find_units(module: nn.Module, units: tuple[type[nn.Module], ...]) -> list[nn.Module]:
-    """Return the modules of these types that are not inside another such module."""
+    """Return the modules of these types that are not inside another module of these types."""
     if isinstance(module, units):
         return [module]
     return [found for child in module.children() for found in find_units(child, units)]
@@ -85,7 +85,7 @@ class ShardedWeights:
         """
         self._ready: set[nn.Parameter] = set()
         self._handed = 0
-        """Number of gradients that DeepSpeed got in this micro-batch, in the order of `_order`."""
+        """Number of gradients of this micro-batch that were passed to DeepSpeed, in the order of `_order`."""
         self._in_pass = False
         self._backward: set[nn.Module] = set()
         """Chunks whose backward has begun in this micro-batch."""

@@ -70,7 +70,7 @@ class WholeWeights:
         then assembles the shard in its step.
         """
         self._adds = is_bf16 and not offload and len(self._unshared) < len(groups)
-        """Whether DeepSpeed adds reduced gradients to the shard. If not, all must be reduced in one block."""
+        """Whether DeepSpeed adds reduced gradients to the shard. If not, all gradients must be reduced in one block."""
         self._ahead: set[nn.Parameter] = set()
         """Parameters whose gradients were reduced before the end of this step."""
         self._blocks = contextlib.ExitStack()
@@ -147,7 +147,7 @@ class WholeWeights:
         self._blocks.enter_context(self._engine.coalesce_grad_reduction())
 
     def _keep_unshared(self) -> None:
-        """Take the gradients that no other rank shares, and pass them to the optimizer uncopied."""
+        """Take the gradients that no other rank shares, and pass them to the optimizer without a copy."""
         for number in self._unshared:
             params, master = self._groups[number], self._masters[number]
             self._handover.unreduced[master] = [gradient_of(param).view(-1) for param in params]
