@@ -1,10 +1,7 @@
-"""mode=average: writes a run folder with the mean weights of several checkpoints, for evaluate, generate, export and
-init_from.
+"""mode=average: writes a run folder with the mean weights of several checkpoints of any layouts.
 
-The mean is computed in fp64 and written in the dtype of the sources. So the mean of equal checkpoints is equal to these
-checkpoints. The sources may have different layouts. The mode reads, averages and writes a few hundred million elements
-at a time, which limits its memory even for a large model. The result has no optimizer state, because a run cannot
-continue from a mean.
+The mean is computed in fp64 and written in the dtype of the sources. The result has no optimizer state, because a run
+cannot continue from a mean.
 """
 
 import math
@@ -33,25 +30,23 @@ from train.data.prepare_progress import ReportProgress, show_progress
 from train.data.tokenizer import BESIDE, TOKENIZER_FILE
 
 AVERAGED_ELEMENTS = 1 << 27
-"""Maximum number of elements averaged at a time. These elements need 2 GB of memory, including the sum in fp64, and 0.5
-GB in a file."""
+"""Maximum number of elements averaged at a time. This number needs 2 GB of memory and 0.5 GB in a file."""
 AVERAGED_KINDS = ("master.", "bias.")
 """Name prefixes of the averaged tensors: weights and balance biases."""
 NOT_COMPUTED = ("init_std", "max_seq_len")
-"""Fields of the model section that do not change the output of a trained model."""
+"""Fields of the model section that do not change a trained model's output."""
 SOURCES_FIELD = "average.of"
 
 WeightsPart = Mapping[str, tuple[int, int]]
-"""Maps a tensor's name to an interval: first element and number of elements."""
+"""Maps a tensor's name to (first element, number of elements)."""
 StoredShapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """Maps a tensor's name to its dtype name and shape."""
 
 
 def write_average(config: Config) -> int:
-    """Write the run folder average.to. Returns the exit code.
+    """Write the run folder average.to. Returns the exit code. After an error, nothing is left on the disk.
 
-    Raises UserError if sources are missing or damaged, or if their models or tokenizers differ. After an error, nothing
-    is left on the disk.
+    Raises UserError if sources are missing or damaged, or if their models or tokenizers differ.
     """
     target = new_folder(config.average.to, "average.to")
     sources = _sources(config)
@@ -89,10 +84,8 @@ def write_average(config: Config) -> int:
 
 
 def _sources(config: Config) -> list[Manifest]:
-    """Returns the checkpoints that average.of names, oldest first.
-
-    Raises UserError if there are fewer than two, or if one is damaged.
-    """
+    """Returns the checkpoints that average.of names, oldest first. Raises UserError for fewer than two or a damaged
+    one."""
     found: list[Manifest] = []
     for given in config.average.of or [str(RunPaths(config).path)]:
         folder = Path(given).expanduser().absolute()
@@ -108,8 +101,7 @@ def _sources(config: Config) -> list[Manifest]:
 
 
 def _require_equal(one: Manifest, other: Manifest) -> None:
-    """Raise UserError unless two checkpoints have the same model and tokenizer, and contain all weights instead of an
-    adapter."""
+    """Raise UserError unless two checkpoints have the same model and tokenizer, and both contain all weights."""
 
     def refuse(what: str) -> UserError:
         return UserError(
@@ -144,7 +136,7 @@ def _weight_bytes(shapes: StoredShapes) -> int:
 
 
 def _check_room(target: Path, source: Manifest) -> None:
-    """Raise UserError if the disk does not have enough space for the weights."""
+    """Raise UserError if the disk lacks space for the weights."""
     needed = _weight_bytes(_shapes(source))
     free = shutil.disk_usage(next(folder for folder in target.parents if folder.is_dir())).free
     if free < needed:
@@ -153,7 +145,7 @@ def _check_room(target: Path, source: Manifest) -> None:
 
 
 def _write(root: Path, sources: Sequence[Manifest], meta: dict, progress: ReportProgress) -> None:
-    """Write the checkpoint. Each part of the weights becomes one file, as if a separate rank had written it."""
+    """Write the checkpoint. Each part of the weights becomes one file, like the file of a rank."""
     shapes = _shapes(sources[0])
     parts = list(_parts({name: math.prod(shape) for name, (_, shape) in shapes.items()}))
     committer = Committer(root, attempt=1, world_size=len(parts), timeout=60.0)
@@ -174,10 +166,7 @@ def _write(root: Path, sources: Sequence[Manifest], meta: dict, progress: Report
 
 
 def _parts(sizes: Mapping[str, int]) -> Iterator[WeightsPart]:
-    """Splits the elements of all tensors into parts of at most AVERAGED_ELEMENTS elements.
-
-    sizes: maps a tensor's name to its number of elements.
-    """
+    """Splits the elements of all tensors into parts of at most AVERAGED_ELEMENTS. sizes: numbers of elements."""
     part: dict[str, tuple[int, int]] = {}
     room = AVERAGED_ELEMENTS
     for name, size in sorted(sizes.items()):
@@ -193,10 +182,7 @@ def _parts(sizes: Mapping[str, int]) -> Iterator[WeightsPart]:
 
 
 def _means(sources: Sequence[Manifest], part: WeightsPart, shapes: StoredShapes) -> dict[str, Tensor]:
-    """Computes the mean over the sources for the elements in this part. Returns the means by tensor name.
-
-    Raises UserError if a value is not finite.
-    """
+    """Returns the means of this part's elements by tensor name. Raises UserError if a value is not finite."""
     sums = {name: torch.zeros(count, dtype=torch.float64) for name, (_, count) in part.items()}
     read = {name: torch.empty(count, dtype=TORCH[shapes[name][0]]) for name, (_, count) in part.items()}
     for source in sources:

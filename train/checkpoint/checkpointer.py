@@ -1,14 +1,11 @@
 """Saves checkpoints while the training continues. A failed save does not end the training.
 
 `save` copies the shards to CPU buffers and returns. A thread writes the buffers to disk and takes part in the commit
-(see `train.checkpoint.commit`). If a save fails (full disk, I/O error, lost rank), the thread tries again. If it cannot
-save, the folder of the save is removed, and `poll` returns a warning to the training loop. The next save does not
-depend on the failed save. Only the save at the end of the run must succeed: if it fails, `finish(required=True)` raises
-SaveFailed.
+(see `train.checkpoint.commit`). After failed retries, the save's folder is removed, and `poll` returns a warning. Only
+the save at the end of the run must succeed: `finish(required=True)` raises SaveFailed.
 
-A save can get stuck, for example in a write to a disk that does not answer. A stuck save cannot be ended. When the next
-save is due, the training loop gives up the stuck save, and a warning names the rank. The next save uses other buffers.
-No rank commits the stuck save, even if its write returns later.
+A save is stuck if, for example, the disk does not answer a write. When the next save is due, the training loop gives up
+the stuck save. No rank commits it, even if its write returns later. The next save uses other buffers.
 """
 
 import json
@@ -33,23 +30,20 @@ from train.checkpoint.read_shards import NotCovered, load_shards, merge_indexes
 from train.checkpoint.staging import StagingBuffers
 
 SAVE_PATIENCE = 0.8
-"""Fraction of the timeout after which the next save gives up an unfinished save. The fraction is less than 1, because
-other ranks may already wait for this rank, with the same timeout."""
+"""Fraction of the timeout after which the next save gives up an unfinished save. Below 1, because other ranks may
+already wait for this rank, with the same timeout."""
 GRACE = 0.1
-"""After a save was given up, it must end and report why it failed, within this fraction of the timeout. Otherwise it
-counts as stuck."""
+"""Fraction of the timeout in which a given-up save must end and report its error. Otherwise it counts as stuck."""
 LEAST_GRACE = 1.0
-"""A save that was given up has at least this time, in seconds, to end and report why it failed. The minimum applies if
-the fraction GRACE of the timeout is shorter."""
+"""Minimum time, in seconds, in which a given-up save must end. It applies if GRACE gives less."""
 MOST_STUCK = 2
-"""Maximum number of stuck saves at the same time. The number is limited because each stuck save occupies its
-buffers."""
+"""Maximum number of stuck saves at the same time. Each of them occupies its buffers."""
 
 
 class SaveFailed(DiskFailed):
     """The last save of a run failed, although it was required.
 
-    ranks: the ranks that did not write their files. late: whether the save did not end in time, without a disk error.
+    ranks: the ranks that did not write their files. late: whether the save was only too slow.
     """
 
     def __init__(self, root: Path, why: str, ranks: Sequence[int] = (), late: bool = False):
@@ -68,21 +62,20 @@ class SaveResult:
 
     step: int
     path: Path | None
-    """Path of the checkpoint; None if the save failed. On ranks other than 0, the checkpoint may not exist yet, because
-    rank 0 commits it later."""
+    """Path of the checkpoint; None if the save failed. On ranks other than 0, the checkpoint may not exist yet."""
     warning: str | None
-    """Describes problems of this save; None if there are none. A successful save may have a warning too, for example
-    about a retry or about old checkpoints that could not be removed."""
+    """Describes problems of this save; None if there are none. A successful save may have a warning, for example about
+    a retry."""
     fenced: bool
     """Whether a newer attempt of the run has started, so that this attempt must stop."""
     seconds: float
-    """Seconds from the start of the save to its end. The wait for the previous save is excluded."""
+    """Duration of the save in seconds, without the wait for the previous save."""
     bytes: int
     """Number of bytes that this rank saved."""
     ranks: tuple[int, ...] = ()
     """The ranks that failed, as far as this rank knows."""
     late: bool = False
-    """Whether the save failed because it took too long, not because of a disk error."""
+    """Whether the save took too long, without a disk error."""
 
     @property
     def ok(self) -> bool:
@@ -98,14 +91,14 @@ class SaveInFlight:
     began: float
     """Start time, from time.perf_counter."""
     writes: bool = True
-    """Whether this rank is still writing its data. Afterwards, the thread of rank 0 waits for the other ranks."""
+    """Whether this rank is still writing its data. Afterwards, rank 0's thread waits for the other ranks."""
     over: bool = False
     """Whether the result of the save has been recorded."""
     thread: threading.Thread = field(init=False)
 
 
 class Checkpointer:
-    """Writes the checkpoints of a run for one rank of one attempt. All ranks call `save` for the same steps."""
+    """Writes a run's checkpoints for one rank of one attempt. All ranks call `save` for the same steps."""
 
     def __init__(
         self,
@@ -126,10 +119,10 @@ class Checkpointer:
         """Starts to use the checkpoint folder. Raises AttemptFenced if a newer attempt of the run has started.
 
         `root`: the folder checkpoints/. `attempt`: from `commit.next_attempt`, the same on every rank. `timeout`:
-        maximum wait for other ranks, in seconds; the wait for an unfinished save is somewhat shorter. `retries`: number
-        of retries after a failed write. `retry_wait`: seconds before the first retry; the wait doubles with each retry.
-        `staging`: maximum size of the buffers in bytes; 0: the size of the saved state. If the buffers are smaller than
-        the state, the training waits for the disk. `notes`: a channel for error notes that does not need the disk.
+        maximum wait for other ranks, in seconds. `retries`: number of retries after a failed write. `retry_wait`:
+        seconds before the first retry; the wait doubles with each retry. `staging`: maximum size of the buffers in
+        bytes; 0: the size of the saved state. With smaller buffers, the training waits for the disk. `notes`: a channel
+        for error notes that does not need the disk.
         """
         self.rank, self.keep, self.keep_every = rank, keep, keep_every
         self.asynchronous, self.timeout = asynchronous, timeout
@@ -142,21 +135,21 @@ class Checkpointer:
         self._stuck: list[SaveInFlight] = []
         """Saves that were given up, but whose threads are still running."""
         self._ending = threading.Lock()
-        """A thread holds this lock while it sets the result of a save."""
+        """The lock under which a thread sets the result of a save."""
         self._serial = 0
         self._results: deque[SaveResult] = deque()  # the saving thread appends, and the training loop reads
         self._unsaved: int | None = None
-        """Step of the last requested save; None after a report that this save succeeded."""
+        """Step of the last requested save; None after a report of its success."""
         self._protected: Path | None = None
         self._best: list[Path] = []
-        """Paths of the checkpoints that had the lowest held-out loss when they were saved, oldest first. The last
-        checkpoint of the list may not exist yet."""
+        """Paths of the checkpoints that had the lowest held-out loss when they were saved, oldest first. The last one
+        may not exist yet."""
 
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
         """Write the state as the checkpoint of `step`. Returns the seconds that the caller was blocked.
 
-        The call first waits for the previous save. If saves are synchronous, it also waits for this save. `meta`: JSON
-        values; the checkpoint contains the `meta` of rank 0.
+        First waits for the previous save. If saves are synchronous, also waits for this save. `meta`: JSON values; rank
+        0's are stored.
         """
         began = time.perf_counter()
         save, self._unsaved = Save(step, self._serial), step
@@ -179,7 +172,7 @@ class Checkpointer:
         return time.perf_counter() - began
 
     def poll(self) -> list[SaveResult]:
-        """Returns the results of the saves that ended since the last call. Never waits."""
+        """Returns the results of the saves that ended since the last call of `poll`. Never waits."""
         results = [self._results.popleft() for _ in range(len(self._results))]
         if any(result.ok and result.step == self._unsaved for result in results):
             self._unsaved = None
@@ -188,7 +181,7 @@ class Checkpointer:
     def finish(self, required: bool = False) -> list[SaveResult]:
         """Wait for the save in progress, and return the results like `poll`.
 
-        `required`: whether to raise SaveFailed if the last save failed.
+        `required`: raise SaveFailed if the last save failed.
         """
         if not required:
             self._settle()
@@ -213,17 +206,16 @@ class Checkpointer:
     def keep_best(self, step: int) -> None:
         """Protect the checkpoint of this step, which has the lowest held-out loss, from pruning.
 
-        The protection ends when a later call protects another checkpoint.
+        The protection ends when another checkpoint is protected.
         """
         self._best.append(self.committer.root / step_name(step))
 
     def _longest(self) -> float:
-        """Returns the maximum duration of a save in seconds: one `timeout` for writing, one for the votes, and one for
-        the lock."""
+        """Returns the maximum duration of a save in seconds: `timeout` each for writing, the votes and the lock."""
         return 3 * self.timeout
 
     def _join(self, seconds: float) -> bool:
-        """Wait for the save in progress. Returns False if it is still running after `seconds`."""
+        """Wait for the save in progress. Returns False if it still runs after `seconds`."""
         if self._flight is not None:
             self._flight.thread.join(max(0.0, seconds))
             if self._flight.thread.is_alive():
@@ -232,10 +224,7 @@ class Checkpointer:
         return True
 
     def _settle(self) -> None:
-        """Wait for the save in progress. If it takes too long, give it up and continue without it.
-
-        The wait is short enough that other ranks do not treat this rank as hung.
-        """
+        """Wait for the save in progress, and give it up before other ranks treat this rank as hung."""
         flight = self._flight
         if flight is None or self._join(flight.began + SAVE_PATIENCE * self.timeout - time.perf_counter()):
             return
@@ -252,17 +241,14 @@ class Checkpointer:
         self._end(flight, SaveResult(flight.save.step, None, warning, False, seconds, 0, ranks, late=True))
 
     def _end(self, flight: SaveInFlight, result: SaveResult) -> None:
-        """Record the result of a save. A second result of the same save is ignored."""
+        """Record the result of a save. A second result of this save is ignored."""
         with self._ending:
             if not flight.over:
                 flight.over = True
                 self._results.append(result)
 
     def _skip(self, save: Save, began: float) -> None:
-        """Skip this save and inform rank 0. Called when too many saves are stuck.
-
-        began: time of the call of `save`.
-        """
+        """Skip this save and inform rank 0, because too many saves are stuck."""
         steps = " and ".join(str(flight.save.step) for flight in self._stuck)
         why = f"rank {self.rank} is still writing those of steps {steps}; a disk that does not answer?"
         text = f"checkpoint of step {save.step} skipped: {why}"
@@ -278,7 +264,7 @@ class Checkpointer:
         threading.Thread(target=tell, daemon=True).start()  # the disk may not answer this write either
 
     def _run(self, flight: SaveInFlight, meta: dict[str, Any]) -> None:
-        """Run a save; the thread of the save calls this method. Every failure becomes a `SaveResult`."""
+        """Run a save in its thread. Every failure becomes a `SaveResult`."""
         save, path, warning, failure = flight.save, None, None, None
         ranks, late = (self.rank,), False
         try:
@@ -305,8 +291,7 @@ class Checkpointer:
         )
 
     def _write(self, flight: SaveInFlight) -> str | None:
-        """Write this rank's files, and retry after a failure. Returns a warning if the write succeeded, but only after
-        a failed try."""
+        """Write this rank's files, with retries. Returns a warning if only a retry succeeded."""
         save = flight.save
         folder = self.committer.begin(save, self.rank)
         warning = None
@@ -332,11 +317,7 @@ class Checkpointer:
         return self.committer.commit(save, merge_indexes(self.committer.await_votes(save), meta))
 
     def _prune(self, warning: str | None) -> str | None:
-        """Remove old checkpoints. Returns the warning to report.
-
-        warning: an earlier warning of the save. If the removal fails, the method raises no error, because the new
-        checkpoint is complete. It returns another warning instead.
-        """
+        """Remove old checkpoints. If this fails, returns a new warning, otherwise `warning`. Raises no error."""
         try:
             best = next((path for path in reversed(self._best) if path.exists()), None)
             self.committer.prune(self.keep, self.keep_every, self._protected, best)

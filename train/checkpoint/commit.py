@@ -1,23 +1,24 @@
 """Combines the files of all ranks into one checkpoint. It uses no collectives, because threads must not call them.
 
 1. Every rank writes its data file into checkpoints/.step_N.attempt_A.save_K.tmp/. Then it adds its index by rename.
-   The index is the rank's vote: it declares that the rank's data are on disk. Ranks other than 0 are then done.
+   The index is the rank's vote: it declares that the rank's data are on disk.
 2. Rank 0 waits for all votes, merges the indexes into manifest.json, and renames the folder to step_N. That rename is
-   the commit. Before the commit no folder has the final name; after the commit everything is durable.
+   the commit. After it everything is durable.
 
-A rank that cannot write its data writes a note, rank_R.failed, so that rank 0 gives up at once and not after its
-timeout. If the disk refuses the note too, the rank writes the note to the store of the rendezvous. When rank 0 gives
-up, it removes the folder. A late rank may create the folder again; then the next save removes it. If the training loop
-of a rank continues without a save (`abandon`), the rank neither votes for this save nor commits it.
+A rank that cannot write its data writes a note, rank_R.failed, so that rank 0 gives up at once. If the disk refuses the
+note too, the note goes to the store of the rendezvous. When rank 0 gives up, it removes the folder. A late rank may
+create the folder again; then the next save removes it. A rank that abandons a save (`abandon`) neither votes for the
+save nor commits it.
 
 Fencing. When a node loses its network, its ranks keep running while a new attempt of the run starts elsewhere. These
 old ranks must not replace or prune checkpoints of the new attempt. The file `.fence` contains the highest attempt
 number. A new attempt, or the driver of a new launch, raises the number. An attempt stops when it reads a number higher
-than its attempt number. One advisory lock protects two operations: raising the number, and checking it before a folder
-is renamed. So a new attempt cannot start between the check and the rename of an old attempt. This protection needs a
-file system that shares flock between hosts (NFSv4, Lustre with -o flock, or one machine). On other file systems, a new
-attempt may start in the few microseconds between check and rename. Then an intact checkpoint of the old attempt
-appears. This checkpoint counts as older than all checkpoints of the new attempt (`Manifest.age`).
+than its attempt number. One lock protects two operations: raising the number, and checking it before a folder is
+renamed. So a new attempt cannot start between the check and the rename of an old attempt.
+
+The lock needs a file system that shares flock between hosts (NFSv4, Lustre with -o flock, or one machine). Without it,
+an old attempt may commit a checkpoint after its check, while a new attempt starts. This checkpoint is intact, and
+counts as older than all checkpoints of the new attempt (`Manifest.age`).
 """
 
 import os
@@ -49,7 +50,7 @@ class AttemptFenced(RuntimeError):
 class SaveAbandoned(RuntimeError):
     """This save cannot be committed. The text names the failed rank and the reason.
 
-    late: whether ranks were only too late, and none reported a failure.
+    late: whether ranks were only too late, without an error.
     """
 
     def __init__(self, text: str, ranks: Sequence[int] = (), late: bool = False):
@@ -58,7 +59,7 @@ class SaveAbandoned(RuntimeError):
 
 
 def next_attempt(root: Path) -> int:
-    """Returns the number for a new attempt of the run. It is higher than the number of every earlier attempt.
+    """Returns the number for a new attempt of the run, higher than every earlier attempt's number.
 
     root: folder of the run's checkpoints.
     """
@@ -67,16 +68,15 @@ def next_attempt(root: Path) -> int:
 
 @dataclass(frozen=True)
 class Save:
-    """Identifies one save of a checkpoint by two numbers, which are the same on all ranks."""
+    """Identifies one save by two numbers, which are the same on all ranks."""
 
     step: int
     serial: int
-    """Index of the save within the attempt. It distinguishes the files of a failed save from the files of a later save
-    of the same step."""
+    """Index of the save within the attempt. It distinguishes several saves of the same step."""
 
 
 class Committer:
-    """Writes, commits and removes checkpoints in the folder checkpoints/ of a run, for one rank of one attempt."""
+    """Writes, commits and removes a run's checkpoints, for one rank of one attempt."""
 
     def __init__(
         self,
@@ -93,14 +93,13 @@ class Committer:
         self.root, self.attempt, self.world_size = root, attempt, world_size
         self.timeout, self.poll = timeout, poll
         self._abandoned: set[Save] = set()
-        """Saves that this rank abandoned. The training loop adds saves to this set, and the threads of saves read
-        it."""
+        """Saves that this rank abandoned. The training loop adds them, and the threads of saves read them."""
 
     def enter(self, rank: int) -> None:
         """Prepare the folder for the saves of this rank. Raises AttemptFenced if a newer attempt has started.
 
         Rank 0 also fences older attempts and removes their incomplete folders. It raises UserError if another process
-        does not release the lock.
+        keeps the fence's lock.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         self._check_fence()
@@ -130,7 +129,7 @@ class Committer:
                     shutil.rmtree(folder, ignore_errors=True)  # a rank of the old attempt may still write to it
 
     def begin(self, save: Save, rank: int) -> Path:
-        """Create the folder for this save, into which all ranks write. Raises AttemptFenced.
+        """Create the folder into which all ranks write this save. Raises AttemptFenced.
 
         Rank 0 also removes the folders of earlier saves that failed.
         """
@@ -153,29 +152,28 @@ class Committer:
         self._abandoned.add(save)
 
     def refuse_lost(self, save: Save) -> None:
-        """Check before a retry that the save may still be committed. Raises AttemptFenced or SaveAbandoned if it may
-        not."""
+        """Check before a retry that the save may still be committed. If not, raises AttemptFenced or SaveAbandoned."""
         self._check_fence()
         self._check_wanted(save)
         if not self._temporary(save).is_dir():
             raise SaveAbandoned("rank 0 gave up; see its log")
 
     def is_overtaken(self) -> bool:
-        """Whether a newer attempt has started, which may be the reason of a failed operation. Never raises OSError."""
+        """Whether a newer attempt has started, as a possible reason of a failed operation. Never raises OSError."""
         try:
             return read_fence(self.root) > self.attempt
         except OSError:
             return False  # the caller reports its original error in any case
 
     def vote(self, save: Save, rank: int, index: dict[str, Any]) -> None:
-        """Write this rank's index, which declares that its data file is on disk. Raises SaveAbandoned."""
+        """Write this rank's index, which declares that its data are on disk. Raises SaveAbandoned."""
         self._check_wanted(save)
         atomic_write_json(self._temporary(save) / index_name(rank), index)
 
     def give_up(self, save: Save, rank: int, why: str) -> None:
         """Remove this rank's files, and tell rank 0 that this rank has failed. Never raises OSError.
 
-        why: the reason. On rank 0, the method removes the whole folder of the save.
+        Rank 0 removes the whole folder of the save. why: the reason.
         """
         folder = self._temporary(save)
         try:
@@ -220,7 +218,7 @@ class Committer:
     def commit(self, save: Save, manifest: dict[str, Any]) -> Path:
         """Rename the temporary folder to the checkpoint of its step, and return the new path.
 
-        Rank 0 calls this method after all ranks have voted. Raises AttemptFenced and SaveAbandoned.
+        Rank 0 calls this method after all votes. Raises AttemptFenced and SaveAbandoned.
         """
         folder = self._temporary(save)
         atomic_write_text(folder / MANIFEST, seal(manifest))
@@ -239,8 +237,10 @@ class Committer:
     def prune(self, keep: int, keep_every: int, *protected: Path | None) -> None:
         """Remove old checkpoints on rank 0.
 
-        It keeps the `keep` newest intact checkpoints (0: all), the checkpoints at multiples of `keep_every` steps, and
-        the `protected` checkpoints. Damaged folders are neither counted nor removed.
+        The method keeps the following checkpoints, and never removes damaged folders:
+        - the `keep` newest intact ones (0: all)
+        - those at multiples of `keep_every` steps
+        - the `protected` ones
         """
         if keep == 0:
             return
@@ -279,10 +279,9 @@ class Committer:
             raise SaveAbandoned("this rank continued without the checkpoint, because it took too long", late=True)
 
     def _wait(self, ready: Callable[[], bool], vain: Callable[[], bool]) -> bool:
-        """Call `ready` at growing intervals until it returns true. Returns False after the timeout, or when `vain`
-        returns true.
+        """Call `ready` at growing intervals until it returns true.
 
-        vain: whether further waiting is useless.
+        Returns False after the timeout, or when `vain` returns true (further waiting is useless).
         """
         deadline, pause = time.monotonic() + self.timeout, self.poll
         while not ready():

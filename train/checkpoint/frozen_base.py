@@ -1,8 +1,7 @@
 """Reads the frozen base of an adapter and rounds it to block FP8.
 
-`fill_blocks` fills weights that are held in block FP8. `fill_rounded` fills fp32 shards with the same values. If the
-base is stored in block FP8, the rounding does not change any value (train/hf/blocks.py). Only a few matrices are in
-memory at a time.
+`fill_blocks` fills weights in block FP8. `fill_rounded` fills fp32 shards with the same values. A base in block FP8 is
+not changed by the rounding (train/hf/blocks.py).
 """
 
 import math
@@ -26,8 +25,8 @@ def fill_blocks(
     """Fill this rank's bytes of one weight in block FP8.
 
     name: the weight's name in a checkpoint. blocks: the weight's format. ep: number of ranks that share the experts.
-    held: this rank's buffer. The buffer gets the weight's bytes, beginning with the byte at index `first`; the rest of
-    the buffer is padding. fill: reads fp32 values. mark: receives the values that the bytes represent.
+    held: this rank's buffer: the weight's bytes from index `first` on, then padding. fill: reads fp32 values. mark:
+    receives the values that the bytes represent.
     """
     size, (rows, columns) = blocks.matrix_bytes, blocks.shape[-2:]
     local = range(1) if blocks.experts is None else blocks.experts
@@ -47,7 +46,7 @@ def fill_blocks(
 
 
 def fill_rounded(fill: FillShards, wanted: dict[str, Shard]) -> None:
-    """Fill fp32 shards with a base's values as they were during the adapter's training: rounded to block FP8.
+    """Fill fp32 shards with a base's values during the adapter's training: rounded to block FP8.
 
     fill: reads the base's stored values. wanted: shards by their names in a checkpoint.
     """
@@ -58,7 +57,7 @@ def fill_rounded(fill: FillShards, wanted: dict[str, Shard]) -> None:
 
 
 def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
-    """Fill a shard of one weight. The function reads complete rows of blocks, one matrix after another."""
+    """Fill a shard of one weight, matrix by matrix. Reads complete rows of blocks."""
     rows, columns = shard.shape[-2:]
     stop = shard.offset + shard.local.numel()
     for start, count in _block_rows(shard.offset, stop, rows, columns):
@@ -70,10 +69,9 @@ def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
 
 
 def _block_rows(first: int, stop: int, rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Yields groups of matrix rows that together contain the elements [first, stop).
+    """Yields groups of matrix rows that together contain the elements [first, stop): (first element, number of rows).
 
-    A group consists of complete rows of blocks of one matrix. The function yields the first element and the number of
-    rows of each group. rows, columns: shape of each matrix.
+    A group consists of complete block rows of one matrix. rows, columns: shape of each matrix.
     """
     size = rows * columns
     for matrix in range(first // size, -(-stop // size)):

@@ -1,6 +1,4 @@
-"""Defines the files of a checkpoint folder and verifies them.
-
-This file does not import torch, because the driver searches checkpoints too.
+"""Defines the files of a checkpoint folder and verifies them. No torch, because the driver searches checkpoints too.
 
     checkpoints/step_00001234/
         rank_00000.safetensors    the intervals that rank 0 held: 1-D tensors in the safetensors format
@@ -10,14 +8,12 @@ This file does not import torch, because the driver searches checkpoints too.
                                   each logical tensor its dtype, shape and intervals [rank, start, count]
 
 The checksums form a chain. The manifest ends with a CRC-32 of its content, and it contains the CRC-32 of each index. An
-index contains checksums of the header and of every block of its data file. A reader that needs a small part of a file
-reads and checks only the blocks that contain this part. A run uses no byte that was not checked.
+index contains checksums of the header and of every block of its data file. A run uses no byte that was not checked.
 
-There are two kinds of verification. The fast verification checks the manifest, and calls `stat` once for every file to
-check its size. The fast verification detects the effects of crashes, full disks and partial copies. Sluice uses this
-verification to select the checkpoint to resume from, because one process cannot read terabytes at every start. The full
-verification reads all bytes; tools and tests use it. Flipped bits are detected when a checkpoint is loaded: each rank
-checks the blocks that it reads.
+There are two verifications:
+- fast: checks the manifest and the size of every file. It detects the effects of crashes, full disks and partial
+  copies, and is used to select the checkpoint to resume from.
+- full: reads all bytes. Tools and tests use it.
 
 Nothing is pickled: an untrusted checkpoint may contain wrong values, but it cannot run code.
 """
@@ -39,14 +35,14 @@ from conf.words import one_line
 
 FORMAT = "sluice checkpoint"
 CHECKPOINT_VERSION = 1
-"""Version of the format. It is increased by every change that older code cannot read."""
+"""Version of the format. Every change that older code cannot read increases it."""
 CRC_BLOCK = 4 << 20
-"""Number of bytes of data that one CRC-32 covers. This number is a multiple of every element size, so no element is in
-two blocks."""
+"""Number of bytes of data that one CRC-32 covers. It is a multiple of every element size, so no element is in two
+blocks."""
 LARGEST_NUMBER = 2**63 - 1
 """Largest integer that a checkpoint may contain."""
 HOOK_STATE = "hook."
-"""Prefix of the names under which checkpoints store the tensors and meta entries of a recipe's callbacks."""
+"""Prefix of the names under which checkpoints store tensors and meta entries of callbacks."""
 META = {
     **dict.fromkeys(("step", "samples", "skipped", "updates", "seed", "seq_len"), int),
     **dict.fromkeys(("tokenizer", "data"), str),
@@ -54,8 +50,7 @@ META = {
     "held_out": dict,
     "config": dict,
 }
-"""Maps names of meta entries to their types. The map contains only the entries that a mode of Sluice, such as
-mode=evaluate, reads.
+"""Maps names of meta entries to their types, for the entries that Sluice's modes read.
 
 An int is a count, so it must not be negative.
 """
@@ -101,13 +96,13 @@ class Meta(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Entry:
-    """One logical tensor in a checkpoint. The ranks' files contain intervals of this tensor."""
+    """One logical tensor in a checkpoint. The ranks' files contain its intervals."""
 
     dtype: str
-    """Name of the element type in the safetensors format, such as F32 or BF16."""
+    """Element type in the safetensors format, such as F32 or BF16."""
     shape: tuple[int, ...]
     intervals: list[tuple[int, int, int]]
-    """Intervals of the flattened tensor, as (rank, start, count), sorted by start. start and count are in elements."""
+    """Intervals of the flattened tensor: (rank, start, count), sorted by start. start, count: in elements."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +116,7 @@ class Manifest:
     meta: Meta
     """Everything that the checkpoint stores besides tensors: samples, tokenizer, data, seed, config (settings), ..."""
     files: dict[str, list[int]]
-    """Maps a file name to [size in bytes] or, for an index, to [size, CRC-32]. An index contains the checksums of its
+    """Maps a file name to [size in bytes], or to [size, CRC-32] for an index. An index contains the checksums of its
     data file."""
     tensors: dict[str, Entry] = field(repr=False)
 
@@ -130,20 +125,18 @@ class Manifest:
         return Age(self.attempt, self.step)
 
     def body(self) -> dict[str, Any]:
-        """Returns the manifest as JSON values, which can be sent to another rank. `manifest_of` builds the manifest
-        from them."""
+        """Returns the manifest as JSON values, from which `manifest_of` builds it again on another rank."""
         tensors = {name: (entry.dtype, entry.shape, entry.intervals) for name, entry in self.tensors.items()}
         return {**vars(self), "folder": str(self.folder), "tensors": tensors}
 
 
 def holds_adapter(meta: dict[str, Any]) -> bool:
-    """Whether the checkpoint with this meta contains an adapter instead of all weights."""
+    """Whether the checkpoint with this meta contains only an adapter."""
     return "base" in meta
 
 
 def seal(body: dict[str, Any]) -> str:
-    """Returns `body` as JSON text, with its CRC-32 as the last key. All versions of the format must follow this
-    rule."""
+    """Returns `body` as JSON text, with its CRC-32 as the last key. All versions of the format follow this rule."""
     return json.dumps({**body, "crc32": zlib.crc32(json.dumps(body).encode())})
 
 
@@ -216,13 +209,13 @@ def _entries(path: Path, tensors: dict[str, Any], ranks: int) -> dict[str, Entry
 
 
 def _are_counts(found: Any, length: int | None = None) -> bool:
-    """Whether `found` is a list of integers that are not negative. length: required length; None: any length."""
+    """Whether `found` is a list of non-negative integers. length: its required length; None: any."""
     listed = isinstance(found, list | tuple) and length in (None, len(found))
     return listed and all(isinstance(count, int) and 0 <= count <= LARGEST_NUMBER for count in found)
 
 
 def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
-    """Returns the field `name` of the body. Raises CheckpointDamaged if it is missing or its type is not `kind`."""
+    """Returns the field `name` of the body. Raises CheckpointDamaged if it is missing or is not a `kind`."""
     if name not in body:
         raise CheckpointDamaged(path, f"holds no {name!r}")
     if not isinstance(body[name], kind) or isinstance(body[name], bool):
@@ -233,7 +226,7 @@ def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
 
 
 def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
-    """Reads the index of one rank's data file. Raises CheckpointDamaged if it does not match the manifest."""
+    """Reads the index of one rank's data file. Raises CheckpointDamaged if the index does not match the manifest."""
     path = manifest.folder / index_name(rank)
     try:
         text = path.read_bytes()
@@ -245,7 +238,7 @@ def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
 
 
 def check_index(manifest: Manifest, rank: int, text: bytes) -> dict[str, Any]:
-    """Parses the text of an index. Raises CheckpointDamaged if it does not match the manifest."""
+    """Parses the text of an index. Raises CheckpointDamaged if the index does not match the manifest."""
     path = manifest.folder / index_name(rank)
     if [len(text), zlib.crc32(text)] != manifest.files[path.name]:
         raise CheckpointDamaged(path, "its checksum does not match the manifest's")
@@ -275,8 +268,8 @@ def _is_place(found: Any) -> bool:
 def verify(folder: Path, full: bool = False) -> list[str]:
     """Verifies a checkpoint. Returns the problems of its files; an empty list if it is intact.
 
-    full: whether to compare every byte with the checksums; otherwise only the manifest and the file sizes are checked.
-    Raises UserError if the folder is not a checkpoint, or its format is too new.
+    full: compare every byte with the checksums, instead of only the manifest and the file sizes. Raises UserError if
+    the folder is not a checkpoint, or its format is too new.
     """
     try:
         return _problems(read_manifest(folder), full)
@@ -296,7 +289,7 @@ def _problems(manifest: Manifest, full: bool) -> list[str]:
 
 
 def check_data(manifest: Manifest, rank: int) -> None:
-    """Read one rank's data file completely. Raises CheckpointDamaged at the first block with a wrong checksum."""
+    """Read one rank's data file completely. Raises CheckpointDamaged at the first wrong checksum."""
     index = read_index(manifest, rank)
     path = manifest.folder / data_name(rank)
     try:
@@ -316,8 +309,8 @@ class FoundCheckpoint:
 
     manifest: Manifest | None
     warnings: list[str]
-    """Problems of damaged checkpoints, one text for each file. The list covers checkpoints that are newer than
-    `manifest`, and checkpoints whose age is unknown because their manifest is damaged."""
+    """Problems of damaged checkpoints, one text for each file. Only checkpoints that are, or may be, newer than
+    `manifest` are listed."""
 
     @property
     def path(self) -> Path | None:
@@ -327,8 +320,8 @@ class FoundCheckpoint:
 def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -> FoundCheckpoint:
     """Finds the newest intact checkpoint in a run's folder checkpoints/.
 
-    full: as in `verify`. `skip`: checkpoints that passed the fast verification, but were found damaged when they were
-    loaded. Raises UserError if a checkpoint has a newer format, because a run that skipped it would lose training.
+    full: as in `verify`. `skip`: checkpoints that were found damaged when they were loaded. Raises UserError if a
+    checkpoint has a newer format, because a run that skips it would lose training.
     """
     while True:
         warnings: list[str] = []
@@ -351,7 +344,7 @@ def checkpoints(root: Path) -> list[Manifest]:
 
 
 def _newest_first(root: Path, warnings: list[str]) -> list[Manifest]:
-    """Returns the manifests in `root` whose checksum is correct, newest first.
+    """Returns the manifests in `root` with a correct checksum, newest first.
 
     Adds the problems of damaged manifests to `warnings`.
     """

@@ -1,9 +1,9 @@
 """Writes and reads a rank's copies in memory (see cluster/node/copy_store.py).
 
-`save` copies the shards to buffers and returns. A thread writes the buffers to a file in the memory of the rank's node,
-and sends the same file to the next node. The files of all ranks for one step are a set. Before a save, all ranks find
-the newest set that every rank has stored on both nodes, and do not delete it. So a complete set exists at any moment,
-even if a save fails. A failed save becomes a warning in `poll`. The next save does not depend on the failed save.
+`save` copies the shards to buffers and returns. A thread writes the buffers to a file in the memory of the rank's node
+and of the next node. The files of all ranks for one step are a set. Before a save, all ranks find the newest set that
+is complete on both nodes of every rank. Nodes do not delete this set, so a complete set exists at any moment. A failed
+save becomes a warning in `poll`.
 """
 
 import json
@@ -32,12 +32,11 @@ from train.checkpoint.read_shards import FolderFiles, ReadSpan, merge_indexes
 from train.checkpoint.staging import StagingBuffers, lay_out_shards
 
 SETS = 2
-"""Maximum number of sets of copies that a node stores at one time. A set is the files of all ranks for one step."""
+"""Maximum number of sets of copies on a node. A set is the files of all ranks for one step."""
 
 
 class MemoryCopies:
-    """Copies the state of one rank to the memory of nodes, during one attempt of a run. All ranks call `save` for the
-    same steps."""
+    """Copies one rank's state to the memory of nodes, during one attempt. All ranks call `save` for the same steps."""
 
     def __init__(self, shelves: Shelves, token: str, *, rank: int, world_size: int, attempt: int, timeout: float):
         """shelves: the nodes, and the sets of copies on them. token: authenticates this rank to other nodes. timeout:
@@ -49,11 +48,10 @@ class MemoryCopies:
         self._folder = Path(shelves.nodes[home].folder)
         self._next = None if following is None else shelves.nodes[following]
         self._resumed = ""
-        """Name of the set of copies that this attempt resumed from. The set is not deleted until a newer set is
-        complete."""
+        """Name of the set of copies that this attempt resumed from. It is kept until a newer set is complete."""
         self._stored = -1
-        """Newest step whose file this rank has stored on its node and, if there is one, on the next node; -1 if there
-        is no such step."""
+        """Newest step whose file this rank has stored on its node and on the next node, if there is one; -1 without
+        such a step."""
         self._asked = -1
         """Step of the last requested save; -1 if there is none."""
         self._stage: StagingBuffers | None = None
@@ -64,7 +62,7 @@ class MemoryCopies:
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
         """Copy the state after `step`. Returns the seconds that the caller was blocked. Collective.
 
-        The call first waits for the previous save. `meta`: JSON values, the same on every rank.
+        First waits for the previous save. `meta`: JSON values, the same on every rank.
         """
         began = time.perf_counter()
         ready = self._join()
@@ -85,7 +83,7 @@ class MemoryCopies:
         return time.perf_counter() - began
 
     def save_and_wait(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> bool:
-        """Copy the state at the end of a run, and wait until the copy is complete. Collective.
+        """Copy the state at the end of a run, and wait for the copy. Collective.
 
         Returns whether all ranks have completed their copies.
         """
@@ -99,7 +97,7 @@ class MemoryCopies:
         return [self._warnings.popleft() for _ in range(len(self._warnings))]
 
     def _join(self) -> bool:
-        """Wait for the thread of the previous save. Returns False if it is still running.
+        """Wait for the thread of the previous save. Returns whether the thread has ended.
 
         The wait is short enough that other ranks do not treat this rank as hung.
         """
@@ -111,8 +109,7 @@ class MemoryCopies:
         return True
 
     def _agree_on_kept(self) -> str:
-        """Returns the name of the set of copies that must not be deleted until the next set is complete; empty if there
-        is none."""
+        """Returns the name of the set of copies to keep until the next set is complete; empty without a set."""
         step = self._oldest_stored()
         if step < self._asked == self._stored:
             self._warnings.append(
@@ -121,14 +118,14 @@ class MemoryCopies:
         return SetId(self.attempt, step, self.world_size).name if step >= 0 else self._resumed
 
     def _oldest_stored(self) -> int:
-        """Returns the newest step whose file every rank has stored on its node and, if there is one, on the next node;
-        -1 if there is no such step. Collective."""
+        """Returns the newest step whose file every rank has stored (the minimum of `_stored`); -1 without such a step.
+        Collective."""
         stored = torch.tensor([self._stored])
         dist.all_reduce(stored, op=dist.ReduceOp.MIN)
         return int(stored)
 
     def _run(self, stage: StagingBuffers, id: SetId, kept: str, meta: dict[str, Any]) -> None:
-        """Run a save; the thread of the save calls this method. Every failure becomes a warning."""
+        """Run a save in its thread. Every failure becomes a warning."""
         try:
             self._write(stage, id, kept, meta)
             self._stored = id.step
@@ -136,10 +133,10 @@ class MemoryCopies:
             self._warnings.append(f"copy of step {id.step} in memory not made by rank {self.rank}: {error}")
 
     def _write(self, stage: StagingBuffers, id: SetId, kept: str, meta: dict[str, Any]) -> None:
-        """Write the file to this rank's node and then, if there is one, to the next node. On each node, the data are
-        written before the index.
+        """Write the file to this rank's node and then to the next node, if there is one: first the data, then the
+        index.
 
-        kept: name of the set of copies that must not be deleted.
+        kept: name of the set of copies to keep.
         """
         prune(self._folder, {id.name, kept}, self.attempt)
         folder = self._folder / id.name
@@ -153,12 +150,11 @@ class MemoryCopies:
                     peer.put(id.name, folder / name, kept)
 
     def require_room(self, shards: dict[str, Shard]) -> str | None:
-        """Check that the copies of all ranks fit into the memory of their nodes. All ranks call it before the first
-        save.
+        """Check before the first save that the copies of all ranks fit into the memory of their nodes. Collective.
 
-        Returns None if the copies fit. If they do not fit and the run has all its ranks, the method raises UserError.
-        If the run continues on fewer nodes, each rank has a larger part of the state, and the run must not end. Then
-        the method returns the reason why the run makes no copies.
+        Returns None if they fit. If they do not fit:
+        - If the run has all its ranks, raises UserError.
+        - If the run continues on fewer nodes, returns the reason why it makes no copies.
         """
         home = self.shelves.home(self.rank)
         room = shutil.disk_usage(self._folder).free + folder_bytes(self._folder)
@@ -185,11 +181,10 @@ class MemoryCopies:
     # Resuming -------------------------------------------------------------------------------------------------------
 
     def manifest(self) -> Manifest | None:
-        """Combines the indexes of all ranks' files into the manifest of the set of copies from which the run resumes.
-        Returns None if there is no set.
+        """Returns the manifest of the set of copies from which the run resumes, or None. Only one rank calls this
+        method.
 
-        Only one rank calls this method. Raises CheckpointDamaged if a file is missing, or if the files do not cover the
-        tensors.
+        Raises CheckpointDamaged if a file is missing, or if the files do not cover the tensors.
         """
         if self.shelves.resume is None:
             return None
@@ -204,14 +199,14 @@ class MemoryCopies:
         return ShelfFiles(self.shelves, self.token, self.rank, self.timeout)
 
     def mark_resumed(self) -> None:
-        """Do not delete the loaded set of copies until a newer set is complete."""
+        """Keep the loaded set of copies until a newer set is complete."""
         self._resumed = self.shelves.resume or ""
 
 
 class ShelfFiles:
-    """Reads the copies in memory from which a run resumes. Their files may be on this node or on other nodes.
+    """Reads the copies in memory from which a run resumes, on this node or on other nodes.
 
-    The class implements `train.checkpoint.read_shards.Files`.
+    Implements `train.checkpoint.read_shards.Files`.
     """
 
     def __init__(self, shelves: Shelves, token: str, rank: int, timeout: float):
@@ -236,7 +231,6 @@ class ShelfFiles:
             yield lambda view, position: peer.read(self._set, data_name(rank), view, position)
 
     def _peer(self, rank: int) -> Peer:
-        """Connects to a node that holds the file of this rank. If several nodes hold it, the choice depends on this
-        node's index."""
+        """Connects to a node that holds this rank's file. If several nodes hold it, this node's index decides."""
         holders = self._shelves.holders[rank]
         return Peer(self._shelves.nodes[holders[self._home % len(holders)]].address, self._token, self._timeout)

@@ -1,8 +1,7 @@
-"""Loads a checkpoint into live shards. The run that wrote the checkpoint may have had any layout.
+"""Loads a checkpoint of any layout into live shards.
 
-Each wanted shard is an interval of a flattened tensor. The manifest lists the intervals that each rank wrote. If a
-wanted interval and a written interval overlap, the rank needs the bytes of the overlap. The rank reads all blocks that
-contain such bytes, and compares each block with its CRC-32 before it uses any element of the block.
+Each wanted shard is an interval of a flattened tensor. The manifest lists the intervals that each rank wrote. A rank
+reads the blocks that contain its elements, and compares each block with its CRC-32 before use.
 """
 
 import json
@@ -42,7 +41,7 @@ class NotCovered(ValueError):
 
 
 def first_hole(intervals: list[tuple[int, int]], start: int, stop: int) -> int | None:
-    """Returns the first element in [start, stop) that no interval contains; None if the intervals contain all elements.
+    """Returns the first element in [start, stop) that no interval contains; None without such an element.
 
     intervals: pairs (start, count), sorted by start.
     """
@@ -57,8 +56,8 @@ def first_hole(intervals: list[tuple[int, int]], start: int, stop: int) -> int |
 def merge_indexes(indexes: list[bytes], meta: dict[str, Any]) -> dict[str, Any]:
     """Builds the body of the manifest from the index files of ranks 0, 1, ...
 
-    Intervals of different ranks may overlap, because ranks may hold replicas. Any of these ranks' files can be read.
-    Raises NotCovered if no rank wrote some element of a tensor.
+    Intervals of different ranks may overlap, because ranks may hold replicas. Raises NotCovered if no rank wrote some
+    element of a tensor.
     """
     ranks = [json.loads(text) for text in indexes]
     tensors: dict[str, tuple[str, list[int], list[tuple[int, int, int]]]] = {}
@@ -95,30 +94,29 @@ LOSSLESS = {
     torch.float32: (torch.float64,),
     torch.int32: (torch.int64,),
 }
-"""Maps a stored dtype to other dtypes that represent all of its values exactly. A shard may have one of these
-dtypes."""
+"""Maps a stored dtype to the other dtypes of a shard that represent its values exactly."""
 
 
 @dataclass
 class FilePiece:
-    """A part of a wanted shard. One file contains all bytes of this part."""
+    """A part of a wanted shard, all of whose bytes are in one file."""
 
     name: str
     start: int
     """First element of the part, in the flattened logical tensor."""
     target: Tensor
-    """The memory, in the shard, that gets the values of the part."""
+    """Memory of the shard that gets the part's values."""
 
 
 ReadSpan = Callable[[memoryview, int], int]
-"""A function that reads bytes of a file, from the given byte position, into the given memory.
+"""A function that reads bytes of a file, from a byte position, into the given memory.
 
 It returns the number of bytes read.
 """
 
 
 class Files(Protocol):
-    """Gives access to the files of a checkpoint, on disk or on other nodes. Both methods may raise OSError."""
+    """Reads the files of a checkpoint, on disk or on other nodes. Both methods may raise OSError."""
 
     def index(self, rank: int) -> bytes:
         """Returns the index of a rank's data file."""
@@ -145,18 +143,18 @@ class FolderFiles:
 def load_shards(path: Path, wanted: dict[str, Shard], rounded: bool = False) -> dict[str, Any]:
     """Fill the memory of every wanted shard from the checkpoint in `path`.
 
-    rounded: whether values may be rounded to a smaller dtype of the shard. Returns the stored meta, and `step`,
-    `attempt` and `world_size` of the run that wrote the checkpoint. Raises UserError before it fills any shard if the
-    folder is not a checkpoint, has a newer format, or lacks a tensor or a part of it, or if a shape or dtype differs.
-    Raises CheckpointDamaged (a UserError) for a missing file or a wrong checksum. Then some shards may already be
+    rounded: whether values may be rounded to a smaller dtype of the shard. Returns the stored meta, with `step`,
+    `attempt` and `world_size`.
+
+    Raises UserError before any shard changes if the folder is not a checkpoint, has a newer format, or does not fit
+    `wanted`. Raises CheckpointDamaged (a UserError) for a missing file or a wrong checksum; then some shards may be
     filled.
     """
     return fill_shards(read_manifest(path), FolderFiles(path), wanted, rounded)
 
 
 def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], rounded: bool = False) -> dict[str, Any]:
-    """Fill shards from a checkpoint whose manifest was read before. The files of the checkpoint may be on disk or on
-    other nodes.
+    """Fill shards from a checkpoint whose manifest was already read. Its files may be on disk or on other nodes.
 
     rounded: as in `load_shards`.
     """
@@ -176,10 +174,7 @@ def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], roun
 
 
 def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[tuple[int, FilePiece]]:
-    """Returns pairs of a rank and a piece. The pieces are parts of one wanted shard, and together cover this shard.
-
-    If several ranks have written an element, only one of the pieces contains it.
-    """
+    """Returns pairs (rank, piece). The pieces together cover this wanted shard, without overlap."""
     entry = _compatible(manifest, name, shard, rounded)
     stop = shard.offset + shard.local.numel()
     spans = [(start, count) for _, start, count in entry.intervals]
@@ -201,8 +196,7 @@ def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[
 
 
 def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> Entry:
-    """Returns the manifest's entry for a wanted tensor. Raises UserError if its shape or dtype does not fit the
-    shard."""
+    """Returns the manifest's entry for a wanted tensor. Raises UserError if its shape or dtype does not fit."""
     entry, shape = manifest.tensors.get(name), tuple(shard.shape)
     if entry is None:
         raise UserError(
@@ -234,11 +228,7 @@ def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> E
 
 
 def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePiece], buffer: Tensor) -> None:
-    """Fill those pieces (parts of wanted shards) that one rank's file contains. The pieces are read in file order. So a
-    block that two pieces share is read only once.
-
-    buffer: memory for one block.
-    """
+    """Fill the pieces that one rank's file contains, in file order: a block that two pieces share is read only once."""
     index = check_index(manifest, rank, files.index(rank))
     tensors, path = index["tensors"], manifest.folder / data_name(rank)
     for piece in pieces:
@@ -277,8 +267,7 @@ def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePie
 
 
 def _read_block(read: ReadSpan, path: Path, index: dict[str, Any], number: int, buffer: Tensor) -> None:
-    """Read block `number` of the data into `buffer`. Raises CheckpointDamaged if it is too short or its checksum is
-    wrong."""
+    """Read block `number` of the data into `buffer`. Raises CheckpointDamaged for a short block or a wrong checksum."""
     size = min(CRC_BLOCK, index["data_bytes"] - number * CRC_BLOCK)
     view, position = buffer.numpy().data[:size], index["header_bytes"] + number * CRC_BLOCK
     while view:

@@ -1,6 +1,5 @@
-"""Manages the folder of a run: its files, its lock, and the checkpoint to resume from.
-
-This file does not import torch, because the driver uses it.
+"""Manages the folder of a run: its files, its lock, and the checkpoint to resume from. No torch, because the driver
+uses this file.
 
 runs/NAME/
     config.yaml        every setting, resolved; the ranks read it
@@ -15,8 +14,8 @@ runs/NAME/
     report.html
     wandb/
     .lock              locked while the driver of the run lives; contains its process and host
-    .rank_0.lock       locked (shared) while a rank 0 of the run lives. Rank 0 may live longer than its driver, and it
-                       writes files that a new start reads. So a new start waits until rank 0 releases this lock.
+    .rank_0.lock       locked (shared) while a rank 0 of the run lives. Rank 0 may live longer than its driver, so a
+                       new start waits until rank 0 releases this lock.
 """
 
 import fcntl
@@ -55,20 +54,22 @@ from train.checkpoint.manifest import FoundCheckpoint, checkpoints, newest_intac
 
 BEST = "best.json"
 WANDB_PLACE = "place.json"
-"""Name of a file in `wandb/` that contains project, entity and group of this folder's W&B run."""
+"""File in `wandb/` with project, entity and group of this folder's W&B run."""
 WANDB_NAMES = ("project", "entity", "group")
 
 
 class RunFolder(RunPaths):
-    """A run folder that this process has locked. Call `close`, or use `with`, to release the lock for another run."""
+    """A run folder that this process has locked. `close`, or the end of `with`, releases the lock."""
 
     def __init__(self, config: Config, checkpoint_bytes: int = 0):
         """Create and lock the folder, and write config.yaml. `checkpoint_bytes`: estimated size of one checkpoint.
 
-        If a rank 0 of an earlier start still runs without its driver, the call waits until this rank 0 ends. Raises
-        UserError if it does not end, if a live run holds the folder, if another user owns the folder, if the disk lacks
-        space for the checkpoints, or if the run has checkpoints and resume=never. After an error, an existing folder is
-        unchanged.
+        First waits for a rank 0 of an earlier start that still runs without its driver. Raises UserError in these
+        cases, and leaves an existing folder unchanged:
+        - this rank 0 does not end
+        - a live run holds the folder, or another user owns it
+        - the disk lacks space for the checkpoints
+        - the run has checkpoints and resume=never
         """
         super().__init__(config)
         with disk_errors(config):
@@ -92,8 +93,7 @@ class RunFolder(RunPaths):
             raise
 
     def take_back(self) -> None:
-        """Restore the old config.yaml after the ranks refused to start, because the old settings belong to the
-        checkpoints."""
+        """Restore the old config.yaml after the ranks refused to start. The old settings belong to the checkpoints."""
         try:
             if self._before is None:
                 self.config_path.unlink()
@@ -106,7 +106,7 @@ class RunFolder(RunPaths):
             )
 
     def close(self) -> None:
-        """Release the lock. If the process dies, the kernel releases the lock."""
+        """Release the lock. If the process dies, the kernel releases it."""
         os.close(self._lock)
 
     def __enter__(self) -> "RunFolder":
@@ -120,10 +120,10 @@ class RunFolder(RunPaths):
 
 @contextmanager
 def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
-    """Returns a context in which rank 0 holds a lock, because it may write to the run folder.
+    """Returns a context in which rank 0 holds its lock on the run folder.
 
-    The lock is shared. If a node is disconnected, rank 0 of the old attempt and rank 0 of the new attempt may hold it
-    at the same time. A new start of the run takes the lock for a moment, to see whether a rank 0 still holds it.
+    The lock is shared: after a node is disconnected, rank 0 of the old and of the new attempt may both hold it. A new
+    start of the run takes the lock for a moment, to see whether a rank 0 holds it.
     """
     paths.path.mkdir(parents=True, exist_ok=True)
     handle = open_lock(paths.rank_lock)
@@ -140,7 +140,7 @@ def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
 def _await_end_of_rank_0(path: Path, config: Config) -> None:
     """Wait until the rank 0 of an earlier start has ended.
 
-    Raises UserError if it does not end within the maximum time that a rank may run without its driver.
+    Raises UserError if rank 0 runs longer than a rank may run without its driver.
     """
     handle = open_lock(path)
     try:
@@ -168,10 +168,7 @@ def _me() -> str:
 
 
 def _holder(handle: int, path: Path) -> str:
-    """Returns a text that describes the process that holds the lock.
-
-    The lock file names a process. If this process has ended, an unknown process holds the lock, and the text says so.
-    """
+    """Returns a text that names the process that holds the lock, or says that it is unknown."""
     text = os.pread(handle, 200, 0).decode(errors="replace").strip()
     holder = re.fullmatch(r"process (\d{1,9}) on host (.+)", text)
     if holder is None or (holder[2] == socket.gethostname() and not lives(int(holder[1]))):
@@ -182,7 +179,7 @@ def _holder(handle: int, path: Path) -> str:
 
 
 def is_held(run: Path) -> bool:
-    """Whether a driver, or a rank 0 that lives longer than its driver, may write to the run folder."""
+    """Whether a driver, or a rank 0 without its driver, may write to the run folder."""
     for lock in (run / ".lock", run / ".rank_0.lock"):
         try:
             handle = open_plain(lock, os.O_RDONLY)
@@ -198,12 +195,11 @@ def is_held(run: Path) -> bool:
 
 
 def resume_point(config: Config, skip: Collection[Path] = ()) -> FoundCheckpoint:
-    """Finds the checkpoint to start from; its path is None for a new start. The result has a warning for each damaged
-    checkpoint.
+    """Finds the checkpoint to start from, and a warning for each damaged checkpoint. The path is None for a new start.
 
     `skip`: checkpoints that were found damaged when they were loaded. Raises UserError if `resume` names a damaged
-    checkpoint, or if all checkpoints are damaged, because a new start would silently lose training. Before this call,
-    create the Checkpointer of rank 0, which repairs an interrupted commit.
+    checkpoint, or if all are damaged. Before this call, create the Checkpointer of rank 0, which repairs an interrupted
+    commit.
     """
     own = RunPaths(config).checkpoints
     if config.resume == "never":
@@ -224,7 +220,7 @@ def resume_point(config: Config, skip: Collection[Path] = ()) -> FoundCheckpoint
 def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
     """Finds the intact checkpoint that `given` names. Raises UserError if there is none.
 
-    given: value of the key `field`. None means the newest checkpoint of the run.
+    given: value of the key `field`. None: the newest checkpoint of the run.
     """
     try:
         found = resume_point(replace(config, resume=given or "auto")).path
@@ -241,11 +237,8 @@ def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
 
 
 def _named(path: Path) -> FoundCheckpoint:
-    """Finds the intact checkpoint at this path. If the path is a run folder, finds the newest intact checkpoint of the
-    run.
-
-    Raises UserError if there is none.
-    """
+    """Finds the intact checkpoint at this path, or the newest one of the run at this path. Raises UserError without
+    one."""
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if root.name == "checkpoints":
         found = newest_intact(root)
@@ -264,10 +257,9 @@ def _named(path: Path) -> FoundCheckpoint:
 
 
 def wandb_place(run: Path) -> dict[str, str | None]:
-    """Returns project, entity and group of a run folder's W&B run; empty if it has no W&B run, or if they are unknown.
+    """Returns project, entity and group of a run folder's W&B run; empty if unknown.
 
-    An earlier version of Sluice had configuration keys for these values. The config.yaml of such a run contains them
-    until a new start replaces this file.
+    Earlier versions of Sluice stored these values in config.yaml.
     """
     with suppress(*UNREADABLE, KeyError, TypeError, AttributeError):
         if (run / "wandb" / WANDB_PLACE).is_file():
@@ -280,7 +272,7 @@ def wandb_place(run: Path) -> dict[str, str | None]:
 
 
 def _make(config: Config, root: Path) -> None:
-    """Create the run folder if it is missing. Raises UserError if it cannot be created, or if another user owns it."""
+    """Create the run folder if it is missing. Raises UserError if that fails, or another user owns the folder."""
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -297,10 +289,9 @@ def _make(config: Config, root: Path) -> None:
 
 
 def _lock(path: Path, name: str) -> int:
-    """Returns a file handle that holds the lock. If another process holds the lock, the UserError names the process.
+    """Returns a file handle that holds the lock. If another process holds the lock, raises a UserError that names it.
 
-    The lock file is never removed. If it were removed between open and lock, two processes could lock two different
-    files.
+    The lock file is never removed, because then two processes could lock two different files.
     """
     handle = open_lock(path)
     try:
@@ -333,7 +324,7 @@ def _lock(path: Path, name: str) -> int:
 
 
 def _refuse_existing(config: Config, folder: Path) -> None:
-    """Raise UserError if resume=never and the run has checkpoints, intact or not."""
+    """Raise UserError if resume=never and the run has checkpoints, even damaged ones."""
     if config.resume == "never" and (existing := sorted(folder.glob(STEP_FOLDERS))):
         raise UserError(
             "resume",
@@ -349,18 +340,17 @@ def write_best(folder: Path, step: int, loss: float) -> None:
 
 
 def best_step(folder: Path) -> int | None:
-    """Returns the step of the checkpoint with the lowest held-out loss; None if best.json is missing or unreadable."""
+    """Returns the step of the checkpoint with the lowest held-out loss; None without a readable best.json."""
     with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
         return int(read_plain_json(folder / BEST)["step"])
     return None
 
 
 def check_space(config: Config, checkpoint_bytes: int) -> None:
-    """Raise UserError if the disk does not have enough space for the checkpoints.
+    """Raise UserError if the disk lacks space for the checkpoints.
 
-    The check assumes the maximum number of checkpoints at one time: checkpoint.keep, one more that is being written,
-    the best one if checkpoint.keep_best is set, and the one to resume from. The check subtracts the number of
-    checkpoints that already exist.
+    The maximum number at one time is checkpoint.keep, plus the one being written, the best one (checkpoint.keep_best),
+    and the one to resume from. Existing checkpoints are subtracted.
     """
     paths = RunPaths(config)
     there = len(checkpoints(paths.checkpoints))

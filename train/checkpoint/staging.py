@@ -1,11 +1,10 @@
 """Copies live shards to a rank's data file, in two steps.
 
-`StagingBuffers.copy` copies the shards into CPU buffers that have the layout of the file. When it returns, the training
-continues. `StagingBuffers.write` runs in a thread, writes the buffers, and computes a CRC-32 for each block. Later
-saves reuse the buffers, because the allocation of page-locked memory is slow, and writing to reused pages is fast.
+`StagingBuffers.copy` copies the shards into CPU buffers that have the layout of the file. Then the training continues.
+`StagingBuffers.write` runs in a thread, writes the buffers, and computes a CRC-32 for each block. Later saves reuse the
+buffers, because the allocation of page-locked memory is slow.
 
-The file has the safetensors format, so any tool can open it: 8 bytes of header length, a JSON header, raw little-endian
-data. The writer of the safetensors library is not used, because it neither computes checksums nor calls fsync.
+The file has the safetensors format. The library's writer has neither checksums nor fsync, so it is not used.
 """
 
 import json
@@ -44,10 +43,9 @@ DTYPES = {
 }
 """Maps dtypes to their names in the safetensors format."""
 WRITE_BYTES = 16 << 20
-"""Maximum number of bytes in one write call. The number is small, so that the rank shows progress even on a slow
-disk."""
+"""Maximum number of bytes in one write call. It is small, so that the rank shows progress even on a slow disk."""
 DTYPE_BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
-"""Maps names of dtypes in the safetensors format to the number of bytes of an element."""
+"""Maps dtype names in the safetensors format to the bytes of an element."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +53,14 @@ class StagedLayout:
     """The positions of shards in the data part of a rank's file."""
 
     places: dict[str, tuple[str, tuple[int, ...], int, int, int]]
-    """Maps a shard's name to (dtype, shape of the logical tensor, start, count, first byte in the data part). start and
-    count are in elements."""
+    """Maps a shard's name to (dtype, shape of the logical tensor, start, count, first byte in the data part). start,
+    count: in elements."""
     header: bytes
     data_bytes: int
 
 
 def lay_out_shards(shards: dict[str, Shard]) -> StagedLayout:
-    """Computes the file layout for these shards. The file stores each shard as a one-dimensional interval."""
+    """Computes the file layout for these shards. Each shard is a one-dimensional interval in the file."""
     for name, shard in shards.items():
         assert shard.local.dtype in DTYPES, f"{name}: {shard.local.dtype} has no name in the safetensors format"
     header, offsets, size = safetensors_header(
@@ -80,9 +78,8 @@ def safetensors_header(
 ) -> tuple[bytes, dict[str, int], int]:
     """Builds the header of a file with these tensors. tensors: (name, dtype name, shape).
 
-    Returns the header, the first byte of each tensor in the data part, and the number of bytes of the data part.
-    Tensors with the largest elements come first. So all elements are aligned without padding, which the format forbids.
-    Tensors whose elements have the same number of bytes stay in the given order.
+    Returns the header, the first byte of each tensor in the data part, and the bytes of the data part. Large elements
+    come first, so all elements are aligned without padding, which the format forbids.
     """
     header: dict[str, dict[str, Any]] = {} if metadata is None else {"__metadata__": metadata}
     offsets, at = {}, 0
@@ -101,20 +98,19 @@ class StagingBuffers:
     def __init__(self, pinned: bool, most: int = 0):
         """`pinned`: whether the buffers are page-locked, for fast copies from a GPU.
 
-        `most`: maximum size of the buffers in bytes, at least one segment; 0: the size of the state. A state that is
-        larger than the buffers is copied part by part while it is written.
+        `most`: maximum size of the buffers in bytes, at least one segment; 0: the size of the state. A larger state is
+        copied part by part while it is written.
         """
         self.pinned, self.most = pinned, most and max(most, THRESHOLDS.staging_bytes)
         self.segments: list[Tensor] = []
         self.layout = StagedLayout({}, b"", 0)
         self._live: dict[str, Shard] = {}
-        """The shards of the current save, if they are not completely copied yet; else empty."""
+        """Shards of the current save while they are not completely copied; otherwise empty."""
 
     def copy(self, shards: dict[str, Shard]) -> None:
-        """Copy the shards.
+        """Copy the shards. Then the caller may change the shards.
 
-        The caller may change the shards after this method returns. If `in_pieces` is true, the caller may change them
-        only after `write` returns.
+        If `in_pieces` is true, the caller may change the shards only after `write` returns.
         """
         self.layout, self._live = lay_out_shards(shards), shards
         self._fit(self._room)
@@ -132,8 +128,7 @@ class StagingBuffers:
         return min(self.layout.data_bytes, self.most or self.layout.data_bytes)
 
     def _fill(self, start: int) -> None:
-        """Copy bytes of the data part into the buffers until the buffers are full. start: position of the first
-        byte."""
+        """Copy bytes of the data part into the buffers until they are full. start: first byte."""
         devices = set()
         for name, (*_, at) in self.layout.places.items():
             raw = self._live[name].local.detach().view(torch.uint8)
@@ -173,10 +168,9 @@ class StagingBuffers:
         }
 
     def _fit(self, size: int) -> None:
-        """Resize the list of segments to `size` bytes in total. All segments except the last have the same maximum
-        size.
+        """Resize the list of segments to `size` bytes in total, and reuse segments that are large enough.
 
-        Existing segments that are large enough are reused.
+        All segments except the last have the same maximum size.
         """
         most = THRESHOLDS.staging_bytes
         wanted = [min(most, size - start) for start in range(0, size, most)]
@@ -191,9 +185,9 @@ class StagingBuffers:
 
 
 class Checksums:
-    """Computes the CRC-32 of every block of data.
+    """Computes the CRC-32 of every block of data, which is passed in views of any size.
 
-    The caller passes the data in views of any size. The last block may be shorter than the other blocks.
+    The last block may be shorter than the other blocks.
     """
 
     def __init__(self) -> None:

@@ -2,12 +2,11 @@
 
     W + scale B A       W: a weight of the adapter's base. The sum is computed in fp32, and then rounded if needed
 
-If a run trains an adapter, its checkpoints contain A and B, and the base is elsewhere. If a checkpoint or folder
-contains all weights, it can be the base of an adapter in a PEFT folder (adapter.path). The base is read one interval
-after another, and B A is added to each interval. So only a few tensors are in memory at a time.
+Checkpoints of an adapter's run contain A and B, and the base is elsewhere. For an adapter in a PEFT folder
+(adapter.path), the checkpoint or folder is the base. Only a few tensors are in memory at a time.
 
-A checkpoint is read into the chunks of a layout, or into one complete model in one process. A Hugging Face folder is
-read into one complete model in one process. The optimizer state of a checkpoint is not read.
+A checkpoint is read into the chunks of a layout, or into one complete model. A Hugging Face folder is read only into
+one complete model.
 """
 
 import hashlib
@@ -60,8 +59,7 @@ from train.model.operations import Kernels
 from train.parallelize import build_chunks, build_pipeline, make_dispatcher, make_share
 
 CACHED_TENSORS = 8
-"""Number of adapter tensors that are cached. Without the cache, a tensor that several matrices use would be read
-several times. The matrices of a layer's experts, for example, can be in one tensor."""
+"""Number of adapter tensors that are cached. One tensor can contain the matrices of all experts of a layer."""
 
 
 class StoredLora:
@@ -79,8 +77,8 @@ class StoredLora:
         """read: a function that returns an A or a B in fp32. base: the base's storage format while the adapter was
         trained.
 
-        weights: mark of the base with which the adapter was trained; None if unknown. other: the error to raise if the
-        mark of the base that is read differs from `weights`.
+        weights: mark of the base with which the adapter was trained, or None. other: the error for a base with another
+        mark.
         """
         self.adapted = list(adapted)
         self._mark, self._weights, self._other = WeightsMark(), weights, other
@@ -88,8 +86,7 @@ class StoredLora:
         self._scale, self._read, self._base = scale, read, base
 
     def as_trained(self, fill_base: FillShards) -> FillShards:
-        """Returns a function like `fill_base` that rounds the base to the format that it had while the adapter was
-        trained.
+        """Returns a function like `fill_base` that rounds the base to its format during the adapter's training.
 
         The function also computes the base's mark.
         """
@@ -105,8 +102,7 @@ class StoredLora:
             raise self._other
 
     def add_to(self, wanted: dict[str, Shard]) -> None:
-        """Add scale * B A to the shards that contain elements of adapted matrices. wanted: maps Sluice's names of
-        weights to fp32 shards."""
+        """Add scale * B A to the elements of adapted matrices. wanted: maps names of weights to fp32 shards."""
         for part in parts_of([one.base for one in self.adapted], wanted):
             found, width = self._by_place[part.placed.ours, part.placed.start], part.placed.shape[1]
             row, end = part.start // width, -(-(part.start + part.target.numel()) // width)
@@ -114,8 +110,7 @@ class StoredLora:
             part.target.add_(delta.flatten()[part.start - row * width :][: part.target.numel()], alpha=self._scale)
 
     def fill_added(self, fill_base: FillShards, wanted: dict[str, Shard]) -> None:
-        """Fill shards of any dtype with the base plus the adapter. Each shard is computed in fp32 and then rounded to
-        its dtype."""
+        """Fill shards with the base plus the adapter. Each shard is computed in fp32 and then rounded to its dtype."""
         fill_base = self.as_trained(fill_base)
         for name, shard in wanted.items():
             values = {name: Shard(torch.empty(shard.local.numel()), shard.offset, shard.shape)}
@@ -130,8 +125,8 @@ class StoredWeights:
     def __init__(self, config: Config, checkpoint: Path, kind: str = "master"):
         """Opens the checkpoint, but reads no weights yet.
 
-        kind: `master`, or `ema` for the moving average. In an adapter's run, the moving average is that of the adapter.
-        Raises UserError if the base of the adapter is missing, or is not the base with which the adapter was trained.
+        kind: `master`, or `ema` for the moving average (of the adapter, in an adapter's run). Raises UserError if the
+        adapter's base is missing, or is not the base with which the adapter was trained.
         """
         self.manifest, self._kind = read_manifest(checkpoint), kind
         self._own = partial(fill_shards, self.manifest, FolderFiles(checkpoint))
@@ -153,7 +148,7 @@ class StoredWeights:
         self._base = self.lora.as_trained(open_base(config, self.manifest))
 
     def fill(self, wanted: dict[str, Shard]) -> None:
-        """Fill shards with weights in fp32. This method has the type `FillShards`."""
+        """Fill shards with weights in fp32. This method is a `FillShards`."""
         here = {name: shard for name, shard in wanted.items() if self._base is None or name in self.manifest.tensors}
         self._own(here)
         if self._base is not None:
@@ -162,7 +157,7 @@ class StoredWeights:
             self.lora.add_to({plain_name(name): shard for name, shard in wanted.items()})
 
     def base_mark(self, model: Model) -> str:
-        """Returns the mark of the base (see `mark_of`). The checkpoint must contain an adapter."""
+        """Returns the mark of the adapter's base (see `mark_of`). The checkpoint must contain an adapter."""
         assert self._base is not None
         return mark_of(self._base, model)
 
@@ -181,15 +176,15 @@ class StoredWeights:
 def plain_name(name: str) -> str:
     """Returns the name of the tensor that contains a weight in a checkpoint.
 
-    name: the name of this tensor, or of the tensor that contains the weight's moving average.
+    name: this name, or the name of the weight's moving average.
     """
     return f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
 
 
 def open_base(config: Config, manifest: Manifest) -> FillShards:
-    """Returns a function that reads the base with which a checkpoint's adapter was trained. Raises UserError.
+    """Returns a function that reads the base of a checkpoint's adapter. Raises UserError.
 
-    The function searches for the base first at the path in the checkpoint's meta, and then at init_from.
+    The base is first searched at the path in the checkpoint's meta, and then at init_from.
     """
     meta = manifest.meta
     path = Path(meta["base"]["path"])
@@ -226,7 +221,7 @@ def mark_of(fill_base: FillShards, model: Model) -> str:
 def open_lora(path: str | None, model: Model, family: ModelFamily, fill_base: FillShards) -> StoredLora | None:
     """Opens the LoRA matrices in a PEFT folder; returns None without a path.
 
-    Raises UserError if the adapter was trained with another base than the weights that `fill_base` reads.
+    Raises UserError if the adapter was trained with another base than `fill_base` reads.
     """
     if path is None:
         return None
@@ -261,14 +256,13 @@ def open_lora(path: str | None, model: Model, family: ModelFamily, fill_base: Fi
 
 
 def weight_bytes(config: Model, item_bytes: int) -> int:
-    """Returns the number of bytes of all weights, including MTP modules. item_bytes: bytes of an element."""
+    """Returns the bytes of all weights, including MTP modules. item_bytes: bytes of an element."""
     counts = count_parameters(config)
     return item_bytes * (counts.total + counts.mtp)
 
 
 def fits_here(config: Config, device: torch.device) -> bool:
-    """Whether a second copy of all weights, in fp32, needs less than half of the free memory of the machine and the
-    device."""
+    """Whether all weights in fp32 need less than half of the free memory of the machine and of the device."""
     room = psutil.virtual_memory().available
     if device.type == "cuda":
         room = min(room, torch.cuda.mem_get_info(device)[0])
@@ -276,9 +270,9 @@ def fits_here(config: Config, device: torch.device) -> bool:
 
 
 def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> None:
-    """Raise UserError if the weights together do not fit into the free memory of this machine.
+    """Raise UserError if the weights do not fit into the free memory of this machine.
 
-    item_bytes: bytes of an element. what: the source of the weights, which is the value of the key `field`.
+    item_bytes: bytes of an element. what: source of the weights, the value of the key `field`.
     """
     needed, free = weight_bytes(model, item_bytes), psutil.virtual_memory().available
     if needed > free:
@@ -291,7 +285,7 @@ def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> Non
 
 
 def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSeekV3:
-    """Loads all weights of a checkpoint into one model in eval mode. The checkpoint may come from any layout."""
+    """Loads all weights of a checkpoint of any layout into one model in eval mode."""
     kernels = build_kernels(device.type, config.cluster.compiled)
     dtype, precision = activation_dtype(config.precision), build_precision(config.precision, device, kernels)
     model = DeepSeekV3.whole(config.model, precision, seq_len=config.seq_len, device="meta")
@@ -306,7 +300,7 @@ def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSe
 
 
 def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: Path) -> Pipeline[DeepSeekV3]:
-    """Loads this rank's part of the model for evaluation. The checkpoint may come from any layout."""
+    """Loads this rank's part of the model from a checkpoint of any layout, for evaluation."""
     dispatcher = None if mesh.layout.ep == 1 else make_dispatcher(config, mesh)
     kernels, _ = choose_kernels(config, device)
     precision = build_precision(config.precision, device, kernels)
@@ -327,8 +321,8 @@ def read_into_chunks(
 ) -> None:
     """Read weights and balance biases into chunks.
 
-    kind: `master`, or `ema` for the moving average of the weights. ep_rank, ep: the chunks hold the experts of rank
-    `ep_rank` of the `ep` ranks that share the experts.
+    kind: `master`, or `ema` for the moving average. ep_rank, ep: index among the ranks that share the experts, and
+    number of these ranks.
     """
     weights, wanted = {}, {}
     for chunk in chunks:
@@ -356,10 +350,9 @@ def load_hf_model(
     """Loads all weights of a Hugging Face folder into one model on the CPU, in eval mode.
 
     Returns the model's configuration, the model, and the path of the folder's tokenizer.json if it exists. dtype: the
-    dtype of weights and matmuls. Weights are read directly in this dtype, so memory contains the model only once.
-    field: name of the key in errors. kernels: the kernels of the model's operations; torch's operations by default.
-    text_only: leave out the tensors of other modalities. adapter: a PEFT folder whose adapter is added to the weights.
-    Raises UserError if the folder does not contain an intact model of a supported family.
+    dtype of weights and matmuls. field: name of the key in errors. kernels: the kernels of the model's operations;
+    torch's by default. text_only: leave out the tensors of other modalities. adapter: a PEFT folder whose adapter is
+    added to the weights. Raises UserError if the folder does not contain an intact model of a supported family.
     """
     path = Path(folder).expanduser()
     headers, config, _ = open_model(path, field, text_only)

@@ -30,14 +30,14 @@ SHAPE = [
     "shared_experts",
     "mtp_depth",
 ]
-"""Fields of the model section that determine the names and shapes of the model's tensors."""
+"""Fields of the model section that determine the names and shapes of tensors."""
 
 
 def require_model(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
     """Raise UserError if the checkpoint's model has tensors with other names or shapes. The error names the differing
     fields.
 
-    If the checkpoint contains no settings, this function checks nothing, and loading compares tensor by tensor.
+    If the checkpoint contains no settings, this function checks nothing; loading compares the tensors.
     """
     stored = meta.get("config", {}).get("model", {})
     differ = {name: stored[name] for name in SHAPE if stored.get(name, ...) not in (..., getattr(config.model, name))}
@@ -65,7 +65,7 @@ def refuse_mean(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
 
 
 def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:
-    """Returns the configured tokenizer, or else the tokenizer in the run's folder.
+    """Returns the configured tokenizer, else the tokenizer in the run's folder.
 
     Raises UserError if the checkpoint was trained with another tokenizer.
     """
@@ -84,10 +84,9 @@ def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:
 
 
 def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError if the tokenizer differs from the tokenizer with which the checkpoint was trained.
+    """Raise UserError if the checkpoint was trained with another tokenizer.
 
-    fingerprint: hash of the run's tokenizer. choice: value of data.tokenizer; None for a tokenizer that was trained on
-    the data.
+    fingerprint: hash of the run's tokenizer. choice: value of data.tokenizer; None: trained on the data.
     """
     if meta["tokenizer"] and fingerprint != meta["tokenizer"]:
         raise UserError(
@@ -100,26 +99,24 @@ def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, me
 
 # Identifies the base of an adapter, and checks the adapter's settings. No torch.
 #
-# Checkpoints of an adapter's run contain only the adapter. Their meta contains the path of the base and its
-# fingerprint. The path may be out of date, because the folder may have moved. If the base is a Sluice checkpoint, the
-# fingerprint covers the checksums of its files. If it is a Hugging Face folder, the fingerprint covers the headers of
-# its files and samples of their bytes. So most wrong bases are refused before anything starts.
+# Checkpoints of an adapter's run contain only the adapter. Their meta contains the fingerprint of the base, and its
+# path, which may be out of date. The fingerprint of a Sluice checkpoint covers the checksums of its files. The
+# fingerprint of a Hugging Face folder covers the headers of its files and samples of their bytes. So most wrong bases
+# are refused before anything starts.
 #
-# While all weights are read, a checksum of them is computed, the mark (train/checkpoint/weights_mark.py). The mark
-# detects every changed value. Checkpoints of earlier versions have no mark.
+# The mark (train/checkpoint/weights_mark.py) is computed while all weights are read, and detects every changed value.
+# Checkpoints of earlier versions have no mark.
 
 PLACES, BYTES_OF_PLACE = 16, 4096
-"""Number of positions at which a fingerprint samples a file, from its start to its end, and number of bytes in a
-sample."""
+"""Number of positions at which a fingerprint samples a file, and number of bytes in a sample."""
 SHAPING = ("rank", "targets", "base")
-"""Keys of the adapter section that determine the shapes of the adapter's parameters, and the format of the base."""
+"""Keys of the adapter section that determine parameter shapes and the format of the base."""
 
 
 def describe_base(source: Folder | Path) -> dict[str, str]:
-    """Returns the entry `base` for a checkpoint's meta, which describes an adapter's base.
+    """Returns the entry `base` of a checkpoint's meta, which describes an adapter's base.
 
-    source: a Hugging Face folder whose headers are already read, or a Sluice checkpoint. Raises UserError if a file is
-    unreadable.
+    source: a Hugging Face folder with its headers, or a Sluice checkpoint. Raises UserError for an unreadable file.
     """
     found = hashlib.sha256()
     if isinstance(source, Path):
@@ -139,8 +136,7 @@ def describe_base(source: Folder | Path) -> dict[str, str]:
 
 
 def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError unless checkpoint and run both train all weights, or both train adapters with equal settings
-    (SHAPING)."""
+    """Raise UserError unless checkpoint and run both train all weights, or adapters with equal settings (SHAPING)."""
     if config.adapter.on != holds_adapter(meta):
         here, there = "trains an adapter", "whole weights"
         cure = f"set init_from={checkpoint} and another name=, or omit adapter=lora"
@@ -166,14 +162,14 @@ def require_base(config: Config, checkpoint: Path, meta: dict[str, Any], base: d
 
 
 def other_base(init_from: str | None, checkpoint: Path, meta: dict[str, Any]) -> UserError:
-    """Returns the UserError for a base that is not the base with which the checkpoint's adapter was trained."""
+    """Returns the UserError for a base other than that of the checkpoint's adapter."""
     path = meta["base"]["path"]
     rule = f"has other weights than the base of the adapter in {checkpoint}: {path}"
     return UserError("init_from", init_from, rule, f"set init_from={path}, or its copy")
 
 
 def refuse_adapter(checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError if this checkpoint, from which a run is to start, contains only an adapter."""
+    """Raise UserError if a run is to start from this checkpoint and it contains only an adapter."""
     if holds_adapter(meta):
         rule = f"{checkpoint} has only an adapter for the weights of {meta['base']['path']}"
         cure = "merge the adapter first (mode=export of its run with export.merge=true), and start from the exported folder"

@@ -3,11 +3,10 @@ format and layout.
 
     mark = sum over all elements of  number(value) * factor(place in its block) * factor(tensor, block)    mod 2^64
 
-A block is BLOCK consecutive elements of a flattened tensor. number(value) is an integer that is computed from the
-value's magnitude and sign in bf16, so the same weights in fp32, bf16 and block FP8 have the same mark. The mark is a
-sum, so each rank can sum over the intervals that it holds, and these sums are added. All factors are odd, so any change
-of a single value changes the mark. The main model and each MTP module have separate sums, because a model may be read
-without its MTP modules.
+A block is BLOCK consecutive elements of a flattened tensor. number(value) is an integer that is computed from the value
+in bf16, so the same weights in fp32, bf16 and block FP8 have the same mark. The sums of all ranks are added. All
+factors are odd, so any change of a single value changes the mark. The main model and each MTP module have separate
+sums, because a model may be read without its MTP modules.
 """
 
 import hashlib
@@ -22,17 +21,16 @@ from torch import Tensor
 from parallel.shard import Shard
 
 FillShards = Callable[[dict[str, Shard]], Any]
-"""A function that fills shards of weights and balance biases. Its argument maps the name of each weight or bias in a
-checkpoint to its shard."""
+"""A function that fills shards of weights and balance biases. Its argument maps names in a checkpoint to shards."""
 BLOCK, BLOCKS_AT_ONCE = 1 << 14, {"cpu": 4, "cuda": 512}
 """BLOCK: number of elements of a block. BLOCKS_AT_ONCE: number of blocks that one call sums, for each device type.
 
-On a CPU, this number of blocks fits into the caches of a core. On a GPU, it is large enough for efficient kernels.
+On a CPU, these blocks fit into the caches of a core. On a GPU, they are enough for efficient kernels.
 """
 MODULUS = 1 << 64
 """The sums are computed modulo this number, like unsigned 64-bit integers."""
 MarkedPart = tuple[str, int, int, int]
-"""The sum over an interval of a tensor: name of the tensor, first element, end (exclusive), sum."""
+"""Sum over an interval of a tensor: (tensor name, first element, end (exclusive), sum)."""
 
 
 class WeightsMark:
@@ -43,8 +41,7 @@ class WeightsMark:
         self._taken: dict[str, list[tuple[int, int]]] = {}
 
     def watching(self, fill: FillShards) -> FillShards:
-        """Returns a function that calls `fill` and then adds the values of the filled shards to this mark (a
-        checksum)."""
+        """Returns a function that calls `fill` and adds the filled values to this mark (a checksum)."""
 
         def watched(wanted: dict[str, Shard]) -> Any:
             found = fill(wanted)
@@ -55,9 +52,9 @@ class WeightsMark:
         return watched
 
     def add(self, name: str, values: Tensor, offset: int) -> None:
-        """Add an interval of a tensor to the mark. Elements that were added before are not added again.
+        """Add an interval of a tensor to the mark. Elements that were added before are ignored.
 
-        name: the tensor's name in a checkpoint, or the name of the tensor's moving average. offset: first element.
+        name: the tensor's name in a checkpoint, or that of its moving average. offset: first element.
         """
         name = f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
         taken, place, stop = self._taken.setdefault(name, []), offset, offset + values.numel()
@@ -73,8 +70,8 @@ class WeightsMark:
     def text(self, gather: Callable[[list[MarkedPart]], Iterable[Iterable[Any]]] = lambda parts: [parts]) -> str:
         """Returns the mark, computed from the sums of all ranks.
 
-        gather: a function that returns the sums of every rank. If several replicas have the same interval, it is added
-        only once.
+        gather: a function that returns the sums of every rank. An interval that several replicas have is added only
+        once.
         """
         sums: dict[str, int] = {}
         reached: dict[str, int] = {}
@@ -88,8 +85,7 @@ class WeightsMark:
 
 
 def same_weights(one: str | None, other: str | None) -> bool:
-    """Whether two marks (checksums of weights) agree in every part of the model that both marks cover. An unknown mark
-    (None) agrees with every mark."""
+    """Whether two marks agree in every part of the model that both cover. None (unknown) agrees with every mark."""
     return not one or not other or all(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
 
 
@@ -104,7 +100,7 @@ def _joined(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _sum(name: str, values: Tensor, offset: int) -> int:
-    """Returns the sum over an interval of the tensor `name`. offset: first element of the interval."""
+    """Returns the sum over an interval of the tensor `name`. offset: first element."""
     start, total, done = _start(name), 0, 0
     factors = _odd(0, BLOCK).to(values.device)
     while done < values.numel():

@@ -14,29 +14,26 @@ class Batch:
     """Packed sequences on the CPU."""
 
     tokens_BS: Tensor
-    """int64 (B, seq_len + 1): token ids. The model's inputs are [:, :-1], and the targets are [:, 1:]."""
+    """int64 (B, seq_len + 1): token ids. Inputs of the model: [:, :-1]. Targets: [:, 1:]."""
     documents_BS: Tensor | None = None
-    """int32 (B, seq_len + 1): the index of the document or sample that each token belongs to, counted from 0 in each
-    sequence. Padding has -1. None unless data.mask_documents is set or samples are packed."""
+    """int32 (B, seq_len + 1): the index of each token's document or sample, counted from 0 in each sequence. Padding
+    has -1. None unless data.mask_documents is set or samples are packed."""
     supervised_BS: Tensor | None = None
     """bool (B, seq_len + 1): whether a token is supervised. The loss includes the prediction of a supervised token.
     None: every token is supervised, and the documents form one continuous text.
 
-    If this field is set, the samples in `documents_BS` are independent: no loss, count or module combines tokens of two
-    samples.
+    If this field is set, no loss, count or module combines tokens of two samples in `documents_BS`.
     """
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """Maps names to fp32 tensors (B, seq_len + 1), which are inputs of a token loss (train/model/token_losses.py). Each
-    value belongs to the prediction of its token. `weights` multiply the loss, and `temperatures` divide the logits."""
+    """Maps names to fp32 tensors (B, seq_len + 1) for a token loss (train/model/token_losses.py). Each value belongs to
+    the prediction of its token. `weights` multiply the loss, and `temperatures` divide the logits."""
     experts_BTLK: Tensor | None = None
-    """int64 (B, seq_len, MoE layers of the main model, experts per token): the experts that routers chose earlier for
-    each token, for example in mode=score or in an inference engine. The last token has no experts. The model uses these
-    experts. None: the model's routers choose."""
+    """int64 (B, seq_len, MoE layers of the main model, experts per token): each token's experts, as routers chose them
+    earlier. The last token has no experts. None: the model's routers choose."""
     keys_BTLK: Tensor | None = None
-    """int32 (B, seq_len, layers of the main model with an indexer, top_k): the attention keys that indexers selected
-    earlier for each token, for example in mode=score or in an inference engine. The last token has no keys. A key is
-    given as a position in the sequence. If a token has fewer than top_k keys, the other entries are -1. None: the
-    model's indexers select the keys."""
+    """int32 (B, seq_len, layers of the main model with an indexer, top_k): each token's attention keys, as indexers
+    selected them earlier. A key is a position in the sequence; unused entries are -1. The last token has no keys. None:
+    the model's indexers select the keys."""
 
     def take(self, rows: slice) -> "Batch":
         """Returns a batch with the sequences in the slice `rows`."""
@@ -53,8 +50,7 @@ class Batch:
     def learnt_BT(self) -> Tensor | None:
         """Whether the main model's loss includes each target, bool (B, seq_len); None: it includes all targets.
 
-        The loss includes a target if the token is supervised and is not the first token of a sample. No token predicts
-        the first token of a sample.
+        The loss includes a target if the token is supervised and is not the first token of a sample.
         """
         if self.supervised_BS is None or self.documents_BS is None:
             return None
@@ -62,7 +58,7 @@ class Batch:
 
     @property
     def sequences(self) -> int:
-        """Number of samples, or number of sequences if the batch does not separate samples."""
+        """Number of samples; number of sequences if the batch does not separate samples."""
         if self.supervised_BS is None or self.documents_BS is None:
             return len(self.tokens_BS)
         return int((self.documents_BS.amax(1) + 1).sum())
@@ -75,11 +71,11 @@ BATCH_KINDS = {
 }
 """Maps a field of a batch to the dtypes that a caller may use."""
 RESERVED_NAMES = ("x", "mean", "micro_batches", "experts_BTLK", "keys_BTLK", *BATCH_KINDS)
-"""Names that are not allowed in `tensors`, because chunks and pipelines have arguments with these names."""
+"""Names that `tensors` must not contain, because arguments of chunks and pipelines have these names."""
 
 
 def check_given_batch(batch: Batch, vocabulary: int) -> None:
-    """Raise UserError if the fields of a batch contradict each other, or if a token is outside the vocabulary."""
+    """Raise UserError if fields of a batch contradict each other, or a token is outside the vocabulary."""
     tokens_BS = batch.tokens_BS
     for name, kinds in BATCH_KINDS.items():
         tensor = getattr(batch, name)
@@ -135,23 +131,20 @@ class GivenSample:
 
     tokens: list[int]
     first: int
-    """Index of the first learnt token, at least 1. All later tokens are learnt too, which means that the loss includes
-    their prediction."""
+    """Index of the first learnt token, at least 1. The loss includes the predictions of this and all later tokens."""
     values: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
-    """Maps names of tensors in `Batch.tensors` to values: one number for all learnt tokens, or one number for each
-    learnt token."""
+    """Maps names in `Batch.tensors` to values: one number for all learnt tokens, or one per learnt token."""
     experts_TLK: Tensor | None = None
-    """Experts that routers chose earlier, for example in an inference engine, for all tokens except the last."""
+    """Experts of all tokens except the last, as routers chose them earlier."""
     keys_TLK: Tensor | None = None
-    """Positions of the attention keys that indexers selected earlier, for example in an inference engine, for all
-    tokens except the last."""
+    """Positions of the attention keys of all tokens except the last, as indexers selected them earlier."""
 
 
 def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int = 0) -> Batch:
     """Build a batch with one sample in each sequence of `length` tokens.
 
-    filling: a token that pads shorter samples and is not learnt. All samples must have `values` for the same tensors.
-    Raises UserError for a sample that is too long, or whose values do not match its tokens.
+    filling: a token that pads shorter samples and is not learnt. Raises UserError for a sample that is too long, for
+    values that do not match the tokens, or if samples have `values` for different tensors.
     """
     if not samples:
         raise UserError("samples", 0, "must be one or more", "leave the step out")
@@ -185,9 +178,8 @@ def _padded(
 ) -> Tensor | None:
     """Returns the replayed choices of all samples in one tensor (B, length - 1, L, K); None if the samples have none.
 
-    choices: a tensor (tokens - 1, L, K) for each sample. name: what error messages call the choices. axes: what they
-    call the dimensions L and K. filling: value after the end of a sample. Raises UserError if only some samples have
-    choices, or if a shape is wrong.
+    choices: a tensor (tokens - 1, L, K) for each sample. name, axes: names of the choices and of L and K in errors.
+    filling: value after a sample's end. Raises UserError if only some samples have choices, or for a wrong shape.
     """
     first = choices[0]
     padded = None if first is None else first.new_full((len(choices), length - 1, *first.shape[1:]), filling)

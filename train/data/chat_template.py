@@ -4,15 +4,14 @@ A Jinja template (the checkpoint's, or our `plain`) runs in Jinja's sandbox with
 the template marks the assistant's turns ({% generation %}), the marked text is learnt. Otherwise this file finds the
 turns by probing: it replaces the content of a message by a character that no text contains. The text around this
 character shows where the turn begins and ends. The learnt part begins after the generation prompt and ends with the
-stop token. A line end after the stop token belongs to the template.
+stop token.
 
-The template gets reasoning in the field `reasoning_content`, as in transformers. If a template does not know the field,
-the reasoning stays at the start of the content, as in the record. A template may drop reasoning or a whole message, and
-the user would not notice this during training. So a missing message is an error, and data.reasoning decides what
-happens to missing reasoning. data.reasoning can also cut old reasoning before the chat is rendered.
+The template gets reasoning in the field `reasoning_content`. If the template does not know this field, the reasoning is
+at the start of the content. If the template drops a message, that is an error. If it drops reasoning, data.reasoning
+decides what happens. data.reasoning can also remove old reasoning before the chat is rendered.
 
-A template may write no stop token after a turn. In GLM-4.6, for example, the first token of the next message ends the
-turn. Then the model learns this token as the stop token, and this file appends the token to the last turn.
+If the template writes no stop token after a turn, the first token of the next message ends the turn, as in GLM-4.6.
+Then the model learns this token as the stop token, and this file appends the token to the last turn.
 """
 
 import contextlib
@@ -45,13 +44,13 @@ GIVEN = ("messages", "tools", "add_generation_prompt")
 PROBED_ANSWER = "an answer"
 PROBED_QUESTION = {"role": "user", "content": "a question"}
 PROBED_TURNS = [PROBED_QUESTION, {"role": "assistant", "content": PROBED_ANSWER}]
-"""A chat for probing: a question and an answer. The template writes the stop token after the answer."""
+"""A chat for probing: a question and an answer, after which the template writes the stop token."""
 PROBED_CALL = {"id": "0", "type": "function", "function": {"name": PROBED_ANSWER, "arguments": {}}}
 OPENED = re.compile(rf"{THINK}\s*\Z")
 CLOSED = re.compile(rf"(?:(?P<open>{THINK})(?P<gap>\s*))?{THOUGHT}\s*\Z")
 EMPTY_THOUGHT = re.compile(rf"\s*(?:{THINK}\s*)?{THOUGHT}\s*")
 NAMED_TOKEN = re.compile(r"<\|[^<>|\s]+\|>|<\uff5c[^<>\uff5c\s]+\uff5c>")
-"""Matches special tokens in the two usual spellings: `<|name|>` with ASCII bars, or with full-width bars."""
+"""Matches special tokens in the two usual spellings: `<|name|>` with ASCII bars or with full-width bars."""
 Span = tuple[int, int]
 
 
@@ -62,11 +61,11 @@ class PlacedTurn:
     begin: int
     """Index of the first character after the generation prompt."""
     content: int
-    """Index of the first character of the content; the template's text before the content is excluded."""
+    """Index of the first character of the content."""
     end: int
-    """Index after the last character of the turn. The stop token is part of the turn."""
+    """Index after the last character of the turn, which includes the stop token."""
     cut: bool = False
-    """Whether the template cut reasoning from the content."""
+    """Whether the template removed reasoning from the content."""
 
     def moved(self, count: int) -> "PlacedTurn":
         """Returns the turn with all positions increased by `count` characters."""
@@ -75,17 +74,17 @@ class PlacedTurn:
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """The text of a chat, and the parts of the text that the model learns."""
+    """The text of a chat, and the spans of the text that the model learns."""
 
     text: str
     learnt: list[Span]
-    """Learnt spans in order, as pairs: index of the first character, and index after the last character."""
+    """Learnt spans in order: (index of the first character, index after the last character)."""
     unthought: int = 0
     """Number of learnt turns without reasoning, although the generation prompt opens a reasoning block."""
 
 
 class CannotRender(Exception):
-    """The template cannot render a chat. `rule` is the reason, and `cure` tells the user what to do."""
+    """The template cannot render a chat. `rule` is the reason, `cure` the advice to the user."""
 
     def __init__(self, rule: str, cure: str):
         super().__init__(rule)
@@ -93,7 +92,7 @@ class CannotRender(Exception):
 
 
 class _Generation(Extension):
-    """Adds to Jinja the tags {% generation %} and {% endgeneration %}, which mark the assistant's text."""
+    """Adds to Jinja the tags {% generation %} and {% endgeneration %} around the assistant's text."""
 
     tags = {"generation"}
 
@@ -122,14 +121,14 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """A chat template, together with the variables that it may use, such as the special tokens of a tokenizer."""
+    """A chat template and the variables that it may use, such as special tokens."""
 
     def __init__(self, sources: dict[str, str], tokens: dict[str, Any], field: str, name: str):
         """Compiles the templates. Raises UserError if a template is broken.
 
-        sources: the template under `default`, and optionally a template for chats with tools under `tool_use`. tokens:
-        values of the template's variables by name, such as bos_token. field, name: the configuration key and the name
-        of the template in error messages.
+        sources: the template under `default`, and optionally one for chats with tools under `tool_use`. tokens: maps
+        the template's variables, such as bos_token, to values. field, name: configuration key and template in error
+        messages.
         """
         self.name, self._field, self._tokens, self._sources = name, field, tokens, sources
         environment = _environment()
@@ -152,13 +151,12 @@ class ChatTemplate:
 
     @property
     def files(self) -> dict[str, str]:
-        """Files that store the template in a weights folder: maps a file name to its text. Empty if the template is a
+        """Files that store the template in a weights folder: maps file names to texts. Empty if the template is a
         function."""
         return {TEMPLATE_FILES[kind]: source for kind, source in self._sources.items()}
 
     def require_tokens(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError if the template contains a special token that the tokenizer does not know. The tokenizer
-        would split such a token into characters."""
+        """Raise UserError if the template contains a special token that the tokenizer does not know."""
         for source in self._sources.values():
             for token in NAMED_TOKEN.findall(source):
                 refuse_unknown_token(token, tokenizer, self._field, self.name)
@@ -166,8 +164,7 @@ class ChatTemplate:
     def render(self, chat: Chat, supervise: Supervise, reasoning: LostReasoning | None = None) -> RenderedChat:
         """Renders a chat and finds its learnt spans. Raises CannotRender.
 
-        supervise: which turns are learnt. reasoning: what to do with reasoning that the template drops from a learnt
-        turn.
+        supervise: which turns are learnt. reasoning: what to do if the template drops the reasoning of a learnt turn.
         """
         if reasoning is LostReasoning.drop:
             chat = chat.without_reasoning()
@@ -200,9 +197,12 @@ class ChatTemplate:
     def stop(self, called: bool = False) -> str:
         """Returns the text that ends an assistant turn. Raises CannotRender.
 
-        This is the text that the template writes after the content. If the template writes none, it is the last
-        special token before the content of the next message, or else the end-of-document token. called: whether the
-        turn calls tools.
+        The text is the first of these that exists:
+        - the text that the template writes after the content
+        - the last special token before the content of the next message
+        - the end-of-document token
+
+        called: whether the turn calls tools.
         """
         if written := self._written_stop():
             return written
@@ -224,10 +224,9 @@ class ChatTemplate:
         return after.partition(TURN_END)[0] if TURN_END in after else after.strip()
 
     def _with_stops(self, chat: Chat, text: str, turns: dict[int, PlacedTurn]) -> tuple[str, dict[int, PlacedTurn]]:
-        """Extends each turn so that it includes its stop token. If the template writes no stop token after the last
-        turn, the method appends it.
+        """Extends each turn to include its stop token. If the template does not write the last stop token, appends it.
 
-        turns: maps the index of a message to its turn. Returns the new text and the new turns.
+        turns: maps the index of a message to its turn. Returns the new text and turns.
         """
         if self._written_stop():
             return text, turns
@@ -244,7 +243,7 @@ class ChatTemplate:
 
     def _fitting(self, messages: Sequence[Message]) -> list[Message]:
         """Returns the messages with their reasoning in the field `reasoning_content`. If the template expects reasoning
-        only at the start of the content, the messages are unchanged."""
+        only in the content, returns them unchanged."""
         thoughts = [
             message for message in messages if message["role"] == "assistant" and with_field(message) != message
         ]
@@ -261,8 +260,7 @@ class ChatTemplate:
     def _knows_contents_alone(self) -> bool:
         """Whether the template handles reasoning only as a part of the content.
 
-        Such a template keeps reasoning at the start of a content, adds no reasoning block before it, and ignores the
-        reasoning field.
+        Such a template keeps reasoning in the content, adds no reasoning block, and ignores the reasoning field.
         """
         thought, answer = f"{THINK}\n{PROBE}\n{THOUGHT}", PROBED_TURNS[1]
         text = self._run([PROBED_QUESTION, answer | {"content": f"{thought}\n\n{PROBED_ANSWER}"}], None)
@@ -272,7 +270,7 @@ class ChatTemplate:
         return bool(found) and not CLOSED.search(before) and mark not in in_field
 
     def _lost(self, chat: Chat) -> set[int]:
-        """Returns the indices of the messages whose reasoning field the template drops."""
+        """Returns the indices of the messages whose reasoning the template drops."""
         marks = {n: f"{PROBE}{n}{PROBE}" for n, message in enumerate(chat.messages) if message.get(REASONING)}
         if not marks:
             return set()
@@ -288,10 +286,10 @@ class ChatTemplate:
         wanted: list[int],
         choice: LostReasoning | None,
     ) -> tuple[str, dict[int, PlacedTurn]]:
-        """Inserts dropped reasoning into the text if `choice` asks for it. Returns the new text and the new turns.
+        """If `choice` asks for it, inserts dropped reasoning into the text. Returns the new text and turns.
 
         If the generation prompt opens a reasoning tag, a turn with reasoning begins after this tag. wanted: indices of
-        the learnt turns. Raises CannotRender if `choice` is None and the template drops the reasoning of a learnt turn.
+        the learnt turns. Raises CannotRender if reasoning of a learnt turn is dropped and `choice` is None.
         """
         thoughts = {n: with_field(chat.messages[n]).get(REASONING) for n in turns}
         if not any(thoughts.values()):
@@ -322,8 +320,7 @@ class ChatTemplate:
         return text, found
 
     def _has(self, text: str, content: str, chat: Chat) -> bool:
-        """Whether the text contains `content` at least n times, where n is the number of the chat's messages with this
-        content."""
+        """Whether the text contains `content` at least as often as the chat has messages with this content."""
         alike = [m for m in chat.messages if isinstance(m.get("content"), str) and m["content"].strip() == content]
         return text.count(content) >= len(alike)
 
@@ -371,10 +368,9 @@ class ChatTemplate:
     # Methods for templates that do not mark the turns
 
     def _probed(self, chat: Chat) -> tuple[str, dict[int, PlacedTurn]]:
-        """Finds the turns in the text of a chat. Returns the text and the turns.
+        """Renders a chat and finds its turns. Returns the text and the turns.
 
-        The method renders the chat twice: unchanged, and with a probe character instead of each content of the
-        assistant. The difference of the two texts shows the turns.
+        The chat is also rendered with a probe character as each content of the assistant. The two texts show the turns.
         """
         plain = self._run(chat.messages, chat.tools)
         numbers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
@@ -397,11 +393,11 @@ class ChatTemplate:
         return plain, turns
 
     def _around(self, probed: list[Message], number: int, tools: list[Any] | None, piece: str) -> tuple[int, str]:
-        """Returns what the template writes around the content of one turn: a number of characters, and a text.
+        """Returns the number of characters between the generation prompt and one turn's content, and the text after the
+        content.
 
-        The number counts the characters between the generation prompt and the content. The text follows the content.
-        probed: the chat, with a probe character as each assistant's content. piece: the rendered text between the
-        previous probe character and this one.
+        probed: the chat, with a probe character as each assistant's content. piece: the text between the previous probe
+        character and this one.
         """
         turn, given = self._run(probed[: number + 1], tools), self._run(probed[:number], tools, True)
         before, _, after = turn.rpartition(PROBE)
@@ -415,13 +411,12 @@ class ChatTemplate:
         return len(piece) - place - len(header) if place >= 0 else 0, after.rstrip()
 
     def _by_prefix(self, plain: str, chat: Chat, number: int, at: int) -> PlacedTurn:
-        """Finds a turn if a probe character cannot show it, because the template writes other text around the probe
-        character than around the content.
+        """Finds a turn if the template writes other text around a probe character than around the content.
 
-        The method renders the chat only up to the end of this turn. There are two cases. In the first, the result is a
-        prefix of the complete text. In the second, the complete text lacks the reasoning of this turn, because the
-        template drops the reasoning of older turns. Then the method removes the reasoning from the turn's text, and
-        searches the complete text, after the position `at`, for what is left. at: end of the previous turn.
+        The method renders the chat up to the end of this turn. There are two cases:
+        - The result is a prefix of the complete text.
+        - The complete text lacks this turn's reasoning. Then the method searches it for the result without reasoning,
+          from the position `at`, the end of the previous turn.
         """
         before, message = chat.messages[:number], chat.messages[number]
         turn = self._run([*before, message], chat.tools).rstrip()
@@ -444,8 +439,7 @@ class ChatTemplate:
 
 
 def _unmarked(text: str) -> tuple[str, list[Span]]:
-    """Removes the marks of the assistant's turns from a text. Returns the text, and the spans that were between the
-    marks."""
+    """Removes the marks of the assistant's turns. Returns the text, and the spans between the marks."""
     parts = re.split(f"([{TURN_BEGIN}{TURN_END}])", text)
     plain, begins, spans = "", [], []
     for part in parts:
@@ -459,8 +453,8 @@ def _unmarked(text: str) -> tuple[str, list[Span]]:
 
 
 def _shared(one: str, other: str) -> int:
-    """Returns the length of the common prefix of two texts. If this prefix ends with the `<` of a tag <think> or
-    </think> in `one`, the `<` is not counted."""
+    """Returns the length of the common prefix of two texts. The `<` of a tag <think> or </think> in `one` at the end of
+    the prefix is not counted."""
     pairs = enumerate(zip(one, other, strict=False))
     place = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
     inside = place > 0 and {one[place - 1 :][: len(word)] for word in (THINK, THOUGHT)} & {THINK, THOUGHT}
@@ -468,8 +462,7 @@ def _shared(one: str, other: str) -> int:
 
 
 def _forms(content: str) -> Iterator[tuple[str, bool]]:
-    """Yields pairs: a form in which a template may write the content, and whether this form lacks the leading
-    reasoning."""
+    """Yields the forms in which a template may write the content, each with whether it lacks the leading reasoning."""
     whole = [(content, False)]
     if THOUGHT in content:
         whole += [(content.rpartition(THOUGHT)[2], True), (content.partition(THOUGHT)[2], True)]
@@ -480,9 +473,8 @@ def _forms(content: str) -> Iterator[tuple[str, bool]]:
 def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int, bool]] | None:
     """Finds the contents of the assistant's turns in the text of a chat.
 
-    pieces: the parts of the text before, between and after the contents. Returns for each content: index of its first
-    character, index after its last character, and whether its reasoning is cut. Returns None if the text does not
-    consist of these pieces and contents.
+    pieces: the parts of the text before, between and after the contents. Returns for each content its first index, its
+    end index (exclusive), and whether its reasoning was removed. Returns None if the text does not match.
     """
     if len(pieces) != len(contents) + 1 or not plain.startswith(pieces[0]):
         return None
@@ -497,10 +489,9 @@ def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list
 
 
 def _inserted(text: str, turn: PlacedTurn, thought: str) -> tuple[str, PlacedTurn]:
-    """Inserts reasoning before a turn's content. Returns the new text and the new turn.
+    """Inserts reasoning before a turn's content. Returns the new text and turn.
 
-    If the template writes an empty reasoning block or </think> before the content, the reasoning is inserted there.
-    Otherwise the function inserts a new reasoning block.
+    The reasoning goes into the template's empty reasoning block, before its </think>, or into a new reasoning block.
     """
     closed = CLOSED.search(text[: turn.content])
     if closed is None:
@@ -523,7 +514,7 @@ def _inserted(text: str, turn: PlacedTurn, thought: str) -> tuple[str, PlacedTur
 def refuse_unknown_token(token: str, tokenizer: Tokenizer, field: str, name: str) -> None:
     """Raise UserError if the tokenizer does not know a special token.
 
-    field, name: the configuration key and the name of the template in the error message.
+    field, name: the configuration key and the template's name in the error message.
     """
     if tokenizer.id_of(token) is None:
         rule = f"writes {token}, which is not a token of the tokenizer and would be split into characters"
@@ -537,8 +528,7 @@ def load_template(
 ) -> ChatTemplate:
     """Returns the template that data.template names, or the template in the tokenizer's folder. Raises UserError.
 
-    folder: the tokenizer's folder; None if the tokenizer is not on this disk. keys: template variables that the user
-    sets (data.template_keys).
+    folder: the tokenizer's folder, if it is on this disk. keys: the user's template variables (data.template_keys).
     """
     keys = keys or {}
     if wrong := [key for key in keys if key in GIVEN]:
@@ -590,8 +580,8 @@ def _of_folder(folder: Path | None) -> tuple[dict[str, str], str]:
 
 
 def stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
-    """Returns the token ids that end an answer: the stop tokens of the template, the ids in generation_config.json, and
-    eos. Raises UserError."""
+    """Returns the ids that end an answer: the template's stop tokens, the ids in generation_config.json, and eos.
+    Raises UserError."""
     try:
         ends = [encoding.ids for encoding in tokenizer.encode_rendered(template.stops())]
     except CannotRender as error:

@@ -1,8 +1,7 @@
 """Tokenises chats, marks the learnt tokens and fits chats to the sequence length.
 
-The chat's text is encoded as one string, as in an inference engine. If the text contains the name of a special token,
-the name becomes this special token. A learnt token is one whose prediction the loss includes. A token is learnt if a
-learnt span of the text overlaps it.
+The chat's text is encoded as one string. The name of a special token in the text becomes this special token. The loss
+includes the predictions of learnt tokens, which are those that overlap a learnt span of the text.
 
 D = chats, N = their tokens.
 """
@@ -29,11 +28,7 @@ from train.data.template_function import template_of
 from train.data.tokenizer import Tokenizer, load_tokenizer
 
 MASK_VERSION = 3
-"""Version of the method that finds learnt tokens. A change of the version rebuilds the cached token files.
-
-Version 1 missed turns that begin with a space. Version 2 wrote reasoning into the contents. For templates that write no
-stop token, version 2 did not mark any token as the learnt end of a turn.
-"""
+"""Version of the method that finds learnt tokens. A change of the version rebuilds the cached token files."""
 AT_ONCE = 256
 """Number of chats that are encoded in one call."""
 
@@ -49,7 +44,7 @@ class TokenisedChats:
     """Hashes of the chats' stable ids (uint64)."""
     text_bytes: int
     unlearnt: int
-    """Number of chats that were left out because they have no learnt token."""
+    """Number of chats that were left out, because they have no learnt token."""
     unthought: int
     """Number of learnt turns without reasoning, although the generation prompt opens a reasoning block."""
 
@@ -132,23 +127,22 @@ class FittedChats:
 
     documents: Documents
     longest: int
-    """Length of the longest chat, in tokens, before any chat was cut."""
+    """Length of the longest chat, in tokens, before any cut."""
     cut: int = 0
     dropped: int = 0
     emptied: int = 0
-    """Number of chats that were dropped because the cut would remove all of their learnt tokens."""
+    """Number of chats that were dropped because a cut would remove all their learnt tokens."""
 
     @property
     def long(self) -> int:
-        """Number of chats that were too long: cut, dropped, or without learnt tokens after the cut."""
+        """Number of chats that were too long: cut, dropped, or without learnt tokens after a cut."""
         return self.cut + self.dropped + self.emptied
 
 
 def fit_chats(documents: Documents, room: int, too_long: TooLong) -> FittedChats:
-    """Makes all chats fit into `room` tokens.
+    """Cuts or drops chats that have more than `room` tokens.
 
-    too_long: whether a longer chat is cut at its end or dropped. If the cut removes all learnt tokens, the chat is
-    dropped.
+    too_long: whether to cut a longer chat at its end, or to drop it. A cut chat without learnt tokens is dropped.
     """
     long_D = documents.lengths_D > room
     longest = int(documents.lengths_D.max(initial=0))

@@ -1,17 +1,16 @@
 """Reads a chat from a JSONL or Parquet record: messages with roles, the available tools, and the turns to learn.
 
 The record's keys show which of three forms it has:
-  messages        [{role, content, ...}], and `tools` at the same level; the form of OpenAI and Hugging Face. `weight: 0` excludes an
-                  assistant message from the loss.
+  messages        [{role, content, ...}], and `tools` at the same level; the form of OpenAI and Hugging Face.
+                  `weight: 0` excludes an assistant message from the loss.
   prompt, completion  texts or messages; only the completion is learnt
   conversations   ShareGPT's [{from, value}]
 
 Reasoning is under `reasoning_content` (or under `reasoning` or `thinking`), or is <think>...</think> before the
 content.
 
-A null under a key means that the key is absent, at every depth. Parquet needs this rule: each row has the keys of all
-rows, and the keys that the row does not use have the value null. With the rule, a record is the same chat in JSONL and
-in Parquet. Nulls in lists are kept. Nulls inside a JSON text (tools, messages, arguments) are kept too.
+A null under a key means that the key is absent, at every depth, because each row of Parquet has the keys of all rows.
+Nulls in lists and inside a JSON text (tools, messages, arguments) are kept.
 """
 
 import ast
@@ -43,10 +42,9 @@ REASONING = "reasoning_content"
 REASONING_NAMES = (REASONING, "reasoning", "thinking")
 THINK, THOUGHT = "<think>", "</think>"
 LEADING_THOUGHT = re.compile(rf"\s*(?:{THINK})?(.*?){THOUGHT}(.*)", re.DOTALL)
-"""Matches reasoning that precedes a content, and the content. The text may lack the opening <think>, because the prompt
-may already contain it."""
+"""Matches reasoning and the content after it. The opening <think> may be missing, because the prompt may contain it."""
 CHAT_KEYS = ("messages", "prompt", "completion", "conversations", "tools", "system")
-"""Columns that this file reads from a Parquet file, if the file has them."""
+"""Columns that this file reads from a Parquet file, if they exist."""
 PLACE_MARKS = "\ufdd0\ufdd1"
 """Two Unicode noncharacters that mark positions in a text (train/data/chat_template.py)."""
 
@@ -60,11 +58,10 @@ class Chat:
     messages: list[Message]
     tools: list[Any] | None
     learnt: list[bool]
-    """For each message: whether the model may learn it. This is false for all messages that the assistant did not
-    write."""
+    """For each message: whether the model may learn it. False for all messages that the assistant did not write."""
 
     def without_old_reasoning(self) -> "Chat":
-        """Returns a copy without the reasoning in assistant turns before the last message of the user."""
+        """Returns a copy without the reasoning in assistant turns before the user's last message."""
         last = max((n for n, message in enumerate(self.messages) if message["role"] == "user"), default=0)
         return replace(
             self,
@@ -93,10 +90,9 @@ def with_field(message: Message) -> Message:
 
 
 def read_chat(record: Any, place: str, field: str) -> Chat:
-    """Reads a record. Raises UserError if the chat is invalid, for example if a role is unknown or no turn is the
-    assistant's.
+    """Reads a record. Raises UserError if the chat is invalid, for example without a turn of the assistant.
 
-    place: the file and line of the record, for error messages. field: the configuration key of the data.
+    place: file and line for error messages. field: the configuration key of the data.
     """
 
     def refuse(rule: str, cure: str) -> UserError:
@@ -179,10 +175,9 @@ def _from_sharegpt(turn: Any, refuse: Any) -> Message:
 
 
 def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
-    """Returns the message in the form that templates take, and whether its field `weight` is 1. A missing field counts
-    as 1.
+    """Returns the message in the form that templates take, and whether its `weight` is 1 (or missing).
 
-    number: index of the message in the chat. refuse: builds the error for an invalid message.
+    refuse: builds the error for an invalid message.
     """
     where = f"message {number + 1}"
     if not isinstance(given, dict):
@@ -219,8 +214,7 @@ def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
     return message, weight == 1
 
 
-# Builds chats from the docstrings of Python code. Every machine with Python has such code, so it is an example of
-# fine-tuning data.
+# Builds chats from the docstrings of Python code, as an example of fine-tuning data that every machine has.
 #
 #     user        What does the function textwrap.dedent(text) do?
 #     assistant   Remove any common leading whitespace from every line in `text`.
@@ -230,15 +224,15 @@ def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
 # stable id, so whole files are held out. With the same data.validation_fraction, conf=tiny holds out the same files.
 
 SHORTEST_ANSWER, LONGEST_ANSWER = 12, 240
-"""Minimum and maximum length of an answer, in characters. Shorter texts explain nothing, and longer texts are no
-summaries."""
+"""Minimum and maximum length of an answer, in characters. Shorter texts explain nothing; longer ones are no summaries.
+"""
 LONGEST_SIGNATURE = 80
-"""Maximum length of the parameter list in a question, in characters. A longer list becomes `...`."""
+"""Maximum length of a question's parameter list, in characters. A longer list becomes `...`."""
 Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def read_docstring_chats(file: SourceFile, field: str) -> Iterator[tuple[str, Chat]]:
-    """Yields the chats of a Python file, with the file's name as the stable id of each chat.
+    """Yields the chats of a Python file, each with the file's name as stable id.
 
     It yields nothing if this version of Python cannot parse the file.
     """

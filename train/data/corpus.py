@@ -1,12 +1,12 @@
 """Builds the tokenised corpus from the configuration: the slow part of `prepare`, without torch.
 
-For each source it hashes the content, finds or trains the tokenizer, and finds or writes the token folder. A manifest
-stores the hashes, so a second start reads no data. Each cache entry is in data.cache under the hash of its inputs:
+For each source it hashes the content, finds or trains the tokenizer, and finds or writes the token folder. Each cache
+entry is in data.cache under the hash of its inputs:
   manifests/  hashes of files by name, size and mtime      tokenizers/  trained tokenizers
   tokens/     token folders (token_store.py)               marks/       which large token folders were checked
 
-If two processes need the same entry, the first one builds it, and the second one waits for it. A damaged entry is
-reported and rebuilt.
+If two processes need the same entry, the first one builds it, and the second one waits. A damaged entry is reported and
+rebuilt.
 """
 
 import contextlib
@@ -51,13 +51,13 @@ class CorpusPart:
     name: str
     """Path of the source, absolute if it is on this machine; `stdlib` for Python's library."""
     content: str
-    """Hash of the meta.json in the source's token folder. meta.json contains checksums of the tokens."""
+    """Hash of the meta.json in the source's token folder, which contains checksums of the tokens."""
     weight: float
     train: Documents
     validation: Documents
     whole: Documents
-    """All documents, training and held-out. If the source has only one document, it is cut in two for `train` and
-    `validation`, but not here."""
+    """All documents, training and held-out. A single document is cut in two for `train` and `validation`, but not here.
+    """
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ class Corpus:
     parts: list[CorpusPart]
     tokenizer: Tokenizer
     fingerprint: str
-    """Hash of the contents, the tokenizer, the weights of the sources, and the split into training and held-out
-    documents."""
+    """Hash of the contents, the tokenizer, the sources' weights, and the split into training and held-out documents."""
     notes: list[str] = field(default_factory=list)
     """Notes for the user, one sentence each."""
     template_files: dict[str, str] | None = None
@@ -75,12 +74,13 @@ class Corpus:
 
 
 def build_corpus(config: Config, progress: ReportProgress = silent) -> Corpus:
-    """Open the corpus and build missing parts. Several processes may call it at the same time. Raises UserError."""
+    """Open the corpus and build missing parts. Several processes may call this function at the same time. Raises
+    UserError."""
     return _Builder(config, progress).build()
 
 
 class _Builder:
-    """Builds one corpus, and holds the settings and notes that all parts of the build use."""
+    """Builds one corpus. Holds the settings and notes that all steps of the build use."""
 
     def __init__(self, config: Config, progress: ReportProgress):
         self.config, self.data, self.progress = config, config.data, progress
@@ -122,7 +122,7 @@ class _Builder:
         return Corpus(parts, tokenizer, fingerprint, self.notes)
 
     def _read_own(self, given: tuple[Tokenizer, str] | None) -> Corpus:
-        """Returns the held-out part of data.source as a corpus. Training reads the other documents as a stream."""
+        """Returns the held-out documents of data.source as a corpus. Training reads the other documents as a stream."""
         documents = OwnDocuments(self.config)
         content = documents.digest(self.cache, self.progress)
         tokenizer, name = given or self._tokenizer({}, {KEY: documents}, {KEY: content})
@@ -165,10 +165,7 @@ class _Builder:
         return Corpus(parts, tokenizer, fingerprint, self.notes, template.files)
 
     def _tell_of_long(self, fitted: list[tuple[str, FittedChats]], parts: list[CorpusPart]) -> None:
-        """Raise UserError for chats that are too long, or add notes about how many chats were cut or dropped.
-
-        fitted: for each source, its name and its chats.
-        """
+        """Raise UserError for chats that are too long, or add notes about how many chats were cut or dropped."""
         long = sum(one.long for _, one in fitted)
         if long and self.data.too_long is TooLong.refuse:
             count = sum(len(one.documents) + one.emptied + one.dropped for _, one in fitted)
@@ -210,11 +207,9 @@ class _Builder:
             writer.more = {"unlearnt": unlearnt} | ({"unthought": unthought} if unthought else {})
 
     def _without_short(self, name: str, *sides: Documents) -> tuple[Documents, ...]:
-        """Removes the documents with fewer than data.min_tokens tokens from the training documents, from the held-out
-        documents, and from all documents. Returns what is left of these three sets.
+        """Removes the documents with fewer than data.min_tokens tokens. Returns the rest.
 
-        sides: the three sets of documents. The documents were split before this call, so data.min_tokens does not
-        change which documents are held out.
+        sides: training, held-out and all documents. data.min_tokens does not change which documents are held out.
         """
         least = self.data.min_tokens
         if not least:
@@ -238,9 +233,8 @@ class _Builder:
     ) -> tuple[Tokenizer, str]:
         """Returns the tokenizer and its name if data.tokenizer is not set.
 
-        If some data are already tokenised, the method returns their tokenizer. Otherwise it trains one. memmaps:
-        folders of tokenised data, by configuration key. sources, digests: other sources and their hashes, by
-        configuration key.
+        It is the tokenizer of the data that are already tokenised, or else a new one. memmaps: folders of tokenised
+        data, by configuration key. sources, digests: other sources and their hashes, by configuration key.
         """
         for key, path in memmaps.items():
             if not (path / "tokenizer.json").is_file():
@@ -296,7 +290,7 @@ class _Builder:
         return self._store(path, lambda path: self._write(path, source, tokenizer))
 
     def _store(self, path: Path, write: Callable[[Path], None]) -> TokenStore:
-        """Opens the token folder. If the folder is missing or damaged, calls `write` first."""
+        """Opens the token folder. If it is missing or damaged, calls `write` first."""
 
         def ready() -> TokenStore | None:
             if not path.exists():
@@ -325,7 +319,7 @@ class _Builder:
                 raise no_text(source)
 
     def _once(self, path: Path, ready: Callable, make: Callable):
-        """Returns the result of `ready`. If this is None, one process runs `make` while other processes wait."""
+        """Returns the result of `ready`. While it is None, one process runs `make` and others wait."""
         if (found := ready()) is not None:
             return found
         with locked(path, lambda: self.progress("waiting for another process with the same work", 0, 0)):

@@ -1,4 +1,4 @@
-"""Batches for training and validation. A batch is selected by the index of its first sample.
+"""Batches for training and validation. The index of its first sample selects a batch.
 
 S1 = seq_len + 1, B = sequences.
 """
@@ -15,20 +15,18 @@ from train.data.packing import Documents, PackedChats, Stream
 from train.data.shuffle import key
 from train.data.tokenizer import Tokenizer
 
-# A schedule decides which source of a mix each sample comes from. The sources' shares follow the weights exactly, and
-# the schedule needs no state.
+# A schedule decides which source of a mix each sample comes from. It has no state.
 #
 # Source 0 takes its share of all samples: of the first n samples it takes floor(n * w0 / (w0 + w1 + ...)). The other
 # samples are numbered again from 0, source 1 takes its share of them, and so on. So a formula gives the number of
-# samples of a source among the first n samples, and this number never decreases with n. The number differs from the
-# exact share by a few samples at most (one for each earlier source). Weights become fractions with a denominator of at
-# most 10^6.
+# samples of a source among the first n samples, and this number never decreases with n. It differs from the exact share
+# by at most one sample for each earlier source. Weights become fractions with a denominator of at most 10^6.
 #
 # N = samples.
 
 
 class Schedule:
-    """Splits samples 0, 1, 2, ... among the sources of a mix. weights: one positive weight for each source."""
+    """Splits samples 0, 1, 2, ... among the sources of a mix. weights: a positive number per source."""
 
     def __init__(self, weights: list[float]):
         exact = [Fraction(weight) for weight in weights]
@@ -45,7 +43,7 @@ class Schedule:
     def assign(self, first: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Splits the samples first to first + count - 1 among the sources.
 
-        Returns two arrays for each source: the rows of the batch that the source fills (int64, 0..count-1), and the
+        Returns two int64 arrays for each source: the rows of the batch that the source fills (0..count-1), and the
         indices of these samples within the source.
         """
         rows_N, place_N = np.arange(count), np.arange(first, first + count, dtype=np.int64)
@@ -59,7 +57,7 @@ class Schedule:
 
 
 class TrainingData:
-    """Endless training samples. Sample i depends only on the data, the recipe's seq_len and seed, and i."""
+    """Endless training samples. Sample i depends only on the data, seq_len, the seed, and i."""
 
     def __init__(self, corpus: Corpus, config: Config):
         self.seq_len, self.mask, self.chats = config.seq_len, config.data.mask_documents, config.data.chats
@@ -84,7 +82,7 @@ class TrainingData:
         return rows.batch
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Returns, for each source, how many epochs of its training text are read after this many samples."""
+        """Maps each source to the number of epochs of its training text in this many samples."""
         counts = self._schedule.counts(samples)
         return {
             name: float(count / stream.sequences)
@@ -92,7 +90,7 @@ class TrainingData:
         }
 
     def repeats(self, samples: int) -> str | None:
-        """Returns a warning if a run of this many samples reads a source more than one time; otherwise None."""
+        """Returns a warning if a run of this many samples reads a source more than once, else None."""
         often = [f"{name} {times:.3g} times" for name, times in self.epochs(samples).items() if times > 1]
         if not often:
             return None
@@ -105,17 +103,16 @@ class TrainingData:
 
 
 class ValidationData:
-    """Fixed sequences that are spread evenly over the held-out documents. The sequences are the same for every seed and
-    contain no fill-in-the-middle (FIM) documents.
+    """Fixed sequences that are spread evenly over the held-out documents. They are the same for every seed and contain
+    no fill-in-the-middle (FIM) documents.
 
-    Bits per byte = nats of all targets / ln 2 / text_bytes of the same sequences. text_bytes is the length of the text
-    that the targets decode to. eos is a target: the nats include its loss, because the model must predict where a
-    document ends. But eos has 0 bytes of text.
+    Bits per byte = nats of all targets / ln 2 / text_bytes. text_bytes is the length of the targets' text. eos counts
+    in the nats, but has 0 bytes of text.
     """
 
     def __init__(self, corpus: Corpus, config: Config, sequences: int | None = None):
-        """sequences: number of sequences in total. The weights of the sources decide how many of them each source gets.
-        None: log.validation_sequences."""
+        """sequences: number of sequences in total, split among sources by their weights. None:
+        log.validation_sequences."""
         self.seq_len, self.mask, self.chats = config.seq_len, config.data.mask_documents, config.data.chats
         self.notes: list[str] = []
         self._tokenizer = corpus.tokenizer
@@ -133,7 +130,7 @@ class ValidationData:
             self._places += [(stream, max(1, whole) * place // count) for place in range(count)]
 
     def __len__(self) -> int:
-        """Returns the number of sequences: the requested number, or fewer if the held-out text is short."""
+        """Returns the number of sequences, which is lower than requested if the held-out text is short."""
         return len(self._places)
 
     def batch(self, first: int, count: int) -> Batch:
@@ -146,8 +143,7 @@ class ValidationData:
         return rows.batch
 
     def text_bytes(self, batch: Batch) -> int:
-        """Number of bytes of the text that this batch's targets decode to. In chats, only learnt targets are
-        included."""
+        """Number of bytes of the text that this batch's targets decode to. In chats, only learnt targets count."""
         bytes_BT = self._tokenizer.bytes_V[batch.tokens_BS[:, 1:].numpy()]
         learnt_BT = batch.learnt_BT
         return int(bytes_BT.sum() if learnt_BT is None else bytes_BT[learnt_BT.numpy()].sum())
@@ -156,7 +152,7 @@ class ValidationData:
 def _stream(
     documents: Documents, config: Config, tokenizer: Tokenizer, seed: int, fim_rate: float = 0.0
 ) -> Stream | PackedChats:
-    """Returns a reader that makes training sequences from these documents: one continuous text, or packed chats."""
+    """Returns a reader of training sequences from these documents: continuous text, or packed chats."""
     if config.data.chats:
         return PackedChats(documents, config.seq_len, tokenizer.eos_id, seed)
     return Stream(documents, config.seq_len, tokenizer.eos_id, seed, tokenizer.fim_ids, fim_rate)
@@ -172,7 +168,7 @@ class _Rows:
         self._supervised_BS = np.empty(shape, np.bool_) if chats else None
 
     def of(self, row: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Returns the buffers of one row, which the caller fills: tokens, document indices and the supervised mask."""
+        """Returns the buffers of one row for the caller to fill: tokens, document indices, supervised mask."""
         numbers_S = None if self._numbers_BS is None else self._numbers_BS[row]
         return self._tokens_BS[row], numbers_S, None if self._supervised_BS is None else self._supervised_BS[row]
 

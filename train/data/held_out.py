@@ -1,8 +1,8 @@
 """Chooses the documents that are held out for validation.
 
 A document is held out if the hash of its stable id is below validation_fraction of the hash range. So a new document
-does not change whether another document is held out. At least one document is held out, and at least one is used for
-training. If there is only one document, it is cut in two, and the last part of its bytes is held out.
+does not change whether another one is held out. At least one document is held out, and at least one is used for
+training. A single document is cut in two, and its last part is held out.
 
 D = documents.
 """
@@ -17,15 +17,15 @@ from train.data.token_store import TokenStore
 from train.data.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 1 << 20
-"""Number of tokens that are read at a time to find the cut of a single document."""
+"""Number of tokens that are read at a time to find where a single document is cut."""
 LONGEST_DOCUMENT = 16 << 20
-"""Maximum number of characters that one document contributes to the training of a tokenizer."""
+"""Maximum number of characters of one document on which a tokenizer is trained."""
 
 
 def held_out_D(hashes_D: np.ndarray, fraction: float) -> np.ndarray:
     """Returns for each of two or more documents whether it is held out (bool).
 
-    hashes_D: hashes of the documents' stable ids. fraction: data.validation_fraction.
+    hashes_D: hashes of the stable ids. fraction: data.validation_fraction.
     """
     held_D = hashes_D < np.uint64(fraction * 2**64)
     if not held_D.any():
@@ -51,8 +51,7 @@ def split_documents(store: TokenStore, tokenizer: Tokenizer, fraction: float) ->
 
 
 def all_documents(store: TokenStore) -> Documents:
-    """Returns all documents of a token folder, training and held-out. If there is only one document, it is not cut in
-    two."""
+    """Returns all documents of a token folder, training and held-out. A single document is not cut in two."""
     return Documents(store.tokens_N, store.offsets_D1[:-1], np.diff(store.offsets_D1), store.supervised_N)
 
 
@@ -65,8 +64,8 @@ def long_documents(documents: Documents, least: int) -> Documents:
 def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
     """Returns how many tokens of a single document are used for training; the other tokens are held out.
 
-    The training tokens lie entirely in the first part of the document's bytes. Each part gets at least one token.
-    bytes_V: number of bytes of each token id.
+    Training gets the fraction 1 - `fraction` of the bytes. Each part gets at least one token. bytes_V: bytes per token
+    id.
     """
     chunks = [slice(first, first + TOKENS_AT_ONCE) for first in range(0, len(tokens_N), TOKENS_AT_ONCE)]
     ends = np.cumsum([bytes_V[tokens_N[chunk]].sum() for chunk in chunks])
@@ -78,7 +77,7 @@ def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
 
 
 def training_texts(sources: list[DocumentSource], limit: int, fraction: float) -> Iterator[str]:
-    """Yields texts to train a tokenizer on: training documents from all sources, about `limit` bytes in total."""
+    """Yields training documents from all sources, about `limit` bytes in total, to train a tokenizer on."""
     for source in sources:
         documents = _enough(source.sample(limit // len(sources)), limit // len(sources), fraction)
         if not documents:
@@ -92,7 +91,7 @@ def training_texts(sources: list[DocumentSource], limit: int, fraction: float) -
 
 
 def _enough(documents: Iterator[tuple[str, str]], limit: int, fraction: float) -> list[tuple[str, str]]:
-    """Returns documents from the iterator until the training documents among them have `limit` characters."""
+    """Returns the first documents of the iterator, until the training documents have `limit` characters in total."""
     taken, size = [], 0
     for name, text in documents:
         text = text[:LONGEST_DOCUMENT]

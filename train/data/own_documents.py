@@ -1,7 +1,7 @@
-"""Reads documents from user code (data.source), pass after pass. A document's index within its pass decides whether the
-document is held out.
+"""Reads documents from user code (data.source), pass after pass. A pass is one iteration over all documents of the
+source.
 
-A pass is one iteration over all documents of the source.
+A document's index within its pass decides whether the document is held out.
 
 D = documents.
 """
@@ -27,7 +27,7 @@ from train.data.tokenizer import Tokenizer, in_parts
 
 KEY = "data.source"
 LOOKED_AT = 16
-"""Number of documents whose content is hashed to identify the data: the first documents of the source."""
+"""Number of documents, from the start of the source, whose content is hashed to identify the data."""
 END = object()
 
 
@@ -40,14 +40,13 @@ class StreamMark:
     passes: int = 0
     """Number of completed passes."""
     document: int = 0
-    """Index, within the pass, of the document with the sample's first token."""
+    """Index, within the pass, of the document that contains the sample's first token."""
     skip: int = 0
-    """Number of tokens of the document that precede the sample's first token."""
+    """Number of tokens of this document before the sample's first token."""
     pass_samples: int = 0
-    """Number of samples in the first pass; 0 if the first pass has not ended yet."""
+    """Number of samples in the first pass; 0 while the first pass has not ended."""
     state: str | None = None
-    """The source's state_dict as JSON, taken before the source produced the document; None if the source has no
-    state_dict."""
+    """The source's state_dict as JSON, from before it produced the document; None without a state_dict."""
 
 
 class OwnDocument(NamedTuple):
@@ -60,22 +59,22 @@ class OwnDocument(NamedTuple):
 
 
 class OwnDocuments:
-    """The documents of data.source. This class is a `DocumentSource`, and it also tokenises the documents."""
+    """The documents of data.source as a `DocumentSource`, which also tokenises them."""
 
     field = KEY
     size = 1 << 21
-    """A tokenizer is trained on this number of characters from the beginning of the source. The number is fixed,
-    because a source may be endless."""
+    """Number of characters, from the beginning of the source, on which a tokenizer is trained. It is fixed, because a
+    source may be endless."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None):
-        """tokenizer: tokenises the documents; None if the tokenizer is not trained yet."""
+        """tokenizer: tokenises the documents; None if it is not trained yet."""
         assert config.data.source
         self._section, self._fraction = config.data.source, config.data.validation_fraction
         self.name: str = self._section[TARGET]
         self._tokenizer, self._rows = tokenizer, config.model.vocab_size
 
     def walk(self, mark: StreamMark = StreamMark()) -> Iterator[OwnDocument]:
-        """Yields the documents, beginning at the position `mark`, pass after pass, without end."""
+        """Yields the documents from the position `mark` on, pass after pass, without end."""
         source = make(KEY, self._section)
         says_state = hasattr(source, "state_dict")
         passes, number = mark.passes, 0
@@ -99,7 +98,7 @@ class OwnDocuments:
         return hash_id(str(document.number)) < self._fraction * 2**64
 
     def tokens(self, document: OwnDocument) -> np.ndarray:
-        """Returns the token ids of a document, with eos at the end (int64); empty if the document is empty."""
+        """Returns the token ids of a document, with eos at the end (int64); empty for an empty document."""
         assert self._tokenizer is not None
         if isinstance(document.content, str):
             ids = [id for part in self._tokenizer.encode_batch(list(in_parts(document.content))) for id in part]
@@ -115,11 +114,10 @@ class OwnDocuments:
         return np.append(ids, self._tokenizer.eos_id).astype(np.int64) if len(ids) else np.empty(0, np.int64)
 
     def held_out(self, wanted: int) -> Documents:
-        """Returns held-out documents from the start of a pass.
+        """Returns held-out documents from the start of a pass, until they have `wanted` tokens in total or the pass
+        ends.
 
-        The method stops when the documents have `wanted` tokens in total. If a pass has fewer held-out tokens, it
-        returns all held-out documents of the pass. Raises UserError if the source has no held-out document or no
-        training document.
+        Raises UserError if the source has no held-out document or no training document.
         """
         found, size, trains = [], 0, False
         for document in takewhile(lambda one: not one.passes, self.walk()):
@@ -148,7 +146,7 @@ class OwnDocuments:
         return hashed.hexdigest()
 
     def documents(self) -> Iterator[tuple[str, str]]:
-        """Yields index and text of the documents of the first pass, for training a tokenizer."""
+        """Yields index and text of the first pass's documents, for training a tokenizer."""
         for document in takewhile(lambda one: not one.passes, self.walk()):
             if not isinstance(document.content, str):
                 rule = f"is unknown, and {self.name} gives token ids, not text for training a tokenizer"

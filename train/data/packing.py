@@ -1,18 +1,15 @@
 """Packed training sequences, each a pure function of (seed, index) (paper 4.1).
 
 The algorithm. In epoch e, the documents have a random order that depends on (seed, e), and eos ends each document. The
-epochs follow one another as one endless stream of tokens. A window is a training sequence: window w covers the tokens
-w*S to w*S + S (inclusive) of the stream, where S is seq_len. Neighbouring windows overlap by one token, so every token
-is the target of exactly one window. The samples of epoch e are the windows that begin inside epoch e. A second shuffle
-orders these windows, so that the parts of a long document are rarely in one batch.
+epochs follow one another as one endless stream of tokens. Window w is a training sequence: it covers the tokens w*S to
+w*S + S (inclusive) of the stream, where S is seq_len. Neighbouring windows overlap by one token, so every token is the
+target of exactly one window. The samples of epoch e are the windows that begin inside epoch e. A second shuffle orders
+these windows, so that the parts of a long document are rarely in one batch.
 
 Fill-in-the-middle (FIM; paper 4.1, PSM order) reorders a document: begin, prefix, hole, suffix, end, middle, eos. The
-document is cut between tokens, not between characters. So the text is not tokenised again, and the FIM document is
-always three tokens longer. Each document of the stream has a slot; the slots of all epochs are numbered 0, 1, 2, ...
-The document in slot g becomes a FIM document if floor((g+1)*rate) > floor(g*rate). The order of the documents is
-random, so this choice is as good as random. A formula gives the number of FIM documents before any slot. So the start
-of every epoch and the position of every sample are computed by formulas too. A resumed run does not read earlier data
-again, even if its number of ranks is different.
+document is cut between tokens, so the FIM document is always three tokens longer. Document g of the stream (counted
+from 0) becomes a FIM document if floor((g+1)*rate) > floor(g*rate). Formulas give the start of every epoch and the
+position of every sample, so a resumed run does not read earlier data again.
 
 The index of an epoch (order and ends of the documents) takes O(documents) memory. Only the indices of the two newest
 epochs are in memory.
@@ -44,8 +41,8 @@ class Documents:
     lengths_D: np.ndarray
     """Number of tokens of each document, without eos (int64)."""
     supervised: np.ndarray | None = None
-    """uint8 for each token of the file: 1 if the token is supervised, which means that the loss includes its
-    prediction. None: all tokens are supervised."""
+    """uint8 for each token of the file: 1 if the token is supervised (the loss includes its prediction). None: all
+    tokens are supervised."""
 
     def __len__(self) -> int:
         return len(self.starts_D)
@@ -55,7 +52,7 @@ class Documents:
 class _Epoch:
     order_D: np.ndarray
     ends_D: np.ndarray
-    """End of each document in the order of the epoch, counted in tokens from the start of the epoch."""
+    """End of each document in the order of the epoch, in tokens from the epoch's start."""
 
 
 class Stream:
@@ -81,8 +78,8 @@ class Stream:
         self.fim = [np.array([token], dtype) for token in fim or ()]
         self.plain_tokens = int(documents.lengths_D.sum()) + len(documents)
         self.mean_tokens = self.plain_tokens + FIM_TOKENS * len(documents) * self.rate
-        """Mean number of tokens in an epoch. An epoch may have three tokens more or less, because it has a whole number
-        of FIM documents."""
+        """Mean number of tokens in an epoch. An epoch may have three more or less, because its number of FIM documents
+        is whole."""
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def tokens_before(self, epoch: int) -> int:
@@ -90,8 +87,7 @@ class Stream:
         return epoch * self.plain_tokens + FIM_TOKENS * self._fim_before(epoch * len(self.documents))
 
     def samples_before(self, epoch: int) -> int:
-        """Returns the number of samples before this epoch: the number of windows that begin before the epoch's first
-        token."""
+        """Returns the number of samples before this epoch: the windows that begin before its first token."""
         return -(-self.tokens_before(epoch) // self.seq_len)
 
     def windows_N(self, samples_N: np.ndarray) -> np.ndarray:
@@ -124,8 +120,8 @@ class Stream:
         self.read(window * self.seq_len, tokens_S, numbers_S)
 
     def read(self, first_token: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None) -> None:
-        """Fill tokens_S with the stream's tokens, starting at the position `first_token`. Fill numbers_S with the
-        document index of each token, counted from 0 in this buffer."""
+        """Fill tokens_S with the stream's tokens from the position `first_token`. Fill numbers_S with each token's
+        document index, counted from 0 in this buffer."""
         number, filled = 0, 0
         for pieces, skip in self._documents_from(first_token):
             begin = filled
@@ -144,10 +140,9 @@ class Stream:
                 return
 
     def _documents_from(self, token: int) -> Iterator[tuple[list[np.ndarray], int]]:
-        """Yields documents of the stream, beginning with the document that contains the token at this position.
+        """Yields documents of the stream, beginning with the one that contains the token at this position.
 
-        Yields for each document a list of token arrays, and the number of tokens to skip at the document's start. This
-        number is 0 for all documents except the first.
+        Yields token arrays, and the number of tokens to skip, which is 0 for all documents except the first.
         """
         number = self._epoch_of(token, self.tokens_before, 1)
         local = token - self.tokens_before(number)
@@ -173,12 +168,11 @@ class Stream:
         return [begin, text[:low], hole, text[high:], end, text[low:high], self.eos]
 
     def _fim_before(self, place):
-        """Number of FIM documents among the first `place` documents of the stream. `place` may be an int or an int64
-        array."""
+        """Number of FIM documents among the first `place` documents of the stream. place: an int or an int64 array."""
         return place * self.rate.numerator // self.rate.denominator
 
     def _epoch(self, number: int) -> _Epoch:
-        """Returns the index of an epoch: the order and the ends of its documents. The index is built on first use."""
+        """Returns the order and the ends of an epoch's documents. They are computed on first use."""
         if number not in self._epochs:
             size = len(self.documents)
             order_D = shuffled_D(key(self.seed, number, 0), size)
@@ -194,8 +188,8 @@ class Stream:
     def _epoch_of(self, position: int, before: Callable[[int], int], tokens: int) -> int:
         """Returns the epoch e with before(e) <= position < before(e + 1).
 
-        position: index of a token or of a sample. before: maps an epoch to the index of its first token or sample.
-        tokens: 1 for tokens; the number of tokens per sample for samples.
+        position: index of a token or of a sample. before: maps an epoch to its first index. tokens: tokens per index,
+        which is 1 or the length of a sample.
         """
         epoch = int(position * tokens // self.mean_tokens)  # an estimate, which is at most a few epochs off
         while before(epoch) > position:
@@ -207,12 +201,10 @@ class Stream:
 
 # PackedChats fills sequences with whole, independent chats, as a pure function of (seed, index).
 #
-# The algorithm. The seed shuffles the chats, and a stable sort puts the longest chat first. Each chat goes into that
-# sequence whose free space is the smallest that is large enough (best fit, decreasing). Padding fills the rest of a
-# sequence and has no loss. The same chats share a sequence in all epochs; the order of the sequences changes from epoch
-# to epoch. A resumed run does not read earlier data again, because a sample's index determines the sample.
-#
-# To find the best fit, a sorted list contains the distinct free spaces, at most seq_len + 1 entries.
+# The algorithm. The seed shuffles the chats, and a stable sort puts the longest chat first. Each chat goes into the
+# fullest sequence that has enough free space (best fit, decreasing). A sorted list of the distinct free spaces, at most
+# seq_len + 1 of them, finds this sequence. Padding fills the rest of a sequence and has no loss. The same chats share a
+# sequence in all epochs; the order of the sequences changes from epoch to epoch.
 #
 # D = chats, S1 = seq_len + 1 tokens of a sequence, N = any number of samples.
 

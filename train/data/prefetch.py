@@ -12,9 +12,9 @@ from train.data.batch import Batch
 class Prefetch:
     """Iterates over the batches of a plan, and builds them in a thread before they are needed.
 
-    make: builds the batch of one request. plan: the requests; each is a tuple of arguments of `make`. ahead: number of
-    batches that are built in advance. If `make` or the plan raises an exception, the loop over the batches raises it at
-    that batch. `close` (or leaving the context manager) stops the thread, and then the iteration ends.
+    make: builds one batch. plan: yields arguments of `make`, a tuple for each batch. ahead: number of batches that are
+    built in advance. An exception of `make` or the plan is raised at its batch. `close` stops the thread and ends the
+    iteration.
     """
 
     def __init__(self, make: Callable[..., Batch], plan: Iterable[tuple[int, int]], ahead: int = 2):

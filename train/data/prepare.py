@@ -1,4 +1,4 @@
-"""Prepares the data of a rank in one call, and computes the number of steps of a run that sets `epochs`."""
+"""Prepares the data of a rank, and computes the number of steps of a run that sets `epochs`."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -35,8 +35,7 @@ class PreparedData:
     the data are not chats."""
 
     def save_words(self, folder: Path) -> None:
-        """Write the tokenizer's files. If a template rendered the chats, write this template instead of the tokenizer's
-        templates."""
+        """Write the tokenizer's files. The template that rendered the chats replaces the tokenizer's templates."""
         files = self.tokenizer.files
         if self.template_files is not None:
             files = {name: text for name, text in files.items() if name not in TEMPLATE_FILES.values()}
@@ -46,8 +45,8 @@ class PreparedData:
 def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
     """Find or build the tokenizer and the tokens, and open them. Raises UserError.
 
-    Idempotent and safe in several processes. The driver calls this function before it starts the ranks, so the ranks
-    find everything in the cache. If another process builds the same data, this process waits for it.
+    If another process builds the same data, this process waits for it. The driver calls this function first, so the
+    ranks find everything in the cache.
     """
 
     def tell(stage: str, done: int, total: int) -> None:
@@ -69,10 +68,9 @@ def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
 
 
 def with_steps(config: Config) -> Config:
-    """Returns the recipe with the number of steps in which all sources are read as many times as the key `epochs` says.
-    The last step may read some sequences again.
+    """Returns the recipe with the number of steps that read all sources `epochs` times.
 
-    Builds the tokens if they are missing. Raises UserError.
+    The last step may read some sequences again. Builds the tokens if they are missing. Raises UserError.
     """
     assert config.epochs is not None
     with show_progress() as progress:

@@ -1,7 +1,4 @@
-"""Shows the progress of `prepare` on stderr: a bar in a terminal, otherwise a line per stage.
-
-If all data are cached, it shows nothing.
-"""
+"""Shows the progress of `prepare` on stderr: a bar in a terminal, otherwise lines; nothing for cached data."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 ReportProgress = Callable[[str, int, int], None]
-"""A function that is called with the name of the stage, the bytes done and the total bytes."""
+"""A function that is called with the stage's name, the bytes done and the total bytes."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -52,7 +49,7 @@ class _Bar:
 
     @cached_property
     def _progress(self) -> "ProgressBar":
-        """The bar is created on first use, so that a start with a full cache does not wait for the import of rich."""
+        """The bar is created on first use, because the import of rich takes time."""
         from rich import progress
 
         from conf.screen import Terminal

@@ -1,5 +1,5 @@
-"""Checks whether the Hugging Face Hub is reachable, at most once per process. The check has a time limit, because the
-Hub's libraries would retry for minutes."""
+"""Checks at most once per process whether the Hugging Face Hub is reachable. The check has a time limit; the Hub's
+libraries would retry for minutes."""
 
 import os
 import sys
@@ -9,11 +9,11 @@ from functools import cache
 from threading import Thread
 
 REACH_SECONDS = 10.0
-"""Time limit of the check in seconds. The limit includes the look-up of the host name."""
+"""Time limit of the check in seconds, including the look-up of the host name."""
 
 
 def hub() -> str:
-    """Returns the address of the Hub. The Hub's libraries read the same environment variable."""
+    """Returns the address of the Hub, from the environment variable that the Hub's libraries read."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
@@ -21,8 +21,7 @@ def hub() -> str:
 def offline_reason() -> str | None:
     """Returns the reason why the Hub is unreachable; None if it is reachable.
 
-    If the Hub is unreachable, this call also makes the Hub's libraries use only their caches for the rest of the
-    process.
+    If the Hub is unreachable, the Hub's libraries use only their caches for the rest of the process.
     """
     wanted = os.environ.get("HF_HUB_OFFLINE", "").upper() in (
         "1",

@@ -22,13 +22,13 @@ TEXT_PIECE_BYTES = 16 << 20
 """Maximum bytes of a text document. A longer file is cut at line ends into several documents."""
 READ_BYTES = 1 << 20
 LONGEST_LINE = 128 << 20
-"""Maximum number of bytes of a JSONL line. A line is read completely, and two copies of it may be in memory."""
+"""Maximum bytes of a JSONL line. Two copies of a complete line may be in memory."""
 LARGEST_RATIO, FREE = 1000, 1 << 30
 """Limits against decompression bombs. Output of more than FREE bytes may be at most LARGEST_RATIO times the file size.
-Text usually compresses to about a tenth."""
+"""
 ZSTD_INPUT = 4 << 10
-"""Number of compressed bytes that are decompressed in one call. 4 bytes of Zstandard can become 128 KiB, so one call
-produces at most 128 MiB."""
+"""Number of compressed bytes that one call decompresses. 4 bytes of Zstandard can become 128 KiB, so one call produces
+at most 128 MiB."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -45,8 +45,8 @@ class SourceFile:
 def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator[tuple[str, str]]:
     """Yields the file as one document, or as several if it is longer than TEXT_PIECE_BYTES.
 
-    binary: receives the names of binary files, which yield nothing. As in git, a file is binary if its first 8 KiB
-    contain a NUL. None: there is no such check.
+    binary: receives the names of binary files, which yield nothing. As in git, a NUL in the first 8 KiB makes a file
+    binary. None: no such check.
     """
     with file.path.open("rb") as stream:
         offset, number, rest = 0, 0, b""
@@ -64,9 +64,10 @@ def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator
 
 
 def _cut(block: bytes) -> int:
-    """Returns the position at which `block` is cut into two documents: the number of bytes of the first document.
+    """Returns the position at which `block` is cut into two documents.
 
-    The cut is after the last line end in the second half of the block, or else before the last character.
+    The cut is after the last line end in the second half of the block. Without a line end, it is before the last
+    character.
     """
     line = block.rfind(b"\n", len(block) // 2) + 1
     if line:
@@ -130,12 +131,12 @@ def _text_of(record: object, text_key: str, place: str, field: str) -> str:
 
 
 def text_key_of(field: str) -> str:
-    """Returns the configuration key with `text_key` instead of `path`. field: a key of data, such as data.path."""
+    """Returns the configuration key with `text_key` instead of `path`. field: a key such as data.path."""
     return field.removesuffix("path") + "text_key"
 
 
 def check_text(value: object, place: str, text_key: str, field: str) -> str:
-    """Returns the value as text; null becomes an empty text. Raises UserError for any other value that is not text."""
+    """Returns the value as text; null becomes an empty text. Raises UserError for other values that are not text."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -148,7 +149,7 @@ def check_text(value: object, place: str, text_key: str, field: str) -> str:
 
 
 def read_lines(file: SourceFile, field: str) -> Iterator[bytes]:
-    """Yields the lines of the file. The file name's suffix decides how the file is decompressed."""
+    """Yields the lines of the file, decompressed according to the suffix of its name."""
     with file.path.open("rb", buffering=READ_BYTES) as raw:
         if file.name.endswith(".zst"):
             stream = io.BufferedReader(_Zstandard(raw), READ_BYTES)
@@ -161,7 +162,7 @@ def read_lines(file: SourceFile, field: str) -> Iterator[bytes]:
 
 
 def _bounded(readline: Callable[[int], bytes], file: SourceFile, field: str) -> Iterator[bytes]:
-    """Yields the lines of a stream. Raises UserError if a line is too long, or the decompressed data are too large."""
+    """Yields the lines of a stream. Raises UserError if a line or the decompressed data are too large."""
     largest = max(FREE, LARGEST_RATIO * file.size)
     number = size = 0
     while line := readline(LONGEST_LINE + 1):
@@ -182,7 +183,7 @@ class _BrokenError(Exception):
 
 
 class _Zstandard(io.RawIOBase):
-    """Decompresses Zstandard frames. Unlike the reader of the library, it detects a truncated last frame."""
+    """Decompresses Zstandard frames. Unlike the library's reader, it detects a truncated last frame."""
 
     def __init__(self, raw: BinaryIO):
         import zstandard  # imported only when such a file is read
@@ -233,7 +234,7 @@ def read_parquet_records(
 ) -> Iterator[tuple[str, str, dict[str, object]]]:
     """Yields the stable id, the place for error messages, and the values of each row.
 
-    columns: a function that gets the names of all columns and returns the names of the columns to read.
+    columns: a function that gets the names of all columns and returns the names of those to read.
     """
     import pyarrow
     import pyarrow.parquet  # takes half a second, so imported only when such a file is read

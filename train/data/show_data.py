@@ -1,6 +1,6 @@
 """mode=show_data: prints chats with the learnt text in green, and totals.
 
-Learnt text is the part of a chat whose prediction the loss includes.
+The loss includes the predictions of learnt text.
 """
 
 import numpy as np
@@ -40,7 +40,7 @@ def show_data(config: Config) -> int:
 
 
 def _spread(count: int) -> list[int]:
-    """Returns the indices of the chats to show as examples, spread evenly over all chats."""
+    """Returns the indices of the chats to show, spread evenly over all chats."""
     return sorted({count * place // SHOWN_CHATS for place in range(SHOWN_CHATS)}) if count else []
 
 

@@ -1,5 +1,5 @@
-"""Random orders as pure functions of integers. They have no state. They do not use the random generator of a library,
-because another version of the library might have other numbers.
+"""Random orders as pure functions of integers, without state. No library's generator, because it may change with a
+version.
 
 The data order uses randomness only from `key` (a seed for a purpose), `noise_N` (64 random bits per index) and
 `permute_N`. `permute_N` evaluates a permutation of [0, size) point by point, so sample 10^9 costs the same as sample 0.
@@ -18,8 +18,7 @@ def _mix(x: int) -> int:
 
 
 def key(*numbers: int) -> int:
-    """Returns a 64-bit seed for this sequence of integers. A sequence with another order or length gets another
-    seed."""
+    """Returns a 64-bit seed for this sequence of integers. The order and the length of the sequence matter."""
     state = len(numbers)
     for number in numbers:
         state = _mix((state + 0x9E3779B97F4A7C15 + _mix(number & MASK)) & MASK)
@@ -43,8 +42,7 @@ def permute_N(seed: int, index_N: np.ndarray, size: int) -> np.ndarray:
     """Returns the images (int64) of index_N under a random permutation of [0, size), in O(1) per index.
 
     Four Feistel rounds permute the smallest range [0, 2^(2k)) that contains [0, size). An image outside [0, size) is
-    permuted again until it falls inside (cycle walking, fewer than 4 times on average). The result is still a
-    permutation.
+    permuted again until it falls inside (cycle walking, fewer than 4 times on average).
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)

@@ -1,8 +1,8 @@
 """Sources of documents: files of several formats, each a stream of (stable id, text).
 
 A document is:
-  text     a file; a file over 16 MiB is cut at line ends into several documents. Binary files (a NUL among the first 8 KiB,
-           git's rule) in a folder are left out and counted in the notes; any other file must be UTF-8.
+  text     a file; a file over 16 MiB is cut at line ends into several documents. In a folder, binary files (a NUL among
+           the first 8 KiB) are left out and counted in the notes. Any other file must be UTF-8.
   jsonl    the string under text_key of each line; plain, .gz or .zst
   parquet  each value of the column text_key
   stdlib   each .py file of Python's standard library, without site-packages and the library's tests
@@ -50,7 +50,7 @@ NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test",
 
 
 SHARE = 1 << 20
-"""Minimum number of bytes that the sample for a tokenizer takes from each file, even if there are many files."""
+"""Minimum number of bytes of each file in the sample for a tokenizer, even if there are many files."""
 
 
 class DocumentSource(Protocol):
@@ -74,8 +74,7 @@ class DocumentSource(Protocol):
         """Yields the stable id and the text of every document that has text."""
 
     def sample(self, limit: int) -> Iterator[tuple[str, str]]:
-        """Yields documents from all parts of the source, so that the first `limit` bytes are a sample of the whole
-        source."""
+        """Yields documents so that the first `limit` bytes are a sample of the whole source."""
 
 
 @dataclass
@@ -88,9 +87,9 @@ class FileSource:
     files: list[SourceFile]
     reader: Callable[[SourceFile], Iterator[tuple[str, Any]]]
     way: str
-    """The settings with which the files are read (format and text key). They are part of the digest."""
+    """Settings with which the files are read (format and text key). The digest covers them."""
     binary: set[str] = field(default_factory=set)
-    """Binary files that were left out. The list is complete when all files have been read."""
+    """Binary files that were left out, complete after all files have been read."""
 
     @property
     def size(self) -> int:
@@ -170,7 +169,7 @@ def open_source(source: MixSource, key: str, by_content: bool = False) -> Docume
 
 
 def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) -> FileSource:
-    """Find the files of a chat source. The documents of the returned source are `Chat` objects.
+    """Find the files of a chat source. Its documents are `Chat` objects.
 
     way: a text that contains the settings on which the tokens depend, except those of the source. by_content: whether
     the content decides if a chat is held out (data.hold_out_by).
@@ -202,8 +201,8 @@ def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) 
 
 
 def _canonical(record: Any) -> str:
-    """Returns a record's chat as canonical text. The text does not depend on the order of keys, and is the same for
-    JSONL and for Parquet, which writes absent keys as null."""
+    """Returns a record's chat as canonical text. The text is independent of the order of keys and of the format:
+    Parquet writes absent keys as null."""
     return json.dumps(
         without_nulls({key: record[key] for key in CHAT_KEYS if key in record}), sort_keys=True, default=str
     )
@@ -214,7 +213,7 @@ def no_text(source: DocumentSource) -> UserError:
 
 
 def format_of(source: MixSource, key: str) -> DataFormat:
-    """Returns the configured format. For `auto`, and for `stdlib` with a path, the file names show the format."""
+    """Returns the configured format. For `auto`, and for `stdlib` with a path, file names show the format."""
     if not source.path:
         return DataFormat.stdlib
     return _guess(source, key) if source.format in (DataFormat.auto, DataFormat.stdlib) else source.format
@@ -348,13 +347,12 @@ def open_hub(path: str, text_key: str, key: str, by_content: bool = False) -> Hu
 
 HASHED_BYTES = 8 << 20
 RACE = 10**9 * 2
-"""Time in nanoseconds. If a file was changed less than this time before it was hashed, it may change again without a
-new timestamp. So its hash is not stored."""
+"""Time in nanoseconds. A file that was changed within this time before hashing may change again without a new
+timestamp, so its hash is not stored."""
 
 
 def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset()) -> list[SourceFile]:
-    """Returns the file `root`, or the files under the folder `root`. Raises UserError if there is no such file or
-    folder."""
+    """Returns the file `root`, or the files under the folder `root`. Raises UserError if nothing exists there."""
     try:
         if root.is_file():
             return [_file(root, root.name)]
@@ -378,7 +376,7 @@ def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset(
 def unreadable(error: OSError, field: str, path: Path | str) -> UserError:
     """Builds the UserError for a data file that cannot be read.
 
-    error: the error of the operating system or of a library; errors of some libraries have a text and no errno.
+    error: from the operating system or a library; a library's error may have a text and no errno.
     """
     return UserError(field, path, f"cannot be read: {error.strerror or error}", cure_of_reading(error))
 
@@ -395,19 +393,19 @@ def _raise(error: OSError) -> None:
 def content_id(place: str, content: str) -> str:
     """Returns the stable id of a document whose content decides whether it is held out.
 
-    The id consists of the document's place, which error messages show, and the hash of the content.
+    The id consists of the document's place (for error messages) and its hash.
     """
     return f"{place}\0{hashlib.blake2b(content.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}"
 
 
 def place_of(name: str) -> str:
-    """Returns the place of the document with this stable id: the path of its file relative to the source's root, with
-    the line or row."""
+    """Returns the place of the document with this stable id: its path relative to the source's root, with the line or
+    row."""
     return name.partition("\0")[0]
 
 
 def hash_id(name: str) -> int:
-    """Returns the 64-bit hash of a document's stable id. The hash decides whether the document is held out."""
+    """Returns the 64-bit hash of a document's stable id, which decides whether the document is held out."""
     name = name.rpartition("\0")[2]
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
@@ -415,7 +413,7 @@ def hash_id(name: str) -> int:
 def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: ReportProgress) -> str:
     """Returns the hash of the names and contents of the files.
 
-    The manifest stores each file's hash with its size and mtime, so only changed files are read.
+    Only changed files are read: the manifest stores each file's hash with its size and mtime.
     """
     known = _read_manifest(manifest)
     changed = [file for file in files if known.get(file.name, [])[:2] != [file.size, file.modified]]
@@ -439,8 +437,7 @@ def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: 
 
 
 def _read_manifest(path: Path) -> dict[str, list]:
-    """Returns the content of the manifest. If the manifest is missing or damaged, the result is empty, so that the
-    caller writes the manifest again."""
+    """Returns the content of the manifest; empty if it is missing or damaged, so that the caller writes it again."""
     try:
         manifest = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -451,7 +448,7 @@ def _read_manifest(path: Path) -> dict[str, list]:
 def _digest(file: SourceFile, field: str, progress: Callable[[int], None], done: int) -> str:
     """Returns the hash of a file's content.
 
-    progress: called with the number of bytes read so far, in this and earlier files. done: bytes of the earlier files.
+    progress: called with the number of bytes read so far, including `done`, the bytes of earlier files.
     """
     whole = hashlib.blake2b(digest_size=16)
     try:

@@ -1,18 +1,15 @@
 """Training samples from the user's documents (data.source).
 
-A pass is one iteration over all documents of the source. The documents of a pass keep their order, and eos ends each
-document. The passes follow one another as one endless stream of tokens. Sample i covers tokens i S to i S + S
-(inclusive) of the stream, S = seq_len. Every rank reads the whole stream and keeps only the samples of its share of the
-batch. So a sample is the same in every layout.
+A pass is one iteration over all documents of the source, in the source's order. eos ends each document. The passes
+follow one another as one endless stream of tokens. Sample i covers tokens i S to i S + S (inclusive) of the stream, S =
+seq_len. Every rank reads the whole stream and keeps only its samples.
 
-As with other data, a checkpoint stores the number of samples as the position. The checkpoint also stores a mark, which
-is a position in the stream at or before the next sample: the pass, the document, and the number of tokens of this
-document that belong to earlier samples. To resume, a run reads the documents before the mark from the source again and
-ignores their content. If the source has `state_dict` and `load_state_dict`, it does not produce these documents again.
+A checkpoint stores the number of samples and a mark. The mark is a position in the stream at or before the next sample:
+the pass, the document, and the number of tokens of this document that belong to earlier samples. To resume, a run reads
+the documents before the mark again and ignores their content. A source with `state_dict` and `load_state_dict` does not
+produce these documents again.
 
 S1 = seq_len + 1, B = sequences.
-
-own_documents.py is a separate file, because processes that only tokenise do not import torch.
 """
 
 from collections import deque
@@ -29,8 +26,7 @@ from train.data.batch import Batch
 from train.data.own_documents import OwnDocument, OwnDocuments, StreamMark
 
 MARKS = 16
-"""Number of recent batches whose marks are stored. This number exceeds the number of batches that are built in
-advance."""
+"""Number of recent batches whose marks are stored. It exceeds the number of batches built in advance."""
 
 
 class StreamedData:
@@ -45,20 +41,19 @@ class StreamedData:
         self._marks: deque[StreamMark] = deque(maxlen=MARKS)
 
     def go_on(self, mark: dict[str, Any] | None) -> None:
-        """Resume at the `mark` that a checkpoint stores. None: the checkpoint has no mark, so start at the
-        beginning."""
+        """Resume at the `mark` that a checkpoint stores. None: start at the beginning."""
         self._start = StreamMark(**mark or {})
         self._pass_samples = self._start.pass_samples
 
     def mark(self, samples: int) -> dict[str, Any]:
-        """Returns the latest known mark at or before the sample with this index."""
+        """Returns the latest known mark (a position in the stream) at or before the sample with this index."""
         known = [mark for mark in (self._start, *self._marks) if mark.sample <= samples]
         return asdict(replace(known[-1], pass_samples=self._pass_samples))
 
     def batch(self, first_sample: int, count: int) -> Batch:
         """Returns the samples first_sample to first_sample + count - 1, as tokens (count, seq_len + 1).
 
-        If first_sample is less than in the previous call, the method must read the stream again from a mark.
+        If first_sample is less than in the previous call, the method reads the stream again from a mark.
         """
         if self._walk is None or first_sample < self._next:
             start = self._start if self._start.sample <= first_sample else StreamMark()
@@ -70,8 +65,8 @@ class StreamedData:
         return Batch(tokens_BS, numbers_BS.int() if self._mask else None)
 
     def _samples(self, mark: StreamMark) -> Iterator[tuple[StreamMark, np.ndarray, np.ndarray]]:
-        """Yields the samples of the stream, beginning at the position `mark`. Yields for each sample: the mark at which
-        it begins, its tokens (S1,), and the document index of each token (S1,)."""
+        """Yields the samples of the stream from the position `mark` on: the mark where the sample begins, its tokens
+        (S1,), and the document index of each token (S1,)."""
         length, sample, skip = self.seq_len, mark.sample, mark.skip
         tokens = np.empty(0, np.int64)
         held: deque[tuple[OwnDocument, int, int]] = (
@@ -97,15 +92,14 @@ class StreamedData:
                 held[0] = at, after + left, here - left
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Returns a map from the source's name to the number of passes that these samples cover. The number is 0 until
-        the first pass has ended."""
+        """Maps the source's name to the number of passes that these samples cover; 0 until the first pass has ended."""
         return {self._documents.name: samples / self._pass_samples if self._pass_samples else 0.0}
 
     def repeats(self, samples: int) -> str | None:
-        """Returns None: the number of documents is unknown, so it is unknown whether a run reads documents again."""
+        """Returns None: the source's length is unknown, so nobody knows whether a run reads documents again."""
         return None
 
     def read_once(self, before: int, after: int) -> list[str]:
-        """Returns the source's name if the first pass ended between the samples `before` and `after`; else an empty
+        """Returns the source's name if the first pass ended between the samples `before` and `after`, else an empty
         list."""
         return [self._documents.name] if self._pass_samples and before <= self._pass_samples < after else []

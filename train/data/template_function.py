@@ -3,8 +3,8 @@
     def render(messages, tools, add_generation_prompt, **keys) -> str
 
 messages: [{role, content, ...}] as in Jinja templates. tools: a list or None. add_generation_prompt: whether the text
-ends where the model begins its answer. The function cannot mark the assistant's turns, so Sluice finds them by probing
-(train/data/chat_template.py). For this, the function must copy contents into its text unchanged.
+ends where the model begins its answer. The function must copy contents into its text unchanged, because Sluice finds
+the assistant's turns by probing (train/data/chat_template.py).
 """
 
 import copy
@@ -36,16 +36,16 @@ class FunctionTemplate(ChatTemplate):
     """A chat template that calls a Python function instead of Jinja."""
 
     def __init__(self, section: CodeSection, eos: str = ""):
-        """eos: the end-of-document token. Raises UserError if the function that data.template_function names does not
-        exist, or does not accept the arguments of a template."""
+        """eos: the end-of-document token. Raises UserError if the function of data.template_function does not exist, or
+        does not accept a template's arguments."""
         self._section, self.name, self._tokens = section, str(section[TARGET]), {"eos_token": eos}
         self._function = make(KEY_OF_FUNCTION, section)
         require_arguments(KEY_OF_FUNCTION, section, self._function, 3, "messages, tools, add_generation_prompt")
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the function's source file and of the section data.template_function. If one of them changes, the
-        chats are rendered again. A change in a module that the function imports does not change the hash."""
+        """Hash of the function's source file and of the section data.template_function. If it changes, the chats are
+        rendered again. It does not cover modules that the function imports."""
         function = getattr(self._function, "func", type(self._function))
         file = inspect.getsourcefile(function)
         code = Path(file).read_bytes() if file else b""
@@ -57,8 +57,7 @@ class FunctionTemplate(ChatTemplate):
         return {}
 
     def require_tokens(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError if the function fails on a simple chat, or writes a special token that the tokenizer does not
-        know."""
+        """Raise UserError if the function fails on a simple chat, or writes an unknown special token."""
         try:
             text = self.prompt(PROBED_TURNS)
         except CannotRender as error:
@@ -81,8 +80,7 @@ class FunctionTemplate(ChatTemplate):
 
 
 def template_of(data: Data, folder: Path | None, tokenizer: Tokenizer) -> ChatTemplate:
-    """Returns the chat template: the function or template that `data` names, or else the template in the tokenizer's
-    folder.
+    """Returns the function or template that `data` names, else the template in the tokenizer's folder.
 
     Raises UserError.
     """

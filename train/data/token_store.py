@@ -8,9 +8,8 @@ A token folder contains
   tokenizer.json  the tokenizer that made the tokens
   meta.json       version, dtype, tokens, documents, text_bytes, tokenizer (fingerprint), crc32 of each file
 
-A folder is written under a temporary name, synced and renamed, so it is complete or absent. When a folder is opened,
-the sizes and checksums of its files are compared with meta.json. The checksum of a large tokens.bin is not compared
-again while its size and mtime are unchanged.
+A folder is written under a temporary name, synced and renamed. Opening a folder compares the sizes and checksums of its
+files with meta.json. A large tokens.bin is not checked again while its size and mtime are unchanged.
 
 D = documents, N = tokens.
 """
@@ -58,8 +57,7 @@ class TokenStore:
     meta: dict[str, Any]
     largest_id: int
     supervised_N: np.ndarray | None = None
-    """uint8, memory-mapped: 1 for each learnt token, whose prediction the loss includes. None: all tokens are
-    learnt."""
+    """uint8, memory-mapped: 1 for each learnt token (the loss includes its prediction). None: all tokens are learnt."""
 
 
 @contextmanager
@@ -93,7 +91,7 @@ def keep_text(path: Path, text: str) -> None:
 def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """Returns a context that holds the lock of a cache entry. If another process holds it, calls `waiting` and waits.
 
-    When a process dies, its lock is freed. The next holder removes the unfinished files of the dead process.
+    The lock of a dead process is free. The next holder removes the unfinished files of this process.
     """
     lock = path.with_name(f".{path.name}.lock")
     with space_errors(path.parent):
@@ -114,7 +112,7 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 class StoreWriter:
     """Writes a token folder. Use it as a context manager.
 
-    The folder gets its name when the context ends without an error. After an error, nothing is left on the disk.
+    The folder gets its final name at the end of the context. After an error, nothing is left on the disk.
     """
 
     def __init__(
@@ -126,7 +124,7 @@ class StoreWriter:
         expected: int = 0,
         supervised: bool = False,
     ):
-        """expected: approximate number of bytes of text that will be added; error messages for a full disk use it.
+        """expected: approximate number of bytes of text, for error messages about a full disk.
 
         supervised: whether `append` gets the mask of learnt tokens.
         """
@@ -160,8 +158,8 @@ class StoreWriter:
         """Add documents. Documents without tokens are left out.
 
         ids_N: tokens of all documents, concatenated. lengths_D, hashes_D: number of tokens and hash of each document.
-        text_bytes: number of bytes of their text. continues: whether the first document continues the last document of
-        the previous call. supervised_N: uint8, 1 for each learnt token.
+        text_bytes: bytes of their text. continues: whether the first document continues the previous call's last
+        document. supervised_N: uint8, 1 for each learnt token.
         """
         raw = ids_N.astype(self.dtype).tobytes()
         with space_errors(self.path.parent, self._needed(len(raw))):
@@ -180,8 +178,8 @@ class StoreWriter:
             self._masks.append(supervised_N)
 
     def _needed(self, more: int = 0) -> int:
-        """Returns the estimated size, in bytes, of the tokens of the complete text. The estimate uses the size of the
-        tokens written so far. more: number of bytes to add to this size."""
+        """Returns the estimated size, in bytes, of the complete text's tokens, from the size so far. more: bytes to add
+        to the size so far."""
         there = self.tokens * self.dtype.itemsize + more
         return round(there * max(1.0, self.expected / self.text_bytes)) if self.text_bytes else there
 
@@ -230,7 +228,7 @@ class StoreWriter:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """Save an array like np.save. Unlike np.save, raises an OSError with an errno if the disk is full."""
+    """Save an array. Unlike np.save, raises an OSError with an errno if the disk is full."""
     content = io.BytesIO()
     np.save(content, array)
     path.write_bytes(content.getbuffer())
@@ -239,7 +237,7 @@ def _save(path: Path, array: np.ndarray) -> None:
 def open_store(path: Path, marks: Path) -> TokenStore:
     """Open and check a token folder. Raises DamagedStore, or OSError if the disk cannot read it.
 
-    marks: a folder of small files that record which large token folders have been checked.
+    marks: folder of small files that record which large token folders were checked.
     """
     with reading(path):
         return _open(path, marks)
@@ -281,7 +279,7 @@ def _open(path: Path, marks: Path) -> TokenStore:
 def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], marks: Path) -> int:
     """Compare the checksums of all files and return the largest token id.
 
-    If a mark shows that a large tokens.bin was already checked, the function takes the id from the mark.
+    If a mark shows that a large tokens.bin was already checked, the id comes from the mark.
     """
     for name in sorted(checksums.keys() - {"tokens.bin"}):
         if not (path / name).is_file() or zlib.crc32((path / name).read_bytes()) != checksums[name]:
@@ -304,8 +302,7 @@ def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], 
 
 
 def _read_mark(path: Path) -> list | None:
-    """Returns the result of the last check of a token folder. None if there is no readable mark, so that the folder is
-    checked again."""
+    """Returns the result of the last check of a token folder; None if there is no readable mark."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -1,9 +1,8 @@
 """Tokenises documents in parallel, in order and in bounded memory.
 
-One thread reads the documents and passes tasks of about 1 MiB of text to worker threads. The worker threads encode the
-text in the library's native code, which releases Python's lock. The tokens are returned in the order of the documents.
-A long document is cut into parts, which may be in several tasks. So memory does not grow with document length. At most
-two tasks per thread wait at any time.
+One thread reads the documents and passes tasks of about 1 MiB of text to worker threads. The library's native code
+releases Python's lock. A long document is cut into parts, so memory does not grow with document length. At most two
+tasks per thread wait at any time.
 
 D = documents of a task, N = their tokens.
 """
@@ -32,14 +31,13 @@ class TokenisedSource:
     """Hashes of the documents' stable ids (uint64)."""
     text_bytes: int
     continues: bool
-    """Whether the first document began in the previous task. Then its tokens continue the last document of that
-    task."""
+    """Whether the first document of this task continues the last document of the previous task."""
 
 
 def tokenise(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, workers: int) -> Iterator[TokenisedSource]:
     """Yields the tokens of the documents, one task after another.
 
-    workers: number of threads; 0: one thread per core.
+    workers: number of threads; 0: one per core.
     """
     workers = workers or len(os.sched_getaffinity(0))
     waiting: deque[Future[TokenisedSource]] = deque()
@@ -55,7 +53,7 @@ def tokenise(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, workers
 @dataclass
 class _Task:
     names: list[str] = field(default_factory=list)
-    """For each part of the task, the stable id of its document. The parts of one document are adjacent."""
+    """Stable id of the document of each part of the task. The parts of one document are adjacent."""
     parts: list[str] = field(default_factory=list)
     size: int = 0
     continues: bool = False

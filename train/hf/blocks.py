@@ -1,23 +1,23 @@
 """FP8 weights in blocks of 128x128 with one fp32 scale each (paper 3.3.2): lossless conversion to fp32 and back.
 
 A block holds fp32(q * s), where q is an E4M3 value and s is the scale. If s was computed as amax / 448, as in
-DeepSeek's weights, the same formula on the block's values returns q and s bit for bit: the largest |q| is then 448, and
-the two roundings, of 448 s and of the division, are together smaller than one unit in the last place of s.
+DeepSeek's weights, the same formula on the block's values returns q and s bit for bit. The reason is that the largest
+|q| is then 448, and the two roundings, of 448 s and of the division, are together smaller than one unit in the last
+place of s.
 
-If s was computed by another rule, this formula would compute another s, and q * s would have other values. So
-`requantize` tries several scales and uses the first one that reproduces every value of the block:
+For scales of other rules, `requantize` tries several scales and uses the first one that reproduces every value of the
+block:
 
     1. amax / 448, with the floor of 1e-4 on amax: the scale for a block of new values
     2. amax / m for m = 448, 416, ..., 240 (the E4M3 values of one binade), and the two neighbouring fp32 values of each
 
 If no candidate reproduces a block, training has changed the block, and `requantize` rounds it with candidate 1. So
-unchanged FP8 weights keep their values, whatever rule computed their scales. They also keep q and s bit for bit under
-two conditions: the largest |q| of the block exceeds 224, and some |q| is a power of two. Any real block of weights has
-such a q. Without it, two neighbouring s could reproduce the same values.
+unchanged FP8 weights keep their values. They also keep q and s bit for bit under two conditions: the largest |q| of the
+block exceeds 224, and some |q| is a power of two. Any real block of weights has such a q.
 
-A power-of-two scale (UE8M0) puts the largest weight into (224 s, 448 s], so the largest |q| usually exceeds 224 too.
-The exception is a largest weight below 232 s, which is rounded to 224 s. A block with q and s has the same values as a
-block with 2 q and s / 2, so `requantize` cannot distinguish the two. In this exception it returns 2 q and s / 2.
+With a power-of-two scale (UE8M0), the largest weight is in (224 s, 448 s], so the largest |q| usually exceeds 224 too.
+The exception is a largest weight below 232 s, which is rounded to 224 s. Then `requantize` returns 2 q and s / 2, which
+represent the same values as q and s.
 
 Shapes: M rows, K columns, m and k blocks of rows and columns, N blocks, X values of a block.
 """
@@ -33,7 +33,7 @@ CAST = Cast(E4M3, (SCALE_BLOCK, SCALE_BLOCK), pow2=False)
 TOP_BINADE = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
 """Possible values of a block's largest |q|: the E4M3 values of the highest binade.
 
-They also cover a block with a smaller largest |q|, because 2 q and s / 2 represent the same values as q and s.
+They also cover a smaller largest |q|, because 2 q and s / 2 represent the same values as q and s.
 """
 
 
@@ -44,8 +44,8 @@ def dequantize(q_MK: Tensor, scale_mk: Tensor) -> Tensor:
 
 
 def requantize(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q and scale for fp32 values (M, K). If the values come from FP8 blocks, the result is exact; otherwise it
-    is rounded as in `quantize`."""
+    """Return q and scale for fp32 values (M, K). Values that come from FP8 blocks are exact; others are rounded as in
+    `quantize`."""
     default = quantize(x_MK, CAST)
     blocks_NX, q_NX, scale_N = _per_block(x_MK), _per_block(default.q), default.scale.flatten()
     wrong = (~_equal(q_NX, scale_N, blocks_NX)).nonzero().squeeze(1)
@@ -78,8 +78,7 @@ def _equal(q_NX: Tensor, scale_N: Tensor, blocks_NX: Tensor) -> Tensor:
 
 
 def _search(blocks_NX: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the indices of the blocks that some candidate scale reproduces, and the first such scale of each of these
-    blocks."""
+    """Return the indices of the blocks that a candidate scale reproduces, and the first such scale of each block."""
     amax_N = blocks_NX.abs().amax(1)
     scale_N, open_N = torch.zeros_like(amax_N), torch.arange(len(blocks_NX))
     for top in TOP_BINADE:
@@ -100,7 +99,7 @@ def _reproduces(blocks_NX: Tensor, scale_N: Tensor) -> Tensor:
 
 
 def _beside(scale_N: Tensor, places: int) -> Tensor:
-    """Return for each scale the fp32 value that is `places` positions after it in the sorted list of all fp32 values.
+    """Return for each scale the fp32 value that is `places` positions after it among all fp32 values.
 
     Scales must be positive.
     """

@@ -1,5 +1,4 @@
-"""Converts config.json of a folder to our model and back. This file does not import torch, because the driver uses it
-too."""
+"""Converts config.json of a folder to our model and back. No torch, because the driver uses this file."""
 
 import math
 from collections.abc import Iterable
@@ -35,14 +34,14 @@ from train.hf.mistral_fields import GROWTH, to_params
 SHOWN_NAMES = 6
 """Maximum number of names in an error message."""
 SCALE_BLOCK = 128
-"""Number of rows, and number of columns, of a block in FP8 weights. Each block has one scale."""
+"""Number of rows, and of columns, of a block in FP8 weights. Each block has one scale."""
 MEANINGLESS_NUMBER = 2.0**63
 """Every number in the file must be below this limit."""
 GROUP_TOP_K = 2
-"""transformers ranks a group of experts by the sum of the best scores in the group. This is the number of these scores.
-No field of config.json changes this number."""
+"""Number of best scores in a group whose sum ranks the group of experts in transformers. No field of config.json
+changes this number."""
 LATENT_NORM_EPS = 1e-6
-"""transformers uses this eps in the norms of latents. No field of config.json changes the value."""
+"""transformers' eps in the norms of latents. No field of config.json changes it."""
 YARN = tuple(field.name for field in fields(Yarn) if field.name != "always")
 
 
@@ -52,16 +51,15 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def some(names: Iterable[str]) -> str:
-    """Return at most SHOWN_NAMES of the names as text, so that an error message fits on one screen."""
+    """Return at most SHOWN_NAMES of the names as text, so that an error fits on one screen."""
     return some_of([f"{name:.200}" for name in names], SHOWN_NAMES)
 
 
 def read_model(folder: Path, field: str = "init_from") -> Model:
-    """Read the model that config.json describes, as transformers reads it.
+    """Read the model that config.json describes, as transformers reads it. To load weights, call `folder.open_model`.
 
     Raises UserError for a model that Sluice cannot express. Errors name the key `field`. If the file asks for YaRN, the
-    returned model uses YaRN at any sequence length (`yarn.always`), otherwise never. To load weights call
-    `folder.open_model`, which also checks which MTP modules exist.
+    returned model uses YaRN at any sequence length (`yarn.always`), otherwise never.
     """
     family, path, body = read_fields(folder, field)
     growth = body["rope_scaling"].pop(GROWTH, 0.0) if family.config_file == PARAMS_FILE else 0.0
@@ -99,8 +97,7 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
 
 
 def _section(field: str, path: Path, body: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """Return the JSON object under this key of the file; None if there is none. Raises UserError for any other
-    value."""
+    """Return the JSON object under this key of the file, or None. Raises UserError for any other value."""
     value = body.get(key)
     if value is not None and not isinstance(value, dict):
         raise _refuse(field, path, f"{key} must be an object, and is {value!r:.80}", "download it again")
@@ -108,7 +105,7 @@ def _section(field: str, path: Path, body: dict[str, Any], key: str) -> dict[str
 
 
 def _check_types(model: Model) -> None:
-    """Raise TypeError if a field of the model must be a number and has another type, or is too large."""
+    """Raise TypeError if a field of the model should be a number and is not, or is too large."""
     for part in (model, model.yarn, model.sparse):
         for name, kind in get_type_hints(type(part)).items():
             value = getattr(part, name)
@@ -219,7 +216,7 @@ def _sparse(field: str, path: Path, body: dict[str, Any], family: FamilyFacts) -
 
 
 def _check_derived(field: str, path: Path, body: dict[str, Any], model: Model) -> None:
-    """Check every field whose value follows from other fields. The value may also be null. Raises UserError."""
+    """Raise UserError if a field that follows from other fields has another value than null or the right one."""
     said = {
         "num_key_value_heads": model.heads,
         # head_dim of GLM-5.2's file is another number; transformers ignores it and uses rope_head_dim
@@ -283,11 +280,11 @@ def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differing(older: dict[str, Any], newer: dict[str, Any], theta: Any) -> list[str]:
-    """Return the names of the rotary parameters that differ between rope_scaling and rope_parameters of a file.
+    """Return the names of the rotary parameters that differ between rope_scaling (`older`) and rope_parameters
+    (`newer`).
 
-    older: rope_scaling. newer: rope_parameters. If rope_parameters has the type `default` and no parameter besides
-    rope_theta, then only rope_theta is compared. theta: the file's rope_theta, which applies to a section without
-    rope_theta.
+    If `newer` has the type `default` and only rope_theta, only rope_theta is compared. theta: the file's rope_theta,
+    for a section without it.
     """
     if newer.keys() <= {"rope_type", "type", "rope_theta"} and newer.get("rope_type", newer.get("type")) in (
         None,
@@ -307,7 +304,7 @@ def _is_size(value: object) -> bool:
 
 
 def _yarn(rope: dict[str, Any], length: int) -> Yarn:
-    """Return the YaRN settings that transformers derives from these rotary parameters. `_rope` has checked them before.
+    """Return transformers' YaRN settings for these rotary parameters, which `_rope` has checked.
 
     length: the file's max_position_embeddings.
     """
@@ -328,7 +325,7 @@ def _yarn(rope: dict[str, Any], length: int) -> Yarn:
 
 
 def _inferred_factor(factor: float, mscale: float | None, all_dim: float | None) -> float:
-    """Return the attention_factor that transformers computes if a file has no such field."""
+    """Return the attention_factor that transformers computes if the file lacks this field."""
     growth = 0.1 * math.log(factor) if factor > 1 else 0.0
     return (mscale * growth + 1) / (all_dim * growth + 1) if mscale and all_dim else growth + 1
 
@@ -341,7 +338,7 @@ def yarn_in_force(model: Model, seq_len: int) -> bool:
 def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
     """Raise UserError if the recipe's model differs from the folder's model.
 
-    Returns notes about differences that are allowed, such as fewer MTP modules.
+    Returns notes about allowed differences, such as fewer MTP modules.
     """
     ours, notes = config.model, []
     names = [*FIELDS, "rope_theta", "scores"]

@@ -1,8 +1,7 @@
 """Model families whose folders have the same architecture: one row of FAMILIES for each family. No torch.
 
-train/model computes all families in the same way. A row describes how a folder is recognised, which part of the
-configuration file and of the tensors belongs to the language model, and which tensors have other names than in
-DeepSeek-V3. Everything else has DeepSeek's names. FIELDS, for example, lists the fields that change the model.
+A row describes how a folder is recognised, which part of the configuration file and of the tensors belongs to the
+language model, and which tensors have other names than in DeepSeek-V3. Everything else has DeepSeek's names.
 """
 
 from dataclasses import dataclass, field
@@ -38,7 +37,7 @@ FIELDS = {
     "route_scale": "routed_scaling_factor",
     "norm_eps": "rms_norm_eps",
 }
-"""Maps fields of conf.schema.Model to the fields of config.json that have the same values."""
+"""Maps fields of conf.schema.Model to the fields of config.json with the same values."""
 FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -49,12 +48,12 @@ FIXED = {
     "moe_layer_freq": 1,
     "rope_interleave": True,
 }
-"""Fields with one allowed value, because every DeepSeek-V3 has this value. A file may leave such a field out."""
+"""Fields with one allowed value, which every DeepSeek-V3 has. A file may leave such a field out."""
 SPARSE_FIELDS = {"heads": "index_n_heads", "head_dim": "index_head_dim", "top_k": "index_topk"}
-"""Maps fields of conf.schema.SparseAttention to the fields of config.json that have the same values."""
+"""Maps fields of conf.schema.SparseAttention to the fields of config.json with the same values."""
 INDEX_ROPE = "indexer_rope_interleave"
-"""The field that tells whether the indexer's RoPE rotates adjacent elements. transformers ignores the field and uses
-the default of the model family."""
+"""The field that tells whether the indexer's RoPE rotates adjacent elements. transformers ignores it and uses the
+family's default."""
 INDEX_TYPES, INDEX_LETTERS = "indexer_types", {"full": "F", "shared": "S"}
 """INDEX_TYPES: the field that lists the kind of each layer. INDEX_LETTERS: maps each kind to its letter.
 
@@ -67,13 +66,13 @@ INDEX_SHARING = (
     "index_skip_topk_offset",
     "index_share_for_mtp_iteration",
 )
-"""Fields that tell which layers use the attention keys that an earlier layer selected. Such a field is a list of kinds,
-a text of letters, or a rule.
+"""Fields that tell which layers use the attention keys that an earlier layer selected: a list of kinds, a text of
+letters, or a rule.
 
-The last field only concerns drafts that run one MTP module several times. Training never does this.
+The last field concerns only drafts that run one MTP module several times.
 """
 FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
-"""Fields with one allowed value. Files of DeepSeek-V3 do not have these fields, but transformers would apply them."""
+"""Fields with one allowed value. DeepSeek-V3 does not have them, but transformers would apply them."""
 READ_APART = (
     "architectures",
     "model_type",
@@ -90,7 +89,7 @@ READ_APART = (
     "num_local_experts",
     "mlp_layer_types",
 )
-"""Fields that are in no other table, because this file or `read_model` reads them by special rules."""
+"""Fields of no other table. This file or `read_model` reads them by special rules."""
 GENERATION = """
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
@@ -136,8 +135,8 @@ HARMLESS = {
     **dict.fromkeys(GENERATION.split(), "sampling of text; Sluice uses the section generate"),
     **dict.fromkeys(OTHER_MODELS.split(), "written into every file by older transformers, for other models"),
 }
-"""Maps a field that does not change the model's results in Sluice to the reason why it does not. All unknown fields are
-rejected unless they are null."""
+"""Maps fields that do not change the model's results in Sluice to the reason why not. Unknown fields are rejected
+unless they are null."""
 QUANTISED = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -149,7 +148,7 @@ QUANTISED = {
     "expert_dtype": "every tensor has its own dtype",
     "dequantize": "Sluice always dequantises weights",
 }
-"""Maps fields of quantization_config to the required value, or to the reason why the field changes nothing. All other
+"""Maps fields of quantization_config to the required value, or to the reason why the field changes nothing. Other
 fields are rejected unless they are null."""
 ROPE_NUMBERS = {
     "factor",
@@ -161,7 +160,7 @@ ROPE_NUMBERS = {
     "attention_factor",
 }
 ROPE_FIELDS = {"rope_type", "type", "rope_theta", "truncate", "partial_rotary_factor"} | ROPE_NUMBERS
-"""Rotary parameters that Sluice knows, for all families. All other parameters are rejected unless they are null."""
+"""Rotary parameters that Sluice knows, for all families. Other parameters are rejected unless they are null."""
 
 
 CONFIG_FILE = "config.json"
@@ -181,37 +180,36 @@ class FamilyFacts:
     model_types: tuple[str, ...]
     """Values of `model_type` that the family's folders may have. An export writes the first one."""
     section: str = ""
-    """Key of the object in the configuration file that describes the language model; empty if the whole file describes
-    it."""
+    """Key of the language model's object in the configuration file; empty if the whole file describes the language
+    model."""
     beside: tuple[str, ...] = ()
     """Fields outside of `section` that do not change the language model."""
     prefix: str = ""
     """Prefix of the language model's tensor names."""
     others: tuple[str, ...] = ()
-    """Prefixes of tensors that do not belong to the language model, such as those of vision encoders."""
+    """Prefixes of tensors outside of the language model, such as those of vision encoders."""
     dense_unsaid: int | None = None
-    """Number of dense layers that the family's transformers class assumes if mlp_layer_types is missing; None if the
-    class does not read mlp_layer_types."""
+    """Number of dense layers that the family's transformers class assumes without mlp_layer_types; None if it does not
+    read mlp_layer_types."""
     loader: str = "AutoModelForCausalLM"
-    """Name of the transformers class that loads an export; empty if there is none."""
+    """Name of the transformers class that loads an export; empty without such a class."""
     config_file: str = CONFIG_FILE
     stem: str = "model"
     """Prefix of the names of weight files and of their index."""
     names: dict[str, str] = field(default_factory=dict)
-    """Maps parts of DeepSeek-V3's tensor names to the parts that this family has instead. The parts are replaced in
-    this order."""
+    """Maps parts of DeepSeek-V3's tensor names to this family's parts. They are replaced in this order."""
     fixed: Fields = field(default_factory=lambda: FIXED)
     """Fields with one allowed value, which a file may leave out."""
     is_sparse: bool = False
     """Whether the attention is sparse: an indexer selects the keys to which a query attends."""
     interleaved: bool = False
-    """Whether the indexer's RoPE rotates adjacent elements if the file does not have the field INDEX_ROPE."""
+    """Whether the indexer's RoPE rotates adjacent elements if the file lacks the field INDEX_ROPE."""
     shares: bool = False
     """Whether layers may use the attention keys that an earlier layer selected."""
     scores: ScoreFunction = ScoreFunction.sigmoid
     has_mtp: bool = True
     has_fp8: bool = True
-    """Whether the FP8 weights of the family have the same blocks as DeepSeek's FP8 weights."""
+    """Whether the family's FP8 weights have the same blocks as DeepSeek's."""
 
     @property
     def has_biases(self) -> bool:
@@ -296,17 +294,16 @@ REFUSED_MODELS = {
     "DeepseekV2ForCausalLM": "softmax routers without normalised gates are not supported",
     "KimiLinearForCausalLM": "layers with linear attention are not supported",
 }
-"""Maps each architecture that is similar, but not supported, to the reason why it is not supported."""
+"""Maps similar, but unsupported architectures to the reason why they are not supported."""
 
 
 def find_family(folder: Path, field: str) -> FamilyFacts:
-    """Return the `FamilyFacts` of the folder's family. Raises UserError if the folder's family is unknown."""
+    """Return the `FamilyFacts` of the folder's family. Raises UserError for an unknown family."""
     return read_fields(folder, field)[0]
 
 
 def read_fields(folder: Path, field: str) -> tuple[FamilyFacts, Path, Fields]:
-    """Return the `FamilyFacts` of a folder's family, its configuration file, and the language model's fields under
-    DeepSeek's names.
+    """Return a folder's `FamilyFacts`, its configuration file, and the language model's fields under DeepSeek's names.
 
     Raises UserError if the file is missing or unreadable, names another architecture, or has unknown fields outside of
     the language model's section.

@@ -1,7 +1,7 @@
 """Reads the headers of a folder of safetensors and checks whether its tensors match our model.
 
-This file reads no weights and does not import torch, because the driver checks a folder before it starts the ranks.
-Nothing in the folder is executed. Files that only pickle can open are rejected.
+No torch, because the driver checks a folder before it starts the ranks. Nothing in the folder is executed. Files that
+only pickle can open are rejected.
 """
 
 import os
@@ -40,7 +40,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Folder:
-    """The headers of a folder with safetensors. They were checked for damage."""
+    """The headers of a folder with safetensors, already checked for damage."""
 
     path: Path
     stored: dict[str, StoredTensor]
@@ -94,9 +94,8 @@ def open_model(path: Path, field: str = "init_from", text_only: bool = False) ->
     """Return the headers of a folder, its model, and notes for the user. Every mode opens external weights with this
     function.
 
-    text_only: whether to leave out tensors that do not belong to the language model; otherwise such tensors are an
-    error. If only config.json or only the weights contain an MTP module, it is left out of the model, because
-    transformers writes folders without the weights of MTP modules. Raises UserError for a damaged folder, and for a
+    text_only: leave out tensors outside of the language model; otherwise they are an error. An MTP module that is only
+    in config.json or only in the weights is left out of the model. Raises UserError for a damaged folder, and for a
     model that Sluice cannot express.
     """
     folder, model = open_folder(path, field), read_model(path, field)
@@ -109,8 +108,7 @@ def open_model(path: Path, field: str = "init_from", text_only: bool = False) ->
 
 
 def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]:
-    """Return the folder without the tensors that do not belong to the language model, and notes that name these
-    tensors.
+    """Return the folder without the tensors outside of the language model, and notes that name them.
 
     Raises UserError if there are such tensors and text_only is false.
     """
@@ -131,7 +129,7 @@ def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]
 def _count_mtp(folder: Folder, layers: int) -> int:
     """Return the number of MTP modules in the weights. layers: number of layers of the main model.
 
-    MTP modules follow these layers. An MTP module has tensors that a layer of the main model never has.
+    MTP modules are the layers after these, and have tensors that the main model's layers never have.
     """
     found, name_of = 0, FAMILIES[folder.family].name_of
     while any(name_of(f"model.layers.{layers + found}.{name}") in folder.stored for name in MTP_NAMES):
@@ -140,8 +138,7 @@ def _count_mtp(folder: Folder, layers: int) -> int:
 
 
 def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
-    """Raise UserError if the folder has weights that Sluice would not read. Another program may read these weights
-    instead of the listed files, or in addition."""
+    """Raise UserError if the folder has weights that Sluice would not read, but another program may read."""
     names = sorted(file.name for file in folder.path.iterdir() if not file.name.startswith("."))
     if others := [name for name in names if name.endswith(".safetensors") and name not in files]:
         raise folder.refuse(
@@ -156,14 +153,12 @@ def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
 
 
 def index_of(stem: str) -> str:
-    """Return the name of the index file, which maps tensors to weight files. stem: prefix of the weight files'
-    names."""
+    """Return the name of the index file, which maps tensors to weight files. stem: prefix of their names."""
     return f"{stem}.safetensors.index.json"
 
 
 def _listing(folder: Folder) -> str:
-    """Return the name of the file that lists a folder's weights: the index, or the only weight file if there is no
-    index."""
+    """Return the file that lists a folder's weights: the index, or without an index the only weight file."""
     for name in (*map(index_of, STEMS), *(f"{stem}.safetensors" for stem in STEMS)):
         if (folder.path / name).is_file():
             return name
@@ -171,8 +166,7 @@ def _listing(folder: Folder) -> str:
 
 
 def _index(folder: Folder) -> dict[str, list[str]]:
-    """Return, for each weight file, the names of the tensors that the index assigns to it; an empty list without an
-    index.
+    """Return, for each weight file, the names of its tensors in the index; an empty list without an index.
 
     Raises UserError if files are missing.
     """
@@ -222,8 +216,7 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
     """Return the model's tensors that the folder contains, in the folder's order.
 
     Raises UserError if the tensors do not form the model, or if the folder has tensors that Sluice would not read. The
-    folder may lack the copies of embedding and head in MTP modules. MTP modules beyond model.mtp_depth are checked too,
-    but the result does not contain them.
+    folder may lack the MTP modules' copies of embedding and head. MTP modules beyond model.mtp_depth are only checked.
     """
     held, stored = _count_mtp(folder, model.layers), folder.stored
     expected = list(tensors(replace(model, mtp_depth=max(model.mtp_depth, held)), folder.family))
@@ -260,10 +253,7 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
 
 
 def _check_scales(folder: Folder) -> None:
-    """Check that every FP8 weight has scales of the right shape, and that all scales belong to an FP8 weight.
-
-    Raises UserError.
-    """
+    """Raise UserError unless every FP8 weight has scales of the right shape, and all scales belong to an FP8 weight."""
     stored = folder.stored
     for name, tensor in stored.items():
         if name.endswith(SCALE):

@@ -1,9 +1,9 @@
 """Maps the format of Mistral Large 3, which is params.json and other tensor names, to DeepSeek's. No torch.
 
-params.json states three things that DeepSeek's config.json cannot express. Routers use a softmax and have no balance
-bias. Queries are scaled by a factor that grows with their position (llama_4_scaling). YaRN with `apply_scale: false`
-does not sharpen the softmax. vLLM and SGLang read Mistral's files in this way. transformers has the class Mistral4 for
-a smaller model of this kind.
+params.json states three things that DeepSeek's config.json cannot express:
+- Routers use a softmax and have no balance bias.
+- Queries are scaled by a factor that grows with their position (llama_4_scaling).
+- YaRN with `apply_scale: false` does not sharpen the softmax.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from conf.errors import UserError
 from conf.files import read_json
 
 GROWTH = "llama_4_scaling_beta"
-"""The rotary parameter of transformers that states how fast the scale of queries grows with their position."""
+"""Rotary parameter of transformers: how fast the scale of queries grows with their position."""
 PARAMS_FIELDS = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -46,7 +46,7 @@ PARAMS_FIELDS = {
     "yarn.original_max_position_embeddings": "rope_scaling.original_max_position_embeddings",
     "llama_4_scaling.beta": f"rope_scaling.{GROWTH}",
 }
-"""Maps fields of params.json to DeepSeek's fields. In `a.b`, the field b is in the inner object a."""
+"""Maps fields of params.json to DeepSeek's fields. `a.b` is the field b of the inner object a."""
 PARAMS_FIXED = {
     "moe.renorm_strategy": "WEIGHTS",
     "moe.use_load_balancing_bias": False,

@@ -1,9 +1,8 @@
 """Reads a folder of safetensors into live shards. Each rank reads only the rows that contain elements of its shards.
 
-Each Hugging Face tensor is an interval of one of our tensors (see tensor_names.py). A rank's shard is an interval of
-our tensor too, in any ZeRO, expert and pipeline layout. The intersections of these intervals determine which rows a
-rank reads. Only a few rows at a time are in memory. The file is not memory-mapped, because mapped pages would be
-included in the memory use of this process.
+Hugging Face tensors and a rank's shards are both intervals of our tensors (see tensor_names.py). Their intersections
+determine which rows a rank reads. Only a few rows at a time are in memory. The file is not memory-mapped, because
+mapped pages would count as this process's memory.
 """
 
 from bisect import bisect_right
@@ -34,13 +33,12 @@ class ShardPart:
     start: int
     """Index of the first element in the flattened Hugging Face tensor."""
     target: Tensor
-    """The part is copied into this slice of the shard's memory. If the Hugging Face tensor is an MTP module's copy of
-    another tensor, the part is not copied. It is only compared with the slice."""
+    """Slice of the shard's memory that gets the part. An MTP module's copy of another tensor is only compared with this
+    slice."""
 
 
 def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[str, Shard]) -> int:
-    """Fill every wanted shard with the folder's values. FP8 values are dequantised, and all values are rounded to the
-    shard's dtype.
+    """Fill every wanted shard with the folder's values, dequantised from FP8 and rounded to the shard's dtype.
 
     placed: a result of `match`. Returns the number of bytes read. Raises UserError if a value is not finite, if a scale
     is not above 0, or if an MTP module's copy of embedding or head differs from the original.
@@ -65,7 +63,7 @@ def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[st
 
 
 def folder_reader(folder: Folder, placed: list[PlacedTensor]) -> Callable[[dict[str, Shard]], int]:
-    """Return a function like `fill_from_folder` for a caller that calls it often, each time with a few shards.
+    """Return a function like `fill_from_folder` for many calls with a few shards each.
 
     The function finds the tensors of a shard without a search through all tensors.
     """
@@ -137,7 +135,7 @@ class _Reader:
         return dequantize(padded, scale)[above:]
 
     def _scale(self, opened, name: str) -> Tensor:
-        """Return all scales of an FP8 weight. The scales may be in another file than the weight.
+        """Return all scales of an FP8 weight, which may be in another file than the weight.
 
         Raises UserError if a scale is not above 0.
         """

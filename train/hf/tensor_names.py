@@ -1,10 +1,9 @@
 """Maps every tensor of a Hugging Face folder to its place in our model. The map depends only on the configuration.
 
-The Hugging Face layout and ours differ in names and in stacking, not in values. RoPE rotates adjacent elements in both,
-so no row is permuted. Sluice stacks the gate and the up projection in one tensor, and also the matrices of all experts.
-So each Hugging Face tensor is one interval of one of our flattened tensors. In a folder, MTP module k is the layer with
-index `layers` + k. This layer has copies of the embedding and the head. Our MTP modules share these two tensors with
-the main model.
+The two layouts differ in names and in stacking, not in values. RoPE rotates adjacent elements in both. Sluice stacks
+the gate and the up projection in one tensor, and also the matrices of all experts. So each Hugging Face tensor is one
+interval of one of our flattened tensors. In a folder, MTP module k is the layer with index `layers` + k and has copies
+of the embedding and the head. Our MTP modules share these two tensors with the main model.
 
 Our names are the names in a checkpoint: `master.PARAMETER` for weights, `bias.BLOCK` for balance biases.
 
@@ -19,7 +18,7 @@ from conf.schema import Model, ModelFamily
 from train.hf.families import FAMILIES
 
 SCALE = "_scale_inv"
-"""Suffix that is added to the name of an FP8 weight to get the name of its scales."""
+"""Suffix of the name of an FP8 weight's scales."""
 MTP_NAMES = (
     "embed_tokens.weight",
     "enorm.weight",
@@ -28,14 +27,12 @@ MTP_NAMES = (
     "shared_head.norm.weight",
     "shared_head.head.weight",
 )
-"""Names of tensors that an MTP module has, and that an ordinary layer does not have. In a folder, the prefix of the
-layer precedes these names."""
+"""Names of tensors that only MTP modules have. In a folder, the prefix of the layer precedes these names."""
 
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """A tensor of a Hugging Face folder, and its interval in a tensor of Sluice. theirs, ours: the names of these two
-    tensors."""
+    """A tensor of a Hugging Face folder, and its interval in a tensor of Sluice. theirs, ours: names of these two."""
 
     theirs: str
     shape: tuple[int, ...]
@@ -47,8 +44,7 @@ class PlacedTensor:
     fp8: bool = False
     """Whether DeepSeek's FP8 release stores this matrix in blocks of E4M3 values."""
     copy: bool = False
-    """Whether this tensor is an MTP module's copy of the embedding or the head, which Sluice's MTP modules share with
-    the main model."""
+    """Whether this is an MTP module's copy of the embedding or the head, which Sluice shares with the main model."""
 
     @property
     def count(self) -> int:
@@ -56,7 +52,7 @@ class PlacedTensor:
 
 
 def tensors(model: Model, family: ModelFamily = ModelFamily.deepseek_v3) -> Iterator[PlacedTensor]:
-    """Yield every tensor of a folder of this family, layer by layer. Scales of FP8 weights are left out."""
+    """Yield every tensor of a folder of this family, layer by layer, without the scales of FP8 weights."""
     facts = FAMILIES[family]
     for each in _as_deepseek(model):
         if facts.has_biases or not each.ours.startswith("bias."):
@@ -83,7 +79,7 @@ def _as_deepseek(model: Model) -> Iterator[PlacedTensor]:
 
 
 def _same(theirs: str, ours: str, shape: tuple[int, ...], fp8: bool = False) -> PlacedTensor:
-    """Return the entry of a Hugging Face tensor that has the same values as one complete tensor of Sluice."""
+    """Return the entry of a Hugging Face tensor that equals one complete tensor of Sluice."""
     return PlacedTensor(theirs, shape, ours, 0, shape, fp8)
 
 
@@ -91,8 +87,8 @@ def _block(model: Model, theirs: str, ours: str, inner: str, dense: bool, choose
     """Yield the tensors of one transformer block.
 
     theirs: prefix of the Hugging Face names. ours: name of the block, under which its balance bias is stored. inner:
-    the names of the block's parameters begin with `ours` and then `inner`. dense: whether the FFN is dense. chooses:
-    whether the block has an indexer.
+    follows `ours` in the names of the block's parameters. dense: whether the FFN is dense. chooses: whether the block
+    has an indexer.
     """
     here = f"master.{ours}.{inner}"
     yield _same(f"{theirs}input_layernorm.weight", f"{here}attention_norm.weight", (model.hidden,))
@@ -149,9 +145,9 @@ def _ffn(
 ) -> Iterator[PlacedTensor]:
     """Yield the tensors of a dense or shared FFN, or of one expert.
 
-    index, experts: index of the expert, and number of experts that Sluice stacks in one tensor. In w13, the rows of the
-    up projection follow the rows of the gate projection. The shape of w13 is (2F, D) or, with experts, (E, 2F, D). The
-    shape of w2 is (D, F) or (E, D, F).
+    index, experts: index of the expert, and number of experts in one tensor of Sluice. Shapes: w13 (2F, D), w2 (D, F);
+    with experts, w13 (E, 2F, D), w2 (E, D, F). In w13, the rows of the up projection follow those of the gate
+    projection.
     """
     stack, end = ((), ".weight") if experts is None else ((experts,), "")
     for number, name in enumerate(("gate_proj", "up_proj")):

@@ -1,7 +1,4 @@
-"""Checks whether the tokenizer files of a Hugging Face folder match a run, and writes the tokenizer files of an export.
-
-This file does not import torch.
-"""
+"""Checks whether the tokenizer files of a Hugging Face folder match a run, and writes those of an export. No torch."""
 
 import json
 from pathlib import Path
@@ -49,10 +46,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> l
 
 
 def _meaning(text: str) -> tuple[Any, ...]:
-    """Return the parts of a tokenizer.json that determine the ids: vocabulary, merges, added tokens.
-
-    Two files with equal parts may still differ as text.
-    """
+    """Return the parts of a tokenizer.json that determine the ids: vocabulary, merges, added tokens."""
     body = parse_json(text)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in body["model"].get("merges", ())]
     added = {(token["id"], token["content"]) for token in body.get("added_tokens", ())}
@@ -63,8 +57,8 @@ def _meaning(text: str) -> tuple[Any, ...]:
 def with_words_of(tokenizer: Tokenizer, run: Path, source: Path | None) -> Tokenizer:
     """Return the tokenizer of a run with all other files that belong to it.
 
-    run: the run's folder. source: the original folder of the tokenizer, which may have files that earlier versions did
-    not copy into a run. If the run trained on chats, the returned tokenizer has the run's chat template.
+    run: the run's folder. source: the tokenizer's original folder, for files that are not in the run. After training on
+    chats, the tokenizer has the run's chat template.
     """
     kept = files_beside(run)
     if kept.keys() & {SPECIAL_TOKENS_FILE, GENERATION_FILE} or source is None:
@@ -78,7 +72,7 @@ def with_words_of(tokenizer: Tokenizer, run: Path, source: Path | None) -> Token
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int) -> None:
-    """Write tokenizer.json and the other files of the tokenizer, with a tokenizer_config.json for AutoTokenizer.
+    """Write tokenizer.json, the tokenizer's other files, and a tokenizer_config.json for AutoTokenizer.
 
     length: maximum number of tokens in a sequence.
     """

@@ -20,7 +20,7 @@ from train.show.series import Series, read_series, tail_mean
 
 
 def finish_run(config: Config, code: int, seconds: float, wandb: str | None, text: str | None) -> None:
-    """Shows the results of a run that has ended with exit code `code`. Rank 0 calls it.
+    """Shows the results of a run that has ended with exit code `code`. Only rank 0 calls it.
 
     seconds: wall time of the training. text: the model's sample text.
     """
@@ -56,7 +56,7 @@ def _why_stopped(logs: Path) -> str:
 def _plan_line(folder: Path, series: Series) -> str | None:
     """Returns one line that compares the planned with the measured values; None if the run has no plan.
 
-    If plan.json is damaged, the function prints a note and returns None, because the training itself has succeeded.
+    A damaged plan.json only causes a note, because the training itself has succeeded.
     """
     try:
         return plan_words(plan_rows(folder, series))
@@ -66,7 +66,7 @@ def _plan_line(folder: Path, series: Series) -> str | None:
 
 
 def _report(config: Config, folder: Path) -> Path | str:
-    """Writes the report. Returns the path of the report, or the reason why it could not be written."""
+    """Writes the report. Returns its path, or the reason why it could not be written."""
     try:
         return write_report(folder, ended=True)
     except OSError as error:
@@ -77,7 +77,7 @@ def _report(config: Config, folder: Path) -> Path | str:
 
 
 def last_validation(metrics: Path) -> dict[str, float]:
-    """Returns the newest record of metrics.jsonl that contains a validation loss; empty if there is none."""
+    """Returns the newest record of metrics.jsonl with a validation loss; empty if there is none."""
     found: dict[str, float] = {}
     for record in read_heads(metrics):
         if "validation_loss" in record:

@@ -13,7 +13,7 @@ from conf.schema import Config
 def check_layout(config: Config) -> None:
     """Raise UserError if the layout breaks a rule that involves several fields of the recipe.
 
-    The function also checks a layout of one rank, because a pipeline with one stage still follows its schedule.
+    A layout of one rank is checked too, because a pipeline with one stage still follows its schedule.
     """
     parallel = config.parallel
     for micro_batches in micro_batch_counts(config):
@@ -34,8 +34,7 @@ def check_layout(config: Config) -> None:
 
 
 def _check_offload(config: Config) -> None:
-    """Raise UserError if the layout offloads activations but recomputes every block, because no activation is left to
-    offload."""
+    """Raise UserError if the layout offloads activations but recomputes every block, so that no activation is left."""
     from train.parallelize import stage_layers
 
     again, longest = config.model.repeated_layers, max(map(len, stage_layers(config)))
@@ -49,7 +48,7 @@ def _check_offload(config: Config) -> None:
 
 
 def _check_adapter(config: Config) -> None:
-    """Raise UserError if a rank of the pipeline has no block. An adapter has nothing to train on such a rank."""
+    """Raise UserError if a rank of the pipeline has no block, because its adapter has nothing to train."""
     from train.parallelize import stage_layers
 
     layers = stage_layers(config)
@@ -67,7 +66,7 @@ def _check_choices(config: Config) -> None:
     """Raise UserError if sparse attention does not fit the pipeline stages.
 
     A stage must not begin with a layer that uses the attention keys that an earlier layer selected. With
-    optim.index_warmup, the first stage must contain a layer. Otherwise this stage has no indexer to train.
+    optim.index_warmup, the first stage must contain a layer, to have an indexer to train.
     """
     from train.parallelize import stage_layers
 

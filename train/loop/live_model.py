@@ -30,13 +30,12 @@ from train.rank_parts import RankSetup
 
 
 class LiveModel:
-    """Implements those operations of `Engine` that work between steps, on one rank's state."""
+    """Implements the operations of `Engine` between steps, on one rank's state."""
 
     def __init__(self, config: Config, rank: RankSetup, chunks: list[DeepSeekV3], state: RunState):
         self._config, self._rank, self._chunks, self.state = config, rank, chunks, state
         self._meta: dict[str, Any] = {"tokenizer": "", "data": "", "held_out": {}}
-        """Entries of the checkpoint's meta that describe the training text. `load` copies them from the loaded
-        checkpoint."""
+        """Entries of the checkpoint's meta about the training text. `load` copies them from the loaded checkpoint."""
 
     def save(self, folder: Path, step: int) -> Path:
         """See `Engine.save`. step: the last completed step."""

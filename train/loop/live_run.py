@@ -12,8 +12,8 @@ A hook is an object with any of these methods. Every rank has its own hooks and 
     on_step(run, step, record)       the step is done; record: maps metric names (train/metrics/names.py) to values over
                                      all ranks
     on_save(run, step)               the state is copied for a checkpoint, whose files are written during training
-    on_checkpoint(run, step, path)   a checkpoint is complete; on ranks other than 0: this rank has written its part.
-                                     The loop calls this method when it saves the next checkpoint, or at the end
+    on_checkpoint(run, step, path)   a checkpoint is complete; on ranks other than 0: this rank's files are written.
+                                     Called when the loop saves the next checkpoint, or at the end
     on_end(run, code)                the last checkpoint is written; code: an exit code of conf/errors.py
     close(run)                       the run has ended, perhaps with an error: release the hook's resources
 
@@ -100,10 +100,10 @@ class LiveRun:
         self.rank, self.folder, self.chunks = self.mesh.rank, RunPaths(self.config).path, self.parts.chunks
         """The index of this rank, the run folder, and this rank's chunks of the model."""
         self.step = self.state.step
-        """Index of the current step. Between steps, it is the index of the last completed step."""
+        """Index of the current step or, between steps, of the last completed step."""
 
     def tell(self, method: str, *what: Any) -> None:
-        """Call the method with this name on every hook that has it. Its arguments are this run, and then `what`.
+        """Call the method with this name on every hook that has it. The arguments are this run and `what`.
 
         An exception from a hook ends the run.
         """
@@ -132,11 +132,9 @@ class LiveRun:
             self.writer.note(text)
 
     def warn(self, text: str) -> None:
-        """Show a warning that concerns only this rank. Rank 0 shows it at the terminal; other ranks write it to their
-        logs."""
+        """Show a warning about this rank only: at the terminal on rank 0, in the log on other ranks."""
         self.note(text) if self.writer is not None else say(text, file=sys.stderr)
 
     def got_on(self) -> None:
-        """Report progress, so that the driver does not treat the rank as hung. Hooks with long work call this
-        method."""
+        """Report progress, so that the driver does not treat the rank as hung. Call this method in long hooks."""
         got_on()

@@ -1,11 +1,9 @@
 """Reads and replaces the weights of a live model under Hugging Face's names, for example for samplers.
 
-Ranks hold intervals of Sluice's tensors (parallel/shard.py). Each tensor of a Hugging Face folder is an interval of one
-of Sluice's tensors (train/hf/tensor_names.py). To read the weights, all ranks fill one bucket of Hugging Face tensors
-after another. On each rank the bucket starts with zeros, and the rank writes the elements of its intervals into the
-bucket. Then an all-reduce adds the buckets of all ranks. Each element is nonzero on one rank only, so the sum is exact.
-Besides its part of the model, a rank needs memory only for one bucket. The values are the fp32 master weights, rounded
-to the requested dtype.
+Ranks hold intervals of Sluice's tensors (parallel/shard.py). Each Hugging Face tensor is such an interval, too
+(train/hf/tensor_names.py). To read the weights, all ranks fill one bucket of Hugging Face tensors after another. The
+bucket starts with zeros, each rank writes its elements, and an all-reduce adds the buckets. Each element is nonzero on
+one rank only, so the sum is exact. The values are the fp32 master weights, rounded to the requested dtype.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,14 +23,13 @@ from train.kernels.precision import activation_dtype
 from train.loop.state import RunState
 
 BUCKET_ELEMENTS = 1 << 26
-"""Maximum number of elements in a bucket, 256 MB in fp32. A tensor with more elements gets a separate bucket."""
+"""Maximum number of elements in a bucket, 256 MB in fp32. A larger tensor gets a separate bucket."""
 STACKED_NAMES = {"w13": "gate_up_proj", "w2": "down_proj"}
-"""Maps Sluice's names of the expert matrices to transformers' names. transformers stacks the matrices of all experts of
-a layer in one tensor."""
+"""Maps Sluice's names of the expert matrices to transformers' names for a layer's stacked experts."""
 
 
 class _Wanted(NamedTuple):
-    """A requested Hugging Face tensor and, if an adapter is merged, the LoRA A and B whose product is added to it."""
+    """A requested Hugging Face tensor and, if an adapter is merged, the LoRA A and B to add."""
 
     placed: PlacedTensor
     lora: AdaptedTensor | None = None
@@ -53,8 +50,7 @@ def live_weights(
     dtype: torch.dtype | None = None,
     bucket: int = BUCKET_ELEMENTS,
 ) -> Iterator[tuple[str, Tensor]]:
-    """See `Engine.weights`. Collective: every rank must read all tensors. bucket: maximum number of elements of a
-    bucket."""
+    """See `Engine.weights`. Collective: every rank must read all tensors. bucket: maximum number of its elements."""
     dtype = dtype or activation_dtype(config.precision)
     held = {name: shard for name, shard in state.shards().items() if name.startswith(("master.", "bias."))}
     if config.adapter.on and (stacked or (merged and config.adapter.base is BaseFormat.fp8)):
@@ -140,10 +136,7 @@ def _buckets(wanted: list[_Wanted], bucket: int) -> Iterator[list[_Wanted]]:
 
 
 def _overlap(part: PlacedTensor, shard: Shard) -> tuple[int, int]:
-    """Returns the interval of Sluice's tensor that is in both `part` and `shard`: first element, and end (exclusive).
-
-    part: a Hugging Face tensor, which is an interval of Sluice's tensor. shard: the interval that this rank holds.
-    """
+    """Returns the interval of Sluice's tensor that is in `part` and in `shard`: first element, and end (exclusive)."""
     return max(part.start, shard.offset), min(part.start + part.count, shard.offset + shard.local.numel())
 
 

@@ -1,9 +1,11 @@
 """Combines all ranks' measurements of a step by one all-reduce.
 
-Each rank holds some of the layers and some of the tokens. Every rank fills a vector with one element for each
-measurement of each layer. A rank writes the values that it measured and leaves zeros elsewhere. So the sum over all
-ranks contains every measurement. Losses come from the last pipeline stage. Tokens per expert come from every rank of a
-stage, and balance biases from the first rank of a stage. Times and traffic come from every rank.
+Every rank fills a vector with one element for each measurement of each layer. A rank leaves zeros where it measured
+nothing, so the sum over all ranks contains every measurement. The values come from these ranks:
+- losses: the last pipeline stage
+- tokens per expert: every rank of a stage
+- balance biases: the first rank of a stage
+- times and traffic: every rank
 
 Dimensions: L MoE layers (including those of MTP modules), E experts.
 """
@@ -32,7 +34,7 @@ class MeasuredStep:
     mtp_losses: list[float]
     """Loss of each MTP depth, before it is multiplied by the MTP weight."""
     extra_loss: float
-    """Value of the user's loss term (optim.extra_loss); 0 if the recipe has none."""
+    """Value of the user's loss term (optim.extra_loss); 0 without a term."""
     balance_loss: float
     """Balance loss of the routers, multiplied by its weight and summed over layers."""
     index_loss: float
@@ -42,12 +44,11 @@ class MeasuredStep:
     biases_LE: Tensor
     """Balance biases used in the step (float64)."""
     stop: StopKind
-    """How the run must stop, if any rank was asked to stop. If ranks were asked to save in different ways, a checkpoint
-    on disk has priority over a copy in memory."""
+    """How the run must stop, if any rank was asked to stop. A checkpoint on disk has priority over a copy in memory."""
     scores_L: list[float]
     """Largest attention score of each layer; empty without optim.qk_clip."""
     heads_clipped: int
-    """Number of heads, over all layers, that had a score above optim.qk_clip."""
+    """Number of heads, over all layers, with a score above optim.qk_clip."""
     work: dict[str, float]
     """Measurements of the pipeline and the dispatchers, by metric name."""
 
@@ -65,8 +66,8 @@ class Measure:
         self.indexers = [indexer for chunk in parts.chunks for indexer in chunk.indexers()]
         self.last = next((chunk for chunk in parts.chunks if chunk.has_head), None)
         self.micro_batches = 1.0
-        """Mean number of micro-batches per data-parallel rank in this step. The engine sets this field. `collect`
-        divides this rank's losses by this mean."""
+        """Mean number of micro-batches per data-parallel rank in this step, by which `collect` divides losses. The
+        engine sets it."""
 
     def clear(self) -> None:
         """Reset the counters for a new step."""
@@ -79,7 +80,7 @@ class Measure:
             self.clip.clear()
 
     def collect(self, stop: StopKind) -> "CollectedMeasures":
-        """Sum the measurements over all ranks. Every rank gets the same sums. The host does not wait for the device."""
+        """Sum the measurements over all ranks. Every rank gets the sums. The host does not wait for the device."""
         depth, shape = self.model.mtp_depth, (len(self.layers), self.model.experts)
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
         losses, loads_LE, biases_LE = zeros(4 + depth), zeros(shape), zeros(shape)
@@ -112,7 +113,7 @@ class Measure:
 
 
 class CollectedMeasures:
-    """The measurements of a step, summed over all ranks. They are being copied from the device to the host."""
+    """A step's measurements, summed over all ranks, during their copy from the device to the host."""
 
     def __init__(self, measure: Measure, vector: Tensor, sizes: list[int], scores_LH: Tensor):
         self._measure, self._sizes = measure, sizes
@@ -130,9 +131,8 @@ class CollectedMeasures:
     def read(self) -> MeasuredStep:
         """Returns the summed measurements as a `MeasuredStep`.
 
-        The device copies the measurements to the host asynchronously. Call this method only after the copy is complete.
-        In a training step, it is complete after the update, because the update waits for the gradient norm, which the
-        device computes later.
+        Call this method only after the asynchronous copy from the device to the host is complete. In a training step
+        this is after the update, which waits for a later result of the device, the gradient norm.
         """
         losses, loads, biases, scores, clipped, own = self._host.split(self._sizes)
         main_loss, *mtp_losses, extra_loss, balance_loss, index_loss = losses.tolist()
@@ -154,6 +154,5 @@ class CollectedMeasures:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copies a host tensor to the device. A copy to a GPU uses page-locked memory, so the host does not wait for the
-    copy."""
+    """Copies a host tensor to the device. For a GPU it uses page-locked memory, so the host does not wait."""
     return (x.pin_memory() if device.type == "cuda" and not x.is_cuda else x).to(device, non_blocking=True)

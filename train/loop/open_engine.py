@@ -1,6 +1,6 @@
-"""Opens an engine in this process, for a custom loop under torchrun or for a rank of a session.
+"""Opens an engine in this process, which is one of several ranks, or the only rank.
 
-The process is one of several ranks, or the only rank.
+Custom loops under torchrun and the ranks of a session use it.
 """
 
 from contextlib import nullcontext
@@ -26,11 +26,11 @@ from train.rank import set_up_rank
 def open_engine(config: Config, place: Place | None = None) -> Engine:
     """Returns the engine of this rank. Collective over all ranks.
 
-    The environment variables RANK and WORLD_SIZE, which torchrun sets, determine the rank. Without them, the process is
-    the only rank. A process may open several engines if all of them have the same number of ranks.
+    torchrun's variables RANK and WORLD_SIZE determine the rank. Without them, the process is the only rank. All engines
+    of a process must have the same number of ranks.
 
-    The weights come from `resume` if it names a checkpoint, else from `init_from`. Without either, they are drawn from
-    the seed. The caller manages the data and the run folder. Raises UserError.
+    The weights come from `resume` if it names a checkpoint, else from `init_from`, else from the seed. The caller
+    manages the data and the run folder. Raises UserError.
     """
     place = place or given_place() or Place()
     if place.world != config.parallel.world:

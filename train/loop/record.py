@@ -31,8 +31,7 @@ class RankRecorder:
     def name_groups(self, mesh: Mesh) -> None:
         """Set the names of process groups in later records.
 
-        A group gets the name of the field of `mesh` that holds it. If several fields hold the same group, the group's
-        name joins the names of these fields.
+        A group's name is the field of `mesh` that holds it. If several fields hold it, their names are joined.
         """
         if self.recorder is None:
             return

@@ -1,5 +1,4 @@
-"""Finds the state that a run starts from. Rank 0 searches for the checkpoint, and every rank reads its part of the
-state."""
+"""Finds the state that a run starts from. Rank 0 searches for the checkpoint; every rank reads its part."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -41,10 +40,10 @@ class StartingPoint(NamedTuple):
     """The state that a run starts from, as rank 0 found it."""
 
     copy: dict[str, Any] | None = None
-    """Manifest body of the copies in memory to start from, if they are newer than all checkpoints on disk. If this
-    field is set, rank 0 did not search the disk for `checkpoint`."""
+    """Manifest body of the copies in memory to start from, if they are newer than all checkpoints on disk. Then
+    `checkpoint` is not set."""
     checkpoint: str | None = None
-    """Path of the checkpoint that config.resume selects; None if there is none."""
+    """Path of the checkpoint that config.resume selects, or None."""
     notes: Sequence[str] = ()
     """Texts that name the skipped copies and checkpoints, with the reasons."""
 
@@ -54,8 +53,7 @@ class StartingPoint(NamedTuple):
         return bool(self.copy or self.checkpoint or self.notes)
 
     def compiled_matmuls(self) -> bool | None:
-        """Whether the resumed run uses compiled matmuls. None if that is unknown, as for a new run or an older
-        checkpoint."""
+        """Whether the resumed run uses compiled matmuls; None if unknown, as for a new run."""
         if self.copy is not None:
             return self.copy["meta"].get("compiled_products")
         return None if self.checkpoint is None else read_manifest(Path(self.checkpoint)).meta.get("compiled_products")
@@ -75,8 +73,7 @@ def _find_start(config: Config, copies: MemoryCopies | None) -> StartingPoint:
 def _search_disk(config: Config, skip: Collection[Path], notes: Sequence[str] = ()) -> StartingPoint:
     """Search the disk for the starting point on rank 0.
 
-    skip: checkpoints that were found damaged when they were read. notes: notes of the caller; they name the checkpoints
-    of `skip` already.
+    skip: checkpoints that were found damaged when they were read. notes: the caller's notes, which already name `skip`.
     """
     found = resume_point(config, skip=skip)
     passed = [] if skip else [f"skipped a damaged checkpoint: {warning}" for warning in found.warnings]
@@ -152,7 +149,7 @@ def _resumed(config: Config, data: PreparedData, meta: dict[str, Any], notes: li
 def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] | None, list[str]]:
     """Returns, on rank 0, the manifest body of the copies in memory to resume from, and notes about damaged copies.
 
-    The body is None if there are no usable copies in memory, or if a checkpoint on disk is newer.
+    The body is None without usable copies, or if a checkpoint on disk is newer.
     """
     try:
         manifest = copies.manifest()
@@ -168,10 +165,9 @@ def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] |
 def load_state(
     state: RunState, meta: dict[str, Any], optimizer: str, load: Callable[[dict[str, Shard]], Any]
 ) -> str | None:
-    """Fill the state by calling `load` on all ranks. Returns the first problem of any rank; None if there is none.
+    """Fill the state by calling `load` on all ranks. Returns the first problem of any rank, or None.
 
-    optimizer: the optimizer of this run. If another optimizer wrote the checkpoint, the optimizer's state starts from
-    zero.
+    optimizer: this run's optimizer. If another optimizer wrote the checkpoint, its state starts from zero.
     """
     problem = None
     own = written_by(meta) == optimizer
@@ -186,7 +182,7 @@ def load_state(
 
 
 def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
-    """Start from the weights of init_from. Returns notes for the user. Only rank 0 reads the headers of all files."""
+    """Start from the weights of init_from. Returns notes for the user. Only rank 0 reads all headers."""
     own = from_rank_0(lambda: None if (found := own_start(config, tokenizer)) is None else str(found))
     if own is not None:
         start_from(config, Path(own), state)
@@ -211,7 +207,7 @@ def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any], base: dict[str, str] | None) -> None:
     """Raise UserError if the run cannot resume from this checkpoint.
 
-    base: description of the adapter's base model; None for a run without an adapter.
+    base: description of the adapter's base; None for a run without an adapter.
     """
     require_model(config, path, meta)
     require_adapter(config, path, meta)

@@ -6,10 +6,10 @@
 
 A driver starts the ranks as processes, on this machine or on Ray (train/loop/session_rank.py). Rank 0 connects to the
 controlling process and forwards every call to the other ranks. A key in the session's folder authenticates the
-connection. Calls and answers are JSON, and tensors have the safetensors format. Nothing is unpickled.
+connection. Calls and answers are JSON and safetensors. Nothing is unpickled.
 
 If the ranks refuse a call, for example because of a wrong argument, the session is unchanged. If a call fails on a
-rank, the session ends. Then the driver's message and the error in the controlling process name the rank and the cause.
+rank, the session ends with an error that names the rank and the cause.
 """
 
 import json
@@ -52,19 +52,19 @@ with the output of the driver and rank 0."""
 SESSION_LOOK_SECONDS = 0.2
 """Interval, in seconds, at which this process checks the driver while it waits for an answer."""
 SESSION_END_SECONDS = 20.0
-"""Maximum time, in seconds, that the ranks may take to end by themselves. After this time they are killed."""
+"""Maximum time, in seconds, that the ranks may take to end. Then they are killed."""
 
 
 class SessionFailed(RuntimeError):
-    """The ranks of a session have failed. The text names the rank that failed first, and the cause."""
+    """The ranks of a session have failed. The text names the first failed rank and the cause."""
 
 
 @contextmanager
 def session(config: Config) -> "Iterator[Session]":
     """Start the ranks of a layout and control them from this process. Every rank opens an engine with `open_engine`.
 
-    The context waits at its end until all ranks have ended. Raises UserError for refused settings, and SessionFailed if
-    a rank fails.
+    At its end, the context waits until all ranks have ended. Raises UserError for refused settings, and SessionFailed
+    if a rank fails.
     """
     check_layout(config)
     folder = RunPaths(config).path / SESSION_FOLDER
@@ -85,7 +85,7 @@ def session(config: Config) -> "Iterator[Session]":
 class Session:
     """Has the methods of `Engine`. Each call acts on all ranks.
 
-    A batch contains the shares of all data-parallel ranks, in rank order. The methods return values for all ranks
+    A batch contains the shares of all data-parallel ranks, in rank order. The returned values are for all ranks
     together.
     """
 
@@ -110,7 +110,7 @@ class Session:
     ) -> None:
         """See `Engine.forward_backward`.
 
-        loss: the name of a loss, the import path of a function, or a function that the ranks can import.
+        loss: a loss's name, a function's import path, or a function that the ranks can import.
         """
         name = loss if isinstance(loss, str) else _import_path(loss)
         more = {"loss": name, "last": last, "total": total, "terms": None if terms is None else [*terms]}
@@ -146,8 +146,7 @@ class Session:
     def weights(
         self, *, merged: bool = True, stacked: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.weights`. Before you call another method, read all tensors, or end the loop over the tensors with
-        `break`."""
+        """See `Engine.weights`. Read all tensors, or leave the loop, before you call another method."""
         named = None if dtype is None else str(dtype).removeprefix("torch.")
         with self._whole_call():
             self._send("weights", {"merged": merged, "stacked": stacked, "dtype": named})
@@ -212,8 +211,8 @@ class Session:
 
     @contextmanager
     def _whole_call(self) -> Iterator[None]:
-        """End the session if something interrupts a call, such as Ctrl-C. Otherwise, the next call would read the
-        answer of this call."""
+        """End the session if something, such as Ctrl-C, interrupts a call. Otherwise the next call would read the wrong
+        answer."""
         try:
             yield
         except UserError:
@@ -254,7 +253,7 @@ class Session:
             self._fail()
 
     def _fail(self) -> NoReturn:
-        """Raise SessionFailed with the driver's output. Called when the ranks have ended."""
+        """Raise SessionFailed with the driver's output, because the ranks have ended."""
         driver, self._driver = self._driver, None
         if self._link is not None:
             self._link.close()
@@ -267,7 +266,7 @@ class Session:
         raise SessionFailed(said[-8000:] or f"the ranks ended with exit code {driver.returncode}; logs: {self._folder}")
 
     def _end(self, at_once: bool) -> None:
-        """Wait until the ranks have ended. at_once: whether to send SIGTERM to the driver first."""
+        """Wait until the ranks have ended. at_once: send SIGTERM to the driver first."""
         if self._link is not None:
             self._link.close()  # rank 0 ends when the connection closes
             self._link = None
@@ -289,9 +288,9 @@ def _kill(driver: subprocess.Popen) -> None:
 
 
 def _plain(batch: Batch) -> dict[str, Tensor]:
-    """Returns copies of a batch's tensors by name. The names of per-token tensors contain a dot.
+    """Returns copies of a batch's tensors by name, because safetensors refuses two tensors that share memory.
 
-    The tensors are copied, because safetensors refuses two tensors that share memory.
+    The names of per-token tensors contain a dot.
     """
     named = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "tensors"}
     named |= {f"tensors.{name}": tensor for name, tensor in batch.tensors.items()}

@@ -1,10 +1,9 @@
 """Runs the ranks of a session (train/loop/session.py).
 
-`python -m train.loop.session_rank CONFIG` is the driver of the ranks. The driver starts each rank with the same
-program.
+`python -m train.loop.session_rank CONFIG` is the driver of the ranks. It starts each rank with the same program.
 
-Rank 0 receives calls from the controlling process, and all ranks execute them. First, every rank checks the complete
-batch. So all ranks refuse the same calls. Then each rank computes with its share of the batch.
+Rank 0 receives calls from the controlling process, and all ranks execute them. Every rank first checks the complete
+batch, so all ranks refuse the same calls.
 """
 
 import json
@@ -52,7 +51,7 @@ class SessionRank:
     def __init__(self, config: Config, engine: Engine, link: Connection | None, group: dist.ProcessGroup):
         """link: connection to the controlling process, only on rank 0.
 
-        group: a process group of all ranks. Its timeout is long, because hours may pass between two calls.
+        group: a process group of all ranks with a long timeout, because hours may pass between two calls.
         """
         self._config, self._engine, self._link, self._group = config, engine, link, group
         self._sharing = config.parallel.dp
@@ -135,8 +134,7 @@ class SessionRank:
         return batch.take(slice(self._engine.mesh.dp_rank * size, (self._engine.mesh.dp_rank + 1) * size))
 
     def _receive(self) -> bytes:
-        """Returns the next message of the controlling process, on rank 0. Returns empty bytes when the session has
-        ended."""
+        """Returns the controlling process's next message, on rank 0; empty bytes after the session's end."""
         assert self._link is not None
         try:
             while not self._link.poll(IDLE_SECONDS):

@@ -1,8 +1,8 @@
 """init_from: starts a new run from the weights of a Hugging Face folder, or of a Sluice checkpoint.
 
-This file imports torch only inside functions, because the driver uses it too and does not need torch. Master weights
-get exactly the folder's values, dequantised from FP8 if needed. Balance biases get the folder's correction biases. The
-optimizer's moments start at 0. If the run averages its weights, the average starts from the loaded weights.
+This file imports torch only inside functions, because the driver uses it too. Master weights get the folder's values,
+and balance biases get the folder's correction biases. The optimizer's moments start at 0. An average of the weights
+starts from the loaded weights.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]]:
-    """Reads the headers of config.init_from, but no weights. Returns the opened folder and notes for the user.
+    """Reads the headers of config.init_from. Returns the opened folder and notes for the user.
 
     Raises UserError if the folder is damaged, or if its model or tokenizer differs from the recipe's.
     """
@@ -47,15 +47,14 @@ def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]
 
 
 def _model_of(config: Config, folder: Folder) -> Model:
-    """Returns the recipe's model; if the folder has dense attention, the returned model has no indexers."""
+    """Returns the recipe's model, without indexers if the folder has dense attention."""
     return config.model if FAMILIES[folder.family].is_sparse else replace(config.model, sparse=SparseAttention())
 
 
 def _with_indexers(config: Config, fill: "FillShards", has: Callable[[str], bool]) -> "FillShards":
-    """Returns a function like `fill` that also works for a source without indexers. The returned function draws the
-    weights of missing indexers from config.seed.
+    """Returns a function like `fill` that draws the weights of indexers from config.seed if the source lacks them.
 
-    fill: reads tensors from the source. has: tells whether the source has a tensor with a given name.
+    has: tells whether the source has a tensor with this name.
     """
     from train.model.init import draw_indexer  # this imports torch
 
@@ -70,7 +69,7 @@ def _with_indexers(config: Config, fill: "FillShards", has: Callable[[str], bool
 
 
 def other_optimizer(config: Config, folder: Path) -> list[str]:
-    """Returns a note if the folder's weights were pretrained with another optimizer than this run uses; else an empty
+    """Returns a note if the folder's weights were pretrained with another optimizer than this run's, else an empty
     list."""
     path, own = folder / CONFIG_FILE, config.optim.facts.name
     body = read_json(path, "init_from", "download it again") if path.is_file() else {}
@@ -85,8 +84,8 @@ def other_optimizer(config: Config, folder: Path) -> list[str]:
 def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
     """Returns the checkpoint that config.init_from names; None if it names a Hugging Face folder.
 
-    For a run folder, the function returns the newest checkpoint of the run. Raises UserError if the checkpoint is
-    damaged, or if its model or tokenizer is not that of the recipe.
+    For a run folder: the newest checkpoint of the run. Raises UserError if the checkpoint is damaged, or if its model
+    or tokenizer is not that of the recipe.
     """
     assert config.init_from is not None
     path = Path(config.init_from).expanduser()
@@ -101,8 +100,7 @@ def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
 
 
 def start_from(config: Config, source: Folder | Path, state: "RunState") -> None:
-    """Fill this rank's part of the weights from a source. If the run trains an adapter, fill the weights of the
-    adapter's base.
+    """Fill this rank's part of the weights from a source. In an adapter's run, fill the weights of the base.
 
     source: a result of `check_start` or `own_start`.
     """

@@ -6,11 +6,13 @@
     running.load, running.idle          past tokens per expert, for MaxVio and dead experts
     ema.*, and others                   state of hooks (train/loop/live_run.py), such as the average of the weights
 
-The meta contains the other state: step, samples (the data position), updates, and the family of the Hugging Face folder
-that the run started from. The meta of an adapter's run also describes its base (train/checkpoint/trained_with.py). The
-meta of a CPU run also tells whether the run uses compiled matmuls. The run makes this choice at its start. Schedules
-need no state, because they depend only on the step. A run draws random numbers only for its initial weights, so no
-generator state is stored.
+The meta contains the other state:
+- step, samples (the data position), updates
+- the family of the Hugging Face folder that the run started from
+- in an adapter's run: a description of the base (train/checkpoint/trained_with.py)
+- in a CPU run: whether the run uses compiled matmuls
+
+Schedules depend only on the step. Only initial weights use random numbers, so no generator state is stored.
 """
 
 from collections import ChainMap
@@ -36,11 +38,11 @@ class RunState:
     """Gives access to the live state of one rank as shards."""
 
     def __init__(self, config: Config, mesh: Mesh, parts: ParallelModel, hooks: Sequence[Any] = ()):
-        """hooks: all hooks of the run. If a hook has the method `shards`, checkpoints contain its state."""
+        """hooks: all hooks of the run. Checkpoints contain the state of hooks with the method `shards`."""
         self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
         self.compiled_matmuls: bool | None = None
-        """Whether this run uses compiled matmuls on a CPU. A new run chooses the faster matmuls at its start, and the
-        resumed run keeps this choice. None: there is nothing to choose, for example on a GPU."""
+        """Whether this run uses compiled matmuls on a CPU. A new run chooses the faster matmuls at its start; a resumed
+        run keeps the choice. None: no choice, for example on a GPU."""
         self.step = 0
         self.samples = 0
         self.best: tuple[int, float] | None = None
@@ -50,7 +52,7 @@ class RunState:
         self._trains_adapter = config.adapter.on
         self._blocks = {name: blocks for chunk in parts.chunks for name, blocks in frozen_blocks(chunk)}
         self.base: dict[str, str] | None = None
-        """Description of an adapter's base; it is set when the base is loaded."""
+        """Description of an adapter's base, set when the base is loaded."""
         size_LE = len(moe_layers(config.model)), config.model.experts
         self.load_LE = torch.zeros(size_LE, dtype=torch.float64)
         self.idle_LE = torch.zeros(size_LE, dtype=torch.int64)
@@ -69,8 +71,7 @@ class RunState:
         return running
 
     def shards(self) -> dict[str, Shard]:
-        """Returns this rank's part of the state. If several ranks share state, only the first of these ranks includes
-        it."""
+        """Returns this rank's part of the state. State that several ranks share is only on the first of them."""
         shards = self.zero.shards()
         for hook in self.keepers:
             shards |= _apart(shards, hook.shards())
@@ -83,9 +84,8 @@ class RunState:
     def wanted(self, meta: Mapping[str, Any], *, own_optimizer: bool = True) -> dict[str, Shard]:
         """Returns the shards that this rank reads from a checkpoint with this meta.
 
-        The result omits a hook's shards if the checkpoint does not contain them. own_optimizer: whether the run's
-        optimizer wrote the checkpoint. If not, the method sets the state of the run's optimizer to zero instead of
-        reading it.
+        A hook's shards are included if the checkpoint contains them. own_optimizer: whether the run's optimizer wrote
+        the checkpoint; otherwise the optimizer's state is set to zero.
         """
         shards = self.zero.shards(copies=True)
         if not own_optimizer:
@@ -102,8 +102,7 @@ class RunState:
     def wanted_of_start(self) -> dict[str, Shard]:
         """Returns the shards that this rank reads when a run starts from given weights: weights and balance biases.
 
-        In an adapter's run, the weights are this rank's part of the base. Otherwise they are this rank's master
-        weights.
+        The weights are this rank's master weights, or its part of the base in an adapter's run.
         """
         if not self._trains_adapter:
             return {
@@ -117,18 +116,18 @@ class RunState:
         return base | self._biases()
 
     def owned_base(self) -> dict[str, Shard]:
-        """Returns this rank's shards of an adapter's base and of the balance biases. Exactly one rank includes each
-        element."""
+        """Returns this rank's shards of an adapter's base and of the balance biases. Each element is included on
+        exactly one rank."""
         shards = {f"master.{name}": shard for name, shard in self.zero.untrained_shards(owned=True).items()}
         if self.mesh.pp_rank > 0:
             shards.pop("master.embedding.weight", None)  # MTP's copy; the first pipeline rank has the original
         return shards | (self._biases() if self.mesh.stage_rank == 0 else {})
 
     def fill_base(self, fill: FillShards, mark: WeightsMark | None = None) -> None:
-        """Fill this rank's part of the initial weights and the balance biases. In an adapter's run, the base is filled.
+        """Fill this rank's part of the initial weights (of the base, in an adapter's run) and the balance biases.
 
-        fill: reads given shards from the source. mark: receives the values of an adapter's base, and computes a
-        checksum of them.
+        fill: reads given shards from the source. mark: receives the values of an adapter's base and computes their
+        checksum.
         """
         mark = mark or WeightsMark()
         (mark.watching(fill) if self._trains_adapter else fill)(self.wanted_of_start())
@@ -175,7 +174,7 @@ def _has(meta: Mapping[str, Any], hook: Any) -> bool:
 
 
 def _apart(shards: Mapping[str, Shard], more: dict[str, Shard]) -> dict[str, Shard]:
-    """Returns `more`, the shards of a hook. Raises UserError if `shards` already has one of the names in `more`."""
+    """Returns `more`, the shards of a hook. Raises UserError if `shards` already has one of their names."""
     if taken := sorted(shards.keys() & more.keys()):
         rule = "names tensors that the state of the run already has"
         raise UserError("callbacks", ", ".join(taken), rule, "give the hook's `shards` other names")

@@ -1,14 +1,13 @@
 """Measures the work of this rank's pipeline and dispatcher in a step. Sums over all ranks become metrics.
 
-Each rank divides its values by the world size, so that the sum over all ranks is the mean (train/loop/measure.py). A
-metric is omitted if the layout cannot have it: the bubble without a pipeline, traffic without expert parallelism.
+Each rank divides its values by the world size, so the sum over all ranks is the mean (train/loop/measure.py). A metric
+is omitted if the layout cannot have it.
 
-The bubble is the time between a rank's pipeline actions. A rank may also wait inside an action, for tokens from other
-ranks of its expert group (dispatch_wait_seconds) or for sharded weights. The bubble does not include this time.
+The bubble is the time between a rank's pipeline actions. It excludes waits inside an action, for tokens from other
+ranks of the expert group (dispatch_wait_seconds) or for sharded weights.
 
-`busy` is the time in which this rank works, without waits inside or between actions. So `busy` is large on a slow rank,
-and small on the ranks that wait for it. With NCCL the host does not wait for tokens. Then `busy` is large on the whole
-expert group of a slow rank.
+`busy` is the time in which this rank works, without waits inside or between actions, so it is large on a slow rank.
+With NCCL the host does not wait for tokens. Then `busy` is large on the whole expert group of a slow rank.
 """
 
 from collections.abc import Sequence
@@ -20,8 +19,7 @@ _BYTES = ("dispatch_bytes_inside", "dispatch_bytes_across")
 
 
 class StepWork:
-    """Reads the pipeline's timeline and the dispatcher's counters. train/metrics/names.py defines the names of the
-    metrics."""
+    """Reads the pipeline's timeline and the dispatcher's counters. train/metrics/names.py names the metrics."""
 
     def __init__(self, parts: RankModel, layout: Layout):
         self._timeline, self._layout = parts.pipeline.timeline, layout
@@ -32,7 +30,7 @@ class StepWork:
         self._names = list(self._read())
 
     def clear(self) -> None:
-        """Reset the counters for a new step. Without the reset, they could include the traffic of a validation."""
+        """Reset the counters for a new step. Otherwise they could include the traffic of a validation."""
         if self._counters is not None:
             self._counters.take()
 

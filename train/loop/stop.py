@@ -1,7 +1,7 @@
 """Handles the signals that ask a run to save its state and stop after the current step.
 
-After SIGTERM or Ctrl-C the run saves a checkpoint. After SIGUSR2 it copies its state to memory, if it keeps such
-copies. A second Ctrl-C stops the run at once. Before the first step is done, SIGTERM or Ctrl-C stops the run at once.
+SIGTERM or Ctrl-C: saves a checkpoint. SIGUSR2: copies the state to memory, if the run keeps such copies. A second
+Ctrl-C, and any SIGTERM or Ctrl-C before the first step is done, stops the run at once.
 """
 
 import signal
@@ -30,10 +30,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.has_stepped = False
-        """Whether this attempt has completed a step. Without a completed step there is no new state to save.
+        """Whether this attempt has completed a step. Without one there is no new state to save.
 
-        Before the first step is done, SIGTERM or Ctrl-C ends the run at once. Otherwise the user might have to wait
-        very long, for example for a step of a far too large model.
+        Then SIGTERM or Ctrl-C ends the run at once, because the first step of a large model may take very long.
         """
         numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR2
         self._previous = {number: signal.signal(number, self._take) for number in numbers}

@@ -1,8 +1,8 @@
 """The training loop: runs one optimizer step after another, the same on every rank.
 
 For each step it computes the step's settings, reads this rank's share of the batch, runs the step (training_engine.py)
-and records its metrics. It saves the state every checkpoint.every steps, and when a hook requests a checkpoint. The
-loop calls hooks (live_run.py), which do all other work.
+and records its metrics. It saves the state every checkpoint.every steps, and when a hook requests it. Hooks
+(live_run.py) do all other work.
 """
 
 import time
@@ -29,7 +29,7 @@ class Trainer:
     """Trains one rank of a run, until the last step or a request to stop."""
 
     def __init__(self, run: LiveRun, stop: StopRequest, copies: "CopiesInMemory"):
-        """copies: the hook that copies the state to memory. The next attempt may resume from these copies."""
+        """copies: the hook that copies the state to memory, from which the next attempt may resume."""
         self.run, self.stop, self._copies = run, stop, copies
         self.goes_on = False
         """Whether the run stopped only so that another attempt can resume from the copies in memory."""
@@ -74,8 +74,7 @@ class Trainer:
         return EXIT_OK
 
     def _share(self, plan: StepPlan) -> tuple[int, int]:
-        """Returns the first sample and the number of samples of this rank's share, a contiguous part of the step's
-        batch."""
+        """Returns the first sample and the number of samples of this rank's contiguous share of the batch."""
         first, count = share_of(self.run.config, plan.batch_size, self.run.mesh.dp_rank)
         return plan.first_sample + first, count
 
@@ -105,8 +104,8 @@ class Trainer:
             )
         record = {"step": plan.step, "data_wait_seconds": batches.waited - waited}
         run.tell("on_step", plan.step, record)
-        # Save only after the step's record is written. A run that resumes from this checkpoint continues with the next
-        # step and would never write the record. The last state is saved at the end of the run.
+        # Save only after the step's record is written. A run that resumes from this checkpoint would never write the
+        # record. The last state is saved at the end of the run.
         every = run.config.checkpoint.every
         if plan.step < run.config.steps and (run.wants_save or (every and plan.step % every == 0)):
             self._save()

@@ -4,14 +4,14 @@
     update              clips and applies the gradients if loss and gradients are finite; adjusts the router biases by
                         the step's tokens per expert (paper 2.1.2)
     discard             deletes the gradients
-    logprobs            computes log-probabilities of given tokens; changes nothing
-    save, load          write and read checkpoints; any layout can read them
+    logprobs            computes log-probabilities of given tokens
+    save, load          write and read checkpoints of any layout
     generate            generates text with the live model, in one process
-    weights, fill       read and replace the weights under Hugging Face's names, one bucket at a time
+    weights, fill       read and replace the weights under Hugging Face's names
 
-Sluice's trainer uses this engine. All ranks make the same calls in the same order. Each data-parallel rank passes a
-different share of the batch. The pipeline and context-parallel ranks of one data-parallel rank all pass the same share.
-A step has these parts, in this order:
+All ranks make the same calls in the same order. Each data-parallel rank passes a different share of the batch. The
+pipeline and context-parallel ranks of one data-parallel rank all pass the same share. A step has these parts, in this
+order:
 
     weights     sets the weights of the loss terms and router losses
     passes      runs forward and backward of all micro-batches
@@ -71,63 +71,58 @@ def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: fl
 
 
 class StepTotal(NamedTuple):
-    """Numbers of sequences, learnt tokens and samples in a step, over all calls and ranks. The engine divides the
-    step's sums by these numbers."""
+    """Numbers of sequences, learnt tokens and samples in a step, over all calls and ranks. Sums are divided by them."""
 
     rows: int
     """Number of token sequences."""
     targets: int | None
-    """Number of tokens whose prediction the loss includes (learnt tokens); None if all tokens are learnt."""
+    """Number of learnt tokens (the loss includes their prediction); None if all tokens are learnt."""
     samples: int
     """Number of samples. If a batch does not mark samples, each sequence is one sample."""
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Results of a step. If no update was applied, weights and biases are unchanged."""
+    """Results of a step. Without an update, weights and biases are unchanged."""
 
     measured: MeasuredStep
     update: Update
     scores_LH: Tensor
-    """Largest attention score of every head in this rank's layers, from `QKClip.largest`; empty without
-    optim.qk_clip."""
+    """Largest attention score of every head in this rank's layers, from `QKClip.largest`; empty without optim.qk_clip.
+    """
 
 
 class Engine:
-    """Runs the steps of one rank. Every rank has such an engine and runs the same steps."""
+    """Runs the steps of one rank. The engines of all ranks run the same steps."""
 
     def __init__(self, config: Config, parts: ParallelModel, rank: RankSetup, live: "LiveModel | None" = None):
-        """live: implements `save`, `load`, `weights`, `fill` and `generate`; None if the caller uses none of these
-        methods."""
+        """live: implements `save`, `load`, `weights`, `fill` and `generate`; None if the caller uses none of them."""
         self._live = live
         self._config, self._parts, self._device = config, parts, rank.device
         self.mesh = rank.mesh
-        """This rank's position in the layout. The field `dp_rank` of the position determines which share of a batch the
-        rank gets."""
+        """This rank's position in the layout. Its field `dp_rank` determines the rank's share of a batch."""
         self._layout, self._schedules = rank.mesh.layout, Schedules(config)
         self.step = 0
-        """Number of completed steps. The next step uses the recipe's schedules at `step` + 1. A caller that resumes a
-        run sets it."""
+        """Number of completed steps. The next step uses the recipe's schedules at `step` + 1. To resume a run, set
+        `step`."""
         self._sequences = config.micro_batch_size * rank.mesh.layout.dp
         """Number of sequences in one micro-batch, summed over the data-parallel ranks."""
         self._mean_micro_batches = 0.0
-        """Mean number of micro-batches per data-parallel rank in this step.
+        """Mean number of micro-batches per data-parallel rank in this step, by which losses are divided.
 
-        Losses are divided by this mean. So all tokens of the batch have the same weight, even if the ranks have
-        different numbers of micro-batches (parallel.uneven).
+        So all tokens have the same weight, even if the ranks' numbers of micro-batches differ (parallel.uneven).
         """
         self._open: ExitStack | None = None
-        """The contexts of the current step, which end with its last call; None between steps."""
+        """The contexts of the current step, from its first to its last call of `forward_backward`; otherwise None."""
         self._is_reduced = False
-        """Whether the step's last call has reduced the gradients over the ranks. Then the next call must be `update` or
-        `discard`."""
+        """Whether the step's last call has reduced the gradients. Then the next call must be `update` or `discard`."""
         self._moves_biases = True
         self.has_failed = False
         """Whether a call failed during the computation. Then other ranks may wait for this rank."""
         self._reduce_ahead = parts.pipeline.on_chunk_end
         self.on_phase: Callable[[str], None] = lambda ended: None
         """A function that is called at the end of the phases `schedule` (forward and backward), `reduction` and
-        `update`, with the name of the phase."""
+        `update`, with the phase's name."""
         self.clip = self._watch_scores(config.optim.qk_clip, parts, rank.mesh)
         self.measure = Measure(config.model, parts, rank, self.clip)
         self._moe_layers = sum(not name.startswith("mtp") for name in moe_layers(config.model))
@@ -144,14 +139,13 @@ class Engine:
         terms: Collection[str] | None = None,
         **settings: float,
     ) -> None:
-        """Add the gradients of a loss over this rank's share of a batch to the step's gradients.
+        """Add the gradients of a loss over this rank's share of a batch to the step's gradients. Raises UserError.
 
-        loss: a name of `TOKEN_LOSSES`, a loss function as in train/model/token_losses.py, or the import path of a loss
-        function. settings: further arguments of the loss. last: whether this is the step's last call, which reduces the
-        gradients. total: the result of `count` for the batches of all calls of the step; sums over tokens are divided
-        by it. None: the step has only this call. terms: the parts of `TERMS` to use. None: all parts of `TERMS`, but
-        without `biases` if the batch replays experts, because the routers did not choose these experts. Raises
-        UserError.
+        loss: a name of `TOKEN_LOSSES`, a loss function as in train/model/token_losses.py, or its import path. settings:
+        further arguments of the loss. last: whether this is the step's last call, which reduces the gradients. total:
+        the result of `count` for the batches of all calls of the step, by which sums over tokens are divided; None: the
+        step has only this call. terms: the parts of `TERMS` to use; None: all parts, but without `biases` if the batch
+        replays experts.
         """
         batch = self._checked(batch)
         token_loss = self._find_loss(loss, batch, settings)
@@ -173,10 +167,11 @@ class Engine:
         self._pass(plan, batch, total, last, token_loss, "balance" in chosen)
 
     def update(self, step: int | None = None, *, lr: float | None = None) -> StepOutcome:
-        """Clip and apply the gradients of the step.
+        """Clip and apply the gradients of the step. If the loss or a gradient is not finite, the weights stay
+        unchanged.
 
         step: index of the step in the recipe's schedules; None for the next step. lr: replaces the learning rate of the
-        schedule. If the loss or a gradient is not finite, the method does not change the weights. Raises UserError.
+        schedule. Raises UserError.
         """
         number = self.step + 1 if step is None else step
         if not 1 <= number <= self._config.steps:
@@ -202,9 +197,9 @@ class Engine:
     def logprobs(self, batch: Batch) -> Tensor:
         """Returns log p(token | earlier tokens) for every token of this rank's share: fp32 (B, S) on the host.
 
-        All ranks with the same share get the same values. The value of the first token of a sequence is 0. If the batch
-        has a tensor `temperatures`, the logits are divided by it. Top-p is not applied. The call changes nothing:
-        routers do not count tokens, and adapters do not use dropout. Raises UserError.
+        The value of the first token of a sequence is 0. If the batch has a tensor `temperatures`, the logits are
+        divided by it. Top-p is not applied. Routers do not count tokens, and adapters do not use dropout. Raises
+        UserError.
         """
         batch, head = self._checked(batch), self.measure.last
         wanted = {name: tensor for name, tensor in batch.tensors.items() if name == "temperatures"}
@@ -226,8 +221,8 @@ class Engine:
         """Counts learnt tokens, sequences and samples in the batches of all ranks.
 
         rows: number of sequences over all ranks, if known. The call is collective, unless `rows` is given and every
-        token is learnt. If ranks have different numbers of sequences, the method raises UserError on all ranks, because
-        the rank with more sequences would wait forever for the other ranks. parallel.uneven allows different numbers.
+        token is learnt. Raises UserError on all ranks if they have different numbers of sequences, unless
+        parallel.uneven is set.
         """
         if rows is not None and all(batch.supervised_BS is None for batch in batches):
             return StepTotal(rows, None, rows)
@@ -245,10 +240,10 @@ class Engine:
         return found if rows is None else found._replace(rows=rows)
 
     def save(self, folder: Path) -> Path:
-        """Write a checkpoint of the last step and wait until it is complete. Returns its path.
+        """Write a checkpoint of the last step and wait until it is complete. Returns its path, for example
+        FOLDER/step_00000012.
 
-        folder: the folder for checkpoints. The returned path is, for example, FOLDER/step_00000012. Training can resume
-        from the checkpoint in any layout, and every mode reads it. Raises DiskFailed.
+        folder: the folder for checkpoints. Any layout and every mode can read the checkpoint. Raises DiskFailed.
         """
         return self._between_steps("save").save(folder, self.step)
 
@@ -267,7 +262,7 @@ class Engine:
 
         Collective: every rank must read all tensors. A tensor is valid until the caller reads the next one. Balance
         biases are included, in fp32. merged: add the adapter to the base; otherwise yield only the adapter, under
-        PEFT's names. stacked: yield the experts of a layer as one tensor. dtype: None for the recipe's dtype. Raises
+        PEFT's names. stacked: yield a layer's experts as one tensor. dtype: None for the recipe's dtype. Raises
         UserError.
         """
         return self._between_steps("weights").weights(merged=merged, stacked=stacked, dtype=dtype)
@@ -275,8 +270,8 @@ class Engine:
     def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace weights and balance biases with tensors under Hugging Face's names.
 
-        weights: pairs of name and tensor. For example, a process that samples text can pass the result of
-        `Session.weights`. The optimizer's state does not change. Raises UserError for an unknown name or a wrong shape.
+        weights: pairs of name and tensor, for example a result of `Session.weights`. The optimizer's state does not
+        change. Raises UserError for an unknown name or a wrong shape.
         """
         self._between_steps("fill").fill(weights)
 
@@ -290,8 +285,7 @@ class Engine:
         end_ids: Collection[int] = (),
         seed: int = 1,
     ) -> "list[DrawnText]":
-        """Returns completions of prompts by the live model. Only an engine in one process, which has the whole model,
-        supports it.
+        """Returns completions of prompts by the live model. Only an engine in one process supports it.
 
         prompts: lists of token ids, of any lengths; all are completed in one batch. tokens: maximum number of new
         tokens for each prompt. A completion ends at a token of `end_ids`. Row i uses the random seed `seed` + i. Raises
@@ -312,8 +306,8 @@ class Engine:
     ) -> StepOutcome:
         """Run a whole step with the recipe's loss.
 
-        batch: this rank's share. stopping: how this rank was asked to stop; the engine sends this to all ranks together
-        with the measurements. on_phase: new value of the field `on_phase`.
+        batch: this rank's share. stopping: how this rank was asked to stop; the engine sends this to all ranks.
+        on_phase: new value of the field `on_phase`.
         """
         self.on_phase, self._moves_biases = on_phase, True
         self._pass(plan, batch, self.count([batch], plan.batch_size), stopping=stopping)
@@ -355,8 +349,7 @@ class Engine:
 
     @contextmanager
     def _accumulating(self, plan: StepPlan) -> Iterator[None]:
-        """Returns a context for one call of `forward_backward`. The context continues the current step, or starts a new
-        one.
+        """Returns a context for one call of `forward_backward`, in the current step or in a new one.
 
         An error inside the context ends the step.
         """
@@ -412,8 +405,8 @@ class Engine:
     def _inputs(self, batch: Batch) -> dict:
         """Returns the pipeline's inputs from a batch.
 
-        Every rank gets the replayed choices of experts and of attention keys. Only the rank with the head gets the
-        other per-token tensors.
+        Every rank gets the replayed experts and attention keys. Only the rank with the head gets the other per-token
+        tensors.
         """
         more = {} if self.measure.last is None else dict(batch.tensors)
         if batch.experts_BTLK is not None:
@@ -445,8 +438,7 @@ class Engine:
             update_bias(router.bias_E, loads_LE[self.measure.layers.index(name)], plan.bias_speed)
 
     def _between_steps(self, method: str) -> "LiveModel":
-        """Returns the live model. Raises UserError inside a step, when there are gradients that the live model cannot
-        save or return."""
+        """Returns the live model. Raises UserError inside a step, because gradients cannot be saved."""
         assert self._live is not None, "this engine only supports whole steps"
         if self._open is not None or self._is_reduced:
             raise UserError(method, "in a step", "must be called between steps", "call update or discard before it")
@@ -455,8 +447,7 @@ class Engine:
     # Checks of a caller's arguments
 
     def _find_loss(self, loss: str | TokenLoss, batch: Batch, settings: Mapping[str, float]) -> TokenLoss | None:
-        """Returns the loss function; None for the cross-entropy, because the head computes it itself. Raises
-        UserError."""
+        """Returns the loss function; None for the cross-entropy, which the head computes itself. Raises UserError."""
         if isinstance(loss, str):
             if loss not in TOKEN_LOSSES and "." not in loss:
                 known = ", ".join(TOKEN_LOSSES)
@@ -489,7 +480,7 @@ class Engine:
     def check(self, batch: Batch, micro_batches: int) -> Batch:
         """Returns the batch with all fields set. Raises UserError if this layout cannot process it.
 
-        batch: the batch of one rank, or of all ranks together. micro_batches: number of micro-batches of each rank.
+        batch: of one rank, or of all ranks together. micro_batches: number of micro-batches of each rank.
         """
         config = self._config
         check_given_batch(batch, config.model.vocab_size)
@@ -507,7 +498,7 @@ class Engine:
         return replace(batch, experts_BTLK=experts, keys_BTLK=None if batch.keys_BTLK is None else self._keys(batch))
 
     def _checked(self, batch: Batch) -> Batch:
-        """Checks this rank's share of a batch and returns the batch with all fields set. Raises UserError."""
+        """Checks this rank's share of a batch and returns it with all fields set. Raises UserError."""
         return self.check(batch, self._micro_batches(batch))
 
     def _keys(self, batch: Batch) -> Tensor:
@@ -579,8 +570,7 @@ class Engine:
 
 
 def total_of(batches: Sequence[Batch]) -> StepTotal:
-    """Returns the numbers of learnt tokens, sequences and samples in these batches, which contain the shares of all
-    ranks."""
+    """Returns the numbers of learnt tokens, sequences and samples in these batches of all ranks."""
     return _total(_counts(batches))
 
 
@@ -602,10 +592,10 @@ def _total(counts: list[int]) -> StepTotal:
 
 
 def _counting(batch: Batch) -> Tensor:
-    """Returns whether the loss depends on the experts and attention keys that are replayed at a position: bool (B, T).
+    """Returns whether the loss depends on the replayed experts and attention keys of a position: bool (B, T).
 
-    This is false for padding and, if the batch marks learnt tokens, for the last position of each sample. It is true
-    for all other positions. The field `documents_BS` of the batch must be set.
+    This is false for padding and, if the batch marks learnt tokens, for the last position of each sample. The field
+    `documents_BS` must be set.
     """
     assert batch.documents_BS is not None
     here, following = batch.documents_BS[:, :-1], batch.documents_BS[:, 1:]
@@ -613,12 +603,11 @@ def _counting(batch: Batch) -> Tensor:
 
 
 def _completed(batch: Batch) -> Batch:
-    """Returns a batch whose samples are marked. If the batch marks learnt tokens but has no documents, each sequence
-    becomes one sample."""
+    """Returns a batch whose samples are marked. If only learnt tokens are marked, each sequence is one sample."""
     if batch.supervised_BS is None or batch.documents_BS is not None:
         return batch
     return replace(batch, documents_BS=torch.zeros(batch.tokens_BS.shape, dtype=torch.int32))
 
 
 def _nothing(chunk: int) -> None:
-    """Does nothing. The engine calls it instead of reducing gradients in calls that are not the last call of a step."""
+    """Does nothing. Replaces the reduction of gradients in all calls of a step except the last."""

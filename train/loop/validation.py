@@ -1,4 +1,4 @@
-"""Computes the loss on held-out sequences, in any layout. A run's validation and mode=evaluate use it."""
+"""Computes the loss on held-out sequences, in any layout, for a run's validation and mode=evaluate."""
 
 import math
 from collections.abc import Callable
@@ -59,9 +59,9 @@ def held_out_loss(
 ) -> Sums:
     """Computes the main loss on all sequences of `data`. Every rank gets the same sums.
 
-    The data-parallel ranks share the sequences. size: number of sequences per forward pass of one rank. more: a
-    function that every rank calls after each pass. The function returns additional sums for that pass as a float64
-    tensor, whose length is the same on all ranks. A rank with nothing to add returns zeros.
+    The data-parallel ranks share the sequences. size: sequences per forward pass of one rank. more: a function that
+    every rank calls after each pass. It returns further sums of the pass: a float64 tensor, whose length is the same on
+    all ranks.
     """
     totals: Tensor | float = 0.0
     for first in range(0, len(data), size * mesh.layout.dp):

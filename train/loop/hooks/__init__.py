@@ -1,1 +1,1 @@
-"""Implements the hooks of a run. hook_list.py sets their order, and train/loop/live_run.py defines a hook."""
+"""Implements the hooks of a run. hook_list.py sets their order; train/loop/live_run.py defines a hook."""

@@ -16,8 +16,8 @@ from train.loop.live_run import LiveRun
 class Ema:
     """Averages the fp32 master shards of this rank.
 
-    `update` only starts an asynchronous copy of the shards to the host. The next call of `update` adds these copies to
-    the average. So training does not wait for the copies.
+    `update` starts an asynchronous copy of the shards to the host. The next call of `update` adds this copy to the
+    average.
     """
 
     def __init__(self, masters: dict[str, Tensor], decay: float):
@@ -33,8 +33,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Start to copy the current weights to the host. The next call of `update` or `flush` adds them to the
-        average."""
+        """Start to copy the weights to the host. The next call of `update` or `flush` adds the copy to the average."""
         self.flush()
         for name, master in self.masters.items():
             self._arrived[name].copy_(master.detach(), non_blocking=True)

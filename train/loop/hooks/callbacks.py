@@ -1,7 +1,7 @@
 """Builds the user's hooks from the list `callbacks` of a recipe. train/loop/live_run.py defines a hook.
 
 A hook that works for minutes must call `run.got_on()` at intervals. Otherwise the driver ends the run as hung after
-cluster.kill_after seconds without progress.
+cluster.kill_after seconds.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from train.loop.live_run import HOOK_METHODS, LiveRun
 
 
 class Callback:
-    """Wraps a user's callback as a hook. The hook has exactly the methods that the callback defines."""
+    """Wraps a user's callback as a hook with exactly the methods that the callback defines."""
 
     def __init__(self, made: Any, progress: RankProgress | None):
         """progress: receives a report when the callback starts work outside of steps."""
@@ -43,23 +43,20 @@ class Callback:
 
 
 def _as_kept(give: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Adds the prefix HOOK_STATE to the names of a callback's values. Checkpoints store the values under these names.
-
-    give: the callback's method `shards`, `wanted` or `meta`, which returns values by name.
-    """
+    """Adds the prefix HOOK_STATE to the names of a callback's values. Checkpoints use these names. give: returns the
+    values."""
     return {HOOK_STATE + name: value for name, value in give().items()}
 
 
 def _own(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries of a checkpoint's meta that callbacks wrote, under the names that the callbacks use."""
+    """Returns the callbacks' entries in a checkpoint's meta, under the callbacks' names."""
     return {name.removeprefix(HOOK_STATE): value for name, value in meta.items() if name.startswith(HOOK_STATE)}
 
 
 def make_callbacks(config: Config, progress: RankProgress | None = None) -> list[Callback]:
-    """Builds the callbacks of a recipe, in the recipe's order.
+    """Builds the callbacks of a recipe, in the recipe's order. Raises UserError.
 
     progress: receives a report when a callback starts work outside of steps; None if the callbacks are only validated.
-    Raises UserError.
     """
     found = []
     for place, section in enumerate(config.callbacks):

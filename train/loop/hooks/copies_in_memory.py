@@ -11,7 +11,7 @@ from train.metrics.names import Record
 class CopiesInMemory:
     """Copies the state to memory every checkpoint.every_memory steps.
 
-    The hook also copies the state at the end of an attempt, if the driver starts the next attempt at once.
+    The hook also copies the state at the end of an attempt if the next attempt starts at once.
     """
 
     def __init__(self, copies: MemoryCopies | None):
@@ -29,7 +29,7 @@ class CopiesInMemory:
     def save_and_wait(self, run: LiveRun) -> bool:
         """Copy the state to memory and return whether the copy is complete.
 
-        If a checkpoint is being written, the method first waits until the checkpoint is on the disk.
+        First waits for a checkpoint that is being written.
         """
         return self._copies is not None and self._copy(run, self._copies, waits=True)
 

@@ -1,8 +1,9 @@
 """Explains errors of the device and of NCCL on one screen: the failed operation, its layer, and the fix.
 
-The layer is found in the frames of the error's traceback, so a step without an error needs no extra time. In a forward
-pass, the variable `self` of a frame is the module. In a backward pass no module runs. Then a weight among the variables
-of a frame shows the layer. torch's own backward operations have no Python frame, so the text names only the stage.
+The layer is found in the frames of the error's traceback:
+- In a forward pass, the variable `self` of a frame is the module.
+- In a backward pass, a weight among the variables of a frame shows the layer.
+- torch's own backward operations have no Python frame, so the text names only the stage.
 """
 
 import re
@@ -27,7 +28,7 @@ from train.metrics.quantities import gib
 CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 NCCL = "NCCL error"
 NO_MEMORY = re.compile(r"Cuda failure[^\n]*out of memory|Failed to CUDA (c|m)alloc")
-"""Matches those messages of NCCL which report that NCCL cannot allocate its buffers."""
+"""Matches the messages with which NCCL reports that it cannot allocate its buffers."""
 LESS_ON_HOST = "a smaller model.offload (layer:N, attention, ffn), a smaller micro_batch_size, or more ranks of a pipeline (parallel.pp); mode=plan predicts the memory of a node"
 PHASES = {
     "forward_one_chunk": "forward",
@@ -43,7 +44,7 @@ PHASES = {
 }
 """Maps the name of a function to the phase of a step in which the function runs.
 
-If several frames of a traceback have such names, the innermost of them decides.
+If several frames of a traceback have such names, the innermost frame decides.
 """
 UPDATE = ("step", "Zero"), ("accumulate", "WholeWeights"), ("accumulate", "ShardedWeights")
 """Functions that run after the last backward pass: pairs of function name and class name."""
@@ -59,7 +60,7 @@ class ExplainedError(RunEnded):
 def raise_explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
     """Returns a context that raises `ExplainedError` for out-of-memory and NCCL errors.
 
-    The context also writes a file with the traceback and the summary of torch's allocator to the folder `logs`.
+    It also writes the traceback and the summary of torch's allocator to a file in `logs`.
     """
     try:
         yield
@@ -72,10 +73,7 @@ def raise_explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
 
 
 def _explain(config: Config, error: Exception) -> str | None:
-    """Returns the explanation of an out-of-memory or NCCL error: lines for the screen, with the headline first.
-
-    Returns None for any other kind of error.
-    """
+    """Returns the explanation of an out-of-memory or NCCL error, with the headline first; None for any other error."""
     chain = list(causes(error, contexts=True))
     for one in chain:
         said = str(one)
@@ -92,11 +90,7 @@ def _explain(config: Config, error: Exception) -> str | None:
 
 
 def _place(chain: list[BaseException]) -> str:
-    """Returns text that names the layer, the phase and the pipeline stage of an error, as far as its traceback shows
-    them.
-
-    chain: the error and the errors that caused it.
-    """
+    """Returns text that names the layer, the phase and the pipeline stage of an error, as far as known."""
     frames = [frame for error in chain for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
     modules, weights = _names(frames)
     layer = next((name for frame in frames if (name := _layer(frame, modules, weights))), None)
@@ -107,8 +101,8 @@ def _place(chain: list[BaseException]) -> str:
 
 
 def _names(frames: list[FrameType]) -> tuple[dict[int, str], dict[int, str]]:
-    """Returns the module names that the frames show, in two maps. The keys of the first map are ids of modules. The
-    keys of the second map are addresses of the modules' weights."""
+    """Returns the module names that the frames show, in two maps: by ids of modules, and by addresses of the modules'
+    weights."""
     modules: dict[int, str] = {}
     weights: dict[int, str] = {}
     for frame in frames[::-1]:
@@ -125,7 +119,7 @@ def _names(frames: list[FrameType]) -> tuple[dict[int, str], dict[int, str]]:
 
 
 def _layer(frame: FrameType, modules: dict[int, str], weights: dict[int, str]) -> str | None:
-    """Returns the name of the module that a frame belongs to; None if the frame shows no module."""
+    """Returns the name of the module that a frame belongs to, or None."""
     own = frame.f_locals.get("self")
     if isinstance(own, nn.Module):
         return modules.get(id(own)) or None  # the chunk is the root module, whose name is empty
@@ -136,10 +130,7 @@ def _layer(frame: FrameType, modules: dict[int, str], weights: dict[int, str]) -
 
 
 def _phase(frames: list[FrameType]) -> tuple[str, str]:
-    """Returns the phase of the step, and a text that names the pipeline stage. Both are empty if unknown.
-
-    frames: the frames of the traceback, the innermost first.
-    """
+    """Returns the phase of the step, and a text that names the pipeline stage. Both are empty if unknown."""
     for frame in frames:
         function, own = frame.f_code.co_name, frame.f_locals.get("self")
         if function in PHASES:
@@ -151,10 +142,7 @@ def _phase(frames: list[FrameType]) -> tuple[str, str]:
 
 
 def _memory(said: str) -> list[str]:
-    """Returns lines that describe the requested memory and, on a GPU, the use of its memory.
-
-    said: the message of the error.
-    """
+    """Returns lines about the requested memory and, on a GPU, the use of its memory."""
     lines = [f"  requested: {_words(said)}"]
     if torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info()
@@ -204,7 +192,7 @@ def _network(said: str) -> str:
 
 
 def _write(file: Path, error: Exception) -> bool:
-    """Write the traceback and the summary of torch's allocator to the file. Returns whether the write succeeded."""
+    """Write the traceback and the summary of torch's allocator to the file. Returns whether that succeeded."""
     parts = ["".join(traceback.format_exception(error))]
     if torch.cuda.is_initialized():
         parts.append(torch.cuda.memory_summary())

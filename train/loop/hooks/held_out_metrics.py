@@ -1,5 +1,5 @@
-"""log.validate_every: measures the loss on held-out sequences. checkpoint.keep_best: saves the state of the step with
-the lowest held-out loss."""
+"""log.validate_every: measures the loss on held-out sequences. checkpoint.keep_best: saves the state with the lowest
+loss."""
 
 import math
 
@@ -22,7 +22,7 @@ class Validation:
 
 
 class BestKept:
-    """Requests a checkpoint when the held-out loss is the lowest so far, and records the step in the run's state."""
+    """Requests a checkpoint when the held-out loss is the lowest so far. Records the step in the run's state."""
 
     def on_start(self, run: LiveRun) -> None:
         if run.state.best is not None:

@@ -1,6 +1,6 @@
 """Lists the hooks of a run in call order. train/loop/live_run.py defines a hook.
 
-device_errors.py is not a hook. It explains errors of any part of a rank, even before the run exists (train/worker.py).
+device_errors.py is not a hook, because it also explains errors before the run exists (train/worker.py).
 """
 
 from typing import Any

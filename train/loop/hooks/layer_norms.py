@@ -1,11 +1,10 @@
 """Computes norms of every layer's weights, and norms of the change that a step's update made to them.
 
 A layer's norm is the root of the sum of squares of its fp32 master weights. Each rank sums the squares of the intervals
-that it would write to a checkpoint. An all-reduce adds these sums, so every weight counts once in any layout.
+that it would write to a checkpoint, so every weight counts once in any layout. An all-reduce adds these sums.
 
-For the norm of the update, each rank copies its master weights to host memory before the update, and compares them with
-the weights after the update. So this norm is correct for any optimizer. A run computes the norms every log.norms_every
-steps; other steps cost nothing.
+For the norm of the update, each rank copies its master weights to host memory before the update. A run computes the
+norms every log.norms_every steps.
 """
 
 from collections.abc import Iterator
@@ -22,17 +21,13 @@ from train.metrics.names import Record
 
 
 def layer_names(model: Model) -> list[str]:
-    """Returns the names of the model's parts. The weights of each part get a separate norm. The names are prefixes of
-    parameter names."""
+    """Returns the model's parts whose weights get a separate norm, as prefixes of parameter names."""
     blocks = [f"layers.{i}" for i in range(model.layers)]
     return ["embedding", *blocks, "norm", "head", *(f"mtp.{i}" for i in range(model.mtp_depth))]
 
 
 class LayerNorms:
-    """Computes norms of each layer's weights, and of their change in a step, every log.norms_every steps.
-
-    Each rank sums the squares of the elements in its shard.
-    """
+    """Computes norms of each layer's weights, and of their change in a step, every log.norms_every steps."""
 
     def __init__(self, config: Config, zero: Zero, device: torch.device):
         self._every = config.log.norms_every
@@ -47,13 +42,12 @@ class LayerNorms:
         record |= self.collect(step)
 
     def keep(self, step: int) -> None:
-        """Store a copy of the master weights if this step is measured. Call this method before the update of every
-        step."""
+        """Store a copy of the master weights if this step is measured. Call this method before every update."""
         if self._measures(step):
             self._before = {name: master.to("cpu", copy=True) for name, master in self._masters()}
 
     def collect(self, step: int) -> Record:
-        """Returns the norms of the weights and of their change, for each layer and for the whole model; empty for a
+        """Returns the norms of the weights and of their change, for each layer and for the whole model. Empty for a
         step that is not measured.
 
         Call this method after the update, on all ranks.

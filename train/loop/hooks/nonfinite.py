@@ -1,16 +1,15 @@
 """Finds where non-finite values began: the rank, the layer, and the forward or backward pass.
 
-The loss and the gradients of a step are sums over ranks. A NaN in a sum does not show which rank it came from. So the
-ranks repeat a skipped step with the same weights and data, and a `Watch` checks every module. The gradients of the
-repeated step are discarded. Steps that are not skipped cost nothing.
+A NaN in a sum over ranks does not show which rank it came from. So the ranks repeat a skipped step with the same
+weights and data, and a `Watch` checks every module. The gradients of the repeated step are discarded.
 
 A sighting is a module boundary at which a value was not finite. Each rank reports its sightings. The origin is
 
     forward     the first layer with a sighting in the forward pass
     backward    the last layer with a sighting in the backward pass, if the forward pass was finite everywhere
 
-Other layers and ranks only receive non-finite values that began at the origin. If the repeated step is finite, neither
-the weights nor the data caused the non-finite value. Then the most likely cause is a faulty device.
+If the repeated step is finite, neither the weights nor the data caused the non-finite value. Then the most likely cause
+is a faulty device.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,10 +39,10 @@ class Sighting:
     boundary: int
     """Index of this module boundary among all module boundaries of its layer."""
     name: str
-    """The module's tensor that was not finite: its input, its output or a weight."""
+    """The tensor that was not finite: the module's input, its output or a weight."""
     catching: bool = False
-    """Whether the value is a weight's gradient, which is a sum over tokens. With expert parallelism, this sum includes
-    tokens of other ranks, so another rank may have caused the non-finite value."""
+    """Whether the value is a weight's gradient, which is a sum over tokens. With expert parallelism, another rank's
+    tokens may have caused the non-finite value."""
 
 
 PASSES = ("forward", "backward")
@@ -55,9 +54,9 @@ class RankSightings:
 
     rank: int
     replica: int
-    """The data-parallel rank. Ranks with the same data-parallel rank work on the same samples."""
+    """The data-parallel rank. Ranks with the same data-parallel rank process the same samples."""
     loss: bool | None
-    """Whether the loss that this rank computed was finite; None on a rank that computes no loss."""
+    """Whether this rank's loss was finite; None on a rank that computes no loss."""
     gradients: list[str]
     """Parameters of this rank's shard whose gradient, summed over ranks, is not finite; at most SHOWN_TENSORS names."""
     weights: list[str]
@@ -82,11 +81,10 @@ class Watch:
         self._chunks = chunks
         self._handles: list[RemovableHandle] = []
         self.forward: Sighting | None = None
-        """The sighting in the forward pass that comes first in the order of the layers; None if all values were
-        finite."""
+        """The first sighting in the forward pass, in layer order; None if all values were finite."""
         self.backward: Sighting | None = None
-        """The sighting in the backward pass that comes last in the order of the layers; None if all gradients were
-        finite. The backward pass reaches the module boundary of this sighting first."""
+        """The sighting that the backward pass reached first, which is the last one in layer order; None if all
+        gradients were finite."""
 
     def __enter__(self) -> Self:
         for chunk in self._chunks:
@@ -99,8 +97,10 @@ class Watch:
             handle.remove()
 
     def _visit(self, name: str, module: nn.Module, layer: int, boundary: int) -> int:
-        """Install hooks that check the inputs and outputs of a module and of its children. In the forward order, the
-        module's input has the index `boundary`. Returns the index of the module's output."""
+        """Install hooks that check the inputs and outputs of a module and of its children.
+
+        boundary: index of the module's input in forward order. Returns the index of the module's output.
+        """
         start = Sighting(layer, boundary, f"the input of {name}")
         for child_name, child in module.named_children():
             boundary = self._visit(f"{name}.{child_name}", child, layer, boundary + 1)
@@ -120,8 +120,7 @@ class Watch:
                 self._handles.append(param.register_hook(partial(self._see_weights_gradient, at, param)))
 
     def _see(self, values: Any, at: Sighting) -> None:
-        """Check the tensors among `values`. Also check the gradients of these tensors as soon as autograd has computed
-        them."""
+        """Check the tensors among `values`, and later their gradients, when autograd has computed them."""
         for value in _tensors_in(values):
             if (self.forward is None or at < self.forward) and not is_finite(value):
                 self.forward = at
@@ -135,8 +134,7 @@ class Watch:
     def _see_weights_gradient(self, at: Sighting, param: nn.Parameter, gradient: Tensor | None) -> None:
         """Check a weight's gradient.
 
-        gradient: None if a GEMM has already added the gradient to `param.grad`. Then the method checks `param.grad`,
-        which stays non-finite after one non-finite term.
+        gradient: None if a GEMM has already added the gradient to `param.grad`. Then the method checks `param.grad`.
         """
         gradient = param.grad if gradient is None else gradient
         if gradient is not None:
@@ -144,10 +142,7 @@ class Watch:
 
 
 def _layers_in_order(chunk: DeepSeekV3) -> Iterator[tuple[str, nn.Module, int]]:
-    """Yields the name, the module and the forward position of each part of a chunk.
-
-    The parts are the embedding, every block, the norm, the MTP modules and the head.
-    """
+    """Yields name, module and forward position of a chunk's embedding, blocks, norm, MTP modules and head."""
     blocks, depths = chunk.config.layers, chunk.config.mtp_depth
     for name, module in chunk.named_children():
         if name == "layers":
@@ -159,7 +154,7 @@ def _layers_in_order(chunk: DeepSeekV3) -> Iterator[tuple[str, nn.Module, int]]:
 
 
 def _tensors_in(values: Any) -> Iterator[Tensor]:
-    """Yields the plain floating-point tensors among `values`. It leaves out other kinds, such as quantised rows."""
+    """Yields the plain floating-point tensors among `values`, without other kinds such as quantised rows."""
     if isinstance(values, (tuple, list)):
         for value in values:
             yield from _tensors_in(value)
@@ -172,7 +167,7 @@ def is_finite(value: Tensor) -> bool:
 
 
 def bad_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Returns the names of parameters that have a non-finite value; at most SHOWN_TENSORS names."""
+    """Returns the names of parameters with a non-finite value; at most SHOWN_TENSORS names."""
     return sorted({name for name, weight in named if not is_finite(weight)})[:SHOWN_TENSORS]
 
 
@@ -183,13 +178,13 @@ class Origin:
     what: str
     """What was not finite: `non-finite loss` or `non-finite gradient`."""
     phase: str | None
-    """The pass in which the non-finite value first appeared, `forward` or `backward`; None if the repeated step was
+    """The pass in which the non-finite value first appeared: `forward` or `backward`; None if the repeated step was
     finite."""
     where: str
     ranks: tuple[int, ...]
-    """Ranks on which the non-finite value first appeared; empty if the findings do not show these ranks."""
+    """Ranks on which the non-finite value first appeared; empty if unknown."""
     alone: bool
-    """Whether at least one other data-parallel replica had only finite values, although its weights are the same."""
+    """Whether another data-parallel replica with the same weights had only finite values."""
     weights: tuple[str, ...]
 
     @property
@@ -228,8 +223,7 @@ def _of(ranks: Sequence[int]) -> str:
 
 
 def shown_ranks(ranks: Sequence[int]) -> str:
-    """Returns text such as `rank 1` or `ranks 1, 2 and 5`. If there are many ranks, the text names the first few and
-    counts the others."""
+    """Returns text such as `rank 1` or `ranks 1, 2 and 5`. The text counts the ranks after the first few."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if len(ranks) > SHOWN_TENSORS:

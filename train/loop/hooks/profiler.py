@@ -4,8 +4,8 @@ runs/NAME/profile/
     rank_0.trace.json.gz   every operation with its time; https://ui.perfetto.dev opens it
     rank_0.json            the operations with the most time: part, operation, calls and seconds per step
 
-In the trace, a part of the model appears as calls of its methods. The profiler records these calls only in profiled
-steps, so other steps cost nothing. A backward operation belongs to the part of its forward operation.
+In the trace, a part of the model appears as calls of its methods, recorded only in profiled steps. A backward operation
+belongs to the part of its forward operation.
 """
 
 import json
@@ -44,14 +44,12 @@ METHODS: dict[type, dict[str, str]] = {
     MoE: {"run_experts": "experts"},
     Head: {"forward": "head and loss"},
 }
-"""Maps each module type to the methods that appear in the trace. These methods are mapped to their names in the
-trace."""
+"""Maps each module type to the methods that appear in the trace, and these to their names there."""
 DISPATCH = {"dispatch_begin": "dispatch", "combine": "dispatch"}
 TRAVELS = "_Dispatch", "_Combine"
 """Prefixes of the names of the autograd functions in parallel/expert/dispatcher.py.
 
-The table assigns these functions to the part "dispatch", like the methods in `DISPATCH`, although they run outside of
-these methods.
+The table assigns these functions to the part "dispatch", although they run outside of the methods in `DISPATCH`.
 """
 OPTIMIZER = "optimizer"
 PART_NAMES = {*(name for methods in METHODS.values() for name in methods.values()), *DISPATCH.values(), OPTIMIZER}
@@ -77,7 +75,7 @@ class StepProfiler:
     on_skip = on_update
 
     def begin(self, step: int) -> None:
-        """Start the profiler if this step is the first profiled step. Call this method before each training step."""
+        """Start the profiler before the first profiled step. Call this method before each training step."""
         if self._watches and self._first <= step <= self._last and self._profile is None:
             self._start()
 
@@ -174,8 +172,7 @@ def _wrapped_actions(timeline: Any) -> Iterator[None]:
 def largest(events: Sequence[FunctionEvent], steps: int) -> list[dict[str, Any]]:
     """Returns a table of the operations with the most time, the longest first. Each row is one operation in one part.
 
-    The time of a row excludes nested operations. If any operation ran on a GPU, all rows have GPU times, else CPU
-    times.
+    The time of a row excludes nested operations. All rows have GPU times if any operation ran on a GPU, else CPU times.
     """
     of_forward = {event.sequence_nr: part for event in events if event.sequence_nr >= 0 and (part := _part(event, {}))}
     seconds: dict[tuple[str, str], float] = defaultdict(float)
@@ -202,8 +199,7 @@ def largest(events: Sequence[FunctionEvent], steps: int) -> list[dict[str, Any]]
 
 
 def _part(event: FunctionEvent, of_forward: dict[int, str]) -> str | None:
-    """Returns the innermost part in which an operation ran. For a backward operation, this is the part of its forward
-    operation.
+    """Returns the innermost part in which an operation ran. A backward operation has the part of its forward operation.
 
     of_forward: maps the sequence number of a forward operation to its part.
     """

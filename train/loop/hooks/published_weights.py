@@ -24,8 +24,8 @@ KEPT_FOLDERS = 2
 
 
 class PublishedWeights:
-    """Writes a Hugging Face folder every checkpoint.weights_every steps and after the last step, as soon as the
-    checkpoint of the step is complete.
+    """Writes a Hugging Face folder every checkpoint.weights_every steps and after the last step, when the checkpoint of
+    the step is complete.
 
     Rank 0 writes the folder. Other ranks wait for rank 0 in the next step.
     """
@@ -43,8 +43,7 @@ class PublishedWeights:
 
 
 def publish_weights(config: Config, step: int) -> Path:
-    """Write this step's checkpoint as a Hugging Face folder, and point the link `newest` to the folder. Returns the
-    folder.
+    """Write this step's checkpoint as a Hugging Face folder, and point the link `newest` to it. Returns the folder.
 
     Raises UserError.
     """

@@ -1,4 +1,4 @@
-"""Writes each rank's phase and peak memory to a small file, for the driver that watches the ranks."""
+"""Writes each rank's phase and peak memory to a small file for the driver."""
 
 import contextlib
 import json
@@ -25,10 +25,9 @@ SHOWN_PHASES = ("validation", "checkpoint")
 class RankProgress:
     """Writes the file `cluster.run_files.progress_path`: step, phase, Unix time and measurements of the rank.
 
-    phase: step, validation, checkpoint, or the name of the hook method that a user's callback runs. sequences: number
-    of sequences in the step, over all ranks. seconds: duration of the previous step. busy: duration of the previous
-    step without the time in which the rank waited for other ranks. Both durations are null at the start. memory: peak
-    bytes of the rank's device, or of the process on a CPU.
+    phase: step, validation, checkpoint, or the name of a callback's hook method. sequences: number of sequences in the
+    step, over all ranks. seconds: duration of the previous step. busy: `seconds` without waits for other ranks. Both
+    durations are null at the start. memory: peak bytes of the rank's device, or of the process on a CPU.
     """
 
     def __init__(self, logs: Path, rank: int, device: torch.device, ring: CommRing | None = None):
@@ -80,7 +79,7 @@ class RankProgress:
         """Overwrite the old text in place, which works on a full disk too. If the file did not change, the driver would
         think that the rank hangs.
 
-        A reader may find a mix of the old and the new text. Such a mix is not valid JSON, so the reader ignores it.
+        A mix of the old and the new text is not valid JSON, so a reader ignores it.
         """
         with contextlib.suppress(OSError), open(self._path, "r+b", buffering=0, opener=open_plain) as file:
             size = os.fstat(file.fileno()).st_size
@@ -88,7 +87,7 @@ class RankProgress:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Returns the peak memory in bytes: allocated CUDA memory, or on a CPU the resident set size of the process."""
+    """Returns the peak memory in bytes: allocated CUDA memory, or the process's resident set size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

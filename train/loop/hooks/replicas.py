@@ -1,16 +1,18 @@
 """Detects flipped bits in weights that have copies on several ranks, and in optimizer state between two uses.
 
-Weights: ranks compare the copies of a weight bit by bit after the backward passes, before the update. A check after the
-update would be too late. The update computes the weights again from the master weights, so the flip would be gone, but
-the update would already contain the wrong gradients that the flip caused. Each rank sums the bits of each weight as
-integers, so one flipped bit changes the sum. One all-reduce finds the smallest and the largest sum among all copies of
-each weight. The check does not detect a flip that disappeared before the comparison, or a flip in an expert that only
-one rank holds. With ZeRO 3 it detects nothing, because no weight has a copy.
+Weights: ranks compare the copies of a weight after the backward passes, before the update. After the update, the flip
+would be gone, but not its effect: the update computes the weights again from the master weights, with wrong gradients.
+Each rank sums the bits of each weight as integers, so one flipped bit changes the sum. One all-reduce finds the
+smallest and the largest sum among all copies of each weight. Not detected:
+- a flip that disappeared before the comparison
+- a flip in an expert that only one rank holds
+- any flip with ZeRO 3, because no weight has a copy
 
-State: no code writes master weights and moments between two updates. Most of this state has no copy on another rank. So
-each rank sums the bits of its shard's tensors after the update of a checked step. The rank sums the bits again before
-the next update or checkpoint reads the tensors. The check does not detect a flip during an update, a flip after a step
-that is not checked, or a flip in a gradient or an activation.
+State: no code writes master weights and moments between two updates. So each rank sums the bits of its shard's tensors
+after the update of a checked step, and again before the next update or checkpoint reads the tensors. Not detected:
+- a flip during an update
+- a flip after a step that is not checked
+- a flip in a gradient or an activation
 """
 
 from collections import Counter
@@ -40,7 +42,7 @@ class ReplicasDiffer(RunEnded):
 
 
 class ReplicaCheck:
-    """Compares the weights of this rank with their copies on other ranks. every: interval in steps; 0 means never."""
+    """Compares this rank's weights with their copies on other ranks. every: interval in steps; 0: never."""
 
     def __init__(self, every: int, zero: Zero, mesh: Mesh):
         self._every = every
@@ -74,8 +76,8 @@ class ReplicaCheck:
     def _tell(self, step: int, group: ProcessGroup, facts: Tensor, names: Sequence[str]) -> None:
         """Raise ReplicasDiffer, which names the ranks whose copies differ from the majority.
 
-        If no majority of copies is equal, the error names the ranks whose copies are not finite. facts: two rows with
-        one element for each weight of this rank: the sum of its bits, and whether it is finite.
+        Without a majority, it names the ranks whose copies are not finite. facts: two rows, with one element for each
+        weight of this rank: the sum of its bits, and whether it is finite.
         """
         of_rank = [torch.empty_like(facts) for _ in range(dist.get_world_size(group))]
         dist.all_gather(of_rank, facts, group=group)
@@ -107,8 +109,8 @@ class ReplicaCheck:
 def sum_of_bits(tensor: Tensor) -> Tensor:
     """Returns the sum of a tensor's bits modulo 2^64, as an int64 scalar on the tensor's device.
 
-    The function sums the tensor as 8-byte integers, and adds the elements after the last full 8 bytes one by one. The
-    sum depends only on the values of the tensor, and not on its address. Every single flipped bit changes the sum.
+    The tensor is summed as 8-byte integers, and the remaining elements are added one by one. Every single flipped bit
+    changes the sum.
     """
     flat = tensor.detach().contiguous().view(-1)
     size = flat.element_size()
@@ -130,14 +132,13 @@ class StateChanged(RunEnded):
 class StateCheck:
     """Checks that the state of one rank's shard has not changed since an update.
 
-    every: interval in steps; 0 means never.
+    every: interval in steps; 0: never.
     """
 
     def __init__(self, every: int, zero: Zero, rank: int):
         self._every, self._zero, self._rank = every, zero, rank
         self._left: tuple[int, dict[str, Tensor]] | None = None
-        """The last checked step, and the checksums (`sum_of_bits`) of the state after this step; None if the newest
-        step is not a checked step."""
+        """The newest step and the checksums (`sum_of_bits`) of the state after it; None if it is not a checked step."""
 
     def on_phase(self, run: LiveRun, step: int, phase: str) -> None:
         if phase in ("update", "checkpoint"):
@@ -149,8 +150,8 @@ class StateCheck:
     on_skip = on_update
 
     def note(self, step: int) -> None:
-        """Compute and store the checksums (`sum_of_bits`) of the state, if this step is a checked step. Call this
-        method after the update of every step."""
+        """If this step is checked, compute and store the checksums (`sum_of_bits`) of the state. Call this method after
+        every update."""
         self._left = (step, self._sums()) if self._every and step % self._every == 0 else None
 
     def require_unchanged(self) -> None:

@@ -1,4 +1,4 @@
-"""optim.max_bad_steps: counts and explains steps without an update. Too many such steps in a row end the run."""
+"""optim.max_bad_steps: counts and explains steps without an update. Too many of them in a row end the run."""
 
 import math
 from collections.abc import Sequence
@@ -27,12 +27,12 @@ class SkippedSteps:
         self._bad_in_a_row, self._has_updated = 0, True
 
     def on_skip(self, run: LiveRun, step: int) -> None:
-        """Repeat the step on all ranks if it is the first or the last bad step in a row. The repeated step shows where
-        the non-finite value began.
+        """Repeat the step on all ranks if it is the first or the last bad step in a row, to find where non-finite
+        values began.
 
-        Raises RunDiverged after optim.max_bad_steps bad steps in a row. In the last step of the run, two bad steps in a
-        row suffice, or only one if this attempt has made no update. Otherwise the run would end and save the state of
-        an earlier step, which may already be damaged.
+        Raises RunDiverged after optim.max_bad_steps bad steps in a row. In the last step of the run, two bad steps
+        suffice, or one if this attempt has made no update. Otherwise the run would end with a state that may be
+        damaged.
         """
         run.state.skipped += 1
         self._bad_in_a_row += 1

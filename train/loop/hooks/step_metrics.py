@@ -33,8 +33,7 @@ class Flops:
 
 
 class StepMetrics:
-    """Adds the step's losses, settings, tokens per expert and speed to the record. The speed excludes validation and
-    saving."""
+    """Adds the step's losses, settings, tokens per expert and speed (without validation and saving) to the record."""
 
     def __init__(self, flops: Flops):
         self._flops = flops
@@ -90,8 +89,8 @@ class StepMetrics:
 
 
 class Fp8Readings:
-    """precision.fp8.health: records the worst result of each FP8 check over all ranks, and warns if a result is beyond
-    its limit.
+    """precision.fp8.health: records the worst result of each FP8 check over all ranks, and warns about results beyond
+    the limit.
 
     The hook reads the results every `precision.fp8.health.every` steps.
     """
@@ -111,12 +110,12 @@ class Fp8Readings:
 
 
 SETTLED = 2
-"""Number of steps after which every tensor shape of a run has occurred, so that all kernels are compiled."""
+"""Number of steps after which every tensor shape has occurred, so that all kernels are compiled."""
 
 
 class Recorder:
-    """Sends each step's record to metrics.jsonl, to the terminal and to W&B. Also sends complete checkpoints to W&B.
-    Only rank 0 sends."""
+    """Sends each step's record to metrics.jsonl, the terminal and W&B, and complete checkpoints to W&B. Only rank 0
+    sends."""
 
     def __init__(self) -> None:
         self._steps = self._compiled = 0

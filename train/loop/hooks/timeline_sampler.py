@@ -1,6 +1,6 @@
 """Samples the timeline of the pipeline's actions in a few steps of a run.
 
-train/metrics/timeline_file.py describes the file with these samples.
+train/metrics/timeline_file.py describes the file.
 """
 
 from itertools import chain
@@ -18,7 +18,7 @@ from train.metrics.names import Record
 from train.metrics.timeline_file import SampledStep, write_timeline
 
 WARM_UP = 3
-"""Index, within the attempt, of the early step that is sampled. The steps before it have extra work."""
+"""Index, within the attempt, of the early step that is sampled. Earlier steps have extra work."""
 
 
 class TimelineSampler:
@@ -38,7 +38,7 @@ class TimelineSampler:
             dist.all_reduce(torch.zeros(1, device=run.device), group=run.mesh.stages_group)
 
     def on_step(self, run: LiveRun, step: int, record: Record) -> None:
-        """Gather the records of the first pipeline on rank 0, which writes them. Collective over this pipeline."""
+        """Gather the first pipeline's records on rank 0, which writes them. Collective over this pipeline."""
         mesh = run.mesh
         if step not in self._steps or mesh.stage_rank:
             return

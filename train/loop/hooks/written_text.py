@@ -20,11 +20,11 @@ from train.show.wandb_sink import sample_table
 
 SAMPLE_TEMPERATURE = 0.8
 KEPT_SAMPLES = 100
-"""Maximum number of texts in the file. The newest texts are kept."""
+"""Maximum number of texts in sample.json. The newest texts are kept."""
 
 
 class SampleTexts:
-    """Shows a sample on rank 0 every log.sample_every steps, as soon as the checkpoint of the step is complete.
+    """Shows a sample on rank 0 every log.sample_every steps, when the checkpoint of the step is complete.
 
     Other ranks wait for rank 0 in the next step.
     """
@@ -47,7 +47,7 @@ def sample(config: Config, tokenizer: Tokenizer, device: torch.device) -> str | 
     """Generates text with the newest checkpoint and stores it in sample.json. Returns the text.
 
     If the run cannot generate text, returns the reason in parentheses. Returns None if samples are off or no checkpoint
-    exists. All texts of a run use the same random draws, so two texts differ only because the weights differ.
+    exists. All texts of a run use the same random draws.
     """
     paths = RunPaths(config)
     checkpoint = newest_intact(paths.checkpoints).path
