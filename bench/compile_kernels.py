@@ -218,7 +218,7 @@ def of_the_model() -> dict[str, Callable]:
     return {
         "model: chosen keys, log-sum-exp": lambda: triton_chosen.log_sums(pairs[:, :128], *of_keys, lse, lse, 512, 0.1),
         "model: chosen keys, weights": lambda: triton_chosen.weights(
-            pairs[:, :128], *of_keys, lse, None, weights[..., :128], shares, 512, 0.1
+            pairs[:, :128], *of_keys, lse, None, weights.view(4, 2048, 128), shares, 512, 0.1
         ),
         "model: chosen keys, weights_bwd": lambda: triton_chosen.weights(
             pairs, *of_keys, lse, lse, weights, None, 512, 0.1

@@ -159,11 +159,14 @@ def _launch(
 
     block: most heads of a block. Hopper's tensor cores multiply 64 rows (heads or keys) at a time.
     """
-    (queries, keys), (positions, width), few = tensors[2].shape, tensors[1].shape, tensors[0].dtype != torch.bfloat16
+    (queries, keys), (positions, width) = tensors[2].shape, tensors[1].shape
+    large = tensors[0].dtype != torch.bfloat16 or rank > 512  # rows of which 64 do not fit into shared memory twice
     assert positions * width < 2**31, "places of latents are 32 bits wide"
-    H, K = (16, 16) if few else (min(block, max(16, power_of_2_from(heads))), 64)
+    assert all(one.is_contiguous() for one in tensors[3:]), "results and numbers of each head are contiguous"
+    H, K = (16, 16) if large else (min(block, max(16, power_of_2_from(heads))), 64)
     sizes = (max(16, power_of_2_from(one)) for one in (rank, width - rank))
     parts = triton.cdiv(keys, K) if kernel is _chosen_weights_kernel else triton.cdiv(heads, H)
-    with_options(kernel[parts, queries], num_warps=8, num_stages=1 if few else 2)(
-        *(one.contiguous() for one in tensors), heads, keys, *numbers, *constants, rank, width, *sizes, H, K
+    last = heads, keys, *numbers, *constants, rank, width, *sizes, H, K
+    with_options(kernel[parts, queries], num_warps=8, num_stages=1 if large else 2)(
+        *(one.contiguous() for one in tensors[:3]), *tensors[3:], *last
     )
