@@ -65,8 +65,7 @@ class Findings:
     """Bytes of weights, of master weights, of moments, and of gradients after all passes. `rest`: the peak minus
     weights, master weights and moments."""
     actions: dict[str, ComparedFigure]
-    """Mean seconds of one action, by kind. Measured: the median over the timed steps of a kind's total seconds, divided
-    by its number of actions."""
+    """Mean seconds of one action, by kind of action. The measured number is a median over the timed steps."""
     counts: dict[str, int]
     """Number of actions in a step, by kind."""
     steps: dict[str, ComparedFigure]

@@ -1,11 +1,10 @@
 """Plans the seconds of a rank that runs alone, and corrects the planned step of the job by the measured times.
 
-A rank that runs alone sends nothing, so its planned transfers take no time. The job's planned step uses the real links,
-and is then corrected:
+A rank that runs alone sends nothing, so its planned transfers take no time. The job's planned step uses the real links.
+Two of its times are then multiplied by the ratio measured / planned of the rank that runs alone:
 
-    actions     The computing time of each action is multiplied by measured / planned time of this kind. Transfers are
-                not changed.
-    update      The time of reduction and update, without transfers, is multiplied by measured / planned time.
+    actions     the computing time of each kind of action, without transfers
+    update      the time of reduction and update, without transfers
 """
 
 from collections import defaultdict

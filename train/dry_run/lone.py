@@ -46,7 +46,7 @@ class MeasuredRank:
     items: dict[str, int] = field(default_factory=dict)
     """Bytes of weights, of master weights, of moments, and of gradients when all passes have ended."""
     actions: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Total seconds of a kind of action, by kind, for each timed step."""
+    """Total seconds of each kind of action, in each timed step."""
     counts: Counter[str] = field(default_factory=Counter)
     """Number of actions in a step, by kind."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))

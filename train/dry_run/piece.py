@@ -1,10 +1,8 @@
 """Chooses the part of a job that a dry run runs: which rank, and how far the rank must be reduced to fit the device.
 
-A rank can be reduced in two ways:
-
 - On a GPU, layers are left out first. The remaining layers do the same work as in the job.
-- One number divides the hidden width, heads, latents, FFNs, vocabulary and sequence length. A CPU uses the smallest
-  divisor with which a step takes seconds.
+- Otherwise, one number divides the hidden width, heads, latents, FFNs, vocabulary and sequence length. A CPU uses the
+  smallest divisor with which a step takes seconds.
 
 The number of experts, the layout and the schedule do not change.
 """

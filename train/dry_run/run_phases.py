@@ -1,8 +1,7 @@
 """Measures the memory of one rank in all phases of a run: its start, a step, work outside of steps, and restarts.
 
-The work outside of steps is saving to disk, copying to memory, exporting, averaging the weights, and validation. Each
-phase runs the code of a real run. The rank writes checkpoints as the only rank of the job, with each of its shards as a
-complete tensor.
+Each phase runs the code of a real run. The rank writes checkpoints as the only rank of the job, with each of its shards
+as a complete tensor.
 """
 
 import gc

@@ -86,7 +86,7 @@ class DiskBytes:
     checkpoint: int
     """Bytes of one checkpoint."""
     checkpoints: int
-    """Maximum number of checkpoints on disk: those that the run keeps, and one unfinished."""
+    """Maximum number of checkpoints on disk: those that the run keeps, and one that it is writing."""
     export: int
     """Bytes of an exported folder of weights; 0 if the run exports none."""
     has: int

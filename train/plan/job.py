@@ -41,7 +41,7 @@ def require_host(config: Config) -> None:
 
 
 def can_offload(config: Config) -> bool:
-    """Whether offloading would free device memory: on a GPU, if the host's memory is known."""
+    """Whether offloading would free device memory. This is so on a GPU if the host's memory is known."""
     return device_kind(config) == "cuda" and config.hardware.host_memory_bytes > 0
 
 
@@ -92,7 +92,7 @@ def with_nodes(config: Config) -> Config:
 
 
 def micro_batches_of(config: Config) -> int:
-    """Returns the number of micro-batches in a step at the full batch size, on the rank with the most."""
+    """Returns the number of micro-batches in a step at the full batch size, on the rank with the most micro-batches."""
     return most_micro_batches(config)
 
 
@@ -103,7 +103,7 @@ STEADY = 4
 def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
     """Returns the actions of every pipeline rank in a step, in order.
 
-    shortest: only as many micro-batches as the memory peak needs.
+    shortest: plan only as many micro-batches as the memory peak needs.
     """
     count, pp = micro_batches_of(config), config.parallel.pp
     if shortest:
@@ -116,8 +116,8 @@ def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
 
 
 def program_of(config: Config, micro_batches: int | None = None) -> Program:
-    """Returns the actions of all pipeline ranks as a `Program`, for a simulation. micro_batches: their number; None:
-    those of a step."""
+    """Returns the actions of all pipeline ranks as a `Program`, for a simulation. micro_batches: number of
+    micro-batches; None: those of a step."""
     parallel = config.parallel
     count = micro_batches or micro_batches_of(config)
     return _program(parallel.schedule, parallel.pp, count, parallel.virtual_stages, parallel.overlap)

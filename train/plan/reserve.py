@@ -124,7 +124,7 @@ def _communicator(layout: Layout, ranks: range) -> int:
 
 
 def _sends(config: Config, layout: Layout) -> int:
-    """Returns the bytes for sends between stages: with at most two other ranks."""
+    """Returns the bytes for sends between stages, with at most two other ranks."""
     return _peers(config, layout, range(0, layout.world, layout.stage_ranks), 2)
 
 

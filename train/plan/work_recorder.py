@@ -1,13 +1,13 @@
 """Records the computation and communication of a pass, while a rank's own code runs unchanged.
 
-    methods     of the kernels, the FP8 engine, the wire and the dispatcher: a call counts as one kernel, including all
-                work inside the call
+    methods     of the kernels, the FP8 engine, the wire and the dispatcher: a call counts as one kernel with all its
+                work
     nodes       of autograd, for differentiable methods: the backward of such a call also counts as one kernel
     operations  of torch outside these calls; the ledger (train/plan/memory/ledger.py) passes them to the recorder
 
 The bytes of a call are those of its arguments and results. The measured rate of a kernel includes repeated reads and
 writes. Each kind of work has a rate of the same name (train/plan/time/rates.py), or the rate of a memory-bound
-operation. So a new kernel needs no change in this file.
+operation.
 
 Shapes: as in train/model/operations.py.
 """
@@ -131,7 +131,7 @@ class WorkRecorder:
             self._once = False
 
     def run(self, call: Callable[..., Any], count: Callable[..., Work], *args: Any, **kwargs: Any) -> Any:
-        """Run a call and record it as one kernel. count: computes its work from the result and the arguments."""
+        """Run a call and record it as one kernel. count: computes the call's work from its result and arguments."""
         if self._inside:
             return call(*args, **kwargs)
         started = self._clock()
@@ -398,15 +398,16 @@ def _count_chosen_backward(out: Any, dout_BTHV: Tensor, given: ChosenInput, *res
 
 
 def _count_fused_chosen(out: ChosenOutput, given: ChosenInput) -> Work:
-    """Returns the work if kernels gather the latents (train/kernels/gpu/triton_chosen.py). Three kernels do: two compute
-    scores, the third the weighted sums. Probabilities are written and read once."""
+    """Returns the work of attention if kernels gather the latents (train/kernels/gpu/triton_chosen.py). Two kernels
+    compute scores, and one computes the weighted sums. Probabilities are written and read once."""
     X, _, up = _widths(given)
     return _fused_chosen(given, 3 * X, up, 3, 2, 0, out)
 
 
 def _count_fused_chosen_backward(out: Any, dout_BTHV: Tensor, given: ChosenInput, *rest: Any) -> Work:
-    """Returns the work of the backward. Two kernels gather latents. Probabilities and gradients of scores are written
-    once and read twice. The rows of latents' gradients are written, read and added in fp32."""
+    """Returns the work of attention's backward if kernels gather the latents. Two kernels gather. Probabilities and
+    gradients of scores are written once and read twice. The rows of latents' gradients are written, read and added in
+    fp32."""
     X, R, up = _widths(given)
     return _fused_chosen(given, 5 * X + R, 3 * up, 2, 6, 16, out)
 

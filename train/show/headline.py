@@ -188,8 +188,8 @@ def total(series: Series, name: str) -> float:
 
 
 def _seconds(series: Series) -> float:
-    """Returns the seconds of training. A record has one step's duration, which counts for all steps since the previous
-    record. Its checkpoint stall already includes them."""
+    """Returns the seconds of training. A record has one step's duration, which is multiplied by the number of steps per
+    record. Its checkpoint stall already covers all these steps."""
     return _steps_per_record(series) * total(series, "step_seconds") + total(series, "checkpoint_stall_seconds")
 
 

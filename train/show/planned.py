@@ -1,7 +1,7 @@
 """Compares the predictions of mode=plan with the measurements of a run.
 
-plan.json in the run folder must be made for the run's recipe. The predicted memory is that of tensors on the device.
-Step time is compared only if the plan is for the device that trains.
+plan.json in the run folder is used if the plan is for the run's recipe. The predicted memory is that of tensors on the
+device. Step time is compared only if the plan is for the device that trains.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Draws the common parts of the figures in report.html: colours, curves over steps, layout. Shape suffixes as in
 series.py.
 
-A pale line shows every step of a noisy curve, and a strong line a moving average. For a long run, the steps are divided
-into intervals: a pale band shows the lowest and the highest value of each interval, and a strong line the mean.
+A pale line shows every step of a noisy curve, and a strong line a moving average. A long run is divided into intervals:
+a pale band shows the lowest and the highest value of each interval, and a strong line the mean.
 """
 
 from collections.abc import Mapping, Sequence

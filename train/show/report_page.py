@@ -1,8 +1,7 @@
 """Builds the common parts of report.html, plan.html and the comparison page, which need no network or server.
 
-Each page is one file with plotly.js (4.8 MB) and the data of its figures, both compressed with gzip and encoded in
-base64. The browser decompresses them (DecompressionStream). Colours follow the browser's light or dark setting. On a
-narrow screen, margins are smaller, and colour scales are below the figures.
+Each page is one file with plotly.js (4.8 MB) and the data of its figures, compressed with gzip and encoded in base64.
+The browser decompresses both (DecompressionStream). Colours follow the browser's light or dark setting.
 """
 
 import base64

@@ -42,9 +42,9 @@ def final_screen(
     """Prints the summary of a complete run on stdout, without the lines of arguments that are None.
 
     - seconds: wall time of the run.
-    - training_loss: mean next-token loss of the last steps, which is comparable with the held-out loss.
+    - training_loss: mean next-token loss of the last steps, comparable with the held-out loss.
     - plan: planned and measured quantities.
-    - report: path of the report, or why no report was written.
+    - report: path of the report, or why there is none.
     - wandb: address of the W&B run, or folder of the offline run.
     """
     took = f" in {duration(seconds)}" if seconds is not None else ""

@@ -6,9 +6,8 @@ switches W&B off; metrics.jsonl still has all records.
 In mode `offline`, without an API key, or if the server does not answer in time, the W&B run is offline. The environment
 variable WANDB_MODE overrides the mode `auto`.
 
-All attempts of a run folder log to one W&B run. wandb/run_id has its id; wandb/place.json has its project, entity and
-group. A resumed attempt logs only steps after the step in wandb/last_step. After kill -9, W&B may lack the last second,
-although wandb/last_step counts it.
+All attempts of a run folder log to one W&B run (wandb/run_id, wandb/place.json). A resumed attempt logs only steps
+after the step in wandb/last_step. After kill -9, W&B may lack the last second, although wandb/last_step counts it.
 """
 
 import os
@@ -119,7 +118,8 @@ ONLINE_SECONDS = 10.0
 FINISH_SECONDS = 60.0
 """Maximum seconds to wait for the upload of the last records when the run ends."""
 FLUSH_SECONDS = 1.0
-"""Interval in seconds at which W&B writes records to its file, and so the loss if the run is killed."""
+"""Interval in seconds at which W&B writes records to its file. A killed run loses the records of at most one
+interval."""
 WAITING_RECORDS = 10_000
 LAYER_SCALARS = ("layer_max_vio", "layer_entropy")
 """Metrics that W&B gets for each MoE layer in each recorded step, besides the histograms of tokens per expert."""
@@ -139,7 +139,6 @@ class WandbSink:
 
     - config: the settings that W&B shows, as plain values.
     - group: as in `place_at_wandb`.
-    - commit: the commit of the program.
     - note: called with one sentence if W&B goes offline or an error switches it off.
     - online_seconds: maximum seconds to wait for the server; tests replace it.
     """

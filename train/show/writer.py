@@ -100,7 +100,6 @@ class MetricsWriter:
 
         - every: interval, in steps, between the records that the sinks get. They also get the first step, the last
           step, and each step with a metric in SELDOM.
-        - last_step: number of the last step.
         - first: events to add to the first record.
         - extra: returns further scalars for each record of the sinks.
         - alerts: text at the beginning of the titles of W&B alerts; None: no alerts are sent.
@@ -220,7 +219,7 @@ def open_writer(
 
 
 def _with_steps_again(metrics: Path, resumed_step: int, resumed: Record | None) -> Record | None:
-    """Returns the event `resumed`. If metrics.jsonl has later steps, which the run repeats, adds their number and the
+    """Returns the event `resumed`. If the run repeats steps that metrics.jsonl already has, adds their number and the
     time of the last record."""
     last = read_last(metrics)
     again = last.get("step", 0) - resumed_step

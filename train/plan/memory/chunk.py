@@ -1,19 +1,19 @@
 """Computes the memory of a pipeline chunk's passes from the passes of its parts (train/plan/memory/part.py).
 
 A chunk runs n parts in sequence: the blocks, and in the last chunk the part `end` (final norm, MTP modules, head and
-loss). x_0 ... x_n are the inputs and outputs of the parts. All are hidden states (B, T, D) of h bytes. The live memory
-is a sum of
+loss). x_0 ... x_n are the inputs and outputs of the parts: hidden states (B, T, D) of h bytes. The live memory is a sum
+of
 
     own_i       tensors that part i keeps for its backward, besides its input
-    x_i         input of part i, which part i keeps for its backward; the pipeline stage also holds x_0 and x_n
-    sent_i      the part of own_i that is offloaded to the host; its device memory is freed when the next part that
-                offloads ends, and is allocated again before the backward of part i
+    x_i         input of part i, kept for backward; the pipeline stage also holds x_0 and x_n
+    sent_i      the part of own_i that is offloaded to the host; it leaves the device when the next part that offloads
+                ends, and returns before the backward of part i
     E           the embedding's output, if MTP modules need it; in the first chunk E is x_0
     dx_i, dE    gradients of x_i and E, while backward uses them
 
-While part i runs, the memory of all other parts is constant. This constant is added to the measured memory of part i.
-The measurement includes x_i, and also x_i+1, dx_i and dx_i+1 while they are allocated. The output of the part `end` is
-too small to count. The second input of `end` is E.
+While part i runs, the memory of all other parts is constant, and is added to the measured memory of part i. The
+measurement includes x_i, x_i+1, dx_i and dx_i+1. The output of the part `end` is too small to count. The second input
+of `end` is E.
 """
 
 from collections import Counter

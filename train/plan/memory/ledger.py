@@ -1,11 +1,10 @@
 """Counts every byte of tensor memory that code allocates and frees, without help from the allocator.
 
-A Ledger is a torch dispatch mode. It counts each new storage until the last tensor on the storage is freed. On the CPU,
-it measures real memory. On the meta device, it computes the memory that the code would use. It cannot count temporary
-memory of a kernel.
+A Ledger is a torch dispatch mode. It counts each storage until the last tensor on the storage is freed. On the meta
+device, it computes the memory that the code would use. It cannot count temporary memory of a kernel.
 
-A ledger counts only operations of threads that have entered the mode. Backward is counted too: on both devices,
-autograd runs in the calling thread.
+A ledger counts only operations of threads that have entered the mode. On the CPU and the meta device, autograd runs
+backward in the calling thread.
 """
 
 import gc
@@ -45,7 +44,7 @@ def _undisturbed(mode: "type[Ledger]") -> "type[Ledger]":
 
 @_undisturbed
 class Ledger(TorchDispatchMode):
-    """Counts live bytes, and their peak since the last call of `mark`, for storages of the type `device`.
+    """Counts live bytes of storages on one type of device, and their peak since the last call of `mark`.
 
     Callers may set two labels. tag: stored with every new storage. event: the current work, stored with the peak.
     """

@@ -1,10 +1,10 @@
 """Builds the kernels and the precision of a GPU or a CPU for the meta device, so that the model runs without memory.
 
-Functions that return tensors of the same shapes replace the kernels that exist only on GPUs. torch itself computes all
-other shapes.
+Functions that return tensors of the same shapes replace the kernels that exist only on GPUs. torch computes all other
+shapes.
 
 torch's FakeTensorMode is not used: its CPU tensors take 20 times as long, and without CUDA its GPU tensors abort
-autograd. torch's MemTracker takes twice the time of a Ledger (ledger.py), and does not report bytes by item.
+autograd.
 """
 
 from collections import deque

@@ -1,11 +1,11 @@
 """Measures memory and work of a model part by running its real code on the meta device under a Ledger.
 
-A chunk is a chain of parts: embedding, blocks, and the end (final norm, MTP modules, head and loss). Each part runs
+The parts of a chunk are the embedding, the blocks, and the end (final norm, MTP modules, head and loss). Each part runs
 alone, forward and backward. `_Entry` creates the part's input, and `_Exit` creates the gradient of its output.
 train/plan/memory/chunk.py computes a chunk from its parts.
 
-All sizes are in bytes, without the memory of weights. The gradients of weights count only in the first backward of a
-step, which allocates them.
+All sizes are in bytes, without the memory of weights. Gradients of weights count only in the first backward of a step,
+which allocates them.
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D model width.
 """
@@ -49,8 +49,8 @@ from train.plan.work_recorder import WorkRecorder, WorkSegment
 AGAIN = "_again"
 """Name suffix of a block that backward recomputes."""
 AWAY = "_away_"
-"""Separates, in a part's name, the block from its offloaded section, whose activations are on the host until
-backward."""
+"""Separator in a part's name between the block and its offloaded section. The section's activations are on the host
+until backward."""
 SHARED_KEYS = "_shared"
 """Name suffix of a block whose sparse attention uses the keys of an earlier block."""
 
@@ -102,8 +102,8 @@ class Scene:
     most positions."""
     adapter: FrozenSection[Adapter] = NO_ADAPTER
     holds_weights: bool = False
-    """Whether FP8 copies of weights are made once per step and kept until it ends. Only `trace_casts` counts their
-    memory."""
+    """Whether FP8 copies of weights are made once per step and kept until the step ends. Only `trace_casts` counts
+    their memory."""
     learns_index: bool = False
     """Whether the indexers of sparse attention are trained."""
     warms_index: bool = False
@@ -169,7 +169,7 @@ _FORWARDS: dict[tuple[Scene, str], Forward] = {}
 
 @traced_once
 def trace_forward(scene: Scene, part: str) -> Forward:
-    """Returns the memory of a part's forward, from the trace of `trace_backward` if there is one.
+    """Returns the memory of a part's forward. If `trace_backward` has traced the part, its trace is used.
 
     part: name of a part, as in `Parts` (train/plan/memory/chunk.py).
     """
@@ -604,5 +604,5 @@ def bare(part: str) -> str:
 
 def sparse_of(part: str, model: Model) -> SparseAttention:
     """Returns the settings of sparse attention for a model whose blocks all behave as this part's block: all choose
-    keys, or all use earlier keys."""
+    keys, or all use the keys of earlier blocks."""
     return replace(model.sparse, pattern="S" * model.layers if SHARED_KEYS in part else "")

@@ -1,13 +1,13 @@
 """Plans the memory of every rank: its permanent state, and its peak over all actions of a step.
 
-    state       weights, master weights and moments, in DeepSpeed's groups and shards (rank_weights.py)
+    state       weights, master weights and moments in DeepSpeed's shards (rank_weights.py)
     schedule    the passes in the order of torch's action list (schedule_memory.py), measured on the meta device
                 (part.py, chunk.py)
     step end    the reduction of gradients and the update of weights (step_end.py)
     run         the work outside of steps, such as checkpoints, and the start of the run
 
-Ranks at the same pipeline position differ only in the number of rows that their experts receive. `plan.imbalance` is
-the busiest rank's rows divided by the mean.
+Ranks at the same pipeline position differ only in their experts' rows. `plan.imbalance` is the busiest rank's rows
+divided by the mean.
 """
 
 from collections import Counter
@@ -47,10 +47,9 @@ from train.plan.memory.zero3 import Zero3Memory
 from train.plan.reserve import copies_memory, host_memory
 
 HELD_COPIES = 5
-"""Number of copies of a rank's state that its node holds in memory if checkpoint.every_memory is set.
+"""Number of copies of rank states that a node holds in memory for each of its ranks if checkpoint.every_memory is set.
 
-These are two copies of the rank's state, two copies of its neighbour's state, and one copy that is being written
-(train/checkpoint/memory_copies.py).
+These are two copies of the rank's state, two of its neighbour's state, and one that is being written.
 """
 
 
@@ -147,7 +146,7 @@ def rank_memory(
     - scene: the settings that all passes share, as `scene_of` returns them.
     - layers: layers of every stage; None: the layout's split.
     - shortest: plan only the micro-batches that the memory peak needs. The micro-batch at the peak may then differ.
-    - depth: whether to compute the exact peak, or only a bound on it.
+    - depth: whether the peak is exact, or only a bound.
     """
     state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest, depth)
     peak = max(moments.values(), key=lambda moment: moment.total)
@@ -228,8 +227,8 @@ def _phases(
 
 
 def export_bytes(config: Config) -> int:
-    """Returns the peak bytes of an export of weights (train/export/run.py), which holds a part of the weights in fp32
-    and checks it for finite values."""
+    """Returns the peak bytes of an export of weights (train/export/run.py). The export holds a part of the weights in
+    fp32, and checks it for finite values."""
     counts, model = count_parameters(config.model), FrozenSection(config.model)
     kinds = ("embedding", "dense", "moe")
     largest = max(weight.elements for kind in kinds for weight in part_weights(model, kind, config.model.experts))

@@ -97,7 +97,8 @@ def _chunk_weights(chunk: int | None, *part: Any) -> list[Weight]:
 
 
 def needs_table(model: Model, parts: Parts) -> bool:
-    """Whether a chunk needs the embedding table: the first chunk, and with MTP modules the last."""
+    """Whether a chunk needs the embedding table. The first chunk needs it; with MTP modules, the last chunk does
+    too."""
     return "embedding" in parts or ("end" in parts and model.mtp_depth > 0)
 
 

@@ -3,13 +3,12 @@
 Between actions, these items are allocated besides the rank's permanent state:
 
     kept        tensors that a forward keeps for its backward, by item (chunk.py)
-    hidden      hidden states at the boundary between two stages, until this rank's stages no longer need them
+    hidden      hidden states between two stages
     gradient    the gradients of these hidden states
     gradients   fp32 gradients of weights, allocated by a stage's first backward; after an early reduction, only this
-                rank's shard remains
+                rank's shard
     leaving     the last tensors that a forward copied to the host; the device frees them when the next action ends
-    away        the same tensors when they are on the device again, one action before the backward that reads them
-                (parallel/pipeline/host_store.py)
+    away        the same tensors on the device again, one action before their backward (parallel/pipeline/host_store.py)
 
 torch's stage holds a chunk's input and output until the chunk's backward ends. If the first and the last stage are on
 one rank, they share one embedding table and its gradient. gloo holds sent tensors until the step ends.
@@ -48,7 +47,8 @@ class StagePlan:
     table: int
     """Bytes of the embedding's gradient if the stage uses the embedding, else 0."""
     one_piece: bool = False
-    """Whether the stage's backward cannot be split. The action I then runs all of it, and the action W nothing."""
+    """Whether the stage's backward cannot be split. The action I then runs the complete backward, and the action W does
+    nothing."""
 
 
 class WalkDepth(IntEnum):
@@ -60,7 +60,7 @@ class WalkDepth(IntEnum):
     the graph holds it."""
 
     settled = 1
-    """Measure all passes except those that allocate gradients, which halves the measured backward passes."""
+    """Measure all passes except those that allocate gradients. This halves the number of measured backward passes."""
     whole = 2
     """Measure all passes."""
 
@@ -80,12 +80,11 @@ class ScheduleWalk:
         depth: WalkDepth,
         ahead: Mapping[int, tuple[int, int]],
     ):
-        """stages: the rank's stages. num_stages: stages of the pipeline. holds_sent: whether sent tensors stay in
-        memory until the step ends.
+        """holds_sent: whether sent tensors stay in memory until the step ends. ahead: stages whose gradients are
+        reduced directly after their last backward.
 
-        ahead: stages whose gradients are reduced directly after their last backward. Each has two numbers of bytes: the
-        peak during this reduction, and the bytes after it (step_end.py). Both are relative to the bytes before the
-        reduction.
+        Each stage in `ahead` has two numbers of bytes: the peak during this reduction, and the bytes after it
+        (step_end.py). Both are relative to the bytes before the reduction.
         """
         self._ahead, self._left = ahead, Counter()
         self._stages, self._last, self._holds_sent, self._depth = stages, num_stages - 1, holds_sent, depth
@@ -143,8 +142,8 @@ class ScheduleWalk:
         self._gradients += stays
 
     def _fetch(self, action: Action) -> None:
-        """Before a backward, copies the tensors that it reads first from the host to the device, if they are not copied
-        yet."""
+        """Before a backward, copies the tensors that the backward reads first from the host to the device, unless they
+        are on the device."""
         stage, m = action.stage, action.micro_batch
         chunk = self._stages[stage].chunk
         if self._kind(action) not in ("B", "I") or ("kept", stage, m) not in self._alive or not chunk.sent_last:

@@ -1,15 +1,15 @@
 """Memory at the end of a step: DeepSpeed reduces and shards gradients, and updates the weights.
 
-The simulation follows DeepSpeed buffer by buffer (parallel/zero/private_names.py). When the passes have ended, all
-gradients are in fp32 and not yet sharded (parallel/zero/whole_weights.py). Then these steps follow:
+The simulation follows DeepSpeed buffer by buffer (parallel/zero/private_names.py). After the passes, all gradients are
+in fp32 and not yet sharded (parallel/zero/whole_weights.py). Then these steps follow:
 
     fill       a gradient is copied into the bucket, and its memory is freed; a gradient larger than the bucket is not
                copied
     reduce     when the bucket is full, the slices of every group are joined in a copy and summed over the group's ranks
-    keep       with bf16 weights, this rank's sums are stored in one flat shard per group, allocated when first needed;
-               with fp32 weights, each gradient with a slice of this rank is copied as a whole into one buffer
-    update     the optimizer updates one group after the other, and needs scratch memory; with fp32 weights, the shard's
-               gradients are first joined in one tensor
+    keep       bf16 weights: this rank's sums are stored in one flat shard per group, allocated when first needed; fp32
+               weights: each gradient with a slice of this rank is copied as a whole into one buffer
+    update     the optimizer updates one group after the other, with scratch memory; fp32 weights: the shard's gradients
+               are first joined in one tensor
 
 Special cases:
 

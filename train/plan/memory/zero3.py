@@ -162,7 +162,7 @@ class Zero3Memory:
         return part_weights(FrozenSection(self._config.model), part, share, FrozenSection(self._config.adapter))
 
     def update(self) -> int:
-        """Returns the peak bytes of the update of weights, which copies one group's gradients at a time and needs
+        """Returns the peak bytes of the update of weights. The update copies one group's gradients at a time, and needs
         scratch memory."""
         scene, precision = self._chunk.scene, self._config.precision
         scratch = OPTIMIZER_CLASSES[self._config.optim.facts.name].count_scratch_bytes

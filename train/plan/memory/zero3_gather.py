@@ -6,9 +6,9 @@ Before each visit, DeepSpeed does two things (parallel/zero/private_names.py):
 1. It gathers the unit's missing weights, and waits for all weights of the unit.
 2. It starts to gather weights of the next units, until `limit` elements are in transfer or 2 * limit are gathered.
 
-All weights of one gather share a buffer. The first wait for one of them copies all of them out of the buffer. The
-buffer is freed when all have been waited for. A weight is not copied if it was gathered alone, or if only one rank has
-it. After a visit, the unit's weights are freed. A weight that was found already gathered for a later unit is kept.
+All weights of one gather share a buffer. The first wait for one of these weights copies all of them out of the buffer.
+The buffer is freed when units have waited for all of them. A weight is not copied if it was gathered alone, or if only
+one rank has it. After a visit, the unit's weights are freed, except those already found gathered for a later unit.
 
 DeepSpeed waits for a unit's weights in the order of a Python set, which differs between processes. The simulation uses
 the order that needs the most memory. If another unit runs than the recorded one, DeepSpeed frees all weights in

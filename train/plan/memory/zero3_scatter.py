@@ -2,8 +2,8 @@
 
 Backward computes complete fp32 gradients in reverse module order. DeepSpeed copies those that fit into a bucket
 (parallel/zero/sharded_weights.py). The bucket is reduced when the next gradient belongs to another group of ranks
-(dense or experts), or does not fit. The reduction copies the gradients into the order of the shards, and sums them over
-the ranks. Each rank adds its part to its shard's gradients.
+(dense or experts), or does not fit. The reduction sums the gradients over the ranks in the order of the shards. Each
+rank adds its part to its shard's gradients.
 """
 
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ class Bucket:
     gloo: bool
 
     def is_full(self, waiting: WaitingGradients, elements: int, experts: bool) -> bool:
-        """Whether the waiting gradients must be reduced before a new gradient is added. elements: its size. experts:
-        whether it belongs to an expert."""
+        """Whether the waiting gradients must be reduced before a new gradient is added. elements: size of the new
+        gradient. experts: whether it belongs to an expert."""
         return waiting.tensors > 0 and (experts != waiting.experts or waiting.elements + elements > self.limit)
 
     def add(self, waiting: WaitingGradients, elements: int, experts: bool) -> WaitingGradients:
@@ -150,7 +150,7 @@ class _UnitRun(Run):
             self._begun.append((unit, len(self._pieces)))
 
     def _watch(self, out: Tensor | list[Tensor], unit: str) -> None:
-        """Records the begin of a unit's backward, when the gradient of its output has been computed."""
+        """Records the start of a unit's backward, when the gradient of its output has been computed."""
         for tensor in (out if isinstance(out, list) else [out]) if torch.is_grad_enabled() else ():
             tensor.register_hook(lambda _: self._visit(unit))
 

@@ -1,12 +1,11 @@
 """Computes lower bounds on the memory and the step time of layouts, without tracing or simulating them.
 
-    memory   weights, gradients and optimizer state of each rank, and the minimum of its activations for micro-batches
-             that wait for backward
+    memory   weights, gradients and optimizer state of each rank, and its minimum of activations for backward
     time     work of the busiest rank, plus the schedule's idle time (by a formula), plus the update
 
 All layouts of a frame (`Frame` in candidates.py) have the same weights, update and number of micro-batches that wait
-for backward. The memory bound assumes that an activation saving applies to all blocks of a stage. The time bound
-assumes no offloaded blocks, and the fewest recomputed blocks with which memory may be sufficient.
+for backward. The memory bound assumes that an activation saving applies to all blocks. The time bound assumes no
+offloaded blocks, and the fewest recomputed blocks with which memory may be sufficient.
 """
 
 from bisect import bisect_left
@@ -151,7 +150,7 @@ def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
     activations in memory.
 
     The first bound is on the maximum over the step. The second is on the maximum while another micro-batch runs forward
-    (negative: never). Of two micro-batches that run as a pair, only one has all of its activations in memory.
+    (negative: never). Of two micro-batches in a pair, only one has all of its activations in memory.
     """
     most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp), parallel.virtual_stages)
     paired = parallel.schedule_facts.pairs
@@ -161,8 +160,8 @@ def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
 def _pipeline_seconds(stages: Stages) -> float:
     """Returns a lower bound on the seconds of the pipeline: a rank's work for all micro-batches, plus idle time.
 
-    - Backward is not split: the idle time is the forward and backward times of all earlier stages. The result is the
-      maximum over all ranks.
+    - Backward is not split: the idle time is the forward and backward times of all earlier stages. The largest sum
+      counts.
     - Backward is split: the idle time is the schedule's formula with the shortest action times of all stages.
     """
     parallel, ids = stages.config.parallel, range(len(stages.layers))
@@ -182,8 +181,8 @@ def _pipeline_seconds(stages: Stages) -> float:
 
 
 def _busy(stages: Stages, ids: list[int]) -> float:
-    """Returns the seconds of forward and backward of one micro-batch on these stages, as overlapped pairs if the
-    schedule overlaps them."""
+    """Returns the seconds of forward and backward of one micro-batch on these stages. If the schedule overlaps passes,
+    the passes run as pairs."""
     if stages.config.parallel.schedule_facts.pairs:
         return 2 * _pair(stages, ids)
     return sum(stages.elapsed(Action(kind, stage, 0)).seconds for stage in ids for kind in "FB")
@@ -232,7 +231,8 @@ def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
 
 
 def _shard(config: Config, held: WeightCounts) -> float:
-    """Returns the number of elements in a rank's shard of the trained weights, for which it has the optimizer state."""
+    """Returns the number of elements in a rank's shard of the trained weights. The rank has the optimizer state of this
+    shard."""
     parallel = config.parallel
     return held.dense / parallel.stage_ranks + held.experts / (parallel.stage_ranks // parallel.ep)
 

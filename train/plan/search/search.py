@@ -2,8 +2,7 @@
 do not fit.
 
 1. The search first tries the recipe's layout on these devices, then the layouts most similar to it.
-2. It lists all combinations that the rules allow: pipeline, contexts, experts, schedule, micro-batch, recomputation,
-   offloaded activations, dispatch, wire format, and optimizer on device or host (candidates.py).
+2. It lists all combinations that the rules allow (candidates.py).
 3. Every combination gets a lower bound on its memory and, if it may fit, on its step time (lower_bounds.py).
 4. It simulates layouts in the order of their time bounds, and plans their memory in the order of their step times. It
    ends when ten layouts fit and no other layout has a lower time bound. If the ranks have uneven work, it also tries
@@ -446,7 +445,7 @@ def _bytes_lacking(one: tuple[int, str, Candidate]) -> tuple[int, int]:
 
 def _missed(config: Config, fullest: int) -> tuple[int, str]:
     """Returns by how many bytes the fullest rank exceeds its memory (negative: free bytes), and the name of the kind of
-    memory. fullest: the fullest rank by the memory bound, checked early."""
+    memory. fullest: the fullest rank by the memory bound."""
     scene, memory, last = scene_of(config), tensor_memory(config), config.parallel.pp - 1
     ranks: list[RankMemory] = []
     for depth in WalkDepth:  # bounds come first, because they rule out most layouts

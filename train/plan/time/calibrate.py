@@ -2,8 +2,8 @@
 
 1. Every kind of kernel is timed at several sizes (timed_run.py). A rate is fitted to the times: seconds per call,
    operations per second and bytes per second.
-2. With several devices, or on a CPU with cores for several ranks, the kernels are also timed while all ranks run them.
-   The links between the ranks are timed too: all-to-all, send, reduction, gather.
+2. If several ranks can run, the kernels are also timed while all ranks run them, and so are the links between the
+   ranks.
 3. One rank runs complete steps at two micro-batch sizes. The time that the kernels' rates do not explain becomes a cost
    per launch (Python, autograd) and a factor on the kernels' time (cold caches). For the update, it becomes only a
    factor.
@@ -158,7 +158,7 @@ def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float
     the fit.
 
     Seconds = calls * seconds per call + operations / flops + bytes / bandwidth. The fit minimises the sum of squared
-    relative errors, without negative terms, over all seven non-empty subsets of the terms.
+    relative errors. No term is negative.
     """
     rows_N3 = np.array([[1.0, flops, moved] for flops, moved, _ in samples])
     seconds_N = np.array([seconds for *_, seconds in samples])

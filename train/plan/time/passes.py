@@ -1,8 +1,8 @@
 """Computes the time of a pass over the layers of a stage, alone or overlapped with another pass.
 
 A pass is a list of segments. A segment computes, starts a transfer, computes independent work (the shared experts), and
-waits for the transfer. In a pair of passes, the other pass also runs during the transfer, exactly as in
-parallel/pipeline/overlap.py. Backward runs first.
+waits for the transfer. In a pair of passes, the other pass also runs during the transfer
+(parallel/pipeline/overlap.py). Backward runs first.
 
 A device runs its transfers one after another. A transfer slows computing, because it uses the fraction `taken` of the
 device (some SMs, or CPU cores).

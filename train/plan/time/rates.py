@@ -69,7 +69,8 @@ class JobInterval:
     jobs: int
     """Number of published jobs from which the range was computed."""
     held: float
-    """Fraction of the published jobs with a measured step time in the range, computed from jobs of other sources."""
+    """Fraction of the published jobs whose measured step time is in the range. Each job's range was computed from jobs
+    of other sources."""
 
     def around(self, seconds: float) -> tuple[float, float]:
         return seconds * math.exp(self.low), seconds * math.exp(self.high)

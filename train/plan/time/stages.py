@@ -30,7 +30,7 @@ from train.plan.work_recorder import ONCE, Exchange, Work
 
 FEW_MICRO_BATCHES = 16
 """If a step has at most this many micro-batches, the first one is timed separately. Its backward creates the sums of
-gradients; later ones add to them."""
+gradients; every later backward adds to them."""
 
 
 @dataclass
@@ -154,8 +154,8 @@ class Stages:
         return [len(one) for one in split_layers(costs, first, last, self.placement)]
 
     def _pair(self, parts: Parts) -> float:
-        """Returns the seconds of a forward and a backward pass over these parts, as an overlapped pair if the schedule
-        overlaps them."""
+        """Returns the seconds of a forward and a backward pass over these parts. If the schedule overlaps them, returns
+        the seconds of the pair."""
         made = self._passes(parts)
         forward, backward = made.forward.segments, made.backward.segments
         if self.config.parallel.schedule_facts.pairs and self.config.parallel.overlap:
@@ -181,7 +181,7 @@ class Stages:
 
     def _part(self, part: str, way: str) -> PassTime:
         """Returns one pass through a part, as a mean over the micro-batches. The first backward creates the gradients;
-        later ones add to them."""
+        every later backward adds to them."""
         if part == "end" and self._scene.ep > 1 and self.config.model.mtp_depth:
             return self._end(way)
         if way == "F":

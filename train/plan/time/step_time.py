@@ -26,27 +26,27 @@ job with 0.52, without CUDA graphs, took twice the planned time (Megatron-LM's g
 
 @dataclass
 class StepTime:
-    """The planned time of one optimizer step, and the speed that follows from it."""
+    """The planned time of one optimizer step, and the speed that follows from it. Seconds of actions, work,
+    launches and exchanges are means over the ranks of a pipeline."""
 
     step_seconds: float
     pipeline_seconds: float
     """Seconds from the start of the first action on any rank to the end of the last one."""
     bubble_seconds: float
-    """Idle time of a rank, as a mean over the ranks of a pipeline."""
+    """Mean idle time of a rank."""
     bubble_share: float
     """bubble_seconds divided by pipeline_seconds."""
     action_seconds: dict[str, float]
-    """Seconds by kind of action (F, B, I, W, FB), as a mean over the ranks of a pipeline."""
+    """Seconds by kind of action (F, B, I, W, FB)."""
     exposed_communication_seconds: float
-    """Seconds in which actions wait for tokens to or from experts, as a mean over the ranks of a pipeline."""
+    """Seconds in which actions wait for tokens on their way to or from experts."""
     work_seconds: dict[str, float]
-    """Seconds of computing by kind of work, as a mean over the ranks of a pipeline."""
+    """Seconds of computing by kind of work."""
     host_seconds: float
-    """Seconds that a host core needs to launch the kernels of a step, as a mean over the ranks of a pipeline; 0 if
-    unknown. Launches overlap with computing, so no other field includes them."""
+    """Seconds that a host core needs to launch the kernels of a step; 0 if unknown. Launches overlap with computing, so
+    no other field includes them."""
     exchange_seconds: float
-    """Seconds of all exchanges of experts' tokens, including those that overlap with computing, as a mean over the
-    ranks of a pipeline."""
+    """Seconds of all exchanges of experts' tokens, including those that overlap with computing."""
     update: UpdateTime
     tokens_per_second: float
     tokens_per_second_per_gpu: float
@@ -80,8 +80,8 @@ class StepTime:
 
     @property
     def interval_seconds(self) -> dict[str, tuple[float, float]]:
-        """Expected range of the real step time, by kind of program, for four in five published jobs. Empty if rates
-        were not compared with published jobs."""
+        """Expected range of the real step time, by kind of program. Four in five published jobs were in such a range.
+        Empty if the rates were not compared with published jobs."""
         return {kind: one.around(self.step_seconds) for kind, one in self.intervals.items()}
 
 

@@ -2,7 +2,7 @@
 on a real device.
 
 A plan uses the same recorder (train/plan/work_recorder.py), so every kernel of a plan is timed. The shortest time of
-several runs is used. The optimizer's kernels, and casts of rows that are sent in FP8, are timed separately.
+several runs is used.
 
 On a GPU, autograd runs in a separate thread. There, the recorder observes the model's calls of its kernels, but no
 single torch operations.

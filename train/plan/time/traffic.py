@@ -43,8 +43,8 @@ class Spread:
     """Number of messages of a token to other nodes."""
 
     def step_bytes(self, tokens: float) -> tuple[float, float]:
-        """Returns the bytes that one layer of experts sends inside nodes and across nodes, in forward and backward
-        together. tokens: number of tokens of the layer."""
+        """Returns the bytes that one layer of experts sends inside nodes, and those that it sends across nodes, in
+        forward and backward together. tokens: number of tokens of the layer."""
         row = self.row_bytes + self.gradient_bytes + self.high_bytes + self.high_gradient_bytes
         return tokens * self.inside * row, tokens * self.across * row
 

@@ -1,9 +1,8 @@
 """Computes the seconds between the last micro-batch and the next step: gradient reduction, weight update and gather.
 
 DeepSpeed runs these steps (parallel/zero/whole_weights.py). An all-reduce sums the fp32 gradients over all ranks with
-the same weights. Every rank keeps its shard of the sums, and updates its shard of the weights. Then the ranks gather
-the weights in their storage format. All ranks of a stage share the dense weights; ranks with the same experts share
-their weights.
+the same weights. Every rank updates its shard of the weights. Then the ranks gather the weights in their storage
+format. All ranks of a stage share the dense weights; ranks with the same experts share the experts' weights.
 
 Special cases:
 
