@@ -24,23 +24,22 @@ ADAPTER_TARGETS: dict[str, tuple[str, ...]] = {
     "dense": ("ffn.w13.weight", "ffn.w2.weight"),
     "head": ("head.weight",),
 }
-"""Maps each word of adapter.targets to the name endings of the adapted base parameters, including those of MTP
-modules."""
+"""Name endings of the base parameters, including those of MTP modules, for each word of adapter.targets."""
 ON_REQUEST = ("head",)
 """Targets that a run adapts only if adapter.targets names them."""
 
 
 class LoraNames(NamedTuple):
-    """Names of the two parameters of one adapted matrix, LoRA A and B."""
+    """Names of LoRA A and B of one adapted matrix."""
 
     a: str
-    """Name of A, of shape (rank, inputs), or (experts of this rank, rank, inputs) for stacked experts."""
+    """Name of A: (rank, inputs), or (local experts, rank, inputs) for stacked experts."""
     b: str
-    """Name of B, of shape (outputs, rank), or (experts of this rank, outputs, rank) for stacked experts."""
+    """Name of B: (outputs, rank), or (local experts, outputs, rank) for stacked experts."""
 
 
 def target_of(base: str) -> str | None:
-    """Return the target for the base parameter with this global name; None if no target adapts it."""
+    """Return the target of the base parameter with this global name, or None."""
     return next(
         (target for target, ends in ADAPTER_TARGETS.items() if f".{base}".endswith(tuple(f".{end}" for end in ends))),
         None,
@@ -54,7 +53,7 @@ def is_held_in_blocks(base: str) -> bool:
 
 
 def name_lora(base: str) -> list[LoraNames]:
-    """Return the names of A and B for an adapted base parameter. w13 has one pair for w1 and one for w3."""
+    """Return the names of A and B for a base parameter. w13 has two pairs, for w1 and w3."""
     stem, _, last = base.rpartition(".")
     is_weight = last == "weight"
     matrix = stem.rpartition(".")[2] if is_weight else last

@@ -25,7 +25,7 @@ of a long value that are shown before, and after, the first difference."""
 
 
 class Effect(Enum):
-    """Effects of a changed setting on the training. The value of a member is the heading of its group in the report."""
+    """Effects of a changed setting on the training. Each value is a heading in the report."""
 
     training = "change the training"
     rounding = "change only rounding and speed"
@@ -74,7 +74,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "export": (Effect.none, "mode=export reads it"),
     "average": (Effect.none, "mode=average reads it"),
 }
-"""Maps a key, or a group of keys, to the effect of a change and a reason. The longest matching name applies."""
+"""Effect of a changed key or group of keys, with a reason. The longest matching name applies."""
 
 REMARKS = {
     "steps": "the schedules are scaled to the new length",
@@ -89,14 +89,14 @@ class Changes:
     """Differences between this run and the run that wrote a checkpoint."""
 
     settings: dict[str, tuple[Any, Any]]
-    """Maps each changed key to its old and its new value; None for a run without the key."""
+    """Old and new value of each changed key; None for a run without the key."""
     known: bool
-    """Whether the checkpoint contains the settings of the run that wrote it."""
+    """Whether the checkpoint contains its run's settings."""
     facts: tuple[str, ...] = ()
-    """Sentences about differences in the data and in the weight average, which are not settings."""
+    """Sentences about differences in the data and in the weight average."""
 
     def notes(self) -> list[str]:
-        """Return notes for the user, with the changed settings grouped by effect."""
+        """Return notes for the user. Changed settings are grouped by effect."""
         groups = {effect: [key for key in self.settings if effect_of(key) is effect] for effect in Effect}
         lines = []
         for effect, keys in groups.items():
@@ -232,7 +232,7 @@ def _line(key: str, old: Any, new: Any) -> str:
 
 
 def _cut(text: str, start: int) -> str:
-    """Return the text around position `start`, with the length of the complete text."""
+    """Return the text around position `start`, and the complete text's length."""
     first, last = max(0, start - AROUND), start + AROUND
     before, after = "..." if first else "", "..." if last < len(text) else ""
     return f"{before}{text[first:last]}{after} ({len(text)} characters)"

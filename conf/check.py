@@ -39,20 +39,20 @@ NOT_CHATS, FOR_CHATS = (
     "set data.format=chat, or leave it out",
 )
 MAX_EXPERTS = 32767
-"""Upper bound of the number of experts: expert ids are sorted and sent as int16."""
+"""Upper bound of the number of experts, because expert ids are int16."""
 IN_EVERY_LAYER = (AdapterTarget.q_up, AdapterTarget.kv_up, AdapterTarget.down, AdapterTarget.out)
 """Adapter targets that exist in every block."""
 ADDS_ADAPTERS = (Mode.evaluate, Mode.generate, Mode.score, Mode.export)
 """Modes that add the adapter of adapter.path to the weights."""
 SMALLEST_SHARE = 1e-6
-"""Smallest allowed share of a source in a data mix. train/data/dataset.py treats smaller shares as zero."""
+"""Smallest share of a source in a data mix. train/data/dataset.py treats smaller shares as zero."""
 IN_PARTS = next(name for name, facts in SCHEDULES.items() if facts.stages is None)
 """Name of the schedule that reads parallel.virtual_stages."""
 OPERAND = re.compile(r"(e4m3|e5m2)/((1x128|128x128|row|tensor)/(fp32|pow2)|1x32/pow2)")
 
 
 class ConfigCheck(Protocol):
-    """Type of a rule in the tables. A function is used if one condition cannot express the rule."""
+    """Type of a rule. Rules that one condition cannot express are functions."""
 
     def __call__(self, config: Config, /) -> None:
         """Raise UserError if the configuration breaks the rule."""
@@ -65,17 +65,17 @@ function that returns the sentence."""
 
 @dataclass(frozen=True)
 class JoinedRule:
-    """A rule for the value of one key, which may depend on other keys. Its functions get the configuration `c` and the
-    value `v`."""
+    """A rule for one key, which may depend on other keys. Its functions get the configuration `c` and the key's value
+    `v`."""
 
     key: str
     holds: Callable[[Config, Any], Any]
     rule: Text
     cure: Text
     each: bool = False
-    """Whether the value is a list and the rule applies to every element."""
+    """Whether the rule applies to every element of a list."""
     named: str = ""
-    """Name of the key in the error; empty: the same as `key`."""
+    """Name of the key in the error, if it is not `key`."""
     shown: Callable[[Config, Any], Any] = lambda c, v: v
     """Converts the value to the form that the error shows."""
 
@@ -99,7 +99,7 @@ def _written(text: Text, config: Config, value: Any) -> str:
 
 @dataclass(frozen=True)
 class ConditionalRules:
-    """Rules that apply only to configurations for which the function `so` returns true."""
+    """Rules for configurations for which `so` returns true."""
 
     so: Callable[[Config], Any]
     rules: Iterable[ConfigCheck]
@@ -123,26 +123,26 @@ def check(config: Config) -> None:
 
 
 def notes_of_typed_keys(config: Config, keys: Collection[str]) -> Iterator[str]:
-    """Yield a sentence for every typed key without effect in this configuration."""
+    """Yield a sentence for every typed key that has no effect here."""
     for error in (error for rule in WHERE_READ if rule.key in keys for error in rule.errors(config)):
         yield f"{error.field} does nothing here: it {error.rule}; {error.cure}"
 
 
 def check_spread(config: Config) -> None:
-    """Check only the rules that a change of the layout can break: batch, optimizer, adapter and section parallel."""
+    """Check only rules that a change of the layout can break."""
     check_batch(config)  # first, because it is fast and refuses most layouts of a search
     check_fields(config.parallel, "parallel.")
     hold((*OPTIM, *ADAPTERS, *PARALLEL), config)
 
 
 def check_model(model: Model) -> None:
-    """Check only the rules of section model, for models without a recipe."""
+    """Check the rules of section model alone."""
     check_fields(model, "model.")
     hold(MODEL, Config(model=model))
 
 
 def check_experts(experts: int, ep: int) -> None:
-    """Raise UserError unless each of the ep ranks gets the same number of experts."""
+    """Raise UserError unless ep divides the number of experts."""
     if experts % ep:
         near = [size for size in range(1, experts + 1) if experts % size == 0]
         cure = f"set parallel.ep to one of {near}, or model.experts to a multiple of {ep}"
@@ -170,8 +170,7 @@ def _is_name(c: Config, v: str) -> bool:
 
 
 def _parts(key: str, parts: Iterable[str]) -> ConfigCheck:
-    """Return the rule for a key that lists parts of a block, to recompute or to offload. parts: allowed words besides
-    layer:N."""
+    """Return the rule for a list of block parts to recompute or offload. parts: allowed words besides layer:N."""
 
     def check_parts(config: Config) -> None:
         words = attrgetter(key)(config)
@@ -205,7 +204,7 @@ def _check_operands(config: Config) -> None:
 
 
 def adapted_targets(model: Model) -> list[AdapterTarget]:
-    """Return the adapter targets of a model, with the output head last."""
+    """Return the adapter targets of a model, the output head last."""
     has_experts = _has_experts(Config(model=model))
     lacking = {
         AdapterTarget.routed: not has_experts,
@@ -382,7 +381,7 @@ MODEL: tuple[ConfigCheck, ...] = (
 )
 
 def _set_here(section: MuonOptim | Adapter) -> dict[str, Any]:
-    """Return the keys of a section with values other than their defaults."""
+    """Return the keys of a section that differ from their defaults."""
     plain = vars(type(section)())
     return {key: value for key, value in vars(section).items() if value != plain[key]}
 

@@ -40,15 +40,15 @@ FLAGS = {
     )
     for name in names.split()
 }
-"""Maps each flag of Hydra to whether it takes a value, which may be the next argument."""
+"""Hydra's flags, and whether each takes a value, which may be the next argument."""
 COMPLETION = {"--shell-completion", "-sc", "--hydra-help"}
-"""Flags with which the other arguments of a command line are not read as settings."""
+"""Flags whose command lines contain no settings."""
 LISTS = "`sluice --help` tells how to list recipes, groups and keys"
 OF_YOUR_OWN = "for a custom one, write MINE/{group}/NAME.yaml and add --config-dir MINE"
 NAMES_A_WORD = re.compile(
     r"(?:merging override |config use \+|for argument '|parameters '|prefix: ')(.*?)(?:'?$|' requires)", re.M
 )
-"""Pattern that finds the rejected argument in the text of a Hydra error."""
+"""Pattern of the rejected argument in a Hydra error."""
 
 
 def check_words(words: Sequence[str]) -> None:
@@ -81,7 +81,7 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def explain(error: Exception, words: Sequence[str]) -> UserError:
-    """Convert an error of Hydra or OmegaConf to a UserError. An error that this file does not know is raised again."""
+    """Convert an error of Hydra or OmegaConf to a UserError, or raise it again if it is unknown."""
     wrong = _explained(error, words)
     typed = (wrong.field, wrong.field.rpartition(".")[2], str(wrong.value))
     cure = next((CURES[each.lower()] for each in typed if each.lower() in CURES), wrong.cure)
@@ -174,7 +174,7 @@ def settings_in(words: Sequence[str]) -> list[str]:
 
 
 def _groups(own: Iterable[Path] = ()) -> dict[str, list[str]]:
-    """Return the option names of each group. own: folders with the user's recipes."""
+    """Return the option names of each group. own: folders with user recipes."""
     files = sorted(file for folder in (ROOT / "conf", *own) for file in folder.glob("*/*.yaml"))
     groups: dict[str, list[str]] = {}
     for file in files:
@@ -183,7 +183,7 @@ def _groups(own: Iterable[Path] = ()) -> dict[str, list[str]]:
 
 
 def _wrong_value(key: str, value: Any, problem: Exception) -> UserError:
-    """Return the error for a value that does not fit the key's type. problem: OmegaConf's error."""
+    """Return the error for a value of the wrong type. problem: OmegaConf's error."""
     kind, default = type_of(key), _default(key)
     example = f"for example {_written(key, default)}" if default not in (None, [], "", 0) else LISTS
     if value == "" and kind is not str:
@@ -255,7 +255,7 @@ def _unknown_part(key: str, value: Any, kind: Any) -> UserError:
 
 
 def _wrong_option(group: str, value: str, groups: dict[str, list[str]]) -> UserError:
-    """Return the error for a word that is not an option of the group."""
+    """Return the error for an unknown option of the group."""
     if (meant := VALUES.get((group, value.lower()))) is not None:
         return UserError(group, value, f"is not accepted; {meant[0]} {meant[1]}", f"write {group}={meant[0]}")
     if value == "":
@@ -315,8 +315,7 @@ def _may_be_in(section: str, key: str) -> bool:
 
 
 def _unread(word: str, before: Sequence[str], after: Sequence[str], groups: dict[str, list[str]]) -> UserError:
-    """Return the error for an argument that Hydra cannot parse: `key=` is missing, or Hydra does not accept the
-    value."""
+    """Return the error for an argument without `key=`, or with a value that Hydra cannot parse."""
     key, equals, text = word.lstrip("+").partition("=")
     if equals and key:
         return _unreadable(key, text, after)
@@ -348,7 +347,7 @@ def _unread(word: str, before: Sequence[str], after: Sequence[str], groups: dict
 
 
 def _unreadable(key: str, text: str, after: Sequence[str]) -> UserError:
-    """Return the error for a value that the shell has truncated, or that contains special characters of Hydra."""
+    """Return the error for a value that the shell truncated, or with special characters of Hydra."""
     if text.count("[") + text.count("{") > text.count("]") + text.count("}"):
         whole = " ".join([text, *after])
         end = max(whole.rfind("]"), whole.rfind("}")) + 1
@@ -409,7 +408,7 @@ def refuse_keys_of_other_modes(mode: Mode, overrides: Sequence[str]) -> None:
 
 
 def _in_null_section(typed: dict[str, str]) -> UserError | None:
-    """Return the error for the first typed key of an optional section that is null; None without such a key."""
+    """Return the error for the first typed key of a null section, or None."""
     for key, value in typed.items():
         section = next((each for each in dotted_keys() if key.startswith(f"{each}.") and is_nullable(each)), "")
         if is_dataclass(type_of(section)):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 BACKLOG = 64 << 20
-"""Maximum bytes that are held in memory until a full disk has space."""
+"""Maximum bytes in memory that wait for disk space."""
 FULL = {errno.ENOSPC, errno.EDQUOT}
 RIGHTS = {errno.EACCES, errno.EPERM}
 DISK_FAILED = {
@@ -45,14 +45,14 @@ DISK_FAILED = {
     errno.EUCLEAN,
     errno.EBADMSG,
 }
-"""Error numbers of a broken disk, file system, or network to the disk. No setting can fix this."""
+"""Error numbers of a broken disk, file system or network. No setting can fix this."""
 HANDLES = {errno.EMFILE, errno.ENFILE}
 REFUSED = FULL | RIGHTS | DISK_FAILED | {errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG, errno.ELOOP}
 
 
 @contextmanager
 def naming(path: Path, needed: int | None = None, way: str = "written") -> Iterator[None]:
-    """Context that adds the file's name to an OSError. needed: size of the file in bytes. way: `written` or `read`."""
+    """Context that adds the file's name to an OSError. needed: bytes of the file. way: `written` or `read`."""
     try:
         yield
     except OSError as error:
@@ -73,7 +73,7 @@ def is_refusal(error: Exception) -> TypeGuard[OSError]:
 
 
 def _number(error: OSError) -> int | None:
-    """Return the errno of an error. Errors of Rust and C++ libraries contain this number only in their text."""
+    """Return the errno of an error. Rust and C++ libraries have it only in the text."""
     found = re.search(r"\b(?:os error|errno) (\d+)", str(error)) if error.errno is None else None
     return int(found[1]) if found else error.errno
 
@@ -112,7 +112,7 @@ def _cure(error: OSError) -> str | None:
 
 
 def describe_room(path: Path | str) -> str:
-    """Return a sentence about the disk of this path, and its free space. The path need not exist."""
+    """Return a sentence about the disk of this path, which need not exist, and its free space."""
     place = Path(path).absolute()
     while not place.exists():
         place = place.parent
@@ -132,7 +132,7 @@ def size_in_words(count: float) -> str:
 
 
 def explain_disk_error(error: OSError) -> str:
-    """Return the system's message and, for a full disk, the disk's name, its free space and the needed bytes."""
+    """Return the system's message and, for a full disk, its name, free space and the needed bytes."""
     if error.errno not in FULL or not isinstance(error.filename, str):
         return str(error)
     needed = getattr(error, "needed", None)
@@ -140,22 +140,21 @@ def explain_disk_error(error: OSError) -> str:
 
 
 class Backlog:
-    """Appends data to a file in order. While the disk refuses data, the data are held in memory."""
+    """Appends data to a file in order, and holds data in memory while the disk refuses them."""
 
     def __init__(self, write: Callable[[bytes], None]):
-        """write: function that appends all given bytes, or raises OSError without a change to the file."""
+        """write: appends all bytes, or raises OSError without a change to the file."""
         self._write = write
         self._waiting: deque[bytes] = deque()
         self._bytes = 0
         self.dropped = 0
-        """Number of lost data items: above BACKLOG bytes in memory, the oldest items are dropped."""
+        """Number of lost items. Above BACKLOG bytes in memory, the oldest are dropped."""
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, piece: bytes) -> None:
-        """Write the data in memory, and then `piece`. If the disk refuses the data, hold `piece` in memory and raise
-        OSError."""
+        """Write the data in memory, then `piece`. If the disk refuses, hold them and raise OSError."""
         self._waiting.append(piece)
         self._bytes += len(piece)
         while self._bytes > BACKLOG and len(self._waiting) > 1:
@@ -195,7 +194,7 @@ def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator
 
 
 def _way(error: OSError) -> str:
-    """Return the failed operation: `written`, `read`, or `written or read` if the error does not contain it."""
+    """Return the failed operation: `written`, `read`, or `written or read` if unknown."""
     if way := getattr(error, "way", None):
         return way
     if error.errno in FULL | {errno.EROFS, errno.EFBIG}:
@@ -220,7 +219,7 @@ def _setting(path: Path, configs: tuple[Config, ...]) -> tuple[str, str]:
 
 
 def let_output_be_lost() -> None:
-    """Prevent a full disk from ending this process. Output to a full disk is then dropped."""
+    """Drop this process's output to a full disk, so that it does not end the process."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         try:

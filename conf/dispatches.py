@@ -15,26 +15,26 @@ class Reach:
     """Average number of destinations of one token. Experts are assigned in order to the ranks of an expert group."""
 
     nodes: float
-    """Number of nodes on which the token has at least one expert."""
+    """Number of nodes with an expert of the token."""
     ranks: float
     experts: int
     ep: int
     """Number of ranks in the expert group."""
     per_node: int
-    """Number of ranks in the expert group that are on the same node."""
+    """Number of ranks of the expert group on one node."""
 
 
 @dataclass(frozen=True)
 class Messages:
-    """Average number of messages per token and MoE layer, on the rank with the most messages."""
+    """Average number of messages per token and MoE layer, on the busiest rank."""
 
     copies: tuple[float, ...]
     """Number of row copies per token that Sluice's kernels make for each hop: to a node and then to a rank, or directly
     to a rank. Rows that stay on their rank are included."""
     arrivals: float
-    """Number of rows per token that the ranks of the experts receive."""
+    """Number of rows per token that expert ranks receive."""
     inside: float
-    """Number of messages per token to other ranks on the same node."""
+    """Number of messages per token inside the node."""
     across: float
     """Number of messages per token to other nodes."""
 
@@ -54,8 +54,7 @@ class DispatchFacts:
     package: str | None = None
     """Python package that the dispatch needs; None if it needs none."""
     in_bf16: bool = False
-    """Whether the dispatch takes only bf16 rows. Such a dispatch also adds the rows of a token in bf16, one after
-    another."""
+    """Whether rows must be bf16. The dispatch then also adds a token's rows in bf16."""
     repeats: bool = True
     """Whether rows arrive in the same order in every run."""
     width: int = 1
@@ -64,7 +63,7 @@ class DispatchFacts:
     """Supported sizes of an expert group; None for any size."""
 
     def is_able(self, ep: int, hidden: int, on_gpu: bool) -> bool:
-        """Whether the dispatch supports expert groups of `ep` ranks, rows of width `hidden`, and this device kind."""
+        """Whether the dispatch supports `ep` ranks, rows of width `hidden`, and this device kind."""
         fits = hidden % self.width == 0 and (self.sizes is None or ep in self.sizes)
         return fits and (on_gpu or not self.needs_gpu)
 
@@ -79,12 +78,11 @@ class DispatchFacts:
         return Messages(copies, reach.ranks, reach.ranks * (1 - 1 / reach.per_node), reach.nodes * other_node)
 
     def side_bytes(self, top_k: int) -> int:
-        """Return the bytes that dispatch sends besides a row: one gate, or all gates and expert indices of the
-        token."""
+        """Return the bytes sent besides a row: its gate, or all gates and expert indices of the token."""
         return 4 if self.per_expert else 4 * top_k + -(-2 * top_k // 4) * 4
 
     def gate_bytes(self, top_k: int) -> int:
-        """Return the bytes that return besides the gradient of a row: the gradients of its gates."""
+        """Return the bytes sent back besides the gradient of a row: the gradients of its gates."""
         return 4 if self.per_expert else 4 * top_k
 
     def find_links(self, ep: int, per_node: int) -> tuple[range, ...]:
@@ -93,7 +91,7 @@ class DispatchFacts:
         return (range(0, ep, per_node), range(per_node)) if self.by_nodes else (range(ep),)
 
     def count_buffer_bytes(self, ep: int, hidden: int) -> int | None:
-        """Return the buffer bytes of the dispatch on every device; None if it uses NCCL's buffers."""
+        """Return the buffer bytes per device; None if the dispatch uses NCCL's buffers."""
         return None
 
     def find_sums(self, experts: int, ep: int, per_node: int) -> list[int]:

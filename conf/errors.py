@@ -1,4 +1,4 @@
-"""Errors with a complete text for the user: for invalid input, and for the end of a run."""
+"""Errors that a user sees, for invalid input and for the end of a run."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ EXIT_CODES = {
     EXIT_STOPPED: "a signal stopped a training, with a checkpoint if a step was completed; the same command without `resume=` continues it",
     EXIT_INTERRUPTED: "Ctrl-C ended the process at once: in a mode other than training, during the start, or by a second Ctrl-C in a training",
 }
-"""Meaning of each exit code, on which scripts may rely. train/docs/troubleshooting.md has the same table."""
+"""Meaning of each exit code, for scripts. train/docs/troubleshooting.md has the same table."""
 
 
 class UserError(ValueError):
@@ -41,8 +41,7 @@ class DiskFailed(UserError):
 
 
 class RunEnded(RuntimeError):
-    """The run cannot continue; the text gives the reason. ranks: the ranks where the failure began; empty if
-    unknown."""
+    """The run cannot continue, for the given reason. ranks: where the failure began; empty if unknown."""
 
     code = EXIT_CRASH
 
@@ -52,12 +51,12 @@ class RunEnded(RuntimeError):
 
 
 class StopInterrupt(KeyboardInterrupt):
-    """A signal asked this process to stop. Any other KeyboardInterrupt is a bug in the code that raised it."""
+    """A signal asked this process to stop. Any other KeyboardInterrupt is a bug."""
 
 
 def causes(error: BaseException | None, contexts: bool = False) -> Iterator[BaseException]:
-    """Yield an error and its causes, the outermost error first. contexts: whether `__context__` counts as the cause if
-    there is no other."""
+    """Yield an error and its causes, the outermost first. contexts: whether to follow `__context__` if there is no
+    cause."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -66,5 +65,5 @@ def causes(error: BaseException | None, contexts: bool = False) -> Iterator[Base
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text; if it has no text, the name of its class."""
+    """Return the first line of an error's text, or the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

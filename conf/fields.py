@@ -1,4 +1,4 @@
-"""Metadata of a schema field: the bounds of a number, and whether the field is an expert key, which is rarely used."""
+"""Metadata of a schema field: bounds of a number, and whether the field is a rarely used expert key."""
 
 import dataclasses
 import difflib
@@ -17,16 +17,16 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Bounds of a number; infinite values and NaN are always out of bounds."""
+    """Bounds of a finite number."""
 
     least: float = -math.inf
     above: float = -math.inf
     most: float = math.inf
     below: float = math.inf
     slip: float = dataclasses.field(default=math.inf, compare=False)
-    """A value above this bound is certainly a mistake. Only the error for such a value mentions this bound."""
+    """A larger value is certainly a mistake. Errors name this bound only for such values."""
     what: str = ""
-    """Kind of the number, such as share or probability, if the kind explains the bounds."""
+    """Kind of the number, such as share or probability, if it explains the bounds."""
 
     def hold(self, value: float) -> bool:
         """Whether the value is within the bounds."""
@@ -43,7 +43,7 @@ class Bounds:
         return "must not be negative" if self == Bounds(least=0) else f"must be {self.words()}"
 
     def words(self) -> str:
-        """Return the bounds as text, such as `1 or more` or `above 0 and at most 1`."""
+        """Return the bounds as text, such as `above 0 and at most 1`."""
         if self == Bounds(what=self.what):
             return "finite"
         if math.isfinite(self.least) and math.isfinite(self.most):
@@ -65,15 +65,14 @@ if TYPE_CHECKING:
 else:
 
     class FilledKey:
-        """Type of a key that may be null or missing in a recipe. The loader sets it, so a loaded configuration has a
-        value."""
+        """Type of a key that may be null or missing in a recipe, until the loader sets it."""
 
         def __class_getitem__(cls, kind: type) -> types.UnionType:
             return kind | None
 
 
 def number(default: Any, **bounds: Any) -> Any:
-    """Declare a field that is a number or null. bounds: keyword arguments of `Bounds`."""
+    """Declare a numeric or null field. bounds: arguments of `Bounds`."""
     return dataclasses.field(default=default, metadata={"bounds": Bounds(**bounds)})
 
 
@@ -108,7 +107,7 @@ def check_fields(section: Any, prefix: str = "") -> None:
 
 
 def wrong_choice(key: str, value: Any, choices: Iterable[str], instead: str) -> UserError:
-    """Return the error for a word that is not a choice. instead: the fix if no choice resembles the word."""
+    """Return the error for a word that is not a choice. instead: fix if no choice is similar."""
     choices = list(choices)
     close = difflib.get_close_matches(
         str(value), choices, n=1, cutoff=0.8
@@ -118,8 +117,7 @@ def wrong_choice(key: str, value: Any, choices: Iterable[str], instead: str) -> 
 
 
 def _cure(key: str, field: dataclasses.Field, bounds: Bounds) -> str:
-    """Return the fix for a number that is out of bounds. If the default is a nonzero float, the fix shows it as an
-    example."""
+    """Return the fix for a number out of bounds. A nonzero float default becomes an example."""
     default, words = field.default, bounds.words()
     example = f", such as {_text(default)}" if isinstance(default, float) and default and bounds.hold(default) else ""
     return f"set {key} to {'a number ' if words[0].isalpha() else ''}{words}{example}"
@@ -130,7 +128,7 @@ def _text(value: float) -> str:
 
 
 def _sections(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the sections in a field's value, each with the prefix of its keys."""
+    """Yield the sections in a value, with the prefix of their keys."""
     if dataclasses.is_dataclass(value):
         yield "", value
     elif isinstance(value, list):

@@ -67,7 +67,7 @@ def read_plain_json(path: Path, most: int = RUN_FILE_BYTES) -> Any:
 
 
 def fsync_folder(path: Path) -> None:
-    """Call fsync on this folder, so that created, renamed and removed files are durable."""
+    """Call fsync on a folder, so that created, renamed and removed files are durable."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -142,7 +142,7 @@ def exclusive(path: Path, timeout: float) -> Iterator[None]:
 
 
 def try_lock(handle: int) -> bool:
-    """Take the advisory lock of an open file; False if another process holds it."""
+    """Take the lock of an open file; False if another process holds it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -189,7 +189,7 @@ def written_whole(target: Path, field: str) -> Iterator[Path]:
 # error with a rule, and never to a traceback.
 
 LARGEST_FILE = 128 << 20
-"""Maximum bytes of a file. The index of DeepSeek-V3's tensors has 9 MB, and large tokenizers have 10 to 40 MB."""
+"""Maximum bytes of a file. DeepSeek-V3's tensor index has 9 MB, large tokenizers 10 to 40 MB."""
 TYPE_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 
 

@@ -52,12 +52,12 @@ FIRST_SCREEN = {
     ),
 }
 TABLE_WIDTH = 120
-"""Minimum terminal width, in columns, for a table of keys. Narrower terminals show a list."""
+"""Minimum columns of a terminal for a table of keys instead of a list."""
 
 
 @reported
 def show_help(words: list[str], console: Console | None = None) -> int:
-    """Print the help for a command line that asks for it. Returns the exit code."""
+    """Print the help that a command line asks for. Returns the exit code."""
     overrides, names = _sorted_out(words)
     console = console or Console(highlight=False)
     with explained(overrides):
@@ -141,8 +141,7 @@ def _two_columns(console: Console, title: str, rows: Iterable[tuple[str, str]]) 
 
 
 def _section(name: str, values: DictConfig, expert: bool, width: int) -> Iterator[RenderableType]:
-    """Return the help screen of a section, a subsection or a key. expert: whether the screen of a section shows its
-    expert keys."""
+    """Return the help screen of a section, a subsection or a key. expert: whether to show expert keys of a section."""
     everything = groups()
     for group in everything:
         if name == group.name:
@@ -199,7 +198,7 @@ def _list(group: KeyGroup, values: DictConfig) -> Iterator[RenderableType]:
 
 
 def takes(key: Key) -> str:
-    """Return the accepted values of a key as text: its choices, or its type if it has no choices."""
+    """Return the choices of a key as text, or its type if it has none."""
     words = " | ".join(key.choices) if key.choices else key.type
     words = f"list of {words}" if key.choices and key.type.startswith("list") else words
     return f"({words}{' or null' if key.nullable else ''})"

@@ -19,21 +19,20 @@ from conf import schema
 from conf.schema import Config
 
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "word or list of whole numbers"}
-"""Maps each type of the schema to its name for the user."""
+"""Names of the schema's types for the user."""
 ITEM, NAME = "[]", "NAME"
-"""Placeholders in the path of a key: ITEM for an index of a list, NAME for a name in a mapping."""
+"""Placeholders in a key's path: ITEM for a list index, NAME for a name in a mapping."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One setting. path: the key as a user types it, such as `optim.lr`; [] stands for an index, as in
-    optim.lr_schedule[].until."""
+    """One setting. path: as a user types it, such as `optim.lr`, with [] for an index."""
 
     path: str
     type: str
     """Type of the key as text."""
     choices: tuple[str, ...]
-    """All accepted words; empty if any value of the type is accepted."""
+    """All accepted words; empty if there is no such list."""
     nullable: bool
     meaning: str
     """Meaning of the key in one line, with the unit."""
@@ -43,7 +42,7 @@ class Key:
 
 @dataclass(frozen=True)
 class KeyGroup:
-    """A section or subsection of the configuration. name: its path; empty for the top-level keys."""
+    """A section or subsection. name: its path; empty for top-level keys."""
 
     name: str
     meaning: str
@@ -52,8 +51,7 @@ class KeyGroup:
     """Path of each subsection, with a note about all its keys."""
 
     def part(self, expert: bool) -> "KeyGroup":
-        """Return a copy of the group with only the expert keys, or only the other keys, and the notes of their
-        subsections."""
+        """Return the group with only its expert keys, or only the others, and the notes on them."""
         keys = tuple(key for key in self.keys if key.expert is expert)
         notes = tuple((path, note) for path, note in self.notes if any(key.path.startswith(path) for key in keys))
         return replace(self, keys=keys, notes=notes)
@@ -70,14 +68,14 @@ class SchemaField:
     section: type | None
     """Section class in the field's type; None if there is none."""
     mark: str
-    """Placeholder for any index or name, if the field is a list or a mapping of sections; otherwise empty."""
+    """Placeholder for an index or name, for a list or mapping of sections; otherwise empty."""
     meaning: str
     expert: bool
     default: Any
 
     @property
     def is_key(self) -> bool:
-        """Whether the field is a key, and not a section with keys."""
+        """Whether the field is a key, not a section."""
         return self.section is None or bool(self.mark)
 
 
@@ -109,7 +107,7 @@ def groups() -> tuple[KeyGroup, ...]:
 
 
 def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
-    """Yield the keys of a section and its subsections. expert: whether all of them are expert keys."""
+    """Yield the keys of a section and its subsections. expert: whether all are expert keys."""
     for item in fields_of(cls).values():
         path, rare = prefix + item.name, expert or item.expert
         if item.is_key:
@@ -164,7 +162,7 @@ def type_words(found: Any) -> str:
 
 
 def choices_of(found: Any) -> tuple[str, ...]:
-    """Return the member names of an enumeration, or of a list of enumeration members; empty for other types."""
+    """Return the members of an enumeration, or of a list of them; empty for other types."""
     inner = typing.get_args(found)[0] if typing.get_origin(found) is list else found
     return tuple(inner.__members__) if isinstance(inner, type) and issubclass(inner, enum.Enum) else ()
 
@@ -182,12 +180,12 @@ def dotted_keys() -> list[str]:
 
 
 def kinds(section: type) -> dict[str, Any]:
-    """Return the type of every field of a section; int for `int | None`."""
+    """Return the type of every field, without `| None`."""
     return {name: item.kind for name, item in fields_of(section).items()}
 
 
 def type_of(key: str) -> Any:
-    """Return the type of a key; None for an unknown key. A name in a mapping may be any text."""
+    """Return the type of a key, or None. A name in a mapping may be any text."""
     kind: Any = Config
     for name in key.split("."):
         if typing.get_origin(kind) is dict:
@@ -213,7 +211,7 @@ def docstring(cls: type) -> str:
 
 @cache
 def attribute_meanings(cls: type) -> dict[str, str]:
-    """Return the docstring under each field of a section, or under each enumeration member, as one line."""
+    """Return the docstring under each field or enumeration member of a class, as one line."""
     (node,) = (each for each in _tree().body if isinstance(each, ast.ClassDef) and each.name == cls.__name__)
     found = {}
     for before, after in zip(node.body, node.body[1:], strict=False):
@@ -232,8 +230,7 @@ def _tree() -> ast.Module:
 
 
 def value_words(path: str, values: DictConfig) -> str:
-    """Return the value of a key in a composed configuration, as YAML. A path with a placeholder gives the schema's
-    default."""
+    """Return a key's value in a configuration as YAML, or its default for a path with a placeholder."""
     place: Any = values
     for part in path.split("."):
         place = None if ITEM in part or part == NAME else place._get_node(part) if place is not None else None
@@ -244,7 +241,7 @@ def value_words(path: str, values: DictConfig) -> str:
 
 
 def _default_words(path: str) -> str:
-    """Return the schema's default of a key as text, for configurations without the key's section."""
+    """Return the default of a key as text, for configurations without its section."""
     cls: Any = Config
     *sections, last = path.replace(ITEM, "").split(".")
     for name in sections:

@@ -48,7 +48,7 @@ JSON_TYPES = {
 """Maps a Python type to the JSON types that a recipe may use for it. A key of type str also accepts a number, which
 OmegaConf converts."""
 INTERPOLATION = {"type": "string", "pattern": r"\$\{"}
-"""JSON schema of a value that refers to another key, such as ${optim.lr}."""
+"""JSON schema of a reference such as ${optim.lr}."""
 
 
 def keys_page() -> str:
@@ -82,7 +82,7 @@ def _cell(text: str) -> str:
 
 
 def recipe_schema() -> str:
-    """Return the JSON schema of a recipe (conf/conf/NAME.yaml) for editors, with one line per key."""
+    """Return the JSON schema of a recipe for editors, with one line per key."""
     sections = {Config.__name__: Config}
     _collect(Config, sections)
     bodies = ",\n".join(f' "{name}": {_object(cls)}' for name, cls in sections.items())
@@ -91,7 +91,7 @@ def recipe_schema() -> str:
 
 
 def _collect(cls: type, sections: dict[str, type]) -> None:
-    """Add all sections below `cls` to `sections`, a mapping from class name to class."""
+    """Add all sections below `cls` to `sections`, by class name."""
     for item in fields_of(cls).values():
         if item.section is not None and item.section.__name__ not in sections:
             sections[item.section.__name__] = item.section
@@ -129,7 +129,7 @@ def _value(found: Any) -> dict[str, Any]:
 
 
 def _json_value(default: Any) -> Any:
-    """Return a default of the schema as a JSON value. An enumeration member becomes its name, a section an object."""
+    """Return a default as a JSON value: a name for an enumeration member, an object for a section."""
     plain = OmegaConf.to_container(OmegaConf.structured({"_": default}), enum_to_str=True)
     assert isinstance(plain, dict)
     return plain["_"]

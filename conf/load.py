@@ -47,7 +47,7 @@ from conf.words import say_folded, say_note
 from conf.yaml_file import UNREADABLE, escaped, read_yaml, yaml_error
 
 SPREADS = (Mode.train, Mode.plan, Mode.dry_run)
-"""Modes that use the recipe's layout. They print a line about each value that the program chose."""
+"""Modes that use the recipe's layout, and that print each value chosen by the program."""
 PLANNED = "h800"
 """The hardware of mode=plan if the user names none."""
 COMPOSING = threading.Lock()
@@ -56,7 +56,7 @@ COMPOSING = threading.Lock()
 
 @dataclass
 class _Primary(Config):
-    """The schema with Hydra's settings: the default groups, and no output files."""
+    """The schema with Hydra's default groups, and without Hydra's output files."""
 
     defaults: list[Any] = field(
         default_factory=lambda: [
@@ -73,7 +73,7 @@ class _Primary(Config):
             {"conf": "tiny"},
         ]
     )
-    """Hydra's defaults list. A later entry overrides an earlier one. The recipe is before the groups that a user types;
+    """Hydra's defaults list, in which later entries override earlier ones. Groups that a user types follow the recipe;
     see `_following`."""
     hydra: Any = field(
         default_factory=lambda: {
@@ -86,8 +86,8 @@ class _Primary(Config):
 
 
 def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Config:
-    """Convert a composed node to a typed and checked configuration. Raises UserError. said: gets a sentence about each
-    value that the program chose."""
+    """Convert a composed node to a checked configuration. Raises UserError. said: gets a sentence about each chosen
+    value."""
     if _takes_over(node):  # if a referenced value is a list or a mapping, OmegaConf does not check its type
         whole = OmegaConf.masked_copy(node, [key for key in node if key != "hydra"])
         node = cast(DictConfig, OmegaConf.merge(_schema(), escaped(OmegaConf.to_container(whole, resolve=True))))
@@ -105,21 +105,19 @@ def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Co
 
 
 def _takes_over(node: DictConfig) -> bool:
-    """Whether a setting refers to another one, as in `${KEY}`. data.cache refers only to environment variables and does
-    not count."""
+    """Whether a setting refers to another one, as in `${KEY}`. The default of data.cache does not count."""
     keys, place = [str(key) for key in node if key != "hydra"], Config().data.cache
     return any(OmegaConf.is_interpolation(node, key) or "${" in str(node[key]).replace(place, "") for key in keys)
 
 
 @cache
 def _schema() -> DictConfig:
-    """Return the schema with its defaults as an OmegaConf node. A merge copies this cached node."""
+    """Return the schema as an OmegaConf node, cached because a merge copies it."""
     return OmegaConf.structured(Config)
 
 
 def _choose(config: Config) -> Iterator[str]:
-    """Set the keys that the recipe leaves null. Yield a sentence for each chosen value of which the user should
-    know."""
+    """Set the keys that the recipe leaves null. Yield a sentence for each choice that the user should know."""
     if config.optim.name is None:
         config.optim.name, why = _choose_optimizer(config)
         if why:
@@ -179,27 +177,26 @@ def _choose_hold_out(config: Config) -> HoldOutBy:
 
 
 def _setting_of(run: Path, key: str) -> Any:
-    """Return the value of a key in a config.yaml; None if the file or the value is missing."""
+    """Return the value of a key in a config.yaml, or None."""
     with contextlib.suppress(UserError, OmegaConfBaseException):
         return OmegaConf.select(read_yaml(run), key) if run.is_file() else None
     return None
 
 
 def read_config(path: str) -> Config:
-    """Return the configuration that the driver wrote in a run folder. Raises UserError if the file calls a function."""
+    """Return the configuration of a run folder. Raises UserError if the file calls a function."""
     node = OmegaConf.merge(_schema(), read_yaml(Path(path)))
     assert isinstance(node, DictConfig)
     return to_config(node)
 
 
 def write_config(config: Config, path: str) -> None:
-    """Write the resolved value of every setting, which a rank reads without Hydra. A concurrent reader sees the
-    complete old or new file."""
+    """Write all resolved settings, so that a rank needs no Hydra. The file is replaced atomically."""
     atomic_write_text(Path(path), OmegaConf.to_yaml(OmegaConf.create(escaped(asdict(config)))))
 
 
 def compose(*overrides: str) -> Config:
-    """Return the checked configuration for these command-line arguments. Raises UserError if they are invalid."""
+    """Return the checked configuration for these arguments. Raises UserError if they are invalid."""
     overrides = tuple(map(_reworded, overrides))
     with explained(overrides):
         return to_config(_composed(overrides))
@@ -217,8 +214,7 @@ def compose_node(*overrides: str) -> DictConfig:
 
 @contextmanager
 def explained(words: Sequence[str]) -> Iterator[None]:
-    """Context for composing, which converts errors of Hydra and OmegaConf to UserError. words: command-line
-    arguments."""
+    """Context that converts errors of Hydra and OmegaConf to UserError. words: the composed arguments."""
     check_words(words)
     try:
         yield
@@ -243,8 +239,7 @@ def _reworded(word: str) -> str:
 
 
 def _following(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
-    """Wrap Hydra's composition: groups that a user types override the recipe, also in the jobs of a sweep and in
-    --cfg."""
+    """Wrap Hydra's composition: typed groups override the recipe, also in sweeps and --cfg."""
 
     @wraps(load)
     def load_typed(
@@ -286,10 +281,10 @@ def _empty_beside_typed(node: DictConfig, words: Sequence[str]) -> None:
 
 
 class RecipeFiles(FileConfigSource):
-    """Hydra's reader of recipe and group files, without the keys of earlier versions."""
+    """Hydra's reader of recipe files, which drops removed keys."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Read a file. Raises UserError for a removed key with another value than its last default."""
+        """Read a file. Raises UserError if a removed key does not have its last default."""
         found = super().load_config(config_path)
         package = found.header["package"] or config_path.rpartition("/")[0].replace("/", ".")
         plain = OmegaConf.to_container(found.config)
@@ -302,7 +297,7 @@ class RecipeFiles(FileConfigSource):
 
 @cache
 def register() -> None:
-    """Register the schema with Hydra once per process, and `${is_set:${KEY}}`, which says whether a key is not null."""
+    """Register once per process the schema and `${is_set:${KEY}}`, which is true unless the key is null."""
     OmegaConf.register_new_resolver("is_set", lambda value: value is not None, replace=True)
     schema = OmegaConf.structured(_Primary)
     for key in (*OWN_CODE, "data.template_keys"):
@@ -351,7 +346,7 @@ def run(job: Callable[[list[Config]], int]) -> int:
 
 
 def _composed(words: Sequence[str]) -> DictConfig:
-    """Return the settings of one run. words: arguments without flags. Hydra's own command would compose them twice."""
+    """Return the settings of one run. words: arguments without flags. Hydra's command would compose twice."""
     node = compose_node(*words)
     return over_run_settings(node, list(words), list(node.hydra.runtime.choices))
 
@@ -385,7 +380,7 @@ def _say(choice: str) -> None:
 
 
 def reported(main: Callable[..., int]) -> Callable[..., int]:
-    """Wrap a command's main function: a UserError is printed, and its exit code returned."""
+    """Wrap a command: print a UserError, and return its exit code."""
 
     @wraps(main)
     def run_main(*arguments: Any) -> int:

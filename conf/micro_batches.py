@@ -11,11 +11,11 @@ from conf.errors import UserError
 from conf.schema import Config, Parallel
 
 MICRO_BATCH_TOKENS = 4096
-"""Maximum tokens in a forward pass of a rank with automatic micro-batch size."""
+"""Maximum tokens in a forward pass with automatic micro-batch size."""
 
 
 def batch_sizes(config: Config) -> list[int]:
-    """Return every batch size of the run, in sequences: the sizes of the ramp, and the full batch."""
+    """Return all batch sizes of the run, in sequences, including the ramp."""
     start, step = config.optim.batch_ramp_start or config.batch_size, config.optim.batch_ramp_increment
     return [*range(start, config.batch_size, step), config.batch_size]
 
@@ -37,12 +37,12 @@ def share_of(config: Config, batch: int, dp_rank: int) -> tuple[int, int]:
 
 
 def most_micro_batches(config: Config) -> int:
-    """Return rank 0's number of micro-batches in a full batch, which is the maximum over the ranks."""
+    """Return the largest number of micro-batches of a rank in a full batch: that of rank 0."""
     return share_of(config, config.batch_size, 0)[1] // config.micro_batch_size
 
 
 def micro_batch_counts(config: Config) -> set[int]:
-    """Return every number of micro-batches that any rank may have in a step, over all batch sizes of the ramp."""
+    """Return all numbers of micro-batches of a rank in a step, over the whole ramp."""
     ranks = 0, config.parallel.dp - 1
     return {
         share_of(config, batch, rank)[1] // config.micro_batch_size for batch in batch_sizes(config) for rank in ranks

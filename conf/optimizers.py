@@ -11,16 +11,15 @@ from typing import Any
 
 TABLE = re.compile(r"^(embedding|head)\.|\.(router|indexer)\.")
 ADAMW, MUON = "adamw", "muon"
-"""Names of optimizers. A checkpoint without an optimizer name was trained with ADAMW."""
+"""Names of optimizers. A checkpoint without such a name was trained with ADAMW."""
 
 UPDATE_BYTES = 16
-"""Memory traffic of an update, in bytes per weight element: read gradient and weight, write the weight, and read it
-again to round it."""
+"""Memory traffic of an update per weight element: read gradient and weight, write the weight, read it to round it."""
 
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """The update of one group of weights: the formula, weight decay, and state besides fp32 master weights."""
+    """How one group of weights is updated: state besides fp32 master weights, formula, weight decay."""
 
     name: str
     """Name of the parameter group that this rule updates."""
@@ -34,7 +33,7 @@ class UpdateRule:
     """Whether an update needs complete matrices, and not single elements."""
 
     def count_state_bytes(self, moment_bytes: int) -> int:
-        """Return the bytes of state per weight element. moment_bytes: bytes of one element of a state tensor."""
+        """Return the bytes of state per weight element. moment_bytes: bytes of a state element."""
         return len(self.state) * moment_bytes
 
 
@@ -57,18 +56,18 @@ class OptimizerFacts:
         return tuple(rule for rule in (self.matrices, self.tables, self.vectors) if rule is not None)
 
     def choose_rule(self, weight: str, dims: int) -> UpdateRule:
-        """Return the rule of a weight. weight: its global name. dims: its number of dimensions."""
+        """Return the rule of a weight. weight: global name. dims: number of dimensions."""
         if dims < 2:
             return self.vectors
         return self.tables if self.tables is not None and TABLE.search(weight) else self.matrices
 
     def count_state_bytes(self, moment_bytes: int) -> int:
-        """Return the maximum bytes of state per weight element over all rules."""
+        """Return the most bytes of state per weight element of any rule."""
         return max(rule.count_state_bytes(moment_bytes) for rule in self.rules)
 
     def count_update_bytes(self, moment_bytes: int, element: int) -> int:
-        """Return an upper bound of the bytes that an update reads and writes per weight element. moment_bytes: bytes of
-        one element of a state tensor. element: bytes of one element of the rounded weight."""
+        """Return an upper bound of the bytes that an update moves per weight element. moment_bytes: bytes of a state
+        element. element: bytes of a rounded weight element."""
         return UPDATE_BYTES + 2 * self.count_state_bytes(moment_bytes) + element
 
 
@@ -107,7 +106,7 @@ Fine-tuning works best with the optimizer of the pretraining (Moonlight, arXiv 2
 
 
 def pretrained_with(config_json: dict[str, Any]) -> tuple[str, str] | None:
-    """Return the model name and the optimizer name for this config.json; None for an unknown model."""
+    """Return the model's and the optimizer's name for a known config.json, or None."""
     return next(
         ((model, name) for model, name, its in PRETRAINED if its.items() <= config_json.items()),
         None,
@@ -115,5 +114,5 @@ def pretrained_with(config_json: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def written_by(meta: dict[str, Any]) -> str:
-    """Return the optimizer that wrote a checkpoint's state. meta: metadata in the checkpoint's manifest."""
+    """Return the optimizer that wrote a checkpoint. meta: metadata of the checkpoint's manifest."""
     return meta.get("config", {}).get("optim", {}).get("name") or ADAMW

@@ -23,23 +23,22 @@ from conf.schema import ROOT, Config, Mode
 
 TARGET = "_target_"
 CodeSection = Mapping[str, Any]
-"""A recipe's section for user code: its import path, and its arguments."""
+"""A recipe's section for user code: import path and arguments."""
 OWN_CODE = ("data.source", "data.template_function", "model.block", "model.router", "optim.extra_loss", "callbacks")
-"""The keys that accept user code. Only the last one, callbacks, accepts a list."""
+"""The keys that accept user code. The last one accepts a list."""
 READ_FROM_RUNS: dict[str, tuple[Mode, ...]] = {
     "data.source": (Mode.evaluate,),
     "data.template_function": (Mode.evaluate, Mode.generate),
     "model.block": (Mode.evaluate,),
     "model.router": (Mode.evaluate, Mode.generate, Mode.score),
 }
-"""Maps each key to the modes that take user code from the config.yaml of an existing run. The import needs the user's
-permission."""
+"""Modes that take user code from a run's config.yaml, by key. The user must permit it."""
 _FILES: dict[str, str] = {}
-"""Maps the path of each imported user file to the key that named it."""
+"""The key that named each imported file of user code, by path."""
 
 
 def sections_of(config: Any) -> dict[str, CodeSection]:
-    """Return the sections of a configuration that name user code, by key."""
+    """Return the sections that name user code, by key."""
     found: dict[str, CodeSection] = {}
     for key in OWN_CODE:
         value = attrgetter(key)(config)
@@ -49,7 +48,7 @@ def sections_of(config: Any) -> dict[str, CodeSection]:
 
 
 def targets_of(config: Config) -> dict[str, str]:
-    """Return the import paths of a configuration's user code, by key."""
+    """Return the import paths of all user code, by key."""
     return {key: section[TARGET] for key, section in sections_of(config).items()}
 
 
@@ -63,12 +62,12 @@ def check_targets(config: Config) -> None:
 
 
 def is_findable(target: str, folder: str) -> bool:
-    """Whether this node has the top-level package of an import path. folder: working directory of the command."""
+    """Whether this node has the package of an import path. folder: the command's working directory."""
     return importlib.machinery.PathFinder.find_spec(target.partition(".")[0], [*sys.path, folder]) is not None
 
 
 def import_target(key: str, section: CodeSection) -> Any:
-    """Return the class or function that the section names. Raises UserError if it is missing or its import fails."""
+    """Return the class or function that the section names. Raises UserError if the import fails."""
     target: str = section[TARGET]
     module_name, _, name = target.rpartition(".")
     if (folder := os.getcwd()) not in sys.path:
@@ -97,7 +96,7 @@ def _searched(folder: str) -> str:
 
 
 def make(key: str, section: CodeSection) -> Any:
-    """Return an object of the section's class, or the section's function with its arguments bound. Raises UserError."""
+    """Return an object of the section's class, or the section's function with bound arguments. Raises UserError."""
     found = import_target(key, section)
     keys = {name: value for name, value in section.items() if name != TARGET}
     if not callable(found):
@@ -111,7 +110,7 @@ def make(key: str, section: CodeSection) -> Any:
 
 
 def subclass(key: str, section: CodeSection | None, base: type) -> Callable[..., Any]:
-    """Return the section's class, a subclass of `base`, with its arguments bound; without a section, `base`."""
+    """Return the section's class, a subclass of `base`, with bound arguments. If there is no section, return `base`."""
     if not section:
         return base
     found = import_target(key, section)
@@ -122,8 +121,7 @@ def subclass(key: str, section: CodeSection | None, base: type) -> Callable[...,
 
 
 def require_arguments(key: str, section: CodeSection, called: Any, count: int, what: str) -> None:
-    """Raise UserError unless `called` accepts `count` positional arguments. what: these arguments as text for the
-    error."""
+    """Raise UserError unless `called` accepts `count` positional arguments. what: describes them in the error."""
     try:
         inspect.signature(called).bind(*[None] * count)
     except TypeError as error:
@@ -141,7 +139,8 @@ def _defined(called: Any) -> str:
 
 @contextmanager
 def refused(key: str, target: str, doing: str) -> Iterator[None]:
-    """Context before the start of a run. It converts an exception of user code to a UserError with file and line."""
+    """Context that converts an exception of user code to a UserError with file and line. Code uses it before a run
+    starts."""
     try:
         yield
     except UserError:
@@ -161,8 +160,7 @@ def _raised_at(error: Exception) -> str:
 
 
 def named_by(frames: traceback.StackSummary) -> str | None:
-    """Return the place in user code where an error occurred, with the code's key; None if no user code was on the
-    stack."""
+    """Return the place of an error in user code, with the code's key, or None."""
     frame = next((frame for frame in reversed(frames) if frame.filename in _FILES), None)
     return (
         frame

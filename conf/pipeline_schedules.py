@@ -12,15 +12,15 @@ from conf.errors import UserError
 
 @dataclass(frozen=True)
 class ActionSeconds:
-    """Seconds that each action of one stage takes, if all stages are equal."""
+    """Seconds of the actions of one stage, if all stages are equal."""
 
     forward: float
     inputs: float
-    """Seconds of I, the part of backward that computes gradients of inputs."""
+    """Seconds of I, the gradients of inputs in a backward."""
     weights: float
-    """Seconds of W, the part of backward that computes gradients of weights. A complete backward takes I + W."""
+    """Seconds of W, the gradients of weights in a backward. A complete backward takes I + W."""
     pair: float
-    """Seconds of FB, a forward that overlaps with the backward of another micro-batch."""
+    """Seconds of FB, an overlapped forward and backward of two micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class ScheduleFacts:
     least: int = 0
     """Minimum number of micro-batches, divided by the number of pipeline ranks."""
     rounds: bool = False
-    """Whether micro-batches run in rounds of about pp. The number of rounds must then divide their number."""
+    """Whether micro-batches run in rounds of about pp. The number of rounds must divide their number."""
     splits: bool = False
     """Whether a backward is split into I (gradients of inputs) and W (gradients of weights). Without a split, a rank is
     idle while the stages before it run their first forward and their last backward."""
     pairs: bool = False
-    """Whether the schedule pairs the forward of one micro-batch with the backward of another. parallel.overlap decides
-    whether the two run together."""
+    """Whether the schedule pairs the forward and the backward of two micro-batches. parallel.overlap runs both
+    together."""
     in_parts: str | None = None
-    """Schedule with the same order and several stages per rank; None if there is none."""
+    """Schedule with the same order and more stages per rank, or None."""
 
     def rank_stages(self, virtual: int = 2) -> int:
         """Return the number of stages per rank. virtual: parallel.virtual_stages."""
@@ -60,8 +60,7 @@ class ScheduleFacts:
         return [[*range(r, pp * self.rank_stages(virtual), pp)] for r in range(pp)]
 
     def find_broken_rule(self, pp: int, micro_batches: int) -> str | None:
-        """Return why pp ranks cannot run this number of micro-batches per step and data-parallel rank; None if they
-        can."""
+        """Return why pp ranks cannot run this number of micro-batches per step, or None."""
         least, rounds = max(1, self.least * pp), max(1, micro_batches // pp)
         if micro_batches < least:
             return f"{self.name} needs at least {least} micro-batches to fill {pp} pipeline ranks"
@@ -149,7 +148,7 @@ def _given(name: str, virtual: int) -> str:
 
 
 def check_split(lengths: Sequence[int], name: str, pp: int, layers: int, virtual: int = 2) -> None:
-    """Raise UserError unless `lengths` has a valid number of layers for every stage."""
+    """Raise UserError unless `lengths` is a valid number of layers for every stage."""
     stages, given = pp * SCHEDULES[name].rank_stages(virtual), "[" + ",".join(map(str, lengths)) + "]"
     if len(lengths) != stages:
         raise UserError(

@@ -16,17 +16,16 @@ class RemovedKey:
     """Properties of a key that is no longer in the schema."""
 
     default: Any
-    """The value that this version always uses, the default of the last version with the key. `${KEY}` means the value
-    of another key."""
+    """The value that this version always uses, the key's last default. `${KEY}` is another key's value."""
     version: str
     """The first version of Sluice without the key."""
     cure: str
     """The fix for users who set another value."""
     changes_results: bool = True
-    """Whether a value other than `default` changes results, and not only speed, memory, metrics or plans."""
+    """Whether other values change results, and not only speed, memory, metrics or plans."""
 
     def error(self, key: str, value: Any, place: str = "") -> UserError:
-        """Return the error for this value. place: the file with the key; empty for the command line."""
+        """Return the error for this value of the key. place: file with the key; empty for a command line."""
         rule = f"was removed in {self.version}; its value is now always {self.default}"
         return UserError(key, value, f"in {place}: it {rule}" if place else rule, self.cure)
 
@@ -104,8 +103,7 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
         )
     },
 }
-"""Maps each removed dotted key to its properties. A new entry also needs a line in the last table of version 0.2.0 in
-CHANGELOG.md."""
+"""The removed keys. A new one also needs a line in the last table of version 0.2.0 in CHANGELOG.md."""
 REMOVED_VALUES: dict[tuple[str, Any], Any] = {("precision.fp8.backend", "specialized"): "triton"}
 """Maps a key and its old value to the new value with the same results. Only settings that a run wrote are converted."""
 

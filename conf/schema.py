@@ -695,7 +695,7 @@ class Cluster:
     """Ray: seconds without an answer after which a node counts as lost."""
     kill_after: float | None = expert(None, above=0)
     """Minimum number of seconds without progress of any rank before the run is ended as hung; a warning names the
-    culprit earlier. null: 60 on CPUs and 120 on GPUs. In checkpoints, uploads and callbacks, at least
+    culprit earlier. null: 60 on CPUs and 120 on GPUs. In checkpoints, uploads and callbacks, the minimum is at least
     cluster.timeout."""
     hang_after: float = expert(300.0, above=0)
     """During a step, a run without progress is ended as hung after at most this number of seconds."""
@@ -811,8 +811,8 @@ class DryRun:
     """Number of timed steps. They follow a warm-up step and a step that measures memory."""
     routing: str = expert("balanced")
     """Assumed number of rows that other ranks send to each expert of this rank. balanced: all experts get the same
-    number. skewed: this rank gets 1.5 times as many rows, and the number falls from its first to its last expert. A run
-    folder: each expert gets its fraction of rows in the last recorded step of that run."""
+    number. skewed: this rank gets 1.5 times as many rows as with balanced, and the number falls from its first to its
+    last expert. A run folder: each expert gets the same fraction of rows as in the last recorded step of that run."""
     shrink: int = expert(0, least=0)
     """Divisor of widths, vocabulary and sequence length. 0: the smallest of 1, 2, 4, 8, ... with which at least some
     layers of the rank fit the device, and on a CPU a step takes only some seconds."""
@@ -931,11 +931,13 @@ class Score:
     to: str | None = None
     """The Parquet file to write; it must not exist yet."""
     routing: ScoredRouting = ScoredRouting.own
-    """Experts of every token: own (chosen by the routers), write (also written to the column `experts`) or replay (read
-    from the field `experts` of each sample, in which an inference engine stored its choice)."""
+    """Experts of every token: own (chosen by the routers), write (chosen by the routers, and written to the column
+    `experts`) or replay (read from the field `experts` of each sample, in which an inference engine stored its
+    choice)."""
     keys: ScoredRouting = ScoredRouting.own
-    """Sparse attention: the attention keys that each query uses. own: the indexers choose them. write: the column
-    `keys` of the output also stores this choice. replay: the field `keys` of each sample gives them."""
+    """Sparse attention: the attention keys that each query uses. own: the indexers choose them. write: the indexers
+    choose them, and the column `keys` of the output stores the choice. replay: the field `keys` of each sample gives
+    them."""
     checkpoint: str | None = None
     """A checkpoint or run folder, or a Hugging Face folder; null takes the newest intact checkpoint of this run."""
 
@@ -1001,7 +1003,7 @@ class Config:
     init_from: str | None = None
     """Initial weights of a new run: a run, a checkpoint, or a Hugging Face folder of DeepSeek-V3's architecture
     (safetensors in bf16, fp32 or FP8 blocks; families as in export.family). null: random weights. A run with a
-    checkpoint resumes from that instead."""
+    checkpoint resumes from the checkpoint instead."""
     text_only: bool = False
     """Read only the language model of a folder that also contains other parts, such as an image encoder."""
     runs: str = "runs"

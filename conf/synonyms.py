@@ -80,7 +80,7 @@ KEYS = {
     "wandb_mode": "log.wandb",
     "zero_stage": "parallel.zero",
 }
-"""Maps a word that a user may type, a complete key or its last part, to the key that he means."""
+"""The intended key for a word that a user may type, a key or its last part."""
 
 VALUES = {
     ("log.wandb", "online"): ("auto", "is online if W&B has an API key"),
@@ -95,7 +95,7 @@ VALUES = {
     ("precision", "float32"): ("fp32", "is float32"),
     ("cluster.device", "gpu"): ("cuda", "uses GPUs"),
 }
-"""Maps a key and a typed value, in lower case, to the intended value and a text about its effect."""
+"""The intended value and its effect, by key and typed value in lower case."""
 
 NO_TENSOR_PARALLELISM = "there is no tensor parallelism: parallel.pp distributes layers, parallel.ep experts, parallel.cp positions, and parallel.zero=3 weights"
 ACCUMULATION = "each rank accumulates gradients over batch_size / (micro_batch_size x parallel.dp) micro-batches: set batch_size and micro_batch_size"
@@ -132,7 +132,7 @@ OWN_KEYS: dict[str, tuple[Mode, ...]] = {
     "prove": (Mode.prove,),
     "score": (Mode.score,),
 }
-"""Maps a key or section to the modes that read it. Other modes refuse the key."""
+"""The modes that read a key or section. Other modes refuse it."""
 
 INSTEAD_OF: dict[str, tuple[str, ...]] = {
     "steps": ("epochs",),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 @dataclass
 class Thresholds:
-    """The sizes above which code takes another path. Code reads a size at each use, so changes act at once."""
+    """Sizes above which code takes another path. Code reads them at each use."""
 
     attention_queries: int = 128
     """Number of queries in one block of attention. If there are fewer than four blocks, blocks have half as many
@@ -21,7 +21,7 @@ class Thresholds:
     """Number of attention scores that a CPU computes at a time (4 MiB in fp32). It limits how many heads run together,
     so that the scores stay in the cache."""
     gathered_elements: int = 1 << 26
-    """Number of elements of gathered rows, or their gradients, that a GPU holds at a time (256 MB in fp32)."""
+    """Number of gathered elements, or their gradients, that a GPU holds at a time (256 MB in fp32)."""
     gate_and_up: int = 1 << 18
     """Number of elements of [gate | up], the output of the gate and up projections, that are processed at a time. Their
     fp32 copies fit into a CPU's cache."""
@@ -37,27 +37,25 @@ class Thresholds:
     """The number of rows of an expert is padded to a multiple of this number. 16 needs more kernels, and 64 needs more
     padding; the speed is the same."""
     stays_bytes: int = 1 << 10
-    """A storage of at most this number of bytes is not offloaded."""
+    """Storages of at most this number of bytes are not offloaded."""
     adamw_elements: int = 1 << 18
     """Number of elements that an update processes at a time if moments are bf16. Their fp32 copies stay in the
     cache."""
     muon_elements: int = 1 << 24
-    """Maximum number of matrix elements that a rank orthogonalises at a time. A single matrix may be larger."""
+    """Maximum elements of matrices that a rank orthogonalises at a time. One matrix may be larger."""
     norm_row: int = 4096
-    """Row length for the norm of a gradient. Squares are summed in fp32 within a row, and in fp64 over the rows."""
+    """Row length in the norm of a gradient. Squares are summed in fp32 within rows, and in fp64 over rows."""
     base_elements: int = 1 << 26
     """Maximum number of elements that are quantised together when a frozen base is stored in FP8 blocks (256 MB in
     fp32). A single matrix may be larger."""
     compared_elements: int = 1 << 24
-    """Number of weight elements that are compared at a time with their values before the update (64 MB on the
-    device)."""
+    """Number of weight elements compared at a time with their values before an update (64 MB on the device)."""
     bucket_elements: int = 50_000_000
     """Maximum number of gradient elements that are reduced together."""
     host_page_bytes: int = 1 << 16
-    """Bytes of a page of the host store for offloaded activations, on a CPU."""
+    """Page size in bytes of the host store for offloaded activations, on a CPU."""
     gpu_page_bytes: int = 1 << 23
-    """Bytes of a page of the host store for offloaded activations, with a GPU. The copy of such a page takes longer
-    than its launch."""
+    """Page size in bytes of the host store on a GPU. The copy takes longer than its launch."""
     staging_bytes: int = 1 << 28
     """Bytes of a checkpoint's staging buffer: a power of two, to which page-locked allocations are rounded up."""
 
@@ -89,7 +87,7 @@ sizes."""
 
 @contextmanager
 def lowered() -> Iterator[None]:
-    """Context in which this process uses the LOWERED sizes. Objects built before keep the sizes that they read."""
+    """Context with the LOWERED sizes in this process. Existing objects keep the sizes that they read."""
     before = {entry.name: getattr(THRESHOLDS, entry.name) for entry in fields(Thresholds)}
     try:
         vars(THRESHOLDS).update(vars(LOWERED))

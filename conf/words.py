@@ -15,7 +15,7 @@ from typing import TextIO
 
 
 def harmless(text: str) -> str:
-    """Return the text with visible escapes for invisible characters, except tabs and line ends."""
+    """Return the text with visible escapes for invisible characters except tabs and line ends."""
     if text.isprintable():
         return text
     return "".join(c if c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs" else _shown(c) for c in text)
@@ -33,7 +33,7 @@ def one_line(text: object) -> str:
 
 
 def some_of(names: Sequence[object], most: int) -> str:
-    """Return the first `most` names, and the number of the other names."""
+    """Return the first `most` names, and the number of the others."""
     return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -52,7 +52,7 @@ def say_note(text: str) -> None:
 
 
 def say_folded(text: str, indent: int, file: TextIO | None = None) -> None:
-    """Print text, in a terminal with line ends between words (see `folded`)."""
+    """Print text, folded to the width of a terminal (see `folded`)."""
     columns = shutil.get_terminal_size().columns if (file or sys.stdout).isatty() else None
     say(folded(text, columns, indent), file=file, flush=True)
 

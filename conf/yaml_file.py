@@ -21,7 +21,7 @@ from conf.errors import UserError
 from conf.removed_keys import drop_removed_keys
 
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError)
-"""Exceptions that wrong content of a settings file can cause. ValueError: no UTF-8, or an impossible date."""
+"""Exceptions of a settings file with wrong content. ValueError means invalid UTF-8 or an impossible date."""
 
 
 def read_yaml(path: Path, trust: bool = False) -> DictConfig:
@@ -65,8 +65,7 @@ def _holds_resolver(tree: Any) -> bool:
 
 
 def escaped(value: Any) -> Any:
-    """Return the values with OmegaConf's special characters escaped. References are already resolved, so a ${ in a text
-    is plain text."""
+    """Return resolved values with OmegaConf's special characters escaped, so that ${ is plain text."""
     if isinstance(value, dict):
         return {key: escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -77,7 +76,7 @@ def escaped(value: Any) -> Any:
 
 
 def yaml_error(error: Exception, path: Path | None = None) -> UserError:
-    """Return a UserError for an exception of UNREADABLE. path: the file; None if the YAML error names it."""
+    """Return a UserError for an exception of UNREADABLE. path: the file, unless the error names it."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = mark.name if mark else getattr(error, "name", None) or getattr(error, "filename", None) or path
     line = f", line {mark.line + 1}" if mark else ""

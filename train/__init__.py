@@ -1,4 +1,4 @@
-"""Contains the models and their training loop. `import train` gives the Python interface; see train/docs/python.md."""
+"""The models and their training loop. `import train` gives the Python interface; see train/docs/python.md."""
 
 from importlib import import_module
 from typing import Any
@@ -30,8 +30,7 @@ FOR_LOOPS = {
     "session": "train.loop.session",
     "SessionFailed": "train.loop.session",
 }
-"""Maps names for custom training loops to their modules. These names are not in train/api.py, because the modules
-import torch."""
+"""Modules of names for custom training loops. They are not in train/api.py, because they import torch."""
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ import sys
 IS_COMMAND = __name__ == "__main__" or os.path.basename(sys.argv[0]) == "sluice"
 """Whether this process runs the command `sluice`. False if another program imports this module."""
 COMMAND_MODULES = {"doctor": "doctor", "runs": "runs", "launch": "job_file", "why": "why", "top": "top"}
-"""Maps each command that can follow `sluice` to its module in train/command, whose docstring --help prints."""
+"""The module in train/command of each command after `sluice`. --help prints the module's docstring."""
 if IS_COMMAND:
     signal.signal(
         signal.SIGINT, signal.SIG_DFL
@@ -61,13 +61,13 @@ MODE_FUNCTIONS = {
     Mode.prove: "train.prove.run:prove",
     Mode.show_data: "train.data.show_data:show_data",
 }
-"""Maps each mode to its function, as module:function. The function takes the settings and returns the exit code."""
+"""The function of each mode, as module:function. It takes the settings and returns the exit code."""
 STARTS_RANKS = (Mode.evaluate, Mode.prove)
 """Modes whose function has a second argument, `alone`; see `do`."""
 
 
 def main(configs: list[Config]) -> int:
-    """Run one job, or the jobs of a sweep until one is asked to stop. Returns the worst exit code."""
+    """Run one job, or a sweep until a job is asked to stop. Returns the worst exit code."""
     codes: list[int] = []
     try:
         for config in configs:
@@ -91,7 +91,7 @@ def main(configs: list[Config]) -> int:
 
 
 def do(config: Config, alone: bool) -> int:
-    """Run the job's `mode`. Returns the exit code. alone: whether this is the only job of this process, which may then
+    """Run the job's `mode`. Returns the exit code. alone: whether it is this process's only job; then the process may
     become a rank."""
     try:
         if config.mode is Mode.train:
@@ -182,7 +182,7 @@ def _run_rank(config: Config, place: Place) -> int:
 
 
 def _plan_of_job(config: Config) -> tuple[str, float, float]:
-    """Plans a run. Returns a summary line, the hours, and the bytes of host memory for tensors on the fullest node."""
+    """Plans a run. Returns a summary line, the hours, and the host bytes for tensors on the fullest node."""
     from train.plan.budget import make_plan
 
     plan = make_plan(config)
@@ -194,14 +194,14 @@ def _plan_of_job(config: Config) -> tuple[str, float, float]:
 
 
 def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an uncaught exception as Python does, with escapes for invisible characters of untrusted text."""
+    """Print an uncaught exception with escapes for invisible characters, which may be untrusted."""
     import traceback
 
     say("".join(traceback.format_exception(kind, error, trace)).rstrip(), file=sys.stderr)
 
 
 def command() -> int:
-    """Run the command that follows `sluice` or `python -m train`. Returns the exit code."""
+    """Run the command after `sluice` or `python -m train`. Returns the exit code."""
     os.environ |= environment_of_children()
     sys.excepthook = _show_bug
     let_output_be_lost()
@@ -234,7 +234,7 @@ def _command(words: list[str]) -> int:
 
 
 def command_alone() -> int:
-    """Run the command in a process of its own, then end the process; see `leave`."""
+    """Run the command in its own process, and end the process; see `leave`."""
     return leave(command())
 
 

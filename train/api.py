@@ -36,7 +36,7 @@ __all__ = ["RunFailed", "RunResult", "build_model", "complete", "compose", "load
 
 
 class RunFailed(RuntimeError):
-    """A run ended with a nonzero exit code; its output gives the cause. code: an exit code of conf/errors.py."""
+    """A run ended with a nonzero exit code; its output gives the cause. code: see conf/errors.py."""
 
     def __init__(self, folder: Path, code: int):
         super().__init__(f"the run in {folder} ended with exit code {code}; see its last output")
@@ -45,7 +45,7 @@ class RunFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class RunResult:
-    """The results in a run folder. The run may still be training."""
+    """The results in a run folder. The run may still train."""
 
     folder: Path
     code: int = EXIT_OK
@@ -53,11 +53,11 @@ class RunResult:
 
     @property
     def checkpoint(self) -> Path | None:
-        """The path of the newest intact checkpoint; None if there is none."""
+        """Path of the newest intact checkpoint, or None."""
         return newest_intact(self.folder / "checkpoints").path
 
     def records(self) -> list[dict[str, Any]]:
-        """Returns the scalars and events of train/metrics/names.py, a dictionary per recorded step. Non-finite values
+        """Returns a dictionary for each recorded step: scalars and events of train/metrics/names.py. Non-finite values
         are NaN."""
         path = self.folder / METRICS_FILE
         return list(read_heads(path)) if path.is_file() else []
@@ -74,8 +74,7 @@ class RunResult:
 
 
 def compose(*words: str) -> Config:
-    """Composes and checks settings from command-line arguments. Raises UserError for unknown, invalid or conflicting
-    settings."""
+    """Composes and checks settings from arguments. Raises UserError for unknown, invalid or conflicting settings."""
     return load_settings.compose(*words)
 
 
@@ -147,15 +146,15 @@ def load(path: Path | str, *overrides: str) -> "LoadedModel":
 
 
 def complete(model: "LoadedModel", prompt: str, *, tokens: int = 200, **how: Any) -> str:
-    """Returns the continuation of a prompt. tokens: maximum number of new tokens. how: temperature, top_p and seed, as
-    in the section `generate`."""
+    """Returns the continuation of a prompt. tokens: maximum of new tokens. how: temperature, top_p and seed, as in
+    section `generate`."""
     from train.generate.generation import complete as continuation
 
     return continuation(model, prompt, tokens=tokens, **how)
 
 
 def _quoted(text: str) -> str:
-    """Quotes a value for Hydra's command line. In a quoted value, a backslash is special only before a quote."""
+    """Quotes a value for Hydra, where a backslash is special only before a quote."""
     return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), text) + '"'
 
 

@@ -1,4 +1,4 @@
-"""Tests the user's own code in a recipe before anything is started or written."""
+"""Tests a recipe's user code before anything is started or written."""
 
 from dataclasses import replace
 
@@ -16,8 +16,7 @@ from train.parallelize import make_loss
 
 
 def check_own_code(config: Config) -> None:
-    """Raise UserError if the recipe's user code is missing or unsuitable. Building the corpus tests data code
-    instead."""
+    """Raise UserError for missing or unsuitable user code. Data code is tested when the corpus is built."""
     for name in ("block", "router"):
         if section := getattr(config.model, name):
             with refused(f"model.{name}", section[TARGET], "making it"):

@@ -114,7 +114,7 @@ def build_rank_model(
 
 
 def make_loss(section: CodeSection) -> Callable[[ModelOutputs], Tensor]:
-    """Returns the user's loss term. section: its import path and arguments. Raises UserError."""
+    """Returns the user's loss term. section: import path and arguments. Raises UserError."""
     key = "optim.extra_loss"
     loss = make(key, section)
     require_arguments(key, section, loss, 1, "one argument, the outputs of the model")
@@ -134,7 +134,7 @@ def build_pipeline(
     overlap: bool,
     host: HostStore | None = None,
 ) -> Pipeline[DeepSeekV3]:
-    """Builds the pipeline schedule of these chunks. A model without a pipeline is one chunk: stage 0 of 1."""
+    """Builds the pipeline schedule. Without a pipeline, the model is one chunk: stage 0 of 1."""
     parallel = config.parallel
     fits = num_stages == sum(map(len, parallel.placement))
     return Pipeline(
@@ -154,8 +154,8 @@ def build_pipeline(
 
 
 def stage_layers(config: Config) -> list[range]:
-    """Returns the layers of every stage, according to parallel.split. A split by cost gives all pipeline ranks about
-    the same number of operations."""
+    """Returns the layers of every stage by parallel.split. A split by cost balances the operations of the pipeline
+    ranks."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
     if isinstance(parallel.split, list):
         return split_as_given(parallel.split)
@@ -170,7 +170,7 @@ def stage_layers(config: Config) -> list[range]:
 
 @cache
 def _split(costs: tuple[float, ...], last: float, placement: tuple[tuple[int, ...], ...]) -> tuple[range, ...]:
-    """Splits the layers by cost. The result is cached, because a planner repeats the same split."""
+    """Splits the layers by cost, cached because a planner repeats splits."""
     return tuple(split_layers(costs, 0.0, last, placement))
 
 
@@ -237,13 +237,12 @@ def build_chunks(
 
 
 def make_share(mesh: Mesh) -> ContextParallel:
-    """Builds the object through which ranks that share a sequence exchange their parts. All layers use the same
-    object."""
+    """Builds the object, common to all layers, with which ranks exchange parts of a shared sequence."""
     return ContextParallel(mesh.cp_group, mesh.layout.cp > mesh.layout.ranks_per_node)
 
 
 def make_dispatcher(config: Config, mesh: Mesh) -> ExchangeDispatcher:
-    """Builds the object that sends tokens to experts on other ranks, and that all layers use."""
+    """Builds the object, common to all layers, that sends tokens to experts on other ranks."""
     return build_dispatcher(
         config.parallel.dispatch,
         experts=config.model.experts,

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-"""Root folder of the program, like conf.schema.ROOT, which cannot be imported yet."""
+"""Root folder of the program, as conf.schema.ROOT, which cannot be imported yet."""
 COMMAND = "sluice"
 DISTRIBUTION = "sluice-train"
-"""The program's name for pip. The package `sluice` on PyPI is another project."""
+"""The program's name for pip; `sluice` on PyPI is another project."""
 
 
 def require_linux() -> None:
@@ -27,7 +27,7 @@ def require_linux() -> None:
 
 
 def other_system() -> str | None:
-    """Returns an error text if the system is not Linux; None on Linux."""
+    """Returns an error text unless the system is Linux."""
     if sys.platform == "linux":
         return None
     return f"Sluice runs only on Linux, and this system is {sys.platform}; use Linux, a container, or WSL 2"
@@ -71,7 +71,7 @@ def _lacking() -> Iterator[str]:
 
 
 def environment_of_children() -> dict[str, str]:
-    """Returns environment variables with which a child's Python finds this program, and ignores the working folder."""
+    """Returns environment variables with which child processes find this program and ignore the working folder."""
     found = {"PYTHONSAFEPATH": "1"}
     if ROOT.name != "site-packages":  # a checkout, which Python may have found only through the working folder
         others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
@@ -80,7 +80,7 @@ def environment_of_children() -> dict[str, str]:
 
 
 def typed_command() -> list[str] | None:
-    """Returns the command with which the user started the program; None if another program such as torchrun did."""
+    """Returns the command that the user typed; None if another program, such as torchrun, started this one."""
     started = Path(sys.argv[0]).name
     if started == COMMAND:
         return [COMMAND]
@@ -88,7 +88,7 @@ def typed_command() -> list[str] | None:
 
 
 def install_words(extra: str) -> str:
-    """Returns the command that installs an extra, for a checkout or an installed program."""
+    """Returns the command that installs an extra of the program."""
     if (ROOT / "pyproject.toml").is_file():
         return f"in the program's folder: pip install -e '.[{extra}]'"
     return f"pip install '{DISTRIBUTION}[{extra}]'"

@@ -36,7 +36,7 @@ from train.rank_parts import RankSetup
 
 T = TypeVar("T")
 PREPARATION = timedelta(days=7)
-"""Longest wait for data preparation, which may take longer than the timeout of collectives."""
+"""Longest wait for data preparation, which may exceed the timeout of collectives."""
 
 
 def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int:
@@ -96,7 +96,7 @@ def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> in
 
 
 def set_up_rank(config: Config, place: Place) -> RankSetup:
-    """Sets up the device and the process groups of this rank. Collective over all ranks. Raises UserError."""
+    """Sets up this rank's device and process groups. Collective over all ranks. Raises UserError."""
     device = choose_device(config, place)
     if not dist.is_initialized():  # an earlier engine of this process may have initialised it
         start_process_group(config, place, device)
@@ -121,7 +121,7 @@ def choose_device(config: Config, place: Place) -> torch.device:
 
 
 def start_process_group(config: Config, place: Place, device: torch.device) -> None:
-    """Start the default group of all ranks, at the driver's address or through torchrun's store."""
+    """Start the default group, at the driver's address or through torchrun's store."""
     refuse_pickles()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     bound = device if device.type == "cuda" and place.world > 1 else None  # a single rank needs no communicator
@@ -150,8 +150,7 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
 
 
 def in_turn(place: Place, make: Callable[[ReportProgress], T]) -> T:
-    """Run `make` first on one rank of every machine, which fills the cache. Then the other ranks run `make` and read
-    the cache."""
+    """Run `make` first on one rank of every machine, to fill the cache, then on the others."""
     with patient_group(PREPARATION) as everybody:
         if place.local_rank == 0:
             with show_progress() as progress:

@@ -1,4 +1,4 @@
-"""The parts of a rank that many files use: its device and groups, its model, and its optimizer."""
+"""The parts of a rank that many files use: device, groups, model and optimizer."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

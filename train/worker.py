@@ -1,4 +1,4 @@
-"""Runs one rank from start to end. The driver starts each rank as `python -m train.worker CONFIG`."""
+"""Runs one rank. The driver starts it as `python -m train.worker CONFIG`."""
 
 import sys
 import time
@@ -60,7 +60,7 @@ from train.show.writer import open_writer
 
 
 def preload() -> None:
-    """Import DeepSpeed early, unless the rank may use a GPU. See cluster/node/standby.py."""
+    """Import DeepSpeed early, unless the rank may use a GPU; see cluster/node/standby.py."""
     if not torch.cuda.is_available():
         import_deepspeed(on_cuda=False)
 
@@ -75,8 +75,7 @@ def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
 
 
 def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Path | None) -> int:
-    """Train as one rank, explain its errors, and record its communication. failures: None if no Sluice driver watches
-    this rank."""
+    """Train as one rank, explain errors, record communication. failures: None if no driver watches this rank."""
     paths, driven = RunPaths(config), failures is not None
     watch = SelfWatch(paths.logs, place, patience_of(config.cluster), ends=given_place() is not None)
     logs = failures or paths.logs
@@ -174,7 +173,7 @@ def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) 
 
 
 def count_flops(config: Config, device: torch.device, kernels: Kernels) -> Flops:
-    """Returns the floating-point operations per token, and the peak FLOP/s of this rank's device."""
+    """Returns the FLOPs per token, and the device's peak FLOP/s."""
     kept = Path(config.data.cache)
     peak = peak_flops(device, activation_dtype(config.precision), kernels, given=config.log.peak_flops, cache=kept)
     return Flops(

@@ -1,4 +1,4 @@
-"""Parses the arguments of the `sluice` commands that read run folders: names, flags and runs=FOLDER, in any order."""
+"""Parses the arguments of `sluice` commands that read runs: names, flags and runs=FOLDER, in any order."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ class CommandWords(NamedTuple):
 
 
 def sort_words(command: str, words: Sequence[str]) -> CommandWords:
-    """Sort the arguments into names, flags and the runs folder. The last runs= counts."""
+    """Sort the arguments into names, flags and runs folder. The last runs= counts."""
     flags = [word for word in words if word.startswith("-")]
     folders = [word.removeprefix("runs=") for word in words if word.startswith("runs=")]
     names = [word for word in words if not word.startswith(("runs=", "-"))]

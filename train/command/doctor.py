@@ -32,12 +32,11 @@ from train.program import COMMAND, DISTRIBUTION
 from train.show.screens import GOOD, WARN, show_rows
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-"""CPU features, by Linux name, that speed up the compiled code or torch's GEMMs."""
+"""CPU features (Linux names) that speed up compiled code or torch's GEMMs."""
 
 
 class DoctorLine(NamedTuple):
-    """One finding of `sluice doctor`, in one line. cure: what to do; None if nothing is missing. stops: whether it
-    prevents every run."""
+    """One line of `sluice doctor`. cure: what to do, or None. stops: whether it prevents every run."""
 
     label: str
     state: str
@@ -47,7 +46,7 @@ class DoctorLine(NamedTuple):
 
 @reported
 def main(words: list[str]) -> int:
-    """Check this machine and print the result; returns the exit code. words: KEY=VALUE arguments for a recipe."""
+    """Check this machine and print the result; returns the exit code. words: KEY=VALUE arguments."""
     return doctor_screen(list(find_all(compose(*words))), Terminal())
 
 
@@ -97,7 +96,7 @@ def _packages() -> DoctorLine:
 
 
 def requirements() -> list[str]:
-    """Returns the requirements of the installed distribution, else of the checkout's pyproject.toml."""
+    """Returns the requirements of the installed distribution, or of pyproject.toml in a checkout."""
     try:
         return metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
@@ -145,7 +144,7 @@ def _device(config: Config) -> Iterator[DoctorLine]:
 
 
 def _cpu() -> Iterator[DoctorLine]:
-    """Yields a line about the CPU, and a line about the compiled code."""
+    """Yields a line about the CPU, and one about compiled code."""
     from train.kernels.cpu.cpp_build import compiler_name, cpu_features, has_avx2
     from train.kernels.cpu.libraries import LIBRARY_NAMES, library, source
 

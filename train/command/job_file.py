@@ -27,21 +27,20 @@ from train.model.count import checkpoint_bytes
 from train.program import DISTRIBUTION
 
 PROCESS_BYTES = 12e9
-"""Estimated host memory of a rank without checkpoint buffers: libraries of CUDA and torch, tokens, pinned memory."""
+"""Estimated host memory of a rank without checkpoint buffers: CUDA, torch, tokens, pinned memory."""
 CORES_PER_DEVICE = 8
-"""Estimated number of cores that a rank needs, including its threads for data and checkpoints."""
+"""Estimated cores per rank, including threads for data and checkpoints."""
 SAVES = 2
 """Maximum number of checkpoint buffers in use at a time: a save may begin while the previous buffer is still being
 written."""
 LONGEST = 24
-"""Maximum hours that a job requests. A longer run saves a checkpoint, and a new job continues it."""
+"""Maximum hours of a job. A longer run continues from a checkpoint in a new job."""
 SPARE_TIME = 1.25
-"""The requested time is the planned time of all steps times this factor, to allow for starts, checkpoints and
-validations."""
+"""Factor on the planned time of all steps, to allow for starts, checkpoints and validations."""
 FILE_KINDS = ("slurm", "kuberay", "skypilot", "torchrun")
 """Kinds of job files. Each kind has a template."""
 ON_RAY = ("slurm", "kuberay")
-"""Kinds whose job file starts Ray. The recipe then gets the settings for Ray."""
+"""Kinds of job files that start Ray. The recipe gets the settings for Ray."""
 LAUNCH_FLAGS = ("--print", "--queue", "--image")
 
 
@@ -75,7 +74,7 @@ class Job:
         return self.devices * self.cores_per_device
 
     def plain_name(self, characters: str) -> str:
-        """The run's name, with a hyphen for every character that is not in `characters`."""
+        """The run's name, with a hyphen for every character outside `characters`."""
         name = self.config.name if "A" in characters else self.config.name.lower()
         return re.sub(f"[^{characters}]+", "-", name).strip("-")
 
@@ -121,7 +120,7 @@ def main(words: Sequence[str], plan: Callable[[Config], tuple[str, float, float]
 
 
 def _split(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
-    """Splits the arguments after `launch` into the kind, the flags by name, and the recipe's arguments."""
+    """Splits the arguments after `launch` into kind, flags by name, and recipe arguments."""
     rest, options = list(words), {}
     for flag in LAUNCH_FLAGS:
         for place, word in enumerate(rest):

@@ -49,7 +49,7 @@ class RunSummary:
     steps: int | None
     """Number of planned steps; None if config.yaml does not have it."""
     loss: float | None
-    """Next-token loss of the last step, without MTP loss, in nats per token, as in the progress line."""
+    """Next-token loss of the last step in nats per token, without MTP, as in the progress line."""
     age_s: float
     """Seconds since the run last wrote a file."""
     disk_bytes: int
@@ -80,7 +80,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def summaries(folder: Path) -> Iterator[RunSummary]:
-    """Yields the runs in a folder, including the jobs of sweeps. The run with the newest file is first."""
+    """Yields the runs in a folder, including jobs of sweeps. The run with the newest file is first."""
     configs = [*folder.glob("*/config.yaml"), *folder.glob("*/*/config.yaml")]
     runs = [_summary(folder, config.parent) for config in configs]
     yield from sorted(runs, key=lambda run: run.age_s)
@@ -107,7 +107,7 @@ def _summary(folder: Path, run: Path) -> RunSummary:
 
 
 def _setting(run: Path, *keys: str) -> Any:
-    """Returns a value in a run's config.yaml; None for an unreadable file, so that other runs are still shown."""
+    """Returns a value in a run's config.yaml, or None if the file is unreadable."""
     try:
         value = yaml.safe_load(read_plain(run / "config.yaml"))
         for key in keys:
@@ -118,7 +118,7 @@ def _setting(run: Path, *keys: str) -> Any:
 
 
 def disk_bytes(path: Path) -> int:
-    """Returns the disk space of a folder in bytes. Links are not followed."""
+    """Returns the disk space of a folder in bytes, without following links."""
     total = 0
     for place, _, files in os.walk(path):
         for file in files:
@@ -149,14 +149,14 @@ def _clean(folder: Path, found: dict[str, RunSummary], names: Sequence[str], doe
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder. It is renamed first, so that no reader finds a partly removed folder."""
+    """Remove a folder. It is renamed first, so that no reader finds it half removed."""
     gone = path.with_name(f".{path.name}.removed")
     path.rename(gone)
     shutil.rmtree(gone)
 
 
 def _superfluous(folder: Path, runs: Iterable[RunSummary]) -> Iterator[Path]:
-    """Yields the folders that can be removed without a loss of results."""
+    """Yields folders whose removal loses no result."""
     for run in runs:
         path = folder / run.name
         if run.state == "empty":

@@ -35,8 +35,7 @@ LOOKS_EVERY = 1.0
 HARD_SPACE = "\N{NO-BREAK SPACE}"
 SHADES = "·░▒▓█"
 COLOURS = ("grey37", "dodger_blue2", "green3", "gold3", "red3")
-"""Colours of a heat map, from the smallest to the largest value. The characters of SHADES show the same values without
-colours."""
+"""Colours of a heat map, smallest value first. The characters of SHADES show the same values."""
 STATES = {
     "trains": "bold green",
     "done": "bold green",
@@ -47,7 +46,7 @@ STATES = {
 }
 NEWS_STYLES = {"failure": "red", "incident": "red", "straggler": "yellow", "node lost": "yellow", "quiet": "yellow"}
 LEAST_RANGE = 0.2
-"""Minimum difference between the lightest and the darkest cell, as a share of the median. A smaller difference is
+"""Minimum difference between the lightest and the darkest cell, as a share of the median. Smaller differences are
 noise."""
 MAP_ROWS, WIDEST_CELL, LABEL_WIDTH = 16, 6, 9
 LISTED_RANKS = LISTED_NEWS = 8
@@ -62,7 +61,7 @@ MAPS = {
     "waiting": ("waiting time for other ranks or data in its newest step", _seconds),
     "memory": ("its peak", gib),
 }
-"""The values of a rank that have a heat map, each with its description and formatter."""
+"""The rank values that have a heat map, with description and formatter."""
 HEAD = {
     "main_loss": "loss {:.4g}",
     "validation_loss": "held-out {:.4g}",
@@ -73,7 +72,7 @@ HEAD = {
     "grad_norm": "gradient {:.3g}",
     "skipped_steps": "{} skipped",
 }
-"""Metrics in the top line of the screen, with their formats. Values of the newest record are shown, except 0."""
+"""Metrics in the top line of the screen, with their formats. Values come from the newest record; 0 is not shown."""
 
 
 @reported
@@ -100,7 +99,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def run_screen(picture: dict[str, Any], width: int, height: int | None = None) -> Group:
-    """Returns the complete screen. height: rows of the terminal, which limit the heat maps; None: no limit."""
+    """Returns the complete screen. height: rows of the terminal; None: no limit."""
     lines, news = [*_head(picture, width)], [*_news(picture, width)][-LISTED_NEWS:]
     room = 10**6 if height is None else height - len(lines) - min(len(news), 3) - 5
     for name in MAPS if picture["ranks"] else ():
@@ -134,14 +133,14 @@ def _head(picture: dict[str, Any], width: int) -> Iterator[Text]:
 
 
 def _lines_of(pieces: Sequence[str], width: int) -> Iterator[Text]:
-    """Packs pieces of text into lines of at most `width` characters, without a line break inside a piece."""
+    """Packs pieces of text into lines of at most `width` characters; no piece is broken."""
     whole = "  ".join(piece.replace(" ", HARD_SPACE) for piece in pieces)
     yield from (Text(line.replace(HARD_SPACE, " ")) for line in textwrap.wrap(whole, width))
 
 
 def heat_map(picture: dict[str, Any], name: str, width: int, rows: int) -> list[Text]:
-    """Returns a heat map with stages as rows and replicas as columns. If it does not fit, a cell shows the largest
-    value of several ranks."""
+    """Returns a heat map of stages (rows) and replicas (columns). If it does not fit, a cell shows the largest value of
+    several ranks."""
     (title, words), stages, replicas = MAPS[name], picture["stages"], picture["replicas"]
     values = {rank["rank"]: rank[name] for rank in picture["ranks"] if rank[name] is not None}
     lines = [Text(f"{name}: {title}"[:width], style="bold")]
@@ -172,7 +171,7 @@ def heat_map(picture: dict[str, Any], name: str, width: int, rows: int) -> list[
 
 
 def _share(index: int, parts: int, count: int) -> range:
-    """Returns the range of items in part `index`, if `count` items are divided into `parts` parts."""
+    """Returns the items of part `index`, if `count` items are divided into `parts` parts."""
     return range(index * count // parts, (index + 1) * count // parts)
 
 

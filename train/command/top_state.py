@@ -26,12 +26,11 @@ from train.show.report import read_settings
 
 SHOWN_EVENTS = 200
 WALL_TIME_EVERY = 10
-"""Seconds between two computations of the wall time, which read all of metrics.jsonl."""
+"""Seconds between computations of the wall time, which read all of metrics.jsonl."""
 PACE_STEPS = 20
 """Number of newest records from which the time left is estimated."""
 QUIET_FACTOR, QUIET_LEAST = 5.0, 30.0
-"""Without a new step, a run counts as quiet after QUIET_FACTOR times its step time, and at least QUIET_LEAST
-seconds."""
+"""A run is quiet after QUIET_FACTOR step times, and at least QUIET_LEAST seconds, without a step."""
 
 
 def read_picture(folder: Path, name: str) -> dict[str, Any]:
@@ -83,14 +82,13 @@ def read_picture(folder: Path, name: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _wall_time(folder: Path, moment: int) -> WallTime | None:
-    """Returns the parts of the run's wall time. The result is cached until `moment` changes, because it needs all of
-    metrics.jsonl."""
+    """Returns the parts of the wall time, cached until `moment` changes, because they need all of metrics.jsonl."""
     return split_wall_time(folder)
 
 
 def _news(folder: Path, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the events except checkpoints, oldest first. One sentence from the newest incident file, if any, replaces
-    the driver's incident events."""
+    """Returns the events except checkpoints, oldest first. If there is an incident file, one sentence from it replaces
+    the incident events."""
     found = [event for event in events if event["kind"] != "checkpoint"][-SHOWN_EVENTS:]
     if (newest := newest_incident(folder / "logs")) is not None:
         found = [event for event in found if event["kind"] != "incident"]
@@ -124,7 +122,7 @@ def _pace(records: Sequence[Record]) -> float | None:
 
 
 def _read_table(folder: Path) -> dict[str, Any]:
-    """Returns the driver's rank table; empty if it is missing or unreadable."""
+    """Returns the driver's rank table; empty if there is none."""
     with contextlib.suppress(OSError, ValueError):
         table = read_plain_json(folder / RANKS_FILE)
         return table if isinstance(table, dict) and isinstance(table.get("ranks"), list) else {}
@@ -148,7 +146,7 @@ def _from_files(folder: Path, now: float) -> Iterator[dict[str, Any]]:
 
 
 def _rank(number: int, node: str, said: dict[str, Any], age: float, ended: bool) -> dict[str, Any]:
-    """Returns an element of `ranks` in `read_picture`. age: seconds since the rank wrote these values."""
+    """Returns an element of `ranks` in `read_picture`. age: seconds since the rank's report."""
     seconds = {
         key: float(value) if isinstance(value := said.get(key), int | float) and math.isfinite(value) else None
         for key in ("busy", "seconds")

@@ -83,8 +83,7 @@ def _tell(folder: Path) -> None:
 
 
 def alive_traces(logs: Path) -> dict[int, RankTrace]:
-    """Returns the traces of all ranks, including ended ranks. The result is empty unless a rank is alive on this
-    machine."""
+    """Returns the traces of all ranks, including ended ranks; empty if no rank is alive on this machine."""
     traces = read_traces(logs)
     return traces if living_ranks(logs, traces) else {}
 
@@ -98,7 +97,7 @@ def last_news(traces: dict[int, RankTrace]) -> float:
 
 
 def look_at(logs: Path, traces: dict[int, RankTrace]) -> dict[str, Any]:
-    """Returns the state of a run with ranks on this machine, as an incident."""
+    """Returns the state of a run on this machine in the form of an incident."""
     here = living_ranks(logs, traces)
     reports = [
         RankReport(

@@ -25,12 +25,11 @@ the bias by 0.02. A working router would then select the expert again.
 
 
 class RunningLoad(NamedTuple):
-    """The running load: token counts of past steps. Checkpoints store it, so that the metrics continue after a
-    resume."""
+    """Token counts of past steps. Checkpoints store them, so that metrics continue after a resume."""
 
     load_LE: np.ndarray
-    """Sum of token counts in which older steps have exponentially smaller weights. It is not divided, because MaxVio
-    does not depend on scale."""
+    """Sum of token counts, with exponentially smaller weights for older steps. It needs no division, because MaxVio
+    does not depend on its scale."""
     idle_LE: np.ndarray
     """Number of steps since the expert's last token, or since the start."""
     steps: int
@@ -98,7 +97,7 @@ def balance_record(layers: Sequence[str], counts_LE: Any, bias_LE: Any, running:
 
 
 def to_numpy(values: Any) -> np.ndarray:
-    """Converts a numpy array, a nested list, or a torch tensor on any device to a float64 array."""
+    """Converts a numpy array, nested list or torch tensor to a float64 array."""
     if hasattr(values, "detach"):
         values = values.detach().to("cpu").double().numpy()
     return np.asarray(values, np.float64)

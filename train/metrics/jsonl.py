@@ -23,13 +23,12 @@ LOADS_PER_STEP = 1024
 """Upper limit of the mean number of expert token counts per line of metrics.jsonl. A step of the 671B model has 16,000
 counts. Above the limit, only every n-th line contains them."""
 TAIL = 1 << 18
-"""Number of bytes at the file's end in which the last steps are searched."""
+"""Bytes at the end of the file that are searched for the last steps."""
 _STEP = re.compile(rb'\{"step":(\d+)[,}]')
 
 
 def encode_record(record: Record) -> bytes:
-    """Encodes a record as one line, with the metrics in the order of train/metrics/names.py. Non-finite values become
-    null."""
+    """Encodes a record as a line, in the order of train/metrics/names.py, with null for non-finite values."""
     plain = {name: _plain(record[name]) for name in sorted(record, key=order)}
     return json.dumps(plain, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
@@ -118,7 +117,7 @@ def _with_loads_now_and_then(record: Record) -> Record:
 
 
 def _end_of_step(file: Any, step: int) -> int:
-    """Returns the byte offset at which the last complete line with a step <= `step` ends."""
+    """Returns the byte offset after the last complete line with a step <= `step`."""
     end = 0
     file.seek(0)
     for line in file:
@@ -130,12 +129,12 @@ def _end_of_step(file: Any, step: int) -> int:
 
 
 def read_heads(path: Path) -> Iterator[Record]:
-    """Yields the scalars and events of every complete line, NaN for null. Damaged lines are skipped."""
+    """Yields the scalars and events of every intact line, with NaN for null."""
     return (head for head, _ in read_heads_with_loads(path))
 
 
 def read_heads_with_loads(path: Path) -> Iterator[tuple[Record, bool]]:
-    """Yields every record without layer values, and whether its line has the experts' token counts."""
+    """Yields every record without layer values, and whether its line has tokens per expert."""
     for line in _whole_lines(path):
         head, mark, layers = line.partition(LAYERS_MARK)
         for record in _parse(head + b"}" if mark else line):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 Record = dict[str, Any]
-"""The metrics of one step by name. A value is a number, an object (event), or {layer name: number or list}."""
+"""The metrics of one step by name: a number, an event object, or {layer name: number or list}."""
 
 
 # The palette of Okabe and Ito, whose colours people with any colour vision can distinguish.
@@ -20,7 +20,7 @@ BLUE, ORANGE, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4
 
 
 class Curve(NamedTuple):
-    """A curve in report.html. figure: key of its figure (train/show/figures.py). scale: factor for the values."""
+    """A curve in report.html. figure: key in train/show/figures.py. scale: factor for the values."""
 
     figure: str
     label: str
@@ -29,7 +29,7 @@ class Curve(NamedTuple):
     markers: bool = False
     dash: str = "solid"
     smooth: bool = False
-    """Whether the curve is noisy, and gets a pale colour with a moving average over it."""
+    """Whether the curve is noisy, and drawn pale with a moving average."""
 
 
 @dataclass(frozen=True)
@@ -460,7 +460,7 @@ EVENTS = (
         "the first step after a resume, or after a start that repeats steps",
     ),
 )
-"""The events: entries of a line that are objects instead of numbers."""
+"""The events: metrics whose value is an object."""
 
 LAYERS = (
     Metric("layer_max_vio", float, "1", "max_vio of each MoE layer"),
@@ -497,7 +497,7 @@ WANDB = (
 )
 """The layer metrics that are sent to W&B."""
 LAYER_LOAD_EVERY = 10
-"""Interval, in steps, of the histograms of single layers, which need more space than all other values."""
+"""Interval, in steps, of the histograms of single layers, which need the most space."""
 
 LAYERS_MARK = b',"layer_max_vio":'
 """Marks the end of the scalars and events in a line."""
@@ -506,8 +506,8 @@ _ORDER = [metric.name for metric in SCALARS + EVENTS + LAYERS]
 
 
 def table_name(name: str) -> str:
-    """Returns a metric's name in the table: mtp_loss_K for `mtp_loss_2`, layer_max_vio/LAYER for `layer_max_vio/mtp_0`
-    of W&B."""
+    """Returns a metric's name in the table: mtp_loss_K for `mtp_loss_2`, layer_max_vio/LAYER for W&B's
+    `layer_max_vio/mtp_0`."""
     base, _, depth = name.rpartition("_")
     if base == "mtp_loss" and depth.isdecimal():
         return "mtp_loss_K"
@@ -516,7 +516,7 @@ def table_name(name: str) -> str:
 
 
 def order(name: str) -> tuple[int, int]:
-    """Returns a sort key: the position of a metric in a line. An unknown name is a bug in Sluice."""
+    """Returns a sort key: the metric's position in a line. Unknown names are a bug."""
     row = table_name(name)
     assert row in _ORDER, f"metric {name!r} is missing from train/metrics/names.py"
     return _ORDER.index(row), int(name.rpartition("_")[2]) if row == "mtp_loss_K" else 0

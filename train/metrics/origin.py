@@ -52,7 +52,7 @@ def record_start(folder: Path) -> None:
 
 
 def record_machine(folder: Path, device: str, ranks: int, is_gpu: bool = False) -> None:
-    """Add the machine to the newest start in starts.json. device: name of rank 0's GPU or CPU."""
+    """Add this machine to the newest start in starts.json. device: name of the GPU or CPU."""
     if not (starts := read_starts(folder)):
         return  # a user has started this rank by hand
     *before, newest = starts
@@ -89,7 +89,7 @@ def read_starts(folder: Path) -> list[StartRecord]:
 
 
 def ran_on_gpu(folder: Path) -> bool:
-    """Whether the newest start that recorded its machine trained on GPUs. False if an older version recorded it."""
+    """Whether the newest start with a recorded machine trained on GPUs; False for older versions."""
     machines = [start["machine"] for start in read_starts(folder) if "machine" in start]
     return bool(machines and machines[-1].get("is_gpu"))
 
@@ -101,7 +101,7 @@ def _require(values: dict[str, Any], types: dict[str, Any]) -> None:
 
 
 def command_to_go_on(folder: Path) -> str:
-    """Returns the run's last command without `resume=`, so that it continues from the newest checkpoint."""
+    """Returns the run's last command without `resume=`, to continue from the newest checkpoint."""
     starts = read_starts(folder)
     if not starts:
         return "the same command"
@@ -119,8 +119,7 @@ def typed_words() -> str:
 
 
 def code_version() -> tuple[str | None, bool]:
-    """Returns the commit of this program's repository, and whether its files were changed. Without a repository, the
-    commit is None."""
+    """Returns the commit of this program's repository, or None, and whether its files were changed."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return None, False
     commit = _git("rev-parse", "HEAD")

@@ -27,8 +27,8 @@ NAMED_PEAKS = (
     (r"\bH100\b(?!.*(PCIe|NVL))", 989e12),
     (r"\bA100\b", 312e12),
 )
-"""Maps patterns of CUDA device names to the manufacturer's figures. PCIe and NVL cards of the H series are slower; they
-are measured instead."""
+"""Manufacturer's figures by pattern of the CUDA device name. PCIe and NVL cards of the H series are slower, and
+measured instead."""
 MATMUL_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 MATMUL_TRIES = 3
 PEAK_SECONDS = 0.25
@@ -64,7 +64,7 @@ def peak_flops(
 
 
 def named_peak(name: str) -> float | None:
-    """Returns the manufacturer's dense bf16 FLOP/s for a CUDA device name; None if unknown."""
+    """Returns the manufacturer's dense bf16 FLOP/s for a CUDA device name, or None."""
     return next((flops for pattern, flops in NAMED_PEAKS if re.search(pattern, name) and "MIG" not in name), None)
 
 

@@ -30,7 +30,7 @@ def share(value: float | None) -> str:
 
 
 def error(planned: float, measured: float) -> str:
-    """Formats the signed relative error of a planned value, in percent; empty without a measured value."""
+    """Formats the signed relative error of a planned value in percent; empty without a measurement."""
     return f"{100 * (planned / measured - 1):+.1f} %" if measured else ""
 
 

@@ -44,7 +44,7 @@ class SampledStep:
 
     @property
     def span(self) -> float:
-        """Seconds from the common start of all ranks until the last rank finishes."""
+        """Seconds from the common start of all ranks to the last rank's end."""
         return max(self.span_seconds)
 
     @property

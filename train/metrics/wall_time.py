@@ -39,7 +39,7 @@ PART_WORDS = {
     "restart": "restarts after a failure",
     "waiting": "waiting for nodes",
 }
-"""The parts of a run's wall time in display order, each with its description."""
+"""The parts of a run's wall time, in display order, with descriptions."""
 TimeSpan = tuple[float, float]
 
 
@@ -60,7 +60,7 @@ class WallTime:
         return sum(self.seconds_in.values())
 
     def rows(self) -> list[tuple[str, str, float]]:
-        """Returns name, description and fraction of the wall time of each part that is not zero."""
+        """Returns name, description and fraction of the wall time of each nonzero part."""
         whole = self.seconds or 1.0
         return [
             (part, words, self.seconds_in[part] / whole)
@@ -130,8 +130,8 @@ def _of_starts(
 
 
 def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
-    """Returns the seconds of `data`, `stall` and `beside` within the time intervals. Waits between two records are
-    limited to the time between these records."""
+    """Returns the seconds of `data`, `stall` and `beside` in the time intervals, limited to the time between
+    records."""
     found = dict.fromkeys(("data", "stall", "beside"), 0.0)
     for before, head, length in _pairs(heads, spans):
         steps = max(1, head["step"] - before["step"])
@@ -145,7 +145,7 @@ def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
 
 
 def _pairs(heads: Iterable[Record], spans: list[TimeSpan]) -> Iterator[tuple[Record, Record, float]]:
-    """Yields two consecutive records of the same time interval, and the seconds between them."""
+    """Yields consecutive records of the same time interval, and the seconds between them."""
     before: Record | None = None
     for head in heads:
         if before is not None and "time" in head and "time" in before:
@@ -169,7 +169,7 @@ ROUTINE = {"checkpoint"}
 
 
 ALERTS = {"straggler": "a rank is slow", "node_lost": "a node is lost"}
-"""Text of the alert for each kind of event that sends one during the run."""
+"""Alert text for each kind of event that sends an alert."""
 
 
 class GoodputRecord:
