@@ -96,6 +96,12 @@ def test_on_the_meta_device_results_are_as_large():
     h, gates = torch.empty(4, 16, device="meta", dtype=torch.bfloat16), torch.empty(4, device="meta")
     assert OURS.swiglu(h, gates).shape == (4, 8)
     assert [t.shape for t in OURS.swiglu_backward(h[:, :8], h, gates)] == [(4, 16), (4,)]
+    given = chosen_input(torch.bfloat16, 1, 9, 9, 3, 4, 32, 8, 0)
+    there = ChosenInput(*(one.to("meta") if isinstance(one, torch.Tensor) else one for one in given))
+    made, results = OURS.attend_chosen(given), OURS.attend_chosen(there)
+    results += OURS.attend_chosen_backward(results.out_BTHV, there, results.out_BTHV, results.lse_BTH)
+    made += OURS.attend_chosen_backward(made.out_BTHV, given, made.out_BTHV, made.lse_BTH)
+    assert [(t.shape, t.dtype) for t in results] == [(t.shape, t.dtype) for t in made]
 
 
 @pytest.mark.parametrize("batch, length, experts, rule", [
