@@ -3,7 +3,8 @@
 While the command imports its modules, Ctrl-C ends it at once. Later, the first Ctrl-C raises KeyboardInterrupt, so that
 resources are closed. The second Ctrl-C ends the process and damages no file.
 
-Python would lose a KeyboardInterrupt during an import or a destructor. So it is raised again shortly afterwards.
+Python would lose a KeyboardInterrupt during an import or a destructor. In this case it is raised again shortly
+afterwards.
 """
 
 import atexit

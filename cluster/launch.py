@@ -2,7 +2,7 @@
 
 - RANK and WORLD_SIZE are set (torchrun, also under Slurm): this process is one rank.
 - cluster=ray: this process is the driver and starts ranks on the nodes of a Ray cluster.
-- One rank: the run is in this process.
+- The run has one rank: it runs in this process.
 - Otherwise this process is the driver and starts the ranks as child processes.
 """
 

@@ -7,7 +7,7 @@ dtype, and the receiver sums them in fp32. A reduce-scatter would round the sum 
 
 For C gathered values of b bytes per position, a rank sends
 
-    3 (N - 1) / N * B * T * C * b      per layer, forward and backward: two gathers and an all-to-all
+    3 (N - 1) * B * T * C * b      per layer, forward and backward: two gathers and an all-to-all
 
 The ranks of a group hold the same stage and run the same actions. Each call waits for its own collective
 (parallel/pipeline/overlap.py).

@@ -107,7 +107,8 @@ class MatrixOwners:
 
         read: function from a weight's index and a rectangle to a view of this rank's part
         compute: function from the indices of matrices and the matrices to results of the same shapes
-        write: function that takes a matrix's index, its weight's index, a rectangle of this rank, and the result
+        write: function that stores a result. It takes the indices of a matrix and of its weight, a rectangle of this
+            rank's part, and the result for this rectangle
         like: tensor with the dtype and device of all sent elements
         """
         gathered: tuple[MatrixPack, Callable[[], dict[int, Tensor]]] | None = None

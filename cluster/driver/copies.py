@@ -43,8 +43,8 @@ class Shelves:
     """Everything that the ranks of one attempt know about the in-memory copies."""
 
     nodes: list[Shelf]
-    """The nodes that store copies; nodes with ranks come first, in placement order. Each node's second copies are on
-    the next node with ranks. The last node's second copies are on the first node.
+    """The nodes that store copies; nodes with ranks come first, in placement order. The second copy of a node's parts
+    is on the next node with ranks. After the last of these nodes, the first follows.
     """
     resume: str | None
     """Name of the newest complete set of copies; None if there is none."""

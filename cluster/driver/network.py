@@ -1,7 +1,8 @@
 """Tests the network before step 0: measures latency and bandwidth between pairs of nodes, and names slow pairs.
 
-Each node has one partner per round. So N nodes need N - 1 rounds for all pairs. At most 63 rounds are run; with
-thousands of nodes fewer, but at least 7. The nodes run the rounds without the driver (cluster/node/network_probe.py).
+Each node has one partner per round. At most 63 rounds are run. With thousands of nodes, fewer rounds are run, but at
+least 7. So not all pairs of a large cluster are tested. The nodes run the rounds without the driver
+(cluster/node/network_probe.py).
 
 A test is a short transfer over a plain socket. It finds bad cables and wrong interfaces; it is not a benchmark.
 """

@@ -351,9 +351,8 @@ class Agent:
 
         in_memory: whether a copy in memory is enough; see train/loop/stop.py. why: text for rank 0's last screen.
 
-        A rank without a signal handler is about to exit, so it gets no signal: the ranks may already have agreed on the
-        stop. If a rank removes its handler just before the signal arrives, the signal kills the rank. The rank then
-        counts as stopped.
+        A rank without a signal handler gets no signal, because it is about to exit. If a rank removes its handler just
+        before the signal arrives, the signal kills the rank. The rank then counts as stopped.
         """
         wanted = [signal.SIGUSR2, signal.SIGTERM] if in_memory else [signal.SIGTERM]
         if why and attempt == self._attempt and 0 in self._children:

@@ -1,7 +1,7 @@
 """Checks a node before it may run ranks: same program, same recipe, an accurate clock, shared storage, devices.
 
-The driver asks the agent of every node that joins, and refuses nodes with a problem. To test the shared folder, each
-node reads a file of the driver and writes one for the driver, because the same path may lead to different storage.
+The driver asks the agent of every node that joins, and refuses nodes with a problem. The same path may lead to
+different storage, so each node reads a file of the driver, and writes a file for the driver.
 """
 
 import hashlib

@@ -64,9 +64,9 @@ def _place_kernel(
 
         source_ptr: receives the source of each copy
         entry_ptr: receives the index of each copy's entry
-        copy_ptr: if by_entry is false, receives the copies of each source, source by source; else each entry's copy
-        start_ptr: if by_entry is false, receives where each source's copies begin in copy_ptr; else the number of
-            copies of each target
+        copy_ptr: receives the indices of each source's copies, source by source; if by_entry, of each entry's copy
+        start_ptr: receives the position in copy_ptr of each source's first index; if by_entry, the number of copies of
+            each target
     """
     block = tl.program_id(0)
     sources = block * SOURCES + tl.arange(0, SOURCES)

@@ -56,7 +56,7 @@ def find_units(module: nn.Module, units: tuple[type[nn.Module], ...]) -> list[nn
 class ShardedWeights:
     """The sharded weights and gradients of stage 3.
 
-    client: Sluice's optimizer, which DeepSpeed's wraps
+    client: Sluice's optimizer; DeepSpeed's optimizer wraps it
     shapes: full shapes of the trained parameters, in module order; all other parameters are only gathered
     rules: update rule of each parameter, which names its state
     shares: function that returns which ranks share a parameter

@@ -26,13 +26,13 @@ from parallel.zero.private_names import require_names
 class WholeWeights:
     """The weights and gradients of stages 1 and 2.
 
-    client: Sluice's optimizer, which DeepSpeed's wraps
+    client: Sluice's optimizer; DeepSpeed's optimizer wraps it
     groups: parameters of each group of Sluice's optimizer
     shares: function that returns which ranks share a parameter
     ranks: number of ranks over which gradients are averaged
     norm: function that computes the global gradient norm; called once per step
     close: function that is called before the last gradients are reduced
-    show: function that is called with each parameter whose gradient is reduced early
+    show: function that is called with each parameter whose gradient is reduced before the end of the step
     clip: maximum norm; 0 for no clipping
     offload: whether masters and optimizer state are in host memory
     """
