@@ -117,10 +117,7 @@ def begin_work(logs: Path, rank: int) -> None:
 
 
 def end_work(logs: Path, rank: int) -> None:
-    """Remove the file that marks a working rank. After that, the exit code or the Failure shows how the rank ended.
-
-    Raises OSError if the disk refuses the change.
-    """
+    """Remove the file that marks a working rank. Raises OSError if the disk refuses the change."""
     at_work_path(logs, rank).unlink(missing_ok=True)
 
 

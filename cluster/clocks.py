@@ -34,8 +34,6 @@ class SteadyClock:
 class HeldUp:
     """Measures how long its process was held up (busy machine, sleeping laptop) between two calls of `since_last_look`.
 
-    A process that watches other processes must not count this time as their silence.
-
     nap: normal seconds between two calls. now: time at construction.
     """
 

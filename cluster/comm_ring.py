@@ -354,7 +354,7 @@ def _action(kind: int, stage: int, micro_batch: int) -> str:
 def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
     """Read the rings of all ranks in this folder, by rank.
 
-    since: Unix time; rings created earlier belong to an earlier start of the run and are skipped.
+    since: Unix time; rings that were created before it are skipped.
     """
     traces = dict[int, RankTrace]()
     for path in logs.glob("rank_*.ring"):

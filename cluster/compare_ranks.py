@@ -51,8 +51,8 @@ def compare_ranks(
 ) -> Judgement:
     """Find the faulty rank by the rules at the top of the file.
 
-    stacks: faulthandler stacks of the ranks that returned them. stopped: ranks whose processes are stopped. gone: ranks
-    that have ended; they are never named as absent.
+    stacks: faulthandler stacks by rank. stopped: ranks whose processes are stopped. gone: ranks that have ended; they
+    are never named.
     """
     held, gone = sorted(set(stopped)), set(gone)
     waits = find_waits({rank: trace for rank, trace in traces.items() if rank not in gone and rank not in held})

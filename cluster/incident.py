@@ -92,10 +92,7 @@ def _judge_alone(report: RankReport, stack: str, seconds: float) -> tuple[Cause,
 def judge_failure(
     cause: Cause, traces: Mapping[int, RankTrace], stacks: Mapping[int, str], names: dict[int, str]
 ) -> tuple[Cause, Judgement]:
-    """Return the cause that ranks reported, or a better cause from the recorded communication.
-
-    If ranks call different operations as the same collective, the ranks that fail are often not at fault.
-    """
+    """Return the cause that ranks reported, or a better cause from the recorded communication."""
     finding = None
     if cause.kind is Kind.hang and traces:  # the ranks gave up waiting; the rings show what each rank did
         finding = compare_ranks(traces, stacks)

@@ -25,18 +25,14 @@ def interface_of(address: str) -> str:
 
 
 def interface_to(host: str) -> str:
-    """Return the interface of this machine's route to a host. Raises OSError for a host without address or route.
-
-    If the host is this machine, the interface of the default route is returned. The machine's name often resolves to
-    127.0.1.1, which other machines cannot reach.
+    """Return the interface of this machine's route to a host. If the host is this machine, the interface of the default
+    route is returned. Raises OSError for a host without address or route.
     """
     return interface_of(address_to(host))
 
 
 def address_to(host: str) -> str:
-    """Return this machine's IP address on the route to a host, at which other machines reach this machine. Raises
-    OSError for a host without address or route.
-    """
+    """Return this machine's IP address on the route to a host. Raises OSError for a host without address or route."""
     address = _source_address(host)
     return _source_address(ANYWHERE) if address.startswith("127.") else address
 
@@ -50,7 +46,7 @@ def name_interface(host: str) -> None:
 @contextlib.contextmanager
 def keep_interfaces() -> Iterator[None]:
     """Restore the interface names in the environment after the block, so that later child processes do not inherit the
-    names that were set in it.
+    block's.
     """
     before = {name: os.environ[name] for name in NAMES if name in os.environ}
     try:

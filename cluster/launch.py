@@ -23,8 +23,8 @@ def given_run() -> tuple[Config, Place]:
     """Return the configuration and the place of a rank that a driver started. The first argument names the
     configuration file.
 
-    Call this function first. It changes to the folder in which the user typed the command, because relative paths of a
-    recipe refer to that folder. If a node lacks the folder, only recipes with absolute paths work there.
+    Call this function first: it changes to the user's folder, to which relative paths of a recipe refer. On a node
+    without this folder, only absolute paths work.
     """
     place = given_place()
     assert place is not None, "the driver starts the ranks, with RANK and WORLD_SIZE"

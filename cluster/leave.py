@@ -21,9 +21,8 @@ from conf.words import say
 
 
 def raylets() -> list[tuple[psutil.Process, str, str]]:
-    """Return the raylets at addresses of this host, each with its node id and the address of its head.
-
-    A raylet in another network namespace (a container) does not count, even if its address equals one of this host.
+    """Return the raylets at addresses of this host, each with its node id and the address of its head. A raylet in
+    another network namespace (a container) does not count.
     """
     mine = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
     found = []

@@ -42,7 +42,7 @@ class Meeting:
 def given_meeting() -> Meeting | None:
     """Return where the ranks of this run find each other; None for ranks of torchrun, which has its own store.
 
-    Call only once: it removes the secret from the environment, so that no child process inherits it.
+    Call only once: it removes the secret from the environment.
     """
     if file := os.environ.get("SLUICE_STORE"):
         return Meeting(file)

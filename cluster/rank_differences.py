@@ -102,10 +102,8 @@ def _blame(
 
 
 def _against_others(by_group: Mapping, members: Mapping[int, CommRecord], key: Callable) -> list[int]:
-    """Return the ranks of a collective that differ from the same collective in other groups.
-
-    Only groups with the same label and number of ranks are compared. Returns no ranks if these groups differ among
-    themselves.
+    """Return the ranks of a collective that differ from the same collective in groups with the same label and size.
+    Returns no ranks if these groups differ among themselves.
     """
     example = next(iter(members.values()))
     elsewhere = {
@@ -164,8 +162,8 @@ def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord]
 def _find_period(history: Sequence[list[Signature]]) -> tuple[int, int]:
     """Return the period with which a rank repeats its steps, and the number of its last steps in this repetition.
 
-    A repetition covers at least two periods. If several periods are possible, the period whose repetition covers the
-    most steps is chosen. Returns 1 and 0 if there is no period.
+    A repetition covers at least two periods. The period with the longest repetition is chosen. Returns 1 and 0 if there
+    is none.
     """
     numbers = dict[tuple, int]()
     kinds = [numbers.setdefault(tuple(one), len(numbers)) for one in reversed(history)]  # the last step comes first

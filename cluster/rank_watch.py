@@ -1,7 +1,6 @@
 """Follows the ranks of an attempt by their reports, and decides whether they make progress.
 
-Values that the driver reads at every tick are updated when a report arrives. So the work for an agent's answer depends
-only on the number of that agent's ranks.
+Reports update all values that the driver reads at every tick, so that a tick costs little.
 """
 
 from collections import Counter
@@ -40,7 +39,7 @@ class RankWatch:
         """Number of events that ended a silence."""
         self._late: tuple[int, float] | None = None
         """The silence for which a warning was printed: value of `_silences` at that time, and start time of the
-        silence. None if there is no such silence.
+        silence. None if no warning was printed.
         """
         self._ended = self._bad = 0
         """Numbers of ranks that have ended and that have failed."""
@@ -148,7 +147,7 @@ class RankWatch:
 
     def over(self, now: float) -> float | None:
         """Return the seconds of the silence for which a warning was printed; None without a warning. Call this when all
-        ranks have ended without a failure.
+        ranks have ended well.
         """
         return now - self._late[1] if self._late is not None else None
 

@@ -1,7 +1,4 @@
-"""Detects a hang from inside a rank that no Sluice driver supervises, and names the blocking rank.
-
-Such ranks run under torchrun, or as a single process.
-"""
+"""Detects a hang from inside a rank under torchrun, or inside a single process, and names the blocking rank."""
 
 import os
 import sys
@@ -48,8 +45,7 @@ again.
 class SelfWatch:
     """Watches the progress of this process and reports a hang. Use in `with`.
 
-    ends: whether the watch also ends a hung process. The program that started the ranks then ends or restarts all
-    ranks. Pass False for a process of the user, such as a notebook.
+    ends: whether the watch also ends a hung process. Pass False for a process of the user, such as a notebook.
     """
 
     def __init__(self, logs: Path, place: Place, patience: Patience, ends: bool):
@@ -99,10 +95,8 @@ class SelfWatch:
                 say(text, file=sys.stderr)
 
     def _look_at_others(self) -> list[tuple]:
-        """Return the progress of all other ranks whose files this rank can read: on this host or in a shared run
-        folder.
-
-        If another rank makes progress, this rank may be waiting for it, and the run does not hang.
+        """Return the progress of all other ranks whose files this rank can read. If another rank makes progress, this
+        rank may be waiting for it, and the run does not hang.
         """
         reports = [read_report(rank, None, self._logs) for rank in range(self._world) if rank != self._rank]
         return [(one.phase, one.rank, one.step, one.done, one.written) for one in reports if one.step >= 0]

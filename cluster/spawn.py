@@ -101,10 +101,7 @@ class ForkedProcess:
 
 
 def die_with_parent() -> None:
-    """Make the kernel kill this process when its parent dies, even if nobody reaps the parent.
-
-    Ray checks only whether the parent's process id exists; a zombie keeps its id.
-    """
+    """Make the kernel kill this process when its parent dies, even if nobody reaps the parent."""
     _binder()(os.getppid())
 
 
@@ -132,9 +129,8 @@ def lives(pid: int) -> bool:
 
 
 def holds_open(pid: int, path: Path) -> bool:
-    """Whether the process `pid` belongs to this user and has exactly the file `path` open.
-
-    If not, do not signal the process: the process id may be reused, or the file that contains the id may be untrusted.
+    """Whether the process `pid` belongs to this user and has exactly the file `path` open. If not, do not signal the
+    process: the process id may be reused or untrusted.
     """
     with contextlib.suppress(OSError):
         wanted = os.lstat(path)

@@ -88,9 +88,7 @@ class Placement:
     @cached_property
     def by_node(self) -> dict[str, list[Seat]]:
         """Return the seats (ranks with their devices) by node id, in the order of local ranks. Nodes without seats are
-        missing.
-
-        The result is cached, because runs with thousands of nodes read it often.
+        missing. The result is cached.
         """
         found: dict[str, list[Seat]] = {}
         for seat in self.seats:

@@ -165,9 +165,7 @@ class CommRecorder:
         return known
 
     def _place(self) -> int:
-        """Return the number, in the log, of the code line that called the operation: the innermost line of Sluice's or
-        the user's code on the stack.
-        """
+        """Return the log's number of the innermost line of Sluice's or the user's code on the stack."""
         frame: FrameType | None = sys._getframe(3)
         while frame is not None:
             code = frame.f_code

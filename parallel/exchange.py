@@ -30,9 +30,7 @@ TIMEOUT = re.compile("timed out|timeout", re.IGNORECASE)
 
 
 def is_timeout(error: BaseException | None) -> bool:
-    """Whether the error, or a cause of it, is a time-out of gloo, NCCL or the store. An error of any other origin does
-    not count, even if its text contains "timeout".
-    """
+    """Whether the error, or a cause of it, is a time-out of gloo, NCCL or the store."""
     return any(
         (isinstance(one, dist.DistError) and TIMEOUT.search(str(one)))
         or (isinstance(one, RuntimeError) and GLOO_TIMEOUT.search(str(one)))
@@ -43,8 +41,8 @@ def is_timeout(error: BaseException | None) -> bool:
 def gather(value: Any, group: ProcessGroup | None = None) -> list[Any]:
     """Return every rank's value, in the rank order of the group (None: all ranks). Collective over the group.
 
-    value: any JSON value, even non-finite numbers; a tuple is returned as a list. The value should be small, because
-    every rank allocates the size of the longest text for each rank. Raises TypeError for other values.
+    value: any JSON value, even non-finite numbers; a tuple is returned as a list. It should be small: every rank
+    allocates the size of the longest text for each rank. Raises TypeError for other values.
     """
     text = _encode(value)
     length = torch.tensor([text.numel()])

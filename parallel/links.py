@@ -78,8 +78,8 @@ def try_links(
 ) -> tuple[list[str], list[LinkRate]]:
     """Measure all links. Returns the names of all ranks (host and device) and the rates of links and groups.
 
-    Collective over all ranks. facts: facts about the run's dispatch. local: ranks per node. Raises RuntimeError for a
-    link that delivers no data or wrong data.
+    Collective over all ranks. local: ranks per node. Raises RuntimeError for a link that delivers no data or wrong
+    data.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     everyone = gather([f"{socket.gethostname()} {device} (rank {rank})", local])

@@ -88,15 +88,14 @@ def _all_ranks() -> ProcessGroup:
 def form_later() -> None:
     """Make new groups create their communicators at their first collective.
 
-    Call this after the default group, bound to a device, has created its communicator. Otherwise torch splits this
-    communicator for each new group, also for groups of other ranks or of one rank: some 1800 splits for 2048 ranks.
+    Call this after the default group has created its communicator. Otherwise torch splits this communicator for each
+    new group, even without this rank: some 1800 splits for 2048 ranks.
     """
     _all_ranks().bound_device_id = None
 
 
 def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
-    """Create the groups of this rank in the default process group, which serves as the group of all ranks. Every rank
-    must call this function.
+    """Create the groups of this rank in the default process group. Every rank must call this function.
 
     timeout: maximum wait of a collective. New groups do not inherit the timeout of the default group.
     """

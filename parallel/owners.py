@@ -130,9 +130,8 @@ class MatrixOwners:
             returned()
 
     def _cut(self, most: int) -> Iterator[list[int]]:
-        """Yield the indices of the matrices in each pack. most: maximum elements per owner in a pack.
-
-        Matrices of one shape share a pack where possible, so that their matmuls can be batched.
+        """Yield the indices of the matrices in each pack, with matrices of one shape together where possible. most:
+        maximum elements per owner in a pack.
         """
         shapes = {number: (len(m.place.rows), len(m.place.columns)) for number, m in enumerate(self._matrices)}
         by_owner = [

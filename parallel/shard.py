@@ -23,10 +23,7 @@ from conf.optimizers import UpdateRule
 
 @dataclass
 class Shard:
-    """Elements [offset, offset + local.numel()) of the flattened logical tensor with shape `shape`.
-
-    Any layout can read another layout's checkpoint, by intersection of the shards' intervals.
-    """
+    """Elements [offset, offset + local.numel()) of the flattened logical tensor with shape `shape`."""
 
     local: Tensor
     """The elements, 1-D and contiguous. They share memory with the live state, so loading a checkpoint fills the state
@@ -190,7 +187,7 @@ def whole(tensor: Tensor) -> Shard:
 class ShardedOptimizer(Protocol):
     """The optimizer interface for parallel/zero: it updates the flat fp32 parameters of ZeRO.
 
-    Implementations are torch.optim.Optimizer objects. Each parameter group has its update rule as `rule`
+    Implementations are torch.optim.Optimizer objects. Each parameter group has an update rule, `rule`
     (conf/optimizers.py).
     """
 
@@ -200,9 +197,8 @@ class ShardedOptimizer(Protocol):
     """Number of updates before this step. The code that created the optimizer adds 1 per step."""
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
-        """Return the state tensors of a flat parameter by name, created at the first call.
-
-        They have the parameter's shape, so an interval of it is also an interval of its state.
+        """Return the state tensors of a flat parameter by name, created at the first call. They have the parameter's
+        shape.
         """
 
     def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:

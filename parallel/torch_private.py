@@ -1,7 +1,7 @@
 """Lists every undocumented name of torch that Sluice uses. Read this file before an upgrade of torch.
 
-These are names with a leading underscore, and undocumented names of the pipeline runtime. tests/test_torch_private.py
-compares the list with the code and with the installed torch. For DeepSpeed, see parallel/zero/private_names.py.
+tests/test_torch_private.py compares the list with the code and with the installed torch. For DeepSpeed, see
+parallel/zero/private_names.py.
 """
 
 from typing import NamedTuple

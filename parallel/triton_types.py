@@ -19,8 +19,8 @@ Parameters = ParamSpec("Parameters")
 _Launched = TypeVar("_Launched")
 constexpr = Any if TYPE_CHECKING else tl.constexpr
 COMPILED: list[str] = []
-"""Kernels that this process has compiled or read from Triton's cache, with their specialisation. If the list grows
-during a run, the compilation has delayed a step.
+"""Kernels that this process has compiled or read from Triton's cache, with their specialisation. A new kernel during a
+run has delayed a step.
 """
 
 

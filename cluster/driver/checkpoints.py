@@ -10,10 +10,7 @@ from cluster.run_files import MANIFEST, NONE, STEP_FOLDERS, Age, hold_lock, read
 
 
 def newest(folder: Path) -> Age:
-    """Return the age (attempt and step) of the newest committed checkpoint, or NONE.
-
-    A checkpoint gets its folder name only after its manifest is complete.
-    """
+    """Return the age (attempt and step) of the newest committed checkpoint, or NONE."""
     return max(_ages(folder), default=NONE)
 
 
@@ -21,8 +18,7 @@ def claim_attempt(folder: Path, timeout: float) -> int:
     """Return an attempt number (1 or more) above all earlier attempt numbers. From now on, earlier attempts cannot
     write checkpoints.
 
-    Without this fence, a rank of an earlier driver could start late and write a checkpoint. Raises UserError if the
-    fence is damaged, or if a rank locks the folder for longer than `timeout` seconds.
+    Raises UserError if the fence is damaged, or if a rank locks the folder for longer than `timeout` seconds.
     """
     started = [int(path.stem) for path in (folder / "attempts").glob("*.yaml") if re.fullmatch(r"\d{1,15}", path.stem)]
     # attempts that ended before their ranks started are named only by the events
@@ -56,9 +52,8 @@ def _ages(folder: Path) -> list[Age]:
 
 @functools.lru_cache(maxsize=1024)
 def _attempt_of(path: Path, inode: int, written: int) -> int | None:
-    """Return the attempt that wrote a manifest, or None if the file is not a manifest.
-
-    The driver checks manifests every second, and they may have several megabytes. So the result is cached per file.
+    """Return the attempt that wrote a manifest, or None if the file is not a manifest. The result is cached, because
+    the driver checks manifests every second.
     """
     try:
         return int(json.loads(path.read_bytes())["attempt"])

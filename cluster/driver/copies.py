@@ -73,7 +73,7 @@ class Shelves:
 class Copies:
     """All in-memory copies that the agents of a run hold.
 
-    folder: run folder. base: folder for copies on every node. first: number of this launch's first attempt.
+    folder: run folder. base: folder for copies on every node. first: this launch's first attempt.
     """
 
     def __init__(self, folder: Path, base: str, first: int):
@@ -160,7 +160,7 @@ class Copies:
 def given_shelves() -> tuple[Shelves, str] | None:
     """Return the locations of all copies and the token of the stores. None if the run keeps no copies in memory.
 
-    Call only once: it removes the token from the environment, so that no child process inherits it.
+    Call only once: it removes the token from the environment.
     """
     if "SLUICE_MEMORY" not in os.environ:
         return None

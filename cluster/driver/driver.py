@@ -47,9 +47,7 @@ ANSWERS = 150
 """Maximum answers per second from all agents together. The more agents there are, the longer each agent waits for news.
 """
 LONGEST_PATIENCE = 30.0
-"""Maximum seconds that an agent waits for news if its node answers by UDP (the pulse). Without UDP answers, the maximum
-is half a heartbeat, because only the agent's answer shows that the node is alive.
-"""
+"""Maximum seconds that an agent waits for news if its node answers by UDP (the pulse); otherwise half a heartbeat."""
 TICK_EVERY = 0.05
 """Minimum seconds between two ticks. At a tick, the supervisor makes decisions."""
 LOOK_EVERY = 1.0
@@ -535,9 +533,7 @@ class Driver:
         return self.copies.write(number, shelves)
 
     def _drop_copies(self, code: int) -> None:
-        """Drop the copies in memory if the run ended without a failure and a checkpoint on disk is at least as new.
-        Otherwise, the next launch needs the copies.
-        """
+        """Drop the copies in memory if the run ended without a failure and a checkpoint on disk is at least as new."""
         saved = newest(self.folder)
         safe = saved > NONE and saved >= self.supervisor.held
         if self.config.checkpoint.every_memory and code in (EXIT_OK, EXIT_STOPPED) and safe:

@@ -1,6 +1,6 @@
 """The interface between a driver and the agents of the nodes. Calls never block; answers are collected as they arrive.
 
-Runs use cluster/driver/ray_backend.py. Tests use a fleet with agents in the same process.
+Implemented by cluster/driver/ray_backend.py, and by tests.
 """
 
 from collections.abc import Callable
@@ -75,9 +75,9 @@ def call_agent(
     *arguments: Arguments.args,
     **named: Arguments.kwargs,
 ) -> None:
-    """Call a method of a node's agent. Only positional arguments are passed on.
+    """Call a method of a node's agent, with positional arguments only.
 
-    method: the method as an attribute of the class, such as `Agent.facts`.
+    method: attribute of the class, such as `Agent.facts`.
     """
     assert not named, named
     fleet.call(node, method.__name__, *arguments)

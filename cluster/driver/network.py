@@ -16,7 +16,7 @@ from cluster.node.network_probe import PAIR_SECONDS, NodeLink
 from cluster.topology import Node
 
 SLOW_FACTOR = 3.0
-"""Factor for slow pairs. A pair is slow in either of these cases:
+"""A pair of nodes is slow in either of these cases:
 
     - its bandwidth is below the median divided by this factor
     - its latency is above the median times this factor, and above the median plus 1 ms
@@ -28,9 +28,7 @@ PAIRS = 16384
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
-    """Return rounds of pairs by the circle method. Each node has at most one partner per round. Without the limits
-    ROUNDS and PAIRS, the rounds contain all pairs.
-    """
+    """Return rounds of pairs by the circle method. Each node has at most one partner per round."""
     players = list(range(count + count % 2))
     found = []
     for _ in range(min(len(players) - 1, ROUNDS, max(LEAST_ROUNDS, 2 * PAIRS // max(count, 1)))):

@@ -41,13 +41,9 @@ OBJECT_STORE = 100 << 20
 CONNECT_LIMIT = 5
 """Maximum seconds to connect to cluster.address."""
 CONNECT_TRIES = "8"
-"""Maximum number of tries, one per second, to connect to a reachable head. By default, Ray would try 20 times, even if
-the head rejects the token.
-"""
+"""Maximum number of tries, one per second, to connect to a reachable head. Ray's default is 20."""
 HEAD_START = "60"
-"""Maximum seconds for the start of the head, if the run starts its own Ray. Ray's default of 30 s can be too short on a
-busy machine.
-"""
+"""Maximum seconds for the start of this run's own head. Ray's default of 30 s can be too short on a busy machine."""
 HEAD_LIMIT = 1
 """Maximum seconds to connect to Ray's head during the run."""
 CLOSE_LIMIT = 3
@@ -59,8 +55,8 @@ clock and the UDP questions.
 CALLS_WHEN_SILENT = 20
 """Calls per round if MOST_OUT calls are pending and no answer arrives."""
 MOST_OUT = 256
-"""Maximum number of pending calls; further calls wait in the driver. A pending call takes some 30 KiB of Ray's memory.
-Thousands of pending calls would slow down every call.
+"""Maximum number of pending calls; further calls wait in the driver. Thousands of pending calls would slow down every
+call.
 """
 RAYLET = "raylet"
 """Name of Ray's process on a node."""
@@ -119,8 +115,8 @@ class RayFleet:
         self._folder: PrivateFolder | None = None
         """Folder of the Ray that this run started; None if it started none."""
         self._sweeper: subprocess.Popen | None = None
-        """Process that watches this process. If this process is killed, it ends this run's Ray and removes Ray's
-        folder. None if the run started no Ray.
+        """Process that ends this run's Ray and removes Ray's folder when this process is killed. None if the run
+        started no Ray.
         """
         self.ships = config.cluster.address is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
         """Whether Ray must copy the program to the nodes. For a submitted Ray job, Ray has already copied it."""
@@ -246,9 +242,7 @@ class RayFleet:
 
     def _head_answers(self) -> bool:
         """Whether a process listens at the address of Ray's head. Raises FleetLost after CONNECT_LIMIT seconds without
-        a listener.
-
-        Without a head, Ray's own calls would wait for a minute and then end this process.
+        a listener. Ray's own calls would then end this process.
         """
         try:
             _connect(self._head, HEAD_LIMIT)

@@ -49,10 +49,8 @@ def with_shape(config: Config, shape: StageShape) -> Config:
 
 
 def smaller_shapes(config: Config) -> list[StageShape]:
-    """Return all shapes of a stage (see `StageShape`) that have fewer data-parallel ranks or a smaller ep than the full
-    layout, the best first.
-
-    Only the division of the batch and of the experts is checked, no other rule of a layout.
+    """Return all shapes of a stage (see `StageShape`) that are smaller than the full layout, the best first. Of the
+    rules of a layout, only the even division of batch and experts is checked.
     """
     own, size, found = config.parallel, config.micro_batch_size, []
     for ep in range(own.ep, 0, -1):

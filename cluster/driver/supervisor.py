@@ -38,8 +38,8 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_U
 from conf.words import some_of
 
 NAP = 0.25
-"""Maximum fraction of a heartbeat between two ticks. Any longer time counts as sleep of the driver. Agents answer
-within half a heartbeat, so a live node is never late because the driver slept.
+"""Maximum fraction of a heartbeat between two ticks. Any longer time counts as sleep of the driver, so that no live
+node counts as late.
 """
 SHOWN_NODES = 8
 """Maximum number of idle nodes that a sentence names. The event lists all idle nodes."""
@@ -230,8 +230,7 @@ class Supervisor:
     def _got_on(self, age: Age) -> None:
         """Reset the failure budgets if the run has saved a later step. age: age of the newest saved state.
 
-        Only a step that this launch has not saved before counts. Otherwise a run that repeats its steps would never
-        end.
+        Only a step that this launch has not saved before counts.
         """
         if age.attempt >= self.policy.first_attempt and age.step > self._safe:
             self._safe = age.step

@@ -1,6 +1,6 @@
 """Shows a run on the driver's terminal: a status line, with events and the output of rank 0 above it.
 
-If the output is no terminal, events and lines of rank 0 are printed as plain lines.
+Without a terminal, events and lines of rank 0 are printed as plain lines.
 """
 
 import contextlib

@@ -121,8 +121,8 @@ class Agent:
     """The agent of a node; see the top of the file.
 
     lease: seconds without a question after which the agent kills the ranks. own_process: whether the process contains
-    only the agent. If so, the process ends with its parent, and SIGTERM means that the node will be removed. Create
-    such an agent in the main thread.
+    only the agent. If so, it ends with its parent, SIGTERM means that the node will be removed, and the agent must be
+    created in the main thread.
     """
 
     def __init__(self, lease: float, own_process: bool = False):

@@ -162,7 +162,7 @@ class Store:
 
 def _own(folder: Path) -> None:
     """Create the folder, or check that this user owns it. Links are not followed, because another user may have created
-    a link to one of this user's folders.
+    them.
     """
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -191,18 +191,15 @@ def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
 
 
 def folder_name(run: str, id: str, node: str) -> str:
-    """Return the name of a run's folder on a node.
-
-    id: random id of the run folder, so that copies of a removed run are not used again.
-    """
+    """Return the name of a run's folder on a node. id: random id of the run folder."""
     return f"sluice-{os.geteuid()}-{run}-{id}-{re.sub(r'[^A-Za-z0-9.]', '_', node)}"
 
 
 def sweep(mine: Path) -> None:
     """Remove old folders next to this node's folder `mine`, unless an agent has locked them.
 
-    A folder with the run path and node of `mine` but another id is removed, because its run folder no longer exists.
-    Other folders of this user's runs are removed if older than STALE.
+    A folder with the run path and node of `mine` but another id is removed. Other folders of this user's runs are
+    removed if older than STALE.
     """
     kind, user, run, id, node = mine.name.split("-")
     for folder in mine.parent.glob(f"{kind}-{user}-*-*-*"):
@@ -233,7 +230,7 @@ def _open_lock(folder: Path) -> int:
 class _Server(socketserver.ThreadingTCPServer):
     """Serves a limited number of connections, and soon closes connections that have not sent the token.
 
-    http.server's own server is not used, because it asks the name service for this host's name.
+    http.server's class is not used, because it asks the name service for this host's name.
     """
 
     daemon_threads = True

@@ -48,8 +48,8 @@ class NetworkProbe:
     def play(self, turns: list[tuple[str, int] | None]) -> list[NodeLink]:
         """Measure the connections to other nodes one after another. turns: address and port of each server, or None.
 
-        For None, wait until another node has measured the connection to this node. So a node is in one measurement at a
-        time. A turn takes at most about PAIR_SECONDS.
+        For None, wait until another node has measured the connection to this node. A turn takes at most about
+        PAIR_SECONDS.
         """
         found = []
         for turn in turns:

@@ -39,8 +39,8 @@ def sweep_ray(folder: Path) -> None:
 
 
 def _uses(process: psutil.Process, folder: str) -> bool:
-    """Whether this is a live process of this user that belongs to a Ray in this folder. Open files are checked too,
-    because some of Ray's processes replace their command line by a title.
+    """Whether this is a live process of this user that belongs to a Ray in this folder, by command line or open files.
+    Some of Ray's processes replace their command line by a title.
     """
     with contextlib.suppress(psutil.Error, OSError):
         line = process.cmdline()

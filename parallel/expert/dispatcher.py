@@ -72,8 +72,8 @@ class DispatchPlan:
     ids_TK: Tensor
     """Expert ids of this rank's tokens."""
     fans: list[FanOut] = field(default_factory=list)
-    """One fan-out per hop, and one from the received messages to the rows sorted by expert. Fan-outs that depend on
-    received messages are added when these arrive.
+    """One fan-out per hop, and one from the received messages to the rows sorted by expert. Some are added when
+    messages arrive.
     """
     entry_of_row: Tensor | None = None
     """For node-limited dispatch and DeepEP: the index of each row's gate in the flattened (M, K) gates of the received
@@ -304,9 +304,7 @@ class ChainDispatcher(ExchangeDispatcher):
         return collect(rows_CD, flight.plan.fans[0]), side_CX
 
     def _back_message(self, rows_CD: Tensor, fan: FanOut, side_MX: Tensor | None) -> Tensor:
-        """Return the int32 messages of one hop towards the tokens' ranks. Each message is an encoded sum of rows and
-        its side data. The sums are written directly into the messages.
-        """
+        """Return one hop's messages towards the tokens' ranks, int32: encoded sums of rows, each with its side data."""
         wire, width, dtype = self._back_wire, rows_CD.shape[1], rows_CD.dtype
         if side_MX is None:
             return wire.encode(collect(rows_CD, fan)).view(torch.int32)

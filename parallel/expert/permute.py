@@ -41,7 +41,7 @@ class FanOut(NamedTuple):
 def fan_out(hits_SN: Tensor, copies: int) -> FanOut:
     """Return a FanOut with one copy of source s for every target n where hits_SN[s, n] is true.
 
-    copies: number of true values, known on the host to avoid a copy from a GPU.
+    copies: number of true values, known on the host.
     """
     hits_NS = hits_SN.t().contiguous()
     source_C = torch.nonzero_static(hits_NS, size=copies)[:, 1]
@@ -65,7 +65,7 @@ class ExpertTargets(NamedTuple):
 def fan_out_of(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> FanOut:
     """Return a FanOut with one copy of source s for every target that holds one of its experts, ids_SK[s].
 
-    Experts of no target are skipped. copies: number of copies.
+    copies: number of copies.
     """
     if ids_SK.is_cuda:
         return FanOut(*triton_dispatch().place_hits(ids_SK, *wanted, copies)[:3])

@@ -40,8 +40,7 @@ class Group:
     top_groups: int
 
     def reached(self, units: int) -> float:
-        """Return the mean number of units that a token reaches, if all experts are equally likely. A token reaches a
-        unit that holds at least one of its experts.
+        """Return the mean number of units that a token reaches: units that hold at least one of its experts.
 
         units: number of equal ranges of experts, such as nodes. A token's K experts are any K experts of its top_groups
         groups.
@@ -180,7 +179,7 @@ def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
 def _ids(copies_N: tuple[int, ...], sources: int, device: torch.device) -> Tensor:
     """Return (S, N): for each source, the targets that get a copy of it, and -1 elsewhere.
 
-    A real rank has no such tensor. It is built and cached outside dispatch modes, so that memory counts leave it out.
+    Built and cached outside dispatch modes, so that memory counts leave it out.
     """
     with _disable_current_modes():
         ids_SN = torch.full((sources, len(copies_N)), -1, dtype=torch.int16, device=device)

@@ -120,9 +120,8 @@ def _encode_kernel(
     x_ptr, bytes_ptr, words_ptr, rows_R, width, tiles, units, floor: constexpr,
     ALIGN: constexpr, ENCODE_ROWS: constexpr, ENCODE_TILES: constexpr,
 ):  # fmt: skip
-    """Run `Fp8Wire.encode` for four tiles of some rows.
-
-    A row has units * ALIGN bytes. ALIGN is a compile-time constant, so the compiler knows the alignment of rows.
+    """Run `Fp8Wire.encode` for four tiles of some rows. A row has units * ALIGN bytes, so the compiler knows the
+    alignment.
     """
     rows = tl.program_id(0) * ENCODE_ROWS + tl.arange(0, ENCODE_ROWS)
     first = tl.program_id(1) * ENCODE_TILES
@@ -147,7 +146,7 @@ def _encode_kernel(
 def count_hits(ids_SK: Tensor, first: int, per_target: int, targets: int) -> Tensor:
     """Return, by block of sources, how many sources have an expert in each target: int32 (blocks, targets).
 
-    per_target: experts per target. first: the first target's first expert.
+    per_target: experts per target. first: first expert of the first target.
     """
     (sources, entries), size = ids_SK.shape, _sources(targets)
     blocks = -(-sources // size)

@@ -49,10 +49,8 @@ Widen = Callable[[Tensor], Tensor]
 
 
 def widen(q_RD: Tensor) -> Tensor:
-    """Convert FP8 values to fp32.
-
-    On a CPU, a lookup in a table of 256 values takes a fifth of torch's time. The meta device uses the table too,
-    because plans count a CPU's operations there.
+    """Convert FP8 values to fp32. On a CPU, a lookup in a table of 256 values takes a fifth of torch's time. Plans on
+    the meta device count a CPU's operations.
     """
     if q_RD.is_cuda:
         return q_RD.float()

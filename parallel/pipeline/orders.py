@@ -1,7 +1,6 @@
 """The torch class that runs each schedule, and the order of its actions on every rank.
 
-The order is read from this class, which is built with placeholder stages for this purpose. So a plan simulates the
-schedule that will run.
+The order is read from this class, so a plan simulates the schedule that will run.
 """
 
 from collections.abc import Callable
@@ -73,8 +72,7 @@ def schedule_actions(
 ) -> list[list[Action]]:
     """Return every rank's actions in torch's order under this schedule. The result is cached: do not change it.
 
-    virtual: value of parallel.virtual_stages. overlap: whether the forward and backward of a pair run together;
-    otherwise one after the other.
+    virtual: value of parallel.virtual_stages. overlap: whether the forward and backward of a pair run together.
     """
     order = ORDERS[name]
     if order.of_rank is not None:

@@ -186,11 +186,10 @@ class _Pair:
 
 
 def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager]) -> Callable[[Any, Any], None]:
-    """Return the function that torch's runtime runs for an OVERLAP_F_B action of DualPipeV. The caller registers it
-    with register_custom_function.
+    """Return the function that torch's runtime runs for an OVERLAP_F_B action of DualPipeV (register_custom_function).
 
-    As in torch's function, both receives complete before the pair starts, and both sends follow it. But the two halves
-    run as lanes instead of one after the other.
+    As in torch's function, both receives complete before the pair starts, and both sends follow it. But the halves run
+    as lanes.
     """
 
     def run_pair(action: Any, context: Any) -> None:

@@ -34,8 +34,7 @@ def kept_graph(output: Tensor) -> Node | None:
 def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
     """Run the backward of weights: add to every weight's `.grad`. groups: result of torch's stage_backward_input.
 
-    torch's version adds the gradients itself, so a GEMM could not add to a weight gradient
-    (train/model/weight_gradient.py). The gradients are equal.
+    With torch's version, a GEMM could not add to a weight gradient itself (train/model/weight_gradient.py).
     """
     for group in groups:
         pairs = list(zip(group.pop("intermediates"), group.pop("grads"), strict=True))
@@ -56,9 +55,8 @@ def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
 class Stage(PipelineStage):
     """A torch PipelineStage whose tensor shapes are given in advance.
 
-    inputs, outputs: example tensors of one micro-batch (shape, dtype, requires_grad); torch then does not run the
-    module to find them. acting: function with the arguments of `Timeline.action` that returns an action's context
-    manager.
+    inputs, outputs: example tensors of one micro-batch (shape, dtype, requires_grad). acting: function with the
+    arguments of `Timeline.action` that returns an action's context manager.
     """
 
     def __init__(

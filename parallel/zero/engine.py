@@ -323,9 +323,8 @@ def _parameter_groups(
     expert_name: str,
     frozen: set[nn.Parameter],
 ) -> list[dict]:
-    """Group the trained weights by update rule and by the ranks that reduce their gradients.
-
-    Weights of all ranks of a stage come first, then experts. Frozen weights have separate groups.
+    """Group the trained weights by update rule and by the ranks that reduce their gradients. Experts come last. Frozen
+    weights have separate groups.
     """
     groups = []
     for is_expert in (False, True):
@@ -420,10 +419,8 @@ def build_engine(
     weights: Collection[nn.Parameter],
     about: WeightFacts,
 ) -> Any:
-    """Build DeepSpeed's engine.
-
-    With `about.draws`, the weights of stage 3 are initialised and sharded one after another, so a rank holds one
-    complete weight at a time.
+    """Build DeepSpeed's engine. With `about.draws`, the weights of stage 3 are initialised and sharded one after
+    another.
     """
     trained = [param for param in module.parameters() if param.requires_grad]
     deepspeed, stage = import_deepspeed(trained[0].is_cuda), config["zero_optimization"]["stage"]

@@ -180,10 +180,8 @@ class ShardedWeights:
             self._coordinator._clean_inflight_param_registry()
 
     def _begin_backward(self, chunk: nn.Module) -> None:
-        """Prepare for the backward of a chunk.
-
-        A schedule may run two backwards of a chunk without a forward between them. Then the first micro-batch is ended
-        first, because DeepSpeed may already have some of its gradients.
+        """Prepare for the backward of a chunk. If this is the chunk's second backward without a forward between them,
+        end the first one's micro-batch.
         """
         if chunk in self._backward:
             self._end_pass()

@@ -119,8 +119,8 @@ class WholeWeights:
             self._keep_unshared()
 
     def reduce_ahead(self, params: Collection[nn.Parameter]) -> None:
-        """Reduce the gradients of `params` now, while gradients of other parameters still accumulate. The gradients of
-        `params` must be complete.
+        """Reduce the gradients of `params`, which must be complete, while gradients of other parameters still
+        accumulate.
 
         All ranks that share these gradients call this at the same point of the schedule.
         """
