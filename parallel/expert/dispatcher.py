@@ -20,8 +20,7 @@ In backward, the gradient of `wait` starts the exchange and the gradient of `beg
 autograd runs the newest first. So operations between `begin` and `wait`, such as the shared expert, also have their
 backward between the two halves.
 
-On a GPU, all hops start in `begin`, on a separate stream (`beside`), and `wait` only waits for the last hop. On a CPU,
-the host runs the hop inside the node (the fast network) at once.
+On a GPU, `begin` starts all hops on a separate stream (`beside`), and `wait` only waits for the last hop.
 
 A token is quantized once, before it is copied. So results do not depend on the placement of experts.
 

@@ -14,9 +14,7 @@ roundings; in fp32, they differ in the last bits.
 A message is an encoded row, the token's K gates and its K expert ids (int16), from which ranks find the next targets.
 With one node, or one rank per node, there is only one hop.
 
-The counts need one small exchange per hop and one copy to the host. First, a rank tells each peer how many of its
-tokens go to the peer's node, to each rank of that node and to each expert there. Then the ranks of a node exchange the
-sums.
+The counts need one small exchange per hop and one copy to the host.
 
 Shapes besides those of dispatcher.py: N nodes, L ranks per node, F experts per rank, E = N*L*F.
 """

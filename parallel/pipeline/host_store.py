@@ -12,8 +12,7 @@ the batches in reverse order:
 Each direction has its own stream. Copies and compute wait for each other by events, so the host never waits. A tensor's
 memory is freed only after the compute stream has waited for its copy. On a CPU, copies are synchronous.
 
-Host memory is allocated in pages (pinned for a GPU), which are reused. Buffers of the exact size could rarely be
-reused, because the number of experts' rows changes with every micro-batch.
+Host memory is allocated in pages (pinned for a GPU), which are reused for batches of any size.
 """
 
 from collections import deque
