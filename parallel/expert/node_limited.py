@@ -66,7 +66,10 @@ class NodeLimitedDispatcher(ChainDispatcher):
         return DispatchPlan(sent, received, counts[4][0], counts_F, expert_ids_TK, fans)
 
     def _exchange_counts(self, outer_NX: Tensor) -> tuple[list[list[int]], Tensor]:
-        """Exchange the counts of both hops. Returns:
+        """Exchange the counts of both hops.
+
+        outer_NX: for each node, how many of this rank's tokens go to the node, to each of its ranks, and to each expert
+        there. Returns:
 
         - on the host, for each hop: the numbers of messages to and from each peer, and the number of rows
         - on the device: the number of rows per local expert
