@@ -36,7 +36,7 @@ class HeldOutQuestion:
 
     prompt: list[int]
     answer: list[int]
-    """Tokens of the true answer, its stop token included."""
+    """Tokens of the true answer, including its stop token."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class JudgedAnswers:
 
 
 def find_questions(documents: Documents, count: int) -> list[HeldOutQuestion]:
-    """Returns at most `count` questions, spread evenly over the chats. The function uses only chats whose answer ends
-    with the most frequent stop token."""
+    """Returns at most `count` questions, spread evenly over the chats. Uses only chats whose answer ends with the most
+    frequent stop token."""
     found = list(_last_turns(documents))
     stop = Counter(each.answer[-1] for each in found).most_common(1)[0][0]
     whole = [each for each in found if each.answer[-1] == stop and len(each.answer) > 1]

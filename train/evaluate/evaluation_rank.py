@@ -66,8 +66,8 @@ from train.show.writer import open_wandb
 
 
 def read_fillers(config: Config, corpus: Corpus, part: CorpusPart) -> list[list[int]]:
-    """Returns a list of held-out tokens for each text of the needle test with one length and depth. Each list is long
-    enough for the longest length. Line ends replace eos."""
+    """Returns NEEDLE_TEXTS lists of held-out tokens that fill the texts of the needle test. Each list is long enough
+    for the longest text. A line end replaces each eos."""
     longest, count = max(config.evaluate.needle), NEEDLE_TEXTS
     data = ValidationData(replace(corpus, parts=[part]), replace(config, seq_len=longest), count)
     tokens_BS, newline = data.batch(0, len(data)).tokens_BS, corpus.tokenizer.encode("\n")[-1]
@@ -107,8 +107,8 @@ def _score(
     keys: list[int],
     size: int,
 ) -> tuple[int, float]:
-    """Returns the number of found pass keys, and the mean loss of a key in nats. Each data-parallel rank runs some
-    texts. size: number of texts at a time."""
+    """Returns the number of found pass keys, and the mean loss of a pass key in nats. Each data-parallel rank runs some
+    of the texts. size: number of texts that a rank runs at a time."""
     sums_B2 = torch.zeros(len(keys), 2, dtype=torch.float64)
     for first in range(0, len(keys), size * mesh.layout.dp):
         # Every rank sends tokens to experts on other ranks, so all ranks must run the same number of forward passes. A
@@ -136,8 +136,8 @@ class _Watch:
             last.observer = partial(self._observe, last)
 
     def over(self, keys: list[int], forward: Callable[[], object]) -> Tensor:
-        """Returns two values per text, (B, 2): the loss of the pass key in nats, and the number of key tokens that are
-        not ranked first. Both count only tokens on this rank.
+        """Returns two values per text, (B, 2): the loss of the pass key in nats, and the number of key tokens that the
+        model does not rank first. Both values include only the tokens on this rank.
 
         keys: number of key tokens in each text.
         """
@@ -240,8 +240,8 @@ def _answers(
     mesh: Mesh,
     device: torch.device,
 ) -> JudgedAnswers:
-    """Scores the model's answers to held-out questions of the first source, and two baselines. If the run's initial
-    weights still exist, also scores their answers."""
+    """Scores the model's answers to held-out questions of the first source, and two baselines. If the run started from
+    weights (`init_from`) that still exist, also scores the answers of these initial weights."""
     config, part, tokenizer = target.config, sources[0].part, corpus.tokenizer
     questions = find_questions(part.validation, config.evaluate.answers)
     truth = [text_of(tokenizer, each.answer) for each in questions]

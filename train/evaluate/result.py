@@ -23,8 +23,8 @@ Keys of total and of each source:
                                     the fraction of positions where the MTP module predicts the same token as the main model
 
 The run has trained on a source if the checkpoint records its path or content hash. From such a source, the evaluation
-reads only held-out documents, with the recorded fraction. From other sources, it reads all documents. A moved folder
-keeps its hash, and an extended folder keeps its path.
+reads only held-out documents. The recorded fraction decides which documents are held out. From other sources, it reads
+all documents. A moved folder keeps its hash, and an extended folder keeps its path.
 """
 
 import json
@@ -145,7 +145,8 @@ def _of_whole_sequences(own_BT: Tensor, positions: Positions) -> Tensor:
 
 
 ALL = 1 << 62
-"""Requested number of sequences if all are evaluated. It is larger than the number in any source."""
+"""Number of sequences to request from a source to get all its sequences. It is larger than the number of sequences in
+any source."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,8 @@ def choose_sources(corpus: Corpus, config: Config, held_out: dict[str, Any] | No
 
 
 def _same_side(config: Config, held_out: dict[str, Any]) -> None:
-    """Raise UserError if the rule for held-out documents is not that of the run. Training documents would then be
-    evaluated."""
+    """Raise UserError if the configuration selects held-out documents by another rule than the run did. The evaluation
+    would then read training documents."""
     for key, was in (
         ("validation_fraction", held_out["fraction"]),
         ("hold_out_by", held_out.get("by", HoldOutBy.name)),

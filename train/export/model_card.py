@@ -77,7 +77,7 @@ def model_card(config: Config, checkpoint: Manifest, family: ModelFamily, notes:
 
 
 def _figures(checkpoint: Path, step: int, config: Config) -> Iterator[tuple[str, str, str]]:
-    """Yields name, value and meaning of each figure that was measured at this step."""
+    """Yields name, value and meaning of each figure that was measured at the exported step."""
     run = checkpoint.parents[1]
     file = run / "metrics.jsonl"
     heads = [head for head in read_heads(file) if head.get("step") == step] if file.is_file() else []

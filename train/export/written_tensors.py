@@ -41,8 +41,8 @@ class ExportTensor:
 
 
 class PieceWriter:
-    """Writes one safetensors file in pieces, in a `with` block. Unless the block raised an exception, its end asserts
-    that every byte was written."""
+    """Writes one safetensors file in pieces, in a `with` block. If the block ends without an exception, the writer
+    asserts that every byte was written."""
 
     def __init__(self, path: Path, outs: list[ExportTensor], metadata: dict[str, str] | None = None):
         self._outs = {out.name: out for out in outs}

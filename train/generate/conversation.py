@@ -1,7 +1,7 @@
 """Answers questions turn by turn (generate.chat=true), with the chat template of the weights.
 
 An answer ends with a stop token or with the end of a document. If the turns no longer fit into the context, the oldest
-are left out.
+turns are left out.
 
 In a terminal, Ctrl-D and /quit end the conversation, and /reset removes all turns. Ctrl-C stops an answer, which still
 becomes a turn. Without a terminal, each line of standard input is a question.

@@ -1,7 +1,7 @@
 """Generates tokens for a batch of prompts: prefill, then one token of every text per step.
 
-Prompts are padded on the left. A row that has ended leaves the batch. The first step feeds the prompt, and each later
-step the newest token. So the cache is one token shorter than the text.
+Prompts are padded on the left. A row that has ended leaves the batch. The first step feeds the prompt to the model.
+Each later step feeds the newest token. So the cache is one token shorter than the text.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -99,8 +99,8 @@ class Generation:
     ):
         """Raises UserError for a prompt that leaves no room in the context.
 
-        All rows have the same seed; with own_seeds, row i has seed + i. tap: a RoutingTap on the decoder's model,
-        required for `drawn`.
+        own_seeds: row i draws with seed + i; otherwise, all rows draw with `seed`. tap: a RoutingTap on the decoder's
+        model, required for `drawn`.
         """
         assert prompts and all(prompts), "a prompt has at least the token that starts a document"
         self._decoder, self._sampler, self._limits = decoder, sampler, limits
@@ -124,8 +124,8 @@ class Generation:
 
     @property
     def drawn(self) -> list[DrawnText]:
-        """The text of each prompt with its log-probabilities and experts. It needs a tap, and is complete only after
-        all texts have ended."""
+        """The generated text of each prompt, with log-probabilities and experts. This property needs a tap. It is
+        complete only after all texts have ended."""
         found = []
         for row in self._rows:
             tokens, before, after = (list(part) for part in zip(*row.drawn, strict=True))
@@ -161,7 +161,8 @@ class Generation:
         return next_B
 
     def _record(self, tokens_B: Tensor, logits_BV: Tensor, p_BV: Tensor, length: int) -> None:
-        """Record the drawn tokens for `drawn`. length: number of positions in this step, left padding included."""
+        """Record the drawn tokens for the property `drawn`. length: number of positions in this step, including left
+        padding."""
         if self._tap is None:
             return
         tokens_B1 = tokens_B.unsqueeze(1)

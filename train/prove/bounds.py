@@ -67,8 +67,8 @@ def is_tiled(config: Config) -> bool:
 
 
 def coarsest(config: Config) -> str:
-    """Returns the coarsest number format of the recipe, as a key of UNIT. An FP8 wire format rounds dispatched rows in
-    every precision."""
+    """Returns the coarsest number format of the recipe, as a key of UNIT. With an FP8 wire format, the result is `e4m3`
+    in every precision, because dispatched rows are rounded to FP8."""
     if is_tiled(config):
         return "e4m3"
     return "bf16" if config.precision.name != "fp32" else "fp32"
@@ -87,7 +87,7 @@ def chosen(proof: str, config: Config) -> Bound:
     """Returns the bound on the error of the router's scores. Errors within this bound may change a rank's choice of
     experts.
 
-    The slope of a sigmoid is at most 1/4. A softmax score depends on all logits, so it may change twice as much.
+    The slope of a sigmoid is at most 1/4. A softmax score depends on all logits, so the function uses twice this slope.
     """
     if proof == "exact":
         return Bound(0.0, "the same experts in the same order")

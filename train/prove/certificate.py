@@ -49,12 +49,12 @@ VERIFIED = {
     ),
 }
 """Maps each verifiable field of card.md to two values: the phases whose comparisons must hold, and the statement that
-they verify."""
+these comparisons verify."""
 NOT_HERE = {
     "conversion": "a proof does not convert weights; `mode=export` writes a Hugging Face folder, and `init_from` reads one",
     "speed": "a proof does not measure speed; `python -m bench` and the metrics of a run do",
 }
-"""Maps each field of card.md that mode=prove does not verify to a text."""
+"""The fields of card.md that mode=prove does not verify, each with a text that explains why."""
 NEVER_PROVEN = [
     "kernels of GPUs, and NCCL, unless the ranks ran on GPUs",
     "sizes beyond the miniature: memory, overflow of counters, speed",
@@ -75,7 +75,7 @@ class Certificate:
     device: str
     steps: int
     cuts: Sequence[str]
-    """Sentences about everything in which the miniature differs from the recipe."""
+    """Sentences about all differences between the miniature and the recipe."""
     seconds: float
     verdicts: Sequence[ProofVerdict]
     differences: Sequence[Difference]

@@ -29,7 +29,7 @@ class Measurement(NamedTuple):
     """A measured difference, in the unit of its bound."""
 
     errors: Tensor
-    """Error of each element, from which the worst element is found."""
+    """Error of each element. A failure report names the element with the largest error."""
     error: float
     """The error that is compared with the bound."""
     scale: float | None = None
@@ -39,8 +39,7 @@ class Measurement(NamedTuple):
     inconclusive: int = 0
     """Number of inconclusive elements. In such an element, rounding could hide a fault."""
     most_inconclusive: float = math.inf
-    """Maximum number of inconclusive elements. If there are more, the comparison fails, because it would prove too
-    little."""
+    """Maximum number of inconclusive elements. If there are more, the comparison fails."""
 
 
 DifferenceMeasure = Callable[[Tensor, Tensor], Measurement]
@@ -102,8 +101,9 @@ class Comparisons:
         measure: DifferenceMeasure | None = None,
         widen: Callable[[Bound, float], Bound] | None = None,
     ) -> None:
-        """Compare the ranks' value `got` with the expected value `want`. measure: measures the difference; by default
-        the result of `in_size`. widen: returns a wider bound if the error exceeds `bound`."""
+        """Compare the ranks' value `got` with the expected value `want`. measure: function that measures the
+        difference; None: the function that `in_size` returns. widen: function that returns a wider bound; called if the
+        error exceeds `bound`."""
         flat = (torch.as_tensor(one, dtype=torch.float64).detach().flatten() for one in (got, want))
         got_N, want_N = flat
         if len(got_N) != len(want_N):

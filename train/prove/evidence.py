@@ -60,7 +60,7 @@ class StepInfo:
     part: int
     """Part of the run: 0 for the first part, 1 for the part that resumes from the checkpoint in another layout."""
     step: int
-    """Number of the step; 0 for the state at the start of a part."""
+    """Number of the step, from 1; 0 for the state before the first step of a part of the run."""
     rank: int
     layout: str
     device: str
@@ -98,8 +98,8 @@ class Evidence:
     info: StepInfo
     tensors: dict[str, Tensor] = field(default_factory=dict)
     places: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
-    """Maps the key of each shard to its first index in the flattened complete tensor, and the complete tensor's
-    shape."""
+    """Maps the key of each shard to two values: the index of the shard's first element in the flattened complete
+    tensor, and the shape of the complete tensor."""
 
     def add(self, kind: str, name: str, tensor: Tensor) -> None:
         self.add_seen({f"{kind}/{name}": tensor})
@@ -172,8 +172,8 @@ def assemble(ranks: list[Evidence], kind: str) -> State:
 
 
 def calls_by_name(ranks: list[Evidence], kind: str) -> dict[str, list[tuple[Evidence, int, Tensor]]]:
-    """Maps the name of each part to its calls on all ranks. A call is (evidence of the rank, index of the micro-batch,
-    tensor)."""
+    """Maps the name of each part of the model to the part's calls on all ranks. A call is (evidence of the rank, index
+    of the micro-batch, tensor)."""
     found: dict[str, list[tuple[Evidence, int, Tensor]]] = {}
     for rank in ranks:
         for name, number, tensor in rank.calls_of_kind(kind):
@@ -193,8 +193,9 @@ def depth_of(name: str) -> int:
 
 
 def places_of(info: StepInfo, seq_len: int, depth: int) -> list[int]:
-    """Returns a rank's positions of a sequence, at an MTP depth (0: the main model). Context parallelism cuts a
-    sequence into 2 cp pieces: each rank has one piece of each half."""
+    """Returns the positions of a sequence that a rank computes, at an MTP depth (0: the main model). Context
+    parallelism cuts a sequence into 2 cp pieces. Each rank computes one piece of the first half and one of the second
+    half."""
     last, size = seq_len - depth, seq_len // (2 * info.cp)
     if info.cp == 1:
         return list(range(last))
@@ -205,7 +206,7 @@ def places_of(info: StepInfo, seq_len: int, depth: int) -> list[int]:
 class EvidenceWatch:
     """Records the outputs of the model's parts, and the gradients of these outputs, during training.
 
-    Micro-batches pass a chunk in order, so the number of earlier calls is the index of the micro-batch.
+    A chunk computes the micro-batches in order, so the number of its earlier calls is the index of the micro-batch.
     """
 
     def __init__(self, chunks: list[DeepSeekV3], sent: bool = False):

@@ -43,8 +43,8 @@ origin."""
 def first_of(differences: Sequence[Difference]) -> Difference | None:
     """Returns the failed comparison that is closest to the origin of a fault.
 
-    differences: in the order of the computation. In low precision, a difference in a single part takes precedence,
-    because bounds on the complete model are wide.
+    differences: failed comparisons, in the order of the computation. In low precision, a difference in a single part
+    takes precedence, because bounds on the complete model are wide.
     """
     if not differences or not is_blurred(differences[0]):
         return differences[0] if differences else None

@@ -2,7 +2,8 @@
 router.
 
 The inputs are the recorded inputs of the rank. All arithmetic is in fp64, with rounding only where the recipe stores a
-result. A `Total` (train/prove/low_precision.py) also has the sum of the terms' magnitudes, the unit of rounding errors.
+result. A `Total` (train/prove/low_precision.py) also has the sum of the terms' magnitudes, because rounding errors are
+proportional to this sum.
 
 Shapes: as in train/prove/reference.py; N rows.
 """
@@ -98,8 +99,8 @@ def attend_back(
 
 
 def query_sizes(config: Values, places: Sequence[int]) -> Tensor:
-    """Returns the factors of the queries at these positions, as in Llama 4, fp64 (T, 1). Without yarn.query_growth, all
-    factors are 1."""
+    """Returns the factor by which the query at each of these positions is multiplied, as in Llama 4, fp64 (T, 1).
+    Without yarn.query_growth, all factors are 1."""
     yarn = config.model.yarn
     steps = [place // yarn.original_seq_len for place in places]
     return torch.tensor([[1 + yarn.query_growth * math.log1p(step)] for step in steps], dtype=torch.float64)

@@ -67,8 +67,8 @@ from train.prove.step_parts import StepParts
 def judge_all(config: Config, proofs: Sequence[str] | None = None, at_a_time: int = 1) -> ProofFindings:
     """Judges the checks `proofs` (None: all) after the ranks have ended.
 
-    at_a_time: number of checks that are judged at the same time. If it is above 1, forks of this process judge them.
-    Then this process must not have computed with torch before.
+    at_a_time: number of checks that are judged at the same time. If it is above 1, forks of this process judge the
+    checks, and this process must not have computed with torch before.
     """
     given = [*PROOFS] if proofs is None else proofs
     if at_a_time == 1:
@@ -230,8 +230,8 @@ class Judge:
         judge_tally(self.at, ranks, self.tally)
 
     def _is_best(self) -> bool | None:
-        """Returns whether the state after this step has the lowest validation loss so far. None without
-        checkpoint.keep_best, in the second part of the run, and without a validation loss."""
+        """Returns whether the state after this step has the lowest validation loss so far. Returns None if
+        checkpoint.keep_best is off, if this is the second part of the run, or if there is no validation loss yet."""
         if not self.at.config.checkpoint.keep_best or self.at.part or not self.losses:
             return None
         is_best = min(self.losses, key=self.losses.__getitem__) == self.at.step
@@ -239,8 +239,8 @@ class Judge:
         return is_best
 
     def _judge_validation(self, ranks: list[Evidence], after: State) -> None:
-        """Judge the validation loss, if the step has one. The last step of each part has one. With
-        checkpoint.keep_best, every step of the first part has one too."""
+        """Judge the validation loss, if the step has one. The last step of each part of the run has a validation loss.
+        With checkpoint.keep_best, every step of the first part has one."""
         if self.run is not None and (self.at.step == self.run.last or self.run.config.log.validate_every == 1):
             judge_validation(self.at, ranks, self._plain(after))
             self.losses[self.at.step] = ranks[0].info.validation_loss or math.inf

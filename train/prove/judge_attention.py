@@ -35,7 +35,8 @@ class AttentionCall:
     """Attention of one micro-batch on one rank."""
 
     call: PartCall
-    """The call that recorded the output of attention, or the call of the output projection."""
+    """The call that recorded the output of attention. With context parallelism, it is the call of the output
+    projection, whose input is this output."""
     what: str
     """Name under which the call recorded the output of attention."""
     out: PartCall | None
@@ -200,8 +201,8 @@ def _rope_keys(step: StepParts, name: str, rank: Evidence, number: int, length: 
 
 
 def _judge_shared_slopes(step: StepParts, name: str, one: AttentionCall, slopes: high.AttentionSlopes) -> None:
-    """Judge the gradients of a rank's queries. Also judge their contributions to the gradients of each block of keys
-    and values."""
+    """Judge the gradients of a rank's queries. Also judge how much these queries contribute to the gradients of each
+    block of keys and values."""
     nope, heads, rank, bound = step.config.model.nope_head_dim, one.q.size(1), one.call.rank, _in_scores(step)
     grown = high.query_sizes(step.config, one.places)
     dq, size, off = slopes.q.x * grown, slopes.q.size * grown, low.slack(slopes.q) * grown

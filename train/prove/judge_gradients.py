@@ -3,9 +3,9 @@
 Every recipe computes these sums in fp32 (paper 3.3.1). So each element of a reduced gradient must match within fp32
 rounding.
 
-A rank records only the total over its micro-batches. The code here tests that it was summed in fp32, by the fraction of
-its elements that are exact in bf16. A total of one term may be a matmul result in bf16, so it is not tested.
-train/prove/judge_matmuls.py judges the values.
+A rank records only the total of a gradient over its micro-batches. The code here tests whether the total was summed in
+fp32. A total in fp32 has few elements that are exact in bf16. A total of one micro-batch is not tested, because it may
+be a matmul result in bf16. train/prove/judge_matmuls.py judges the values.
 """
 
 import re
@@ -19,8 +19,8 @@ from train.prove.comparison import Comparisons, in_each
 from train.prove.evidence import Evidence, State, assemble, depth_of
 
 MORE = 4
-"""Number of roundings in a sum over ranks, besides one per term: divisions, and the second gradient of a tied
-embedding."""
+"""Number of roundings in a sum over ranks, in addition to one rounding per term. Divisions and the second gradient of a
+tied embedding cause them."""
 MOST_IN_BF16, ENOUGH = 0.9, 16
 """MOST_IN_BF16: maximum fraction of elements of an fp32 sum that may be exact in bf16. ENOUGH: minimum number of
 elements for a conclusive test."""
@@ -64,9 +64,9 @@ def _is_by_micro_batch(rank: Evidence) -> bool:
 
 
 def _terms_of(weight: str, came: Counter[str]) -> int:
-    """Returns the number of terms in the gradient of a weight: micro-batches with a non-zero gradient of the smallest
-    recorded part around the weight. For the head, the result is the sum over all its inputs. In a warm-up of indexers,
-    no part has a gradient, so the result is 1.
+    """Returns how many micro-batches contribute to the gradient of a weight. A micro-batch contributes if the smallest
+    recorded part with this weight gets a non-zero gradient. For the head, the function adds the numbers of the final
+    norm and of the last MTP module. In a warm-up of indexers, no part has a gradient, so the result is 1.
 
     came: maps each recorded part to its number of micro-batches with a non-zero gradient.
     """
@@ -81,7 +81,8 @@ def _terms_of(weight: str, came: Counter[str]) -> int:
 def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]], signs: bool = True) -> State:
     """Returns the mean of the local gradients over the ranks of a pipeline stage, without Sluice's reduction.
 
-    signs: if False, averages absolute values (`sizes`, if a rank recorded them).
+    signs: whether gradients keep their signs. If False, the result is the mean of absolute values (of the recorded
+    `sizes`, if a rank recorded them).
     """
     found: State = {}
     for rank in ranks:

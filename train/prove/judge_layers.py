@@ -18,8 +18,8 @@ from train.prove.step_parts import ELEMENTS, MOST_INCONCLUSIVE, PartCall, StepPa
 HALF = 2.0**-9
 """Largest relative error of rounding a number to bf16."""
 MOST_INCONCLUSIVE_ADAPTED = 0.2
-"""Maximum fraction of inconclusive elements in the input gradient of an adapted head. One logit near a rounding tie
-makes a complete row inconclusive."""
+"""Maximum fraction of inconclusive elements in the input gradient of an output head with LoRA. One logit near a
+rounding tie makes a complete row inconclusive."""
 SPLIT = 2.0**-15
 """Relative error of a router's gradient on a GPU, which splits each fp32 operand into two bf16 numbers."""
 NO_GRADIENT = Bound(0.0, "positions that are not learnt have no gradient")
@@ -162,8 +162,8 @@ def judge_head_back(step: StepParts, name: str) -> None:
 
 
 def _head_calls(step: StepParts) -> Iterator[tuple[PartCall, high.HeadSlopes, Tensor | None]]:
-    """Yields the calls of the head, as (call, expected results, mask). mask: True for rows with a learnt target; None
-    for all rows."""
+    """Yields the calls of the head, as (call, expected results, mask). mask: True for rows whose target counts in the
+    loss; None if all targets count."""
     order, lora = step.in_rows(step.config.model.hidden).value, WeightLora(step, "head.weight")
     for depth in range(1 + step.config.model.mtp_depth):
         seats = reference.Seats.of(step.batch, depth)
@@ -194,8 +194,8 @@ def _times(one: Total, factor: Tensor) -> Total:
 
 
 def judge_router(step: StepParts, name: str) -> None:
-    """Judge the gates and the chosen experts. Only because of rounding errors may a chosen expert have a lower score
-    than another expert."""
+    """Judge the gates and the chosen experts. If a chosen expert has a lower score than an expert that was not chosen,
+    the scores must be equal within rounding errors."""
     model, weight, order = step.config.model, step.weights[f"{name}.weight"], step.in_rows(step.config.model.hidden)
     for call in step.calls.get(name, []):
         ids_BTK, gates = _routed(call, "forward", "ids"), _routed(call, "forward", "gates")
@@ -231,8 +231,8 @@ def judge_router_back(step: StepParts, name: str) -> None:
 
 
 def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a derivative of the balance loss (paper eq. 17-20), and its possible error due to nearly equal scores.
-    Both have the shape (B, T, E).
+    """Returns the derivative of the balance loss (paper eq. 17-20), and the possible error of this derivative due to
+    nearly equal scores. Both have the shape (B, T, E).
 
     The derivative is with respect to an expert's fraction of a token's summed scores. The loss counts tokens per expert
     in a sequence, or in each independent sample.

@@ -55,8 +55,8 @@ class LoopJudge:
             self._judge_step(step, ranks)
 
     def _judge_logprobs(self, step: LoopStep, ranks: list[Evidence]) -> None:
-        """Judge the log-probabilities that the ranks requested between two calls. A target is compared only if it is in
-        the same sample as the previous token."""
+        """Judge the log-probabilities that the ranks requested between two calls of forward_backward. A target is
+        compared only if it is in the same sample as the previous token."""
         batch = self._batches[0]
         want_BT = self._plain([batch], replayed=True, with_balance=False).logprobs(batch)
         assert batch.documents_BS is not None

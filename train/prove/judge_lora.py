@@ -2,8 +2,8 @@
 A and B are trained.
 
 Each matmul with A or B, each multiplication with the scale and each sum is rounded once. The reference uses the
-recorded input after dropout. The judge checks the fraction of dropped elements and the factor on the others. It cannot
-check which elements were dropped.
+recorded input after dropout. The judge checks the fraction of dropped elements and the factor on the other elements. It
+cannot check which elements were dropped.
 """
 
 import math
@@ -83,8 +83,8 @@ class WeightLora:
         return self._sum(terms)
 
     def widen(self, given: LoraCall, weight: Tensor) -> tuple[NearNumbers, Tensor]:
-        """Returns the operands of one matmul with the LoRA term, as in the output head. Left: x concatenated with scale
-        A x. Right: the weight concatenated with B."""
+        """Returns the operands of one matmul that includes the LoRA term, as in the output head. The left operand is x,
+        concatenated with scale A x. The right operand is the weight, concatenated with B."""
         x = given.x
         for name in self.names:
             self._judge_dropout(given)
@@ -117,8 +117,8 @@ class WeightLora:
             self._step.compare_gradient(name, made, most=most)
 
     def _judge_dropout(self, given: LoraCall) -> None:
-        """Compare the dropped fraction and the factor of dropout. The reference does not know which inputs were
-        dropped."""
+        """Compare the fraction of inputs that dropout dropped, and the factor on the other inputs. The reference does
+        not know which inputs were dropped."""
         at, name, share, given_x = self._step.at, given.call.name, self._share, given.x.x
         if share and not given.call.has(given.dropped):
             at.fail("dropout", name, "no rank recorded the input after dropout", rank=given.call.rank)

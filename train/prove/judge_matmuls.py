@@ -196,7 +196,7 @@ def _by_expert(counts: list[int], here: range, rows: NearNumbers, weight: NearNu
 def _add_rows(
     step: StepParts, call: PartCall, base: Tensor, made: SumOverCalls, dy: NearNumbers, x: NearNumbers
 ) -> None:
-    """Add one call's contribution to the gradient of LoRA A or B of experts. base: the weight that LoRA adapts."""
+    """Add one call's contribution to the gradient of the experts' LoRA A or B. base: the weight that LoRA adapts."""
     made.add_rows(dy, x, _rows(call), _here(call), len(base), step.rounds_gradients)
 
 

@@ -1,5 +1,5 @@
-"""Compares one step of the complete model with the reference's step (train/prove/reference.py): outputs, chosen experts
-and keys, losses and gradients."""
+"""Compares one step of the complete model with the reference's step (train/prove/reference.py): outputs, the experts
+that routers chose, the keys that sparse attention chose, losses and gradients."""
 
 import math
 from collections.abc import Callable
@@ -111,8 +111,9 @@ class WholeModel:
         return by_sample[rank.rows(number)][:, self._places(rank, name, count)]
 
     def _places(self, rank: Evidence, name: str, count: int | None) -> list[int]:
-        """Returns the positions for which a rank has this output. count: number of recorded positions; None: those of
-        `places_of`. With context parallelism, an embedding has extra positions after each piece, for MTP modules."""
+        """Returns the positions for which a rank has this output. count: number of recorded positions; None: as many as
+        `places_of` returns. With context parallelism, an embedding has extra positions after each piece, for MTP
+        modules."""
         config, info = self.at.config, rank.info
         here = places_of(info, config.seq_len, depth_of(name))
         if info.cp == 1 or count in (None, len(here)):
@@ -122,8 +123,8 @@ class WholeModel:
         return here + [t for end in ends for t in range(end, min(end + config.model.mtp_depth, last))]
 
     def _judge_choice(self, name: str, rank: Evidence, number: int, ids: Tensor) -> None:
-        """Judge the chosen experts. Except in check `exact`, a rank may choose other experts than the reference if the
-        scores are equal within rounding errors."""
+        """Judge the chosen experts. In check `exact`, a rank must choose the experts of the reference. In other checks,
+        it may choose other experts with equal scores, within rounding errors."""
         at = self.at
         bound = chosen(at.proof, at.config)
         if at.proof == "exact":
@@ -141,9 +142,9 @@ class WholeModel:
         at.compare("chosen experts", name, excess, 0.0, bound, rank=rank, scale=1.0, widen=widen)
 
     def _judge_keys(self, name: str, rank: Evidence, number: int, keys_BTK: Tensor) -> None:
-        """Judge the keys that sparse attention chose. Except in check `exact`, a rank may choose other keys than the
-        reference. Then the query must be allowed to attend to them, and their number must be right. Their scores must
-        equal the best scores within rounding errors."""
+        """Judge the keys that sparse attention chose. In check `exact`, a rank must choose the keys of the reference.
+        In other checks, it may choose other keys under three conditions: the query may attend to these keys, their
+        number is right, and their scores equal the best scores within rounding errors."""
         at, chooser = self.at, self._chooser(name)
         index_of = partial(self._output, f"{chooser}.index", rank, number, None)
         index_BTS, want_BTS = index_of(self.want).detach(), self._output(f"{name}.keys", rank, number, None, self.want)
@@ -168,8 +169,8 @@ class WholeModel:
         at.compare("chosen keys", f"{name}, their scores", excess, 0.0, bound, rank=rank, scale=scale, widen=widen)
 
     def _chooser(self, name: str) -> str:
-        """Returns the name of the attention whose indexer chose the keys for the attention `name`: itself, or the
-        nearest earlier attention with an indexer."""
+        """Returns the name of the attention whose indexer chose the keys for the attention `name`. If `name` has no
+        indexer, it is the nearest earlier attention with an indexer."""
         names = [key.removesuffix(".keys") for key in self.want.seen.values if key.endswith(".keys")]
         before = names[: names.index(name) + 1]
         return next(one for one in reversed(before) if f"{one}.index" in self.want.seen.values)
@@ -211,7 +212,7 @@ def judge_validation(at: Comparisons, ranks: list[Evidence], plain: PlainModel) 
 
 
 def chosen_by_ranks(ranks: list[Evidence], seq_len: int) -> dict[str, Tensor]:
-    """Returns the choices of all ranks for the complete batch:
+    """Returns the experts and the keys that all ranks chose, for the complete batch:
 
     ROUTER            chosen experts (N, K)
     ATTENTION.keys    mask (B, T, T), True where a query attends to a key

@@ -5,8 +5,8 @@ The formulas in train/prove/low_precision.py and high_precision.py round whereve
 differs only by the order of a sum and by one rounding. The comparison subtracts the one rounding, and divides the rest
 by the sum of the terms' magnitudes. The bound is a few millionths, instead of three quarters for a complete FP8 model.
 
-If rounding ties may change an element by more than the fraction INCONCLUSIVE, it is inconclusive. If more than the
-fraction MOST_INCONCLUSIVE of a tensor is inconclusive, the comparison fails.
+An element is inconclusive if rounding ties may change it by more than INCONCLUSIVE times the sum of its terms'
+magnitudes. If more than the fraction MOST_INCONCLUSIVE of a tensor's elements are inconclusive, the comparison fails.
 """
 
 import re
@@ -33,16 +33,16 @@ PART_JUDGES: tuple[tuple[str, PartJudge, PartJudge], ...] = (
     (r"(.*\.(?:ffn|shared))\.w13", judge_matmuls.judge_swiglu, judge_matmuls.judge_swiglu_back),
     (r"(.*)\.kv_up", judge_attention.judge_attention, judge_attention.judge_attention_back),
 )
-"""Rows of (pattern for the name of a weight without `.weight`, judge of forward, judge of backward). The pattern's
-first group is the judged part."""
+"""Each row has a pattern for the name of a weight (without `.weight`), the function that judges forward, and the
+function that judges backward. The first group of the pattern matches the name of the judged part."""
 WITHIN = ("", ".w13", ".0", ".out", ".ffn_norm")
-"""Suffixes under which the calls of a part are recorded. FFN, head, attention and block have the suffix of a layer
-inside them."""
+"""Suffixes of names. The calls of a part are recorded under the part's name plus one of these suffixes. For an FFN,
+attention or a block, the suffix names a layer inside the part. For the head, the suffix is the MTP depth 0."""
 
 
 def judge_parts(step: StepParts) -> None:
     """Judge forward from the first part to the last, then backward in the opposite order. If recorded tensors are
-    missing, report only these."""
+    missing, report only the missing tensors."""
     at, parts = step.at, list(_parts_of(reference.weight_shapes(step.config.model)))
     if step.config.optim.index_warmup:  # other parts have no gradients; a proof without warm-up judges them
         parts = [part for part in parts if ".indexer." in part[0]]

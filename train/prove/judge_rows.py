@@ -1,7 +1,7 @@
 """Judges dispatch and combine: compares the rows that arrive with the rows that were sent, for each layer, micro-batch
 and expert group.
 
-Rows and tokens are matched by expert and gate, not by their order.
+Rows and tokens are matched by expert and gate, not by their order. These values are compared:
 
     forward     gates at the experts, rows at the experts, sums of expert outputs
     backward    gradients at the experts, gradients of gates, sums of gradients of rows
@@ -28,8 +28,8 @@ AT_TOKENS = ("x", "ids", "gates", "y", "d_x", "d_gates", "d_y")
 AT_EXPERTS = ("rows", "row_gates", "counts", "out", "d_rows", "d_row_gates", "d_out")
 ROWS = Bound(0.0, "bit for bit: rows are rounded once, by the sender")
 SeenTensors = dict[str, Tensor]
-"""Maps the names of watched_dispatcher.py to the tensors of one layer and micro-batch, concatenated over the ranks of
-an expert group."""
+"""The tensors of one layer and micro-batch by name, concatenated over the ranks of an expert group. The keys are the
+tensor names in watched_dispatcher.py, such as `rows` and `d_out`."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class SentRows:
         return _order(*(self.seen[name].flatten() for name in ("ids", "gates", "d_gates")))
 
     def hops(self) -> list[int]:
-        """Returns the additions of the combine before the token's rank, for the argument `hops` of `summed_rows`:
+        """Returns the value of the argument `hops` of `summed_rows`. It is a list of these numbers, each only under its
+        condition:
 
         number of experts on a rank    if the rank of the experts adds the rows of a token
         number of experts on a node    if the node of the experts adds these sums again
@@ -95,8 +96,8 @@ def judge_rows(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def _judge_sent(at: Comparisons, sent: SentRows, quantity: str, names: tuple[str, str], floor: float) -> None:
-    """Judge the rows that tokens sent to experts. names: names of the sent and of the received tensor. floor: lower
-    bound of the magnitude for an FP8 scale."""
+    """Judge the rows that tokens sent to experts. names: names of the sent and of the received tensor. floor: the
+    smallest magnitude from which an FP8 scale is computed."""
     given, arrived = (sent.seen[name] for name in names)
     rows_TD, top_k = given.double(), sent.seen["ids"].size(1)
     if at.config.parallel.wire == "fp8" and sent.ranks[0].info.ep > 1:

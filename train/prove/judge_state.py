@@ -78,7 +78,7 @@ def judge_same(at: Comparisons, quantity: str, ranks: list[Evidence], want: Stat
     """Compare the state of all ranks, and the biases in their routers, with `want`, bit for bit. Returns the state of
     the ranks.
 
-    quantity: name of the compared quantity. own: another name for the biases; None for `quantity`.
+    quantity: name of the compared quantity. own: name of the quantity for the routers' biases; None: `quantity`.
     """
     got = state_after(at.config, ranks)
     at.same_names("state", got, want)

@@ -19,10 +19,11 @@ QUANTITIES = {
     "exp_avg": "first moments",
     "exp_avg_sq": "second moments",
 }
-"""Maps each kind of state to its name in the findings. Other kinds, such as momentum, keep their name."""
+"""Maps a kind of state, such as `exp_avg`, to its name in the findings. Kinds that are missing here, such as momentum,
+keep their name."""
 ROUNDINGS = {"master": 4, "ema": 2, "bias": 2}
-"""Maximum number of fp32 roundings for each kind of state. train/prove/updates.py has the numbers for the optimizer's
-state."""
+"""Maximum number of fp32 roundings in one update, for master weights, their average (ema) and the routers' biases. For
+moments and momentum, see `PlainUpdate.roundings` in train/prove/updates.py."""
 STATE_ROUNDINGS = {kind: count for formula in UPDATES.values() for kind, count in formula.roundings.items()}
 SMALLEST_BF16 = 2.0**-133
 """The smallest positive bf16 number."""
@@ -151,10 +152,10 @@ def _judge_moved(
 
 
 def _judge_decay(at: Comparisons, name: str, before: Tensor, got: Tensor, want: Tensor, rounded: Tensor) -> None:
-    """Judge weight decay: the part of the error that is proportional to the weights.
+    """Judge weight decay. A wrong decay causes an error that is proportional to the weights.
 
-    In a mean over all elements, rounding errors average out. So the comparison detects a wrong decay below the rounding
-    error of an element.
+    The comparison uses a mean over all elements, in which rounding errors average out. So it detects a wrong decay even
+    if the error of each element is smaller than one rounding error.
     """
     square = before.square().sum().clamp_min(SMALLEST)
     error = float(((got - want) * before).sum() / square)

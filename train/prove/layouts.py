@@ -47,18 +47,19 @@ def without_dropout(config: Config) -> Config:
 
 
 TILED = 136
-"""Every width in check `tiles`: two tiles of 128, the second not full. With one tile, the check could not detect the
-use of a neighbouring tile's scale."""
+"""Value of every width in check `tiles`. It gives two tiles of 128, of which the second is not full. With one tile, the
+check could not detect the use of a neighbouring tile's scale."""
 TILED_HEADS = 4
 WARP, WIDE_RANKS = 32, 2
-"""WARP: number of threads in a warp. In check `tiles`, each rank has more than WARP experts, if possible. WIDE_RANKS:
-with more ranks in an expert group, the experts together would take a gigabyte."""
+"""WARP: number of threads in a warp. If the recipe has at least WARP experts, each rank has more than WARP experts in
+check `tiles`. WIDE_RANKS: maximum number of ranks in an expert group for this rule. With more ranks, the experts
+together would take a gigabyte."""
 SLOW = 1e-9
-"""Learning rate of check `tiles` with FP8 matmuls or an FP8 wire format. It keeps norm weights so small that some tiles
-get the smallest FP8 scale."""
+"""Learning rate of check `tiles` with FP8 matmuls or an FP8 wire format. With a higher rate, updates would enlarge the
+small norm weights that give some tiles the smallest FP8 scale."""
 FAINT = 1e-13
-"""Weight of the MTP loss in check `tiles` with FP8 matmuls or an FP8 wire format. Some tiles of its gradient get the
-smallest FP8 scale."""
+"""Weight of the MTP loss in check `tiles` with FP8 matmuls or an FP8 wire format. The weight is so small that some
+tiles of the MTP loss's gradient get the smallest FP8 scale."""
 
 
 def with_two_tiles(config: Config) -> Config:
@@ -101,8 +102,8 @@ def with_two_tiles(config: Config) -> Config:
 
 def with_pattern(sparse: SparseAttention, stages: Sequence[int]) -> SparseAttention:
     """Returns settings of sparse attention in which as many layers as possible reuse the keys of an earlier layer. Each
-    stage's first layer chooses keys. In a stage of three or more layers, the second layer does too. stages: layers of
-    each stage."""
+    stage's first layer chooses keys. In a stage of three or more layers, the second layer also chooses keys. stages:
+    layers of each stage."""
     if "S" not in sparse.pattern:
         return sparse
     letters = {0: "", 1: "F", 2: "FS"}
@@ -155,8 +156,8 @@ def stop_step(config: Config) -> int:
 def watched_steps(config: Config) -> set[int]:
     """Returns the steps in which single layers are also judged: the first step after the checkpoint, in both parts.
 
-    In the first part, weights have changed before this step. So it shows whether cached casts of weights were updated
-    too.
+    In the first part, weights have changed before this step. So the step shows whether cached casts of weights were
+    updated too.
     """
     return {stop_step(config)}
 
@@ -180,8 +181,8 @@ def run_part(config: Config, number: int, ranks: int) -> RunPart:
 
 
 def run_parts(proof: str, config: Config, ranks: int, numbers: Sequence[int]) -> list[RunPart]:
-    """Returns the configured parts of a check's run. numbers: 0 before the resume, 1 after it. Check `tiles` has only
-    part 0."""
+    """Returns the configured parts of a check's run. numbers: indices of the parts: 0 before the resume, 1 after it.
+    Check `tiles` has only part 0."""
     if proof == "tiles":
         return [RunPart(0, config, config.steps, None) for number in numbers if number == 0]
     return [run_part(config, number, ranks) for number in numbers]
@@ -207,8 +208,8 @@ def _go_on(config: Config, ranks: int) -> Config:
 
 
 def _held_out(config: Config, ranks: int) -> int:
-    """Returns the number of validation sequences, at least three. The data-parallel ranks of neither layout divide it
-    evenly."""
+    """Returns the number of validation sequences, at least three. In both layouts, the data-parallel ranks cannot
+    divide these sequences evenly."""
     other = second_layout(config, ranks)
     passes = {config.micro_batch_size * config.parallel.dp, other.dp} - {1}
     return next(count for count in itertools.count(3) if all(count % size for size in passes))
@@ -236,7 +237,8 @@ def in_layout(config: Config, parallel: Parallel) -> Config:
 
 
 def _others(config: Config, world: int) -> Iterator[Parallel]:
-    """Yields candidates for the second layout, beginning with those that differ most from the recipe's layout."""
+    """Yields candidates for the second layout, beginning with the candidates that differ most from the recipe's
+    layout."""
     own = config.parallel
     plain = replace(
         own,

@@ -106,8 +106,8 @@ def counting(documents_BS: Tensor) -> Tensor:
 
 
 def _draw(config: Config, name: str, first: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Draws normal numbers in fp32. They depend only on `name` and the row's index: `first` plus its place in this
-    batch."""
+    """Draws normal numbers in fp32. The numbers of a row depend only on the seed, on `name` and on the row's index in
+    the step. first: index of the first row."""
     rows = [torch.randn(shape[1:], generator=drawing(f"{config.seed}/loop/{name}/{first + row}"), dtype=torch.float32)
             for row in range(shape[0])]  # fmt: skip
     return torch.stack(rows)

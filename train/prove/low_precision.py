@@ -37,8 +37,8 @@ from train.prove.recipe_values import Values
 
 TILE = 128
 FLOOR = 1e-4
-"""Lower bound of the magnitude from which a tile's scale is computed (activations and weights), as in DeepSeek's
-kernels."""
+"""The smallest magnitude from which the scale of a tile is computed (activations and weights), as in DeepSeek's
+kernels. It replaces a tile's largest magnitude if that is smaller."""
 FP32 = 2.0**-24
 """Unit roundoff of fp32."""
 EXPONENT = 0x7FF << 52
@@ -130,7 +130,8 @@ class Rule:
     is_power: bool
     """Whether scales are powers of two."""
     floor: float
-    """Lower bound of the largest magnitude from which a scale is computed."""
+    """The smallest magnitude from which a scale is computed. It replaces the largest magnitude of a tile if that is
+    smaller."""
 
     def block(self, along: int) -> tuple[int | None, int | None]:
         """Returns the numbers of rows and of columns with a common scale; None for all. along: axis of the sum, -1 or
@@ -193,8 +194,8 @@ def _whole(blocks: Tensor, shape: torch.Size) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearRules:
-    """Casts of a linear layer: both operands of each matmul, and the input that is saved for Wgrad (`kept`). None: no
-    cast."""
+    """The casts of a linear layer: one for each operand of each matmul, and one for the input that is saved for Wgrad
+    (`kept`). None: no cast."""
 
     fprop: tuple[Rule | None, Rule | None]
     dgrad: tuple[Rule | None, Rule | None]
@@ -210,17 +211,18 @@ class PlainRounding:
     """Format of activations between matmuls."""
     dense: LinearRules
     output: LinearRules
-    """Casts of attention's output projection."""
+    """The casts of the linear layer that computes attention's output (the output projection)."""
     up: LinearRules
     down: LinearRules
-    """Casts of the experts' second linear layer, which follows SwiGLU. `up` has the casts of the first linear layer."""
+    """The casts of the experts' second linear layer, which follows SwiGLU. `up` has the casts of the experts' first
+    linear layer."""
     swiglu: Rule | None
     """The cast with which the input of the experts' SwiGLU is saved."""
     is_fp8: bool
 
 
 def read_rounding(precision: Values) -> PlainRounding:
-    """Returns the casts of a recipe, which describes each operand as FORMAT/GRANULARITY/SCALE."""
+    """Returns the casts of a recipe. The recipe describes the cast of an operand as FORMAT/GRANULARITY/SCALE."""
     fp8, high = precision.fp8, FORMATS["fp32" if precision.name == "fp32" else "bf16"]
     if fp8 is None:
         plain = LinearRules((None, None), (None, None), (None, None), None)

@@ -1,8 +1,7 @@
 """Reduces a recipe to a miniature that runs in seconds. It keeps every structure in which a layout can be wrong.
 
 These values become small: widths, vocabulary, sequence length, number of layers, experts of a group, and number of
-micro-batches. Other settings stay, for example parallelism, schedule, ZeRO stage, dispatch, recomputation, clipping and
-precision.
+micro-batches. Other settings stay, such as parallelism and precision.
 
 A layout has as many ranks as the product of these degrees:
 
@@ -10,8 +9,8 @@ A layout has as many ranks as the product of these degrees:
 
 If this is more than `prove.ranks`, degrees above 1 become smaller. The first two become 2. The last two become their
 smallest prime factor, because they must divide the number of experts. If there are still too many ranks, some degrees
-become 1, in the order of `LOST`. If possible, a pipeline of three or more ranks keeps three. Context parallelism splits
-a sequence over two ranks.
+become 1, in the order of `LOST`. If possible, a pipeline of three or more ranks keeps three ranks. Context parallelism
+splits a sequence over two ranks.
 
 Some small numbers are odd on purpose. The vocabulary size is prime, so ZeRO has to pad its shards. The last chunk of
 the loss is shorter than the others.
@@ -62,8 +61,8 @@ TILED_WIDTH gives two tiles of 128, the second not full."""
 ROPE = 16
 """Width of the rotated part of a head: eight pairs, some of them in YaRN's ramp."""
 ODD = 15
-"""Width of the latent of keys and values. It is odd, so shards of its norm weight are not multiples of a vector length.
-With a GPU, it is 16, because GEMMs need multiples of 16 bytes."""
+"""Maximum width of the latent of keys and values on a CPU. An odd width gives the latent's norm weight shards whose
+lengths are not multiples of a vector length. On a GPU, the maximum is 16, because GEMMs need multiples of 16 bytes."""
 HEADS = 3
 """Number of heads. With only two, the next head is also the first or the last. A layout could then use a wrong head
 undetected."""
@@ -90,7 +89,7 @@ SHOWN = (
 )
 """Prefixes of the configuration keys whose values are shown for the recipe and for the miniature."""
 OWN = ("mode", "resume")
-"""Configuration keys that always differ from the recipe in mode=prove. It does not report these differences."""
+"""Configuration keys that always differ from the recipe in mode=prove. mode=prove does not report these differences."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Miniature:
 
     cfg: Config
     cuts: list[str]
-    """Sentences about everything in which the miniature differs from the recipe."""
+    """Sentences about all differences between the miniature and the recipe."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,8 @@ LOST = {
     "nodes": "expert groups over several nodes",
     "pp": "the pipeline",
 }
-"""Degrees that become 1, in this order, while the layout has too many ranks. Each value names the structure that is
-then not covered."""
+"""Degrees that become 1, in this order, while the layout has too many ranks. A value names the structure that
+mode=prove cannot check after its degree has become 1."""
 
 
 def shrink(cfg: Config) -> Miniature:
@@ -320,7 +319,7 @@ def _shrink_sparse(cfg: Config, seq_len: int, model: Model, stages: list[int]) -
 
 def _experts(model: Model, ep: int) -> int:
     """Returns a number of experts near EXPERTS, divisible by the number of groups and of ranks. If possible, a token
-    chooses from at least twice top_k experts."""
+    chooses from at least 2 * top_k experts."""
     size = model.experts // model.groups
     needed = max(model.resolved_group_top_k + 1, math.ceil(2 * model.top_k / model.top_groups))
     least = min(size, max(needed, EXPERTS // model.groups))
@@ -337,8 +336,8 @@ def _chunk(cfg: Config, tokens: int) -> int:
 
 
 def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
-    """Returns a rank's number of micro-batches, at the start of the batch ramp and after it. They fill every phase of
-    the pipeline schedule, if the recipe's numbers do."""
+    """Returns two numbers of micro-batches per rank: at the start of the batch ramp, and after the ramp. If the
+    recipe's micro-batches fill every phase of the pipeline schedule, so do the miniature's micro-batches."""
     sizes = [batch // (cfg.micro_batch_size * cfg.parallel.dp) for batch in batch_sizes(cfg)]
     wanted = max(1, cfg.parallel.schedule_facts.least) * layout.pp + 1
 
@@ -361,7 +360,7 @@ def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
 
 def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
     """Returns the recipe's optimizer settings, with schedules that fit into few steps. start: batch size at the start
-    of the ramp. more: growth of the batch size."""
+    of the batch ramp. more: number of sequences by which the ramp enlarges the batch."""
     if optim.batch_ramp_start is not None:
         optim = replace(optim, batch_ramp_start=start, batch_ramp_steps=2, batch_ramp_increment=more or start)
     clip = min(optim.clip, CLIP)

@@ -1,8 +1,8 @@
 """Measures how sensitive a step is to rounding: the reference repeats the step with random perturbations.
 
-In some steps, correct ranks differ by several times a bound that depends only on the number of matmuls. Examples are
-steps with a sharp softmax or a small width. So the reference perturbs every weight, output and output gradient by the
-unit roundoff of the format.
+In steps with a sharp softmax or a small width, correct ranks may differ by several times a bound that depends only on
+the number of matmuls. So the reference perturbs every weight, output and output gradient by the unit roundoff of the
+format.
 
 In some narrow models, FP8 rounding alone may change a tensor by its full magnitude. Then the certificate counts the
 tensor's elements as inconclusive. The checks `exact` and `fp32` are still conclusive.
@@ -22,11 +22,11 @@ from train.prove.reference_step import PlainPlan
 from train.prove.samples import Samples
 
 RUNS, FP32_RUNS = 3, 8
-"""Number of perturbed runs in low precision, and in fp32, which rarely needs them. For few elements, the maximum over
-three runs is too small: a norm weight of 8 elements once differed by 4.8 times this maximum."""
+"""RUNS: number of perturbed runs in low precision. FP32_RUNS: number of perturbed runs in fp32, which rarely needs any.
+For a tensor with few elements, three runs are too few to estimate the largest change."""
 MARGIN = 4.0
 """Maximum ratio of a difference to the largest change in the perturbed runs. A run perturbs each part once, but a rank
-rounds about ten times in a part. This causes about sqrt(10) = 3.2 times the error. The rest allows for the few runs."""
+rounds about ten times in a part, so its error is about sqrt(10) = 3.2 times as large."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class PerturbedRuns:
     def __init__(self, plain: PlainModel, samples: Samples, plan: PlainPlan, unit: float, near: float | None):
         """unit: unit roundoff of the format, relative to the value.
 
-        near: if the scores of two experts differ by at most `near`, rounding may exchange them in the balance loss. An
-        additional run exchanges all such experts. None: no additional run.
+        near: if the scores of two experts differ by at most `near`, rounding may exchange these experts in the balance
+        loss. An additional run exchanges all such experts. None: no additional run.
         """
         self._plain, self._samples, self._plan, self._unit, self._near = plain, samples, plan, unit, near
         self._runs: list[ReferenceStep] = []

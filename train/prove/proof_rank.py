@@ -312,7 +312,7 @@ def fill_state(config: Config, state: RunState, parts: ParallelModel) -> None:
 @torch.no_grad()
 def fill_base(config: Config, state: RunState) -> None:
     """Fill the frozen base weights and router biases of a model with an adapter. A checkpoint of an adapter does not
-    contain them."""
+    contain these weights and biases."""
     given = {f"master.{name}": weight for name, weight in initial_weights(config).items()}
     given |= {f"bias.{name}": bias for name, bias in initial_biases(config).items()}
 
@@ -335,10 +335,11 @@ class _Stop(StopRequest):
 
 
 class _LateCheckpointer(Checkpointer):
-    """A checkpointer like a slow disk. It writes a copied state only at the next save or at the end of training.
+    """A checkpointer that imitates a slow disk. It writes a copied state only at the next save or at the end of
+    training.
 
-    So the check detects values from a later step in a checkpoint. A checkpoint in several parts is written at once,
-    because training waits for it.
+    So the check detects values from a later step in a checkpoint. If a checkpoint is copied in several parts, it is
+    written without delay, because training waits for it.
     """
 
     def __init__(self, *arguments, **settings) -> None:
@@ -431,7 +432,7 @@ class _ProvenTrainer(Trainer):
         return stop
 
     def _add_weights(self, evidence: Evidence) -> None:
-        """Add the weights that the engine returns to the evidence of rank 0. All ranks must call this method."""
+        """Add the results of `Engine.weights` to the evidence of rank 0. All ranks must call this method."""
         if self.run.config.adapter.base is BaseFormat.fp8:
             return  # with an FP8 base, the engine does not return complete weights
         for name, weight in self.run.engine.weights():
@@ -469,8 +470,8 @@ class _Gradients:
 
 
 class _WatchedStep(Engine):
-    """An engine that copies the gradients before they are reduced and before the update. last: step after which it asks
-    the run to stop."""
+    """An engine that copies the gradients twice: before their reduction, and before the update. last: step after which
+    the engine asks the run to stop."""
 
     def __init__(self, step: Engine, zero: Zero, saw: Callable[[StepOutcome, _Gradients], None], last: int):
         vars(self).update(vars(step))  # takes over the state of the given engine

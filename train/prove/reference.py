@@ -219,8 +219,8 @@ class Seats:
 class PlainModel:
     """The model with given weights and router biases.
 
-    choices: used instead of the model's own. A router's name maps to experts (N, K). An attention's name plus `.keys`
-    maps to keys (B, T, T).
+    choices: experts and keys to use instead of the model's choices. A router's name maps to experts (N, K). An
+    attention's name plus `.keys` maps to keys (B, T, T).
     """
 
     def __init__(
@@ -350,7 +350,8 @@ class PlainModel:
     def route(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> tuple[Tensor, Tensor]:
         """Returns the gates (N, K) and ids (N, K) of the chosen experts (eq. 13-16). The bias affects only the choice.
 
-        If a target is in another sample, tokens per expert and balance loss ignore its position.
+        Some positions predict a token of another sample. The counts of tokens per expert and the balance loss ignore
+        these positions.
         """
         layer = name.removesuffix(".moe.router").removesuffix(".block")
         weight_ED = self.weights[f"{name}.weight"]
@@ -425,7 +426,7 @@ def gradients(plain: PlainModel, batch: PlainBatch, mtp_weight: float) -> Watche
         main + mtp_weight / depths * sum of MTP losses + balance_loss * sum over layers of sequence-wise losses
         + index_loss * sum of the indexers' losses
 
-    In a warm-up of indexers, it is only the last term.
+    In a warm-up of indexers, the loss is only the last term.
     """
     seen = plain.losses(batch)
     loss = seen.index if plain.optim.index_warmup else seen.main + seen.balance + seen.index

@@ -41,6 +41,7 @@ def distance(shares_N: Tensor) -> float:
 
 
 def repeated(weight: Tensor) -> int:
-    """Returns the number of rows that are equal to another row of the weight, also of another expert."""
+    """Returns the number of rows that are equal to another row of the weight. For experts, the other row may belong to
+    another expert."""
     rows = weight.flatten(0, -2)
     return len(rows) - len(rows.unique(dim=0))

@@ -22,8 +22,8 @@ from torch import Tensor
 from train.prove.reference import PlainBatch, PlainModel, Seats
 
 LearntTokens = Mapping[str, Tensor]
-"""Maps a name to values of a sample's learnt tokens, (N,): `logprobs`, with a gradient, and the names in
-`PolicyModel.tensors_BT`."""
+"""Maps a name to one value for each learnt token of a sample, (N,). The names are `logprobs`, whose values have a
+gradient, and the keys of `PolicyModel.tensors_BT`."""
 
 
 def ratio(sample: LearntTokens) -> Tensor:

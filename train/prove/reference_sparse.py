@@ -45,7 +45,7 @@ def indexer_shapes(model: Values, layer: int | None) -> dict[str, tuple[int, ...
 
 
 def is_frozen(optim: Values, name: str) -> bool:
-    """Returns whether a weight is frozen. In a warm-up of indexers, all other weights are frozen."""
+    """Returns whether a weight is frozen. In a warm-up of indexers, all weights outside of indexers are frozen."""
     return optim.index_warmup and ".indexer." not in name
 
 

@@ -36,8 +36,8 @@ def plan_step(config: Values, step: int) -> PlainPlan:
 
 
 def plan_steps(config: Values) -> Iterator[PlainPlan]:
-    """Yields the settings of all steps. A schedule depends on the fraction of trained samples, at the middle of the
-    batch."""
+    """Yields the settings of all steps. A schedule depends on the fraction of the run's samples that precede the middle
+    of the step's batch."""
     sizes = [batch_size(config, index) for index in range(config.steps)]
     optim, before, whole = config.optim, 0, sum(sizes)
     for step, size in enumerate(sizes, 1):
@@ -114,6 +114,6 @@ def moving_average(before: Tensor, weight: Tensor, decay: float) -> Tensor:
 
 
 def move_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> Tensor:
-    """Returns the routers' biases after balancing without a loss (paper 2.1.2). More tokens than the mean lower an
-    expert's bias; fewer raise it."""
+    """Returns the routers' biases after one step of auxiliary-loss-free balancing (paper 2.1.2). If an expert has more
+    tokens than the mean, its bias decreases. If it has fewer, its bias increases."""
     return bias_E + speed * torch.sign(load_E.to(bias_E.dtype).mean() - load_E)

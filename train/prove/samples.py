@@ -2,9 +2,9 @@
 weight or bias depends only on the seed and its name.
 
 As in text, some tokens are frequent and some never occur. Norm weights differ from 1 and biases from 0, so that a
-missing one changes the results. If a width has several tiles of 128, every second tile of weights, activations and
-gradients is multiplied by STEP or its inverse. So the scale of a neighbouring tile causes a large error. If the
-experts' width has several tiles, all tokens choose the first expert, and none the last.
+missing norm weight or bias changes the results. If a width has several tiles of 128, every second tile of weights,
+activations and gradients is multiplied by STEP or its inverse. So the scale of a neighbouring tile causes a large
+error. If the experts' width has several tiles, all tokens choose the first expert, and none the last.
 
 Shapes: B sequences, S = seq_len + 1.
 """
@@ -33,11 +33,11 @@ first expert."""
 TILE, STEP = 128, 2.0**-6
 """Number of channels in a tile, and the factor on every second tile."""
 LOUD = 64.0
-"""In wide models, the factor on the first head's queries and the output head's last row. A softmax then overflows if it
-does not subtract the maximum."""
+"""Factor on the first head's queries and on the output head's last row, in wide models. With this factor, a softmax
+that does not subtract the maximum overflows."""
 BELOW_FLOOR = 2.0**-26
-"""Factor on the second tile of the last experts' input, with FP8 matmuls or an FP8 wire format. The tile then gets the
-smallest FP8 scale."""
+"""Factor on the second tile of the experts' input in the last layer with experts, with FP8 matmuls or an FP8 wire
+format. The tile then gets the smallest FP8 scale."""
 
 
 class Samples:
@@ -185,8 +185,8 @@ def drawing(key: str) -> torch.Generator:
 
 
 def middle_score(config: Config) -> float:
-    """Returns the median of the heads' largest attention scores in the initial model. As optim.qk_clip, this value
-    limits only some heads. Uses one thread."""
+    """Returns the median of the heads' largest attention scores in the initial model. If optim.qk_clip has this value,
+    it limits only some heads. The computation uses one thread."""
     torch.set_num_threads(1)
     values, batch = read_values(config), Samples(config).batch(0, 1)
     weights = {name: weight.double() for name, weight in initial_weights(config).items()}

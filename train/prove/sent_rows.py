@@ -20,15 +20,15 @@ from train.prove.low_precision import FORMATS, NearNumbers, Rule, cast, nearest
 
 BF16 = FORMATS["bf16"]
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
-"""Lower bounds of the magnitude from which a tile's scale is computed. ACTIVATION_FLOOR is the bound of DeepSeek's
-kernels. GRADIENT_FLOOR only avoids a scale of 0."""
+"""The smallest magnitudes from which a tile's scale is computed. ACTIVATION_FLOOR has the value of DeepSeek's kernels.
+GRADIENT_FLOOR only avoids a scale of 0."""
 
 
 def sent_in_fp8(x_RD: Tensor, floor: float) -> Tensor:
-    """Returns the rows that the receiver gets. The sender divides each tile by its scale (a power of two), and rounds
-    it to E4M3. The receiver multiplies by the scale.
+    """Returns the rows that a rank receives in FP8. The sender divides each tile by its scale (a power of two), and
+    rounds the quotients to E4M3. The receiver multiplies by the scale.
 
-    Source: paper 3.3.2. "We group and scale elements on a 1x128 tile basis". E4M3 is the format of "all tensors".
+    Source: paper 3.3.2. It scales activations "on a 1x128 tile basis", and uses E4M3 for "all tensors".
     """
     return cast(NearNumbers(x_RD.double()), Rule(FORMATS["e4m3"], "1x128", True, floor), -1).x
 
@@ -38,9 +38,10 @@ def summed_rows(
 ) -> tuple[Tensor, Tensor]:
     """Returns the sum of the K rows of every token, and by how much a correct sum may differ. Both are (T, D).
 
-    ids_TK: the expert of each row. hops: for each addition before the token's rank, the number of experts whose rows
-    are added. in_bf16: whether each of these sums, and the final sum, is rounded to bf16. by_addition: whether the
-    token's rank may also round after each addition.
+    ids_TK: the expert of each row. hops: group sizes of the additions before the token's rank, such as [experts per
+    rank, experts per node]. For each size, the rows of a token are added within each group of experts. in_bf16: whether
+    each of these sums, and the final sum, is rounded to bf16. by_addition: whether the token's rank may also round
+    after each addition.
 
     The order of additions changes a bf16 result only if the sum is near the middle between two bf16 numbers.
     """

@@ -17,12 +17,13 @@ from train.prove.low_precision import FORMATS, FP32, NearNumbers, PlainFormat, T
 from train.prove.samples import initial_weights
 
 INCONCLUSIVE, MOST_INCONCLUSIVE = 0.05, 0.01
-"""INCONCLUSIVE: an element is inconclusive if rounding ties may change it by more than this fraction of its terms'
-magnitudes. MOST_INCONCLUSIVE: maximum fraction of such elements."""
+"""INCONCLUSIVE: an element is inconclusive if rounding ties may change it by more than this fraction of the sum of its
+terms' magnitudes. MOST_INCONCLUSIVE: maximum fraction of inconclusive elements in a tensor."""
 FEW = 16
 """Number of inconclusive elements that even a small tensor may have. One tie in a tile changes several elements."""
 FLUSHED = 2.0**-110
-"""Absolute error of a sum in which fp32 rounds a factor below 2^-126 to 0. The other factor is below 2^16."""
+"""Absolute error of a sum of products in which fp32 rounds a factor below 2^-126 to 0. The other factor of the product
+is below 2^16."""
 SHORT = 2.0**-12
 """Relative error of a GPU's tensor cores. They sum FP8 values with about 14 bits, 128 at a time (paper
 3.3.2)."""
@@ -117,8 +118,8 @@ class StepParts:
     ) -> None:
         """Compare one result of a call with the expected result.
 
-        form: format of the result. got: the tensor, if it is only a part of the recorded one. most: maximum fraction of
-        inconclusive elements.
+        form: format of the result. got: the tensor to compare, such as a part of the recorded result; None: the
+        complete recorded result. most: maximum fraction of inconclusive elements.
         """
         found = call.get(what) if got is None else got
         measure = beyond_rounding(want, form or self.rounding.high, most)
@@ -141,8 +142,9 @@ class StepParts:
 
 
 def beyond_rounding(want: Total, form: PlainFormat, most: float = MOST_INCONCLUSIVE) -> DifferenceMeasure:
-    """Returns a function that measures how much a result differs from `want`, beyond one rounding and rounding ties.
-    The measure is relative to the sum of the terms' magnitudes. most: maximum fraction of inconclusive elements."""
+    """Returns a function that measures how much a result differs from `want`. It ignores differences that one rounding
+    and rounding ties can cause. The measure is relative to the sum of the terms' magnitudes. most: maximum fraction of
+    inconclusive elements."""
 
     def measure(got: Tensor, want_N: Tensor) -> Measurement:
         size, off = want.size.flatten(), low.slack(want).flatten()

@@ -40,8 +40,8 @@ class PlainUpdate:
     """Takes (WeightUpdate, before, gradient, new), and returns the magnitude of one fp32 rounding error for each
     element of the weight and the state."""
     roundings: dict[str, int]
-    """Maximum number of roundings for each kind of state, including those of the clip factor (16). For a mean of
-    squares, they count twice."""
+    """Maximum number of fp32 roundings for each kind of state. The clip factor causes 16 of these roundings. For a mean
+    of squares, the number is doubled, because a square has twice the relative error."""
     is_whole: bool = False
     """Whether the formula needs complete matrices. If so, the ranks repeat the update in fp64 for the comparison."""
 
@@ -107,7 +107,7 @@ UPDATES: dict[str, PlainUpdate] = {
 
 
 def update_of(config: Values, name: str, dims: int) -> tuple[PlainUpdate, tuple[str, ...]]:
-    """Returns the update formula for a weight, and the names of its state."""
+    """Returns the update formula for a weight, and the kinds of optimizer state that the formula needs."""
     by_muon = config.optim.name == "muon" and reference_muon.is_matrix(name, dims)
     formula = UPDATES["muon" if by_muon else "adamw"]
     return formula, tuple(formula.roundings)

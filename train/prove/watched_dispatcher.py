@@ -30,7 +30,8 @@ class WatchedDispatcher:
         self._moe, self._inner, self._keep = moe, inner, keep
         self._calls = 0
         self._numbers: dict[int, int] = {}
-        """Maps the id of a dispatch result to the index of its micro-batch. The combine removes the entry."""
+        """Maps Python's id of a dispatch result to the index of its micro-batch. `combine` removes the result from this
+        mapping."""
 
     def start_step(self) -> None:
         """Count micro-batches from 0 again."""
@@ -70,7 +71,7 @@ class WatchedDispatcher:
 
 
 class _WatchedPending:
-    """A dispatch that has begun but is not complete. `wait` also records the received rows."""
+    """A dispatch that is still in progress. `wait` waits for its end, and records the received rows."""
 
     def __init__(self, watched: WatchedDispatcher, number: int, inner: PendingRows):
         self._watched, self._number, self._inner = watched, number, inner

@@ -44,8 +44,10 @@ def read_scored_samples(
     """Read all samples of a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), in order.
 
     encode: converts text to ids. start_id: the token before every text. longest: maximum tokens of a sample. replayed:
-    (MoE layers, experts per token, experts per layer). replayed_keys: (layers with an indexer, attended positions per
-    token). None: no replay. Raises UserError for an unreadable file, and for the first invalid sample.
+    the counts (MoE layers, experts that a token chooses in a layer, experts in a layer), if each sample must prescribe
+    its experts. replayed_keys: the counts (layers with an indexer, positions that a token attends to), if each sample
+    must prescribe its attended positions. None: no sample prescribes them. Raises UserError for an unreadable file, and
+    for the first invalid sample.
     """
     if not path.is_file():
         raise UserError(SCORE_DATA, path, "no such file", "give a .jsonl or .parquet of samples")
@@ -115,7 +117,7 @@ def _with_experts(
 
 def _with_keys(sample: ScoredSample, place: str, record: dict[str, Any], layers: int, top_k: int) -> ScoredSample:
     """Return the sample with the attended positions (`keys`) of its record. A sample of at most top_k positions needs
-    none. Raises UserError for invalid positions."""
+    no `keys`. Raises UserError for invalid positions."""
     given, positions = record.get("keys"), len(sample.tokens) - 1
     if given is None and positions <= top_k:
         return sample
