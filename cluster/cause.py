@@ -347,7 +347,7 @@ def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int
     """Name the ranks that hang.
 
     Three groups are checked in this order: stopped ranks, ranks without a stack, and ranks that do not wait for others.
-    If a group has some but not all ranks, it is named.
+    The first group that has some but not all ranks is named.
 
     stacks: faulthandler traceback of each rank that answered.
     """

@@ -172,8 +172,8 @@ def _where(traces: Mapping[int, RankTrace], stacks: Mapping[int, str], rank: int
 
 
 def _find_bad_link(stacks: Mapping[int, str]) -> Judgement | None:
-    """Find the host at one end of all connections with unacknowledged data (cluster/stacks.py). None if all data is
-    acknowledged.
+    """Find the host that all connections with unacknowledged data have in common (cluster/stacks.py). None if all data
+    is acknowledged.
     """
     said = {rank: found for rank, stack in stacks.items() if (found := _UNANSWERED.search(stack))}
     pairs = {frozenset((found[1], other)) for found in said.values() for other in found[2].split(", ") if other}

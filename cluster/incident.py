@@ -208,7 +208,7 @@ def newest_incident(logs: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def incident_files(logs: Path) -> list[Path]:
-    """Return all files with an incident's name, the newest last. Their content is not checked."""
+    """Return all files named incident_*.json, the newest last. Their content is not checked."""
     found = list[tuple[float, Path]]()
     for path in logs.glob("incident_*.json"):
         with suppress(OSError):  # the file is gone
@@ -302,9 +302,7 @@ def warning_of(text: str, seconds_left: float) -> str:
 
 
 def pass_incident(logs: Path, seconds: float) -> None:
-    """Record in the newest incident that the run continued after `seconds` of silence. Raises OSError if the disk
-    refuses it.
-    """
+    """Record in the newest incident that the run continued after `seconds` of silence. Raises OSError if that fails."""
     if (found := newest_incident(logs)) is not None and found[1].get("kind") == "hang":
         path, incident = found
         text = f"{str(incident['text']).splitlines()[0]}; the run went on after {seconds:.0f} s"

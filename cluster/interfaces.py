@@ -45,8 +45,8 @@ def name_interface(host: str) -> None:
 
 @contextlib.contextmanager
 def keep_interfaces() -> Iterator[None]:
-    """Restore the interface names in the environment after the block, so that later child processes do not inherit the
-    block's.
+    """Restore the interface names in the environment after the block, so that later child processes do not inherit
+    changes.
     """
     before = {name: os.environ[name] for name in NAMES if name in os.environ}
     try:

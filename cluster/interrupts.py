@@ -34,8 +34,8 @@ def end_at_once(text: str) -> None:
 
 
 def interrupt(number: int = signal.SIGALRM, frame: FrameType | None = None) -> None:
-    """Raise StopInterrupt. This function is a signal handler. An import would lose the exception, so it tries again
-    after the import.
+    """Raise StopInterrupt. This function is a signal handler. An import would lose the exception; in this case, a timer
+    calls the handler again.
     """
     if _imports(frame):
         signal.signal(signal.SIGALRM, interrupt)
@@ -79,7 +79,7 @@ class Interrupts:
     def __init__(self) -> None:
         """Handle Ctrl-C from now on. Create the object before the command's imports."""
         self.code = EXIT_INTERRUPTED
-        """Exit code if Ctrl-C ends this process. When the command returns, its exit code replaces this value."""
+        """Exit code for a process that Ctrl-C ends. After the command has returned, this is the command's exit code."""
         self._process, self._begun, self._ended, self._asked = os.getpid(), False, False, False
         signal.signal(signal.SIGINT, self._take)
 

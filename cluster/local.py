@@ -34,9 +34,9 @@ from conf.files import open_plain
 from conf.words import say
 
 SETTLE = 3.0
-"""Seconds that the other ranks get to report after the first failure."""
+"""Seconds to wait for the reports of other ranks after the first failure."""
 STACKS_SECONDS = 5.0
-"""Seconds that hung ranks get to write their stacks."""
+"""Seconds to wait for the stacks of hung ranks."""
 DIFFERENCE_SECONDS = 15.0
 """Seconds after which the driver compares the ranks' communication again."""
 RANKS_LOOK_SECONDS = 0.05
@@ -46,7 +46,7 @@ StartRank = Callable[[dict[str, str], IO | None], Child]
 """A function that starts a rank with this environment and output file. Without a file, the output goes to the terminal.
 """
 CLOSE = 60.0
-"""Seconds that running ranks get to end by themselves after a failure. Rank 0 may have much data for W&B."""
+"""Time limit in seconds for running ranks to end by themselves after a failure. Rank 0 may have much data for W&B."""
 
 
 def run_local(command: list[str], world: int, logs: Path, patience: Patience | None = None) -> int:
@@ -182,7 +182,7 @@ def _name_failure(ranks: list[Child], logs: Path, cause: Cause) -> Cause:
 
 
 def _tell_difference(logs: Path) -> bool:
-    """Report whether ranks called different operations as the same collective. Their results are then wrong."""
+    """Print an incident and return True if the ranks' communication differs, which makes their results wrong."""
     traces = read_traces(logs)
     if (finding := find_difference(traces)) is None:
         return False

@@ -4,8 +4,8 @@ A run is late if its silence is longer than its earlier silences plus a margin; 
 is ended if no rank has completed a unit of work (cluster/comm_ring.py) for `cluster.kill_after`.
 
 Observations of a kind of phase count only after a first phase of that kind is complete. Until then,
-`cluster.hang_after` limits the silence in steps, and `cluster.start_timeout` limits it in other phases and before an
-attempt's first complete step.
+`cluster.hang_after` limits the silence during steps, and `cluster.start_timeout` limits it in other phases and before
+an attempt's first complete step.
 """
 
 from collections import defaultdict, deque
@@ -18,7 +18,7 @@ STEP_PHASES = (STEP_PHASE, "on_step")
 PATIENT_PHASES = ("checkpoint", "on_start", "on_step", "on_save", "on_checkpoint", "on_end")
 """Phases in which a disk, a network or user code may work without progress reports: saves, uploads, callbacks."""
 STEP_FLOOR, OTHER_FLOOR = 7.0, 30.0
-"""Minimum seconds of silence before a run is late: in steps, and in other phases, where a disk may be slow."""
+"""Minimum seconds of silence before a run is late: during steps, and in other phases, where a disk may be slow."""
 KILL_ON_CPU, KILL_ON_GPU = 60.0, 120.0
 """Defaults of `cluster.kill_after`, in seconds."""
 HANG_ROOM, FIRST_HANG_ROOM = 2.5, 9.0
@@ -30,7 +30,7 @@ REMEMBERED = 500
 take.
 """
 QUIET_STEPS, QUIET_SECONDS = 3.0, 3.0
-"""A run prints that it is quiet after the longer of two silences: this many usual steps, and this many seconds."""
+"""A run prints that it is quiet after the longer of two times: this many median step times, or this many seconds."""
 
 
 def patience_of(cluster: Cluster) -> "Patience":
@@ -41,7 +41,7 @@ def patience_of(cluster: Cluster) -> "Patience":
 class Patience:
     """Observed times of a run in seconds, and the limits derived from them.
 
-    hang_after: upper bound of the limit in steps
+    hang_after: upper bound of the limit during steps
     start_timeout: upper bound of the limit in other phases
     kill_after: minimum time without progress before the run is ended; None for the defaults
     timeout: minimum time without progress before the run is ended in a save, an upload or a callback
@@ -60,7 +60,7 @@ class Patience:
         """Whether ranks compute on GPUs."""
 
     def take(self, doing: str, seconds: float) -> None:
-        """Record an observation: the duration of a step, or of a silence in another phase that ended with progress."""
+        """Record an observation: the duration of a step, or of a silence in another phase until the next progress."""
         self._seconds[doing].append(seconds)
 
     def finish(self, doing: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from conf.files import try_lock
 
 FRESH = 60.0
-"""Minimum age in seconds at which an unlocked folder is removed. Its process may be about to lock it."""
+"""Minimum age in seconds at which an unlocked folder is removed. A new folder may still be without a lock."""
 
 
 class PrivateFolder:

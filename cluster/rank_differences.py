@@ -59,7 +59,7 @@ def find_difference(traces: Mapping[int, RankTrace]) -> Judgement | None:
 
 
 def _loses(members: Mapping[int, CommRecord]) -> bool:
-    """Whether the ranks of an all-to-all together sent another number of elements than they received."""
+    """Whether the total numbers of sent and of received elements of an all-to-all differ."""
     records = list(members.values())
     if records[0].kind != "all_to_all" or len(records) < len(records[0].group.ranks):
         return False
@@ -102,8 +102,8 @@ def _blame(
 
 
 def _against_others(by_group: Mapping, members: Mapping[int, CommRecord], key: Callable) -> list[int]:
-    """Return the ranks of a collective that differ from the same collective in groups with the same label and size.
-    Returns no ranks if these groups differ among themselves.
+    """Return the ranks whose call of a collective differs from the calls in other groups with the same label and size.
+    Returns no ranks if these other groups differ among themselves.
     """
     example = next(iter(members.values()))
     elsewhere = {
@@ -142,7 +142,7 @@ def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord]
     step is compared with the step one period earlier. Returns None in these cases:
 
         - the two steps agree
-        - the step equals an earlier step, but no step of the current repetition
+        - the step equals an earlier step, but none since the current period began to repeat
         - no earlier step is known
     """
     # The ring may have lost the beginning of the first step.
@@ -160,10 +160,9 @@ def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord]
 
 
 def _find_period(history: Sequence[list[Signature]]) -> tuple[int, int]:
-    """Return the period with which a rank repeats its steps, and the number of its last steps in this repetition.
+    """Return the period, in steps, of a rank's communication, and how many of the last steps repeat with this period.
 
-    A repetition covers at least two periods. The period with the longest repetition is chosen. Returns 1 and 0 if there
-    is none.
+    At least two periods must repeat. The period that repeats over most steps is chosen. Without a period, returns 1, 0.
     """
     numbers = dict[tuple, int]()
     kinds = [numbers.setdefault(tuple(one), len(numbers)) for one in reversed(history)]  # the last step comes first
@@ -179,9 +178,9 @@ def _find_period(history: Sequence[list[Signature]]) -> tuple[int, int]:
 def _against_other(
     trace: RankTrace, mine: CommRecord, other: RankTrace, theirs: CommRecord
 ) -> tuple[Fault, CommRecord] | None:
-    """Find how a rank's step differs from another rank's step.
+    """Find how a rank's step differs from another rank's step (the reference).
 
-    If an earlier step of the rank began like the other rank's step, the rank's step is compared with this earlier step.
+    If an earlier step of the first rank began like the reference, this earlier step is the reference instead.
     """
     done, right = _by_step(trace, mine), _by_step(other, theirs)[theirs.step]
     wanted = _signatures(one for one in right if one.seq <= theirs.seq)
@@ -197,7 +196,7 @@ def _signatures(records: Iterable[CommRecord]) -> list[Signature]:
 def first_change(
     trace: RankTrace, step: int, before: list[CommRecord], now: list[CommRecord], until: int | None
 ) -> tuple[Fault, CommRecord] | None:
-    """Return the first operation of a rank's later step that differs from its earlier step, and how.
+    """Compare two steps of a rank. Returns the first operation that differs in the later step, and how it differs.
 
     before, now: records of the earlier and of the later step. until: sequence number of the last record of `now` that
     counts; None if all count.
@@ -209,8 +208,8 @@ def first_change(
         return _common(one) == _common(other) and one.peer == other.peer
 
     def matches(i: int, j: int) -> int:
-        """Return the number of equal pairs from now[i] and before[j] on, up to the first difference. A pair from the
-        same place in the program counts twice.
+        """Count the equal pairs of records, starting at now[i] and before[j], until the first difference. A pair from
+        the same place in the program counts twice.
         """
         count = 0
         for one, other in zip(now[i:], before[j:], strict=False):
@@ -242,8 +241,8 @@ def first_change(
 
 
 def _odd_messages(traces: Mapping[int, RankTrace]) -> list[tuple[float, tuple[int, CommRecord, int, CommRecord]]]:
-    """Return the sends whose number or type of elements differs from the matching receive. Each result has the later of
-    the two start times, and both records with their ranks.
+    """Return messages whose sender and receiver differ in number or type of elements. Each result has the later of the
+    two start times, and both records with their ranks.
     """
     sends = {
         (record.group.name, rank, record.peer, record.seq): record

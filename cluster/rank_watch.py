@@ -38,7 +38,7 @@ class RankWatch:
         self._silences = 0
         """Number of events that ended a silence."""
         self._late: tuple[int, float] | None = None
-        """The silence for which a warning was printed: value of `_silences` at that time, and start time of the
+        """The silence for which a warning was printed: value of `_silences` at the warning, and start time of the
         silence. None if no warning was printed.
         """
         self._ended = self._bad = 0
@@ -63,7 +63,7 @@ class RankWatch:
 
             start          before the attempt's first complete step
             step           if all ranks are in steps
-            another one    otherwise: a phase that at least one rank is in
+            other phase    otherwise: the phase of at least one rank
 
         Phases of ranks that this watch does not follow count too, if known.
         """
@@ -169,7 +169,7 @@ class RankWatch:
         return self.alive + self._patience.kill_limit(self.doing) - now
 
     def tell_quiet(self, now: float) -> str | None:
-        """Return a sentence if the current step takes much longer than usual, once per silence; else None."""
+        """Return a sentence if the current step takes much longer than usual, once until the next news; else None."""
         usual, silent = self._patience.usual_step(), now - self.moved
         if self._told_quiet or self.doing != STEP_PHASE or usual is None:
             return None

@@ -47,7 +47,7 @@ RINGS = "rank_*.ring"
 """Glob pattern of the files that `ring_path` names."""
 COUNTS_AT = 104
 COUNTS = struct.Struct("<QQ")
-"""Format of two growing counts in a rank's ring: completed units of work, and written checkpoint bytes."""
+"""Format of a rank's two progress counters: completed units of work, and checkpoint bytes written."""
 RANK_FILE = re.compile(r"rank_(\d{5,18})\.(safetensors|json)")
 LATEST = 1e11
 """Upper bound of the Unix times that a run's files may contain. It is a time in the year 5138."""

@@ -33,9 +33,9 @@ from conf.words import say
 LOOK_SECONDS = 0.25
 """Seconds between two checks of this rank's progress."""
 OTHERS_AFTER_SECONDS, RANKS_IN_A_SECOND = 2.0, 50.0
-"""Seconds of silence after which a rank checks other ranks' progress, and number of ranks checked per second."""
+"""A rank checks the other ranks' progress after this many seconds of silence, at most this many ranks per second."""
 STACKS_WITHIN_SECONDS = 2.0
-"""Seconds that this host's other ranks get to write their stacks."""
+"""Seconds to wait for the stacks of this host's other ranks."""
 SAME_INCIDENT_SECONDS = 60.0
 """If a rank fails within this many seconds after another rank reported an incident, the failing rank does not report it
 again.

@@ -43,8 +43,8 @@ _natives: dict[int, tuple[subprocess.Popen, float]] = {}
 TCP_ESTABLISHED = "01"
 """The state of an established connection in /proc/net/tcp."""
 TCP_RETRANSMITS = "01:"
-"""Start of the timer field in /proc/net/tcp if sent data is not acknowledged. If the other end acknowledges data but
-cannot receive more, the field has another value.
+"""Prefix of the timer field in /proc/net/tcp while sent data is not acknowledged. If the other end acknowledges data
+but cannot receive more, the prefix differs.
 """
 _kept_open: list[IO] = []
 
@@ -52,7 +52,7 @@ _kept_open: list[IO] = []
 def answer_requests(logs: Path | None, rank: int) -> None:
     """Make this process write its stacks at SIGUSR1 to the file `stacks_path`, or to stderr if `logs` is None.
 
-    The parent and its other children may then inspect this process.
+    The parent process and its children may then inspect this process.
     """
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, os.getppid())
     if logs is None:
@@ -143,8 +143,8 @@ def is_looked_into(pid: int) -> bool:
 
 
 def unanswered(pid: int) -> str:
-    """Return the address of the process `pid`, and the hosts that have not acknowledged its TCP data. The text is empty
-    if it has no connections.
+    """Return text that names the IP address of process `pid`, and the hosts that have not acknowledged its TCP data.
+    Empty if the process has no connections.
     """
     own, late = Counter[str](), set[str]()
     with contextlib.suppress(OSError):

@@ -10,8 +10,8 @@ group uses few nodes, in one rack if possible. Neighbouring stages communicate l
        pipeline is in one block, so a lost device costs at most one block (see cluster/driver/shapes.py).
     3. Nodes without a rank are spares.
     4. After a failure, ranks stay on their nodes, next to their copies in memory. A spare replaces each missing node,
-       from the same rack if possible. If more groups would span several racks than by steps 1 to 3, the placement by
-       steps 1 to 3 is used instead.
+       from the same rack if possible. If more groups would then span several racks than in a new placement (steps 1
+       to 3), the new placement is used.
 
 All nodes of an expert group hold the same number of its ranks, as the two-hop dispatcher requires.
 """
@@ -224,7 +224,7 @@ def _seats(nodes: list[Node], ep: int, inside: int) -> Iterator[list[tuple[Node,
 
 
 def _number(nodes: list[Node], seats: _Seats, pp: int, shape: StageShape) -> Placement:
-    """Number the devices: rank = stage * dp + block * ep + index in the expert group."""
+    """Assign ranks to the devices: rank = stage * dp + block * ep + index in the expert group."""
     dp, ep = shape.dp, shape.ep
     placed: list[Seat] = []
     for index, seat in enumerate(seats):
@@ -258,7 +258,7 @@ def placement_table(placement: Placement) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Return numbers as text with shortened runs: [0, 1, 2, 5] -> 0-2,5"""
+    """Return numbers as text with shortened ranges: [0, 1, 2, 5] -> 0-2,5"""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][1] + 1:

@@ -3,7 +3,7 @@
 Agents report their copies with every answer. Before an attempt starts, the driver writes attempts/NUMBER.memory.json
 for its ranks. This file contains:
 
-    - where each node stores its copies, and which other node stores the second copy of its parts
+    - where each node stores copies, and which other node stores the second copy of the node's parts
     - the newest set of copies (all from one step) that is complete on the answering nodes, if there is one
 
 Rank 0 resumes from this set or from the newest checkpoint on disk (train/loop/resume.py).
@@ -82,7 +82,7 @@ class Copies:
         self._run = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
         self._ports: dict[str, int] = {}
         self._held: dict[str, dict[str, list[int]]] = {}
-        """For each node id and each name of a set of copies: the ranks whose parts the node holds."""
+        """Ranks whose parts a node holds, by node id and then by name of the set of copies."""
 
     @cached_property
     def _id(self) -> str:

@@ -243,7 +243,7 @@ class Driver:
         self._ask_later.clear()
 
     def _forget(self, id: str) -> Node:
-        """Remove a node from all records and return it. The node's agent of this launch no longer exists."""
+        """Remove a node from all records and return it. The node's agent has ended or is about to end."""
         self.copies.forget(id)
         self.pulse.forget(id)
         self._overdue.pop(id, None)
@@ -478,7 +478,7 @@ class Driver:
                 self._finish = m.FinishRun(code, text + (refused if code != EXIT_OK else ""))
 
     def _let_go(self) -> None:
-        """End the agents of draining nodes. Nothing of the run is left there."""
+        """End the agents of draining nodes, which no longer run ranks."""
         for id in self.supervisor.draining & set(self._known):
             self._forget(id)
             self._released.add(id)

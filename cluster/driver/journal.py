@@ -140,8 +140,8 @@ def _is_event(found: Any) -> bool:
 
 RANKS_FILE = "ranks.json"
 WRITTEN_EVERY, SLOWER_FROM = 2.0, 1000
-"""Seconds between writes of ranks.json, and a number of ranks. For more ranks, this interval grows in proportion to
-them.
+"""Seconds between writes of ranks.json, for up to SLOWER_FROM ranks. For more ranks, the interval is proportional to
+their number.
 """
 
 
@@ -153,7 +153,7 @@ class RankTable:
         self._due, self._phase = 0.0, DriverPhase.gathering
 
     def update(self, supervisor: "Supervisor", now: float) -> None:
-        """Write the file if the interval is over or the run's phase has changed. now: seconds of any clock."""
+        """Write the file if the interval is over or the run's phase has changed. now: monotonic time in seconds."""
         attempt = supervisor.attempt
         if attempt is None or (now < self._due and supervisor.phase is self._phase):
             return

@@ -24,9 +24,7 @@ class Policy:
     start_timeout: float = 600.0
     """Maximum time without progress before the first step, in a checkpoint or in a validation."""
     timeout: float = 600.0
-    """Time limit of a collective. It is also the limit of a save without progress, and of the checkpoint when ranks are
-    asked to stop.
-    """
+    """Time limit of a collective, of a save without progress, and of the checkpoint when ranks are asked to stop."""
     restarts: int = 3
     """Number of failures of one kind that are allowed before the next checkpoint."""
     straggler_factor: float = 1.2
@@ -39,13 +37,11 @@ class Policy:
     """Minimum number of agent calls and answers that the driver handles per second."""
     probe: float = 4.0
     settle: float = 1.5
-    """Seconds that the other ranks get to report after the first failure."""
+    """Seconds to wait for the reports of other ranks after the first failure."""
     stacks: float = 5.0
-    """Seconds that hung ranks get to print their stacks, because a busy machine may delay them. Stopped ranks are not
-    awaited.
-    """
+    """Seconds to wait for the stacks of hung ranks; a busy machine may delay them. Stopped ranks are not awaited."""
     kill: float = 10.0
-    """Seconds that ranks get to disappear after SIGKILL."""
+    """Seconds to wait for ranks to disappear after SIGKILL."""
     return_wait: float = 6.0
     """Maximum seconds to wait for a node whose agent is restarting."""
 

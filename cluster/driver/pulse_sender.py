@@ -13,7 +13,7 @@ from cluster.node.pulse_echo import ANSWER, LONGEST_DATAGRAM, QUESTION, seal_dat
 QUESTION_TRIES = 5
 """Minimum number of questions to a node during one heartbeat."""
 OFTEN = 1.0
-"""Maximum seconds between two questions to a node. A probe lasts for several questions (cluster/driver/policy.py)."""
+"""Maximum seconds between two questions to a node. A probe (cluster/driver/policy.py) takes several times as long."""
 QUESTIONS_AT_ONCE = 200
 """Maximum number of questions sent at once. All answers must fit into the socket's buffer."""
 
@@ -92,7 +92,7 @@ class Pulse:
                     continue
 
     def hurry(self) -> None:
-        """Make the next question to every node due now. With many nodes, only the first ones are asked at once."""
+        """Let the next call of `ask` send a question to all nodes, but to at most QUESTIONS_AT_ONCE."""
         self._last -= self._every
 
     def answers(self, now: float) -> Iterator[tuple[str, int]]:

@@ -47,10 +47,10 @@ HEAD_START = "60"
 HEAD_LIMIT = 1
 """Maximum seconds to connect to Ray's head during the run."""
 CLOSE_LIMIT = 3
-"""Seconds that agents get to clean up after the run. Then the driver kills them."""
+"""Time limit in seconds for agents to clean up after the run. Then the driver kills them."""
 CALLS_AT_ONCE = 32
-"""Maximum calls and answers in one round of the loop, which takes some 20 ms. After each round, the driver checks the
-clock and the UDP questions.
+"""Maximum calls and answers in one round of the loop; a round takes some 20 ms. After each round, the driver checks
+the clock and the UDP questions.
 """
 CALLS_WHEN_SILENT = 20
 """Calls per round if MOST_OUT calls are pending and no answer arrives."""
@@ -115,8 +115,8 @@ class RayFleet:
         self._folder: PrivateFolder | None = None
         """Folder of the Ray that this run started; None if it started none."""
         self._sweeper: subprocess.Popen | None = None
-        """Process that ends this run's Ray and removes Ray's folder when this process is killed. None if the run
-        started no Ray.
+        """Process that ends this run's Ray and removes Ray's folder when the driver is killed. None if the run started
+        no Ray.
         """
         self.ships = config.cluster.address is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
         """Whether Ray must copy the program to the nodes. For a submitted Ray job, Ray has already copied it."""
@@ -144,8 +144,8 @@ class RayFleet:
         self._taken = 0
         """Number of answers that the driver took in the last round."""
         self._done: queue.SimpleQueue[tuple[str, str, Future]] = queue.SimpleQueue()
-        """Finished calls, as (node, method, outcome). Ray's thread adds them, so their cost does not grow with pending
-        calls.
+        """Finished calls, as (node, method, outcome). A thread of Ray adds each call, so the driver does not
+        poll the pending calls.
         """
 
     def _start_embedded(self) -> None:
@@ -242,7 +242,7 @@ class RayFleet:
 
     def _head_answers(self) -> bool:
         """Whether a process listens at the address of Ray's head. Raises FleetLost after CONNECT_LIMIT seconds without
-        a listener. Ray's own calls would then end this process.
+        a listener, because calls of Ray would then end this process.
         """
         try:
             _connect(self._head, HEAD_LIMIT)

@@ -49,8 +49,8 @@ def with_shape(config: Config, shape: StageShape) -> Config:
 
 
 def smaller_shapes(config: Config) -> list[StageShape]:
-    """Return all shapes of a stage (see `StageShape`) that are smaller than the full layout, the best first. Of the
-    rules of a layout, only the even division of batch and experts is checked.
+    """Return all shapes of a stage (see `StageShape`) that are smaller than the full layout, the best first. The
+    function checks only that batch and experts divide evenly, and no other rule of a layout.
     """
     own, size, found = config.parallel, config.micro_batch_size, []
     for ep in range(own.ep, 0, -1):
@@ -64,7 +64,7 @@ def smaller_shapes(config: Config) -> list[StageShape]:
 
 
 class Shapes:
-    """The layouts of a run. folder: run folder; None if the memory need of smaller layouts is unknown."""
+    """The layouts of a run. folder: run folder with layouts.json; None for a run without a plan."""
 
     def __init__(self, config: Config, folder: Path | None = None):
         self._config, self._folder = config, folder
@@ -77,7 +77,7 @@ class Shapes:
         self._there = 0
         """Bytes of memory of the smallest device at the last check of the nodes; 0 before the first check."""
         self.problem: str | None = None
-        """Why the memory need is unknown; None if the plan has no problem."""
+        """Problem that the plan reports; None if there is no problem or no plan."""
 
     @property
     def is_planned(self) -> bool:
@@ -85,9 +85,7 @@ class Shapes:
         return self._folder is not None and (self._planned is not None or self._read(self._folder))
 
     def why_not(self, shape: StageShape, nodes: Sequence[Node]) -> str | None:
-        """Return why a layout may not run on these nodes, or None if the layout may run. The number of nodes is not
-        checked.
-        """
+        """Return why a layout cannot run on these nodes; None if it can. The number of nodes is not checked."""
         if shape == self.own:
             return None
         return self._broken_rule(shape) or self._lacks_memory(shape, nodes)

@@ -68,7 +68,7 @@ class Stragglers:
         self._filled = 0
         """Number of filled blocks, summed over all ranks."""
         self._judged = 0
-        """Number of filled blocks of every rank at the last check."""
+        """Number of blocks that all ranks had filled at the last check."""
         self._named: set[int] = set()
 
     def take(self, rank: int, busy: float) -> None:
@@ -79,8 +79,8 @@ class Stragglers:
         self._filled += (seen + 1) % BLOCK_STEPS == 0
 
     def new(self, factor: float) -> list[SlowRank]:
-        """Return the ranks that have become slow since the previous call. Only a complete new block of all ranks is
-        checked.
+        """Return the ranks that have become slow since the previous call. The check waits until all ranks have
+        filled another block.
         """
         if not factor or self._filled < len(self._seen_R) * max(WINDOW_BLOCKS, self._judged + 1):
             return []

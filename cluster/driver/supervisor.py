@@ -38,8 +38,8 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_U
 from conf.words import some_of
 
 NAP = 0.25
-"""Maximum fraction of a heartbeat between two ticks. Any longer time counts as sleep of the driver, so that no live
-node counts as late.
+"""Maximum time between two ticks, as a fraction of a heartbeat. A longer time counts as sleep of the driver, so that
+no live node counts as late.
 """
 SHOWN_NODES = 8
 """Maximum number of idle nodes that a sentence names. The event lists all idle nodes."""
@@ -95,7 +95,7 @@ class Supervisor:
 
     @property
     def current(self) -> Attempt:
-        """The attempt that is running or ending, else the last attempt. Every phase but the first has an attempt."""
+        """The newest attempt, even if it has ended. Use only after the first attempt has begun."""
         assert self.attempt is not None
         return self.attempt
 
@@ -230,7 +230,7 @@ class Supervisor:
     def _got_on(self, age: Age) -> None:
         """Reset the failure budgets if the run has saved a later step. age: age of the newest saved state.
 
-        Only a step that this launch has not saved before counts.
+        A step that this launch has already saved does not count.
         """
         if age.attempt >= self.policy.first_attempt and age.step > self._safe:
             self._safe = age.step
@@ -428,7 +428,7 @@ class Supervisor:
         return f"step {self.saved.step} is saved" if self.saved > NONE else "there is no checkpoint"
 
     def _left_alone(self) -> str:
-        """Return what happens to ranks that this driver cannot reach."""
+        """Return text that says what happens to unreachable ranks."""
         lost = self.attempt.lost if self.attempt else ()
         names = [
             state.node.name for id, state in self.nodes.items() if id in lost and state.health is NodeHealth.silent

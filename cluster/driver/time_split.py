@@ -5,12 +5,11 @@ The time in which a driver ran is divided into these parts:
     waiting     the driver waits for nodes: from its start, or from an event `waiting`, to the next attempt
     start       from a launch's first attempt to its first complete step
     training    steps whose result the run kept
-    detection   from the last news of the ranks to the cause of a failure, including the step that failed
-    restart     from the cause of a failure, or from the decision to change the nodes, to the next attempt's first step
+    detection   from the last news of the ranks until the driver names the cause of a failure, including the failed step
+    restart     from the end of detection, or from the decision to change the nodes, to the next attempt's first step
     again       steps that the run repeated
 
-Time between two launches belongs to no part. Effective time is training time times the fraction of wanted ranks that
-work.
+Time between two launches belongs to no part. Effective time is training time x working ranks / all wanted ranks.
 """
 
 from collections.abc import Iterable
@@ -35,7 +34,7 @@ STEPPING = (TimePart.training, TimePart.again)
 
 @dataclass
 class TimeSplit:
-    """The wall time of a run in parts. Seconds are summed over all launches."""
+    """A run's wall time, divided into parts. Seconds are summed over all launches."""
 
     seconds_in: dict[TimePart, float] = field(default_factory=lambda: dict.fromkeys(TimePart, 0.0))
     spans: list[tuple[float, float]] = field(default_factory=list)
@@ -47,9 +46,7 @@ class TimeSplit:
     effective_seconds: float = 0.0
     """Training seconds x (number of working ranks / number of wanted ranks)."""
     held_seconds: float = 0.0
-    """Seconds in which a driver ran, multiplied by occupied nodes (with spares) / nodes of the full layout. This factor
-    is at least 1.
-    """
+    """Seconds in which a driver ran x max(1, occupied nodes with spares / nodes of the full layout)."""
 
     @property
     def seconds(self) -> float:
@@ -89,9 +86,7 @@ class _Clockwork:
         self._asked_at: float | None = None
         """Time at which the driver asked the ranks to stop, so that the next attempt can start."""
         self._failed: tuple[float, bool] | None = None
-        """Time of the newest failure event, and whether this event has the seconds without progress. None before the
-        first failure.
-        """
+        """Time of the newest failure event, and whether it has the field `seconds`. None before the first failure."""
 
     def switch(self, now: float, part: TimePart | None) -> None:
         """End the current part now and begin another."""

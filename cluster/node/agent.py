@@ -8,7 +8,7 @@ driver cannot mistake a rank of an old attempt for a new one.
 
 The environment of a rank has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, and
 
-    GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME    as set on this node, else as on the driver, else the interface of the
+    GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME    value on this node, else value on the driver, else the interface of the
                                               node's address
     SLUICE_LOGS                               path of the scratch folder
     SLUICE_ATTEMPT                            number of the attempt
@@ -93,8 +93,8 @@ class Answer:
     (cluster/node/copy_store.py).
     """
     clock_set: float = 0.0
-    """Seconds by which the node's clock was set ahead since the driver's check. It does not affect the times in
-    `ranks`.
+    """Seconds by which the node's clock was set ahead since the driver's check. The times in `ranks` do not
+    include this change.
     """
     free_bytes: float = math.inf
     """Free bytes in the folder for temporary files."""
@@ -134,8 +134,8 @@ class Agent:
         self._scratch: PrivateFolder | None = None
         self._asked = time.monotonic()
         self._clock = SteadyClock()
-        """Clock that read the system time at the last call of `facts`. Later changes of the system time do not affect
-        it.
+        """A clock that was set to the system time at the last call of `facts`, and ignores later changes of the system
+        time.
         """
         self._probe = NetworkProbe()
         self._store: Store | None = None

@@ -13,8 +13,8 @@ next node's folder. So the loss of a node costs few steps. A node holds
 A set counts as a checkpoint when the answering nodes together hold the parts of all ranks. At most two sets exist: a
 complete set, and a set that is being written. Every rank removes all other sets before it writes.
 
-The agent serves the folder: PUT stores a file, GET reads a part of a file. Both need the run's token. A PUT of an older
-attempt than the agent's is refused, because ranks on a disconnected node may live for a while. The files stay when
+The agent serves the folder: PUT stores a file, GET reads a part of a file. Both need the run's token. A PUT of
+an earlier attempt's rank is refused, because ranks on a disconnected node may live for a while. The files stay when
 agents and drivers end, so that the next launch finds them. This file uses neither Ray nor torch.
 """
 
@@ -114,7 +114,7 @@ class OpenedCopy:
 
 
 def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
-    """Convert an error of `Store` to a result. If Ray has died, its agent may keep the folder locked for a moment."""
+    """Convert an error of `Store` to a result. After Ray has died, the old agent may hold the lock for a moment."""
     if isinstance(error, BlockingIOError):
         return OpenedCopy(
             problem=f"another agent of this run holds {folder}; the driver repeats the request until that agent has ended",

@@ -29,7 +29,7 @@ class NetworkProbe:
     def __init__(self) -> None:
         self._server: socket.socket | None = None
         self._served = threading.Semaphore(0)
-        """Counts the measurements that other nodes have completed. `play` takes one of them for each None in `turns`.
+        """Counts completed measurements by other nodes. For each None in `turns`, `play` waits for one and subtracts 1.
         """
 
     def listen(self, address: str) -> int:

@@ -39,7 +39,7 @@ def sweep_ray(folder: Path) -> None:
 
 
 def _uses(process: psutil.Process, folder: str) -> bool:
-    """Whether this is a live process of this user that belongs to a Ray in this folder, by command line or open files.
+    """Whether a live process of this user belongs to Ray in this folder. The command line or an open file shows this.
     Some of Ray's processes replace their command line by a title.
     """
     with contextlib.suppress(psutil.Error, OSError):
