@@ -30,7 +30,7 @@ from train.data.prepare_progress import ReportProgress, show_progress
 from train.data.tokenizer import BESIDE, TOKENIZER_FILE
 
 AVERAGED_ELEMENTS = 1 << 27
-"""Maximum number of elements averaged at a time. This number needs 2 GB of memory and 0.5 GB in a file."""
+"""Maximum number of elements averaged at a time, which take 2 GB of memory and 0.5 GB in a file."""
 AVERAGED_KINDS = ("master.", "bias.")
 """Name prefixes of the averaged tensors: weights and balance biases."""
 NOT_COMPUTED = ("init_std", "max_seq_len")

@@ -35,9 +35,9 @@ already wait for this rank, with the same timeout."""
 GRACE = 0.1
 """Fraction of the timeout in which a given-up save must end and report its error. Otherwise it counts as stuck."""
 LEAST_GRACE = 1.0
-"""Minimum time, in seconds, in which a given-up save must end. It applies if GRACE gives less."""
+"""Lower limit, in seconds, of the time that GRACE allows a given-up save."""
 MOST_STUCK = 2
-"""Maximum number of stuck saves at the same time. Each of them occupies its buffers."""
+"""Maximum number of stuck saves at the same time. Each stuck save occupies buffers."""
 
 
 class SaveFailed(DiskFailed):
@@ -64,8 +64,7 @@ class SaveResult:
     path: Path | None
     """Path of the checkpoint; None if the save failed. On ranks other than 0, the checkpoint may not exist yet."""
     warning: str | None
-    """Describes problems of this save; None if there are none. A successful save may have a warning, for example about
-    a retry."""
+    """Error of this save or, for example after a retry, a warning; None without a problem."""
     fenced: bool
     """Whether a newer attempt of the run has started, so that this attempt must stop."""
     seconds: float
@@ -139,7 +138,7 @@ class Checkpointer:
         self._serial = 0
         self._results: deque[SaveResult] = deque()  # the saving thread appends, and the training loop reads
         self._unsaved: int | None = None
-        """Step of the last requested save; None after a report of its success."""
+        """Step of the last requested save; None once the save is reported as successful."""
         self._protected: Path | None = None
         self._best: list[Path] = []
         """Paths of the checkpoints that had the lowest held-out loss when they were saved, oldest first. The last one
@@ -224,7 +223,7 @@ class Checkpointer:
         return True
 
     def _settle(self) -> None:
-        """Wait for the save in progress, and give it up before other ranks treat this rank as hung."""
+        """Wait for the save in progress, but give it up before other ranks would treat this rank as hung."""
         flight = self._flight
         if flight is None or self._join(flight.began + SAVE_PATIENCE * self.timeout - time.perf_counter()):
             return

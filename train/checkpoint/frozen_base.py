@@ -46,7 +46,7 @@ def fill_blocks(
 
 
 def fill_rounded(fill: FillShards, wanted: dict[str, Shard]) -> None:
-    """Fill fp32 shards with a base's values during the adapter's training: rounded to block FP8.
+    """Fill fp32 shards with a base's values, rounded to block FP8 as in training.
 
     fill: reads the base's stored values. wanted: shards by their names in a checkpoint.
     """

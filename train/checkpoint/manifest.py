@@ -8,7 +8,7 @@
                                   each logical tensor its dtype, shape and intervals [rank, start, count]
 
 The checksums form a chain. The manifest ends with a CRC-32 of its content, and it contains the CRC-32 of each index. An
-index contains checksums of the header and of every block of its data file. A run uses no byte that was not checked.
+index contains checksums of the header and of every block of its data file. A run uses only checked bytes.
 
 There are two verifications:
 - fast: checks the manifest and the size of every file. It detects the effects of crashes, full disks and partial

@@ -99,7 +99,7 @@ class MemoryCopies:
     def _join(self) -> bool:
         """Wait for the thread of the previous save. Returns whether the thread has ended.
 
-        The wait is short enough that other ranks do not treat this rank as hung.
+        Stops waiting before other ranks would treat this rank as hung.
         """
         if self._thread is not None:
             self._thread.join(max(0.0, self._began + SAVE_PATIENCE * self.timeout - time.perf_counter()))
@@ -231,6 +231,6 @@ class ShelfFiles:
             yield lambda view, position: peer.read(self._set, data_name(rank), view, position)
 
     def _peer(self, rank: int) -> Peer:
-        """Connects to a node that holds this rank's file. If several nodes hold it, this node's index decides."""
+        """Connects to a node that holds this rank's file. If several nodes do, this node's index selects one."""
         holders = self._shelves.holders[rank]
         return Peer(self._shelves.nodes[holders[self._home % len(holders)]].address, self._token, self._timeout)

@@ -94,7 +94,7 @@ LOSSLESS = {
     torch.float32: (torch.float64,),
     torch.int32: (torch.int64,),
 }
-"""Maps a stored dtype to the other dtypes of a shard that represent its values exactly."""
+"""Maps a stored dtype to other dtypes, which represent all of the stored values exactly."""
 
 
 @dataclass
@@ -103,7 +103,7 @@ class FilePiece:
 
     name: str
     start: int
-    """First element of the part, in the flattened logical tensor."""
+    """Index of the part's first element in the flattened logical tensor."""
     target: Tensor
     """Memory of the shard that gets the part's values."""
 
@@ -116,7 +116,7 @@ It returns the number of bytes read.
 
 
 class Files(Protocol):
-    """Reads the files of a checkpoint, on disk or on other nodes. Both methods may raise OSError."""
+    """Reads the files of a checkpoint, on disk or on other nodes. Its methods may raise OSError."""
 
     def index(self, rank: int) -> bytes:
         """Returns the index of a rank's data file."""
@@ -174,7 +174,7 @@ def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], roun
 
 
 def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[tuple[int, FilePiece]]:
-    """Returns pairs (rank, piece). The pieces together cover this wanted shard, without overlap."""
+    """Splits a wanted shard into pieces. Returns pairs: the rank whose file contains the piece, and the piece."""
     entry = _compatible(manifest, name, shard, rounded)
     stop = shard.offset + shard.local.numel()
     spans = [(start, count) for _, start, count in entry.intervals]
@@ -228,7 +228,7 @@ def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> E
 
 
 def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePiece], buffer: Tensor) -> None:
-    """Fill the pieces that one rank's file contains, in file order: a block that two pieces share is read only once."""
+    """Fill the pieces that one rank's file contains, in file order, so a block that two pieces share is read once."""
     index = check_index(manifest, rank, files.index(rank))
     tensors, path = index["tensors"], manifest.folder / data_name(rank)
     for piece in pieces:

@@ -98,7 +98,7 @@ class StagingBuffers:
     def __init__(self, pinned: bool, most: int = 0):
         """`pinned`: whether the buffers are page-locked, for fast copies from a GPU.
 
-        `most`: maximum size of the buffers in bytes, at least one segment; 0: the size of the state. A larger state is
+        `most`: maximum size of the buffers in bytes (one segment or more); 0: the size of the state. A larger state is
         copied part by part while it is written.
         """
         self.pinned, self.most = pinned, most and max(most, THRESHOLDS.staging_bytes)

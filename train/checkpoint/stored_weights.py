@@ -74,7 +74,7 @@ class StoredLora:
         weights: str | None,
         other: UserError,
     ):
-        """read: a function that returns an A or a B in fp32. base: the base's storage format while the adapter was
+        """read: a function that returns an A or B in fp32. base: the base's storage format while the adapter was
         trained.
 
         weights: mark of the base with which the adapter was trained, or None. other: the error for a base with another
@@ -86,7 +86,7 @@ class StoredLora:
         self._scale, self._read, self._base = scale, read, base
 
     def as_trained(self, fill_base: FillShards) -> FillShards:
-        """Returns a function like `fill_base` that rounds the base to its format during the adapter's training.
+        """Returns a function like `fill_base` that rounds the base as in the adapter's training.
 
         The function also computes the base's mark.
         """
@@ -162,7 +162,7 @@ class StoredWeights:
         return mark_of(self._base, model)
 
     def read(self, placed: PlacedTensor) -> Tensor:
-        """Returns an A or a B of the checkpoint's adapter, in fp32."""
+        """Returns one LoRA matrix, A or B, of the checkpoint's adapter in fp32."""
         values = self._whole(placed.ours, placed.whole)
         return values[placed.start : placed.start + placed.count].view(placed.shape)
 
@@ -174,9 +174,9 @@ class StoredWeights:
 
 
 def plain_name(name: str) -> str:
-    """Returns the name of the tensor that contains a weight in a checkpoint.
+    """Returns the name of a weight's tensor in a checkpoint.
 
-    name: this name, or the name of the weight's moving average.
+    name: the name of this tensor, or of the weight's moving average.
     """
     return f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
 

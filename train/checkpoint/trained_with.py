@@ -162,7 +162,7 @@ def require_base(config: Config, checkpoint: Path, meta: dict[str, Any], base: d
 
 
 def other_base(init_from: str | None, checkpoint: Path, meta: dict[str, Any]) -> UserError:
-    """Returns the UserError for a base other than that of the checkpoint's adapter."""
+    """Returns the UserError for a base with which the checkpoint's adapter was not trained."""
     path = meta["base"]["path"]
     rule = f"has other weights than the base of the adapter in {checkpoint}: {path}"
     return UserError("init_from", init_from, rule, f"set init_from={path}, or its copy")

@@ -54,7 +54,7 @@ class WeightsMark:
     def add(self, name: str, values: Tensor, offset: int) -> None:
         """Add an interval of a tensor to the mark. Elements that were added before are ignored.
 
-        name: the tensor's name in a checkpoint, or that of its moving average. offset: first element.
+        name: name in a checkpoint, of a tensor or of its moving average. offset: first element.
         """
         name = f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
         taken, place, stop = self._taken.setdefault(name, []), offset, offset + values.numel()
@@ -100,7 +100,7 @@ def _joined(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _sum(name: str, values: Tensor, offset: int) -> int:
-    """Returns the sum over an interval of the tensor `name`. offset: first element."""
+    """Returns the weighted sum of an interval of the tensor `name`. offset: index of the first element."""
     start, total, done = _start(name), 0, 0
     factors = _odd(0, BLOCK).to(values.device)
     while done < values.numel():

@@ -25,15 +25,16 @@ class Batch:
     If this field is set, no loss, count or module combines tokens of two samples in `documents_BS`.
     """
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """Maps names to fp32 tensors (B, seq_len + 1) for a token loss (train/model/token_losses.py). Each value belongs to
-    the prediction of its token. `weights` multiply the loss, and `temperatures` divide the logits."""
+    """Maps names to fp32 tensors (B, seq_len + 1) for a token loss (train/model/token_losses.py). The value at a
+    token's index is for the prediction of this token. `weights`: factors of the loss. `temperatures`: divisors of the
+    logits."""
     experts_BTLK: Tensor | None = None
-    """int64 (B, seq_len, MoE layers of the main model, experts per token): each token's experts, as routers chose them
-    earlier. The last token has no experts. None: the model's routers choose."""
+    """int64 (B, seq_len, MoE layers of the main model, experts per token): the experts that routers chose earlier for
+    each token. The last token has no experts. None: the model's routers choose."""
     keys_BTLK: Tensor | None = None
-    """int32 (B, seq_len, layers of the main model with an indexer, top_k): each token's attention keys, as indexers
-    selected them earlier. A key is a position in the sequence; unused entries are -1. The last token has no keys. None:
-    the model's indexers select the keys."""
+    """int32 (B, seq_len, layers of the main model with an indexer, top_k): the attention keys that indexers selected
+    earlier for each token. A key is a position in the sequence; unused entries are -1. The last token has no keys.
+    None: the model's indexers select the keys."""
 
     def take(self, rows: slice) -> "Batch":
         """Returns a batch with the sequences in the slice `rows`."""
@@ -135,9 +136,9 @@ class GivenSample:
     values: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
     """Maps names in `Batch.tensors` to values: one number for all learnt tokens, or one per learnt token."""
     experts_TLK: Tensor | None = None
-    """Experts of all tokens except the last, as routers chose them earlier."""
+    """Experts that routers chose earlier, for all tokens except the last."""
     keys_TLK: Tensor | None = None
-    """Positions of the attention keys of all tokens except the last, as indexers selected them earlier."""
+    """Positions of the attention keys that indexers selected earlier, for all tokens except the last."""
 
 
 def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int = 0) -> Batch:

@@ -286,7 +286,7 @@ class ChatTemplate:
         wanted: list[int],
         choice: LostReasoning | None,
     ) -> tuple[str, dict[int, PlacedTurn]]:
-        """If `choice` asks for it, inserts dropped reasoning into the text. Returns the new text and turns.
+        """If `choice` is insert, adds dropped reasoning to the text. Returns the new text and turns.
 
         If the generation prompt opens a reasoning tag, a turn with reasoning begins after this tag. wanted: indices of
         the learnt turns. Raises CannotRender if reasoning of a learnt turn is dropped and `choice` is None.
@@ -396,8 +396,8 @@ class ChatTemplate:
         """Returns the number of characters between the generation prompt and one turn's content, and the text after the
         content.
 
-        probed: the chat, with a probe character as each assistant's content. piece: the text between the previous probe
-        character and this one.
+        probed: the chat, with a probe character as each assistant's content. piece: the text between the probe
+        characters of the previous turn and of this turn.
         """
         turn, given = self._run(probed[: number + 1], tools), self._run(probed[:number], tools, True)
         before, _, after = turn.rpartition(PROBE)
@@ -415,8 +415,8 @@ class ChatTemplate:
 
         The method renders the chat up to the end of this turn. There are two cases:
         - The result is a prefix of the complete text.
-        - The complete text lacks this turn's reasoning. Then the method searches it for the result without reasoning,
-          from the position `at`, the end of the previous turn.
+        - The complete text lacks this turn's reasoning. Then the method searches the text for the result without
+          reasoning, from the position `at`, the end of the previous turn.
         """
         before, message = chat.messages[:number], chat.messages[number]
         turn = self._run([*before, message], chat.tools).rstrip()
@@ -462,7 +462,7 @@ def _shared(one: str, other: str) -> int:
 
 
 def _forms(content: str) -> Iterator[tuple[str, bool]]:
-    """Yields the forms in which a template may write the content, each with whether it lacks the leading reasoning."""
+    """Yields pairs: a form in which a template may write the content, and whether this form lacks the reasoning."""
     whole = [(content, False)]
     if THOUGHT in content:
         whole += [(content.rpartition(THOUGHT)[2], True), (content.partition(THOUGHT)[2], True)]

@@ -319,7 +319,7 @@ class _Builder:
                 raise no_text(source)
 
     def _once(self, path: Path, ready: Callable, make: Callable):
-        """Returns the result of `ready`. While it is None, one process runs `make` and others wait."""
+        """Returns the result of `ready` or, if it is None, of `make`. One process runs `make`, and others wait."""
         if (found := ready()) is not None:
             return found
         with locked(path, lambda: self.progress("waiting for another process with the same work", 0, 0)):

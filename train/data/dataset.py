@@ -43,8 +43,8 @@ class Schedule:
     def assign(self, first: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Splits the samples first to first + count - 1 among the sources.
 
-        Returns two int64 arrays for each source: the rows of the batch that the source fills (0..count-1), and the
-        indices of these samples within the source.
+        Returns two int64 arrays for each source: the rows of the batch that the source fills (0..count-1), and for
+        each row the index of the sample within the source.
         """
         rows_N, place_N = np.arange(count), np.arange(first, first + count, dtype=np.int64)
         taken = []
@@ -106,8 +106,8 @@ class ValidationData:
     """Fixed sequences that are spread evenly over the held-out documents. They are the same for every seed and contain
     no fill-in-the-middle (FIM) documents.
 
-    Bits per byte = nats of all targets / ln 2 / text_bytes. text_bytes is the length of the targets' text. eos counts
-    in the nats, but has 0 bytes of text.
+    Bits per byte = loss of all targets in nats / ln 2 / text_bytes. text_bytes is the length of the targets' text. eos
+    counts in the loss, but has 0 bytes of text.
     """
 
     def __init__(self, corpus: Corpus, config: Config, sequences: int | None = None):

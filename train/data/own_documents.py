@@ -42,11 +42,11 @@ class StreamMark:
     document: int = 0
     """Index, within the pass, of the document that contains the sample's first token."""
     skip: int = 0
-    """Number of tokens of this document before the sample's first token."""
+    """Number of tokens before the sample's first token in the document `document`."""
     pass_samples: int = 0
     """Number of samples in the first pass; 0 while the first pass has not ended."""
     state: str | None = None
-    """The source's state_dict as JSON, from before it produced the document; None without a state_dict."""
+    """The source's state_dict as JSON, taken before the source gave the document; None without a state_dict."""
 
 
 class OwnDocument(NamedTuple):

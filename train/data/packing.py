@@ -78,8 +78,8 @@ class Stream:
         self.fim = [np.array([token], dtype) for token in fim or ()]
         self.plain_tokens = int(documents.lengths_D.sum()) + len(documents)
         self.mean_tokens = self.plain_tokens + FIM_TOKENS * len(documents) * self.rate
-        """Mean number of tokens in an epoch. An epoch may have three more or less, because its number of FIM documents
-        is whole."""
+        """Mean number of tokens in an epoch. An epoch may have three tokens more or fewer, because the number of FIM
+        documents is an integer."""
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def tokens_before(self, epoch: int) -> int:

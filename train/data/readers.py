@@ -131,7 +131,7 @@ def _text_of(record: object, text_key: str, place: str, field: str) -> str:
 
 
 def text_key_of(field: str) -> str:
-    """Returns the configuration key with `text_key` instead of `path`. field: a key such as data.path."""
+    """Returns the configuration key of text_key for the key `field`: data.text_key for data.path."""
     return field.removesuffix("path") + "text_key"
 
 

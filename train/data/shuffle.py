@@ -1,5 +1,5 @@
-"""Random orders as pure functions of integers, without state. No library's generator, because it may change with a
-version.
+"""Random orders as pure functions of integers, without state. No library's generator is used, because a new
+version may change it.
 
 The data order uses randomness only from `key` (a seed for a purpose), `noise_N` (64 random bits per index) and
 `permute_N`. `permute_N` evaluates a permutation of [0, size) point by point, so sample 10^9 costs the same as sample 0.

@@ -171,7 +171,7 @@ def open_source(source: MixSource, key: str, by_content: bool = False) -> Docume
 def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) -> FileSource:
     """Find the files of a chat source. Its documents are `Chat` objects.
 
-    way: a text that contains the settings on which the tokens depend, except those of the source. by_content: whether
+    way: a text with the settings on which the tokens depend, except the source's settings. by_content: whether
     the content decides if a chat is held out (data.hold_out_by).
     """
     if source.path.startswith("hf://"):
@@ -399,8 +399,8 @@ def content_id(place: str, content: str) -> str:
 
 
 def place_of(name: str) -> str:
-    """Returns the place of the document with this stable id: its path relative to the source's root, with the line or
-    row."""
+    """Returns the place of the document with this stable id: a path relative to the source's root, with the line
+    or row."""
     return name.partition("\0")[0]
 
 

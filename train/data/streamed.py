@@ -26,7 +26,7 @@ from train.data.batch import Batch
 from train.data.own_documents import OwnDocument, OwnDocuments, StreamMark
 
 MARKS = 16
-"""Number of recent batches whose marks are stored. It exceeds the number of batches built in advance."""
+"""Number of recent batches whose marks are stored: more than the batches that are built in advance."""
 
 
 class StreamedData:
@@ -65,8 +65,8 @@ class StreamedData:
         return Batch(tokens_BS, numbers_BS.int() if self._mask else None)
 
     def _samples(self, mark: StreamMark) -> Iterator[tuple[StreamMark, np.ndarray, np.ndarray]]:
-        """Yields the samples of the stream from the position `mark` on: the mark where the sample begins, its tokens
-        (S1,), and the document index of each token (S1,)."""
+        """Yields the stream's samples from the position `mark` on. For each sample: the mark where it begins,
+        its tokens (S1,), and each token's document index (S1,)."""
         length, sample, skip = self.seq_len, mark.sample, mark.skip
         tokens = np.empty(0, np.int64)
         held: deque[tuple[OwnDocument, int, int]] = (

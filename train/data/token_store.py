@@ -91,7 +91,7 @@ def keep_text(path: Path, text: str) -> None:
 def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """Returns a context that holds the lock of a cache entry. If another process holds it, calls `waiting` and waits.
 
-    The lock of a dead process is free. The next holder removes the unfinished files of this process.
+    The lock of a dead process is free. The next holder removes the dead process's unfinished files.
     """
     lock = path.with_name(f".{path.name}.lock")
     with space_errors(path.parent):
@@ -178,8 +178,7 @@ class StoreWriter:
             self._masks.append(supervised_N)
 
     def _needed(self, more: int = 0) -> int:
-        """Returns the estimated size, in bytes, of the complete text's tokens, from the size so far. more: bytes to add
-        to the size so far."""
+        """Estimates the size, in bytes, of the tokens of the complete text. more: bytes of tokens not yet counted."""
         there = self.tokens * self.dtype.itemsize + more
         return round(there * max(1.0, self.expected / self.text_bytes)) if self.text_bytes else there
 

@@ -53,11 +53,11 @@ def tokenise(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, workers
 @dataclass
 class _Task:
     names: list[str] = field(default_factory=list)
-    """Stable id of the document of each part of the task. The parts of one document are adjacent."""
+    """For each part, the stable id of the part's document. The parts of one document are adjacent."""
     parts: list[str] = field(default_factory=list)
     size: int = 0
     continues: bool = False
-    """Whether the first part continues the document of the previous task."""
+    """Whether the first part continues the last document of the previous task."""
 
 
 def _tasks(documents: Iterator[tuple[str, str]], in_parts_: bool) -> Iterator[_Task]:

@@ -182,7 +182,7 @@ class Tokenizer:
     def _of_templates(self) -> Backend:
         """A version of the tokenizer for chat templates: the name of a special token in a text becomes this token.
 
-        It has no post-processor, which would add special tokens, or exclude a token's leading space from its offsets.
+        A post-processor would add special tokens, or exclude leading spaces from offsets, so this version has none.
         """
         made = Backend.from_str(json.dumps(json.loads(self.json_text) | {"post_processor": None}))
         made.no_truncation()

@@ -147,7 +147,7 @@ def open_adapter(path: Path, model: Model, family: ModelFamily) -> AdapterFolder
 
 
 def _read_settings(folder: Folder, body: dict[str, Any]) -> tuple[int, float]:
-    """Return the rank of A and B, and the factor of B A. Raises UserError.
+    """Return the rank of A and B, and the scale that multiplies B A. Raises UserError.
 
     body: content of adapter_config.json.
     """

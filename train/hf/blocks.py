@@ -31,9 +31,9 @@ from train.kernels.fp8.quantize import blocked, quantize, unblocked
 
 CAST = Cast(E4M3, (SCALE_BLOCK, SCALE_BLOCK), pow2=False)
 TOP_BINADE = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
-"""Possible values of a block's largest |q|: the E4M3 values of the highest binade.
+"""Possible values of a block's maximum |q|: the E4M3 values of the highest binade.
 
-They also cover a smaller largest |q|, because 2 q and s / 2 represent the same values as q and s.
+They also suffice for a smaller maximum, because 2 q and s / 2 represent the same values as q and s.
 """
 
 

@@ -38,8 +38,7 @@ SCALE_BLOCK = 128
 MEANINGLESS_NUMBER = 2.0**63
 """Every number in the file must be below this limit."""
 GROUP_TOP_K = 2
-"""Number of best scores in a group whose sum ranks the group of experts in transformers. No field of config.json
-changes this number."""
+"""Number of best expert scores whose sum is a group's score in transformers. No field of config.json changes it."""
 LATENT_NORM_EPS = 1e-6
 """transformers' eps in the norms of latents. No field of config.json changes it."""
 YARN = tuple(field.name for field in fields(Yarn) if field.name != "always")
@@ -216,7 +215,7 @@ def _sparse(field: str, path: Path, body: dict[str, Any], family: FamilyFacts) -
 
 
 def _check_derived(field: str, path: Path, body: dict[str, Any], model: Model) -> None:
-    """Raise UserError if a field that follows from other fields has another value than null or the right one."""
+    """Raise UserError if a field that other fields determine is neither null nor the determined value."""
     said = {
         "num_key_value_heads": model.heads,
         # head_dim of GLM-5.2's file is another number; transformers ignores it and uses rope_head_dim
@@ -284,7 +283,7 @@ def _differing(older: dict[str, Any], newer: dict[str, Any], theta: Any) -> list
     (`newer`).
 
     If `newer` has the type `default` and only rope_theta, only rope_theta is compared. theta: the file's rope_theta,
-    for a section without it.
+    for a section that lacks rope_theta.
     """
     if newer.keys() <= {"rope_type", "type", "rope_theta"} and newer.get("rope_type", newer.get("type")) in (
         None,

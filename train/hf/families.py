@@ -69,7 +69,7 @@ INDEX_SHARING = (
 """Fields that tell which layers use the attention keys that an earlier layer selected: a list of kinds, a text of
 letters, or a rule.
 
-The last field concerns only drafts that run one MTP module several times.
+index_share_for_mtp_iteration concerns only speculative decoding that runs one MTP module several times.
 """
 FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
 """Fields with one allowed value. DeepSeek-V3 does not have them, but transformers would apply them."""
@@ -89,7 +89,7 @@ READ_APART = (
     "num_local_experts",
     "mlp_layer_types",
 )
-"""Fields of no other table. This file or `read_model` reads them by special rules."""
+"""Fields of no other table; this file or `read_model` has a special rule for each field."""
 GENERATION = """
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
@@ -135,7 +135,7 @@ HARMLESS = {
     **dict.fromkeys(GENERATION.split(), "sampling of text; Sluice uses the section generate"),
     **dict.fromkeys(OTHER_MODELS.split(), "written into every file by older transformers, for other models"),
 }
-"""Maps fields that do not change the model's results in Sluice to the reason why not. Unknown fields are rejected
+"""Maps fields without effect on the model's results in Sluice to the reason. Unknown fields are rejected
 unless they are null."""
 QUANTISED = {
     "quant_method": "fp8",
@@ -197,7 +197,7 @@ class FamilyFacts:
     stem: str = "model"
     """Prefix of the names of weight files and of their index."""
     names: dict[str, str] = field(default_factory=dict)
-    """Maps parts of DeepSeek-V3's tensor names to this family's parts. They are replaced in this order."""
+    """Maps parts of DeepSeek-V3's tensor names to this family's parts, in the order of replacement."""
     fixed: Fields = field(default_factory=lambda: FIXED)
     """Fields with one allowed value, which a file may leave out."""
     is_sparse: bool = False

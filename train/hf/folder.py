@@ -129,7 +129,7 @@ def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]
 def _count_mtp(folder: Folder, layers: int) -> int:
     """Return the number of MTP modules in the weights. layers: number of layers of the main model.
 
-    MTP modules are the layers after these, and have tensors that the main model's layers never have.
+    The layers after the main model's are MTP modules, and have tensors that the main model never has.
     """
     found, name_of = 0, FAMILIES[folder.family].name_of
     while any(name_of(f"model.layers.{layers + found}.{name}") in folder.stored for name in MTP_NAMES):
@@ -153,7 +153,7 @@ def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
 
 
 def index_of(stem: str) -> str:
-    """Return the name of the index file, which maps tensors to weight files. stem: prefix of their names."""
+    """Return the name of the index file, which maps tensors to weight files. stem: prefix of the file names."""
     return f"{stem}.safetensors.index.json"
 
 

@@ -32,7 +32,7 @@ MTP_NAMES = (
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """A tensor of a Hugging Face folder, and its interval in a tensor of Sluice. theirs, ours: names of these two."""
+    """A Hugging Face folder's tensor, and its interval in a Sluice tensor. theirs, ours: names of the two tensors."""
 
     theirs: str
     shape: tuple[int, ...]

@@ -50,7 +50,7 @@ def live_weights(
     dtype: torch.dtype | None = None,
     bucket: int = BUCKET_ELEMENTS,
 ) -> Iterator[tuple[str, Tensor]]:
-    """See `Engine.weights`. Collective: every rank must read all tensors. bucket: maximum number of its elements."""
+    """See `Engine.weights`. Collective: every rank must read all tensors. bucket: maximum elements of a bucket."""
     dtype = dtype or activation_dtype(config.precision)
     held = {name: shard for name, shard in state.shards().items() if name.startswith(("master.", "bias."))}
     if config.adapter.on and (stacked or (merged and config.adapter.base is BaseFormat.fp8)):
@@ -136,7 +136,7 @@ def _buckets(wanted: list[_Wanted], bucket: int) -> Iterator[list[_Wanted]]:
 
 
 def _overlap(part: PlacedTensor, shard: Shard) -> tuple[int, int]:
-    """Returns the interval of Sluice's tensor that is in `part` and in `shard`: first element, and end (exclusive)."""
+    """Returns the intersection of `part` and `shard` as an interval of Sluice's tensor: start, end (exclusive)."""
     return max(part.start, shard.offset), min(part.start + part.count, shard.offset + shard.local.numel())
 
 

@@ -48,7 +48,7 @@ class MeasuredStep:
     scores_L: list[float]
     """Largest attention score of each layer; empty without optim.qk_clip."""
     heads_clipped: int
-    """Number of heads, over all layers, with a score above optim.qk_clip."""
+    """Number of heads, over all layers, with an attention score above optim.qk_clip."""
     work: dict[str, float]
     """Measurements of the pipeline and the dispatchers, by metric name."""
 
@@ -66,8 +66,8 @@ class Measure:
         self.indexers = [indexer for chunk in parts.chunks for indexer in chunk.indexers()]
         self.last = next((chunk for chunk in parts.chunks if chunk.has_head), None)
         self.micro_batches = 1.0
-        """Mean number of micro-batches per data-parallel rank in this step, by which `collect` divides losses. The
-        engine sets it."""
+        """Mean number of micro-batches per data-parallel rank in this step, from the engine. `collect` divides losses
+        by this number."""
 
     def clear(self) -> None:
         """Reset the counters for a new step."""
@@ -132,7 +132,7 @@ class CollectedMeasures:
         """Returns the summed measurements as a `MeasuredStep`.
 
         Call this method only after the asynchronous copy from the device to the host is complete. In a training step
-        this is after the update, which waits for a later result of the device, the gradient norm.
+        the update ensures this: it waits for the gradient norm, a later result of the device.
         """
         losses, loads, biases, scores, clipped, own = self._host.split(self._sizes)
         main_loss, *mtp_losses, extra_loss, balance_loss, index_loss = losses.tolist()

@@ -31,7 +31,7 @@ class RankRecorder:
     def name_groups(self, mesh: Mesh) -> None:
         """Set the names of process groups in later records.
 
-        A group's name is the field of `mesh` that holds it. If several fields hold it, their names are joined.
+        A group's name is the field of `mesh` that holds the group, or the joined names of several such fields.
         """
         if self.recorder is None:
             return

@@ -33,7 +33,7 @@ class RestoredState:
     notes: list[str] = field(default_factory=list)
     """Notes for the user."""
     resumed: dict[str, Any] | None = None
-    """The entry `resumed` of train/metrics/names.py; None if no checkpoint was read."""
+    """Value of the metric `resumed` (train/metrics/names.py); None if no checkpoint was read."""
 
 
 class StartingPoint(NamedTuple):
@@ -167,7 +167,7 @@ def load_state(
 ) -> str | None:
     """Fill the state by calling `load` on all ranks. Returns the first problem of any rank, or None.
 
-    optimizer: this run's optimizer. If another optimizer wrote the checkpoint, its state starts from zero.
+    optimizer: this run's optimizer. If another optimizer wrote the checkpoint, the optimizer's state starts from zero.
     """
     problem = None
     own = written_by(meta) == optimizer

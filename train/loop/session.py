@@ -146,7 +146,7 @@ class Session:
     def weights(
         self, *, merged: bool = True, stacked: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.weights`. Read all tensors, or leave the loop, before you call another method."""
+        """See `Engine.weights`. Before you call another method, read all tensors or stop the iteration."""
         named = None if dtype is None else str(dtype).removeprefix("torch.")
         with self._whole_call():
             self._send("weights", {"merged": merged, "stacked": stacked, "dtype": named})

@@ -71,7 +71,7 @@ class RunState:
         return running
 
     def shards(self) -> dict[str, Shard]:
-        """Returns this rank's part of the state. State that several ranks share is only on the first of them."""
+        """Returns this rank's part of the state. If several ranks share a part, only the first rank returns it."""
         shards = self.zero.shards()
         for hook in self.keepers:
             shards |= _apart(shards, hook.shards())

@@ -30,7 +30,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.has_stepped = False
-        """Whether this attempt has completed a step. Without one there is no new state to save.
+        """Whether this attempt has completed a step. Before that, there is no new state to save.
 
         Then SIGTERM or Ctrl-C ends the run at once, because the first step of a large model may take very long.
         """

@@ -71,7 +71,7 @@ def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: fl
 
 
 class StepTotal(NamedTuple):
-    """Numbers of sequences, learnt tokens and samples in a step, over all calls and ranks. Sums are divided by them."""
+    """Counts of sequences, learnt tokens and samples in a step of all ranks. Loss sums are divided by these counts."""
 
     rows: int
     """Number of token sequences."""
@@ -96,7 +96,7 @@ class Engine:
     """Runs the steps of one rank. The engines of all ranks run the same steps."""
 
     def __init__(self, config: Config, parts: ParallelModel, rank: RankSetup, live: "LiveModel | None" = None):
-        """live: implements `save`, `load`, `weights`, `fill` and `generate`; None if the caller uses none of them."""
+        """live: implements `save`, `load`, `weights`, `fill` and `generate`; None if the caller uses no such method."""
         self._live = live
         self._config, self._parts, self._device = config, parts, rank.device
         self.mesh = rank.mesh
@@ -113,9 +113,9 @@ class Engine:
         So all tokens have the same weight, even if the ranks' numbers of micro-batches differ (parallel.uneven).
         """
         self._open: ExitStack | None = None
-        """The contexts of the current step, from its first to its last call of `forward_backward`; otherwise None."""
+        """Contexts that are open from a step's first to its last `forward_backward`; otherwise None."""
         self._is_reduced = False
-        """Whether the step's last call has reduced the gradients. Then the next call must be `update` or `discard`."""
+        """Whether the step's gradients are reduced. Then the next call must be `update` or `discard`."""
         self._moves_biases = True
         self.has_failed = False
         """Whether a call failed during the computation. Then other ranks may wait for this rank."""
@@ -610,4 +610,4 @@ def _completed(batch: Batch) -> Batch:
 
 
 def _nothing(chunk: int) -> None:
-    """Does nothing. Replaces the reduction of gradients in all calls of a step except the last."""
+    """A no-op, called instead of the gradient reduction in all calls of a step except the last."""

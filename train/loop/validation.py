@@ -16,7 +16,7 @@ from train.data.dataset import ValidationData
 
 @dataclass(frozen=True)
 class Sums:
-    """Counts, and the sum of the losses, over the sequences of all ranks."""
+    """Sizes of the measured text, and sums of losses, over all ranks."""
 
     sequences: int = 0
     tokens: int = 0

@@ -43,8 +43,8 @@ class Callback:
 
 
 def _as_kept(give: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Adds the prefix HOOK_STATE to the names of a callback's values. Checkpoints use these names. give: returns the
-    values."""
+    """Returns a callback's values under their names in a checkpoint, with the prefix HOOK_STATE. give: a function that
+    returns the values."""
     return {HOOK_STATE + name: value for name, value in give().items()}
 
 

@@ -101,8 +101,7 @@ def _place(chain: list[BaseException]) -> str:
 
 
 def _names(frames: list[FrameType]) -> tuple[dict[int, str], dict[int, str]]:
-    """Returns the module names that the frames show, in two maps: by ids of modules, and by addresses of the modules'
-    weights."""
+    """Returns two maps to the names of the modules in the frames: from ids of modules, and from weights' addresses."""
     modules: dict[int, str] = {}
     weights: dict[int, str] = {}
     for frame in frames[::-1]:

@@ -44,7 +44,7 @@ METHODS: dict[type, dict[str, str]] = {
     MoE: {"run_experts": "experts"},
     Head: {"forward": "head and loss"},
 }
-"""Maps each module type to the methods that appear in the trace, and these to their names there."""
+"""For each module type, maps the traced methods to the names that the trace shows."""
 DISPATCH = {"dispatch_begin": "dispatch", "combine": "dispatch"}
 TRAVELS = "_Dispatch", "_Combine"
 """Prefixes of the names of the autograd functions in parallel/expert/dispatcher.py.

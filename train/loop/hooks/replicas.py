@@ -138,7 +138,7 @@ class StateCheck:
     def __init__(self, every: int, zero: Zero, rank: int):
         self._every, self._zero, self._rank = every, zero, rank
         self._left: tuple[int, dict[str, Tensor]] | None = None
-        """The newest step and the checksums (`sum_of_bits`) of the state after it; None if it is not a checked step."""
+        """The newest step, and checksums (`sum_of_bits`) of the state after it; None if this step is not checked."""
 
     def on_phase(self, run: LiveRun, step: int, phase: str) -> None:
         if phase in ("update", "checkpoint"):
