@@ -1,7 +1,7 @@
 """Computes how many rows the absent ranks would send to this rank's experts, from dry_run.routing.
 
 balanced      All ranks receive equally many rows, and all experts of this rank receive equally many rows.
-skewed        This rank receives 1.5 times as many rows. The number falls linearly from its first to its last expert.
+skewed        This rank receives 1.5 times the mean rows, with a linear decrease from its first to its last expert.
 a folder      An earlier run's folder. Each expert receives its fraction of rows in that run, as a mean over the layers,
               from the last step with recorded loads.
 """

@@ -37,7 +37,7 @@ class ExpectedTimes:
 
     @property
     def schedule(self) -> float:
-        """Seconds of all actions of a step, one after another."""
+        """Total seconds of the rank's actions in a step."""
         return sum(self.actions.values())
 
 
@@ -53,7 +53,7 @@ class Times:
     """The planned times of this rank alone, with all of its layers at full width. None if the dry run divides the
     widths, or if the rates are for another device."""
     reason: str
-    """Why one of these times is None; empty if all have a value."""
+    """Why `job`, `piece` or `whole` is None; else empty."""
 
 
 def expect(piece: DryRunPiece, device: torch.device) -> Times:

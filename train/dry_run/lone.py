@@ -141,7 +141,7 @@ def _train(config: Config, life: RunPhases, rank: RankSetup, number: int) -> Mea
 
 
 def _watch(config: Config, parts: ParallelModel, rank: RankSetup, number: int) -> None:
-    """Run further steps under the profiler, after the timed steps: those of the setting profile.steps."""
+    """Run the steps of the setting profile.steps under the profiler, after the timed steps."""
     watched = replace(config, profile=replace(config.profile, ranks=[number]))
     timed, (first, last) = TimedStep(config, parts, rank), config.profile.steps
     with closing(StepProfiler(watched, number, parts)) as profiler:

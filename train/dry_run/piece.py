@@ -23,7 +23,7 @@ from train.plan.memory.rank_memory import plan_memory, rank_memory, scene_of
 from train.plan.reserve import fragmentation
 
 CPU_WORK = 4e11
-"""Maximum number of operations in a step on a CPU. A CPU needs some ten seconds for them."""
+"""Maximum FLOPs of a step on a CPU. This takes some ten seconds."""
 MOST_SHRINK = 256
 
 
@@ -164,7 +164,7 @@ def _alone(config: Config, load: Load) -> Scene:
 
 
 def _work(job: Config, config: Config, rank: int) -> float:
-    """Returns the number of operations in a step of this rank, with all layers and at the widths of `config`."""
+    """Returns the FLOPs of a step of this rank, with all layers and at the widths of `config`."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
     placement, layers = parallel.placement, stage_layers(job)
     stages = placement[rank // parallel.stage_ranks]

@@ -38,8 +38,8 @@ def dry_run(config: Config) -> int:
 
 
 def _choose_device(config: Config) -> torch.device:
-    """Returns the device that a run of one rank would use. On a CPU, sets torch to the number of threads of the
-    recipe's calibration."""
+    """Returns the device that a run of one rank would use. On a CPU, torch gets as many threads as the recipe's
+    calibration used."""
     device = choose_device(config, Place())
     if device.type == "cpu" and config.plan.calibration is not None and not config.cluster.threads:
         torch.set_num_threads(read_calibration(config.plan.calibration)["threads"])

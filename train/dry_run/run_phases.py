@@ -63,7 +63,7 @@ class RunPhases(ExitStack):
         self._nodes: list[Path] = []
         self._averages: list[AveragedWeights] = []
         self._held: tuple[object, ...] = ()
-        """References to the buffers of saves. They keep the buffers allocated, as in a run."""
+        """The open checkpointer and in-memory copies. As in a run, their buffers stay allocated."""
         self.peaks: dict[str, PhaseBytes] = {}
         """Memory peak of each phase so far."""
         self.unsaved = ""
@@ -94,8 +94,8 @@ class RunPhases(ExitStack):
         self.peaks[phase] = PhaseBytes(device + copied * on_cpu, host + copied * (not on_cpu))
 
     def go_on(self, parts: ParallelModel, state: RunState, tokens_BS: Tensor, meter: PeakMeter) -> None:
-        """Run each kind of work outside of steps once, and measure its memory. Its buffers stay allocated until
-        `begin_again`."""
+        """Run each kind of work outside of steps once, and measure its memory. The buffers of checkpoints stay
+        allocated until `begin_again`."""
         for phase in self._do(parts, state, tokens_BS[: self._config.micro_batch_size]):
             self.mark(phase, meter)
 

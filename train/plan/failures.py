@@ -31,7 +31,7 @@ WARM_UP_STEPS = 2.0
 """Extra time of the first steps after a start, in units of a normal step. Measured on a CPU; no figure for GPUs is
 published."""
 FLAT = 0.005
-"""Maximum loss of effective share at the advised checkpoint interval, compared with the best interval."""
+"""Maximum loss of effective share (fraction of useful time) at the advised checkpoint interval."""
 REPAIR = 5.5 * 24 * HOUR
 """Mean repair time of a node, in seconds (InfiniteHBD's trace of 400 servers, SIGCOMM 2025; median 0.85 days)."""
 COVERED = 0.99
@@ -48,10 +48,11 @@ class SaveCosts:
     stall: float
     """Seconds that training waits at each checkpoint."""
     write: float
-    """Seconds from the end of the stall until the checkpoint is complete."""
+    """Seconds from when training continues until the checkpoint is complete."""
 
     def effective(self, interval: float) -> float:
-        """Returns the effective share if a checkpoint starts every `interval` seconds of training."""
+        """Returns the effective share (useful fraction of the time) with a checkpoint every `interval` seconds of
+        training."""
         mean = self.between_failures
         lost, segment = (self.restart + self.write) / mean, (interval + self.stall) / mean
         return interval / mean * math.exp(-lost) / math.expm1(segment) if lost + segment < 500 else 0.0
@@ -147,7 +148,7 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
 def spares(mean: float) -> int:
     """Returns the number of spare nodes that is enough for the fraction COVERED of the time.
 
-    mean: average number of nodes under repair; the number has a Poisson distribution.
+    The number of nodes under repair has a Poisson distribution with this `mean`.
     """
     shares = (math.exp(count * math.log(mean) - mean - math.lgamma(count + 1)) for count in itertools.count())
     return next(count for count, share in enumerate(itertools.accumulate(shares)) if share >= COVERED)

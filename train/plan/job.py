@@ -103,7 +103,7 @@ STEADY = 4
 def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
     """Returns the actions of every pipeline rank in a step, in order.
 
-    shortest: plan only as many micro-batches as the memory peak needs.
+    shortest: plan only enough micro-batches to find the memory peak.
     """
     count, pp = micro_batches_of(config), config.parallel.pp
     if shortest:

@@ -75,7 +75,7 @@ HOST_SYSTEM = 0.05
 """Estimated fraction of a host's memory for the operating system, agents, and the page cache of checkpoints."""
 HOST_PROCESS = 3_000_000_000
 """Bytes of host memory that a rank's process needs besides tensors: 0.5 GB for Python and the imported program
-(cluster.prefork), the rest an estimate for CUDA and NCCL."""
+(cluster.prefork), and an estimate for CUDA and NCCL."""
 
 
 def host_memory(config: Config) -> int:
@@ -140,8 +140,8 @@ def _exchange(config: Config, layout: Layout) -> int:
 
 
 def _peers(config: Config, layout: Layout, ranks: range, most: int) -> int:
-    """Returns the bytes of the buffers for sends and receives between a group's first rank and at most `most` other
-    ranks. Ranks on the first rank's node count first."""
+    """Returns the bytes of a rank's send and receive buffers, for at most `most` ranks on its node and for all ranks on
+    other nodes, which share buffers."""
     others = [layout.node(rank) == layout.node(ranks[0]) for rank in ranks[1:]]
     near, far = min(most, sum(others)), not all(others)
     link = config.hardware.rates.get("inside")

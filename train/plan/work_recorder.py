@@ -2,7 +2,7 @@
 
     methods     of the kernels, the FP8 engine, the wire and the dispatcher: a call counts as one kernel with all its
                 work
-    nodes       of autograd, for differentiable methods: the backward of such a call also counts as one kernel
+    nodes       of autograd: the backward of a differentiable method also counts as one kernel
     operations  of torch outside these calls; the ledger (train/plan/memory/ledger.py) passes them to the recorder
 
 The bytes of a call are those of its arguments and results. The measured rate of a kernel includes repeated reads and
@@ -118,7 +118,7 @@ class WorkRecorder:
         return (*found, WorkSegment(compute.works()))
 
     def yielded(self) -> None:
-        """Record that the pass waits for exchanges, and that an overlapped pair switches to the other pass."""
+        """Record a wait for exchanges, at which an overlapped pair of passes switches to the other pass."""
         self._events.append(YIELD)
 
     @contextmanager
@@ -207,7 +207,7 @@ class WorkRecorder:
         self.listen(matmuls, "wgrad", partial(_count_fp8_wgrad, prefix, form))
 
     def listen_to_dispatcher(self, dispatcher: ExchangeDispatcher) -> None:
-        """Record the dispatcher's transfers, casts of rows that are sent in FP8, and sorts of rows."""
+        """Record the dispatcher's transfers, its FP8 casts of sent rows, and its sorting of rows."""
         wire = dispatcher.wire
         for name in ("encode", "unpack"):
             if isinstance(wire, Fp8Wire) and not (name == "unpack" and isinstance(wire, Fp8RowsWire)):
@@ -243,7 +243,7 @@ class WorkRecorder:
         vars(link)["start"] = begin
 
     def _listen_to_buffer(self, buffer: Any, name: str) -> None:
-        """Record the exchanges of DeepEP's buffer: rows, and the gates and ids of their experts."""
+        """Record exchanges through DeepEP's buffer: rows, gates and expert ids."""
         call = getattr(buffer, name)
 
         def send(rows: Any, *rest: Any, **more: Any) -> Any:
@@ -311,7 +311,7 @@ _ROWWISE = {
     "sort_by_expert": "sort",
     "sum_entries": "collect",
 }
-"""Maps methods of `Kernels` that autograd Functions call to kinds of work, without GEMMs."""
+"""Kind of work of each method of `Kernels` that autograd Functions call. Methods with GEMMs are in `_MATMULS`."""
 _DIFFERENTIABLE = {"to_heads": "heads", "route": "route"}
 """Maps differentiable methods of `Kernels` to kinds of work. Forward and backward count separately."""
 
@@ -343,13 +343,13 @@ def _count_grouped_wgrad(out: Tensor, grad_RO: Tensor, x_RI: Tensor, groups: Any
 
 
 SCORE_BYTES = 24
-"""Bytes that an indexer reads and writes per head and (query, key) pair: for the product, for ReLU and weight in place,
-and for the sum over heads."""
+"""Bytes that an indexer reads and writes per head and (query, key) pair: to store the GEMM's result, to apply ReLU and
+the head's weight in place, and to sum over heads."""
 
 
 CHOICE_BYTES = 50
-"""Bytes that an indexer reads and writes per (query, key) pair to choose the keys with the best scores, without the sum
-over heads."""
+"""Bytes that an indexer reads and writes per (query, key) pair to choose the best keys. SCORE_BYTES covers the
+scores."""
 
 
 def _count_choice(out: Tensor, index: IndexVectors, seen: SeenKeys, top_k: int) -> Work:
@@ -370,8 +370,8 @@ def _all_pairs(index: IndexVectors, seen: SeenKeys) -> int:
 
 
 def _count_index_loss(out: IndexLoss, index: IndexVectors, seen: SeenKeys, **rest: Any) -> Work:
-    """Returns the work of the indexer's loss over all keys: two GEMMs for the scores (their sum, then their values),
-    and three for the gradients."""
+    """Returns the work of the indexer's loss over all keys: two GEMMs for the scores (for the softmax's sum, and for
+    its values), and three for the gradients."""
     return _count_index(5, index, seen, out)
 
 
@@ -405,16 +405,15 @@ def _count_fused_chosen(out: ChosenOutput, given: ChosenInput) -> Work:
 
 
 def _count_fused_chosen_backward(out: Any, dout_BTHV: Tensor, given: ChosenInput, *rest: Any) -> Work:
-    """Returns the work of attention's backward if kernels gather the latents. Two kernels gather. Probabilities and
-    gradients of scores are written once and read twice. The rows of latents' gradients are written, read and added in
-    fp32."""
+    """Returns the work of attention's backward if two kernels gather the latents. Probabilities and gradients of scores
+    are written once and read twice. The latents' gradients are written, read and added in fp32."""
     X, R, up = _widths(given)
     return _fused_chosen(given, 5 * X + R, 3 * up, 2, 6, 16, out)
 
 
 def _fused_chosen(given: ChosenInput, products: int, up: int, gathers: int, weights: int, rows: int, out: Any) -> Work:
-    """products, up: as in `_over_chosen`. gathers: reads of each gathered row. weights: reads and writes of a number for
-    each pair of a head and a key. rows: bytes for each element of a gradient row."""
+    """products, up: as in `_over_chosen`. gathers: how often each gathered row is read. weights: how often a value per
+    head and chosen key is read or written. rows: bytes per element of a gradient row."""
     (B, T, K), H, X, item = (
         given.chosen_BTK.shape,
         given.q_BTHQ.shape[2],

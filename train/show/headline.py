@@ -188,8 +188,8 @@ def total(series: Series, name: str) -> float:
 
 
 def _seconds(series: Series) -> float:
-    """Returns the seconds of training. A record has one step's duration, which is multiplied by the number of steps per
-    record. Its checkpoint stall already covers all these steps."""
+    """Returns the seconds of training. A record has the time of one step, which is multiplied by the steps per record,
+    and the checkpoint stalls of all its steps."""
     return _steps_per_record(series) * total(series, "step_seconds") + total(series, "checkpoint_stall_seconds")
 
 

@@ -89,7 +89,7 @@ def _whole_page(run_folder: Path, ended: bool) -> str:
 
 def _made(what: str, make: Callable[[], list[str]]) -> list[str]:
     """Builds a part of the page; if a file for it is damaged, the part shows the error. what: name of the part. make:
-    its builder."""
+    builds the part."""
     try:
         return make()
     except (UserError, OSError):

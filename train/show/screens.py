@@ -211,7 +211,7 @@ class Progress:
             self._event = text
 
     def note(self, text: str) -> None:
-        """Print a sentence above the live line, even if progress is switched off."""
+        """Print a sentence above the progress line, even if progress is switched off."""
         self._print(sentence(text, indent=2))
 
     def close(self) -> None:

@@ -247,8 +247,8 @@ def open_wandb(
 
 
 def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
-    """Send a W&B alert that a run has failed and is not restarted, if rank 0 cannot: with Ray, and after a hang. code:
-    exit code of the run."""
+    """Send a W&B alert that a run has failed and is not restarted, where rank 0 cannot send it: with Ray, or after a
+    hang. code: exit code of the run."""
     text = last_failure(run_folder) if config.cluster.backend == "ray" else _hang_of(run_folder)
     if text and wants_wandb(config.log.wandb) and (run_folder / "wandb" / "run_id").is_file():
         sink = open_wandb(config, run_folder, lambda text: say(text, file=sys.stderr))

@@ -1,7 +1,7 @@
 """Builds the kernels and the precision of a GPU or a CPU for the meta device, so that the model runs without memory.
 
-Functions that return tensors of the same shapes replace the kernels that exist only on GPUs. torch computes all other
-shapes.
+Functions that return tensors of the same shapes replace the kernels that exist only on GPUs. torch computes the
+shapes of all other results.
 
 torch's FakeTensorMode is not used: its CPU tensors take 20 times as long, and without CUDA its GPU tensors abort
 autograd.
@@ -103,7 +103,7 @@ def _last(rows_BTX: Tensor) -> Tensor:
 
 
 def last_blocks(seen: SeenKeys) -> SeenKeys:
-    """Returns a copy that has only the last queries (at most four blocks) of the last rectangle of queries and keys."""
+    """Returns only the last rectangle (queries by keys), reduced to its last queries (at most four blocks)."""
     last = seen.rectangles[-1]
     first = max(last.first_query, last.last_query - 4 * THRESHOLDS.attention_queries)
     return SeenKeys([last._replace(first_query=first, before=last.before + first - last.first_query)])
@@ -231,10 +231,11 @@ _MATMULS = SimpleNamespace(
     matmul=lambda left, left_scale, right, right_scale, out, ends=None: out,
     wgrad=lambda left, left_scale, right, right_scale, out, added, ends=None: out,
 )
-"""Replaces train/kernels/fp8/triton_matmuls.py on the meta device. The FP8 engine has allocated the results."""
+"""Replaces train/kernels/fp8/triton_matmuls.py on the meta device. Returns `out`, which the FP8 engine has
+allocated."""
 
 _DEEP_GEMM = SimpleNamespace(
     m_grouped_fp8_gemm_nt_contiguous=lambda *args, **kwargs: None,
     k_grouped_fp8_gemm_nt_contiguous=lambda *args, **kwargs: None,
 )
-"""Replaces DeepGEMM on the meta device. The FP8 engine has allocated the results."""
+"""Replaces DeepGEMM on the meta device. Does nothing, because the FP8 engine has allocated the results."""

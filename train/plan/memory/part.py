@@ -98,8 +98,8 @@ class Scene:
     compiled: bool
     """Whether a CPU uses compiled code where possible (train/kernels/choice.py), which needs less memory."""
     cp: int = 1
-    """Number of ranks that share every sequence. The plan is for the rank with the first and last piece, which has the
-    most positions."""
+    """Number of ranks that share every sequence. The plan is for the rank with a sequence's first and last piece, which
+    has the most positions."""
     adapter: FrozenSection[Adapter] = NO_ADAPTER
     holds_weights: bool = False
     """Whether FP8 copies of weights are made once per step and kept until the step ends. Only `trace_casts` counts
@@ -256,8 +256,8 @@ def seen_by(part: str, scene: Scene) -> Scene:
 
 
 class Run:
-    """Runs one part under a ledger, between `_Entry` and `_Exit`. Call `forward`, then `backward`, or `inputs` and
-    `weights`."""
+    """Runs one part under a ledger, between `_Entry` and `_Exit`. Call `forward`, then `backward`; for a split
+    backward, `inputs` and then `weights`."""
 
     def __init__(self, scene: Scene, part: str, first: bool = False):
         self.device = torch.device("meta")
@@ -371,8 +371,8 @@ class Run:
         return self._states(self._scene.seq_len // self._scene.cp)
 
     def _embedded(self) -> Tensor:
-        """Returns the embedding's output, as the last part reads it. With MTP modules, it includes tokens that follow
-        this rank's pieces."""
+        """Returns the embedding's output, as the last part reads it. With MTP modules, the output includes the tokens
+        after the rank's pieces of a sequence."""
         positions = Positions(self._scene.seq_len, None, self._module._share)
         return self._states(positions.take_with_next(self._tokens_BS, self._module._depths).size(1))
 

@@ -145,7 +145,7 @@ def rank_memory(
 
     - scene: the settings that all passes share, as `scene_of` returns them.
     - layers: layers of every stage; None: the layout's split.
-    - shortest: plan only the micro-batches that the memory peak needs. The micro-batch at the peak may then differ.
+    - shortest: plan only enough micro-batches to find the memory peak. The micro-batch at the peak may then differ.
     - depth: whether the peak is exact, or only a bound.
     """
     state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest, depth)
@@ -339,7 +339,7 @@ def _moments(
 
 def scene_of(config: Config, load: Load | None = None) -> Scene:
     """Returns the settings that all passes of a run share. load: number of rows that this rank's experts receive; None:
-    equal for all experts, times plan.imbalance."""
+    plan.imbalance times the mean, equal for all experts."""
     model, parallel = config.model, config.parallel
     layout = layout_of(config)
     if load is None:

@@ -117,7 +117,7 @@ class Shards:
 
     @property
     def partition(self) -> int:
-        """Number of elements in this rank's part. DeepSpeed aligns parts to two elements."""
+        """Number of elements in this rank's part of the flat tensor. DeepSpeed aligns parts to two elements."""
         return math.ceil(self.elements / (2 * self.ranks)) * 2
 
     @property

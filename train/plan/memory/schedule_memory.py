@@ -66,7 +66,7 @@ class WalkDepth(IntEnum):
 
 
 SENT = -1
-"""The transport (gloo) as a holder of a tensor. Every other holder is the index of a stage."""
+"""Marks a tensor that the transport (gloo) holds. A tensor that a stage holds is marked with the stage's index."""
 
 
 class ScheduleWalk:
@@ -166,7 +166,7 @@ class ScheduleWalk:
             self._hold("gradient", stage + 1, m, chunk.hidden, stage)
 
     def _play(self, action: Action, parts: Sequence[Action]) -> None:
-        """Computes the peak during the passes of an action, and keeps it if it is the highest so far."""
+        """Computes the peak during the passes of an action, and stores the highest peak so far."""
         if self._depth < WalkDepth.whole and any(self._is_first(part) for part in parts):
             return
         peak = total = self._gradients + self._total

@@ -17,7 +17,7 @@ Special cases:
 - Offload (ZeRO 1 and 2): the shard's gradients are copied to the host during the reduction. A complete gradient is
   freed as soon as this rank's slices are copied. Scratch memory is on the host, and gradients are not joined on the
   device.
-- bf16 weights, and a chunk that ends before another: its gradients are reduced first, to a shard of every group.
+- bf16 weights, and a chunk that ends before another: its gradients are reduced first, into shards of all groups.
 - This rank keeps no slice of a gradient: stage 2 frees the gradient after its reduction, stage 1 after all reductions.
 
 All sizes are in bytes, unless a name says elements.
@@ -159,7 +159,7 @@ class StepEnd:
         return one.weight.elements <= self._bucket
 
     def _reduce(self, waiting: Sequence[Gradient]) -> None:
-        """Simulates the reduction that sums the waiting gradients over ranks, and stores this rank's slices."""
+        """Simulates a reduction: the ranks sum the gradients in `waiting`, and this rank stores its slices."""
         meter = self._meter
         if self._bf16:
             for one in waiting:
@@ -191,8 +191,8 @@ class StepEnd:
         return sum(one.size for one in self._gradients if one.mine)
 
     def _copies(self, gradients: Sequence[Gradient]) -> Iterator[int]:
-        """Yields the number of elements of each copy, which joins several slices. A single slice that is larger than
-        the bucket is not copied, and yields 0."""
+        """Yields the number of elements of each copy that joins several slices; 0 for a single slice, larger than the
+        bucket, that is not copied."""
         slices: list[int] = []
         for mine, run in groupby(
             ((one, piece) for one in gradients for piece in one.slices),
@@ -214,7 +214,7 @@ class StepEnd:
 
     def _end(self, gradients: Sequence[Gradient], ahead: bool) -> None:
         """Frees the bucket and the reduced gradients that are larger than the bucket. After an early reduction
-        (`ahead`), first allocates missing shards of shared groups."""
+        (`ahead`), first allocates the missing shards of groups with several ranks."""
         stays = (
             one
             for one in gradients

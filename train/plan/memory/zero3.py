@@ -126,8 +126,8 @@ class Zero3Memory:
 
     @cached_property
     def _learnt(self) -> tuple[list[list[SharedWeight]], list[tuple[int, bool]], int]:
-        """The arguments of `follow_gathers`: each unit's weights, the visits of one micro-batch, and the maximum number
-        of elements gathered in advance."""
+        """The arguments of `follow_gathers`: each unit's weights, a micro-batch's visits (executions of units), and the
+        maximum number of elements gathered in advance."""
         units = self._units()
         last, depths = len(units) - 1, self._config.model.mtp_depth
         down = range(last, 0, -1)  # each pass starts with the model itself, a unit without weights

@@ -100,8 +100,8 @@ def follow_gathers(
 def follow_change(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int, number: int, unit: int
 ) -> GatheredBytes:
-    """Returns the bytes of gathered weights at a visit at which DeepSpeed expects another unit. number: index of the
-    visit. unit: index of the unit that runs."""
+    """Returns the bytes of gathered weights if another unit runs than DeepSpeed has recorded. number: index of this
+    execution. unit: index of the unit that runs."""
     coordinator = _Coordinator(units, visits, limit)
     coordinator.run(number)
     return coordinator.visit_unlearnt(unit)
@@ -131,8 +131,8 @@ class _Coordinator:
         return found
 
     def visit_unlearnt(self, unit: int) -> GatheredBytes:
-        """Simulates a visit at which DeepSpeed expects another unit. DeepSpeed waits for all weights in transfer, frees
-        them, and frees their buffers last."""
+        """Simulates that another unit runs than DeepSpeed has recorded. DeepSpeed waits for all weights in transfer,
+        frees them, and frees their buffers last."""
         highest = self._size()
         for weight, gather in self._coming.items():
             gather.arrive()

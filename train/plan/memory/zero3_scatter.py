@@ -85,7 +85,7 @@ def trace_unit_forward(scene: Scene, part: str) -> tuple[Visit, ...]:
 
 @traced_once
 def trace_unit_evaluation(scene: Scene, part: str) -> tuple[Visit, ...]:
-    """Returns the visits of a part's forward pass without gradients."""
+    """Returns the unit executions (visits) of a part's forward pass without gradients."""
     with _UnitRun(scene, part) as run:
         return run.visits(run.evaluate())
 
@@ -133,7 +133,7 @@ class _UnitRun(Run):
         return self
 
     def visits(self, whole: PassMemory) -> tuple[Visit, ...]:
-        """Returns the visits of the pass that has just ended. whole: the memory of this pass."""
+        """Returns the unit executions (visits) of the pass that has just ended. whole: the pass's memory."""
         found, firsts = [], [0, *(first for _, first in self._begun[1:]), len(whole.pieces)]
         for (unit, _), first, end in zip(self._begun, firsts, firsts[1:], strict=False):
             start = whole.pieces[first - 1].end if first else whole.start

@@ -82,7 +82,7 @@ class Candidate:
     least_bytes: int
     """Lower bound on the memory of the fullest rank."""
     fullest: int
-    """The pipeline rank with the largest bound on memory, which is `least_bytes`."""
+    """The pipeline rank with the largest memory bound (`least_bytes`)."""
     kept_bytes: int
     """The part of `least_bytes` that consists of activations kept for backward."""
 
@@ -133,15 +133,15 @@ def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
 
 
 def _contexts(config: Config, ranks: int) -> list[int]:
-    """Returns the possible numbers of ranks that share a sequence. Each rank gets at least CONTEXT_TOKENS tokens, or as
-    many as in the recipe."""
+    """Returns the possible numbers of ranks that share a sequence. The maximum is the recipe's number, or the number
+    with CONTEXT_TOKENS tokens per rank, if larger."""
     most = max(config.seq_len // CONTEXT_TOKENS, config.parallel.cp)
     return [cp for cp in divisors(ranks) if cp <= most and (cp == 1 or config.seq_len % (2 * cp) == 0)]
 
 
 def _ramp(config: Config, share: int, pp: int, schedule: str) -> Config:
-    """Returns the recipe with a batch ramp that fits this pipeline. If the full batch is a multiple of the schedule's
-    rounds of pp micro-batches, so are all batches of the ramp."""
+    """Returns the recipe with a batch ramp that fits this pipeline. If the schedule needs rounds of pp micro-batches,
+    batches are whole rounds where possible."""
     if SCHEDULES[schedule].rounds:
         whole = fitted_ramp(config, share * pp, 2)
         if whole is not config:

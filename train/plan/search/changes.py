@@ -23,8 +23,8 @@ def with_changes(config: Config, **values: Any) -> Config:
     """Returns the recipe with changed values. values: fields of the section `parallel`, and micro_batch_size,
     recompute, offload, loss_chunk or moments.
 
-    `cost` replaces a `split` for another number of stages. If the new schedule fixes the number of stages per rank,
-    virtual_stages is reset to 2.
+    If the number of stages changes, a list in `split` becomes `cost`. If the schedule fixes the number of stages per
+    rank, virtual_stages is reset to 2.
     """
     parallel = {name: value for name, value in values.items() if hasattr(config.parallel, name)}
     model = {name: value for name, value in values.items() if name in ("recompute", "offload", "loss_chunk")}
@@ -45,8 +45,8 @@ def with_changes(config: Config, **values: Any) -> Config:
 
 
 def fitted_ramp(config: Config, share: int, least: int) -> Config:
-    """Returns the recipe with a batch-size ramp for another layout: multiples of `share` sequences, at least `least` *
-    `share`. Without a ramp, or if none is possible, the recipe is unchanged."""
+    """Returns the recipe with a batch-size ramp for another layout: multiples of `share` sequences, the smallest at
+    least `least` * `share`. Without a ramp, or if none is possible, the recipe is unchanged."""
     optim = config.optim
     if optim.batch_ramp_start is None:
         return config

@@ -38,8 +38,8 @@ class Cure:
 
 
 def find_cures(plan: RunPlan) -> list[Cure]:
-    """Returns up to three changes that make the plan fit, in the order of GPU seconds per step. If no single change is
-    enough, tries pairs."""
+    """Returns up to three changes that make the plan fit, sorted by device-seconds per step. If no single change is
+    enough, combines two."""
     saved: list[tuple[int, Config]] = []
     found = []
     for config in lighter(plan.config):
@@ -97,8 +97,8 @@ def find_split(plan: RunPlan) -> FasterSplit | None:
 
 
 def find_stages(plan: RunPlan) -> Cure | None:
-    """Tries several numbers of stages per rank, with one schedule that orders actions as the recipe's does. Returns the
-    change with the shortest step; None if no change fits and saves the fraction WORTH."""
+    """Tries several numbers of stages per rank, and keeps the recipe's order of actions. Returns the change with the
+    shortest step; None if no change fits and saves the fraction WORTH."""
     schedule = plan.config.parallel.schedule_facts.in_parts
     if plan.config.parallel.pp == 1 or schedule is None:
         return None

@@ -102,8 +102,8 @@ class FrameBounds:
 
 
 SPREAD_WORK = 0.97
-"""Lower bound on the ratio of a stage's work in a layout to its work with the most expert-parallel ranks. The number of
-these ranks affects only a few percent of the work."""
+"""Lower bound on a stage's work in a layout, as a fraction of its work with the most expert-parallel ranks. The number
+of these ranks changes the work by only a few percent."""
 
 
 class QuickStages(Stages):
@@ -150,7 +150,8 @@ def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
     activations in memory.
 
     The first bound is on the maximum over the step. The second is on the maximum while another micro-batch runs forward
-    (negative: never). Of two micro-batches in a pair, only one has all of its activations in memory.
+    (negative: this never occurs). Of two micro-batches with overlapped passes, only one has all of its activations in
+    memory.
     """
     most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp), parallel.virtual_stages)
     paired = parallel.schedule_facts.pairs
@@ -158,10 +159,10 @@ def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
 
 
 def _pipeline_seconds(stages: Stages) -> float:
-    """Returns a lower bound on the seconds of the pipeline: a rank's work for all micro-batches, plus idle time.
+    """Returns a lower bound on the seconds of the pipeline: a rank's work for all micro-batches, plus its idle time.
 
-    - Backward is not split: the idle time is the forward and backward times of all earlier stages. The largest sum
-      counts.
+    - Backward is not split: the idle time is one forward and one backward of every earlier stage. The largest sum of
+      all ranks counts.
     - Backward is split: the idle time is the schedule's formula with the shortest action times of all stages.
     """
     parallel, ids = stages.config.parallel, range(len(stages.layers))
@@ -181,8 +182,8 @@ def _pipeline_seconds(stages: Stages) -> float:
 
 
 def _busy(stages: Stages, ids: list[int]) -> float:
-    """Returns the seconds of forward and backward of one micro-batch on these stages. If the schedule overlaps passes,
-    the passes run as pairs."""
+    """Returns the seconds of forward and backward of one micro-batch on these stages. If the schedule overlaps both,
+    the overlapped time counts."""
     if stages.config.parallel.schedule_facts.pairs:
         return 2 * _pair(stages, ids)
     return sum(stages.elapsed(Action(kind, stage, 0)).seconds for stage in ids for kind in "FB")

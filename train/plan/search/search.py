@@ -280,8 +280,8 @@ class _Finder:
         return replace(frame, savings=savings, ways=given)
 
     def _bound(self, frame: Frame) -> None:
-        """Compute the bounds of all layouts of a frame (a set of similar layouts). Add each to its family's `possible`
-        if it may fit, else to `lacking`."""
+        """Compute the bounds of a frame (a set of similar layouts). Add the layouts that may fit to the family's
+        `possible`; of the others, only the one with the fewest missing bytes to `lacking`."""
         family = self._families[frame.family]
         if ways := self._ways(frame):
             bounds = FrameBounds(replace(frame, ways=ways), self._rates, self._memo)
@@ -364,8 +364,8 @@ class _Finder:
         return tuple(overrides(config, self._base))
 
     def _look(self, one: Candidate, config: Config) -> tuple[int, str]:
-        """Returns the result of `_missed` for one configuration of a candidate, cached because savings can give equal
-        configurations."""
+        """Returns the cached result of `_missed` for a candidate's configuration. Different activation savings can give
+        the same configuration."""
         name = self._name(config)
         if name not in self._looked:
             self._looked[name] = _missed(config, one.fullest)
@@ -382,8 +382,8 @@ class _Finder:
         return fit
 
     def _faster(self, fit: _Fit) -> _Fit:
-        """Returns the layout with a stage split that balances the planned times of the ranks, if it fits and is faster.
-        Otherwise returns it unchanged."""
+        """Returns the layout with a stage split that balances the ranks' planned times, or the given layout if this
+        split does not fit or is not faster."""
         stages = self._stages(fit.config)
         if estimate_step(stages)[1] < UNEVEN:
             return fit

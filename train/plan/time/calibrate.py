@@ -131,16 +131,16 @@ def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], d
 
 
 def batches(config: Config) -> list[tuple[int, int]]:
-    """Returns the number and the length of sequences in two micro-batches, the recipe's and a smaller one, to separate
-    the cost of a call from that of an element."""
+    """Returns the number and the length of sequences in two micro-batches: the recipe's and a smaller one, to separate
+    the cost per call from the cost per element."""
     if config.micro_batch_size < SHORTER:
         return [(config.micro_batch_size, config.seq_len), (1, -(-config.seq_len // SHORTER))]
     return [(config.micro_batch_size, config.seq_len), (config.micro_batch_size // SHORTER, config.seq_len)]
 
 
 def _alone(config: Config, sequences: int, length: int) -> Config:
-    """Returns the recipe for one rank without parallelism. A step has two micro-batches of this number of sequences of
-    this length."""
+    """Returns the recipe for one rank without parallelism. A step has two micro-batches of `sequences` sequences with
+    `length` tokens."""
     return replace(
         config,
         parallel=Parallel(),
@@ -183,7 +183,7 @@ def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) 
     """Measures the part of one rank's step time that the kernels' rates do not explain. Returns the rate of a launch,
     and the factors on the times of passes and of the update.
 
-    Steps of both micro-batch sizes have equally many launches, so only kernels cause the difference of their times.
+    Steps of both micro-batch sizes have equally many launches, so the step times differ only by kernel time.
     """
     steps = [_Step(config, *batch, rates, device) for batch in batches(config)]
     first, second = steps
@@ -197,8 +197,9 @@ def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) 
 def _factors_together(
     config: Config, device: torch.device, rates: dict[str, dict], launch: Rate, barrier
 ) -> dict[str, float]:
-    """Returns the factors on the times of passes and of the update, measured while all ranks are active. launch: the
-    rate of a launch with one active rank. It is the same with all ranks, because each rank launches on its own core."""
+    """Returns the factors on the kernels' times in passes and in the update, measured while all ranks are active.
+    launch: the rate of a launch with one active rank. All ranks together have the same rate, because each rank launches
+    on its own core."""
     step = _Step(config, *batches(config)[0], rates, device, barrier)
     return {"passes": (step.passes - launch.seconds * step.launches) / step.kernels, "update": step.update}
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Segment:
-    """Durations in seconds. compute: computation before the transfer. transfer: 0 for none. beside: computation that
-    may overlap the transfer."""
+    """Seconds of a section of a pass, with at most one transfer. compute: computation before the transfer. beside:
+    computation that may overlap it."""
 
     compute: float
     transfer: float = 0.0
     beside: float = 0.0
     yields: bool = True
-    """Whether a pair of passes switches to the other pass before the wait for the transfer."""
+    """Whether the pass lets the other pass of an overlapped pair run before it waits for its transfer."""
 
 
 @dataclass(frozen=True)

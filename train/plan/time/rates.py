@@ -39,10 +39,10 @@ NOT_MEMORY = ("memory", "attention_forward", "attention_backward", "launch")
 """Kinds of work without a fallback. GEMMs, links and the host have their own tables. All other kinds fall back to
 `memory`."""
 HOST = ("host", "host_memory")
-"""Kinds of work that offloading causes, without a fallback. `host`: bytes copied between device and host.
+"""Kinds of work that offloading causes. Their rates have no fallback. `host`: bytes copied between device and host.
 `host_memory`: bytes that the host's processors read and write."""
 HOST_LAUNCH = "host_launch"
-"""Kind of work for launching kernels, with the seconds of a host core per launch. Without a rate, launches take no
+"""Kind of work for launching kernels. Its rate: seconds of a host core per launch. Without a rate, launches take no
 time."""
 LINKS = {
     "all_to_all_inside": "inside",
@@ -61,16 +61,16 @@ TUNED, OURS_UNTIMED = "tuned Megatron", "this program"
 
 @dataclass(frozen=True)
 class JobInterval:
-    """The measured step times of published jobs are from exp(low) to exp(high) times the planned step time. `python -m
+    """Expected range of a measured step time: exp(low) to exp(high) times the planned step time. `python -m
     bench.plan_published` computes low and high."""
 
     low: float
     high: float
     jobs: int
-    """Number of published jobs from which the range was computed."""
+    """Number of published jobs from which low and high were computed."""
     held: float
-    """Fraction of the published jobs whose measured step time is in the range. Each job's range was computed from jobs
-    of other sources."""
+    """Fraction of the published jobs whose measured step time is in the expected range. Each job's range was computed
+    without the jobs of its source."""
 
     def around(self, seconds: float) -> tuple[float, float]:
         return seconds * math.exp(self.low), seconds * math.exp(self.high)

@@ -1,7 +1,7 @@
 """Plans the seconds of a training step: simulates the pipeline, then adds reduction, optimizer and gather.
 
-torch's schedules define the actions and their order (parallel/pipeline/simulate.py), and stages.py their durations. MFU
-excludes MTP, as DeepSeek defines it, and is relative to the bf16 peak.
+torch's schedules define the actions and their order (parallel/pipeline/simulate.py); stages.py computes their
+durations. MFU excludes MTP, as DeepSeek defines it, and is relative to the bf16 peak.
 """
 
 from collections import defaultdict
@@ -26,8 +26,8 @@ job with 0.52, without CUDA graphs, took twice the planned time (Megatron-LM's g
 
 @dataclass
 class StepTime:
-    """The planned time of one optimizer step, and the speed that follows from it. Seconds of actions, work,
-    launches and exchanges are means over the ranks of a pipeline."""
+    """The planned time and speed of one optimizer step. Seconds of actions, work, launches and exchanges are means over
+    the ranks of a pipeline."""
 
     step_seconds: float
     pipeline_seconds: float
@@ -87,7 +87,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """The parts of a step's time that a search needs; a plan needs `StepTime`."""
+    """The parts of a step's time that a search needs. `StepTime` has all parts."""
 
     simulation: Simulation
     update: UpdateTime
@@ -100,8 +100,8 @@ class SimulatedStep:
 
 
 def simulate_step(stages: Stages, micro_batches: int | None = None) -> SimulatedStep:
-    """Simulates the pipeline action by action, and adds the slowest rank's update. micro_batches: None for those of a
-    step."""
+    """Simulates the pipeline action by action, and adds the slowest rank's update. micro_batches: None for all
+    micro-batches of a step."""
     extra = _stage3(stages) if stages.config.parallel.zero == 3 else {}
 
     def duration(action: Action) -> float:
@@ -199,7 +199,7 @@ def _hidden(
     """Returns the seconds that a rank saves because its gradient reduction overlaps with passes, minus the slowdown of
     these passes. whole: seconds of the complete reduction.
 
-    Only the reduction of the stage that ends last overlaps with no pass.
+    The reduction of the stage that ends last cannot overlap.
     """
     actions = program.actions[rank]
     ahead = stages_ahead(actions)

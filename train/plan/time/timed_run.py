@@ -1,11 +1,11 @@
-"""Times the kernels of a recipe. It runs each part of the model as a memory plan does (train/plan/memory/part.py), but
-on a real device.
+"""Measures the times of a recipe's kernels. Each part of the model runs as in a memory plan
+(train/plan/memory/part.py), but on a real device.
 
 A plan uses the same recorder (train/plan/work_recorder.py), so every kernel of a plan is timed. The shortest time of
 several runs is used.
 
-On a GPU, autograd runs in a separate thread. There, the recorder observes the model's calls of its kernels, but no
-single torch operations.
+On a GPU, autograd runs in a separate thread. There, the recorder observes calls of the model's kernels, but no single
+torch operations.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -87,7 +87,7 @@ def timed_passes(config: Config, device: torch.device) -> Iterator[TimedWork]:
 
 
 def timed_rows_and_weights(config: Config, device: torch.device) -> Iterator[TimedWork]:
-    """Times casts of rows that are sent in FP8, sums of gradients, copies, and the optimizer."""
+    """Measures the seconds of FP8 casts of sent rows, sums of gradients, copies, and the optimizer."""
     clock = WorkRecorder(False, lambda: undisturbed_clock(device))
     dtype, element = activation_dtype(config.precision), config.precision.weight_bytes
     rows = torch.randn(config.micro_batch_size * config.seq_len, config.model.hidden, device=device).to(dtype)

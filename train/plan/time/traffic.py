@@ -92,8 +92,8 @@ def reached(model: Model, nodes: int, per_node: int) -> tuple[float, float, int]
 
 @cache
 def _distinct(holders: int, experts: int, *rule: int) -> float:
-    """Returns the expected number of holders (ranks or nodes) with at least one of a token's experts. All have equally
-    many experts, with consecutive ids."""
+    """Returns the expected number of holders (ranks or nodes) with at least one of a token's experts. Every holder has
+    the same number of experts, with consecutive ids."""
     hit_SH = np.zeros((SAMPLES, holders), dtype=bool)
     np.put_along_axis(hit_SH, _chosen(experts, *rule) // (experts // holders), True, 1)
     return float(hit_SH.sum(1).mean())

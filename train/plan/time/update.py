@@ -9,8 +9,8 @@ Special cases:
 - A chunk ends before another chunk of its rank: its gradients are reduced while the pipeline still computes
   (step_time.py).
 - ZeRO stage 3: gathers and reductions run in every micro-batch, so this file counts only the update.
-- Orthogonalised matrices: sends to their owners and back overlap with computing (parallel/owners.py). Only the longer
-  time counts.
+- Orthogonalised matrices: the ranks send them to their owners and back while they compute (parallel/owners.py). Only
+  the longer time counts.
 - Optimizer on the host: gradients are copied to the host, and rounded weights back. The host's memory bandwidth limits
   the update.
 """
@@ -37,8 +37,8 @@ DEVICE_PASSES = 20
 """Bytes per gradient element that DeepSpeed reads and writes for the reduction: copies into and out of the bucket, and
 a division. With bf16 weights, gradients that no other rank shares are not copied."""
 NORM_BYTES, CLIP_BYTES = 4, 8
-"""Bytes per element of the shard for the gradient norm and clipping. The norm reads each element. Only ZeRO stage 3
-clips separately, with a read and a write."""
+"""Bytes per element of a rank's shard: read for the gradient norm, and read and written for clipping. Only ZeRO stage 3
+clips separately."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,14 @@ class Orthogonal:
     largest: float
     """Number of operations for the most expensive matrix."""
     dearest: int
-    """Number of matrices that are as expensive as the most expensive one."""
+    """Number of matrices that need `largest` operations each."""
 
     def busiest(self, ranks: int) -> float:
-        """Returns an upper bound on the operations of the busiest rank. ranks: number of ranks that share the
-        matrices."""
+        """Returns an upper bound on the FLOPs of the busiest rank. ranks: number of ranks that share the matrices."""
         return max(KEEPS * max(self.flops / ranks, self.largest), math.ceil(self.dearest / ranks) * self.largest)
 
     def moved(self, ranks: int) -> float:
-        """Returns the bytes that a rank sends in fp32, to owners of matrices and back. An owner does not send its own
-        part."""
+        """Returns the fp32 bytes that a rank sends: parts of matrices to their owners, and results back as an owner."""
         return 2 * 4 * self.elements * (ranks - 1) / ranks**2
 
 
@@ -166,8 +164,8 @@ def _joined(parts: Sequence[Orthogonal]) -> Orthogonal:
 
 
 def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: list[tuple[float, int, int]]) -> float:
-    """Returns the seconds to orthogonalise the matrices on their owners. Sends overlap with computing, so the longer of
-    both times counts."""
+    """Returns the seconds to orthogonalise the matrices on their owners. The ranks send while they compute, so only the
+    longer time counts."""
     seconds = 0.0
     form = "bf16" if device_kind(config) == "cuda" else "fp32"
     for one, (_, group, per_node) in zip(held.orthogonal, groups, strict=False):
@@ -234,9 +232,9 @@ def to_host(config: Config, rates: Rates, moved: float) -> float:
 
 
 def _collective(name: str, rates: Rates, moved: float, group: int, per_node: int) -> float:
-    """Returns the seconds of a collective that uses rings over the group. It is never faster than inside a node.
-    Between nodes, the network adapters of a node work in parallel. name: kind of collective. moved: bytes that each
-    rank sends."""
+    """Returns the seconds of a collective that uses rings over the group. Between nodes, it takes at least as long as
+    inside one, and a node's network adapters work in parallel. name: kind of collective. moved: bytes that each rank
+    sends."""
     where, links = ring_bandwidth_share(group, per_node)
     seconds = rates.of(Work(f"{name}_{where}", bytes=moved / links))
     return seconds if where == "inside" else max(seconds, rates.of(Work(f"{name}_inside", bytes=moved)))
