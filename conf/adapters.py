@@ -24,7 +24,7 @@ ADAPTER_TARGETS: dict[str, tuple[str, ...]] = {
     "dense": ("ffn.w13.weight", "ffn.w2.weight"),
     "head": ("head.weight",),
 }
-"""Name endings of the base parameters, including those of MTP modules, for each word of adapter.targets."""
+"""For each word of adapter.targets: name endings of the base parameters, also in MTP modules."""
 ON_REQUEST = ("head",)
 """Targets that a run adapts only if adapter.targets names them."""
 

@@ -243,8 +243,8 @@ def _wrong_list(key: str, value: Any, kind: Any, default: Any) -> UserError:
 
 
 def _unknown_part(key: str, value: Any, kind: Any) -> UserError:
-    """Return the error for an unknown name in a mapping, or in a list of mappings. key: setting with this value. kind:
-    the setting's type in the schema."""
+    """Return the error for an unknown name in a mapping, or in a list of mappings. key: the key of the mapping
+    or list. kind: the key's type in the schema."""
     section = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
     known = [field.name for field in fields(section)] if is_dataclass(section) else []
     given = [name for part in (value if isinstance(value, list) else [value]) for name in part]

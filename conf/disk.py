@@ -148,13 +148,13 @@ class Backlog:
         self._waiting: deque[bytes] = deque()
         self._bytes = 0
         self.dropped = 0
-        """Number of lost items. Above BACKLOG bytes in memory, the oldest are dropped."""
+        """Number of lost items. Above BACKLOG bytes in memory, the oldest items are dropped."""
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, piece: bytes) -> None:
-        """Write the data in memory, then `piece`. If the disk refuses, hold them and raise OSError."""
+        """Append the held data and `piece` to the file. If the disk refuses, hold the rest and raise OSError."""
         self._waiting.append(piece)
         self._bytes += len(piece)
         while self._bytes > BACKLOG and len(self._waiting) > 1:
@@ -163,7 +163,7 @@ class Backlog:
         self.flush()
 
     def flush(self) -> None:
-        """Write the data in memory. Raises OSError if the disk refuses them again."""
+        """Append the held data to the file. Raises OSError if the disk refuses again."""
         while self._waiting:
             self._write(self._waiting[0])
             self._bytes -= len(self._waiting.popleft())
@@ -241,7 +241,7 @@ def let_output_be_lost() -> None:
 
 
 class _Lossy(io.FileIO):
-    """A file that drops data if its disk refuses it."""
+    """A file that drops the data that its disk refuses."""
 
     def write(self, data: "Buffer", /) -> int:
         try:

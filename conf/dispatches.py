@@ -46,7 +46,7 @@ class DispatchFacts:
     name: str
     per_expert: bool = False
     """True: a token is sent once for each of its experts. False: a token is sent once to each node with one of its
-    experts, and inside the node once to each such rank."""
+    experts, and inside the node once to each rank with one of its experts."""
     by_nodes: bool = False
     """Whether a row is first sent to a node, and then to a rank of this node. This needs equal numbers of ranks per
     node, and router groups that do not straddle nodes."""
@@ -95,10 +95,9 @@ class DispatchFacts:
         return None
 
     def find_sums(self, experts: int, ep: int, per_node: int) -> list[int]:
-        """Return the number of experts whose rows of a token the dispatch adds before it sends the sum.
+        """Return over how many experts the dispatch adds the rows of a token before it sends the sum.
 
-        The list has one number for each addition: the experts of a rank, then the experts of a node. It is empty if the
-        dispatch adds no rows.
+        First the experts of a rank, then, for a second sum, of a node. The list is empty if the dispatch adds no rows.
         """
         if self.per_expert or ep == 1:
             return []

@@ -104,7 +104,7 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 def read_tail(path: Path, most: int) -> bytes:
-    """Return the last `most` bytes of a file, or the complete shorter file; empty if it cannot be read."""
+    """Return the last `most` bytes, or all of a shorter file; empty if the file cannot be read."""
     with suppress(OSError), open(path, "rb", opener=open_plain) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - most))
         return file.read(most)

@@ -51,7 +51,7 @@ class KeyGroup:
     """Path of each subsection, with a note about all its keys."""
 
     def part(self, expert: bool) -> "KeyGroup":
-        """Return the group with only its expert keys, or only the others, and the notes on them."""
+        """Return the group with only its expert keys, or only its other keys, and the notes on these keys."""
         keys = tuple(key for key in self.keys if key.expert is expert)
         notes = tuple((path, note) for path, note in self.notes if any(key.path.startswith(path) for key in keys))
         return replace(self, keys=keys, notes=notes)
@@ -107,7 +107,7 @@ def groups() -> tuple[KeyGroup, ...]:
 
 
 def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
-    """Yield the keys of a section and its subsections. expert: whether all are expert keys."""
+    """Yield the keys of a section and its subsections. expert: whether the section is an expert key."""
     for item in fields_of(cls).values():
         path, rare = prefix + item.name, expert or item.expert
         if item.is_key:
@@ -132,7 +132,7 @@ def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, 
 
 
 def inner_section(found: Any) -> tuple[type | None, str]:
-    """Return the section class that a type contains, and the placeholder for its index or name in a path. The
+    """Return the section class that a type contains, and the placeholder for the section's index or name in a path. The
     placeholder is empty unless the type is a list or a mapping. A type without a section class gives None."""
     inner = next(iter(typing.get_args(found)[-1:]), found)
     if not dataclasses.is_dataclass(inner):

@@ -61,7 +61,7 @@ def keys_page() -> str:
 
 
 def _section(group: KeyGroup, values: Any, expert: bool) -> str:
-    """Return the page's part for one group of keys: heading, notes and table; empty for a group without keys. expert:
+    """Return the section of keys.md for one group: heading, notes and table; empty for a group without keys. expert:
     whether the keys are expert keys."""
     if not group.keys:
         return ""

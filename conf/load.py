@@ -1,7 +1,7 @@
-"""Composes a checked Config from a command line, with plain Hydra.
+"""Composes a checked Config from a command line, with Hydra.
 
-The folders in conf/ are Hydra groups: conf/ contains the recipes; model/, data/ and others contain options. Hydra
-searches no other folder, because each subfolder there would become a group and hide a key of the same name.
+Each folder in conf/ is a Hydra group: conf/conf contains the recipes, the others contain options. The program adds no
+other folder, because its subfolders would become groups and hide keys of the same name.
 """
 
 import contextlib
@@ -346,7 +346,7 @@ def run(job: Callable[[list[Config]], int]) -> int:
 
 
 def _composed(words: Sequence[str]) -> DictConfig:
-    """Return the settings of one run. words: arguments without flags. Hydra's command would compose twice."""
+    """Return the settings of one run. words: arguments without flags. Hydra's own entry point would compose twice."""
     node = compose_node(*words)
     return over_run_settings(node, list(words), list(node.hydra.runtime.choices))
 

@@ -37,7 +37,7 @@ def share_of(config: Config, batch: int, dp_rank: int) -> tuple[int, int]:
 
 
 def most_micro_batches(config: Config) -> int:
-    """Return the largest number of micro-batches of a rank in a full batch: that of rank 0."""
+    """Return the number of micro-batches of rank 0 in a full batch, the largest of all ranks."""
     return share_of(config, config.batch_size, 0)[1] // config.micro_batch_size
 
 

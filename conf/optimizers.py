@@ -14,7 +14,7 @@ ADAMW, MUON = "adamw", "muon"
 """Names of optimizers. A checkpoint without such a name was trained with ADAMW."""
 
 UPDATE_BYTES = 16
-"""Memory traffic of an update per weight element: read gradient and weight, write the weight, read it to round it."""
+"""Bytes that an update moves per weight element: read gradient and weight, write the weight, read it to round it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class OptimizerFacts:
         return self.tables if self.tables is not None and TABLE.search(weight) else self.matrices
 
     def count_state_bytes(self, moment_bytes: int) -> int:
-        """Return the most bytes of state per weight element of any rule."""
+        """Return the largest state per weight element of all rules, in bytes."""
         return max(rule.count_state_bytes(moment_bytes) for rule in self.rules)
 
     def count_update_bytes(self, moment_bytes: int, element: int) -> int:

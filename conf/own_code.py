@@ -34,7 +34,7 @@ READ_FROM_RUNS: dict[str, tuple[Mode, ...]] = {
 }
 """Modes that take user code from a run's config.yaml, by key. The user must permit it."""
 _FILES: dict[str, str] = {}
-"""The key that named each imported file of user code, by path."""
+"""By path of an imported file of user code: the key that named the file."""
 
 
 def sections_of(config: Any) -> dict[str, CodeSection]:

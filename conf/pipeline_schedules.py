@@ -34,12 +34,12 @@ class ScheduleFacts:
     stages: int | None = 1
     """Number of stages of every rank. None: parallel.virtual_stages."""
     folds: bool = False
-    """True: the stages form a V, and rank 0 has the first and the last stage. Weights of both stages then need no
+    """True: the stages form a V, and rank 0 has the first and the last stage. A weight in both stages then needs no
     communication. False: rank r has the stages r, r + pp, r + 2 pp and so on."""
     least: int = 0
     """Minimum number of micro-batches, divided by the number of pipeline ranks."""
     rounds: bool = False
-    """Whether micro-batches run in rounds of about pp. The number of rounds must divide their number."""
+    """Whether micro-batches run in rounds of about pp. The number of rounds must divide the number of micro-batches."""
     splits: bool = False
     """Whether a backward is split into I (gradients of inputs) and W (gradients of weights). Without a split, a rank is
     idle while the stages before it run their first forward and their last backward."""
@@ -90,8 +90,8 @@ def _inputs(seconds: ActionSeconds) -> float:
 
 
 def _pair(seconds: ActionSeconds) -> float:
-    """Return a rank's idle seconds divided by pp - 1, if I <= F pp / (pp - 1). The result is wrong for the last rank,
-    which has one FB pair that does not overlap.
+    """Return a rank's idle seconds divided by pp - 1, if I <= F pp / (pp - 1); see `ActionSeconds`. The result is
+    wrong for the last rank, which has one FB pair that does not overlap.
 
     If F = I, the result equals (PP/2 - 1)(FB + B - 3 W) of the paper's Table 2.
     """

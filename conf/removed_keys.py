@@ -122,7 +122,7 @@ def drop_removed_keys(settings: dict[Any, Any], place: str, package: str = "", *
 def _drop(section: dict[str, Any], settings: dict[str, Any], place: str, top: str, package: str, by_run: bool) -> bool:
     """Drop the removed keys of one section and of its subsections. Returns whether anything changed.
 
-    section: the settings of `package`. settings: the settings of `top`, which contains `package`.
+    section: the settings in `package`. settings: those in `top`, which contains `package`.
     """
     dropped = False
     for name, value in list(section.items()):

@@ -312,8 +312,8 @@ class Data:
     """Minimum length of a document, in tokens. Training and validation do not use shorter documents. This keeps short,
     unrelated documents out of long sequences."""
     validation_fraction: float = number(0.05, above=0, below=1, what="a share")
-    """Share of documents that are held out for validation. A plain text file is one document, or several above 16
-    MiB."""
+    """Share of documents that are held out for validation. A plain text file up to 16 MiB is one document; a
+    larger file is several."""
     hold_out_by: FilledKey[HoldOutBy] = expert(None)
     """Property that decides whether a document is held out: content, or name (path of its file in the data, with the
     line or row). null: the choice of the existing run, or of the run that resume or init_from names; else content.
@@ -494,7 +494,7 @@ class Parallel(RankCounts):
     pp: int = number(1, least=1)
     """Number of pipeline ranks."""
     dp: int = number(1, least=1)
-    """Number of data-parallel ranks, which divide the sequences of a batch."""
+    """Number of data-parallel ranks, over which the sequences of a batch are split."""
     cp: int = number(1, least=1)
     """Number of ranks that share each sequence. Each rank has a part of the sequence's first half and of its second
     half (train/docs/several_gpus.md). cp must divide seq_len / 2."""
@@ -744,8 +744,8 @@ class Hardware:
     """Number of devices that share host_memory_bytes; 0 for all devices of a node. 4 for an NVL72, in which four
     devices share a host."""
     shared_memory_bytes: float = expert(0.0, least=0)
-    """Size of a host's /dev/shm in bytes. It holds the copies in memory (checkpoint.memory_folder). 0: half of
-    host_memory_bytes, Linux's default."""
+    """Size of a host's /dev/shm in bytes. It holds the state copies of checkpoint.memory_folder. 0: half
+    of host_memory_bytes, Linux's default."""
     disk_bytes: float = expert(0.0, least=0)
     """Space for checkpoints and exports of the run on the shared file system, in bytes; 0 if unknown."""
     storage_bandwidth: float = expert(0.0, least=0)
@@ -987,7 +987,7 @@ class Config:
     steps: int = number(300, least=1)
     """Number of optimizer steps of the whole run."""
     epochs: float | None = number(None, above=0)
-    """Number of passes over the data; replaces the key steps. With a mix, a pass has as many sequences as all sources
+    """Number of passes over the data; replaces the key `steps`. With a mix, a pass has as many sequences as all sources
     together."""
     seq_len: int = number(256, least=1)
     """Number of tokens per sequence."""

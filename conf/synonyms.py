@@ -80,7 +80,7 @@ KEYS = {
     "wandb_mode": "log.wandb",
     "zero_stage": "parallel.zero",
 }
-"""The intended key for a word that a user may type, a key or its last part."""
+"""Maps a word that a user may type (a key or its last part) to the intended key."""
 
 VALUES = {
     ("log.wandb", "online"): ("auto", "is online if W&B has an API key"),
@@ -146,5 +146,5 @@ INSTEAD_OF: dict[str, tuple[str, ...]] = {
     "data.template": ("data.template_function",),
     "data.template_function": ("data.template",),
 }
-"""Maps a key to the keys that make it ineffective while they have a value. If a user types the first key, the recipe's
-values of the others are cleared."""
+"""Maps a key to the keys that make it ineffective while they have a value. If a user types the key, the recipe's values
+of the other keys are cleared."""

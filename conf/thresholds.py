@@ -44,7 +44,7 @@ class Thresholds:
     muon_elements: int = 1 << 24
     """Maximum elements of matrices that a rank orthogonalises at a time. One matrix may be larger."""
     norm_row: int = 4096
-    """Row length in the norm of a gradient. Squares are summed in fp32 within rows, and in fp64 over rows."""
+    """A gradient's norm is computed in rows of this length: sums of squares are fp32 within rows, fp64 over rows."""
     base_elements: int = 1 << 26
     """Maximum number of elements that are quantised together when a frozen base is stored in FP8 blocks (256 MB in
     fp32). A single matrix may be larger."""

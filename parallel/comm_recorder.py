@@ -48,7 +48,7 @@ GROUP_METHODS = {
 """Recorded methods of torch's `ProcessGroup`, with the kind of operation. A torch version may lack some of the methods.
 """
 IN_PLACE = ("all_reduce", "broadcast", "reduce")
-"""Kinds of operations with one tensor, both sent and received."""
+"""Kinds of operations that send and receive the same tensor."""
 _BETWEEN = ("-packages" + os.sep, sysconfig.get_path("stdlib") + os.sep, __file__)
 """A file does not count as a caller if its path contains one of these texts: files of installed packages, of Python's
 library, and this file.
@@ -63,7 +63,7 @@ class CommLog(Protocol):
         ...
 
     def place(self, file: str, line: int) -> int:
-        """Return the number of a place in the program. Adds the place if it is new."""
+        """Return the log's number for a line of code. Adds the line if it is new."""
         ...
 
     def begin(
@@ -165,7 +165,7 @@ class CommRecorder:
         return known
 
     def _place(self) -> int:
-        """Return the log's number of the innermost line of Sluice's or the user's code on the stack."""
+        """Return the log's number for the innermost stack line of Sluice's or user code."""
         frame: FrameType | None = sys._getframe(3)
         while frame is not None:
             code = frame.f_code

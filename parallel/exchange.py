@@ -41,8 +41,8 @@ def is_timeout(error: BaseException | None) -> bool:
 def gather(value: Any, group: ProcessGroup | None = None) -> list[Any]:
     """Return every rank's value, in the rank order of the group (None: all ranks). Collective over the group.
 
-    value: any JSON value, even non-finite numbers; a tuple is returned as a list. It should be small: every rank
-    allocates the size of the longest text for each rank. Raises TypeError for other values.
+    value: any JSON value, even non-finite numbers; a tuple is returned as a list. Keep the value small: for each
+    rank, every rank allocates the size of the longest JSON text. Raises TypeError for other values.
     """
     text = _encode(value)
     length = torch.tensor([text.numel()])

@@ -89,7 +89,7 @@ def form_later() -> None:
     """Make new groups create their communicators at their first collective.
 
     Call this after the default group has created its communicator. Otherwise torch splits this communicator for each
-    new group, even without this rank: some 1800 splits for 2048 ranks.
+    new group, even for a group without this rank: some 1800 splits for 2048 ranks.
     """
     _all_ranks().bound_device_id = None
 

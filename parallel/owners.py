@@ -3,8 +3,8 @@
 ZeRO may cut a weight at any element, but some updates need complete matrices. So every rank sends its elements of a
 matrix to the owner. The owner computes the update and returns each rank's elements.
 
-Owners are chosen in the order of falling cost of the matrices. The owner is the rank that holds most of the matrix or,
-if this rank has enough work, the rank with the least work. A matrix whose owner holds all of it is not sent.
+The most expensive matrix gets its owner first. The owner is the rank that holds most of the matrix or, if this rank
+has enough work, the rank with the least work. A matrix whose owner holds all of it is not sent.
 
 Matrices are sent in packs, so that memory stays bounded:
 
@@ -130,7 +130,7 @@ class MatrixOwners:
             returned()
 
     def _cut(self, most: int) -> Iterator[list[int]]:
-        """Yield the indices of the matrices in each pack, with matrices of one shape together where possible. most:
+        """Yield the indices of the matrices in each pack, with matrices of equal shape together where possible. most:
         maximum elements per owner in a pack.
         """
         shapes = {number: (len(m.place.rows), len(m.place.columns)) for number, m in enumerate(self._matrices)}

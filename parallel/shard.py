@@ -49,8 +49,8 @@ class Fragment:
     param: nn.Parameter
     offset: int
     master: Tensor
-    """Master values of these elements, fp32 and 1-D. They share memory with the live state, as do the tensors of
-    `state`.
+    """Master values of these elements, fp32 and 1-D. These values, like the tensors of `state`, share memory
+    with the live state.
     """
     state: dict[str, Tensor]
     """The optimizer's state of these elements, by the update rule's state names (conf/optimizers.py)."""
@@ -106,8 +106,8 @@ class FlatWeight:
     def view(self, flat: Tensor, rows: range, columns: range, place: int | None = None) -> Tensor:
         """Return a view of some rows and columns of the parameter.
 
-        flat: this rank's shard, which must hold these elements. With `place`, it is any tensor with the parameter's
-        first element at index `place`.
+        flat: this rank's shard, which must hold these elements. With `place`, any tensor that has the
+        parameter's first element at index `place`.
         """
         width = self.shape[-1]
         first = (self.place if place is None else place) + rows.start * width + columns.start
@@ -142,7 +142,7 @@ class ShardSlice(NamedTuple):
     offset: int
     """Index of the first of these elements in the flattened parameter."""
     place: slice
-    """Position of the elements in the shard."""
+    """Position of the parameter's elements in this rank's shard."""
 
 
 @dataclass

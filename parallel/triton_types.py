@@ -82,7 +82,7 @@ def quick(kernel: _Launched) -> _Launched:
 
 
 def _watched(hook: Any) -> bool:
-    """Whether a hook is set: a chain of functions, one function, or None."""
+    """Whether a hook is set. A hook is a chain of functions, one function, or None."""
     return bool(getattr(hook, "calls", hook))
 
 

@@ -182,7 +182,7 @@ def _run_rank(config: Config, place: Place) -> int:
 
 
 def _plan_of_job(config: Config) -> tuple[str, float, float]:
-    """Plans a run. Returns a summary line, the hours, and the host bytes for tensors on the fullest node."""
+    """Plans a run. Returns a summary line, the run's hours, and the host bytes for tensors on the fullest node."""
     from train.plan.budget import make_plan
 
     plan = make_plan(config)

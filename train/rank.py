@@ -105,8 +105,8 @@ def set_up_rank(config: Config, place: Place) -> RankSetup:
 
 
 def choose_device(config: Config, place: Place) -> torch.device:
-    """Chooses this rank's device, and limits the rank to its share of the CPU cores. With a GPU, these are cores of its
-    NUMA node."""
+    """Chooses this rank's device, and limits the rank to its share of the CPU cores. With a GPU, these are cores of
+    the GPU's NUMA node."""
     wanted = config.cluster.device
     torch.set_num_threads(threads_of(config.cluster.threads, place.local_world))
     if config.cluster.deterministic:
@@ -150,7 +150,7 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
 
 
 def in_turn(place: Place, make: Callable[[ReportProgress], T]) -> T:
-    """Run `make` first on one rank of every machine, to fill the cache, then on the others."""
+    """Run `make` first on one rank of every machine, to fill the cache, then on the other ranks."""
     with patient_group(PREPARATION) as everybody:
         if place.local_rank == 0:
             with show_progress() as progress:
@@ -182,7 +182,7 @@ def _report(error: BaseException, place: Place, failures: Path | None) -> int:
 
 
 def _tell(failure: Failure, chain: list[BaseException]) -> None:
-    """Describe a failure by the error that was raised first; the pipeline wraps it in another one with a long text.
+    """Describe a failure by the error that was raised first; the pipeline wraps this error in a longer one.
     chain: the error and its causes, the first raised error last."""
     first = chain[-1]
     frames = traceback.extract_tb(first.__traceback__)

@@ -1,4 +1,4 @@
-"""The table of dispatchers: each one's class, and its replacement for a rank that runs alone.
+"""The table of dispatchers: their classes, and the classes for a rank that runs alone.
 
 conf/dispatches.py lists what a dispatch requires of a layout.
 """

@@ -57,7 +57,7 @@ class DeepEPDispatcher(ExchangeDispatcher):
     buffers.
 
     DeepEP is called on another stream than compute, so its work overlaps with compute until `wait`. In the first
-    dispatch of some tokens, the host waits, because DeepEP needs counts to allocate its output.
+    dispatch of a batch of tokens, the host waits, because DeepEP needs counts to allocate its output.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, experts: int, width: int, wire: Wire):

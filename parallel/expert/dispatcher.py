@@ -71,8 +71,8 @@ class DispatchPlan:
     ids_TK: Tensor
     """Expert ids of this rank's tokens."""
     fans: list[FanOut] = field(default_factory=list)
-    """One fan-out per hop, and one from the received messages to the rows sorted by expert. Some are added when
-    messages arrive.
+    """One fan-out per hop, and one from the received messages to the rows sorted by expert. Some fan-outs are
+    added when messages arrive.
     """
     entry_of_row: Tensor | None = None
     """For node-limited dispatch and DeepEP: the index of each row's gate in the flattened (M, K) gates of the received
@@ -202,7 +202,7 @@ class ExchangeDispatcher(ABC):
 
     @abstractmethod
     def _row_gates(self, plan: DispatchPlan, side_MX: Tensor) -> Tensor:
-        """Return every row's gate from the side data of the received messages."""
+        """Return every row's gate from the gates in the received messages."""
 
     @abstractmethod
     def _gate_grads_by_token(self, plan: DispatchPlan, side_CX: Tensor) -> Tensor:
@@ -341,8 +341,7 @@ class ExchangeFlight:
     width: int
     dtype: torch.dtype
     transfer: Any = None
-    """Result of the subclass's `_start_out` or `_start_back`. The subclass's method for the second half takes it as
-    argument.
+    """Result of the subclass's `_start_out` or `_start_back`. The subclass's second half gets this result.
     """
 
     def land(self) -> Any:

@@ -78,11 +78,11 @@ class Load:
 
     @classmethod
     def even(cls, group: Group, factor: float = 1.0) -> "Load":
-        """Return an equal load for all experts of this rank. factor: rows of this rank divided by a rank's mean rows."""
+        """Return equal loads for all experts of this rank. factor: this rank's rows / mean rows over all ranks."""
         return cls((group.ranks * group.top_k / group.experts * factor,) * (group.experts // group.ranks))
 
     def rows_L(self, tokens: int) -> list[int]:
-        """Return every expert's rows as integers, whose sum is the rounded exact sum."""
+        """Return the rows of every expert as integers that add up to the rounded total."""
         ends = [round(tokens * end) for end in itertools.accumulate(self.per_token_L)]
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 

@@ -64,9 +64,8 @@ def _place_kernel(
 
         source_ptr: receives the source of each copy
         entry_ptr: receives the index of each copy's entry
-        copy_ptr: receives the indices of each source's copies, source by source; if by_entry, of each entry's copy
-        start_ptr: receives the position in copy_ptr of each source's first index; if by_entry, the number of copies of
-            each target
+        copy_ptr: receives the indices of all copies, ordered by source; if by_entry, each entry's copy
+        start_ptr: receives each source's start in copy_ptr; if by_entry, the number of copies of each target
     """
     block = tl.program_id(0)
     sources = block * SOURCES + tl.arange(0, SOURCES)
@@ -100,7 +99,7 @@ def _place_kernel(
 def _collect_kernel(
     rows_ptr, copy_ptr, start_ptr, out_ptr, sources, copies, width, row, out_row, each: constexpr, COLLECT_COLUMNS: constexpr
 ):  # fmt: skip
-    """Sum the copies of every source. each: copies per source; 0 if start_ptr has the start of each list."""
+    """Sum the copies of every source. each: copies per source; 0 if start_ptr has each source's start."""
     source = tl.program_id(0)
     columns = tl.program_id(1) * COLLECT_COLUMNS + tl.arange(0, COLLECT_COLUMNS)
     first, last = source * each, source * each + each

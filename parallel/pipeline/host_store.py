@@ -80,9 +80,9 @@ class HostStore:
         self._current: tuple[int, int] | None = None
         """Stage and micro-batch of the running forward; None outside of a forward."""
         self._leaving: list[_Batch] = []
-        """Batches that the current action sent and whose device memory is not yet freed; at most one."""
+        """The batch that the current action sent to the host, until its device memory is freed."""
         self._left_over: list[_Batch] = []
-        """Batches that the previous action sent and whose device memory is not yet freed."""
+        """Batches that the previous action sent to the host, until their device memory is freed."""
         self.sent_bytes = 0
         """Number of bytes sent to the host since construction."""
 
@@ -211,9 +211,9 @@ class _Batch:
         from being freed.
         """
         self.pieces = [ref(piece) for piece in pieces]
-        """Weak references to the batch's storages; empty once no backward needs the storage."""
+        """Weak references to the batch's storages; all are empty once no backward needs the batch."""
         self.before = before
-        """The batch that the same forward sent before. None if there is none, or after this batch has been read."""
+        """The previous batch of the same forward. None for the first batch, or after this batch has been read."""
         self.is_back = False
         self.places: list[list[_Place]] = []
         self.pages: list[_Page] = []
@@ -230,7 +230,7 @@ class _Batch:
         self.held = []
 
     def give_pages(self) -> None:
-        """Release the batch's pages for reuse after its last copy."""
+        """Release the batch's pages, which are reused after the batch's last copy."""
         self.places = []
         for page in self.pages:
             page.read = self.copied
@@ -278,7 +278,7 @@ class _Pages:
 
 
 class _Copies:
-    """The stream for the copies of a device in one direction."""
+    """The stream for copies to the host, or for copies back."""
 
     def __init__(self, device: torch.device):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None

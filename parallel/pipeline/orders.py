@@ -28,7 +28,7 @@ class Action(NamedTuple):
     stage: int
     micro_batch: int
     halves: tuple["Action", ...] = ()
-    """For FB: its forward and its backward. An FB has its forward's stage and micro_batch."""
+    """For FB: its forward and backward. The FB has the stage and micro_batch of the forward."""
 
 
 @dataclass(frozen=True)

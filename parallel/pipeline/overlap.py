@@ -64,7 +64,7 @@ def yield_point() -> None:
 
 
 class LaneStopped(RuntimeError):
-    """Raised at a lane's yield point if the other lane has failed. The user sees the other lane's error."""
+    """Raised in a waiting lane if the other lane failed. The user sees the error of the failed lane."""
 
 
 class Lanes:
@@ -102,7 +102,7 @@ class Lanes:
 
 
 def _work_off(work: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
-    """Run the backward lanes one after another. This is the function of their thread."""
+    """The thread of all backward lanes: runs these lanes one after another."""
     while (job := work.get()) is not None:
         job()
         del job  # the job holds the graph of its micro-batch, which must be freed before the next job comes
@@ -123,7 +123,7 @@ def _on_current_stream(work: Callable[[], Any], device: torch.device) -> Callabl
 
 def _in_same_modes(work: Callable[[], Any]) -> Callable[[], Any]:
     """Return a function that runs `work` under the caller's dispatch modes. torch keeps modes per thread, but a memory
-    count must see both lanes.
+    count must see both threads.
     """
     modes = _get_current_dispatch_mode_stack()
     if not modes:
@@ -188,8 +188,8 @@ class _Pair:
 def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager]) -> Callable[[Any, Any], None]:
     """Return the function that torch's runtime runs for an OVERLAP_F_B action of DualPipeV (register_custom_function).
 
-    As in torch's function, both receives complete before the pair starts, and both sends follow it. But the halves run
-    as lanes.
+    As in torch's function, the pair starts when both inputs have arrived, and sends both results at its end. But here
+    the forward and the backward take turns.
     """
 
     def run_pair(action: Any, context: Any) -> None:

@@ -63,7 +63,7 @@ class Pipeline(Generic[Chunk]):
         dtype: dtype of the hidden states between stages
         cp: ranks that share each sequence. Only T = (S - 1) / cp positions are sent between stages
         overlap: whether the forward and backward of a pair take turns (overlap.py) or run one after the other
-        timeout: maximum seconds that one of the two waits for the other
+        timeout: maximum seconds that one half of a pair waits for the other
         host: stores activations of the chunks; the pipeline reports every action to it
         """
         each = len(modules)

@@ -76,11 +76,9 @@ class Program:
         """Order the actions. actions: one list per rank. Raises AssertionError if ranks would wait for each other."""
         self.actions = actions
         self._kinds: dict[tuple, tuple[int, Action]] = {}
-        """Actions are of the same kind if only their micro-batches differ. For each kind: its index and its first
-        action.
-        """
+        """For each kind of action: index and first action. Only the micro-batch differs within a kind."""
         self._steps: list[tuple[int, int, list[int]]] = []
-        """For each action: its rank, its kind's index, and the indexes in `_steps` of needed actions on other ranks."""
+        """For each action: rank, index of its kind, and the indexes in this list of needed actions on other ranks."""
         last = max(part.stage for line in actions for action in line for part in _parts(action))
         position = [0] * len(actions)
         made: dict[tuple[str, int, int], int] = {}

@@ -117,7 +117,7 @@ class Timeline(Generic[Moment]):
 
 
 class _WallClock:
-    """A clock with readings of the monotonic clock, in seconds."""
+    """Times on a CPU, in seconds: readings of Python's monotonic clock."""
 
     def now(self) -> float:
         return time.perf_counter()

@@ -11,7 +11,7 @@
                            DeepSpeed would create groups in its own order.
     DeepSpeedEngine        `has_moe_layers` says whether this rank holds sharded experts, because DeepSpeed would look
                            for its own class. The check of the optimizer's type accepts Sluice's optimizers. The check
-                           of experts at stage 3 is skipped, because the parameters of experts have their placement.
+                           of experts at stage 3 is skipped, because `mark_experts` marks their placement.
 
 whole_weights.py and sharded_weights.py describe their changes to one DeepSpeed optimizer each.
 """
@@ -87,7 +87,7 @@ def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
             return ZERO_OPTIMIZATION
 
         def _validate_zero3_moe_compatibility(self) -> None:
-            """Skip DeepSpeed's check of experts at stage 3, because the parameters of experts have their placement."""
+            """Skip DeepSpeed's check of experts at stage 3, because `mark_experts` marks their placement."""
 
     original, deepspeed.DeepSpeedEngine = deepspeed.DeepSpeedEngine, PatchedEngine
     try:

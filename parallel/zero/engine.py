@@ -265,7 +265,7 @@ class Zero:
         return found
 
     def place(self, param: nn.Parameter, offset: int) -> tuple[int, tuple[int, ...]]:
-        """Return the position of a local parameter's element `offset` in the logical tensor, and this tensor's shape."""
+        """Return the index in the logical tensor of a local parameter's element `offset`, and the logical shape."""
         shape = self.shapes[param]
         # The experts of a layer are divided over ep ranks along the first dimension.
         if not getattr(param, "allreduce", True):

@@ -122,14 +122,14 @@ PRIVATE_NAMES = (
 
 
 def require_names(**owners: object) -> None:
-    """Raise UserError if the installed DeepSpeed lacks a listed name of one of these owners. The argument names are:
+    """Raise UserError if an argument, an object of DeepSpeed, lacks a name in PRIVATE_NAMES. The arguments are:
 
         module: deepspeed.utils.groups
         engine: DeepSpeedEngine
         optimizer12, optimizer3: optimizers of stages 1 and 2, and of stage 3
         offload12: optimizer12 with offload
         param3: a weight at stage 3
-        coordinator
+        coordinator: gathers the weights at stage 3
 
     Names of other owners are not checked here: if such a name is missing, its import or its call fails.
     """
@@ -154,14 +154,14 @@ def _source(module: str) -> str:
 
 
 READ_FROM = "0.19.8"
-"""Version of DeepSpeed whose source was read for the second list."""
+"""Version of DeepSpeed whose source was read for COPIED."""
 
 
 class CopiedBehaviour(NamedTuple):
-    """A behaviour of DeepSpeed that Sluice's code repeats."""
+    """A behaviour of DeepSpeed that Sluice's code reimplements."""
 
     copy: str
-    """Path of Sluice's file that repeats the behaviour."""
+    """Path of Sluice's file that reimplements the behaviour."""
     what: str
     file: str
     """Path of DeepSpeed's file, relative to the package folder."""

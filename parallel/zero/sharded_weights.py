@@ -191,7 +191,7 @@ class ShardedWeights:
     def _arrived(self, param: nn.Parameter) -> None:
         """Record that a parameter's gradient is complete; autograd calls this after the parameter's node.
 
-        Then pass gradients to DeepSpeed in the order of `_order`, up to the first missing one.
+        Then pass gradients to DeepSpeed in the order of `_order`, up to the first missing gradient.
         """
         if param.grad is None or param in self._shared:
             return
@@ -218,8 +218,8 @@ class ShardedWeights:
         self._optimizer.reduce_independent_p_g_buckets_and_remove_grads(param)
 
     def _interval(self, param: nn.Parameter) -> tuple[int, int]:
-        """Return the first element and the length of this rank's shard of a parameter. Shards of last ranks may be
-        short or empty.
+        """Return the first element and the length of this rank's shard of a parameter. The last ranks may
+        have short or empty shards.
         """
         size = shard_of(param).numel()
         offset = size * self._shares(param).rank

@@ -70,7 +70,7 @@ class WholeWeights:
         then assembles the shard in its step.
         """
         self._adds = is_bf16 and not offload and len(self._unshared) < len(groups)
-        """Whether DeepSpeed adds reduced gradients to the shard. If not, all gradients must be reduced in one block."""
+        """Whether DeepSpeed adds reduced gradients to the shard. If not, gradients are reduced only at a step's end."""
         self._ahead: set[nn.Parameter] = set()
         """Parameters whose gradients were reduced before the end of this step."""
         self._blocks = contextlib.ExitStack()
@@ -222,7 +222,7 @@ class WholeWeights:
 
 
 def _complete(param: nn.Parameter) -> None:
-    """Set a missing gradient to zeros. Otherwise this rank would have other buckets than other ranks."""
+    """Set a missing gradient to zeros. Otherwise the ranks' buckets would differ."""
     if param.grad is None:
         param.grad = torch.zeros_like(param, dtype=torch.float32)
 
@@ -231,7 +231,7 @@ def slices_of(params: Sequence[nn.Parameter], size: int, rank: int) -> list[Shar
     """Return the parts of the parameters in a rank's shard, an interval of `size` elements of a group's consecutive
     parameters.
 
-    DeepSpeed has made all parameters views of one tensor, so a parameter's storage offset is its offset in it.
+    DeepSpeed has made all parameters views of one tensor, so a parameter's storage offset is its offset in this tensor.
     """
     found = []
     for param in params:

@@ -146,7 +146,7 @@ def _from_files(folder: Path, now: float) -> Iterator[dict[str, Any]]:
 
 
 def _rank(number: int, node: str, said: dict[str, Any], age: float, ended: bool) -> dict[str, Any]:
-    """Returns an element of `ranks` in `read_picture`. age: seconds since the rank's report."""
+    """Returns one entry of `ranks` for `read_picture`. age: seconds since the rank's report."""
     seconds = {
         key: float(value) if isinstance(value := said.get(key), int | float) and math.isfinite(value) else None
         for key in ("busy", "seconds")

@@ -97,7 +97,7 @@ def last_news(traces: dict[int, RankTrace]) -> float:
 
 
 def look_at(logs: Path, traces: dict[int, RankTrace]) -> dict[str, Any]:
-    """Returns the state of a run on this machine in the form of an incident."""
+    """Returns the state of a run on this machine in the form of an incident file."""
     here = living_ranks(logs, traces)
     reports = [
         RankReport(

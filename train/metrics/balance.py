@@ -28,8 +28,8 @@ class RunningLoad(NamedTuple):
     """Token counts of past steps. Checkpoints store them, so that metrics continue after a resume."""
 
     load_LE: np.ndarray
-    """Sum of token counts, with exponentially smaller weights for older steps. It needs no division, because MaxVio
-    does not depend on its scale."""
+    """Sum of token counts, with exponentially smaller weights for older steps. The sum is not divided, because MaxVio
+    does not depend on the scale."""
     idle_LE: np.ndarray
     """Number of steps since the expert's last token, or since the start."""
     steps: int

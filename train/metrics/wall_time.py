@@ -60,7 +60,7 @@ class WallTime:
         return sum(self.seconds_in.values())
 
     def rows(self) -> list[tuple[str, str, float]]:
-        """Returns name, description and fraction of the wall time of each nonzero part."""
+        """Returns name, description and share of the wall time for each nonzero part."""
         whole = self.seconds or 1.0
         return [
             (part, words, self.seconds_in[part] / whole)
