@@ -30,9 +30,9 @@ ATTENTION_BOUND = 2e-2
 """Largest allowed relative error of the result and of each gradient: norm of the difference, divided by the norm of the
 reference minus its mean. Rounding to bf16 causes about 3e-3; a wrong mask, scale or head causes at least 0.1."""
 TRIED_SCORE = -120.0
-"""Approximate value of all scores in the test. Equal offsets do not change a correct softmax."""
+"""Approximate value of all scores in the test. A constant offset does not change a correct softmax."""
 LARGE = 32.0
-"""First component of every query in the test. Times a key's first component and the scale, it gives TRIED_SCORE."""
+"""First component of every query in the test. LARGE times a key's first component times the scale is TRIED_SCORE."""
 ATTENTION_RESULTS = "its result", "its log-sum-exp", "dq", "dk", "dv"
 
 ATTENTION_PARTS = "whole sequences", "documents", "blocks of keys"

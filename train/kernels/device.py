@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables for torch's allocator: the current name, and an older one."""
 FLIGHTS = "flight_recorder_rank_"
-"""Start of the name of a file with a rank's last collectives. The rank's index follows."""
+"""Prefix of the file name for a rank's last collectives. The rank's index follows."""
 GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg")
 """Patterns for the device files of NVIDIA GPUs: on Linux, and on Windows (WSL)."""
 

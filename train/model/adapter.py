@@ -119,7 +119,7 @@ def _mixed(number: Tensor) -> Tensor:
 
 
 ADDED = {"weight": "added", "w13": "added_up", "w2": "added_down"}
-"""Maps the last part of a weight's name to its adapter's module attribute."""
+"""Maps the last part of a weight's name to the module attribute of the adapter."""
 
 
 def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: int) -> None:
@@ -161,7 +161,7 @@ def _ask_for_gradient(module: nn.Module, given: object, out: Tensor) -> Tensor:
 
 
 class _Asking(Function):
-    """Returns x as a tensor that requires a gradient. x gets no gradient.
+    """Returns a view of x that requires a gradient. Backward computes no gradient of x.
 
     anchor: any tensor that requires a gradient.
     """

@@ -79,7 +79,7 @@ class AttentionCore(Protocol):
     """Computes attention, forward and backward."""
 
     takes_documents: bool
-    """Whether the core supports documents. A document may have any length."""
+    """Whether the core supports documents, which may have any length."""
 
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
         """Compute attention.

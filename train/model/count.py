@@ -108,7 +108,7 @@ def count_parameters(config: Model) -> Counts:
 
 
 def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, frozen: bool = False) -> float:
-    """Return the number of training operations that one block needs for one token, without adapters.
+    """Return the training FLOPs of one block for one token, without adapters.
 
     causal: whether to count only the lower half of the attention scores, which a causal mask needs.
     frozen: whether the block's weights get no gradient.
@@ -129,7 +129,7 @@ def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, f
 
 
 def _attended(config: Model, seq_len: int, pairs: float) -> float:
-    """Return the mean number of keys that a token attends to. With sparse attention, these are fewer than it may see.
+    """Return the mean number of keys that a token attends to. Sparse attention drops some visible keys.
 
     pairs: the mean number of keys that the mask lets a token see.
     """
@@ -140,12 +140,12 @@ def _attended(config: Model, seq_len: int, pairs: float) -> float:
 
 
 def head_flops(config: Model, frozen: bool = False) -> float:
-    """Return the output head's number of training operations for one token."""
+    """Return the training FLOPs of the output head for one token."""
     return (4 if frozen else 6) * config.vocab_size * config.hidden
 
 
 def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool = False, frozen: bool = False) -> float:
-    """Return the number of training operations that the model needs for one token, forward and backward.
+    """Return the training FLOPs of the model for one token, forward and backward.
 
     mtp: whether to count MTP modules; DeepSeek's MFU figures leave them out.
     frozen: see `layer_flops`.

@@ -82,7 +82,7 @@ class ModelOutputs:
     learnt_BT: Tensor
     """Whether a target is learnt, bool. In chats, only answers are learnt."""
     divisor: float
-    """Divisor of sums over the local learnt positions. All learnt targets of a step get the same weight."""
+    """Divisor of sums over the local learnt positions. It gives all learnt targets of a step the same weight."""
 
     def mean(self, values_BT: Tensor) -> Tensor:
         """Return this micro-batch's contribution to the mean of `values_BT` over all learnt tokens of the step.

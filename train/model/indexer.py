@@ -42,7 +42,7 @@ class IndexVectors(NamedTuple):
     q_BTHI: Tensor
     k_BSI: Tensor
     w_BTH: Tensor
-    """Weight w of each indexer head, fp32, times heads^-0.5 * head_dim^-0.5."""
+    """Weight w of each indexer head, fp32, already multiplied by heads^-0.5 * head_dim^-0.5."""
 
 
 class LayerNorm(nn.Module):
@@ -85,8 +85,7 @@ class Indexer(nn.Module):
         """Return the vectors from which the scores are computed.
 
         table: RoPE table of these positions.
-        remake_x, remake_q: contexts inside which backward recomputes x_BTD or q_latent_BTC, and autograd does not save
-            it.
+        remake_x, remake_q: contexts in which backward recomputes x_BTD or q_latent_BTC, which are not saved.
         """
         with remake_q or nullcontext():
             q = self.q(q_latent_BTC).unflatten(-1, (self._config.heads, -1))
@@ -197,7 +196,7 @@ class LearnAlone(Function):
 def index_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor, elements: int) -> Tensor:
     """Compute the scores I of one sequence, fp32 (C, S).
 
-    elements: most products (query, key, head) in memory at once.
+    elements: largest number of products (query, key, head) in memory at once.
     """
     scores_CS = torch.zeros(len(q_CHI), len(k_SI), device=q_CHI.device)
     for heads in head_slices(w_CH.size(1), scores_CS.numel(), elements):

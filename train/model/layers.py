@@ -57,7 +57,7 @@ class PackedWeight(Protocol):
 
 
 PACKED = {"weight": "packed", "w13": "packed_up", "w2": "packed_down"}
-"""Maps the last part of a weight's name to its packed form's module attribute."""
+"""Maps the last part of a weight's name to the module attribute of the packed form."""
 
 
 def open_weight(

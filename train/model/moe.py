@@ -71,7 +71,7 @@ class _Sorted(NamedTuple):
 
 @dataclass
 class ArrivedRows:
-    """The result of a dispatch on one rank. `wait` returns at once."""
+    """The rows that `LocalDispatcher` returns. `wait` returns at once."""
 
     rows_RD: Tensor
     gates_R: Tensor
@@ -107,7 +107,7 @@ class LocalDispatcher:
 
 
 class _Permute(Function):
-    """Maps tokens to rows sorted by expert. It uses gathers both ways, so sums have a fixed order."""
+    """Maps tokens to rows sorted by expert. Forward and backward use gathers, so sums have a fixed order."""
 
     @staticmethod
     def forward(ctx, x_TD, gates_TK, order: _Sorted, kernels: Kernels):

@@ -29,7 +29,7 @@ class FetchedStorage(Protocol):
 
 
 class Host(Protocol):
-    """Stores the storages of tensors in host memory until backward."""
+    """Keeps tensors' storages in host memory until backward."""
 
     def send(self, storages: Sequence[Tensor]) -> Sequence[FetchedStorage]:
         """Start to copy storages to host memory.
@@ -78,8 +78,8 @@ class OffloadedBlock(SavedContext):
                     one.leave(sent)
 
     def _place(self, kept: "weakref.ref[_OnHost | Slot]") -> "_OnHost | None":
-        """Return the entry of a saved tensor that must be sent to the host, else None. Creates the entry if an inner
-        context saved the tensor."""
+        """Return a saved tensor's entry if the tensor must be copied to the host; else None. Creates the entry if an
+        inner context saved the tensor."""
         found = kept()
         if isinstance(found, Slot):
             return found.hand_over(_OnHost) if found.tensor is not None and self._goes(found.tensor) else None

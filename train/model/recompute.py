@@ -4,7 +4,7 @@ The contexts of this file intercept the tensors that an operation saves for back
 
     RecomputedOutputs    saves a function instead of an output, if the output is cheap to compute from a tensor that is
                          saved anyway. Example: a norm's output from the norm's input.
-    ReplaceableTensors   saves tensors unchanged. Later, a function of tensors that are saved anyway can replace one.
+    ReplaceableTensors   saves tensors unchanged. A function of other saved tensors can replace a tensor later.
     repeatable           saves only the input of a layer. It counts and drops the tensors that the operations save.
                          When backward needs the first of these tensors, the layer runs a second time. Its tensors
                          replace the dropped tensors, in the same order, in the graph of the first run. Backward may
@@ -14,8 +14,8 @@ The contexts of this file intercept the tensors that an operation saves for back
 Only the first run of a layer chooses experts and destination ranks. It stores these choices with `remember`. So the
 second run sends the same rows to the same ranks, even if a repeated matmul differs in its last bits.
 
-Contexts can be nested. An inner context passes to the enclosing context the tensors that it does not intercept, and the
-objects that it saves instead of tensors.
+Contexts can be nested. The enclosing context gets the tensors that the inner context does not intercept, and the
+objects that the inner context saves.
 """
 
 import weakref
@@ -214,7 +214,7 @@ class Slot:
 
 
 def repeatable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return function(x). Backward saves only x and the decisions stored with `remember`."""
+    """Return function(x). Saves for backward only x and the decisions stored with `remember`."""
     with _FirstRun(function, x):
         return function(x)
 
@@ -292,7 +292,7 @@ class _AllThere(Exception):
 
 
 def is_repeated() -> bool:
-    """Return whether the second run of a layer is in progress, which counters must ignore."""
+    """Return whether the second run of a layer is in progress. Counters must ignore this run."""
     return isinstance(_OPEN.get()[0], _SecondRun) if _OPEN.get() else False
 
 

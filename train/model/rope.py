@@ -35,7 +35,7 @@ class Rope:
 
     @property
     def softmax_scale(self) -> float:
-        """Factor of the attention scores: 1/sqrt(qk width), with YaRN times mscale^2."""
+        """Factor of the attention scores: 1/sqrt(qk width), or with YaRN mscale^2/sqrt(qk width)."""
         yarn = self._config.yarn
         scale = (self._config.nope_head_dim + self._config.rope_head_dim) ** -0.5
         if self._extended and yarn.factor > 1:
@@ -58,7 +58,7 @@ class Rope:
         return plain / yarn.factor * slowed + plain * (1 - slowed)
 
     def _pair_with_turns(self, turns: float) -> float:
-        """Return the fractional index of the pair that makes this many full turns over the original length."""
+        """Return the fractional index of the rope pair that makes this many full turns over the original length."""
         yarn, width = self._config.yarn, self._config.rope_head_dim
         return width * math.log(yarn.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self._config.rope_theta))
 
@@ -80,7 +80,7 @@ class Rope:
         return (q_BTX * sizes_T.to(exact).unsqueeze(-1)).to(q_BTX.dtype)
 
     def table(self, length: int, device: torch.device) -> Tensor:
-        """Return exp(i angle) for the first `length` positions, complex64 (T, R/2), with YaRN times
+        """Return exp(i angle) for the first `length` positions, complex64 (T, R/2); YaRN multiplies the result by
         attention_factor."""
         table = self._tables.get(device)
         if table is None or table.size(0) < length:

@@ -147,7 +147,7 @@ def update_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> None:
 
     This is auxiliary-loss-free balancing (paper 2.1.2).
 
-    load_E: tokens per expert in the step's batch of all ranks.
+    load_E: tokens per expert in the step's batch, over all ranks.
     """
     load_E = load_E.to(bias_E.dtype)
     bias_E.add_(torch.sign(load_E.mean() - load_E), alpha=speed)

@@ -34,7 +34,7 @@ class PendingGather(Protocol):
 
 
 class SequenceShare(Protocol):
-    """Exchanges values with the processes that share sequences. All of them must make the same calls."""
+    """Exchanges values with the processes that share sequences. These processes must make the same calls."""
 
     parts: int
     """Number N of processes that share a sequence."""
@@ -142,7 +142,7 @@ class Positions:
     share: SequenceShare | None = None
     """Exchanges values with the other processes of these sequences; None if complete sequences are local."""
     whole: int = field(default=-1)
-    """Number of positions T of the main model, for the shorter MTP depths; else -1."""
+    """Number of positions T of the main model, if this is an MTP depth; else -1."""
     samples_BS: Tensor | None = None
     """Sample index of every token, on the host, from 0 in each sequence; -1 means padding. None: there are no separate
     samples, so every next token in the sequence is a target."""
@@ -233,7 +233,7 @@ class Positions:
     def shorter(self, by: int) -> "Positions":
         """Return the positions without the last `by` positions of each sequence, for an MTP depth.
 
-        MTP modules do not replay recorded experts or keys, because inference engines do not record them.
+        MTP modules do not replay experts or keys, because inference engines record only the main model's.
         """
         documents_BT = None if self.documents_BT is None else self.documents_BT[:, :-by]
         whole = self.whole_length

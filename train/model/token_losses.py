@@ -1,8 +1,8 @@
 """Defines losses of tokens, which are functions of log-probabilities and of other tensors in the batch.
 
 A loss is a function `loss(logprobs_BT, tokens, **settings)`. It returns the loss of every token, (B, T), with gradient.
-The engine accepts the losses of this file by name, and your own function. It multiplies each token's loss by the
-token's weight. It sums over the learnt (supervised) tokens of a step, and divides by their number.
+The engine accepts the losses of this file by name, and your own function. The engine multiplies each token's loss
+by the token's weight, sums over the learnt (supervised) tokens of a step, and divides by their number.
 
 All functions get complete sequences, even if ranks share sequences. At tokens that are not learnt, log-probabilities
 are 0, and the engine ignores the result. The formulas below use:

@@ -103,8 +103,8 @@ class AdamW(torch.optim.Optimizer):
     def _sum_of_squares(self, x: Tensor) -> Tensor:
         """Returns the sum of squares of all elements: each row is summed in fp32, and the rows in fp64.
 
-        The relative error is 1e-7, and torch's norm of the complete tensor has 1e-4. A sum in fp64 is as accurate, but
-        ten times slower.
+        The relative error is 1e-7 (torch's norm of the complete tensor: 1e-4). A sum in fp64 is as accurate, but ten
+        times slower.
         """
         if self._compiled:
             return torch.tensor(_sum_of_squares(x), dtype=torch.float64)

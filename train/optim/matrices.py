@@ -36,7 +36,7 @@ class MatrixStack(NamedTuple):
     """
 
     sizes: Callable[[Model, int], Sequence[int]]
-    """Returns the stacked matrices' lengths along the stacked axis, for a model and the axis length."""
+    """Returns the length of each logical matrix along the stacked axis, for a model and the axis length."""
     axis: int = -2
     by_head: bool = False
 
@@ -48,7 +48,7 @@ STACKS: dict[str, MatrixStack] = {
     r"attention\.kv_down\.": MatrixStack(lambda m, _: [m.kv_rank, m.rope_head_dim]),
     r"\.w13(\.|$)": MatrixStack(lambda _, rows: [rows // 2] * 2),
 }
-"""Maps a pattern of weight names to a `MatrixStack`. A weight without a pattern is one matrix."""
+"""Maps a pattern of weight names to a `MatrixStack`. A weight whose name matches no pattern is one matrix."""
 
 
 def logical_matrices(name: str, shape: Sequence[int], model: Model, by_head: bool) -> list[LogicalMatrix]:
@@ -137,6 +137,6 @@ def _or_one(sizes: Tensor) -> Tensor:
 
 
 def newton_schulz_flops(rows: int, columns: int, iteration: str) -> float:
-    """Returns the number of operations for one matrix. Each Newton-Schulz step has three matmuls."""
+    """Returns the FLOPs for one matrix. Each Newton-Schulz step has three matmuls."""
     short, long = sorted((rows, columns))
     return len(ITERATIONS[iteration]) * (4.0 * short * short * long + 2.0 * short**3)

@@ -38,8 +38,8 @@ class Schedules:
         """Returns the settings of a step.
 
         step: index of the step, from 1.
-        shift: number that is added to `first_sample`. It is not 0 in a resumed run with another batch size, where the
-            schedule would count another number of consumed samples.
+        shift: is added to `first_sample`. It corrects the number of consumed samples if a resumed run has changed
+            the batch size.
         """
         index, optim = step - 1, self.config.optim
         # Use the middle of the step, so that a run of one step gets the middle of its schedule and not the start or the

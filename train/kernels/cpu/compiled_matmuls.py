@@ -101,7 +101,7 @@ def parts_by_rows(starts: Sequence[int], rows: Sequence[int], columns: int, cont
 
 
 def parts_by_sums(starts: Sequence[int], rows: Sequence[int], outer: int, columns: int) -> list[Part]:
-    """Returns one `Part` for every expert, which sums over its rows."""
+    """Returns one `Part` for every expert: a sum over the expert's rows."""
     return [(0, outer, 0, s, s + n, e * outer * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=True))]
 
 

@@ -35,7 +35,7 @@ CPU_LIMITS = {
     "avx512": (("avx512_bf16", "amx"), ("-mno-avx512bf16",)),
     "avx512_bf16": (("amx",), ()),
 }
-"""Maps each value of SLUICE_CPU to CPU features that it forbids, and to compiler flags for this."""
+"""Maps each value of SLUICE_CPU to CPU features that it forbids, and to compiler flags that exclude them."""
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ class Threads:
 
 
 class Zeros:
-    """`words` zeros, for parameters that C++ ignores. The caller does not pass them."""
+    """Zeros (`words` of them) for parameters that C++ ignores and the caller does not pass."""
 
     def __init__(self, words: int):
         self.types = [c_int64] * words

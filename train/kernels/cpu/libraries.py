@@ -46,7 +46,7 @@ def compiled_matmuls_pay(measured: bool = True) -> bool:
     SLUICE_PRODUCTS=compiled or SLUICE_PRODUCTS=torch overrides the decision.
 
     measured: whether to measure. If not, compiled matmuls are used if the CPU has no bf16 instructions, so every run
-        decides equally.
+        decides the same.
     """
     if answer := os.environ.get("SLUICE_PRODUCTS"):
         if answer not in ("compiled", "torch"):

@@ -56,7 +56,7 @@ def _tune_malloc() -> None:
     """Let glibc's allocator reuse freed memory instead of unmapping it. Does nothing on systems without glibc.
 
     Otherwise each step would allocate its memory again by page faults. A trim threshold of -1 means that no memory is
-    returned. Other thresholds reach only 2 GB, and large models free more at once.
+    returned. Other thresholds are at most 2 GB, and large models free more at once.
     """
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if hasattr(libc, "mallopt"):

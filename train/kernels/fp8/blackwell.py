@@ -3,11 +3,11 @@ E8M0 scale.
 
     quantise            Sluice's Triton kernel (`quantize_mx` of train/kernels/fp8/triton_quantize.py)
     dense GEMMs         torch's scaled_mm (cuBLASLt), 1x32 by 1x32
-    grouped GEMMs       torch's scaled_grouped_mm (CUTLASS): rows of experts by their weights; in Wgrad sums over the rows of each expert
+    grouped GEMMs       torch's scaled_grouped_mm (CUTLASS): each row times its expert's weight; in Wgrad, sums over experts' rows
 
-These GEMMs cannot add to a sum, and grouped GEMMs round to bf16. So a separate pass adds weight gradients to their sum.
+These GEMMs cannot add to a sum, and grouped GEMMs return bf16. So a separate addition accumulates weight gradients.
 Pitfalls of torch's grouped kernels (2.11 to 2.13):
-- The scales of each expert's rows begin at a multiple of 128 rows, even if the rows do not.
+- The scales of each expert begin at a multiple of 128 rows, even if the expert's rows begin elsewhere.
 - In Wgrad the scales of each expert form a separate matrix.
 - The kernel does not write the gradient of an expert without rows. So Sluice gives such an expert a tile of zeros.
 

@@ -97,7 +97,7 @@ class CompiledCasts(EagerCasts):
         return values
 
     def _quantize(self, x: Tensor | QuantizedTensor, q: Tensor, cast: Cast) -> QuantizedTensor:
-        """Quantise into q: codes or values, by the dtype of q."""
+        """Quantise into q: codes or values, depending on the dtype of q."""
         blocks = [-(-size // side) for size, side in zip(x.shape[-2:], cast.block, strict=True)]
         scale = q.new_empty(*x.shape[:-2], *blocks, dtype=torch.float32)
         _cast(x, q, scale, cast)

@@ -1,8 +1,8 @@
 """Emulates FP8 on a CPU with compiled matmuls, which read an operand's values and fp32 scales from separate tensors.
 
 bf16 represents the FP8 values exactly, so a matmul costs as much as in bf16 (train/kernels/cpu/products.cpp). If the
-scales are powers of two, the bf16 values are already multiplied by them, as in `CpuEngine`. If this holds for both
-operands, the engine uses plain matmuls: train/kernels/cpu/compiled_matmuls.py, or torch where it is faster.
+scales are powers of two, the bf16 values already include the scales, as in `CpuEngine`. If neither operand has separate
+scales, the engine uses plain matmuls: train/kernels/cpu/compiled_matmuls.py, or torch where it is faster.
 """
 
 from collections.abc import Sequence
@@ -158,7 +158,7 @@ def _values(x: ScaledOperand) -> Tensor:
 
 
 def _scales(x: ScaledOperand) -> tuple[Tensor | None, int]:
-    """Returns an operand's scales and a shift: one scale per 1 << shift rows and tile of C."""
+    """Returns an operand's scales and a shift. A scale applies to 1 << shift rows, and to one tile of C."""
     if isinstance(x, Tensor):
         return NO_SCALES
     (side, along), (*lead, outer, contraction) = x.cast.block, x.shape

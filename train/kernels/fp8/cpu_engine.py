@@ -1,10 +1,9 @@
 """Emulates FP8 matmuls with torch operations, on CPUs and any other device.
 
 A matmul multiplies the dequantised operands, which are exact, and accumulates in fp32. If the scales are powers of two,
-bf16 represents the operands, and a matmul costs as much as in bf16. With fp32 scales, `CpuEngine` uses fp32 operands
-and an fp32 matmul.
+bf16 represents the operands, and a matmul costs as much as in bf16. With fp32 scales, the matmul is fp32.
 
-On CPUs with AVX2, `CompiledEngine` (train/kernels/fp8/compiled_engine.py) is as fast as bf16 with fp32 scales too. It
+On CPUs with AVX2, `CompiledEngine` (train/kernels/fp8/compiled_engine.py) is as fast as bf16, even with fp32 scales. It
 sums every 128 elements of the contraction separately, like Hopper kernels; `CpuEngine` computes one sum. Results differ
 by 3e-7; the quantisation error is 4e-2. An expert's rows are padded to a multiple of `expert_rows` in
 conf/thresholds.py (reason: train/kernels/plain/grouped.py).

@@ -50,7 +50,7 @@ SourceForm = tuple[Cast, torch.Size] | Cast | None
 
 
 def pack_sources(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
-    """Returns all sources' tensors for autograd to save, and each `SourceForm`, for `unpack_sources`."""
+    """Returns all sources' tensors for autograd to save, and a `SourceForm` per source for `unpack_sources`."""
     tensors: list[Tensor] = []
     forms: list[SourceForm] = []
     for one in kept:
@@ -82,7 +82,7 @@ class Fp8Engine(Protocol):
     """Quantises and multiplies on one kind of device (list: top of this file)."""
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Source:
-        """Quantise a tensor to save it for backward. The bits equal those of `quantize`; there may be padding."""
+        """Quantise a tensor to save it for backward. The result has the bits of `quantize`, but may be padded."""
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Source:
         """Quantise a tensor for immediate use, in this engine's cheapest form."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from parallel.expert.wire import TILE
 
 MX_TILE = 32
-"""Values along a contraction that share an MXFP8 scale (OCP Microscaling Formats, v1.0)."""
+"""Number of values along a contraction that share an MXFP8 scale (OCP Microscaling Formats, v1.0)."""
 AMAX_FLOOR = 1e-4
 """Lower bound of the max-abs for a scale, so that zeros get a positive scale (paper 3.3.2)."""
 
@@ -51,7 +51,7 @@ class Cast:
 
     format: Format
     block: ScaleBlock
-    """Rows and columns of a block, whose values share a scale. `fitted` limits it to the tensor."""
+    """Rows and columns of a block, whose values share a scale. `fitted` limits the block to the tensor."""
     pow2: bool
     """Whether scales are rounded up to powers of two."""
     floor: float = AMAX_FLOOR

@@ -25,7 +25,7 @@ from train.model.recompute import RecomputedOutputs
 
 BLOCKS = Cast(E4M3, (TILE, TILE), pow2=False)
 MATRIX_ALIGNMENT = 4
-"""Alignment of every matrix in bytes, which its fp32 scales need."""
+"""Alignment of every matrix, in bytes, for its fp32 scales."""
 
 
 class FrozenBlocks:

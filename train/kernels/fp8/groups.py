@@ -1,13 +1,12 @@
 """Describes the rows of several experts, and their tiles of 128 rows.
 
 FP8 kernels work on complete tiles. In Fprop and Dgrad, one program computes 128 rows of one expert. In Wgrad, 128 rows
-of one expert share a scale. Zeros fill the last tile of an expert, without effect on scales and sums.
+of one expert share a scale. Zeros fill the last tile of an expert, and change no scale or sum.
 
-Some GEMMs, and casts whose scales cover several rows, need padded rows. Sluice's own GEMMs find each tile's rows in
-unpadded memory. With them, only the operands of Wgrad, which are quantised along the rows, have padded columns.
+Some GEMMs, and casts whose scales cover several rows, need padding: zero rows up to a multiple of 128. Sluice's own
+GEMMs read rows without padding. Only their Wgrad operands, which are transposed, have padded columns.
 
-The GPU knows the experts' row counts before the host does. So the host launches GEMMs for the largest possible number
-of tiles.
+If the host does not know the experts' row counts, it launches GEMMs for the largest possible number of tiles.
 
 Shape suffixes: R rows from the dispatcher, P rows in the layout that the GEMMs read, E experts.
 """
@@ -106,13 +105,13 @@ class PaddedGroups:
         return rows_PX if self.slots_R is None else rows_PX.index_select(0, self.slots_R)
 
     def real(self, step: int = 1) -> list[slice]:
-        """Returns each expert's slice of the P rows, padded to a multiple of `step`, which must divide 128."""
+        """Returns each expert's slice of the P rows. The length is a multiple of `step`, which must divide 128."""
         ends = [start + -(-count // step) * step for start, count in zip(self.starts, self.counts, strict=True)]
         return [slice(start, end) for start, end in zip(self.starts, ends, strict=True)]
 
 
 def most_tiles(rows: int, experts: int) -> int:
-    """Returns the largest possible number of tiles of 128 rows, each of one expert.
+    """Returns the largest possible number of tiles of 128 rows, if each tile belongs to one expert.
 
     rows: total number of rows.
     """

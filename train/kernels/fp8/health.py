@@ -97,11 +97,11 @@ class HealthWatch:
         self._watching = False
 
     def name(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Store the weights' names, by which readings name their layers."""
+        """Store the weights' names, which readings use as layer names."""
         self._names.update((id(parameter), name.removesuffix(".weight")) for name, parameter in parameters)
 
     def start_step(self, step: int) -> None:
-        """Clear the readings, and monitor every step whose index `every` divides."""
+        """Clear the readings, and monitor a step whose index is a multiple of `every`."""
         self._readings.clear()
         self._watching = self._every > 0 and step % self._every == 0
 
@@ -158,7 +158,7 @@ class Report:
 
 
 WARNINGS = 5
-"""Most warnings that a step shows. Further warnings are only counted."""
+"""Largest number of warnings that a step shows; others are counted."""
 
 
 def merge_reports(reports: Sequence[Report]) -> Report:

@@ -64,7 +64,7 @@ class PaddedOperand:
 
 
 class GroupedMatmuls(Protocol):
-    """The two kinds of grouped GEMMs, for at least one row (`PaddedGroups`)."""
+    """The two kinds of grouped GEMMs, on operands with at least one row."""
 
     flat: bool
     """Whether an operand of `wgrad` is flat, with one matrix per expert."""

@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 PROBE_SECONDS = 300.0
 """Longest duration of the probe, in seconds. Imports take 5 s, and each of two DeepGEMM compilations 10 s."""
 MATMUL_BOUND = 1e-2
-"""Largest allowed relative error of a row of a GEMM, by the norm of the difference from the emulation. Rounding to bf16
-causes 1e-3. Hopper's tensor cores add an error, because they keep fewer bits than fp32 within 128 elements. A misplaced
-scale or row causes at least 0.1."""
+"""Largest allowed norm of a GEMM row's error, relative to the norm of the emulated row. Rounding to bf16 causes 1e-3.
+Hopper's tensor cores add an error: they sum 128 elements with fewer bits than fp32. A misplaced scale or row causes at
+least 0.1."""
 PROBE_TAIL = 1500
-"""Characters at the end of the child's output that an error message repeats."""
+"""Number of characters from the end of the child's output in an error message."""
 
 
 def probe(config: Config, device: int = 0) -> str:
@@ -215,7 +215,7 @@ def _how(code: int) -> str:
 
 
 def _text(output: bytes | str | None) -> str:
-    """Returns the output as text; after a timeout, subprocess returns bytes."""
+    """Returns the child's output as text; subprocess gives bytes after a timeout."""
     return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 

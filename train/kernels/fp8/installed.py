@@ -20,7 +20,7 @@ TORCH_OF_DEEP_GEMM = (2, 11)
 """The torch version for DeepGEMM. With 2.12 and 2.13, its first call aborts the process (PyObjectSlot)."""
 CUDA_OF_DEEP_GEMM = 13
 OTHER_BUILD = "another build"
-"""The version shown if deep_gemm is not from the package DEEP_GEMM. The probe tests it too."""
+"""The version shown if deep_gemm is not from the package DEEP_GEMM. The probe tests such a build too."""
 OLDEST_CUDA = (12, 9)
 """The first CUDA version whose cuBLASLt has blockwise FP8 GEMMs."""
 OLDEST_NVCC = (12, 3)

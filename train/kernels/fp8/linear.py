@@ -172,8 +172,10 @@ def expert_ffn(
 
 
 class _Moved(Function):
-    """Converts rows between the layouts of the GEMMs and of the dispatcher. there: used in forward. back: used for the
-    gradients."""
+    """Converts rows between the layouts of the GEMMs and of the dispatcher.
+
+    there, back: convert rows in forward, and gradients in backward.
+    """
 
     @staticmethod
     def forward(ctx, rows, there, back):

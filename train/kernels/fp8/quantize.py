@@ -107,7 +107,7 @@ def dequantize(x: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def exact_dtype(cast: Cast) -> torch.dtype:
-    """Returns the smallest dtype that is exact: bf16 if scales are powers of two, else fp32."""
+    """Returns the smallest dtype that holds dequantised values exactly: bf16 if scales are powers of two, else fp32."""
     return torch.bfloat16 if cast.pow2 else torch.float32
 
 

@@ -1,19 +1,21 @@
-"""GEMMs of FP8 operands as Triton kernels: grouped by expert, and summed into a gradient.
+"""Triton kernels for FP8 GEMMs: grouped by expert, and weight gradients added to a sum.
 
-    matmul      left (R, C) in 1x128 by right (E, N, C) in 128x128 -> (R, N)       Fprop and Dgrad, each row times its expert's matrix
-    wgrad       left (O, P) by right (N, P), both in 1x128 -> (E, O, N) in fp32    Wgrad, a separate sum over the columns of each expert
+    matmul      left (R, C), right (E, N, C) -> (R, N)     Fprop and Dgrad: each row times its expert's matrix
+    wgrad       left (O, P), right (N, P) -> (E, O, N)     Wgrad: a separate sum over the columns of each expert
 
-Tensor cores sum 128 elements of the contraction, starting from zero. The kernel scales this partial sum and adds it to
-an fp32 sum in registers, because tensor cores accumulate with low precision (paper 3.3.2). `wgrad` can add to an
-existing result, so micro-batches are summed without rounding.
+A scale applies to 1x128 values; in the right operand of `matmul`, to 128x128.
+
+Tensor cores sum 128 elements of the contraction. The kernel scales this partial sum and adds it to an fp32 sum in
+registers, because tensor cores accumulate with low precision (paper 3.3.2). `wgrad` can add to an existing result, so
+micro-batches are summed without rounding.
 
 The kernels read the end of each expert's rows on the device, so the host never waits. In Fprop and Dgrad, rows have no
-padding. In Wgrad, each expert has complete tiles of columns, filled with zeros (`quantize_columns`). All other sizes
-are multiples of 128. A dense GEMM has a single expert.
+padding. In Wgrad, zeros fill each expert's last tile of columns (`quantize_columns`). All other sizes are multiples of
+128. A dense GEMM has a single expert.
 
-A tile has one 64-bit position, and its elements have 32-bit offsets. 64-bit pointers for elements make the loop 10 %
-slower, and the loop of a dense Wgrad a third slower. In a large GEMM, a program computes two adjacent tiles of the same
-rows (128 rows by 256 columns), one after the other (registers: bench/RESULTS.md).
+The position of a tile has 64 bits, and the offsets of its elements have 32 bits. With 64-bit pointers to elements, the
+loop over the contraction is 10 % slower, and in a dense Wgrad a third slower. In a large GEMM, a program computes two
+adjacent tiles: 128 rows by 256 columns (register use: bench/RESULTS.md).
 
 The module needs triton and is imported only where its kernels run. Shape suffixes: O, N outer, C contraction, R rows, P
 columns of whole tiles, E experts.
@@ -36,13 +38,13 @@ BAND = 8
 """Number of adjacent row tiles in a band. Consecutive programs compute a band for one column tile, so each tile of the
 right operand is read once per band."""
 WARPS, STAGES = 8, 4
-"""Number of warps of a program, and of pipeline stages. Eight warps are two warpgroups of 64 rows each. The sum and the
-partial sum need half of a thread's registers. A stage has 32 KiB, or 48 KiB for two tiles. Four stages fill more than
-half of a Hopper GPU's shared memory."""
+"""Warps and pipeline stages of a program. Eight warps are two warpgroups of 64 rows each. A tile's sum and partial sum
+need half of a thread's registers. A stage has 32 KiB, or 48 KiB for two tiles. Four stages fill more than half of a
+Hopper GPU's shared memory."""
 LANES = 32
-"""Number of threads of a warp. If a vector has at least this many elements, every thread of a warp gets its sum. So the
-compiler knows that all threads run equally many steps. With up to 16 experts this saves 32 of 276 instructions per step
-(Triton 3.7.1)."""
+"""Number of threads of a warp. Every thread gets the sum of a vector with at least this many elements. So the compiler
+knows that all threads run equally many steps. With up to 16 experts this saves 32 of 276 instructions per step (Triton
+3.7.1)."""
 
 
 def _named(kernel: str, specialization) -> str:
@@ -52,7 +54,7 @@ def _named(kernel: str, specialization) -> str:
 
 @triton.jit
 def tile_of_program(program, tiles_m, tiles_n, band: constexpr):
-    """Returns a program's tile (m, n): first all row tiles of a band for one n, then the next n."""
+    """Returns a program's tile (m, n). Programs compute all m of a band (see `BAND`) for one n, then for the next."""
     first = program // (band * tiles_n) * band
     height = tl.minimum(tiles_m - first, band)
     inside = program % (band * tiles_n)

@@ -68,7 +68,7 @@ def _cast(scaled, maximum: constexpr, dtype: constexpr):
 
 @triton.jit
 def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr, least: constexpr = 0):
-    """Returns the end of each expert's rows, and each expert's number of tiles of 128 rows, at least `least`.
+    """Returns the end of each expert's rows, and each expert's number of tiles of 128 rows (`least` or more).
 
     The results have `slots` entries, a power of two. Entries after the last expert have 0 tiles.
     """
@@ -80,7 +80,7 @@ def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr, least: cons
 
 @triton.jit
 def rows_of_tile(ends_ptr, tile, height, experts: constexpr, slots: constexpr, least: constexpr = 0):
-    """Returns a tile's expert, its first row, and the end of the expert's rows. Later tiles have no rows."""
+    """Returns a tile's expert and first row, and the end of the expert's rows. Tiles past the last expert are empty."""
     expert, first, last = 0, tile * 128, height
     if experts > 1:
         end, tiles = tiles_of_experts(ends_ptr, experts, slots, least)
@@ -511,8 +511,8 @@ def quantize_mx(
 ) -> tuple[Tensor, Tensor]:
     """Returns q (..., P, Q) and its E8M0 scales: (P, Q / 32), or (..., P x Q / 32) for several matrices.
 
-    x_RC: a tensor with any strides. It may be the transpose of an earlier q of this function.
-    in_scale: the scale of this earlier q, else None.
+    x_RC: a tensor with any strides, or the transpose of a q that an earlier call returned.
+    in_scale: the scale that this earlier call returned; else None.
     ends_E: end of each expert's columns, int32. Each expert has at least one tile, and its scales form a separate
         matrix. Tiles after the last expert's columns are zeros, and belong to the last expert.
     gates_R: if given, x_RC is the input of SwiGLU, and the function quantises the output of SwiGLU.
@@ -535,7 +535,7 @@ def quantize_mx(
 
 
 def _sizes(x_RC: Tensor) -> tuple[int, int]:
-    """Returns the sizes. Asserts that the tensor is contiguous, and columns are a multiple of 128."""
+    """Returns the sizes. Asserts that the tensor is contiguous, with a multiple of 128 columns."""
     rows, columns = x_RC.shape[-2:]
     assert x_RC.is_contiguous(), "kernels read row by row"
     assert columns % TILE == 0, f"{columns} columns are not whole tiles"
@@ -543,7 +543,7 @@ def _sizes(x_RC: Tensor) -> tuple[int, int]:
 
 
 def _tile_places(lengths: list[int], columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For a flat q of matrices (columns, rows), returns the first position and the row stride of every 128 rows."""
+    """Returns the first position and row stride of every 128 rows, if q is one matrix (columns, rows) after another."""
     base, stride, before = [], [], 0
     for length in lengths:
         base += range(before * columns, before * columns + length, TILE)

@@ -2,7 +2,7 @@
 
 One kernel call can compute several consecutive documents of a sequence from their lengths. Queries see keys up to the
 diagonal of their document, so the call needs no mask. Any other rectangle of queries and keys needs a separate call. A
-call for one sequence may have any length; calls for all sequences have few different lengths. So a run may use two
+call with one sequence may have any length; calls with all sequences have few different lengths. So a run may use two
 cores (`AttentionByKind`).
 
 Shapes as in train/model/attention.py; P documents of a call, M queries of a call.
@@ -24,8 +24,8 @@ ATEN = torch.ops.aten
 LSE_ROWS = 32
 """The memory-efficient kernel pads log-sum-exps to multiples of this number of queries."""
 WASTE = 4
-"""Largest ratio of allocated log-sum-exps to queries in a call. The kernel allocates as many for every document as for
-the longest."""
+"""Largest ratio of allocated log-sum-exps to queries in a call. For every document, the kernel allocates the
+log-sum-exps of the longest document."""
 
 
 class _Documents(NamedTuple):
@@ -52,7 +52,7 @@ class _Call(NamedTuple):
     documents: _Documents | None = None
 
     def take(self, *tensors: Tensor) -> list[Tensor]:
-        """Returns this call's parts of q, k, v and other tensors. Other tensors have an axis of queries."""
+        """Returns this call's parts of q, k, v and further tensors, which have an axis of queries."""
         return [t[self.sequences, :, self.keys if i in (1, 2) else self.queries] for i, t in enumerate(tensors)]
 
 
@@ -62,7 +62,7 @@ def calls(rectangles: Sequence[Rectangle], device: torch.device, waste: float = 
 
 
 def _runs(rectangles: Sequence[Rectangle], waste: float) -> Iterator[list[Rectangle]]:
-    """Groups rectangles by kernel call, in order. Only consecutive documents can share a call."""
+    """Groups rectangles of queries and keys by kernel call, in order. Only consecutive documents can share a call."""
     run: list[Rectangle] = []
     for one in rectangles:
         if run:
@@ -248,7 +248,7 @@ def _tokens(call: _Call, x_BHTX: Tensor) -> Tensor:
 
 
 class AttentionByKind(EfficientAttention):
-    """Uses one core for all sequences together, and another for one sequence (of any length)."""
+    """Uses one core for calls with all sequences, and another for calls with one."""
 
     def __init__(self, whole: EfficientAttention, documents: EfficientAttention):
         self.whole, self.documents, self.waste = whole, documents, documents.waste

@@ -4,8 +4,8 @@ In a bf16 model, operands of matmuls stay in bf16. So absorbed queries, attentio
 are rounded to bf16.
 
 The gradients of latents are sums over queries and heads. For a few queries at a time, a matmul sums over heads, and
-torch's `index_add_` adds its rows to the keys' rows. One kernel for both sums would need atomic additions, whose order
-differs from run to run. With cluster.deterministic, torch's operation has a fixed order
+torch's `index_add_` adds the resulting rows to the keys' rows. One kernel for both sums would need atomic additions,
+whose order differs from run to run. With cluster.deterministic, torch's operation has a fixed order
 (train/kernels/deterministic.py).
 
 Meta tensors cause the same allocations as real tensors, for plans. Shapes as in train/kernels/plain/plain_chosen.py; W

@@ -24,9 +24,9 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tried", NULL, -1, NU
 PyMODINIT_FUNC PyInit_tried(void) { return PyModule_Create(&module); }
 """
 COMPILER_SECONDS = 60.0
-"""Time limit for the compiler, in seconds. It usually needs less than one."""
+"""Time limit for a compilation, which usually takes less than one, in seconds."""
 COMPILER_TAIL = 600
-"""Characters at the end of the compiler's output that an error message repeats."""
+"""Number of characters from the end of the compiler's output in an error message."""
 INSTALL_COMPILER = "apt-get install build-essential (dnf install gcc), or set CC to a C compiler"
 INSTALL_HEADERS = f"apt-get install {PYTHON}-dev, or python3-dev for the system's own Python ({PYTHON}-devel or python3-devel with dnf)"
 

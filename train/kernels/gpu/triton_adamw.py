@@ -22,7 +22,7 @@ from torch import Tensor
 from parallel.triton_types import constexpr, with_options
 
 PROGRAM_ELEMENTS, ELEMENTS_AT_ONCE = 1 << 14, 1 << 11
-"""Number of elements of a program, and number that it processes at a time."""
+"""Number of elements that a program processes in total, and at a time."""
 ALIGNED = 16
 """If all piece addresses (bytes) and sizes (elements) are multiples of this, threads read 128 bits at a time."""
 
@@ -102,8 +102,8 @@ def update(
     weight: Tensor, mean: Tensor, square: Tensor, gradients: Sequence[Tensor],
     *, factor: float, lerp: float, keep_square: float, add_square: float, decay: float, step: float, root: float, eps: float,
 ) -> None:  # fmt: skip
-    """Update a flat shard. Each gradient g is first multiplied by factor. Then mean += lerp (g - mean); square =
-    keep_square square + add_square g^2; weight = decay weight - step mean / (sqrt(square) / root + eps).
+    """Update a flat shard. Each gradient g is first multiplied by factor. Then mean += lerp * (g - mean); square =
+    keep_square * square + add_square * g^2; weight = decay * weight - step * mean / (sqrt(square) / root + eps).
 
     gradients: 1-D fp32 tensors that cover the shard one after another.
     """
@@ -170,6 +170,6 @@ def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
 
 
 def _there(numbers: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Returns the numbers as int64 on the device. The host does not wait, because their memory is page-locked."""
+    """Returns the numbers as int64 on the device. The host does not wait, because it copies from page-locked memory."""
     numbers = torch.as_tensor(numbers)
     return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)

@@ -1,14 +1,14 @@
 """Triton kernels of attention over chosen keys. train/model/chosen_attention.py has the formulas.
 
-Each program gathers latents of one query's keys into shared memory and multiplies them there. So the gathered latents
-are never in the GPU's memory. The attention probabilities of a block of queries are stored there. One kernel for scores
-and sums of latents would avoid this, but spills registers on Hopper.
+Each program gathers latents of one query's keys into shared memory and multiplies them there. So gathered latents
+are never in global memory, only the attention probabilities of a block of queries. One kernel for scores and sums of
+latents would avoid even this, but spills registers on Hopper.
 
 Operands of matmuls are in the dtype of the queries. Sums are in fp32, and one program computes each sum.
 
 The module needs triton and is imported only where its kernels run.
 
-Shapes as in train/kernels/plain/plain_chosen.py; W weights of each key: those of the heads, in backward twice.
+Shapes as in train/kernels/plain/plain_chosen.py; W weights of each key: one for each head, in backward two.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ def _rows(ptr, row, real, rank: constexpr, width: constexpr, R: constexpr, E: co
 
 @triton.jit
 def _chosen(latents_ptr, chosen_ptr, key, keys, rank: constexpr, width: constexpr, R: constexpr, E: constexpr):
-    """Returns whether each chosen key exists, and both parts of its row."""
+    """Returns whether each chosen key exists, and the latent and rope parts of its row."""
     number = tl.load(chosen_ptr + key, key < keys, -1)
     latent, rope = _rows(latents_ptr, number, number >= 0, rank, width, R, E)
     return number >= 0, latent, rope
@@ -157,7 +157,7 @@ def _launch(
 ) -> None:
     """Launches a kernel.
 
-    block: most heads of a block. Hopper's tensor cores multiply 64 rows (heads or keys) at a time.
+    block: largest number of heads in a block. Hopper's tensor cores multiply 64 rows (heads or keys) at a time.
     """
     (queries, keys), (positions, width) = tensors[2].shape, tensors[1].shape
     large = tensors[0].dtype != torch.bfloat16 or rank > 512  # rows of which 64 do not fit into shared memory twice

@@ -20,7 +20,7 @@ from train.model.operations import RouterCounters, RoutingRule
 ROUTE_TOKENS = 8
 """Number of tokens of one sequence that a program processes."""
 SUM_BLOCKS = 16
-"""Token blocks whose sums one iteration of the loop adds."""
+"""Number of token blocks whose sums one iteration of the loop adds."""
 
 
 @triton.jit

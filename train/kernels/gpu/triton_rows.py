@@ -19,9 +19,9 @@ from parallel.triton_types import constexpr, power_of_2_from, quick
 SWIGLU_ROWS, SWIGLU_COLUMNS = 4, 512
 """Rows and columns that a SwiGLU program processes at a time. A thread loads 128 bits."""
 HEAD_POSITIONS = 16
-"""Positions of one head that a program of `heads` processes."""
+"""Number of positions that a program of `heads` processes, for one head."""
 BACKWARD_TOKENS = 8
-"""Positions that a program of `heads_backward` processes, for all heads."""
+"""Number of positions that a program of `heads_backward` processes, for all heads."""
 
 
 @quick

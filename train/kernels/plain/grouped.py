@@ -85,7 +85,7 @@ def weight_gradient_to_ends(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Te
 
 
 def _parts(by_expert: Tensor, rows: Sequence[int]) -> Iterator[tuple[Tensor, int, int]]:
-    """Yields each non-empty expert's matrix in `by_expert`, and its rows' start and end."""
+    """Yields, for each expert with rows, its matrix in `by_expert` and its rows' start and end."""
     ends = list(itertools.accumulate(rows))
     for one, count, end in zip(by_expert, rows, ends, strict=True):
         if count:

@@ -57,8 +57,8 @@ class PlainAttention(AttentionCore):
 def _blocks(given: AttentionInput) -> Iterator[tuple[slice, slice, slice, Tensor]]:
     """Yields blocks: rows of the batched matmul, positions of queries, positions of keys, and the mask (C, S).
 
-    The keys are all that at least one of the queries sees. The mask is added to the scores: -inf where a query does not
-    see a key, else 0.
+    A block has every key that at least one of its queries sees. The mask is added to the scores: -inf where a query
+    does not see a key, else 0.
     """
     batch, heads = given.q_BHTQ.shape[:2]
     for sequences, queries, keys, bias_CS in query_blocks(given.seen, given.k_BHSQ.size(2), batch, given.q_BHTQ.device):

@@ -143,7 +143,7 @@ def _blocks(batch: int, length: int) -> Iterator[tuple[int, slice]]:
 def _some(chosen_CK: Tensor, q_CHX: Tensor, elements: int | None = None) -> Iterator[slice]:
     """Yields slices of queries whose chosen keys are gathered together.
 
-    elements: most elements of gathered rows and scores; None: the number for a CPU.
+    elements: largest number of elements of gathered rows and scores; None: the default for a CPU.
     """
     (count, keys), (_, heads, width) = chosen_CK.shape, q_CHX.shape
     size = max(1, (elements or THRESHOLDS.attention_scores) // (keys * (width + heads)))

@@ -35,7 +35,7 @@ class PlainKernels(Kernels):
     chosen = PlainChosen()
 
     def rows_at_once(self, x_ND: Tensor, elements: int) -> int:
-        """Returns the number of rows to process at a time: at most `elements` elements, to fit a cache."""
+        """Returns the number of rows to process at a time. They have at most `elements` elements, to fit a cache."""
         return max(1, elements // x_ND.size(1))
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ class PlainKernels(Kernels):
         return dh_N2F, dgates_N
 
     def _pieces(self, h_N2F: Tensor, *rows: Tensor | None) -> Iterator[tuple]:
-        """Splits all tensors by rows. Yields the same part of all tensors."""
+        """Yields the same rows of all tensors, part by part."""
         size = self.rows_at_once(h_N2F, THRESHOLDS.gate_and_up)
         splits = [t.split(size) if t is not None else itertools.repeat(None) for t in (h_N2F, *rows)]
         return zip(*splits, strict=False)

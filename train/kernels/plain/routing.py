@@ -53,20 +53,20 @@ class _Whole:
         return best_NE * (experts / (top_k * self._length))
 
     def mean(self, scores_BTE: Tensor, total_BT1: Tensor) -> Tensor:
-        """Returns this rank's part of P in equation 20, (N, E): sum of its normalised scores / number of all
+        """Returns this rank's part of P in equation 20, (N, E): sum of each expert's normalised scores / number of all
         positions."""
         return ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / self._length
 
     def spread(self, frequency_NE: Tensor, length: int) -> Tensor:
-        """Returns for every position the frequency f times the weight of the position: (B, 1 or T, E).
+        """Returns the frequency f, multiplied by the weight of each position: (B, 1 or T, E).
 
-        In a sequence of `length` positions, each has weight 1.
+        The weight is 1 in a sample of `length` positions.
         """
         return frequency_NE.unsqueeze(1)
 
 
 class _Packed:
-    """Counts choices separately for N samples. Positions that do not count form an extra, dropped sample."""
+    """Counts choices separately for N samples. Excluded positions form one more sample, which is dropped."""
 
     def __init__(self, number_BT: Tensor, lengths_N: Tensor):
         self._number_BT = number_BT
