@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from conf.optimizers import UpdateRule
 from conf.schema import Config, Optim, Precision
 from conf.thresholds import THRESHOLDS
 from parallel.shard import GradientHandover
@@ -37,6 +38,14 @@ _adamw = Kernel(
     ),
     threads=Threads(),
 )  # fmt: skip
+
+
+class WeightShapes(NamedTuple):
+    """The rule and the weights of a parameter group, for a plan."""
+
+    rule: UpdateRule
+    shapes: Sequence[tuple[str, Sequence[int]]]
+    """Name and shape of each weight. The shape of experts is that of this rank's experts."""
 
 
 class UpdatePiece(NamedTuple):
@@ -75,12 +84,12 @@ class AdamW(torch.optim.Optimizer):
         return cls(groups, config.optim, moments_dtype(config.precision), "adamw" in parts)
 
     @staticmethod
-    def count_scratch_bytes(kind: str, precision: Precision, elements: int, compiled: bool) -> int:
-        """Returns the scratch memory, in bytes, for an update of `elements` elements.
+    def count_scratch_bytes(kind: str, config: Config, group: WeightShapes, elements: int, compiled: bool) -> int:
+        """Returns the scratch memory, in bytes, for an update of `elements` elements of a group.
 
         kind: the device type.
         """
-        none = kind == "cuda" or compiled or moments_dtype(precision) == torch.float32
+        none = kind == "cuda" or compiled or moments_dtype(config.precision) == torch.float32
         return 0 if none else 8 * min(THRESHOLDS.adamw_elements, elements)
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:

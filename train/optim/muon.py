@@ -11,6 +11,7 @@ ZeRO passes flat shards, which may begin and end at any element. Each rank updat
 of a matrix gathers its parts from other ranks, orthogonalises it, and sends the result back (parallel/owners.py).
 """
 
+import math
 from collections.abc import Collection, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -18,11 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from conf.schema import Config, Precision
+from conf.schema import Config
 from conf.thresholds import THRESHOLDS
-from parallel.owners import MatrixOwners, SharedMatrix
+from parallel.owners import KEEPS, MatrixOwners, SharedMatrix
 from parallel.shard import FlatShard, WeightPiece
-from train.optim.adamw import AdamW, moments_dtype
+from train.optim.adamw import AdamW, WeightShapes, moments_dtype
 from train.optim.matrices import logical_matrices, newton_schulz_flops, orthogonalise
 
 UPDATE_SIZE = 0.2
@@ -49,13 +50,30 @@ class Muon(AdamW):
         return cls(groups, config, "adamw" in parts)
 
     @staticmethod
-    def count_scratch_bytes(kind: str, precision: Precision, elements: int, compiled: bool) -> int:
-        """Returns the bytes of scratch memory.
+    def count_scratch_bytes(kind: str, config: Config, group: WeightShapes, elements: int, compiled: bool) -> int:
+        """Returns an upper bound of the scratch memory, in bytes.
 
-        A pack is a group of matrices that are processed together. It needs about six copies of its matrices, including
-        factors and Newton-Schulz results. In addition, ranks exchange two packs at the same time.
+        A pack of p elements has its matrices and results in fp32, and may still have the results of the previous pack.
+        Adjacent matrices of one shape form a batch of b elements, with Gram matrices of g elements. In addition to its
+        result, a batch needs itself, a scaled copy and two iterates, and two Gram matrices: 12 b + 8 g bytes in fp32. A
+        GPU iterates in bf16. Ranks that share matrices send and receive up to the fraction `away` of a pack.
         """
-        return 32 * min(THRESHOLDS.muon_elements, elements)
+        if not group.rule.is_whole:
+            return AdamW.count_scratch_bytes(kind, config, group, elements, compiled)
+        by_head = config.optim.muon.by_head
+        shapes = [one.shape for named in group.shapes for one in logical_matrices(*named, config.model, by_head)]
+        total = sum(rows * columns for rows, columns in shapes)
+        away = max(0.0, 1 - elements / total)
+        own = min(total, math.ceil(KEEPS * elements))
+        pack = max(min(THRESHOLDS.muon_elements, own), *(rows * columns for rows, columns in shapes))
+        several = own > pack
+        batches = 0.0
+        for (rows, columns), same in groupby(shapes):
+            batch, gram = min(pack, rows * columns * len(list(same))), min(rows, columns) / max(rows, columns)
+            each = max(10, 8 + 4 * gram) if kind == "cuda" else 12 + 8 * gram
+            batches = max(batches, each * batch)
+        computed = pack * (8 + 4 * several + (8 + 8 * several) * away) + batches
+        return math.ceil(max(computed, pack * (4 + 20 * away)))
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
         """Allocate Muon's momentum or AdamW's moments of a parameter, unless they exist."""

@@ -4,9 +4,9 @@ from collections.abc import Collection
 from typing import Protocol
 
 from conf.optimizers import ADAMW, MUON
-from conf.schema import Config, Precision
+from conf.schema import Config
 from parallel.shard import ShardedOptimizer
-from train.optim.adamw import AdamW
+from train.optim.adamw import AdamW, WeightShapes
 from train.optim.muon import Muon
 
 
@@ -19,8 +19,8 @@ class OptimizerClass(Protocol):
         parts: see `Kernels.parts`.
         """
 
-    def count_scratch_bytes(self, kind: str, precision: Precision, elements: int, compiled: bool) -> int:
-        """Returns the scratch memory, in bytes, for an update of `elements` elements.
+    def count_scratch_bytes(self, kind: str, config: Config, group: WeightShapes, elements: int, compiled: bool) -> int:
+        """Returns the scratch memory, in bytes, for an update of `elements` elements of a group.
 
         kind: the device type.
         """

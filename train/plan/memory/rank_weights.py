@@ -18,8 +18,10 @@ from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.adapter import add_adapters
 from train.model.deepseek import DeepSeekV3
+from train.optim.adamw import WeightShapes
+from train.optim.optimizer_classes import OPTIMIZER_CLASSES
 from train.plan.memory.chunk import Parts
-from train.plan.memory.part import NO_ADAPTER, FrozenSection, kind_of, sparse_of
+from train.plan.memory.part import NO_ADAPTER, FrozenSection, Scene, kind_of, sparse_of
 
 FP32_BYTES = 4
 """Bytes of an fp32 element."""
@@ -134,6 +136,13 @@ def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
         kinds[weight.is_expert, facts.choose_rule(weight.name, len(weight.shape))].append(weight)
     ranks = parallel.stage_ranks, parallel.stage_ranks // parallel.ep
     return [Shards(found, ranks[experts], rule) for (experts, rule), found in kinds.items() if found]
+
+
+def scratch_bytes(config: Config, group: Shards, elements: int, scene: Scene) -> int:
+    """Returns the scratch memory for the update of a parameter group. elements: elements of this rank's part."""
+    weights = WeightShapes(group.rule, [(one.name, one.shape) for one in group.weights])
+    optimizer = OPTIMIZER_CLASSES[config.optim.facts.name]
+    return optimizer.count_scratch_bytes(scene.kind, config, weights, elements, scene.compiled)
 
 
 def state_bytes(config: Config, groups: Sequence[Shards], owned: Callable[[Shards], int]) -> int:

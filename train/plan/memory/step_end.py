@@ -29,9 +29,8 @@ from itertools import groupby
 
 from conf.schema import Config
 from conf.thresholds import THRESHOLDS
-from train.optim.optimizer_classes import OPTIMIZER_CLASSES
 from train.plan.memory.part import Scene
-from train.plan.memory.rank_weights import FP32_BYTES, Shards, Weight
+from train.plan.memory.rank_weights import FP32_BYTES, Shards, Weight, scratch_bytes
 
 
 @dataclass
@@ -236,9 +235,7 @@ class StepEnd:
                 meter.take(shard)
                 if number == last:
                     meter.take(-self._whole_size)
-            scratch = OPTIMIZER_CLASSES[self._config.optim.facts.name].count_scratch_bytes(
-                self._scene.kind, self._config.precision, group.partition, self._scene.compiled
-            )
+            scratch = scratch_bytes(self._config, group, group.partition, self._scene)
             if self._offload and self._scene.kind == "cuda":
                 scratch = 0
             meter.take(scratch)

@@ -11,11 +11,10 @@ from functools import cached_property
 
 from conf.schema import Config
 from conf.thresholds import THRESHOLDS
-from train.optim.optimizer_classes import OPTIMIZER_CLASSES
 from train.plan.job import micro_batches_of
 from train.plan.memory.chunk import ChunkMemory
 from train.plan.memory.part import FrozenSection, PassMemory
-from train.plan.memory.rank_weights import FP32_BYTES, Shards, Weight, part_weights, state_bytes
+from train.plan.memory.rank_weights import FP32_BYTES, Shards, Weight, part_weights, scratch_bytes, state_bytes
 from train.plan.memory.zero3_gather import GatheredBytes, SharedWeight, follow_change, follow_gathers
 from train.plan.memory.zero3_scatter import (
     NOTHING,
@@ -164,7 +163,7 @@ class Zero3Memory:
     def update(self) -> int:
         """Returns the peak bytes of the update of weights. The update copies one group's gradients at a time, and needs
         scratch memory."""
-        scene, precision = self._chunk.scene, self._config.precision
-        scratch = OPTIMIZER_CLASSES[self._config.optim.facts.name].count_scratch_bytes
-        sizes = [group.scattered for group in self._groups]
-        return max(FP32_BYTES * size + scratch(scene.kind, precision, size, scene.compiled) for size in sizes)
+        return max(
+            FP32_BYTES * group.scattered + scratch_bytes(self._config, group, group.scattered, self._chunk.scene)
+            for group in self._groups
+        )
