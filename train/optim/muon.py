@@ -64,7 +64,7 @@ class Muon(AdamW):
         shapes = [one.shape for named in group.shapes for one in logical_matrices(*named, config.model, by_head)]
         total = sum(rows * columns for rows, columns in shapes)
         away = max(0.0, 1 - elements / total)
-        own = min(total, math.ceil(KEEPS * elements))
+        own = math.ceil(KEEPS * elements) if away else total
         pack = max(min(THRESHOLDS.muon_elements, own), *(rows * columns for rows, columns in shapes))
         several = own > pack
         batches = 0.0
