@@ -244,7 +244,7 @@ class Cause:
 def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None:
     """Return the cause of the failure, or None if no rank failed.
 
-    reports: reports of all ranks on answering nodes. names: node of each rank. Without `names`, all ranks are on one
+    reports: those of all ranks on reachable nodes. names: node of each rank. Without `names`, all ranks are on one
     machine, and the texts name no machine.
     """
     failed = sorted((report.failure for report in reports if report.failure), key=lambda failure: failure.time)

@@ -41,7 +41,8 @@ from conf.words import one_line, say
 
 INCIDENT = re.compile(r"incident_(\d{1,9})\.json")
 _CONSEQUENCE = re.compile(r"\n  (?:consequence|what failed of it): ")
-"""Separates fault and consequence in an incident's text. Earlier versions wrote "what failed of it" instead."""
+"""Separates fault and consequence in an incident's text. Earlier versions of Sluice wrote "what failed of it"
+for "consequence"."""
 SHOWN_RECORDS = 40
 """Number of newest records that the file stores for each rank."""
 SHOWN_WAITS, LINE = 6, 400
@@ -123,7 +124,7 @@ def describe_incident(
     seconds: float = 0.0,
     live: bool = False,
 ) -> dict[str, Any]:
-    """Return the incident in its file format; see the top of this file. live: whether the ranks still run."""
+    """Return the incident in its file format (module docstring). live: whether the ranks still run."""
     now = time.time()
     waits = [
         {

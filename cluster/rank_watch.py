@@ -42,7 +42,7 @@ class RankWatch:
         silence. None if no warning was printed.
         """
         self._ended = self._bad = 0
-        """Numbers of ranks that have ended and that have failed."""
+        """Number of ranks that have ended, and number of ranks that have failed."""
         self._phases = Counter({START_PHASE: len(self.reports)})
         """Number of running ranks, by phase."""
         self._elsewhere = set[str]()

@@ -239,7 +239,7 @@ def _number(nodes: list[Node], seats: _Seats, pp: int, shape: StageShape) -> Pla
 
 
 def placement_table(placement: Placement) -> str:
-    """Return the placement as a table: one line per node with ranks."""
+    """Return the placement as a table, with one line for each node that has ranks."""
     rows = [("node", "rack", "address", "stages", "expert groups", "ranks")]
     for seats in placement.by_node.values():
         node = seats[0].node

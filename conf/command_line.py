@@ -255,7 +255,7 @@ def _unknown_part(key: str, value: Any, kind: Any) -> UserError:
 
 
 def _wrong_option(group: str, value: str, groups: dict[str, list[str]]) -> UserError:
-    """Return the error for an unknown option of the group."""
+    """Return the error for an unknown option of a config group."""
     if (meant := VALUES.get((group, value.lower()))) is not None:
         return UserError(group, value, f"is not accepted; {meant[0]} {meant[1]}", f"write {group}={meant[0]}")
     if value == "":

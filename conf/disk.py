@@ -63,7 +63,7 @@ def naming(path: Path, needed: int | None = None, way: str = "written") -> Itera
 
 
 def reading(path: Path) -> AbstractContextManager[None]:
-    """Context that adds the file's name to an OSError of `read`, which does not contain the name."""
+    """Context that adds the file's name to an OSError, because an error while reading does not contain the name."""
     return naming(path, way="read")
 
 

@@ -120,7 +120,7 @@ def _sections() -> tuple[str, Iterable[tuple[str, str]]]:
 
 
 TOP_KEYS = "keys"
-"""The argument for the list of sections and the top-level keys."""
+"""The argument of `sluice --help` that lists the sections and the top-level keys."""
 WORD_LISTS = {
     "modes": _modes,
     "recipes": lambda: ("Recipes (conf=)", recipe_lines().items()),
@@ -141,7 +141,7 @@ def _two_columns(console: Console, title: str, rows: Iterable[tuple[str, str]]) 
 
 
 def _section(name: str, values: DictConfig, expert: bool, width: int) -> Iterator[RenderableType]:
-    """Return the help screen of a section, a subsection or a key. expert: whether to show expert keys of a section."""
+    """Return the help screen of a section, a subsection or a key. expert: whether to show a section's rare keys."""
     everything = groups()
     for group in everything:
         if name == group.name:

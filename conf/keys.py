@@ -51,7 +51,7 @@ class KeyGroup:
     """Path of each subsection, with a note about all its keys."""
 
     def part(self, expert: bool) -> "KeyGroup":
-        """Return the group with only its expert keys, or only its other keys, and the notes on these keys."""
+        """Return the group with only its rarely used (expert) keys, or only its other keys, and the notes on them."""
         keys = tuple(key for key in self.keys if key.expert is expert)
         notes = tuple((path, note) for path, note in self.notes if any(key.path.startswith(path) for key in keys))
         return replace(self, keys=keys, notes=notes)
@@ -107,7 +107,7 @@ def groups() -> tuple[KeyGroup, ...]:
 
 
 def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
-    """Yield the keys of a section and its subsections. expert: whether the section is an expert key."""
+    """Yield the keys of a section and its subsections. expert: whether the section is rarely used."""
     for item in fields_of(cls).values():
         path, rare = prefix + item.name, expert or item.expert
         if item.is_key:

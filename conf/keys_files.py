@@ -62,7 +62,7 @@ def keys_page() -> str:
 
 def _section(group: KeyGroup, values: Any, expert: bool) -> str:
     """Return the section of keys.md for one group: heading, notes and table; empty for a group without keys. expert:
-    whether the keys are expert keys."""
+    whether to list the rarely used keys or the others."""
     if not group.keys:
         return ""
     name = group.name or "At the top"

@@ -214,7 +214,7 @@ def compose_node(*overrides: str) -> DictConfig:
 
 @contextmanager
 def explained(words: Sequence[str]) -> Iterator[None]:
-    """Context that converts errors of Hydra and OmegaConf to UserError. words: the composed arguments."""
+    """Context that converts errors of Hydra and OmegaConf to UserError. words: the arguments given to Hydra."""
     check_words(words)
     try:
         yield

@@ -42,12 +42,12 @@ class Thresholds:
     """Number of elements that an update processes at a time if moments are bf16. Their fp32 copies stay in the
     cache."""
     muon_elements: int = 1 << 24
-    """Maximum elements of matrices that a rank orthogonalises at a time. One matrix may be larger."""
+    """Maximum elements of matrices that a rank orthogonalises together. A larger matrix is processed alone."""
     norm_row: int = 4096
     """A gradient's norm is computed in rows of this length: sums of squares are fp32 within rows, fp64 over rows."""
     base_elements: int = 1 << 26
     """Maximum number of elements that are quantised together when a frozen base is stored in FP8 blocks (256 MB in
-    fp32). A single matrix may be larger."""
+    fp32). A larger matrix is quantised alone."""
     compared_elements: int = 1 << 24
     """Number of weight elements compared at a time with their values before an update (64 MB on the device)."""
     bucket_elements: int = 50_000_000

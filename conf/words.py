@@ -22,8 +22,8 @@ def harmless(text: str) -> str:
 
 
 def sentence(text: object, indent: int = 8) -> str:
-    """Sanitise untrusted text for a message. A line end remains only before a line indented by `indent` spaces or more,
-    so that the text cannot forge a line."""
+    """Sanitise untrusted text for a message. A line end remains only if the next line begins with `indent` spaces or
+    more, so that the text cannot forge a line."""
     return re.sub(rf"\n(?! {{{indent}}})", r"\\n", harmless(str(text)))
 
 

@@ -92,12 +92,12 @@ class Layout(RankCounts):
         return [[group[0], group[-1]] if self.pp > 1 else group for group in self.pp_groups()]
 
     def intra_groups(self) -> list[list[int]]:
-        """Return groups: the ranks of one expert group on one node."""
+        """Return one group per expert group and node: the ranks of this expert group on this node."""
         size = self.ep_ranks_per_node
         return [group[i : i + size] for group in self.ep_groups() for i in range(0, self.ep, size)]
 
     def inter_groups(self) -> list[list[int]]:
-        """Return groups: one rank per node, all of the same expert group and with the same index on their nodes."""
+        """Return one group per expert group and index on a node: the ranks with this index, one on each node."""
         size = self.ep_ranks_per_node
         return [group[i::size] for group in self.ep_groups() for i in range(size)]
 

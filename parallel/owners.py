@@ -10,7 +10,7 @@ Matrices are sent in packs, so that memory stays bounded:
 
     gather pack 0 | gather pack 1, compute 0 | gather pack 2, compute 1, return 0 | ...
 
-Every rank of the group computes the same owners and packs from the shapes.
+Every rank computes the same owners and packs from the shapes.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -160,7 +160,7 @@ class GradientHandover:
     row_factors: Mapping[str, Tensor] = field(default_factory=dict)
     """By weight name: one factor per row, applied after the update."""
     divisor: int = 1
-    """Unreduced gradients are sums over the data of this number of ranks. Divide by this number to get the mean."""
+    """Number of ranks over whose data the gradients in `unreduced` are summed. To get the mean, divide by it."""
 
     def of(self, param: Tensor) -> tuple[list[Tensor], Tensor | float | None]:
         """Return the gradient of a flat parameter as a list of parts, and the factor that the caller must apply (None:

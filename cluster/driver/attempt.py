@@ -45,7 +45,7 @@ class Attempt(RankWatch):
 
     @property
     def live_reports(self) -> list[RankReport]:
-        """Reports of the ranks on answering nodes."""
+        """The newest report of each rank on the reachable nodes."""
         return [self.reports[rank] for node in self.reachable for rank in self.ranks_of[node]]
 
     @property

@@ -128,7 +128,7 @@ class Copies:
     def shelves(self, placement: Placement, nodes: dict[str, Node], full_size: bool, auto: bool) -> Shelves:
         """Return the locations of all copies for the ranks of an attempt.
 
-        nodes: all answering nodes, by id. auto: whether the attempt may resume from copies of an earlier launch.
+        nodes: all nodes that answer, by id. auto: whether the attempt may resume from copies of an earlier launch.
         """
         ranks = {id: [seat.rank for seat in seats] for id, seats in placement.by_node.items()}
         ids = [*ranks, *(id for id in nodes if id not in ranks and id in self._ports)]

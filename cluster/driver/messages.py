@@ -109,7 +109,7 @@ class CheckpointSaved:
 
 @dataclass(frozen=True)
 class CopyHeld:
-    """The newest in-memory copy of the state that is complete on the answering nodes; `age` is NONE if there is none."""
+    """The newest in-memory copy of the state that is complete on reachable nodes; `age` is NONE if there is none."""
 
     age: Age
 

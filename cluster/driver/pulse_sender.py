@@ -96,8 +96,8 @@ class Pulse:
         self._last -= self._every
 
     def answers(self, now: float) -> Iterator[tuple[str, int]]:
-        """Yield (node, question number) for each node that answered its newest question since the previous call of
-        `answers`.
+        """Yield (node, question number) for each node whose answer to its newest question arrived after the previous
+        call of `answers`.
         """
         for way in self._sockets.values():
             while True:

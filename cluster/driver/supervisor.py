@@ -53,7 +53,7 @@ def _budgets(cause: Cause) -> list[tuple[Kind, str]]:
 
 
 class Supervisor:
-    """The state machine described at the top of this file."""
+    """The driver's state machine; the module docstring describes it."""
 
     def __init__(self, policy: Policy, now: float):
         self.policy = policy

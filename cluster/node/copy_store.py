@@ -114,7 +114,8 @@ class OpenedCopy:
 
 
 def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
-    """Convert an error of `Store` to a result. After Ray has died, the old agent may hold the lock for a moment."""
+    """Convert an error of `Store` to a result. `passes` is set if another agent still locks the folder, as for a moment
+    after Ray has died."""
     if isinstance(error, BlockingIOError):
         return OpenedCopy(
             problem=f"another agent of this run holds {folder}; the driver repeats the request until that agent has ended",

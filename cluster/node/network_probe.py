@@ -29,8 +29,7 @@ class NetworkProbe:
     def __init__(self) -> None:
         self._server: socket.socket | None = None
         self._served = threading.Semaphore(0)
-        """Counts completed measurements by other nodes. For each None in `turns`, `play` waits for one and subtracts 1.
-        """
+        """Number of measurements by other nodes that have ended and for which `play` has not yet waited."""
 
     def listen(self, address: str) -> int:
         """Start the server on this address and return its port. `close` ends the server."""

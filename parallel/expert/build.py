@@ -82,9 +82,9 @@ def build_dispatcher(
         experts: number of routed experts of a layer
         wire, quantized: see `build_wire`
         ep_group: the expert-parallel group; None if it is only this rank
-        inter_group: one rank of every node, each with this rank's index on its node
-        intra_group: the ranks of this node; None if it is only this rank
-        ranks_per_node: number of consecutive ranks of the group on one node
+        inter_group: the ranks of ep_group that have the same index on their node as this rank, one per node
+        intra_group: the ranks of ep_group on this node; None if it is only this rank
+        ranks_per_node: number of consecutive ranks of ep_group on one node
         groups: number of expert groups of the router
         width: hidden width
 

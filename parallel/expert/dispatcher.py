@@ -109,7 +109,7 @@ class PendingDispatch:
         self._flight, self._ticket = flight, ticket
 
     def wait(self) -> DispatchedRows:
-        """Finish the dispatch. Call once, in the same order on every rank of the group."""
+        """Finish the dispatch. Call once, in the same order on every rank of the expert group."""
         rows_RD, gates_R = _DispatchWait.apply(self._ticket, self._flight)
         plan = self._flight.plan
         return DispatchedRows(rows_RD, gates_R, plan.counts_E, plan)
@@ -122,7 +122,7 @@ class PendingCombine:
         self._flight, self._ticket = flight, ticket
 
     def wait(self) -> Tensor:
-        """Finish the combine and return y_TD. Call once, in the same order on every rank of the group."""
+        """Finish the combine and return y_TD. Call once, in the same order on every rank of the expert group."""
         return _CombineWait.apply(self._ticket, self._flight)
 
 
@@ -138,8 +138,8 @@ class ExchangeDispatcher(ABC):
     def __init__(self, wire: Wire):
         self.wire = wire
         self.on_wait: Callable[[], None] = yield_point
-        """Called before each wait for an exchange. In an overlapped pair (parallel/pipeline/overlap.py), the other lane
-        then computes.
+        """Called before each wait for an exchange. If a forward and a backward overlap (parallel/pipeline/overlap.py),
+        the other one then computes.
         """
 
     def dispatch_begin(
@@ -183,8 +183,8 @@ class ExchangeDispatcher(ABC):
 
     @abstractmethod
     def _finish_out(self, flight: "ExchangeFlight", transfer: Any, gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """Wait for the rows of `_start_out`. Return rows sorted by expert, and the side data with the gates. If the
-        rows are gradients, the side data is empty.
+        """Wait for the rows of `_start_out`. Return rows sorted by expert, and the side data (sent with the rows:
+        gates, in some dispatchers also expert ids). If the rows are gradients, the side data is empty.
         """
 
     @abstractmethod
@@ -196,8 +196,8 @@ class ExchangeDispatcher(ABC):
 
     @abstractmethod
     def _finish_back(self, flight: "ExchangeFlight", transfer: Any) -> tuple[Tensor, Tensor]:
-        """Wait for the rows of `_start_back`. Return the sum of rows per token, and the side data with the gradients of
-        the gates.
+        """Wait for the rows of `_start_back`. Return the sum of rows per token, and the gates' gradients, which arrived
+        with the rows.
         """
 
     @abstractmethod
@@ -206,7 +206,7 @@ class ExchangeDispatcher(ABC):
 
     @abstractmethod
     def _gate_grads_by_token(self, plan: DispatchPlan, side_CX: Tensor) -> Tensor:
-        """Return the gradients of gates_TK from the side data that returned to the tokens' rank."""
+        """Return the gradients of gates_TK. side_CX: the gates' gradients that arrived with the rows."""
 
     def _gate_grads_by_message(self, plan: DispatchPlan, grads_R: Tensor) -> Tensor:
         """Return the gradients of every received message's gates, (M, X): the transpose of `_row_gates`."""
@@ -303,7 +303,8 @@ class ChainDispatcher(ExchangeDispatcher):
         return collect(rows_CD, flight.plan.fans[0]), side_CX
 
     def _back_message(self, rows_CD: Tensor, fan: FanOut, side_MX: Tensor | None) -> Tensor:
-        """Return one hop's messages towards the tokens' ranks, int32: encoded sums of rows, each with its side data."""
+        """Return one hop's messages towards the tokens' ranks, int32: encoded sums of rows, with the gates' gradients
+        (side_MX) if there are any."""
         wire, width, dtype = self._back_wire, rows_CD.shape[1], rows_CD.dtype
         if side_MX is None:
             return wire.encode(collect(rows_CD, fan)).view(torch.int32)

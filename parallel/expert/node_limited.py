@@ -33,7 +33,7 @@ from parallel.expert.wire import Wire
 class NodeLimitedDispatcher(ChainDispatcher):
     """Dispatcher for experts over N nodes of L ranks; rank l of node n holds experts [(n*L + l)*F, (n*L + l + 1)*F).
 
-    inter_group: one rank of every node in node order, each with this rank's index on its node; None with one node
+    inter_group: the ranks with the same index on their node as this rank, in node order; None with one node
     intra_group: the ranks of this node; None with one rank per node
     experts: E, below 32768
     """

@@ -53,8 +53,8 @@ def fan_out(hits_SN: Tensor, copies: int) -> FanOut:
 
 
 class ExpertTargets(NamedTuple):
-    """Targets that hold `per_target` consecutive experts each. first: the first target's first expert. targets: number
-    of targets.
+    """Targets (such as ranks) that hold `per_target` consecutive experts each. first: the first target's first expert.
+    targets: their number.
     """
 
     first: int
@@ -63,9 +63,9 @@ class ExpertTargets(NamedTuple):
 
 
 def fan_out_of(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> FanOut:
-    """Return a FanOut with one copy of source s for every target that holds one of its experts, ids_SK[s].
+    """Return a FanOut with one copy of source s for every target that holds at least one of the experts ids_SK[s].
 
-    copies: number of copies.
+    copies: number of copies of all sources, known on the host.
     """
     if ids_SK.is_cuda:
         return FanOut(*triton_dispatch().place_hits(ids_SK, *wanted, copies)[:3])
@@ -94,7 +94,7 @@ def count_hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
 
 
 def hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
-    """Return whether each target holds one of each source's experts: bool (S, N)."""
+    """Return, for each source and target, whether the target holds an expert of the source: bool (S, N)."""
     first, per_target, targets = wanted
     column_SK = (ids_SK - first).div(per_target, rounding_mode="floor").long()
     column_SK = column_SK.where((column_SK >= 0) & (column_SK < targets), targets)

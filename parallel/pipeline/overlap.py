@@ -55,20 +55,19 @@ _current: "_Pair | None" = None
 
 
 def yield_point() -> None:
-    """Let the other lane compute. Call this after an asynchronous transfer is launched, before waiting for it.
-
-    Does nothing outside of an overlapped pair, or after the other lane has ended.
+    """Let the other of two overlapped passes compute. Call this between the launch of an asynchronous transfer and the
+    wait for it. Does nothing if no passes overlap, or after the other pass has ended.
     """
     if _current is not None:
         _current.hand_over()
 
 
 class LaneStopped(RuntimeError):
-    """Raised in a waiting lane if the other lane failed. The user sees the error of the failed lane."""
+    """Raised in the waiting one of two overlapped passes if the other failed. The user sees the other's error."""
 
 
 class Lanes:
-    """Runs pairs of a forward and a backward. One thread runs all backward lanes; `close` ends it.
+    """Runs a forward and a backward in turns, as lanes. One thread runs all backwards; `close` ends it.
 
     timeout: maximum seconds that a lane waits for its turn, more than the longest collective.
     """

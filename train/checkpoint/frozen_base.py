@@ -26,7 +26,7 @@ def fill_blocks(
 
     name: the weight's name in a checkpoint. blocks: the weight's format. ep: number of ranks that share the experts.
     held: this rank's buffer: the weight's bytes from index `first` on, then padding. fill: reads fp32 values. mark:
-    receives the values that the bytes represent.
+    fingerprint to which the values are added.
     """
     size, (rows, columns) = blocks.matrix_bytes, blocks.shape[-2:]
     local = range(1) if blocks.experts is None else blocks.experts

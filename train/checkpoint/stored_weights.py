@@ -77,8 +77,8 @@ class StoredLora:
         """read: a function that returns an A or B in fp32. base: the base's storage format while the adapter was
         trained.
 
-        weights: mark of the base with which the adapter was trained, or None. other: the error for a base with another
-        mark.
+        weights: fingerprint (weights_mark.py) of the base with which the adapter was trained, or None. other: the error
+        to raise if the base has another fingerprint.
         """
         self.adapted = list(adapted)
         self._mark, self._weights, self._other = WeightsMark(), weights, other
@@ -88,7 +88,7 @@ class StoredLora:
     def as_trained(self, fill_base: FillShards) -> FillShards:
         """Returns a function like `fill_base` that rounds the base as in the adapter's training.
 
-        The function also computes the base's mark.
+        The function also computes the base's fingerprint.
         """
         fill = partial(fill_rounded, fill_base) if self._base is BaseFormat.fp8 else fill_base
         return fill if self._weights is None else self._mark.watching(fill)
@@ -157,7 +157,7 @@ class StoredWeights:
             self.lora.add_to({plain_name(name): shard for name, shard in wanted.items()})
 
     def base_mark(self, model: Model) -> str:
-        """Returns the mark of the adapter's base (see `mark_of`). The checkpoint must contain an adapter."""
+        """Returns the fingerprint of the adapter's base (see `mark_of`). The checkpoint must contain an adapter."""
         assert self._base is not None
         return mark_of(self._base, model)
 
@@ -203,9 +203,9 @@ def open_base(config: Config, manifest: Manifest) -> FillShards:
 
 
 def mark_of(fill_base: FillShards, model: Model) -> str:
-    """Returns a mark that identifies a base in any storage format.
+    """Returns a fingerprint that identifies a base in any storage format.
 
-    The mark is a hash of the last norm weight and of the first token's embedding vector.
+    The fingerprint is a hash of the last norm weight and of the first token's embedding vector.
     """
     norm, vector = torch.empty(model.hidden), torch.empty(model.hidden)
     fill_base(

@@ -1,5 +1,5 @@
-"""Computes a mark of a base's weights while they are read. A mark is a checksum that identifies the weights in any file
-format and layout.
+"""Computes a fingerprint (mark) of a base's weights while they are read. It identifies the weights in any file format
+and layout.
 
     mark = sum over all elements of  number(value) * factor(place in its block) * factor(tensor, block)    mod 2^64
 
@@ -34,14 +34,14 @@ MarkedPart = tuple[str, int, int, int]
 
 
 class WeightsMark:
-    """Sums the weights that are read, and combines the sums into a mark (a checksum)."""
+    """Sums the weights that are read, and combines the sums into a fingerprint."""
 
     def __init__(self) -> None:
         self.parts: list[MarkedPart] = []
         self._taken: dict[str, list[tuple[int, int]]] = {}
 
     def watching(self, fill: FillShards) -> FillShards:
-        """Returns a function that calls `fill` and adds the filled values to this mark (a checksum)."""
+        """Returns a function that calls `fill` and adds the filled values to this fingerprint."""
 
         def watched(wanted: dict[str, Shard]) -> Any:
             found = fill(wanted)
@@ -52,7 +52,7 @@ class WeightsMark:
         return watched
 
     def add(self, name: str, values: Tensor, offset: int) -> None:
-        """Add an interval of a tensor to the mark. Elements that were added before are ignored.
+        """Add an interval of a tensor to the fingerprint. Elements that were added before are ignored.
 
         name: name in a checkpoint, of a tensor or of its moving average. offset: first element.
         """
@@ -68,7 +68,7 @@ class WeightsMark:
         taken[:] = _joined(taken)
 
     def text(self, gather: Callable[[list[MarkedPart]], Iterable[Iterable[Any]]] = lambda parts: [parts]) -> str:
-        """Returns the mark, computed from the sums of all ranks.
+        """Returns the fingerprint, computed from the sums of all ranks.
 
         gather: a function that returns the sums of every rank. An interval that several replicas have is added only
         once.
@@ -85,7 +85,7 @@ class WeightsMark:
 
 
 def same_weights(one: str | None, other: str | None) -> bool:
-    """Whether two marks agree in every part of the model that both cover. None (unknown) agrees with every mark."""
+    """Whether two fingerprints agree in all parts of the model that both cover. None (unknown) agrees with any."""
     return not one or not other or all(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
 
 

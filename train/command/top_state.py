@@ -114,7 +114,7 @@ def _whole(value: Any, otherwise: int) -> int:
 
 
 def _pace(records: Sequence[Record]) -> float | None:
-    """Returns the mean seconds per step in the newest records, with checkpoint stalls."""
+    """Returns the mean seconds per step in the newest records, including waits for checkpoints."""
     begun = max((place for place, one in enumerate(records) if "resumed" in one), default=0)
     timed = [one for one in records[begun:][-PACE_STEPS:] if isinstance(one.get("time"), int | float)]
     steps = timed[-1]["step"] - timed[0]["step"] if timed else 0

@@ -50,7 +50,7 @@ NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test",
 
 
 SHARE = 1 << 20
-"""Minimum number of bytes of each file in the sample for a tokenizer, even if there are many files."""
+"""A tokenizer's training sample contains at least this number of characters of each file, or the whole file."""
 
 
 class DocumentSource(Protocol):

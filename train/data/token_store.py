@@ -278,7 +278,7 @@ def _open(path: Path, marks: Path) -> TokenStore:
 def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], marks: Path) -> int:
     """Compare the checksums of all files and return the largest token id.
 
-    If a mark shows that a large tokens.bin was already checked, the id comes from the mark.
+    If a file in `marks` shows that a large tokens.bin was already checked, the id comes from this file.
     """
     for name in sorted(checksums.keys() - {"tokens.bin"}):
         if not (path / name).is_file() or zlib.crc32((path / name).read_bytes()) != checksums[name]:

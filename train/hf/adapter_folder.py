@@ -25,7 +25,7 @@ BASE_MARK = "base_mark"
 """Key in the file's metadata: a hash of two rows of the base. It identifies the base without a read of the whole base.
 """
 BASE_WEIGHTS = "base_weights"
-"""Key in the file's metadata: the mark of all weights of the base (train/checkpoint/weights_mark.py). May be missing.
+"""Key in the file's metadata: fingerprint of all the base's weights (train/checkpoint/weights_mark.py). May be missing.
 """
 BASE_FORMAT = "base_format"
 """Key in the file's metadata: the base's storage format while the adapter was trained, as a value of adapter.base."""

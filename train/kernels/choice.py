@@ -67,7 +67,7 @@ def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCor
 def _first_right(
     config: Config, device: torch.device, parts: Sequence[str], cores: dict[str, AttentionCore]
 ) -> tuple[AttentionCore, list[str]]:
-    """Returns the first core that is correct for all `parts`, and a note on the cores that failed."""
+    """Returns the first attention core that is correct for all `parts`, and a note on the cores that failed."""
     failed: list[str] = []
     for name, core in cores.items():
         problem = next(filter(None, (_refusal(core, config, device, part) for part in parts)), None)
@@ -84,7 +84,7 @@ def _first_right(
 
 
 def _refusal(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
-    """Returns the reason why a run cannot use this core, or None."""
+    """Returns the reason why a run cannot use this attention core, or None."""
     if isinstance(core, CudnnAttention) and config.cluster.deterministic:
         return "may give other bits in each run, which cluster.deterministic=true excludes"
     return problem_of(core, config, device, part)
@@ -103,7 +103,7 @@ def _tried(part: str, length: int) -> tuple[int, SeenKeys]:
 
 
 def problem_of(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
-    """Tests a core with this run's heads and length. Returns its error, or None.
+    """Tests an attention core with this run's heads and length. Returns its error, or None.
 
     part: one of ATTENTION_PARTS.
     """
@@ -142,7 +142,7 @@ def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.
 
 
 def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: SeenKeys) -> list[Tensor]:
-    """Runs a core's forward and backward. Returns the output, the log-sum-exp, dq, dk and dv."""
+    """Runs forward and backward of an attention core. Returns the output, the log-sum-exp, dq, dk and dv."""
     q, k, kv, dout = (tensor.transpose(1, 2) for tensor in numbers)
     v = kv[..., -dout.size(-1) :]
     given = AttentionInput(q, k, v, scale, seen)

@@ -48,7 +48,7 @@ def _check_offload(config: Config) -> None:
 
 
 def _check_adapter(config: Config) -> None:
-    """Raise UserError if a rank of the pipeline has no block, because its adapter has nothing to train."""
+    """Raise UserError if a pipeline rank has no block: an adapter would have nothing to train there."""
     from train.parallelize import stage_layers
 
     layers = stage_layers(config)

@@ -116,7 +116,7 @@ class LiveRun:
         self.tell("close")
 
     def enter(self, phase: str) -> None:
-        """Report the beginning of a phase. The top of this file lists the phases."""
+        """Report the beginning of a phase. The module docstring lists the phases."""
         self.tell("on_phase", self.step, phase)
 
     @contextmanager

@@ -40,8 +40,8 @@ class StartingPoint(NamedTuple):
     """The state that a run starts from, as rank 0 found it."""
 
     copy: dict[str, Any] | None = None
-    """Manifest body of the copies in memory to start from, if they are newer than all checkpoints on disk. Then
-    `checkpoint` is not set."""
+    """Manifest of the copies in memory from which the run starts; None if no copies are newer than all checkpoints on
+    disk. If it is set, `checkpoint` is not."""
     checkpoint: str | None = None
     """Path of the checkpoint that config.resume selects, or None."""
     notes: Sequence[str] = ()

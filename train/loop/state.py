@@ -127,7 +127,7 @@ class RunState:
         """Fill this rank's part of the initial weights (of the base, in an adapter's run) and the balance biases.
 
         fill: reads given shards from the source. mark: receives the values of an adapter's base and computes their
-        checksum.
+        fingerprint.
         """
         mark = mark or WeightsMark()
         (mark.watching(fill) if self._trains_adapter else fill)(self.wanted_of_start())

@@ -32,7 +32,7 @@ class StopRequest:
         self.has_stepped = False
         """Whether this attempt has completed a step. Before that, there is no new state to save.
 
-        Then SIGTERM or Ctrl-C ends the run at once, because the first step of a large model may take very long.
+        So SIGTERM or Ctrl-C ends the run at once, because the first step of a large model may take very long.
         """
         numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR2
         self._previous = {number: signal.signal(number, self._take) for number in numbers}

@@ -83,7 +83,7 @@ class StepTotal(NamedTuple):
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Results of a step. Without an update, weights and biases are unchanged."""
+    """Results of a step. If the update was skipped, weights and balance biases are unchanged."""
 
     measured: MeasuredStep
     update: Update

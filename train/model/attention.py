@@ -72,14 +72,14 @@ class AttentionOutput(NamedTuple):
     largest_BHT: Tensor | None = None
     """Largest scaled score of each query, fp32, if requested (`LargestScores.limit`)."""
     kept: Tensor | None = None
-    """Other data that the core needs in backward."""
+    """Other data that the attention core needs in backward."""
 
 
 class AttentionCore(Protocol):
     """Computes attention, forward and backward."""
 
     takes_documents: bool
-    """Whether the core supports documents, which may have any length."""
+    """Whether the core can compute attention within documents of any length."""
 
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
         """Compute attention.
@@ -105,7 +105,7 @@ def positions_first(x_BHTV: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Attend(Function):
-    """Applies a core to an `AttentionInput`, and returns the output."""
+    """Applies an attention core to an `AttentionInput`, and returns the output."""
 
     @staticmethod
     def forward(ctx, core: AttentionCore, *given):

@@ -54,15 +54,15 @@ class Exchange(NamedTuple):
     link: str
     """The kind of link: inside a node, or across nodes; empty if the transfer uses both kinds."""
     row_bytes: int
-    """Bytes of a message, including a row's side data."""
+    """Bytes of a message: a row, and the gates or other data sent with it."""
 
 
 @dataclass(frozen=True)
 class WorkSegment:
     """A section of a pass that ends with a wait for exchanges.
 
-    compute: work before the exchanges start. beside: work between their start and the wait. yields: whether an
-    overlapped pair of passes switches to the other pass at the wait.
+    compute: work before the exchanges start. beside: work between their start and the wait. yields: whether a
+    forward and a backward that overlap switch at the wait.
     """
 
     compute: tuple[Work, ...]

@@ -84,8 +84,8 @@ def averaged(proof: str, config: Config, sequences: int) -> Bound:
 
 
 def chosen(proof: str, config: Config) -> Bound:
-    """Returns the bound on the error of the router's scores. Errors within this bound may change a rank's choice of
-    experts.
+    """Returns the bound on the error of the router's scores. The check accepts different experts if errors within this
+    bound can explain them.
 
     The slope of a sigmoid is at most 1/4. A softmax score depends on all logits, so the function uses twice this slope.
     """

@@ -60,7 +60,7 @@ class StepInfo:
     part: int
     """Part of the run: 0 for the first part, 1 for the part that resumes from the checkpoint in another layout."""
     step: int
-    """Number of the step, from 1; 0 for the state before the first step of a part of the run."""
+    """Number of the step, from 1; 0 for the state before the first step."""
     rank: int
     layout: str
     device: str

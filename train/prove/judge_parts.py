@@ -17,7 +17,7 @@ from train.prove.reference_adapter import is_adapted
 from train.prove.step_parts import StepParts
 
 PartJudge = Callable[[StepParts, str], None]
-"""A function that judges all calls of a part, forward or backward. Its arguments are the step and the part's name."""
+"""A function that judges all calls of a model part, forward or backward. Arguments: the step and the part's name."""
 PART_JUDGES: tuple[tuple[str, PartJudge, PartJudge], ...] = (
     (r"(embedding)", judge_layers.judge_embedding, judge_layers.judge_embedding_back),
     (r"(head)", judge_layers.judge_head, judge_layers.judge_head_back),

@@ -163,7 +163,7 @@ def watched_steps(config: Config) -> set[int]:
 
 
 def run_part(config: Config, number: int, ranks: int) -> RunPart:
-    """Configures a part of a check's run. config: configuration of the check. number: 0 before the resume, 1 after it.
+    """Configures the run of a check before its resume (number 0) or after it (number 1). config: the check's recipe.
     ranks: number of ranks."""
     held_out = replace(config.log, validation_sequences=_held_out(config, ranks))
     if number:

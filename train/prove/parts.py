@@ -6,7 +6,7 @@ schedules and recomputations, and changes no computation.
 
 Keys are part.WHAT/NAME/NUMBER. NUMBER counts the calls of the part on this rank in a step:
 
-    linear layer, norm     x, y, and the gradients dy, dx; also of calls that attention repeats in backward
+    linear layer, norm     x, y, and the gradients dy, dx; also of calls that backward recomputes (mla_up)
     router                 x, dx; `EvidenceWatch` records gates and choices
     experts                x, gates, counts, y, dy, dx, dgates; the first matmul's output h and its gradient dh; rows
                            are sorted by expert

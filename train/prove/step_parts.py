@@ -39,7 +39,7 @@ WHAT = {
 
 @dataclass(frozen=True)
 class PartCall:
-    """One call of a part on a rank, with its recorded inputs and outputs."""
+    """One call of a model part on a rank, with its recorded inputs and outputs."""
 
     rank: Evidence
     name: str
@@ -81,7 +81,7 @@ class StepParts:
         round it."""
 
     def through(self, name: str, rank: Evidence, back: bool = True) -> list[PartCall]:
-        """Returns the calls of a part on a rank, in order. back: True for calls with gradients, False for calls
+        """Returns the calls of a model part on a rank, in order. back: True for calls with gradients, False for calls
         without.
 
         With context parallelism, kv_up runs without gradients for each block of positions, and backward repeats it with

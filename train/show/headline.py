@@ -189,7 +189,7 @@ def total(series: Series, name: str) -> float:
 
 def _seconds(series: Series) -> float:
     """Returns the seconds of training. A record has the time of one step, which is multiplied by the steps per record,
-    and the checkpoint stalls of all its steps."""
+    and the waits for checkpoints in all its steps."""
     return _steps_per_record(series) * total(series, "step_seconds") + total(series, "checkpoint_stall_seconds")
 
 

@@ -36,7 +36,7 @@ REPORT_EVERY = 300.0
 FIRST_REPORT = 60.0
 """Seconds from the start of the run to the first report process."""
 IDLE_TIMES = 10.0
-"""Minimum pause after a report process, divided by the duration of this process."""
+"""Minimum pause after a report process, as a multiple of the time that it ran."""
 
 
 class ReportSink:

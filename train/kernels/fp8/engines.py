@@ -79,7 +79,7 @@ def unpack_sources(tensors: Sequence[Tensor], forms: list[SourceForm]) -> list[S
 
 
 class Fp8Engine(Protocol):
-    """Quantises and multiplies on one kind of device (list: top of this file)."""
+    """Quantises and multiplies on one kind of device. The module docstring lists the engines."""
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Source:
         """Quantise a tensor to save it for backward. The result has the bits of `quantize`, but may be padded."""

@@ -76,7 +76,7 @@ NO_ADAPTER = FrozenSection(Adapter())
 
 @dataclass(frozen=True)
 class Scene:
-    """All settings that determine the memory of a part's forward and backward for one micro-batch."""
+    """All settings that determine the memory of a model part's forward and backward for one micro-batch."""
 
     model: FrozenSection[Model]
     precision: FrozenSection[Precision]
@@ -122,7 +122,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class PassMemory:
-    """Memory of one pass through a part, including its input, its output and their gradients, while they are
+    """Memory of one pass through a model part, including its input, its output and their gradients, while they are
     allocated."""
 
     start: int
@@ -169,7 +169,7 @@ _FORWARDS: dict[tuple[Scene, str], Forward] = {}
 
 @traced_once
 def trace_forward(scene: Scene, part: str) -> Forward:
-    """Returns the memory of a part's forward. If `trace_backward` has traced the part, its trace is used.
+    """Returns the memory of a model part's forward. If `trace_backward` has traced the part, its trace is used.
 
     part: name of a part, as in `Parts` (train/plan/memory/chunk.py).
     """
@@ -181,7 +181,7 @@ def trace_forward(scene: Scene, part: str) -> Forward:
 
 @traced_once
 def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemory:
-    """Returns the memory of a part's complete backward.
+    """Returns the memory of a model part's complete backward.
 
     first: whether this pass allocates the gradients of the weights; if so, they are included. held: whether the caller
     keeps the incoming gradient until the pass ends, as torch's stage does for a chunk's last part.
@@ -205,7 +205,7 @@ def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemo
 
 
 def trace_evaluation(scene: Scene, part: str) -> int:
-    """Returns the peak bytes of a part's forward in eval mode without gradients, with the part's input and without FP8
+    """Returns the peak bytes of a model part's forward in eval mode without gradients, with its input and without FP8
     casts of weights."""
     plain = replace(scene.model.section, recompute=[], offload=[])
     return _trace_evaluation(replace(scene, model=FrozenSection(plain), holds_weights=False), bare(part))
@@ -218,7 +218,7 @@ def _trace_evaluation(scene: Scene, part: str) -> int:
 
 
 def trace_casts(scene: Scene, part: str) -> int:
-    """Returns the bytes of the FP8 casts of weights that a part holds during a step."""
+    """Returns the bytes of the FP8 casts of weights that a model part holds during a step."""
     if not scene.holds_weights:
         return 0
     plain = replace(

@@ -51,7 +51,7 @@ class Weight:
 def part_weights(
     model: FrozenSection[Model], part: str, local_experts: int, adapter: FrozenSection[Adapter] = NO_ADAPTER
 ) -> tuple[Weight, ...]:
-    """Returns the weights of a part (train/plan/memory/part.py). The part `end` does not include the embedding."""
+    """Returns the weights of a model part (train/plan/memory/part.py). `end` does not include the embedding."""
     config = replace(model.section, sparse=sparse_of(part, model.section))
     layers = {"dense": range(1), "moe": range(config.dense_layers, config.dense_layers + 1)}.get(
         kind_of(part), range(0)

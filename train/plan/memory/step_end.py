@@ -1,11 +1,13 @@
 """Memory at the end of a step: DeepSpeed reduces and shards gradients, and updates the weights.
 
 The simulation follows DeepSpeed buffer by buffer (parallel/zero/private_names.py). After the passes, all gradients are
-in fp32 and not yet sharded (parallel/zero/whole_weights.py). Then these steps follow:
+in fp32 and not yet sharded (parallel/zero/whole_weights.py). A group below is a parameter group. Then these steps
+follow:
 
     fill       a gradient is copied into the bucket, and its memory is freed; a gradient larger than the bucket is not
                copied
-    reduce     when the bucket is full, the slices of every group are joined in a copy and summed over the group's ranks
+    reduce     when the bucket is full, the slices of every group are joined in a copy and summed over the ranks that
+               share the group
     keep       bf16 weights: this rank's sums are stored in one flat shard per group, allocated when first needed; fp32
                weights: each gradient with a slice of this rank is copied as a whole into one buffer
     update     the optimizer updates one group after the other, with scratch memory; fp32 weights: the shard's gradients
@@ -13,7 +15,7 @@ in fp32 and not yet sharded (parallel/zero/whole_weights.py). Then these steps f
 
 Special cases:
 
-- bf16 weights, and a process group with only this rank: gradients are neither copied nor reduced.
+- bf16 weights, and a group that no other rank shares: gradients are neither copied nor reduced.
 - Offload (ZeRO 1 and 2): the shard's gradients are copied to the host during the reduction. A complete gradient is
   freed as soon as this rank's slices are copied. Scratch memory is on the host, and gradients are not joined on the
   device.

@@ -1,4 +1,4 @@
-"""Runs the passes of a part under ZeRO stage 3, unit by unit, and reduces gradients during backward.
+"""Runs the passes of a model part under ZeRO stage 3, unit by unit, and reduces gradients during backward.
 
 Backward computes complete fp32 gradients in reverse module order. DeepSpeed copies those that fit into a bucket
 (parallel/zero/sharded_weights.py). The bucket is reduced when the next gradient belongs to another group of ranks
@@ -77,15 +77,15 @@ class Visit(NamedTuple):
 
 @traced_once
 def trace_unit_forward(scene: Scene, part: str) -> tuple[Visit, ...]:
-    """Returns the visits of a part's forward pass. The part `end` has the units norm, mtp.0 ... and head; every other
-    part is one unit."""
+    """Returns the unit executions (visits) of a model part's forward. The part `end` has the units norm, mtp.0
+    ... and head; every other part is one unit."""
     with _UnitRun(scene, part) as run:
         return run.visits(run.forward().run)
 
 
 @traced_once
 def trace_unit_evaluation(scene: Scene, part: str) -> tuple[Visit, ...]:
-    """Returns the unit executions (visits) of a part's forward pass without gradients."""
+    """Returns the unit executions (visits) of a model part's forward without gradients."""
     with _UnitRun(scene, part) as run:
         return run.visits(run.evaluate())
 
@@ -94,8 +94,8 @@ def trace_unit_evaluation(scene: Scene, part: str) -> tuple[Visit, ...]:
 def trace_unit_backward(
     scene: Scene, part: str, held: bool, bucket: Bucket, waiting: WaitingGradients
 ) -> tuple[PassMemory, tuple[Visit, ...], WaitingGradients]:
-    """Returns the memory of a part's complete backward pass, its visits, and the gradients that are not yet reduced at
-    its end.
+    """Returns the memory of a model part's complete backward, its unit executions, and the gradients that are not yet
+    reduced at its end.
 
     held: as in `trace_backward`. waiting: gradients that are not yet reduced when the pass starts.
     """
@@ -106,7 +106,7 @@ def trace_unit_backward(
 
 
 class _UnitRun(Run):
-    """Runs a part, records when each of its units begins, and adds gradients to the bucket."""
+    """Runs a model part, records when each of its units begins, and adds gradients to the bucket."""
 
     def __init__(self, scene: Scene, part: str, bucket: Bucket | None = None, waiting: WaitingGradients = NOTHING):
         super().__init__(scene, part, first=bucket is not None)

@@ -22,7 +22,7 @@ WAYS = [*product(DISPATCHES, WireFormat)]
 
 @dataclass(frozen=True)
 class ActivationSaving:
-    """Settings of a layout that reduce the activations on a device."""
+    """Settings that reduce the activation memory on a device."""
 
     recompute: list[str]
     offload: list[str] = field(default_factory=list)
@@ -31,8 +31,7 @@ class ActivationSaving:
     few such blocks as possible."""
 
     def applied(self, config: Config, blocks: int) -> Config:
-        """Returns the recipe with this activation saving. blocks: number of blocks per stage that recompute or
-        offload."""
+        """Returns the recipe with these settings. blocks: number of blocks per stage that recompute or offload."""
         more = [f"layer:{blocks}"] if self.blocks and blocks else []
         recompute = self.recompute + more * (self.blocks == "recompute")
         return with_changes(config, recompute=recompute, offload=self.offload + more * (self.blocks == "offload"))
@@ -48,8 +47,8 @@ SAVINGS = (
 
 @dataclass(frozen=True)
 class Frame:
-    """A set of layouts that differ only in activation saving, dispatch, wire format, and place of the optimizer (device
-    or host)."""
+    """A set of layouts that differ only in `ActivationSaving`, dispatch, wire format, and place of the optimizer
+    (device or host)."""
 
     config: Config
     """The recipe in this layout, with flat bf16 dispatch and the optimizer on the device."""

@@ -102,7 +102,7 @@ class Stages:
             self.tokens, self.micro_batches, parallel.cp, layout.ranks_per_node, words, parallel.ep, parallel.dispatch, parallel.wire,
             config.holds_weights,
         )  # fmt: skip
-        """Settings that affect the time of a part and differ between layouts; part of each cache key."""
+        """Settings that affect the time of a model part and differ between layouts; each cache key contains them."""
         self._sent: dict[int, float] = {}
         self._elapsed: dict[tuple, ElapsedTime] = {}
         self._kinds: dict[int, Parts] = {}
@@ -163,8 +163,8 @@ class Stages:
         return alone(forward, self.taken).seconds + alone(backward, self.taken).seconds
 
     def _stage(self, parts: Parts, way: str) -> PassTime:
-        """Returns one pass over these parts in sequence, in reverse for backward. way: the kind of action, as in
-        `Directions.of`."""
+        """Returns the time of one pass over these parts in sequence, in reverse for backward. way: the kind of action,
+        as in `Directions.of`."""
         first, depth = parts[0] == "embedding", self.config.model.mtp_depth if parts[-1] == "end" else 0
         whole = (
             self.config.parallel.zero == 3 or depth > 1 or self.config.model.sparse.heads > 0
@@ -180,8 +180,8 @@ class Stages:
         )
 
     def _part(self, part: str, way: str) -> PassTime:
-        """Returns one pass through a part, as a mean over the micro-batches. The first backward creates the gradients;
-        every later backward adds to them."""
+        """Returns the mean time of one micro-batch's pass through a model part. The first backward creates the
+        gradients; every later backward adds to them."""
         if part == "end" and self._scene.ep > 1 and self.config.model.mtp_depth:
             return self._end(way)
         if way == "F":
@@ -192,7 +192,7 @@ class Stages:
         return self._timed([(share, self._backward(part, way, first)) for first, share in shares.items() if share])
 
     def _end(self, way: str) -> PassTime:
-        """Returns one pass through the part `end`, for MTP modules whose experts are on several ranks.
+        """Returns the time of one pass through the part `end`, for MTP modules whose experts are on several ranks.
 
         From the time of `end` with all experts on one rank, the function subtracts the MTP blocks. It adds the MTP
         blocks of the planned layout. Tracing `end` for every layout would take most of a search's time.

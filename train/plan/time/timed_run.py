@@ -30,7 +30,7 @@ from train.plan.work_recorder import TimedWork, Work, WorkRecorder
 
 TIMED_PARTS = ("embedding", "dense", "moe", "end")
 TIMED_PASSES = 6
-"""Number of passes through a part. The time of the first pass is discarded."""
+"""Number of timed passes through a model part. The time of the first pass is discarded."""
 COUNT = 2**25
 """Number of weights in the measurements of the update: too many for a cache, as in a real update."""
 PIECES = (2**14, 2**20)

@@ -1,7 +1,8 @@
 """Estimates how many messages each token causes between expert-parallel ranks, and how many bytes they have.
 
 With balanced routing, all experts are equally likely. To count the nodes, ranks and experts that receive a token, the
-router's rule (paper 2.1.2) is applied to random scores. A message is a row in the wire format and its side data.
+router's rule (paper 2.1.2) is applied to random scores. A message is a row in the wire format and the data
+sent with it: gates, and in some dispatchers expert ids.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Spread:
     arrivals: float
     """Number of rows that arrive at the ranks of the experts, per token of a rank."""
     row_bytes: int
-    """Bytes of a dispatch message in forward: a row in the wire format and its side data."""
+    """Bytes of a dispatch message in forward: a row in the wire format, and the gates and expert ids sent with it."""
     gradient_bytes: int
     """Bytes of a dispatch message in backward: only a row in the wire format."""
     high_bytes: int
