@@ -65,7 +65,8 @@ def in_each(allowed: Tensor, before: Tensor | None = None) -> DifferenceMeasure:
         each, difference = allowed.flatten(), (got - want).abs()
         errors = torch.where(difference == 0, 0.0, difference / each)
         move = torch.zeros_like(want) if before is None else (want - before.flatten()).abs()
-        share = share_of_bound(size_of(each, True), size_of(want, True))
+        expected = size_of(want, True)
+        share = share_of_bound(size_of(each, True), expected) if expected else 1.0
         return Measurement(
             errors, errors.max().item(), share=share, inconclusive=int(((move > 0) & (move <= each)).sum())
         )
