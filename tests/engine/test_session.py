@@ -128,6 +128,14 @@ def test_a_dead_rank_ends_the_call_with_its_name_and_ctrl_c_leaves_nothing(tmp_p
         ):  # and the answer of that call is not the next one's
             engine.count([batch])
             engine.discard()
+    with train.session(config) as engine:
+        weights = engine.weights()
+        next(weights)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(engine._link, "poll", interrupted)
+            weights.close()
+        with pytest.raises(UserError, match="the session has ended"):
+            engine.discard()
     assert children() <= before
     assert not list(Path(tmp_path).glob("*/session/address.json"))
     with pytest.raises(SessionFailed, match="must be the loss of every token"), train.session(config) as engine:

@@ -158,8 +158,9 @@ class Session:
                     said, tensors = self._answer()
                 yield from tensors.items()
         except GeneratorExit:  # the caller leaves the loop early: read the remaining answers
-            while not said["done"] and self._link is not None:
-                said, _ = self._answer()
+            with self._whole_call():
+                while not said["done"] and self._link is not None:
+                    said, _ = self._answer()
             raise
         finally:
             self._is_reading = False
