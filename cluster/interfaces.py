@@ -5,7 +5,6 @@ import errno
 import os
 import random
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -41,20 +40,6 @@ def name_interface(host: str) -> None:
     """Make gloo and NCCL in this process use the interface of the route to this host, unless the user named one."""
     if missing := [name for name in NAMES if name not in os.environ]:
         os.environ |= dict.fromkeys(missing, interface_to(host))
-
-
-@contextlib.contextmanager
-def keep_interfaces() -> Iterator[None]:
-    """Restore the interface names in the environment after the block, so that later child processes do not inherit
-    changes.
-    """
-    before = {name: os.environ[name] for name in NAMES if name in os.environ}
-    try:
-        yield
-    finally:
-        for name in NAMES:
-            os.environ.pop(name, None)
-        os.environ |= before
 
 
 def _source_address(host: str) -> str:

@@ -10,8 +10,6 @@ A setting is a string like an argument of the command line. An invalid setting r
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +22,7 @@ from conf.schema import Config
 from conf.yaml_file import escaped
 from train.checkpoint.manifest import newest_intact
 from train.metrics.jsonl import METRICS_FILE, read_heads
-from train.program import environment_of_children
+from train.program import environment_of_children, keep_environment
 
 if TYPE_CHECKING:
     import pandas
@@ -87,7 +85,9 @@ def run(config: Config) -> RunResult:
     from train.__main__ import do
 
     folder = RunPaths(config).path
-    with disk_errors(config), _environment(environment_of_children()):
+    children = environment_of_children()
+    with disk_errors(config), keep_environment(children):
+        os.environ |= children
         code = do(config, alone=False)
     if code not in (EXIT_OK, EXIT_STOPPED):
         raise RunFailed(folder, code)
@@ -156,18 +156,3 @@ def complete(model: "LoadedModel", prompt: str, *, tokens: int = 200, **how: Any
 def _quoted(text: str) -> str:
     """Quotes a value for Hydra, where a backslash is special only before a quote."""
     return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), text) + '"'
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Context in which child processes get the environment variables `values`."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ |= values
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

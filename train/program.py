@@ -9,7 +9,8 @@ import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +78,18 @@ def environment_of_children() -> dict[str, str]:
         others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
         found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *others])
     return found
+
+
+@contextmanager
+def keep_environment(names: Collection[str]) -> Iterator[None]:
+    """Context after which these environment variables have their old values, or are unset again."""
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ |= before
 
 
 def typed_command() -> list[str] | None:

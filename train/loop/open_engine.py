@@ -6,7 +6,7 @@ Custom loops under torchrun and the ranks of a session use it.
 from contextlib import nullcontext
 from pathlib import Path
 
-from cluster.interfaces import keep_interfaces
+from cluster.interfaces import NAMES
 from cluster.place import Place, given_place
 from conf.errors import UserError
 from conf.schema import Config
@@ -20,6 +20,7 @@ from train.loop.start import start_from
 from train.loop.state import RunState
 from train.loop.training_engine import Engine
 from train.parallelize import parallelize
+from train.program import keep_environment
 from train.rank import set_up_rank
 
 
@@ -39,7 +40,7 @@ def open_engine(config: Config, place: Place | None = None) -> Engine:
     check_layout(config)
     # A process that has opened an engine with one rank may later start a session. Ranks of the session on other nodes
     # need other network interfaces. So this context restores the environment variables that select interfaces.
-    with keep_interfaces() if place.world == 1 else nullcontext():
+    with keep_environment(NAMES) if place.world == 1 else nullcontext():
         rank = set_up_rank(config, place)
     kernels, _ = choose_kernels(config, rank.device)
     resumes, source = config.resume not in ("auto", "never"), config.init_from
