@@ -61,15 +61,20 @@ class Muon(AdamW):
         if not group.rule.is_whole:
             return AdamW.count_scratch_bytes(kind, config, group, elements, compiled)
         by_head = config.optim.muon.by_head
-        shapes = [one.shape for named in group.shapes for one in logical_matrices(*named, config.model, by_head)]
-        total = sum(rows * columns for rows, columns in shapes)
+        counts: list[tuple[tuple[int, int], int]] = []
+        for name, (*experts, rows, columns) in group.shapes:
+            one = logical_matrices(name, (rows, columns), config.model, by_head)
+            copies = math.prod(experts)
+            counts += [(shape, copies * len(list(same))) for shape, same in groupby(matrix.shape for matrix in one)]
+        total = sum(rows * columns * count for (rows, columns), count in counts)
         away = max(0.0, 1 - elements / total)
         own = math.ceil(KEEPS * elements) if away else total
-        pack = max(min(THRESHOLDS.muon_elements, own), *(rows * columns for rows, columns in shapes))
+        pack = max(min(THRESHOLDS.muon_elements, own), *(rows * columns for (rows, columns), _ in counts))
         several = own > pack
         batches = 0.0
-        for (rows, columns), same in groupby(shapes):
-            batch, gram = min(pack, rows * columns * len(list(same))), min(rows, columns) / max(rows, columns)
+        for (rows, columns), same in groupby(counts, key=lambda pair: pair[0]):
+            batch = min(pack, rows * columns * sum(count for _, count in same))
+            gram = min(rows, columns) / max(rows, columns)
             each = max(10, 8 + 4 * gram) if kind == "cuda" else 12 + 8 * gram
             batches = max(batches, each * batch)
         computed = pack * (8 + 4 * several + (8 + 8 * several) * away) + batches
