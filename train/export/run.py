@@ -172,8 +172,11 @@ def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
     facts, model = FAMILIES[family], config.model
     is_sparse = model.sparse.heads > 0
     fitting = [row.name for row in FAMILIES.values() if (row.scores, row.is_sparse) == (model.scores, is_sparse)]
-    other = "no family has indexers and softmax scores; train such a model with model.scores=sigmoid"
-    other = f"use export.family={fitting[0]}" if fitting else other
+    other = (
+        f"use export.family={fitting[0]}"
+        if fitting
+        else "no family has indexers and softmax scores; train such a model with model.scores=sigmoid"
+    )
     for wrong, field, value, rule, cure in (
         (
             alone and not facts.loader,
