@@ -278,13 +278,13 @@ def _wrong_option(group: str, value: str, groups: dict[str, list[str]]) -> UserE
 def _unknown_key(key: str, text: str, groups: dict[str, list[str]]) -> UserError:
     if removed := REMOVED_KEYS.get(key):
         return removed.error(key, text)
-    close = _close_keys(key, [*groups])
+    close = close_keys(key, [*groups])
     meant = [f"{each}={VALUES.get((each, text.lower()), (text,))[0]}" for each in close]
     cure = f"did you mean {' or '.join(meant)}? " if meant else ""
     return UserError(key, text, "is not a key of the schema", cure + LISTS)
 
 
-def _close_keys(key: str, more: Sequence[str] = ()) -> list[str]:
+def close_keys(key: str, more: Sequence[str] = ()) -> list[str]:
     """Return keys that the user may have meant. Synonyms come first, then keys with the same last part, then keys with
     a similar spelling."""
     known = [*dict.fromkeys([*dotted_keys(), *more])]
@@ -342,7 +342,7 @@ def _unread(word: str, before: Sequence[str], after: Sequence[str], groups: dict
     if before and "=" in before[-1]:
         return UserError(word, "", f"{rule}; a value with spaces needs quotes", f'write "{before[-1]} {word}"')
     close = [meant[each] for each in difflib.get_close_matches(word, meant, n=1, cutoff=0.75)]
-    close = close or [f"{each}=VALUE" for each in _close_keys(word)]
+    close = close or [f"{each}=VALUE" for each in close_keys(word)]
     return UserError(word, "", rule, f"did you mean {' or '.join(close)}? {LISTS}" if close else LISTS)
 
 
@@ -391,9 +391,9 @@ def _unknown_flag(flag: str, value: str) -> UserError:
         return UserError(flag, value, rule, f"write {name}={value or 'VALUE'}")
     if close := difflib.get_close_matches(flag, FLAGS, n=1, cutoff=0.75):
         return UserError(flag, value, rule, f"did you mean {close[0]}?")
-    meant = [f"{each}={value or 'VALUE'}" for each in _close_keys(name, [*groups])]
+    meant = [f"{each}={value or 'VALUE'}" for each in close_keys(name, [*groups])]
     cure = f"did you mean {' or '.join(meant)}? {LISTS}" if meant else LISTS
-    return UserError(flag, value, rule, CURES.get(name, cure))
+    return UserError(flag, value, rule, CURES.get(name, CURES.get(name.rpartition(".")[2], cure)))
 
 
 def refuse_keys_of_other_modes(mode: Mode, overrides: Sequence[str]) -> None:

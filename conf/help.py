@@ -8,7 +8,6 @@ sluice --help expert [parallel]    expert keys, of all sections or of the named 
 sluice --help optim conf=NAME      with the values of that recipe
 """
 
-import difflib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,10 +17,12 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from conf.command_line import close_keys
 from conf.errors import EXIT_OK, UserError
 from conf.keys import Key, KeyGroup, attribute_meanings, groups, value_words
 from conf.load import compose_node, explained, reported
 from conf.schema import ROOT, Mode
+from conf.synonyms import COMMANDS
 
 EXPERT = "expert"
 """The argument that shows the expert keys, which are rarely used."""
@@ -155,14 +156,12 @@ def _section(name: str, values: DictConfig, expert: bool, width: int) -> Iterato
         if key.path == name or key.path.startswith((f"{name}.", f"{name}[]"))
     )
     if not keys:
-        known = [group.name for group in everything if group.name] + [
-            key.path for group in everything for key in group.keys
-        ]
-        close = difflib.get_close_matches(name, known, n=3)
-        cure = f"did you mean {' or '.join(close)}? " if close else ""
-        raise UserError(
-            "--help", name, "is neither a section nor a key", f"{cure}`sluice --help keys` lists the sections"
-        )
+        meant = {mode.value: "--help modes" for mode in Mode} | dict.fromkeys(options("conf"), "--help recipes")
+        meant |= {command: f"{command} --help" for command in COMMANDS}
+        close = " or ".join(close_keys(name))
+        cure = f"did you mean {close}? " if close else ""
+        cure = f"write `sluice {meant[name]}`" if name in meant else f"{cure}`sluice --help keys` lists the sections"
+        raise UserError("--help", name, "is neither a section nor a key", cure)
     return _screen(KeyGroup(name, "", keys, ()), values, width)
 
 

@@ -29,7 +29,6 @@ KEYS = {
     "fp8": "precision",
     "from_pretrained": "init_from",
     "global_batch_size": "batch_size",
-    "gradient_checkpointing": "model.recompute",
     "gradient_clipping": "optim.clip",
     "gradient_clip": "optim.clip",
     "grad_clip": "optim.clip",
@@ -39,6 +38,7 @@ KEYS = {
     "iterations": "steps",
     "learning_rate": "optim.lr",
     "load_from": "resume",
+    "local_batch_size": "micro_batch_size",
     "lora_alpha": "adapter.alpha",
     "lora_dropout": "adapter.dropout",
     "lora_r": "adapter.rank",
@@ -54,11 +54,13 @@ KEYS = {
     "model_path": "init_from",
     "moe_top_k": "model.top_k",
     "num_attention_heads": "model.heads",
+    "num_epochs": "epochs",
     "num_experts": "model.experts",
     "num_experts_per_tok": "model.top_k",
     "num_hidden_layers": "model.layers",
     "num_layers": "model.layers",
     "num_steps": "steps",
+    "num_train_epochs": "epochs",
     "num_workers": "data.workers",
     "n_layers": "model.layers",
     "n_routed_experts": "model.experts",
@@ -66,6 +68,7 @@ KEYS = {
     "output_dir": "runs",
     "per_device_train_batch_size": "micro_batch_size",
     "pipeline_parallel_size": "parallel.pp",
+    "resume_from_checkpoint": "resume",
     "run_name": "name",
     "save_every": "checkpoint.every",
     "save_interval": "checkpoint.every",
@@ -98,18 +101,36 @@ VALUES = {
 """The intended value and its effect, by key and typed value in lower case."""
 
 NO_TENSOR_PARALLELISM = "there is no tensor parallelism: parallel.pp distributes layers, parallel.ep experts, parallel.cp positions, and parallel.zero=3 weights"
+NO_TENSORBOARD = "there is no TensorBoard: open report.html in the run folder, or use W&B (log.wandb)"
+PACKING = "leave it out: sequences are always packed; data.mask_documents=true keeps attention within a document"
+QLORA = "write adapter=lora adapter.base=fp8"
+RECOMPUTATION = "write 'model.recompute=[layer]'"
 ACCUMULATION = "each rank accumulates gradients over batch_size / (micro_batch_size x parallel.dp) micro-batches: set batch_size and micro_batch_size"
 CURES = {
     "accumulation_steps": ACCUMULATION,
     "gradient_accumulation_steps": ACCUMULATION,
+    "activation_checkpoint": RECOMPUTATION,
+    "activation_checkpointing": RECOMPUTATION,
+    "bf16": "write precision=bf16",
     "cosine": "write 'optim.lr_schedule=[{until: 1.0, value: 0.1, shape: cosine}]'",
     "lr_scheduler_type": "set optim.lr_schedule, such as 'optim.lr_schedule=[{until: 1.0, value: 0.1, shape: cosine}]'",
     "dpo": "there is no preference training; tune on chats (conf=tiny_chat), or write a custom loop with log-probabilities from mode=score",
     "fsdp": "write parallel.zero=3",
-    "qlora": "write adapter=lora adapter.base=fp8",
+    "gradient_checkpointing": RECOMPUTATION,
+    "load_in_4bit": QLORA,
+    "load_in_8bit": QLORA,
+    "qlora": QLORA,
+    "report_to": NO_TENSORBOARD,
+    "reshard_after_forward": "write parallel.zero=3, or parallel.zero=2 to keep all weights on every rank",
+    "sample_packing": PACKING,
     "tensor_model_parallel_size": NO_TENSOR_PARALLELISM,
+    "tensor_parallel": NO_TENSOR_PARALLELISM,
+    "tensor_parallel_degree": NO_TENSOR_PARALLELISM,
     "tensor_parallel_size": NO_TENSOR_PARALLELISM,
+    "tensorboard": NO_TENSORBOARD,
+    "torch_compile": "leave it out: fused kernels are written by hand; cluster.compiled turns CPU kernels on or off",
     "tp": NO_TENSOR_PARALLELISM,
+    "train_on_inputs": "write data.supervise=all for chats",
 }
 """Maps a word that a user may type to a fix, if no single key is meant. The word is a key, its last part, a value, or
 an argument without `=`."""

@@ -109,7 +109,15 @@ def test_help_shows_the_values_of_a_recipe_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize(
     "words, cure",
-    [(["optim.lrr"], "did you mean optim.lr"), (["paralel"], "parallel"), (["optim", "conf=tinny"], "tiny")],
+    [
+        (["optim.lrr"], "did you mean optim.lr"),
+        (["paralel"], "parallel"),
+        (["optim", "conf=tinny"], "tiny"),
+        (["lr"], "did you mean optim.lr"),
+        (["train"], "write `sluice --help modes`"),
+        (["tiny_chat"], "write `sluice --help recipes`"),
+        (["launch"], "write `sluice launch --help`"),
+    ],
 )
 def test_help_for_what_is_not_there_says_what_is_near(words, cure, capsys):
     assert screen("--help", *words)[0] == EXIT_USER

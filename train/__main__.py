@@ -5,6 +5,7 @@ import gc
 import importlib
 import os
 import pkgutil
+import re
 import signal
 import sys
 
@@ -44,6 +45,7 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_OK, EX
 from conf.load import run  # noqa: E402
 from conf.own_code import targets_of  # noqa: E402
 from conf.schema import Config, Mode  # noqa: E402
+from conf.screen import Terminal  # noqa: E402
 from conf.words import say, say_note  # noqa: E402
 from train.loop.layout_check import check_layout  # noqa: E402
 from train.model.count import checkpoint_bytes  # noqa: E402
@@ -223,7 +225,7 @@ def _command(words: list[str]) -> int:
     if first in COMMAND_MODULES:
         module = importlib.import_module(f"train.command.{COMMAND_MODULES[first]}")
         if asks:
-            say((module.__doc__ or "").strip())
+            Terminal().print(re.sub(r"(?<!\n)\n(?![\n`])", " ", (module.__doc__ or "").strip()))
             return EXIT_OK
         return module.main(rest, _plan_of_job) if first == "launch" else module.main(rest)
     if asks:
