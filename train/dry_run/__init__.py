@@ -1,1 +1,1 @@
-"""Runs one rank of a job alone on this device, and compares the measurements with the plan."""
+"""Runs one rank of a job alone, and compares it with the plan."""

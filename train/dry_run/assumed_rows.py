@@ -1,9 +1,9 @@
 """Computes how many rows the absent ranks would send to this rank's experts, from dry_run.routing.
 
-balanced      All ranks receive equally many rows, and all experts of this rank receive equally many rows.
-skewed        This rank receives 1.5 times the mean rows, with a linear decrease from its first to its last expert.
-a folder      An earlier run's folder. Each expert receives its fraction of rows in that run, as a mean over the layers,
-              from the last step with recorded loads.
+balanced      All ranks receive equally many rows, and all experts of a rank do.
+skewed        This rank receives 1.5 times the mean, decreasing from its first to its last expert.
+a folder      Each expert receives its fraction of the rows in this folder's run, at the last step with loads. It is
+              a mean over layers.
 """
 
 from dataclasses import replace
@@ -32,10 +32,9 @@ def group_of(config: Config) -> Group:
 
 
 def load_of(config: Config, rank: int) -> Load:
-    """Returns the number of rows that dry_run.routing assumes for each of this rank's experts.
+    """Returns the assumed rows of each of this rank's experts (dry_run.routing).
 
-    Raises UserError if the folder's run has no recorded loads or another number of experts. Also raises it if
-    parallel.ep is 1 and routing is not balanced.
+    Raises UserError if the folder has no matching loads, or if ep is 1 and routing is not balanced.
     """
     group, routing = group_of(config), config.dry_run.routing
     if routing == "balanced":

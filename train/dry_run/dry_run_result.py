@@ -1,4 +1,4 @@
-"""Compares the measurements of a dry run with its plan, for dry_run.json and for the terminal."""
+"""Compares a dry run's measurements with its plan, for dry_run.json and the terminal."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ ACTION_NAMES = {
     "FB": "overlapped pair",
 }
 REST = "other tensors at the peak"
-"""Label of the bytes at the peak that are not permanent: activations, workspace, and existing gradients."""
+"""Label of temporary bytes at the peak, such as activations."""
 
 
 @dataclass(frozen=True)
 class ComparedFigure:
-    """A measured number and the planned number. Each is None if it is unknown."""
+    """A measured and a planned number; None if unknown."""
 
     measured: float | None
     planned: float | None = None
@@ -62,32 +62,32 @@ class Findings:
     host_phases: dict[str, ComparedFigure]
     """Peaks of host memory by phase; empty on a CPU."""
     items: dict[str, ComparedFigure]
-    """Bytes of weights, of master weights, of moments, and of gradients after all passes. `rest`: the peak minus
-    weights, master weights and moments."""
+    """Bytes of weights, master weights, moments, and gradients after all passes. `rest`: the peak without the first
+    three."""
     actions: dict[str, ComparedFigure]
-    """Mean seconds of one action, by kind of action. The measured number is a median over the timed steps."""
+    """Mean seconds of an action, by kind. Measured: medians over steps."""
     counts: dict[str, int]
     """Number of actions in a step, by kind."""
     steps: dict[str, ComparedFigure]
-    """Seconds of a step and of its phases. The measured numbers are medians over the timed steps."""
+    """Seconds of a step and its phases. Measured: medians over steps."""
     skipped: int
     """Number of timed steps that did not update the weights."""
     unsaved: str
-    """Why the dry run saved no files; empty if it saved them."""
+    """Why no files were saved; empty if saved."""
     job_peak: int
-    """Planned peak bytes of the rank in the job, with all layers at full width."""
+    """Planned peak bytes of the complete rank in the job."""
     job_room: int | None
-    """Bytes of the job's device that are free at `job_peak`, after the reserve; None without a hardware description."""
+    """Bytes of the job's device that are free at `job_peak`, if known."""
     job_step: float | None
-    """Planned seconds of the job's step; None if the job's hardware has no rates."""
+    """Planned seconds of the job's step; None without rates."""
     job_step_again: float | None
-    """Seconds of the job's step, corrected by the measured times; None if these do not apply to the job."""
+    """Seconds of the job's step, corrected by measured times, if possible."""
     reason: str
-    """Why `job_step` or `job_step_again` is None; empty if both have a value."""
+    """Why `job_step` or `job_step_again` is None, else empty."""
 
 
 def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch.device) -> Findings:
-    """Returns the measurements together with the planned numbers. times: the planned times."""
+    """Returns the measurements with the planned numbers. times: planned times."""
     job, part = piece.job, times.piece
     here = phases(piece.config, piece.pp_rank, piece.rank % job.parallel.stage_ranks, piece.scene, piece.layers)
     job_peak = rank_memory(job, piece.pp_rank, scene_of(job, piece.load)).peak_bytes
@@ -147,7 +147,7 @@ def _planned_phase(part: ExpectedTimes | None, name: str) -> float | None:
 
 
 def record(found: Findings) -> dict[str, Any]:
-    """Returns the content of dry_run.json. Sizes are in bytes, and times in seconds."""
+    """Returns the content of dry_run.json, in bytes and seconds."""
     piece = found.piece
     stages = {str(stage): [piece.layers[stage].start, piece.layers[stage].stop] for stage in piece.stages}
     return {
@@ -180,7 +180,7 @@ def record(found: Findings) -> dict[str, Any]:
 
 
 def dry_run_screen(found: Findings, folder: Path, console: Console | None = None) -> None:
-    """Prints the results on the terminal: the part that ran, its memory, its times, and the complete job."""
+    """Prints what ran, its memory, its times, and the complete job."""
     piece = found.piece
     rows = [("Ran", _what_ran(found))]
     if piece.left_out:
@@ -254,7 +254,7 @@ def _times(found: Findings) -> dict[str, ComparedFigure]:
 
 
 def _size(value: float) -> str:
-    """Returns text for a number of bytes, in GiB, or below one GiB in MiB with three digits."""
+    """Returns text for a number of bytes, in GiB or MiB."""
     return gib(value) if value >= 2**30 else f"{value / 2**20:.3g} MiB"
 
 

@@ -1,10 +1,10 @@
-"""Plans the seconds of a rank that runs alone, and corrects the planned step of the job by the measured times.
+"""Plans the seconds of a rank that runs alone, and corrects the job's planned step by measurements.
 
-A rank that runs alone sends nothing, so its planned transfers take no time. The job's planned step uses the real links.
-Two of its times are then multiplied by the ratio measured / planned of the rank that runs alone:
+Transfers of the rank alone take no time; those of the job use the real links. Two times of the job are multiplied by
+measured / planned of the rank alone:
 
-    actions     the computing time of each kind of action, without transfers
-    update      the time of reduction and update, without transfers
+    actions     computing time of each kind of action, without transfers
+    update      time of reduction and update, without transfers
 """
 
 from collections import defaultdict
@@ -32,7 +32,7 @@ class ExpectedTimes:
 
     stages: Stages
     actions: Mapping[str, float]
-    """Total seconds of the rank's actions in a step, by kind of action."""
+    """Seconds of the rank's actions in a step, by kind."""
     update: UpdateTime
 
     @property
@@ -43,21 +43,23 @@ class ExpectedTimes:
 
 @dataclass(frozen=True)
 class Times:
-    """The planned times of a dry run and of the job; None for times that the planner cannot compute."""
+    """Planned times of a dry run and of the job."""
 
     job: StepTime | None
-    """The time of the job's step on the job's hardware; None if no rates are known."""
+    """The job's step on the job's hardware; None without rates."""
     piece: ExpectedTimes | None
-    """The planned times of the part that the dry run runs; None if the rates are for another device."""
+    """The part that runs; None for rates of another device."""
     whole: ExpectedTimes | None
-    """The planned times of this rank alone, with all of its layers at full width. None if the dry run divides the
-    widths, or if the rates are for another device."""
+    """This rank alone, with all layers at full width.
+
+    None: widths are divided, or the rates are of another device.
+    """
     reason: str
     """Why `job`, `piece` or `whole` is None; else empty."""
 
 
 def expect(piece: DryRunPiece, device: torch.device) -> Times:
-    """Plan the times of a dry run and of the job. Raises UserError if the recipe's calibration cannot be used."""
+    """Plan these times. Raises UserError if the calibration cannot be used."""
     job = piece.job
     if not job.hardware.rates and job.plan.calibration is None:
         return Times(
@@ -82,7 +84,8 @@ def expect(piece: DryRunPiece, device: torch.device) -> Times:
 def plan_again(times: Times, measured: Mapping[str, float], update: float) -> float:
     """Returns the seconds of the job's step, corrected by the measured times.
 
-    measured: total seconds of actions in a step, by kind of action. update: seconds of reduction and update together.
+    measured: total seconds of a step's actions, by kind
+    update: seconds of reduction and update together
     """
     assert times.job is not None and times.piece is not None and times.whole is not None
     job, whole = times.job, times.whole
@@ -103,8 +106,7 @@ def _is_here(job: Config, device: torch.device) -> bool:
 
 
 def _with_load(config: Config, piece: DryRunPiece) -> Config:
-    """Returns the recipe with plan.imbalance set for this rank: the rows that its experts receive, divided by the mean
-    over all ranks."""
+    """Returns the recipe with plan.imbalance for the load of this rank's experts."""
     imbalance = sum(piece.load.per_token_L) / piece.job.model.top_k
     return replace(config, plan=replace(config.plan, imbalance=imbalance))
 

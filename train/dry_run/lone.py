@@ -1,7 +1,7 @@
-"""Runs one rank of a job without the other ranks. torch's fake process group replaces the real one, and moves no data.
+"""Runs one rank of a job without the other ranks, in torch's fake process group, which moves no data.
 
-Stand-in stages create the tensors of other pipeline ranks. A stand-in dispatcher replaces the all-to-all, and returns
-as many rows as `Load` defines. Their values are arbitrary, so the losses have no meaning.
+Stand-in stages create the tensors of other pipeline ranks. A stand-in dispatcher returns as many rows as `Load`
+defines. Their values are arbitrary, so the losses have no meaning.
 """
 
 import warnings
@@ -40,19 +40,19 @@ class MeasuredRank:
     """Measurements of a rank, in bytes and seconds."""
 
     phases: dict[str, PhaseBytes] = field(default_factory=dict)
-    """Memory peaks by phase. The phases have the names of `train.plan.memory.rank_memory.phases`."""
+    """Memory peaks by phase, named as in `train.plan.memory.rank_memory.phases`."""
     unsaved: str = ""
-    """Why the dry run saved no files; empty if it saved them."""
+    """Why no files were saved; empty if saved."""
     items: dict[str, int] = field(default_factory=dict)
-    """Bytes of weights, of master weights, of moments, and of gradients when all passes have ended."""
+    """Bytes of weights, master weights, moments, and gradients after all passes."""
     actions: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Total seconds of each kind of action, in each timed step."""
     counts: Counter[str] = field(default_factory=Counter)
     """Number of actions in a step, by kind."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Seconds by phase, for each timed step. The phase `step` is the complete step."""
+    """Seconds by phase, per timed step; `step` is the complete step."""
     skipped: int = 0
-    """Number of timed steps that did not update the weights, because gradients were not finite."""
+    """Number of timed steps without update, because gradients were not finite."""
 
     @property
     def peak(self) -> int:
@@ -60,14 +60,14 @@ class MeasuredRank:
 
 
 def run_alone(piece: DryRunPiece, device: torch.device, folder: Path | None = None) -> MeasuredRank:
-    """Run the rank alone through all phases of a run, and measure it. Raises UserError if the device's memory runs out.
+    """Run the rank alone through all phases of a run, and measure it.
 
     1. Start and a warm-up step.
     2. Work outside of steps, and one step, with measured memory.
     3. The timed steps.
-    4. Another start from the rank's saved files.
+    4. Starts from the rank's saved files.
 
-    folder: folder for temporary files; None: the system's folder.
+    Raises UserError if the device's memory runs out. folder: for temporary files; None: the system's
     """
     config = piece.config
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
@@ -141,7 +141,7 @@ def _train(config: Config, life: RunPhases, rank: RankSetup, number: int) -> Mea
 
 
 def _watch(config: Config, parts: ParallelModel, rank: RankSetup, number: int) -> None:
-    """Run the steps of the setting profile.steps under the profiler, after the timed steps."""
+    """Run the steps of profile.steps under the profiler."""
     watched = replace(config, profile=replace(config.profile, ranks=[number]))
     timed, (first, last) = TimedStep(config, parts, rank), config.profile.steps
     with closing(StepProfiler(watched, number, parts)) as profiler:
@@ -152,7 +152,7 @@ def _watch(config: Config, parts: ParallelModel, rank: RankSetup, number: int) -
 
 
 def _items(parts: ParallelModel) -> dict[str, int]:
-    """Returns the bytes of the rank's weights, master weights, moments and gradients."""
+    """Returns the bytes of weights, master weights, moments and gradients."""
     shards = parts.zero.shards(copies=True)
     return {
         "weights": _bytes(parts.zero.weights()),
@@ -163,6 +163,6 @@ def _items(parts: ParallelModel) -> dict[str, int]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Returns the bytes of the tensors' storages. A shared storage counts once."""
+    """Returns the bytes of storages; a shared storage counts once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

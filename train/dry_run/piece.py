@@ -1,8 +1,8 @@
-"""Chooses the part of a job that a dry run runs: which rank, and how far the rank must be reduced to fit the device.
+"""Chooses the part of a job that a dry run runs: a rank, and as much of it as fits the device.
 
 - On a GPU, layers are left out first. The remaining layers do the same work as in the job.
-- Otherwise, one number divides the hidden width, heads, latents, FFNs, vocabulary and sequence length. A CPU uses the
-  smallest divisor with which a step takes seconds.
+- Otherwise, one number divides hidden width, heads, latents, FFNs, vocabulary and sequence length. On a CPU, it is the
+  smallest with which a step takes seconds.
 
 The number of experts, the layout and the schedule do not change.
 """
@@ -23,7 +23,7 @@ from train.plan.memory.rank_memory import plan_memory, rank_memory, scene_of
 from train.plan.reserve import fragmentation
 
 CPU_WORK = 4e11
-"""Maximum FLOPs of a step on a CPU. This takes some ten seconds."""
+"""Maximum FLOPs of a step on a CPU, some ten seconds."""
 MOST_SHRINK = 256
 
 
@@ -37,13 +37,13 @@ class DryRunPiece:
     """The recipe for this device, with widths divided by `shrink`."""
     rank: int
     layers: list[range]
-    """Layers of every stage of the job. This rank's stages list only the layers that run."""
+    """Layers of every stage; for this rank, only those that run."""
     load: Load
     shrink: int
     left_out: int
     """Number of this rank's layers that do not run."""
     needed: int
-    """Planned peak in bytes with all layers of the rank, at the widths of `config`."""
+    """Planned peak bytes with all layers, at the widths of `config`."""
     room: int
     """Available memory of the device, in bytes."""
 
@@ -62,13 +62,12 @@ class DryRunPiece:
 
     @property
     def scene(self) -> Scene:
-        """The planner's settings for this part of the job. They assume that the rank sends nothing."""
+        """The planner's settings for this part, which sends nothing."""
         return _alone(self.config, self.load)
 
 
 def choose_rank(config: Config) -> int:
-    """Returns the rank that dry_run.rank selects. `worst`: the first rank at the pipeline position with the highest
-    planned peak."""
+    """Returns the rank that dry_run.rank selects. `worst`: the one with the highest planned peak."""
     if config.dry_run.rank != "worst":
         return int(config.dry_run.rank)
     fullest = max(plan_memory(config), key=lambda rank: rank.peak_bytes)
@@ -76,8 +75,10 @@ def choose_rank(config: Config) -> int:
 
 
 def choose_piece(config: Config, rank: int, load: Load, device: torch.device) -> DryRunPiece:
-    """Returns the part of a job to run on this device: as much of this rank as fits. load: rows that its experts
-    receive. Raises UserError if nothing fits."""
+    """Returns as much of the rank as fits this device. load: rows that its experts receive.
+
+    Raises UserError if nothing fits.
+    """
     here, room, wanted = for_device(config, device), free_memory(device), config.dry_run.shrink
     factor = wanted or 1
     while factor <= MOST_SHRINK:
@@ -97,14 +98,13 @@ def choose_piece(config: Config, rank: int, load: Load, device: torch.device) ->
 
 
 def for_device(config: Config, device: torch.device) -> Config:
-    """Returns the recipe changed for this device, with the job's number of ranks per node."""
+    """Returns the recipe for this device, with planned ranks per node."""
     cluster = replace(config.cluster, device=DeviceKind(device.type), ranks_per_node=layout_of(config).ranks_per_node)
     return replace(config, hardware=Hardware(), cluster=cluster)
 
 
 def free_memory(device: torch.device) -> int:
-    """Returns the bytes that a dry run may use: on a GPU without the CUDA context and gaps between tensors, on a CPU
-    half of the available memory."""
+    """Returns the bytes for a dry run; on a CPU, half of the available bytes."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free - fragmentation(total)
@@ -112,8 +112,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def shrunk(config: Config, factor: int) -> Config:
-    """Returns the recipe with widths, vocabulary and sequence length divided by `factor`, down to a minimum for
-    each."""
+    """Returns the recipe with sizes divided by `factor`, above a minimum."""
     if factor == 1:
         return config
 
@@ -139,8 +138,12 @@ def shrunk(config: Config, factor: int) -> Config:
 
 
 def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: int) -> DryRunPiece | None:
-    """Returns the part of the job with as many layers of the rank as fit; None if not even the fewest layers fit. job:
-    the recipe as given. config: the recipe with divided widths. room: available bytes."""
+    """Returns the rank with as many layers as fit; None if the fewest do not fit.
+
+    job: the recipe as given
+    config: the recipe with divided widths
+    room: available bytes
+    """
     pp_rank, scene = rank // job.parallel.stage_ranks, _alone(config, load)
     placement = job.parallel.placement
     layers, stages = stage_layers(job), placement[pp_rank]
@@ -148,7 +151,7 @@ def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: 
     needed = rank_memory(config, pp_rank, scene, layers).peak_bytes
     peak, left_out = needed, 0
     while peak > room:
-        # Remove a layer from the longest stage. Only the first and the last stage may have no layer at all.
+        # Remove a layer from the longest stage. Only the first and the last stage may be empty.
         lengths = {stage: len(layers[stage]) - (stage not in (0, last)) for stage in stages}
         longest = max(lengths, key=lengths.__getitem__)
         if lengths[longest] == 0:
@@ -164,7 +167,7 @@ def _alone(config: Config, load: Load) -> Scene:
 
 
 def _work(job: Config, config: Config, rank: int) -> float:
-    """Returns the FLOPs of a step of this rank, with all layers and at the widths of `config`."""
+    """Returns the FLOPs of this rank's step at `config`'s widths."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
     placement, layers = parallel.placement, stage_layers(job)
     stages = placement[rank // parallel.stage_ranks]

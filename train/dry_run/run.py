@@ -1,5 +1,4 @@
-"""mode=dry_run: runs one rank of a job, or the part of it that fits, alone on this device. Compares the measurements
-with the plan."""
+"""mode=dry_run: runs one rank of a job alone, as far as it fits, and compares it with the plan."""
 
 import json
 from pathlib import Path
@@ -22,7 +21,7 @@ from train.rank import choose_device
 
 
 def dry_run(config: Config) -> int:
-    """Run this mode and return the exit code. Raises UserError for a layout that cannot run, and if nothing fits."""
+    """Run this mode. Raises UserError if the layout cannot run or fit."""
     config = with_nodes(config)
     check_layout(config)
     device = _choose_device(config)
@@ -38,8 +37,7 @@ def dry_run(config: Config) -> int:
 
 
 def _choose_device(config: Config) -> torch.device:
-    """Returns the device that a run of one rank would use. On a CPU, torch gets as many threads as the recipe's
-    calibration used."""
+    """Returns the device of a run. On a CPU, sets the calibration's number of threads."""
     device = choose_device(config, Place())
     if device.type == "cpu" and config.plan.calibration is not None and not config.cluster.threads:
         torch.set_num_threads(read_calibration(config.plan.calibration)["threads"])

@@ -1,7 +1,6 @@
-"""Measures the memory of one rank in all phases of a run: its start, a step, work outside of steps, and restarts.
+"""Measures one rank's memory in all phases of a run: start, step, work outside of steps, and restarts.
 
-Each phase runs the code of a real run. The rank writes checkpoints as the only rank of the job, with each of its shards
-as a complete tensor.
+Each phase runs the code of a real run. A rank without the others saves each of its shards as a complete tensor.
 """
 
 import gc
@@ -38,8 +37,10 @@ NOTHING_BEFORE = PhaseBytes(0, 0)
 
 
 class RunPhases(ExitStack):
-    """Runs one rank through the phases of a run, and measures the memory peak of each phase (`peaks`). As a context
-    manager, it closes the stores of in-memory copies."""
+    """Runs one rank through the phases of a run, and measures their memory peaks (`peaks`).
+
+    As a context manager, it closes the stores of in-memory copies.
+    """
 
     def __init__(
         self,
@@ -50,9 +51,10 @@ class RunPhases(ExitStack):
         *,
         is_alone: bool,
     ):
-        """folder: folder for the files of all ranks. build: builds the rank's model. Its argument says whether the
-        weights will be loaded and need no random values. is_alone: whether other ranks of the job, or some layers of
-        this rank, are absent."""
+        """folder: folder for the files of all ranks
+        build: function that builds the model; argument: whether weights will be loaded
+        is_alone: whether other ranks, or some layers of this rank, are absent
+        """
         super().__init__()
         self._config, self._rank, self._is_alone = replace(config, runs=str(folder)), rank, is_alone
         self._build = build
@@ -63,15 +65,14 @@ class RunPhases(ExitStack):
         self._nodes: list[Path] = []
         self._averages: list[AveragedWeights] = []
         self._held: tuple[object, ...] = ()
-        """The open checkpointer and in-memory copies. As in a run, their buffers stay allocated."""
+        """The open checkpointer and in-memory copies, whose buffers stay allocated."""
         self.peaks: dict[str, PhaseBytes] = {}
         """Memory peak of each phase so far."""
         self.unsaved = ""
         """Why no files were saved; empty if they were saved."""
 
     def begin(self, phase: str, fill: Callable[[RunState], None] | None = None) -> tuple[ParallelModel, RunState]:
-        """Start the rank, and measure the memory of this phase. fill: a function that loads the weights; None: they are
-        initialised from the seed."""
+        """Start the rank, and measure this phase. fill: function that loads the weights"""
         with self.meter() as meter:
             # DeepSpeed's caches hold tensors of an earlier engine, which a real run does not have.
             before = meter.mark_both()
@@ -87,21 +88,19 @@ class RunPhases(ExitStack):
         return PeakMeter(self._rank.device, counts_host=True)
 
     def mark(self, phase: str, meter: PeakMeter, before: PhaseBytes = NOTHING_BEFORE) -> None:
-        """Record the memory peaks of the phase that ends now. before: bytes to subtract from the peaks."""
+        """Record the peaks of the phase that ends now. before: bytes to subtract."""
         device, host = (most - there for most, there in zip(meter.mark_both(), before, strict=True))
         copied = sum(map(folder_bytes, self._nodes))  # the files of in-memory copies are in host memory
         on_cpu = self._rank.device.type == "cpu"
         self.peaks[phase] = PhaseBytes(device + copied * on_cpu, host + copied * (not on_cpu))
 
     def go_on(self, parts: ParallelModel, state: RunState, tokens_BS: Tensor, meter: PeakMeter) -> None:
-        """Run each kind of work outside of steps once, and measure its memory. The buffers of checkpoints stay
-        allocated until `begin_again`."""
+        """Run and measure each kind of work outside of steps. Checkpoint buffers stay until `begin_again`."""
         for phase in self._do(parts, state, tokens_BS[: self._config.micro_batch_size]):
             self.mark(phase, meter)
 
     def begin_again(self) -> None:
-        """Start the rank again from its checkpoint and from its exported weights, and measure both. The previous
-        start's memory is freed first."""
+        """Start again from the checkpoint and from exported weights, and measure both."""
         self._held = ()
         for phase, fill, source in (
             ("resume", self._resume, self._paths.checkpoints),
@@ -117,7 +116,7 @@ class RunPhases(ExitStack):
             self._nodes = []  # a new run (init_from) has no in-memory copies yet
 
     def _do(self, parts: ParallelModel, state: RunState, tokens_BS: Tensor) -> Iterator[str]:
-        """Runs one phase after the other, and yields the name of each phase after it has run."""
+        """Runs the phases, and yields the name of each afterwards."""
         yield from self._save(state)
         for average in self._averages:
             average.ema.update()
@@ -178,8 +177,7 @@ class RunPhases(ExitStack):
         )
 
     def _open_copies(self) -> MemoryCopies | None:
-        """Open two stores of in-memory copies, for this rank's node and for the next node; None if the recipe has no
-        in-memory copies."""
+        """Open stores of in-memory copies for two nodes, if the recipe has copies."""
         if not self._config.checkpoint.every_memory:
             return None
         self._nodes = [self._folder / f"node_{self._number}_{place}" for place in range(2)]

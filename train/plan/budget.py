@@ -1,4 +1,4 @@
-"""Makes the complete plan of a recipe: whether the run fits, its speed, and its cost."""
+"""Plans a recipe completely: whether the run fits, its speed, and its cost."""
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -31,21 +31,22 @@ class Verdict(StrEnum):
 
 
 BARELY = 0.03
-"""Fraction of a device's memory that must be free for the verdict `fits`, besides the reserve and the planned imbalance
-of the experts.
+"""Fraction of a device's memory that must be free, after the reserve, for the verdict `fits`.
 
-In measurements, the planned bytes of tensors were wrong by at most 1 %. The reserve may be wrong by up to a third.
+Planned bytes of tensors were at most 1 % wrong when measured. The reserve may be wrong by a third.
 """
 
 
 def verdict_of(room: int, memory: int) -> Verdict:
-    """Returns the verdict for a run. room: device bytes that are free at the peak, after the reserve; negative if
-    memory is lacking."""
+    """Returns whether a run fits.
+
+    room: free device bytes at the peak, after the reserve; negative if memory is lacking.
+    """
     return Verdict.lacks if room < 0 else Verdict.barely if room < BARELY * memory else Verdict.fits
 
 
 def room_words(room: int, memory: int) -> str:
-    """Returns text about the free memory of a device. room: free bytes, as in `verdict_of`."""
+    """Returns text about free device memory. room: as in `verdict_of`."""
     if room < 0:
         return f"{gib(-room)} too little"
     return f"{gib(room)} to spare" if room >= BARELY * memory else f"only {gib(room)} free"
@@ -53,7 +54,7 @@ def room_words(room: int, memory: int) -> str:
 
 @dataclass
 class Budget:
-    """Time and cost of training on all tokens, including the batch-size ramp and without failures."""
+    """Time and cost of training on all tokens, without failures."""
 
     tokens: float
     days: float
@@ -62,17 +63,16 @@ class Budget:
     cost: float | None
     """Cost in the currency `hardware.currency`; None without hardware.price_per_hour."""
     energy_kwh: float | None
-    """Energy of the devices at their power limit; None if the power limit is unknown."""
+    """Energy at the devices' power limit; None if unknown."""
 
     def lasting(self, share: float) -> "Budget":
-        """Returns the budget of a run with failures. share: fraction of the time spent on steps that no failure
-        undoes."""
+        """Returns the budget with failures. share: useful fraction of the time."""
         cost, energy = (None if value is None else value / share for value in (self.cost, self.energy_kwh))
         hours = self.gpu_hours / share
         return Budget(self.tokens, self.days / share, hours, hours * TRILLION / self.tokens, cost, energy)
 
     def __add__(self, other: "Budget") -> "Budget":
-        """Returns the budget of two runs together. Its cost is unknown if the cost of one run is unknown."""
+        """Returns the budget of two runs together."""
         tokens, hours = self.tokens + other.tokens, self.gpu_hours + other.gpu_hours
         cost = None if self.cost is None or other.cost is None else self.cost + other.cost
         energy = None if self.energy_kwh is None or other.energy_kwh is None else self.energy_kwh + other.energy_kwh
@@ -86,15 +86,15 @@ class DiskBytes:
     checkpoint: int
     """Bytes of one checkpoint."""
     checkpoints: int
-    """Maximum number of checkpoints on disk: those that the run keeps, and one that it is writing."""
+    """Maximum number of checkpoints on disk, including an unfinished one."""
     export: int
-    """Bytes of an exported folder of weights; 0 if the run exports none."""
+    """Bytes of an exported folder of weights; 0 without exports."""
     has: int
     """Capacity of the disk in bytes; 0 if unknown."""
 
     @property
     def whole(self) -> int:
-        """Total disk usage of the run in bytes. Three exported folders exist while the run writes the newest."""
+        """Bytes of the run's checkpoints and of up to three exported folders."""
         return self.checkpoints * self.checkpoint + 3 * self.export
 
     @property
@@ -103,13 +103,12 @@ class DiskBytes:
 
     @property
     def most_kept(self) -> int:
-        """The largest checkpoint.keep for which the disk has room; 0 if there is none."""
+        """The largest checkpoint.keep for which the disk has room, or 0."""
         return max(0, (self.has - 3 * self.export) // self.checkpoint - 1)
 
 
 def disk_of(config: Config) -> DiskBytes:
-    """Returns the largest disk usage of a run. At most one unfinished checkpoint exists, because saves wait for each
-    other."""
+    """Returns the largest disk usage of a run."""
     saves, steps = config.checkpoint, config.steps
     every = -(-steps // saves.every) if saves.every else 1
     stay = min(saves.keep + 1 if saves.keep else every, every)
@@ -130,7 +129,7 @@ class RunPlan:
     step: StepTime
     budget: Budget
     failures: Failures | None
-    """Costs of failures; None if they are not planned, as on CPUs."""
+    """Costs of failures; None if not planned, as on CPUs."""
     memory_bytes: int
     """Memory of one device."""
 
@@ -146,13 +145,12 @@ class RunPlan:
 
     @property
     def room_bytes(self) -> int:
-        """Free bytes of the fullest rank after the reserve; negative if memory is lacking."""
+        """Free bytes of the fullest rank after the reserve; may be negative."""
         return self.memory_bytes - sum(self.reserve.values()) - self.fullest.peak_bytes
 
     @property
     def lasting(self) -> Budget:
-        """Returns the budget including failures. Failures are left out if they are not planned, or cost at least 99 %
-        of the time."""
+        """The budget including failures, unless they cost 99 % of the time."""
         share = self.failures.effective_share if self.failures is not None else 1.0
         return self.budget.lasting(share) if share > 0.01 else self.budget
 
@@ -176,7 +174,7 @@ class RunPlan:
 
 
 def make_plan(config: Config) -> RunPlan:
-    """Plan a recipe. Raises UserError for a layout that cannot run, and for unsupported settings."""
+    """Plan a recipe. Raises UserError if it cannot run or be planned."""
     require_hardware(config.hardware)
     require_host(config)
     require_matmuls(config)
@@ -188,7 +186,7 @@ def make_plan(config: Config) -> RunPlan:
 
 
 def budget_of(config: Config, step: StepTime) -> Budget:
-    """Returns the days, GPU hours, cost and energy of training on all tokens."""
+    """Returns the time, cost and energy of training on all tokens."""
     hardware, devices = config.hardware, layout_of(config).world
     tokens, seconds = _whole_run(config, step)
     hours = seconds / HOUR
@@ -203,8 +201,7 @@ def budget_of(config: Config, step: StepTime) -> Budget:
 
 
 def _whole_run(config: Config, step: StepTime) -> tuple[float, float]:
-    """Returns the number of tokens of the run, and the total seconds of its steps. Step times of the batch ramp are
-    interpolated linearly."""
+    """Returns the run's tokens and seconds. Step times in the batch ramp are interpolated."""
     sizes = Schedules(config).batch_sizes
     wanted = config.plan.tokens and config.plan.tokens / config.seq_len  # number of sequences
     samples, seconds = 0.0, 0.0
@@ -224,12 +221,12 @@ def _whole_run(config: Config, step: StepTime) -> tuple[float, float]:
 
 
 def with_batch(config: Config, batch: int) -> Config:
-    """Returns the recipe with this batch size, and without a batch-size ramp."""
+    """Returns the recipe with this batch size, without a ramp."""
     return replace(config, batch_size=batch, optim=replace(config.optim, batch_ramp_start=None, batch_ramp_steps=0))
 
 
 def later_phases(config: Config) -> list[tuple[str, RunPlan]]:
-    """Returns the name and the plan of every recipe in plan.phases, on the devices of this recipe."""
+    """Returns each name in plan.phases with its plan, on this recipe's devices."""
     planned = []
     for name in config.plan.phases:
         phase = compose(f"conf={name}", "data.path=none", "mode=plan")

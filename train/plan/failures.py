@@ -1,16 +1,17 @@
 """The cost of failures: time for checkpoints, lost work and restarts, and the advised checkpoint interval.
 
-Failures happen at random, on average every M seconds. A checkpoint starts every T seconds, stalls training for s
-seconds, and is complete w seconds later. A failure loses T / 2 + w seconds of work on average. The next step follows R
-seconds later. T seconds of training then take this time on average (Daly 2006, equation 20):
+    M   mean seconds between failures, which are random
+    T   seconds of training between two checkpoints; at least w, because saves do not overlap
+    s   seconds that a checkpoint stalls training
+    w   seconds from the end of the stall until the checkpoint is complete
+    R   seconds from a failure to the next step
+
+T seconds of training take this time on average (Daly 2006, equation 20):
 
     M exp((R + w) / M) (exp((T + s) / M) - 1)
 
-The effective share is T divided by this time. T is at least w, because each save waits for the previous save. Near the
-best T, the effective share hardly changes. So the plan advises the largest T whose share is at most FLAT below the best
+The effective share is T divided by this time. The plan advises the largest T whose share is at most FLAT below the best
 share.
-
-A restart has four parts: detection, rescheduling, loading (bytes divided by hardware.storage_bandwidth) and warm-up.
 """
 
 import itertools
@@ -23,19 +24,17 @@ from train.plan.job import layout_of
 
 HOUR = 3600.0
 DETECTION = 600.0
-"""Seconds until a failure is noticed, the faulty node is found, and the node is replaced. MegaScale (NSDI 2024, 6.3)
-needs less than 10 minutes on average."""
+"""Seconds to notice a failure and to replace the node (MegaScale, NSDI 2024, 6.3)."""
 RESCHEDULING, OF_A_NODE = 11.1, 0.003
-"""Seconds from the diagnosis to the first step of a toy run, and the seconds that each node adds (bench/RESULTS.md)."""
+"""Seconds from diagnosis to first step: constant, and per node (bench/RESULTS.md)."""
 WARM_UP_STEPS = 2.0
-"""Extra time of the first steps after a start, in units of a normal step. Measured on a CPU; no figure for GPUs is
-published."""
+"""Extra time of a start's first steps, in normal steps; measured on a CPU."""
 FLAT = 0.005
-"""Maximum loss of effective share (fraction of useful time) at the advised checkpoint interval."""
+"""Maximum loss of effective share at the advised checkpoint interval."""
 REPAIR = 5.5 * 24 * HOUR
-"""Mean repair time of a node, in seconds (InfiniteHBD's trace of 400 servers, SIGCOMM 2025; median 0.85 days)."""
+"""Mean seconds to repair a node (InfiniteHBD's trace of 400 servers, SIGCOMM 2025)."""
 COVERED = 0.99
-"""Fraction of the time during which there must be enough spare nodes to replace all nodes that are under repair."""
+"""Fraction of the time in which the spare nodes are enough."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,14 @@ class SaveCosts:
 
     between_failures: float
     restart: float
-    """Seconds from a failure to the next step. This includes reading the checkpoint."""
+    """Seconds from a failure to the next step, loading included."""
     stall: float
     """Seconds that training waits at each checkpoint."""
     write: float
     """Seconds from when training continues until the checkpoint is complete."""
 
     def effective(self, interval: float) -> float:
-        """Returns the effective share (useful fraction of the time) with a checkpoint every `interval` seconds of
-        training."""
+        """Returns the effective share. interval: seconds of training between checkpoints."""
         mean = self.between_failures
         lost, segment = (self.restart + self.write) / mean, (interval + self.stall) / mean
         return interval / mean * math.exp(-lost) / math.expm1(segment) if lost + segment < 500 else 0.0
@@ -61,7 +59,7 @@ class SaveCosts:
     def best_interval(self) -> float:
         """The interval between checkpoints with the largest effective share.
 
-        With the symbols of this file's docstring, x = (T + s) / M solves x = 1 + s / M - exp(-x). Newton's iteration
+        x = (T + s) / M solves x = 1 + s / M - exp(-x), with the symbols at the top of this file. Newton's iteration
         approaches x from above.
         """
         stall = max(self.stall / self.between_failures, 1e-12)
@@ -71,8 +69,7 @@ class SaveCosts:
         return max(self.write, self.between_failures * x - self.stall)
 
     def longest_interval(self, loss: float) -> float:
-        """Returns the longest checkpoint interval whose effective share is at most `loss` below the largest effective
-        share."""
+        """Returns the longest interval whose effective share is at most `loss` below the best."""
         best = self.best_interval
         low, high, least = best, best + 10 * self.between_failures, self.effective(best) - loss
         for _ in range(50):
@@ -83,7 +80,7 @@ class SaveCosts:
 
 @dataclass(frozen=True)
 class Failures:
-    """Costs of failures in a plan, and the advised checkpoint interval. Shares are fractions from 0 to 1."""
+    """Costs of failures in a plan. Shares are fractions from 0 to 1."""
 
     between_seconds: float
     restart_seconds: float
@@ -100,12 +97,11 @@ class Failures:
     best_share: float | None
     """Effective share if the run saves every best_steps steps."""
     spare_nodes: int
-    """Number of spare nodes that is enough for the fraction COVERED of the time."""
+    """Number of spare nodes that is enough; see `spares`."""
 
 
 def plan_failures(config: Config, step_seconds: float) -> Failures | None:
-    """Returns the costs of failures; None if plan.failures is 0, or the bandwidth between device and host is unknown
-    (as on CPUs)."""
+    """Returns the costs of failures; None on CPUs, or if plan.failures is 0."""
     host, layout, checkpoint = config.hardware.rates.get("host"), layout_of(config), config.checkpoint
     if host is None or not config.plan.failures:
         return None
@@ -146,9 +142,9 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
 
 
 def spares(mean: float) -> int:
-    """Returns the number of spare nodes that is enough for the fraction COVERED of the time.
+    """Returns the number of spare nodes for COVERED.
 
-    The number of nodes under repair has a Poisson distribution with this `mean`.
+    mean: mean number of nodes under repair (Poisson distributed)
     """
     shares = (math.exp(count * math.log(mean) - mean - math.lgamma(count + 1)) for count in itertools.count())
     return next(count for count, share in enumerate(itertools.accumulate(shares)) if share >= COVERED)

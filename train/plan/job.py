@@ -1,4 +1,4 @@
-"""Facts about the planned job for all parts of a plan: its devices, layout, and pipeline actions."""
+"""Facts about the planned job: devices, layout and pipeline actions."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -41,12 +41,12 @@ def require_host(config: Config) -> None:
 
 
 def can_offload(config: Config) -> bool:
-    """Whether offloading would free device memory. This is so on a GPU if the host's memory is known."""
+    """Whether the plan can offload: on GPUs with known host memory."""
     return device_kind(config) == "cuda" and config.hardware.host_memory_bytes > 0
 
 
 def device_kind(config: Config) -> str:
-    """Returns cpu or cuda. The hardware description decides; if none was chosen, the recipe or this machine decides."""
+    """Returns cpu or cuda, from the hardware, the recipe or this machine."""
     if config.hardware.name is not None:
         return "cpu" if config.hardware.device == "cpu" else "cuda"
     if config.cluster.device == "auto":
@@ -57,7 +57,7 @@ def device_kind(config: Config) -> str:
 
 
 def device_memory(config: Config) -> int:
-    """Returns the memory of one device in bytes. If it is unknown, the ranks divide this machine's memory equally."""
+    """Returns a device's memory in bytes; if unknown, a rank's share of this machine's."""
     if config.hardware.memory_bytes:
         return int(config.hardware.memory_bytes)
     import psutil
@@ -71,13 +71,13 @@ def layout_of(config: Config) -> Layout:
 
 
 def host_ranks(config: Config) -> int:
-    """Returns the number of ranks that share the memory of a host."""
+    """Returns the number of ranks that share a host's memory."""
     ranks = layout_of(config).ranks_per_node
     return min(config.hardware.devices_per_host or ranks, ranks)
 
 
 def require_matmuls(config: Config) -> None:
-    """Raise UserError if the planned devices do not support the recipe's FP8 GEMMs."""
+    """Raise UserError if the devices cannot run the recipe's FP8 GEMMs."""
     fp8, hardware = config.precision.fp8, config.hardware
     if fp8 is None or has_mx_tiles(fp8) or "fprop_mxfp8" not in hardware.rates:
         return
@@ -86,18 +86,18 @@ def require_matmuls(config: Config) -> None:
 
 
 def with_nodes(config: Config) -> Config:
-    """Returns the recipe with the planned number of ranks per node, for rules about nodes."""
+    """Returns the recipe with the planned number of ranks per node."""
     nodes = replace(config.cluster, ranks_per_node=layout_of(config).ranks_per_node)
     return replace(config, cluster=nodes)
 
 
 def micro_batches_of(config: Config) -> int:
-    """Returns the number of micro-batches in a step at the full batch size, on the rank with the most micro-batches."""
+    """Returns a rank's largest number of micro-batches at the full batch size."""
     return most_micro_batches(config)
 
 
 STEADY = 4
-"""Number of rounds that are enough to find the memory peak. A round has at least one micro-batch per pipeline rank."""
+"""Number of rounds of micro-batches that contain the memory peak."""
 
 
 def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
@@ -116,8 +116,7 @@ def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
 
 
 def program_of(config: Config, micro_batches: int | None = None) -> Program:
-    """Returns the actions of all pipeline ranks as a `Program`, for a simulation. micro_batches: number of
-    micro-batches; None: those of a step."""
+    """Returns the pipeline's actions as a `Program`. micro_batches: None for a step's number."""
     parallel = config.parallel
     count = micro_batches or micro_batches_of(config)
     return _program(parallel.schedule, parallel.pp, count, parallel.virtual_stages, parallel.overlap)

@@ -1,25 +1,27 @@
 """Estimates the device memory that tensors cannot use, by name, for plans and dry runs.
 
-    context          the CUDA context, loaded kernels, workspaces of libraries
-    communicators    NCCL's buffers for the collectives of every group, and for sends between pipeline stages
-    exchange         buffers of the exchange of experts' rows: NCCL's to every rank, or DeepEP's
+    context          CUDA context, loaded kernels, workspaces of libraries
+    communicators    NCCL's buffers for collectives, and for sends between pipeline stages
+    exchange         NCCL's or DeepEP's buffers for the rows of experts
     fragmentation    gaps between tensors, in torch's allocator
 
-NCCL (2.30, github.com/NVIDIA/nccl) allocates a communicator's buffers at the first collective that needs them. Inside a
-node, a connection receives into 10 MiB and sends from 2 MiB (src/transport/p2p.cc). Over a network, it sends from 10
-MiB. On every channel, a ring has one connection of each kind, and a tree up to three. For more than two nodes, the
-buffers of a group do not grow with the number of ranks (issue 864), only with the channels:
+NCCL (2.30, github.com/NVIDIA/nccl) allocates buffers per channel and connection:
 
-    several ranks per node   16 channels between nodes (issue 1538), with ring and tree: some 0.6 GB. Measured: 0.69 GB
-                             on A100 with NVLink, and 0.54 GB for two ranks (issue 964).
+    inside a node    receives into 10 MiB, sends from 2 MiB (src/transport/p2p.cc)
+    between nodes    receives into 10 MiB, sends from 10 MiB
+
+On a channel, a ring has one connection of each kind, and a tree up to three. Over more than two nodes, a group's
+buffers grow only with its channels (issue 864):
+
+    several ranks per node   16 channels between nodes (issue 1538). Measured: 0.69 GB on A100 with NVLink, 0.54 GB for
+                             two ranks (issue 964).
     one rank per node        4 channels (issue 1189 reports 8 for two ranks per node).
-    sends and exchanges      In a node, every pair of ranks has a connection on up to 32 channels, two per NVLink
-                             (src/graph/paths.cc: ncclTopoGetNchannels). Measured: 3.28 GB on eight H100 (issue 1685).
-                             Over a network, all peers share two buffers of 2 MiB per channel (src/transport/net.cc:
-                             NCCL_SHARED_STEPS).
+    sends and exchanges      In a node, up to 32 channels per pair of ranks, two per NVLink (src/graph/paths.cc).
+                             Measured: 3.28 GB on eight H100 (issue 1685). Between nodes, all peers share two buffers of
+                             2 MiB per channel (src/transport/net.cc).
 
-A group over several nodes divides the channels among its peers, eight at a time (ncclTopoComputeP2pChannels). DeepEP
-has its own buffers (conf/dispatches.py).
+A group over several nodes divides the channels among its peers, eight at a time (ncclTopoComputeP2pChannels). DeepEP's
+buffers are in conf/dispatches.py.
 """
 
 from functools import lru_cache
@@ -30,34 +32,26 @@ from train.plan.job import device_kind, device_memory, host_ranks, layout_of
 
 MIB = 2**20
 CONTEXT = 1_060_000_000
-"""Bytes that a process uses on an H100 besides tensors, with torch and NCCL loaded, before the first exchange (nccl
-issue 1685). The CUDA context alone uses some 0.4 GB with lazily loaded kernels (pytorch issue 109888)."""
+"""Bytes of a process on an H100 without tensors, before the first exchange (nccl issue 1685)."""
 COMMUNICATOR, PAIR_COMMUNICATOR = 688_000_000, 544_000_000
-"""Bytes of a communicator for collectives: for a group with several ranks per node, and for a group of two ranks (nccl
-issue 964)."""
+"""Bytes of a communicator with several ranks per node, and with two ranks (nccl issue 964)."""
 INSIDE, ACROSS = 12 * MIB, 20 * MIB
-"""Bytes of the buffers of a connection in both directions: for a connection inside a node, and for a connection between
-nodes."""
+"""Bytes of a connection's buffers for both directions: inside a node, and between nodes."""
 CHANNELS_ACROSS = 4
-"""Number of channels of a group with one rank per node and one network adapter per rank."""
+"""Number of channels of a group with one rank per node."""
 MOST_CHANNELS = 32
 LINK_RATE = 16.7e9
 """Bytes per second of an all-to-all over one of an H100's 18 NVLinks in one direction."""
 SHARED = 4 * MIB
-"""All sends and receives over a network share this many bytes on every channel."""
+"""Bytes per channel that all peers over a network share."""
 PEERS_AT_ONCE = 8
 """Number of peers that NCCL sends to at a time."""
 FRAGMENTATION = 0.02
-"""Estimated fraction of a device's memory that is lost in gaps between tensors, without a measurement.
-
-torch's expandable segments leave two kinds of gaps: unused parts of pages of 2 MiB, and freed blocks that are too small
-for the next tensor.
-"""
+"""Estimated fraction of device memory in gaps between tensors."""
 
 
 def reserve_of(config: Config) -> dict[str, int]:
-    """Returns the reserved bytes of each device, by name. On a CPU, nothing is reserved. If plan.reserve is set, it
-    replaces the estimate."""
+    """Returns a device's reserved bytes by name. plan.reserve replaces the estimate."""
     if device_kind(config) == "cpu":
         return {}
     if config.plan.reserve is not None:
@@ -72,21 +66,22 @@ def reserve_of(config: Config) -> dict[str, int]:
 
 
 HOST_SYSTEM = 0.05
-"""Estimated fraction of a host's memory for the operating system, agents, and the page cache of checkpoints."""
+"""Estimated fraction of a host's memory for system, agents and page cache."""
 HOST_PROCESS = 3_000_000_000
-"""Bytes of host memory that a rank's process needs besides tensors: 0.5 GB for Python and the imported program
-(cluster.prefork), and an estimate for CUDA and NCCL."""
+"""Estimated bytes of host memory of a rank's process, without tensors."""
 
 
 def host_memory(config: Config) -> int:
-    """Returns the bytes of a host's memory that tensors can use; 0 if the host's memory is unknown."""
+    """Returns a host's bytes of memory for tensors; 0 if unknown."""
     has = int(config.hardware.host_memory_bytes)
     return max(1, int(has * (1 - HOST_SYSTEM)) - host_ranks(config) * HOST_PROCESS) if has else 0
 
 
 def copies_memory(config: Config) -> int | None:
-    """Returns the capacity in bytes of a host's folder of in-memory copies; None if it is on disk or the host's memory
-    is unknown."""
+    """Returns the bytes for in-memory copies on a host.
+
+    None: their folder is on disk, or the host's memory is unknown.
+    """
     hardware, folder = config.hardware, config.checkpoint.memory_folder
     if not hardware.host_memory_bytes or not f"{folder}/".startswith("/dev/shm/"):
         return None
@@ -99,16 +94,15 @@ def tensor_memory(config: Config) -> int:
 
 
 def fragmentation(memory: int) -> int:
-    """Returns the estimated bytes of gaps between tensors, for a device with this much memory."""
+    """Returns the estimated bytes of gaps between tensors."""
     return int(FRAGMENTATION * memory)
 
 
 @lru_cache(maxsize=4096)
 def _collectives(layout: Layout) -> int:
-    """Returns the bytes of the communicators that a rank needs for collectives.
+    """Returns the bytes of a rank's communicators for collectives.
 
-    A rank has five groups: all ranks, its pipeline, its stage, the ranks that share its sequences, and the ranks with
-    its experts. Equal groups share a communicator; groups of one rank have none (parallel/mesh.py).
+    Equal groups share one; groups of one rank have none (parallel/mesh.py).
     """
     stage = layout.stage_ranks
     pipeline = range(0, layout.world, stage)
@@ -124,7 +118,7 @@ def _communicator(layout: Layout, ranks: range) -> int:
 
 
 def _sends(config: Config, layout: Layout) -> int:
-    """Returns the bytes for sends between stages, with at most two other ranks."""
+    """Returns the bytes for sends to at most two other stages."""
     return _peers(config, layout, range(0, layout.world, layout.stage_ranks), 2)
 
 
@@ -140,8 +134,10 @@ def _exchange(config: Config, layout: Layout) -> int:
 
 
 def _peers(config: Config, layout: Layout, ranks: range, most: int) -> int:
-    """Returns the bytes of a rank's send and receive buffers, for at most `most` ranks on its node and for all ranks on
-    other nodes, which share buffers."""
+    """Returns the bytes of a rank's send and receive buffers.
+
+    most: maximum number of peers on its node
+    """
     others = [layout.node(rank) == layout.node(ranks[0]) for rank in ranks[1:]]
     near, far = min(most, sum(others)), not all(others)
     link = config.hardware.rates.get("inside")

@@ -21,7 +21,7 @@ from train.show.planned import PLAN_FILE
 
 
 def tell_best(found: FoundLayout) -> None:
-    """Print a layout on standard error. A search calls this function for each new best layout."""
+    """Print a search's new best layout on standard error."""
     say(f"search: {found.step_seconds:.3g} s a step: {shlex.join(found.overrides)}", file=sys.stderr, flush=True)
 
 

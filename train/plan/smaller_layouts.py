@@ -1,10 +1,9 @@
-"""Plans the device memory of layouts that need fewer nodes than a run has. If the run loses nodes, the driver chooses
-one.
+"""Plans the device memory of smaller layouts, for a run that loses nodes.
 
     python -m train.plan.smaller_layouts CONFIG [cpu|cuda]
 
-Writes layouts.json into the folder of CONFIG (format: cluster/driver/shapes.py). Runs in the background of the training
-run, at the lowest priority. The second argument, the kind of devices, is needed if the recipe names no hardware.
+Writes layouts.json beside CONFIG (format: cluster/driver/shapes.py), at the lowest priority. The second argument is
+needed if the recipe names no hardware.
 """
 
 import math
@@ -29,8 +28,7 @@ from train.plan.reserve import reserve_of
 
 
 def planned_shapes(config: Config) -> list[StageShape]:
-    """Returns the layouts to plan: for every ep, the largest possible number of expert groups, half of it, a quarter,
-    and so on."""
+    """Returns the layouts to plan. For each ep, the number of expert groups is halved repeatedly."""
     found, cp = [StageShape(config.parallel.stage_ranks, config.parallel.ep)], config.parallel.cp
     for ep in sorted({shape.ep for shape in smaller_shapes(config)}, reverse=True):
         groups = config.parallel.stage_ranks // math.lcm(ep, cp)
@@ -41,7 +39,7 @@ def planned_shapes(config: Config) -> list[StageShape]:
 
 
 def plan_layouts(config: Config) -> list[dict[str, int]]:
-    """Returns dp, ep and the bytes per device of every planned layout that breaks no rule."""
+    """Returns dp, ep and bytes per device of every valid layout."""
     found = []
     for shape in planned_shapes(config):
         smaller = with_nodes(with_shape(config, shape))
@@ -56,7 +54,7 @@ def plan_layouts(config: Config) -> list[dict[str, int]]:
 
 
 def write_layouts(path: Path, device: str) -> None:
-    """Plan the smaller layouts of the recipe in the file `path`, and write layouts.json."""
+    """Plan smaller layouts of the recipe in `path`, and write layouts.json."""
     config = read_config(str(path))
     record: dict[str, Any] = {"config": digest_of(path.parent), "layouts": [], "problem": None}
     try:

@@ -1,15 +1,12 @@
 """Records the computation and communication of a pass, while a rank's own code runs unchanged.
 
-    methods     of the kernels, the FP8 engine, the wire and the dispatcher: a call counts as one kernel with all its
-                work
-    nodes       of autograd: the backward of a differentiable method also counts as one kernel
-    operations  of torch outside these calls; the ledger (train/plan/memory/ledger.py) passes them to the recorder
+    methods       Each call of the kernels, FP8 engine, wire or dispatcher counts as one kernel.
+    backward      The backward of a differentiable method counts as one kernel.
+    operations    All other torch operations count; the ledger (train/plan/memory/ledger.py) passes them on.
 
-The bytes of a call are those of its arguments and results. The measured rate of a kernel includes repeated reads and
-writes. Each kind of work has a rate of the same name (train/plan/time/rates.py), or the rate of a memory-bound
-operation.
+The bytes of a call are those of its arguments and results. Repeated reads and writes are part of the measured rates.
 
-Shapes: as in train/model/operations.py.
+Rates by kind of work: train/plan/time/rates.py. Shapes: as in train/model/operations.py.
 """
 
 from collections import defaultdict
@@ -40,7 +37,7 @@ from train.model.sequence import Rectangle, SeenKeys
 
 
 class Work(NamedTuple):
-    """The work of one kernel, or the sum over several kernels of one kind."""
+    """The work of one kernel, or of several of one kind."""
 
     kind: str
     flops: float = 0.0
@@ -49,20 +46,21 @@ class Work(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """One transfer of a micro-batch's rows between the ranks of an expert group."""
+    """One transfer of a micro-batch's rows in an expert group."""
 
     link: str
-    """The kind of link: inside a node, or across nodes; empty if the transfer uses both kinds."""
+    """Kind of link: `inside` a node, `across` nodes, or empty for both."""
     row_bytes: int
-    """Bytes of a message: a row, and the gates or other data sent with it."""
+    """Bytes of a message: a row, and data such as gates."""
 
 
 @dataclass(frozen=True)
 class WorkSegment:
     """A section of a pass that ends with a wait for exchanges.
 
-    compute: work before the exchanges start. beside: work between their start and the wait. yields: whether a
-    forward and a backward that overlap switch at the wait.
+    compute: work before the exchanges start
+    beside: work between their start and the wait
+    yields: whether overlapped passes switch at the wait
     """
 
     compute: tuple[Work, ...]
@@ -80,14 +78,14 @@ class TimedWork(NamedTuple):
 
 YIELD, WAIT = "yield", "wait"
 ONCE = "once_"
-"""Prefix of the kinds of work that a rank does only once per step."""
+"""Prefix of kinds of work that happen once per step."""
 
 
 class WorkRecorder:
     """Records the work of one pass at a time.
 
-    waits_for_each: whether every transfer blocks the pass, as on a CPU. clock: a function that returns seconds; None if
-    the caller needs no times.
+    waits_for_each: whether every transfer blocks the pass, as on a CPU
+    clock: function that returns seconds; None without times
     """
 
     def __init__(self, waits_for_each: bool, clock: Callable[[], float] | None = None):
@@ -104,7 +102,7 @@ class WorkRecorder:
         return [event for event in self._events if isinstance(event, TimedWork)]
 
     def segments(self) -> tuple[WorkSegment, ...]:
-        """Returns the recorded pass, divided into segments. Each segment sums the work by kind."""
+        """Returns the recorded pass as segments, with work summed by kind."""
         found: list[WorkSegment] = []
         compute, beside, exchanges = _Sums(), _Sums(), []
         for event in self._events:
@@ -118,12 +116,12 @@ class WorkRecorder:
         return (*found, WorkSegment(compute.works()))
 
     def yielded(self) -> None:
-        """Record a wait for exchanges, at which an overlapped pair of passes switches to the other pass."""
+        """Record a wait for exchanges, at which overlapped passes switch."""
         self._events.append(YIELD)
 
     @contextmanager
     def once(self) -> Iterator[None]:
-        """Marks all work recorded inside the context as done once per step."""
+        """Marks work inside the context as done once per step."""
         self._once = True
         try:
             yield
@@ -131,7 +129,7 @@ class WorkRecorder:
             self._once = False
 
     def run(self, call: Callable[..., Any], count: Callable[..., Work], *args: Any, **kwargs: Any) -> Any:
-        """Run a call and record it as one kernel. count: computes the call's work from its result and arguments."""
+        """Run a call and record it as one kernel. count: its work, from result and arguments."""
         if self._inside:
             return call(*args, **kwargs)
         started = self._clock()
@@ -140,13 +138,12 @@ class WorkRecorder:
         return out
 
     def listen(self, owner: Any, name: str, count: Callable[..., Work]) -> None:
-        """Record all calls of the method `name` of the object `owner`. count: as in `run`."""
+        """Record all calls of a method. count: as in `run`."""
         call = getattr(owner, name)
         setattr(owner, name, lambda *args, **kwargs: self.run(call, count, *args, **kwargs))
 
     def operation(self, run: Callable[..., Any], func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run a torch operation. Record it if it runs a kernel, unless it belongs to a call that is recorded as a
-        whole."""
+        """Run a torch operation, and record it unless a recorded call contains it."""
         if self._inside or not _is_kernel(func):
             return run(func, args, kwargs)
         started = self._clock()
@@ -171,7 +168,7 @@ class WorkRecorder:
             self.listen(kernels.core, name, _attention_counter(name))
 
     def _listen_both_ways(self, owner: Any, name: str, kind: str) -> None:
-        """Record the calls of a differentiable method and the backward of each call."""
+        """Record a differentiable method's calls, and their backward."""
         call, backward = getattr(owner, name), _moving(f"{kind}_backward")
 
         def both(*args: Any) -> Any:
@@ -195,7 +192,7 @@ class WorkRecorder:
         setattr(owner, name, both)
 
     def listen_to_engine(self, engine: HopperEngine) -> None:
-        """Record casts to and from FP8, operations that are fused with such casts, and FP8 GEMMs."""
+        """Record FP8 casts, operations fused with them, and FP8 GEMMs."""
         engine._casts = casts = SimpleNamespace(**{name: getattr(engine._casts, name) for name in FP8_CASTS})
         for name, kind in FP8_CASTS.items():
             self.listen(casts, name, _moving(kind))
@@ -207,7 +204,7 @@ class WorkRecorder:
         self.listen(matmuls, "wgrad", partial(_count_fp8_wgrad, prefix, form))
 
     def listen_to_dispatcher(self, dispatcher: ExchangeDispatcher) -> None:
-        """Record the dispatcher's transfers, its FP8 casts of sent rows, and its sorting of rows."""
+        """Record the dispatcher's transfers, FP8 casts and sorting of rows."""
         wire = dispatcher.wire
         for name in ("encode", "unpack"):
             if isinstance(wire, Fp8Wire) and not (name == "unpack" and isinstance(wire, Fp8RowsWire)):
@@ -255,7 +252,7 @@ class WorkRecorder:
         setattr(buffer, name, send)
 
     def listen_to_share(self, share: Any) -> None:
-        """Record the transfers between ranks that share sequences. Each transfer blocks the pass until it ends."""
+        """Record the transfers between ranks that share sequences. Each blocks the pass."""
         others = share.parts - 1
         self.listen(share, "_all_gather", lambda out, there, own: Work("gather", bytes=others * _size(own)))
         self.listen(share, "_all_to_all", lambda out, there, own: Work("all_to_all", bytes=others * _size(own[0])))
@@ -283,15 +280,14 @@ class _Sums(defaultdict):
 
 
 def _size(value: object) -> float:
-    """Returns the bytes of all tensors in a value; for an expanded tensor, only those of its storage."""
+    """Returns the bytes of all tensors in a value. An expanded tensor counts only its storage."""
     if isinstance(value, Tensor):
         return min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
     return sum(map(_size, value)) if isinstance(value, list | tuple) else 0.0
 
 
 def _moving(kind: str) -> Callable[..., Work]:
-    """Returns a function that counts the work of a memory-bound call: the bytes of its arguments and results. A
-    returned argument counts once."""
+    """Returns a function that counts a call's bytes. Returned arguments count once."""
 
     def count(out: Any, *args: Any, **kwargs: Any) -> Work:
         given = (*args, *kwargs.values())
@@ -311,14 +307,18 @@ _ROWWISE = {
     "sort_by_expert": "sort",
     "sum_entries": "collect",
 }
-"""Kind of work of each method of `Kernels` that autograd Functions call. Methods with GEMMs are in `_MATMULS`."""
+"""Kind of work of `Kernels` methods without GEMMs."""
 _DIFFERENTIABLE = {"to_heads": "heads", "route": "route"}
-"""Maps differentiable methods of `Kernels` to kinds of work. Forward and backward count separately."""
+"""Differentiable methods of `Kernels`, whose forward and backward count separately."""
 
 
 def matmul_kind(left_OC: Tensor, right_NC: Tensor) -> str:
-    """Returns the kind of the GEMM left @ right^T, from the memory order of the operands. Fprop: both are row-major.
-    Dgrad: only left is row-major. Wgrad: left is not row-major."""
+    """Returns the kind of the GEMM left @ right^T, from the operands' memory order.
+
+    Fprop: both operands are row-major.
+    Dgrad: only left is row-major.
+    Wgrad: left is not row-major.
+    """
     name = "wgrad" if left_OC.stride(-1) != 1 else "fprop" if right_NC.stride(-1) == 1 else "dgrad"
     return f"{name}_{_form(left_OC)}"
 
@@ -343,13 +343,11 @@ def _count_grouped_wgrad(out: Tensor, grad_RO: Tensor, x_RI: Tensor, groups: Any
 
 
 SCORE_BYTES = 24
-"""Bytes that an indexer reads and writes per head and (query, key) pair: to store the GEMM's result, to apply ReLU and
-the head's weight in place, and to sum over heads."""
+"""Bytes that an indexer moves per head and (query, key) pair."""
 
 
 CHOICE_BYTES = 50
-"""Bytes that an indexer reads and writes per (query, key) pair to choose the best keys. SCORE_BYTES covers the
-scores."""
+"""Bytes that an indexer moves per (query, key) pair to choose keys."""
 
 
 def _count_choice(out: Tensor, index: IndexVectors, seen: SeenKeys, top_k: int) -> Work:
@@ -358,62 +356,67 @@ def _count_choice(out: Tensor, index: IndexVectors, seen: SeenKeys, top_k: int) 
 
 
 def _count_fused_choice(out: Tensor, index: IndexVectors, seen: SeenKeys, top_k: int) -> Work:
-    """Returns the work of choosing keys, if one kernel computes the scores of all heads."""
+    """Returns the work of choosing keys with one kernel for all heads."""
     (*_, H, I), pairs = index.q_BTHI.shape, _all_pairs(index, seen)
     return Work(f"index_{_form(index.q_BTHI)}", 2 * pairs * H * I, CHOICE_BYTES * pairs + _size((out, index)))
 
 
 def _all_pairs(index: IndexVectors, seen: SeenKeys) -> int:
-    """Returns the number of (query, key) pairs in a micro-batch in which the query attends to the key."""
+    """Returns the number of visible (query, key) pairs."""
     batch = len(index.q_BTHI)
     return sum((batch if one.sequence is None else 1) * _pairs(one) for one in seen.rectangles)
 
 
 def _count_index_loss(out: IndexLoss, index: IndexVectors, seen: SeenKeys, **rest: Any) -> Work:
-    """Returns the work of the indexer's loss over all keys: two GEMMs for the scores (for the softmax's sum, and for
-    its values), and three for the gradients."""
+    """Returns the work of the indexer's loss: five GEMMs over all keys."""
     return _count_index(5, index, seen, out)
 
 
 def _count_index(products: int, index: IndexVectors, seen: SeenKeys, out: Any) -> Work:
-    """Returns the work of an indexer's fp32 GEMMs in torch operations. products: number of GEMMs over all heads and
-    (query, key) pairs."""
+    """Returns the work of an indexer's fp32 GEMMs. products: their number."""
     (*_, H, I), made = index.q_BTHI.shape, _size((out, index))
     pairs = H * _all_pairs(index, seen)
     return Work("index_fp32", 2 * products * pairs * I, SCORE_BYTES * products * pairs + made)
 
 
 def _count_chosen(out: ChosenOutput, given: ChosenInput) -> Work:
-    """Returns the work of attention over chosen keys: the matmuls queries times W_UK, queries times latents, scores
-    times latents, and result times W_UV."""
+    """Returns the work of attention over chosen keys: scores, sums of latents, W_UK and W_UV."""
     X, R, up = _widths(given)
     return _over_chosen(given.chosen_BTK, given.q_BTHQ.shape[2], X, X + R, up, _size((out, given)))
 
 
 def _count_chosen_backward(out: Any, dout_BTHV: Tensor, given: ChosenInput, *rest: Any) -> Work:
-    """Returns the work of the backward of attention over chosen keys. It recomputes the scores and the sums of latents,
-    then computes the gradients of scores, queries, latents, W_UK and W_UV."""
+    """Returns the work of the backward of attention over chosen keys. It recomputes scores and sums of latents."""
     X, R, up = _widths(given)
     return _over_chosen(given.chosen_BTK, given.q_BTHQ.shape[2], 2 * X, 3 * X + 3 * R, 3 * up, _size((out, given)))
 
 
 def _count_fused_chosen(out: ChosenOutput, given: ChosenInput) -> Work:
-    """Returns the work of attention if kernels gather the latents (train/kernels/gpu/triton_chosen.py). Two kernels
-    compute scores, and one computes the weighted sums. Probabilities are written and read once."""
+    """Returns the work of attention if kernels gather the latents (train/kernels/gpu/triton_chosen.py).
+
+    Two kernels compute scores, and one computes weighted sums. Probabilities are written and read once.
+    """
     X, _, up = _widths(given)
     return _fused_chosen(given, 3 * X, up, 3, 2, 0, out)
 
 
 def _count_fused_chosen_backward(out: Any, dout_BTHV: Tensor, given: ChosenInput, *rest: Any) -> Work:
-    """Returns the work of attention's backward if two kernels gather the latents. Probabilities and gradients of scores
-    are written once and read twice. The latents' gradients are written, read and added in fp32."""
+    """Returns the work of attention's backward if two kernels gather the latents.
+
+    Probabilities and gradients of scores are written once and read twice. Gradients of latents are added in fp32.
+    """
     X, R, up = _widths(given)
     return _fused_chosen(given, 5 * X + R, 3 * up, 2, 6, 16, out)
 
 
 def _fused_chosen(given: ChosenInput, products: int, up: int, gathers: int, weights: int, rows: int, out: Any) -> Work:
-    """products, up: as in `_over_chosen`. gathers: how often each gathered row is read. weights: how often a value per
-    head and chosen key is read or written. rows: bytes per element of a gradient row."""
+    """Returns the work of fused attention over chosen keys.
+
+    products, up: as in `_over_chosen`
+    gathers: number of reads of each gathered row
+    weights: number of reads and writes per head and chosen key
+    rows: bytes per element of a gradient row
+    """
     (B, T, K), H, X, item = (
         given.chosen_BTK.shape,
         given.q_BTHQ.shape[2],
@@ -425,25 +428,24 @@ def _fused_chosen(given: ChosenInput, products: int, up: int, gathers: int, weig
 
 
 def _count_chosen_loss(out: IndexLoss, index: IndexVectors, chosen_BTK: Tensor, **rest: Any) -> Work:
-    """Returns the work of the indexer's loss over chosen keys. The loss computes the scores, and the gradients of the
-    indexer's queries and keys."""
+    """Returns the work of the indexer's loss over chosen keys: scores, and gradients of queries and keys."""
     *_, H, I = index.q_BTHI.shape
     return _over_chosen(chosen_BTK, H, 2 * I, 3 * I, 0, _size((out, index)))
 
 
 def _widths(given: ChosenInput) -> tuple[int, int, int]:
-    """Returns three sizes in elements: a latent with its RoPE key, a latent without it, and the weight of one head."""
+    """Returns numbers of elements: latent with RoPE key, latent, weight of one head."""
     heads, rank = given.q_BTHQ.shape[2], given.weight_YC.shape[1]
     return given.latents_BSX.shape[2], rank, given.weight_YC.numel() // heads
 
 
 def _over_chosen(chosen_BTK: Tensor, heads: int, gathered: int, products: int, up: int, made: float) -> Work:
-    """Returns the work of attention, or of the indexer's loss, over chosen keys in fp32 torch operations.
+    """Returns the work of fp32 torch operations over chosen keys: attention, or the indexer's loss.
 
-    - gathered: width of the rows that are gathered for the chosen keys; each row is written once and read twice.
-    - products: number of multiplications per query, head and chosen key.
-    - up: number of further multiplications per query and head.
-    - made: bytes of all arguments and results.
+    gathered: width of the gathered rows, each written once and read twice
+    products: multiplications per query, head and chosen key
+    up: further multiplications per query and head
+    made: bytes of all arguments and results
     """
     B, T, K = chosen_BTK.shape
     moved = 4 * B * T * K * 3 * gathered + SCORE_BYTES * B * T * K * heads
@@ -529,14 +531,14 @@ def _attention_counter(name: str) -> Callable[..., Work]:
 
 @cache
 def _pairs(seen: Rectangle) -> int:
-    """Returns the number of pairs (query, key) in which the query attends to the key."""
+    """Returns the number of visible (query, key) pairs."""
     keys = seen.last_key - seen.first_key
     return sum(min(max(query + seen.before + 1, 0), keys) for query in range(seen.last_query - seen.first_query))
 
 
 _MAKES_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 _GATHERS = {"index_select": "permute", "embedding": "embed_forward", "index": "permute", "gather": "permute"}
-"""Kinds of the operations that gather rows. They read as many bytes as they return."""
+"""Operations that gather rows. They read as many bytes as they return."""
 _MULTIPLIES = {"mm", "addmm", "bmm"}
 _WRITES = {"copy_", "fill_", "zero_"}
 """Operations that do not read their first argument."""
@@ -554,7 +556,7 @@ _ADDS = {"add_", "addcmul_"}
 
 @cache
 def _is_kernel(func: Any) -> bool:
-    """Whether an operation runs a kernel. Views and allocations run no kernel."""
+    """Whether an operation runs a kernel. Views and allocations do not."""
     schema = func._schema
     views = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns)
     return not views and _name(func) not in _MAKES_NOTHING and schema.name.partition("::")[0] != "prim"

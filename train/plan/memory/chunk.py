@@ -6,14 +6,13 @@ of
 
     own_i       tensors that part i keeps for its backward, besides its input
     x_i         input of part i, kept for backward; the pipeline stage also holds x_0 and x_n
-    sent_i      the part of own_i that is offloaded to the host; it leaves the device when the next part that offloads
-                ends, and returns before the backward of part i
+    sent_i      the offloaded part of own_i; it leaves the device when the next part that offloads ends, and returns
+                before the backward of part i
     E           the embedding's output, if MTP modules need it; in the first chunk E is x_0
     dx_i, dE    gradients of x_i and E, while backward uses them
 
-While part i runs, the memory of all other parts is constant, and is added to the measured memory of part i. The
-measurement includes x_i, x_i+1, dx_i and dx_i+1. The output of the part `end` is too small to count. The second input
-of `end` is E.
+While part i runs, the memory of all other parts is constant, and is added to the measured memory of part i. This
+includes x_i, x_i+1, dx_i and dx_i+1. The output of `end` is too small to count. The second input of `end` is E.
 """
 
 from collections import Counter
@@ -35,20 +34,19 @@ from train.plan.memory.part import (
 Parts = tuple[str, ...]
 """Names of a chunk's parts in order: embedding, dense, moe, end.
 
-A suffix tells how a block saves memory. In moe_again, backward recomputes the block. In moe_away_ffn, the FFN's
-activations wait on the host.
+Suffixes: backward recomputes moe_again. The FFN's activations of moe_away_ffn wait on the host.
 """
 
 
 @lru_cache(maxsize=4096)
 def chunk_of(scene: Scene, parts: Parts) -> "ChunkMemory":
-    """Returns the chunk with these parts. Equal arguments return the same object."""
+    """Returns the chunk with these parts, cached."""
     return ChunkMemory(scene, parts)
 
 
 @dataclass(frozen=True)
 class ChunkMemory:
-    """Memory of one chunk's passes, in bytes. It includes x_0, x_n and their gradients, while they are allocated."""
+    """Memory of a chunk's passes in bytes, with x_0, x_n and gradients."""
 
     scene: Scene
     parts: Parts
@@ -67,12 +65,12 @@ class ChunkMemory:
 
     @property
     def _joins(self) -> bool:
-        """Whether the chunk has MTP modules, whose second input is the embedding's output."""
+        """Whether MTP modules of the chunk read the embedding's output."""
         return self.has_end and self.scene.model.section.mtp_depth > 0
 
     @cached_property
     def hidden(self) -> int:
-        """Bytes of one tensor of hidden states (h in the docstring of this file)."""
+        """Bytes of one tensor of hidden states (h)."""
         return trace_forward(self.scene, "embedding").output
 
     @cached_property
@@ -86,40 +84,38 @@ class ChunkMemory:
 
     @cached_property
     def sent_last(self) -> int:
-        """Offloaded bytes (sent_i) of the last part that offloads. They are on the device when a forward ends and when
-        a backward begins."""
+        """Offloaded bytes of the last part that offloads. They are on the device when a forward ends or a backward
+        begins."""
         return self._newest(len(self._names))
 
     @cached_property
     def sent_bytes(self) -> int:
-        """Bytes of the offloaded tensors of all parts (the sum of all sent_i)."""
+        """Offloaded bytes of all parts."""
         return sum(self._sent)
 
     @cached_property
     def host_bytes(self) -> tuple[int, int]:
-        """Offloaded bytes on the host: the total over all parts, and the bytes of the last part that offloads."""
+        """Offloaded bytes on the host: of all parts, and of the last part that offloads."""
         taken = [trace_forward(self.scene, name).host_bytes for name in self._names if AWAY in name]
         return sum(taken), next((size for size in reversed(taken) if size), 0)
 
     def _newest(self, i: int) -> int:
-        """Returns sent_j, where j is the last part before part i that offloads; 0 without such a part."""
+        """Returns sent_j of the last part j before part i that offloads, or 0."""
         return next((size for size in reversed(self._sent[:i]) if size), 0)
 
     def _resident(self, i: int) -> int:
-        """Returns the device bytes that all parts before part i keep for backward (own_0 ... own_i-1) while part i
-        runs."""
+        """Returns the device bytes of own_0 ... own_i-1 while part i runs."""
         return sum(self._own[:i]) - sum(self._sent[:i]) + self._newest(i)
 
     def _kept(self, name: str) -> Counter:
-        """Returns the bytes that a part keeps for its backward (own_i), by item, without the part's input."""
+        """Returns the bytes of own_i by item."""
         kept = Counter(trace_forward(self.scene, name).kept)
         kept["activations"] -= self.hidden * (1 + (name == "end" and self._joins))
         return kept
 
     @cached_property
     def kept(self) -> Counter:
-        """Device bytes that the chunk keeps for backward, by item. They exclude x_n. They exclude x_0, too, if another
-        rank sent it."""
+        """Device bytes that the chunk keeps for backward, by item, without x_n and without a received x_0."""
         kept: Counter = Counter()
         for name, count in Counter(self._names).items():
             for item, size in (self._kept(name) - trace_forward(self.scene, name).sent).items():
@@ -130,7 +126,7 @@ class ChunkMemory:
 
     @property
     def _held(self) -> int:
-        """Bytes of all hidden states of the chunk (x_0 ... x_n), and of the embedding's output (E)."""
+        """Bytes of x_0 ... x_n and E."""
         count = len(self._names) + (not self.has_end) + (self._joins and not self._has_embedding)
         return count * self.hidden
 
@@ -140,8 +136,7 @@ class ChunkMemory:
         return PassMemory(self._input, _joined([run.pieces for run in lifted]))
 
     def ascent(self) -> Iterator[tuple[str, int]]:
-        """Yields the parts in forward order, each with the chunk's live bytes that are not in the part's
-        measurement."""
+        """Yields the parts in forward order, with live bytes outside of each measurement."""
         if self._has_embedding or self._joins:
             yield "embedding", self._input
         early = self.hidden * (self._joins and not self._has_embedding)  # E exists before the blocks run
@@ -151,12 +146,12 @@ class ChunkMemory:
 
     @property
     def _input(self) -> int:
-        """Bytes of the chunk's input x_0 if another rank sent it, else 0."""
+        """Bytes of x_0 if another rank sent it, else 0."""
         return 0 if self._has_embedding else self.hidden
 
     @cached_property
     def evaluation(self) -> int:
-        """Returns the peak bytes of a forward without gradients, including the chunk's input x_0."""
+        """Returns the peak bytes of a forward without gradients, including x_0."""
         runs = [trace_evaluation(self.scene, name) for name in self.parts]
         first = runs[: 1 + self._has_embedding]
         return max(first + [run + self.hidden for run in runs[len(first) :]])
@@ -164,8 +159,8 @@ class ChunkMemory:
     def backward(self, first: bool, table_first: bool) -> PassMemory:
         """The complete backward pass.
 
-        first: whether this pass allocates the gradients of the weights; if so, the result includes them. table_first:
-        whether it allocates the embedding's gradient, which two chunks of a rank may share.
+        first: whether it allocates the gradients of weights, which the result then includes
+        table_first: whether it allocates the embedding's gradient, which two chunks may share
         """
         start = self._resident(len(self._names)) + self._held + (0 if self.has_end else self.hidden)
 
@@ -175,9 +170,9 @@ class ChunkMemory:
         return PassMemory(start, _joined([_lifted(run, below).pieces for _, run, below in self.descent(run_of)]))
 
     def descent(self, run_of: Callable[[str, bool], PassMemory]) -> Iterator[tuple[str, PassMemory, int]]:
-        """Yields the parts in backward order, each with its pass and the live bytes that this pass does not include.
+        """Yields the parts in backward order, each with its pass and the live bytes outside of the pass.
 
-        run_of: a function that returns the pass of a part; its second argument is `held` of `trace_backward`.
+        run_of: returns a part's pass; its second argument is `held` of `trace_backward`
         """
         h, names = self.hidden, self._names
         output = 0 if self.has_end else h
@@ -194,11 +189,10 @@ class ChunkMemory:
             yield "embedding", run_of("embedding", False), output + rest - arrived + self._input
 
     def split(self, first: bool) -> tuple[PassMemory, PassMemory]:
-        """Returns the two passes of a split backward: first the gradients of inputs, then those of weights. A chunk
-        with the embedding is not supported.
+        """Returns the two passes of a split backward: gradients of inputs, then of weights.
 
-        Until the second pass ends, memory holds the graph, all hidden states, the gradients of the blocks' outputs, and
-        tensors fetched from the host.
+        A chunk with the embedding is not supported. Until the second pass ends, memory holds the graph, all hidden
+        states, gradients of the blocks' outputs, and tensors fetched from the host.
         """
         h, names = self.hidden, self._names
         runs = [trace_split_backward(self.scene, name, first) for name in names]
@@ -220,12 +214,12 @@ class ChunkMemory:
 
 
 def _lifted(run: PassMemory, below: int) -> PassMemory:
-    """Returns a copy of the pass, with `below` bytes added to the live bytes."""
+    """Returns the pass with `below` more live bytes."""
     return PassMemory(run.start + below, tuple(Stretch(piece.peak + below, piece.end + below) for piece in run.pieces))
 
 
 def _joined(runs: Sequence[Sequence[Stretch]]) -> tuple[Stretch, ...]:
-    """Joins passes that run in sequence. A pass's last section and the next pass's first section become one."""
+    """Joins passes in sequence. Neighbouring sections of two passes become one."""
     joined: list[Stretch] = []
     for pieces in runs:
         first, *others = pieces

@@ -1,10 +1,10 @@
-"""Counts every byte of tensor memory that code allocates and frees, without help from the allocator.
+"""Counts the tensor memory that code allocates and frees, without the allocator.
 
-A Ledger is a torch dispatch mode. It counts each storage until the last tensor on the storage is freed. On the meta
-device, it computes the memory that the code would use. It cannot count temporary memory of a kernel.
+A `Ledger` is a torch dispatch mode. It counts each storage until its last tensor is freed. On the meta device, it
+computes the memory that the code would use. It cannot count temporary memory of a kernel.
 
-A ledger counts only operations of threads that have entered the mode. On the CPU and the meta device, autograd runs
-backward in the calling thread.
+A ledger counts only threads that have entered the mode. On the CPU and the meta device, backward runs in the calling
+thread.
 """
 
 import gc
@@ -36,17 +36,17 @@ class Snapshot:
 
 
 def _undisturbed(mode: "type[Ledger]") -> "type[Ledger]":
-    """Class decorator that adds the dispatch method after the class has been created. Otherwise, torch wraps the method
-    for torch.compile, and every operation becomes slower."""
+    """Adds the dispatch method after the class body, where torch would wrap and slow it."""
     mode.__torch_dispatch__ = mode._count
     return mode
 
 
 @_undisturbed
 class Ledger(TorchDispatchMode):
-    """Counts live bytes of storages on one type of device, and their peak since the last call of `mark`.
+    """Counts live bytes on one type of device, and their peak since the last `mark`.
 
-    Callers may set two labels. tag: stored with every new storage. event: the current work, stored with the peak.
+    tag: label for new storages
+    event: label of the current work, stored with the peak
     """
 
     def __init__(self, device: torch.device | str):
@@ -60,7 +60,7 @@ class Ledger(TorchDispatchMode):
         self.event = ""
         self._is_told_apart = False
         self.recorder: WorkRecorder | None = None
-        """Records the FLOPs and bytes of every operation; None for no recording."""
+        """Records the work of every operation, if given."""
 
     def _count(self, func, types, args=(), kwargs=None):
         if not _PLAIN.issuperset(types):
@@ -112,14 +112,14 @@ class Ledger(TorchDispatchMode):
         return self._live[tensor.untyped_storage()._cdata][1]
 
     def mark(self) -> Snapshot:
-        """Returns the peak since the last call, and resets the peak to the current live bytes."""
+        """Returns the peak since the last call, and resets it."""
         peak, now = self.peak, self.now
         self.peak = Snapshot(now.total, Counter(now.by_tag), self.event)
         return peak
 
     @contextmanager
     def told_apart(self) -> Iterator[None]:
-        """Inside the context, new storages count zero bytes, because the caller counts them."""
+        """New storages inside the context count zero bytes; the caller counts them."""
         self._is_told_apart = True
         try:
             yield
@@ -141,14 +141,14 @@ class PhaseBytes(NamedTuple):
 
     device: int
     host: int
-    """Tensors in host memory; 0 on a CPU, where host and device memory are the same."""
+    """Bytes of tensors in host memory; 0 on a CPU."""
 
 
 class PeakMeter:
-    """A context that measures peak memory. Its method `mark` returns the peak since the previous call of `mark`."""
+    """Measures peak memory inside the context; see `mark`."""
 
     def __init__(self, device: torch.device, counts_host: bool = False):
-        """counts_host: if the device is a GPU, also count tensors in host memory."""
+        """counts_host: on a GPU, also count tensors in host memory"""
         self._device, self._on_gpu = device, device.type == "cuda"
         self._ledger = Ledger("cpu") if counts_host or not self._on_gpu else None
 
@@ -171,7 +171,7 @@ class PeakMeter:
         return self.mark_both().device
 
     def mark_both(self) -> PhaseBytes:
-        """Returns the peak bytes on the device and on the host since the last call."""
+        """Returns device and host peaks in bytes since the last call."""
         counted = 0 if self._ledger is None else self._ledger.mark().total
         if not self._on_gpu:
             return PhaseBytes(counted, 0)
@@ -181,8 +181,7 @@ class PeakMeter:
 
 
 class MetaLedger(Ledger):
-    """A ledger for the meta device that caches the results of operations. torch computes many result shapes in Python,
-    ten times slower than a lookup."""
+    """A ledger for the meta device that caches results, for speed."""
 
     def __init__(self):
         super().__init__("meta")
@@ -208,8 +207,7 @@ class MetaLedger(Ledger):
 
 
 _MADE: dict[tuple, tuple[type, list[tuple | None]]] = {}
-"""Cached results of operations: whether there are several tensors, and each tensor's shape, stride and dtype. None: an
-omitted output."""
+"""Cached results: type, and each tensor's shape, stride and dtype; None: omitted output."""
 
 
 @cache
@@ -220,14 +218,14 @@ def _makes_new(func: Any) -> bool:
 
 @cache
 def _writes_alone(func: Any) -> bool:
-    """Whether an operation is elementwise, and writes only into its first argument, which it returns."""
+    """Whether an elementwise operation writes only into its first argument."""
     first = func._schema.arguments[:1]
     written = [one.alias_info is not None and one.alias_info.is_write for one in first]
     return torch.Tag.pointwise in func.tags and func._schema.name.endswith("_") and written == [True]
 
 
 def _shape_of(value: object) -> Hashable:
-    """Returns the properties of an argument that determine the shape of the operation's result."""
+    """Returns the properties of an argument that determine the result's shape."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, list | tuple):

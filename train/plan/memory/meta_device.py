@@ -1,10 +1,8 @@
-"""Builds the kernels and the precision of a GPU or a CPU for the meta device, so that the model runs without memory.
+"""Builds the kernels and the precision of a GPU or a CPU for the meta device, which needs no memory.
 
-Functions that return tensors of the same shapes replace the kernels that exist only on GPUs. torch computes the
-shapes of all other results.
+Functions with results of the same shapes replace kernels that exist only on GPUs.
 
-torch's FakeTensorMode is not used: its CPU tensors take 20 times as long, and without CUDA its GPU tensors abort
-autograd.
+torch's FakeTensorMode is not used: it takes 20 times as long, and without CUDA its GPU tensors abort autograd.
 """
 
 from collections import deque
@@ -52,10 +50,9 @@ def _scaled_grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor, output_dtype: torc
 
 
 def meta_kernels(kind: str, compiled: bool) -> Kernels:
-    """Returns the kernels of a kind of device (cuda or cpu), changed to run on the meta device.
+    """Returns the kernels of a kind of device (cuda or cpu) for the meta device.
 
-    Sparse attention is computed only for the last blocks of queries, which attend to the most keys and need the most
-    memory.
+    Sparse attention runs only for the last blocks of queries, which need the most memory.
     """
     kernels = build_kernels(kind, compiled)
     choose, learn = kernels.choose_keys, kernels.index_loss
@@ -98,19 +95,19 @@ def meta_kernels(kind: str, compiled: bool) -> Kernels:
 
 
 def _last(rows_BTX: Tensor) -> Tensor:
-    """Returns only those rows that belong to the last block of queries."""
+    """Returns only the rows of the last block of queries."""
     return rows_BTX[:, -THRESHOLDS.attention_queries :]
 
 
 def last_blocks(seen: SeenKeys) -> SeenKeys:
-    """Returns only the last rectangle (queries by keys), reduced to its last queries (at most four blocks)."""
+    """Returns only the last rectangle, with at most four blocks of queries."""
     last = seen.rectangles[-1]
     first = max(last.first_query, last.last_query - 4 * THRESHOLDS.attention_queries)
     return SeenKeys([last._replace(first_query=first, before=last.before + first - last.first_query)])
 
 
 def meta_wire(name: str, quantized: bool, kind: str) -> Wire:
-    """Returns a device's wire (the format of rows that are sent to experts), in a form that runs on the meta device."""
+    """Returns a wire (format of rows sent to experts) for the meta device."""
     wire = build_wire(name, quantized)
     if isinstance(wire, Fp8Wire) and kind == "cuda":
         wire.widen = Tensor.float
@@ -124,7 +121,7 @@ def meta_precision(
     recompute_swiglu: bool,
     making: Callable[[], AbstractContextManager] = nullcontext,
 ) -> HighPrecision | Fp8Precision:
-    """Returns a device's precision in a form that runs on the meta device. making: as in `Fp8Precision`."""
+    """Returns a device's precision for the meta device."""
     if precision.fp8 is None:
         return HighPrecision(activation_dtype(precision), kernels, recompute_swiglu)
     if kind == "cpu":
@@ -176,7 +173,7 @@ def _decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
 
 
 def _whole(rows: int) -> int:
-    """Returns the number of rows, rounded up to a multiple of the tile size."""
+    """Rounds a number of rows up to whole tiles."""
     return -(-rows // TILE) * TILE
 
 
@@ -231,11 +228,10 @@ _MATMULS = SimpleNamespace(
     matmul=lambda left, left_scale, right, right_scale, out, ends=None: out,
     wgrad=lambda left, left_scale, right, right_scale, out, added, ends=None: out,
 )
-"""Replaces train/kernels/fp8/triton_matmuls.py on the meta device. Returns `out`, which the FP8 engine has
-allocated."""
+"""Replaces train/kernels/fp8/triton_matmuls.py. Returns `out`, which the FP8 engine has allocated."""
 
 _DEEP_GEMM = SimpleNamespace(
     m_grouped_fp8_gemm_nt_contiguous=lambda *args, **kwargs: None,
     k_grouped_fp8_gemm_nt_contiguous=lambda *args, **kwargs: None,
 )
-"""Replaces DeepGEMM on the meta device. Does nothing, because the FP8 engine has allocated the results."""
+"""Replaces DeepGEMM. The FP8 engine has allocated the results."""

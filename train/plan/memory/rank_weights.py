@@ -32,11 +32,11 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     is_trained: bool = True
-    """Whether the run trains the weight. A frozen weight has no master weight, moments or gradient."""
+    """Frozen weights have no master weight, moments or gradient."""
     item_bytes: int | None = None
     """Bytes per element; None for the recipe's weight format."""
     chunk: int | None = None
-    """Index of this rank's only chunk with the weight; None for an embedding that the last chunk also uses."""
+    """Index of the weight's chunk; None for an embedding that two chunks use."""
 
     @property
     def elements(self) -> int:
@@ -51,7 +51,7 @@ class Weight:
 def part_weights(
     model: FrozenSection[Model], part: str, local_experts: int, adapter: FrozenSection[Adapter] = NO_ADAPTER
 ) -> tuple[Weight, ...]:
-    """Returns the weights of a model part (train/plan/memory/part.py). `end` does not include the embedding."""
+    """Returns a model part's weights (train/plan/memory/part.py), `end` without the embedding."""
     config = replace(model.section, sparse=sparse_of(part, model.section))
     layers = {"dense": range(1), "moe": range(config.dense_layers, config.dense_layers + 1)}.get(
         kind_of(part), range(0)
@@ -78,13 +78,13 @@ def part_weights(
 
 
 def held_bytes(config: Config, weights: Sequence[Weight]) -> int:
-    """Returns the bytes of unsharded weights, in the formats in which they are stored."""
+    """Returns the bytes of unsharded weights in their stored formats."""
     usual = config.precision.weight_bytes
     return sum(weight.elements * (weight.item_bytes or usual) for weight in weights)
 
 
 def rank_weights(config: Config, chunks: Sequence[Parts]) -> list[Weight]:
-    """Returns the weights of all chunks of a rank. The embedding is listed once."""
+    """Returns the weights of a rank's chunks, the embedding once."""
     model, share = FrozenSection(config.model), config.model.experts // config.parallel.ep
     has_table = any(needs_table(config.model, parts) for parts in chunks)
     names = [(None if config.model.mtp_depth else 0, "embedding")] * has_table
@@ -99,15 +99,13 @@ def _chunk_weights(chunk: int | None, *part: Any) -> list[Weight]:
 
 
 def needs_table(model: Model, parts: Parts) -> bool:
-    """Whether a chunk needs the embedding table. The first chunk needs it; with MTP modules, the last chunk does
-    too."""
+    """Whether a chunk needs the embedding table."""
     return "embedding" in parts or ("end" in parts and model.mtp_depth > 0)
 
 
 @dataclass(frozen=True)
 class Shards:
-    """One parameter group under ZeRO. DeepSpeed joins its weights in one flat tensor, pads the tensor, and cuts it into
-    equal parts, one per rank."""
+    """One parameter group, which DeepSpeed flattens, pads and cuts into equal parts."""
 
     weights: list[Weight]
     ranks: int
@@ -119,12 +117,12 @@ class Shards:
 
     @property
     def partition(self) -> int:
-        """Number of elements in this rank's part of the flat tensor. DeepSpeed aligns parts to two elements."""
+        """Elements of this rank's part, aligned to two by DeepSpeed."""
         return math.ceil(self.elements / (2 * self.ranks)) * 2
 
     @property
     def scattered(self) -> int:
-        """Number of elements in this rank's part if every weight is sharded separately (stage 3)."""
+        """Elements of this rank's part at stage 3, which shards each weight."""
         return sum(math.ceil(weight.elements / self.ranks) for weight in self.weights)
 
 
@@ -139,14 +137,13 @@ def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
 
 
 def scratch_bytes(config: Config, group: Shards, elements: int, scene: Scene) -> int:
-    """Returns the scratch memory for the update of a parameter group. elements: elements of this rank's part."""
+    """Returns the scratch bytes of a group's update. elements: size of this rank's part."""
     weights = WeightShapes(group.rule, [(one.name, one.shape) for one in group.weights])
     optimizer = OPTIMIZER_CLASSES[config.optim.facts.name]
     return optimizer.count_scratch_bytes(scene.kind, config, weights, elements, scene.compiled)
 
 
 def state_bytes(config: Config, groups: Sequence[Shards], owned: Callable[[Shards], int]) -> int:
-    """Returns the bytes of this rank's optimizer state. owned: returns how many elements of a parameter group this rank
-    owns."""
+    """Returns the bytes of this rank's optimizer state. owned: number of its elements in a group."""
     moment = config.precision.moment_bytes
     return sum(group.rule.count_state_bytes(moment) * owned(group) for group in groups)

@@ -1,17 +1,16 @@
-"""Computes the memory of every action in a rank's action list, in the order of the list.
+"""Computes the memory of every action of a pipeline rank, in order.
 
 Between actions, these items are allocated besides the rank's permanent state:
 
     kept        tensors that a forward keeps for its backward, by item (chunk.py)
     hidden      hidden states between two stages
-    gradient    the gradients of these hidden states
-    gradients   fp32 gradients of weights, allocated by a stage's first backward; after an early reduction, only this
-                rank's shard
-    leaving     the last tensors that a forward copied to the host; the device frees them when the next action ends
+    gradient    gradients of these hidden states
+    gradients   fp32 gradients of weights, from a stage's first backward; after an early reduction, only a shard
+    leaving     the last tensors that a forward copied to the host, until the next action ends
     away        the same tensors on the device again, one action before their backward (parallel/pipeline/host_store.py)
 
-torch's stage holds a chunk's input and output until the chunk's backward ends. If the first and the last stage are on
-one rank, they share one embedding table and its gradient. gloo holds sent tensors until the step ends.
+torch's stage holds a chunk's input and output until the chunk's backward ends. On one rank, the first and the last
+stage share one embedding table and its gradient. gloo holds sent tensors until the step ends.
 """
 
 from collections import Counter, defaultdict
@@ -34,7 +33,7 @@ class MemoryPeak:
     items: Counter = field(default_factory=Counter)
     event: str = ""
     in_flight: int = 0
-    """Number of micro-batches that wait for backward, summed over the rank's stages."""
+    """Number of micro-batches that wait for backward, on all stages."""
 
 
 @dataclass(frozen=True)
@@ -43,34 +42,31 @@ class StagePlan:
 
     chunk: ChunkMemory
     gradients: int
-    """Bytes of the gradients of the stage's weights, without the embedding's gradient."""
+    """Bytes of the stage's weight gradients, without the embedding's."""
     table: int
-    """Bytes of the embedding's gradient if the stage uses the embedding, else 0."""
+    """Bytes of the embedding's gradient; 0 without the embedding."""
     one_piece: bool = False
-    """Whether the stage's backward cannot be split. The action I then runs the complete backward, and the action W does
-    nothing."""
+    """Whether backward cannot be split: action I runs all of it."""
 
 
 class WalkDepth(IntEnum):
-    """Selects the passes that a `ScheduleWalk` measures. If passes are left out, the result is a lower bound on the
-    peak."""
+    """Passes that a `ScheduleWalk` measures. With fewer, its peak is a lower bound."""
 
     forwards = 0
-    """Measure only forward passes. Between the halves of a split backward, everything that forward kept counts, because
-    the graph holds it."""
+    """Only forward passes. Between the halves of a split backward, all kept tensors count."""
 
     settled = 1
-    """Measure all passes except those that allocate gradients. This halves the number of measured backward passes."""
+    """All passes except those that allocate gradients."""
     whole = 2
-    """Measure all passes."""
+    """All passes."""
 
 
 SENT = -1
-"""Marks a tensor that the transport (gloo) holds. A tensor that a stage holds is marked with the stage's index."""
+"""Marks gloo as the holder of a tensor. Other holders are stages."""
 
 
 class ScheduleWalk:
-    """Follows the memory of a pipeline rank through the actions of one step."""
+    """Follows a pipeline rank's memory through the actions of a step."""
 
     def __init__(
         self,
@@ -80,17 +76,18 @@ class ScheduleWalk:
         depth: WalkDepth,
         ahead: Mapping[int, tuple[int, int]],
     ):
-        """holds_sent: whether sent tensors stay in memory until the step ends. ahead: stages whose gradients are
-        reduced directly after their last backward.
+        """holds_sent: whether sent tensors stay in memory until the step ends
+        ahead: for each stage with an early reduction, the reduction's peak and the bytes after it (step_end.py)
 
-        Each stage in `ahead` has two numbers of bytes: the peak during this reduction, and the bytes after it
-        (step_end.py). Both are relative to the bytes before the reduction.
+        Both numbers are relative to the bytes before the reduction.
         """
         self._ahead, self._left = ahead, Counter()
         self._stages, self._last, self._holds_sent, self._depth = stages, num_stages - 1, holds_sent, depth
         self._alive: dict[tuple[str, int, int], Counter] = {}
-        """Bytes of live items by kind, stage and micro-batch. Hidden states between two stages count for the later
-        stage. A Counter in this dict is never changed."""
+        """Bytes of live items by kind, stage and micro-batch. Items between two stages count for the later stage.
+
+        The Counters are never changed.
+        """
         self._bytes: dict[tuple[str, int, int], int] = {}
         self._total = 0
         self._holders: defaultdict[tuple[str, int, int], set[int]] = defaultdict(set)
@@ -99,10 +96,10 @@ class ScheduleWalk:
         self._table_made = False
         self._gradients = 0
         self._peak: tuple = 0, 0, 0, {}, None, 0
-        """The peak: total bytes, bytes outside of passes, bytes of gradients, other live items, the action, and its
-        number of forward passes."""
+        """Total bytes at the peak, bytes outside of passes, bytes of gradients, live items, action, and its
+        forwards."""
         self._leaving: list[tuple[str, int, int]] = []
-        """Live items that the last action added and the next action removes."""
+        """Items that the last action added and the next removes."""
         self._host = 0
         self.host_peak = 0
         """Peak bytes of host memory."""
@@ -131,7 +128,7 @@ class ScheduleWalk:
         return self._described()
 
     def _reduce_ahead(self, action: Action) -> None:
-        """If this was the last backward of the stage, reduce the stage's gradients."""
+        """Reduce a stage's gradients after its last backward, if planned."""
         self._left[action.stage] -= self._kind(action) in "BW"
         if self._left[action.stage] or action.stage not in self._ahead:
             return
@@ -142,8 +139,7 @@ class ScheduleWalk:
         self._gradients += stays
 
     def _fetch(self, action: Action) -> None:
-        """Before a backward, copies the tensors that the backward reads first from the host to the device, unless they
-        are on the device."""
+        """Before a backward, copies its first offloaded tensors from the host."""
         stage, m = action.stage, action.micro_batch
         chunk = self._stages[stage].chunk
         if self._kind(action) not in ("B", "I") or ("kept", stage, m) not in self._alive or not chunk.sent_last:
@@ -166,7 +162,7 @@ class ScheduleWalk:
             self._hold("gradient", stage + 1, m, chunk.hidden, stage)
 
     def _play(self, action: Action, parts: Sequence[Action]) -> None:
-        """Computes the peak during the passes of an action, and stores the highest peak so far."""
+        """Computes an action's peak, and updates the highest peak."""
         if self._depth < WalkDepth.whole and any(self._is_first(part) for part in parts):
             return
         peak = total = self._gradients + self._total
@@ -200,7 +196,7 @@ class ScheduleWalk:
             del self._alive[key]
 
     def _counted(self, action: Action) -> Iterator[tuple[str, int, int]]:
-        """Returns the keys of live items that the measured pass of the action includes."""
+        """Returns the live items that the action's measured pass includes."""
         stage, m = action.stage, action.micro_batch
         keys = [("hidden", stage, m)]
         if self._kind(action) != "F":
@@ -285,7 +281,7 @@ def _pass(chunk: ChunkMemory, kind: str, first: bool, table_first: bool) -> Pass
 
 
 def _highest(lanes: Sequence[PassMemory]) -> int:
-    """Returns the peak of one pass, or of two passes that alternate after each section until one ends."""
+    """Returns the peak of one pass, or of two that alternate by section."""
     now = [lane.start for lane in lanes]
     left = [list(lane.pieces) for lane in lanes]
     highest, turn = sum(now), 0

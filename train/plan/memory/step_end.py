@@ -1,26 +1,22 @@
 """Memory at the end of a step: DeepSpeed reduces and shards gradients, and updates the weights.
 
 The simulation follows DeepSpeed buffer by buffer (parallel/zero/private_names.py). After the passes, all gradients are
-in fp32 and not yet sharded (parallel/zero/whole_weights.py). A group below is a parameter group. Then these steps
-follow:
+in fp32 and not yet sharded (parallel/zero/whole_weights.py). A group below is a parameter group.
 
-    fill       a gradient is copied into the bucket, and its memory is freed; a gradient larger than the bucket is not
-               copied
-    reduce     when the bucket is full, the slices of every group are joined in a copy and summed over the ranks that
-               share the group
-    keep       bf16 weights: this rank's sums are stored in one flat shard per group, allocated when first needed; fp32
-               weights: each gradient with a slice of this rank is copied as a whole into one buffer
-    update     the optimizer updates one group after the other, with scratch memory; fp32 weights: the shard's gradients
-               are first joined in one tensor
+    fill       A gradient that fits is copied into the bucket, and its memory is freed.
+    reduce     The slices of every group in the full bucket are joined in a copy, and summed over the group's ranks.
+    keep       bf16 weights: this rank's sums go into one flat shard per group, allocated when first needed. fp32
+               weights: each gradient with a slice of this rank is copied as a whole into one buffer.
+    update     The optimizer updates one group after the other, with scratch memory. fp32 weights: the shard's gradients
+               are first joined in one tensor.
 
 Special cases:
 
 - bf16 weights, and a group that no other rank shares: gradients are neither copied nor reduced.
 - Offload (ZeRO 1 and 2): the shard's gradients are copied to the host during the reduction. A complete gradient is
-  freed as soon as this rank's slices are copied. Scratch memory is on the host, and gradients are not joined on the
-  device.
+  freed once this rank's slices are copied. Scratch memory is on the host, and gradients are not joined.
 - bf16 weights, and a chunk that ends before another: its gradients are reduced first, into shards of all groups.
-- This rank keeps no slice of a gradient: stage 2 frees the gradient after its reduction, stage 1 after all reductions.
+- This rank keeps no slice of a gradient: stage 2 frees it after its reduction, stage 1 after all reductions.
 
 All sizes are in bytes, unless a name says elements.
 """
@@ -37,7 +33,7 @@ from train.plan.memory.rank_weights import FP32_BYTES, Shards, Weight, scratch_b
 
 @dataclass
 class _Bytes:
-    """Counts the bytes in use, and their maximum since the last call of `mark`."""
+    """Counts the bytes in use, and their maximum since `mark`."""
 
     now: int = 0
     peak: int = 0
@@ -53,7 +49,7 @@ class _Bytes:
 
 @dataclass(frozen=True)
 class Slice:
-    """A slice of a gradient. One rank, the owner, keeps the slice."""
+    """A slice of a gradient, kept by one rank, the owner."""
 
     owner: int
     elements: int
@@ -61,7 +57,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Gradient:
-    """The gradient of a weight in one of the rank's parameter groups."""
+    """The gradient of one weight."""
 
     group: int
     """Index of the parameter group."""
@@ -76,7 +72,7 @@ class Gradient:
 
 
 def _gradients(groups: Sequence[Shards], ranks: Sequence[int]) -> Iterator[Gradient]:
-    """Yields all gradients in DeepSpeed's order. ranks: for every group, this rank's index in the group."""
+    """Yields all gradients in DeepSpeed's order. ranks: this rank's index in each group."""
     for number, (group, rank) in enumerate(zip(groups, ranks, strict=True)):
         begin, part = 0, group.partition
         for weight in group.weights:
@@ -89,7 +85,7 @@ def _gradients(groups: Sequence[Shards], ranks: Sequence[int]) -> Iterator[Gradi
 
 
 def kept_elements(config: Config, groups: Sequence[Shards], stage_rank: int) -> list[tuple[Weight, int]]:
-    """Returns the weights of which this rank keeps a slice, each with the elements of the slice."""
+    """Returns this rank's slices of weights, with their numbers of elements."""
     if config.parallel.zero == 3:
         return [(weight, -(-weight.elements // group.ranks)) for group in groups for weight in group.weights]
     ranks = [stage_rank * group.ranks // config.parallel.stage_ranks for group in groups]
@@ -102,7 +98,7 @@ def kept_elements(config: Config, groups: Sequence[Shards], stage_rank: int) -> 
 
 
 class StepEnd:
-    """Follows the gradients of one rank from the end of the passes to the next step."""
+    """Follows a rank's gradients from the last pass to the next step."""
 
     def __init__(self, config: Config, groups: Sequence[Shards], stage_rank: int, scene: Scene):
         self._groups, self._scene = groups, scene
@@ -110,18 +106,17 @@ class StepEnd:
         self._offload = config.parallel.offload_optimizer
         self._config = config
         self._has_expert_groups = config.parallel.ep > 1
-        """If False, the gradients of experts are summed over the same ranks as all other gradients."""
+        """Whether experts' gradients are summed over fewer ranks than other gradients."""
         self._ranks = [stage_rank * group.ranks // config.parallel.stage_ranks for group in groups]
         self._own = [group for group in groups if self._is_own(group)]
         self._gradients = [one for one in _gradients(groups, self._ranks) if not self._is_own(groups[one.group])]
         self._bucket = min(max(1, sum(one.weight.elements for one in self._gradients)), THRESHOLDS.bucket_elements)
 
     def peaks(self, ended: Sequence[int]) -> tuple[list[tuple[int, int]], int, int]:
-        """Returns the peak bytes of gradients, buffers and scratch in the early reductions, in the final reduction and
-        in the update.
+        """Returns the peak bytes of early reductions, of the final reduction, and of the update.
 
-        ended: chunks whose gradients are reduced early, in order. Each has two numbers: the peak during the reduction,
-        and the bytes after it (mostly negative). Both are relative to the bytes before the reduction.
+        ended: chunks whose gradients are reduced early, in order
+        Each early reduction has a peak and the bytes after it, relative to the bytes before it.
         """
         meter = self._meter = _Bytes()
         meter.take(sum(one.size for one in self._gradients))
@@ -139,8 +134,7 @@ class StepEnd:
         return ahead, meter.mark(), self._update()
 
     def _reduce_all(self, gradients: Sequence[Gradient], ahead: bool = False) -> None:
-        """Simulates how DeepSpeed reduces one block of gradients. ahead: whether passes of other chunks still
-        follow."""
+        """Simulates the reduction of gradients. ahead: whether other chunks' passes follow."""
         self._meter.take(FP32_BYTES * self._bucket)
         waiting: list[Gradient] = []
         for one in gradients:
@@ -160,7 +154,7 @@ class StepEnd:
         return one.weight.elements <= self._bucket
 
     def _reduce(self, waiting: Sequence[Gradient]) -> None:
-        """Simulates a reduction: the ranks sum the gradients in `waiting`, and this rank stores its slices."""
+        """Simulates a reduction, after which this rank stores its slices."""
         meter = self._meter
         if self._bf16:
             for one in waiting:
@@ -192,8 +186,7 @@ class StepEnd:
         return sum(one.size for one in self._gradients if one.mine)
 
     def _copies(self, gradients: Sequence[Gradient]) -> Iterator[int]:
-        """Yields the number of elements of each copy that joins several slices; 0 for a single slice, larger than the
-        bucket, that is not copied."""
+        """Yields the elements of each joined copy; 0 for a large slice, which is not copied."""
         slices: list[int] = []
         for mine, run in groupby(
             ((one, piece) for one in gradients for piece in one.slices),
@@ -214,8 +207,10 @@ class StepEnd:
         return self._bf16 and piece.owner == self._ranks[one.group]
 
     def _end(self, gradients: Sequence[Gradient], ahead: bool) -> None:
-        """Frees the bucket and the reduced gradients that are larger than the bucket. After an early reduction
-        (`ahead`), first allocates the missing shards of groups with several ranks."""
+        """Frees the bucket, and reduced gradients that are larger than it.
+
+        After an early reduction (`ahead`), first allocates missing shards.
+        """
         stays = (
             one
             for one in gradients

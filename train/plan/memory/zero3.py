@@ -1,9 +1,8 @@
 """Plans the memory of ZeRO stage 3: this rank's shards, and the gathered weights (parallel/zero/sharded_weights.py).
 
-The model's units run in sequence: embedding, blocks, final norm, MTP modules and head; backward runs in reverse. One
-execution of a unit in a pass is called a visit. During a visit, the weights of the unit and of the next units are
-gathered (zero3_gather.py). Backward reduces gradients through a permanent bucket (zero3_scatter.py). All sizes are in
-bytes.
+The model's units run in sequence: embedding, blocks, final norm, MTP modules and head. Backward runs in reverse. While
+a unit runs, its weights and those of the next units are gathered (zero3_gather.py). Backward reduces gradients through
+a permanent bucket (zero3_scatter.py). All sizes are in bytes.
 """
 
 from collections.abc import Sequence
@@ -32,8 +31,9 @@ class Zero3Memory:
     """Memory of one rank that has all layers of the model in one chunk."""
 
     def __init__(self, config: Config, weights: Sequence[Weight], groups: Sequence[Shards], chunk: ChunkMemory):
-        """weights: all weights of the rank. groups: its parameter groups, with only trained weights. chunk: memory of
-        its only chunk."""
+        """groups: parameter groups of trained weights
+        chunk: memory of the rank's only chunk
+        """
         self._config, self._groups, self._chunk = config, groups, chunk
         self._frozen = [weight for weight in weights if not weight.is_trained]
         self._element = config.precision.weight_bytes
@@ -50,7 +50,7 @@ class Zero3Memory:
         }
 
     def schedule(self) -> tuple[int, str]:
-        """Returns the peak bytes of the forward and backward passes, and the name of the unit at the peak."""
+        """Returns the passes' peak bytes, and the unit at the peak."""
         forward, (backward, _) = self._forward, self._backward
         held = self._held
         moments = []
@@ -64,8 +64,10 @@ class Zero3Memory:
         return max(moments)
 
     def evaluation(self) -> int:
-        """Returns the peak bytes of a forward without gradients. This forward skips the MTP modules, but DeepSpeed
-        gathers their weights until the head runs."""
+        """Returns the peak bytes of a forward without gradients.
+
+        This forward skips the MTP modules, but DeepSpeed gathers their weights until the head runs.
+        """
         visits = [visit for part in self._chunk.parts for visit in trace_unit_evaluation(self._chunk.scene, part)]
         held = self._held[: len(visits)]
         if len(self._forward) > len(visits):
@@ -77,10 +79,9 @@ class Zero3Memory:
         )
 
     def reduction(self) -> int:
-        """Returns the peak bytes when the last micro-batch's remaining gradients are reduced.
+        """Returns the peak bytes when a micro-batch's last gradients are reduced.
 
-        The embedding's input has no gradient, so DeepSpeed misses the end of the embedding's backward and keeps its
-        weights.
+        DeepSpeed keeps the embedding's weights, because it misses the end of the embedding's backward.
         """
         _, left = self._backward
         outside = 0 if self._bucket.takes(left.elements) else FP32_BYTES * left.elements
@@ -103,8 +104,7 @@ class Zero3Memory:
 
     @cached_property
     def _backward(self) -> tuple[list[Visit], WaitingGradients]:
-        """The visits (executions of units) of backward in order, and the gradients that are not yet reduced at its
-        end."""
+        """Executions of units in backward, and unreduced gradients at its end."""
         scene, waiting = self._chunk.scene, NOTHING
         visits: tuple[Visit, ...] = ()
 
@@ -118,15 +118,14 @@ class Zero3Memory:
 
     @cached_property
     def _held(self) -> list[GatheredBytes]:
-        """Bytes of gathered weights at each execution of a unit in a micro-batch: forward, then backward."""
+        """Gathered bytes at each execution of a unit: forward, then backward."""
         last = len(self._learnt[0]) - 1
         held = follow_gathers(*self._learnt)
         return held[1 : last + 1] + held[-last:]
 
     @cached_property
     def _learnt(self) -> tuple[list[list[SharedWeight]], list[tuple[int, bool]], int]:
-        """The arguments of `follow_gathers`: each unit's weights, a micro-batch's visits (executions of units), and the
-        maximum number of elements gathered in advance."""
+        """The arguments of `follow_gathers`."""
         units = self._units()
         last, depths = len(units) - 1, self._config.model.mtp_depth
         down = range(last, 0, -1)  # each pass starts with the model itself, a unit without weights
@@ -136,7 +135,7 @@ class Zero3Memory:
         return units, list(zip(visits, done, strict=True)), limit
 
     def _units(self) -> list[list[SharedWeight]]:
-        """Weights of each unit. The first unit is the model itself, without weights."""
+        """Weights of each unit. The first, the model itself, has none."""
         found: list[list[SharedWeight]] = [[]]
         for part in self._chunk.parts:
             by_unit: dict[str, list[SharedWeight]] = {}
@@ -161,8 +160,7 @@ class Zero3Memory:
         return part_weights(FrozenSection(self._config.model), part, share, FrozenSection(self._config.adapter))
 
     def update(self) -> int:
-        """Returns the peak bytes of the update of weights. The update copies one group's gradients at a time, and needs
-        scratch memory."""
+        """Returns the peak bytes of the update: gradient copy and scratch."""
         return max(
             FP32_BYTES * group.scattered + scratch_bytes(self._config, group, group.scattered, self._chunk.scene)
             for group in self._groups

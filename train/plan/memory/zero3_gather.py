@@ -1,18 +1,18 @@
-"""Simulates, by DeepSpeed's rules, which weights ZeRO stage 3 has gathered while each unit of the model runs.
+"""Simulates which weights ZeRO stage 3 has gathered while each unit of the model runs.
 
-DeepSpeed records the order of the units (such as blocks and the head). One execution of a unit is called a visit.
-Before each visit, DeepSpeed does two things (parallel/zero/private_names.py):
+DeepSpeed records the order of the units, such as blocks. One execution of a unit is called a visit. Before each visit,
+DeepSpeed does two things (parallel/zero/private_names.py):
 
 1. It gathers the unit's missing weights, and waits for all weights of the unit.
 2. It starts to gather weights of the next units, until `limit` elements are in transfer or 2 * limit are gathered.
 
-All weights of one gather share a buffer. The first wait for one of these weights copies all of them out of the buffer.
-The buffer is freed when units have waited for all of them. A weight is not copied if it was gathered alone, or if only
-one rank has it. After a visit, the unit's weights are freed, except those already found gathered for a later unit.
+After a visit, the unit's weights are freed, except those already gathered for a later visit.
 
-DeepSpeed waits for a unit's weights in the order of a Python set, which differs between processes. The simulation uses
-the order that needs the most memory. If another unit runs than the recorded one, DeepSpeed frees all weights in
-transfer.
+All weights of one gather share a buffer. The first wait for one of them copies all out of the buffer. The buffer is
+freed after a wait for each. A weight is not copied if it was gathered alone, or if only one rank has it.
+
+DeepSpeed waits for a unit's weights in the order of a Python set. The simulation uses the order that needs the most
+memory. If another unit runs than the recorded one, DeepSpeed frees all weights in transfer.
 
 Limits are numbers of elements; results are bytes.
 """
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 
 class SharedWeight(NamedTuple):
-    """A weight, the process group whose ranks shard it, and the number of these ranks."""
+    """A weight, and the process group that shards it."""
 
     elements: int
     group: str
@@ -34,7 +34,7 @@ class SharedWeight(NamedTuple):
 
     @property
     def shard_bytes(self) -> int:
-        """Bytes of one rank's shard, padded so that all shards have the same length."""
+        """Bytes of one rank's shard, padded to equal lengths."""
         return -(-self.elements // self.ranks) * self.item_bytes
 
     @property
@@ -44,7 +44,7 @@ class SharedWeight(NamedTuple):
 
 
 class GatheredBytes(NamedTuple):
-    """Bytes of gathered weights at one visit of a unit: before the unit runs, and while it runs."""
+    """Bytes of gathered weights at one execution of a unit."""
 
     fetching: int
     """Peak bytes while the unit waits for its weights."""
@@ -60,21 +60,22 @@ class _Status(Enum):
 
 @dataclass(eq=False)
 class _Weight:
-    """The state of one weight. next_use: index of the latest visit for which the weight is gathered."""
+    """One weight. next_use: latest execution that it is gathered for."""
 
     shared: SharedWeight
     status: _Status = _Status.away
     next_use: int = -1
     size: int = 0
-    """Bytes of the gathered weight that are not in the buffers of a gather."""
+    """Bytes of the gathered weight outside of buffers."""
 
 
 @dataclass(eq=False)
 class _Gather:
-    """One gather of several weights in a single transfer, which ends at the first wait for one of them.
+    """One gather of several weights, which ends at the first wait for one of them.
 
-    waited: weights of the gather. copied: weights to copy out of the buffers. Both are empty after the first wait.
-    buffers: bytes of the buffers.
+    waited: weights of the gather
+    copied: weights to copy out of the buffers
+    buffers: bytes of the buffers
     """
 
     waited: list[_Weight]
@@ -92,16 +93,21 @@ class _Gather:
 def follow_gathers(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int
 ) -> list[GatheredBytes]:
-    """Returns the bytes of gathered weights at every visit (execution of a unit). visits: pairs (index in `units`,
-    whether the unit is finished after the visit)."""
+    """Returns the gathered bytes at every execution of a unit (visit).
+
+    visits: index in `units`, and whether the unit is finished afterwards
+    """
     return _Coordinator(units, visits, limit).run(len(visits))
 
 
 def follow_change(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int, number: int, unit: int
 ) -> GatheredBytes:
-    """Returns the bytes of gathered weights if another unit runs than DeepSpeed has recorded. number: index of this
-    execution. unit: index of the unit that runs."""
+    """Returns the gathered bytes if another unit runs than DeepSpeed has recorded.
+
+    number: index of this execution
+    unit: index of the unit that runs
+    """
     coordinator = _Coordinator(units, visits, limit)
     coordinator.run(number)
     return coordinator.visit_unlearnt(unit)
@@ -114,11 +120,10 @@ class _Coordinator:
         self._queue = deque((weight, number) for number, (unit, _) in enumerate(visits) for weight in self._units[unit])
         self._coming: dict[_Weight, _Gather] = {}
         self._counted = 0
-        """Number of elements that DeepSpeed counts as gathered. Padding and buffers do not count."""
+        """Elements that DeepSpeed counts as gathered, without padding and buffers."""
 
     def run(self, end: int) -> list[GatheredBytes]:
-        """Returns the bytes of gathered weights at each visit (execution of a unit) before the visit with index
-        `end`."""
+        """Returns the gathered bytes at each execution before `end`."""
         found = []
         for number, (unit, done) in enumerate(self._visits[:end]):
             weights = self._units[unit]
@@ -131,8 +136,7 @@ class _Coordinator:
         return found
 
     def visit_unlearnt(self, unit: int) -> GatheredBytes:
-        """Simulates that another unit runs than DeepSpeed has recorded. DeepSpeed waits for all weights in transfer,
-        frees them, and frees their buffers last."""
+        """Simulates a unit other than the recorded one. DeepSpeed frees the weights in transfer, and buffers last."""
         highest = self._size()
         for weight, gather in self._coming.items():
             gather.arrive()
@@ -160,7 +164,7 @@ class _Coordinator:
             self._counted += weight.shared.elements
 
     def _wait(self, weights: list[_Weight]) -> int:
-        """Simulate the wait for a unit's weights. Returns the peak bytes during the wait."""
+        """Simulate the wait for a unit's weights. Returns the peak bytes."""
         highest = self._size()
         coming = [weight for weight in weights if weight in self._coming]
         left = Counter(self._coming.values())  # number of weights left in each gather; at 0, its buffers are freed

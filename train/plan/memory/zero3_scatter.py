@@ -1,9 +1,8 @@
 """Runs the passes of a model part under ZeRO stage 3, unit by unit, and reduces gradients during backward.
 
 Backward computes complete fp32 gradients in reverse module order. DeepSpeed copies those that fit into a bucket
-(parallel/zero/sharded_weights.py). The bucket is reduced when the next gradient belongs to another group of ranks
-(dense or experts), or does not fit. The reduction sums the gradients over the ranks in the order of the shards. Each
-rank adds its part to its shard's gradients.
+(parallel/zero/sharded_weights.py). It reduces the bucket when the next gradient does not fit, or has another group of
+ranks (dense or experts). Each rank adds its part of the sums to its shard's gradients.
 """
 
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ class WaitingGradients(NamedTuple):
 
     elements: int = 0
     padded: int = 0
-    """Number of elements, including the padding that makes all shards equally long."""
+    """Number of elements, including the padding to equal shards."""
     tensors: int = 0
     experts: bool = False
 
@@ -31,7 +30,7 @@ NOTHING = WaitingGradients()
 
 @dataclass(frozen=True)
 class Bucket:
-    """DeepSpeed's rules for its bucket of gradients that wait for their reduction."""
+    """DeepSpeed's rules for the bucket of waiting gradients."""
 
     limit: int
     """Size of the bucket in elements."""
@@ -40,8 +39,7 @@ class Bucket:
     gloo: bool
 
     def is_full(self, waiting: WaitingGradients, elements: int, experts: bool) -> bool:
-        """Whether the waiting gradients must be reduced before a new gradient is added. elements: size of the new
-        gradient. experts: whether it belongs to an expert."""
+        """Whether the waiting gradients must be reduced before this gradient is added."""
         return waiting.tensors > 0 and (experts != waiting.experts or waiting.elements + elements > self.limit)
 
     def add(self, waiting: WaitingGradients, elements: int, experts: bool) -> WaitingGradients:
@@ -50,12 +48,11 @@ class Bucket:
         return WaitingGradients(waiting.elements + elements, waiting.padded + padded, waiting.tensors + 1, experts)
 
     def takes(self, elements: int) -> bool:
-        """Whether a gradient with this number of elements is copied into the bucket."""
+        """Whether a gradient of this size is copied into the bucket."""
         return elements <= self.limit
 
     def reduction(self, waiting: WaitingGradients) -> int:
-        """Returns the peak bytes that a reduction of the waiting gradients allocates: a copy for gloo's sum, and a copy
-        for scaling experts' sums."""
+        """Returns a reduction's peak bytes: copies for gloo's sum and for scaling."""
         ranks = self.expert_ranks if waiting.experts else self.dense_ranks
         in_order = 0 if waiting.tensors == 1 and waiting.elements == waiting.padded else waiting.padded
         summed = waiting.padded if self.gloo else 0
@@ -64,28 +61,30 @@ class Bucket:
 
 
 class Visit(NamedTuple):
-    """One execution of a unit in a pass: the live bytes at its start, and their peak."""
+    """One execution of a unit in a pass: live bytes at its start, and peak."""
 
     unit: str
     start: int
     peak: int
 
     def lifted(self, below: int) -> "Visit":
-        """Returns a copy of this execution of a unit, with `below` bytes added to the live bytes."""
+        """Returns this execution with `below` more live bytes."""
         return Visit(self.unit, self.start + below, self.peak + below)
 
 
 @traced_once
 def trace_unit_forward(scene: Scene, part: str) -> tuple[Visit, ...]:
-    """Returns the unit executions (visits) of a model part's forward. The part `end` has the units norm, mtp.0
-    ... and head; every other part is one unit."""
+    """Returns the executions of units in a model part's forward.
+
+    The part `end` has the units norm, mtp.0 ... and head. Every other part is one unit.
+    """
     with _UnitRun(scene, part) as run:
         return run.visits(run.forward().run)
 
 
 @traced_once
 def trace_unit_evaluation(scene: Scene, part: str) -> tuple[Visit, ...]:
-    """Returns the unit executions (visits) of a model part's forward without gradients."""
+    """Returns the executions of units in a forward without gradients."""
     with _UnitRun(scene, part) as run:
         return run.visits(run.evaluate())
 
@@ -94,10 +93,10 @@ def trace_unit_evaluation(scene: Scene, part: str) -> tuple[Visit, ...]:
 def trace_unit_backward(
     scene: Scene, part: str, held: bool, bucket: Bucket, waiting: WaitingGradients
 ) -> tuple[PassMemory, tuple[Visit, ...], WaitingGradients]:
-    """Returns the memory of a model part's complete backward, its unit executions, and the gradients that are not yet
-    reduced at its end.
+    """Returns a part's backward memory, the executions of its units, and the unreduced gradients.
 
-    held: as in `trace_backward`. waiting: gradients that are not yet reduced when the pass starts.
+    held: as in `trace_backward`
+    waiting: unreduced gradients at its start
     """
     with _UnitRun(scene, part, bucket, waiting) as run:
         run.forward()
@@ -106,7 +105,7 @@ def trace_unit_backward(
 
 
 class _UnitRun(Run):
-    """Runs a model part, records when each of its units begins, and adds gradients to the bucket."""
+    """Runs a model part, records its units' starts, and fills the bucket."""
 
     def __init__(self, scene: Scene, part: str, bucket: Bucket | None = None, waiting: WaitingGradients = NOTHING):
         super().__init__(scene, part, first=bucket is not None)
@@ -124,7 +123,7 @@ class _UnitRun(Run):
         self._order = [(param, apart and ".experts." in name) for name, param in reversed(own)]
         self._ready: set[nn.Parameter] = set()
         self._large: list[Tensor] = []
-        """Waiting gradients that are larger than the bucket, and so are not copied into it."""
+        """Waiting gradients that are larger than the bucket."""
         if self._bucket is not None:
             if not self._bucket.takes(self.waiting.elements):
                 self._large.append(torch.empty(self.waiting.elements, device="meta"))
@@ -133,7 +132,7 @@ class _UnitRun(Run):
         return self
 
     def visits(self, whole: PassMemory) -> tuple[Visit, ...]:
-        """Returns the unit executions (visits) of the pass that has just ended. whole: the pass's memory."""
+        """Returns the executions of units in the last pass. whole: its memory."""
         found, firsts = [], [0, *(first for _, first in self._begun[1:]), len(whole.pieces)]
         for (unit, _), first, end in zip(self._begun, firsts, firsts[1:], strict=False):
             start = whole.pieces[first - 1].end if first else whole.start
@@ -150,7 +149,7 @@ class _UnitRun(Run):
             self._begun.append((unit, len(self._pieces)))
 
     def _watch(self, out: Tensor | list[Tensor], unit: str) -> None:
-        """Records the start of a unit's backward, when the gradient of its output has been computed."""
+        """Records the start of a unit's backward, when its output's gradient exists."""
         for tensor in (out if isinstance(out, list) else [out]) if torch.is_grad_enabled() else ():
             tensor.register_hook(lambda _: self._visit(unit))
 
@@ -173,7 +172,7 @@ class _UnitRun(Run):
 
 
 def unit_of(name: str) -> str:
-    """Returns the unit of a module or weight after the blocks: norm, head or mtp.N; empty for all others."""
+    """Returns a module's or weight's unit: norm, head, mtp.N, or empty."""
     first, *rest = name.split(".")
     if first == "mtp":
         return f"mtp.{rest[0]}" if rest else ""

@@ -38,7 +38,7 @@ BAR_COLOURS = (BLUE, SKY, GREEN, "#93D9C3", ORANGE, "#E69F00", PURPLE, "#7A8B1C"
 
 
 def write_page(path: Path, plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> None:
-    """Write the page atomically. split: a faster split of layers, or None. record: the content of plan.json."""
+    """Write the page atomically. record: content of plan.json."""
     atomic_write_text(path, "\n".join(_parts(plan, split, record)))
 
 
@@ -139,7 +139,7 @@ def _cures(record: dict[str, Any]) -> list[str]:
 
 
 def _search(record: dict[str, Any]) -> list[str]:
-    """Returns a table of the best layouts of a search, side by side."""
+    """Returns a table of a search's best layouts."""
     if "search" not in record:
         return []
     best = record["search"]["best"]
@@ -177,14 +177,14 @@ PLANNED_PHASES = {
 
 
 def _phases(plan: RunPlan) -> str:
-    """Returns a table of the fullest rank's device peak and its node's host peak in each phase."""
+    """Returns a table of the fullest rank's peaks by phase."""
     rank = plan.fullest
     rows = [(PLANNED_PHASES[name], gib(one.device), gib(one.host)) for name, one in rank.phases.items()]
     return table_html((f"phase, of rank {rank.pp_rank}", "device", "host"), rows)
 
 
 def _stages(record: dict[str, Any]) -> str:
-    """Returns a table of the stages. Consecutive stages with equal values share a row."""
+    """Returns a table of the stages. Equal consecutive stages share a row."""
     rows = []
     for (layers, *times), group in groupby(record["stages"], key=_shown):
         alike = list(group)
@@ -213,7 +213,7 @@ def _span(first: int, last: int) -> str:
 
 
 def memory_figure(plan: RunPlan) -> Figure | None:
-    """Returns a figure with a bar of memory items for each pipeline rank, and the device's memory as a line."""
+    """Returns a figure of memory items by pipeline rank."""
     caption = (
         "The memory of each pipeline rank at its own peak. All pipelines are equal. "
         "The line is the device's memory without the reserve. "
@@ -224,7 +224,7 @@ def memory_figure(plan: RunPlan) -> Figure | None:
 
 
 def host_figure(plan: RunPlan) -> Figure | None:
-    """Returns a figure with a bar of host memory for each pipeline rank; None if no rank uses host memory."""
+    """Returns a figure of host memory by pipeline rank, if any."""
     if not plan.host_bytes:
         return None
     caption = "The peak of each rank's tensors in the memory of its host. The line is a rank's equal share of the memory that a host has for tensors."
@@ -237,8 +237,11 @@ def host_figure(plan: RunPlan) -> Figure | None:
 def _bars(
     key: str, title: str, caption: str, ranks: Sequence[Mapping[str, int]], limit: float, what: str
 ) -> Figure | None:
-    """Returns a figure with a bar of memory items for each pipeline rank, and a line at `limit` bytes (0: no line).
-    what: label of the line."""
+    """Returns a figure of memory items by pipeline rank, with a line.
+
+    limit: bytes at the line; 0 for no line
+    what: label of the line
+    """
     plot = go.Figure()
     totals = {name: sum(rank.get(name, 0) for rank in ranks) for rank in ranks for name in rank}
     for colour, name in zip(BAR_COLOURS, sorted(totals, key=lambda name: -totals[name]), strict=False):
@@ -265,8 +268,10 @@ def _bars(
 
 
 def interval_figure(plan: RunPlan, record: dict[str, Any]) -> Figure | None:
-    """Returns a figure of planned step times with their expected ranges: of the plan's phases or, after a search, of
-    the best layouts. None if the ranges are unknown."""
+    """Returns a figure of expected ranges of step times, if known.
+
+    Rows: the plan and its phases, or the best layouts of a search.
+    """
     intervals = plan.step.intervals
     if not intervals:
         return None
@@ -296,8 +301,7 @@ LINKS_SHOWN = {"inside": "inside a node", "across": "between nodes", "host": "to
 
 
 def traffic_figure(record: dict[str, Any]) -> Figure | None:
-    """Returns a figure of the bytes that a device sends in a step, by kind of link and by purpose; None if it sends
-    nothing."""
+    """Returns a figure of the bytes that a device sends per step."""
     found = {link: each for link, each in record["link_bytes"].items() if each}
     plot = go.Figure()
     for colour, what in zip(BAR_COLOURS, sorted({what for each in found.values() for what in each}), strict=False):
@@ -316,8 +320,7 @@ def traffic_figure(record: dict[str, Any]) -> Figure | None:
 
 
 def time_figure(plan: RunPlan) -> Figure | None:
-    """Returns a figure of the seconds of a step, by kind of action and by kind of work, as means over the ranks of a
-    pipeline."""
+    """Returns a figure of a step's mean seconds by action and work."""
     step = plan.step
     names = {"F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of weights", "FB": "pairs"}
     actions = [(names[kind], value) for kind, value in step.action_seconds.items()]
@@ -343,7 +346,7 @@ def time_figure(plan: RunPlan) -> Figure | None:
 
 
 def step_figure(plan: RunPlan) -> Figure | None:
-    """Returns a figure of the planned step of the pipeline. The report draws a measured step in the same way."""
+    """Returns a figure of the pipeline's planned step."""
     step = plan.step
     actions = []
     for pp_rank, (line, starts) in enumerate(zip(step.actions, step.simulation.starts, strict=True)):

@@ -1,6 +1,6 @@
-"""Converts a plan to the content of plan.json, and to the sentences that both the terminal and plan.html show.
+"""Converts a plan to plan.json, and to sentences for the terminal and plan.html.
 
-The names of the fields in plan.json contain the units. train/docs/plan.md describes each field.
+Fields: train/docs/plan.md. Their names contain the units.
 """
 
 from collections.abc import Sequence
@@ -128,7 +128,7 @@ OWN_CODE_PLANNED = {
 
 
 def own_code_words(config: Config) -> dict[str, str]:
-    """Returns text about how the plan counts the user's own code, by configuration key."""
+    """Returns how the plan counts the user's own code, by key."""
     return {f"{key} ({target})": OWN_CODE_PLANNED[key.partition("[")[0]] for key, target in targets_of(config).items()}
 
 
@@ -146,7 +146,7 @@ def _stage(stages: Stages, stage: int) -> dict[str, Any]:
 
 
 def verdict(plan: RunPlan) -> str:
-    """Returns text about whether the run fits, how much memory is free or missing, and on which rank."""
+    """Returns text about whether the run fits, and its free memory."""
     rank, memory = f"pipeline rank {plan.fullest.pp_rank}", gib(plan.memory_bytes)
     if plan.fits:
         return f"{plan.verdict}, with {room_words(plan.room_bytes, plan.memory_bytes)} of {memory} on {rank}"
@@ -156,8 +156,7 @@ def verdict(plan: RunPlan) -> str:
 
 
 def _lacking_beside(plan: RunPlan) -> str:
-    """Returns text about a run that fits in device memory, but not in host memory, in the folder of in-memory copies,
-    or on disk."""
+    """Returns text about a run that lacks host memory, room for in-memory copies, or disk space."""
     config = plan.config
     if over := copies_lacking(config, plan.ranks):
         folder, room = config.checkpoint.memory_folder, copies_memory(config) or 0
@@ -187,7 +186,7 @@ def disk_words(plan: RunPlan) -> str:
 
 
 def reserve_words(reserve: dict[str, int]) -> str:
-    """Returns text about the reserved device memory: its total, and its parts."""
+    """Returns text about the reserved device memory and its parts."""
     if len(reserve) < 2:
         return f"{gib(sum(reserve.values()))} reserved"
     parts = ", ".join(f"{name} {gib(size)}" for name, size in reserve.items() if size)
@@ -207,7 +206,7 @@ def layout_words(plan: RunPlan) -> str:
 
 
 def budget_words(budget: Budget, hardware: Hardware) -> str:
-    """Returns text about the time and the cost of training on all tokens."""
+    """Returns text about time and cost of training on all tokens."""
     words = f"{amount(budget.tokens)} tokens in {length_of_run(budget.days)}: {amount(budget.gpu_hours)} device hours"
     if budget.cost is not None:
         words += (
@@ -219,8 +218,7 @@ def budget_words(budget: Budget, hardware: Hardware) -> str:
 
 
 def failure_words(plan: RunPlan) -> str | None:
-    """Returns text about the budget with failures, the restart and the checkpoint interval; None if failures are not
-    planned."""
+    """Returns text about failures, restart and checkpoint interval; None if not planned."""
     found, checkpoint, hardware = plan.failures, plan.config.checkpoint, plan.config.hardware
     if found is None:
         return None
@@ -242,8 +240,7 @@ def failure_words(plan: RunPlan) -> str | None:
 
 
 def interval_words(step: StepTime) -> str:
-    """Returns text about the expected ranges of the real step time, one for each kind of program; empty if they are
-    unknown."""
+    """Returns text about expected ranges of the step time, if known."""
     words = []
     for kind, (least, most) in step.interval_seconds.items():
         one = step.intervals[kind]
@@ -254,8 +251,7 @@ def interval_words(step: StepTime) -> str:
 
 
 def split_words(plan: RunPlan, split: FasterSplit | None) -> str | None:
-    """Returns text about the layers of every stage, the imbalance, and a faster split if one exists; None without a
-    pipeline."""
+    """Returns text about stage layers, imbalance and a faster split; None without a pipeline."""
     simulation, parallel = plan.step.simulation, plan.config.parallel
     if parallel.pp == 1:
         return None

@@ -99,7 +99,7 @@ def _fullest(plan: RunPlan) -> str:
 
 
 def _beside(plan: RunPlan) -> str:
-    """Returns text about the reserved device memory and the assumed imbalance of the experts."""
+    """Returns text about reserved memory and the experts' assumed imbalance."""
     imbalance = plan.config.plan.imbalance
     more = (
         f"; the busiest experts get {imbalance:g} times the mean (plan.imbalance)"
@@ -132,7 +132,7 @@ def cure_words(cure: Cure, plan: RunPlan) -> str:
 
 
 def _matrices(config: Config) -> str:
-    """Returns text about the number and shapes of the matrices that the optimizer orthogonalises, by kind of weight."""
+    """Returns text about the matrices that the optimizer orthogonalises."""
     found: dict[str, Counter[tuple[int, int]]] = {}
     for part in ("dense", "moe", *["end"] * (config.model.mtp_depth > 0)):
         for weight in part_weights(FrozenSection(config.model), part, config.model.experts):
@@ -147,7 +147,7 @@ def _matrices(config: Config) -> str:
 
 
 def _adapter(plan: RunPlan) -> str:
-    """Returns text about the number of trained parameters and the storage of frozen weights."""
+    """Returns text about trained parameters and the storage of frozen weights."""
     counts = count_parameters(plan.config.model)
     frozen = "ZeRO 1 and 2 shard only optimizer state: every rank of a stage has all its frozen weights, except experts of other ep ranks"
     if plan.config.parallel.zero == 3:
@@ -200,7 +200,7 @@ def _run(plan: RunPlan, phases: Sequence[tuple[str, RunPlan]]) -> list[tuple[str
 
 
 def search_screen(found: Search, written: Path | None, console: Console | None = None) -> None:
-    """Prints the best layouts of a search, and the reason for each family of layouts that has none among them."""
+    """Prints a search's best layouts, and why other families of layouts are not among them."""
     rows = [(str(place), _found(one, found)) for place, one in enumerate(found.best, 1)]
     rows += [("Not", f"{family.name}: {family.reason}") for family in found.rejected]
     if written is not None:

@@ -1,4 +1,4 @@
-"""Lists the layouts that a search tries: all combinations of the searched settings on a number of devices."""
+"""Lists the layouts that a search tries on a number of devices."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from train.plan.search.changes import LIGHTEST, fitted_ramp, with_changes
 MICRO_BATCHES = (1, 2, 4, 8)
 VIRTUAL_STAGES = (2, 3, 4)
 CONTEXT_TOKENS = 4096
-"""If several ranks share a sequence, each rank has at least this many of its tokens."""
+"""If ranks share a sequence, each has at least this many tokens."""
 WAYS = [*product(DISPATCHES, WireFormat)]
 """All pairs of a dispatch and a wire format."""
 
@@ -27,11 +27,10 @@ class ActivationSaving:
     recompute: list[str]
     offload: list[str] = field(default_factory=list)
     blocks: str = ""
-    """What the first blocks of every stage do to save more memory: `recompute`, `offload`, or empty. The search uses as
-    few such blocks as possible."""
+    """What the first blocks of each stage also do: `recompute`, `offload`, or empty."""
 
     def applied(self, config: Config, blocks: int) -> Config:
-        """Returns the recipe with these settings. blocks: number of blocks per stage that recompute or offload."""
+        """Returns the recipe with these settings and `blocks` blocks per stage."""
         more = [f"layer:{blocks}"] if self.blocks and blocks else []
         recompute = self.recompute + more * (self.blocks == "recompute")
         return with_changes(config, recompute=recompute, offload=self.offload + more * (self.blocks == "offload"))
@@ -47,13 +46,12 @@ SAVINGS = (
 
 @dataclass(frozen=True)
 class Frame:
-    """A set of layouts that differ only in `ActivationSaving`, dispatch, wire format, and place of the optimizer
-    (device or host)."""
+    """A set of layouts that differ only in `ActivationSaving`, dispatch, wire format, and the optimizer's place."""
 
     config: Config
-    """The recipe in this layout, with flat bf16 dispatch and the optimizer on the device."""
+    """The recipe in this layout, with flat bf16 dispatch, without offloaded optimizer."""
     family: str
-    """Name of the layout's family: all layouts with the same pipeline length and schedule."""
+    """Name of all layouts with the same pipeline length and schedule."""
     savings: Sequence[ActivationSaving]
     ways: Sequence[tuple[str, WireFormat]]
     hosts: list[bool]
@@ -61,7 +59,7 @@ class Frame:
 
     @property
     def layouts(self) -> int:
-        """The number of layouts in this set, regardless of the number of recomputed or offloaded blocks."""
+        """Number of layouts; variants in the number of blocks count once."""
         return len(self.savings) * len(self.ways) * len(self.hosts)
 
 
@@ -70,7 +68,7 @@ class Candidate:
     """A layout that the memory bound does not rule out (train/plan/search/lower_bounds.py)."""
 
     placed: Config
-    """The recipe in this layout, without the activation saving `saving` and the dispatch `way`."""
+    """The recipe in this layout, without `saving` and `way`."""
     way: tuple[str, WireFormat]
     family: str
     saving: ActivationSaving
@@ -87,14 +85,13 @@ class Candidate:
 
     @cached_property
     def config(self) -> Config:
-        """The recipe in which as many blocks as possible recompute or offload. Built on first access, because few
-        candidates need it."""
+        """The recipe with as many recomputed or offloaded blocks as possible."""
         dispatch, wire = self.way
         return with_changes(self.saving.applied(self.placed, self.blocks), dispatch=dispatch, wire=wire)
 
 
 def frames(config: Config, devices: int) -> Iterator[Frame]:
-    """Yields all combinations for this number of devices. Some may break a rule of the recipe."""
+    """Yields all combinations for these devices. Some may break a rule."""
     model, able = config.model, can_offload(config)
     savings = [one for one in SAVINGS if able or one.blocks != "offload"]
     own = ActivationSaving(model.recompute, model.offload)
@@ -121,8 +118,10 @@ def frames(config: Config, devices: int) -> Iterator[Frame]:
 
 
 def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
-    """Yields pairs of a schedule and a possible number of virtual stages. With several stages per rank, only the first
-    and the last stage may have no layers."""
+    """Yields pairs of a schedule and a number of virtual stages.
+
+    With more than two virtual stages, at most two stages have no layers.
+    """
     if pp == 1:
         yield PLAIN_SCHEDULE, 2
         return
@@ -132,15 +131,13 @@ def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
 
 
 def _contexts(config: Config, ranks: int) -> list[int]:
-    """Returns the possible numbers of ranks that share a sequence. The maximum is the recipe's number, or the number
-    with CONTEXT_TOKENS tokens per rank, if larger."""
+    """Returns the possible cp: up to the recipe's, or one rank per CONTEXT_TOKENS."""
     most = max(config.seq_len // CONTEXT_TOKENS, config.parallel.cp)
     return [cp for cp in divisors(ranks) if cp <= most and (cp == 1 or config.seq_len % (2 * cp) == 0)]
 
 
 def _ramp(config: Config, share: int, pp: int, schedule: str) -> Config:
-    """Returns the recipe with a batch ramp that fits this pipeline. If the schedule needs rounds of pp micro-batches,
-    batches are whole rounds where possible."""
+    """Returns the recipe with a batch ramp that fits the pipeline."""
     if SCHEDULES[schedule].rounds:
         whole = fitted_ramp(config, share * pp, 2)
         if whole is not config:

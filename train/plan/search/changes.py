@@ -1,4 +1,4 @@
-"""Changes the layout of a recipe, and checks whether the changed recipe breaks a rule."""
+"""Changes a recipe's layout, and checks the rules for it."""
 
 import math
 import shlex
@@ -20,11 +20,11 @@ LIGHTEST: list[str] = [str(what) for what in SELECTIVE]
 
 
 def with_changes(config: Config, **values: Any) -> Config:
-    """Returns the recipe with changed values. values: fields of the section `parallel`, and micro_batch_size,
-    recompute, offload, loss_chunk or moments.
+    """Returns the recipe with changed values.
 
-    If the number of stages changes, a list in `split` becomes `cost`. If the schedule fixes the number of stages per
-    rank, virtual_stages is reset to 2.
+    values: fields of the section `parallel`, and micro_batch_size, recompute, offload, loss_chunk or moments
+
+    A list in `split` becomes `cost` if the number of stages changes. virtual_stages becomes 2 if the schedule fixes it.
     """
     parallel = {name: value for name, value in values.items() if hasattr(config.parallel, name)}
     model = {name: value for name, value in values.items() if name in ("recompute", "offload", "loss_chunk")}
@@ -45,8 +45,10 @@ def with_changes(config: Config, **values: Any) -> Config:
 
 
 def fitted_ramp(config: Config, share: int, least: int) -> Config:
-    """Returns the recipe with a batch-size ramp for another layout: multiples of `share` sequences, the smallest at
-    least `least` * `share`. Without a ramp, or if none is possible, the recipe is unchanged."""
+    """Returns the recipe with a batch ramp in multiples of `share` sequences, from at least `least` * `share`.
+
+    Without a ramp, or if none is possible, the recipe is unchanged.
+    """
     optim = config.optim
     if optim.batch_ramp_start is None:
         return config
@@ -58,7 +60,7 @@ def fitted_ramp(config: Config, share: int, least: int) -> Config:
 
 
 def broken_rule(config: Config) -> UserError | None:
-    """Returns the first rule for running or planning that the recipe breaks; None if it breaks none."""
+    """Returns the first rule that the recipe breaks, if any."""
     try:
         check(config)
         require_rule(config)
@@ -68,7 +70,7 @@ def broken_rule(config: Config) -> UserError | None:
 
 
 def broken_layout(config: Config) -> UserError | None:
-    """Returns the rule that the layout breaks; None if it breaks none. All other settings must be valid."""
+    """Returns the rule that the layout breaks, if any."""
     try:
         check_spread(config)
         check_layout(with_nodes(config))
@@ -108,7 +110,7 @@ def overrides(config: Config, base: Config) -> list[str]:
 
 
 def lighter(config: Config) -> Iterator[Config]:
-    """Yields recipes with one change that may save memory. Some may not save memory, or may not run."""
+    """Yields recipes with one change that may save memory. Some cannot run."""
     parallel, model = config.parallel, config.model
     for again in (LIGHTEST, [*LIGHTEST, f"{Recompute.layer}:1"], [Recompute.layer]):
         if set(model.recompute) != set(again):
@@ -142,7 +144,7 @@ def lighter(config: Config) -> Iterator[Config]:
 
 
 def unsearched(config: Config) -> Iterator[Config]:
-    """Yields recipes with one change that may save memory, in settings that no search varies."""
+    """Yields recipes with one change in settings that no search varies."""
     if config.precision.moments == "fp32":
         yield with_changes(config, moments="bf16")
     if config.model.loss_chunk > 512:
@@ -150,8 +152,10 @@ def unsearched(config: Config) -> Iterator[Config]:
 
 
 def write_parallel(config: Config, name: str, base: Config, folder: Path | None = None) -> Path:
-    """Write the section `parallel` to conf/parallel/<name>.yaml, with settings of other sections as a comment. Returns
-    the path. Raises UserError if the file exists and no search wrote it."""
+    """Write the section `parallel` to conf/parallel/<name>.yaml, and changes of other sections as a comment.
+
+    Returns the path. Raises UserError if the file exists and no search wrote it.
+    """
     path = (folder or ROOT / "conf" / "parallel") / f"{name}.yaml"
     rest = [part for part in overrides(config, base) if not part.startswith("parallel.")]
     head = f"# Found by plan.search for conf={base.name}, hardware={config.hardware.name}; use with: parallel={name}"

@@ -1,6 +1,6 @@
-"""Finds changes of a recipe that make its plan fit, and changes that make its step faster.
+"""Finds changes that make a plan fit or make its step faster.
 
-Every change that is shown to the user has been planned completely.
+Every shown change has been planned completely.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from train.plan.time.step_time import plan_time
 
 SHOWN_CURES = 3
 PAIRED = 5
-"""Number of changes that are combined in pairs if no single change is enough: those that save the most memory."""
+"""If no single change is enough, this many changes that save most memory are combined in pairs."""
 
 WORTH = 0.01
-"""Minimum fraction of the step time that another layer split or number of stages must save."""
+"""Minimum fraction of the step time that a change of stages must save."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Cure:
 
 
 def find_cures(plan: RunPlan) -> list[Cure]:
-    """Returns up to three changes that make the plan fit, sorted by device-seconds per step. If no single change is
-    enough, combines two."""
+    """Returns up to three changes, or pairs of them, that fit."""
     saved: list[tuple[int, Config]] = []
     found = []
     for config in lighter(plan.config):
@@ -57,8 +56,7 @@ def find_cures(plan: RunPlan) -> list[Cure]:
 
 
 def find_beyond(plan: RunPlan) -> list[Cure]:
-    """Returns changes that make a layout fit, and that a search on the same devices does not try: other settings, or
-    the smallest sufficient number of devices (at most twice the plan's)."""
+    """Returns changes that fit and that no search tries: other settings, or up to twice the devices."""
     parallel = plan.config.parallel
     more = [with_changes(plan.config, pp=pp) for pp in range(parallel.pp + 1, 2 * parallel.pp + 1)]
     more += [with_changes(plan.config, dp=dp) for dp in range(parallel.dp + 1, 2 * parallel.dp + 1)]
@@ -74,8 +72,10 @@ def find_beyond(plan: RunPlan) -> list[Cure]:
 
 @dataclass(frozen=True)
 class FasterSplit:
-    """A split of layers into stages with a faster step than the plan's split. room_bytes: free memory of the fullest
-    device; negative if memory is lacking."""
+    """A split of layers into stages with a faster step than the plan's.
+
+    room_bytes: free bytes of the fullest device; negative if lacking
+    """
 
     layers: list[int]
     step_seconds: float
@@ -83,8 +83,7 @@ class FasterSplit:
 
 
 def find_split(plan: RunPlan) -> FasterSplit | None:
-    """Returns the layer split that best balances the ranks' planned times; None if it saves less than the fraction
-    WORTH."""
+    """Returns the layer split that best balances planned times; None if it saves less than WORTH."""
     layout = layout_of(plan.config)
     if layout.pp == 1:
         return None
@@ -97,8 +96,7 @@ def find_split(plan: RunPlan) -> FasterSplit | None:
 
 
 def find_stages(plan: RunPlan) -> Cure | None:
-    """Tries several numbers of stages per rank, and keeps the recipe's order of actions. Returns the change with the
-    shortest step; None if no change fits and saves the fraction WORTH."""
+    """Returns the fastest number of stages per rank; None if none fits and saves WORTH."""
     schedule = plan.config.parallel.schedule_facts.in_parts
     if plan.config.parallel.pp == 1 or schedule is None:
         return None
@@ -113,7 +111,7 @@ def find_stages(plan: RunPlan) -> Cure | None:
 
 
 def _peak_of_fullest(config: Config, plan: RunPlan) -> int:
-    """Returns the peak memory of the fullest rank in the plan, as a quick check."""
+    """Returns the peak of the plan's fullest rank, a quick check."""
     rank = min(plan.fullest.pp_rank, config.parallel.pp - 1)
     return rank_memory(config, rank, scene_of(config)).peak_bytes
 
@@ -131,7 +129,7 @@ def _cure(config: Config, plan: RunPlan, first_look: int) -> list[Cure]:
 
 
 def _both(base: Config, one: Config, other: Config) -> Config | None:
-    """Returns the recipe with both changes; None if they change the same field."""
+    """Returns a recipe with both changes; None if they share a field."""
     values = [_values(config, base) for config in (one, other)]
     if values[0].keys() & values[1].keys():
         return None

@@ -1,11 +1,10 @@
 """Computes lower bounds on the memory and the step time of layouts, without tracing or simulating them.
 
-    memory   weights, gradients and optimizer state of each rank, and its minimum of activations for backward
-    time     work of the busiest rank, plus the schedule's idle time (by a formula), plus the update
+    memory   each rank's weights, gradients, optimizer state, and least activations for backward
+    time     the busiest rank's work, the schedule's idle time (by a formula), and the update
 
-All layouts of a frame (`Frame` in candidates.py) have the same weights, update and number of micro-batches that wait
-for backward. The memory bound assumes that an activation saving applies to all blocks. The time bound assumes no
-offloaded blocks, and the fewest recomputed blocks with which memory may be sufficient.
+All layouts of a `Frame` (candidates.py) have the same weights and update. The memory bound assumes that all blocks save
+activations. The time bound assumes no offloaded blocks, and the fewest recomputed blocks that may fit.
 """
 
 from bisect import bisect_left
@@ -42,8 +41,7 @@ class FrameBounds:
         """memo: a cache for the complete search, as in `Stages`."""
         self._frame, self._rates, self._memo = frame, rates, memo
         self.lacking: list[tuple[int, str, Candidate]] = []
-        """Layouts that the memory bound rules out. An entry has the missing bytes per device, the name of the kind of
-        memory, and the layout."""
+        """Layouts that the memory bound rules out, with missing bytes and kind of memory."""
 
     def candidates(self) -> Iterator[Candidate]:
         """Yields the layouts that the memory bound does not rule out."""
@@ -90,8 +88,7 @@ class FrameBounds:
                     yield one
 
     def _kept(self, saving: ActivationSaving, stages: Stages, flight: list[int], blocks: int) -> list[int]:
-        """Returns the minimum bytes of kept activations of every rank (`_kept_bytes`). blocks: number of blocks per
-        stage that recompute or offload."""
+        """Returns `_kept_bytes` of every rank. blocks: number per stage that recompute or offload."""
         config = saving.applied(self._frame.config, blocks)
         model, longest = config.model, max(map(len, stages.layers))
         light = sum(place < model.repeated_layers or bool(model.offloaded_part(place)) for place in range(longest))
@@ -102,13 +99,11 @@ class FrameBounds:
 
 
 SPREAD_WORK = 0.97
-"""Lower bound on a stage's work in a layout, as a fraction of its work with the most expert-parallel ranks. The number
-of these ranks changes the work by only a few percent."""
+"""Smallest work of a stage at any ep, as a fraction of its work at the largest ep."""
 
 
 class QuickStages(Stages):
-    """Lower bounds on the times of stages in the layouts of one `Frame` (a set of similar layouts). They share one
-    trace of the model, with as few experts per rank as possible."""
+    """Lower bounds on stage times of similar layouts, from one trace with the fewest experts per rank."""
 
     def __init__(self, config: Config, rates: Rates, memo: dict):
         super().__init__(config, layout_of(config), rates, memo)
@@ -126,17 +121,21 @@ class QuickStages(Stages):
 
 
 def _holds(kept: Callable[[int], list[int]], held: list[int], room: int, blocks: int) -> bool:
-    """Whether the memory of every rank is large enough for its state and the activations that it keeps for backward.
+    """Whether every rank has memory for its state and for the activations that wait for backward.
 
-    kept: returns each rank's bytes of activations for `blocks`, the number of blocks per stage that recompute or
-    offload. held: bytes of state by rank. room: bytes of memory.
+    kept: function from `blocks` to each rank's bytes of activations
+    held: bytes of state by rank
+    room: bytes of memory of a rank
+    blocks: number of blocks per stage that recompute or offload
     """
     return max(map(add, held, kept(blocks))) <= room
 
 
 def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
-    """Returns a lower bound on a candidate's memory that is closer than `least_bytes`, from a measured forward. config:
-    the candidate's recipe, with any number of blocks that recompute or offload."""
+    """Returns a lower bound on a candidate's memory, closer than `least_bytes`, from a traced forward.
+
+    config: the candidate's recipe, with any number of blocks that recompute or offload
+    """
     rank = candidate.fullest
     chunks = [chunk_of(scene, parts) for parts in chunk_parts(config)[rank].values()]
     kept = min(sum(chunk.kept.values()) for chunk in chunks)
@@ -146,12 +145,12 @@ def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
 
 
 def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
-    """Returns two lower bounds per rank on the number of micro-batches that wait for backward with all of their
-    activations in memory.
+    """Returns two lower bounds per rank on the number of micro-batches that wait for backward.
 
-    The first bound is on the maximum over the step. The second is on the maximum while another micro-batch runs forward
-    (negative: this never occurs). Of two micro-batches with overlapped passes, only one has all of its activations in
-    memory.
+    - Maximum over the step.
+    - Maximum while another micro-batch runs forward; negative: this never occurs.
+
+    Of two overlapped micro-batches, only one counts, because the other does not have all activations in memory.
     """
     most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp), parallel.virtual_stages)
     paired = parallel.schedule_facts.pairs
@@ -159,11 +158,10 @@ def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
 
 
 def _pipeline_seconds(stages: Stages) -> float:
-    """Returns a lower bound on the seconds of the pipeline: a rank's work for all micro-batches, plus its idle time.
+    """Returns a lower bound on the seconds of the pipeline: a rank's work, plus its idle time.
 
-    - Backward is not split: the idle time is one forward and one backward of every earlier stage. The largest sum of
-      all ranks counts.
-    - Backward is split: the idle time is the schedule's formula with the shortest action times of all stages.
+    - Backward is not split: a rank idles for a forward and a backward of every earlier stage. The largest sum counts.
+    - Backward is split: the schedule's formula with the shortest action times of all stages.
     """
     parallel, ids = stages.config.parallel, range(len(stages.layers))
     busy = [_busy(stages, own) * stages.micro_batches for own in stages.placement]
@@ -182,16 +180,14 @@ def _pipeline_seconds(stages: Stages) -> float:
 
 
 def _busy(stages: Stages, ids: list[int]) -> float:
-    """Returns the seconds of forward and backward of one micro-batch on these stages. If the schedule overlaps both,
-    the overlapped time counts."""
+    """Returns the seconds of a micro-batch's passes on these stages, overlapped or not."""
     if stages.config.parallel.schedule_facts.pairs:
         return 2 * _pair(stages, ids)
     return sum(stages.elapsed(Action(kind, stage, 0)).seconds for stage in ids for kind in "FB")
 
 
 def _pair(stages: Stages, ids: list[int]) -> float:
-    """Returns the mean time of two overlapped pairs of passes: forward on the rank's first stage with backward on its
-    second, and the reverse."""
+    """Returns the mean seconds of a rank's two overlapped pairs."""
     pairs = [(ids[0], ids[1]), (ids[1], ids[0])]
     return sum(_overlapped(stages, *pair) for pair in pairs) / 2
 
@@ -207,7 +203,7 @@ def _lengths(stages: Stages, stage: int) -> tuple[float, float, float]:
 
 
 def _state_bytes(config: Config, held: WeightCounts) -> int:
-    """Returns the bytes of a rank's weights, fp32 gradients, master weights and moments, as ZeRO shards them."""
+    """Returns bytes of weights, gradients, master weights and moments on a rank."""
     parallel = config.parallel
     element = config.precision.weight_bytes
     copies = parallel.stage_ranks, parallel.stage_ranks // parallel.ep
@@ -222,7 +218,7 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
 
 
 def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
-    """Returns by how many bytes per device the optimizer state exceeds the host's memory; at most 0 if it fits."""
+    """Returns the bytes per device that the host lacks, or at most 0."""
     has = host_memory(config)
     if not config.parallel.offload_optimizer or not has:
         return 0
@@ -232,8 +228,7 @@ def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
 
 
 def _shard(config: Config, held: WeightCounts) -> float:
-    """Returns the number of elements in a rank's shard of the trained weights. The rank has the optimizer state of this
-    shard."""
+    """Returns the number of trained weights whose optimizer state a rank has."""
     parallel = config.parallel
     return held.dense / parallel.stage_ranks + held.experts / (parallel.stage_ranks // parallel.ep)
 
@@ -245,11 +240,11 @@ def _moment_bytes(config: Config) -> int:
 def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flight: int) -> int:
     """Returns a lower bound on the bytes of activations that a rank keeps for backward.
 
-    flight: number of micro-batches that wait for backward. ids: stages of the rank; the stage with the fewest bytes
-    counts. light: number of first layers that are recomputed or offloaded, and keep only their input.
+    light: number of a stage's first layers that keep only their input (recomputed or offloaded)
+    ids: stages of the rank; the one with the fewest bytes counts
+    flight: number of micro-batches that wait for backward
 
-    Other layers keep the inputs of both norms and the output of attention. Experts keep their inputs and the inputs of
-    their SwiGLU.
+    Other layers keep both norms' inputs and attention's output. Experts keep their inputs and their SwiGLU's inputs.
     """
     model, element = config.model, stages.element
     if config.optim.index_warmup:  # only the indexers are trained, so layers keep nothing for backward
@@ -269,8 +264,10 @@ def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flig
 
 @cache
 def in_flight(schedule: str, pp: int, micro_batches: int, virtual: int = 2) -> list[tuple[int, int]]:
-    """Returns two maximum numbers of micro-batches in flight (between forward and backward) on each rank: at any time,
-    and while a forward runs. Only the time after each stage's first backward counts."""
+    """Returns two maximum numbers of micro-batches between forward and backward, for each rank.
+
+    The first is for any time, the second for times with a forward. Only times after each stage's first backward count.
+    """
     most = []
     for line in schedule_actions(schedule, pp, micro_batches, virtual):
         parts = [action.halves or (action,) for action in line]

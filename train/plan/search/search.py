@@ -1,18 +1,16 @@
-"""plan.search=true: finds the fastest layouts on a number of devices, and says why other kinds of layouts are slower or
-do not fit.
+"""plan.search=true: finds the fastest layouts on a number of devices, and says why others are slower or do not fit.
 
-1. The search first tries the recipe's layout on these devices, then the layouts most similar to it.
-2. It lists all combinations that the rules allow (candidates.py).
-3. Every combination gets a lower bound on its memory and, if it may fit, on its step time (lower_bounds.py).
-4. It simulates layouts in the order of their time bounds, and plans their memory in the order of their step times. It
-   ends when ten layouts fit and no other layout has a lower time bound. If the ranks have uneven work, it also tries
-   the stage split that the planned times suggest.
+1. The search first tries the recipe's layout, then the most similar layouts.
+2. candidates.py lists all combinations that the rules allow.
+3. lower_bounds.py bounds the memory of each combination and, if it may fit, its step time.
+4. The search simulates layouts in the order of their time bounds, and plans their memory in the order of step times. It
+   ends when ten layouts fit, and no other time bound is below the tenth step time.
 
-The optimizer is on the host only if a layout does not fit otherwise. As few blocks as possible are recomputed or
-offloaded.
+If ranks have uneven work, the search also tries the stage split that the planned times suggest. The optimizer is on the
+host only if needed. As few blocks as possible are recomputed or offloaded.
 
-All layouts with the same pipeline length and schedule are a family. If a family has no layout among the best, the
-search gives the reason: a broken rule, missing memory, or a slower step.
+A family is all layouts with one pipeline length and schedule. If no layout of a family is among the best, the search
+gives the reason: a broken rule, missing memory, or a slower step.
 """
 
 import gc
@@ -47,18 +45,17 @@ from train.plan.time.step_time import estimate_step, mfu, plan_time, simulate_st
 
 SHOWN_LAYOUTS = 10
 REASONS = 3
-"""Maximum number of families whose broken rule is shown in the error if no layout can run."""
+"""Maximum number of families with a reason in the error."""
 _UNSEEN = -1
-"""Stands for the number of recomputed or offloaded blocks in a candidate for which only bounds are known."""
+"""Marks a candidate for which only bounds are known."""
 NEARER = (1.0, 2.0, 3.0)
-"""Distance limits for the steps of the search between its first step (the most similar layouts) and its last step (all
-layouts).
+"""Growing limits on the distance of the tried layouts from the recipe.
 
-Each limit is a maximum distance from the recipe (`_Finder._distance`), minus the smallest possible distance. After each
-step, the search reports a better layout if it has found one.
+Each limit is a distance (`_Finder._distance`) beyond that of the most similar layouts. The last step of the search has
+no limit.
 """
 UNEVEN = 1.03
-"""The search tries another stage split if the busiest rank has at least this many times the mean work."""
+"""The search tries another split if the busiest rank has this many times the mean work."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class FoundLayout:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of layouts that has no layout among the best, and the reason."""
+    """A family of layouts that is not among the best."""
 
     name: str
     reason: str
@@ -117,16 +114,16 @@ class Search:
         }
 
     def command(self, name: str) -> list[str]:
-        """Returns the command-line arguments that select the best layout. name: name of its file in conf/parallel."""
+        """Returns arguments that select the best layout. name: its file in conf/parallel."""
         rest = [part for part in self.best[0].overrides if not part.startswith("parallel.")]
         return [f"parallel={name}", *rest]
 
 
 def search(config: Config, tell: Callable[[FoundLayout], None] = lambda found: None) -> Search:
-    """Finds the ten fastest layouts that fit. After SIGINT, returns the fastest layouts found so far.
+    """Finds the ten fastest layouts that fit; after SIGINT, the fastest so far.
 
-    tell: called with each layout that is faster than all earlier layouts. Raises UserError if no layout fits, and
-    KeyboardInterrupt if SIGINT comes before the first layout that fits.
+    tell: called with each new fastest layout
+    Raises UserError if no layout fits, and KeyboardInterrupt after SIGINT if none was found yet.
     """
     require_hardware(config.hardware)
     require_host(config)
@@ -135,7 +132,7 @@ def search(config: Config, tell: Callable[[FoundLayout], None] = lambda found: N
     require_rule(config)
     devices = config.plan.devices or config.parallel.world
     finder = _Finder(config, devices, tell)
-    gc.freeze()  # torch's objects stay alive, so garbage collections after each trace need not scan them
+    gc.freeze()  # garbage collections then skip torch's objects, which stay alive
     try:
         fits = finder.run()
     finally:
@@ -165,15 +162,14 @@ class _Miss(NamedTuple):
     """A layout that does not fit."""
 
     lacking: int
-    """Missing bytes per device, or a lower bound on them. They are missing in the device's memory, or in its share of
-    the host's memory."""
+    """Missing bytes of the device, or of its share of the host's memory; may be a lower bound."""
     what: str
-    """Text that names the kind of memory that is missing; empty for the device's memory."""
+    """Text about the kind of missing memory; empty for device memory."""
     config: Config
 
     @classmethod
     def of(cls, config: Config) -> "_Miss":
-        """Plans the memory of a layout completely. `lacking` in the result is negative if the layout fits."""
+        """Plans a layout's memory completely. `lacking` is negative if it fits."""
         ranks = plan_memory(config)
         lacking = max(rank.peak_bytes for rank in ranks) - tensor_memory(config)
         if host := host_lacking(config, ranks) // host_ranks(config):
@@ -186,18 +182,20 @@ class _Looked:
     """What a search has found about a family of layouts."""
 
     rule: UserError | None = None
-    """The first rule that a layout of the family was found to break."""
+    """The first broken rule that was found."""
     runs: bool = False
     """Whether at least one layout of the family breaks no rule."""
     lacking: list[tuple[int, str, Candidate]] = field(default_factory=list)
-    """Layouts that the memory bound rules out: for each frame (a set of similar layouts), the layout with the fewest
-    missing bytes, with these bytes and the name of the kind of memory."""
+    """For each set of similar layouts, the ruled-out layout with the fewest missing bytes.
+
+    An entry has missing bytes, text about the kind of memory, and the layout.
+    """
     possible: list[Candidate] = field(default_factory=list)
     """Layouts that the memory bound does not rule out."""
     missed: list["_Miss"] = field(default_factory=list)
     """Layouts that were tried and do not fit."""
     nearest: "_Miss | None" = None
-    """If no layout of the family fits: the layout with the fewest missing bytes."""
+    """If no layout fits: the one with the fewest missing bytes."""
     steps: list[float] = field(default_factory=list)
     """Step times, in seconds, of the layouts that fit."""
 
@@ -215,12 +213,11 @@ class _Finder:
         self._blocks: dict[int, int | None] = {}
         """Cache of `_fewest`. The key is the id of a candidate."""
         self._estimated: dict[tuple[int, int], float] = {}
-        """Cache of `_seconds`, by the id of a candidate and a number of blocks. Candidates exist as long as the search,
-        so ids stay valid."""
+        """Cache of `_seconds`. All candidates stay alive, so their ids stay valid."""
         self._fitting: dict[tuple[str, ...], _Fit] = {}
         """Layouts that fit, by the tuple of their overrides."""
         self._on_devices: set[tuple[str, ...]] = set()
-        """The overrides of each layout that fits with the optimizer on the devices."""
+        """Overrides of layouts that fit with the optimizer on the devices."""
 
     @property
     def runs(self) -> bool:
@@ -241,7 +238,7 @@ class _Finder:
         return sorted(fits, key=_step_seconds)
 
     def _find(self) -> None:
-        """Try the recipe's layout on these devices, then similar layouts, then all layouts."""
+        """Try the recipe's layout, then similar layouts, then all layouts."""
         every = list(frames(self._base, self._devices))
         self.tried = sum(frame.layouts for frame in every)
         every.sort(key=self._distance)
@@ -262,15 +259,19 @@ class _Finder:
                 break
 
     def _distance(self, frame: Frame) -> float:
-        """Returns the distance of a frame (a set of similar layouts) from the recipe: the number of doublings or
-        halvings of pp, cp, ep, zero and micro_batch_size."""
+        """Returns how far a frame (a set of similar layouts) is from the recipe.
+
+        Unit: doublings or halvings of pp, cp, ep, zero and micro_batch_size.
+        """
         one, base = frame.config, self._base
         pairs = [(getattr(one.parallel, name), getattr(base.parallel, name)) for name in ("pp", "cp", "ep", "zero")]
         return sum(abs(math.log2(a / b)) for a, b in (*pairs, (one.micro_batch_size, base.micro_batch_size)))
 
     def _as_given(self, frame: Frame) -> Frame | None:
-        """Reduces a frame (a set of similar layouts) to the layouts with the recipe's schedule and dispatch, and either
-        its activation saving or recomputation of whole layers. None if no layout is left."""
+        """Reduces a set of similar layouts to the recipe's schedule, dispatch and activation saving.
+
+        Layouts that recompute whole layers stay, too. None if no layout is left.
+        """
         base, model = self._base.parallel, self._base.model
         if (frame.config.parallel.schedule != base.schedule and base.pp > 1) or not (ways := self._ways(frame)):
             return None
@@ -280,8 +281,10 @@ class _Finder:
         return replace(frame, savings=savings, ways=given)
 
     def _bound(self, frame: Frame) -> None:
-        """Compute the bounds of a frame (a set of similar layouts). Add the layouts that may fit to the family's
-        `possible`; of the others, only the one with the fewest missing bytes to `lacking`."""
+        """Add the frame's layouts that may fit to the family's `possible`.
+
+        Of the others, `lacking` gets the one with the fewest missing bytes.
+        """
         family = self._families[frame.family]
         if ways := self._ways(frame):
             bounds = FrameBounds(replace(frame, ways=ways), self._rates, self._memo)
@@ -289,7 +292,7 @@ class _Finder:
             family.lacking += sorted(bounds.lacking, key=_bytes_lacking)[:1]
 
     def _try(self, possible: list[Candidate], wanted: int) -> None:
-        """Store the layouts that fit, and report each layout that is faster than all before it."""
+        """Store layouts that fit, and report each new fastest."""
         for fit in self._fits(possible, wanted):
             before = min(self._fitting.values(), key=_step_seconds, default=None)
             self._fitting[self._name(fit.config)] = fit
@@ -297,8 +300,10 @@ class _Finder:
                 self._tell(self.found(fit))
 
     def _ways(self, frame: Frame) -> list[tuple[str, WireFormat]]:
-        """Returns the pairs of dispatch and wire format that the rules allow. A rule that is broken with flat dispatch
-        is broken with every dispatch."""
+        """Returns the allowed pairs of dispatch and wire format.
+
+        A rule that flat dispatch breaks, every dispatch breaks.
+        """
         flat, family = broken_layout(frame.config), self._families[frame.family]
         errors = {FLAT_DISPATCH: flat}
         if flat is None:
@@ -310,7 +315,7 @@ class _Finder:
         return ways
 
     def _fits(self, possible: list[Candidate], wanted: int) -> Iterator[_Fit]:
-        """Yields layouts that fit, until no other layout can be among the `wanted` fastest."""
+        """Yields layouts that fit, until no other can be among the fastest."""
         queue = [(one.seconds, number, _UNSEEN) for number, one in enumerate(possible)]
         heapify(queue)
         best: list[float] = []
@@ -333,8 +338,7 @@ class _Finder:
                 heappush(queue, (self._seconds(one, blocks + 1), number, blocks + 1))
 
     def _fewest(self, one: Candidate) -> int | None:
-        """Returns the fewest recomputed or offloaded blocks per stage with which a candidate fits by its memory bound;
-        None if it never fits."""
+        """Returns the fewest recomputed or offloaded blocks per stage that may fit; None if no number does."""
         if id(one) not in self._blocks:
             able = self._lacking(one, one.blocks) <= 0
             fewest = bisect_left(range(one.blocks * able), True, key=lambda blocks: self._lacking(one, blocks) <= 0)
@@ -355,8 +359,7 @@ class _Finder:
         return Stages(config, layout_of(config), self._rates, self._memo)
 
     def _needs_no_host(self, config: Config) -> bool:
-        """Whether a layout has its optimizer on the host although it also fits, and is faster, with the optimizer on
-        the device."""
+        """Whether the optimizer is on the host although the layout fits with it on the device."""
         host = config.parallel.offload_optimizer
         return host and self._name(with_changes(config, offload_optimizer=False)) in self._on_devices
 
@@ -364,8 +367,7 @@ class _Finder:
         return tuple(overrides(config, self._base))
 
     def _look(self, one: Candidate, config: Config) -> tuple[int, str]:
-        """Returns the cached result of `_missed` for a candidate's configuration. Different activation savings can give
-        the same configuration."""
+        """Returns the cached result of `_missed`. Several savings can give one recipe."""
         name = self._name(config)
         if name not in self._looked:
             self._looked[name] = _missed(config, one.fullest)
@@ -374,7 +376,7 @@ class _Finder:
         return self._looked[name]
 
     def _fit(self, family: str, config: Config, room: int, seconds: float) -> _Fit:
-        """Record a layout that fits. Returns it with another stage split if that split is faster."""
+        """Records a layout that fits, with a faster stage split if possible."""
         if not config.parallel.offload_optimizer:
             self._on_devices.add(self._name(config))
         fit = self._faster(_Fit(config, family, room, seconds))
@@ -382,8 +384,7 @@ class _Finder:
         return fit
 
     def _faster(self, fit: _Fit) -> _Fit:
-        """Returns the layout with a stage split that balances the ranks' planned times, or the given layout if this
-        split does not fit or is not faster."""
+        """Returns the layout, with a balanced stage split if that is faster."""
         stages = self._stages(fit.config)
         if estimate_step(stages)[1] < UNEVEN:
             return fit
@@ -395,13 +396,13 @@ class _Finder:
         return fit if lacking > 0 else _Fit(config, fit.family, -lacking, seconds)
 
     def found(self, fit: _Fit) -> FoundLayout:
-        """Converts a layout that fits to the form that the search returns."""
+        """Converts a layout that fits to a `FoundLayout`."""
         config = replace(fit.config, plan=self._base.plan)
         causal = mfu(config, fit.step_seconds, causal=True)
         return FoundLayout(config, overrides(config, self._base), fit.step_seconds, fit.room_bytes, causal)
 
     def rejected(self, fits: list[_Fit]) -> Iterator[Family]:
-        """Yields a reason for every family that has no layout among the best."""
+        """Yields a reason for each family that is not among the best."""
         shown = {fit.family for fit in fits}
         names = (name for name in self._families if name not in shown)
         for name in sorted(names, key=lambda name: (int("".join(filter(str.isdigit, name.split()[0]))), name)):
@@ -429,8 +430,7 @@ class _Finder:
 
     @property
     def nearest(self) -> _Miss | None:
-        """Returns the tried layout with the fewest missing bytes. Call it only after `rejected` has handled every
-        family."""
+        """The tried layout with the fewest missing bytes. Call `rejected` first."""
         families = self._families.values()
         if nearest := [family.nearest for family in families if family.nearest is not None]:
             return min(nearest, key=lambda miss: miss.lacking)
@@ -439,13 +439,15 @@ class _Finder:
 
 
 def _bytes_lacking(one: tuple[int, str, Candidate]) -> tuple[int, int]:
-    """Sort key: the layout with the fewest missing bytes first, then the layout that needs the least memory."""
+    """Sort key: fewest missing bytes first, then least needed memory."""
     return one[0], one[2].least_bytes
 
 
 def _missed(config: Config, fullest: int) -> tuple[int, str]:
-    """Returns by how many bytes the fullest rank exceeds its memory (negative: free bytes), and the name of the kind of
-    memory. fullest: the fullest rank by the memory bound."""
+    """Returns the missing bytes of the fullest rank (negative: free bytes), and text about the kind of memory.
+
+    fullest: fullest rank by the memory bound
+    """
     scene, memory, last = scene_of(config), tensor_memory(config), config.parallel.pp - 1
     ranks: list[RankMemory] = []
     for depth in WalkDepth:  # bounds come first, because they rule out most layouts
@@ -461,7 +463,7 @@ def _missed(config: Config, fullest: int) -> tuple[int, str]:
 
 
 def _nothing_runs(config: Config, found: Search, devices: int) -> UserError:
-    """Returns the error for the case that no layout can run on this number of devices."""
+    """Returns the error if no layout can run."""
     reasons = "; ".join(f"{family.name}: {family.reason}" for family in found.rejected[:REASONS])
     more = f"; and {len(found.rejected) - REASONS} more" if len(found.rejected) > REASONS else ""
     return UserError(
@@ -473,7 +475,7 @@ def _nothing_runs(config: Config, found: Search, devices: int) -> UserError:
 
 
 def _near(config: Config, devices: int) -> str:
-    """Suggests the nearest numbers of devices that match the batch size and the number of layers."""
+    """Suggests the nearest numbers of devices for batch size and layers."""
     longest = config.model.layers + 2
     shares = divisors(config.batch_size)
     able = {pp * dp for pp in range(1, longest + 1) for dp in shares}
@@ -486,8 +488,7 @@ def _near(config: Config, devices: int) -> str:
 
 
 def _nothing_fits(config: Config, found: Search, nearest: _Miss | None) -> UserError:
-    """Returns the error for the case that no layout fits. nearest: the tried layout with the fewest missing bytes; None
-    if none was tried."""
+    """Returns the error if no layout fits. nearest: layout with the fewest missing bytes"""
     rule = f"{found.devices} x {config.hardware.name} cannot fit this recipe with any of {found.tried} layouts"
     cures = []
     if nearest is not None:

@@ -1,15 +1,12 @@
 """plan.calibrate=true: times the recipe's kernels on the present device, and writes the rates that plans use.
 
-1. Every kind of kernel is timed at several sizes (timed_run.py). A rate is fitted to the times: seconds per call,
-   operations per second and bytes per second.
-2. If several ranks can run, the kernels are also timed while all ranks run them, and so are the links between the
-   ranks.
-3. One rank runs complete steps at two micro-batch sizes. The time that the kernels' rates do not explain becomes a cost
-   per launch (Python, autograd) and a factor on the kernels' time (cold caches). For the update, it becomes only a
-   factor.
+1. Kernels are timed at several sizes (timed_run.py). A fitted rate has seconds per call, operations per second and
+   bytes per second.
+2. If several ranks can run, kernels are also timed while all ranks run them, and so are the links between ranks.
+3. One rank runs complete steps at two micro-batch sizes. Time that the rates do not explain becomes a cost per launch
+   (Python, autograd) and a factor on kernel times (cold caches).
 
-A single-threaded CPU rank is timed by its processor time, which excludes other processes. A plan refuses the rates of
-another device.
+A single-threaded CPU rank is timed by processor time, which excludes other processes.
 """
 
 import json
@@ -43,17 +40,17 @@ from train.plan.time.timed_step import TimedStep, undisturbed_clock, wall_clock
 from train.rank_parts import RankSetup
 
 SHORTER = 4
-"""Ratio of the two micro-batch sizes, in tokens, at which kernels are timed."""
+"""Ratio of the two timed micro-batch sizes, in tokens."""
 LINK_RUNS = 20
-"""Number of times that each collective is run. Only the shortest time is used."""
+"""Number of runs of each collective, of which the shortest counts."""
 LINK_BYTES = (2**14, 2**18, 2**22)
 """Sizes of the timed collectives, in bytes."""
 CALIBRATION_STEPS = 8
-"""Number of steps that are timed; only the shortest time is used."""
+"""Number of timed steps, of which the shortest counts."""
 
 
 def calibrate(config: Config) -> Path:
-    """Measure the rates and write them to runs/<name>/calibration.json. Returns the path of this file."""
+    """Measure the rates and write runs/<name>/calibration.json. Returns its path."""
     device = torch.device("cuda" if config.cluster.device != "cpu" and torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and config.precision.fp8 is not None:
         raise UserError(
@@ -92,7 +89,7 @@ def _measure_on(ranks: int, config: Config, kind: str, threads: int) -> dict[str
 
 
 def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder: str, barrier) -> None:
-    """Run the measurements of one rank, in a separate process. Rank 0 writes the results into `folder`."""
+    """Run one rank's measurements. Rank 0 writes them into `folder`."""
     tune_cpu()
     if kind == "cpu":
         torch.set_num_threads(threads)
@@ -120,7 +117,7 @@ def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder
 
 
 def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], dict[str, float]]:
-    """Returns the fitted rate of each kind of work, and the largest relative error of each fit."""
+    """Returns the rates by kind of work, and their largest relative errors."""
     samples: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     timed = [timed_passes(_alone(config, *batch), device) for batch in batches(config)]
     for (kind, *amounts, calls), seconds in chain(*timed, timed_rows_and_weights(config, device)):
@@ -131,16 +128,17 @@ def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], d
 
 
 def batches(config: Config) -> list[tuple[int, int]]:
-    """Returns the number and the length of sequences in two micro-batches: the recipe's and a smaller one, to separate
-    the cost per call from the cost per element."""
+    """Returns two micro-batches, each as number and length of sequences.
+
+    Two sizes separate the cost per call from the cost per element.
+    """
     if config.micro_batch_size < SHORTER:
         return [(config.micro_batch_size, config.seq_len), (1, -(-config.seq_len // SHORTER))]
     return [(config.micro_batch_size, config.seq_len), (config.micro_batch_size // SHORTER, config.seq_len)]
 
 
 def _alone(config: Config, sequences: int, length: int) -> Config:
-    """Returns the recipe for one rank without parallelism. A step has two micro-batches of `sequences` sequences with
-    `length` tokens."""
+    """Returns the recipe for one rank, with two micro-batches per step."""
     return replace(
         config,
         parallel=Parallel(),
@@ -154,11 +152,10 @@ def _alone(config: Config, sequences: int, length: int) -> Config:
 
 
 def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float]:
-    """Fits a rate to samples (operations, bytes, seconds) of one call each. Also returns the largest relative error of
-    the fit.
+    """Fits a rate to samples (operations, bytes, seconds) of calls. Also returns the largest relative error.
 
-    Seconds = calls * seconds per call + operations / flops + bytes / bandwidth. The fit minimises the sum of squared
-    relative errors. No term is negative.
+    Seconds = seconds per call + operations / flops + bytes / bandwidth. The fit minimises the sum of squared relative
+    errors. No term is negative.
     """
     rows_N3 = np.array([[1.0, flops, moved] for flops, moved, _ in samples])
     seconds_N = np.array([seconds for *_, seconds in samples])
@@ -180,10 +177,9 @@ def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float
 
 
 def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) -> tuple[Rate, dict[str, float]]:
-    """Measures the part of one rank's step time that the kernels' rates do not explain. Returns the rate of a launch,
-    and the factors on the times of passes and of the update.
+    """Measures the part of a rank's step time that kernel rates do not explain.
 
-    Steps of both micro-batch sizes have equally many launches, so the step times differ only by kernel time.
+    Returns the rate of a launch, and factors on passes and update. Steps of both sizes have equally many launches.
     """
     steps = [_Step(config, *batch, rates, device) for batch in batches(config)]
     first, second = steps
@@ -197,15 +193,16 @@ def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) 
 def _factors_together(
     config: Config, device: torch.device, rates: dict[str, dict], launch: Rate, barrier
 ) -> dict[str, float]:
-    """Returns the factors on the kernels' times in passes and in the update, measured while all ranks are active.
-    launch: the rate of a launch with one active rank. All ranks together have the same rate, because each rank launches
-    on its own core."""
+    """Returns the factors on kernel times while all ranks are active.
+
+    launch: rate with one active rank. It holds here, because each rank launches on its own core.
+    """
     step = _Step(config, *batches(config)[0], rates, device, barrier)
     return {"passes": (step.passes - launch.seconds * step.launches) / step.kernels, "update": step.update}
 
 
 class _Step:
-    """Measured times of a step with two micro-batches on one rank, and the planned time of its kernels."""
+    """Measured times of one rank's step, and its kernels' planned time."""
 
     def __init__(self, config: Config, sequences: int, length: int, rates: dict[str, dict], device, barrier=None):
         alone = _alone(config, sequences, length)
@@ -220,8 +217,7 @@ class _Step:
 
 
 def _step(config: Config, device: torch.device, barrier) -> tuple[float, float]:
-    """Runs several steps of two micro-batches on one rank. Returns the shortest seconds of the passes, and of reduction
-    plus update."""
+    """Runs steps on one rank. Returns the shortest seconds of passes, and of reduction plus update."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -241,7 +237,7 @@ def _step(config: Config, device: torch.device, barrier) -> tuple[float, float]:
 
 
 def _links(rank: int, ranks: int, device: torch.device, folder: str) -> dict[str, dict]:
-    """Returns the rates of the transfers between the ranks of this machine."""
+    """Returns the rates of transfers between this machine's ranks."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
@@ -275,7 +271,7 @@ def _shift(tensor: torch.Tensor, rank: int, ranks: int) -> None:
 
 
 def _seconds_in_step(run: Callable[[], object], device: torch.device) -> float:
-    """Returns the shortest seconds of several runs of a collective. All ranks start each run together."""
+    """Returns the shortest seconds of a collective. All ranks start together."""
     times = []
     for _ in range(LINK_RUNS):
         dist.barrier()

@@ -1,4 +1,4 @@
-"""Counts the bytes that a device sends in a step, by kind of link and by purpose."""
+"""Counts the bytes that a device sends in a step."""
 
 from collections import defaultdict
 from itertools import pairwise
@@ -9,10 +9,9 @@ from train.plan.time.update import count_weights, sharers
 
 
 def count_traffic(stages: Stages) -> dict[str, dict[str, float]]:
-    """Returns the bytes that a device sends per step, as a mean over the ranks of a pipeline.
+    """Returns the bytes that a device sends in a step, as a mean over pipeline ranks.
 
-    Kinds of link: inside (a node), across (nodes), and host (copies to or from the host). Purposes: experts, stages,
-    contexts, gradients, weights, activations and optimizer.
+    Keys: link (inside a node, across nodes, host), purpose.
     """
     config, layout, parallel = stages.config, stages.layout, stages.config.parallel
     model, element, last = config.model, stages.element, len(stages.layers) - 1

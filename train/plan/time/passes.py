@@ -1,11 +1,10 @@
-"""Computes the time of a pass over the layers of a stage, alone or overlapped with another pass.
+"""Computes the time of a pass over a stage's layers, alone or overlapped with another pass.
 
-A pass is a list of segments. A segment computes, starts a transfer, computes independent work (the shared experts), and
-waits for the transfer. In a pair of passes, the other pass also runs during the transfer
-(parallel/pipeline/overlap.py). Backward runs first.
+A pass is a list of segments. Each computes, starts a transfer, computes more (the shared experts), and waits. In a pair
+of passes, the other pass runs during the wait (parallel/pipeline/overlap.py). Backward runs first.
 
-A device runs its transfers one after another. A transfer slows computing, because it uses the fraction `taken` of the
-device (some SMs, or CPU cores).
+A device runs one transfer at a time. A transfer takes the fraction `taken` of the device (SMs or CPU cores) from
+computing.
 """
 
 from dataclasses import dataclass
@@ -13,14 +12,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Segment:
-    """Seconds of a section of a pass, with at most one transfer. compute: computation before the transfer. beside:
-    computation that may overlap it."""
+    """Seconds of a section of a pass.
+
+    compute: computation before the transfer
+    beside: computation that may overlap the transfer
+    """
 
     compute: float
     transfer: float = 0.0
     beside: float = 0.0
     yields: bool = True
-    """Whether the pass lets the other pass of an overlapped pair run before it waits for its transfer."""
+    """Whether the other pass of a pair runs during the wait."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class ElapsedTime:
 
     seconds: float
     exposed: float
-    """Seconds in which the passes wait for transfers. They are included in `seconds`."""
+    """Seconds in which the passes wait for transfers; included in `seconds`."""
 
 
 def alone(segments: list[Segment], taken: float) -> ElapsedTime:
@@ -53,8 +55,7 @@ class _Lane:
 
 
 def overlapped(forward: list[Segment], backward: list[Segment], taken: float) -> ElapsedTime:
-    """Returns the time of a forward and a backward pass that alternate. taken: fraction of the device that a running
-    transfer uses."""
+    """Returns the time of a forward and a backward that alternate. taken: as in `alone`."""
     lanes = [_Lane(backward), _Lane(forward)]
     now = exposed = link = 0.0
     turn = 0
@@ -79,7 +80,6 @@ def overlapped(forward: list[Segment], backward: list[Segment], taken: float) ->
 
 
 def _compute(now: float, seconds: float, link: float, taken: float) -> float:
-    """Returns the end of a computation that starts at time `now`. It takes `seconds` without transfers. Until time
-    `link`, a transfer slows it."""
+    """Returns the end of a computation of `seconds` that starts at `now`. A transfer slows it until `link`."""
     lost = taken * max(0.0, link - now)
     return now + min(seconds + lost, seconds / max(1 - taken, 1e-9))

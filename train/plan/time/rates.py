@@ -1,8 +1,7 @@
 """Computes the seconds of work, from the rates of a hardware description or a calibration.
 
-The hardware descriptions in conf/hardware have rates for a few kinds of work; a calibration measures all kinds. A kind
-without a rate uses the rate of its fallback, a more general kind (WORK_KINDS). If the fallback has no rate either, an
-error is raised.
+A kind of work without a rate uses the rate of its fallback, a more general kind. UserError is raised if that has no
+rate either.
 """
 
 import math
@@ -33,17 +32,20 @@ WORK_KINDS = {
     "triton_grouped_wgrad": "grouped_wgrad",
     "triton_wgrad": "wgrad",
 }
-"""Kinds of GEMMs, each with its fallback: the kind whose rate replaces a missing rate (empty for none). Names of rates
-also end in a number format, such as fprop_bf16. Kinds with triton in their name are Sluice's FP8 kernels."""
+"""Kinds of GEMMs, each with its fallback, if any. Kinds with triton in their name are Sluice's FP8 kernels.
+
+Names of rates also have a number format, such as fprop_bf16.
+"""
 NOT_MEMORY = ("memory", "attention_forward", "attention_backward", "launch")
-"""Kinds of work without a fallback. GEMMs, links and the host have their own tables. All other kinds fall back to
-`memory`."""
+"""Kinds of work without a fallback. Kinds in no table fall back to `memory`."""
 HOST = ("host", "host_memory")
-"""Kinds of work that offloading causes. Their rates have no fallback. `host`: bytes copied between device and host.
-`host_memory`: bytes that the host's processors read and write."""
+"""Kinds of offloading work, without a fallback.
+
+host: bytes copied between device and host
+host_memory: bytes that the host's processors read and write
+"""
 HOST_LAUNCH = "host_launch"
-"""Kind of work for launching kernels. Its rate: seconds of a host core per launch. Without a rate, launches take no
-time."""
+"""Kind of work for kernel launches: seconds of a host core."""
 LINKS = {
     "all_to_all_inside": "inside",
     "all_to_all_across": "across",
@@ -54,23 +56,23 @@ LINKS = {
     "gather_inside": "inside",
     "gather_across": "across",
 }
-"""Kinds of transfers, inside a node and across nodes, each with its fallback: the kind whose rate replaces a missing
-rate. Rates count the bytes that one device sends."""
+"""Kinds of transfers, each with its fallback. Rates count sent bytes."""
 TUNED, OURS_UNTIMED = "tuned Megatron", "this program"
 
 
 @dataclass(frozen=True)
 class JobInterval:
-    """Expected range of a measured step time: exp(low) to exp(high) times the planned step time. `python -m
-    bench.plan_published` computes low and high."""
+    """Expected step time: the planned time multiplied by exp(low) to exp(high).
+
+    `python -m bench.plan_published` computes both.
+    """
 
     low: float
     high: float
     jobs: int
     """Number of published jobs from which low and high were computed."""
     held: float
-    """Fraction of the published jobs whose measured step time is in the expected range. Each job's range was computed
-    without the jobs of its source."""
+    """Fraction of published jobs inside a range that was computed without the job's source."""
 
     def around(self, seconds: float) -> tuple[float, float]:
         return seconds * math.exp(self.low), seconds * math.exp(self.high)
@@ -80,8 +82,7 @@ INTERVALS = {
     OURS_UNTIMED: JobInterval(-0.195, 0.495, 61, 0.90),
     TUNED: JobInterval(-0.204, 0.111, 33, 0.88),
 }
-"""Expected ranges of the real step time, by kind of program. Sluice has not been timed on a GPU, so its range comes
-from all programs."""
+"""Expected ranges by kind of program. Sluice has no GPU timings; its range is from all programs."""
 CALIBRATION_FILE = "calibration.json"
 REQUIRED = {
     "device",
@@ -97,21 +98,21 @@ REQUIRED = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Rates of one device. source: text about the origin of the rates, for the user."""
+    """Rates of one device. source: text about their origin."""
 
     rates: Mapping[str, Rate]
     source: str
     factors: Mapping[str, float] = field(default_factory=dict)
-    """Measured time of the passes and of the update, divided by the time of their kernels; 1 if it was not measured."""
+    """Measured time of passes and update, divided by their kernels' time; 1 if not measured."""
     threads: int | None = None
     """Number of threads per rank on the calibrated CPU."""
     intervals: Mapping[str, JobInterval] = field(default_factory=dict)
-    """INTERVALS; empty if plans with these rates were not compared with published jobs."""
+    """INTERVALS; empty if these rates were not compared with published jobs."""
     _found: dict[str, Rate] = field(default_factory=dict, init=False, compare=False, repr=False)
     """Cache of rates by kind."""
 
     def rate(self, kind: str) -> Rate:
-        """Returns the rate of a kind, or of its fallback. Raises UserError if both are missing."""
+        """Returns the rate of a kind, or of its fallback. Raises UserError without both."""
         if kind not in self._found:
             self._found[kind] = self._find(kind)
         return self._found[kind]
@@ -134,8 +135,7 @@ class Rates:
         return sum(self.of(one) for one in work)
 
     def passes(self, work: Sequence[Work]) -> float:
-        """Returns the seconds of work inside the passes of a step, including launches. Without a calibration, launches
-        take no time."""
+        """Returns the seconds of work in passes, including measured launches."""
         launch = self.rates.get("launch", Rate()).seconds
         return self.factor("passes") * self.seconds(work) + launch * sum(one.calls for one in work)
 
@@ -160,10 +160,9 @@ def _nearest_kind(kind: str) -> str | None:
 
 
 def load_rates(config: Config, alone: bool) -> Rates:
-    """Returns the rates that a plan of this recipe uses. alone: whether only one rank per machine is active;
-    calibrations have separate rates for this case.
+    """Returns the rates for a plan. Raises UserError without rates of this device.
 
-    Raises UserError if there are no rates, or if they were measured on another device.
+    alone: whether only one rank per machine is active
     """
     hardware = config.hardware
     require_hardware(hardware)
@@ -185,7 +184,7 @@ def load_rates(config: Config, alone: bool) -> Rates:
 
 
 def read_calibration(path: str) -> dict[str, Any]:
-    """Returns the content of a calibration file. Raises UserError if the file is not a calibration."""
+    """Returns a calibration file's content. Raises UserError for other files."""
     try:
         found = parse_json(read_plain_text(Path(path)))
     except ValueError as error:
@@ -198,8 +197,7 @@ def read_calibration(path: str) -> dict[str, Any]:
 
 
 def check_device(config: Config, calibration: Mapping[str, Any]) -> None:
-    """Raise UserError if a calibration is for another kind of device or, on a CPU, for another precision or other
-    compiled kernels."""
+    """Raise UserError if a calibration does not fit the device, precision or kernels."""
     hardware, device = config.hardware, calibration["device"]
     wanted = cpu_name() if hardware.device == "cpu" else hardware.device
     same = device == wanted if hardware.device == "cpu" else wanted in device

@@ -1,7 +1,7 @@
-"""Computes the seconds of every action of a pipeline from the work of its stages and the rates of a device.
+"""Computes the seconds of a pipeline's actions, from the work of its stages and a device's rates.
 
-The memory plan runs each part of a stage once (train/plan/memory/part.py), and train/plan/work_recorder.py counts its
-work. This file converts the work to segments (passes.py).
+Each part of a stage runs once (train/plan/memory/part.py), and train/plan/work_recorder.py counts its work. This file
+converts the work to segments (passes.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -29,14 +29,12 @@ from train.plan.time.update import to_host
 from train.plan.work_recorder import ONCE, Exchange, Work
 
 FEW_MICRO_BATCHES = 16
-"""If a step has at most this many micro-batches, the first one is timed separately. Its backward creates the sums of
-gradients; every later backward adds to them."""
+"""With at most this many micro-batches, the first backward counts separately, because it creates the gradient sums."""
 
 
 @dataclass
 class PassTime:
-    """The planned time of one pass over some layers. segments: durations of the pass. pieces: the work of the pass, by
-    kind of kernel."""
+    """The planned time of one pass over some layers, and its work."""
 
     segments: list[Segment] = field(default_factory=list)
     pieces: list[Sequence[Work]] = field(default_factory=list)
@@ -56,11 +54,11 @@ def _computing(one: PassTime) -> float:
 
 
 class Directions:
-    """The passes over some layers, one for each kind of action, each computed on first access."""
+    """The passes over some layers, by kind of action."""
 
     def __init__(self, make: Callable[[str], PassTime]):
         self.of = cache(make)
-        """Function that returns the pass for a kind of action: F, B, I or W."""
+        """Returns the pass of an action F, B, I or W."""
 
     @property
     def forward(self) -> PassTime:
@@ -84,7 +82,7 @@ class Stages:
     """Computes the durations of all actions in a recipe's pipeline."""
 
     def __init__(self, config: Config, layout: Layout, rates: Rates, memo: dict | None = None):
-        """memo: a cache that layouts of one recipe share if their rates are equal. None: a new cache."""
+        """memo: cache that layouts of one recipe share, if their rates are equal"""
         self.config, self.layout, self.rates = config, layout, rates
         self.placement = config.parallel.placement
         self.layers = stage_layers(config)
@@ -102,7 +100,7 @@ class Stages:
             self.tokens, self.micro_batches, parallel.cp, layout.ranks_per_node, words, parallel.ep, parallel.dispatch, parallel.wire,
             config.holds_weights,
         )  # fmt: skip
-        """Settings that affect the time of a model part and differ between layouts; each cache key contains them."""
+        """Part of cache keys: the layout's settings that affect times."""
         self._sent: dict[int, float] = {}
         self._elapsed: dict[tuple, ElapsedTime] = {}
         self._kinds: dict[int, Parts] = {}
@@ -114,14 +112,13 @@ class Stages:
 
     @property
     def reduces_ahead(self) -> bool:
-        """Whether a chunk's gradients are reduced while other chunks still run passes; False on a CPU, which waits for
-        the reduction."""
+        """Whether gradients are reduced while other chunks still run passes."""
         parallel = self.config.parallel
         return self.on_gpu and self.element == 2 and parallel.zero < 3 and not parallel.offload_optimizer
 
     @cached_property
     def spread(self) -> Spread:
-        """The expected number of messages per token in a layer of experts, and their sizes."""
+        """Expected messages per token in an expert layer, and their sizes."""
         return spread_of(self.config, self.layout)
 
     @cached_property
@@ -129,11 +126,11 @@ class Stages:
         return scene_of(self.config)
 
     def directions(self, stage: int) -> Directions:
-        """Returns the passes of a stage. Stages with equal parts share one result."""
+        """Returns the passes of a stage. Equal stages share them."""
         return self._passes(self.kind(stage))
 
     def kind(self, stage: int) -> Parts:
-        """Returns the names of a stage's parts, in order. Equal names mean equal work."""
+        """Returns a stage's part names. Equal names mean equal work."""
         if stage not in self._kinds:
             self._kinds[stage] = parts_of_stage(self.config, self.layers, stage)
         return self._kinds[stage]
@@ -143,10 +140,9 @@ class Stages:
         return self._remembered(key, lambda: Directions(lambda way: self._stage(parts, way)))
 
     def balanced(self) -> list[int]:
-        """Returns the split that best balances the planned times of the ranks, as the number of layers of every
-        stage."""
+        """Returns layers per stage that best balance the ranks' planned times."""
         model = self.config.model
-        # If only some layers of a stage are recomputed, the costs assume that no layer is recomputed.
+        # If only some layers are recomputed, the costs assume none.
         again = model.repeated_layers >= model.layers
         end = AGAIN if again and Recompute.layer in model.recompute else ""
         costs = [self._pair((block_of(model, index) + end,)) for index in range(model.layers)]
@@ -154,8 +150,7 @@ class Stages:
         return [len(one) for one in split_layers(costs, first, last, self.placement)]
 
     def _pair(self, parts: Parts) -> float:
-        """Returns the seconds of a forward and a backward pass over these parts. If the schedule overlaps them, returns
-        the seconds of the pair."""
+        """Returns the seconds of forward and backward, overlapped if the schedule does so."""
         made = self._passes(parts)
         forward, backward = made.forward.segments, made.backward.segments
         if self.config.parallel.schedule_facts.pairs and self.config.parallel.overlap:
@@ -163,14 +158,13 @@ class Stages:
         return alone(forward, self.taken).seconds + alone(backward, self.taken).seconds
 
     def _stage(self, parts: Parts, way: str) -> PassTime:
-        """Returns the time of one pass over these parts in sequence, in reverse for backward. way: the kind of action,
-        as in `Directions.of`."""
+        """Returns the time of one pass over parts. way: F, B, I or W."""
         first, depth = parts[0] == "embedding", self.config.model.mtp_depth if parts[-1] == "end" else 0
         whole = (
             self.config.parallel.zero == 3 or depth > 1 or self.config.model.sparse.heads > 0
         )  # the backward cannot be split, as in DeepSeekV3.backward_in_one_piece
         if way in "IW" and (whole or first):
-            # The first stage has no gradient to send. So torch's split does nothing in I and everything in W.
+            # On the first stage, torch's split does everything in W, because no gradient is sent.
             return self._stage(parts, "B") if (way == "I") == whole else PassTime()
         if depth and not first:
             parts = ("embedding", *parts)
@@ -180,8 +174,7 @@ class Stages:
         )
 
     def _part(self, part: str, way: str) -> PassTime:
-        """Returns the mean time of one micro-batch's pass through a model part. The first backward creates the
-        gradients; every later backward adds to them."""
+        """Returns the mean time of a pass through a model part."""
         if part == "end" and self._scene.ep > 1 and self.config.model.mtp_depth:
             return self._end(way)
         if way == "F":
@@ -192,10 +185,9 @@ class Stages:
         return self._timed([(share, self._backward(part, way, first)) for first, share in shares.items() if share])
 
     def _end(self, way: str) -> PassTime:
-        """Returns the time of one pass through the part `end`, for MTP modules whose experts are on several ranks.
+        """Returns the time of a pass through `end`, with MTP modules and ep above 1.
 
-        From the time of `end` with all experts on one rank, the function subtracts the MTP blocks. It adds the MTP
-        blocks of the planned layout. Tracing `end` for every layout would take most of a search's time.
+        It is the time at ep 1, but with this layout's MTP blocks. Tracing `end` for every layout would be slow.
         """
         model, parallel = self.config.model, replace(self.config.parallel, ep=1)
         block = "moe" + AGAIN * (Recompute.layer in model.recompute)
@@ -216,8 +208,7 @@ class Stages:
         return trace_split_backward(self._scene, part, first)[way == "W"]
 
     def _timed(self, passes: list[tuple[float, PassMemory]]) -> PassTime:
-        """Returns the average of passes that have the same segments but different work. passes: each pass with its
-        fraction of the micro-batches."""
+        """Returns the average of passes, weighted by their fractions of the micro-batches."""
         made = PassTime()
         for segments in zip(*(run.work for _, run in passes), strict=True):
             weighed = list(zip([share for share, _ in passes], segments, strict=True))
@@ -232,8 +223,7 @@ class Stages:
         return made
 
     def _scaled(self, work: Work, share: float) -> Work:
-        """Returns the work, multiplied by `share`, a fraction of the micro-batches. Work that a step does only once is
-        also divided by the number of micro-batches."""
+        """Returns the work times `share`. Work that a step does only once is spread over its micro-batches."""
         kind = work.kind.removeprefix(ONCE)
         if kind != work.kind:
             share /= self.micro_batches
@@ -242,13 +232,12 @@ class Stages:
         return Work(kind, work.flops * share, work.bytes * share, work.calls * share)
 
     def seconds(self, works: Sequence[Work]) -> float:
-        """Returns the seconds of work in a pass, including transfers that block the pass."""
+        """Returns the seconds of work in a pass, with blocking transfers."""
         sent = [one for one in works if one.kind in LINKS]
         return self.rates.passes([one for one in works if one.kind not in LINKS]) + self.rates.seconds(sent)
 
     def _exchange_seconds(self, hop: Exchange) -> float:
-        """Returns the seconds to transfer a micro-batch's rows once to experts or back, on the rank with the most
-        rows."""
+        """Returns the seconds of a dispatch or combine on the busiest rank."""
         tokens = self.tokens * self.config.plan.imbalance * hop.row_bytes
         return max(
             (
@@ -268,7 +257,7 @@ class Stages:
         return self._elapsed[key]
 
     def _long_key(self, action: Action) -> tuple:
-        """Returns a cache key, equal for layouts in which this action's stages do the same work."""
+        """Returns a cache key that is equal for equal work."""
         kinds = [self.kind(half.stage) for half in action.halves or (action,)]
         return (*self._alike, action.kind, *kinds, self.config.parallel.zero == 3)
 
@@ -276,8 +265,10 @@ class Stages:
         return self._beside_copies(action, self._computing(action))
 
     def _beside_copies(self, action: Action, computed: ElapsedTime) -> ElapsedTime:
-        """Returns the time of an action, including copies to and from the host. computed: the time without copies. On a
-        GPU, copies overlap with computing and with each other. On a CPU, their time is added."""
+        """Returns the time of an action with copies to and from the host.
+
+        computed: time without copies, which overlap with it on a GPU
+        """
         halves = action.halves or (action,)
         there = [self._copies(half.stage) for half in halves if half.kind == "F"]
         back = [self._copies(stage) for half in halves for stage, _ in reads(half)]
@@ -286,7 +277,7 @@ class Stages:
         return ElapsedTime(max(computed.seconds, *there, *back, 0.0), computed.exposed)
 
     def _copies(self, stage: int) -> float:
-        """Returns the seconds to copy one micro-batch's offloaded activations of a stage to the host."""
+        """Returns the seconds to copy a stage's offloaded activations."""
         if not self.config.model.offload:
             return 0.0
         if stage not in self._sent:
@@ -294,7 +285,7 @@ class Stages:
         return self._sent[stage]
 
     def count_sent(self, stage: int) -> int:
-        """Returns the bytes of a stage's activations that are offloaded to the host, per micro-batch."""
+        """Returns a stage's offloaded bytes per micro-batch."""
         return chunk_of(self._scene, self.kind(stage)).sent_bytes
 
     def _computing(self, action: Action) -> ElapsedTime:
@@ -305,7 +296,7 @@ class Stages:
 
 
 def require_rule(config: Config) -> None:
-    """Raise UserError for a recipe whose step time this file does not support."""
+    """Raise UserError if this file cannot plan the step time."""
     if config.data.mask_documents:
         raise UserError(
             "data.mask_documents",

@@ -1,7 +1,7 @@
 """Plans the seconds of a training step: simulates the pipeline, then adds reduction, optimizer and gather.
 
-torch's schedules define the actions and their order (parallel/pipeline/simulate.py); stages.py computes their
-durations. MFU excludes MTP, as DeepSeek defines it, and is relative to the bf16 peak.
+The actions are in parallel/pipeline/simulate.py, their durations in stages.py. MFU is relative to the bf16 peak, and
+excludes MTP, as DeepSeek defines it.
 """
 
 from collections import defaultdict
@@ -20,18 +20,22 @@ from train.plan.time.update import UpdateTime, WeightCounts, count_weights, stag
 from train.plan.work_recorder import Work
 
 HOST_BINDS = 0.5
-"""If launching kernels takes more than this fraction of the computing time, the host may limit the step. A published
-job with 0.52, without CUDA graphs, took twice the planned time (Megatron-LM's guide for GB200)."""
+"""Fraction of the computing time above which kernel launches may limit the step.
+
+A published job with 0.52 took twice the planned time (Megatron-LM's guide for GB200).
+"""
 
 
 @dataclass
 class StepTime:
-    """The planned time and speed of one optimizer step. Seconds of actions, work, launches and exchanges are means over
-    the ranks of a pipeline."""
+    """The planned time and speed of one step.
+
+    Seconds of actions, work, launches and exchanges are means over the ranks of a pipeline.
+    """
 
     step_seconds: float
     pipeline_seconds: float
-    """Seconds from the start of the first action on any rank to the end of the last one."""
+    """Seconds from the first action's start to the last action's end."""
     bubble_seconds: float
     """Mean idle time of a rank."""
     bubble_share: float
@@ -39,38 +43,37 @@ class StepTime:
     action_seconds: dict[str, float]
     """Seconds by kind of action (F, B, I, W, FB)."""
     exposed_communication_seconds: float
-    """Seconds in which actions wait for tokens on their way to or from experts."""
+    """Seconds in which actions wait for dispatch or combine."""
     work_seconds: dict[str, float]
     """Seconds of computing by kind of work."""
     host_seconds: float
-    """Seconds that a host core needs to launch the kernels of a step; 0 if unknown. Launches overlap with computing, so
-    no other field includes them."""
+    """Seconds of a host core to launch a step's kernels; 0 if unknown. No other field includes them."""
     exchange_seconds: float
-    """Seconds of all exchanges of experts' tokens, including those that overlap with computing."""
+    """Seconds of all dispatches and combines, also while a rank computes."""
     update: UpdateTime
     tokens_per_second: float
     tokens_per_second_per_gpu: float
     mfu_causal: float | None
-    """MFU relative to the bf16 peak; None if the peak is unknown."""
+    """MFU relative to the bf16 peak; None if unknown."""
     mfu_full: float | None
-    """MFU with attention FLOPs counted without the causal mask; None if the bf16 peak is unknown."""
+    """MFU with attention FLOPs without the causal mask; None if unknown."""
     actions: list[list[Action]]
     """The actions of every rank of a pipeline, in order."""
     length: Callable[[Action], float]
     """Function that returns the seconds of an action."""
     transfer_seconds: float
-    """Seconds from the end of a stage until the stage's output is on the next rank."""
+    """Seconds to send a stage's output to the next rank."""
     simulation: Simulation
     rates: str
     """Describes the source of the rates."""
     threads: int | None
-    """Number of threads per rank, if the rates were measured on a CPU."""
+    """Threads per rank, if the rates were measured on a CPU."""
     intervals: Mapping[str, JobInterval]
     """See `Rates.intervals`."""
 
     @property
     def host_share(self) -> float:
-        """The time to launch the kernels of the passes, divided by their computing time."""
+        """Time to launch the passes' kernels, divided by their computing time."""
         return self.host_seconds / sum(self.work_seconds.values())
 
     @property
@@ -80,14 +83,13 @@ class StepTime:
 
     @property
     def interval_seconds(self) -> dict[str, tuple[float, float]]:
-        """Expected range of the real step time, by kind of program. Four in five published jobs were in such a range.
-        Empty if the rates were not compared with published jobs."""
+        """Expected ranges of the step time, by kind of program."""
         return {kind: one.around(self.step_seconds) for kind, one in self.intervals.items()}
 
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """The parts of a step's time that a search needs. `StepTime` has all parts."""
+    """The parts of a `StepTime` that a search needs."""
 
     simulation: Simulation
     update: UpdateTime
@@ -100,8 +102,7 @@ class SimulatedStep:
 
 
 def simulate_step(stages: Stages, micro_batches: int | None = None) -> SimulatedStep:
-    """Simulates the pipeline action by action, and adds the slowest rank's update. micro_batches: None for all
-    micro-batches of a step."""
+    """Simulates the pipeline and adds the slowest update. micro_batches: None for all."""
     extra = _stage3(stages) if stages.config.parallel.zero == 3 else {}
 
     def duration(action: Action) -> float:
@@ -114,12 +115,11 @@ def simulate_step(stages: Stages, micro_batches: int | None = None) -> Simulated
 
 
 LONG = 12
-"""Micro-batches per pipeline rank in the longer of two simulated steps, from which longer steps are extrapolated."""
+"""Longer steps are extrapolated from this many micro-batches per pipeline rank."""
 
 
 def estimate_step(stages: Stages) -> tuple[float, float]:
-    """Returns the seconds of a step, and the busiest rank's time divided by the mean. Longer steps are extrapolated
-    from shorter ones."""
+    """Returns a step's seconds, and the busiest rank's time divided by the mean."""
     pp, count = stages.layout.pp, stages.micro_batches
     if count <= (LONG + 1) * pp or count % pp:
         step = simulate_step(stages)
@@ -131,8 +131,7 @@ def estimate_step(stages: Stages) -> tuple[float, float]:
 
 
 def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
-    """Plan the time of a step. rates: None for those of the recipe's hardware. Raises UserError if the recipe cannot
-    run, is not supported, or has no rates."""
+    """Plan a step's time. Raises UserError if the recipe cannot run or be planned."""
     require_hardware(config.hardware)
     require_rule(config)
     layout = layout_of(config)
@@ -167,7 +166,7 @@ def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
 
 
 def _transfer(stages: Stages) -> float:
-    """Returns the seconds from the end of a stage until the stage's output is on the next rank."""
+    """Returns the seconds to send a stage's output."""
     layout = stages.layout
     if layout.pp == 1:
         return 0.0
@@ -177,10 +176,9 @@ def _transfer(stages: Stages) -> float:
 
 
 def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
-    """Returns the update time of the slowest rank, including reduction that does not overlap with passes.
+    """Returns the slowest rank's update time, without reduction during passes.
 
-    simulated: the arguments `program`, `simulation` and `length` of `_hidden`. Without them, reductions overlap
-    completely where possible, and the result is a lower bound.
+    simulated: `program`, `simulation` and `length` of `_hidden`. Without them, the result is a lower bound.
     """
     updates: dict[WeightCounts, UpdateTime] = {}
     for rank, ids in enumerate(stages.placement):
@@ -196,10 +194,9 @@ def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
 def _hidden(
     stages: Stages, rank: int, whole: float, program: Program, simulation: Simulation, length: Callable[[Action], float]
 ) -> float:
-    """Returns the seconds that a rank saves because its gradient reduction overlaps with passes, minus the slowdown of
-    these passes. whole: seconds of the complete reduction.
+    """Returns the seconds that reduction during passes saves, minus the slowdown of passes.
 
-    The reduction of the stage that ends last cannot overlap.
+    whole: seconds of the complete reduction. The reduction of the stage that ends last cannot overlap.
     """
     actions = program.actions[rank]
     ahead = stages_ahead(actions)
@@ -211,8 +208,7 @@ def _hidden(
 
 
 def _stage3(stages: Stages) -> dict[str, float]:
-    """Returns the seconds that the communication of ZeRO stage 3 adds to a forward (F) and a backward (B), including
-    the slowdown of the passes."""
+    """Returns the seconds that ZeRO stage 3 adds to a forward (F) and a backward (B)."""
     held = count_weights(stages.config, stages.layers, stages.placement[0], len(stages.layers) - 1)
     forward, backward = stage3_seconds(stages.config, stages.layout, stages.rates, held)
     added = {}
@@ -231,7 +227,7 @@ def _by_kind(actions: list[list[Action]], duration: Callable[[Action], float]) -
 
 
 def _work(stages: Stages, measure: Callable[[Work], float]) -> dict[str, float]:
-    """Returns the sum of `measure` over a step's kernels, by kind of work, as a mean over the ranks of a pipeline."""
+    """Returns `measure` summed over a step's kernels, by kind of work, as a mean over ranks."""
     total: defaultdict[str, float] = defaultdict(float)
     for stage in range(len(stages.layers)):
         made = stages.directions(stage)
@@ -248,8 +244,7 @@ def _exchanges(stages: Stages) -> float:
 
 
 def mfu(config: Config, step_seconds: float, causal: bool) -> float | None:
-    """Returns the MFU relative to the bf16 peak of all devices; None without a peak. causal: whether attention counts
-    only FLOPs under the causal mask."""
+    """Returns the MFU, if known. causal: whether attention counts only visible keys."""
     if not config.hardware.bf16_flops:
         return None
     rate = config.batch_size * config.seq_len / step_seconds / config.parallel.world

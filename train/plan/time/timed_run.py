@@ -1,11 +1,7 @@
-"""Measures the times of a recipe's kernels. Each part of the model runs as in a memory plan
-(train/plan/memory/part.py), but on a real device.
+"""Times a recipe's kernels: each part of the model runs as in a memory plan, but on a real device.
 
-A plan uses the same recorder (train/plan/work_recorder.py), so every kernel of a plan is timed. The shortest time of
-several runs is used.
-
-On a GPU, autograd runs in a separate thread. There, the recorder observes calls of the model's kernels, but no single
-torch operations.
+Plans use the same recorder (train/plan/work_recorder.py), so every planned kernel is timed. On a GPU, backward has its
+own thread, in which the recorder sees the model's kernels, but no single torch operations.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,18 +26,18 @@ from train.plan.work_recorder import TimedWork, Work, WorkRecorder
 
 TIMED_PARTS = ("embedding", "dense", "moe", "end")
 TIMED_PASSES = 6
-"""Number of timed passes through a model part. The time of the first pass is discarded."""
+"""Timed passes through a model part; the first is discarded."""
 COUNT = 2**25
-"""Number of weights in the measurements of the update: too many for a cache, as in a real update."""
+"""Weights in the timed updates: too many for a cache."""
 PIECES = (2**14, 2**20)
-"""Sizes of the tensors with which the update is timed, in weights per tensor."""
+"""Weights per tensor in the timed updates."""
 
 
 class TimedRun(Run):
-    """Runs one part of the model on a real device, and times its kernels."""
+    """Times the kernels of a model part on a real device."""
 
     def __init__(self, config: Config, part: str, device: torch.device):
-        """config: a recipe for a single rank. part: name of the part."""
+        """config: recipe for a single rank"""
         super().__init__(scene_of(config), part)
         self._config, self.device = config, device
         self._ledger = Ledger(device)
@@ -49,7 +45,7 @@ class TimedRun(Run):
         self._recorder = self._ledger.recorder = WorkRecorder(waits_for_each=True, clock=clock)
 
     def timed(self) -> list[TimedWork]:
-        """Returns all kernels of a forward and a backward pass, each with its shortest measured time."""
+        """Returns the kernels of both passes, with their shortest times."""
         passes = []
         for _ in range(TIMED_PASSES):
             self.forward()
@@ -87,7 +83,7 @@ def timed_passes(config: Config, device: torch.device) -> Iterator[TimedWork]:
 
 
 def timed_rows_and_weights(config: Config, device: torch.device) -> Iterator[TimedWork]:
-    """Measures the seconds of FP8 casts of sent rows, sums of gradients, copies, and the optimizer."""
+    """Times FP8 casts of rows, gradient sums, copies, and the optimizer."""
     clock = WorkRecorder(False, lambda: undisturbed_clock(device))
     dtype, element = activation_dtype(config.precision), config.precision.weight_bytes
     rows = torch.randn(config.micro_batch_size * config.seq_len, config.model.hidden, device=device).to(dtype)
@@ -122,7 +118,7 @@ def timed_rows_and_weights(config: Config, device: torch.device) -> Iterator[Tim
 
 
 def _accumulate(sums: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-    """Add gradients in the weights' format to the fp32 sums of gradients."""
+    """Add gradients to their fp32 sums."""
     for total, part in zip(sums, parts, strict=True):
         total.add_(part.float())
 

@@ -1,4 +1,4 @@
-"""Times the phases of a rank's training step on this device, for calibrations and dry runs."""
+"""Times the phases of a rank's training step on this device."""
 
 import time
 from collections.abc import Callable
@@ -14,22 +14,21 @@ from train.rank_parts import ParallelModel, RankSetup
 
 
 def wall_clock(device: torch.device) -> float:
-    """Waits for all pending work of the device, and returns the time in seconds."""
+    """Waits for the device's pending work, and returns the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def undisturbed_clock(device: torch.device) -> float:
-    """Returns the seconds of `wall_clock`. On a CPU with one thread, returns the processor time of this process
-    instead."""
+    """Returns `wall_clock`, or the process's processor time on a CPU with one thread."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return time.process_time()
     return wall_clock(device)
 
 
 class TimedStep:
-    """Runs steps of one rank over one batch of random tokens, as in training."""
+    """Runs training steps of one rank over random tokens."""
 
     def __init__(
         self, config: Config, parts: ParallelModel, rank: RankSetup, clock: Callable[[torch.device], float] = wall_clock
@@ -43,11 +42,10 @@ class TimedStep:
     def run(
         self, number: int, on_phase: Callable[[str], None] = lambda _: None
     ) -> tuple[StepOutcome, dict[str, float]]:
-        """Run the step with this number. Returns its outcome, and the seconds of the phases `schedule` (all passes),
-        `reduction` and `update`.
+        """Run a step. Returns its outcome, and the seconds of `schedule` (passes), `reduction` and `update`.
 
-        on_phase: called with each phase's name at its end. The learning rate is 0, so weights stay valid although other
-        ranks' shards are missing.
+        on_phase: called with a phase's name at its end
+        The learning rate is 0, because other ranks' shards are missing.
         """
         plan = StepPlan(number, 0, self._config.batch_size, 0.0, self._config.optim.mtp_weight[0].value, 0.0)
         marks, seconds = [self._clock(self._device)], {}

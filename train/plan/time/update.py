@@ -1,16 +1,17 @@
 """Computes the seconds between the last micro-batch and the next step: gradient reduction, weight update and gather.
 
-DeepSpeed runs these steps (parallel/zero/whole_weights.py). An all-reduce sums the fp32 gradients over all ranks with
-the same weights. Every rank updates its shard of the weights. Then the ranks gather the weights in their storage
-format. All ranks of a stage share the dense weights; ranks with the same experts share the experts' weights.
+DeepSpeed does this (parallel/zero/whole_weights.py):
+
+1. An all-reduce sums the fp32 gradients over all ranks with the same weights.
+2. Each rank updates its shard of the weights.
+3. The ranks gather the weights in their storage format.
 
 Special cases:
 
-- A chunk ends before another chunk of its rank: its gradients are reduced while the pipeline still computes
-  (step_time.py).
-- ZeRO stage 3: gathers and reductions run in every micro-batch, so this file counts only the update.
-- Orthogonalised matrices: the ranks send them to their owners and back while they compute (parallel/owners.py). Only
-  the longer time counts.
+- A chunk ends before another chunk of its rank: its gradients are reduced during passes (step_time.py).
+- ZeRO stage 3: gathers and reductions run in every micro-batch, so only the update counts here.
+- Orthogonalised matrices: the ranks send them to owners and back while they compute (parallel/owners.py). The longer
+  time counts.
 - Optimizer on the host: gradients are copied to the host, and rounded weights back. The host's memory bandwidth limits
   the update.
 """
@@ -34,11 +35,9 @@ from train.plan.time.rates import Rates
 from train.plan.work_recorder import Work
 
 DEVICE_PASSES = 20
-"""Bytes per gradient element that DeepSpeed reads and writes for the reduction: copies into and out of the bucket, and
-a division. With bf16 weights, gradients that no other rank shares are not copied."""
+"""Bytes per gradient element that a reduction reads and writes on the device."""
 NORM_BYTES, CLIP_BYTES = 4, 8
-"""Bytes per element of a rank's shard: read for the gradient norm, and read and written for clipping. Only ZeRO stage 3
-clips separately."""
+"""Bytes per element of a shard: gradient norm, and clipping (stage 3)."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,11 @@ class UpdateTime:
     """Seconds of reduction, optimizer and gather."""
 
     reduce: float
-    """Seconds of the reduction that do not overlap with passes, including the copies that the reduction needs."""
+    """Seconds of reduction and its copies, without overlap with passes."""
     optimizer: float
     gather: float
     hidden: float = 0.0
-    """Seconds that are saved because the reduction overlaps with passes. Not included in `seconds`."""
+    """Seconds saved by reduction during passes; not included in `seconds`."""
 
     @property
     def seconds(self) -> float:
@@ -59,23 +58,21 @@ class UpdateTime:
 
 @dataclass(frozen=True)
 class WeightCounts:
-    """Numbers of weights of one rank. Different groups of ranks share dense weights and expert weights."""
+    """Numbers of weights of one rank: dense, and of experts."""
 
     dense: float
     experts: float
     orthogonal: tuple["Orthogonal", ...] = ()
-    """The orthogonalised matrices of the dense weights and of the experts; empty if there are none."""
+    """Orthogonalised matrices of dense weights, and of experts; empty without any."""
     frozen_dense: int = 0
-    """Bytes of the frozen dense weights in an adapter's run. `dense` and `experts` then count only the adapter's
-    weights."""
+    """With an adapter: bytes of frozen dense weights, which `dense` excludes."""
     frozen_experts: int = 0
-    """In an adapter's run: bytes of the frozen expert weights."""
+    """With an adapter: bytes of frozen expert weights, which `experts` excludes."""
 
 
 @dataclass(frozen=True)
 class Orthogonal:
-    """Matrices that the optimizer orthogonalises. Several ranks share them; one rank, the owner, orthogonalises each
-    matrix."""
+    """Matrices that the optimizer orthogonalises, each on the rank that owns it."""
 
     elements: float
     """Number of elements of all matrices."""
@@ -87,18 +84,20 @@ class Orthogonal:
     """Number of matrices that need `largest` operations each."""
 
     def busiest(self, ranks: int) -> float:
-        """Returns an upper bound on the FLOPs of the busiest rank. ranks: number of ranks that share the matrices."""
+        """Returns an upper bound on the busiest rank's FLOPs. ranks: number of possible owners."""
         return max(KEEPS * max(self.flops / ranks, self.largest), math.ceil(self.dearest / ranks) * self.largest)
 
     def moved(self, ranks: int) -> float:
-        """Returns the fp32 bytes that a rank sends: parts of matrices to their owners, and results back as an owner."""
+        """Returns the fp32 bytes that a rank sends to owners and back."""
         return 2 * 4 * self.elements * (ranks - 1) / ranks**2
 
 
 def count_weights(config: Config, layers: list[range], stage_ids: list[int], last: int) -> WeightCounts:
-    """Returns the numbers of weights in the stages of one pipeline rank, with the experts of one expert-parallel rank.
+    """Returns the numbers of weights of one rank.
 
-    layers: layers of every stage. stage_ids: stages of the rank. last: index of the last stage.
+    layers: layers of every stage
+    stage_ids: stages of the rank
+    last: index of the last stage
     """
     model, parallel = config.model, config.parallel
     if config.adapter.on:
@@ -126,8 +125,7 @@ def count_weights(config: Config, layers: list[range], stage_ids: list[int], las
 
 
 def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last: int) -> tuple[Orthogonal, ...]:
-    """Returns the orthogonalised matrices of dense weights, which all ranks of a stage share, and those of one rank's
-    experts."""
+    """Returns orthogonalised matrices of dense weights, and of one rank's experts."""
     facts, muon = config.optim.facts, config.optim.muon
     if not facts.matrices.is_whole:
         return ()
@@ -142,7 +140,7 @@ def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last:
 def _part_orthogonal(
     model: FrozenSection[Model], facts: OptimizerFacts, part: str, share: int, by_head: bool, iteration: str
 ) -> tuple[Orthogonal, Orthogonal]:
-    """Returns the orthogonalised matrices of one part: those of dense weights, then those of one rank's experts."""
+    """Returns a part's orthogonalised matrices of dense weights, and of one rank's experts."""
     found: tuple[list[Orthogonal], list[Orthogonal]] = [], []
     for weight in part_weights(model, part, share):
         if facts.choose_rule(weight.name, len(weight.shape)).is_whole:
@@ -164,8 +162,7 @@ def _joined(parts: Sequence[Orthogonal]) -> Orthogonal:
 
 
 def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: list[tuple[float, int, int]]) -> float:
-    """Returns the seconds to orthogonalise the matrices on their owners. The ranks send while they compute, so only the
-    longer time counts."""
+    """Returns the seconds to orthogonalise: computing or sending, whichever is longer."""
     seconds = 0.0
     form = "bf16" if device_kind(config) == "cuda" else "fp32"
     for one, (_, group, per_node) in zip(held.orthogonal, groups, strict=False):
@@ -176,14 +173,19 @@ def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: l
 
 
 def ring_bandwidth_share(group: int, per_node: int) -> tuple[str, float]:
-    """Returns the kind of link that limits a ring, and the number of these links that a node can use at a time. group:
-    ranks in the ring. per_node: ranks of the ring on each node."""
+    """Returns the kind of link that limits a ring, and how many of them a node uses.
+
+    group: number of ranks in the ring
+    per_node: number of its ranks on each node
+    """
     return ("inside", 1.0) if group <= per_node else ("across", float(per_node))
 
 
 def sharers(layout: Layout, held: WeightCounts) -> list[tuple[float, int, int]]:
-    """Returns two tuples, for a rank's dense and expert weights: number of weights, number of ranks that share them,
-    and number of these ranks on one node."""
+    """Returns numbers of weights, of ranks that share them, and of these ranks per node.
+
+    The first tuple is for dense weights, the second for experts.
+    """
     inside_node = min(layout.stage_ranks, layout.ranks_per_node)
     return [
         (held.dense, layout.stage_ranks, inside_node),
@@ -192,7 +194,7 @@ def sharers(layout: Layout, held: WeightCounts) -> list[tuple[float, int, int]]:
 
 
 def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> UpdateTime:
-    """Returns the seconds of the update on a rank with these weights."""
+    """Returns the seconds of a rank's update."""
     element = config.precision.weight_bytes
     groups = sharers(layout, held)
     reduce = gather = shard = copied = 0.0
@@ -225,24 +227,24 @@ def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts
 
 
 def to_host(config: Config, rates: Rates, moved: float) -> float:
-    """Returns the seconds to copy this many bytes from a device to its host, or back; on a CPU, within host memory."""
+    """Returns the seconds to copy `moved` bytes between device and host."""
     if config.hardware.device == "cpu":
         return rates.of(Work("copy", bytes=2 * moved))
     return rates.of(Work("host", bytes=moved))
 
 
 def _collective(name: str, rates: Rates, moved: float, group: int, per_node: int) -> float:
-    """Returns the seconds of a collective that uses rings over the group. Between nodes, it takes at least as long as
-    inside one, and a node's network adapters work in parallel. name: kind of collective. moved: bytes that each rank
-    sends."""
+    """Returns the seconds of a collective over rings. Between nodes, it takes at least as long as inside one.
+
+    moved: bytes that each rank sends
+    """
     where, links = ring_bandwidth_share(group, per_node)
     seconds = rates.of(Work(f"{name}_{where}", bytes=moved / links))
     return seconds if where == "inside" else max(seconds, rates.of(Work(f"{name}_inside", bytes=moved)))
 
 
 def stage3_seconds(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> tuple[float, float]:
-    """Returns the seconds of communication in a micro-batch's forward (gathers) and backward (gathers and reductions)
-    at ZeRO stage 3."""
+    """Returns a forward's and a backward's communication seconds at ZeRO stage 3."""
     element = config.precision.weight_bytes
     gather = reduce = 0.0
     frozen_weights = held.frozen_dense, held.frozen_experts
