@@ -96,6 +96,15 @@ def test_a_warmup_moves_the_indexers_alone_and_lowers_their_loss(tmp_path):
     assert found[12]["index_loss"] < 0.7 * found[1]["index_loss"]
 
 
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_indexers_without_a_loss_are_frozen(tmp_path, optim):
+    more = ["optim.index_loss=0", "checkpoint.every=1", "optim.weight_decay=0.3", f"optim={optim}"]
+    run_layout(tmp_path, "still", 1, *BASE, *FOUR_LAYERS, *more)
+    first, last = (everything(tmp_path, "still", step) for step in (1, STEPS))
+    indexers = [key for key in first if key.startswith("master.") and ".indexer." in key]
+    assert indexers and all(torch.equal(first[key], last[key]) for key in indexers)
+
+
 def test_a_stage_that_begins_with_shared_keys_is_refused(tmp_path):
     words = arguments(tmp_path, *BASE, "parallel.pp=2", "parallel.split=[3,5]")
     with pytest.raises(UserError, match=r"(?s)puts layer 3 first in stage 1.*layer 2.*\[0, 2, 4, 6\]"):

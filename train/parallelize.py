@@ -72,7 +72,7 @@ def parallelize(
             is_expert=lambda name: ".experts." in name,
             is_frozen=lambda name: (
                 (optim.freeze_routers and name.endswith(".router.weight"))
-                or (optim.index_warmup and ".indexer." not in name)
+                or (optim.index_warmup if ".indexer." not in name else not optim.index_loss)
             ),
             tied=None if config.adapter.on else tied_embedding(config, mesh, chunks),
             units=(Block, MTP),

@@ -35,7 +35,7 @@ from train.hf.config import read_model
 from train.hf.families import HARMLESS
 from train.kernels.choice import build_kernels
 from train.kernels.plain.high import HighPrecision
-from train.loop.start import check_start
+from train.loop.start import check_start, own_start
 from train.model.count import count_parameters
 from train.model.deepseek import DeepSeekV3
 
@@ -161,8 +161,9 @@ WRONG = {
     "index_head_dim": [4, 0],
     "layer_types": [["full_attention"] * 4],
     "indexer_rope_interleave": ["yes", 1],
-    "indexer_types": [["shared", "full", "full", "full"], ["full"] * 3, ["full", "half", "full", "full"]],
-    "index_topk_pattern": ["SFFF", "FF"],
+    "indexer_types": [["shared", "full", "full", "full"], ["full"] * 3, ["full", "half", "full", "full"], 4],
+    "index_topk_pattern": ["SFFF", "FF", 4, True],
+    "num_hidden_layers": ["4", 2.5, None, 10**18],
     "index_topk_freq": [2.5, "2"],
     "mlp_bias": [True],
     "rope_interleave": [False],
@@ -284,3 +285,14 @@ def test_dense_weights_start_a_warmup_with_fresh_indexers(tmp_path, dense_folder
         assert indexers and all(".indexer." in key and after[key].isfinite().all() for key in indexers)
     first, second = (everything(tmp_path, name, 2) for name in ("folder", "run"))
     assert all(torch.equal(first[key], second[key]) for key in first if key.startswith("master."))
+
+
+def test_an_adapter_gets_no_fresh_indexers(tmp_path, dense_folder):
+    """No step of its run would train them."""
+    words = ["model.sparse.heads=2", "model.sparse.head_dim=12", "adapter=lora", "optim.bias_speed=[{value: 0}]"]
+    tokenizer = load_tokenizer(str(dense_folder))
+    for source, start in ((dense_folder, check_start), (tmp_path / "runs" / "dense", own_start)):
+        config = compose(*arguments(tmp_path, *words, f"init_from={source}", f"data.tokenizer={dense_folder}"))
+        with pytest.raises(UserError) as error:
+            start(config, tokenizer)
+        assert "set model.sparse.heads=0" in error.value.cure

@@ -33,16 +33,16 @@ SHAPE = [
 """Fields of the model section that determine the names and shapes of tensors."""
 
 
-def require_model(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
+def require_model(config: Config, checkpoint: Path, meta: dict[str, Any], adds_indexers: bool = False) -> None:
     """Raise UserError if the checkpoint's model has tensors with other names or shapes. The error names the differing
     fields.
 
-    If the checkpoint contains no settings, this function checks nothing; loading compares the tensors.
+    adds_indexers: whether the run may add indexers to dense attention. If the checkpoint contains no settings, this function checks nothing; loading compares the tensors.
     """
     stored = meta.get("config", {}).get("model", {})
     differ = {name: stored[name] for name in SHAPE if stored.get(name, ...) not in (..., getattr(config.model, name))}
     sparse = stored.get("sparse") or {}
-    if sparse.get("heads"):  # a run may start from dense attention and add indexers
+    if sparse.get("heads") or not adds_indexers:
         keys = ("heads", "head_dim", "interleaved", "pattern")
         now = config.model.sparse
         differ |= {f"sparse.{key}": sparse[key] for key in keys if sparse.get(key, ...) not in (..., getattr(now, key))}

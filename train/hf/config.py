@@ -66,7 +66,6 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
     missing = [theirs for theirs in FIELDS.values() if theirs not in body]
     if missing:
         raise _refuse(field, path, f"lacks {', '.join(missing)}", "use the config.json of these weights")
-    sparse = _sparse(field, path, body, family)
     values = {ours: body[theirs] for ours, theirs in FIELDS.items()}
     values["shared_experts"] = values["shared_experts"] or 0
     length = body.get("max_position_embeddings", Model.max_seq_len)
@@ -80,8 +79,17 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
         rope_theta=rope.get("rope_theta", body.get("rope_theta", Model.rope_theta)),
         yarn=replace(_yarn(rope, length), query_growth=growth),
         scores=family.scores,
-        sparse=sparse,
     )
+    _check_model(field, path, model)
+    model = replace(model, sparse=_sparse(field, path, body, family))
+    _check_model(field, path, model)
+    _check_derived(field, path, body, model)
+    _check_layers(field, path, body, model, family)
+    return model
+
+
+def _check_model(field: str, path: Path, model: Model) -> None:
+    """Raise UserError if the model has a value of a wrong type, or breaks a rule of recipes."""
     try:
         _check_types(model)
         check_model(model)
@@ -90,9 +98,6 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
     except TypeError as error:
         wrong = f"has a value of a wrong type: {error}"
         raise _refuse(field, path, wrong, "use the config.json of these weights") from error
-    _check_derived(field, path, body, model)
-    _check_layers(field, path, body, model, family)
-    return model
 
 
 def _section(field: str, path: Path, body: dict[str, Any], key: str) -> dict[str, Any] | None:
@@ -179,6 +184,9 @@ def _sparse(field: str, path: Path, body: dict[str, Any], family: FamilyFacts) -
         theirs for theirs in SPARSE_FIELDS.values() if type(body.get(theirs)) is not int or body[theirs] < 1
     ]:
         raise _refuse(field, path, f"must state {', '.join(missing)}, as 1 or more", cure)
+    for name in (INDEX_TYPES, "index_topk_pattern"):
+        if not isinstance(body.get(name), list | str | None):
+            raise _refuse(field, path, f"{name} must be a list or a text, and is {body[name]!r:.80}", cure)
     layers = body["num_hidden_layers"]
     kinds = body.get("layer_types")
     if kinds is not None and kinds != ["indexed_attention"] * layers:
@@ -355,7 +363,7 @@ def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
     values |= {"model.latent_norm_eps": eps} if eps[0] != eps[1] else {}
     ranked = cured.resolved_group_top_k, theirs.resolved_group_top_k
     values |= {"model.group_top_k": ranked} if theirs.top_groups < theirs.groups and ranked[0] != ranked[1] else {}
-    if ours.sparse.heads and not theirs.sparse.heads:
+    if ours.sparse.heads and not theirs.sparse.heads and not config.adapter.on:
         notes.append(
             f"{folder} has dense attention: the run initialises the indexers at random (optim.index_warmup trains only them)"
         )

@@ -93,7 +93,7 @@ def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
         return None
     checkpoint = find_checkpoint(config, str(path), "init_from")
     meta = read_manifest(checkpoint).meta
-    require_model(config, checkpoint, meta)
+    require_model(config, checkpoint, meta, adds_indexers=not config.adapter.on)  # an adapter does not train indexers
     require_tokenizer(tokenizer.fingerprint, config.data.tokenizer, checkpoint, meta)
     refuse_adapter(checkpoint, meta)
     return checkpoint

@@ -45,8 +45,9 @@ def indexer_shapes(model: Values, layer: int | None) -> dict[str, tuple[int, ...
 
 
 def is_frozen(optim: Values, name: str) -> bool:
-    """Returns whether a weight is frozen. In a warm-up of indexers, all weights outside of indexers are frozen."""
-    return optim.index_warmup and ".indexer." not in name
+    """Returns whether a weight is frozen. In a warm-up of indexers, all weights outside of indexers are frozen. Without
+    a loss, indexers are frozen."""
+    return not optim.index_loss if ".indexer." in name else optim.index_warmup
 
 
 def turned(x: Tensor, angle: Tensor, size: float, interleaved: bool) -> Tensor:
