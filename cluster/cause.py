@@ -28,6 +28,7 @@ from cluster.spawn import is_stopped, waited_for_core
 from conf.disk import naming
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.files import atomic_write_text, open_plain, read_plain_json, read_tail
+from conf.words import steps_in_words
 
 CERTAIN = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
 """Exit codes that prove that a rank is no victim. SIGABRT is not among them: libraries abort when they lose a peer."""
@@ -358,7 +359,7 @@ def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int
     everyone = (reports, "wait for each other")
     found, what = next((group for group in groups if 0 < len(group[0]) < len(reports)), everyone)
     ranks = ", ".join(_who(report, names) for report in found)
-    steps = f"steps {min(report.step for report in reports)} to {max(report.step for report in reports)}"
+    steps = steps_in_words([report.step for report in reports])
     where = innermost(stacks[found[0].rank]) if found[0].rank in stacks else ""
     text = f"no step finished for {seconds:.0f} s ({steps}): {ranks} {what}{where}"
     who = {report.rank: _who(report, names) for report in reports}

@@ -37,7 +37,7 @@ from cluster.run_files import LATEST
 from conf.disk import explain_disk_error, naming
 from conf.errors import EXIT_CRASH
 from conf.files import atomic_write_text, read_plain_json
-from conf.words import one_line, say
+from conf.words import one_line, say, steps_in_words
 
 INCIDENT = re.compile(r"incident_(\d{1,9})\.json")
 _CONSEQUENCE = re.compile(r"\n  (?:consequence|what failed of it): ")
@@ -74,7 +74,7 @@ def judge_hang(
     finding = compare_ranks(traces, stacks, stopped, [report.rank for report in reports if report.ended])
     if finding.fault is Fault.unknown and not finding.among:
         return by_stacks, finding
-    steps = f"steps {min(report.step for report in reports)} to {max(report.step for report in reports)}"
+    steps = steps_in_words([report.step for report in reports])
     text = f"no step finished for {seconds:.0f} s ({steps}): {_on_nodes(finding, names)}"
     nodes = tuple(sorted({names[rank] for rank in finding.ranks if rank in names}))
     ranks = finding.ranks or tuple(sorted(traces))

@@ -161,4 +161,4 @@ def test_of_ranks_that_hang_those_are_named_that_differ_from_the_others():
     assert found.ranks == (2,) and "does not return a stack" in found.text
     reports[0].state = "T"
     found = name_hang(reports, {0: waiting, 1: busy}, NAMES, 60.0)
-    assert found.ranks == (0,) and "no step finished for 60 s (steps 7 to 7): rank 0 on n0 is stopped" in found.text
+    assert found.ranks == (0,) and "no step finished for 60 s (step 7): rank 0 on n0 is stopped" in found.text

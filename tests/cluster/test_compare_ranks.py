@@ -305,9 +305,7 @@ def test_a_hang_names_nodes_and_falls_back_on_stacks_without_rings():
     reports = [RankReport(rank, step=3) for rank in range(2)]
     cause, _ = judge_hang(reports, pair(RIGHT, []), {}, {0: "a", 1: "b"}, 12.0)
     assert (
-        cause.ranks == (1,)
-        and cause.nodes == ("b",)
-        and cause.text.startswith("no step finished for 12 s (steps 3 to 3): ")
+        cause.ranks == (1,) and cause.nodes == ("b",) and cause.text.startswith("no step finished for 12 s (step 3): ")
     )
     reports[1].state = "T"
     cause, finding = judge_hang(reports, {}, {}, {}, 12.0)

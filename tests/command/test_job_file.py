@@ -113,6 +113,13 @@ def test_the_job_of_kubernetes_has_nodes_devices_memory_mounts_and_a_queue(print
     assert 8 * 12e9 + 40 * GIB < int(asked["limits"]["memory"].removesuffix("Gi")) * GIB < 8 * 30e9 + 40 * GIB
 
 
+@pytest.mark.parametrize("kind", ["kuberay", "skypilot"])
+def test_a_cache_that_nobody_names_is_beside_the_runs_and_no_home_folder_is_mounted(printed, kind):
+    text = printed(kind, *(word for word in RECIPE if not word.startswith("data.cache=")))
+    assert " data.cache=/shared/cache" in text and "# runs, data.path, data.cache" in text
+    assert f"/{Path.home().parts[1]}" not in text
+
+
 def test_processors_take_no_gpus(printed):
     words = ["hardware=cpu", "hardware.devices_per_node=4", "name=v3", "parallel.dp=8", "runs=/shared/runs"]
     job = yaml.safe_load(printed("kuberay", *words))

@@ -166,6 +166,9 @@ def _job(
     if kind in ("kuberay", "skypilot") and not Path(config.runs).is_absolute():
         rule = "would be on a disk that is deleted with the job"
         raise UserError("runs", config.runs, rule, "set runs=/shared/runs, and mount /shared")
+    if kind in ("kuberay", "skypilot") and not any(word.startswith("data.cache=") for word in recipe):
+        config.data.cache = str(Path(config.runs).parent / "cache")  # a pod's home folder is not shared
+        recipe = [*recipe, f"data.cache={config.data.cache}"]
     line, hours, offloaded = plan(config)
     share = SAVES * checkpoint_bytes(config) / world
     memory = devices * (PROCESS_BYTES + share) + offloaded

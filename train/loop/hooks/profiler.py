@@ -24,6 +24,7 @@ from conf.disk import explain_disk_error
 from conf.files import atomic_write_text
 from conf.run_paths import RunPaths
 from conf.schema import Config
+from conf.words import steps_in_words
 from train.data.batch import Batch
 from train.loop.live_run import LiveRun
 from train.model.deepseek import Head
@@ -111,7 +112,8 @@ class StepProfiler:
         except OSError as error:
             note(f"the profile could not be written ({explain_disk_error(error)})")
             return
-        title = f"rank {self._rank}, steps {self._first} to {self._last}: the operations of a step with the most time"
+        profiled = steps_in_words((self._first, self._last))
+        title = f"rank {self._rank}, {profiled}: the operations of a step with the most time"
         note(
             "\n".join([title, *table_lines(rows), f"  all operations: {trace} (open it with https://ui.perfetto.dev)"])
         )

@@ -195,13 +195,13 @@ def reserve_words(reserve: dict[str, int]) -> str:
 
 def layout_words(plan: RunPlan) -> str:
     """Returns text about the layout, the micro-batches, recomputation and offloading."""
-    config, parallel = plan.config, plan.config.parallel
+    config, parallel, count = plan.config, plan.config.parallel, micro_batches_of(plan.config)
     shared = f"cp {parallel.cp}, " if parallel.cp > 1 else ""
     again = ", ".join(config.model.recompute) or "nothing"
     away = f", on the host: {', '.join(config.model.offload)}" if config.model.offload else ""
     return (
         f"pp {parallel.pp} ({parallel.schedule_words}), dp {parallel.dp}, {shared}ep {parallel.ep} ({parallel.dispatch}, {parallel.wire}), "
-        f"ZeRO {parallel.zero}, {micro_batches_of(config)} micro-batches of {config.micro_batch_size}, recomputed: {again}{away}"
+        f"ZeRO {parallel.zero}, {count} micro-batch{'es' * (count > 1)} of {config.micro_batch_size}, recomputed: {again}{away}"
     )
 
 
