@@ -98,8 +98,11 @@ def test_a_run_that_hangs_now_is_looked_at_from_outside(tmp_path, capsys):
         assert (
             "asked has made no progress for" in said and "culprit: rank 1\n" in said and "rank 1 is stopped" in said
         ), said
-        example = (ROOT / "train/docs/why.md").read_text().partition("the answer is:\n\n")[2]
-        shapes = [re.sub(r"steps? [\d to]+|[\d.]+", "N", text.split("where:")[0]).split() for text in (example, said)]
+        example = (ROOT / "train/docs/why.md").read_text().partition("\n    asked has")[2]
+        shapes = [
+            re.sub(r"steps? [\d to]+|[\d.]+", "N", text.split("where:")[0]).split()
+            for text in (f"asked has{example}", said)
+        ]
         assert shapes[0] == shapes[1], "the page shows what is printed"
         assert "waits:   rank 0 for 1, " in said and f"kill -CONT {traces[1].pid}" in said
         code, output = run.end(100)  # the run itself sees it too
